@@ -1,0 +1,22 @@
+"""The dense feed-forward layer; an expert has the same body (`experts.py`)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, as GPT-2 and the paper's models use it."""
+    return F.gelu(x, approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """`x -> project(gelu(expand(x)))`, `[..., H] -> [..., F] -> [..., H]`."""
+
+    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(hidden_size, ffn_size)
+        self.project = nn.Linear(ffn_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to each position alone."""
+        return self.project(gelu(self.expand(x)))

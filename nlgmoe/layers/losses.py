@@ -1,0 +1,99 @@
+"""Cross-entropy from hidden states, in chunks of tokens, so that the logits of a whole batch never exist.
+
+Letters: N tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor, mask: Tensor | None, chunk_size: int) -> Tensor:
+    """Mean over unmasked tokens of `-log softmax(hidden @ unembedding.T)[target]`, in at least fp32.
+
+    The logits of `chunk_size` tokens exist at a time. Their gradient is formed while they do (it needs nothing from
+    above but a scale), so the backward pass recomputes no logits. Under autocast the GEMMs run in its dtype.
+
+    Args:
+        hidden: `[N, H]`.
+        unembedding: `[V, H]`; pass exactly the rows of real tokens.
+        targets: `[N]` int64.
+        mask: `[N]` bool, False where a token counts for nothing; None counts all.
+        chunk_size: tokens per chunk; memory is `chunk_size * V` values.
+
+    Returns:
+        A scalar; 0 if the mask is empty.
+    """
+    counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    weight = counted.to(torch.promote_types(hidden.dtype, torch.float32))
+    weight = weight / weight.sum().clamp_min(1)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))
+    unembedding = unembedding.to(hidden.dtype)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, unembedding, targets, weight, chunk_size)
+    return loss
+
+
+def token_losses(hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+    """The cross-entropy of each token, `[N]`, in at least fp32 and without gradient; for evaluation."""
+    with torch.no_grad():
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return torch.cat(
+            [
+                F.cross_entropy((h @ unembedding.to(h.dtype).t()).to(dtype), t, reduction="none")
+                for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+            ]
+        )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradients of `sum_n weight_n * CE_n`, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, unembedding: Tensor, targets: Tensor, weight: Tensor, chunk_size: int
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_unembedding = torch.zeros_like(unembedding, dtype=dtype) if needs_unembedding else None
+        loss = hidden.new_zeros((), dtype=dtype)
+        for start in range(0, len(hidden), chunk_size):
+            part = slice(start, start + chunk_size)
+            h, target, w = hidden[part], targets[part], weight[part].to(dtype)
+            logits = (h @ unembedding.t()).to(dtype)  # [C, V]
+            log_norm = logits.logsumexp(dim=-1)
+            picked = logits.gather(1, target[:, None]).squeeze(1)
+            loss += (w * (log_norm - picked)).sum()
+            if not (needs_hidden or needs_unembedding):
+                continue
+            # d loss / d logits = w * (softmax - onehot), in the logits' own memory
+            grad = logits.sub_(log_norm[:, None]).exp_().mul_(w[:, None])
+            grad.scatter_add_(1, target[:, None], -w[:, None])
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, unembedding, out=grad_hidden[part])
+            if grad_unembedding is not None:
+                if grad.dtype == dtype:
+                    grad_unembedding.addmm_(grad.t(), h)
+                else:
+                    grad_unembedding += grad.t() @ h
+        ctx.save_for_backward(grad_hidden, grad_unembedding)
+        ctx.unembedding_dtype = unembedding.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_unembedding = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
+        if grad_unembedding is not None:
+            grad_unembedding = (grad_unembedding * grad).to(ctx.unembedding_dtype)
+        return grad_hidden, grad_unembedding, None, None, None

@@ -1,0 +1,74 @@
+"""MoELayer = router + dispatch + experts, and the shared MLP of Residual-MoE (paper, sections 3.1 and 4.1.1).
+
+    standard:          y = sum_i weight_i * Expert_i(x)         over the chosen experts i that have room
+    residual, sum:     y = MLP(x) + the above
+    residual, learned: y = c_1 * MLP(x) + c_0 * the above       c = softmax(W x + b)
+
+Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.dispatch import Dispatch
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.feed_forward import FeedForward
+from nlgmoe.layers.router import Router, Routing
+from nlgmoe.pyramid import experts_at
+
+
+class MoELayer(nn.Module):
+    """A feed-forward layer made of experts.
+
+    Args:
+        config: the model's configuration; `config.moe` must be set.
+        layer_index: block number, counted from 0; `pyramid.py` says how many experts it has.
+    """
+
+    def __init__(self, config: GPTConfig, layer_index: int) -> None:
+        super().__init__()
+        num_experts = experts_at(config, layer_index)
+        assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
+        self.top_k = config.moe.top_k
+        self.router = Router(config.moe, config.hidden_size, num_experts, layer_index)
+        self.experts = Experts(num_experts, config.hidden_size, config.ffn_size)
+        self.mlp = FeedForward(config.hidden_size, config.ffn_size) if config.moe.mlp_type == "residual" else None
+        learned_mix = self.mlp is not None and config.moe.residual_mix == "learned"
+        self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
+
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None = None, noise_key: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Apply the layer.
+
+        Args:
+            x: `[B, T, H]`.
+            token_mask: `[B, T]` bool, False at padding.
+            noise_key: see `Router.forward`.
+
+        Returns:
+            `y` `[B, T, H]` in the dtype of `x`, and the routing. A token that no expert had room for gets zeros (its MLP
+            part in a residual layer).
+        """
+        tokens = x.flatten(0, 1)  # [N, H]
+        routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
+        dispatch = Dispatch.of(routing, self.router.num_experts)
+        y = self.experts(dispatch.gather(tokens, self.top_k), dispatch.rows_per_expert)  # [N * k, H]
+        y = dispatch.combine(y, routing.weight)  # [N, H], at least fp32
+        if self.mlp is not None:
+            y = self._mix(tokens, y, self.mlp(tokens))
+        return y.to(x.dtype).view_as(x), routing
+
+    def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> Tensor:
+        """Join the experts' correction and the shared MLP, in the dtype of `expert`; all `[N, H]`."""
+        if self.coefficient is None:
+            return expert + mlp
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = expert.dtype
+            logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
+            share = F.softmax(logits, dim=-1)  # [N, 2]
+            return expert * share[:, 0:1] + mlp.to(dtype) * share[:, 1:2]

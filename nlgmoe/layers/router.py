@@ -1,0 +1,213 @@
+"""ROUTER: which experts a token visits, with which weight, and what keeps the experts balanced.
+
+    logits = x W                               [N, E]   in at least fp32
+    p      = softmax(logits)                   [N, E]
+    expert = top-k of p (with noise, if asked) [N, k]
+    kept   = the assignments within capacity   [N, k]
+    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1
+    aux    = E * sum_e mean_n(p_e) * fraction_e
+
+Follows GShard (arXiv 2006.16668, algorithm 1), Switch Transformer (arXiv 2101.03961, section 2.2) for the losses' form
+and DeepSpeed's `sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter.
+
+Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from nlgmoe.config import MoEConfig
+from nlgmoe.seeding import derive_seed
+
+JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one MoE layer decided for one micro-batch.
+
+    Attributes:
+        expert: `[N, k]` chosen experts, first choice first.
+        weight: `[N, k]` weight of each choice in the output, in at least fp32; 0 where dropped.
+        kept: `[N, k]` bool; False for assignments over capacity and for padding.
+        probs: `[N, E]` the gate's distribution.
+        aux_loss: scalar, the load-balancing loss (1 when balanced), not yet times `loss_coeff`.
+        z_loss: scalar, mean squared logsumexp of the logits, not yet times `z_loss_coeff`.
+        tokens_per_expert: `[E]` assignments each expert was asked for, before dropping.
+        num_tokens: scalar, tokens that are not padding.
+    """
+
+    expert: Tensor
+    weight: Tensor
+    kept: Tensor
+    probs: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    tokens_per_expert: Tensor
+    num_tokens: Tensor
+
+
+def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
+    """Slots of one expert: `max(minimum, ceil(k * tokens / experts * factor))`.
+
+    Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
+    """
+    share = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(
+        factor * top_k, dtype=torch.float32
+    )
+    return max(minimum, int(torch.ceil(share)))
+
+
+class Router(nn.Module):
+    """The gate of one MoE layer.
+
+    Args:
+        config: routing settings.
+        hidden_size: H.
+        num_experts: E of this layer (all of them, wherever they live).
+        layer_index: block number, so that layers draw different random numbers.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: tuple[int, ...] | None = None) -> Routing:
+        """Route.
+
+        Args:
+            x: `[N, H]`.
+            token_mask: `[N]` bool, False at padding: takes no slot, counts in no loss or statistic.
+            noise_key: (seed, step, micro-batch index): fixes every random draw of this call, whatever the rank. None
+                draws from torch's global generator.
+        """
+        config, training = self.config, self.training
+        draw = _Uniform(noise_key, self.layer_index, x.device)
+        with torch.autocast(x.device.type, enabled=False):  # autocast would turn the fp32 matmul into bf16
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            gate_input = x.to(dtype)
+            if config.noise == "jitter" and training:
+                gate_input = gate_input * (1 - JITTER + 2 * JITTER * draw(gate_input.shape))
+            logits = gate_input @ self.weight.to(dtype).t()  # [N, E]
+            probs = F.softmax(logits, dim=-1)
+
+            expert = self._choose(logits, probs, draw)  # [N, k]
+            requested = torch.ones_like(expert, dtype=torch.bool)
+            if token_mask is not None:
+                requested = requested & token_mask.unsqueeze(-1)
+            kept = requested & self._within_capacity(expert, probs, requested, draw)
+            weight = torch.where(kept, probs.gather(1, expert), 0.0)
+            if config.top_k > 1:
+                weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+
+            tokens_per_expert = self._count(expert, requested)
+            num_tokens = requested[:, 0].sum()
+            aux_loss = self._balance_loss(expert, probs, requested)
+            z_loss = _masked_mean(logits.logsumexp(dim=-1).square(), requested[:, 0])
+        return Routing(expert, weight, kept, probs, aux_loss, z_loss, tokens_per_expert, num_tokens)
+
+    def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
+        """The k experts of each token, `[N, k]`, first choice first."""
+        config, training = self.config, self.training
+        logits = logits.detach()
+        if config.top_k == 1:
+            if config.noise == "rsample" and training:
+                logits = logits + draw.gumbel(logits.shape)
+            return logits.argmax(dim=-1, keepdim=True)
+        if config.top_k == 2:
+            first = logits.argmax(dim=-1, keepdim=True)
+            if config.second_expert == "sample" and training:
+                # The Gumbel-max trick: the argmax of logits + Gumbel noise is a sample of their softmax.
+                logits = logits + draw.gumbel(logits.shape)
+            second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
+            return torch.cat([first, second], dim=-1)
+        return probs.detach().topk(config.top_k, dim=-1).indices
+
+    def _within_capacity(self, expert: Tensor, probs: Tensor, requested: Tensor, draw: _Uniform) -> Tensor:
+        """Which assignments find a slot, `[N, k]` bool: each expert serves its queue until its slots are taken."""
+        config = self.config
+        if not (config.token_dropping if self.training else config.eval_token_dropping):
+            return torch.ones_like(requested)
+        factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
+        num_tokens, top_k = expert.shape
+        slots = capacity(num_tokens, self.num_experts, top_k, factor, config.min_capacity)
+        # The queue: assignments in the order in which they may take a slot. Ties keep token order (stable sort).
+        if top_k == 1:
+            queue = torch.arange(num_tokens, device=expert.device)
+            if config.random_token_selection and self.training:
+                queue = draw((num_tokens,)).argsort(descending=True)  # the highest random priorities stay
+        elif top_k == 2:
+            # All first choices before any second one, each in token order.
+            queue = torch.arange(num_tokens * 2, device=expert.device).view(num_tokens, 2).t().flatten()
+        else:
+            queue = probs.detach().gather(1, expert).flatten().argsort(descending=True, stable=True)
+        wanted = torch.where(requested, expert, self.num_experts).flatten()[queue]  # padding queues at no expert
+        by_expert = wanted.argsort(stable=True)  # each expert's queue becomes one run
+        sorted_expert = wanted[by_expert]
+        lengths = torch.bincount(wanted, minlength=self.num_experts + 1)
+        run_start = lengths.cumsum(0) - lengths
+        place_in_run = torch.arange(len(queue), device=expert.device) - run_start[sorted_expert]
+        kept = torch.empty_like(requested).flatten()
+        kept[queue[by_expert]] = place_in_run < slots
+        return kept.view_as(requested)
+
+    def _balance_loss(self, expert: Tensor, probs: Tensor, requested: Tensor) -> Tensor:
+        """`E * sum_e mean_prob_e * fraction_e`: 1 when balanced, E when all tokens go to one expert.
+
+        The fraction counts requests before dropping: first choices for k = 2, all of them over k for k > 2.
+        """
+        config, dtype = self.config, probs.dtype
+        counted = 1 if config.top_k <= 2 else config.top_k
+        counts = self._count(expert[:, :counted], requested[:, :counted]).to(dtype)  # [E]
+        num_tokens = requested[:, 0].sum().to(dtype)
+        prob_sum = torch.where(requested[:, :1], probs, 0.0).sum(dim=0)  # [E]
+        if config.aux_scope == "global" and self.training and distributed.is_initialized():
+            # Averaging the ranks' losses, as data parallelism does, gives the loss of the whole batch when each rank
+            # puts its own probabilities against everyone's loads and divides by everyone's tokens.
+            shared = torch.cat([counts, num_tokens[None]])
+            distributed.all_reduce(shared)
+            counts, all_tokens = shared[:-1], shared[-1]
+            num_tokens = all_tokens / distributed.get_world_size()
+            fraction = counts / (counted * all_tokens).clamp_min(1)
+        else:
+            fraction = counts / (counted * num_tokens).clamp_min(1)
+        return self.num_experts * (prob_sum / num_tokens.clamp_min(torch.finfo(dtype).eps) * fraction).sum()
+
+    def _count(self, expert: Tensor, requested: Tensor) -> Tensor:
+        """Requests per expert, `[E]` int64."""
+        target = torch.where(requested, expert, self.num_experts).flatten()
+        return torch.bincount(target, minlength=self.num_experts + 1)[: self.num_experts]
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask`, 0 if it is empty."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+class _Uniform:
+    """Uniform draws that depend on the key alone; from torch's global generator if there is no key."""
+
+    def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
+        self.device = device
+        self.generator: torch.Generator | None = None
+        if key is not None:
+            self._seed = derive_seed("routing", *key, layer_index)
+        self._keyed = key is not None
+
+    def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        if self._keyed and self.generator is None:
+            self.generator = torch.Generator(self.device).manual_seed(self._seed)
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """Standard Gumbel noise, `-log(-log(u))`."""
+        uniform = self(shape).clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+        return -torch.log(-torch.log(uniform))

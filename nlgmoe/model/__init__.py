@@ -1,0 +1,1 @@
+"""The model put together from the layers, and arithmetic about it."""

@@ -1,0 +1,83 @@
+"""Parameters and FLOPs of a configuration, counted from its numbers alone; nothing is built.
+
+"Active" is what one token passes through: `top_k` experts of each MoE layer instead of all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.pyramid import experts_per_layer
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model, by part; `total` and `active` are sums."""
+
+    embedding: int
+    attention: int
+    norms: int
+    dense_ffn: int  # feed-forward layers of dense blocks and the shared MLPs of residual blocks
+    router: int  # gates, and the mixing coefficients of residual blocks
+    experts: int
+    active_experts: int
+
+    @property
+    def total(self) -> int:
+        """All parameters; the tied unembedding counts once."""
+        return self.embedding + self.attention + self.norms + self.dense_ffn + self.router + self.experts
+
+    @property
+    def active(self) -> int:
+        """Parameters one token uses."""
+        return self.total - self.experts + self.active_experts
+
+
+def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
+    """Count the parameters of `GPT(config)`.
+
+    Args:
+        config: the model.
+        padded: count the padding rows of the embedding table (they exist); the paper's sizes leave them out.
+    """
+    width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
+    experts = [count for count in experts_per_layer(config) if count]
+    network = 2 * width * ffn + ffn + width
+    residual = config.moe is not None and config.moe.mlp_type == "residual"
+    coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
+    top_k = config.moe.top_k if config.moe is not None else 0
+    return ParameterCount(
+        embedding=((config.padded_vocab_size if padded else config.vocab_size) + config.seq_len) * width,
+        attention=layers * (4 * width * width + 4 * width),
+        norms=(2 * layers + 1) * 2 * width,
+        dense_ffn=network * (layers - len(experts) + (len(experts) if residual else 0)),
+        router=sum(experts) * width + len(experts) * coefficient,
+        experts=network * sum(experts),
+        active_experts=network * top_k * len(experts),
+    )
+
+
+def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
+    """Matrix-multiplication FLOPs of one token, forward and backward (3 times the forward), logits included.
+
+    Attention counts the causal half of the score matrix. A multiply-add is two FLOPs; assignments that a capacity would
+    drop count as computed.
+
+    Args:
+        config: the model.
+        seq_len: tokens per sequence; the configuration's by default.
+    """
+    width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
+    length = config.seq_len if seq_len is None else seq_len
+    experts = [count for count in experts_per_layer(config) if count]
+    forward = layers * (8 * width * width + 2 * width * length)  # projections; scores and weighted sum, causal half
+    forward += (layers - len(experts)) * 4 * width * ffn
+    if config.moe is not None:
+        residual = config.moe.mlp_type == "residual"
+        forward += len(experts) * (config.moe.top_k + residual) * 4 * width * ffn
+        forward += sum(experts) * 2 * width
+        if residual and config.moe.residual_mix == "learned":
+            forward += len(experts) * 4 * width
+    forward += 2 * width * config.vocab_size
+    return 3 * forward

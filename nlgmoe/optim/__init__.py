@@ -1,0 +1,1 @@
+"""How weights change: the optimizer's parameter groups and the schedules that follow the token clock."""

@@ -1,0 +1,57 @@
+"""AdamW and its two named parameter groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW, with the paper's values as defaults.
+
+    Attributes:
+        lr: peak learning rate; `schedule` shapes it over tokens.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer: lr={self.lr} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer: betas={self.betas} must both be in [0, 1)")
+        if self.eps <= 0 or self.weight_decay < 0:
+            raise ValueError("optimizer: eps must be above 0 and weight_decay at least 0")
+
+
+def decays(module: nn.Module, leaf: str) -> bool:
+    """Whether weight decay applies to the parameter `leaf` of `module`.
+
+    By name and owner, not by shape: the stacked biases of the experts are 2-D.
+    """
+    return not (isinstance(module, nn.LayerNorm) or leaf == "bias" or leaf.endswith("_bias"))
+
+
+def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW with the groups `decay` and `no_decay`; parameters keep their names, so that checkpoints can too."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            groups["decay" if decays(module, name.rpartition(".")[2]) else "no_decay"].append((name, parameter))
+    settings = {"decay": config.weight_decay, "no_decay": 0.0}
+    return torch.optim.AdamW(
+        [{"params": groups[name], "weight_decay": settings[name], "name": name} for name in groups],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )

@@ -1,0 +1,77 @@
+"""Schedules as pure functions of the tokens trained on (the token clock); nothing here counts steps.
+
+The paper's runs warm up over 375M tokens and decay on a cosine to the minimum over 260B or 300B tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """Shape of the learning rate over tokens.
+
+    Attributes:
+        shape: after the warm-up: `cosine` falls to `min_lr` at `decay_tokens` and stays there, `constant` stays at the
+            peak, `wsd` (warm-up, stable, decay) stays at the peak and falls linearly over the last `cooldown_tokens`
+            before `decay_tokens`.
+        min_lr: the learning rate at the end.
+        warmup_tokens: the learning rate rises linearly from 0 over this many tokens.
+        decay_tokens: when the end is reached, in tokens from the start of training; not used by `constant`.
+        cooldown_tokens: length of `wsd`'s fall, in tokens; used by `wsd` only.
+    """
+
+    shape: Literal["cosine", "constant", "wsd"] = "cosine"
+    min_lr: float = 0.0
+    warmup_tokens: int = 0
+    decay_tokens: int | None = None
+    cooldown_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup_tokens < 0 or self.min_lr < 0:
+            raise ValueError("schedule: warmup_tokens and min_lr must be at least 0")
+        if self.shape == "constant":
+            if self.decay_tokens is not None or self.min_lr:
+                raise ValueError(
+                    "schedule: shape=constant never decays; remove decay_tokens and min_lr, or use cosine or wsd"
+                )
+        elif self.decay_tokens is None or self.decay_tokens <= self.warmup_tokens:
+            raise ValueError(
+                f"schedule: shape={self.shape} needs decay_tokens above warmup_tokens={self.warmup_tokens}, "
+                f"got decay_tokens={self.decay_tokens}"
+            )
+        if (self.cooldown_tokens is not None) != (self.shape == "wsd"):
+            raise ValueError("schedule: cooldown_tokens goes with shape=wsd, and only with it")
+        if self.cooldown_tokens is not None:
+            assert self.decay_tokens is not None
+            if not 0 < self.cooldown_tokens <= self.decay_tokens - self.warmup_tokens:
+                raise ValueError(
+                    f"schedule: cooldown_tokens={self.cooldown_tokens} must be above 0 and fit between "
+                    f"warmup_tokens={self.warmup_tokens} and decay_tokens={self.decay_tokens}"
+                )
+
+
+def learning_rate(tokens: int, peak: float, schedule: LearningRateSchedule) -> float:
+    """Learning rate of the step that follows the first `tokens` tokens of training.
+
+    Args:
+        tokens: tokens trained on so far.
+        peak: learning rate after the warm-up.
+        schedule: the shape.
+    """
+    if tokens < schedule.warmup_tokens:
+        return peak * tokens / schedule.warmup_tokens
+    if schedule.shape == "constant":
+        return peak
+    assert schedule.decay_tokens is not None
+    if tokens >= schedule.decay_tokens:
+        return schedule.min_lr
+    if schedule.shape == "wsd":
+        assert schedule.cooldown_tokens is not None
+        left = min(1.0, (schedule.decay_tokens - tokens) / schedule.cooldown_tokens)
+        return schedule.min_lr + (peak - schedule.min_lr) * left
+    done = (tokens - schedule.warmup_tokens) / (schedule.decay_tokens - schedule.warmup_tokens)
+    return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * done))

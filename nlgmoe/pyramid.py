@@ -1,0 +1,24 @@
+"""The pyramid of PR-MoE: how many experts each block has (paper, section 4.1.1, "Phenomenon-I"; figure 2, left).
+
+The paper finds that experts pay off more in later layers, so `MoEConfig.num_experts` may grow with depth.
+"""
+
+from nlgmoe.config import GPTConfig
+
+
+def experts_at(config: GPTConfig, layer_index: int) -> int:
+    """Experts of block `layer_index` (counted from 0); 0 for a dense block.
+
+    With `expert_interval` 2, blocks 1, 3, 5, ... are MoE; the j-th of them takes `num_experts[j]`.
+    """
+    moe = config.moe
+    if moe is None or (layer_index + 1) % moe.expert_interval:
+        return 0
+    if isinstance(moe.num_experts, int):
+        return moe.num_experts
+    return moe.num_experts[(layer_index + 1) // moe.expert_interval - 1]
+
+
+def experts_per_layer(config: GPTConfig) -> list[int]:
+    """`experts_at` of every block, from the first to the last."""
+    return [experts_at(config, layer) for layer in range(config.num_layers)]

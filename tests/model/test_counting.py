@@ -1,0 +1,78 @@
+"""Counts against the built model and against the paper's table."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.model.gpt import GPT
+
+
+def paper(layers: int, hidden: int, experts: int | list[int] | None = None, residual: bool = False) -> GPTConfig:
+    moe = None if experts is None else MoEConfig(experts, mlp_type="residual" if residual else "standard")
+    return GPTConfig(50257, 2048, layers, hidden, {768: 12, 1024: 16, 2048: 16, 4096: 32}[hidden], moe=moe)
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (paper(12, 768), 0.125),
+        (paper(12, 768, 64), 1.911),
+        (paper(24, 1024), 0.356),
+        (paper(24, 1024, 128), 13.149),
+        (paper(24, 1024, [32] * 10 + [64] * 2, True), 4.117),
+        (paper(21, 1024, [32] * 8 + [64] * 2, True), 3.542),
+        (paper(24, 2048), 1.316),
+        (paper(24, 2048, 128), 52.471),
+        (paper(24, 2048, [64] * 10 + [128] * 2, True), 31.392),
+        (paper(21, 2048, [64] * 8 + [128] * 2, True), 26.944),
+        (paper(32, 4096), 6.658),
+    ],
+)
+def test_the_papers_models_have_the_papers_sizes(config: GPTConfig, billions: float) -> None:
+    assert round(count_parameters(config, padded=False).total / 1e9, 3) == billions
+
+
+SMALL = [
+    GPTConfig(61, 16, 4, 16, 2),
+    GPTConfig(61, 16, 5, 16, 2, ffn_hidden_size=24, moe=MoEConfig([2, 5], top_k=2)),
+    GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(3, mlp_type="residual")),
+    GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(3, expert_interval=1, mlp_type="residual", residual_mix="sum")),
+]
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_total_is_what_the_model_has(config: GPTConfig) -> None:
+    with torch.device("meta"):
+        model = GPT(config)
+    assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_active_leaves_out_the_experts_not_chosen(config: GPTConfig) -> None:
+    count = count_parameters(config)
+    one_expert = 2 * config.hidden_size * config.ffn_size + config.ffn_size + config.hidden_size
+    layers = 0 if config.moe is None else config.num_layers // config.moe.expert_interval
+    top_k = 0 if config.moe is None else config.moe.top_k
+    assert count.active == count.total - count.experts + layers * top_k * one_expert
+
+
+def test_flops_match_torchs_own_counter_on_a_dense_model() -> None:
+    config = GPTConfig(128, 16, 3, 32, 2)
+    model = GPT(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the others it cannot see on CPU
+        output = model(torch.zeros(2, 16, dtype=torch.long))
+        model.logits(output.hidden)
+    full_attention = config.num_layers * 2 * config.hidden_size * config.seq_len  # torch counts the masked half too
+    assert counter.get_total_flops() / 32 == flops_per_token(config) / 3 + full_attention
+
+
+def test_an_expert_costs_what_a_dense_ffn_costs() -> None:
+    """Top-1 routing adds only the gate; a residual layer adds an MLP and the coefficient."""
+    dense, moe = GPTConfig(61, 16, 4, 16, 2), GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(8))
+    residual = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(8, mlp_type="residual"))
+    gate = 3 * 2 * 16 * 8 * 2
+    assert flops_per_token(moe) - flops_per_token(dense) == gate
+    assert flops_per_token(residual) - flops_per_token(moe) == 3 * 2 * (4 * 16 * 64 + 4 * 16)

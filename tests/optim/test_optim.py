@@ -1,0 +1,82 @@
+"""Schedules against literal numbers, parameter groups by name."""
+
+import math
+
+import pytest
+import torch
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+
+COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (0, 0.0),
+        (37_500_000, 3e-5),
+        (375_000_000, 3e-4),
+        (150_187_500_000, (3e-4 + 1e-6) / 2),  # half-way between warm-up and end
+        (75_281_250_000, 1e-6 + 299e-6 * (0.5 + math.sqrt(0.125))),  # a quarter of the way
+        (300_000_000_000, 1e-6),
+        (330_000_000_000, 1e-6),
+    ],
+)
+def test_cosine_of_the_papers_350m_pr_moe(tokens: int, expected: float) -> None:
+    assert learning_rate(tokens, 3e-4, COSINE) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+def test_constant_and_wsd() -> None:
+    constant = LearningRateSchedule("constant", warmup_tokens=100)
+    assert [learning_rate(t, 1.0, constant) for t in (0, 50, 100, 10**12)] == [0.0, 0.5, 1.0, 1.0]
+    wsd = LearningRateSchedule("wsd", min_lr=0.2, warmup_tokens=100, decay_tokens=1000, cooldown_tokens=400)
+    values = [learning_rate(t, 1.0, wsd) for t in (50, 100, 600, 800, 900, 1000, 2000)]
+    assert values == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.4, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shape": "cosine"},
+        {"shape": "cosine", "warmup_tokens": 10, "decay_tokens": 10},
+        {"shape": "constant", "decay_tokens": 10},
+        {"shape": "constant", "min_lr": 0.1},
+        {"shape": "wsd", "decay_tokens": 100},
+        {"shape": "wsd", "decay_tokens": 100, "cooldown_tokens": 200},
+        {"shape": "cosine", "decay_tokens": 100, "cooldown_tokens": 20},
+        {"shape": "cosine", "decay_tokens": 100, "warmup_tokens": -1},
+    ],
+)
+def test_contradictory_schedules_are_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="schedule: "):
+        LearningRateSchedule(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])
+def test_impossible_optimizer_settings_are_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="optimizer: "):
+        AdamWConfig(**settings)
+
+
+def test_biases_and_norms_do_not_decay_and_everything_else_does() -> None:
+    config = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
+    model = GPT(config)
+    groups = {g["name"]: set(g["param_names"]) for g in build_adamw(model, AdamWConfig(weight_decay=0.1)).param_groups}
+    assert groups["decay"] | groups["no_decay"] == {name for name, _ in model.named_parameters()}
+    assert not groups["decay"] & groups["no_decay"]
+    assert "blocks.1.moe.experts.expand_bias" in groups["no_decay"]  # stacked: 2-D, and still a bias
+    assert "blocks.1.moe.coefficient.bias" in groups["no_decay"]
+    assert "blocks.0.ffn_norm.weight" in groups["no_decay"]
+    for name in ("token_embedding.weight", "position_embedding.weight", "blocks.1.moe.router.weight"):
+        assert name in groups["decay"]
+    assert all(name.endswith("bias") or "norm" in name for name in groups["no_decay"])
+
+
+def test_optimizer_settings_reach_adamw() -> None:
+    optimizer = build_adamw(torch.nn.Linear(2, 2), AdamWConfig(lr=0.5, betas=(0.1, 0.2), eps=0.3, weight_decay=0.4))
+    decay, no_decay = optimizer.param_groups
+    assert (decay["lr"], decay["betas"], decay["eps"], decay["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
+    assert no_decay["weight_decay"] == 0.0
