@@ -1,0 +1,54 @@
+"""nlgmoe: mixture-of-experts language models on PyTorch Lightning.
+
+The names below are the public interface. They are looked up when first used, so `import nlgmoe` is quick and nothing
+that a run does not need is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nlgmoe.checkpoint.portable import load_model
+    from nlgmoe.cli.train import Experiment, load_config
+    from nlgmoe.config import GPTConfig, MoEConfig
+    from nlgmoe.data import PileDataModule
+    from nlgmoe.eval.generation import generate
+    from nlgmoe.layers.moe import MoELayer
+    from nlgmoe.model.gpt import GPT, GPTOutput
+    from nlgmoe.module import MoEGPTModule
+
+_HOMES = {
+    "Experiment": "nlgmoe.cli.train",
+    "GPT": "nlgmoe.model.gpt",
+    "GPTConfig": "nlgmoe.config",
+    "GPTOutput": "nlgmoe.model.gpt",
+    "MoEConfig": "nlgmoe.config",
+    "MoEGPTModule": "nlgmoe.module",
+    "MoELayer": "nlgmoe.layers.moe",
+    "PileDataModule": "nlgmoe.data",
+    "generate": "nlgmoe.eval.generation",
+    "load_config": "nlgmoe.cli.train",
+    "load_model": "nlgmoe.checkpoint.portable",
+}
+
+__all__ = [
+    "GPT",
+    "Experiment",
+    "GPTConfig",
+    "GPTOutput",
+    "MoEConfig",
+    "MoEGPTModule",
+    "MoELayer",
+    "PileDataModule",
+    "generate",
+    "load_config",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nlgmoe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

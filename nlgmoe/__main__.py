@@ -1,0 +1,5 @@
+"""`python -m nlgmoe` is the `nlgmoe` command."""
+
+from nlgmoe.cli.main import main
+
+main()

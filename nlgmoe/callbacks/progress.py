@@ -1,0 +1,92 @@
+"""The progress bar: position in tokens, tokens per second, time left, loss and learning rate."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from typing_extensions import override
+
+from nlgmoe.module import Batch, MoEGPTModule
+
+
+class TokenProgressBar(TQDMProgressBar):
+    """Lightning's bar, counting tokens instead of batches, so that its rate and its time left mean what they say.
+
+    Where the run ends at a token count or a step count, the bar knows its end.
+
+    Args:
+        refresh_rate: micro-batches between updates; 0 hides the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show how far the run is."""
+        super().on_train_start(trainer, pl_module)
+        bar, module = self.train_progress_bar, _module(trainer)
+        bar.unit, bar.unit_scale, bar.total = " tok", True, module.train_tokens
+        bar.initial = bar.n = module.tokens_seen
+        bar.set_description("Training")
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Leave the bar as it is: it spans the run, not an epoch."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        module, bar = _module(trainer), self.train_progress_bar
+        if bar.total is None and trainer.max_steps > 0 and trainer.global_step > 0:
+            bar.total = module.tokens_seen // trainer.global_step * trainer.max_steps
+        if self._should_update(batch_idx + 1, -1):
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            if bar.total is not None:
+                bar.total = max(
+                    bar.total, module.tokens_seen
+                )  # the last step may overshoot; tqdm would forget the total
+            bar.update(module.tokens_seen - bar.n)
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Loss, validation loss once there is one, learning rate."""
+        shown = {"loss": "train/loss", "val_loss": "val/loss"}
+        metrics = trainer.callback_metrics
+        found = {label: f"{float(metrics[name]):.3f}" for label, name in shown.items() if name in metrics}
+        return found | {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""}
+
+
+def _module(trainer: Trainer) -> MoEGPTModule:
+    assert isinstance(trainer.lightning_module, MoEGPTModule)
+    return trainer.lightning_module
+
+
+class Throughput(Callback):
+    """Logs `train/tokens_per_second` over each logging interval, validation and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._seconds = 0.0
+        self._started = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stop it, and log once per interval."""
+        self._seconds += time.perf_counter() - self._started
+        self._tokens += batch["tokens"].numel() * trainer.world_size
+        if trainer._logger_connector.should_update_logs:
+            pl_module.log("train/tokens_per_second", self._tokens / self._seconds)
+            self._tokens, self._seconds = 0, 0.0

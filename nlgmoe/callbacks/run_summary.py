@@ -1,0 +1,127 @@
+"""summary.json: what a run came to, in the run folder."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.module import Batch, MoEGPTModule
+from nlgmoe.versions import versions
+
+
+class RunSummary(Callback):
+    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends.
+
+    `train_loss` is the mean over the last 50 micro-batches. Times and token rates add up over resumed parts
+    of a run. `tokens_per_second` is over training steps alone; `wall_seconds` counts validation and checkpoints too.
+    """
+
+    def __init__(self) -> None:
+        self._losses: deque[Tensor] = deque(maxlen=50)
+        self._wall_seconds = 0.0
+        self._step_seconds = 0.0
+        self._fed_tokens = 0
+        self._fit_started = self._batch_started = 0.0
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {
+            "losses": [float(loss) for loss in self._losses],
+            "wall_seconds": self._wall_so_far(),
+            "step_seconds": self._step_seconds,
+            "fed_tokens": self._fed_tokens,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._losses.extend(torch.tensor(loss) for loss in state_dict["losses"])
+        self._wall_seconds = state_dict["wall_seconds"]
+        self._step_seconds = state_dict["step_seconds"]
+        self._fed_tokens = state_dict["fed_tokens"]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the wall clock."""
+        self._fit_started = time.perf_counter()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Start the step clock."""
+        self._batch_started = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Add the micro-batch."""
+        self._step_seconds += time.perf_counter() - self._batch_started
+        self._fed_tokens += batch["tokens"].numel() * trainer.world_size
+        self._losses.append(
+            trainer.callback_metrics["train/loss"]
+        )  # a tensor: reading its value would wait for the GPU
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
+        assert isinstance(pl_module, MoEGPTModule)
+        write_summary(Path(trainer.default_root_dir), self._summary(trainer, pl_module))
+
+    def _wall_so_far(self) -> float:
+        running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
+        return self._wall_seconds + running
+
+    def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parameters = count_parameters(module.config)
+        entropy = getattr(trainer.datamodule, "unigram_entropy", None)  # type: ignore[attr-defined]
+        prefix = "val/bits_per_byte/"
+        return {
+            "steps": trainer.global_step,
+            "tokens": module.tokens_seen,
+            "train_loss": float(torch.stack(list(self._losses)).mean()) if self._losses else None,
+            "val_loss": metrics.get("val/loss"),
+            "unigram_entropy": entropy() if entropy is not None else None,
+            "bits_per_byte": {
+                "all": metrics.get("val/bits_per_byte"),
+                **{name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
+            },
+            "tokens_per_second": self._fed_tokens / self._step_seconds if self._step_seconds else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "params_total": parameters.total,
+            "params_active": parameters.active,
+            "wall_seconds": self._wall_seconds,
+            "versions": versions(),
+        }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: of the GPU where there is one, resident otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@rank_zero_only
+def write_summary(run_folder: Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json`, whole or not at all."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    temporary = run_folder / ".summary.json.writing"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.rename(run_folder / "summary.json")

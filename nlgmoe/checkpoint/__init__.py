@@ -1,0 +1,1 @@
+"""Checkpoints: the portable folder that training writes and everything else reads."""

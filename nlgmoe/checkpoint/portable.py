@@ -1,0 +1,236 @@
+"""The portable checkpoint: a folder of safetensors and JSON that knows no topology. Nothing is pickled.
+
+    name.ckpt/
+      checkpoint.json         format, model configuration, step and token clock, loops, callbacks, data position, versions
+      model.safetensors       GPT's parameters by name, one entry per expert
+      optimizer.safetensors   `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, again one entry per expert
+      state.safetensors       tensors of callbacks and others that `checkpoint.json` refers to; absent if there are none
+
+A folder is written under a temporary name beside its own, flushed to disk and renamed: what has the final name is whole.
+`PortableCheckpointIO` is the plugin through which Lightning reads and writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typing_extensions import override
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.model.gpt import GPT
+from nlgmoe.versions import versions
+
+FORMAT = "nlgmoe-portable"
+VERSION = 1
+PREFIX = "model."  # where MoEGPTModule keeps its GPT
+_STACK = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<part>\w+)")  # a stacked parameter of `layers/experts.py`
+_EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")  # its entry for one expert
+
+
+class PortableCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints, as portable folders. `MoEGPTModule` puts it into the trainer."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write Lightning's `checkpoint` dictionary to the folder `path`, replacing what is there only when done."""
+        rest = dict(checkpoint)
+        model = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}
+        files = {"model.safetensors": split_experts(model)}
+        if rest.get("optimizer_states"):
+            (state,) = rest.pop("optimizer_states")
+            files["optimizer.safetensors"], rest["optimizer_groups"] = _optimizer_to_entries(state)
+        tensors: dict[str, Tensor] = {}
+        document = {"format": FORMAT, "version": VERSION, "versions": versions(), **_to_json(rest, "", tensors)}
+        if tensors:
+            files["state.safetensors"] = tensors
+        _write_folder(Path(path), document, files)
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the folder `path` back into Lightning's dictionary; tensors are on the CPU."""
+        folder, document = Path(path), read_document(path)
+        state = _load(folder / "state.safetensors") if (folder / "state.safetensors").exists() else {}
+        checkpoint = _from_json(document, state)
+        model = join_experts(_load(folder / "model.safetensors"))
+        checkpoint["state_dict"] = {PREFIX + name: value for name, value in model.items()}
+        if "optimizer_groups" in checkpoint:
+            entries = _load(folder / "optimizer.safetensors")
+            checkpoint["optimizer_states"] = [_optimizer_from_entries(entries, checkpoint.pop("optimizer_groups"))]
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete the folder, or the link to one."""
+        if Path(path).is_symlink():
+            Path(path).unlink()
+        elif Path(path).exists():
+            shutil.rmtree(path)
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """The `checkpoint.json` of a folder.
+
+    Raises:
+        ValueError: there is no checkpoint at `path`, or it is not in this format.
+    """
+    file = Path(path) / "checkpoint.json"
+    if not file.is_file():
+        raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
+    document = json.loads(file.read_text())
+    if document.get("format") != FORMAT or document.get("version") != VERSION:
+        found = f"{document.get('format')} version {document.get('version')}"
+        raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
+    return document
+
+
+def load_model(path: str | Path) -> GPT:
+    """The trained GPT of a checkpoint folder, on the CPU, in evaluation mode."""
+    config = GPTConfig.from_dict(read_document(path)["model_config"])
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(join_experts(_load(Path(path) / "model.safetensors")), assign=True)
+    return model.eval()
+
+
+def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One entry per expert, `...experts.3.expand_weight`, in place of each stack `...experts.expand_weight`."""
+    split: dict[str, Tensor] = {}
+    for name, value in entries.items():
+        if (match := _STACK.fullmatch(name)) and value.dim() > 0:
+            split |= {f"{match['layer']}.{expert}.{match['part']}": value[expert] for expert in range(len(value))}
+        else:
+            split[name] = value
+    return split
+
+
+def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `split_experts`.
+
+    Raises:
+        ValueError: the experts of a layer are not numbered 0, 1, 2, ... without a gap.
+    """
+    joined: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, value in entries.items():
+        if match := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{match['layer']}.{match['part']}", {})[int(match["expert"])] = value
+        else:
+            joined[name] = value
+    for name, experts in stacks.items():
+        if missing := set(range(max(experts) + 1)) - set(experts):
+            raise ValueError(f"the checkpoint lacks expert(s) {sorted(missing)} of {name}")
+        joined[name] = torch.stack([experts[index] for index in range(len(experts))])
+    return joined
+
+
+def _optimizer_to_entries(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Split an optimizer's state into named tensors and groups; parameters go by name, never by number."""
+    names = {
+        index: name
+        for group in state["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    entries: dict[str, Tensor] = {}
+    moments = sorted({moment for values in state["state"].values() for moment in values})
+    for moment in moments:
+        values = {names[index]: values[moment] for index, values in state["state"].items()}
+        entries |= {f"{moment}/{name}": value for name, value in split_experts(values).items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    return entries, groups
+
+
+def _optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Undo `_optimizer_to_entries`; numbers are given in the order of the names."""
+    by_moment: dict[str, dict[str, Tensor]] = {}
+    for key, value in entries.items():
+        moment, _, name = key.partition("/")
+        by_moment.setdefault(moment, {})[name] = value
+    by_moment = {moment: join_experts(values) for moment, values in by_moment.items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    numbered, index = [], 0
+    for group in groups:
+        numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
+        for name in group["param_names"]:
+            found = {moment: values[name] for moment, values in by_moment.items() if name in values}
+            if found:
+                state[index] = found
+            index += 1
+    return {"state": state, "param_groups": numbered}
+
+
+def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """Plain JSON for `value`; tensors move to `tensors` and leave a reference. Anything else is refused by name."""
+    if isinstance(value, Tensor):
+        tensors[where] = value.detach().clone()
+        return {"$tensor": where}
+    if isinstance(value, dict):
+        if bad := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"checkpoint entry {where}: key {bad[0]!r} is not text; use text keys in state_dict()")
+        return {key: _to_json(item, f"{where}/{key}" if where else key, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item, f"{where}/{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"checkpoint entry {where} is a {type(value).__name__}; checkpoints hold numbers, text, lists, dictionaries and "
+        "tensors only: change what state_dict() returns"
+    )
+
+
+def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return (
+            tensors[value["$tensor"]] if "$tensor" in value else {k: _from_json(v, tensors) for k, v in value.items()}
+        )
+    if isinstance(value, list):
+        return [_from_json(item, tensors) for item in value]
+    return value
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors raises its own type, which says neither the file nor what to do
+        raise ValueError(f"{file} cannot be read ({error}); use another checkpoint") from error
+
+
+def _write_folder(path: Path, document: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
+    """Write all files under a temporary name, flush them, then take the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, entries in files.items():
+        save_file({key: value.contiguous() for key, value in entries.items()}, temporary / name)
+    (temporary / "checkpoint.json").write_text(json.dumps(document, indent=1))
+    for file in [*temporary.iterdir(), temporary]:
+        _flush(file)
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    _flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

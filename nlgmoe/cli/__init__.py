@@ -1,0 +1,1 @@
+"""The two commands: `train.py` (LightningCLI) and `nlgmoe`."""

@@ -1,0 +1,301 @@
+"""MoEGPTModule: how a GPT is trained. Loss, optimizer, learning rate, and the token clock."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.config import GPTConfig
+from nlgmoe.eval.perplexity import DomainLoss
+from nlgmoe.layers.losses import cross_entropy, token_losses
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+from nlgmoe.seeding import derive_seed
+
+
+class Batch(TypedDict):
+    """What a data module yields; B sequences of T tokens.
+
+    Attributes:
+        tokens: `[B, T]` int64, what the model reads.
+        targets: `[B, T]` int64, what it shall predict at each position.
+        token_mask: `[B, T]` bool, False at padding.
+        domain: `[B]` int64, index into the data module's `domains`.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    token_mask: Tensor
+    domain: Tensor
+
+
+@runtime_checkable
+class CountsSamples(Protocol):
+    """A data module that resumes: it is told how many samples have been trained on."""
+
+    def advance(self, samples: int) -> None:
+        """Count `samples` more, over all ranks."""
+
+
+@runtime_checkable
+class SpellsBytes(Protocol):
+    """A data module whose loss can be reported by domain and per byte of text."""
+
+    domains: list[str]
+    vocab_size: int
+
+    def token_byte_lengths(self) -> Tensor:
+        """`[V]` bytes of text each token id spells."""
+
+
+class MoEGPTModule(LightningModule):
+    """Trains a GPT: cross-entropy plus the balance losses of its MoE layers.
+
+    Everything random in a step (dropout, routing noise, token selection) is a function of `seed`, the step and the
+    micro-batch's index over all ranks, so that a resumed run, or another number of ranks, draws the same numbers.
+
+    Args:
+        config: shape of the model.
+        optimizer: AdamW's settings.
+        schedule: the learning rate over tokens.
+        train_tokens: training ends when this many tokens have been fed, at the end of that step; null leaves the end to
+            the trainer (`max_steps`, `max_time`).
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
+        seed: of the initial weights and of all that is random in training.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        optimizer: AdamWConfig = AdamWConfig(),  # noqa: B008 (frozen)
+        schedule: LearningRateSchedule = LearningRateSchedule(shape="constant"),  # noqa: B008 (frozen)
+        train_tokens: int | None = None,
+        activation_checkpointing: bool = False,
+        loss_chunk_size: int = 1024,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        if train_tokens is not None and train_tokens < 1:
+            raise ValueError(f"train_tokens={train_tokens} must be at least 1, or null")
+        if loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        self.config = config
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.train_tokens = train_tokens
+        self.activation_checkpointing = activation_checkpointing
+        self.loss_chunk_size = loss_chunk_size
+        self.seed = seed
+        self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
+        self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
+        self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
+        self._window = _Window()
+        self._domain_loss: DomainLoss | None = None
+
+    @override
+    def configure_model(self) -> None:
+        """Build the GPT, once."""
+        if self.model is None:
+            self.model = GPT(self.config, self.seed, self.activation_checkpointing)
+
+    @property
+    def gpt(self) -> GPT:
+        """The model; built if it is not yet."""
+        self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Make the portable checkpoint the trainer's format, and check that model and data fit together."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = PortableCheckpointIO()
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, SpellsBytes):
+            return
+        if data.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {self.config.vocab_size}; "
+                f"set it to {data.vocab_size}"
+            )
+        self._domain_loss = DomainLoss(data.domains, data.token_byte_lengths()).to(self.device)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        key = self._noise_key()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # dropout draws from torch's generator: seed it for this micro-batch alone
+            torch.manual_seed(derive_seed("dropout", *key))
+            output = self.gpt(batch["tokens"], _mask_or_none(batch), noise_key=key)
+        language = cross_entropy(
+            output.hidden.flatten(0, 1),
+            self.gpt.unembedding,
+            batch["targets"].flatten(),
+            batch["token_mask"].flatten(),
+            self.loss_chunk_size,
+        )
+        loss = language
+        self.log("train/loss", language, prog_bar=True)
+        if self.config.moe is not None:
+            balance = torch.stack([routing.aux_loss for routing in output.routings]).sum()
+            z_loss = torch.stack([routing.z_loss for routing in output.routings]).sum()
+            loss = language + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
+            self.log("train/balance_loss", balance)
+            self.log("train/z_loss", z_loss)
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("train/tokens", float(self.tokens_seen))
+        self.routings = output.routings
+        self._window.add(batch)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one micro-batch to the loss by domain."""
+        self._evaluate(batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation, on the test data."""
+        self._evaluate(batch)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of every token, `[B, T]` nats; 0 at padding."""
+        return self._token_losses(batch) * batch["token_mask"]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss`, `val/bits_per_byte`, and both by domain."""
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log the same under `test/`."""
+        self._log_evaluation("test")
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """AdamW with named groups; its learning rate follows the token clock."""
+        optimizer = build_adamw(self.gpt, self.optimizer_config)
+        peak = self.optimizer_config.lr
+        scheduler = LambdaLR(optimizer, lambda _: learning_rate(self.tokens_seen, peak, self.schedule) / peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+    @override
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Advance the clocks, then the learning rate.
+
+        Lightning calls this once after every optimizer step and before any callback can save a checkpoint: the one place
+        where "trained on" becomes true. A checkpoint taken inside an accumulation window therefore holds the position at
+        the window's start, which is where its weights are.
+        """
+        world = self.trainer.world_size
+        self.tokens_seen += self._window.tokens * world
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, CountsSamples):
+            data.advance(self._window.samples * world)
+        self._window = _Window()
+        scheduler.step()
+        self._stop_at_the_end()
+
+    @override
+    def on_train_start(self) -> None:
+        """Begin the first window; a resumed run whose end has been reached stops here."""
+        self._window = _Window()
+        self._stop_at_the_end()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's shape and the clock, and set the loop's counters to the last optimizer step."""
+        checkpoint["model_config"] = self.config.to_dict()
+        checkpoint["tokens_seen"] = self.tokens_seen
+        loop = checkpoint["loops"]["fit_loop"]
+        step = checkpoint["global_step"]
+        batches = step * self.trainer.accumulate_grad_batches
+        for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
+            for name in counts:
+                counts[name] = batches
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the clock.
+
+        Raises:
+            ValueError: the checkpoint's model is not this one; the message names the fields that differ.
+        """
+        theirs, ours = checkpoint["model_config"], self.config.to_dict()
+        if different := _differences(theirs, ours):
+            raise ValueError(f"the checkpoint's model differs from model.config: {', '.join(different)}")
+        self.tokens_seen = checkpoint["tokens_seen"]
+
+    def _stop_at_the_end(self) -> None:
+        if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
+            self.trainer.should_stop = True
+
+    def _noise_key(self) -> tuple[int, int, int]:
+        """(seed, step, index of this micro-batch within the step over all ranks)."""
+        trainer = self.trainer
+        return self.seed, trainer.global_step, self._window.batches * trainer.world_size + trainer.global_rank
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        hidden = self.gpt(batch["tokens"], _mask_or_none(batch)).hidden
+        losses = token_losses(
+            hidden.flatten(0, 1), self.gpt.unembedding, batch["targets"].flatten(), self.loss_chunk_size
+        )
+        return losses.view_as(batch["targets"])
+
+    def _evaluate(self, batch: Batch) -> None:
+        if self._domain_loss is None:  # another data module: one unnamed domain, no bytes
+            self._domain_loss = DomainLoss(["all"], torch.zeros(self.config.vocab_size)).to(self.device)
+        self._domain_loss.update(self._token_losses(batch), batch["targets"], batch["token_mask"], batch["domain"])
+
+    def _log_evaluation(self, prefix: str) -> None:
+        assert self._domain_loss is not None
+        for name, value in self._domain_loss.compute().items():
+            if torch.isfinite(value) or not name.startswith("bits_per_byte"):
+                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss")
+        self._domain_loss.reset()
+
+
+class _Window:
+    """What has been fed since the last optimizer step, on this rank."""
+
+    def __init__(self) -> None:
+        self.batches = self.samples = self.tokens = 0
+
+    def add(self, batch: Batch) -> None:
+        """Count one micro-batch."""
+        self.batches += 1
+        self.samples += batch["tokens"].shape[0]
+        self.tokens += batch["tokens"].numel()
+
+
+def _mask_or_none(batch: Batch) -> Tensor | None:
+    """The mask, or None where nothing is masked: attention is faster without one."""
+    mask = batch["token_mask"]
+    return None if bool(mask.all()) else mask
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: theirs -> ours` for every field that differs, nested ones by path."""
+    found = []
+    for name in sorted(theirs.keys() | ours.keys()):
+        one, other = theirs.get(name), ours.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other, f"{prefix}{name}.")
+        elif one != other:
+            found.append(f"{prefix}{name} {one} -> {other}")
+    return found

@@ -1,0 +1,195 @@
+"""The portable checkpoint: what it holds, that it survives bad moments, that resuming is exact."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import load_file
+
+from nlgmoe.checkpoint import portable
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, join_experts, load_model, split_experts
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule
+from tests.synthetic import SyntheticData
+from tests.test_module import Recorder
+
+CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter"))
+ACCUMULATE = 3
+
+
+class SaveAt(Callback):
+    """Saves after the given micro-batch, wherever in an accumulation window that is."""
+
+    def __init__(self, micro_batch: int, path: Path) -> None:
+        self.micro_batch, self.path = micro_batch, path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == self.micro_batch:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | None = None, **settings: Any) -> Trainer:
+    schedule = LearningRateSchedule("cosine", min_lr=1e-4, warmup_tokens=400, decay_tokens=1500)
+    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule)
+    trainer = Trainer(
+        default_root_dir=root,
+        callbacks=list(callbacks),
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=ACCUMULATE,
+        gradient_clip_val=1.0,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=4 * ACCUMULATE,
+        check_val_every_n_epoch=None,
+        **{"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **settings},
+    )
+    trainer.fit(module, SyntheticData(), ckpt_path=resume)
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()}
+
+
+@pytest.mark.parametrize("saved_after", [1, 9, 10, 11, 12, 13])  # 12: a boundary, and a validation; the others: within
+def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(saved_after: int, tmp_path: Path) -> None:
+    undisturbed, resumed = Recorder(), Recorder()
+    first = fit(tmp_path, undisturbed, SaveAt(saved_after, tmp_path / "a.ckpt"))
+    second = fit(tmp_path, resumed, resume=tmp_path / "a.ckpt")
+    window_start = saved_after // ACCUMULATE * ACCUMULATE
+    assert resumed.losses == undisturbed.losses[window_start:]
+    assert resumed.rates == undisturbed.rates[window_start // ACCUMULATE :]
+    ours, theirs = weights(second), weights(first)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (second.global_step, second.fit_loop.epoch_loop.total_batch_idx) == (
+        first.global_step,
+        first.fit_loop.epoch_loop.total_batch_idx,
+    )
+
+
+def test_resuming_twice_is_resuming_once(tmp_path: Path) -> None:
+    undisturbed, last = Recorder(), Recorder()
+    fit(tmp_path, undisturbed, SaveAt(4, tmp_path / "a.ckpt"))
+    fit(tmp_path, SaveAt(14, tmp_path / "b.ckpt"), resume=tmp_path / "a.ckpt")
+    fit(tmp_path, last, resume=tmp_path / "b.ckpt")
+    assert last.losses == undisturbed.losses[12:]
+
+
+def test_model_checkpoint_keeps_the_best_the_last_and_every_nth(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path / "best", "{step}", monitor="val/loss", save_top_k=1, save_last="link")
+    every = ModelCheckpoint(tmp_path / "every", "{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer = fit(tmp_path, best, every)
+    assert sorted(path.name for path in (tmp_path / "every").iterdir()) == [f"step={n}.ckpt" for n in (2, 4, 6, 8)]
+    assert len([path for path in (tmp_path / "best").iterdir() if not path.is_symlink()]) == 1
+    assert (tmp_path / "best" / "last.ckpt").resolve() == Path(best.best_model_path).resolve()
+    model = load_model(tmp_path / "best" / "last.ckpt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), trainer.lightning_module.parameters(), strict=True)
+    )
+    resumed = Recorder()
+    fit(tmp_path, best, resumed, resume="last", steps=9)
+    assert len(resumed.losses) == ACCUMULATE
+
+
+def test_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, SaveAt(6, tmp_path / "a.ckpt"), steps=2)
+    files = {path.name for path in (tmp_path / "a.ckpt").iterdir()}
+    assert files <= {"checkpoint.json", "model.safetensors", "optimizer.safetensors", "state.safetensors"}
+    model = load_file(tmp_path / "a.ckpt" / "model.safetensors")
+    stack = trainer.lightning_module.gpt.blocks[3].moe.experts.expand_weight
+    for expert in range(4):
+        assert torch.equal(model[f"blocks.3.moe.experts.{expert}.expand_weight"], stack[expert])
+    moments = load_file(tmp_path / "a.ckpt" / "optimizer.safetensors")
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert {key.removeprefix(f"{moment}/") for key in moments if key.startswith(f"{moment}/")} == set(model)
+    document = json.loads((tmp_path / "a.ckpt" / "checkpoint.json").read_text())
+    assert GPTConfig.from_dict(document["model_config"]) == CONFIG
+    assert (document["global_step"], document["tokens_seen"]) == (2, 2 * ACCUMULATE * 4 * 16)
+    assert document["SyntheticData"] == {"samples_consumed": 2 * ACCUMULATE * 4}
+
+
+def test_splitting_and_joining_experts_are_inverse() -> None:
+    entries = {"a.moe.experts.expand_bias": torch.arange(6.0).view(3, 2), "a.moe.router.weight": torch.ones(3, 2)}
+    split = split_experts(entries)
+    assert set(split) == {*(f"a.moe.experts.{e}.expand_bias" for e in range(3)), "a.moe.router.weight"}
+    joined = join_experts(split)
+    assert all(torch.equal(joined[name], entries[name]) for name in entries)
+    del split["a.moe.experts.1.expand_bias"]
+    with pytest.raises(ValueError, match=r"lacks expert\(s\) \[1\] of a.moe.experts.expand_bias"):
+        join_experts(split)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = PortableCheckpointIO(), tmp_path / "a.ckpt"
+    checkpoint = {"state_dict": {"model.x": torch.ones(2)}, "model_config": {}}
+    io.save_checkpoint(checkpoint, path)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(portable, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"state_dict": {"model.x": torch.zeros(2)}, "model_config": {}}, path)
+    assert torch.equal(io.load_checkpoint(path)["state_dict"]["model.x"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["a.ckpt"]
+
+
+def test_overwriting_and_removing(tmp_path: Path) -> None:
+    io, path = PortableCheckpointIO(), tmp_path / "a.ckpt"
+    for value in (1.0, 2.0):
+        io.save_checkpoint({"state_dict": {"model.x": torch.tensor([value])}}, path)
+    assert io.load_checkpoint(path)["state_dict"]["model.x"].item() == 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+    io.remove_checkpoint(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3, 4}}])
+def test_what_json_cannot_hold_is_refused_by_name(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint entry callbacks/Mine"):
+        PortableCheckpointIO().save_checkpoint({"state_dict": {}, "callbacks": {"Mine": value}}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_tuples_and_special_numbers_survive(tmp_path: Path) -> None:
+    state = {
+        "t": torch.tensor([1.5, float("nan")]),
+        "inf": float("inf"),
+        "nested": [{"x": torch.tensor(3)}, None, True],
+    }
+    io = PortableCheckpointIO()
+    io.save_checkpoint({"state_dict": {}, "callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
+    loaded = io.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]["Mine"]
+    assert torch.equal(loaded["t"], state["t"]) or torch.isnan(loaded["t"][1])
+    assert (loaded["inf"], loaded["nested"]) == (float("inf"), [{"x": torch.tensor(3)}, None, True])
+
+
+def test_resuming_another_model_names_the_fields_that_differ(tmp_path: Path) -> None:
+    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    other = MoEGPTModule(GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([4, 4], mlp_type="residual")))
+    trainer = Trainer(max_steps=1, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"moe.noise jitter -> None, moe.num_experts \[2, 4\] -> \[4, 4\]"):
+        trainer.fit(other, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
+    with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 1"):
+        load_model(tmp_path)
+    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    file = tmp_path / "a.ckpt" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
+        load_model(tmp_path / "a.ckpt")

@@ -1,0 +1,172 @@
+"""MoEGPTModule under Lightning: the loss it minimises, the token clock, the learning rate, evaluation by domain."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule
+from tests.synthetic import SyntheticData
+
+CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", z_loss_coeff=0.001))
+
+
+class Recorder(Callback):
+    """Losses by micro-batch, learning rates by step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    defaults = {
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**defaults, **settings})
+
+
+def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -> None:
+    module, data, recorder = MoEGPTModule(CONFIG, loss_chunk_size=7), SyntheticData(), Recorder()
+    batch = next(iter(data.train_dataloader()))
+    output = module.gpt(batch["tokens"], noise_key=(module.seed, 0, 0))
+    expected = F.cross_entropy(module.gpt.logits(output.hidden).flatten(0, 1), batch["targets"].flatten())
+    expected += 0.01 * sum(r.aux_loss for r in output.routings) + 0.001 * sum(r.z_loss for r in output.routings)
+    trainer(tmp_path, recorder, max_steps=1).fit(module, data)
+    assert recorder.losses[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    recorder = Recorder()
+    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2))
+    trainer(tmp_path, recorder, max_steps=120, gradient_clip_val=1.0).fit(module, SyntheticData())
+    assert recorder.losses[0] == pytest.approx(math.log(61), abs=0.1)
+    assert sum(recorder.losses[-10:]) / 10 < 1.6  # the walk's entropy is log 3 = 1.10
+
+
+def test_clock_counts_tokens_and_the_learning_rate_follows_it(tmp_path: Path) -> None:
+    recorder, data = Recorder(), SyntheticData(micro_batch_size=2)
+    schedule = LearningRateSchedule("cosine", min_lr=0.0, warmup_tokens=128, decay_tokens=512)
+    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-3), schedule)
+    trainer(tmp_path, recorder, max_steps=6, accumulate_grad_batches=2).fit(module, data)
+    assert (module.tokens_seen, data.samples_consumed) == (6 * 2 * 2 * 16, 6 * 2 * 2)
+    cosine = [1e-3 * 0.5 * (1 + math.cos(math.pi * done / 6)) for done in range(4)]
+    assert recorder.rates == pytest.approx([0.0, 0.5e-3, *cosine])
+
+
+def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> None:
+    module = MoEGPTModule(CONFIG, train_tokens=300)
+    run = trainer(tmp_path)
+    run.fit(module, SyntheticData())  # 64 tokens a step
+    assert (run.global_step, module.tokens_seen) == (5, 320)
+
+
+def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:
+    """Two micro-batches of two are one of four, where nothing depends on the micro-batch (dropless, no noise)."""
+    config = GPTConfig(61, 16, 2, 32, 2, moe=MoEConfig(4, token_dropping=False, loss_coeff=0.0))
+    weights = []
+    for micro_batch_size, accumulate in ((4, 1), (2, 2)):
+        module = MoEGPTModule(config, AdamWConfig(lr=1e-3))
+        data = SyntheticData(micro_batch_size=micro_batch_size)
+        trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate).fit(module, data)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", ["activation_checkpointing", "seed", "loss_chunk_size", "optimizer", "schedule"])
+def test_every_setting_of_the_module_does_something(setting: str, tmp_path: Path) -> None:
+    values = {
+        "activation_checkpointing": True,
+        "seed": 5,
+        "loss_chunk_size": 3,
+        "optimizer": AdamWConfig(lr=1e-2),
+        "schedule": LearningRateSchedule("constant", warmup_tokens=1000),
+    }
+    losses = []
+    for settings in ({}, {setting: values[setting]}):
+        recorder = Recorder()
+        module = MoEGPTModule(CONFIG, **settings)
+        trainer(tmp_path, recorder, max_steps=3).fit(module, SyntheticData())
+        losses.append(recorder.losses)
+    if setting == "activation_checkpointing":  # changes memory, not numbers
+        assert module.gpt.activation_checkpointing
+        assert losses[0] == losses[1]
+    elif setting == "loss_chunk_size":
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    else:
+        assert losses[0] != losses[1]
+
+
+def test_dropout_and_routing_draw_from_seed_and_step_alone(tmp_path: Path) -> None:
+    """The global generator neither decides nor notices."""
+    config = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.2, attention_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
+    runs = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        recorder = Recorder()
+        trainer(tmp_path, recorder, max_steps=4).fit(MoEGPTModule(config), SyntheticData())
+        runs.append(recorder.losses)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
+
+
+def test_validation_reports_loss_and_bits_per_byte_by_domain(tmp_path: Path) -> None:
+    module, data = MoEGPTModule(CONFIG), SyntheticData()
+    metrics = trainer(tmp_path, limit_val_batches=1.0).validate(module, data, verbose=False)[0]
+    total, count = {0: 0.0, 1: 0.0}, {0: 0, 1: 0}
+    for batch in data.val_dataloader():
+        logits = module.gpt.eval().logits(module.gpt(batch["tokens"]).hidden)
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none").view_as(
+            batch["targets"]
+        )
+        for row, domain in zip(losses, batch["domain"].tolist(), strict=True):
+            total[domain] += row.sum().item()
+            count[domain] += row.numel()
+    assert metrics["val/loss"] == pytest.approx(sum(total.values()) / sum(count.values()), rel=1e-5)
+    assert metrics["val/loss/odd"] == pytest.approx(total[1] / count[1], rel=1e-5)
+    assert metrics["val/bits_per_byte/even"] == pytest.approx(
+        total[0] / count[0] / math.log(2), rel=1e-5
+    )  # 1 byte a token
+
+
+def test_test_and_predict(tmp_path: Path) -> None:
+    module, data = MoEGPTModule(CONFIG), SyntheticData()
+    run = trainer(tmp_path, limit_val_batches=1.0)
+    validated = run.validate(module, data, verbose=False)[0]
+    tested = run.test(module, data, verbose=False)[0]
+    assert tested["test/loss"] == validated["val/loss"]
+    predicted = torch.cat(run.predict(module, data))
+    assert predicted.shape == (12, 16)
+    assert predicted.mean().item() == pytest.approx(validated["val/loss"], rel=1e-5)
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer has 80 ids but model.config.vocab_size is 61; set it to 80"):
+        trainer(tmp_path, max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData(vocab_size=80))
+
+
+@pytest.mark.parametrize("settings", [{"train_tokens": 0}, {"loss_chunk_size": 0}])
+def test_impossible_settings_are_refused_by_name(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        MoEGPTModule(CONFIG, **settings)
