@@ -1,9 +1,13 @@
 """Settings that every test runs under."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
+
+from nlgmoe.data.prepare import prepare
 
 # Tensors here are tiny: more threads only wait for each other, and the suite runs one process per core.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,3 +16,11 @@ torch.set_num_threads(1)
 # No deadlines: the machine decides how long an example takes, not the code. Derandomised: CI repeats itself.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def pocket_pile() -> Path:
+    """The real corpus, in the folder that the quickstart uses too, tokenised with `pocket-4k`; built if it is missing."""
+    folder = Path(__file__).parents[1] / "data" / "pocket_pile"
+    prepare(folder, "pocket-4k")
+    return folder

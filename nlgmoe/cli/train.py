@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,9 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     paths = [path] if isinstance(path, str | Path) else list(path)
     args = [part for item in paths for part in ("--config", str(item))]
     args += [f"--{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items()]
-    cli = TrainCLI(args=args, run=False)
+    with warnings.catch_warnings():  # the caller's own command line is not meant for us
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        cli = TrainCLI(args=args, run=False)
     return Experiment(cli.model, cli.datamodule, cli.trainer)
 
 

@@ -125,8 +125,8 @@ class GPT(nn.Module):
         x = self.dropout(x)  # [B, T, H]
         routings = []
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, visible, token_mask, cache, noise_key, use_reentrant=False)
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
+                x, routing = checkpoint(block, x, visible, token_mask, None, noise_key, use_reentrant=False)
             else:
                 x, routing = block(x, visible, token_mask, cache, noise_key)
             if routing is not None:

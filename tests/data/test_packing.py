@@ -1,0 +1,66 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlgmoe.data.packing import count_windows, cut_window, epoch_permutation
+from nlgmoe.data.sources import EvaluationSource, PackedSource
+
+EOD = 0
+PERMUTATION = [0, 1, 7, 6, 4, 3, 2, 5]
+
+
+@given(st.integers(1, 60), st.integers(1, 13))
+def test_windows_predict_every_token_exactly_once_from_its_predecessor(num_tokens: int, seq_len: int) -> None:
+    tokens = np.arange(1, num_tokens + 1, dtype=np.uint16)  # every token is its position: order and loss show
+    stream = np.concatenate([[EOD], tokens])
+    windows = [cut_window(tokens, i, seq_len, EOD) for i in range(count_windows(num_tokens, seq_len, keep_tail=True))]
+    inputs, targets, mask = (np.concatenate(parts) for parts in zip(*windows, strict=True))
+    np.testing.assert_array_equal(targets[mask], stream[1:])
+    np.testing.assert_array_equal(inputs[mask], stream[:-1])
+    assert (targets[~mask] == EOD).all() and (inputs[~mask] == EOD).all()
+    assert mask[:num_tokens].all()  # padding only at the end
+    assert count_windows(num_tokens, seq_len, keep_tail=False) == num_tokens // seq_len
+
+
+def test_permutation_is_pinned() -> None:
+    """A checkpoint's data order must survive upgrades, so the numbers stand here."""
+    assert epoch_permutation(8, seed=1234, epoch=0).tolist() == PERMUTATION
+    assert epoch_permutation(8, seed=1234, epoch=1).tolist() != PERMUTATION
+
+
+def make_source() -> tuple[PackedSource, set[tuple[int, ...]]]:
+    streams = [np.arange(100, 175), np.arange(1000, 1048), np.arange(7)]  # the last is shorter than a window
+    source = PackedSource(streams, seq_len=10, eod_id=EOD, seed=3)
+    wanted = {tuple(range(s, s + 10)) for s in (*range(100, 170, 10), *range(1000, 1040, 10))}
+    return source, wanted
+
+
+def test_an_epoch_visits_every_window_of_every_domain_once_in_a_new_order() -> None:
+    source, wanted = make_source()
+    assert source.num_windows == len(wanted)
+    epochs = [[tuple(source.sample(e * 11 + i)["targets"].tolist()) for i in range(11)] for e in range(3)]
+    for epoch in epochs:
+        assert set(epoch) == wanted
+    assert epochs[0] != epochs[1] != epochs[2]
+    for i in range(11):  # and the domain is the one the tokens are from
+        sample = source.sample(i)
+        assert int(sample["domain"]) == int(sample["targets"][0] >= 1000)
+
+
+@given(st.lists(st.integers(0, 100), max_size=30))
+def test_a_sample_is_a_function_of_its_index(indices: list[int]) -> None:
+    asked_before, _ = make_source()
+    for index in indices:
+        asked_before.sample(index)
+    for index in (0, 10, 11, 57):
+        fresh, _ = make_source()
+        assert asked_before.sample(index)["targets"].tolist() == fresh.sample(index)["targets"].tolist()
+
+
+def test_evaluation_cut_short_keeps_the_first_windows_of_each_domain() -> None:
+    source = EvaluationSource([np.arange(1, 26), np.arange(50, 53)], seq_len=10, eod_id=EOD, max_windows=2)
+    assert len(source) == 3
+    assert source.evaluated_tokens(0).tolist() == list(range(1, 21))
+    assert source.evaluated_tokens(1).tolist() == [50, 51, 52]
+    assert source.sample(2)["targets"].tolist() == [50, 51, 52] + [EOD] * 7
+    assert not source.sample(-1)["token_mask"].any()

@@ -1,0 +1,54 @@
+"""The real corpus, in the folder that the quickstart and `make test` use; built there if it is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.data import PileDataModule, build_pocket_pile, load_tokenizer
+from nlgmoe.data.pocket_pile import SPLITS, read_manifest, text_path
+
+ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
+
+
+def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_data(str(ROOT), "pocket-8k")
+    assert "bytes/token" in capsys.readouterr().out
+    manifest = build_pocket_pile(ROOT)
+    assert manifest == read_manifest(ROOT)
+    assert manifest.domains == ["literature", "wikipedia", "manuals", "code"]
+    assert manifest.total_bytes > 25e6
+    texts: dict[str, set[str]] = {}
+    for name, file in manifest.files.items():
+        assert file.bytes < 0.45 * manifest.total_bytes
+        lines = [json.loads(line) for line in text_path(ROOT, name).open(encoding="utf-8")]
+        assert all(line["domain"] == name.split(".")[0] and line["source"] for line in lines)
+        texts[name] = {line["text"] for line in lines}
+        assert len(texts[name]) == file.documents >= 10
+    for domain in manifest.domains:
+        train, validation = (texts[f"{domain}.{split}"] for split in SPLITS)
+        assert not train & validation
+        # Nor paragraphs: long ones of validation that training has seen are a few standard phrases.
+        seen = {paragraph for text in train for paragraph in text.split("\n\n")}
+        shares = [p in seen for text in validation for p in text.split("\n\n") if len(p) > 200]
+        assert sum(shares) < 0.02 * len(shares), domain
+
+    data = PileDataModule(str(ROOT))
+    data.prepare_data()
+    assert data.vocab_size == 8192
+    lengths, spelled = data.token_byte_lengths(), [0] * len(data.domains)
+    for batch in data.val_dataloader():
+        for domain, row, mask in zip(batch["domain"].tolist(), batch["targets"], batch["token_mask"], strict=True):
+            spelled[domain] += int(lengths[row[mask]].sum())
+    assert spelled == [manifest.files[f"{domain}.validation"].bytes for domain in manifest.domains]
+    bits = data.xz_bits_per_byte()
+    assert 1 < bits["all"] < 4
+    assert 5 < data.unigram_entropy() < 8
+
+
+def test_gpt2_tokenizer() -> None:
+    tokenizer = load_tokenizer("gpt2", ROOT)
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (50257, 50256)
+    assert tokenizer.eod_id not in tokenizer.encode("<|endoftext|>")

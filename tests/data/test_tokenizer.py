@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import normalizers
+
+from nlgmoe.data.tokenizer import EOD, Tokenizer, load_tokenizer, train_byte_level_bpe
+
+
+def small() -> Tokenizer:
+    return Tokenizer(train_byte_level_bpe(iter(["low lower lowest", "new newer newest"] * 9), 300), "small")
+
+
+SMALL = small()
+
+
+@given(st.text())
+def test_round_trip_and_token_bytes(text: str) -> None:
+    ids = SMALL.encode(text)
+    assert SMALL.decode(ids) == text
+    assert int(SMALL.token_bytes[ids].sum()) == len(text.encode())
+    assert SMALL.encode_batch([text, "", text]) == [ids, [], ids]
+
+
+@pytest.mark.parametrize("text", [EOD, f"a{EOD}b", f" {EOD}\n{EOD}", "<|endoftext|"])
+def test_special_token_in_a_document_is_plain_text(text: str) -> None:
+    for ids in (SMALL.encode(text), SMALL.encode_batch([text])[0]):
+        assert SMALL.eod_id not in ids
+        assert SMALL.decode(ids) == text
+    assert SMALL.decode([SMALL.eod_id]) == EOD and SMALL.token_bytes[SMALL.eod_id] == 0
+
+
+def test_training_is_reproducible() -> None:
+    assert small().fingerprint == SMALL.fingerprint
+    other = train_byte_level_bpe(iter(["something else entirely"] * 9), 300)
+    assert Tokenizer(other, "other").fingerprint != SMALL.fingerprint
+
+
+def test_folder_in_both_layouts(tmp_path: Path) -> None:
+    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    backend.save(str(tmp_path / "one" / "tokenizer.json"))
+    backend.model.save(str(tmp_path / "two"))
+    one, two = (load_tokenizer(str(tmp_path / name), tmp_path) for name in ("one", "two"))
+    assert one.encode("lowest low") == two.encode("lowest low") and one.eod_id == two.eod_id
+    assert one.vocab_size == two.vocab_size == len(json.loads((tmp_path / "two" / "vocab.json").read_text()))
+
+
+def test_lossy_or_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
+    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
+    backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="does not reproduce"):
+        Tokenizer(backend, "lower")
+    with pytest.raises(ValueError, match="no end-of-document token"):
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), "empty")
+    with pytest.raises(ValueError, match="set `tokenizer` to gpt2"):
+        load_tokenizer("gpt-2", tmp_path)

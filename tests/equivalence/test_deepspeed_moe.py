@@ -1,0 +1,195 @@
+"""`MoELayer` against DeepSpeed's `MoE`, same weights, same random numbers: same outputs, losses and gradients."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from deepspeed.moe import sharded_moe
+from deepspeed.moe.layer import MoE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import router as our_router
+from nlgmoe.layers.moe import MoELayer
+
+BATCH, SEQ, WIDTH, INNER, EXPERTS = 2, 50, 16, 40, 5
+TOKENS = BATCH * SEQ
+CPU = torch.device("cpu")
+NOISE = {"jitter": "Jitter", "rsample": "RSample", None: None}
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feed both sides one set of draws: a priority per token, a factor per gate input, Gumbel noise per logit."""
+    generator = torch.Generator().manual_seed(7)
+    uniform = {shape: torch.rand(shape, generator=generator) for shape in ((TOKENS,), (TOKENS, WIDTH))}
+    noise = -torch.log(-torch.log(torch.rand(TOKENS, EXPERTS, generator=generator)))
+
+    class OurDraws:
+        def __init__(self, *_: object) -> None: ...
+
+        def __call__(self, shape: tuple[int, ...]) -> Tensor:
+            return uniform[tuple(shape)]
+
+        def gumbel(self, shape: torch.Size) -> Tensor:
+            assert tuple(shape) == noise.shape
+            return noise
+
+    monkeypatch.setattr(our_router, "_Uniform", OurDraws)
+    priorities, jitter = uniform[(TOKENS,)], uniform[(TOKENS, WIDTH)]
+    monkeypatch.setitem(sharded_moe.exp_selection_uniform_map, CPU, lambda shape: priorities[:, None].expand(shape))
+    monkeypatch.setitem(sharded_moe.uniform_map, CPU, lambda shape: 1 - 1e-2 + 2e-2 * jitter)
+    monkeypatch.setitem(sharded_moe.gumbel_map, CPU, lambda shape: noise)
+
+
+@dataclass
+class Pair:
+    ours: MoELayer
+    theirs: MoE
+
+    def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each weight here and there; `grad` of both is filled by `run`."""
+        experts, layer = self.ours.experts, self.theirs.deepspeed_moe
+        found = {"router": (self.ours.router.weight, layer.gate.wg.weight)}
+        for leaf, parameter in experts.named_parameters():
+            part = 0 if leaf.startswith("expand") else 2
+            found |= {
+                f"expert {e} {leaf}": (parameter[e], getattr(body[part], leaf.split("_")[1]))
+                for e, body in enumerate(layer.experts.deepspeed_experts)
+            }
+        if self.ours.mlp is not None:
+            for leaf, theirs in self.theirs.mlp.named_parameters():
+                name = {"0": "expand", "2": "project"}[leaf[0]] + leaf[1:]
+                found[f"mlp {name}"] = self.ours.mlp.get_parameter(name), theirs
+            for leaf, theirs in self.theirs.coefficient.named_parameters():
+                found[f"coefficient {leaf}"] = self.ours.coefficient.get_parameter(leaf), theirs
+        return found
+
+
+def pair(moe: MoEConfig, training: bool = True) -> Pair:
+    """Both layers with the same weights; the router prefers the later experts, so that slots run out."""
+    ours = MoELayer(GPTConfig(64, 64, 1, WIDTH, 4, INNER, moe=moe), layer_index=0)
+    body = nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(approximate="tanh"), nn.Linear(INNER, WIDTH))
+    dropping = moe.token_dropping if training else moe.eval_token_dropping
+    theirs = MoE(
+        WIDTH, body, EXPERTS, k=moe.top_k, capacity_factor=moe.train_capacity_factor,
+        eval_capacity_factor=moe.eval_capacity_factor, min_capacity=moe.min_capacity,
+        use_residual=moe.mlp_type == "residual", noisy_gate_policy=NOISE[moe.noise], drop_tokens=dropping,
+        use_rts=moe.random_token_selection, top2_2nd_expert_sampling=moe.second_expert == "sample",
+    )  # fmt: skip
+    torch.manual_seed(3)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs.deepspeed_moe.gate.wg.weight.data += torch.linspace(-0.1, 0.1, EXPERTS)[:, None]
+    both = Pair(ours.train(training), theirs.train(training))
+    with torch.no_grad():
+        for mine, other in both.parameters().values():
+            mine.copy_(as_ours(mine, other))
+    return both
+
+
+def as_ours(mine: Tensor, other: Tensor) -> Tensor:
+    return other.t() if mine.shape != other.shape else other
+
+
+def run(both: Pair, aux_coeff: float = 0.7, token_mask: Tensor | None = None) -> our_router.Routing:
+    """Forward and backward on both sides; everything they say must agree to 1e-5."""
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(BATCH, SEQ, WIDTH, generator=generator) + 0.5
+    probe = torch.randn(x.shape, generator=generator) if token_mask is None else token_mask[..., None].float()
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, routing = both.ours(x_ours, token_mask)
+    expected, aux_loss, counts = both.theirs(x_theirs, None if token_mask is None else token_mask.flatten().long())
+    close("output", y, expected)
+    assert torch.equal(routing.tokens_per_expert, counts)
+    if token_mask is None:  # with one, DeepSpeed lets padding into the mean probability, and nlgmoe does not
+        close("aux loss", routing.aux_loss, aux_loss)
+
+    ((y * probe).sum() + aux_coeff * routing.aux_loss).backward()
+    ((expected * probe).sum() + aux_coeff * aux_loss).backward()
+    close("input gradient", x_ours.grad, x_theirs.grad)
+    their_gradients = {}
+    for name, (mine, other) in both.parameters().items():
+        gradient = torch.zeros_like(other) if other.grad is None else other.grad
+        their_gradients[name] = as_ours(mine, gradient)
+    for name, expected in their_gradients.items():
+        close(f"gradient of {name}", our_gradient(both.ours, name), expected)
+    return routing
+
+
+def our_gradient(layer: MoELayer, name: str) -> Tensor:
+    kind, _, rest = name.partition(" ")
+    if kind == "router":
+        return layer.router.weight.grad
+    if kind == "expert":
+        expert, leaf = rest.split(" ")
+        return layer.experts.get_parameter(leaf).grad[int(expert)]
+    return layer.get_parameter(f"{kind}.{rest}").grad
+
+
+def close(what: str, ours: Tensor, theirs: Tensor) -> None:
+    error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-3)
+    assert error <= 1e-5, f"{what}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.2, 2.0])
+@pytest.mark.parametrize("dropping", [True, False], ids=["dropping", "dropless"])
+@pytest.mark.parametrize("mlp_type", ["standard", "residual"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_output_losses_counts_and_every_gradient(top_k: int, mlp_type: str, dropping: bool, factor: float) -> None:
+    moe = MoEConfig(
+        EXPERTS, 1, top_k, mlp_type, train_capacity_factor=factor, token_dropping=dropping, second_expert="argmax"
+    )
+    routing = run(pair(moe))
+    overflow = routing.tokens_per_expert.max().item() > our_router.capacity(TOKENS, EXPERTS, top_k, factor, 4)
+    assert bool((~routing.kept).any()) == (dropping and overflow)
+    if factor <= 1.2:
+        assert overflow, "nothing to drop: the test would prove little"
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(EXPERTS, 1, 1, noise="jitter"),
+        MoEConfig(EXPERTS, 1, 2, noise="jitter", second_expert="argmax"),
+        MoEConfig(EXPERTS, 1, 3, "residual", noise="jitter"),
+        MoEConfig(EXPERTS, 1, 1, noise="rsample"),
+        MoEConfig(EXPERTS, 1, 1, "residual", noise="rsample", token_dropping=False),
+        MoEConfig(EXPERTS, 1, 2, second_expert="sample"),
+        MoEConfig(EXPERTS, 1, 2, "residual", noise="jitter", second_expert="sample", token_dropping=False),
+    ],
+    ids=lambda moe: f"k{moe.top_k}-{moe.noise}-{moe.second_expert}-{moe.mlp_type}",
+)
+def test_the_same_noise_gives_the_same_result(moe: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = run(pair(moe))
+    quiet = MoEConfig(EXPERTS, 1, moe.top_k, second_expert="argmax", token_dropping=moe.token_dropping)
+    assert not torch.equal(noisy.weight, run(pair(quiet)).weight), "the noise did nothing"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_top_2_evaluation_with_dropping(factor: float) -> None:
+    # Evaluation draws nothing here; DeepSpeed would still sample the second expert.
+    moe = MoEConfig(EXPERTS, 1, 2, eval_capacity_factor=factor, eval_token_dropping=True, second_expert="argmax")
+    assert not run(pair(moe, training=False)).kept.all()
+
+
+def test_padding_takes_no_slot_as_with_used_token() -> None:
+    token_mask = torch.rand(BATCH, SEQ, generator=torch.Generator().manual_seed(1)) < 0.8
+    routing = run(pair(MoEConfig(EXPERTS, 1)), aux_coeff=0.0, token_mask=token_mask)
+    assert not routing.kept[~token_mask.flatten()].any()
+    assert not routing.kept[token_mask.flatten()].all(), "no real token is over capacity"
+
+
+@given(
+    num_tokens=st.integers(1, 100_000),
+    num_experts=st.integers(1, 512),
+    top_k=st.integers(1, 4),
+    factor=st.sampled_from([1.0, 1.1, 1.2, 1.25, 1.3, 2.0]) | st.floats(0.1, 8),
+    minimum=st.integers(0, 8),
+)
+def test_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> None:
+    gates = torch.empty(1, 1).expand(num_tokens, num_experts)
+    expected = sharded_moe._capacity(gates, torch.tensor(factor * top_k), torch.tensor(minimum))
+    assert our_router.capacity(num_tokens, num_experts, top_k, factor, minimum) == expected

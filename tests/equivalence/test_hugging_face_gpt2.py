@@ -1,0 +1,142 @@
+"""The dense model is GPT-2: with the same weights, Hugging Face's implementation computes the same numbers."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.gpt import GPT
+
+VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER = 67, 24, 3, 32, 4, 80
+OUR_NAME = {  # of each part of a Hugging Face block
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.project",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn.expand",
+    "mlp.c_proj": "ffn.project",
+}
+
+
+def our_gpt(moe: MoEConfig | None = None) -> GPT:
+    config = GPTConfig(
+        VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER, layer_norm_eps=1e-5, vocab_size_multiple=16, moe=moe
+    )  # fmt: skip
+    gpt = GPT(config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in gpt.named_parameters():  # far from the initial values, so that every one of them matters
+        noise = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = 1 + noise if "norm.weight" in name else noise
+    return gpt
+
+
+def their_gpt(ours: GPT) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=SEQ_LEN, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=INNER,
+        activation_function="gelu_new", layer_norm_epsilon=1e-5, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        attn_implementation="eager", bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    theirs = GPT2LMHeadModel(config)
+    values = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(as_theirs(name, values[our_name(name)]))
+    return theirs
+
+
+def our_name(theirs: str) -> str:
+    whole = {"transformer.wte.weight": "token_embedding.weight", "transformer.wpe.weight": "position_embedding.weight"}
+    if theirs in whole:
+        return whole[theirs]
+    part, _, leaf = theirs.removeprefix("transformer.").rpartition(".")
+    if part == "ln_f":
+        return f"final_norm.{leaf}"
+    _, layer, part = part.split(".", 2)
+    return f"blocks.{layer}.{OUR_NAME[part]}.{leaf}"
+
+
+def as_theirs(name: str, value: Tensor) -> Tensor:
+    """Cut the vocabulary's padding off; `Conv1D` stores `[in, out]`."""
+    if name.endswith("wte.weight"):
+        return value[:VOCAB]
+    return value.t() if name.rpartition(".")[0].rpartition(".")[2] in ("c_attn", "c_proj", "c_fc") else value
+
+
+def test_logits_loss_and_every_gradient_equal_hugging_faces() -> None:
+    ours = our_gpt()
+    theirs = their_gpt(ours)
+    tokens = torch.randint(VOCAB, (3, SEQ_LEN), generator=torch.Generator().manual_seed(2))
+    counted = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.7
+
+    hidden = ours(tokens).hidden
+    loss = cross_entropy(
+        hidden[:, :-1].flatten(0, 1), ours.unembedding, tokens[:, 1:].flatten(), counted[:, 1:].flatten(), chunk_size=10
+    )
+    expected = theirs(tokens, labels=tokens.masked_fill(~counted, -100))
+    logits = ours.logits(hidden)
+    assert logits.shape == (3, SEQ_LEN, VOCAB)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5 * expected.logits.abs().max().item())
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
+
+    loss.backward()
+    expected.loss.backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    assert not gradients["token_embedding.weight"][VOCAB:].any(), "padding of the vocabulary has a gradient"
+    reference = {name: p.grad for name, p in theirs.named_parameters()}
+    assert {our_name(name) for name in reference} == set(gradients)
+    floor = 1e-3 * torch.stack([g.norm() for g in reference.values()]).norm()  # key biases: pure rounding noise
+    for name, theirs_grad in reference.items():
+        error = (as_theirs(name, gradients[our_name(name)]) - theirs_grad).norm()
+        assert error <= 1e-5 * max(theirs_grad.norm(), floor), f"{name}: {error / theirs_grad.norm():.1e}"
+
+
+MOE = MoEConfig(num_experts=4, top_k=2, mlp_type="residual")  # evaluation is dropless, so neighbours do not matter
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("pieces", [[24], [23, 1], [1] * 24, [5, 1, 11, 7]], ids=str)
+@torch.no_grad()
+def test_cached_decoding_in_pieces_equals_one_forward(pieces: list[int], moe: MoEConfig | None) -> None:
+    gpt = our_gpt(moe).eval()
+    tokens = torch.randint(VOCAB, (2, SEQ_LEN), generator=torch.Generator().manual_seed(4))
+    cache = KVCache(SEQ_LEN)
+    outputs = [gpt(piece, cache=cache).hidden for piece in tokens.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(outputs, dim=1), gpt(tokens).hidden, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@torch.no_grad()
+def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: str, moe: MoEConfig | None) -> None:
+    gpt = our_gpt(moe).eval()
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(VOCAB, (n,), generator=generator) for n in (3, 12, 7)]
+    padded, mask = torch.full((3, 14), 9), torch.zeros(3, 14, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        start = {"left": 14 - len(prompt), "right": 0, "both": (14 - len(prompt)) // 2}[side]
+        padded[row, start : start + len(prompt)] = prompt
+        mask[row, start : start + len(prompt)] = True
+    going_on = torch.randint(VOCAB, (3, 4), generator=generator)
+
+    cache = KVCache(SEQ_LEN)
+    first = gpt(padded, token_mask=mask, cache=cache).hidden
+    second = torch.cat([gpt(piece, cache=cache).hidden for piece in going_on.split([1, 3], dim=1)], dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = gpt(torch.cat([prompt, going_on[row]])[None]).hidden[0]
+        got = torch.cat([first[row][mask[row]], second[row]])
+        torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_equals_hugging_faces_attention_mask() -> None:
+    ours = our_gpt().eval()
+    theirs = their_gpt(ours).eval()
+    tokens = torch.randint(VOCAB, (2, 10), generator=torch.Generator().manual_seed(6))
+    mask = torch.tensor([[False] * 4 + [True] * 6, [True] * 10])
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    expected = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits[mask]
+    got = ours.logits(ours(tokens, token_mask=mask).hidden)[mask]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

@@ -1,0 +1,224 @@
+"""What holds for every batch and setting: of the MoE layer, its dispatch, the grouped GEMM and the chunked loss."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.dispatch import Dispatch
+from nlgmoe.layers.experts import grouped_linear
+from nlgmoe.layers.losses import cross_entropy, token_losses
+from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.router import capacity
+
+WIDTH, INNER = 6, 10
+properties = settings(max_examples=50)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@dataclass
+class Case:
+    layer: MoELayer
+    x: Tensor  # [B, T, H]
+    mask: Tensor  # [B, T]
+    generator: torch.Generator
+
+    @property
+    def config(self) -> MoEConfig:
+        return self.layer.router.config
+
+
+@st.composite
+def cases(draw: st.DrawFn, **fixed: object) -> Case:
+    experts = draw(st.integers(1, 6))
+    moe = MoEConfig(
+        num_experts=experts,
+        expert_interval=1,
+        top_k=draw(st.integers(1, min(experts, 4))),
+        mlp_type=draw(st.sampled_from(["standard", "residual"])),
+        residual_mix=draw(st.sampled_from(["learned", "sum"])),
+        train_capacity_factor=draw(st.sampled_from([0.3, 1.0, 1.1, 2.0])),
+        min_capacity=draw(st.integers(0, 4)),
+        token_dropping=draw(st.booleans()),
+        random_token_selection=draw(st.booleans()),
+        noise=draw(st.sampled_from([None, "jitter"])),
+        second_expert=draw(st.sampled_from(["sample", "argmax"])),
+    )
+    moe = replace(moe, **fixed)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    layer = MoELayer(GPTConfig(8, 8, 1, WIDTH, 1, INNER, moe=moe), layer_index=0).double()
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+    shape = draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    x = torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0]))
+    return Case(layer, x, mask, generator)
+
+
+@properties
+@given(cases())
+def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Case) -> None:
+    _, routing = case.layer(case.x, case.mask)
+    experts, top_k = case.layer.router.num_experts, case.config.top_k
+    assert all(len(set(row)) == top_k for row in routing.expert.tolist()), "a token chose an expert twice"
+    assert not routing.kept[~case.mask.flatten()].any(), "padding took a slot"
+    assert not routing.weight[~routing.kept].any()
+
+    dispatch = Dispatch.of(routing, experts)
+    assert sorted(dispatch.order.tolist()) == list(range(case.mask.numel() * top_k))
+    served = dispatch.order[: int(dispatch.rows_per_expert.sum())]
+    assert sorted(served.tolist()) == routing.kept.flatten().nonzero().flatten().tolist()
+    owner = torch.arange(experts).repeat_interleave(dispatch.rows_per_expert)
+    assert torch.equal(routing.expert.flatten()[served], owner), "a row is in another expert's block"
+
+    wanted = routing.tokens_per_expert
+    assert wanted.sum() == case.mask.sum() * top_k
+    slots = capacity(case.mask.numel(), experts, top_k, case.config.train_capacity_factor, case.config.min_capacity)
+    expected = wanted.clamp_max(slots) if case.config.token_dropping else wanted  # full, but never overfull
+    assert torch.equal(dispatch.rows_per_expert, expected)
+
+
+def one_token_at_a_time(case: Case, x: Tensor, kept: Tensor, expert: Tensor, probs: Tensor) -> Tensor:
+    """The layer's formula, spelled out; only the decisions (`kept`, `expert`) are the router's."""
+    layer, rows = case.layer, []
+    e = layer.experts
+    for n, token in enumerate(x.flatten(0, 1)):
+        y = 0 * token
+        chosen = [i for i in range(case.config.top_k) if kept[n, i]]
+        total = sum(probs[n, expert[n, i]] for i in chosen) if case.config.top_k > 1 else 1.0
+        for i in chosen:
+            j = expert[n, i]
+            inner = F.gelu(token @ e.expand_weight[j] + e.expand_bias[j], approximate="tanh")
+            y = y + probs[n, j] / total * (inner @ e.project_weight[j] + e.project_bias[j])
+        if layer.mlp is not None:
+            c = torch.ones(2) if layer.coefficient is None else layer.coefficient(token).softmax(-1)
+            y = c[0] * y + c[1] * layer.mlp(token)
+        rows.append(y)
+    return torch.stack(rows).view_as(x)
+
+
+@properties
+@given(cases(noise=None))
+def test_output_and_gradients_equal_a_loop_over_tokens(case: Case) -> None:
+    leaves = [case.x.requires_grad_(), *case.layer.parameters()]
+    y, routing = case.layer(case.x, case.mask)
+    probs = (case.x.flatten(0, 1) @ case.layer.router.weight.t()).softmax(-1)
+    expected = one_token_at_a_time(case, case.x, routing.kept, routing.expert, probs)
+    torch.testing.assert_close(y, expected, **EXACT)
+
+    probe = torch.randn(y.shape, generator=case.generator, dtype=y.dtype)
+    gradients = torch.autograd.grad((y * probe).sum(), leaves, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad((expected * probe).sum(), leaves, allow_unused=True, materialize_grads=True)
+    for ours, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, reference, **EXACT)
+
+
+@properties
+@given(cases())
+def test_a_dropped_token_gets_zeros_or_its_mlp_part_alone(case: Case) -> None:
+    y, routing = case.layer(case.x, case.mask)
+    dropped = ~routing.kept.any(dim=1)
+    tokens, got = case.x.flatten(0, 1)[dropped], y.flatten(0, 1)[dropped]
+    expected = torch.zeros_like(tokens)
+    if case.layer.mlp is not None:
+        share = 1.0 if case.layer.coefficient is None else case.layer.coefficient(tokens).softmax(-1)[:, 1:2]
+        expected = share * case.layer.mlp(tokens)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@properties
+@given(cases(token_dropping=False, noise=None, second_expert="argmax"))
+def test_dropless_never_drops_and_commutes_with_any_order_of_tokens(case: Case) -> None:
+    y, routing = case.layer(case.x, case.mask)
+    assert routing.kept[case.mask.flatten()].all()
+    order = torch.randperm(case.mask.numel(), generator=case.generator)
+    shuffled = case.x.flatten(0, 1)[order].view_as(case.x)
+    y_shuffled, _ = case.layer(shuffled, case.mask.flatten()[order].view_as(case.mask))
+    torch.testing.assert_close(y_shuffled.flatten(0, 1), y.flatten(0, 1)[order], **EXACT)
+
+
+@pytest.mark.parametrize("garbage", [0.0, -7.0, 1e30])
+@properties
+@given(case=cases())
+def test_what_padding_holds_changes_no_real_token_no_loss_and_no_gradient(case: Case, garbage: float) -> None:
+    def everything(x: Tensor) -> list[Tensor]:
+        y, routing = case.layer(x, case.mask, noise_key=(0, 1, 2))
+        real = y[case.mask]
+        loss = real.sum() + routing.aux_loss + routing.z_loss
+        gradients = torch.autograd.grad(loss, list(case.layer.parameters()), allow_unused=True, materialize_grads=True)
+        weight = routing.weight[case.mask.flatten()]
+        return [real, weight, routing.aux_loss, routing.z_loss, routing.tokens_per_expert, *gradients]
+
+    padded = torch.where(case.mask[..., None], case.x, garbage)
+    for got, expected in zip(everything(padded), everything(case.x), strict=True):
+        torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.fixture
+def memory_full_of_nan() -> Iterator[None]:
+    """Let `torch.empty` return NaN, so that a value nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("memory_full_of_nan")
+@pytest.mark.parametrize("rows", [[2, 0, 3], [0, 0, 0], [1, 4, 0], [0, 5, 2]], ids=str)
+@pytest.mark.parametrize("spare", [0, 2])
+def test_grouped_linear_has_exact_gradients_with_empty_experts_and_unused_rows(rows: list[int], spare: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((sum(rows) + spare, 4), (3, 4, 5), (3, 5))
+    )
+    counts = torch.tensor(rows)
+    expected = torch.cat([part @ w + b for part, w, b in zip(x[: sum(rows)].split(rows), weight, bias, strict=True)])
+    out = grouped_linear(x, weight, bias, counts)
+    torch.testing.assert_close(out, torch.cat([expected, torch.zeros(spare, 5)]), **EXACT)
+    if len(x):
+        assert torch.autograd.gradcheck(lambda *leaves: grouped_linear(*leaves, counts), (x, weight, bias))
+    frozen = grouped_linear(x, weight.detach(), bias, counts)  # each gradient is formed without the others too
+    torch.testing.assert_close(torch.autograd.grad(frozen.sum(), bias)[0], counts[:, None].expand(3, 5).double())
+
+
+@properties
+@given(
+    st.integers(1, 12), st.integers(1, 9), st.integers(1, 14), st.sampled_from([None, 0.0, 0.6]), st.integers(0, 2**32)
+)
+def test_chunked_cross_entropy_equals_the_plain_formula_for_any_chunk_size_and_mask(
+    num_tokens: int, vocab: int, chunk_size: int, density: float | None, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    table = torch.randn(vocab, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(vocab, (num_tokens,), generator=generator)
+    mask = None if density is None else torch.rand(num_tokens, generator=generator) < density
+    counted = range(num_tokens) if mask is None else mask.nonzero().flatten().tolist()
+
+    per_token = -(hidden @ table.t()).log_softmax(-1)[torch.arange(num_tokens), targets]
+    expected = sum((per_token[n] for n in counted), torch.zeros(())) / max(len(counted), 1)
+    loss = cross_entropy(hidden, table, targets, mask, chunk_size)
+    torch.testing.assert_close(loss, expected.double(), **EXACT)
+    assert loss != 0 or not counted or vocab == 1
+    torch.testing.assert_close(token_losses(hidden, table, targets, chunk_size), per_token.detach(), **EXACT)
+    if counted:
+        expected = torch.autograd.grad(3 * expected, (hidden, table))
+        for ours, reference in zip(torch.autograd.grad(3 * loss, (hidden, table)), expected, strict=True):
+            torch.testing.assert_close(ours, reference, **EXACT)
+    else:
+        assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (hidden, table)))
+
+
+def test_cross_entropy_passes_gradcheck_and_is_log_vocabulary_for_uniform_logits() -> None:
+    torch.manual_seed(0)
+    hidden, table = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (7, 9))
+    targets, mask = torch.randint(9, (7,)), torch.tensor([True, False, True, True, False, True, True])
+    assert torch.autograd.gradcheck(lambda h, t: cross_entropy(h, t, targets, mask, 3), (hidden, table))
+    assert cross_entropy(torch.zeros(7, 4), table.float(), targets, mask, 3).item() == pytest.approx(math.log(9))

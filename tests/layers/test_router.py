@@ -1,0 +1,228 @@
+"""Routings worked out by hand, and what the randomness and the losses of the router depend on."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+from nlgmoe.config import MoEConfig
+from nlgmoe.layers import router as router_module
+from nlgmoe.layers.router import Router, Routing, capacity
+
+PLAIN = MoEConfig(min_capacity=0, random_token_selection=False, second_expert="argmax")
+
+
+def route(
+    config: MoEConfig, probs: list[list[float]], mask: list[bool] | None = None, training: bool = True
+) -> Routing:
+    """Route tokens with gate probabilities `probs`: the router is the identity, and its input is their logarithm."""
+    table = torch.tensor(probs, dtype=torch.float64)
+    router = Router(config, table.shape[1], table.shape[1], layer_index=0).double().train(training)
+    torch.nn.init.eye_(router.weight)
+    return router(table.log(), None if mask is None else torch.tensor(mask))
+
+
+def expect(actual: Tensor, expected: list | float) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=1e-12, atol=1e-12)
+
+
+FOUR_TOKENS = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]]  # three want expert 0, one wants expert 1
+
+
+def test_top_1_keeps_the_earliest_tokens_and_weighs_by_probability() -> None:
+    routing = route(PLAIN, FOUR_TOKENS)  # 2 slots each
+    assert routing.expert.tolist() == [[0], [0], [0], [1]]
+    assert routing.kept.tolist() == [[True], [True], [False], [True]]
+    expect(routing.weight, [[0.9], [0.8], [0.0], [0.6]])
+    assert routing.tokens_per_expert.tolist() == [3, 1]  # before dropping
+    assert routing.num_tokens == 4
+    expect(routing.aux_loss, 2 * (0.7 * 3 / 4 + 0.3 * 1 / 4))
+
+
+def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_Uniform", lambda *_: lambda shape: torch.tensor([0.2, 0.1, 0.9, 0.0]))
+    routing = route(replace(PLAIN, random_token_selection=True), FOUR_TOKENS)
+    assert routing.kept.tolist() == [[True], [False], [True], [True]]
+
+
+def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_the_kept() -> None:
+    probs = [[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]
+    routing = route(replace(PLAIN, top_k=2), probs)  # 2 * 3 / 3 = 2 slots each
+    assert routing.expert.tolist() == [[1, 2], [0, 1], [0, 1]]
+    # Expert 1: token 0 by first choice, token 1 by second, and then it is full.
+    assert routing.kept.tolist() == [[True, True], [True, True], [True, False]]
+    expect(routing.weight, [[0.6 / 0.9, 0.3 / 0.9], [0.5 / 0.8, 0.3 / 0.8], [1.0, 0.0]])
+    assert routing.tokens_per_expert.tolist() == [2, 3, 1]
+    expect(routing.aux_loss, 3 * (0.4 * 2 / 3 + 0.4 * 1 / 3 + 0.2 * 0))  # first choices only
+
+    late_first = [[0.6, 0.3, 0.1], [0.3, 0.2, 0.5], [0.2, 0.7, 0.1]]
+    kept = route(replace(PLAIN, top_k=2, train_capacity_factor=0.5), late_first).kept  # one slot each
+    # Expert 1 is token 2's first choice, so token 0's second loses; expert 0 is token 0's, so the others' seconds lose.
+    assert kept.tolist() == [[True, False], [True, False], [True, False]]
+
+
+def test_top_3_serves_the_highest_gate_first() -> None:
+    probs = [[0.4, 0.3, 0.2, 0.1], [0.5, 0.2, 0.1, 0.2000001], [0.3, 0.1, 0.35, 0.25]]
+    probs = [[p / sum(row) for p in row] for row in probs]
+    config = replace(PLAIN, top_k=3, train_capacity_factor=0.8)  # ceil(3 * 3 / 4 * 0.8) = 2 slots each
+    routing = route(config, probs)
+    assert routing.expert.tolist() == [[0, 1, 2], [0, 3, 1], [2, 0, 3]]
+    # Expert 0 has gates 0.4, 0.5, 0.3: the last is out, although it is not the last in order of choice.
+    assert routing.kept.tolist() == [[True, True, True], [True, True, True], [True, False, True]]
+    expect(routing.weight[0], [0.4 / 0.9, 0.3 / 0.9, 0.2 / 0.9])
+    expect(routing.weight[2], [0.35 / 0.6, 0.0, 0.25 / 0.6])
+    assert routing.tokens_per_expert.tolist() == [3, 2, 2, 2]
+    mean = torch.tensor(probs, dtype=torch.float64).mean(0)
+    expect(routing.aux_loss, 4 * (mean * torch.tensor([3, 2, 2, 2]) / 9).sum().item())
+
+
+def test_min_capacity_saves_what_the_factor_would_drop() -> None:
+    assert not route(PLAIN, FOUR_TOKENS).kept.all()
+    assert route(replace(PLAIN, min_capacity=3), FOUR_TOKENS).kept.all()
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_masked_tokens_take_no_slot_and_count_in_no_statistic(random: bool) -> None:
+    routing = route(replace(PLAIN, random_token_selection=random), FOUR_TOKENS, mask=[False, True, True, True])
+    assert routing.kept.tolist() == [[False], [True], [True], [True]]  # with the first token gone, expert 0 has room
+    expect(routing.weight, [[0.0], [0.8], [0.7], [0.6]])
+    assert routing.tokens_per_expert.tolist() == [2, 1]
+    assert routing.num_tokens == 3
+    expect(routing.aux_loss, 2 * ((0.8 + 0.7 + 0.4) / 3 * 2 / 3 + (0.2 + 0.3 + 0.6) / 3 * 1 / 3))
+    nothing = route(PLAIN, FOUR_TOKENS, mask=[False] * 4)
+    assert not nothing.kept.any() and nothing.aux_loss == 0 and nothing.z_loss == 0
+
+
+def test_capacity_rounds_up_in_float32() -> None:
+    assert capacity(100, 2, 1, 1.1, 4) == 55  # in float64 it would be 56
+    assert capacity(100, 3, 1, 1.0, 4) == 34
+    assert capacity(100, 8, 2, 1.2, 4) == 31  # and here float64 says 30
+    assert capacity(2048, 128, 1, 1.0, 4) == 16
+    assert capacity(16, 128, 1, 1.0, 4) == 4
+    assert capacity(16, 128, 1, 1.0, 0) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoEConfig(4, min_capacity=0),  # random token selection
+        MoEConfig(4, token_dropping=False, noise="jitter"),
+        MoEConfig(4, token_dropping=False, noise="rsample"),
+        MoEConfig(4, token_dropping=False, top_k=2),  # samples the second expert
+    ],
+    ids=["random_token_selection", "jitter", "rsample", "second_expert"],
+)
+def test_noise_depends_on_the_key_and_the_layer_alone_and_evaluation_has_none(config: MoEConfig) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)) * 0.3
+
+    def weights(key: tuple[int, ...] | None, layer: int = 0, training: bool = True) -> list[list[float]]:
+        router = Router(config, 8, 4, layer).train(training)
+        router.weight.data = weight
+        routing = router(x, noise_key=key)
+        assert training or routing.kept.all(), "evaluation drops"
+        order = routing.expert.argsort(1)  # expert numbers and weights
+        return torch.cat([routing.expert.gather(1, order), routing.weight.gather(1, order)], dim=1).tolist()
+
+    reference = weights((0, 5, 2))
+    before = torch.get_rng_state()
+    assert weights((0, 5, 2)) == reference
+    assert torch.equal(torch.get_rng_state(), before), "a keyed draw moved the global generator"
+    others = [weights((1, 5, 2)), weights((0, 6, 2)), weights((0, 5, 3)), weights((0, 5, 2), layer=1), weights(None)]
+    for other in others:
+        assert other != reference
+        assert others.count(other) == 1
+    quiet = [weights(key, training=False) for key in ((0, 5, 2), (9, 9, 9), None)]
+    assert quiet[0] == quiet[1] == quiet[2] != reference
+
+
+def test_random_choices_follow_their_distributions() -> None:
+    many, probs = 20_000, [0.5, 0.3, 0.15, 0.05]
+    torch.manual_seed(0)
+    roomy = MoEConfig(4, token_dropping=False)
+    by_rsample = route(replace(roomy, noise="rsample"), [probs] * many).expert[:, 0]
+    torch.testing.assert_close(by_rsample.bincount(minlength=4) / many, torch.tensor(probs), rtol=0, atol=0.015)
+    first, second = route(replace(roomy, top_k=2), [probs] * many).expert.unbind(1)
+    assert not first.any()  # the first choice stays the argmax; the second is drawn from the rest
+    expected = torch.tensor([0.0, 0.6, 0.3, 0.1])
+    torch.testing.assert_close(second.bincount(minlength=4) / many, expected, rtol=0, atol=0.015)
+
+    crowd = [[0.9, 0.1]] * 8  # 4 slots: each token stays in half of the draws
+    kept = torch.stack([route(MoEConfig(2, min_capacity=0), crowd).kept[:, 0] for _ in range(400)]).double()
+    torch.testing.assert_close(kept.mean(0), torch.full((8,), 0.5, dtype=torch.float64), rtol=0, atol=0.12)
+
+
+def test_evaluation_drops_only_if_asked() -> None:
+    config = replace(PLAIN, train_capacity_factor=4.0, eval_capacity_factor=1.0)
+    assert route(config, FOUR_TOKENS).kept.all() and route(config, FOUR_TOKENS, training=False).kept.all()
+    asked = replace(config, eval_token_dropping=True, random_token_selection=True)
+    assert route(asked, FOUR_TOKENS, training=False).kept.tolist() == [[True], [True], [False], [True]]
+
+
+def test_evaluation_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []  # ranks may evaluate different numbers of batches: a collective would hang
+    world = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=calls.append)
+    monkeypatch.setattr(router_module, "distributed", world)
+    route(PLAIN, FOUR_TOKENS, training=False)
+    assert not calls
+    route(PLAIN, FOUR_TOKENS)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_balance_loss_is_1_when_balanced_and_the_number_of_experts_when_collapsed(top_k: int) -> None:
+    config = replace(PLAIN, top_k=top_k)
+    balanced = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.2, 0.1, 0.4, 0.3], [0.3, 0.2, 0.1, 0.4]]
+    expect(route(config, balanced).aux_loss, 1.0)
+    collapsed = [[1 - 3e-14, 1e-14, 1e-14, 1e-14]] * 4
+    expect(route(config, collapsed).aux_loss, 4.0 if top_k < 3 else 4.0 / 3)  # k=3: two thirds of the load go elsewhere
+
+
+def test_z_loss_is_the_mean_squared_logsumexp_of_unmasked_logits() -> None:
+    router = Router(PLAIN, 2, 2, 0).double()
+    torch.nn.init.eye_(router.weight)
+    logits = torch.tensor([[1.0, 1.0], [3.0, 3.0], [50.0, 0.0]], dtype=torch.float64)
+    z_loss = router(logits, torch.tensor([True, True, False])).z_loss
+    expect(z_loss, (1.6931471805599453**2 + 3.6931471805599453**2) / 2)  # logsumexp(a, a) = a + log 2
+
+
+def _balance_on(rank: int | None, scope: str, top_k: int) -> tuple[Tensor, Tensor]:
+    """Loss and router gradient on one rank's part of a batch, or on all of it (rank None)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    x[:20] += 0.8  # the halves prefer different experts
+    mask = torch.rand(40, generator=generator) < torch.linspace(0.2, 1, 40)  # and differ in length
+    router = Router(replace(PLAIN, top_k=top_k, aux_scope=scope), 6, 5, 0).double()
+    router.weight.data = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    part = slice(None) if rank is None else slice(20 * rank, 20 * rank + 20)
+    loss = router(x[part], mask[part]).aux_loss
+    loss.backward()
+    return loss.detach(), router.weight.grad
+
+
+def _balance_rank(rank: int, folder: str) -> None:
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for scope in ("global", "rank"):
+        for top_k in (1, 2, 3):
+            averaged = _balance_on(rank, scope, top_k)
+            for value in averaged:  # what data parallelism does to losses and gradients
+                distributed.all_reduce(value)
+                value /= 2
+            if rank == 0:
+                torch.save(averaged, f"{folder}/{scope}{top_k}.pt")
+    distributed.destroy_process_group()
+
+
+def test_global_scope_makes_two_ranks_equal_one_process_and_rank_scope_does_not(tmp_path: Path) -> None:
+    multiprocessing.spawn(_balance_rank, args=(str(tmp_path),), nprocs=2)
+    for top_k in (1, 2, 3):
+        whole = _balance_on(None, "global", top_k)
+        for together, per_rank, expected in zip(
+            torch.load(tmp_path / f"global{top_k}.pt"), torch.load(tmp_path / f"rank{top_k}.pt"), whole, strict=True
+        ):
+            torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+            assert not torch.allclose(per_rank, expected, rtol=1e-2)

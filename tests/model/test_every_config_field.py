@@ -1,0 +1,194 @@
+"""No field of the configuration is decoration: each changes exactly what it says it does; each wrong value is named."""
+
+import ast
+import inspect
+import traceback
+import warnings
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nlgmoe import config as config_module
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import router
+from nlgmoe.model.gpt import GPT
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.seeding import derive_seed
+
+MOE = MoEConfig(4, min_capacity=0)
+BASE = GPTConfig(40, 8, 2, 16, 2, vocab_size_multiple=16, moe=MOE)
+EVERYWHERE = {"shapes", "training", "evaluation"}
+
+# field: (fields that make it matter, another value, what must change: nothing else may)
+GPT_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
+    "vocab_size": ({}, 45, {"evaluation"}),  # the logits' width; the table has 48 rows either way
+    "seq_len": ({}, 12, {"shapes"}),
+    "num_layers": ({}, 4, EVERYWHERE | {"start"}),  # output projections start smaller in a deeper model
+    "hidden_size": ({}, 32, EVERYWHERE),
+    "num_heads": ({}, 4, {"training", "evaluation"}),
+    "ffn_hidden_size": ({}, 48, EVERYWHERE),
+    "hidden_dropout": ({}, 0.1, {"training"}),
+    "attention_dropout": ({}, 0.1, {"training"}),
+    "init_std": ({}, 0.1, {"start"}),
+    "layer_norm_eps": ({}, 0.1, {"training", "evaluation"}),
+    "vocab_size_multiple": ({}, 64, {"shapes"}),
+    "moe": ({}, None, EVERYWHERE),
+}
+MOE_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
+    "num_experts": ({}, [6], EVERYWHERE),
+    "expert_interval": ({}, 1, EVERYWHERE),
+    "top_k": ({}, 2, {"training", "evaluation"}),
+    "mlp_type": ({}, "residual", EVERYWHERE),
+    "residual_mix": ({"mlp_type": "residual"}, "sum", EVERYWHERE),
+    "train_capacity_factor": ({}, 0.5, {"training"}),
+    "eval_capacity_factor": ({"eval_token_dropping": True}, 0.5, {"evaluation"}),
+    "min_capacity": ({"train_capacity_factor": 0.1}, 8, {"training"}),
+    "token_dropping": ({}, False, {"training"}),
+    "eval_token_dropping": ({"eval_capacity_factor": 0.5}, True, {"evaluation"}),
+    "random_token_selection": ({}, False, {"training"}),
+    "noise": ({}, "jitter", {"training"}),
+    "second_expert": ({"top_k": 2}, "argmax", {"training"}),
+    "aux_scope": ({}, "rank", {"training"}),
+    "loss_coeff": ({}, 1.0, {"loss"}),
+    "z_loss_coeff": ({}, 1.0, {"loss"}),
+}
+CASES = [("gpt", name) for name in (f.name for f in fields(GPTConfig))]
+CASES += [("moe", name) for name in (f.name for f in fields(MoEConfig))]
+
+
+@pytest.mark.parametrize(("where", "name"), CASES)
+def test_the_field_changes_what_it_says_and_nothing_else(
+    where: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, value, expected = (GPT_CASES if where == "gpt" else MOE_CASES)[name]  # a new field needs a case
+    if where == "gpt":
+        before = replace(BASE, **context)
+        after = replace(before, **{name: value})
+    else:
+        before = replace(BASE, moe=replace(MOE, **context))
+        after = replace(before, moe=replace(before.moe, **{name: value}))
+    with monkeypatch.context() as patched:
+        patched.setattr(router, "distributed", TWO_RANKS)
+        first, second = observe(before), observe(after)
+    if expected == {"loss"}:
+        first["loss"], second["loss"] = trained_weights(before), trained_weights(after)
+    assert {aspect for aspect in first if not same(first[aspect], second[aspect])} == expected
+
+
+def _add_the_other_rank(loads: Tensor) -> None:
+    loads += torch.tensor([9.0, 3, 2, 2, 16]) if len(loads) == 5 else torch.ones(len(loads))
+
+
+TWO_RANKS = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=_add_the_other_rank)
+
+
+def observe(config: GPTConfig) -> dict[str, Any]:
+    """What can be seen of a model: its parameters' shapes and initial values, and its output in both modes."""
+    model = GPT(config)
+    start = {f"{name} {tuple(p.shape)}": p.detach().clone() for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    lively(model)
+    tokens = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    output = model(tokens, noise_key=(0, 0, 0))
+    losses = [(routing.aux_loss, routing.z_loss) for routing in output.routings]
+    evaluation = model.eval()(tokens)
+    return {
+        "shapes": shapes,
+        "start": start,
+        "training": (output.hidden, losses),
+        "evaluation": model.logits(evaluation.hidden),
+    }
+
+
+@torch.no_grad()
+def lively(model: GPT) -> None:
+    """Weights that depend on name and shape alone and are large enough for every one to matter."""
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(derive_seed(name))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        if isinstance(next(iter(a.values())), Tensor):
+            return all(same(a[key], b[key]) for key in a.keys() & b.keys())
+        return a == b
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def trained_weights(config: GPTConfig) -> dict[str, Tensor]:
+    """The weights after one step of training."""
+    module = MoEGPTModule(config)
+    tokens = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "token_mask": torch.ones(2, 8, dtype=torch.bool),
+        "domain": torch.zeros(2, dtype=torch.long),
+    }
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about workers and the absence of validation
+        trainer.fit(module, DataLoader([batch], batch_size=None))
+    return {name: p.detach() for name, p in module.gpt.named_parameters()}
+
+
+MODES, COEFFS = ("train", "eval"), ("loss", "z_loss")
+WRONG: list[tuple[dict[str, Any], str]] = [
+    *(({name: 0}, f"{name}=0 must be at least 1") for name in ("vocab_size", "seq_len", "num_layers", "hidden_size")),
+    *(({name: 0}, f"{name}=0 must be at least 1") for name in ("num_heads", "vocab_size_multiple")),
+    ({"num_heads": 3}, "hidden_size=16 is not a multiple of num_heads=3"),
+    ({"ffn_hidden_size": 0}, "ffn_hidden_size=0 must be at least 1"),
+    *(({name: p}, rf"{name}={p} must be in") for name in ("hidden_dropout", "attention_dropout") for p in (1.0, -0.1)),
+    *(({name: 0.0}, f"{name}=0.0 must be above 0") for name in ("init_std", "layer_norm_eps")),
+    ({"moe": {"expert_interval": 3}}, "expert_interval=3 leaves no MoE layer among num_layers=2"),
+    ({"moe": {"num_experts": [2, 4]}}, r"num_experts=\[2, 4\] has 2 entries, but num_layers=2 .* makes 1 MoE layers"),
+    ({"moe": {"num_experts": []}}, "num_experts is an empty list"),
+    ({"moe": {"num_experts": [4, 0]}}, r"num_experts=\[4, 0\] has a value below 1"),
+    ({"moe": {"num_experts": 0}}, "num_experts=0 has a value below 1"),
+    ({"moe": {"expert_interval": 0}}, "expert_interval=0 must be at least 1"),
+    ({"moe": {"top_k": 0}}, "top_k=0 must be between 1 and"),
+    ({"moe": {"top_k": 3, "num_experts": [4, 2]}}, r"top_k=3 must be between 1 and the smallest num_experts \(2\)"),
+    *(({"moe": {f"{mode}_capacity_factor": 0}}, f"{mode}_capacity_factor=0 must be above 0") for mode in MODES),
+    ({"moe": {"min_capacity": -1}}, "min_capacity=-1 must be at least 0"),
+    *(({"moe": {f"{kind}_coeff": -1}}, f"{kind}_coeff=-1 must be at least 0") for kind in COEFFS),
+    ({"moe": {"noise": "rsample", "top_k": 2}}, r"noise=rsample works with top_k=1 only \(top_k=2\)"),
+]
+
+
+def build(values: dict[str, Any]) -> GPTConfig:
+    return GPTConfig.from_dict({**BASE.to_dict(), **values})
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda value: str(value)[:50])
+def test_a_wrong_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(values)
+
+
+def test_every_check_of_the_configuration_has_a_wrong_value_above() -> None:
+    fired = set()
+    for values, _ in WRONG:
+        try:
+            build(values)
+        except ValueError as error:
+            fired.add(traceback.extract_tb(error.__traceback__)[-2].lineno)
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(config_module))) if isinstance(node, ast.Call)]
+    assert fired == {call.lineno for call in calls if ast.unparse(call.func) == "_require"}
+
+
+def test_a_config_survives_its_dictionary() -> None:
+    for config in (BASE, replace(BASE, moe=None), replace(BASE, num_layers=4, moe=MoEConfig([2, 4], noise="jitter"))):
+        assert GPTConfig.from_dict(config.to_dict()) == config

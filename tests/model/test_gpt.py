@@ -1,0 +1,170 @@
+"""The whole model: how it starts, which blocks are MoE, and that recomputing activations changes nothing."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.gpt import GPT, GPTOutput
+from nlgmoe.pyramid import experts_per_layer
+
+WIDE = GPTConfig(  # wide enough for a standard deviation to be measured to a few percent
+    512, 64, 4, 64, 4, init_std=0.05, moe=MoEConfig([2, 3], 2, mlp_type="residual")
+)
+SMALL = GPTConfig(50, 16, 4, 16, 2, vocab_size_multiple=16, moe=MoEConfig(4, min_capacity=0, train_capacity_factor=0.5))
+
+
+def test_weights_start_normal_projections_smaller_biases_zero_and_norms_one() -> None:
+    for name, parameter in GPT(WIDE).named_parameters():
+        if "norm.weight" in name:
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            std = 0.05 / math.sqrt(2 * 4) if ".project" in name else 0.05
+            noise = std / math.sqrt(parameter.numel())
+            assert parameter.mean().abs().item() < 5 * noise, name
+            assert abs(parameter.std().item() - std) < 5 * noise, name
+
+
+def test_the_seed_and_the_names_alone_fix_the_weights() -> None:
+    reference = GPT(WIDE, seed=3).state_dict()
+    torch.manual_seed(99)  # the global generator plays no part
+    again = GPT(WIDE, seed=3)
+    again.reset_parameters(4)
+    other_seed = {name: value.clone() for name, value in again.state_dict().items()}
+    again.reset_parameters(3)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, reference[name]), name
+        assert torch.equal(value, other_seed[name]) == (value.unique().numel() == 1), name
+    weights = [value for value in reference.values() if value.unique().numel() > 1]
+    starts = {tuple(value.flatten()[:8].tolist()) for value in weights}
+    assert len(starts) == len(weights), "two tensors start alike"
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(2), MoEConfig([6, 5]), MoEConfig(4, expert_interval=3)], ids=str)
+def test_the_dense_part_is_the_same_whatever_the_experts(moe: MoEConfig | None) -> None:
+    reference, other = GPT(WIDE).state_dict(), GPT(replace(WIDE, moe=moe)).state_dict()
+    shared = {name for name in reference.keys() & other.keys() if ".moe." not in name}
+    assert len(shared) >= 4 + 8 * 4  # embeddings, final norm; norms and attention of each block
+    for name in shared:
+        assert torch.equal(reference[name], other[name]), name
+
+
+def test_every_expert_differs_and_is_the_same_in_a_larger_stack() -> None:
+    few, many = GPT(replace(WIDE, moe=MoEConfig(3))), GPT(replace(WIDE, moe=MoEConfig(5)))
+    for leaf in ("expand_weight", "project_weight"):
+        a, b = (model.blocks[1].moe.experts.get_parameter(leaf) for model in (few, many))
+        assert torch.equal(a, b[:3])
+        assert all((b[i] - b[j]).abs().max() > 0.01 for i in range(5) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_experts", "interval", "expected"),
+    [
+        (4, 8, 2, [0, 8, 0, 8]),
+        (5, 8, 2, [0, 8, 0, 8, 0]),
+        (3, 8, 1, [8, 8, 8]),
+        (6, 8, 3, [0, 0, 8, 0, 0, 8]),
+        (6, [2, 2, 4], 2, [0, 2, 0, 2, 0, 4]),
+        (7, [2, 3, 4], 2, [0, 2, 0, 3, 0, 4, 0]),
+        (24, [32] * 10 + [64] * 2, 2, [0, 32] * 10 + [0, 64] * 2),
+    ],
+    ids=str,
+)
+def test_pyramid(layers: int, num_experts: int | list[int], interval: int, expected: list[int]) -> None:
+    assert experts_per_layer(GPTConfig(8, num_layers=layers, moe=MoEConfig(num_experts, interval))) == expected
+
+
+def test_the_model_has_the_pyramids_experts_and_reports_one_routing_per_moe_block() -> None:
+    config = replace(SMALL, num_layers=7, moe=MoEConfig([2, 3, 5]))
+    model = GPT(config)
+    routings = model(torch.zeros(2, 8, dtype=torch.long)).routings
+    assert [routing.tokens_per_expert.numel() for routing in routings] == [2, 3, 5]
+    assert [len(b.moe.experts.expand_weight) if b.moe else 0 for b in model.blocks] == experts_per_layer(config)
+    assert GPT(replace(config, moe=None))(torch.zeros(1, 8, dtype=torch.long)).routings == []
+
+
+@pytest.mark.parametrize("noise_key", [None, (0, 3, 1)], ids=["keyless", "keyed"])
+@pytest.mark.parametrize(
+    "moe",
+    [None, SMALL.moe, replace(SMALL.moe, noise="rsample"), replace(SMALL.moe, top_k=2, noise="jitter")],
+    ids=["dense", "random_token_selection", "rsample", "second_expert_and_jitter"],
+)
+def test_activation_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(
+    moe: MoEConfig | None, noise_key: tuple[int, ...] | None
+) -> None:
+    config = replace(SMALL, moe=moe, hidden_dropout=0.1, attention_dropout=0.1, init_std=0.3)
+    tokens = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)) < 0.8
+
+    def train(recompute: bool, seed: int = 0) -> tuple[GPTOutput, list[Tensor]]:
+        model = GPT(config, activation_checkpointing=recompute)
+        torch.manual_seed(seed)
+        output = model(tokens, token_mask=mask, noise_key=noise_key)
+        loss = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, tokens.flatten(), mask.flatten(), 8)
+        loss = loss + sum(0.1 * routing.aux_loss + 0.1 * routing.z_loss for routing in output.routings)
+        torch.rand(5)  # the global generator moves on between forward and backward, as it does in a real step
+        loss.backward()
+        return output, [loss.detach(), *(p.grad for p in model.parameters())]
+
+    output, expected = train(recompute=False)
+    recomputed, values = train(recompute=True)
+    for value, reference in zip(values, expected, strict=True):
+        assert torch.equal(value, reference)
+    assert not torch.equal(output.hidden, train(recompute=False, seed=1)[0].hidden), "nothing is random"
+    for routing, reference in zip(recomputed.routings, output.routings, strict=True):
+        assert torch.equal(routing.kept, reference.kept)
+        assert not routing.kept[mask.flatten()].all(), "nothing was dropped"
+
+
+def test_every_moe_block_gets_the_mask_and_the_noise_key() -> None:
+    model, tokens = GPT(replace(SMALL, init_std=0.3)), torch.arange(32).view(2, 16)
+    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) < 0.7
+    first, again, other = (model(tokens, token_mask=mask, noise_key=(0, 0, micro)) for micro in (1, 1, 2))
+    assert torch.equal(first.hidden, again.hidden)
+    for one, two, three in zip(first.routings, again.routings, other.routings, strict=True):
+        assert one.num_tokens == mask.sum() and not one.kept[~mask.flatten()].any()
+        assert torch.equal(one.kept, two.kept) and not torch.equal(one.kept, three.kept)
+
+
+def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_block() -> None:
+    model, places = GPT(replace(SMALL, hidden_dropout=0.1)), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.1
+            module.register_forward_hook(lambda *_, name=name: places.append(name))
+    model(torch.zeros(1, 16, dtype=torch.long))
+    assert places == ["dropout"] + [f"blocks.{layer}.dropout" for layer in range(4) for _ in range(2)]
+
+
+def test_activation_checkpointing_recomputes_each_block_once_and_only_for_a_backward_pass() -> None:
+    model = GPT(SMALL, activation_checkpointing=True)
+    calls: list[int] = []
+    for index, block in enumerate(model.blocks):
+        block.attention.register_forward_hook(lambda *_, index=index: calls.append(index))
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    with torch.no_grad():
+        model(tokens)
+    assert calls == [0, 1, 2, 3]
+    model(tokens).hidden.square().sum().backward()
+    assert calls[4:] == [0, 1, 2, 3, 3, 2, 1, 0]
+
+
+def test_a_sequence_longer_than_seq_len_is_refused_by_name_with_the_cache_counted() -> None:
+    model = GPT(SMALL)
+    model(torch.zeros(1, 16, dtype=torch.long))
+    with pytest.raises(ValueError, match="17 tokens is longer than seq_len=16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    cache = KVCache(10)
+    with torch.no_grad():
+        model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
+        with pytest.raises(ValueError, match="17 tokens is longer than seq_len=16"):
+            model(torch.zeros(1, 7, dtype=torch.long), cache=cache)
+        with pytest.raises(ValueError, match="the cache holds 10 positions, 11 are needed"):
+            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
