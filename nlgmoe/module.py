@@ -221,13 +221,17 @@ class MoEGPTModule(LightningModule):
         """Add the model's shape and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint["model_config"] = self.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
-        loop = checkpoint["loops"]["fit_loop"]
         step = checkpoint["global_step"]
+        if step == 0:
+            del checkpoint["loops"]  # nothing has been trained on: to resume is to start
+            return
+        # The state that Lightning's loop has in `on_train_batch_end` of the window's last micro-batch, where its own
+        # checkpoints are taken: that batch is processed but not yet completed, and its step not yet counted.
+        loop = checkpoint["loops"]["fit_loop"]
         batches = step * self.trainer.accumulate_grad_batches
         for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
-            for name in counts:
-                counts[name] = batches
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ RANKS = {
     "eval": 5,
     "module": 6,
     "callbacks": 7,
+    "loggers": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -20,14 +20,16 @@ CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", 
 
 
 class Recorder(Callback):
-    """Losses by micro-batch, learning rates by step."""
+    """Losses and logged step numbers by micro-batch, learning rates by step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[float] = []
+        self.steps: list[tuple[int, int]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
+        self.steps.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])

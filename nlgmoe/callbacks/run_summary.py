@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
@@ -80,7 +80,10 @@ class RunSummary(Callback):
         """Write the file."""
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
         assert isinstance(pl_module, MoEGPTModule)
-        write_summary(Path(trainer.default_root_dir), self._summary(trainer, pl_module))
+        folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
+        write_summary(folder, summary)
+        xz = getattr(trainer.datamodule, "xz_bits_per_byte", None)  # type: ignore[attr-defined]
+        rank_zero_info(describe(summary, xz() if xz is not None else {}, folder))
 
     def _wall_so_far(self) -> float:
         running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
@@ -125,3 +128,27 @@ def write_summary(run_folder: Path, summary: dict[str, Any]) -> None:
     temporary = run_folder / ".summary.json.writing"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     temporary.rename(run_folder / "summary.json")
+
+
+def describe(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:
+    """The summary as a person reads it, beside a general-purpose compressor."""
+    minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
+    lines = [
+        "",
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {minutes} min {seconds:02} s"
+        f" ({summary['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB)",
+        f"{summary['params_total']:,} parameters, {summary['params_active']:,} of them active for a token",
+    ]
+    if summary["val_loss"] is not None:
+        lines += [f"validation loss {summary['val_loss']:.3f} nats per token"]
+    if summary["val_loss"] is not None and summary["unigram_entropy"] is not None:
+        share = summary["val_loss"] / summary["unigram_entropy"]
+        lines[-1] += f", {share:.2f} of the {summary['unigram_entropy']:.3f} of the best model without context"
+    measured = {name: value for name, value in summary["bits_per_byte"].items() if value is not None}
+    if measured:
+        lines += ["", f"bits per byte of text   {'model':>6}" + (f" {'xz -9':>6}" if xz_bits_per_byte else "")]
+        for name, value in measured.items():
+            other = f" {xz_bits_per_byte[name]:>6.2f}" if name in xz_bits_per_byte else ""
+            lines.append(f"  {name:<20}  {value:>6.2f}{other}")
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return "\n".join([*lines, "", f"written to {folder}/: {', '.join(found)}", ""])

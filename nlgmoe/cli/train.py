@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.data import PileDataModule
+from nlgmoe.loggers import run_folder_loggers
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.versions import versions
 
@@ -47,6 +49,7 @@ class TrainCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
             seed_everything_default=1234,
             trainer_defaults={
+                "default_root_dir": "runs/unnamed",
                 "max_epochs": -1,  # the data never ends; train_tokens, max_steps or max_time do
                 "use_distributed_sampler": False,  # the data module gives each rank its rows
                 "num_sanity_val_steps": 0,
@@ -62,6 +65,14 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data's windows are as long as the model's sequences."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log into the run folder, unless the configuration says otherwise."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        if trainer["logger"] is None or trainer["logger"] is True:
+            kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"])
+        return super().instantiate_trainer(**kwargs)
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,16 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
 
 def main(args: ArgsType = None) -> None:
     """Run `train.py`; mistakes in the settings end with one line instead of a traceback."""
+    _mute_advertising()
     try:
         TrainCLI(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _mute_advertising() -> None:
+    """Keep the first screen for the run: no product tips, no deprecations inside other packages."""
+    lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

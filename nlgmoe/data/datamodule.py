@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from nlgmoe.data.pocket_pile import SPLITS, Manifest, read_manifest, read_texts, text_path
+from nlgmoe.data.pocket_pile import SPLITS, Manifest, read_manifest
 from nlgmoe.data.prepare import prepare
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
 from nlgmoe.data.shards import open_shard, read_shards
@@ -211,11 +211,14 @@ class PileDataModule(LightningDataModule):
         return float(-(counts * np.log(train / np.sum(train))).sum() / counts.sum())
 
     def xz_bits_per_byte(self) -> dict[str, float]:
-        """What a general-purpose compressor needs for the validation text: domain -> bits per byte, and "all"."""
-        texts = {name: "".join(read_texts(text_path(self.data_dir, f"{name}.validation"))) for name in self.domains}
-        texts["all"] = "".join(texts.values())
-        encoded = {name: text.encode() for name, text in texts.items()}
-        return {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in encoded.items()}
+        """What a general-purpose compressor needs for the text that evaluation covers: domain -> bits per byte, and "all"."""
+        source = self._evaluation_source()
+        texts = {}
+        for domain, name in enumerate(self.domains):
+            tokens = source.evaluated_tokens(domain)
+            texts[name] = self.decode(tokens[tokens != self.eod_id].tolist()).encode()
+        texts["all"] = b"".join(texts.values())
+        return {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
 
     # ---- internals
 

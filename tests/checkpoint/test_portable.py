@@ -68,6 +68,7 @@ def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(saved_after: in
     second = fit(tmp_path, resumed, resume=tmp_path / "a.ckpt")
     window_start = saved_after // ACCUMULATE * ACCUMULATE
     assert resumed.losses == undisturbed.losses[window_start:]
+    assert resumed.steps == undisturbed.steps[window_start:]
     assert resumed.rates == undisturbed.rates[window_start // ACCUMULATE :]
     ours, theirs = weights(second), weights(first)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
