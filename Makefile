@@ -36,7 +36,7 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 40 minutes on 2 cores)
+compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 25 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python benchmarks/compare.py
 

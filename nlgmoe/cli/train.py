@@ -48,6 +48,7 @@ class TrainCLI(LightningCLI):
             save_config_callback=RunFolder,
             save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
             seed_everything_default=1234,
+            auto_configure_optimizers=False,  # model.optimizer and model.schedule are the only home of those settings
             trainer_defaults={
                 "default_root_dir": "runs/unnamed",
                 "max_epochs": -1,  # the data never ends; train_tokens, max_steps or max_time do

@@ -48,10 +48,14 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             groups["decay" if decays(module, name.rpartition(".")[2]) else "no_decay"].append((name, parameter))
     settings = {"decay": config.weight_decay, "no_decay": 0.0}
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": groups[name], "weight_decay": settings[name], "name": name} for name in groups],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+    # A fused step could unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Let the
+    # gradient scaler do it, as for any other optimizer.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
