@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from nlgmoe.batch import Batch, CountsSamples, SpellsBytes
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
@@ -20,41 +21,6 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
 from nlgmoe.seeding import derive_seed
-
-
-class Batch(TypedDict):
-    """What a data module yields; B sequences of T tokens.
-
-    Attributes:
-        tokens: `[B, T]` int64, what the model reads.
-        targets: `[B, T]` int64, what it shall predict at each position.
-        token_mask: `[B, T]` bool, False at padding.
-        domain: `[B]` int64, index into the data module's `domains`.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    token_mask: Tensor
-    domain: Tensor
-
-
-@runtime_checkable
-class CountsSamples(Protocol):
-    """A data module that resumes: it is told how many samples have been trained on."""
-
-    def advance(self, samples: int) -> None:
-        """Count `samples` more, over all ranks."""
-
-
-@runtime_checkable
-class SpellsBytes(Protocol):
-    """A data module whose loss can be reported by domain and per byte of text."""
-
-    domains: list[str]
-    vocab_size: int
-
-    def token_byte_lengths(self) -> Tensor:
-        """`[V]` bytes of text each token id spells."""
 
 
 class MoEGPTModule(LightningModule):

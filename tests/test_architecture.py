@@ -16,6 +16,7 @@ RANKS = {
     "seeding": 0,
     "versions": 0,
     "config": 0,
+    "batch": 0,
     "pyramid": 1,
     "layers": 2,
     "model": 3,

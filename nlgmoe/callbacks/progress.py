@@ -9,7 +9,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from typing_extensions import override
 
-from nlgmoe.module import Batch, MoEGPTModule
+from nlgmoe.batch import Batch
+from nlgmoe.module import MoEGPTModule
 
 
 class TokenProgressBar(TQDMProgressBar):

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from nlgmoe.batch import Batch
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.module import Batch, MoEGPTModule
+from nlgmoe.module import MoEGPTModule
 from nlgmoe.versions import versions
 
 

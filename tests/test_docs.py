@@ -1,0 +1,37 @@
+"""The documents speak of things that exist."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_named_in_the_documents_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    paths = set(re.findall(r"\b(?:nlgmoe|tests|configs|benchmarks|docs)/[\w/.-]+\.(?:py|yaml|md|json)", text))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_named_in_the_documents_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", (ROOT / name).read_text())) <= targets
+
+
+def test_settings_in_the_readmes_flag_table_exist() -> None:
+    table = (ROOT / "README.md").read_text().partition("## The tutorial's settings")[2].partition("\n## ")[0]
+    known = {f.name for cls in (GPTConfig, MoEConfig, AdamWConfig, LearningRateSchedule) for f in fields(cls)}
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| `--")]
+    assert len(rows) > 15
+    for row in rows:
+        for setting in re.findall(r"`model\.(?:config|optimizer|schedule)\.(?:moe\.)?(\w+)", row):
+            assert setting in known
