@@ -24,7 +24,7 @@ def test_files_named_in_the_documents_exist(name: str) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_named_in_the_documents_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z-]+)", (ROOT / name).read_text())) <= targets
+    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE)) <= targets
 
 
 def test_settings_in_the_readmes_flag_table_exist() -> None:
