@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-quickstart: install  ## train a small PR-MoE on real text (about 10 minutes on 2 cores)
+quickstart: install  ## train a small PR-MoE on real text (about 8 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
