@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -66,7 +67,7 @@ class MoEGPTModule(LightningModule):
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
         self._window = _Window()
-        self._domain_loss: DomainLoss | None = None
+        self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @override
     def configure_model(self) -> None:
@@ -95,7 +96,7 @@ class MoEGPTModule(LightningModule):
                 f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {self.config.vocab_size}; "
                 f"set it to {data.vocab_size}"
             )
-        self._domain_loss = DomainLoss(data.domains, data.token_byte_lengths()).to(self.device)
+        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths())]
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -178,8 +179,19 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Begin the first window; a resumed run whose end has been reached stops here."""
+        """Begin the first window; a resumed run whose end has been reached stops here.
+
+        A checkpoint brings the optimizer's state, the configuration its settings: what was changed for the rest of a run
+        takes effect.
+        """
         self._window = _Window()
+        ours = self.optimizer_config
+        for group in self.trainer.optimizers[0].param_groups:
+            decay = ours.weight_decay if group["name"] == "decay" else 0.0
+            rate = learning_rate(self.tokens_seen, ours.lr, self.schedule)
+            group |= {"lr": rate, "initial_lr": ours.lr, "betas": ours.betas, "eps": ours.eps, "weight_decay": decay}
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            scheduler.base_lrs = [ours.lr] * len(scheduler.base_lrs)
         self._stop_at_the_end()
 
     @override
@@ -187,6 +199,7 @@ class MoEGPTModule(LightningModule):
         """Add the model's shape and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint["model_config"] = self.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["seed"] = self.seed
         step = checkpoint["global_step"]
         if step == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
@@ -204,11 +217,16 @@ class MoEGPTModule(LightningModule):
         """Restore the clock.
 
         Raises:
-            ValueError: the checkpoint's model is not this one; the message names the fields that differ.
+            ValueError: the checkpoint's model is not this one, or a run would go on with other random numbers; the message
+                names what differs.
         """
         theirs, ours = checkpoint["model_config"], self.config.to_dict()
         if different := _differences(theirs, ours):
             raise ValueError(f"the checkpoint's model differs from model.config: {', '.join(different)}")
+        if self.trainer.state.fn == TrainerFn.FITTING and checkpoint["seed"] != self.seed:
+            raise ValueError(
+                f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
+            )
         self.tokens_seen = checkpoint["tokens_seen"]
 
     def _stop_at_the_end(self) -> None:
@@ -228,16 +246,17 @@ class MoEGPTModule(LightningModule):
         return losses.view_as(batch["targets"])
 
     def _evaluate(self, batch: Batch) -> None:
-        if self._domain_loss is None:  # another data module: one unnamed domain, no bytes
-            self._domain_loss = DomainLoss(["all"], torch.zeros(self.config.vocab_size)).to(self.device)
-        self._domain_loss.update(self._token_losses(batch), batch["targets"], batch["token_mask"], batch["domain"])
+        if not self._domain_loss:  # another data module: one unnamed domain, no bytes
+            self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
+        metric = self._domain_loss[0].to(self.device)
+        metric.update(self._token_losses(batch), batch["targets"], batch["token_mask"], batch["domain"])
 
     def _log_evaluation(self, prefix: str) -> None:
-        assert self._domain_loss is not None
-        for name, value in self._domain_loss.compute().items():
+        (metric,) = self._domain_loss
+        for name, value in metric.compute().items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
                 self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss")
-        self._domain_loss.reset()
+        metric.reset()
 
 
 class _Window:

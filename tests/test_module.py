@@ -49,6 +49,12 @@ def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**defaults, **settings})
 
 
+def run_validation(module: MoEGPTModule, root: Path, **settings: Any) -> float:
+    return trainer(root, limit_val_batches=1.0, **settings).validate(module, SyntheticData(), verbose=False)[0][
+        "val/loss"
+    ]
+
+
 def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -> None:
     module, data, recorder = MoEGPTModule(CONFIG, loss_chunk_size=7), SyntheticData(), Recorder()
     batch = next(iter(data.train_dataloader()))
@@ -135,11 +141,15 @@ def test_dropout_and_routing_draw_from_seed_and_step_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_lower_precision_trains_to_about_the_same_loss(precision: str, tmp_path: Path) -> None:
-    means = []
+    means: list[float] = []
+    means_of_validation: list[float] = []
     for chosen in ("32-true", precision):
         recorder, module = Recorder(), MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2))
         run = trainer(tmp_path, recorder, max_steps=60, gradient_clip_val=1.0, precision=chosen)
         run.fit(module, SyntheticData())
+        metric = run_validation(module, tmp_path, precision=chosen)
+        assert metric == pytest.approx(means_of_validation[0] if means_of_validation else metric, rel=0.1)
+        means_of_validation.append(metric)
         means.append(sum(recorder.losses[-20:]) / 20)
         weight = torch.float32 if chosen != "bf16-true" else torch.bfloat16
         assert module.gpt.blocks[1].moe.experts.expand_weight.dtype == weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -91,14 +92,14 @@ class RunSummary(Callback):
         return self._wall_seconds + running
 
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
         parameters = count_parameters(module.config)
         entropy = getattr(trainer.datamodule, "unigram_entropy", None)  # type: ignore[attr-defined]
         prefix = "val/bits_per_byte/"
         return {
             "steps": trainer.global_step,
             "tokens": module.tokens_seen,
-            "train_loss": float(torch.stack(list(self._losses)).mean()) if self._losses else None,
+            "train_loss": _finite(float(torch.stack(list(self._losses)).mean())) if self._losses else None,
             "val_loss": metrics.get("val/loss"),
             "unigram_entropy": entropy() if entropy is not None else None,
             "bits_per_byte": {
@@ -112,6 +113,11 @@ class RunSummary(Callback):
             "wall_seconds": self._wall_seconds,
             "versions": versions(),
         }
+
+
+def _finite(value: float) -> float | None:
+    """None (JSON's null) for a run that diverged: JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def peak_memory_bytes() -> int:

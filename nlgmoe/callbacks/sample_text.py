@@ -35,6 +35,21 @@ class SampleText(Callback):
         self.top_k = top_k
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the texts will fit, before training and not after.
+
+        Raises:
+            ValueError: they will not.
+        """
+        assert isinstance(pl_module, MoEGPTModule)
+        longest = max(len(trainer.datamodule.encode(prompt)) for prompt in self.prompts)  # type: ignore[attr-defined]
+        if longest + self.max_new_tokens > pl_module.config.seq_len:
+            raise ValueError(
+                f"SampleText: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit "
+                f"seq_len={pl_module.config.seq_len}; lower max_new_tokens"
+            )
+
+    @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, print, write."""

@@ -75,7 +75,9 @@ class PortableCheckpointIO(CheckpointIO):
         if Path(path).is_symlink():
             Path(path).unlink()
         elif Path(path).exists():
-            shutil.rmtree(path)
+            doomed = Path(path).with_name(f".{Path(path).name}.removed-{os.getpid()}")
+            Path(path).rename(doomed)  # in one step: a folder with the final name is whole, also while one is deleted
+            shutil.rmtree(doomed)
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -87,7 +89,10 @@ def read_document(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "checkpoint.json"
     if not file.is_file():
         raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
-    document = json.loads(file.read_text())
+    try:
+        document = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")

@@ -11,7 +11,7 @@ def main(args: list[str] | None = None) -> None:
     """Run one of the subcommands; mistakes in the settings end with one line instead of a traceback."""
     try:
         auto_cli({"prepare-data": prepare_data}, args=args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import warnings
@@ -12,10 +14,12 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
+from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.data import PileDataModule
@@ -47,7 +51,7 @@ class TrainCLI(LightningCLI):
             PileDataModule,
             save_config_callback=RunFolder,
             save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
-            seed_everything_default=1234,
+            seed_everything_default=False,  # model.seed and data.seed decide every draw; the global generator decides none
             auto_configure_optimizers=False,  # model.optimizer and model.schedule are the only home of those settings
             trainer_defaults={
                 "default_root_dir": "runs/unnamed",
@@ -55,7 +59,7 @@ class TrainCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module gives each rank its rows
                 "num_sanity_val_steps": 0,
                 "gradient_clip_val": 1.0,
-                "callbacks": [TokenProgressBar(), Throughput(), ExpertLoad(), RunSummary()],
+                "callbacks": [TokenProgressBar(), Throughput(), ExpertLoad(), RunSummary(), PredictionFile()],
             },
             parser_kwargs={"description": "Train and evaluate mixture-of-experts language models."},
             args=args,
@@ -66,6 +70,29 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data's windows are as long as the model's sequences."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
+
+    def before_fit(self) -> None:
+        """Neither mix two runs in one folder nor start one where the user meant to go on.
+
+        Raises:
+            ValueError: the run folder holds a run already, or none to resume.
+        """
+        folder = Path(self.trainer.default_root_dir)
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint == "last" and not any(folder.rglob("last*.ckpt")):
+            raise ValueError(f"ckpt_path=last: there is no last.ckpt in {folder}; leave ckpt_path out to start a run")
+        if checkpoint is None and self.trainer.is_global_zero and (folder / "config.yaml").exists():
+            raise ValueError(
+                f"{folder} holds a run already: continue it with --ckpt_path last, or choose another "
+                "--trainer.default_root_dir"
+            )
+
+    def before_validate(self) -> None:
+        """Say so where the weights are random."""
+        if self._get(self.config, "ckpt_path") is None:
+            rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
+
+    before_test = before_predict = before_validate
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -98,9 +125,15 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     paths = [path] if isinstance(path, str | Path) else list(path)
     args = [part for item in paths for part in ("--config", str(item))]
     args += [f"--{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items()]
-    with warnings.catch_warnings():  # the caller's own command line is not meant for us
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        cli = TrainCLI(args=args, run=False)
+    said = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.filterwarnings(
+                "ignore", message="LightningCLI's args parameter"
+            )  # the caller's own are not for us
+            cli = TrainCLI(args=args, run=False)
+    except SystemExit as error:  # the parser has printed its usage and what is wrong; the latter is the message
+        raise ValueError(said.getvalue().rpartition("error: ")[2].strip() or f"cannot read {args}") from error
     return Experiment(cli.model, cli.datamodule, cli.trainer)
 
 
@@ -109,7 +142,7 @@ def main(args: ArgsType = None) -> None:
     _mute_advertising()
     try:
         TrainCLI(args)
-    except ValueError as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -29,13 +29,19 @@ def generate(
     Raises:
         ValueError: the result would not fit, or a setting is out of range.
     """
+    if prompt.dim() != 2 or prompt.dtype != torch.long or prompt.shape[1] == 0:
+        raise ValueError(f"prompt must be [B, T] int64 with T >= 1, not {list(prompt.shape)} {prompt.dtype}")
+    if int(prompt.min()) < 0 or int(prompt.max()) >= model.config.vocab_size:
+        raise ValueError(f"prompt has token ids outside the model's vocabulary of {model.config.vocab_size}")
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
     total = prompt.shape[1] + max_new_tokens
     if total > model.config.seq_len:
         raise ValueError(
             f"prompt + max_new_tokens is {total} tokens, but the model's seq_len is {model.config.seq_len}"
         )
-    if prompt.shape[1] == 0 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError("generate needs a prompt of at least one token, temperature >= 0 and top_k >= 1 (or None)")
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1):
+        raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0 and top_k >= 1 (or None)")
     generator = torch.Generator(prompt.device).manual_seed(seed)
     cache = KVCache(total)
     tokens, new = prompt, prompt
@@ -48,6 +54,10 @@ def generate(
             if top_k is not None and top_k < logits.shape[-1]:
                 threshold = logits.topk(top_k, dim=-1).values[:, -1:]
                 logits = logits.masked_fill(logits < threshold, float("-inf"))
-            new = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+            new = torch.multinomial(
+                ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)).softmax(dim=-1),
+                1,
+                generator=generator,
+            )
         tokens = torch.cat([tokens, new], dim=1)
     return tokens

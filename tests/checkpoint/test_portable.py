@@ -183,6 +183,34 @@ def test_resuming_another_model_names_the_fields_that_differ(tmp_path: Path) -> 
         trainer.fit(other, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
 
 
+def test_a_resumed_run_obeys_its_own_optimizer_settings(tmp_path: Path) -> None:
+    """A checkpoint brings the optimizer's state; the configuration brings its settings."""
+    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    recorder = Recorder()
+    changed = AdamWConfig(lr=5e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    module = MoEGPTModule(CONFIG, changed, LearningRateSchedule("constant"))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = Trainer(max_steps=3, max_epochs=-1, accelerator="cpu", callbacks=[recorder], **quiet)
+    trainer.fit(module, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+    assert recorder.rates == [5e-3, 5e-3]
+    decay, no_decay = trainer.optimizers[0].param_groups
+    assert (decay["betas"], decay["eps"], decay["weight_decay"], no_decay["weight_decay"]) == (
+        (0.8, 0.9),
+        1e-6,
+        0.3,
+        0.0,
+    )
+
+
+def test_resuming_with_another_seed_is_refused_and_evaluating_is_not(tmp_path: Path) -> None:
+    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=3, max_epochs=-1, accelerator="cpu", **quiet)
+    trainer.validate(MoEGPTModule(CONFIG, seed=9), SyntheticData(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    with pytest.raises(ValueError, match=r"model\.seed 1234, not 9"):
+        trainer.fit(MoEGPTModule(CONFIG, seed=9), SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}"):
         load_model(tmp_path)
@@ -193,4 +221,8 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
+        load_model(tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt" / "checkpoint.json"
+    file.write_text(file.read_text()[:-10])
+    with pytest.raises(ValueError, match=r"checkpoint.json is damaged"):
         load_model(tmp_path / "a.ckpt")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from nlgmoe import load_config
+from nlgmoe import load_config, load_model
 from nlgmoe.cli.train import main
 from nlgmoe.model.counting import count_parameters
 
@@ -66,6 +67,12 @@ def test_the_quickstart_from_training_to_resuming_and_validating(pocket_pile: Pa
     with (run / "metrics.csv").open() as file:
         logged = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert logged == [1, 3, 5, 7, 9, 10]  # the first part's rows are still there; the last step is always logged
+    assert sorted(path.name for path in (run / "checkpoints").glob("last*")) == ["last.ckpt"]
+    assert load_model(run / "checkpoints" / "last.ckpt").config.num_layers == 2
+    main(["predict", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    assert load_file(run / "predictions.safetensors")["losses"].shape == (16, 32)
+    with pytest.raises(SystemExit, match=r"holds a run already: continue it with --ckpt_path last"):
+        main(["fit", *quickstart(run, data)])
     main(["validate", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
 
 
@@ -73,9 +80,8 @@ def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     main(["fit", *quickstart(run, f"--data.data_dir={pocket_pile}"), "--model.train_tokens=300"])
     first = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").unlink()
-    main(["fit", "--config", str(run / "config.yaml")])
-    again = json.loads((run / "summary.json").read_text())
+    main(["fit", "--config", str(run / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'again'}"])
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert (again["val_loss"], again["train_loss"]) == (first["val_loss"], first["train_loss"])
 
 
@@ -87,6 +93,8 @@ def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> 
         ("--model.config.moe.top_k=9", "top_k=9 must be between 1 and the smallest num_experts"),
         ("--model.optimizer.lr=-1", "lr=-1.0 must be above 0"),
         ("--model.schedule.shape=linear", "linear"),
+        ("--ckpt_path=last", "there is no last.ckpt in"),
+        ("--trainer.default_root_dir=/proc/nowhere", "/proc/nowhere"),
     ],
 )
 def test_mistakes_are_named(setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,3 +102,17 @@ def test_mistakes_are_named(setting: str, message: str, tmp_path: Path, capsys: 
         main(["fit", *quickstart(tmp_path / "run", "--data.data_dir=nowhere"), setting])
     assert error.value.code != 0
     assert message in str(error.value.code) + capsys.readouterr().err
+
+
+def test_sample_text_that_will_not_fit_is_refused_before_training(pocket_pile: Path, tmp_path: Path) -> None:
+    config = quickstart(
+        tmp_path / "run", f"--data.data_dir={pocket_pile}", "--trainer.callbacks.init_args.max_new_tokens=32"
+    )
+    with pytest.raises(SystemExit, match="lower max_new_tokens"):
+        main(["fit", *config])
+
+
+@pytest.mark.parametrize(("path", "message"), [("nowhere.yaml", "nowhere.yaml"), ([], "vocab_size")])
+def test_load_config_raises_instead_of_ending_the_process(path: str | list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(path)

@@ -49,13 +49,21 @@ def test_top_k_and_temperature_limit_the_choice() -> None:
         ({"max_new_tokens": 22}, "25 tokens, but the model's seq_len is 24"),
         ({"max_new_tokens": 1, "temperature": -1.0}, "temperature >= 0"),
         ({"max_new_tokens": 1, "top_k": 0}, "top_k >= 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature >= 0"),
     ],
 )
 def test_impossible_requests_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(MODEL, PROMPT, **settings)
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(MODEL, PROMPT[:, :0], 1)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT[:, :0], PROMPT[0], PROMPT.float(), PROMPT - 9, PROMPT + 60])
+def test_impossible_prompts_are_refused(prompt: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        generate(MODEL, prompt, 1)
+    with pytest.raises(ValueError, match="training mode"):
+        generate(GPT(MODEL.config), PROMPT, 1)
 
 
 def test_loss_and_bits_per_byte_by_domain() -> None:
