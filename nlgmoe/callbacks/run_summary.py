@@ -58,7 +58,10 @@ class RunSummary(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the wall clock."""
+        """Say what is trained, and start the wall clock."""
+        assert isinstance(pl_module, MoEGPTModule)
+        count = count_parameters(pl_module.config)
+        rank_zero_info(f"{count.total:,} parameters, {count.active:,} of them active for a token")
         self._fit_started = time.perf_counter()
 
     @override
@@ -144,7 +147,6 @@ def describe(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder
         "",
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {minutes} min {seconds:02} s"
         f" ({summary['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB)",
-        f"{summary['params_total']:,} parameters, {summary['params_active']:,} of them active for a token",
     ]
     if summary["val_loss"] is not None:
         lines += [f"validation loss {summary['val_loss']:.3f} nats per token"]

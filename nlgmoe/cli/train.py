@@ -58,6 +58,7 @@ class TrainCLI(LightningCLI):
                 "max_epochs": -1,  # the data never ends; train_tokens, max_steps or max_time do
                 "use_distributed_sampler": False,  # the data module gives each rank its rows
                 "num_sanity_val_steps": 0,
+                "enable_model_summary": False,  # RunSummary tells total and active parameters
                 "gradient_clip_val": 1.0,
                 "callbacks": [TokenProgressBar(), Throughput(), ExpertLoad(), RunSummary(), PredictionFile()],
             },
