@@ -87,6 +87,7 @@ class TrainCLI(LightningCLI):
                 f"{folder} holds a run already: continue it with --ckpt_path last, or choose another "
                 "--trainer.default_root_dir"
             )
+        folder.mkdir(parents=True, exist_ok=True)  # an unwritable one is found out now, not after tokenising a corpus
 
     def before_validate(self) -> None:
         """Say so where the weights are random."""

@@ -99,7 +99,8 @@ def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> 
 )
 def test_mistakes_are_named(setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["fit", *quickstart(tmp_path / "run", "--data.data_dir=nowhere"), setting])
+        main(["fit", *quickstart(tmp_path / "run", f"--data.data_dir={tmp_path / 'data'}"), setting])
+    assert not (tmp_path / "data").exists()  # found out before anything is built
     assert error.value.code != 0
     assert message in str(error.value.code) + capsys.readouterr().err
 
