@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own, made on first use; nothing has to be installed by hand but
-# Python 3.10 or newer.
+# Python 3.11 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ help:  ## show this list
 install: $(VENV)/.installed  ## virtual environment with nlgmoe and the development tools
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "nlgmoe needs Python 3.10 or newer; say which with make PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "nlgmoe needs Python 3.11 or newer; say which with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
