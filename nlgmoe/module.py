@@ -175,15 +175,24 @@ class MoEGPTModule(LightningModule):
             data.advance(self._window.samples * world)
         self._window = _Window()
         scheduler.step()
-        self._stop_at_the_end()
+        if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
+            self.trainer.should_stop = True
 
     @override
     def on_train_start(self) -> None:
-        """Begin the first window; a resumed run whose end has been reached stops here.
+        """Begin the first window.
 
         A checkpoint brings the optimizer's state, the configuration its settings: what was changed for the rest of a run
         takes effect.
+
+        Raises:
+            ValueError: the resumed run is at its end already.
         """
+        if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
+            raise ValueError(
+                f"the run is at its end: {self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise "
+                "model.train_tokens and model.schedule.decay_tokens"
+            )
         self._window = _Window()
         ours = self.optimizer_config
         for group in self.trainer.optimizers[0].param_groups:
@@ -192,7 +201,11 @@ class MoEGPTModule(LightningModule):
             group |= {"lr": rate, "initial_lr": ours.lr, "betas": ours.betas, "eps": ours.eps, "weight_decay": decay}
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             scheduler.base_lrs = [ours.lr] * len(scheduler.base_lrs)
-        self._stop_at_the_end()
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Log at the number of the step, also where Lightning has lost count over a restart."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -228,10 +241,6 @@ class MoEGPTModule(LightningModule):
                 f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
             )
         self.tokens_seen = checkpoint["tokens_seen"]
-
-    def _stop_at_the_end(self) -> None:
-        if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
-            self.trainer.should_stop = True
 
     def _noise_key(self) -> tuple[int, int, int]:
         """(seed, step, index of this micro-batch within the step over all ranks)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -32,14 +33,43 @@ class RunFolder(SaveConfigCallback):
     """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for `on_fit_start`: only then is it known whether the run is resumed."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `config.yaml` and `versions.json`.
+
+        Raises:
+            ValueError: the folder holds another run.
+        """
+        if trainer.is_global_zero:
+            refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
+            self.save_config(trainer, pl_module, "fit")
+
+    @override
     @rank_zero_only
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` and `versions.json`."""
+        """The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if stage == "fit":
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
-            (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        config = copy.deepcopy(self.config)
+        if "ckpt_path" in config:
+            config["ckpt_path"] = None
+        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def refuse_second_run(folder: Path, checkpoint: Any) -> None:
+    """A folder holds one run, which may be resumed.
+
+    Raises:
+        ValueError: `folder` holds a run and there is no checkpoint to resume.
+    """
+    if checkpoint is None and (folder / "config.yaml").exists():
+        raise ValueError(
+            f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
+        )
 
 
 class TrainCLI(LightningCLI):
@@ -82,11 +112,8 @@ class TrainCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint == "last" and not any(folder.rglob("last*.ckpt")):
             raise ValueError(f"ckpt_path=last: there is no last.ckpt in {folder}; leave ckpt_path out to start a run")
-        if checkpoint is None and self.trainer.is_global_zero and (folder / "config.yaml").exists():
-            raise ValueError(
-                f"{folder} holds a run already: continue it with --ckpt_path last, or choose another "
-                "--trainer.default_root_dir"
-            )
+        if self.trainer.is_global_zero:
+            refuse_second_run(folder, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)  # an unwritable one is found out now, not after tokenising a corpus
 
     def before_validate(self) -> None:
@@ -98,10 +125,14 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log into the run folder, unless the configuration says otherwise."""
+        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results."""
         trainer = self._get(self.config_init, "trainer", default={})
         if trainer["logger"] is None or trainer["logger"] is True:
-            kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"])
+            trains = self.subcommand in (None, "fit")
+            kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"]) if trains else False
+        if trainer["enable_progress_bar"] is False:
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, TokenProgressBar)]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -126,7 +157,9 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     """
     paths = [path] if isinstance(path, str | Path) else list(path)
     args = [part for item in paths for part in ("--config", str(item))]
-    args += [f"--{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items()]
+    for name, value in overrides.items():
+        args.append(f"--{name.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}")
+    _mute_advertising()
     said = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(said):
@@ -153,4 +186,7 @@ def _mute_advertising() -> None:
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings(
+        "ignore", message="Checkpoint directory .* exists and is not empty"
+    )  # of course, on resuming
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nlgmoe import load_config, load_model
+from nlgmoe import Experiment, load_config, load_model
 from nlgmoe.cli.train import main
 from nlgmoe.model.counting import count_parameters
 
@@ -71,9 +71,22 @@ def test_the_quickstart_from_training_to_resuming_and_validating(pocket_pile: Pa
     assert load_model(run / "checkpoints" / "last.ckpt").config.num_layers == 2
     main(["predict", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
     assert load_file(run / "predictions.safetensors")["losses"].shape == (16, 32)
+    rows = (run / "metrics.csv").read_text()
+    with pytest.raises(SystemExit, match=r"the run is at its end: 704 tokens"):
+        main(
+            [
+                "fit",
+                *quickstart(run, data),
+                "--model.train_tokens=700",
+                f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+            ]
+        )
     with pytest.raises(SystemExit, match=r"holds a run already: continue it with --ckpt_path last"):
         main(["fit", *quickstart(run, data)])
     main(["validate", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    assert (run / "metrics.csv").read_text() == rows
+    assert json.loads((run / "summary.json").read_text())["val_loss"] is not None
+    assert "last.ckpt" not in (run / "config.yaml").read_text()
 
 
 def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> None:
@@ -117,3 +130,23 @@ def test_sample_text_that_will_not_fit_is_refused_before_training(pocket_pile: P
 def test_load_config_raises_instead_of_ending_the_process(path: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(path)
+
+
+def test_load_config_overrides_settings_and_keeps_runs_apart(pocket_pile: Path, tmp_path: Path) -> None:
+    def experiment() -> Experiment:
+        return load_config(
+            ROOT / "configs/pr_moe/laptop.yaml",
+            trainer__default_root_dir=str(tmp_path / "run"),
+            trainer__enable_progress_bar=False,
+            data__data_dir=str(pocket_pile),
+            data__max_eval_windows=2,
+            data__micro_batch_size=1,
+            model__train_tokens=200,
+        )
+
+    first = experiment()
+    first.trainer.fit(first.module, first.data)
+    assert {"summary.json", "config.yaml", "metrics.csv"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    second = experiment()
+    with pytest.raises(ValueError, match="holds a run already"):
+        second.trainer.fit(second.module, second.data)
