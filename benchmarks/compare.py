@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def train(model: str, seed: int, tokens: int | None, learning_rate: float | None
             settings |= {"model.train_tokens": tokens, "model.schedule.decay_tokens": tokens}
         if learning_rate is not None:
             settings |= {"model.optimizer.lr": learning_rate, "model.schedule.min_lr": learning_rate / 10}
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left; these runs keep no checkpoints
+        folder.mkdir(parents=True)
         command = [sys.executable, "train.py", "fit", "--config", f"configs/{model}/laptop.yaml"]
         command += [f"--{name}={value}" for name, value in settings.items()]
         with (folder / "log.txt").open("w") as log:

@@ -19,7 +19,7 @@ from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
 from nlgmoe.seeding import derive_seed
 
@@ -194,13 +194,12 @@ class MoEGPTModule(LightningModule):
                 "model.train_tokens and model.schedule.decay_tokens"
             )
         self._window = _Window()
-        ours = self.optimizer_config
-        for group in self.trainer.optimizers[0].param_groups:
-            decay = ours.weight_decay if group["name"] == "decay" else 0.0
-            rate = learning_rate(self.tokens_seen, ours.lr, self.schedule)
-            group |= {"lr": rate, "initial_lr": ours.lr, "betas": ours.betas, "eps": ours.eps, "weight_decay": decay}
+        (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
+        apply_settings(optimizer, self.optimizer_config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.tokens_seen, peak, self.schedule)
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            scheduler.base_lrs = [ours.lr] * len(scheduler.base_lrs)
+            scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -218,12 +217,11 @@ class MoEGPTModule(LightningModule):
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
             return
         # The state that Lightning's loop has in `on_train_batch_end` of the window's last micro-batch, where its own
-        # checkpoints are taken: that batch is processed but not yet completed, and its step not yet counted.
+        # checkpoints are taken: that batch is processed but not yet completed.
         loop = checkpoint["loops"]["fit_loop"]
         batches = step * self.trainer.accumulate_grad_batches
         for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
             counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

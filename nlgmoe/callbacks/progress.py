@@ -49,9 +49,8 @@ class TokenProgressBar(TQDMProgressBar):
         if self._should_update(batch_idx + 1, -1):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:
-                bar.total = max(
-                    bar.total, module.tokens_seen
-                )  # the last step may overshoot; tqdm would forget the total
+                # The last step may overshoot; tqdm would forget the total.
+                bar.total = max(bar.total, module.tokens_seen)
             bar.update(module.tokens_seen - bar.n)
 
     @override

@@ -76,9 +76,8 @@ class RunSummary(Callback):
         """Add the micro-batch."""
         self._step_seconds += time.perf_counter() - self._batch_started
         self._fed_tokens += batch["tokens"].numel() * trainer.world_size
-        self._losses.append(
-            trainer.callback_metrics["train/loss"]
-        )  # a tensor: reading its value would wait for the GPU
+        # Kept as a tensor: reading its value would wait for the GPU.
+        self._losses.append(trainer.callback_metrics["train/loss"])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

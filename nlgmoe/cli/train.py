@@ -80,7 +80,6 @@ class TrainCLI(LightningCLI):
             MoEGPTModule,
             PileDataModule,
             save_config_callback=RunFolder,
-            save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
             seed_everything_default=False,  # model.seed and data.seed decide every draw; the global generator decides none
             auto_configure_optimizers=False,  # model.optimizer and model.schedule are the only home of those settings
             trainer_defaults={
@@ -163,9 +162,8 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     said = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(said):
-            warnings.filterwarnings(
-                "ignore", message="LightningCLI's args parameter"
-            )  # the caller's own are not for us
+            # The caller's own command line is not for us.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             cli = TrainCLI(args=args, run=False)
     except SystemExit as error:  # the parser has printed its usage and what is wrong; the latter is the message
         raise ValueError(said.getvalue().rpartition("error: ")[2].strip() or f"cannot read {args}") from error
@@ -186,7 +184,6 @@ def _mute_advertising() -> None:
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings(
-        "ignore", message="Checkpoint directory .* exists and is not empty"
-    )  # of course, on resuming
+    # A run that goes on finds its own checkpoints.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

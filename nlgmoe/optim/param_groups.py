@@ -47,15 +47,20 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             groups["decay" if decays(module, name.rpartition(".")[2]) else "no_decay"].append((name, parameter))
-    settings = {"decay": config.weight_decay, "no_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        [{"params": groups[name], "weight_decay": settings[name], "name": name} for name in groups],
+        [{"params": groups[name], "name": name} for name in groups],
         lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
         fused=True,
     )
+    apply_settings(optimizer, config)
     # A fused step could unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Let the
     # gradient scaler do it, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
+    """Give the groups of `build_adamw` the settings of `config`, whatever a loaded state brought; not the current rate."""
+    for group in optimizer.param_groups:
+        weight_decay = config.weight_decay if group["name"] == "decay" else 0.0
+        group |= {"initial_lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}
