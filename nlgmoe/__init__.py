@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
+    from nlgmoe.parallel.strategy import ExpertParallelStrategy
 
 _HOMES = {
     "Experiment": "nlgmoe.cli.train",
+    "ExpertParallelStrategy": "nlgmoe.parallel.strategy",
     "GPT": "nlgmoe.model.gpt",
     "GPTConfig": "nlgmoe.config",
     "GPTOutput": "nlgmoe.model.gpt",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "GPT",
     "Experiment",
+    "ExpertParallelStrategy",
     "GPTConfig",
     "GPTOutput",
     "MoEConfig",

@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -17,6 +17,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
+from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
@@ -73,7 +74,9 @@ class MoEGPTModule(LightningModule):
     def configure_model(self) -> None:
         """Build the GPT, once."""
         if self.model is None:
-            self.model = GPT(self.config, self.seed, self.activation_checkpointing)
+            strategy = self._trainer.strategy if self._trainer is not None else None
+            placed = strategy.expert_placements(self.config) if isinstance(strategy, PlacesExperts) else None
+            self.model = GPT(self.config, self.seed, self.activation_checkpointing, placed or {})
 
     @property
     def gpt(self) -> GPT:
@@ -112,15 +115,18 @@ class MoEGPTModule(LightningModule):
             batch["targets"].flatten(),
             batch["token_mask"].flatten(),
             self.loss_chunk_size,
+            _mean_over_ranks(batch["token_mask"].sum().float()),
         )
+        losses = {"train/loss": language}
         loss = language
-        self.log("train/loss", language, prog_bar=True)
         if self.config.moe is not None:
             balance = torch.stack([routing.aux_loss for routing in output.routings]).sum()
             z_loss = torch.stack([routing.z_loss for routing in output.routings]).sum()
             loss = language + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
-            self.log("train/balance_loss", balance)
-            self.log("train/z_loss", z_loss)
+            losses |= {"train/balance_loss": balance, "train/z_loss": z_loss}
+        of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
+        for name, value in zip(losses, of_all_ranks, strict=True):
+            self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
         self.routings = output.routings
@@ -277,6 +283,14 @@ class _Window:
         self.batches += 1
         self.samples += batch["tokens"].shape[0]
         self.tokens += batch["tokens"].numel()
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of every rank's `value`, which is overwritten."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+        value /= distributed.get_world_size()
+    return value
 
 
 def _mask_or_none(batch: Batch) -> Tensor | None:

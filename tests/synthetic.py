@@ -8,8 +8,9 @@ from nlgmoe.seeding import derive_seed
 
 
 class _Samples(Dataset):
-    def __init__(self, vocab_size: int, seq_len: int, first: int, count: int) -> None:
+    def __init__(self, vocab_size: int, seq_len: int, first: int, count: int, padded: bool = False) -> None:
         self.vocab_size, self.seq_len, self.first, self.count = vocab_size, seq_len, first, count
+        self.padded = padded
 
     def __len__(self) -> int:
         return self.count
@@ -20,19 +21,27 @@ class _Samples(Dataset):
         generator = torch.Generator().manual_seed(derive_seed("synthetic", self.first + index))
         steps = torch.randint(1, 4, (self.seq_len + 1,), generator=generator)
         window = steps.cumsum(0) % self.vocab_size  # a learnable walk
+        length = (self.first + index) * 5 % self.seq_len + 1 if self.padded else self.seq_len
         return {
             "tokens": window[:-1],
             "targets": window[1:],
-            "token_mask": torch.ones(self.seq_len, dtype=torch.bool),
+            "token_mask": torch.arange(self.seq_len) < length,
             "domain": torch.tensor(index % 2),
         }
 
 
 class SyntheticData(LightningDataModule):
-    """`vocab_size` ids, each spelling one byte; two domains."""
+    """`vocab_size` ids, each spelling one byte; two domains.
 
-    def __init__(self, vocab_size: int = 61, seq_len: int = 16, micro_batch_size: int = 4) -> None:
+    Ranks get consecutive slices of `micro_batch_size` samples, and in evaluation every world-size-th window. With
+    `padded`, samples have different lengths.
+    """
+
+    def __init__(
+        self, vocab_size: int = 61, seq_len: int = 16, micro_batch_size: int = 4, padded: bool = False
+    ) -> None:
         super().__init__()
+        self.padded = padded
         self.vocab_size, self.seq_len, self.micro_batch_size = vocab_size, seq_len, micro_batch_size
         self.domains = ["even", "odd"]
         self.samples_consumed = 0
@@ -51,21 +60,28 @@ class SyntheticData(LightningDataModule):
         self.samples_consumed = state_dict["samples_consumed"]
 
     def train_dataloader(self) -> DataLoader:
-        samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9)
-        return DataLoader(samples, batch_sampler=_Endless(self.micro_batch_size), generator=torch.Generator())
+        samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded)
+        rank, world = self._rank_and_world()
+        batches = _Endless(self.micro_batch_size, rank, world)
+        return DataLoader(samples, batch_sampler=batches, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(_Samples(self.vocab_size, self.seq_len, 10**9, 12), batch_size=4, generator=torch.Generator())
+        rank, world = self._rank_and_world()
+        windows = _Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded)
+        return DataLoader(windows, batch_size=4, sampler=range(rank, 12, world), generator=torch.Generator())
 
     test_dataloader = predict_dataloader = val_dataloader
 
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
 
 class _Endless:
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, rank: int, world: int) -> None:
+        self.batch_size, self.rank, self.world = batch_size, rank, world
 
     def __iter__(self):
-        start = 0
+        start = self.rank * self.batch_size
         while True:
             yield list(range(start, start + self.batch_size))
-            start += self.batch_size
+            start += self.batch_size * self.world

@@ -19,10 +19,17 @@ class Experts(nn.Module):
 
     One stacked parameter per weight instead of thousands of small ones: the optimizer and the collectives see few large
     tensors. Checkpoints store one entry per expert (`checkpoint/portable.py`).
+
+    Args:
+        count: E.
+        hidden_size: H.
+        ffn_size: F.
+        first: number of the first of them within the layer: under expert parallelism a rank holds a slice.
     """
 
-    def __init__(self, count: int, hidden_size: int, ffn_size: int) -> None:
+    def __init__(self, count: int, hidden_size: int, ffn_size: int, first: int = 0) -> None:
         super().__init__()
+        self.first = first
         self.expand_weight = nn.Parameter(torch.empty(count, hidden_size, ffn_size))
         self.expand_bias = nn.Parameter(torch.empty(count, ffn_size))
         self.project_weight = nn.Parameter(torch.empty(count, ffn_size, hidden_size))

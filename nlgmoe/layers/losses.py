@@ -13,7 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor, mask: Tensor | None, chunk_size: int) -> Tensor:
+def cross_entropy(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    chunk_size: int,
+    divisor: Tensor | None = None,
+) -> Tensor:
     """Mean over unmasked tokens of `-log softmax(hidden @ unembedding.T)[target]`, in at least fp32.
 
     The logits of `chunk_size` tokens exist at a time. Their gradient is formed while they do (it needs nothing from
@@ -25,13 +32,16 @@ def cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor, mask: Te
         targets: `[N]` int64.
         mask: `[N]` bool, False where a token counts for nothing; None counts all.
         chunk_size: tokens per chunk; memory is `chunk_size * V` values.
+        divisor: scalar, what the sum over unmasked tokens is divided by; None: their number. With the mean of all ranks'
+            numbers, the mean of the ranks' losses is the loss of all their tokens.
 
     Returns:
         A scalar; 0 if the mask is empty.
     """
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     weight = counted.to(torch.promote_types(hidden.dtype, torch.float32))
-    weight = weight / weight.sum().clamp_min(1)
+    divisor = weight.sum() if divisor is None else divisor.to(weight.dtype)
+    weight = weight / divisor.clamp_min(torch.finfo(weight.dtype).eps)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.dispatch import Dispatch
+from nlgmoe.layers.exchange import Journey
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
+from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Router, Routing
 from nlgmoe.pyramid import experts_at
 
@@ -27,15 +29,17 @@ class MoELayer(nn.Module):
     Args:
         config: the model's configuration; `config.moe` must be set.
         layer_index: block number, counted from 0; `pyramid.py` says how many experts it has.
+        placement: which of them live on this rank; None: all of them.
     """
 
-    def __init__(self, config: GPTConfig, layer_index: int) -> None:
+    def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
         num_experts = experts_at(config, layer_index)
         assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
         self.top_k = config.moe.top_k
         self.router = Router(config.moe, config.hidden_size, num_experts, layer_index)
-        self.experts = Experts(num_experts, config.hidden_size, config.ffn_size)
+        self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
+        self.experts = Experts(self.placement.count, config.hidden_size, config.ffn_size, self.placement.first)
         self.mlp = FeedForward(config.hidden_size, config.ffn_size) if config.moe.mlp_type == "residual" else None
         learned_mix = self.mlp is not None and config.moe.residual_mix == "learned"
         self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
@@ -57,10 +61,13 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
         dispatch = Dispatch.of(routing, self.router.num_experts)
-        y = self.experts(dispatch.gather(tokens, self.top_k), dispatch.rows_per_expert)  # [N * k, H]
+        rows = dispatch.gather(tokens, self.top_k)  # [N * k, H]
+        journey = Journey(rows, dispatch.rows_per_expert, self.placement)
+        mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
+        y = journey.back(self.experts(*journey.arrive()))  # [N * k, H]
         y = dispatch.combine(y, routing.weight)  # [N, H], at least fp32
-        if self.mlp is not None:
-            y = self._mix(tokens, y, self.mlp(tokens))
+        if mlp is not None:
+            y = self._mix(tokens, y, mlp)
         return y.to(x.dtype).view_as(x), routing
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> Tensor:

@@ -110,8 +110,11 @@ class Router(nn.Module):
 
             tokens_per_expert = self._count(expert, requested)
             num_tokens = requested[:, 0].sum()
-            aux_loss = self._balance_loss(expert, probs, requested)
-            z_loss = _masked_mean(logits.logsumexp(dim=-1).square(), requested[:, 0])
+            fraction, divisor = self._load(expert, requested, dtype)
+            aux_loss = (
+                self.num_experts * (torch.where(requested[:, :1], probs, 0.0).sum(dim=0) / divisor * fraction).sum()
+            )
+            z_loss = torch.where(requested[:, 0], logits.logsumexp(dim=-1).square(), 0.0).sum() / divisor
         return Routing(expert, weight, kept, probs, aux_loss, z_loss, tokens_per_expert, num_tokens)
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
@@ -159,37 +162,29 @@ class Router(nn.Module):
         kept[queue[by_expert]] = place_in_run < slots
         return kept.view_as(requested)
 
-    def _balance_loss(self, expert: Tensor, probs: Tensor, requested: Tensor) -> Tensor:
-        """`E * sum_e mean_prob_e * fraction_e`: 1 when balanced, E when all tokens go to one expert.
+    def _load(self, expert: Tensor, requested: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the losses are made with: each expert's fraction of the requests, `[E]`, and the divisor of sums over tokens.
 
-        The fraction counts requests before dropping: first choices for k = 2, all of them over k for k > 2.
+        The balance loss is `E * sum_e mean_prob_e * fraction_e`: 1 when balanced, E when all tokens go to one expert. The
+        fraction counts requests before dropping: first choices for k = 2, all of them over k for k > 2.
         """
-        config, dtype = self.config, probs.dtype
-        counted = 1 if config.top_k <= 2 else config.top_k
+        counted = 1 if self.config.top_k <= 2 else self.config.top_k
         counts = self._count(expert[:, :counted], requested[:, :counted]).to(dtype)  # [E]
-        num_tokens = requested[:, 0].sum().to(dtype)
-        prob_sum = torch.where(requested[:, :1], probs, 0.0).sum(dim=0)  # [E]
-        if config.aux_scope == "global" and self.training and distributed.is_initialized():
+        tokens = requested[:, 0].sum().to(dtype)
+        if self.config.aux_scope == "global" and self.training and distributed.is_initialized():
             # Averaging the ranks' losses, as data parallelism does, gives the loss of the whole batch when each rank
-            # puts its own probabilities against everyone's loads and divides by everyone's tokens.
-            shared = torch.cat([counts, num_tokens[None]])
+            # puts its own probabilities against everyone's loads and divides by the mean of everyone's tokens.
+            shared = torch.cat([counts, tokens[None]])
             distributed.all_reduce(shared)
-            counts, all_tokens = shared[:-1], shared[-1]
-            num_tokens = all_tokens / distributed.get_world_size()
-            fraction = counts / (counted * all_tokens).clamp_min(1)
-        else:
-            fraction = counts / (counted * num_tokens).clamp_min(1)
-        return self.num_experts * (prob_sum / num_tokens.clamp_min(torch.finfo(dtype).eps) * fraction).sum()
+            shared /= distributed.get_world_size()
+            counts, tokens = shared[:-1], shared[-1]
+        tokens = tokens.clamp_min(torch.finfo(dtype).eps)
+        return counts / (counted * tokens), tokens
 
     def _count(self, expert: Tensor, requested: Tensor) -> Tensor:
         """Requests per expert, `[E]` int64."""
         target = torch.where(requested, expert, self.num_experts).flatten()
         return torch.bincount(target, minlength=self.num_experts + 1)[: self.num_experts]
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`, 0 if it is empty."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 class _Uniform:

@@ -41,9 +41,9 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
         config: the model.
         padded: count the padding rows of the embedding table (they exist); the paper's sizes leave them out.
     """
-    width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
+    width, layers = config.hidden_size, config.num_layers
     experts = [count for count in experts_per_layer(config) if count]
-    network = 2 * width * ffn + ffn + width
+    network = expert_parameters(config)
     residual = config.moe is not None and config.moe.mlp_type == "residual"
     coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
     top_k = config.moe.top_k if config.moe is not None else 0
@@ -56,6 +56,11 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
         experts=network * sum(experts),
         active_experts=network * top_k * len(experts),
     )
+
+
+def expert_parameters(config: GPTConfig) -> int:
+    """Parameters of one expert, which are those of a dense feed-forward layer."""
+    return 2 * config.hidden_size * config.ffn_size + config.ffn_size + config.hidden_size
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:

@@ -6,7 +6,9 @@ Letters in shape comments: B sequences, T new positions, S positions in all (cac
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
@@ -44,13 +47,13 @@ class Block(nn.Module):
     └──────────────────────────────────┘ └───────────────────────────────────┘
     """
 
-    def __init__(self, config: GPTConfig, layer_index: int) -> None:
+    def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.attention = CausalSelfAttention(width, config.num_heads, config.attention_dropout, layer_index)
         self.ffn_norm = nn.LayerNorm(width, eps=eps)
-        self.moe = MoELayer(config, layer_index) if experts_at(config, layer_index) else None
+        self.moe = MoELayer(config, layer_index, placement) if experts_at(config, layer_index) else None
         self.ffn = None if self.moe is not None else FeedForward(width, config.ffn_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -80,16 +83,23 @@ class GPT(nn.Module):
         config: its shape.
         seed: of the initial weights (`reset_parameters`).
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
+        placements: where the experts of each MoE block live, by block number; blocks not named have all of theirs here.
     """
 
-    def __init__(self, config: GPTConfig, seed: int = 0, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        seed: int = 0,
+        activation_checkpointing: bool = False,
+        placements: Mapping[int, ExpertPlacement] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.seq_len, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, placements.get(layer)) for layer in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.reset_parameters(seed)
 
@@ -169,8 +179,8 @@ class GPT(nn.Module):
                 projects = leaf == "project_weight" or name.rpartition(".")[2] == "project"
                 scale = std / math.sqrt(2 * self.config.num_layers) if projects else std
                 if isinstance(module, Experts):
-                    for expert in range(len(parameter)):
-                        _normal(parameter[expert], scale, derive_seed(seed, part, expert))
+                    for index in range(len(parameter)):
+                        _normal(parameter[index], scale, derive_seed(seed, part, module.first + index))
                 else:
                     _normal(parameter, scale, derive_seed(seed, part))
 

@@ -42,13 +42,23 @@ def decays(module: nn.Module, leaf: str) -> bool:
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW with the groups `decay` and `no_decay`; parameters keep their names, so that checkpoints can too."""
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    """AdamW with the groups `decay` and `no_decay`; parameters keep their names, so that checkpoints can too.
+
+    Experts that only some ranks hold carry the name of those ranks' group (`group_name`, DeepSpeed's convention) and form
+    groups of their own, because their gradients and states are divided between other ranks than the rest's.
+    """
+    groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {("", True): [], ("", False): []}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            groups["decay" if decays(module, name.rpartition(".")[2]) else "no_decay"].append((name, parameter))
+            key = getattr(parameter, "group_name", ""), decays(module, name.rpartition(".")[2])
+            groups.setdefault(key, []).append((name, parameter))
     optimizer = torch.optim.AdamW(
-        [{"params": groups[name], "name": name} for name in groups],
+        [
+            # DeepSpeed finds the ranks of a group of experts by its name.
+            {"params": parameters, "decays": decay, "moe": bool(ranks)}
+            | {"name": ranks or ("decay" if decay else "no_decay")}
+            for (ranks, decay), parameters in groups.items()
+        ],
         lr=config.lr,
         fused=True,
     )
@@ -62,5 +72,5 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
 def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
     """Give the groups of `build_adamw` the settings of `config`, whatever a loaded state brought; not the current rate."""
     for group in optimizer.param_groups:
-        weight_decay = config.weight_decay if group["name"] == "decay" else 0.0
+        weight_decay = config.weight_decay if group["decays"] else 0.0
         group |= {"initial_lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}

@@ -1,0 +1,105 @@
+"""Who holds which experts: per-layer expert-parallel degrees, their process groups, and the ranks' shares.
+
+A layer of degree d lives on d consecutive ranks, which form its expert-parallel group; the ranks with the same experts
+form its expert-data-parallel group. On 8 ranks, degree 4: {0 1 2 3} and {4 5 6 7}; {0 4}, {1 5}, {2 6}, {3 7}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.model.counting import expert_parameters
+from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """This rank's groups for one degree.
+
+    Attributes:
+        degree: ranks of the expert-parallel group.
+        parallel: the ranks that hold a layer together; tokens travel between them.
+        data_parallel: the ranks that hold the same experts; those experts' gradients are averaged over them.
+    """
+
+    degree: int
+    parallel: ProcessGroup
+    data_parallel: ProcessGroup
+
+    @property
+    def name(self) -> str:
+        """What DeepSpeed calls them."""
+        return f"ep_size_{self.degree}"
+
+
+def layer_degrees(config: GPTConfig, world_size: int, limit: int) -> dict[int, int]:
+    """The degree of each MoE block, by block number.
+
+    Raises:
+        ValueError: no layer can use `limit`, or it is more than there are ranks.
+    """
+    if limit > world_size:
+        raise ValueError(
+            f"trainer.strategy.expert_parallel_size={limit} is above the number of ranks, {world_size}; lower it to "
+            f"{world_size}, or run on more devices"
+        )
+    experts = {layer: count for layer, count in enumerate(experts_per_layer(config)) if count}
+    degrees = {layer: expert_parallel_degree(count, world_size, limit) for layer, count in experts.items()}
+    if limit > 1 and limit not in degrees.values():
+        counts = sorted(set(experts.values()))
+        usable = max(degrees.values(), default=1)
+        raise ValueError(
+            f"trainer.strategy.expert_parallel_size={limit} fits no layer: a degree divides a layer's experts ({counts}) and "
+            f"the number of ranks ({world_size}); set it to {usable}"
+        )
+    return degrees
+
+
+def make_groups(degree: int, timeout: timedelta) -> ExpertGroups:
+    """Make the groups of a degree; every rank has to call this, in the same order of degrees."""
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    mine: dict[str, ProcessGroup] = {}
+    families = {
+        "parallel": [range(first, first + degree) for first in range(0, world, degree)],
+        "data_parallel": [range(first, world, degree) for first in range(degree)],
+    }
+    for family, members in families.items():
+        for ranks in members:
+            group = distributed.new_group(list(ranks), timeout=timeout)
+            if rank in ranks:
+                mine[family] = group
+    return ExpertGroups(degree, **mine)
+
+
+def place(config: GPTConfig, degrees: dict[int, int], groups: dict[int, ExpertGroups]) -> dict[int, ExpertPlacement]:
+    """This rank's share of every MoE block, by block number."""
+    placements = {}
+    for layer, degree in degrees.items():
+        count = experts_per_layer(config)[layer] // degree
+        if degree == 1:
+            placements[layer] = ExpertPlacement(first=0, count=count)
+        else:
+            group = groups[degree].parallel
+            placements[layer] = ExpertPlacement(distributed.get_rank(group) * count, count, group)
+    return placements
+
+
+def describe(config: GPTConfig, degrees: dict[int, int], world_size: int) -> str:
+    """One line per kind of layer: degree, copies of each expert, expert parameters on a rank."""
+    experts = experts_per_layer(config)
+    lines = []
+    for count, degree in sorted({(experts[layer], degree) for layer, degree in degrees.items()}):
+        layers = [layer for layer, other in degrees.items() if (experts[layer], other) == (count, degree)]
+        here = count // degree
+        size = here * expert_parameters(config) * len(layers)
+        lines.append(
+            f"blocks {', '.join(map(str, layers))}: {count} experts, expert-parallel degree {degree}, {here} a rank "
+            f"({size / 1e6:,.1f}M parameters), {world_size // degree} copies of each"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,192 @@
+"""ExpertParallelStrategy: Lightning's DeepSpeedStrategy with experts spread over ranks, on GPUs and on CPUs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import distributed, nn
+from typing_extensions import override
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.parallel.expert_groups import ExpertGroups, describe, layer_degrees, make_groups, place
+
+
+class ExpertParallelStrategy(DeepSpeedStrategy):
+    """Data parallelism with ZeRO for the dense part, expert parallelism for the experts.
+
+    Every MoE layer has a degree of its own: the largest divisor of its number of experts and of the number of ranks up to
+    `expert_parallel_size`. A checkpoint knows nothing of it.
+
+    Args:
+        stage: what ZeRO divides between ranks: 0 nothing, 1 the optimizer's states, 2 the gradients too. (3, the weights
+            too, is refused by DeepSpeed for experts spread over ranks.)
+        expert_parallel_size: most ranks that hold one layer's experts together; 1 keeps all experts on every rank.
+        offload_optimizer: keep the optimizer's states in the host's memory and step there; stage 1 or 2.
+        initial_scale_power: fp16 only: the loss scale starts at 2 to this power.
+        loss_scale_window: fp16 only: steps without overflow after which the loss scale doubles.
+        hysteresis: fp16 only: overflows after which the loss scale halves.
+        min_loss_scale: fp16 only: the loss scale never falls below this.
+        timeout_seconds: a rank that waits longer for another one gives up, and the run ends.
+        bucket_size: values per collective of ZeRO's reductions and gathers.
+        accelerator: set by the trainer.
+        parallel_devices: set by the trainer.
+        cluster_environment: set by the trainer.
+        precision_plugin: set by the trainer.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        stage: Literal[0, 1, 2] = 2,
+        expert_parallel_size: int = 1,
+        offload_optimizer: bool = False,
+        initial_scale_power: int = 11,
+        loss_scale_window: int = 500,
+        hysteresis: int = 2,
+        min_loss_scale: int = 1,
+        timeout_seconds: float = 1800.0,
+        bucket_size: int = 200_000_000,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        if stage not in (0, 1, 2):
+            raise ValueError(
+                f"trainer.strategy.stage={stage}: DeepSpeed cannot divide the weights of experts spread over ranks (ZeRO 3); "
+                "use 0, 1 or 2"
+            )
+        if expert_parallel_size < 1:
+            raise ValueError(f"trainer.strategy.expert_parallel_size={expert_parallel_size} must be at least 1")
+        if timeout_seconds <= 0:
+            raise ValueError(f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
+        if offload_optimizer and stage == 0:
+            raise ValueError("trainer.strategy.offload_optimizer=true needs stage 1 or 2")
+        super().__init__(
+            accelerator=accelerator,
+            zero_optimization=stage > 0,
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            precision_plugin=precision_plugin,
+            initial_scale_power=initial_scale_power,
+            loss_scale_window=loss_scale_window,
+            hysteresis=hysteresis,
+            min_loss_scale=min_loss_scale,
+            timeout=timedelta(seconds=timeout_seconds),
+            allgather_bucket_size=bucket_size,
+            reduce_bucket_size=bucket_size,
+        )
+        self.stage = stage
+        self.expert_parallel_size = expert_parallel_size
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # our AdamW steps offloaded states too
+        self._degrees: dict[int, int] = {}
+        self._groups: dict[int, ExpertGroups] = {}
+
+    # ---- processes and groups
+
+    @override
+    def setup_environment(self) -> None:
+        """Start the process group; unlike the base class, on CPUs too."""
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_environment()
+            return
+        self._process_group_backend = self._process_group_backend or "gloo"
+        DDPStrategy.setup_environment(self)
+
+    @override
+    def setup_distributed(self) -> None:
+        """As the base class does, which only knows GPUs."""
+        from nlgmoe.parallel.deepspeed_moe import register_world, use_plain_collectives
+
+        use_plain_collectives()
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_distributed()
+        else:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        register_world(self._patience)
+
+    def expert_placements(self, config: GPTConfig) -> Mapping[int, ExpertPlacement]:
+        """This rank's share of every MoE block; makes the process groups.
+
+        Raises:
+            ValueError: `expert_parallel_size` does not suit the model and the number of ranks.
+        """
+        from nlgmoe.parallel.deepspeed_moe import register_groups
+
+        self._degrees = layer_degrees(config, self.world_size, self.expert_parallel_size)
+        for degree in sorted(set(self._degrees.values()) - {1}):
+            if degree not in self._groups:
+                self._groups[degree] = make_groups(degree, self._patience)
+                register_groups(self._groups[degree])
+        if self._degrees:
+            rank_zero_info(describe(config, self._degrees, self.world_size))
+        return place(config, self._degrees, self._groups)
+
+    @property
+    def _patience(self) -> timedelta:
+        assert self._timeout is not None
+        return self._timeout
+
+    # ---- the engine
+
+    @override
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        """Show the engine which parameters are experts, before the optimizer's groups are made."""
+        from nlgmoe.parallel.deepspeed_moe import correct_clipping, present_to_engine
+
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        for layer, degree in zip(layers, self._degrees.values(), strict=True):
+            if degree > 1:
+                present_to_engine(layer, self._groups[degree])
+        super()._initialize_deepspeed_train(model)
+        correct_clipping(self.deepspeed_engine)
+
+    @override
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        """As the base class does, but where a device has no index too."""
+        import deepspeed
+
+        index = self.root_device.index
+        engine, engine_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
+            config=self.config,
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, engine_optimizer
+
+    @override
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Lightning has divided the loss by the accumulated micro-batches; the engine must not do it again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """Evaluation needs no engine: the weights, in the type they have in training."""
+        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
+        self.model = model.to(self.root_device, dtype=self.precision_plugin._desired_dtype)
+
+    @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks."""
+        if distributed.is_initialized():
+            distributed.barrier(device_ids=[self.root_device.index] if self.root_device.type == "cuda" else None)

@@ -1,0 +1,219 @@
+"""Runs training on several gloo ranks and hands back what they computed.
+
+One spawn per world size runs all of its cells: importing torch, Lightning and DeepSpeed costs each process many seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, multiprocessing
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.experts import Experts
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from tests.synthetic import SyntheticData
+
+SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run, on ranks or on the one process it is compared with."""
+
+    name: str
+    degree: int = 1
+    stage: int = 2
+    experts: int | list[int] = 4
+    moe: dict[str, Any] = field(default_factory=lambda: {"token_dropping": False})
+    layers: int = 4
+    accumulate: int = 1
+    clip: float = 0.5  # bites: the gradient's norm is about 1
+    padded: bool = False
+    precision: str = "32-true"
+    checkpointing: bool = False
+    steps: int = 20
+    strategy: str = "expert_parallel"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank_local(self) -> bool:
+        """Whether each rank routes for itself: capacity, or statistics of its own."""
+        return self.moe.get("token_dropping", True) or self.moe.get("aux_scope") == "rank"
+
+    def module(self) -> MoEGPTModule:
+        """A small model; every cell of the same architecture starts from the same weights."""
+        config = GPTConfig(61, 16, self.layers, 32, 2, init_std=0.05, moe=MoEConfig(self.experts, **self.moe))
+        return MoEGPTModule(config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing)
+
+
+@dataclass
+class Outcome:
+    """What a run computed.
+
+    Attributes:
+        losses: of each optimizer step, of the whole batch.
+        squares: of each step's gradients before clipping, by name, one entry per expert; of a rank: those it holds.
+        gradients: of the first step.
+        clip_norms: the norm by which DeepSpeed clipped each step.
+        validation: the loss at the end.
+    """
+
+    losses: list[float]
+    squares: list[dict[str, float]]
+    gradients: dict[str, Tensor]
+    clip_norms: list[float]
+    validation: float
+
+
+class Recorder(Callback):
+    """Collects an `Outcome` on every rank."""
+
+    def __init__(self) -> None:
+        self.micro_losses: list[float] = []
+        self.squares: list[dict[str, float]] = []
+        self.clip_norms: list[float] = []
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = trainer.callback_metrics["train/loss"] + 0.01 * trainer.callback_metrics["train/balance_loss"]
+        self.micro_losses.append(float(loss))
+        engine = trainer.strategy.model
+        if hasattr(engine, "get_global_grad_norm") and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.clip_norms.append(float(engine.get_global_grad_norm()))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        if (batch := trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # DeepSpeed's engine is asked to step after every micro-batch
+        gradients = full_gradients(pl_module)
+        if batch == trainer.accumulate_grad_batches:
+            self.gradients = gradients
+        self.squares.append({name: float(value.double().square().sum()) for name, value in gradients.items()})
+
+
+def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
+    """Gradients this rank can see, averaged over ranks, by name; experts by their number in the layer."""
+    first = {name: part.first for name, part in module.gpt.named_modules() if isinstance(part, Experts)}
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.gpt.named_parameters():
+        gradient = parameter.grad
+        if hasattr(parameter, "_hp_mapping") or gradient is None:
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient = safe_get_full_grad(parameter)
+        owner, _, leaf = name.rpartition(".")
+        if owner in first:
+            found |= {f"{owner}.{first[owner] + index}.{leaf}": part for index, part in enumerate(gradient.float())}
+        else:
+            found[name] = gradient.float()
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def train(cell: Cell, world: int, folder: Path, micro_batch: int, accumulate: int, **settings: Any) -> Outcome:
+    """Train on this process's share, then validate."""
+    recorder, module = Recorder(), cell.module()
+    data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded)
+    trainer = Trainer(
+        default_root_dir=folder,
+        max_steps=cell.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=world,
+        callbacks=[recorder],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=cell.clip,
+        precision=cell.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=cell.steps * accumulate,
+        use_distributed_sampler=False,
+        check_val_every_n_epoch=None,
+        **settings,
+    )
+    trainer.fit(module, data)
+    groups = [recorder.micro_losses[i : i + accumulate] for i in range(0, len(recorder.micro_losses), accumulate)]
+    losses = [sum(group) / accumulate for group in groups]
+    validation = float(trainer.callback_metrics["val/loss"])
+    return Outcome(losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation)
+
+
+def alone(cell: Cell, ranks: int, folder: Path) -> Outcome:
+    """The same training on one process: the whole batch at once, or rank by rank where ranks route for themselves."""
+    if cell.rank_local:
+        return train(cell, 1, folder, SAMPLES // ranks, cell.accumulate * ranks)
+    return train(cell, 1, folder, SAMPLES, cell.accumulate)
+
+
+def on_ranks(cell: Cell, ranks: int, folder: Path) -> Outcome:
+    """Train on this rank as one of `ranks`."""
+    from nlgmoe.parallel.strategy import ExpertParallelStrategy
+
+    strategy: Any = cell.strategy
+    if strategy == "expert_parallel":
+        strategy = ExpertParallelStrategy(cell.stage, cell.degree, timeout_seconds=60, **cell.options)
+    return train(cell, ranks, folder, SAMPLES // ranks, cell.accumulate, strategy=strategy)
+
+
+def spawn(ranks: int, job: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
+    """Run `job(*args)` on every rank; what each returned.
+
+    Raises:
+        AssertionError: a rank raised; the message has its traceback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = multiprocessing.start_processes(
+        _rank, (ranks, port, job, args, folder), nprocs=ranks, start_method="spawn", join=False
+    )
+    assert processes is not None
+    try:
+        while not processes.join():
+            pass
+    except Exception as error:
+        errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
+        raise AssertionError("\n".join(errors) or str(error)) from None
+    return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple[Any, ...], folder: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",  # Lightning then takes the processes as they are
+        "OMP_NUM_THREADS": "1",
+    }
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    try:
+        result = job(*args)
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+    (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+
+
+def run_all(cells: list[Cell], ranks: int, folder: Path) -> dict[str, Outcome]:
+    """Every cell on this rank, by name."""
+    return {cell.name: on_ranks(cell, ranks, folder) for cell in cells}
