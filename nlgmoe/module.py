@@ -205,7 +205,7 @@ class MoEGPTModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.tokens_seen, peak, self.schedule)
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+            scheduler.base_lrs = [peak] * len(optimizer.param_groups)  # the saving ranks may have had other groups
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -1,30 +1,27 @@
 """The portable checkpoint: a folder of safetensors and JSON that knows no topology. Nothing is pickled.
 
-    name.ckpt/
-      checkpoint.json         format, model configuration, step and token clock, loops, callbacks, data position, versions
-      model.safetensors       GPT's parameters by name, one entry per expert
-      optimizer.safetensors   `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, again one entry per expert
-      state.safetensors       tensors of callbacks and others that `checkpoint.json` refers to; absent if there are none
+    checkpoint.json   format, model configuration, step and token clock, loops, callbacks, data position, versions
+    model             GPT's parameters by name, one entry per expert
+    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, again one entry per expert
+    state             tensors of callbacks and others that `checkpoint.json` refers to
 
-A folder is written under a temporary name beside its own, flushed to disk and renamed: what has the final name is whole.
-`PortableCheckpointIO` is the plugin through which Lightning reads and writes it.
+`folder.py` knows the files. One process writes and reads through Lightning's `CheckpointIO`, here; ranks of DeepSpeed
+through their strategy (`parallel/checkpointing.py`), each what it owns.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
+from nlgmoe.checkpoint import folder
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.versions import versions
@@ -44,40 +41,52 @@ class PortableCheckpointIO(CheckpointIO):
         """Write Lightning's `checkpoint` dictionary to the folder `path`, replacing what is there only when done."""
         rest = dict(checkpoint)
         model = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}
-        files = {"model.safetensors": split_experts(model)}
+        entries = {"model": split_experts(model)}
         if rest.get("optimizer_states"):
             (state,) = rest.pop("optimizer_states")
-            files["optimizer.safetensors"], rest["optimizer_groups"] = _optimizer_to_entries(state)
-        tensors: dict[str, Tensor] = {}
-        document = {"format": FORMAT, "version": VERSION, "versions": versions(), **_to_json(rest, "", tensors)}
-        if tensors:
-            files["state.safetensors"] = tensors
-        _write_folder(Path(path), document, files)
+            entries["optimizer"], rest["optimizer_groups"] = _optimizer_to_entries(state)
+        document, entries["state"] = make_document(rest)
+        temporary = folder.begin(Path(path))
+        for kind, tensors in entries.items():
+            if tensors:
+                folder.write_tensors(temporary, kind, tensors)
+        folder.finish(temporary, Path(path), document)
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read the folder `path` back into Lightning's dictionary; tensors are on the CPU."""
-        folder, document = Path(path), read_document(path)
-        state = _load(folder / "state.safetensors") if (folder / "state.safetensors").exists() else {}
-        checkpoint = _from_json(document, state)
-        model = join_experts(_load(folder / "model.safetensors"))
+        checkpoint = read_checkpoint(path)
+        model = join_experts(folder.TensorFiles(path, "model").read_all())
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in model.items()}
         if "optimizer_groups" in checkpoint:
-            entries = _load(folder / "optimizer.safetensors")
+            entries = folder.TensorFiles(path, "optimizer").read_all()
             checkpoint["optimizer_states"] = [_optimizer_from_entries(entries, checkpoint.pop("optimizer_groups"))]
         return checkpoint
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the folder, or the link to one."""
-        if Path(path).is_symlink():
-            Path(path).unlink()
-        elif Path(path).exists():
-            doomed = Path(path).with_name(f".{Path(path).name}.removed-{os.getpid()}")
-            Path(path).rename(doomed)  # in one step: a folder with the final name is whole, also while one is deleted
-            shutil.rmtree(doomed)
+        folder.remove(Path(path))
+
+
+def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `checkpoint.json` holds of Lightning's dictionary, weights and optimizer aside, and the tensors it refers to.
+
+    Raises:
+        ValueError: an entry is neither plain data nor a tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = _to_json(checkpoint, "", tensors)
+    return {"format": FORMAT, "version": VERSION, "versions": versions(), **plain}, tensors
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Undo `make_document`: Lightning's dictionary without weights and optimizer."""
+    document = read_document(path)
+    found: dict[str, Any] = _from_json(document, folder.TensorFiles(path, "state").read_all())
+    return found
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def load_model(path: str | Path) -> GPT:
     config = GPTConfig.from_dict(read_document(path)["model_config"])
     with torch.device("meta"):
         model = GPT(config)
-    model.load_state_dict(join_experts(_load(Path(path) / "model.safetensors")), assign=True)
+    model.load_state_dict(join_experts(folder.TensorFiles(path, "model").read_all()), assign=True)
     return model.eval()
 
 
@@ -203,39 +212,3 @@ def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_from_json(item, tensors) for item in value]
     return value
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except Exception as error:  # safetensors raises its own type, which says neither the file nor what to do
-        raise ValueError(f"{file} cannot be read ({error}); use another checkpoint") from error
-
-
-def _write_folder(path: Path, document: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
-    """Write all files under a temporary name, flush them, then take the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name, entries in files.items():
-        save_file({key: value.contiguous() for key, value in entries.items()}, temporary / name)
-    (temporary / "checkpoint.json").write_text(json.dumps(document, indent=1))
-    for file in [*temporary.iterdir(), temporary]:
-        _flush(file)
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        path.rename(replaced)
-    temporary.rename(path)
-    _flush(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -15,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
+from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
@@ -96,6 +100,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self.config["zero_force_ds_cpu_optimizer"] = False  # our AdamW steps offloaded states too
         self._degrees: dict[int, int] = {}
         self._groups: dict[int, ExpertGroups] = {}
+        self._loading: Path | None = None  # the checkpoint that is being loaded
 
     # ---- processes and groups
 
@@ -137,6 +142,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if self._degrees:
             rank_zero_info(describe(config, self._degrees, self.world_size))
         return place(config, self._degrees, self._groups)
+
+    @property
+    def _gpt(self) -> nn.Module:
+        gpt: nn.Module = self.lightning_module.gpt  # type: ignore[union-attr,assignment]
+        return gpt
 
     @property
     def _patience(self) -> timedelta:
@@ -184,6 +194,59 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Evaluation needs no engine: the weights, in the type they have in training."""
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         self.model = model.to(self.root_device, dtype=self.precision_plugin._desired_dtype)
+
+    # ---- checkpoints: the portable folder, written and read by all ranks
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: `save_checkpoint` gathers the weights, entry by entry."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing: likewise."""
+        return {}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the portable checkpoint, each rank what it owns.
+
+        Raises:
+            ValueError: a rank could not write; every rank raises, and what was there before is untouched.
+        """
+        from nlgmoe.parallel.checkpointing import save
+
+        save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self.deepspeed_engine)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read everything but weights and optimizer, which follow once the module has agreed to the rest."""
+        self._loading = Path(checkpoint_path)
+        return read_checkpoint(checkpoint_path) | {"optimizer_states": []}
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        """Let Lightning ask for the optimizer's state in its turn."""
+        return True
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Read this rank's weights."""
+        from nlgmoe.parallel.checkpointing import load_weights
+
+        assert self._loading is not None
+        engine = None if isinstance(self.model, LightningModule) else self.deepspeed_engine
+        load_weights(self._gpt, engine, TensorFiles(self._loading, "model"))
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Read this rank's part of AdamW's state, and the loss scale."""
+        from nlgmoe.parallel.checkpointing import load_moments, restore_loss_scale
+
+        assert self._loading is not None
+        load_moments(self._gpt, self.deepspeed_engine, TensorFiles(self._loading, "optimizer"))
+        restore_loss_scale(self.deepspeed_engine, checkpoint.get("loss_scale", {}))
 
     @override
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
-from nlgmoe.checkpoint import portable
+from nlgmoe.checkpoint import folder
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, join_experts, load_model, split_experts
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
@@ -138,7 +138,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(portable, "save_file", full)
+    monkeypatch.setattr(folder, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         io.save_checkpoint({"state_dict": {"model.x": torch.zeros(2)}, "model_config": {}}, path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["model.x"], torch.ones(2))

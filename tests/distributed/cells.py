@@ -121,18 +121,47 @@ def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
-def train(cell: Cell, world: int, folder: Path, micro_batch: int, accumulate: int, **settings: Any) -> Outcome:
-    """Train on this process's share, then validate."""
+class SavesAtStart(Callback):
+    """Saves what has just been loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def train(
+    cell: Cell,
+    world: int,
+    folder: Path,
+    micro_batch: int,
+    accumulate: int,
+    *callbacks: Callback,
+    checkpoint: Path | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Train on this process's share; the last step is followed by validation."""
     recorder, module = Recorder(), cell.module()
     data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded)
-    trainer = Trainer(
+    trainer = make_trainer(cell, world, folder, recorder, *callbacks, accumulate_grad_batches=accumulate, **settings)
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    groups = [recorder.micro_losses[i : i + accumulate] for i in range(0, len(recorder.micro_losses), accumulate)]
+    losses = [sum(group) / accumulate for group in groups]
+    validation = float(trainer.callback_metrics["val/loss"])
+    return Outcome(losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation)
+
+
+def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    """A quiet trainer on the CPU; validates after the last step."""
+    steps = cell.steps * settings.get("accumulate_grad_batches", 1)
+    return Trainer(
         default_root_dir=folder,
         max_steps=cell.steps,
         max_epochs=-1,
         accelerator="cpu",
         devices=world,
-        callbacks=[recorder],
-        accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks),
         gradient_clip_val=cell.clip,
         precision=cell.precision,
         logger=False,
@@ -140,16 +169,11 @@ def train(cell: Cell, world: int, folder: Path, micro_batch: int, accumulate: in
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        val_check_interval=cell.steps * accumulate,
+        val_check_interval=steps,
         use_distributed_sampler=False,
         check_val_every_n_epoch=None,
         **settings,
     )
-    trainer.fit(module, data)
-    groups = [recorder.micro_losses[i : i + accumulate] for i in range(0, len(recorder.micro_losses), accumulate)]
-    losses = [sum(group) / accumulate for group in groups]
-    validation = float(trainer.callback_metrics["val/loss"])
-    return Outcome(losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation)
 
 
 def alone(cell: Cell, ranks: int, folder: Path) -> Outcome:
@@ -159,14 +183,32 @@ def alone(cell: Cell, ranks: int, folder: Path) -> Outcome:
     return train(cell, 1, folder, SAMPLES, cell.accumulate)
 
 
-def on_ranks(cell: Cell, ranks: int, folder: Path) -> Outcome:
-    """Train on this rank as one of `ranks`."""
+def strategy_of(cell: Cell) -> Any:
+    """The cell's strategy."""
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
 
-    strategy: Any = cell.strategy
-    if strategy == "expert_parallel":
-        strategy = ExpertParallelStrategy(cell.stage, cell.degree, timeout_seconds=60, **cell.options)
-    return train(cell, ranks, folder, SAMPLES // ranks, cell.accumulate, strategy=strategy)
+    if cell.strategy != "expert_parallel":
+        return cell.strategy
+    return ExpertParallelStrategy(cell.stage, cell.degree, timeout_seconds=60, **cell.options)
+
+
+def on_ranks(cell: Cell, ranks: int, folder: Path, *callbacks: Callback, checkpoint: Path | None = None) -> Outcome:
+    """Train on this rank as one of `ranks`."""
+    share = SAMPLES // ranks
+    strategy = strategy_of(cell)
+    return train(cell, ranks, folder, share, cell.accumulate, *callbacks, checkpoint=checkpoint, strategy=strategy)
+
+
+def resume(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
+    """Go on from a checkpoint, after saving it again as `CELL.ckpt`."""
+    return on_ranks(cell, ranks, folder, SavesAtStart(folder / f"{cell.name}.ckpt"), checkpoint=checkpoint)
+
+
+def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:
+    """The validation loss of a checkpoint, on ranks with unequal numbers of windows."""
+    trainer = make_trainer(cell, ranks, folder, strategy=strategy_of(cell))
+    (found,) = trainer.validate(cell.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)
+    return found["val/loss"]
 
 
 def spawn(ranks: int, job: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
@@ -214,6 +256,6 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
     (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
 
 
-def run_all(cells: list[Cell], ranks: int, folder: Path) -> dict[str, Outcome]:
-    """Every cell on this rank, by name."""
-    return {cell.name: on_ranks(cell, ranks, folder) for cell in cells}
+def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
+    """Every job on this rank."""
+    return [job(cell, ranks, folder, *(args if job is not on_ranks else ())) for job, cell in jobs]

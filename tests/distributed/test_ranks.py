@@ -1,0 +1,164 @@
+"""The same numbers on 1, 2, 3 or 4 ranks, at every expert-parallel degree and ZeRO stage.
+
+Parity means: dropless, global statistics, no noise: N ranks equal one process with the whole batch. Where ranks route for
+themselves (capacity, `aux_scope: rank`): N ranks equal one process that accumulates the N micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nlgmoe.checkpoint.folder import TensorFiles
+from tests.distributed.cells import (
+    SAMPLES,
+    Cell,
+    alone,
+    evaluate,
+    make_trainer,
+    on_ranks,
+    resume,
+    run_all,
+    spawn,
+    train,
+)
+from tests.synthetic import SyntheticData
+
+DROPLESS = {"token_dropping": False}
+CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
+PYRAMID = [2, 4, 8]
+
+CELLS: dict[int, list[Cell]] = {
+    1: [Cell("one rank")],
+    2: [
+        *(Cell(f"degree {degree}, ZeRO {stage}", degree, stage) for degree in (1, 2) for stage in (0, 1, 2)),
+        Cell("capacity", 2, moe=CAPACITY),
+        # Few steps: a sampled second expert is decided by less than rounding once in some 100,000 choices.
+        Cell("capacity, ZeRO 0, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
+        Cell("accumulation, residual", 2, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2),
+        Cell(
+            "activation checkpointing, top-2",
+            2,
+            1,
+            moe=DROPLESS | {"top_k": 2, "second_expert": "argmax"},
+            checkpointing=True,
+        ),
+        Cell("uneven masks", 2, moe=DROPLESS | {"z_loss_coeff": 0.01}, padded=True),
+        Cell("statistics of each rank", 2, moe=DROPLESS | {"aux_scope": "rank"}),
+        Cell("offload", 2, options={"offload_optimizer": True}),
+        Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}),
+    ],
+    3: [Cell("six experts", 3, experts=6), Cell("4 and 6 experts", 3, 1, experts=[4, 6])],
+    4: [
+        Cell("degree 2", 2),
+        Cell("degree 4", 4, 1),
+        Cell("pyramid", 4, 2, experts=PYRAMID, layers=6, moe=DROPLESS | {"mlp_type": "residual"}),
+        Cell("pyramid, ZeRO 0, capacity", 4, 0, experts=PYRAMID, layers=6, moe=CAPACITY, accumulate=2),
+    ],
+}
+RESIDUAL_PYRAMID = {"experts": PYRAMID, "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
+# One checkpoint, saved by one process after three steps, goes on in each of these.
+TOPOLOGIES: dict[int, list[Cell]] = {
+    1: [Cell("1 rank, ZeRO 1", 1, 1, **RESIDUAL_PYRAMID)],
+    2: [
+        Cell("2 ranks, degree 2, ZeRO 0", 2, 0, **RESIDUAL_PYRAMID),
+        Cell("2 ranks, degree 2, ZeRO 2", 2, 2, **RESIDUAL_PYRAMID),
+        Cell("2 ranks, degree 1, offload", 1, 1, options={"offload_optimizer": True}, **RESIDUAL_PYRAMID),
+        Cell("2 ranks, ddp", strategy="ddp", **RESIDUAL_PYRAMID),
+    ],
+    4: [
+        Cell("4 ranks, degree 4, ZeRO 2", 4, 2, **RESIDUAL_PYRAMID),
+        Cell("4 ranks, degree 2, ZeRO 1", 2, 1, **RESIDUAL_PYRAMID),
+    ],
+}
+ALONE = Cell("one process", **RESIDUAL_PYRAMID)
+Found = dict[tuple[Callable[..., Any], str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one process, after three steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    module, data = ALONE.module(), SyntheticData(micro_batch_size=SAMPLES)
+    trainer = make_trainer(replace(ALONE, steps=3), 1, folder)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(folder / "three.ckpt")
+    return folder / "three.ckpt"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Found:
+    """What every job returned, by rank; one spawn per number of ranks."""
+    results: Found = {}
+    for ranks, cells in CELLS.items():
+        folder = checkpoint.parent / str(ranks)
+        topologies = TOPOLOGIES.get(ranks, [])
+        jobs = [(on_ranks, cell) for cell in cells]
+        jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
+        by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
+        for index, (job, cell) in enumerate(jobs):
+            results[job, cell.name] = [returned[index] for returned in by_rank]
+    return results
+
+
+def cases(table: dict[int, list[Cell]]) -> Any:
+    """Parameters `ranks, cell`."""
+    pairs = [(ranks, cell) for ranks, cells in table.items() for cell in cells]
+    return pytest.mark.parametrize(("ranks", "cell"), pairs, ids=[cell.name for _, cell in pairs])
+
+
+@cases(CELLS)
+def test_ranks_compute_what_one_process_computes(ranks: int, cell: Cell, found: Found, tmp_path: Path) -> None:
+    expected, outcomes = alone(cell, ranks, tmp_path), found[on_ranks, cell.name]
+    norms = [sum(squares.values()) ** 0.5 for squares in expected.squares]
+    assert min(norms) > cell.clip
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert outcome.validation == pytest.approx(expected.validation, rel=1e-5)
+        assert outcome.clip_norms == pytest.approx(norms if cell.strategy == "expert_parallel" else [], rel=1e-5)
+    gradients = {name: value for outcome in outcomes for name, value in outcome.gradients.items()}
+    assert gradients.keys() == expected.gradients.keys()
+    total = torch.stack([value.norm() for value in expected.gradients.values()]).norm()
+    for name, value in expected.gradients.items():
+        error = (gradients[name] - value).norm()
+        assert error <= 1e-5 * max(value.norm(), 1e-3 * total), f"{name}: {error / value.norm():.1e} of its norm"
+
+
+@cases(TOPOLOGIES)
+def test_a_checkpoint_goes_on_in_any_topology(
+    ranks: int, cell: Cell, found: Found, checkpoint: Path, tmp_path: Path
+) -> None:
+    undisturbed = train(ALONE, 1, tmp_path, SAMPLES, 1)
+    for outcome in found[resume, cell.name]:
+        assert outcome.losses == pytest.approx(undisturbed.losses[3:], rel=1e-5)
+        assert outcome.validation == pytest.approx(undisturbed.validation, rel=1e-5)
+
+
+@cases(TOPOLOGIES)
+def test_every_topology_saves_what_it_loaded(ranks: int, cell: Cell, found: Found, checkpoint: Path) -> None:
+    assert found[resume, cell.name]
+    again = checkpoint.parent / str(ranks) / f"{cell.name}.ckpt"
+    for kind in ("model", "optimizer"):
+        original, copy = TensorFiles(checkpoint, kind), TensorFiles(again, kind)
+        assert copy.names == original.names
+        for name in original.names:
+            assert torch.equal(copy.read(name), original.read(name)), name
+        if cell.strategy == "expert_parallel":  # each rank has written a part, about as much as the others
+            sizes = [file.stat().st_size for file in again.glob(f"{kind}*")]
+            assert len(sizes) == ranks
+            assert max(sizes) < 1.5 * min(sizes)
+        assert sum(file.stat().st_size for file in again.glob(f"{kind}*")) < 1.2 * (
+            sum(file.stat().st_size for file in checkpoint.glob(f"{kind}*"))
+        )
+
+
+@cases(TOPOLOGIES)
+def test_evaluation_of_a_checkpoint(ranks: int, cell: Cell, found: Found, checkpoint: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(ALONE, 1, tmp_path)
+    (expected,) = trainer.validate(ALONE.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)
+    assert found[evaluate, cell.name] == pytest.approx([expected["val/loss"]] * ranks, rel=1e-5)
