@@ -268,7 +268,8 @@ class MoEGPTModule(LightningModule):
         (metric,) = self._domain_loss
         for name, value in metric.compute().items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
-                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss")
+                # Every rank has the same value already; sync_dist tells Lightning so.
+                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
         metric.reset()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -83,6 +83,8 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
+        if not trainer.is_global_zero:
+            return
         assert isinstance(pl_module, MoEGPTModule)
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
         write_summary(folder, summary)
@@ -130,7 +132,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-@rank_zero_only
 def write_summary(run_folder: Path, summary: dict[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
     run_folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from nlgmoe.eval.generation import generate
@@ -50,9 +49,8 @@ class SampleText(Callback):
             )
 
     @override
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate, print, write."""
+        """Generate on every rank, since each may hold a part of the experts; print and write on the first."""
         assert isinstance(pl_module, MoEGPTModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         was_training = pl_module.training
@@ -63,6 +61,8 @@ class SampleText(Callback):
             ids = generate(pl_module.gpt, tokens, self.max_new_tokens, self.temperature, self.top_k, pl_module.seed)
             texts.append(data.decode(ids[0].tolist()))
         pl_module.train(was_training)
+        if not trainer.is_global_zero:
+            return
         text = "\n".join(f"--- {prompt!r}\n{text}\n" for prompt, text in zip(self.prompts, texts, strict=True))
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,8 @@ class EngineState:
                 self._optimizer.single_partition_of_fp32_groups, self._optimizer.bit16_groups, strict=True
             ):
                 self._flat |= dict.fromkeys(members, flat)
+            if self.has_moments:
+                self._link_moments()
 
     def ranks_of(self, parameter: nn.Parameter) -> Any:
         """The ranks that share a parameter."""
@@ -175,9 +177,13 @@ class EngineState:
             state = self._base.state[target]
             state["step"] = torch.zeros((), dtype=torch.float32, device=target.device)
             state |= {key: torch.zeros_like(target) for key in MOMENTS}
-        if self._zero:  # DeepSpeed links moments to parameters after the first step only
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+        if self._zero:
+            self._link_moments()
+
+    def _link_moments(self) -> None:
+        """DeepSpeed does so once, when the first group has stepped: too early for the other groups."""
+        self._optimizer._hp_optimizer_states_linked = False
+        self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _owner(self, parameter: nn.Parameter) -> Tensor:
         """The tensor under which AdamW keeps a parameter's state."""

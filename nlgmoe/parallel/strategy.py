@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -78,6 +79,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             raise ValueError(f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
         if offload_optimizer and stage == 0:
             raise ValueError("trainer.strategy.offload_optimizer=true needs stage 1 or 2")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out itself, with a warning
         super().__init__(
             accelerator=accelerator,
             zero_optimization=stage > 0,

@@ -141,11 +141,12 @@ def train(
     checkpoint: Path | None = None,
     **settings: Any,
 ) -> Outcome:
-    """Train on this process's share; the last step is followed by validation."""
+    """Train on this process's share; validate after the last step, and save `CELL at the end.ckpt`."""
     recorder, module = Recorder(), cell.module()
     data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded)
     trainer = make_trainer(cell, world, folder, recorder, *callbacks, accumulate_grad_batches=accumulate, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
     groups = [recorder.micro_losses[i : i + accumulate] for i in range(0, len(recorder.micro_losses), accumulate)]
     losses = [sum(group) / accumulate for group in groups]
     validation = float(trainer.callback_metrics["val/loss"])
