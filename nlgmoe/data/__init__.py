@@ -1,24 +1,31 @@
 """Text, tokenizers and batches.
 
 Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extraction.py`, `deduplication.py`),
-`tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `packing.py`,
-`sources.py` and `sampling.py` (which tokens make up which sample, and whose it is), `datamodule.py` (all of it, for
-Lightning).
+`tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
+`megatron_indexed.py` (the tokens of a corpus by split and domain), `packing.py`, `sources.py` and `sampling.py` (which
+tokens make up which sample, and whose it is), `accumulation.py` (how many micro-batches make a step), `baselines.py`
+(what a model has to beat), `datamodule.py` (all of it, for Lightning).
 """
 
+from nlgmoe.data.corpus import Corpus, PocketPile, Streams
 from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
+from nlgmoe.data.megatron_indexed import MegatronIndexed
 from nlgmoe.data.pocket_pile import build_pocket_pile
 from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "Corpus",
     "EvaluationSource",
     "IndexedDataset",
     "IndexedWriter",
+    "MegatronIndexed",
     "PackedSource",
     "PileDataModule",
+    "PocketPile",
     "Sample",
+    "Streams",
     "TokenSource",
     "Tokenizer",
     "build_pocket_pile",

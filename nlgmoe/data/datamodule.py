@@ -1,7 +1,5 @@
 """`PileDataModule`: text in, batches out. Its whole state is the number of samples that were trained on."""
 
-import hashlib
-import lzma
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +9,26 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from nlgmoe.data.pocket_pile import SPLITS, Manifest, read_manifest
-from nlgmoe.data.prepare import prepare
+from nlgmoe.data.accumulation import micro_batches_per_step
+from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.corpus import Corpus, PocketPile, Streams
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
-from nlgmoe.data.shards import open_shard, read_shards
 from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 
 class PileDataModule(LightningDataModule):
-    """The pocket Pile as batches of packed sequences.
+    """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain`
     int64 [B]. Training batches go on without end; set `max_steps` or a token budget on the trainer.
 
     Args:
-        data_dir: folder of the corpus, its tokenizers and its tokenised shards; built there if missing.
+        data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
         tokenizer: "gpt2", "pocket-8k", "pocket-4k", or a folder with tokenizer.json or vocab.json and merges.txt.
+        corpus: what to train on; None: the pocket Pile in `data_dir`.
         micro_batch_size: sequences per rank and forward pass in training.
+        global_batch_size: sequences per optimizer step, over all ranks; the trainer's `accumulate_grad_batches` then
+            follows from it and the number of ranks. None: `accumulate_grad_batches` is the trainer's business.
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
         seed: of the order in which training sequences come.
@@ -43,7 +43,9 @@ class PileDataModule(LightningDataModule):
         self,
         data_dir: str = "data/pocket_pile",
         tokenizer: str = "pocket-8k",
+        corpus: Corpus | None = None,
         micro_batch_size: int = 8,
+        global_batch_size: int | None = None,
         eval_micro_batch_size: int | None = None,
         seq_len: int = 256,
         seed: int = 1234,
@@ -53,6 +55,7 @@ class PileDataModule(LightningDataModule):
         super().__init__()
         sizes = {
             "micro_batch_size": micro_batch_size,
+            "global_batch_size": global_batch_size,
             "eval_micro_batch_size": eval_micro_batch_size,
             "seq_len": seq_len,
             "max_eval_windows": max_eval_windows,
@@ -61,7 +64,9 @@ class PileDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         self.data_dir = Path(data_dir)
+        self.corpus = corpus or PocketPile()
         self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
         self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
         self.seq_len = seq_len
         self.seed = seed
@@ -69,42 +74,26 @@ class PileDataModule(LightningDataModule):
         self.max_eval_windows = max_eval_windows
         self.samples_consumed = 0
         self._tokenizer_name = tokenizer
-        self._tokenizer: Tokenizer | None = None
-        self._manifest: Manifest | None = None
-        self._streams: dict[str, list[np.ndarray]] = {}
+        self._streams: Streams | None = None
 
     # ---- building and opening
 
     def prepare_data(self) -> None:
-        """Build what is missing of corpus, tokenizer and shards (one process a node)."""
-        prepare(self.data_dir, self._tokenizer_name)
+        """Build what is missing of corpus and tokenizer (one process a node)."""
+        self.corpus.prepare(self.data_dir, self._tokenizer_name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenizer and memory-map the shards.
+        """Open tokenizer and corpus; before a fit, set the trainer's accumulation.
 
         Raises:
-            ValueError: `prepare_data` has not run for this tokenizer and text.
+            ValueError: `prepare_data` has not run for this tokenizer and corpus, a file is damaged, or the global batch
+                cannot be made up.
         """
-        if self._streams:
-            return
-        manifest = read_manifest(self.data_dir)
-        if manifest is None:
-            raise ValueError(
-                f"No corpus in {self.data_dir}: run `nlgmoe prepare-data --data_dir {self.data_dir}` first."
-            )
-        tokenizer = load_tokenizer(self._tokenizer_name, self.data_dir)
-        shards = read_shards(self.data_dir, tokenizer)
-        for name, file in manifest.files.items():
-            if name not in shards or shards[name].text_sha256 != file.sha256:
-                raise ValueError(
-                    f"{name} in {self.data_dir} is not tokenised with {self._tokenizer_name}: run `nlgmoe prepare-data "
-                    f"--data_dir {self.data_dir} --tokenizer {self._tokenizer_name}` first."
-                )
-        self._tokenizer, self._manifest = tokenizer, manifest
-        self._streams = {
-            split: [open_shard(self.data_dir, tokenizer, f"{domain}.{split}") for domain in manifest.domains]
-            for split in SPLITS
-        }
+        if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
+            # Before anything reads it: DeepSpeed's configuration is made in `configure_model`, the loops begin later.
+            self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
+        if self._streams is None:
+            self._streams = self.corpus.open(self.data_dir, self._tokenizer_name)
 
     # ---- batches
 
@@ -117,14 +106,11 @@ class PileDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """This rank's share of the validation windows of all domains; equally many batches on every rank."""
-        rank, world_size = self._rank_and_world_size()
-        source = self._evaluation_source()
-        sampler = EvaluationSampler(len(source), rank, world_size)
-        return self._loader(SourceDataset(source), sampler, self.eval_micro_batch_size)
+        return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """As in validation: the pocket Pile has no third split."""
-        return self.val_dataloader()
+        """As in validation, on the test split; the validation split where there is none (the pocket Pile)."""
+        return self._evaluation_loader("test" if "test" in self._opened().tokens else "validation")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """As in validation."""
@@ -160,11 +146,10 @@ class PileDataModule(LightningDataModule):
 
     def fingerprint(self) -> dict[str, str | int]:
         """What, beside `samples_consumed`, decides every training batch: option -> value or hash of what it names."""
-        tokenizer, manifest = self._opened()
-        texts = [manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains]
+        streams = self._opened()
         return {
-            "data_dir": hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16],
-            "tokenizer": tokenizer.fingerprint[:16],
+            "corpus": streams.fingerprint,
+            "tokenizer": streams.tokenizer.fingerprint[:16],
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
@@ -174,65 +159,72 @@ class PileDataModule(LightningDataModule):
     @property
     def domains(self) -> list[str]:
         """Names of the domains; a batch's `domain` indexes them."""
-        return self._opened()[1].domains
+        return self._opened().domains
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
-        return self._opened()[0].vocab_size
+        return self._opened().tokenizer.vocab_size
 
     @property
     def eod_id(self) -> int:
         """Id of the end-of-document token."""
-        return self._opened()[0].eod_id
+        return self._opened().tokenizer.eod_id
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return self._opened()[0].encode(text)
+        return self._opened().tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
-        return self._opened()[0].decode(ids)
+        return self._opened().tokenizer.decode(ids)
 
     def token_byte_lengths(self) -> torch.Tensor:
         """UTF-8 bytes of text that each token id spells, `[V]`; 0 for the end-of-document token."""
-        return torch.as_tensor(self._opened()[0].token_bytes)
+        return torch.as_tensor(self._opened().tokenizer.token_bytes)
 
     def unigram_entropy(self) -> float:
-        """Loss of the best context-free model, in nats per token.
-
-        Cross-entropy of the training split's token frequencies (add-one smoothed) on the tokens that evaluation
-        covers. A model that has learned anything of context is below it.
-        """
-        train = sum(np.bincount(stream, minlength=self.vocab_size) for stream in self._stream("train")) + 1
-        source = self._evaluation_source()
-        covered = np.concatenate([source.evaluated_tokens(domain) for domain in range(len(self.domains))])
-        counts = np.bincount(covered, minlength=self.vocab_size)
-        return float(-(counts * np.log(train / np.sum(train))).sum() / counts.sum())
+        """Loss of the best context-free model on the tokens that evaluation covers, in nats per token."""
+        return unigram_entropy(self._stream("train"), list(self._evaluated_tokens().values()), self.vocab_size)
 
     def xz_bits_per_byte(self) -> dict[str, float]:
         """What a general-purpose compressor needs for the text that evaluation covers: domain -> bits per byte, and "all"."""
-        source = self._evaluation_source()
-        texts = {}
-        for domain, name in enumerate(self.domains):
-            tokens = source.evaluated_tokens(domain)
-            texts[name] = self.decode(tokens[tokens != self.eod_id].tolist()).encode()
-        texts["all"] = b"".join(texts.values())
-        return {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
+        return xz_bits_per_byte(self._evaluated_tokens(), self._opened().tokenizer)
 
     # ---- internals
 
-    def _opened(self) -> tuple[Tokenizer, Manifest]:
+    def _opened(self) -> Streams:
         self.setup()
-        assert self._tokenizer is not None and self._manifest is not None
-        return self._tokenizer, self._manifest
+        assert self._streams is not None
+        return self._streams
 
-    def _stream(self, split: str) -> list[np.ndarray]:
-        self.setup()
-        return self._streams[split]
+    def _stream(self, split: str) -> Sequence[np.ndarray]:
+        return self._opened().tokens[split]
 
-    def _evaluation_source(self) -> EvaluationSource:
-        return EvaluationSource(self._stream("validation"), self.seq_len, self.eod_id, self.max_eval_windows)
+    def _evaluation_source(self, split: str) -> EvaluationSource:
+        return EvaluationSource(self._stream(split), self.seq_len, self.eod_id, self.max_eval_windows)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Sample]:
+        rank, world_size = self._rank_and_world_size()
+        source = self._evaluation_source(split)
+        sampler = EvaluationSampler(len(source), rank, world_size)
+        return self._loader(SourceDataset(source), sampler, self.eval_micro_batch_size)
+
+    def _evaluated_tokens(self) -> dict[str, np.ndarray]:
+        """Domain -> the tokens that validation covers."""
+        source = self._evaluation_source("validation")
+        return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}
+
+    def _accumulation(self, global_batch_size: int) -> int:
+        _, world_size = self._rank_and_world_size()
+        derived = micro_batches_per_step(global_batch_size, self.micro_batch_size, world_size)
+        assert self.trainer is not None
+        if self.trainer.accumulate_grad_batches not in (1, derived):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches} and data.global_batch_size "
+                f"{global_batch_size} are both set, and the latter makes it {derived}: remove one of them."
+            )
+        return derived
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

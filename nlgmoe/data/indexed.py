@@ -16,7 +16,7 @@ Corpora tokenised with Megatron's tools can be read here and the other way round
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -116,10 +116,12 @@ class IndexedDataset:
         for path in (index_path, bin_path):
             if not path.exists():
                 raise ValueError(f"{path} is missing. An indexed dataset is two files, .bin and .idx: copy both.")
-        index = index_path.read_bytes()
-        if len(index) < _HEADER.size or not index.startswith(MAGIC):
+        # Mapped, not read: the index of the Pile has 4 GB, and every process of a node opens it.
+        index = np.memmap(index_path, np.uint8, mode="r") if index_path.stat().st_size else np.zeros(0, np.uint8)
+        header = bytes(index[: _HEADER.size])
+        if len(header) < _HEADER.size or not header.startswith(MAGIC):
             raise ValueError(f"{index_path} does not start with {MAGIC!r}: not the index of an indexed dataset.")
-        _, version, code, sequences, boundaries = _HEADER.unpack_from(index)
+        _, version, code, sequences, boundaries = _HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
             raise ValueError(
                 f"{index_path} has version {version} and type code {code}; known are version 1, codes 1-8."
@@ -135,12 +137,36 @@ class IndexedDataset:
         found = bin_path.stat().st_size
         if found != expected:
             raise ValueError(f"{bin_path} has {found} bytes, {index_path} says {expected}: cut off? Build it again.")
-        ends = self.pointers + self.lengths.astype(np.int64) * self.dtype.itemsize
-        inside = sequences == 0 or (self.lengths.min() >= 0 and self.pointers.min() >= 0 and ends.max() <= found)
+        inside = all(
+            lengths.min() >= 0 and pointers.min() >= 0 and (pointers + lengths).max() <= found
+            for lengths, pointers in self._byte_ranges()
+        )
         if not inside or boundaries == 0 or self.document_indices[-1] != sequences:
             raise ValueError(f"{index_path} holds impossible lengths, offsets or documents. Build it again.")
         # An empty file cannot be mapped.
         self.tokens = np.memmap(bin_path, self.dtype, mode="r") if found else np.zeros(0, self.dtype)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each sequence lies right behind the one before it, as Megatron's tools write them."""
+        end = 0
+        for lengths, pointers in self._byte_ranges():
+            ends = end + np.cumsum(lengths)
+            if not np.array_equal(pointers, ends - lengths):
+                return False
+            end = int(ends[-1])
+        return True
+
+    def first_token(self, document: int) -> int:
+        """Position in `tokens` where a document starts; for the number of documents, the end. Needs `in_order`."""
+        sequence = int(self.document_indices[document])
+        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self) else len(self.tokens)
+
+    def _byte_ranges(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(bytes, byte offset) of the sequences, both int64, a chunk at a time: the Pile has 200 million."""
+        for start in range(0, len(self.lengths), 1 << 22):
+            chunk = slice(start, start + (1 << 22))
+            yield self.lengths[chunk].astype(np.int64) * self.dtype.itemsize, self.pointers[chunk]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,0 +1,70 @@
+"""What a model of text has to beat: the best loss without context, and a general-purpose compressor.
+
+Both are bounded in time and memory, whatever the size of the corpus.
+"""
+
+import lzma
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nlgmoe.data.tokenizer import Tokenizer
+
+MAX_TOKENS = 50_000_000  # counted for the unigram model, in training and evaluation text each
+MAX_BYTES = 20_000_000  # compressed, over all domains; xz needs about a second per MB
+SLICES = 64  # of a stream too long to count
+
+
+def unigram_entropy(
+    train: Sequence[np.ndarray], evaluated: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS
+) -> float:
+    """Loss of the best context-free model, in nats per token.
+
+    Cross-entropy of the training tokens' frequencies (add-one smoothed) on the evaluated tokens. A model that has learned
+    anything of context is below it. Of either side, at most `max_tokens` are counted: evenly spaced slices of each domain.
+
+    Args:
+        train: training tokens of each domain, each [N_d].
+        evaluated: evaluated tokens of each domain, each [N_d].
+        vocab_size: number of token ids.
+        max_tokens: counted on either side at most.
+    """
+    train_counts = _count(train, vocab_size, max_tokens) + 1
+    counts = _count(evaluated, vocab_size, max_tokens)
+    return float(-(counts * np.log(train_counts / train_counts.sum())).sum() / counts.sum())
+
+
+def xz_bits_per_byte(
+    evaluated: Mapping[str, np.ndarray], tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
+) -> dict[str, float]:
+    """What `xz -9` needs for the evaluated text: domain -> bits per byte, and "all" for the domains in a row.
+
+    Args:
+        evaluated: evaluated tokens of each domain, each [N_d].
+        tokenizer: that they came from.
+        max_bytes: compressed at most; each domain is cut to an equal share of it, from its beginning.
+    """
+    texts = {}
+    for name, tokens in evaluated.items():
+        share = max_bytes // len(evaluated)
+        tokens = tokens[:share]  # a token is a byte at least, but for the end of a document
+        tokens = tokens[tokens != tokenizer.eod_id]
+        fitting = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[tokens]), share, side="right"))
+        texts[name] = tokenizer.decode(tokens[:fitting].tolist()).encode()
+    if len(texts) > 1:
+        texts["all"] = b"".join(texts.values())
+    found = {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
+    return {**found, "all": found.get("all", next(iter(found.values())))}
+
+
+def _count(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int) -> np.ndarray:
+    """Occurrences of each token id, [vocab_size]; of long streams, in evenly spaced slices that weigh them fairly."""
+    total = sum(len(stream) for stream in streams)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for stream in streams:
+        wanted = len(stream) if total <= max_tokens else len(stream) * max_tokens // total
+        length = -(-wanted // SLICES) if wanted < len(stream) else len(stream)
+        starts = [0] if length == len(stream) else np.linspace(0, len(stream) - length, SLICES, dtype=np.int64)
+        for start in starts:
+            counts += np.bincount(stream[start : start + length], minlength=vocab_size)
+    return counts

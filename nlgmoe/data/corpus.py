@@ -1,0 +1,86 @@
+"""The seam between a corpus and what is done with it: which tokens there are, by split and domain.
+
+`PileDataModule` reads any `Corpus`. Here is the pocket Pile's; `megatron_indexed.py` has Megatron's indexed format.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from nlgmoe.data.pocket_pile import SPLITS, read_manifest
+from nlgmoe.data.prepare import prepare
+from nlgmoe.data.shards import open_shard, read_shards
+from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Streams:
+    """An opened corpus.
+
+    Args:
+        tokenizer: whose ids the tokens are.
+        domains: names; a batch's domain ids index them.
+        tokens: split -> tokens of each domain, as `packing.py` wants them: every document closed by the end-of-document
+            token, each [N_d]. Has "train" and "validation"; has "test" where the corpus has one.
+        fingerprint: of everything that decides the training tokens.
+    """
+
+    tokenizer: Tokenizer
+    domains: list[str]
+    tokens: Mapping[str, Sequence[np.ndarray]]
+    fingerprint: str
+
+
+class Corpus(Protocol):
+    """Tokenised text on disk. Making one touches no file: that is for `prepare` and `open`.
+
+    Both get the data folder, where tokenizers are kept, and a tokenizer by name or folder (`load_tokenizer`).
+    """
+
+    def prepare(self, data_dir: Path, tokenizer: str) -> None:
+        """Build what is missing of tokenizer and corpus; one process a node."""
+        ...
+
+    def open(self, data_dir: Path, tokenizer: str) -> Streams:
+        """Load the tokenizer and map the tokens; every process.
+
+        Raises:
+            ValueError: the corpus is missing, damaged, or not of this tokenizer.
+        """
+        ...
+
+
+class PocketPile:
+    """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one that `write_corpus` put there."""
+
+    def prepare(self, data_dir: Path, tokenizer: str) -> None:
+        """Build what is missing of text, tokenizer and shards."""
+        prepare(data_dir, tokenizer)
+
+    def open(self, data_dir: Path, tokenizer: str) -> Streams:
+        """Map the shards of a tokenizer.
+
+        Raises:
+            ValueError: there is no corpus, or it is not tokenised with this tokenizer.
+        """
+        manifest = read_manifest(data_dir)
+        if manifest is None:
+            raise ValueError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
+        loaded = load_tokenizer(tokenizer, data_dir)
+        shards = read_shards(data_dir, loaded)
+        for name, file in manifest.files.items():
+            if name not in shards or shards[name].text_sha256 != file.sha256:
+                raise ValueError(
+                    f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
+                    f"--data_dir {data_dir} --tokenizer {tokenizer}` first."
+                )
+        tokens = {
+            split: [open_shard(data_dir, loaded, f"{domain}.{split}") for domain in manifest.domains]
+            for split in SPLITS
+        }
+        texts = [manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains]
+        return Streams(loaded, manifest.domains, tokens, hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16])

@@ -1,0 +1,126 @@
+"""A corpus in Megatron's indexed format: one pair of files, split by document into training, validation and test.
+
+The public-Pile runs of the tutorial read `pile_text_document.bin` and `.idx`, written by Megatron's
+`tools/preprocess_data.py`. Everything that happens on opening takes bounded time, however large the corpus.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nlgmoe.data.corpus import Streams
+from nlgmoe.data.indexed import IndexedDataset
+from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+SAMPLED_TOKENS = 1_000_000  # at either end of the corpus, for ids beyond the vocabulary
+SAMPLED_DOCUMENTS = 100  # evenly spaced, for their ends: each is a random read, which takes a network disk its time
+HASHED_BYTES = 1 << 20  # at either end of each file
+
+
+class MegatronIndexed:
+    """`PREFIX.bin` and `PREFIX.idx`, tokenised with `data.tokenizer` and closed by its end-of-document token.
+
+    The documents lie in one order on disk; the first share of them is for training, the next for validation, the rest for
+    testing (`--split` of Megatron). An empty test share leaves `test` to evaluate the validation documents.
+
+    Args:
+        prefix: path without `.bin` / `.idx`; its last part names the domain.
+        split: shares of training, validation and test documents, in any unit.
+
+    Raises:
+        ValueError: `split` is not such a list.
+    """
+
+    def __init__(self, prefix: str, split: Sequence[float] = (98, 2, 0)) -> None:
+        if len(split) != 3 or min(split) < 0 or sum(split) <= 0:
+            raise ValueError(
+                f"split {list(split)} must be three shares of documents (training, validation, test), none negative and "
+                "not all 0, such as [98, 2, 0]."
+            )
+        self.prefix = Path(prefix)
+        self.split = tuple(split)
+
+    def prepare(self, data_dir: Path, tokenizer: str) -> None:
+        """Fetch the tokenizer where it is missing. The files must be there: they come from Megatron's tools.
+
+        Raises:
+            ValueError: a file is missing, or the tokenizer is unknown or not usable.
+        """
+        for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
+            if not Path(path).exists():
+                raise ValueError(
+                    f"{path} is missing: set data.corpus.init_args.prefix to a corpus that Megatron's "
+                    "tools/preprocess_data.py has written with --append-eod, without the .bin."
+                )
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".lock"):
+            load_tokenizer(tokenizer, data_dir)
+
+    def open(self, data_dir: Path, tokenizer: str) -> Streams:
+        """Map the files, cut them into splits, and check samples of them against the tokenizer.
+
+        Raises:
+            ValueError: a file is missing or damaged, a split has no document, or the sampled tokens are not this
+                tokenizer's.
+        """
+        dataset = IndexedDataset(self.prefix)
+        if not dataset.in_order:
+            raise ValueError(f"{self.prefix}.idx lists sequences in another order than {self.prefix}.bin holds them.")
+        bounds = split_documents(len(dataset.document_indices) - 1, self.split)
+        ends = [dataset.first_token(document) for document in bounds]
+        parts = zip(("train", "validation", "test"), pairwise(ends), strict=True)
+        tokens = {name: [dataset.tokens[first:end]] for name, (first, end) in parts if end > first}
+        if missing := {"train", "validation"} - set(tokens):
+            raise ValueError(
+                f"split {list(self.split)} leaves {' and '.join(sorted(missing))} none of the {bounds[-1]:,} documents of "
+                f"{self.prefix}: raise the share, or use a larger corpus."
+            )
+        loaded = load_tokenizer(tokenizer, data_dir)
+        self._check(dataset, loaded)
+        return Streams(loaded, [self.prefix.name], tokens, self._fingerprint(bounds))
+
+    def _check(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+        for sample in (dataset.tokens[:SAMPLED_TOKENS], dataset.tokens[-SAMPLED_TOKENS:]):
+            if sample.min() < 0 or sample.max() >= tokenizer.vocab_size:
+                raise ValueError(
+                    f"{self.prefix}.bin holds token ids from {sample.min()} to {sample.max()}, but the tokenizer "
+                    f"{tokenizer.name} has {tokenizer.vocab_size}: set data.tokenizer to the one it was made with."
+                )
+        documents = len(dataset.document_indices) - 1
+        sampled = np.unique(np.linspace(0, documents - 1, min(documents, SAMPLED_DOCUMENTS), dtype=np.int64))
+        ends = [(dataset.first_token(int(i)), dataset.first_token(int(i) + 1)) for i in sampled]
+        closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in ends if end > first]
+        if not all(closed):
+            raise ValueError(
+                f"{closed.count(False)} of {len(closed)} sampled documents in {self.prefix}.bin do not end with "
+                f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
+                "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
+            )
+
+    def _fingerprint(self, bounds: list[int]) -> str:
+        """Of the split, the files' sizes and their first and last MB: a copy elsewhere has the same one."""
+        digest = hashlib.sha256(repr(bounds).encode())
+        for kind in ("idx", "bin"):
+            path = Path(f"{self.prefix}.{kind}")
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            with path.open("rb") as handle:
+                digest.update(handle.read(HASHED_BYTES))
+                handle.seek(max(0, size - HASHED_BYTES))
+                digest.update(handle.read())
+        return digest.hexdigest()[:16]
+
+
+def split_documents(documents: int, split: Sequence[float]) -> list[int]:
+    """First documents of the parts, closed by the number of documents, as Megatron rounds them.
+
+    Each part is its share of the documents, rounded by itself; what the rounded parts have too many or too few is
+    taken from or given to the first one.
+    """
+    sizes = [round(share / sum(split) * documents) for share in split]
+    sizes[0] += documents - sum(sizes)
+    return [0, *np.cumsum(sizes).tolist()]

@@ -1,0 +1,198 @@
+"""A corpus in Megatron's format, from files to batches and back to its text."""
+
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+
+from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
+from nlgmoe.data import IndexedWriter, MegatronIndexed
+from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.megatron_indexed import split_documents
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(make_data: Callable[..., PileDataModule], tmp_path: Path) -> Write:
+    """Writes documents as Megatron's tool does: their ids and, if `closed`, the end-of-document token."""
+    tokenizer = make_data()._opened().tokenizer
+
+    def write(texts: list[str], closed: bool = True, extra: tuple[int, ...] = (), name: str = "pile") -> Path:
+        prefix = tmp_path / "corpus" / name
+        prefix.parent.mkdir(exist_ok=True)
+        with IndexedWriter(prefix, np.dtype(np.int32)) as writer:
+            for text in texts:
+                writer.add_document([*tokenizer.encode(text), *extra, *([tokenizer.eod_id] if closed else [])])
+        return prefix
+
+    return write
+
+
+@pytest.fixture
+def open_corpus(tiny_corpus: Path, tmp_path: Path) -> Callable[..., PileDataModule]:
+    def make(prefix: Path, split: Any = (98, 2, 0), **options: Any) -> PileDataModule:
+        defaults: dict[str, Any] = {"micro_batch_size": 2, "seq_len": 16}
+        corpus = MegatronIndexed(str(prefix), split)
+        data = PileDataModule(str(tmp_path / "built"), str(tiny_corpus / "tokenizer"), corpus, **(defaults | options))
+        data.prepare_data()
+        data.setup()
+        return data
+
+    return make
+
+
+TEXTS = [f"document {number} " + "reading books " * (number % 5 + 1) for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("documents", "split", "bounds"),
+    [
+        (100, (98, 2, 0), [0, 98, 100, 100]),
+        (10, (98, 2, 0), [0, 10, 10, 10]),  # 9.8 and 0.2
+        (10, (8, 1, 1), [0, 8, 9, 10]),
+        (7, (0.5, 0.25, 0.25), [0, 3, 5, 7]),  # 3.5 -> 4, 1.75 -> 2 twice: one too many, taken from the first
+        (101, (1, 1, 1), [0, 33, 67, 101]),  # 33.67 -> 34 three times
+    ],
+)
+def test_documents_are_split_as_megatron_rounds(documents: int, split: tuple[float, ...], bounds: list[int]) -> None:
+    assert split_documents(documents, split) == bounds
+
+
+def test_each_split_holds_its_documents(write: Write, open_corpus: Callable[..., PileDataModule]) -> None:
+    data = open_corpus(write(TEXTS), (14, 4, 2))
+    assert data.domains == ["pile"]
+    found = {
+        split: data.decode(list(data._stream(split)[0])).split("<|endoftext|>")[:-1]
+        for split in ("train", "validation", "test")
+    }
+    assert found == {"train": TEXTS[:14], "validation": TEXTS[14:18], "test": TEXTS[18:]}
+
+    def tokens(loader: Any) -> list[int]:
+        return [int(token) for batch in loader for token in batch["targets"][batch["token_mask"]]]
+
+    assert tokens(data.test_dataloader()) == data._stream("test")[0].tolist()
+    without = open_corpus(data.corpus.prefix, (16, 4, 0))  # type: ignore[attr-defined]
+    assert tokens(without.test_dataloader()) == without._stream("validation")[0].tolist()
+    assert set(data.xz_bits_per_byte()) == {"pile", "all"} and data.unigram_entropy() > 0
+
+
+def test_documents_of_several_sequences_stay_whole(write: Write, open_corpus: Callable[..., PileDataModule]) -> None:
+    """Megatron's sentence-split data sets: the boundaries count documents, not sequences."""
+    prefix = write(["one ", "two"] * 2)
+    index = prefix.with_suffix(".idx")
+    content = bytearray(index.read_bytes())
+    content[26:34] = (3).to_bytes(8, "little")  # three boundaries: two documents of two sequences
+    index.write_bytes(content[: -5 * 8] + np.array([0, 2, 4], "<i8").tobytes())
+    data = open_corpus(prefix, (1, 1, 0), seq_len=1)
+    assert data.decode(data._stream("train")[0].tolist()) == "one <|endoftext|>two<|endoftext|>"
+
+
+def test_training_on_it(write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:
+    data = open_corpus(write(TEXTS), (16, 4, 0), global_batch_size=4)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        max_steps=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = MoEGPTModule(GPTConfig(data.vocab_size, 16, 1, 16, 2))
+    trainer.fit(module, data)
+    assert data.samples_consumed == 8
+    (metrics,) = trainer.validate(module, data)
+    assert metrics["val/loss/pile"] == metrics["val/loss"]
+
+
+def test_a_run_is_resumed_on_a_copy_but_not_on_another_corpus(
+    write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path
+) -> None:
+    data = open_corpus(write(TEXTS), (16, 4, 0))
+    open_corpus(write(TEXTS, name="copy"), (16, 4, 0)).load_state_dict(data.state_dict())
+    for other in (
+        open_corpus(write(["another " + TEXTS[0], *TEXTS[1:]], name="other"), (16, 4, 0)),
+        open_corpus(data.corpus.prefix, (15, 5, 0)),  # type: ignore[attr-defined]
+    ):
+        with pytest.raises(ValueError, match="these differ: corpus "):
+            other.load_state_dict(data.state_dict())
+
+
+@pytest.mark.parametrize("split", [(0, 0, 0), (1, 1), (1, 1, 1, 1), (2, -1, 0)])
+def test_a_split_is_three_shares(split: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="must be three shares of documents"):
+        MegatronIndexed("anywhere", split)
+
+
+@pytest.mark.parametrize(
+    ("options", "split", "message"),
+    [
+        ({"closed": False}, (16, 4, 0), r"20 of 20 sampled documents .* do not end with .* --append-eod"),
+        ({"extra": (999,)}, (16, 4, 0), r"ids from 0 to 999, but the tokenizer .* has 323: set data.tokenizer"),
+        ({"extra": (-1,)}, (16, 4, 0), r"ids from -1 to "),
+        ({}, (1, 0, 0), r"leaves validation none of the 20 documents"),
+        ({}, (0, 1, 0), r"leaves train none of the 20 documents"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(
+    write: Write, open_corpus: Callable[..., PileDataModule], options: dict[str, Any], split: Any, message: str
+) -> None:
+    prefix = write(TEXTS, **options)
+    with pytest.raises(ValueError, match=message):
+        open_corpus(prefix, split)
+
+
+def test_one_open_document_is_enough_to_refuse(write: Write, open_corpus: Callable[..., PileDataModule]) -> None:
+    """Two corpora merged, one of them written without --append-eod."""
+    prefix = write(TEXTS)
+    tokens = np.memmap(prefix.with_suffix(".bin"), np.int32, mode="r+")
+    tokens[-1] = 5
+    tokens.flush()
+    with pytest.raises(ValueError, match=r"1 of 20 sampled documents"):
+        open_corpus(prefix, (16, 4, 0))
+
+
+def test_sequences_in_another_order_are_refused(write: Write, open_corpus: Callable[..., PileDataModule]) -> None:
+    prefix = write(["same length"] * 2)
+    index = prefix.with_suffix(".idx")
+    content = index.read_bytes()
+    pointers = 34 + 2 * 4
+    swapped = content[pointers + 8 : pointers + 16] + content[pointers : pointers + 8]
+    index.write_bytes(content[:pointers] + swapped + content[pointers + 16 :])
+    with pytest.raises(ValueError, match="in another order"):
+        open_corpus(prefix, (1, 1, 0))
+
+
+def test_a_missing_file_is_named(write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere/pile\.idx is missing: set data\.corpus\.init_args\.prefix"):
+        open_corpus(tmp_path / "nowhere" / "pile")
+    prefix = write(TEXTS)
+    prefix.with_suffix(".bin").unlink()
+    with pytest.raises(ValueError, match=r"pile\.bin is missing"):
+        open_corpus(prefix)
+
+
+def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Callable[..., PileDataModule]) -> None:
+    """The sample has the size that was asked for, is spread over the corpus, and gives about what the whole gives."""
+    data = make_data()
+    train, evaluated = data._stream("train"), data._stream("validation")
+    whole = unigram_entropy(train, evaluated, data.vocab_size)
+    sampled = unigram_entropy(train, evaluated, data.vocab_size, max_tokens=2_000)
+    assert sampled != whole and sampled == pytest.approx(whole, rel=0.05)
+    halves = [np.concatenate([np.full(5_000, 1), np.full(5_000, 2)])]
+    assert unigram_entropy(halves, halves, 3, max_tokens=640) == pytest.approx(np.log(2), rel=0.01)
+
+    tokenizer = data._opened().tokenizer
+    text = b""  # as many whole tokens as fit into 200 bytes
+    for token in evaluated[0][evaluated[0] != tokenizer.eod_id]:
+        spelled = tokenizer.decode([token]).encode()
+        if len(text) + len(spelled) > 200:
+            break
+        text += spelled
+    expected = 8 * len(lzma.compress(text, preset=9)) / len(text)
+    for limit in (200, len(text)):
+        assert xz_bits_per_byte({"prose": evaluated[0]}, tokenizer, limit) == {"prose": expected, "all": expected}
