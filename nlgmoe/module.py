@@ -218,16 +218,10 @@ class MoEGPTModule(LightningModule):
         checkpoint["model_config"] = self.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seed"] = self.seed
-        step = checkpoint["global_step"]
-        if step == 0:
+        if checkpoint["global_step"] == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
             return
-        # The state that Lightning's loop has in `on_train_batch_end` of the window's last micro-batch, where its own
-        # checkpoints are taken: that batch is processed but not yet completed.
-        loop = checkpoint["loops"]["fit_loop"]
-        batches = step * self.trainer.accumulate_grad_batches
-        for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
-            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        self._set_loop_counters(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -245,6 +239,19 @@ class MoEGPTModule(LightningModule):
                 f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
             )
         self.tokens_seen = checkpoint["tokens_seen"]
+        if self.trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+            self._set_loop_counters(checkpoint)  # a step may have more or fewer micro-batches from here on
+
+    def _set_loop_counters(self, checkpoint: dict[str, Any]) -> None:
+        """Set the loop to the last optimizer step, in today's micro-batches.
+
+        The state that Lightning's loop has in `on_train_batch_end` of the window's last micro-batch, where its own
+        checkpoints are taken: that batch is processed but not yet completed.
+        """
+        loop = checkpoint["loops"]["fit_loop"]
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
 
     def _noise_key(self) -> tuple[int, int, int]:
         """(seed, step, index of this micro-batch within the step over all ranks)."""

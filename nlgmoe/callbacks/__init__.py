@@ -1,9 +1,18 @@
-"""Lightning callbacks, one concern a file. They read the module and the trainer; they change neither's training."""
+"""Lightning callbacks, one concern a file. They read the module and the trainer; none changes what is learned."""
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
+from nlgmoe.callbacks.validation_interval import ValidationInterval
 
-__all__ = ["ExpertLoad", "PredictionFile", "RunSummary", "SampleText", "Throughput", "TokenProgressBar"]
+__all__ = [
+    "ExpertLoad",
+    "PredictionFile",
+    "RunSummary",
+    "SampleText",
+    "Throughput",
+    "TokenProgressBar",
+    "ValidationInterval",
+]

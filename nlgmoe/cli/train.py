@@ -23,6 +23,7 @@ from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
+from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.data import PileDataModule
 from nlgmoe.loggers import run_folder_loggers
 from nlgmoe.module import MoEGPTModule
@@ -89,7 +90,14 @@ class TrainCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,  # RunSummary tells total and active parameters
                 "gradient_clip_val": 1.0,
-                "callbacks": [TokenProgressBar(), Throughput(), ExpertLoad(), RunSummary(), PredictionFile()],
+                "callbacks": [
+                    TokenProgressBar(),
+                    Throughput(),
+                    ExpertLoad(),
+                    RunSummary(),
+                    PredictionFile(),
+                    ValidationInterval(),
+                ],
             },
             parser_kwargs={"description": "Train and evaluate mixture-of-experts language models."},
             args=args,
