@@ -1,0 +1,201 @@
+"""The YAML files against the paper: sizes, hyper-parameters, and every model on every machine."""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from nlgmoe import load_config
+from nlgmoe.cli.train import TrainCLI
+from nlgmoe.data.accumulation import micro_batches_per_step
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.gpt import GPT
+
+ROOT = Path(__file__).parents[1] / "configs"
+GPUS = {"cpu": 1, "gpu": 1, "gpus_8": 8, "gpus_64": 64, "gpus_128": 128}
+FAMILIES = ["dense", "moe", "pr_moe", "mos"]
+
+
+class Published(NamedTuple):
+    """A row of the paper: shape, size in billions (as the paper says it; to three digits), and the script's values."""
+
+    layers: int
+    hidden: int
+    heads: int
+    experts: int | list[int] | None
+    says: str | None
+    billions: float
+    lr: float
+    min_lr: float
+    batch: int
+    decay: float
+    micro: int
+    init_std: float = 0.014
+
+
+# fmt: off
+PAPER = {
+    "dense/125m_dense": Published(12, 768, 12, None, "0.125", 0.125, 6e-4, 6e-5, 256, 260e9, 4),
+    "dense/350m_dense": Published(24, 1024, 16, None, None, 0.356, 3e-4, 3e-5, 256, 260e9, 4),
+    "dense/1.3b_dense": Published(24, 2048, 16, None, "1.3", 1.316, 2e-4, 2e-5, 512, 260e9, 2),
+    "dense/6.7b_dense": Published(32, 4096, 32, None, "6.7", 6.658, 1.2e-4, 1.2e-5, 1024, 260e9, 4, 0.01),
+    "moe/125m_moe_64": Published(12, 768, 12, 64, None, 1.911, 4.5e-4, 4.5e-6, 256, 300e9, 4),
+    "moe/350m_moe_128": Published(24, 1024, 16, 128, "13", 13.149, 2e-4, 2e-6, 256, 300e9, 4),
+    "moe/1.3b_moe_128": Published(24, 2048, 16, 128, "52", 52.471, 1.2e-4, 1e-6, 512, 300e9, 8),
+    "pr_moe/350m_pr_moe_32_64": Published(24, 1024, 16, [32] * 10 + [64] * 2, "4", 4.117, 3e-4, 1e-6, 256, 300e9, 4),
+    "pr_moe/1.3b_pr_moe_64_128": Published(24, 2048, 16, [64] * 10 + [128] * 2, "31", 31.392, 1.2e-4, 1e-6, 512, 300e9, 8),
+    "mos/350m_mos_32_64": Published(21, 1024, 16, [32] * 8 + [64] * 2, "3.5", 3.542, 3e-4, 1e-6, 256, 300e9, 4),
+    "mos/1.3b_mos_64_128": Published(21, 2048, 16, [64] * 8 + [128] * 2, "27", 26.944, 1.2e-4, 1e-6, 512, 300e9, 4),
+}
+# fmt: on
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / f"{name}.yaml").read_text())
+
+
+def parse(*names: str) -> Any:
+    """What train.py makes of the files, up to the point where it would build objects (which needs the GPUs)."""
+
+    class Parsed(TrainCLI):
+        def instantiate_classes(self) -> None:
+            pass
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return Parsed(
+            args=[part for name in names for part in ("--config", str(ROOT / f"{name}.yaml"))], run=False
+        ).config
+
+
+def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
+    files = {str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.yaml")}
+    twins = {f"{family}/laptop" for family in FAMILIES}
+    assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_models_have_the_papers_shapes_and_sizes(name: str) -> None:
+    row = PAPER[name]
+    config = load_config(ROOT / f"{name}.yaml").module.config
+    assert (config.num_layers, config.hidden_size, config.num_heads, config.ffn_size) == (
+        row.layers,
+        row.hidden,
+        row.heads,
+        4 * row.hidden,
+    )
+    assert (config.moe.num_experts if config.moe else None) == row.experts
+    with torch.device("meta"):
+        model = GPT(config)
+    built = sum(parameter.numel() for parameter in model.parameters())
+    padding = (config.padded_vocab_size - config.vocab_size) * config.hidden_size
+    assert built == count_parameters(config).total
+    billions = (built - padding) / 1e9
+    assert round(billions, 3) == row.billions
+    if row.says is not None:
+        assert f"{billions:.{len(row.says.partition('.')[2])}f}" == row.says
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_recipes_have_the_published_values(name: str) -> None:
+    row, experiment = PAPER[name], load_config(ROOT / f"{name}.yaml")
+    module, data, trainer = experiment.module, experiment.data, experiment.trainer
+    config, optimizer, schedule = module.config, module.optimizer_config, module.schedule
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (row.lr, (0.9, 0.95), 0.1)
+    assert (schedule.shape, schedule.min_lr, schedule.warmup_tokens) == ("cosine", row.min_lr, 375e6)
+    assert (schedule.decay_tokens, module.train_tokens) == (row.decay, 300e9)
+    assert (config.vocab_size, config.seq_len, config.init_std) == (50257, 2048, row.init_std)
+    assert (config.hidden_dropout, config.attention_dropout) == (0.1, 0.1)
+    assert module.activation_checkpointing
+    assert (data.global_batch_size, data.micro_batch_size, data.max_eval_windows) == (
+        row.batch,
+        row.micro,
+        10 * row.batch,
+    )
+    assert (str(data.corpus.prefix), data.corpus.split) == ("data/pile/pile_text_document", (98, 2, 0))  # type: ignore[attr-defined]
+    assert read(name)["data"]["tokenizer"] == "gpt2"
+    assert (trainer.gradient_clip_val, trainer.val_check_interval, trainer.check_val_every_n_epoch) == (1.0, 100, None)
+    if (moe := config.moe) is not None:
+        residual = not name.startswith("moe/")
+        assert (moe.mlp_type, moe.residual_mix) == ("residual" if residual else "standard", "learned")
+        assert (moe.top_k, moe.train_capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1, 1.0, 1.0, 4)
+        assert (moe.token_dropping, moe.random_token_selection, moe.loss_coeff) == (True, True, 0.01)
+
+
+@pytest.mark.parametrize("overlay", GPUS)
+def test_every_model_runs_on_every_machine(overlay: str) -> None:
+    """Overlays hold the machine and nothing that is learned; a step has the published batch on each."""
+    settings = read(f"hardware/{overlay}")
+    assert set(settings) <= {"trainer", "data"} and set(settings.get("data", {})) <= {"micro_batch_size"}
+    assert set(settings["trainer"]) <= {"accelerator", "devices", "num_nodes", "precision", "strategy"}
+    parsed = parse("pr_moe/350m_pr_moe_32_64", f"hardware/{overlay}")
+    trainer = parsed.trainer
+    assert trainer.devices * trainer.num_nodes == GPUS[overlay]
+    assert trainer.precision == ("32-true" if overlay == "cpu" else "16-mixed")
+    assert trainer.val_check_interval == 100 and parsed.data.global_batch_size == 256  # the model's file still counts
+    if GPUS[overlay] > 1:
+        assert trainer.strategy.class_path.rpartition(".")[2] == "ExpertParallelStrategy"
+        options = trainer.strategy.init_args
+        assert (options.stage, options.expert_parallel_size) == (1, GPUS[overlay])
+        assert (options.initial_scale_power, options.loss_scale_window, options.hysteresis) == (11, 500, 2)
+    for name, row in PAPER.items():
+        micro = settings.get("data", {}).get("micro_batch_size", read(name)["data"]["micro_batch_size"])
+        steps = micro_batches_per_step(row.batch, micro, GPUS[overlay])
+        assert steps * micro * GPUS[overlay] == row.batch
+
+
+def without(settings: dict[str, Any], *paths: str) -> dict[str, Any]:
+    """A copy that lacks the settings at `paths`."""
+    copy = yaml.safe_load(yaml.safe_dump(settings))
+    for path in paths:
+        *parents, leaf = path.split(".")
+        holder = copy
+        for parent in parents:
+            holder = holder[parent]
+        holder.pop(leaf, None)
+    return copy
+
+
+ARCHITECTURE = (
+    "model.config.num_layers",
+    "model.config.ffn_hidden_size",
+    "model.config.moe",
+    "trainer.default_root_dir",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_laptop_twins_differ_in_nothing_but_the_architecture(family: str) -> None:
+    assert without(read(f"{family}/laptop"), *ARCHITECTURE) == without(read("dense/laptop"), *ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("pr_moe/laptop", "mos/laptop"),
+        ("pr_moe/350m_pr_moe_32_64", "mos/350m_mos_32_64"),
+        ("pr_moe/1.3b_pr_moe_64_128", "mos/1.3b_mos_64_128"),
+    ],
+)
+def test_a_student_is_its_teacher_with_fewer_blocks(teacher: str, student: str) -> None:
+    """The student keeps the last MoE layers (the top of the pyramid) and loses lower ones; the rest of the recipe is one."""
+    taught, teaches = read(student), read(teacher)
+    layers = taught["model"]["config"]["num_layers"], teaches["model"]["config"]["num_layers"]
+    assert 0.8 < layers[0] / layers[1] < 0.9
+    counts, all_counts = (settings["model"]["config"]["moe"]["num_experts"] for settings in (taught, teaches))
+    assert counts == all_counts[len(all_counts) - len(counts) :]
+    other = (
+        "model.config.num_layers",
+        "model.config.moe.num_experts",
+        "trainer.default_root_dir",
+        "data.micro_batch_size",
+    )
+    assert without(taught, *other) == without(teaches, *other)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_run_folder_is_named_after_its_file(name: str) -> None:
+    assert read(name)["trainer"]["default_root_dir"] == f"runs/{Path(name).name}"
