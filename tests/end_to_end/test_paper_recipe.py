@@ -1,0 +1,72 @@
+"""A file of the paper's, run as its user would: the same settings with a tiny model on a corpus in Megatron's format."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlgmoe import load_model
+from nlgmoe.cli.train import main
+from nlgmoe.data import IndexedDataset, IndexedWriter, load_tokenizer
+from nlgmoe.data.shards import shard_folder
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [str(ROOT / "configs" / name) for name in ("pr_moe/350m_pr_moe_32_64.yaml", "hardware/cpu.yaml")]
+TINY = [
+    "--model.config.vocab_size=4096",
+    "--model.config.num_layers=4",
+    "--model.config.moe.num_experts=[2,4]",
+    "--model.config.hidden_size=16",
+    "--model.config.seq_len=32",
+    "--model.config.num_heads=2",
+    "--model.schedule.warmup_tokens=1024",
+    "--data.tokenizer=pocket-4k",
+    "--data.global_batch_size=8",  # two micro-batches
+    "--data.max_eval_windows=4",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+]
+STEP = 8 * 32  # tokens
+
+
+def test_a_published_recipe_from_training_to_resuming(pocket_pile: Path, tmp_path: Path) -> None:
+    source = IndexedDataset(shard_folder(pocket_pile, load_tokenizer("pocket-4k", pocket_pile)) / "code.validation")
+    with IndexedWriter(tmp_path / "pile_text_document", np.dtype(np.uint16)) as writer:
+        for document in range(len(source)):
+            writer.add_document(source[document])
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text(Path(CONFIGS[0]).read_text().replace("every_n_train_steps: 10_000", "every_n_train_steps: 2"))
+    settings = [
+        *(part for config in (recipe, CONFIGS[1]) for part in ("--config", str(config))),
+        *TINY,
+        f"--data.data_dir={pocket_pile}",
+        f"--data.corpus.init_args.prefix={tmp_path / 'pile_text_document'}",
+        f"--trainer.default_root_dir={run}",
+    ]
+    main(["fit", *settings, f"--model.train_tokens={3 * STEP}"])
+    checkpoints = run / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["final-3.ckpt", "last.ckpt", "step-2.ckpt"]
+    assert (checkpoints / "last.ckpt").resolve().name == "final-3.ckpt"
+
+    main(["fit", *settings, f"--model.train_tokens={6 * STEP}", "--data.micro_batch_size=2", "--ckpt_path=last"])
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["final-6.ckpt", "last.ckpt", "step-6.ckpt"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (6, 6 * STEP)
+    assert set(summary["bits_per_byte"]) == {"all", "pile_text_document"}
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/tokens"]) for row in rows if row["train/loss"]] == [step * STEP for step in range(6)]
+    assert len([row for row in rows if row["val/loss"]]) == 4  # after steps 2, 3 (the first end), 4 and 6
+    assert load_model(checkpoints / "last.ckpt").config.moe.num_experts == [2, 4]  # type: ignore[union-attr]
+    main(["test", *settings, f"--ckpt_path={checkpoints / 'last.ckpt'}"])
+
+
+def test_a_batch_that_the_machine_cannot_make_up_is_named(pocket_pile: Path, tmp_path: Path) -> None:
+    settings = [part for config in CONFIGS for part in ("--config", config)]
+    settings += [*TINY, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit, match=r"pile_text_document\.idx is missing"):
+        main(["fit", *settings, f"--data.corpus.init_args.prefix={tmp_path / 'pile_text_document'}"])
+    with pytest.raises(SystemExit, match=r"data.global_batch_size 9 is not a multiple of the 4 sequences"):
+        main(["fit", *settings, "--data.corpus=null", "--data.global_batch_size=9"])
