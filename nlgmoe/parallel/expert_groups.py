@@ -39,10 +39,10 @@ class ExpertGroups:
 
 
 def layer_degrees(config: GPTConfig, world_size: int, limit: int) -> dict[int, int]:
-    """The degree of each MoE block, by block number.
+    """The degree of each MoE block, by block number; empty for a dense model, which has nothing to spread.
 
     Raises:
-        ValueError: no layer can use `limit`, or it is more than there are ranks.
+        ValueError: `limit` is more than there are ranks, or no layer's experts can be spread over them.
     """
     if limit > world_size:
         raise ValueError(
@@ -51,12 +51,11 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int) -> dict[int, i
         )
     experts = {layer: count for layer, count in enumerate(experts_per_layer(config)) if count}
     degrees = {layer: expert_parallel_degree(count, world_size, limit) for layer, count in experts.items()}
-    if limit > 1 and limit not in degrees.values():
-        counts = sorted(set(experts.values()))
-        usable = max(degrees.values(), default=1)
+    if limit > 1 and degrees and max(degrees.values()) == 1:
+        counts = ", ".join(map(str, sorted(set(experts.values()))))
         raise ValueError(
-            f"trainer.strategy.expert_parallel_size={limit} fits no layer: a degree divides a layer's experts ({counts}) and "
-            f"the number of ranks ({world_size}); set it to {usable}"
+            f"trainer.strategy.expert_parallel_size={limit} can spread no layer: nothing from 2 to {limit} divides both its "
+            f"number of experts ({counts}) and the number of ranks ({world_size}); change one of them, or set it to 1"
         )
     return degrees
 

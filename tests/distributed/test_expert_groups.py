@@ -1,0 +1,55 @@
+"""Degrees are arithmetic: no ranks needed."""
+
+import re
+
+import pytest
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.parallel.expert_groups import describe, layer_degrees
+
+
+def pyramid(*experts: int) -> GPTConfig:
+    return GPTConfig(61, 16, 2 * len(experts), 32, 2, moe=MoEConfig(list(experts)))
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "limit", "degrees"),
+    [
+        ([32, 64, 128], 128, 128, [32, 64, 128]),  # the paper's example
+        ([32, 64, 128], 128, 64, [32, 64, 64]),
+        ([32, 64], 64, 64, [32, 64]),  # where Megatron-DeepSpeed's scripts cannot start
+        ([6, 4], 3, 3, [3, 1]),
+        ([6, 6], 4, 4, [2, 2]),
+        ([8, 8], 4, 3, [2, 2]),  # a limit, not a demand
+        ([8, 8], 1, 1, [1, 1]),
+    ],
+)
+def test_a_layers_degree_divides_its_experts_and_the_ranks(
+    experts: list[int], ranks: int, limit: int, degrees: list[int]
+) -> None:
+    found = layer_degrees(pyramid(*experts), ranks, limit)
+    assert found == dict(zip(range(1, 2 * len(experts), 2), degrees, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "limit", "message"),
+    [
+        ([8], 2, 4, "expert_parallel_size=4 is above the number of ranks, 2; lower it to 2, or run on more devices"),
+        ([5], 4, 4, "nothing from 2 to 4 divides both its number of experts (5) and the number of ranks (4)"),
+    ],
+)
+def test_a_size_that_nothing_can_use_is_refused(experts: list[int], ranks: int, limit: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer_degrees(pyramid(*experts), ranks, limit)
+
+
+def test_a_dense_model_has_nothing_to_spread() -> None:
+    assert layer_degrees(GPTConfig(61, 16, 2, 32, 2), 8, 8) == {}
+
+
+def test_the_layout_is_told() -> None:
+    config = pyramid(4, 4, 8)
+    assert describe(config, layer_degrees(config, 4, 8 // 2), 4).splitlines() == [
+        "blocks 1, 3: 4 experts, expert-parallel degree 4, 1 a rank (0.0M parameters), 1 copies of each",
+        "blocks 5: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), 1 copies of each",
+    ]
