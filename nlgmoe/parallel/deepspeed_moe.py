@@ -86,12 +86,15 @@ def global_grad_norm(parameters: list[nn.Parameter]) -> Tensor:
     return (dense + experts).sqrt()
 
 
-def correct_clipping(engine: Any) -> None:
-    """Clip by the true norm where ZeRO is off.
+def correct_stage_0(engine: Any) -> None:
+    """Set right what DeepSpeed 0.19.8 does where ZeRO is off; under ZeRO 1 and 2 it is right.
 
-    DeepSpeed 0.19.8 averages the ranks' norms there, which is not the norm when ranks hold different experts (issue
-    #8475), and leaves experts out in half precision (pull request #8613). Under ZeRO 1 and 2 it is right.
+    Clipping: it averages the ranks' norms, which is not the norm when ranks hold different experts (issue #8475), and
+    leaves experts out in half precision (pull request #8613). Adam: in half precision it takes a step with zero gradients
+    to allocate the moments, which decays the weights and counts in the bias correction.
     """
+    if engine.zero_optimization():
+        return
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
 
     def clip() -> None:
@@ -111,3 +114,6 @@ def correct_clipping(engine: Any) -> None:
             return unscale_and_clip(norm, apply_scale)
 
         engine.optimizer.unscale_and_clip_grads = unscale_and_clip_by_true_norm
+        engine.optimizer.refresh_fp32_params()
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"].zero_()

@@ -33,8 +33,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     `expert_parallel_size`. A checkpoint knows nothing of it.
 
     Args:
-        stage: what ZeRO divides between ranks: 0 nothing, 1 the optimizer's states, 2 the gradients too. (3, the weights
-            too, is refused by DeepSpeed for experts spread over ranks.)
+        stage: what ZeRO divides between ranks: 0 nothing (not with fp16), 1 the optimizer's states, 2 the gradients too.
+            (3, the weights too, is refused by DeepSpeed for experts spread over ranks.)
         expert_parallel_size: most ranks that hold one layer's experts together; 1 keeps all experts on every rank.
         offload_optimizer: keep the optimizer's states in the host's memory and step there; stage 1 or 2.
         initial_scale_power: fp16 only: the loss scale starts at 2 to this power.
@@ -161,14 +161,20 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
         """Show the engine which parameters are experts, before the optimizer's groups are made."""
-        from nlgmoe.parallel.deepspeed_moe import correct_clipping, present_to_engine
+        from nlgmoe.parallel.deepspeed_moe import correct_stage_0, present_to_engine
 
+        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
+        if self.stage == 0 and self.precision_plugin._desired_dtype == torch.float16:
+            raise ValueError(
+                f"trainer.precision={self.precision_plugin.precision} needs trainer.strategy.stage 1 or 2: at stage 0 DeepSpeed "
+                "unscales fp16 gradients by the wrong scale whenever the scale grows"
+            )
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         for layer, degree in zip(layers, self._degrees.values(), strict=True):
             if degree > 1:
                 present_to_engine(layer, self._groups[degree])
         super()._initialize_deepspeed_train(model)
-        correct_clipping(self.deepspeed_engine)
+        correct_stage_0(self.deepspeed_engine)
 
     @override
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from tests.distributed.cells import (
     evaluate,
     make_trainer,
     on_ranks,
+    overflow,
     resume,
     run_all,
     spawn,
@@ -61,6 +62,11 @@ CELLS: dict[int, list[Cell]] = {
         Cell("pyramid, ZeRO 0, capacity", 4, 0, experts=PYRAMID, layers=6, moe=CAPACITY, accumulate=2),
     ],
 }
+HALF = [
+    *(Cell(f"bf16-mixed, ZeRO {stage}", 2, stage, precision="bf16-mixed", moe=DROPLESS) for stage in (0, 1, 2)),
+    Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
+]
+OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
 RESIDUAL_PYRAMID = {"experts": PYRAMID, "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
 # One checkpoint, saved by one process after three steps, goes on in each of these.
 TOPOLOGIES: dict[int, list[Cell]] = {
@@ -98,7 +104,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Found:
     for ranks, cells in CELLS.items():
         folder = checkpoint.parent / str(ranks)
         topologies = TOPOLOGIES.get(ranks, [])
-        jobs = [(on_ranks, cell) for cell in cells]
+        jobs: list[tuple[Callable[..., Any], Cell]] = [(on_ranks, cell) for cell in cells]
+        if ranks == 2:
+            jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW)]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -132,6 +140,23 @@ def test_ranks_compute_what_one_process_computes(
     )
     # Later steps amplify rounding where a gradient is nothing but rounding; moments as a whole stay close.
     assert_close(other, first, 1e-3)
+
+
+@pytest.mark.parametrize("cell", HALF, ids=lambda cell: cell.name)
+def test_half_precision_follows_single(cell: Cell, found: Found, tmp_path: Path) -> None:
+    expected = alone(replace(cell, precision="32-true"), 2, tmp_path)
+    for outcome in found[on_ranks, cell.name]:
+        assert outcome.losses == pytest.approx(expected.losses, rel=2e-2)
+        # The first steps are as close as bf16 is: no step is lost or taken twice.
+        assert outcome.losses[:4] == pytest.approx(expected.losses[:4], rel=1e-3)
+
+
+def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
+    for rank, seen in enumerate(found[overflow, OVERFLOW.name]):
+        scales, tokens, weights = zip(*seen, strict=True)
+        assert scales == (2.0**11, 2.0**11, 2.0**11, 2.0**10), rank
+        assert tokens == tuple(SAMPLES * 16 * step for step in range(4))
+        assert weights[1] != weights[2] == weights[3]
 
 
 def optimizer_of(path: Path) -> TensorFiles:
