@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ from lightning import LightningModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
@@ -256,6 +259,17 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert self._loading is not None
         load_moments(self._gpt, self.deepspeed_engine, TensorFiles(self._loading, "optimizer"))
         restore_loss_scale(self.deepspeed_engine, checkpoint.get("loss_scale", {}))
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """A rank that fails brings the others down, one that hangs too: those that this process has started."""
+        launcher = self.launcher
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            return  # torchrun, srun and the like watch over their processes themselves
+        patience = time.monotonic() + 5  # for one that is just telling what went wrong with it
+        while time.monotonic() < patience and any(process.poll() is None for process in launcher.procs):
+            time.sleep(0.1)
+        launcher.kill(signal.SIGKILL)
 
     @override
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -287,3 +288,16 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
     return [job(cell, ranks, folder, *(args if job in (evaluate, resume) else ())) for job, cell in jobs]
+
+
+class Raises(Callback):
+    """Fails on rank 1 in the second step; with `hangs`, rank 1 waits for ever instead."""
+
+    def __init__(self, hangs: bool = False) -> None:
+        self.hangs = hangs
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            if self.hangs:
+                time.sleep(10_000)
+            raise ValueError("rank 1 has had enough")
