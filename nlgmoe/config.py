@@ -9,6 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+TRAINING_ONLY = frozenset(
+    {
+        *("hidden_dropout", "attention_dropout", "init_std", "train_capacity_factor", "token_dropping"),
+        *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
+    }
+)  # fields below that neither shape the model nor change its evaluation
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -17,14 +24,14 @@ class MoEConfig:
     Attributes:
         num_experts: experts per MoE layer: one number for all of them, or one number per MoE layer from the first to
             the last (the pyramid of PR-MoE, such as `[32, 32, 64]`).
-        expert_interval: every `expert_interval`-th block is MoE: 2 makes the 2nd, 4th, ... block MoE.
+        expert_interval: blocks from one MoE block to the next: 2 makes the 2nd, 4th, ... block MoE.
         top_k: experts per token.
         mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
         residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
             DeepSpeed's code) or `sum` (the paper's plain sum).
         train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`.
-        eval_capacity_factor: the same in evaluation; used only with `eval_token_dropping`.
-        min_capacity: an expert has at least this many slots.
+        eval_capacity_factor: slots of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
+        min_capacity: slots that an expert has at least.
         token_dropping: training drops assignments over capacity; if false, every assignment is computed (dropless).
         eval_token_dropping: evaluation drops too (the tutorial's way). By default evaluation is dropless, so that the
             output for a sequence never depends on its neighbours in the batch.
@@ -88,16 +95,17 @@ class GPTConfig:
     """A GPT-3-shaped decoder: learned positions, pre-LayerNorm, tanh-GELU, tied embeddings.
 
     Attributes:
-        vocab_size: token ids the model knows; logits exist for exactly these.
+        vocab_size: number of token ids that the model knows; logits exist for exactly these.
         seq_len: longest sequence, in tokens; the number of learned positions.
-        num_layers: transformer blocks.
-        hidden_size: width of the residual stream.
-        num_heads: attention heads; they divide `hidden_size`.
-        ffn_hidden_size: inner width of the feed-forward layers and of every expert; null means `4 * hidden_size`.
+        num_layers: number of transformer blocks.
+        hidden_size: width of the residual stream, in values per token.
+        num_heads: number of attention heads; they divide `hidden_size`.
+        ffn_hidden_size: inner width of the feed-forward layers and of every expert, in values per token; null
+            means `4 * hidden_size`.
         hidden_dropout: dropout probability on the embeddings and on each branch before it joins the residual stream.
         attention_dropout: dropout probability on the attention weights.
         init_std: standard deviation of the initial weights; output projections get `init_std / sqrt(2 * num_layers)`.
-        layer_norm_eps: epsilon of the LayerNorms.
+        layer_norm_eps: added to the variance in the LayerNorms.
         vocab_size_multiple: the embedding table is padded to a multiple of this (for fast GEMMs); padding gets no logits.
         moe: mixture-of-experts layers, or null for a dense model.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, CountsSamples, SpellsBytes
-from nlgmoe.checkpoint.portable import PortableCheckpointIO
-from nlgmoe.config import GPTConfig
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
+from nlgmoe.config import TRAINING_ONLY, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.placement import PlacesExperts
@@ -39,7 +40,7 @@ class MoEGPTModule(LightningModule):
             the trainer (`max_steps`, `max_time`).
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
-        seed: of the initial weights and of all that is random in training.
+        seed: seed of the initial weights and of all that is random in training.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class MoEGPTModule(LightningModule):
             raise ValueError(f"train_tokens={train_tokens} must be at least 1, or null")
         if loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
         self.config = config
         self.optimizer_config = optimizer
         self.schedule = schedule
@@ -228,13 +231,20 @@ class MoEGPTModule(LightningModule):
         """Restore the clock.
 
         Raises:
-            ValueError: the checkpoint's model is not this one, or a run would go on with other random numbers; the message
-                names what differs.
+            ValueError: the checkpoint's model is not this one, or a run would go on in another way; the message names what
+                differs. Evaluation does not mind settings that only training looks at.
         """
-        theirs, ours = checkpoint["model_config"], self.config.to_dict()
-        if different := _differences(theirs, ours):
-            raise ValueError(f"the checkpoint's model differs from model.config: {', '.join(different)}")
-        if self.trainer.state.fn == TrainerFn.FITTING and checkpoint["seed"] != self.seed:
+        theirs, ours, fits = (
+            checkpoint["model_config"],
+            self.config.to_dict(),
+            self.trainer.state.fn == TrainerFn.FITTING,
+        )
+        different = _differences(theirs, ours, ignore=frozenset() if fits else TRAINING_ONLY)
+        if different:
+            raise ValueError(
+                f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+            )
+        if fits and checkpoint["seed"] != self.seed:
             raise ValueError(
                 f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
             )
@@ -252,6 +262,19 @@ class MoEGPTModule(LightningModule):
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
             counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, with an error that can be read.
+
+        Raises:
+            ValueError: parameters are missing, unknown or of another shape.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            mismatch = describe_mismatch(self.state_dict(), dict(state_dict))
+            raise ValueError(f"the checkpoint does not fit the model: {mismatch}; use another checkpoint") from error
 
     def _noise_key(self) -> tuple[int, int, int]:
         """(seed, step, index of this micro-batch within the step over all ranks)."""
@@ -307,13 +330,15 @@ def _mask_or_none(batch: Batch) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """`field: theirs -> ours` for every field that differs, nested ones by path."""
+def _differences(
+    theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """`field theirs -> ours` for every field that differs, nested ones by path; those in `ignore` left out."""
     found = []
-    for name in sorted(theirs.keys() | ours.keys()):
+    for name in sorted((theirs.keys() | ours.keys()) - ignore):
         one, other = theirs.get(name), ours.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
-            found += _differences(one, other, f"{prefix}{name}.")
+            found += _differences(one, other, f"{prefix}{name}.", ignore)
         elif one != other:
             found.append(f"{prefix}{name} {one} -> {other}")
     return found

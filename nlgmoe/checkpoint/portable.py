@@ -96,12 +96,19 @@ def read_document(path: str | Path) -> dict[str, Any]:
         ValueError: there is no checkpoint at `path`, or it is not in this format.
     """
     file = Path(path) / "checkpoint.json"
+    if Path(path).is_file():
+        raise ValueError(
+            f"{path} is a file; a checkpoint here is a folder with checkpoint.json in it (Lightning's own .ckpt files hold "
+            "pickled objects and are not read)"
+        )
     if not file.is_file():
         raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
     try:
         document = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{file} is damaged (a {type(document).__name__}, not a mapping); use another checkpoint")
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
@@ -109,12 +116,32 @@ def read_document(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path) -> GPT:
-    """The trained GPT of a checkpoint folder, on the CPU, in evaluation mode."""
+    """The trained GPT of a checkpoint folder, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: there is no checkpoint at `path`, or it is damaged or lacks something.
+    """
     config = GPTConfig.from_dict(read_document(path)["model_config"])
     with torch.device("meta"):
         model = GPT(config)
-    model.load_state_dict(join_experts(folder.TensorFiles(path, "model").read_all()), assign=True)
+    entries = join_experts(folder.TensorFiles(path, "model").read_all())
+    if mismatch := describe_mismatch(model.state_dict(), entries):
+        raise ValueError(f"{path} does not hold the model that it describes: {mismatch}; use another checkpoint")
+    model.load_state_dict(entries, assign=True)
     return model.eval()
+
+
+def describe_mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """What keeps `found` from being loaded in place of `expected`; empty if nothing does."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name].shape)}, not {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more
 
 
 def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,6 +204,8 @@ def _optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, A
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
             found = {moment: values[name] for moment, values in by_moment.items() if name in values}
+            if lacking := sorted(by_moment.keys() - found.keys()):  # AdamW would quietly begin anew with this parameter
+                raise ValueError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
             if found:
                 state[index] = found
             index += 1

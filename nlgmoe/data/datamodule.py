@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from nlgmoe.data.accumulation import micro_batches_per_step
@@ -31,7 +32,7 @@ class PileDataModule(LightningDataModule):
             follows from it and the number of ranks. None: `accumulate_grad_batches` is the trainer's business.
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
-        seed: of the order in which training sequences come.
+        seed: seed of the order in which training sequences come.
         num_workers: processes that load batches, per rank; 0 loads in the training process.
         max_eval_windows: sequences evaluated per domain, the first ones; None: all.
 
@@ -62,7 +63,10 @@ class PileDataModule(LightningDataModule):
         }
         for name, value in sizes.items():
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name, number in {"seed": seed, "num_workers": num_workers}.items():
+            if number < 0:
+                raise ValueError(f"{name}={number} must be at least 0")
         self.data_dir = Path(data_dir)
         self.corpus = corpus or PocketPile()
         self.micro_batch_size = micro_batch_size
@@ -131,9 +135,12 @@ class PileDataModule(LightningDataModule):
         """Go on where a checkpoint's run stood.
 
         Raises:
-            ValueError: that run saw other data, or the same in another order.
+            ValueError: that run saw other data, or the same in another order. Evaluation, which goes on with nothing, minds
+                another tokenizer alone.
         """
         ours, theirs = self.fingerprint(), state_dict["fingerprint"]
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            ours = {"tokenizer": ours["tokenizer"]}
         differing = [
             f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]
         ]

@@ -129,7 +129,7 @@ def test_shards_are_reused_and_repaired(make_data: Make) -> None:
 
 
 def test_user_errors_name_the_setting(tmp_path: Path, make_data: Make) -> None:
-    with pytest.raises(ValueError, match="`seq_len` is 0"):
+    with pytest.raises(ValueError, match="seq_len=0 must be at least 1"):
         PileDataModule(seq_len=0)
     with pytest.raises(ValueError, match="nlgmoe prepare-data"):
         PileDataModule(str(tmp_path)).setup()
