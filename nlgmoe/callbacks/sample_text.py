@@ -19,7 +19,7 @@ class SampleText(Callback):
     Args:
         prompts: texts to continue.
         max_new_tokens: tokens to add to each.
-        temperature: of the sampling; 0 takes the most likely token.
+        temperature: temperature of the sampling; 0 takes the most likely token.
         top_k: sample among this many most likely tokens; null means all.
     """
 
@@ -28,6 +28,12 @@ class SampleText(Callback):
     ) -> None:
         if not prompts or not all(prompts):
             raise ValueError("SampleText: prompts must be a list of texts, none of them empty")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must be at least 0; 0 takes the most likely token")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1, or null for all tokens")
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature

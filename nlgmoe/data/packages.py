@@ -84,13 +84,15 @@ def fetch(package: Package, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
+        command += ["--retries", "1"]  # five, with growing pauses, keep the user of a machine without network waiting
         command += ["--dest", temporary, *_archive_options(package.archive), package.requirement]
         result = subprocess.run(command, capture_output=True, text=True)
         downloaded = Path(temporary) / package.archive
         if result.returncode != 0 or not downloaded.exists():
+            said = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
             raise ValueError(
-                f"pip could not download {package.requirement} ({package.archive}). Check the network and pip's index "
-                f"settings, or put that file into {folder} yourself. pip said:\n{result.stderr.strip()[-2000:]}"
+                f"pip could not download {package.requirement} ({said[-1]}); check the network and pip's index settings, or "
+                f"put {package.archive} into {folder} yourself"
             )
         _check_archive(downloaded, package)
         shutil.move(downloaded, path)

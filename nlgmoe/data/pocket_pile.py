@@ -128,6 +128,7 @@ def build_pocket_pile(root: Path) -> Manifest:
             return manifest
         except ValueError:
             pass  # damaged, or built by another version of this file
+    print(f"building the pocket Pile in {root.absolute()}: 60 MB of downloads, about a minute", flush=True)
     documents = [
         section
         for part in PARTS
@@ -187,13 +188,20 @@ def write_corpus(
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """The manifest under `root`, unverified, or None if there is none."""
+    """The manifest under `root`, unverified, or None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = root / "manifest.json"
     if not path.exists():
         return None
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
-    return Manifest(fields["name"], fields["domains"], files, fields["sources"])
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
+        return Manifest(fields["name"], fields["domains"], files, fields["sources"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it and build the corpus again") from error
 
 
 def text_path(root: Path, name: str) -> Path:

@@ -50,11 +50,18 @@ def build_shards(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> di
 
 
 def read_shards(data_dir: Path, tokenizer: Tokenizer) -> dict[str, Shard]:
-    """Facts about what is tokenised already; empty if nothing is."""
+    """Facts about what is tokenised already; empty if nothing is.
+
+    Raises:
+        ValueError: the list of them is damaged.
+    """
     path = shard_folder(data_dir, tokenizer) / "meta.json"
     if not path.exists():
         return {}
-    return {name: Shard(**facts) for name, facts in json.loads(path.read_text()).items()}
+    try:
+        return {name: Shard(**facts) for name, facts in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to tokenise again") from error
 
 
 def open_shard(data_dir: Path, tokenizer: Tokenizer, name: str) -> np.ndarray:

@@ -114,7 +114,7 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         return _pocket(folder, data_dir, name_or_path)
     folder = Path(name_or_path)
     if (folder / "tokenizer.json").exists():
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), name_or_path)
+        return Tokenizer(_from_json(folder / "tokenizer.json"), name_or_path)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _from_vocabulary(folder, name_or_path)
     raise ValueError(
@@ -151,7 +151,14 @@ def _pocket(folder: Path, data_dir: Path, name: str) -> Tokenizer:
         backend = train_byte_level_bpe(texts(), POCKET_VOCABULARIES[name])
         _write_bytes(path, backend.to_str(pretty=True).encode())
         write_json(record, trained_on)
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), name)
+    return Tokenizer(_from_json(path), name)
+
+
+def _from_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises `Exception` itself, and does not name the file
+        raise ValueError(f"{path} is damaged or not a tokenizer ({error}); replace it") from error
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -14,8 +14,8 @@ class AdamWConfig:
 
     Attributes:
         lr: peak learning rate; `schedule` shapes it over tokens.
-        betas: decay rates of the two moments.
-        eps: added to the denominator.
+        betas: decay of the two moments, per optimizer step.
+        eps: added to the denominator of the update.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
     """
 
@@ -26,11 +26,13 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise ValueError(f"optimizer: lr={self.lr} must be above 0")
+            raise ValueError(f"lr={self.lr} must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer: betas={self.betas} must both be in [0, 1)")
-        if self.eps <= 0 or self.weight_decay < 0:
-            raise ValueError("optimizer: eps must be above 0 and weight_decay at least 0")
+            raise ValueError(f"betas={self.betas} must both be in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError(f"eps={self.eps} must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
 
 
 def decays(module: nn.Module, leaf: str) -> bool:

@@ -31,25 +31,27 @@ class LearningRateSchedule:
     cooldown_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup_tokens < 0 or self.min_lr < 0:
-            raise ValueError("schedule: warmup_tokens and min_lr must be at least 0")
+        for name in ("warmup_tokens", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.shape == "constant":
             if self.decay_tokens is not None or self.min_lr:
-                raise ValueError(
-                    "schedule: shape=constant never decays; remove decay_tokens and min_lr, or use cosine or wsd"
-                )
+                raise ValueError("shape=constant never decays; remove decay_tokens and min_lr, or use cosine or wsd")
         elif self.decay_tokens is None or self.decay_tokens <= self.warmup_tokens:
             raise ValueError(
-                f"schedule: shape={self.shape} needs decay_tokens above warmup_tokens={self.warmup_tokens}, "
+                f"shape={self.shape} needs decay_tokens above warmup_tokens={self.warmup_tokens}, "
                 f"got decay_tokens={self.decay_tokens}"
             )
         if (self.cooldown_tokens is not None) != (self.shape == "wsd"):
-            raise ValueError("schedule: cooldown_tokens goes with shape=wsd, and only with it")
+            raise ValueError(
+                f"cooldown_tokens={self.cooldown_tokens} does not go with shape={self.shape}: it goes with shape=wsd, and "
+                "only with it"
+            )
         if self.cooldown_tokens is not None:
             assert self.decay_tokens is not None
             if not 0 < self.cooldown_tokens <= self.decay_tokens - self.warmup_tokens:
                 raise ValueError(
-                    f"schedule: cooldown_tokens={self.cooldown_tokens} must be above 0 and fit between "
+                    f"cooldown_tokens={self.cooldown_tokens} must be above 0 and fit between "
                     f"warmup_tokens={self.warmup_tokens} and decay_tokens={self.decay_tokens}"
                 )
 

@@ -51,13 +51,13 @@ def test_constant_and_wsd() -> None:
     ],
 )
 def test_contradictory_schedules_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match="schedule: "):
+    with pytest.raises(ValueError, match=r"^(shape|warmup_tokens|cooldown_tokens|min_lr)="):
         LearningRateSchedule(**settings)
 
 
 @pytest.mark.parametrize("settings", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])
 def test_impossible_optimizer_settings_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match="optimizer: "):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
         AdamWConfig(**settings)
 
 
