@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from jsonargparse import auto_cli
 
+from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.prepare_data import prepare_data
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one of the subcommands; mistakes in the settings end with one line instead of a traceback."""
-    try:
-        auto_cli({"prepare-data": prepare_data}, args=args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """Run one of the subcommands; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
+    with one_line_errors():
+        auto_cli({"prepare-data": prepare_data}, args=args, parser_class=OneLineParser)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-from nlgmoe.data.pocket_pile import SPLITS
-from nlgmoe.data.prepare import prepare
-from nlgmoe.data.shards import shard_folder
-
 
 def prepare_data(data_dir: str = "data/pocket_pile", tokenizer: str = "pocket-8k") -> None:
     """Build the pocket Pile, a tokenizer and the tokenised shards, unless they are there.
@@ -19,6 +15,11 @@ def prepare_data(data_dir: str = "data/pocket_pile", tokenizer: str = "pocket-8k
     Raises:
         ValueError: a download fails, or the tokenizer is unknown or not usable.
     """
+    # Here and not above: Lightning comes along, and a typing error should not wait for it.
+    from nlgmoe.data.pocket_pile import SPLITS
+    from nlgmoe.data.prepare import prepare
+    from nlgmoe.data.shards import shard_folder
+
     root = Path(data_dir)
     prepared = prepare(root, tokenizer)
     manifest, loaded, shards = prepared.manifest, prepared.tokenizer, prepared.shards

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
@@ -24,6 +22,10 @@ from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.checkpoint.portable import read_document
+from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.cli.trainer_settings import check_trainer
 from nlgmoe.data import PileDataModule
 from nlgmoe.loggers import run_folder_loggers
 from nlgmoe.module import MoEGPTModule
@@ -73,6 +75,10 @@ def refuse_second_run(folder: Path, checkpoint: Any) -> None:
         )
 
 
+class TrainParser(OneLineParser, LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
+
+
 class TrainCLI(LightningCLI):
     """fit, validate, test and predict from YAML files and flags."""
 
@@ -99,6 +105,7 @@ class TrainCLI(LightningCLI):
                     ValidationInterval(),
                 ],
             },
+            parser_class=TrainParser,
             parser_kwargs={"description": "Train and evaluate mixture-of-experts language models."},
             args=args,
             run=run,
@@ -108,6 +115,35 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data's windows are as long as the model's sequences."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then check what can be known before anything is made.
+
+        Raises:
+            UsageError: the command line or a configuration is wrong.
+            ValueError: there is no checkpoint at `ckpt_path`.
+        """
+        super().parse_arguments(parser, args)
+        config = self.config.get(self.config.get("subcommand") or "", self.config)
+        assert isinstance(parser, TrainParser)
+        with parser.blaming_settings():
+            check_trainer(config["trainer"], has_experts=config["model"]["config"]["moe"] is not None)
+        path = config.get("ckpt_path")
+        if path is not None and path not in ("last", "best", "hpc"):
+            read_document(path)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer.
+
+        Raises:
+            UsageError: one of them refuses its settings.
+        """
+        assert isinstance(self.parser, TrainParser)
+        self.parser.add_instantiator(self.parser.construct, object)
+        with self.parser.blaming_settings():
+            super().instantiate_classes()
 
     def before_fit(self) -> None:
         """Neither mix two runs in one folder nor start one where the user meant to go on.
@@ -121,7 +157,14 @@ class TrainCLI(LightningCLI):
             raise ValueError(f"ckpt_path=last: there is no last.ckpt in {folder}; leave ckpt_path out to start a run")
         if self.trainer.is_global_zero:
             refuse_second_run(folder, checkpoint)
-        folder.mkdir(parents=True, exist_ok=True)  # an unwritable one is found out now, not after tokenising a corpus
+        try:  # an unwritable folder is found out now, not after tokenising a corpus
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
+            ) from error
 
     def before_validate(self) -> None:
         """Say so where the weights are random."""
@@ -167,24 +210,17 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     for name, value in overrides.items():
         args.append(f"--{name.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}")
     _mute_advertising()
-    said = io.StringIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
-            # The caller's own command line is not for us.
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            cli = TrainCLI(args=args, run=False)
-    except SystemExit as error:  # the parser has printed its usage and what is wrong; the latter is the message
-        raise ValueError(said.getvalue().rpartition("error: ")[2].strip() or f"cannot read {args}") from error
+    with warnings.catch_warnings():  # the caller's own command line is not for us
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        cli = TrainCLI(args=args, run=False)
     return Experiment(cli.model, cli.datamodule, cli.trainer)
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `train.py`; mistakes in the settings end with one line instead of a traceback."""
-    _mute_advertising()
-    try:
+    """Run `train.py`; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
+    with one_line_errors():
+        _mute_advertising()
         TrainCLI(args)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def _mute_advertising() -> None:

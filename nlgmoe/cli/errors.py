@@ -1,0 +1,88 @@
+"""One formatter for both commands: a mistake ends as one line on stderr and an exit code.
+
+    error: model.config.moe.top_k=9 (run.yaml, line 4) must be between 1 and the smallest num_experts (4)
+
+Exit code 2: the command line or a configuration is wrong, nothing was run. 1: it failed while running. 130: Ctrl+C.
+`NLGMOE_TRACEBACK=1` shows the traceback before the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+_ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
+
+
+class UsageError(ValueError):
+    """A command line or configuration that cannot be run; the message is the line that people read."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line where the block raises.
+
+    Raises:
+        SystemExit: in place of any other exception, with the exit code.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
+            raise SystemExit(INTERRUPTED) from None
+        raise
+    except Exception as error:
+        if os.environ.get("NLGMOE_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {describe(error)}", file=sys.stderr)
+        raise SystemExit(USAGE if isinstance(error, UsageError) else FAILURE) from error
+
+
+def describe(error: BaseException) -> str:
+    """The line for an exception; one that nobody meant to raise also names its type and how to see the traceback."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"{one_line(str(error))}; lower data.micro_batch_size or model.loss_chunk_size, or set "
+            f"model.activation_checkpointing to true ({_ASK_FOR_TRACEBACK})"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename if error.filename2 is None else error.filename2
+        return f"{file}: {error.strerror}" if file is not None else error.strerror
+    if is_complaint(error):
+        return one_line(str(error))
+    return f"unexpected {type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
+
+
+def is_complaint(error: BaseException) -> bool:
+    """Whether an exception was raised to tell the user something, by this project or by Lightning's own checks."""
+    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
+        return True
+    return isinstance(error, ValueError | ImportError) and raised_in(error).split(".")[0] in ("nlgmoe", "lightning")
+
+
+def raised_in(error: BaseException) -> str:
+    """Name of the module whose code raised the exception; empty if it was never raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    """`text` on one line of at most `limit` characters."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= limit else f"{joined[: limit - 4]} ..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, sorted(set(known)), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

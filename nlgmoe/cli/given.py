@@ -1,0 +1,178 @@
+"""What the user wrote: every setting of the command line and of its `--config` files, with the place where it stands.
+
+jsonargparse reads the same files again. It forgets where a value came from and takes the last of two equal keys, so
+that its messages cannot say which line to change; this reading is for the messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nlgmoe.cli.errors import UsageError, one_line
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True)
+class Given:
+    """One setting as written.
+
+    Attributes:
+        name: dotted, list items in brackets: `trainer.callbacks[0].class_path`.
+        value: as YAML reads it.
+        origin: `FILE, line N`, or empty for the command line.
+    """
+
+    name: str
+    value: Any
+    origin: str = ""
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def place(self) -> str:
+        """The origin in parentheses, behind a blank; empty for the command line."""
+        return f" ({self.origin})" if self.origin else ""
+
+    def __str__(self) -> str:
+        return f"{self.name}={shown(self.value)}{self.place}"
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in YAML, shortened."""
+    return one_line(yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n"), limit=80)
+
+
+def from_argument(name: str, text: str) -> Given:
+    """`--name=text` of the command line."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    return Given(name, value)
+
+
+def read_file(path: str) -> list[Given]:
+    """The settings of a configuration file, in its order.
+
+    Raises:
+        UsageError: there is no such file, it is not YAML or JSON, not a mapping, or names a setting twice.
+    """
+    if path.lstrip().startswith("{"):  # jsonargparse takes a configuration in place of a path too
+        return _read(path, "--config")
+    file = Path(path)
+    if not path:
+        raise UsageError("--config has no value; write --config=FILE.yaml")
+    if not file.exists():
+        near = f"; {file.parent} does not exist either" if not file.parent.exists() else ""
+        raise UsageError(f"--config {path}: there is no such file{near}")
+    if file.is_dir():
+        checkpoint = (file / "checkpoint.json").exists()
+        remedy = "give a checkpoint to --ckpt_path" if checkpoint else "name a YAML file in it"
+        raise UsageError(f"--config {path} is a folder, not a configuration; {remedy}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path} is not a text file; give a checkpoint to --ckpt_path") from error
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    return _read(text, path)
+
+
+def _read(text: str, path: str) -> list[Given]:
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        tab = "; indent with blanks, not with tabs" if "\\t" in str(error.problem) or _tab_at(text, mark) else ""
+        problem = f"{error.context or ''} {error.problem}" if str(error.problem).startswith("but ") else error.problem
+        raise UsageError(f"{path}{place} is not YAML: {problem}{tab}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {one_line(str(error))}") from error
+    if root is None:
+        raise UsageError(f"{path} is empty; write settings such as `model:` and `trainer:` into it")
+    if not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+        raise UsageError(f"{path} holds {kind}, not settings; write `name: value` lines, such as `trainer:`")
+    return list(_walk(root, "", path))
+
+
+def _tab_at(text: str, mark: yaml.Mark | None) -> bool:
+    lines = text.splitlines()
+    return mark is not None and mark.line < len(lines) and lines[mark.line][mark.column : mark.column + 1] == "\t"
+
+
+def _walk(node: yaml.MappingNode, prefix: str, path: str) -> Iterator[Given]:
+    seen: dict[str, int] = {}
+    for key, value in sorted(node.value, key=lambda pair: pair[0].value != "class_path"):  # it says what the rest means
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{path}, line {line}: a setting's name is plain text, not a list or a mapping")
+        if key.tag == _MERGE:  # `<<: *other`
+            others = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for other in others:
+                yield from _walk(other, prefix, path)
+            continue
+        name = f"{prefix}.{key.value}" if prefix else str(key.value)
+        if name in seen:
+            raise UsageError(f"{path}, line {line}: {name} stands here again, after line {seen[name]}; remove one")
+        seen[name] = line
+        yield from _walk_value(value, name, path, line)
+
+
+def _walk_value(value: yaml.Node, name: str, path: str, line: int) -> Iterator[Given]:
+    if isinstance(value, yaml.MappingNode) and value.value:
+        yield from _walk(value, name, path)
+    elif isinstance(value, yaml.SequenceNode) and any(isinstance(item, yaml.MappingNode) for item in value.value):
+        for index, item in enumerate(value.value):
+            yield from _walk_value(item, f"{name}[{index}]", path, item.start_mark.line + 1)
+    else:
+        loader = yaml.SafeLoader("")
+        try:
+            yield Given(name, loader.construct_object(value, deep=True), f"{path}, line {line}")
+        except (yaml.MarkedYAMLError, ValueError) as error:  # an unknown tag, or an impossible date
+            problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
+            raise UsageError(f"{path}, line {line}: {name}: {problem}") from error
+        finally:
+            loader.dispose()
+
+
+def split_arguments(
+    args: Sequence[str], flags: frozenset[str], config: tuple[str, ...]
+) -> tuple[list[Given], list[str], list[str]]:
+    """Read `--name=value` and `--name value`.
+
+    Args:
+        args: the arguments of one (sub)command.
+        flags: options that take no value.
+        config: names of the option whose value is a configuration file.
+
+    Returns:
+        The settings, in the order in which they count; the options without value; what is no option.
+    """
+    given: list[Given] = []
+    bare: list[str] = []
+    loose: list[str] = []
+    rest = list(args)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("-") or option == "-":
+            loose.append(option)
+            continue
+        option, equals, text = option.partition("=")
+        if not equals:
+            if option in flags or not rest or rest[0].startswith("--"):
+                bare.append(option)
+                continue
+            text = rest.pop(0)
+        given += read_file(text) if option in config else [from_argument(option.lstrip("-"), text)]
+    return given, bare, loose

@@ -1,0 +1,109 @@
+"""Lightning's trainer settings that it accepts and then fails on, or ignores: refused before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
+    """Check the `trainer` section.
+
+    Args:
+        trainer: setting -> value, as parsed.
+        has_experts: whether the model has MoE layers.
+
+    Raises:
+        ValueError: a setting is out of its range, or does not go with another; the message says what to write.
+    """
+    _check_counts(trainer)
+    _check_fractions(trainer)
+    _check_validation(trainer)
+    _check_hardware(trainer, has_experts)
+
+
+def _check_counts(trainer: Mapping[str, Any]) -> None:
+    at_least = {
+        "accumulate_grad_batches": (1, "1 takes an optimizer step after every micro-batch"),
+        "max_steps": (-1, "-1 leaves the end to model.train_tokens or max_time"),
+        "max_epochs": (-1, "-1 leaves the end to model.train_tokens, max_steps or max_time"),
+        "check_val_every_n_epoch": (1, "null leaves it to val_check_interval alone"),
+        "log_every_n_steps": (1, "to log nothing, set trainer.logger to false"),
+        "num_nodes": (1, "it counts machines"),
+        "num_sanity_val_steps": (-1, "0 turns them off"),
+        "gradient_clip_val": (0, "0 or null turns clipping off, 1.0 is the paper's"),
+    }
+    for name, (lowest, remedy) in at_least.items():
+        value = trainer[name]
+        _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
+    devices = trainer["devices"]
+    number = int(devices) if str(devices).removeprefix("-").isdigit() else 1  # a flag's number comes as text
+    wrong = number == 0 or number < -1
+    _require(not wrong, "devices", devices, "must be a number of devices above 0, or auto")
+    algorithm = trainer["gradient_clip_algorithm"]
+    _require(algorithm in (None, "norm", "value"), "gradient_clip_algorithm", algorithm, "must be norm or value")
+
+
+def _check_fractions(trainer: Mapping[str, Any]) -> None:
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+        value = trainer[name]
+        if value is None:
+            continue
+        highest = 1 if isinstance(value, float) else float("inf")
+        why = "must be a fraction from 0.0 to 1.0, or a whole number of batches"
+        _require(0 <= value <= highest, name, value, why)
+    train = trainer["limit_train_batches"]
+    partial = isinstance(train, float) and train not in (0.0, 1.0)
+    why = "is a fraction of training data that have no end; give a whole number of batches"
+    _require(not partial, "limit_train_batches", train, why)
+    overfit = trainer["overfit_batches"]
+    why = "must stay 0: which sequences come follows from data.seed and the samples trained on; give a small data.data_dir"
+    _require(not overfit, "overfit_batches", overfit, why)
+
+
+def _check_validation(trainer: Mapping[str, Any]) -> None:
+    interval = trainer["val_check_interval"]
+    fraction = isinstance(interval, float) and interval != 1.0
+    why = "is a fraction of training data that have no end; give a whole number of micro-batches, such as 500"
+    _require(not fraction, "val_check_interval", interval, why)
+    too_low = isinstance(interval, int) and interval < 1
+    _require(not too_low, "val_check_interval", interval, "must be at least 1 micro-batch")
+    callbacks = trainer["callbacks"] or []
+    saves = [
+        one
+        for one in (callbacks if isinstance(callbacks, list) else [callbacks])
+        if _class_name(one) == "ModelCheckpoint"
+    ]
+    why = "does not go with the ModelCheckpoint in trainer.callbacks; remove one of the two"
+    contradiction = trainer["enable_checkpointing"] is False and bool(saves)
+    _require(not contradiction, "enable_checkpointing", trainer["enable_checkpointing"], why)
+
+
+def _check_hardware(trainer: Mapping[str, Any], has_experts: bool) -> None:
+    accelerator = trainer["accelerator"]
+    no_gpu = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    why = "but PyTorch finds no GPU here; set it to cpu or auto, or check the driver with nvidia-smi"
+    _require(not no_gpu, "accelerator", accelerator, why)
+    strategy = trainer["strategy"]
+    plain = (
+        strategy.startswith("deepspeed") if isinstance(strategy, str) else _class_name(strategy) == "DeepSpeedStrategy"
+    )
+    shown = strategy if isinstance(strategy, str) else "DeepSpeedStrategy"
+    why = (
+        "is Lightning's plain DeepSpeed, which knows no experts; write "
+        "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2, expert_parallel_size: 8}}"
+    )
+    _require(not (plain and has_experts), "strategy", shown, why)
+
+
+def _class_name(value: Any) -> str:
+    path = value.get("class_path", "") if hasattr(value, "get") else type(value).__name__
+    return str(path).rpartition(".")[2]
+
+
+def _require(condition: bool, name: str, value: Any, why: str) -> None:
+    if not condition:
+        shown = str(value).lower() if isinstance(value, bool) else value
+        raise ValueError(f"trainer.{name}={shown} {why}")

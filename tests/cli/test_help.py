@@ -1,0 +1,51 @@
+"""`--help` explains every setting that is ours, in a sentence, and says what a number counts."""
+
+import dataclasses
+import re
+import typing
+
+import pytest
+from jsonargparse import ArgumentParser
+
+import nlgmoe.callbacks
+from nlgmoe import MoEGPTModule, PileDataModule
+from nlgmoe.cli.settings import Settings, parts_of
+
+# What a number of ours counts, or the quantity that it is.
+COUNTED = "tokens?|ids|blocks|heads|experts|slots|sequences|processes|micro-batches|steps|values"
+QUANTITY = "probability|standard deviation|variance|multiple|weight|learning rate|decay|denominator|seed|temperature"
+
+
+def our_classes() -> list[type]:
+    callbacks = [getattr(nlgmoe.callbacks, name) for name in nlgmoe.callbacks.__all__]
+    found: list[type] = [MoEGPTModule, PileDataModule, *callbacks]
+    for kind in found:  # grows: a dataclass may hold another one
+        for hint in typing.get_type_hints(kind.__init__).values():
+            found += [part for part in parts_of(hint) if dataclasses.is_dataclass(part) and part not in found]
+    return found
+
+
+def settings_of(kind: type) -> Settings:
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "it", fail_untyped=False)
+    return Settings(parser)
+
+
+@pytest.mark.parametrize("kind", our_classes(), ids=lambda kind: kind.__name__)
+def test_every_setting_has_a_sentence_that_says_what_its_number_is(kind: type) -> None:
+    settings = settings_of(kind)
+    for name in settings.names():
+        field = name.removeprefix("it.")
+        if name == field or "." in field:
+            continue  # the parser's own, or a section that is a class of the list itself
+        sentence = settings.sentences[name]
+        assert len(sentence.split()) >= 3 and sentence.endswith((".", ").")), f"{kind.__name__}.{field}: {sentence!r}"
+        if {int, float} & set(parts_of(settings.types[name])):
+            assert re.search(rf"\b({COUNTED}|{QUANTITY})\b", sentence), (
+                f"{kind.__name__}.{field}: {sentence!r} of what?"
+            )
+
+
+def test_the_walk_reaches_the_settings_inside_others() -> None:
+    names = {kind.__name__ for kind in our_classes()}
+    assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "SampleText"} <= names
