@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-TRAINING_ONLY = frozenset(
+FREE_IN_EVALUATION = frozenset(
     {
         *("hidden_dropout", "attention_dropout", "init_std", "train_capacity_factor", "token_dropping"),
         *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
+        *("eval_token_dropping", "eval_capacity_factor", "min_capacity"),
     }
-)  # fields below that neither shape the model nor change its evaluation
+)  # fields below that shape no weight: only training looks at them, or they say how to evaluate
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, CountsSamples, SpellsBytes
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
-from nlgmoe.config import TRAINING_ONLY, GPTConfig
+from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.placement import PlacesExperts
@@ -239,7 +239,7 @@ class MoEGPTModule(LightningModule):
             self.config.to_dict(),
             self.trainer.state.fn == TrainerFn.FITTING,
         )
-        different = _differences(theirs, ours, ignore=frozenset() if fits else TRAINING_ONLY)
+        different = _differences(theirs, ours, ignore=frozenset() if fits else FREE_IN_EVALUATION)
         if different:
             raise ValueError(
                 f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
+# What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
+_OF_ANOTHER_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "Timeout(ms)")
 
 
 class UsageError(ValueError):
@@ -56,6 +58,9 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if error.filename2 is None else error.filename2
         return f"{file}: {error.strerror}" if file is not None else error.strerror
+    if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
+        rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+        return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"
     if is_complaint(error):
         return one_line(str(error))
     return f"unexpected {type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"

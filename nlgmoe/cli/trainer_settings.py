@@ -66,10 +66,10 @@ def _check_fractions(trainer: Mapping[str, Any]) -> None:
 def _check_validation(trainer: Mapping[str, Any]) -> None:
     interval = trainer["val_check_interval"]
     fraction = isinstance(interval, float) and interval != 1.0
-    why = "is a fraction of training data that have no end; give a whole number of micro-batches, such as 500"
+    why = "is a fraction of training data that have no end; give a whole number of steps, such as 500"
     _require(not fraction, "val_check_interval", interval, why)
     too_low = isinstance(interval, int) and interval < 1
-    _require(not too_low, "val_check_interval", interval, "must be at least 1 micro-batch")
+    _require(not too_low, "val_check_interval", interval, "must be at least 1 step")
     callbacks = trainer["callbacks"] or []
     saves = [
         one
