@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test check format compare clean
+.PHONY: help install quickstart test check format docs compare clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ check: install  ## format, lint, types
 format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install  ## bring the README's table of flags up to date
+	$(BIN)/python -m nlgmoe.megatron.flag_table
 
 compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 25 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

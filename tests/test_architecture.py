@@ -27,6 +27,7 @@ RANKS = {
     "parallel": 5,
     "eval": 5,
     "module": 6,
+    "megatron": 6,
     "callbacks": 7,
     "loggers": 7,
     "cli": 8,

@@ -19,7 +19,13 @@ from contextlib import contextmanager
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
-_OF_ANOTHER_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "Timeout(ms)")
+_OF_ANOTHER_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+    "Timeout(ms)",
+)
 
 
 class UsageError(ValueError):

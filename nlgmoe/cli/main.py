@@ -5,14 +5,17 @@ from __future__ import annotations
 from jsonargparse import auto_cli
 
 from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.prepare_data import prepare_data
+
+COMMANDS = {"prepare-data": prepare_data, "from-megatron": from_megatron}
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one of the subcommands; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
     with one_line_errors():
-        auto_cli({"prepare-data": prepare_data}, args=args, parser_class=OneLineParser)
+        auto_cli(COMMANDS, args=args, parser_class=OneLineParser)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,453 @@
+"""The one table of Megatron-DeepSpeed's flags: what each is called here, or why it is not needed, or refused.
+
+`nlgmoe from-megatron` translates by it and the README's table is printed from it. Defaults are those of
+`megatron/arguments.py` in microsoft/Megatron-DeepSpeed (groups `_add_network_size_args` to `_add_distillation_args`);
+what a script leaves to a default that differs from ours is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["setting", "ignored", "refused"]
+Parse = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        name: with its dashes.
+        parse: turns one value into what it means; None for a switch, which has no value.
+        many: takes any number of values.
+        default: Megatron-DeepSpeed's; None where it has none.
+        setting: the setting that takes the value as it is, by its dotted path; "" where it is derived.
+        allowed: the only values that work here; empty: any.
+    """
+
+    name: str
+    parse: Parse | None = None
+    many: bool = False
+    default: Any = None
+    setting: str = ""
+    allowed: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Flags that belong together: a row of the README's table.
+
+    Attributes:
+        flags: the flags.
+        kind: whether they become a setting, are ignored, or refused.
+        here: what they are called here; empty unless they become a setting.
+        note: why, or what to know; for a refused flag the reason and, after a semicolon, the remedy.
+    """
+
+    flags: tuple[Flag, ...]
+    kind: Kind
+    here: str = ""
+    note: str = ""
+
+
+def whole(text: str) -> int:
+    """An integer, as Megatron's parser takes it."""
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A float."""
+    return float(text)
+
+
+def word(text: str) -> str:
+    """Any text."""
+    return text
+
+
+def _same(setting: str, name: str, parse: Parse | None, default: Any = None, note: str = "") -> Row:
+    """One flag that is one setting."""
+    return Row((Flag(name, parse, default=default, setting=setting),), "setting", f"`{setting}`", note)
+
+
+def _derived(here: str, flags: Sequence[Flag], note: str = "") -> Row:
+    return Row(tuple(flags), "setting", here, note)
+
+
+def _ignored(note: str, *flags: Flag) -> Row:
+    return Row(flags, "ignored", note=note)
+
+
+def _refused(note: str, *flags: Flag) -> Row:
+    return Row(flags, "refused", note=note)
+
+
+def _switches(*names: str) -> list[Flag]:
+    return [Flag(name) for name in names]
+
+
+_MODEL = (
+    _same("model.config.num_layers", "--num-layers", whole),
+    _same("model.config.hidden_size", "--hidden-size", whole),
+    _same("model.config.ffn_hidden_size", "--ffn-hidden-size", whole, note="4 x hidden size in both if not given"),
+    _same("model.config.num_heads", "--num-attention-heads", whole),
+    _derived(
+        "`model.config.seq_len`",
+        [Flag("--seq-length", whole), Flag("--max-position-embeddings", whole)],
+        "positions past the sequence length are never trained, so there are none",
+    ),
+    _same("model.config.hidden_dropout", "--hidden-dropout", number, 0.1, "0 here by default"),
+    _same("model.config.attention_dropout", "--attention-dropout", number, 0.1, "0 here by default"),
+    _same("model.config.init_std", "--init-method-std", number, 0.02),
+    _same("model.config.layer_norm_eps", "--layernorm-epsilon", number, 1e-5),
+    _same("model.config.vocab_size_multiple", "--make-vocab-size-divisible-by", whole, 128),
+)
+
+_EXPERTS = (
+    _derived(
+        "`model.config.moe.num_experts`",
+        [Flag("--num-experts", whole, many=True, default=[1])],
+        "one value, or one for each MoE layer; 1 is a dense model, `moe: null`",
+    ),
+    _same("model.config.moe.expert_interval", "--expert-interval", whole, 2),
+    _same("model.config.moe.top_k", "--topk", whole, 1),
+    Row(
+        (
+            Flag(
+                "--mlp-type",
+                word,
+                default="standard",
+                setting="model.config.moe.mlp_type",
+                allowed=("standard", "residual"),
+            ),
+        ),
+        "setting",
+        "`model.config.moe.mlp_type`",
+        "`residual` has Megatron-DeepSpeed's learned mix",
+    ),
+    _same("model.config.moe.train_capacity_factor", "--moe-train-capacity-factor", number, 1.0),
+    _derived(
+        "`model.config.moe.eval_capacity_factor`, `eval_token_dropping: true`",
+        [Flag("--moe-eval-capacity-factor", number, default=1.0, setting="model.config.moe.eval_capacity_factor")],
+        "evaluation drops nothing here by default",
+    ),
+    _same("model.config.moe.min_capacity", "--moe-min-capacity", whole, 4),
+    _derived(
+        "`model.config.moe.token_dropping: false`",
+        [Flag("--disable-moe-token-dropping")],
+        "truly dropless, not padded to the largest load",
+    ),
+    _derived("`model.config.moe.second_expert: argmax`", [Flag("--disable-moe-top2-2nd-expert-sampling")]),
+    Row(
+        (Flag("--moe-loss-coeff", number, default=0.1, setting="model.config.moe.loss_coeff"),),
+        "setting",
+        "`model.config.moe.loss_coeff`, `aux_scope: rank`",
+        "balanced within each rank as there; `global`, the default here, balances over all",
+    ),
+    _derived(
+        "`trainer.strategy.init_args.expert_parallel_size`",
+        [Flag("--moe-expert-parallel-size", whole, default=1)],
+        "a layer with fewer experts takes the largest degree that divides them, so 64 works with layers of 32",
+    ),
+)
+
+_OPTIMISATION = (
+    _same("model.optimizer.lr", "--lr", number),
+    _derived(
+        "`model.optimizer.betas`",
+        [Flag("--adam-beta1", number, default=0.9), Flag("--adam-beta2", number, default=0.999)],
+    ),
+    _same("model.optimizer.eps", "--adam-eps", number, 1e-8),
+    _same("model.optimizer.weight_decay", "--weight-decay", number, 0.01),
+    _same("trainer.gradient_clip_val", "--clip-grad", number, 1.0),
+    _derived(
+        "`model.schedule.shape`",
+        [Flag("--lr-decay-style", word, default="linear", allowed=("constant", "linear", "cosine"))],
+        "`linear` is `wsd` whose fall begins where the warm-up ends",
+    ),
+    _derived("`model.schedule.min_lr`", [Flag("--min-lr", number, default=0.0)]),
+    _derived(
+        "`model.schedule.warmup_tokens`",
+        [
+            Flag("--lr-warmup-tokens", whole),
+            Flag("--lr-warmup-samples", whole, default=0),
+            Flag("--lr-warmup-iters", whole, default=0),
+            Flag("--lr-warmup-fraction", number),
+        ],
+        "steps and sequences become tokens",
+    ),
+    _derived(
+        "`model.schedule.decay_tokens`",
+        [Flag("--lr-decay-tokens", whole), Flag("--lr-decay-samples", whole), Flag("--lr-decay-iters", whole)],
+        "the length of training if not given",
+    ),
+    _derived("`trainer.precision`", _switches("--fp16", "--bf16"), "`16-mixed`, `bf16-mixed`, else `32-true`"),
+    _derived(
+        "`trainer.strategy.init_args`: `initial_scale_power`, `loss_scale_window`, `hysteresis`",
+        [
+            Flag("--initial-loss-scale", number),
+            Flag("--loss-scale-window", number),
+            Flag("--hysteresis", whole, default=2),
+        ],
+        "fp16 only; a DeepSpeed configuration in the script wins; with `--deepspeed` else the tutorial's 11, 500, 2",
+    ),
+)
+
+_LENGTH = (
+    _derived(
+        "`model.train_tokens`",
+        [Flag("--train-tokens", whole), Flag("--train-samples", whole)],
+        "with both, the one that is reached first",
+    ),
+    _derived("`trainer.max_steps`", [Flag("--train-iters", whole)], "beside `train_tokens`: whichever comes first"),
+    _derived(
+        "`trainer.max_time`",
+        [Flag("--exit-duration-in-mins", whole)],
+        "counted over all restarts here, over one job there",
+    ),
+)
+
+_BATCH_AND_DATA = (
+    _same("data.micro_batch_size", "--micro-batch-size", whole),
+    _derived("`data.global_batch_size`", [Flag("--global-batch-size", whole)], "micro-batch x ranks if not given"),
+    _derived(
+        "`data.corpus`: `nlgmoe.data.MegatronIndexed`, `prefix`",
+        [Flag("--data-path", word, many=True)],
+        "one data set; a weighted blend is refused for now",
+    ),
+    _derived("`data.corpus.init_args.split`", [Flag("--split", word, default="969, 30, 1")], "by documents, as there"),
+    _derived(
+        "`data.tokenizer`, `model.config.vocab_size`",
+        [
+            Flag("--vocab-file", word),
+            Flag("--merge-file", word),
+            Flag("--tokenizer-type", word, default="GPT2BPETokenizer", allowed=("GPT2BPETokenizer",)),
+        ],
+        "`gpt2` for gpt2-vocab.json and gpt2-merges.txt, else the folder of vocab.json and merges.txt",
+    ),
+    _same("data.num_workers", "--num-workers", whole, 2),
+    _derived("`model.seed`, `data.seed`", [Flag("--seed", whole, default=1234)]),
+)
+
+_RUN = (
+    _derived(
+        "`trainer.callbacks`: `ModelCheckpoint`, `every_n_train_steps`",
+        [Flag("--save-interval", whole)],
+        "all are kept, as there",
+    ),
+    _derived(
+        "`trainer.default_root_dir`",
+        [Flag("--save", word), Flag("--tensorboard-dir", word)],
+        "one folder for checkpoints, logs and results",
+    ),
+    _derived(
+        "`--ckpt_path last`", [Flag("--load", word)], "resuming is said on the command line; refused if not `--save`"
+    ),
+    _derived(
+        "`trainer.val_check_interval`",
+        [Flag("--eval-interval", whole, default=1000)],
+        "Lightning counts micro-batches of a rank, Megatron steps",
+    ),
+    _derived("`trainer.limit_val_batches`", [Flag("--eval-iters", whole, default=100)], "the same"),
+    _same("trainer.log_every_n_steps", "--log-interval", whole, 100),
+    _derived(
+        "`model.activation_checkpointing`",
+        _switches("--checkpoint-activations", "--deepspeed-activation-checkpointing"),
+        "each block is recomputed in the backward pass",
+    ),
+    _derived(
+        "`trainer.devices`, `trainer.num_nodes`",
+        [
+            Flag("--num_gpus", whole),
+            Flag("--num_nodes", whole),
+            Flag("--nproc_per_node", whole),
+            Flag("--nproc-per-node", whole),
+            Flag("--nnodes", whole),
+        ],
+        "the launcher's; without them the script's NUM_GPUS and NUM_GPUS_PERNODE",
+    ),
+    _derived(
+        "`trainer.strategy`: `nlgmoe.ExpertParallelStrategy`, `stage`",
+        [Flag("--zero-stage", whole, allowed=(0, 1, 2))],
+        "ZeRO 0, 1, 2; the stage that `sed` or a here-document puts into the DeepSpeed configuration wins",
+    ),
+    _derived("`trainer.strategy.init_args.offload_optimizer`", [Flag("--cpu-optimizer")]),
+    _derived("`trainer.strategy.init_args.timeout`", [Flag("--distributed-timeout-minutes", whole)]),
+)
+
+_IGNORED = (
+    _ignored(
+        "the strategy does that",
+        *_switches("--deepspeed", "--create-moe-param-group", "--no-pipeline-parallel", "--ds_fused_adam"),
+        Flag("--deepspeed_config", word),
+        Flag("--distributed-backend", word),
+        Flag("--DDP-impl", word),
+        Flag("--local_rank", word),
+        *_switches("--use-contiguous-buffers-in-ddp", "--accumulate-allreduce-grads-in-fp32", "--overlap-grad-reduce"),
+    ),
+    _ignored("the .idx says it", Flag("--data-impl", word, allowed=("mmap", "infer"))),
+    _ignored("batches are computed from the count of samples", Flag("--data-cache-path", word), Flag("--mmap-warmup")),
+    _ignored(
+        "the configuration decides when a run is resumed",
+        *_switches("--override-opt_param-scheduler", "--override-lr-scheduler"),
+    ),
+    _ignored(
+        "what is logged is the same for every run",
+        Flag("--tensorboard-queue-size", word),
+        Flag("--tensorboard-log-interval", word),
+        Flag("--timing-log-level", word),
+        Flag("--timing-log-option", word),
+        *_switches(
+            "--log-timers-to-tensorboard",
+            "--log-batch-size-to-tensorboard",
+            "--log-validation-ppl-to-tensorboard",
+            "--log-optimizer-states-to-tensorboard",
+            "--log-memory-to-tensorboard",
+            "--log-world-size-to-tensorboard",
+            "--log-params-norm",
+            "--log-num-zeros-in-grad",
+        ),
+    ),
+    _ignored(
+        "a choice of kernel: attention is PyTorch's, the mathematics is the same",
+        *_switches(
+            "--use-flash-attn",
+            "--use-flash-attn-v1",
+            "--use-flash-attn-v2",
+            "--use-flash-attn-triton",
+            "--use-flash-attn-builder",
+            "--no-masked-softmax-fusion",
+            "--no-bias-gelu-fusion",
+            "--no-bias-dropout-fusion",
+            "--no-gradient-accumulation-fusion",
+            "--no-persist-layer-norm",
+            "--disable-mem-efficient-ln",
+            "--no-async-tensor-model-parallel-allreduce",
+            "--no-query-key-layer-scaling",
+            "--attention-softmax-in-fp32",
+            "--use-cpu-initialization",
+            "--no-scatter-gather-tensors-in-pipeline",
+        ),
+    ),
+    _ignored(
+        "read there only with `--mos` or `--kd`",
+        Flag("--kd-alpha-ce", number),
+        Flag("--kd-beta-ce", number),
+        Flag("--kd-temp", number),
+        Flag("--load-teacher", word),
+        Flag("--num-layers-teacher", whole),
+        Flag("--num-experts-teacher", whole, many=True),
+        Flag("--hidden-size-teacher", whole),
+        Flag("--num-attention-heads-teacher", whole),
+    ),
+)
+
+_REFUSED = (
+    _refused(
+        "there is no tensor parallelism here (the tutorial's MoE runs use none); set it to 1 and add data parallelism or "
+        "ZeRO",
+        Flag("--tensor-model-parallel-size", whole, allowed=(1,)),
+    ),
+    _refused(
+        "there is no pipeline parallelism here (MoE has none there either); set it to 1",
+        Flag("--pipeline-model-parallel-size", whole, allowed=(1,)),
+    ),
+    _refused(
+        "there is no tensor, pipeline or sequence parallelism here; remove it",
+        Flag("--ds-sequence-parallel-size", whole, allowed=(1,)),
+        Flag("--num-layers-per-virtual-pipeline-stage", whole),
+        *_switches("--enable-expert-tensor-parallelism", "--sequence-parallel", "--force-ds-sequence-parallel"),
+    ),
+    _refused("the experts run on one grouped product here, Tutel is not used; remove it", Flag("--use-tutel")),
+    _refused(
+        "distillation cannot be configured yet (`model.distiller` comes later); remove it and the teacher's flags to train "
+        "the student without a teacher",
+        *_switches("--mos", "--kd"),
+    ),
+    _refused(
+        "the batch size cannot grow during training yet; remove it to train at `--global-batch-size` throughout",
+        Flag("--rampup-batch-size", word, many=True),
+    ),
+    _refused(
+        "the model here is GPT-2's (learned positions, LayerNorm, tanh GELU, biases, tied embeddings, as many key heads as "
+        "heads); remove it",
+        Flag("--normalization", word, allowed=("layernorm",)),
+        Flag("--num-key-value-heads", whole),
+        Flag("--kv-channels", whole),
+        Flag("--rotary-percent", number),
+        *_switches(
+            "--swiglu",
+            "--squared-relu",
+            "--use-rotary-position-embeddings",
+            "--no-position-embedding",
+            "--untie-embeddings-and-output-weights",
+            "--disable-bias-linear",
+            "--apply-layernorm-1p",
+            "--apply-residual-connection-post-layernorm",
+            "--init-method-xavier-uniform",
+        ),
+    ),
+    _refused("AdamW is the only optimizer here; remove it", Flag("--optimizer", word, allowed=("adam",))),
+    _refused(
+        "weight decay is constant here; remove it",
+        Flag("--weight-decay-incr-style", word, allowed=("constant",)),
+        Flag("--start-weight-decay", number),
+        Flag("--end-weight-decay", number),
+    ),
+    _refused(
+        "a checkpoint is resumed whole here; remove it",
+        *_switches(
+            "--finetune",
+            "--no-load-optim",
+            "--no-load-rng",
+            "--no-load-lr-state",
+            "--no-save-optim",
+            "--no-save-rng",
+            "--reset-iteration",
+            "--universal-checkpoint",
+            "--use-checkpoint-opt_param-scheduler",
+            "--use-checkpoint-args",
+        ),
+    ),
+    _refused("fp16's loss scale is dynamic here; remove it", Flag("--loss-scale", number)),
+    _refused("the loss scale may fall to 1 here; remove it", Flag("--min-loss-scale", number, allowed=(1.0,))),
+    _refused(
+        "the loss, and the residual stream under fp32 settings, have the precision that docs/numerics.md says; remove it",
+        *_switches("--fp16-lm-cross-entropy", "--fp32-residual-connection"),
+    ),
+    _refused(
+        "documents are packed here as in the tutorial's runs, attention crossing their borders; remove it",
+        *_switches("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
+    ),
+    _refused(
+        "training and validation come from one data set by `--split` here; use `--data-path`",
+        *(Flag(name, word, many=True) for name in ("--train-data-path", "--valid-data-path", "--test-data-path")),
+    ),
+    _refused("data come in one random order here; remove it", Flag("--dataloader-type", word, allowed=("single",))),
+    _refused(
+        "every training sequence is as long as the model's here; remove it",
+        *_switches("--data-efficiency-curriculum-learning", "--random-ltd"),
+    ),
+    _refused("a run ends after tokens, steps or time here; use `--train-iters`", Flag("--exit-interval", whole)),
+    _refused(
+        "evaluation alone is `train.py validate` here; remove it",
+        *_switches("--skip-train", "--inference", "--ds-inference"),
+    ),
+)
+
+SECTIONS: dict[str, tuple[Row, ...]] = {
+    "Model": _MODEL,
+    "Experts": _EXPERTS,
+    "Optimisation": _OPTIMISATION,
+    "Length": _LENGTH,
+    "Batch and data": _BATCH_AND_DATA,
+    "Run and cluster": _RUN,
+    "Not needed here": _IGNORED,
+    "Refused": _REFUSED,
+}
+FLAGS: dict[str, tuple[Flag, Row]] = {
+    flag.name: (flag, row) for rows in SECTIONS.values() for row in rows for flag in row.flags
+}

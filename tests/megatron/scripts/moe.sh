@@ -1,0 +1,130 @@
+#!/bin/bash
+# A standard MoE in the dialect of the tutorial's folder: flag lists that grow, sed on a template, `eval` at the end.
+HERE=`pwd`
+CONTEXT=2048
+DEPTH=24
+WIDTH=1024
+HEADS=16
+SEQUENCES=256
+
+TOKENS=300000000000
+# TOKENS=330000000000
+STEPS=$(( ${TOKENS} * 3 / ${SEQUENCES} / ${CONTEXT} ))
+
+MICRO=4
+TENSOR=1
+GPUS=$(($(ds_ssh nvidia-smi --query-gpu=name | wc -l)-2))
+EXPERTS=128
+if [[ $EXPERTS -gt $GPUS ]]; then
+    DEGREE=$GPUS
+else
+    DEGREE=$EXPERTS
+fi
+
+DROP="true"
+CURRICULUM="false"
+RECOMPUTE="true"
+stamp=$(date "+%Y.%m.%d-%H.%M.%S")
+RUN="moe-lr-2.0e-4-gpus-${GPUS}"
+if [[ $EXPERTS -gt 1 ]]; then
+    RUN="${RUN}-experts-${EXPERTS}"
+fi
+OUT=$HERE/out
+mkdir -p "${OUT}/log/"
+
+if [ "${USE_BLEND:-false}" = "true" ]; then
+    CORPUS="0.7 /data/books 0.3 /data/code"
+else
+    CORPUS=/data/pile/pile_text_document
+fi
+
+data_flags=" \
+    --vocab-file /data/pile/gpt2-vocab.json \
+    --merge-file /data/pile/gpt2-merges.txt \
+    --data-path ${CORPUS} \
+    --data-impl mmap"
+
+flags=" \
+    --override-opt_param-scheduler \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.95 \
+    --tensor-model-parallel-size ${TENSOR} \
+    --moe-expert-parallel-size ${DEGREE} \
+    --num-experts ${EXPERTS} \
+    --moe-loss-coeff 0.01 \
+    --moe-train-capacity-factor 1.0 \
+    --moe-eval-capacity-factor 1.0 \
+    --moe-min-capacity 4 \
+    --init-method-std 0.014 \
+    --lr-decay-tokens 300000000000 \
+    --lr-warmup-tokens 375000000 \
+    --micro-batch-size ${MICRO} \
+    --exit-duration-in-mins 30000000 \
+    --global-batch-size ${SEQUENCES} \
+    --num-layers ${DEPTH} \
+    --hidden-size ${WIDTH} \
+    --num-attention-heads ${HEADS} \
+    --seq-length ${CONTEXT} \
+    --max-position-embeddings ${CONTEXT} \
+    --train-tokens ${TOKENS} \
+    --train-iters ${STEPS} \
+    --lr 2.0e-4 \
+    --min-lr 2e-06 \
+    --lr-decay-style cosine \
+    --split 98,2,0 \
+    --log-interval 10 \
+    --eval-interval 100 \
+    --eval-iters 10 \
+    --save-interval 10000 \
+    --weight-decay 0.1 \
+    --clip-grad 1.0 \
+    --hysteresis 2 \
+    --num-workers 0 \
+    --fp16 \
+    --load ${OUT}/${RUN} \
+    --save ${OUT}/${RUN} \
+    --tensorboard-dir ${OUT}/tensorboard/${HOSTNAME}_${stamp}"
+    # --rampup-batch-size 32 32 1953125 \
+
+if [ "${RECOMPUTE}" = "true" ]; then
+flags="${flags} \
+    --checkpoint-activations"
+fi
+if [[ $EXPERTS -gt 1 ]]; then
+flags="${flags} \
+    --create-moe-param-group"
+fi
+if [ "${DROP}" = "false" ]; then
+flags="${flags} \
+    --disable-moe-token-dropping"
+fi
+
+config="ds_config_${RUN}.json"
+sed "s/CONFIG_BATCH_SIZE/${SEQUENCES}/" template.json \
+    | sed "s/ZERO_STAGE/1/" \
+    | sed "s/CONFIG_FP16_ENABLED/true/" \
+    | sed "s/CONFIG_BF16_ENABLED/false/" \
+    | sed "s/CONFIG_CL_ENABLED/${CURRICULUM}/" \
+      > ${config}
+
+deepspeed_flags=" \
+    --deepspeed \
+    --deepspeed_config ${config} \
+    --pipeline-model-parallel-size 1 \
+    --no-pipeline-parallel"
+
+NEWEST=0
+for (( node = 0; node <= 7; node++ ))
+do
+    if $(ssh -q worker-"$node" "test -f \"$OUT/latest\""); then
+        NEWEST=$(ssh -q worker-"$node" cat $OUT/latest)
+    fi
+done
+if [[ $NEWEST -gt 0 ]]; then
+    ds_ssh "echo $NEWEST > $OUT/latest"
+fi
+
+run_cmd="deepspeed --num_nodes 8 --num_gpus 8 ${HERE}/../../pretrain_gpt.py ${flags} ${data_flags} ${deepspeed_flags} &> ${OUT}/log/${RUN}_${stamp}.log"
+echo ${run_cmd}
+eval ${run_cmd}
+set +x

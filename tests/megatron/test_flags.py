@@ -1,0 +1,256 @@
+"""Every flag of the table does what the table says, or is refused by name; any of them together parse."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from lightning import Trainer
+
+from nlgmoe import MoEGPTModule, PileDataModule
+from nlgmoe.cli.from_megatron import translated
+from nlgmoe.megatron.flag_table import with_table
+from nlgmoe.megatron.flags import FLAGS
+from tests.megatron.writing import get, settings_of, write
+
+ROOT = Path(__file__).parents[2]
+
+# One line for every flag that becomes a setting: what is added to the script, and what that changes.
+EFFECTS: list[tuple[str, dict[str, Any]]] = [
+    ("--num-layers 6", {"model.config.num_layers": 6}),
+    ("--hidden-size 32", {"model.config.hidden_size": 32}),
+    ("--ffn-hidden-size 100", {"model.config.ffn_hidden_size": 100}),
+    ("--num-attention-heads 2", {"model.config.num_heads": 2}),
+    ("--seq-length 16", {"model.config.seq_len": 16}),
+    ("--hidden-dropout 0", {"model.config.hidden_dropout": 0.0}),
+    ("--attention-dropout 0", {"model.config.attention_dropout": 0.0}),
+    ("--init-method-std 0.5", {"model.config.init_std": 0.5}),
+    ("--layernorm-epsilon 1e-6", {"model.config.layer_norm_eps": 1e-6}),
+    ("--make-vocab-size-divisible-by 64", {"model.config.vocab_size_multiple": 64}),
+    ("--num-experts 8 16", {"model.config.moe.num_experts": [8, 16]}),
+    ("--expert-interval 4", {"model.config.moe.expert_interval": 4}),
+    ("--topk 2", {"model.config.moe.top_k": 2, "model.config.moe.second_expert": "sample"}),
+    ("--topk 2 --disable-moe-top2-2nd-expert-sampling", {"model.config.moe.second_expert": "argmax"}),
+    ("--mlp-type residual", {"model.config.moe.mlp_type": "residual"}),
+    ("--moe-train-capacity-factor 2", {"model.config.moe.train_capacity_factor": 2.0}),
+    ("--moe-eval-capacity-factor 2", {"model.config.moe.eval_capacity_factor": 2.0}),
+    ("--moe-min-capacity 0", {"model.config.moe.min_capacity": 0}),
+    (
+        "--disable-moe-token-dropping",
+        {"model.config.moe.token_dropping": False, "model.config.moe.eval_token_dropping": False},
+    ),
+    ("--moe-loss-coeff 0.01", {"model.config.moe.loss_coeff": 0.01}),
+    ("--moe-expert-parallel-size 4", {"trainer.strategy.init_args.expert_parallel_size": 4}),
+    ("--lr 0.5", {"model.optimizer.lr": 0.5}),
+    ("--adam-beta1 0.5", {"model.optimizer.betas": [0.5, 0.999]}),
+    ("--adam-beta2 0.5", {"model.optimizer.betas": [0.9, 0.5]}),
+    ("--adam-eps 1e-5", {"model.optimizer.eps": 1e-5}),
+    ("--weight-decay 0", {"model.optimizer.weight_decay": 0.0}),
+    ("--clip-grad 0.5", {"trainer.gradient_clip_val": 0.5}),
+    ("--lr-decay-style constant --min-lr 1e-4", {"model.schedule": {"shape": "constant", "warmup_tokens": 0}}),
+    ("--lr-decay-style cosine", {"model.schedule.shape": "cosine"}),
+    ("--min-lr 1e-4", {"model.schedule.min_lr": 1e-4}),
+    ("--lr-warmup-tokens 64", {"model.schedule.warmup_tokens": 64, "model.schedule.cooldown_tokens": 25536}),
+    ("--lr-warmup-samples 3", {"model.schedule.warmup_tokens": 96}),
+    ("--lr-warmup-iters 3", {"model.schedule.warmup_tokens": 768}),
+    ("--lr-warmup-fraction 0.1", {"model.schedule.warmup_tokens": 2560}),
+    ("--lr-decay-tokens 640", {"model.schedule.decay_tokens": 640}),
+    ("--lr-decay-samples 20", {"model.schedule.decay_tokens": 640}),
+    ("--lr-decay-iters 20", {"model.schedule.decay_tokens": 5120}),
+    ("--fp16", {"trainer.precision": "16-mixed", "trainer.strategy.init_args.initial_scale_power": 32}),
+    ("--fp16 --deepspeed", {"trainer.strategy.init_args.initial_scale_power": 11}),
+    ("--fp16 --initial-loss-scale 65536", {"trainer.strategy.init_args.initial_scale_power": 16}),
+    ("--fp16 --loss-scale-window 100", {"trainer.strategy.init_args.loss_scale_window": 100}),
+    ("--fp16 --hysteresis 3", {"trainer.strategy.init_args.hysteresis": 3}),
+    ("--bf16", {"trainer.precision": "bf16-mixed"}),
+    ("--train-tokens 999", {"model.train_tokens": 999}),
+    ("--train-samples 20", {"model.train_tokens": 16 * 32}),
+    ("--train-samples 20 --train-tokens 480", {"model.train_tokens": 480}),
+    ("--train-iters 7", {"trainer.max_steps": 7}),
+    ("--exit-duration-in-mins 1501", {"trainer.max_time": "01:01:01:00"}),
+    ("--micro-batch-size 1", {"data.micro_batch_size": 1, "data.global_batch_size": 4}),
+    ("--global-batch-size 64", {"data.global_batch_size": 64, "trainer.limit_val_batches": 800}),
+    ("--data-path 1.0 other", {"data.corpus.init_args.prefix": "other"}),
+    ("--split 8,2", {"data.corpus.init_args.split": [8, 2, 0]}),
+    ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2", "model.config.vocab_size": 50257}),
+    ("--num-workers 0", {"data.num_workers": 0}),
+    ("--seed 5", {"model.seed": 5, "data.seed": 5}),
+    (
+        "--save runs/x --save-interval 9 --load runs/x",
+        {"trainer.default_root_dir": "runs/x", "trainer.callbacks.0.init_args.every_n_train_steps": 9},
+    ),
+    ("--tensorboard-dir logs", {"trainer.default_root_dir": "logs"}),
+    ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 10}),
+    ("--eval-iters 3", {"trainer.limit_val_batches": 3}),
+    ("--log-interval 3", {"trainer.log_every_n_steps": 3}),
+    ("--checkpoint-activations", {"model.activation_checkpointing": True}),
+    ("--deepspeed-activation-checkpointing", {"model.activation_checkpointing": True}),
+    ("--zero-stage 2", {"trainer.strategy.init_args.stage": 2}),
+    ("--cpu-optimizer", {"trainer.strategy.init_args.offload_optimizer": True}),
+    ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout": "1:30:00"}),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), EFFECTS, ids=[flags for flags, _ in EFFECTS])
+def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    settings = settings_of(write(tmp_path, flags))
+    if "trainer.callbacks.0.init_args.every_n_train_steps" in expected:
+        settings["trainer"]["callbacks"] = {"0": settings["trainer"]["callbacks"][0]}
+    assert {path: get(settings, path) for path in expected} == expected
+
+
+def test_no_flag_of_the_table_is_without_its_line_above() -> None:
+    tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
+    tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_machines
+    tried -= {"--deepspeed"}
+    tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
+    assert {name for name, (_, row) in FLAGS.items() if row.kind == "setting"} == tried
+
+
+@pytest.mark.parametrize(
+    ("launcher", "before", "devices", "nodes"),
+    [
+        ("deepspeed --num_nodes 2 --num_gpus 4", "", 4, 2),
+        ("torchrun --nproc_per_node=2 --nnodes 3", "", 2, 3),
+        ("torchrun --nproc-per-node 2", "", 2, 1),
+        ("python -m torch.distributed.launch --nproc_per_node 2", "", 2, 1),
+        ("python3", "", 1, 1),
+        ("deepspeed", "NUM_GPUS=16; NUM_GPUS_PERNODE=4", 4, 4),
+        ("deepspeed", "NUM_GPUS=16", 8, 2),
+        ("deepspeed --num_nodes 4", "NUM_GPUS=16", 4, 4),
+        ("srun", "NUM_GPUS=2", 2, 1),
+    ],
+)
+def test_machines(launcher: str, before: str, devices: int, nodes: int, tmp_path: Path) -> None:
+    trainer = settings_of(write(tmp_path, "", launcher, before))["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (devices, nodes)
+
+
+SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFIG_CL_ENABLED/{}/" > c.json'
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tensor-model-parallel-size 4", "--tensor-model-parallel-size 4: there is no tensor parallelism here"),
+        ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: there is no pipeline parallelism"),
+        ("--use-tutel", "--use-tutel: the experts run on one grouped product here, Tutel is not used; remove it"),
+        ("--enable-expert-tensor-parallelism", "no tensor, pipeline or sequence parallelism here; remove it"),
+        ("--mos --kd-beta-ce 1", "--mos: distillation cannot be configured yet"),
+        ("--rampup-batch-size 32 32 1953125", "--rampup-batch-size 32 32 1953125: the batch size cannot grow"),
+        ("--swiglu", "--swiglu: the model here is GPT-2's"),
+        ("--optimizer sgd", "--optimizer sgd: AdamW is the only optimizer"),
+        ("--data-path 0.3 a 0.7 b", "--data-path: blends 2 data sets, MegatronIndexed reads one"),
+        ("--data-impl lazy", "--data-impl lazy: only mmap, infer can be had here"),
+        ("--tokenizer-type HFTokenizer", "--tokenizer-type HFTokenizer: only GPT2BPETokenizer"),
+        ("--vocab-file my.json", "put vocab.json and merges.txt into one folder"),
+        ("--vocab-file x/vocab.json --merge-file x/merges.txt", "translate the script where it can be read"),
+        ("--lr-decay-style inverse-square-root", "only constant, linear, cosine can be had here"),
+        ("--zero-stage 3", "--zero-stage 3: only 0, 1, 2 can be had here"),
+        ("--fp16 --bf16", "--bf16: contradicts --fp16"),
+        ("--load other --save mine --save-interval 1", "--load other: starts from another run's checkpoint"),
+        ("--save mine", "--save-interval: is not given"),
+        ("--global-batch-size 9", "--global-batch-size 9: is no multiple of 2 sequences x 4 GPUs"),
+        ("--moe-expert-parallel-size 8", "--moe-expert-parallel-size 8: is above the 4 GPUs"),
+        ("--max-position-embeddings 16", "--max-position-embeddings 16: is below --seq-length 32"),
+        ("--num-experts 8 8 8", "does not fit together: num_experts=[8, 8, 8] has 3 entries"),
+        ("--num-experts 1 8", "--num-experts 1 8: makes a layer dense"),
+        ("--split 100,0,0", "--split 100,0,0: leaves nothing to validate on"),
+        (
+            "--no-such-flag 3",
+            "--no-such-flag 3: is not known here; remove it, or pass over such flags with --skip_unknown",
+        ),
+        ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
+        ("--fp16 yes", "--fp16 yes: takes no value"),
+        (
+            "--lr $RATE",
+            "--lr $RATE: depends on RATE, which the script does not set (line 2); give it with --variables.RATE",
+        ),
+        ("$MORE", "$MORE: depends on MORE, which the script does not set"),
+    ],
+)
+def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        translated(write(tmp_path, flags), {})
+    assert message in str(error.value)
+    assert len(set(str(error.value).splitlines())) == len(str(error.value).splitlines())
+    assert re.match(r"run\.sh:2: [^\n]*; ?[^\n]+|run\.sh:2: [^\n]*fit together", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "message"),
+    [
+        (SED.format(1, "true", "true"), "--fp16", "turns the curriculum on sequence length on"),
+        (SED.format(3, "true", "false"), "--fp16", "ZeRO stage 3: is not possible with experts"),
+        (SED.format(1, "true", "false"), "", "has fp16 on, --fp16 is off; make them agree"),
+        (
+            SED.format(1, "false", "false"),
+            "--zero-stage 2",
+            "--zero-stage 2: is 1 in the DeepSpeed configuration (line 1)",
+        ),
+        ("cat <<E > c.json\n{oops}\nE", "--deepspeed_config c.json", "the DeepSpeed configuration: is no JSON"),
+    ],
+)
+def test_the_deepspeed_configuration_is_held_against_the_flags(
+    before: str, flags: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as error:
+        translated(write(tmp_path, flags, before=before), {})
+    assert message in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    """What train.py parses with, without its command line."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(MoEGPTModule, "model")
+    parser.add_class_arguments(PileDataModule, "data", skip={"seq_len"})
+    parser.add_class_arguments(Trainer, "trainer")
+    return parser
+
+
+ALONE = [flags for flags, _ in EFFECTS if not flags.startswith(("--num-experts 8 16", "--expert-interval"))]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=st.lists(st.sampled_from(ALONE), unique=True, max_size=12))
+def test_any_flags_together_parse_or_are_refused_by_name(
+    chosen: Sequence[str], parser: ArgumentParser, tmp_path: Path
+) -> None:
+    path = write(tmp_path, " ".join(chosen))
+    try:
+        text = translated(path, {})
+    except ValueError as error:
+        assert all(re.match(r"run\.sh:\d+: (--|the launch)", line) for line in str(error).splitlines())
+        return
+    parser.parse_object(yaml.safe_load(text))
+
+
+def test_the_readmes_table_is_the_translators() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert with_table(readme) == readme, "run `make docs`"
+
+
+def test_the_table_covers_the_tutorials_flags() -> None:
+    text = """
+        --num-experts --expert-interval --topk --mlp-type --moe-expert-parallel-size --moe-train-capacity-factor
+        --moe-eval-capacity-factor --moe-min-capacity --disable-moe-token-dropping --moe-loss-coeff
+        --disable-moe-top2-2nd-expert-sampling --create-moe-param-group --use-tutel --enable-expert-tensor-parallelism
+        --mos --kd --kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher --num-layers-teacher --num-experts-teacher
+        --hidden-size-teacher --num-attention-heads-teacher --lr-warmup-tokens --lr-decay-tokens --train-tokens
+        --rampup-batch-size --init-method-std --adam-beta1 --adam-beta2 --weight-decay --clip-grad --lr --min-lr
+        --lr-decay-style --fp16 --hysteresis --micro-batch-size --global-batch-size --seq-length
+        --max-position-embeddings --num-layers --hidden-size --num-attention-heads --checkpoint-activations
+        --deepspeed-activation-checkpointing --data-path --data-impl --split --vocab-file --merge-file --save --load
+        --save-interval --eval-interval --eval-iters --log-interval --tensorboard-dir --exit-duration-in-mins
+        --train-iters --train-samples --num-workers --deepspeed --deepspeed_config --zero-stage --no-pipeline-parallel
+        --tensor-model-parallel-size --pipeline-model-parallel-size --override-opt_param-scheduler
+        --tensorboard-queue-size --log-timers-to-tensorboard --log-batch-size-to-tensorboard
+        --log-validation-ppl-to-tensorboard --log-optimizer-states-to-tensorboard --num_gpus --num_nodes
+    """
+    assert not [name for name in re.findall(r"--\S+", text) if name not in FLAGS]

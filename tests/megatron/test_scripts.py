@@ -1,0 +1,195 @@
+"""Whole scripts in the tutorial's style become the settings that they mean; the command around it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nlgmoe import load_config
+from nlgmoe.cli.from_megatron import translated
+from nlgmoe.cli.main import main
+from tests.megatron.writing import get, settings_of, write
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+MOE = {
+    "model.config": {
+        "vocab_size": 50257,
+        "seq_len": 2048,
+        "num_layers": 24,
+        "hidden_size": 1024,
+        "num_heads": 16,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "init_std": 0.014,
+        "layer_norm_eps": 1e-5,
+        "vocab_size_multiple": 128,
+        "moe": {
+            "num_experts": 128,
+            "expert_interval": 2,
+            "top_k": 1,
+            "mlp_type": "standard",
+            "train_capacity_factor": 1.0,
+            "eval_capacity_factor": 1.0,
+            "min_capacity": 4,
+            "loss_coeff": 0.01,
+            "token_dropping": True,
+            "eval_token_dropping": True,
+            "aux_scope": "rank",
+        },
+    },
+    "model.optimizer": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+    "model.schedule": {
+        "shape": "cosine",
+        "warmup_tokens": 375_000_000,
+        "min_lr": 2e-6,
+        "decay_tokens": 300_000_000_000,
+    },
+    "model.train_tokens": 300_000_000_000,
+    "model.activation_checkpointing": True,
+    "model.seed": 1234,
+    "data": {
+        "tokenizer": "gpt2",
+        "corpus": {
+            "class_path": "nlgmoe.data.MegatronIndexed",
+            "init_args": {"prefix": "/data/pile/pile_text_document", "split": [98, 2, 0]},
+        },
+        "micro_batch_size": 4,
+        "global_batch_size": 256,
+        "num_workers": 0,
+        "seed": 1234,
+    },
+    "trainer.default_root_dir": "out/moe-lr-2.0e-4-gpus-64-experts-128",
+    "trainer.devices": 8,
+    "trainer.num_nodes": 8,
+    "trainer.precision": "16-mixed",
+    "trainer.strategy": {
+        "class_path": "nlgmoe.ExpertParallelStrategy",
+        "init_args": {
+            "stage": 1,
+            "expert_parallel_size": 64,
+            "offload_optimizer": False,
+            "initial_scale_power": 11,
+            "loss_scale_window": 500,
+            "hysteresis": 2,
+        },
+    },
+    "trainer.max_steps": 1_716_613,  # 300e9 * 3 / 256 / 2048
+    "trainer.max_time": "20833:08:00:00",  # 30,000,000 minutes
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.val_check_interval": 100,  # one micro-batch a step: 256 / (4 x 64)
+    "trainer.limit_val_batches": 10,
+    "trainer.log_every_n_steps": 10,
+}
+PR_MOE = {
+    "model.config.hidden_size": 1024,
+    "model.config.moe.num_experts": [32] * 10 + [64] * 2,
+    "model.config.moe.mlp_type": "residual",
+    "model.config.moe.loss_coeff": 0.1,
+    "model.optimizer": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01},
+    # 146,484,375 sequences are 572,204 whole steps of 256; the decay is not cut to whole steps
+    "model.train_tokens": 572_204 * 256 * 2048,
+    "model.schedule.warmup_tokens": 183_105 * 2048,
+    "model.schedule.decay_tokens": 300_000_000_000,
+    "model.activation_checkpointing": True,
+    "data.corpus.init_args": {"prefix": "/data/the pile/pile_text_document", "split": [969, 30, 1]},
+    "data.num_workers": 2,
+    "trainer.default_root_dir": "runs/350M",
+    "trainer.num_nodes": 8,
+    "trainer.precision": "16-mixed",
+    "trainer.gradient_clip_val": 0.5,
+    "trainer.val_check_interval": 2000,  # 1,000 steps x 256 / (2 x 64)
+    "trainer.limit_val_batches": 200,
+    "trainer.strategy.init_args": {
+        "stage": 2,
+        "expert_parallel_size": 64,
+        "offload_optimizer": True,
+        "initial_scale_power": 12,
+        "loss_scale_window": 1000,
+        "hysteresis": 4,
+    },
+}
+DENSE = {
+    "model.config.moe": None,
+    "model.config.seq_len": 1024,
+    "model.config.init_std": 0.02,
+    "model.schedule": {  # Megatron's linear decay: from the end of the warm-up to the end
+        "shape": "wsd",
+        "warmup_tokens": 10 * 32 * 1024,
+        "min_lr": 0.0,
+        "decay_tokens": 1000 * 32 * 1024,
+        "cooldown_tokens": 990 * 32 * 1024,
+    },
+    "data.global_batch_size": 32,
+    "trainer.max_steps": 1000,
+    "trainer.devices": 1,
+    "trainer.precision": "bf16-mixed",
+    "trainer.default_root_dir": "runs/dense",
+    "trainer.enable_checkpointing": False,
+    "trainer.val_check_interval": 4000,
+    "trainer.log_every_n_steps": 100,
+    "trainer.strategy.init_args": {"stage": 0, "offload_optimizer": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "expected"),
+    [("moe.sh", {"GPUS": "64"}, MOE), ("pr_moe.sh", {}, PR_MOE), ("dense.sh", {}, DENSE)],
+)
+def test_scripts_in_the_tutorials_style(script: str, variables: dict[str, str], expected: dict[str, Any]) -> None:
+    settings = settings_of(SCRIPTS / script, **variables)
+    assert {path: get(settings, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize(("script", "variables"), [("moe.sh", {"GPUS": "64"}), ("pr_moe.sh", {}), ("dense.sh", {})])
+def test_the_yaml_makes_an_experiment(script: str, variables: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "translated.yaml"
+    path.write_text(translated(SCRIPTS / script, variables))
+    experiment = load_config(
+        path,
+        trainer__accelerator="cpu",
+        trainer__devices=1,
+        trainer__num_nodes=1,
+        trainer__strategy="auto",
+        trainer__precision="32-true",
+        trainer__default_root_dir=str(tmp_path),
+    )
+    assert experiment.module.config.vocab_size == 50257
+    assert experiment.data.seq_len == experiment.module.config.seq_len
+
+
+def test_all_refusals_are_told_at_once_and_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, "--use-tutel \\\n --swiglu \\\n --lr nothing")
+    with pytest.raises(SystemExit) as error:
+        main(["from-megatron", str(path)])
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[-2] for line in lines] == ["--use-tutel", "--swiglu", "--lr nothing"]
+    assert lines[0].startswith("error: run.sh:2:") and lines[2].startswith("run.sh:4:")
+
+
+def test_a_folder_tokenizer_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "<|endoftext|>": 2}')
+    path = write(tmp_path, f"--vocab-file {tmp_path}/vocab.json --merge-file {tmp_path}/merges.txt")
+    settings = settings_of(path)
+    assert (settings["data"]["tokenizer"], settings["model"]["config"]["vocab_size"]) == (str(tmp_path), 3)
+
+
+def test_the_command_writes_comments_notes_and_skipped_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = (
+        write(tmp_path, "--no-such-flag 3 --lr $RATE --deepspeed", before="RATE=$(compute)"),
+        tmp_path / "o.yaml",
+    )
+    options = ["--variables.RATE", "3e-4", "--skip_unknown", "true"]
+    main(["from-megatron", str(path), *options])
+    printed = capsys.readouterr().out
+    main(["from-megatron", str(path), *options, "--output", str(output)])
+    assert output.read_text() == printed
+    assert printed.startswith("# run.sh, translated by")
+    assert "# NOT TRANSLATED, unknown: --no-such-flag 3 (line 2).\n" in printed
+    assert "# --deepspeed: the strategy does that.\n" in printed
+    assert "    lr: 3.0e-4\n" in printed
+    assert "      loss_coeff: 0.1  # Megatron-DeepSpeed's default\n" in printed

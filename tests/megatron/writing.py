@@ -1,0 +1,43 @@
+"""Short launch scripts, and what they come to."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nlgmoe.cli.from_megatron import translated
+
+NEEDED = {
+    "--num-layers": "4",
+    "--hidden-size": "64",
+    "--num-attention-heads": "4",
+    "--seq-length": "32",
+    "--max-position-embeddings": "32",
+    "--num-experts": "8",
+    "--micro-batch-size": "2",
+    "--lr": "1e-3",
+    "--train-iters": "100",
+    "--data-path": "corpus",
+    "--vocab-file": "gpt2-vocab.json",
+    "--merge-file": "gpt2-merges.txt",
+}
+
+
+def get(settings: dict[str, Any], path: str) -> Any:
+    for part in path.split("."):
+        settings = settings[part]
+    return settings
+
+
+def write(folder: Path, flags: str, launcher: str = "deepspeed --num_gpus 4", before: str = "", **needed: str) -> Path:
+    """A script with the flags that every run needs, and more; `needed` changes the former, "" leaves one out."""
+    changes = {f"--{name.replace('_', '-')}": value for name, value in needed.items()}
+    words = " ".join(f"{name} {value}" for name, value in {**NEEDED, **changes}.items() if value)
+    path = folder / "run.sh"
+    path.write_text(f"{before}\n{launcher} pretrain_gpt.py {words} {flags}\n")
+    return path
+
+
+def settings_of(path: Path, **variables: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(translated(path, variables))
+    return settings
