@@ -32,6 +32,14 @@ class UsageError(ValueError):
     """A command line or configuration that cannot be run; the message is the line that people read."""
 
 
+class UsageErrors(UsageError):
+    """Several mistakes found at once: a line each."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line where the block raises.
@@ -50,7 +58,8 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {describe(error)}", file=sys.stderr)
+        for line in error.messages if isinstance(error, UsageErrors) else [describe(error)]:
+            print(f"error: {line}", file=sys.stderr)
         raise SystemExit(USAGE if isinstance(error, UsageError) else FAILURE) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nlgmoe.cli.errors import UsageError, UsageErrors
 from nlgmoe.megatron.arguments import Arguments, Problem
 from nlgmoe.megatron.script import read_launch
 from nlgmoe.megatron.tokens import ScriptError
@@ -47,9 +48,9 @@ def translated(path: Path, variables: dict[str, str], skip_unknown: bool = False
         arguments = Arguments(launch, expander, skip_unknown)
         translation = translate(launch, arguments, path.stem)
     except ScriptError as error:
-        raise ValueError(f"{path.name}:{error.line}: {error}") from error
+        raise UsageError(f"{path.name}:{error.line}: {error}") from error
     if arguments.problems:
-        raise ValueError("\n".join(_one_line(path, problem) for problem in sorted(arguments.problems, key=_line)))
+        raise UsageErrors([_one_line(path, problem) for problem in sorted(arguments.problems, key=_line)])
     return yaml_text(translation, path.name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jsonargparse import auto_cli
 
 from nlgmoe.cli.errors import one_line_errors
@@ -9,7 +11,7 @@ from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.prepare_data import prepare_data
 
-COMMANDS = {"prepare-data": prepare_data, "from-megatron": from_megatron}
+COMMANDS: dict[str, Any] = {"prepare-data": prepare_data, "from-megatron": from_megatron}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
-"""The README's table of flags, from the table that `nlgmoe from-megatron` translates by.
+"""The documents' tables of flags, from the table that `nlgmoe from-megatron` translates by.
 
-`python -m nlgmoe.megatron.flag_table` writes it into README.md (`make docs`).
+README.md has the flags that become a setting, docs/megatron_flags.md all of them; `make docs` writes both.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ BEGIN = "<!-- flags: written by `make docs` from nlgmoe/megatron/flags.py -->"
 END = "<!-- end of flags -->"
 
 
-def with_table(readme: str) -> str:
-    """The README with the table between its two markers brought up to date.
+DOCUMENTS: dict[str, set[str]] = {
+    "README.md": {"setting"},
+    "docs/megatron_flags.md": {"setting", "ignored", "refused"},
+}  # document -> kinds of rows
+
+
+def with_table(document: str, kinds: set[str]) -> str:
+    """A document with the table between its two markers brought up to date.
 
     Raises:
         ValueError: a marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README has no place for the table; put these lines around it:\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n{markdown_table()}{END}{after}"
+        raise ValueError(f"the document has no place for the table; put these lines around it:\n{BEGIN}\n{END}")
+    return f"{before}{BEGIN}\n{markdown_table(kinds)}{END}{after}"
 
 
-def markdown_table() -> str:
-    """The README's table."""
+def markdown_table(kinds: set[str]) -> str:
+    """The rows of some kinds."""
     lines = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"]
     for title, rows in SECTIONS.items():
-        lines.append(f"| **{title}** | | |")
-        for row in rows:
+        shown = [row for row in rows if row.kind in kinds]
+        if shown:
+            lines.append(f"| **{title}** | | |")
+        for row in shown:
             here = {"setting": row.here, "ignored": "not needed", "refused": "refused"}[row.kind]
             names = ", ".join(f"`{flag.name}`" + _exceptions(flag, row) for flag in row.flags)
             lines.append(f"| {names} | {here} | {row.note} |")
@@ -48,9 +56,10 @@ def _exceptions(flag: Flag, row: Row) -> str:
 
 
 def main() -> None:
-    """Bring README.md in the current folder up to date."""
-    path = Path("README.md")
-    path.write_text(with_table(path.read_text()))
+    """Bring the documents of the current folder up to date."""
+    for name, kinds in DOCUMENTS.items():
+        path = Path(name)
+        path.write_text(with_table(path.read_text(), kinds))
 
 
 if __name__ == "__main__":

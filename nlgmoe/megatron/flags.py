@@ -246,12 +246,12 @@ _RUN = (
     _derived(
         "`--ckpt_path last`", [Flag("--load", word)], "resuming is said on the command line; refused if not `--save`"
     ),
+    _derived("`trainer.val_check_interval`", [Flag("--eval-interval", whole, default=1000)], "steps in both"),
     _derived(
-        "`trainer.val_check_interval`",
-        [Flag("--eval-interval", whole, default=1000)],
-        "Lightning counts micro-batches of a rank, Megatron steps",
+        "`data.max_eval_windows`",
+        [Flag("--eval-iters", whole, default=100)],
+        "sequences, the same ones every time: global batches times their size",
     ),
-    _derived("`trainer.limit_val_batches`", [Flag("--eval-iters", whole, default=100)], "the same"),
     _same("trainer.log_every_n_steps", "--log-interval", whole, 100),
     _derived(
         "`model.activation_checkpointing`",
@@ -275,7 +275,7 @@ _RUN = (
         "ZeRO 0, 1, 2; the stage that `sed` or a here-document puts into the DeepSpeed configuration wins",
     ),
     _derived("`trainer.strategy.init_args.offload_optimizer`", [Flag("--cpu-optimizer")]),
-    _derived("`trainer.strategy.init_args.timeout`", [Flag("--distributed-timeout-minutes", whole)]),
+    _derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", whole)]),
 )
 
 _IGNORED = (

@@ -42,7 +42,6 @@ class Job:
         experts: experts of each MoE layer, or one number for all; None where that is a problem.
         seq_len: tokens of a sequence; None where that is a problem.
         global_batch: sequences a step; None where that is a problem.
-        accumulation: micro-batches of a rank in a step.
     """
 
     def __init__(self, launch: Launch, arguments: Arguments, name: str) -> None:
@@ -52,7 +51,6 @@ class Job:
         self.deepspeed = read_deepspeed_config(launch, arguments)
         self.experts: list[int] | None = arguments.value("--num-experts")
         self.seq_len: int | None = arguments.required("--seq-length")
-        self.accumulation = 1
         self.global_batch = self._global_batch()
 
     @property
@@ -82,7 +80,7 @@ class Job:
         return "" if name in self.arguments.uses else DEFAULT
 
     def _global_batch(self) -> int | None:
-        """Sequences a step; sets the number of micro-batches that a rank accumulates."""
+        """Sequences a step; a multiple of what all ranks feed at a time."""
         given = self.arguments.value("--global-batch-size")
         micro_batch = self.arguments.required("--micro-batch-size")
         if self.machines is None or micro_batch is None:
@@ -94,6 +92,4 @@ class Job:
                 "--global-batch-size",
                 f"is no multiple of {micro_batch} sequences x {self.machines.world} GPUs; change one of them",
             )
-            return batch
-        self.accumulation = batch // one
         return batch

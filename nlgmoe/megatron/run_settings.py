@@ -68,6 +68,13 @@ def _strategy(job: Job, precision: str) -> None:
     job.set(f"{path}class_path", "nlgmoe.ExpertParallelStrategy")
     path += "init_args."
     stage, comment = _stage(job)
+    offload = job.deepspeed.offload or job.arguments.has("--cpu-optimizer")
+    if stage == 0 and (offload or precision == "16-mixed"):  # what the strategy refuses at stage 0
+        stage = 1
+        why = "with fp16" if precision == "16-mixed" else "with an offloaded optimizer"
+        comment = (
+            f"0 there ({comment or 'by --zero-stage'}); 1 here {why}: the same numbers, the optimizer's states divided"
+        )
     if stage is not None:
         job.set(f"{path}stage", stage, comment)
     degree = job.arguments.value("--moe-expert-parallel-size")
@@ -79,12 +86,12 @@ def _strategy(job: Job, precision: str) -> None:
             degree,
             job.default("--moe-expert-parallel-size") or "at most; a layer takes the largest that divides its experts",
         )
-    job.set(f"{path}offload_optimizer", job.deepspeed.offload or job.arguments.has("--cpu-optimizer"))
+    job.set(f"{path}offload_optimizer", offload)
     if precision == "16-mixed":
         _loss_scale(job, path)
     minutes = job.arguments.value("--distributed-timeout-minutes")
     if minutes is not None:
-        job.set(f"{path}timeout", f"{minutes // 60}:{minutes % 60:02}:00", "hours:minutes:seconds")
+        job.set(f"{path}timeout_seconds", 60.0 * minutes, f"{minutes} minutes")
     if job.deepspeed.curriculum:
         job.arguments.problem(
             job.deepspeed.line,
@@ -144,10 +151,11 @@ def _evaluation(job: Job) -> None:
     interval, iterations = job.arguments.value("--eval-interval"), job.arguments.value("--eval-iters")
     if interval is None or iterations is None:
         return
-    per_step = f"x {job.accumulation} micro-batches on each rank"
-    job.set("trainer.val_check_interval", interval * job.accumulation, f"{interval} steps {per_step}")
+    job.set("trainer.val_check_interval", interval, "steps")
     job.set("trainer.check_val_every_n_epoch", None, "training has no epochs")
-    job.set("trainer.limit_val_batches", iterations * job.accumulation, f"{iterations} {per_step}")
+    if job.global_batch is not None:
+        windows = iterations * job.global_batch
+        job.set("data.max_eval_windows", windows, f"sequences: {iterations} batches of {job.global_batch}")
 
 
 def _checkpoints(job: Job) -> None:

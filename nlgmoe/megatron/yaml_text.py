@@ -27,8 +27,10 @@ def yaml_text(translation: Translation, source: str) -> str:
         *(line for note in translation.notes for line in _wrapped(note)),
     ]
     open_path: list[str] = []
-    for path, value in translation.settings.items():
-        parts = path.split(".")
+    sections = list(dict.fromkeys(path.partition(".")[0] for path in translation.settings))
+    in_order = sorted(translation.settings, key=lambda path: sections.index(path.partition(".")[0]))
+    for path in in_order:
+        parts, value = path.split("."), translation.settings[path]
         shared = 0
         while shared < min(len(open_path), len(parts) - 1) and open_path[shared] == parts[shared]:
             shared += 1

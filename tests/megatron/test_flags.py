@@ -14,7 +14,7 @@ from lightning import Trainer
 
 from nlgmoe import MoEGPTModule, PileDataModule
 from nlgmoe.cli.from_megatron import translated
-from nlgmoe.megatron.flag_table import with_table
+from nlgmoe.megatron.flag_table import DOCUMENTS, with_table
 from nlgmoe.megatron.flags import FLAGS
 from tests.megatron.writing import get, settings_of, write
 
@@ -74,7 +74,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--train-iters 7", {"trainer.max_steps": 7}),
     ("--exit-duration-in-mins 1501", {"trainer.max_time": "01:01:01:00"}),
     ("--micro-batch-size 1", {"data.micro_batch_size": 1, "data.global_batch_size": 4}),
-    ("--global-batch-size 64", {"data.global_batch_size": 64, "trainer.limit_val_batches": 800}),
+    ("--global-batch-size 64", {"data.global_batch_size": 64, "data.max_eval_windows": 6400}),
     ("--data-path 1.0 other", {"data.corpus.init_args.prefix": "other"}),
     ("--split 8,2", {"data.corpus.init_args.split": [8, 2, 0]}),
     ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2", "model.config.vocab_size": 50257}),
@@ -85,14 +85,14 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
         {"trainer.default_root_dir": "runs/x", "trainer.callbacks.0.init_args.every_n_train_steps": 9},
     ),
     ("--tensorboard-dir logs", {"trainer.default_root_dir": "logs"}),
-    ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 10}),
-    ("--eval-iters 3", {"trainer.limit_val_batches": 3}),
+    ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 5}),
+    ("--eval-iters 3", {"data.max_eval_windows": 24}),
     ("--log-interval 3", {"trainer.log_every_n_steps": 3}),
     ("--checkpoint-activations", {"model.activation_checkpointing": True}),
     ("--deepspeed-activation-checkpointing", {"model.activation_checkpointing": True}),
     ("--zero-stage 2", {"trainer.strategy.init_args.stage": 2}),
     ("--cpu-optimizer", {"trainer.strategy.init_args.offload_optimizer": True}),
-    ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout": "1:30:00"}),
+    ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout_seconds": 5400.0}),
 ]
 
 
@@ -231,9 +231,10 @@ def test_any_flags_together_parse_or_are_refused_by_name(
     parser.parse_object(yaml.safe_load(text))
 
 
-def test_the_readmes_table_is_the_translators() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert with_table(readme) == readme, "run `make docs`"
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_documents_tables_are_the_translators(name: str) -> None:
+    document = (ROOT / name).read_text()
+    assert with_table(document, DOCUMENTS[name]) == document, "run `make docs`"
 
 
 def test_the_table_covers_the_tutorials_flags() -> None:

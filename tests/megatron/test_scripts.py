@@ -58,6 +58,7 @@ MOE = {
         "global_batch_size": 256,
         "num_workers": 0,
         "seed": 1234,
+        "max_eval_windows": 2560,  # 10 batches of 256
     },
     "trainer.default_root_dir": "out/moe-lr-2.0e-4-gpus-64-experts-128",
     "trainer.devices": 8,
@@ -77,8 +78,7 @@ MOE = {
     "trainer.max_steps": 1_716_613,  # 300e9 * 3 / 256 / 2048
     "trainer.max_time": "20833:08:00:00",  # 30,000,000 minutes
     "trainer.gradient_clip_val": 1.0,
-    "trainer.val_check_interval": 100,  # one micro-batch a step: 256 / (4 x 64)
-    "trainer.limit_val_batches": 10,
+    "trainer.val_check_interval": 100,
     "trainer.log_every_n_steps": 10,
 }
 PR_MOE = {
@@ -98,8 +98,8 @@ PR_MOE = {
     "trainer.num_nodes": 8,
     "trainer.precision": "16-mixed",
     "trainer.gradient_clip_val": 0.5,
-    "trainer.val_check_interval": 2000,  # 1,000 steps x 256 / (2 x 64)
-    "trainer.limit_val_batches": 200,
+    "trainer.val_check_interval": 1000,
+    "data.max_eval_windows": 25_600,
     "trainer.strategy.init_args": {
         "stage": 2,
         "expert_parallel_size": 64,
@@ -126,7 +126,7 @@ DENSE = {
     "trainer.precision": "bf16-mixed",
     "trainer.default_root_dir": "runs/dense",
     "trainer.enable_checkpointing": False,
-    "trainer.val_check_interval": 4000,
+    "trainer.val_check_interval": 1000,
     "trainer.log_every_n_steps": 100,
     "trainer.strategy.init_args": {"stage": 0, "offload_optimizer": False},
 }
@@ -164,9 +164,10 @@ def test_all_refusals_are_told_at_once_and_without_a_traceback(
     path = write(tmp_path, "--use-tutel \\\n --swiglu \\\n --lr nothing")
     with pytest.raises(SystemExit) as error:
         main(["from-megatron", str(path)])
-    lines = str(error.value).splitlines()
-    assert [line.split(": ")[-2] for line in lines] == ["--use-tutel", "--swiglu", "--lr nothing"]
-    assert lines[0].startswith("error: run.sh:2:") and lines[2].startswith("run.sh:4:")
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2
+    assert [line.split(": ")[2] for line in lines] == ["--use-tutel", "--swiglu", "--lr nothing"]
+    assert lines[0].startswith("error: run.sh:2:") and lines[2].startswith("error: run.sh:4:")
 
 
 def test_a_folder_tokenizer_is_counted(tmp_path: Path) -> None:
