@@ -1,4 +1,5 @@
-"""The pyramid of PR-MoE: how many experts each block has (paper, section 4.1.1, "Phenomenon-I"; figure 2, left).
+"""The pyramid of PR-MoE: how many experts each block has (paper, section 4.1.1, "Phenomenon-I"; figure 2, left), and over
+how many ranks a layer of so many experts is spread.
 
 The paper finds that experts pay off more in later layers, so `MoEConfig.num_experts` may grow with depth.
 """
@@ -27,10 +28,22 @@ def experts_per_layer(config: GPTConfig) -> list[int]:
 
 
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:
-    """Ranks that hold one MoE layer's experts together: the largest divisor of both numbers up to `limit`.
+    """Over how many ranks a layer spreads its experts: the largest divisor of both counts that is at most `limit`.
 
-    So the layers of a pyramid get a degree each: {32, 64, 128} experts on 128 ranks have degrees {32, 64, 128}, and each
-    expert of the first kind lives on four ranks (paper, section 4.1.3, "flexible parallelism").
+    Layers of a pyramid have their own degrees (paper, section 4.1.3): on 128 ranks with `limit` 128, layers of 32, 64 and
+    128 experts get 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
+
+    Args:
+        num_experts: experts of the layer, over all ranks.
+        world_size: ranks of the run.
+        limit: the run's `expert_parallel_size`; 1 keeps all experts on every rank.
+
+    Raises:
+        ValueError: a count is below 1.
     """
+    if min(num_experts, world_size, limit) < 1:
+        raise ValueError(
+            f"num_experts={num_experts}, world_size={world_size} and expert_parallel_size={limit} must all be at least 1"
+        )
     common = math.gcd(num_experts, world_size)
     return max(degree for degree in range(1, min(common, limit) + 1) if common % degree == 0)

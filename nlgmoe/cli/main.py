@@ -6,18 +6,19 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from nlgmoe.cli.command_parser import CommandParser
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.from_megatron import from_megatron
-from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
 
-COMMANDS: dict[str, Any] = {"prepare-data": prepare_data, "from-megatron": from_megatron}
+COMMANDS: dict[str, Any] = {"prepare-data": prepare_data, "inspect": inspect_config, "from-megatron": from_megatron}
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one of the subcommands; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
     with one_line_errors():
-        auto_cli(COMMANDS, args=args, parser_class=OneLineParser)
+        auto_cli(COMMANDS, args=args, parser_class=CommandParser)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,29 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     Raises:
         ValueError: a file or a setting is wrong; the message names it.
     """
+    cli = _read(TrainCLI, path, overrides)
+    return Experiment(cli.model, cli.datamodule, cli.trainer)
+
+
+def parse_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
+    """The settings that `load_config` would build its objects from, with every default; nothing is built.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    return _read(_ParseCLI, path, overrides).config.as_dict()
+
+
+class _ParseCLI(TrainCLI):
+    """Reads and checks the settings, and stops there: a cluster's trainer could not be built where it is planned."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], overrides: dict[str, Any]) -> TrainCLI:
+    """Run `cli_class` over YAML files instead of a command line; what the parser has to say becomes a ValueError."""
     paths = [path] if isinstance(path, str | Path) else list(path)
     args = [part for item in paths for part in ("--config", str(item))]
     for name, value in overrides.items():
@@ -212,8 +235,7 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     _mute_advertising()
     with warnings.catch_warnings():  # the caller's own command line is not for us
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        cli = TrainCLI(args=args, run=False)
-    return Experiment(cli.model, cli.datamodule, cli.trainer)
+        return cli_class(args=args, run=False)
 
 
 def main(args: ArgsType = None) -> None:
@@ -228,6 +250,7 @@ def _mute_advertising() -> None:
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # DeepSpeed's
     # A run that goes on finds its own checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -59,7 +59,7 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
 
 
 def expert_parameters(config: GPTConfig) -> int:
-    """Parameters of one expert, which are those of a dense feed-forward layer."""
+    """Parameters of one expert, and of a dense feed-forward layer: two matrices and their biases."""
     return 2 * config.hidden_size * config.ffn_size + config.ffn_size + config.hidden_size
 
 

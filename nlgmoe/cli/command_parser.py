@@ -1,0 +1,43 @@
+"""The `nlgmoe` command's parser: options as people type them, which jsonargparse does not make of a signature by itself."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from typing_extensions import override
+
+from nlgmoe.cli.parser import OneLineParser
+
+
+class CommandParser(OneLineParser):
+    """A required list is several words, a bool that is false by default is a bare flag, and `--two-words` is `--two_words`."""
+
+    @override
+    def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Add `function`'s parameters; their help is its docstring's."""
+        types = get_type_hints(function)
+        texts = {entry.arg_name: entry.description for entry in parse_docstring(function.__doc__ or "").params}
+        ours = set()
+        for name, parameter in inspect.signature(function).parameters.items():
+            if types[name] == list[str] and parameter.default is parameter.empty:
+                self.add_argument(name, nargs="+", type=str, help=texts.get(name))
+            elif types[name] is bool and parameter.default is False:
+                self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
+            else:
+                continue
+            ours.add(name)
+        return super().add_function_arguments(function, *args, **{**kwargs, "skip": ours})
+
+    @override
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse, with dashes inside an option's name taken for underscores."""
+        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_args(
+            [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in words],
+            *rest,
+            **kwargs,
+        )

@@ -1,0 +1,108 @@
+"""How a run is laid out over ranks, and what its numbers weigh: the second input of the cost model, beside `GPTConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
+
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
+
+
+@dataclass(frozen=True)
+class BytesPer:
+    """Bytes per parameter of what training keeps, and per value of what passes through the model.
+
+    Attributes:
+        weight: the weights the model computes with.
+        gradient: their gradients.
+        master: the optimizer's own fp32 copy of the weights; 0 where it updates the weights themselves.
+        moments: Adam's two.
+        cast: half-precision copies of the weight matrices that autocast makes and keeps for the backward pass.
+        residual: values of the residual stream.
+        compute: values inside attention, feed-forward layers and experts.
+    """
+
+    weight: int
+    gradient: int
+    master: int
+    moments: int
+    cast: int
+    residual: int
+    compute: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks, and what each of them does.
+
+    Attributes:
+        gpus: ranks; all are data-parallel.
+        expert_parallel_size: upper bound of each MoE layer's expert-parallel degree (`pyramid.expert_parallel_degree`).
+        zero_stage: 0, 1 or 2.
+        micro_batch_size: sequences per rank and forward pass.
+        global_batch_size: sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`.
+        activation_checkpointing: each block is computed again in the backward pass.
+        precision: Lightning's name.
+        deepspeed: the run goes through DeepSpeed's engine, which computes with half-precision weights under `*-mixed` too.
+            Without it `*-mixed` is autocast over fp32 weights.
+        offload_optimizer: master weights and moments live in the host's memory (ZeRO-Offload).
+        loss_chunk_size: tokens whose logits exist at a time.
+    """
+
+    gpus: int = 1
+    expert_parallel_size: int = 1
+    zero_stage: int = 0
+    micro_batch_size: int = 8
+    global_batch_size: int = 8
+    activation_checkpointing: bool = False
+    precision: Precision = "bf16-mixed"
+    deepspeed: bool = True
+    offload_optimizer: bool = False
+    loss_chunk_size: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(
+                f"zero_stage={self.zero_stage}: choose 0, 1 or 2 (DeepSpeed's stage 3 has no expert parallelism)"
+            )
+        if self.expert_parallel_size > self.gpus:
+            raise ValueError(
+                f"expert_parallel_size={self.expert_parallel_size} is more than the {self.gpus} GPUs there are"
+            )
+        if self.global_batch_size % (self.micro_batch_size * self.gpus):
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size} "
+                f"times {self.gpus} GPUs; change one of them"
+            )
+        if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
+            raise ValueError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.gpus)
+
+    @property
+    def bytes_per(self) -> BytesPer:
+        """What a parameter and an activation weigh under this precision and engine."""
+        zero = self.zero_stage > 0
+        if self.precision == "32-true":
+            return BytesPer(4, 4, 4 if zero else 0, 8, 0, 4, 4)  # ZeRO copies its shard of fp32 weights too
+        if self.deepspeed:
+            return BytesPer(2, 2, 4, 8, 0, 2, 2)
+        if self.precision.endswith("-mixed"):
+            return BytesPer(4, 4, 0, 8, 2, 4, 2)
+        return BytesPer(2, 2, 0, 4, 0, 2, 2)
+
+    def degrees(self, config: GPTConfig) -> list[int]:
+        """Expert-parallel degree of every block, from the first to the last; 0 for a dense one."""
+        return [
+            expert_parallel_degree(experts, self.gpus, self.expert_parallel_size) if experts else 0
+            for experts in experts_per_layer(config)
+        ]

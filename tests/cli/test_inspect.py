@@ -1,0 +1,192 @@
+"""`nlgmoe inspect`, from files to what is printed; in this process, since imports cost seconds."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning import Trainer
+
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
+from nlgmoe.cli.inspect_config import layout
+from nlgmoe.cli.main import main
+from nlgmoe.cli.train import load_config
+from nlgmoe.data import PileDataModule
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.gpt import GPT
+from nlgmoe.module import MoEGPTModule
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = str(ROOT / "configs" / "pr_moe" / "laptop.yaml")
+
+
+def inspect(capsys: pytest.CaptureFixture, *args: str) -> str:
+    main(["inspect", *args])
+    return capsys.readouterr().out
+
+
+def inspect_json(capsys: pytest.CaptureFixture, *args: str) -> dict[str, Any]:
+    return json.loads(inspect(capsys, *args, "--json"))
+
+
+def test_a_configuration_is_read_as_train_py_reads_it(capsys: pytest.CaptureFixture) -> None:
+    found = inspect_json(capsys, LAPTOP)
+    experiment = load_config(LAPTOP)
+    built = experiment.module.gpt
+    assert found["params_total"] == sum(parameter.numel() for parameter in built.parameters())
+    assert found["params_active"] == count_parameters(experiment.module.config).active
+    assert found["inputs"]["model"] == experiment.module.config.to_dict()
+    topology = found["inputs"]["topology"]
+    assert topology["micro_batch_size"] == experiment.data.micro_batch_size == topology["global_batch_size"]
+    assert (topology["gpus"], topology["precision"], topology["deepspeed"]) == (1, "32-true", False)
+    assert found["memory"]["weights"] == sum(parameter.nbytes for parameter in built.parameters())
+    assert found["fits"] is True and found["suggestions"] == []
+    parts = ("weights", "gradients", "optimizer", "activations")
+    assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
+    assert found["step_seconds"] == pytest.approx(sum(found["step_seconds_by_part"].values()))
+
+
+def test_options_override_the_files_and_later_files_the_earlier(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"accumulate_grad_batches": 3, "precision": "bf16-mixed"}}))
+    files = (LAPTOP, str(overlay))
+    alone = inspect_json(capsys, *files)["inputs"]["topology"]
+    assert (alone["global_batch_size"], alone["precision"], alone["deepspeed"]) == (48, "bf16-mixed", False)
+    several = inspect_json(capsys, *files, "--gpus", "8", "--expert-parallel=8", "--zero", "2", "--micro_batch", "4")
+    assert several["inputs"]["topology"]["activation_checkpointing"] is False
+    assert inspect_json(capsys, LAPTOP, "--activation-checkpointing")["inputs"]["topology"]["activation_checkpointing"]
+    topology = several["inputs"]["topology"]
+    assert (topology["gpus"], topology["expert_parallel_size"], topology["zero_stage"]) == (8, 8, 2)
+    assert (topology["global_batch_size"], topology["deepspeed"]) == (96, True)
+    assert several["expert_parallel_degrees"] == [0, 8, 0, 8, 0, 8]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({"devices": "auto"}, (1, 1, 0, False)),
+        ({"devices": -1, "num_nodes": 2}, (2, 1, 0, True)),
+        ({"devices": [0, 2], "strategy": "ddp"}, (2, 1, 0, False)),
+        ({"devices": 2, "strategy": "deepspeed"}, (2, 1, 2, True)),
+        ({"devices": "0,2,3", "strategy": "deepspeed_stage_2"}, (3, 1, 2, True)),
+        (
+            {
+                "devices": 8,
+                "num_nodes": 4,
+                "strategy": {
+                    "class_path": "nlgmoe.ExpertParallelStrategy",
+                    "init_args": {"stage": 1, "expert_parallel_size": 32, "offload_optimizer": True},
+                },
+            },
+            (32, 32, 1, True),
+        ),
+    ],
+)
+def test_the_trainers_ranks_and_strategy(trainer: dict[str, Any], expected: tuple) -> None:
+    topology = layout({"trainer": trainer, "data": {"micro_batch_size": 2}, "model": {}}, {})
+    assert (topology.gpus, topology.expert_parallel_size, topology.zero_stage, topology.deepspeed) == expected
+    assert topology.global_batch_size == 2 * topology.gpus
+
+
+@pytest.mark.parametrize(
+    ("trainer", "precision"),
+    [
+        ({}, "bf16-mixed"),
+        ({"accelerator": "auto"}, "bf16-mixed"),
+        ({"accelerator": "cpu"}, "32-true"),
+        ({"precision": "16"}, "16-mixed"),
+        ({"accelerator": "gpu", "precision": 32}, "32-true"),
+    ],
+)
+def test_the_precision_of_files_that_leave_the_machine_open_is_half(trainer: dict[str, Any], precision: str) -> None:
+    settings = {"trainer": trainer, "data": {"micro_batch_size": 2}, "model": {}}
+    assert layout(settings, {}).precision == precision
+    assert layout(settings, {"precision": "bf16-true"}).precision == "bf16-true"
+
+
+def test_the_files_global_batch_stays_when_ranks_change() -> None:
+    settings = {"trainer": {"devices": 8}, "data": {"micro_batch_size": 2, "global_batch_size": 64}, "model": {}}
+    assert layout(settings, {}).accumulation == 4
+    assert layout(settings, {"gpus": 16}).accumulation == 2
+    with pytest.raises(ValueError, match="global_batch_size=64 is not a multiple"):
+        layout(settings, {"gpus": 24})
+
+
+def test_a_checkpoint_folder_is_inspected_too(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    folder = tmp_path / "last.ckpt"
+    module = load_config(LAPTOP).module
+    module.configure_model()
+    state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
+    PortableCheckpointIO().save_checkpoint(state, folder)
+    found = inspect_json(capsys, str(folder), "--gpus", "4")
+    assert found["params_total"] == sum(parameter.numel() for parameter in load_model(folder).parameters())
+    assert found["inputs"]["topology"]["gpus"] == 4
+
+
+def test_the_table_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    big = tmp_path / "big.yaml"
+    big.write_text(
+        yaml.safe_dump(
+            {
+                "model": {
+                    "config": {
+                        "vocab_size": 50257,
+                        "num_layers": 24,
+                        "hidden_size": 2048,
+                        "moe": {"num_experts": 128},
+                    }
+                },
+                "data": {"micro_batch_size": 2},
+                "trainer": {"precision": "bf16-mixed"},
+            }
+        )
+    )
+    args = (str(big), "--gpus", "128", "--hardware", "a100-40")
+    text = inspect(capsys, *args, "--zero", "1")
+    assert "52.4" in text and "does not fit: needs" in text
+    options = text.partition("to make it fit")[2].split("  (")[0].strip()
+    assert options.startswith("--expert-parallel ")
+    assert "fits: uses" in inspect(capsys, *args, "--zero", "1", *options.split())  # the advice is good
+
+
+def test_advice_is_spelled_as_options(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.yaml"
+    model = {"config": {"vocab_size": 50257, "hidden_size": 2048, "num_layers": 24}}
+    wide.write_text(yaml.safe_dump({"model": model, "data": {"micro_batch_size": 7}}))  # 7: no smaller one but 1
+    args = (str(wide), "--hardware", "a100-40")
+    advice = inspect(capsys, *args).partition("to make it fit")[2]
+    assert "--activation-checkpointing  (" in advice
+    assert "fits: uses" in inspect(capsys, *args, "--activation-checkpointing")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((LAPTOP, "--hardware", "a1000"), "hardware=a1000 is not known; choose one of v100-32"),
+        ((LAPTOP, "--gpus", "4", "--expert-parallel", "8"), "more than the 4 GPUs"),
+        ((LAPTOP, "--utilisation", "2"), "utilisation=2"),
+        ((LAPTOP, "--precision", "64-true"), "precision=64-true"),
+        (("nothing.yaml",), "nothing.yaml"),
+        ((str(ROOT / "configs"),), "no checkpoint at"),
+    ],
+)
+def test_mistakes_end_with_one_line(args: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SystemExit, match=r"^error: ") as caught:
+        main(["inspect", *args])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for built in (Trainer, MoEGPTModule, PileDataModule, GPT):
+
+        @functools.wraps(built.__init__)  # the parser reads the signature
+        def refuse(self: Any, *_: Any, **__: Any) -> None:
+            raise AssertionError(f"built {type(self).__name__}")
+
+        monkeypatch.setattr(built, "__init__", refuse)
+    inspect(capsys, LAPTOP)
+    with pytest.raises(AssertionError, match="built"):
+        load_config(LAPTOP)

@@ -1,0 +1,131 @@
+"""The activation formula against the tensors that autograd really keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.activation_memory import activation_bytes, head_bytes, saved_by_block
+from nlgmoe.model.gpt import GPT
+from nlgmoe.model.topology import Topology
+
+SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
+DENSE = GPTConfig(96, 50, 2, 128, 4)
+CONFIGS = {
+    "dense": DENSE,
+    "dense, odd shape": GPTConfig(61, 48, 3, 60, 3, ffn_hidden_size=100),
+    "top-1": replace(DENSE, moe=MoEConfig(8)),
+    "top-2, every block": replace(DENSE, moe=MoEConfig(4, expert_interval=1, top_k=2)),
+    "many experts": replace(DENSE, hidden_size=32, moe=MoEConfig(64)),
+    "residual, pyramid": replace(DENSE, num_layers=4, moe=MoEConfig([2, 8], mlp_type="residual")),
+    "residual, sum": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", residual_mix="sum")),
+    "dropout": replace(DENSE, hidden_dropout=0.1, moe=MoEConfig(4)),
+    "jitter": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", noise="jitter")),
+}
+# How a precision of `Topology` looks on one process; the half-precision model is what DeepSpeed's engine runs.
+PRECISIONS = {
+    "fp32": Topology(precision="32-true"),
+    "half": Topology(precision="bf16-mixed", deepspeed=True),
+    "autocast": Topology(precision="bf16-mixed", deepspeed=False),
+}
+
+
+def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:
+    """Bytes of all storages that a forward pass with loss saves, but for parameters and autocast's copies of them."""
+    model = GPT(config, 0, checkpointing).train()
+    if precision == "half":
+        model = model.to(torch.bfloat16)
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[Tensor] = []  # alive to the end, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        copy = tensor.dtype == torch.bfloat16 and {tuple(tensor.shape), tuple(tensor.shape[::-1])} & shapes
+        if not (precision == "autocast" and copy):
+            kept.append(tensor)
+        return tensor
+
+    tokens = torch.randint(config.vocab_size, (SEQUENCES, config.seq_len), generator=torch.Generator().manual_seed(0))
+    with (
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
+    ):
+        hidden = model(tokens, noise_key=(0, 0, 0)).hidden.flatten(0, 1)
+        cross_entropy(hidden, model.unembedding, tokens.flatten(), None, CHUNK)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for address, size in storages.items() if address not in parameters)
+
+
+def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) -> int:
+    tokens, size = SEQUENCES * config.seq_len, topology.bytes_per
+    stream = tokens * config.hidden_size * size.residual
+    kept, _ = head_bytes(config, tokens, topology)
+    if checkpointing:
+        blocks = config.num_layers * stream
+    else:
+        blocks = sum(saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers))
+    embedding_mask = tokens * config.hidden_size if config.hidden_dropout else 0
+    return blocks + kept + stream + 16 * tokens + embedding_mask
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_formula_is_within_1_percent_of_what_is_saved(
+    name: str, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On CUDA dropout is `native_dropout`, with a mask of bytes; the CPU would keep one of the tensor's own type.
+    monkeypatch.setattr(
+        nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
+    )
+    config = CONFIGS[name]
+    measured = saved_bytes(config, precision, checkpointing)
+    assert predicted_bytes(config, PRECISIONS[precision], checkpointing) == pytest.approx(measured, rel=0.01)
+
+
+WIDE = GPTConfig(512, 128, 4, 128, 4)
+PEAKS = {
+    "dense": WIDE,
+    "deep": replace(WIDE, num_layers=12),
+    "large vocabulary": replace(WIDE, vocab_size=8192),
+    "top-2, every block": replace(WIDE, moe=MoEConfig(4, expert_interval=1, top_k=2)),
+    "residual, pyramid": replace(WIDE, moe=MoEConfig([4, 8], mlp_type="residual")),
+}
+
+
+def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
+    """(most bytes allocated at a time over forward and backward, gradients at the end), parameters not counted."""
+    model = GPT(config, 0, topology.activation_checkpointing).train()
+    if topology.bytes_per.weight == 2:
+        model = model.to(torch.bfloat16)
+    tokens = torch.zeros(topology.micro_batch_size, config.seq_len, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        hidden = model(tokens, noise_key=(0, 0, 0)).hidden.flatten(0, 1)
+        loss = cross_entropy(hidden, model.unembedding, tokens.flatten(), None, topology.loss_chunk_size)
+        del hidden
+        loss.backward()
+    now = peak = 0
+    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("precision", ["fp32", "half"])
+@pytest.mark.parametrize("name", PEAKS)
+def test_activations_are_the_peak_of_a_step_but_for_gradients(name: str, precision: str, checkpointing: bool) -> None:
+    """The first micro-batch's gradients appear while activations go: the true peak lies between."""
+    topology = replace(
+        PRECISIONS[precision], activation_checkpointing=checkpointing, loss_chunk_size=256, micro_batch_size=8
+    )
+    peak, gradients = peak_bytes(PEAKS[name], topology)
+    predicted = activation_bytes(PEAKS[name], topology)
+    assert 0.9 * peak <= predicted <= 1.2 * peak
+    assert peak <= predicted + gradients
