@@ -179,6 +179,16 @@ def test_suggestions_fit_and_are_minimal() -> None:
             assert not estimate(paper(False), replace(topology, **rest), A100).fits
 
 
+def test_the_micro_batch_is_lowered_no_further_than_needed() -> None:
+    """Accumulating more costs no predicted time without ZeRO 2, so all that fit tie: the largest is the smallest change."""
+    topology = Topology(8, 1, 0, 64, 512, activation_checkpointing=True)
+    dense = replace(paper(False), moe=None)
+    way = suggestions(dense, topology, HARDWARE["v100-32"], UTILISATION)[0]
+    (size,) = way.changes.values()
+    assert list(way.changes) == ["micro_batch_size"]
+    assert not estimate(dense, replace(topology, micro_batch_size=2 * size), HARDWARE["v100-32"]).fits
+
+
 def test_where_nothing_helps_more_gpus_or_larger_ones_are_suggested() -> None:
     found = suggestions(paper(False), Topology(1, deepspeed=False, precision="bf16-mixed"), A100, UTILISATION)
     assert found and all({"gpus", "hardware"} & set(way.changes) for way in found)
