@@ -25,7 +25,7 @@ from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.portable import read_document
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.parser import OneLineParser
-from nlgmoe.cli.trainer_settings import check_trainer
+from nlgmoe.cli.trainer_settings import check_machine, check_trainer
 from nlgmoe.data import PileDataModule
 from nlgmoe.loggers import run_folder_loggers
 from nlgmoe.module import MoEGPTModule
@@ -143,6 +143,7 @@ class TrainCLI(LightningCLI):
         assert isinstance(self.parser, TrainParser)
         self.parser.add_instantiator(self.parser.construct, object)
         with self.parser.blaming_settings():
+            check_machine(self._get(self.config, "trainer"))
             super().instantiate_classes()
 
     def before_fit(self) -> None:

@@ -21,7 +21,19 @@ def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
     _check_counts(trainer)
     _check_fractions(trainer)
     _check_validation(trainer)
-    _check_hardware(trainer, has_experts)
+    _check_strategy(trainer, has_experts)
+
+
+def check_machine(trainer: Mapping[str, Any]) -> None:
+    """Check that this machine has what the `trainer` section asks for.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    accelerator = trainer["accelerator"]
+    no_gpu = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    why = "but PyTorch finds no GPU here; set it to cpu or auto, or check the driver with nvidia-smi"
+    _require(not no_gpu, "accelerator", accelerator, why)
 
 
 def _check_counts(trainer: Mapping[str, Any]) -> None:
@@ -81,11 +93,7 @@ def _check_validation(trainer: Mapping[str, Any]) -> None:
     _require(not contradiction, "enable_checkpointing", trainer["enable_checkpointing"], why)
 
 
-def _check_hardware(trainer: Mapping[str, Any], has_experts: bool) -> None:
-    accelerator = trainer["accelerator"]
-    no_gpu = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
-    why = "but PyTorch finds no GPU here; set it to cpu or auto, or check the driver with nvidia-smi"
-    _require(not no_gpu, "accelerator", accelerator, why)
+def _check_strategy(trainer: Mapping[str, Any], has_experts: bool) -> None:
     strategy = trainer["strategy"]
     plain = (
         strategy.startswith("deepspeed") if isinstance(strategy, str) else _class_name(strategy) == "DeepSpeedStrategy"
