@@ -28,15 +28,19 @@ class TensorFiles:
     Args:
         folder: the checkpoint.
         kind: first part of the files' names.
+        required: whether it is an error to find no file.
 
     Raises:
-        ValueError: a file cannot be read, or two files hold the same entry.
+        ValueError: a file is missing or cannot be read, or two files hold the same entry.
     """
 
-    def __init__(self, folder: str | Path, kind: str) -> None:
+    def __init__(self, folder: str | Path, kind: str, required: bool = True) -> None:
         self._folder, self._kind = Path(folder), kind
         self._file_of: dict[str, Path] = {}
-        for file in sorted(self._folder.glob(f"{kind}*.safetensors")):
+        files = sorted(self._folder.glob(f"{kind}*.safetensors"))
+        if required and not files:
+            raise ValueError(f"{folder} has no {kind}.safetensors; use another checkpoint")
+        for file in files:
             with _opened(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dictionary)
                     if name in self._file_of:

@@ -61,7 +61,8 @@ class PortableCheckpointIO(CheckpointIO):
         model = join_experts(folder.TensorFiles(path, "model").read_all())
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in model.items()}
         if "optimizer_groups" in checkpoint:
-            entries = folder.TensorFiles(path, "optimizer").read_all()
+            # Before its first step AdamW has no state.
+            entries = folder.TensorFiles(path, "optimizer", required=checkpoint["global_step"] > 0).read_all()
             checkpoint["optimizer_states"] = [_optimizer_from_entries(entries, checkpoint.pop("optimizer_groups"))]
         return checkpoint
 
@@ -85,7 +86,7 @@ def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Undo `make_document`: Lightning's dictionary without weights and optimizer."""
     document = read_document(path)
-    found: dict[str, Any] = _from_json(document, folder.TensorFiles(path, "state").read_all())
+    found: dict[str, Any] = _from_json(document, folder.TensorFiles(path, "state", required=False).read_all())
     return found
 
 

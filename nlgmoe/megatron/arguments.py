@@ -124,7 +124,7 @@ class Arguments:
                 self.skipped.append(f"{text} (line {line})")
             else:
                 self.problem(
-                    line, text, "is not known here; remove it, or pass over such flags with --skip_unknown true"
+                    line, text, "is not known here; remove it, or pass over such flags with --skip-unknown"
                 )
         else:
             flag, row = FLAGS[name]

@@ -330,8 +330,6 @@ def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
         ValueError: an entry is missing or of another shape.
     """
     state = EngineState(engine)
-    if not files.names:
-        return  # saved before the first step
     state.make_moments()
     for entry in local_entries(model):
         for key in MOMENTS:

@@ -257,7 +257,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.checkpointing import load_moments, restore_loss_scale
 
         assert self._loading is not None
-        load_moments(self._gpt, self.deepspeed_engine, TensorFiles(self._loading, "optimizer"))
+        if checkpoint["global_step"] > 0:  # before its first step AdamW has no state
+            load_moments(self._gpt, self.deepspeed_engine, TensorFiles(self._loading, "optimizer"))
         restore_loss_scale(self.deepspeed_engine, checkpoint.get("loss_scale", {}))
 
     @override

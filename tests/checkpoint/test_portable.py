@@ -169,7 +169,7 @@ def test_tensors_tuples_and_special_numbers_survive(tmp_path: Path) -> None:
         "nested": [{"x": torch.tensor(3)}, None, True],
     }
     io = PortableCheckpointIO()
-    io.save_checkpoint({"state_dict": {}, "callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
+    io.save_checkpoint({"state_dict": {"model.x": torch.ones(1)}, "callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
     loaded = io.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]["Mine"]
     assert torch.equal(loaded["t"], state["t"]) or torch.isnan(loaded["t"][1])
     assert (loaded["inf"], loaded["nested"]) == (float("inf"), [{"x": torch.tensor(3)}, None, True])

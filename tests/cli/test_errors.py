@@ -337,7 +337,14 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
         broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
         "this nlgmoe reads",
     ),
-    "missing weights": (broken(lambda ckpt: (ckpt / "model.safetensors").unlink()), "model.safetensors cannot be read"),
+    "missing weights": (
+        broken(lambda ckpt: (ckpt / "model.safetensors").unlink()),
+        "broken.ckpt has no model.safetensors; use another checkpoint",
+    ),
+    "missing optimizer": (
+        broken(lambda ckpt: (ckpt / "optimizer.safetensors").unlink()),
+        "broken.ckpt has no optimizer.safetensors; use another checkpoint",
+    ),
     "truncated weights": (broken(lambda ckpt: cut_off(ckpt / "model.safetensors")), "model.safetensors cannot be read"),
     "missing expert": (broken(without("experts.0.")), "the checkpoint lacks expert(s) [0] of blocks."),
     "missing last expert": (

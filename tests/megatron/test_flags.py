@@ -163,7 +163,7 @@ SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFI
         ("--split 100,0,0", "--split 100,0,0: leaves nothing to validate on"),
         (
             "--no-such-flag 3",
-            "--no-such-flag 3: is not known here; remove it, or pass over such flags with --skip_unknown",
+            "--no-such-flag 3: is not known here; remove it, or pass over such flags with --skip-unknown",
         ),
         ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
         ("--fp16 yes", "--fp16 yes: takes no value"),

@@ -184,7 +184,7 @@ def test_the_command_writes_comments_notes_and_skipped_flags(
         write(tmp_path, "--no-such-flag 3 --lr $RATE --deepspeed", before="RATE=$(compute)"),
         tmp_path / "o.yaml",
     )
-    options = ["--variables.RATE", "3e-4", "--skip_unknown", "true"]
+    options = ["--variables.RATE", "3e-4", "--skip-unknown"]
     main(["from-megatron", str(path), *options])
     printed = capsys.readouterr().out
     main(["from-megatron", str(path), *options, "--output", str(output)])
