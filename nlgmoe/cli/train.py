@@ -37,10 +37,10 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait for `on_fit_start`: only then is it known whether the run is resumed."""
+        """Wait for `on_train_start`: only then is it known under every strategy whether the run is resumed."""
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml` and `versions.json`.
 
         Raises:

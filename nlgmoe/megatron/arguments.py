@@ -123,9 +123,7 @@ class Arguments:
             if skip_unknown:
                 self.skipped.append(f"{text} (line {line})")
             else:
-                self.problem(
-                    line, text, "is not known here; remove it, or pass over such flags with --skip-unknown"
-                )
+                self.problem(line, text, "is not known here; remove it, or pass over such flags with --skip-unknown")
         else:
             flag, row = FLAGS[name]
             wanted = "no value" if flag.parse is None else "one value" if not flag.many else "a value"

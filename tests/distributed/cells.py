@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, multiprocessing
+from torch import Tensor, distributed, multiprocessing
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.experts import Experts
@@ -139,6 +139,48 @@ class Overflow(Callback):
             experts.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
 
 
+class Traffic(Callback):
+    """Counts what this rank sends in the last training step.
+
+    Attributes:
+        rows: bytes of tokens sent to other ranks.
+        elsewhere: assignments to experts of other ranks.
+        assignments: all of them.
+        reduced: bytes of the largest all-reduce over all ranks, times the ring's 2 (W - 1) / W.
+    """
+
+    def __init__(self, last_step: int) -> None:
+        self.last_step = last_step
+        self.rows = self.elsewhere = self.assignments = self.reduced = 0
+        self._originals = {name: getattr(distributed, name) for name in ("all_to_all_single", "all_reduce")}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.last_step:
+            distributed.all_to_all_single, distributed.all_reduce = self._exchange, self._reduce
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for name, function in self._originals.items():
+            setattr(distributed, name, function)
+        layers = [block.moe for block in pl_module.gpt.blocks if block.moe is not None]
+        for layer, routing in zip(layers, pl_module.routings, strict=True):
+            if batch_idx == self.last_step and layer.placement.group is not None:
+                first, count = layer.placement.first, layer.placement.count
+                here = (routing.expert >= first) & (routing.expert < first + count)
+                self.elsewhere += int((routing.kept & ~here).sum())
+                self.assignments += routing.kept.numel()
+
+    def _exchange(self, output: Tensor, sent: Tensor, *splits: Any, group: Any, **kwargs: Any) -> Any:
+        if splits:  # rows; without splits it is their numbers
+            self.rows += (len(sent) - splits[1][distributed.get_rank(group)]) * sent.shape[1] * sent.element_size()
+        return self._originals["all_to_all_single"](output, sent, *splits, group=group, **kwargs)
+
+    def _reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ranks = distributed.get_world_size(kwargs.get("group"))
+        size = tensor.numel() * tensor.element_size() * 2 * (ranks - 1) // ranks
+        self.reduced = max(self.reduced, size)
+        return self._originals["all_reduce"](tensor, *args, **kwargs)
+
+
 class SavesAtStart(Callback):
     """Saves what has just been loaded."""
 
@@ -231,6 +273,13 @@ def overflow(cell: Cell, ranks: int, folder: Path) -> list[tuple[float, int, flo
     callback = Overflow()
     on_ranks(cell, ranks, folder, callback)
     return callback.seen
+
+
+def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
+    """What `Traffic` counted."""
+    callback = Traffic(cell.steps - 1)
+    on_ranks(cell, ranks, folder, callback)
+    return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced")}
 
 
 def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:

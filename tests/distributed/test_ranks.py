@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.model.cost import estimate
+from nlgmoe.model.hardware import hardware
+from nlgmoe.model.topology import Topology
 from tests.distributed.cells import (
     SAMPLES,
     Cell,
@@ -26,6 +29,7 @@ from tests.distributed.cells import (
     resume,
     run_all,
     spawn,
+    traffic,
     train,
 )
 from tests.synthetic import SyntheticData
@@ -67,6 +71,10 @@ HALF = [
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
+TRAFFIC = [
+    Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
+    Cell("traffic, bf16, recomputed", 2, 2, moe=DROPLESS, steps=2, precision="bf16-mixed", checkpointing=True),
+]
 RESIDUAL_PYRAMID = {"experts": PYRAMID, "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
 # One checkpoint, saved by one process after three steps, goes on in each of these.
 TOPOLOGIES: dict[int, list[Cell]] = {
@@ -107,6 +115,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Found:
         jobs: list[tuple[Callable[..., Any], Cell]] = [(on_ranks, cell) for cell in cells]
         if ranks == 2:
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW)]
+            jobs += [(traffic, cell) for cell in TRAFFIC]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -157,6 +166,26 @@ def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
         assert scales == (2.0**11, 2.0**11, 2.0**11, 2.0**10), rank
         assert tokens == tuple(SAMPLES * 16 * step for step in range(4))
         assert weights[1] != weights[2] == weights[3]
+
+
+@pytest.mark.parametrize("cell", TRAFFIC, ids=lambda cell: cell.name)
+def test_bytes_sent_are_those_of_the_cost_model(cell: Cell, found: Found) -> None:
+    topology = Topology(
+        gpus=2,
+        expert_parallel_size=2,
+        zero_stage=cell.stage,
+        micro_batch_size=SAMPLES // 2,
+        global_batch_size=SAMPLES,
+        activation_checkpointing=cell.checkpointing,
+        precision=cell.precision,  # type: ignore[arg-type]
+        deepspeed=True,
+    )
+    predicted = estimate(cell.module().config, topology, hardware("a100-80")).communication
+    for counted in found[traffic, cell.name]:
+        # The model takes half of the assignments to be elsewhere; these routings are not that even.
+        assert counted["rows"] * counted["assignments"] / 2 == predicted.all_to_all * counted["elsewhere"]
+        assert counted["elsewhere"] > 0
+        assert counted["reduced"] == predicted.dense_gradients
 
 
 def optimizer_of(path: Path) -> TensorFiles:

@@ -1,0 +1,68 @@
+"""`train.py` on several ranks, as its user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    *("--config", "configs/quickstart.yaml"),
+    "--model.config.num_layers=4",
+    "--model.config.moe.num_experts=[2, 4]",
+    "--model.config.hidden_size=32",
+    "--model.config.seq_len=32",
+    "--model.config.num_heads=2",
+    "--data.micro_batch_size=2",
+    "--data.global_batch_size=8",
+    "--data.max_eval_windows=5",
+    "--model.schedule.warmup_tokens=64",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
+    "--trainer.strategy.init_args.expert_parallel_size=2",
+]
+
+
+def train_py(*args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, "train.py", *args]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
+    samples = "--trainer.callbacks.init_args.max_new_tokens=4"
+    done = train_py("fit", *settings, samples, "--trainer.devices=2", "--model.train_tokens=1024")
+    assert done.returncode == 0, done.stderr
+    assert "blocks 1: 2 experts, expert-parallel degree 2, 1 a rank" in done.stderr + done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (4, 1024)
+    assert len(list((run / "checkpoints" / "last.ckpt").glob("model-*"))) == 2
+    assert (run / "samples.txt").read_text().count("---") == 3
+
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    rest = ("--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=last")
+    done = train_py("fit", *settings, samples, *rest, launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["raises", "hangs"])
+def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path, tmp_path: Path, hangs: bool) -> None:
+    done = train_py(
+        "fit",
+        *(*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
+        *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.distributed.cells.Raises"),
+        *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
+        "--trainer.strategy.init_args.timeout_seconds=10",
+    )
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode not in (0, None)
+    assert sum("rank 1 has had enough" in line for line in errors) == (0 if hangs else 1)
+    assert any("another rank has stopped or does not answer" in line for line in errors) or not hangs
+    assert "Traceback" not in done.stderr
