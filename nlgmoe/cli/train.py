@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -241,6 +242,8 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
 
 def main(args: ArgsType = None) -> None:
     """Run `train.py`; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
+    if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
+        os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
         _mute_advertising()
         TrainCLI(args)

@@ -1,7 +1,9 @@
 """`train.py` on several ranks, as its user starts it."""
 
+import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 SETTINGS = [
     *("--config", "configs/quickstart.yaml"),
     "--model.config.num_layers=4",
@@ -28,9 +31,8 @@ SETTINGS = [
 
 
 def train_py(*args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, "train.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
@@ -50,6 +52,33 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     done = train_py("fit", *settings, samples, *rest, launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
+
+
+def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hosts = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0]}).encode()).decode()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for node in (0, 1):  # what `deepspeed --hostfile ... --no_local_rank train.py` starts on each node
+        launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={hosts}", f"--node_rank={node}"]
+        launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
+        settings = [*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
+        settings += [
+            "--trainer.devices=1",
+            "--trainer.num_nodes=2",
+            "--model.train_tokens=512",
+            "--trainer.callbacks=[]",
+        ]
+        nodes.append(
+            subprocess.Popen(
+                [*launcher, "train.py", "fit", *settings], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
+            )
+        )
+    for node in nodes:
+        assert node.wait(timeout=200) == 0, node.communicate()[1].decode()[-2000:]
+    assert json.loads((run / "summary.json").read_text())["tokens"] == 512
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["raises", "hangs"])
