@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test check format docs compare clean
+.PHONY: help install quickstart test check format docs compare bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,12 @@ docs: install  ## bring the README's table of flags up to date
 compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 25 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python benchmarks/compare.py
+
+bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, the paper's models (8 minutes)
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python benchmarks/expert_parallel.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

