@@ -107,6 +107,11 @@ def finish(temporary: Path, path: Path, document: dict[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def abandon(temporary: Path) -> None:
+    """Delete what was not finished; nothing if it was."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint, or the link to one."""
     if path.is_symlink():

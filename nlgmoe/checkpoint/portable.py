@@ -47,10 +47,13 @@ class PortableCheckpointIO(CheckpointIO):
             entries["optimizer"], rest["optimizer_groups"] = _optimizer_to_entries(state)
         document, entries["state"] = make_document(rest)
         temporary = folder.begin(Path(path))
-        for kind, tensors in entries.items():
-            if tensors:
-                folder.write_tensors(temporary, kind, tensors)
-        folder.finish(temporary, Path(path), document)
+        try:
+            for kind, tensors in entries.items():
+                if tensors:
+                    folder.write_tensors(temporary, kind, tensors)
+            folder.finish(temporary, Path(path), document)
+        finally:
+            folder.abandon(temporary)
 
     @override
     def load_checkpoint(
