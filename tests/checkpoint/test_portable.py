@@ -142,7 +142,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space left"):
         io.save_checkpoint({"state_dict": {"model.x": torch.zeros(2)}, "model_config": {}}, path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["model.x"], torch.ones(2))
-    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["a.ckpt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_overwriting_and_removing(tmp_path: Path) -> None:
