@@ -18,7 +18,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
-from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
@@ -75,16 +75,28 @@ class MoEGPTModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Build the GPT, once."""
+        """Build the GPT, once.
+
+        Raises:
+            ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them.
+        """
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        placed: Mapping[int, ExpertPlacement] = {}
+        if isinstance(strategy, PlacesExperts):
+            placed = strategy.expert_placements(self.config)
         if self.model is None:
-            strategy = self._trainer.strategy if self._trainer is not None else None
-            placed = strategy.expert_placements(self.config) if isinstance(strategy, PlacesExperts) else None
-            self.model = GPT(self.config, self.seed, self.activation_checkpointing, placed or {})
+            self.model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+        elif not self.model.has_placements(placed):
+            raise ValueError(
+                "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
+                "MoEGPTModule for every trainer, and do not use module.gpt before fit"
+            )
 
     @property
     def gpt(self) -> GPT:
         """The model; built if it is not yet."""
-        self.configure_model()
+        if self.model is None:
+            self.configure_model()
         assert self.model is not None
         return self.model
 

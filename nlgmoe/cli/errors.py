@@ -25,6 +25,8 @@ _OF_ANOTHER_RANK = (
     "Timed out waiting",
     "Broken pipe",
     "Timeout(ms)",
+    "pair closure",
+    "waiting for clients",
 )
 
 

@@ -37,6 +37,8 @@ def from_megatron(
     if output is None:
         print(text, end="")
     else:
+        if Path(output).exists():
+            raise UsageError(f"output={output} exists already; name another file, or delete it")
         Path(output).write_text(text)
 
 

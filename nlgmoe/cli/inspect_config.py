@@ -63,6 +63,8 @@ def inspect_config(
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
     cost = estimate(model, topology, gpu, utilisation)
     ways = [] if cost.fits else suggestions(model, topology, gpu, utilisation)
+    if settings.get("trainer", {}).get("accelerator") == "cpu" and not json:
+        print(f"note                   the files name a CPU; speed and memory below are those of {hardware}")
     inputs = {"files": files, "hardware": hardware, "utilisation": utilisation}
     if json:
         print(json_format.dumps(as_json(model, topology, gpu, cost, ways, inputs), indent=2))

@@ -71,6 +71,10 @@ def refuse_second_run(folder: Path, checkpoint: Any) -> None:
         ValueError: `folder` holds a run and there is no checkpoint to resume.
     """
     if checkpoint is None and (folder / "config.yaml").exists():
+        if not any(folder.rglob("*.ckpt")):
+            raise ValueError(
+                f"{folder} holds a run that left no checkpoint: delete it, or choose another trainer.default_root_dir"
+            )
         raise ValueError(
             f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
         )
@@ -84,6 +88,7 @@ class TrainCLI(LightningCLI):
     """fit, validate, test and predict from YAML files and flags."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        self._runs = run
         super().__init__(
             MoEGPTModule,
             PileDataModule,
@@ -116,6 +121,9 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data's windows are as long as the model's sequences."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
+        if not self._runs:  # a run's own config.yaml says how it was started too
+            for name in ("ckpt_path", "weights_only"):
+                parser.add_argument(f"--{name}", type=Any, default=None, help="of a run; not used where nothing is run")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -155,8 +163,12 @@ class TrainCLI(LightningCLI):
         """
         folder = Path(self.trainer.default_root_dir)
         checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint == "last" and not any(folder.rglob("last*.ckpt")):
-            raise ValueError(f"ckpt_path=last: there is no last.ckpt in {folder}; leave ckpt_path out to start a run")
+        empty = (
+            "delete that folder to start again"
+            if (folder / "config.yaml").exists()
+            else "leave ckpt_path out to start a run"
+        )
+        self._require_last(folder, empty)
         if self.trainer.is_global_zero:
             refuse_second_run(folder, checkpoint)
         try:  # an unwritable folder is found out now, not after tokenising a corpus
@@ -169,11 +181,20 @@ class TrainCLI(LightningCLI):
             ) from error
 
     def before_validate(self) -> None:
-        """Say so where the weights are random."""
+        """Say so where the weights are random.
+
+        Raises:
+            ValueError: there is no checkpoint to evaluate.
+        """
+        self._require_last(Path(self.trainer.default_root_dir), "give the path of a checkpoint")
         if self._get(self.config, "ckpt_path") is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
 
     before_test = before_predict = before_validate
+
+    def _require_last(self, folder: Path, remedy: str) -> None:
+        if self._get(self.config, "ckpt_path") == "last" and not any(folder.rglob("last*.ckpt")):
+            raise ValueError(f"ckpt_path=last: there is no last.ckpt in {folder}; {remedy}")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

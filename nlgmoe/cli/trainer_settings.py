@@ -32,7 +32,10 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     """
     accelerator = trainer["accelerator"]
     no_gpu = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
-    why = "but PyTorch finds no GPU here; set it to cpu or auto, or check the driver with nvidia-smi"
+    why = (
+        "but PyTorch finds no GPU here; add --config configs/hardware/cpu.yaml to run without one, or check the driver with "
+        "nvidia-smi"
+    )
     _require(not no_gpu, "accelerator", accelerator, why)
 
 

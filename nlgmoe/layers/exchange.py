@@ -47,13 +47,14 @@ class Journey:
         expert = torch.arange(placement.count, device=rows.device).repeat(ranks)
         by_source = torch.repeat_interleave(expert, given.flatten(), output_size=sum(received))
         self._order = by_source.argsort(stable=True)  # rows come sorted by source; the experts want them by expert
-        self._rows = _Depart.apply(rows[: sum(sent)], self._exchange)
+        self._rows = _Depart.apply(_first(rows, sum(sent)), self._exchange)
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         """Rows for the experts held here, sorted by expert, and how many each of them gets, `[e]`."""
         if self._placement.group is None:
             return self._rows, self._rows_here
         arrived = _Arrive.apply(self._rows, self._exchange)
+        del self._rows  # not needed while the experts run
         return arrived.index_select(0, self._order), self._rows_here
 
     def back(self, y: Tensor) -> Tensor:
@@ -64,7 +65,13 @@ class Journey:
         place[self._order] = torch.arange(len(place), device=place.device)
         exchange = self._exchange.reversed()
         home = _Arrive.apply(_Depart.apply(y.index_select(0, place), exchange), exchange)
-        return torch.cat([home, home.new_zeros(self._total - len(home), home.shape[1])])
+        stayed = self._total - len(home)
+        return torch.cat([home, home.new_zeros(stayed, home.shape[1])]) if stayed else home
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """`rows[:count]`, without the copy that its gradient would take where that is all of them."""
+    return rows if count == len(rows) else rows[:count]
 
 
 class _Exchange:

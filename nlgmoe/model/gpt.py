@@ -21,7 +21,7 @@ from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.seeding import derive_seed
 
 NoiseKey = tuple[int, ...]
@@ -144,6 +144,15 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length, cache.mask = cached + new, history
         return GPTOutput(self.final_norm(x), routings)
+
+    def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
+        """Whether the experts are those of `placements`; blocks not named have all of theirs here."""
+        for layer, count in enumerate(experts_per_layer(self.config)):
+            wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
+            moe = self.blocks[layer].moe
+            if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
+                return False
+        return True
 
     @property
     def unembedding(self) -> Tensor:

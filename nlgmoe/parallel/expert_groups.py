@@ -90,15 +90,16 @@ def place(config: GPTConfig, degrees: dict[int, int], groups: dict[int, ExpertGr
 
 
 def describe(config: GPTConfig, degrees: dict[int, int], world_size: int) -> str:
-    """One line per kind of layer: degree, copies of each expert, expert parameters on a rank."""
+    """One line per kind of layer (blocks counted from 1): degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     lines = []
     for count, degree in sorted({(experts[layer], degree) for layer, degree in degrees.items()}):
         layers = [layer for layer, other in degrees.items() if (experts[layer], other) == (count, degree)]
         here = count // degree
         size = here * expert_parameters(config) * len(layers)
+        blocks = ", ".join(str(layer + 1) for layer in layers)
         lines.append(
-            f"blocks {', '.join(map(str, layers))}: {count} experts, expert-parallel degree {degree}, {here} a rank "
-            f"({size / 1e6:,.1f}M parameters), {world_size // degree} copies of each"
+            f"blocks {blocks}: {count} experts, expert-parallel degree {degree}, {here} a rank "
+            f"({size / 1e6:,.1f}M parameters), each on {world_size // degree}"
         )
     return "\n".join(lines)

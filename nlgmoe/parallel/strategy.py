@@ -107,6 +107,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self._degrees: dict[int, int] = {}
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint that is being loaded
+        self._engine: Any = None  # of training; evaluation afterwards keeps it
 
     # ---- processes and groups
 
@@ -167,17 +168,29 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.deepspeed_moe import correct_stage_0, present_to_engine
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
-        if self.stage == 0 and self.precision_plugin._desired_dtype == torch.float16:
-            raise ValueError(
-                f"trainer.precision={self.precision_plugin.precision} needs trainer.strategy.stage 1 or 2: at stage 0 DeepSpeed "
-                "unscales fp16 gradients by the wrong scale whenever the scale grows"
-            )
+        self._check_fp16(self.precision_plugin)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         for layer, degree in zip(layers, self._degrees.values(), strict=True):
             if degree > 1:
                 present_to_engine(layer, self._groups[degree])
         super()._initialize_deepspeed_train(model)
-        correct_stage_0(self.deepspeed_engine)
+        self._engine = self.model
+        correct_stage_0(self._engine)
+
+    def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
+        if plugin._desired_dtype != torch.float16:
+            return
+        from deepspeed.accelerator import get_accelerator
+
+        if not get_accelerator().is_fp16_supported():
+            raise ValueError(
+                f"trainer.precision={plugin.precision}: DeepSpeed has no fp16 on this device; use bf16-mixed"
+            )
+        if self.stage == 0:
+            raise ValueError(
+                f"trainer.precision={plugin.precision} needs trainer.strategy.stage 1 or 2: at stage 0 DeepSpeed unscales fp16 "
+                "gradients by the wrong scale whenever the scale grows"
+            )
 
     @override
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
@@ -224,11 +237,16 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Write the portable checkpoint, each rank what it owns.
 
         Raises:
-            ValueError: a rank could not write; every rank raises, and what was there before is untouched.
+            ValueError: a rank could not write; every rank raises, and what was there before is untouched. Or nothing is
+                being trained.
         """
         from nlgmoe.parallel.checkpointing import save
 
-        save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self.deepspeed_engine)
+        if self._engine is None:
+            raise ValueError(
+                f"{filepath}: there is nothing to save without training; copy the checkpoint that was evaluated"
+            )
+        save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self._engine)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

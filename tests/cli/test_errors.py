@@ -620,3 +620,28 @@ def test_load_config_raises_the_same_line(files: list[str], settings: dict, word
         load_config(known, **settings)
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_nothing_is_evaluated_where_a_checkpoint_was_asked_for(
+    subcommand: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                subcommand,
+                "--config",
+                str(ROOT / "configs/quickstart.yaml"),
+                "--ckpt_path=last",
+                f"--trainer.default_root_dir={tmp_path}",
+            ]
+        )
+    assert end.value.code == 1
+    assert f"ckpt_path=last: there is no last.ckpt in {tmp_path}; give the path" in capsys.readouterr().err
+
+
+def test_a_run_that_left_no_checkpoint_can_be_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--trainer.default_root_dir={tmp_path}"])
+    assert "holds a run that left no checkpoint: delete it" in capsys.readouterr().err

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import socket
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ class Overflow(Callback):
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, int, float]] = []
+        self.remove_hook: Callable[[], None] = lambda: None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         scaler = trainer.strategy.deepspeed_engine.optimizer.loss_scaler
@@ -136,7 +138,11 @@ class Overflow(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         if len(self.seen) == 3 and trainer.global_rank == 1:
             experts = pl_module.gpt.blocks[1].moe.experts.project_weight
-            experts.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+            hook = experts.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+            self.remove_hook = hook.remove
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.remove_hook()
 
 
 class Traffic(Callback):
@@ -265,14 +271,41 @@ def resume(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
     return on_ranks(cell, ranks, folder, SavesAtStart(folder / f"{cell.name}.ckpt"), checkpoint=checkpoint)
 
 
-def overflow(cell: Cell, ranks: int, folder: Path) -> list[tuple[float, int, float]]:
-    """What `Overflow` saw in four steps of fp16; DeepSpeed says it has none on this CPU, which has it, slowly."""
+def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, int, float]], float]:
+    """What `Overflow` saw in four steps of fp16, and the loss scale with which its checkpoint goes on.
+
+    DeepSpeed says that this CPU has no fp16; it has it, slowly.
+    """
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: True  # type: ignore[method-assign]
-    callback = Overflow()
+    callback, resumed = Overflow(), Overflow()
     on_ranks(cell, ranks, folder, callback)
-    return callback.seen
+    again = replace(cell, steps=cell.steps + 1)
+    on_ranks(again, ranks, folder, resumed, checkpoint=folder / f"{cell.name} at the end.ckpt")
+    return callback.seen, resumed.seen[0][0]
+
+
+def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
+    """What is said of a folder that lacks one rank's file, and of a module whose model was built before."""
+    messages = []
+    path = folder / f"{cell.name} broken.ckpt"
+    if distributed.get_rank() == 0:
+        shutil.copytree(folder / f"{cell.name} at the end.ckpt", path)
+        (path / f"model-00001-of-{ranks:05}.safetensors").unlink()
+    distributed.barrier()
+    trainer = make_trainer(cell, ranks, folder, strategy=strategy_of(cell))
+    try:
+        trainer.validate(cell.module(), SyntheticData(), ckpt_path=path, verbose=False)
+    except ValueError as error:
+        messages.append(str(error))
+    module = cell.module()
+    assert module.gpt is not None
+    try:
+        make_trainer(cell, ranks, folder, strategy=strategy_of(cell)).fit(module, SyntheticData())
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
 
 
 def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
@@ -336,7 +369,7 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
-    return [job(cell, ranks, folder, *(args if job in (evaluate, resume) else ())) for job, cell in jobs]
+    return [job(cell, ranks, folder, *(args if job in (evaluate, resume, refused) else ())) for job, cell in jobs]
 
 
 class Raises(Callback):

@@ -41,7 +41,7 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     samples = "--trainer.callbacks.init_args.max_new_tokens=4"
     done = train_py("fit", *settings, samples, "--trainer.devices=2", "--model.train_tokens=1024")
     assert done.returncode == 0, done.stderr
-    assert "blocks 1: 2 experts, expert-parallel degree 2, 1 a rank" in done.stderr + done.stdout
+    assert "blocks 2: 2 experts, expert-parallel degree 2, 1 a rank" in done.stderr + done.stdout
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (4, 1024)
     assert len(list((run / "checkpoints" / "last.ckpt").glob("model-*"))) == 2
@@ -88,7 +88,7 @@ def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path,
         *(*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
         *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.distributed.cells.Raises"),
         *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
-        "--trainer.strategy.init_args.timeout_seconds=10",
+        f"--trainer.strategy.init_args.timeout_seconds={20 if hangs else 120}",  # also bounds how far apart they may start
     )
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode not in (0, None)

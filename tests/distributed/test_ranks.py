@@ -26,6 +26,7 @@ from tests.distributed.cells import (
     make_trainer,
     on_ranks,
     overflow,
+    refused,
     resume,
     run_all,
     spawn,
@@ -71,6 +72,7 @@ HALF = [
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
+REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
     Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
     Cell("traffic, bf16, recomputed", 2, 2, moe=DROPLESS, steps=2, precision="bf16-mixed", checkpointing=True),
@@ -116,6 +118,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Found:
         if ranks == 2:
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW)]
             jobs += [(traffic, cell) for cell in TRAFFIC]
+            jobs += [(refused, REFUSED)]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -158,12 +161,15 @@ def test_half_precision_follows_single(cell: Cell, found: Found, tmp_path: Path)
     expected = alone(replace(cell, precision="32-true"), 2, tmp_path)
     for outcome in found[on_ranks, cell.name]:
         assert outcome.losses == pytest.approx(expected.losses, rel=2e-2)
+        norms = [sum(squares.values()) ** 0.5 for squares in expected.squares]
+        assert outcome.clip_norms == pytest.approx(norms, rel=5e-2)
         # The first steps are as close as bf16 is: no step is lost or taken twice.
         assert outcome.losses[:4] == pytest.approx(expected.losses[:4], rel=1e-3)
 
 
 def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
-    for rank, seen in enumerate(found[overflow, OVERFLOW.name]):
+    for rank, (seen, resumed_with) in enumerate(found[overflow, OVERFLOW.name]):
+        assert resumed_with == seen[-1][0]
         scales, tokens, weights = zip(*seen, strict=True)
         assert scales == (2.0**11, 2.0**11, 2.0**11, 2.0**10), rank
         assert tokens == tuple(SAMPLES * 16 * step for step in range(4))
@@ -215,6 +221,24 @@ def test_a_checkpoint_goes_on_in_any_topology(
     for outcome in found[resume, cell.name]:
         assert outcome.losses == pytest.approx(undisturbed.losses[3:], rel=1e-5)
         assert outcome.validation == pytest.approx(undisturbed.validation, rel=1e-5)
+
+
+@cases(TOPOLOGIES)
+def test_one_process_goes_on_from_what_ranks_saved(
+    ranks: int, cell: Cell, found: Found, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert found[resume, cell.name]
+    again = checkpoint.parent / str(ranks) / f"{cell.name}.ckpt"
+    undisturbed = train(ALONE, 1, tmp_path, SAMPLES, 1)
+    outcome = train(ALONE, 1, tmp_path / "again", SAMPLES, 1, checkpoint=again)
+    assert outcome.losses == pytest.approx(undisturbed.losses[3:], rel=1e-6)
+
+
+def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
+    for messages in found[refused, REFUSED.name]:
+        lacks, built = messages
+        assert "the checkpoint lacks blocks." in lacks
+        assert "make a new MoEGPTModule for every trainer" in built
 
 
 @cases(TOPOLOGIES)

@@ -85,6 +85,7 @@ def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> 
     main(["fit", "--config", str(run / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'again'}"])
     again = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert (again["val_loss"], again["train_loss"]) == (first["val_loss"], first["train_loss"])
+    assert load_config(run / "config.yaml").module.train_tokens == 300
 
 
 def test_load_config_overrides_settings_and_keeps_runs_apart(pocket_pile: Path, tmp_path: Path) -> None:

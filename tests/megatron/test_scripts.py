@@ -189,6 +189,10 @@ def test_the_command_writes_comments_notes_and_skipped_flags(
     printed = capsys.readouterr().out
     main(["from-megatron", str(path), *options, "--output", str(output)])
     assert output.read_text() == printed
+    with pytest.raises(SystemExit):  # nothing is overwritten, least of all the script
+        main(["from-megatron", str(path), *options, "--output", str(path)])
+    assert "exists already; name another file" in capsys.readouterr().err
+    assert path.read_text().startswith("RATE=")
     assert printed.startswith("# run.sh, translated by")
     assert "# NOT TRANSLATED, unknown: --no-such-flag 3 (line 2).\n" in printed
     assert "# --deepspeed: the strategy does that.\n" in printed
