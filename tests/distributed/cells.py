@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed, multiprocessing
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data import PileDataModule
 from nlgmoe.layers.experts import Experts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -315,8 +316,27 @@ def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
     return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced")}
 
 
+TEXT = Path(__file__).parents[2] / "data" / "pocket_pile"  # where the fixture `pocket_pile` builds it
+
+
+def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
+    """All that `validate` and `test` say of an untrained model on 20 windows of text, and how many `predict` sees here."""
+    config = GPTConfig(4096, 16, cell.layers, 32, 2, init_std=0.05, moe=MoEConfig(cell.experts, **cell.moe))
+    data = PileDataModule(str(TEXT), "pocket-4k", micro_batch_size=3, seq_len=16, max_eval_windows=5)
+
+    def trainer() -> Trainer:
+        return make_trainer(cell, ranks, folder, **({} if ranks == 1 else {"strategy": strategy_of(cell)}))
+
+    (validated,) = trainer().validate(MoEGPTModule(config), data, verbose=False)
+    (tested,) = trainer().test(MoEGPTModule(config), data, verbose=False)
+    predicted = trainer().predict(MoEGPTModule(config), data)
+    assert predicted is not None
+    windows = sum(int(losses.any(dim=1).sum()) for losses in predicted)  # type: ignore[union-attr]
+    return {**validated, **tested, "windows": windows}
+
+
 def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:
-    """The validation loss of a checkpoint, on ranks with unequal numbers of windows."""
+    """The validation loss of a checkpoint."""
     trainer = make_trainer(cell, ranks, folder, strategy=strategy_of(cell))
     (found,) = trainer.validate(cell.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)
     return found["val/loss"]

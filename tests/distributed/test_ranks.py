@@ -23,6 +23,7 @@ from tests.distributed.cells import (
     Cell,
     alone,
     evaluate,
+    evaluate_text,
     make_trainer,
     on_ranks,
     overflow,
@@ -72,6 +73,7 @@ HALF = [
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
+UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
     Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
@@ -108,13 +110,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Found:
+def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pile: Path) -> Found:
     """What every job returned, by rank; one spawn per number of ranks."""
     results: Found = {}
     for ranks, cells in CELLS.items():
         folder = checkpoint.parent / str(ranks)
         topologies = TOPOLOGIES.get(ranks, [])
         jobs: list[tuple[Callable[..., Any], Cell]] = [(on_ranks, cell) for cell in cells]
+        if ranks == 3:
+            jobs += [(evaluate_text, UNEVEN)]
         if ranks == 2:
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW)]
             jobs += [(traffic, cell) for cell in TRAFFIC]
@@ -232,6 +236,15 @@ def test_one_process_goes_on_from_what_ranks_saved(
     undisturbed = train(ALONE, 1, tmp_path, SAMPLES, 1)
     outcome = train(ALONE, 1, tmp_path / "again", SAMPLES, 1, checkpoint=again)
     assert outcome.losses == pytest.approx(undisturbed.losses[3:], rel=1e-6)
+
+
+def test_evaluation_with_uneven_last_batches(found: Found, tmp_path: Path) -> None:
+    expected = evaluate_text(UNEVEN, 1, tmp_path)
+    assert expected["windows"] == 20
+    by_rank = found[evaluate_text, UNEVEN.name]
+    assert sum(rank["windows"] for rank in by_rank) == 20
+    for rank in by_rank:
+        assert {**rank, "windows": 20} == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
