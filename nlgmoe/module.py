@@ -246,13 +246,9 @@ class MoEGPTModule(LightningModule):
             ValueError: the checkpoint's model is not this one, or a run would go on in another way; the message names what
                 differs. Evaluation does not mind settings that only training looks at.
         """
-        theirs, ours, fits = (
-            checkpoint["model_config"],
-            self.config.to_dict(),
-            self.trainer.state.fn == TrainerFn.FITTING,
-        )
-        different = _differences(theirs, ours, ignore=frozenset() if fits else FREE_IN_EVALUATION)
-        if different:
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        ignored = frozenset() if fits else FREE_IN_EVALUATION
+        if different := _differences(checkpoint["model_config"], self.config.to_dict(), ignore=ignored):
             raise ValueError(
                 f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
             )
@@ -261,7 +257,7 @@ class MoEGPTModule(LightningModule):
                 f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
             )
         self.tokens_seen = checkpoint["tokens_seen"]
-        if self.trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+        if fits and "loops" in checkpoint:
             self._set_loop_counters(checkpoint)  # a step may have more or fewer micro-batches from here on
 
     def _set_loop_counters(self, checkpoint: dict[str, Any]) -> None:

@@ -47,13 +47,11 @@ def present_to_engine(layer: MoELayer, groups: ExpertGroups) -> None:
 
 def register_groups(groups: ExpertGroups) -> None:
     """Enter `groups` into DeepSpeed's tables (its own carry no timeout, so that a lost rank would hang the others)."""
-    name, degree = groups.name, groups.degree
-    world, rank = distributed.get_world_size(), distributed.get_rank()
+    name, ranks_of = groups.name, distributed.get_process_group_ranks
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = groups.parallel
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = groups.data_parallel
-    first = rank // degree * degree
-    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = range(first, first + degree)
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = range(rank % degree, world, degree)
+    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = ranks_of(groups.parallel)
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks_of(groups.data_parallel)
 
 
 def use_plain_collectives() -> None:

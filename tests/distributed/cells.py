@@ -342,15 +342,21 @@ def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:
     return found["val/loss"]
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def spawn(ranks: int, job: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
     """Run `job(*args)` on every rank; what each returned.
 
     Raises:
         AssertionError: a rank raised; the message has its traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     processes = multiprocessing.start_processes(
         _rank, (ranks, port, job, args, folder), nprocs=ranks, start_method="spawn", join=False

@@ -3,12 +3,13 @@
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.cells import free_port
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
@@ -57,9 +58,7 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
 def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hosts = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0]}).encode()).decode()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     nodes = []
     for node in (0, 1):  # what `deepspeed --hostfile ... --no_local_rank train.py` starts on each node
         launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={hosts}", f"--node_rank={node}"]
