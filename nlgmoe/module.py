@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -71,6 +72,7 @@ class MoEGPTModule(LightningModule):
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
         self._window = _Window()
+        self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @override
@@ -106,6 +108,8 @@ class MoEGPTModule(LightningModule):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = PortableCheckpointIO()
+        if isinstance(strategy.checkpoint_io, PortableCheckpointIO):
+            strategy.checkpoint_io.to_train = stage == "fit"
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, SpellsBytes):
             return
@@ -194,26 +198,38 @@ class MoEGPTModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, CountsSamples):
             data.advance(self._window.samples * world)
+        self._warn_of_another_batch(self._window.samples * world)
         self._window = _Window()
         scheduler.step()
         if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
             self.trainer.should_stop = True
+
+    def _warn_of_another_batch(self, samples: int) -> None:
+        """A run that was resumed on more ranks may take larger steps than its author thinks."""
+        if self._step_samples not in (None, samples):
+            rank_zero_warn(
+                f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
+                "data.global_batch_size keeps it the same on any number of ranks"
+            )
+        self._step_samples = samples
 
     @override
     def on_train_start(self) -> None:
         """Begin the first window.
 
         A checkpoint brings the optimizer's state, the configuration its settings: what was changed for the rest of a run
-        takes effect.
-
-        Raises:
-            ValueError: the resumed run is at its end already.
+        takes effect. A run that is at its end, perhaps killed before it could say so, is validated and summed up once more.
         """
         if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
-            raise ValueError(
+            rank_zero_warn(
                 f"the run is at its end: {self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise "
                 "model.train_tokens and model.schedule.decay_tokens"
             )
+            self.trainer.should_stop = True
+            if self.trainer.enable_validation:
+                self.trainer.validating = True
+                self.trainer.fit_loop.epoch_loop.val_loop.run()
+                self.trainer.training = True
         self._window = _Window()
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
@@ -232,6 +248,7 @@ class MoEGPTModule(LightningModule):
         """Add the model's shape and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint["model_config"] = self.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["step_samples"] = self._step_samples
         checkpoint["seed"] = self.seed
         if checkpoint["global_step"] == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
@@ -256,7 +273,7 @@ class MoEGPTModule(LightningModule):
             raise ValueError(
                 f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
             )
-        self.tokens_seen = checkpoint["tokens_seen"]
+        self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         if fits and "loops" in checkpoint:
             self._set_loop_counters(checkpoint)  # a step may have more or fewer micro-batches from here on
 
@@ -270,6 +287,8 @@ class MoEGPTModule(LightningModule):
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
             counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
+            counts |= dict.fromkeys(counts, 0)  # the next validation begins at its beginning
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

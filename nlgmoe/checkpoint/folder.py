@@ -1,25 +1,71 @@
-"""A checkpoint's folder on disk: written whole or not at all, by one process or by many; read entry by entry.
+"""A checkpoint's folder on disk, and reading it: every byte is checked.
 
     name.ckpt/
-      checkpoint.json                                 what the folder holds, and everything that is not a tensor
+      checkpoint.json                                 everything that is not a tensor
       model.safetensors                               or one file a rank: model-00000-of-00004.safetensors, ...
-      optimizer.safetensors                           likewise
-      state.safetensors                               tensors that checkpoint.json refers to; absent if there are none
+      optimizer.safetensors                           likewise; none if only weights were saved
+      state.safetensors                               tensors that checkpoint.json refers to; none if there are none
+      manifest.json                                   what is in which file: type, shape and checksum of every tensor
 
-Which file holds an entry means nothing: a reader sees the union.
+Which file holds an entry means nothing: a reader sees the union. Checksums are xxHash's 64 bits (XXH3), made for damage,
+not for malice. `writing.py` is how the folder comes to be.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+FORMAT = "nlgmoe-portable"
+VERSION = 2
+KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
+Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """The `checkpoint.json` of a folder.
+
+    Raises:
+        ValueError: there is no checkpoint at `path`, it is not in this format, or the file is damaged.
+    """
+    file = Path(path) / "checkpoint.json"
+    if Path(path).is_file():
+        raise ValueError(
+            f"{path} is a file; a checkpoint here is a folder with checkpoint.json in it (Lightning's own .ckpt files hold "
+            "pickled objects and are not read)"
+        )
+    if not file.is_file():
+        raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
+    document = _read_json(file)
+    if document.get("format") != FORMAT or document.get("version") != VERSION:
+        found = f"{document.get('format')} version {document.get('version')}"
+        raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
+    if xxhash.xxh3_64_hexdigest(file.read_bytes()) != read_manifest(path)["checkpoint.json"]:
+        raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
+    return document
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The `manifest.json` of a folder: `files`, file -> `Contents`, and the checksum of `checkpoint.json`.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no manifest.json; use another checkpoint")
+    manifest = _read_json(file)
+    if manifest.get("checksum") != checksum_of_manifest(manifest):
+        raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
+    return manifest
 
 
 class TensorFiles:
@@ -31,107 +77,132 @@ class TensorFiles:
         required: whether it is an error to find no file.
 
     Raises:
-        ValueError: a file is missing or cannot be read, or two files hold the same entry.
+        ValueError: a file is missing, or does not hold what the manifest says.
     """
 
     def __init__(self, folder: str | Path, kind: str, required: bool = True) -> None:
         self._folder, self._kind = Path(folder), kind
+        files: dict[str, Contents] = read_manifest(folder)["files"]
+        for problem in file_problems(self._folder, files, [kind]):
+            raise ValueError(f"{problem}; use another checkpoint")
+        self._contents: Contents = {}
         self._file_of: dict[str, Path] = {}
-        files = sorted(self._folder.glob(f"{kind}*.safetensors"))
-        if required and not files:
+        for name, contents in files.items():
+            if kind_of(name) == kind:
+                self._contents |= contents
+                self._file_of |= dict.fromkeys(contents, self._folder / name)
+        if required and not self._contents:
             raise ValueError(f"{folder} has no {kind}.safetensors; use another checkpoint")
-        for file in files:
-            with _opened(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dictionary)
-                    if name in self._file_of:
-                        raise ValueError(
-                            f"{file} holds {name}, and so does {self._file_of[name]}; use another checkpoint"
-                        )
-                    self._file_of[name] = file
 
     @property
     def names(self) -> set[str]:
         """All entries."""
-        return set(self._file_of)
+        return set(self._contents)
 
     def read(self, name: str) -> Tensor:
         """One entry, on the CPU.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it is damaged.
         """
-        if name not in self._file_of:
+        if name not in self._contents:
             raise ValueError(f"the checkpoint {self._folder} lacks {name} ({self._kind}); use another checkpoint")
-        with _opened(self._file_of[name]) as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        with opened(self._file_of[name]) as tensors:
+            return self._checked(name, tensors.get_tensor(name))
 
     def read_all(self) -> dict[str, Tensor]:
         """Every entry."""
         found: dict[str, Tensor] = {}
         for file in sorted(set(self._file_of.values())):
-            with _opened(file) as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            with opened(file) as tensors:
+                found |= {name: self._checked(name, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
         return found
 
-
-def begin(path: Path) -> Path:
-    """An empty folder beside `path` to write into."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    return temporary
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        if problem := difference(tensor, self._contents[name]):
+            raise ValueError(f"{self._file_of[name]}: {name} is damaged ({problem}); use another checkpoint")
+        return tensor
 
 
-def write_tensors(folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1) -> None:
-    """Write one file of entries and flush it to disk."""
-    part = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
-    file = folder / f"{kind}{part}.safetensors"
-    save_file({name: value.contiguous() for name, value in entries.items()}, file)
-    _flush(file)
+def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str] = KINDS) -> Iterator[str]:
+    """What is missing, unknown, cut off or unreadable, from the files' headers alone; the tensors are not read."""
+    for name in sorted({file.name for file in folder.glob("*.safetensors")} - files.keys()):
+        yield f"{folder / name} is unknown to manifest.json"
+    for name, contents in files.items():
+        file = folder / name
+        if kind_of(name) not in kinds:
+            continue
+        if not file.is_file():
+            yield f"{folder} has no {name}, with {_first_of(contents)}"
+            continue
+        try:
+            with opened(file) as tensors:
+                held = set(tensors.keys())
+        except ValueError as error:
+            yield str(error)
+            continue
+        for problem, names in {"lacks": contents.keys() - held, "has unknown": held - contents.keys()}.items():
+            if names:
+                yield f"{file} {problem} {_first_of(names)}"
 
 
-def finish(temporary: Path, path: Path, document: dict[str, Any]) -> None:
-    """Write `checkpoint.json`, then give the folder its name, in place of what has it."""
-    (temporary / "checkpoint.json").write_text(json.dumps(document, indent=1))
-    for file in (temporary / "checkpoint.json", temporary):
-        _flush(file)
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        path.rename(replaced)
-    temporary.rename(path)
-    _flush(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def difference(tensor: Tensor, recorded: list[Any]) -> str:
+    """How a tensor differs from its record in the manifest; empty if it does not."""
+    for what, found, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
+        if found != expected:
+            return f"its {what} is {found}, not {expected}"
+    return ""
 
 
-def abandon(temporary: Path) -> None:
-    """Delete what was not finished; nothing if it was."""
-    shutil.rmtree(temporary, ignore_errors=True)
+def kind_of(file: str) -> str:
+    """`optimizer` for `optimizer-00001-of-00004.safetensors`."""
+    return re.split(r"[-.]", file, maxsplit=1)[0]
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, or the link to one."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
-        path.rename(doomed)  # in one step: a folder with the final name is whole, also while one is deleted
-        shutil.rmtree(doomed)
+def opened(file: Path) -> Any:
+    """A tensor file, for reading.
 
-
-def _opened(file: Path) -> Any:
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         return safe_open(file, framework="pt")
     except Exception as error:  # safetensors raises its own type, which says neither the file nor what to do
-        raise ValueError(f"{file} cannot be read ({error}); use another checkpoint") from error
+        raise ValueError(f"{file} cannot be read ({error})") from error
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def record_of(tensor: Tensor) -> list[Any]:
+    """What the manifest says of a tensor."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    checksum = xxhash.xxh3_64_hexdigest(flat.view(torch.uint8).numpy().data)
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), checksum]
+
+
+def checksum_of_manifest(manifest: dict[str, Any]) -> str:
+    """Of everything in it but the checksum itself."""
+    contents = {key: value for key, value in manifest.items() if key != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether nothing is missing or cut off; the tensors are not read."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        read_document(path)
+        return not any(file_problems(path, read_manifest(path)["files"]))
+    except (ValueError, OSError):
+        return False
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (a {type(found).__name__}, not a mapping); use another checkpoint")
+    return found
+
+
+def _first_of(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ordered[0] + (f" and {len(ordered) - 1} more" if len(ordered) > 1 else "")

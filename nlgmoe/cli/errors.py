@@ -42,6 +42,14 @@ class UsageErrors(UsageError):
         self.messages = messages
 
 
+class Failures(ValueError):
+    """Several things found wrong while running: a line each."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line where the block raises.
@@ -63,7 +71,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()
-        for line in error.messages if isinstance(error, UsageErrors) else [describe(error)]:
+        for line in error.messages if isinstance(error, UsageErrors | Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(USAGE if isinstance(error, UsageError) else FAILURE) from error
 

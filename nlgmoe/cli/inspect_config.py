@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from nlgmoe.checkpoint.portable import read_document
+from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.cli.inspect_report import as_json, as_text
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.cost import UTILISATION, estimate

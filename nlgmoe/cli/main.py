@@ -11,8 +11,14 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
-COMMANDS: dict[str, Any] = {"prepare-data": prepare_data, "inspect": inspect_config, "from-megatron": from_megatron}
+COMMANDS: dict[str, Any] = {
+    "prepare-data": prepare_data,
+    "inspect": inspect_config,
+    "from-megatron": from_megatron,
+    "verify": verify_checkpoint,
+}
 
 
 def main(args: list[str] | None = None) -> None:

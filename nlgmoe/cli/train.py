@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
@@ -23,61 +21,19 @@ from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.validation_interval import ValidationInterval
-from nlgmoe.checkpoint.portable import read_document
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.cli.run_folder import RunFolder, refuse_second_run, require_checkpoint, require_writable, resolve_checkpoint
 from nlgmoe.cli.trainer_settings import check_machine, check_trainer
 from nlgmoe.data import PileDataModule
 from nlgmoe.loggers import run_folder_loggers
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.versions import versions
 
-
-class RunFolder(SaveConfigCallback):
-    """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait for `on_train_start`: only then is it known under every strategy whether the run is resumed."""
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml` and `versions.json`.
-
-        Raises:
-            ValueError: the folder holds another run.
-        """
-        if trainer.is_global_zero:
-            refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
-            self.save_config(trainer, pl_module, "fit")
-
-    @override
-    @rank_zero_only
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from."""
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(self.config)
-        if "ckpt_path" in config:
-            config["ckpt_path"] = None
-        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
-        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
-
-
-def refuse_second_run(folder: Path, checkpoint: Any) -> None:
-    """A folder holds one run, which may be resumed.
-
-    Raises:
-        ValueError: `folder` holds a run and there is no checkpoint to resume.
-    """
-    if checkpoint is None and (folder / "config.yaml").exists():
-        if not any(folder.rglob("*.ckpt")):
-            raise ValueError(
-                f"{folder} holds a run that left no checkpoint: delete it, or choose another trainer.default_root_dir"
-            )
-        raise ValueError(
-            f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
-        )
+_NEWEST = "a checkpoint; a run folder, or last for trainer.default_root_dir: the newest valid checkpoint in it"
+_CKPT_PATH_HELP = {
+    True: f"to go on from: {_NEWEST}; auto: like last, or a new run if there is none",
+    False: f"to evaluate: {_NEWEST}",
+}
 
 
 class TrainParser(OneLineParser, LightningArgumentParser):
@@ -117,6 +73,12 @@ class TrainCLI(LightningCLI):
             run=run,
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        (checkpoint,) = (action for action in parser._actions if action.dest == "ckpt_path")
+        checkpoint.help = _CKPT_PATH_HELP[subcommand == "fit"]
+        return parser
+
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data's windows are as long as the model's sequences."""
@@ -139,8 +101,8 @@ class TrainCLI(LightningCLI):
         with parser.blaming_settings():
             check_trainer(config["trainer"], has_experts=config["model"]["config"]["moe"] is not None)
         path = config.get("ckpt_path")
-        if path is not None and path not in ("last", "best", "hpc"):
-            read_document(path)
+        if path is not None and path not in ("last", "auto", "best", "hpc"):
+            require_checkpoint(Path(path))
 
     @override
     def instantiate_classes(self) -> None:
@@ -162,23 +124,10 @@ class TrainCLI(LightningCLI):
             ValueError: the run folder holds a run already, or none to resume.
         """
         folder = Path(self.trainer.default_root_dir)
-        checkpoint = self._get(self.config, "ckpt_path")
-        empty = (
-            "delete that folder to start again"
-            if (folder / "config.yaml").exists()
-            else "leave ckpt_path out to start a run"
-        )
-        self._require_last(folder, empty)
-        if self.trainer.is_global_zero:
-            refuse_second_run(folder, checkpoint)
-        try:  # an unwritable folder is found out now, not after tokenising a corpus
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
-            ) from error
+        self._find_checkpoint("leave ckpt_path out to start a run, or set it to auto")
+        if self.trainer.is_global_zero and self._get(self.config, "ckpt_path") is None:
+            refuse_second_run(folder)
+        require_writable(folder)
 
     def before_validate(self) -> None:
         """Say so where the weights are random.
@@ -186,15 +135,15 @@ class TrainCLI(LightningCLI):
         Raises:
             ValueError: there is no checkpoint to evaluate.
         """
-        self._require_last(Path(self.trainer.default_root_dir), "give the path of a checkpoint")
+        self._find_checkpoint("give the path of a checkpoint")
         if self._get(self.config, "ckpt_path") is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
 
     before_test = before_predict = before_validate
 
-    def _require_last(self, folder: Path, remedy: str) -> None:
-        if self._get(self.config, "ckpt_path") == "last" and not any(folder.rglob("last*.ckpt")):
-            raise ValueError(f"ckpt_path=last: there is no last.ckpt in {folder}; {remedy}")
+    def _find_checkpoint(self, remedy: str) -> None:
+        name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
+        self.config_init[self.subcommand]["ckpt_path"] = resolve_checkpoint(name, folder, remedy)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

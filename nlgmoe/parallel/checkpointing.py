@@ -16,13 +16,14 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, distributed, nn
 
-from nlgmoe.checkpoint import folder
-from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint.entries import MOMENTS
+from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.optim.param_groups import decays
-from nlgmoe.parallel.engine_state import MOMENTS, EngineState, Entry, local_entries
+from nlgmoe.parallel.engine_state import EngineState, Entry, local_entries
 
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -71,23 +72,27 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     with _all_or_none(path):
         document, tensors = make_document(rest)
         if rank == 0:
-            temporary = [folder.begin(path)]
+            temporary = [writing.begin(path)]
     distributed.broadcast_object_list(temporary)
     (where,) = temporary
     assert where is not None
     try:
+        files: dict[str, Contents] = {}
         with _all_or_none(path):
             for kind, entries in {"model": weights, "optimizer": moments}.items():
                 if entries:
-                    folder.write_tensors(where, kind, entries, rank, ranks)
+                    files |= writing.write_tensors(where, kind, entries, rank, ranks)
             if tensors and rank == 0:
-                folder.write_tensors(where, "state", tensors)
+                files |= writing.write_tensors(where, "state", tensors)
+        of_ranks: list[dict[str, Contents]] = [{}] * ranks
+        distributed.gather_object(files, of_ranks if rank == 0 else None)
         with _all_or_none(path):
             if rank == 0:
-                folder.finish(where, path, document)
+                files = {name: contents for one in of_ranks for name, contents in one.items()}
+                writing.finish(where, path, document, files)
     finally:
         if rank == 0:
-            folder.abandon(where)
+            writing.abandon(where)
 
 
 @contextmanager
@@ -95,14 +100,15 @@ def _all_or_none(path: Path) -> Iterator[None]:
     """Go on only if no rank raised."""
     mine: Exception | None = None
     try:
-        yield
+        with writing.explained(path):
+            yield
     except Exception as error:
         mine = error
     found: list[str | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, None if mine is None else f"{mine}")
     for rank, message in enumerate(found):
         if message is not None:
-            raise ValueError(f"rank {rank} could not write the checkpoint {path}: {message}") from mine
+            raise ValueError(f"rank {rank}: {message}") from mine
 
 
 def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:

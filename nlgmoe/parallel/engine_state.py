@@ -17,9 +17,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, distributed, nn
 
+from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.layers.experts import Experts
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

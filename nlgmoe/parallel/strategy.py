@@ -17,11 +17,13 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
@@ -251,8 +253,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read everything but weights and optimizer, which follow once the module has agreed to the rest."""
-        self._loading = Path(checkpoint_path)
-        return read_checkpoint(checkpoint_path) | {"optimizer_states": []}
+        self._loading = choose(checkpoint_path, self.lightning_module.trainer.state.fn == TrainerFn.FITTING)  # type: ignore[union-attr]
+        return read_checkpoint(self._loading) | {"optimizer_states": []}
 
     @property
     @override

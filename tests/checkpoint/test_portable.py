@@ -7,54 +7,19 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from nlgmoe.checkpoint import folder
-from nlgmoe.checkpoint.portable import PortableCheckpointIO, join_experts, load_model, split_experts
+from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint.entries import join_experts, split_experts
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
+from tests.checkpoint.runs import ACCUMULATE, CONFIG, SaveAt, fit
 from tests.synthetic import SyntheticData
 from tests.test_module import Recorder
-
-CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter"))
-ACCUMULATE = 3
-
-
-class SaveAt(Callback):
-    """Saves after the given micro-batch, wherever in an accumulation window that is."""
-
-    def __init__(self, micro_batch: int, path: Path) -> None:
-        self.micro_batch, self.path = micro_batch, path
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx + 1 == self.micro_batch:
-            trainer.save_checkpoint(self.path)
-
-
-def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | None = None, **settings: Any) -> Trainer:
-    schedule = LearningRateSchedule("cosine", min_lr=1e-4, warmup_tokens=400, decay_tokens=1500)
-    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule)
-    trainer = Trainer(
-        default_root_dir=root,
-        callbacks=list(callbacks),
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=ACCUMULATE,
-        gradient_clip_val=1.0,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        val_check_interval=4 * ACCUMULATE,
-        check_val_every_n_epoch=None,
-        **{"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **settings},
-    )
-    trainer.fit(module, SyntheticData(), ckpt_path=resume)
-    return trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -105,7 +70,8 @@ def test_model_checkpoint_keeps_the_best_the_last_and_every_nth(tmp_path: Path) 
 def test_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: Path) -> None:
     trainer = fit(tmp_path, SaveAt(6, tmp_path / "a.ckpt"), steps=2)
     files = {path.name for path in (tmp_path / "a.ckpt").iterdir()}
-    assert files <= {"checkpoint.json", "model.safetensors", "optimizer.safetensors", "state.safetensors"}
+    tensors = {"model.safetensors", "optimizer.safetensors", "state.safetensors"}
+    assert files <= {"checkpoint.json", "manifest.json"} | tensors
     model = load_file(tmp_path / "a.ckpt" / "model.safetensors")
     stack = trainer.lightning_module.gpt.blocks[3].moe.experts.expand_weight
     for expert in range(4):
@@ -138,8 +104,10 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(folder, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(writing, "save_file", full)
+    with pytest.raises(
+        ValueError, match=r"a.ckpt cannot be written \(No space left on device\); earlier checkpoints are as they were"
+    ):
         io.save_checkpoint({"state_dict": {"model.x": torch.zeros(2)}, "model_config": {}}, path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["model.x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
@@ -151,8 +119,9 @@ def test_overwriting_and_removing(tmp_path: Path) -> None:
         io.save_checkpoint({"state_dict": {"model.x": torch.tensor([value])}}, path)
     assert io.load_checkpoint(path)["state_dict"]["model.x"].item() == 2.0
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+    io.save_checkpoint({"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "b.ckpt")
     io.remove_checkpoint(path)
-    assert not path.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["b.ckpt"]
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3, 4}}])
@@ -215,14 +184,5 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}"):
         load_model(tmp_path)
     (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
-    with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 1"):
+    with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 2"):
         load_model(tmp_path)
-    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
-    file = tmp_path / "a.ckpt" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
-        load_model(tmp_path / "a.ckpt")
-    file = tmp_path / "a.ckpt" / "checkpoint.json"
-    file.write_text(file.read_text()[:-10])
-    with pytest.raises(ValueError, match=r"checkpoint.json is damaged"):
-        load_model(tmp_path / "a.ckpt")

@@ -251,7 +251,7 @@ def test_evaluation_with_uneven_last_batches(found: Found, tmp_path: Path) -> No
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
     for messages in found[refused, REFUSED.name]:
         lacks, built = messages
-        assert "the checkpoint lacks blocks." in lacks
+        assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
 
 

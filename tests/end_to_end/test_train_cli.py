@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,34 @@ def test_the_quickstart_from_training_to_resuming_and_validating(pocket_pile: Pa
     assert (run / "metrics.csv").read_text() == rows
     assert json.loads((run / "summary.json").read_text())["val_loss"] is not None
     assert "last.ckpt" not in (run / "config.yaml").read_text()
+
+
+def test_one_command_starts_and_restarts_a_run(pocket_pile: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [
+        "fit",
+        *quickstart(run, f"--data.data_dir={pocket_pile}"),
+        "--ckpt_path=auto",
+        "--model.train_tokens=500",
+    ]
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {}\n")  # of a start that was killed before its first checkpoint
+    main(command)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8
+    shutil.rmtree(run / "checkpoints" / "last.ckpt")
+    leftover = run / "checkpoints" / ".last.ckpt.writing-4194305"
+    leftover.mkdir()
+    (run / "summary.json").unlink()  # killed when all was done but this
+    with pytest.warns(UserWarning, match="the run is at its end: 512 tokens of train_tokens=500"):
+        main(command)
+    again = json.loads((run / "summary.json").read_text())
+    assert [again[name] for name in ("steps", "val_loss", "train_loss")] == [
+        summary[name] for name in ("steps", "val_loss", "train_loss")
+    ]
+    assert not leftover.exists()
+    main([*command[:-2], f"--ckpt_path={run}", "--model.train_tokens=600"])  # a run folder is as good as `last`
+    assert json.loads((run / "summary.json").read_text())["steps"] == 10
 
 
 def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> None:

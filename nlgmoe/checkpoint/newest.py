@@ -1,0 +1,88 @@
+"""Which checkpoint a run goes on from: the one that is named, or the newest valid one of a run folder."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import distributed
+
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.verify import agreed_problems
+from nlgmoe.checkpoint.writing import recover
+
+
+def choose(path: str | Path, to_train: bool = True) -> Path:
+    """The checkpoint `path`; of a run folder, its newest valid checkpoint. Every rank has to call this.
+
+    Ranks check a checkpoint together before any of them uses it, so that all have the same error. One process that is given
+    a checkpoint reads it once, checking as it goes.
+
+    Args:
+        path: a checkpoint, or a folder with checkpoints somewhere in it.
+        to_train: whether training goes on; a checkpoint that holds weights only is then of no use.
+
+    Raises:
+        ValueError: there is no valid checkpoint.
+    """
+    if is_checkpoint(path):
+        if distributed.is_initialized() and (found := agreed_problems(path)):
+            raise ValueError(f"{_summary(found)}; use another checkpoint")
+        return Path(path)
+    skipped = []
+    for candidate in _agreed_candidates(Path(path)):
+        found = agreed_problems(candidate)
+        if not found and to_train and "optimizer_groups" not in read_document(candidate):
+            found = [f"{candidate} holds weights only"]
+        if not found:
+            document = read_document(candidate)
+            rank_zero_info(f"newest checkpoint: {candidate}, step {document['global_step']}")
+            return candidate
+        rank_zero_warn(f"skipping a checkpoint that cannot be used: {_summary(found)}")
+        skipped.append(candidate.name)
+    more = f" (skipped {', '.join(skipped)})" if skipped else ""
+    raise ValueError(f"no valid checkpoint in {path}{more}; start the run anew in another folder")
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` names one checkpoint, not a folder of them."""
+    path = Path(path)
+    return path.suffix == ".ckpt" or (path / "checkpoint.json").exists() or not path.is_dir()
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is any under a folder, valid or not; one that a killed process was replacing counts."""
+    return any(folder.rglob("*.ckpt")) or any(folder.rglob(".*.ckpt.replaced-*"))
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All checkpoints under a folder, valid or not, latest first; of links to the same one, one."""
+    found: dict[Path, Path] = {}
+    for path in sorted(folder.rglob("*.ckpt")):
+        if not path.name.startswith("."):
+            found.setdefault(path.resolve(), path)
+    return sorted(found.values(), key=_saved_at, reverse=True)
+
+
+def _saved_at(path: Path) -> str:
+    """When it was written; of a damaged one, what the file system says."""
+    try:
+        return str(read_document(path)["saved_at"])
+    except (ValueError, KeyError, OSError):
+        return datetime.fromtimestamp(path.lstat().st_mtime, UTC).isoformat(timespec="microseconds")
+
+
+def _agreed_candidates(folder: Path) -> list[Path]:
+    """Of rank 0, which first brings back what a killed process was replacing."""
+    found: list[list[Path]] = [[]]
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        recover(folder)
+        found = [candidates(folder)]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def _summary(found: list[str]) -> str:
+    return found[0] + (f" (and {len(found) - 1} more problems: nlgmoe verify lists them)" if len(found) > 1 else "")

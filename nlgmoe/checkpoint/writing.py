@@ -1,0 +1,155 @@
+"""Writing a checkpoint's folder: whole or not at all, by one process or by many; deleting it; cleaning up after a kill.
+
+While it is written the folder is called `.name.ckpt.writing-PID`; one that is being replaced `.name.ckpt.replaced-PID`, one
+being deleted `.name.ckpt.removed-PID`. A folder with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nlgmoe.checkpoint.folder import Contents, checksum_of_manifest, is_whole, read_document, record_of
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+\.ckpt)\.(?P<what>writing|replaced|removed)-(?P<pid>\d+)")
+
+
+def begin(path: Path) -> Path:
+    """An empty folder beside `path` to write into."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def write_tensors(
+    folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
+) -> dict[str, Contents]:
+    """Write one file of entries and flush it to disk; what `finish` has to know of it."""
+    part = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
+    file = folder / f"{kind}{part}.safetensors"
+    entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
+    save_file(entries, file)
+    _flush(file)
+    return {file.name: {name: record_of(value) for name, value in entries.items()}}
+
+
+def finish(temporary: Path, path: Path, document: dict[str, Any], files: dict[str, Contents]) -> None:
+    """Write `checkpoint.json` and `manifest.json`, then give the folder its name, in place of what has it.
+
+    Args:
+        temporary: the folder that `begin` made.
+        path: its final name.
+        document: for `checkpoint.json`.
+        files: what `write_tensors` returned for every file.
+    """
+    text = json.dumps(document, indent=1).encode()
+    manifest: dict[str, Any] = {"checkpoint.json": xxhash.xxh3_64_hexdigest(text), "files": files}
+    manifest["checksum"] = checksum_of_manifest(manifest)
+    (temporary / "checkpoint.json").write_bytes(text)
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=None, separators=(",", ":")))
+    for file in (temporary / "checkpoint.json", temporary / "manifest.json", temporary):
+        _flush(file)
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        path.rename(replaced)  # killed between this rename and the next: `recover` undoes this one
+    temporary.rename(path)
+    _flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say what could not be written, why, and what to do.
+
+    Raises:
+        ValueError: in place of what the file system raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(
+            f"the checkpoint {path} cannot be written ({reason}); earlier checkpoints are as they were: make room, or the "
+            "folder writable, and go on with --ckpt_path last"
+        ) from error
+
+
+def abandon(temporary: Path) -> None:
+    """Delete what was not finished; nothing if it was."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> bool:
+    """Delete a checkpoint, or the link to one; refuse, with False, if no other one in its folder is whole.
+
+    A run that has nothing else to go on from keeps it, whoever asks.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        others = {other.resolve() for other in path.parent.glob("*.ckpt")} - {path.resolve()}
+        if is_whole(path) and not any(_replaces(other, path) for other in sorted(others)):
+            return False
+        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        path.rename(doomed)  # in one step: a folder with the final name is whole, also while one is deleted
+        shutil.rmtree(doomed)
+    return True
+
+
+def _replaces(other: Path, path: Path) -> bool:
+    """Whether `other` is whole, and training can go on from it if it can from `path`."""
+    if not is_whole(other):
+        return False
+    return "optimizer_groups" in read_document(other) or "optimizer_groups" not in read_document(path)
+
+
+def recover(run_folder: Path) -> None:
+    """Clean up after processes that were killed: half-written and half-deleted folders go, a replaced one comes back.
+
+    What a process that is still there may be busy with is left alone.
+    """
+    for leftover in sorted(run_folder.rglob(".*.ckpt.*")):
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match is None:
+            continue
+        path = leftover.with_name(match["name"])
+        if match["what"] == "replaced" and not path.exists() and not path.is_symlink():
+            leftover.rename(path)
+        elif not _is_alive(int(match["pid"])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine has this number, other than ourselves."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

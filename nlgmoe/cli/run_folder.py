@@ -1,0 +1,116 @@
+"""The run folder, `trainer.default_root_dir`: one run, its resolved configuration, and the checkpoints it goes on from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
+from nlgmoe.versions import versions
+
+
+class RunFolder(SaveConfigCallback):
+    """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for `on_train_start`: only then is it known under every strategy whether the run is resumed."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `config.yaml` and `versions.json`.
+
+        Raises:
+            ValueError: the folder holds another run.
+        """
+        if trainer.is_global_zero:
+            if self.config.get("ckpt_path") != "auto":
+                refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
+            self.save_config(trainer, pl_module, "fit")
+
+    @override
+    @rank_zero_only
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        if "ckpt_path" in config:
+            config["ckpt_path"] = None
+        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
+    """A folder holds one run, which may be resumed.
+
+    Raises:
+        ValueError: `folder` holds a run and there is no checkpoint to resume.
+    """
+    if checkpoint is None and (folder / "config.yaml").exists():
+        if not has_checkpoints(folder):
+            raise ValueError(
+                f"{folder} holds a run that left no checkpoint: start it again with --ckpt_path auto, or choose another "
+                "trainer.default_root_dir"
+            )
+        raise ValueError(
+            f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
+        )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Whether there is anything to load at `ckpt_path`; whether it is sound is found out when it is read.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if is_checkpoint(path):
+        read_document(path)
+    elif not has_checkpoints(path):
+        raise ValueError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
+
+
+def resolve_checkpoint(name: Any, folder: Path, remedy: str) -> Any:
+    """`last` and `auto` mean the run folder: its newest valid checkpoint; `auto` is content with none.
+
+    Which one that is, all ranks decide together once they know each other (`checkpoint/newest.py`).
+
+    Args:
+        name: `ckpt_path` as it was given.
+        folder: the run folder.
+        remedy: what to do if there is none.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    if name not in ("last", "auto"):
+        return name
+    found = has_checkpoints(folder)
+    if not found and name == "last":
+        raise ValueError(f"ckpt_path=last: there is no checkpoint in {folder}; {remedy}")
+    return str(folder) if found else None
+
+
+def require_writable(folder: Path) -> None:
+    """Find out now, not after tokenising a corpus.
+
+    Raises:
+        ValueError: the run folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error

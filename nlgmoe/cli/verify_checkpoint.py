@@ -1,0 +1,67 @@
+"""`nlgmoe verify`: whether a checkpoint is whole, and what it holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from nlgmoe.checkpoint.folder import Contents, kind_of, read_document, read_manifest
+from nlgmoe.cli.errors import Failures
+from nlgmoe.config import GPTConfig
+from nlgmoe.pyramid import experts_per_layer
+
+
+def verify_checkpoint(checkpoint: str) -> None:
+    """Read a checkpoint to its last byte, hold it against its checksums and its model, and print what it holds.
+
+    Args:
+        checkpoint: the folder, `NAME.ckpt`.
+
+    Raises:
+        ValueError: something is missing, unknown or damaged; a line for each.
+    """
+    from nlgmoe.checkpoint.verify import problems  # needs the model
+
+    if found := [problem.replace("\n", " ") for problem in problems(checkpoint)]:
+        raise Failures([*found, f"{checkpoint} is not valid: use another checkpoint"])
+    print(describe(Path(checkpoint)))
+
+
+def describe(path: Path) -> str:
+    """What a valid checkpoint holds, a line for each part."""
+    document, files = read_document(path), read_manifest(path)["files"]
+    made = document["versions"]
+    size = sum(file.stat().st_size for file in path.iterdir())
+    lines = [
+        f"{path}",
+        f"saved      {document['saved_at'][:19].replace('T', ' ')} UTC by nlgmoe {made['nlgmoe']}, torch {made['torch']}",
+        f"position   step {document['global_step']:,}, {document['tokens_seen']:,} tokens",
+        *(f"{kind:<10} {_held(contents)}" for kind, contents in _by_kind(files).items()),
+        f"experts    {_experts(GPTConfig.from_dict(document['model_config']))}",
+        f"resumable  {'yes' if 'optimizer_groups' in document else 'no: weights only; start a run with model.warm_start'}",
+        f"valid      {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB",
+    ]
+    return "\n".join(lines)
+
+
+def _by_kind(files: dict[str, Contents]) -> dict[str, Contents]:
+    found: dict[str, Contents] = {}
+    for file, contents in sorted(files.items()):
+        found.setdefault(kind_of(file), {}).update(contents)
+    return found
+
+
+def _held(contents: Contents) -> str:
+    values: dict[str, int] = {}
+    for kind, shape, _ in contents.values():
+        values[kind] = values.get(kind, 0) + math.prod(shape)
+    shown = ", ".join(f"{count:,} values of {kind}" for kind, count in values.items())
+    return f"{shown} in {len(contents):,} entries"
+
+
+def _experts(config: GPTConfig) -> str:
+    blocks: dict[int, list[str]] = {}
+    for block, count in enumerate(experts_per_layer(config), 1):
+        if count:
+            blocks.setdefault(count, []).append(str(block))
+    return "; ".join(f"{count} in block {', '.join(where)}" for count, where in blocks.items()) or "none: a dense model"

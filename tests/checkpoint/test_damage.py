@@ -1,0 +1,189 @@
+"""Whatever is wrong with a checkpoint is found and named, alone and while loading."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
+from nlgmoe.checkpoint.verify import problems
+from nlgmoe.cli.main import main
+from tests.checkpoint.runs import SaveAt, fit
+
+EXPERT = "blocks.3.moe.experts.2.expand_weight"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    fit(folder, SaveAt(3, folder / "a.ckpt"), steps=1)
+    return folder / "a.ckpt"
+
+
+def flip(file: Path, entry: str) -> None:
+    """One bit of one value."""
+    content = bytearray(file.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    begin, end = json.loads(content[8 : 8 + header])[entry]["data_offsets"]
+    content[8 + header + (begin + end) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def rewrite(change: Callable[[dict[str, Tensor]], object], file: str = "model.safetensors") -> Callable[[Path], None]:
+    def damage(ckpt: Path) -> None:
+        tensors = load_file(ckpt / file)
+        change(tensors)
+        save_file(tensors, ckpt / file)
+
+    return damage
+
+
+def edit(file: str, old: str, new: str) -> Callable[[Path], None]:
+    def damage(ckpt: Path) -> None:
+        text = (ckpt / file).read_text()
+        assert old in text
+        (ckpt / file).write_text(text.replace(old, new, 1))
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped bit in an expert": (
+        lambda ckpt: flip(ckpt / "model.safetensors", EXPERT),
+        rf"model.safetensors: {EXPERT} is damaged \(its checksum is \w+, not \w+\)",
+    ),
+    "a flipped bit in a moment": (
+        lambda ckpt: flip(ckpt / "optimizer.safetensors", f"exp_avg_sq/{EXPERT}"),
+        f"optimizer.safetensors: exp_avg_sq/{EXPERT} is damaged",
+    ),
+    "two experts that changed places": (
+        rewrite(lambda t: t.update({EXPERT: t[EXPERT.replace(".2.", ".1.")], EXPERT.replace(".2.", ".1."): t[EXPERT]})),
+        r"experts\.[12]\.expand_weight is damaged",
+    ),
+    "a missing expert": (rewrite(lambda t: t.pop(EXPERT)), f"model.safetensors lacks {EXPERT}"),
+    "a stray entry": (
+        rewrite(lambda t: t.update(stray=torch.ones(1))),
+        "model.safetensors has unknown stray",
+    ),
+    "a renamed entry": (
+        rewrite(lambda t: t.update({"blocks.9.x": t.pop(EXPERT)})),
+        f"model.safetensors lacks {EXPERT}",
+    ),
+    "another shape": (
+        rewrite(lambda t: t.update({EXPERT: t[EXPERT].flatten()})),
+        rf"{EXPERT} is damaged \(its shape is \[4096\], not \[32, 128\]\)",
+    ),
+    "another type": (
+        rewrite(lambda t: t.update({EXPERT: t[EXPERT].half()})),
+        f"{EXPERT} is damaged .its type is float16",
+    ),
+    "a truncated file": (
+        lambda ckpt: (ckpt / "model.safetensors").write_bytes((ckpt / "model.safetensors").read_bytes()[:-10]),
+        "model.safetensors cannot be read",
+    ),
+    "no file of weights": (
+        lambda ckpt: (ckpt / "model.safetensors").unlink(),
+        "has no model.safetensors, with blocks.0",
+    ),
+    "no file of moments": (lambda ckpt: (ckpt / "optimizer.safetensors").unlink(), "has no optimizer.safetensors"),
+    "a stray file": (
+        lambda ckpt: shutil.copy(ckpt / "model.safetensors", ckpt / "model-2.safetensors"),
+        "model-2.safetensors is unknown to manifest.json",
+    ),
+    "another step": (edit("checkpoint.json", '"global_step": 1', '"global_step": 2'), "checkpoint.json is damaged"),
+    "half a document": (
+        lambda ckpt: (ckpt / "checkpoint.json").write_text((ckpt / "checkpoint.json").read_text()[:-10]),
+        "checkpoint.json is damaged",
+    ),
+    "no document": (lambda ckpt: (ckpt / "checkpoint.json").unlink(), "no checkpoint at"),
+    "no manifest": (lambda ckpt: (ckpt / "manifest.json").unlink(), "has no manifest.json"),
+    "a forged manifest": (edit("manifest.json", EXPERT, "blocks.9.x"), "manifest.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    ckpt = tmp_path / "b.ckpt"
+    shutil.copytree(good, ckpt)
+    damage(ckpt)
+    assert any(re.search(message, problem) for problem in problems(ckpt)), list(problems(ckpt))
+    with pytest.raises(ValueError, match=message):
+        PortableCheckpointIO().load_checkpoint(ckpt)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_anywhere_goes_unnoticed(good: Path, data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from(sorted(good.iterdir())))
+    original = file.read_bytes()
+    # Headers are a small part of the files, and the part where a flip could mean something.
+    position = data.draw(st.integers(0, len(original) - 1) | st.integers(0, min(len(original), 6000) - 1))
+    flipped = bytearray(original)
+    flipped[position] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        file.write_bytes(flipped)
+        assert list(problems(good))
+    finally:
+        file.write_bytes(original)
+    assert not list(problems(good))
+
+
+def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) -> None:
+    ckpt = tmp_path / "b.ckpt"
+    shutil.copytree(good, ckpt)
+    flip(ckpt / "model.safetensors", EXPERT)
+    found = [list(problems(ckpt, rank, 3)) for rank in range(3)]
+    assert sorted(map(len, found)) == [0, 0, 1]
+
+
+def test_a_checkpoint_that_lacks_a_part_of_its_model_is_found_though_its_files_agree(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+    checkpoint["state_dict"].pop("model.blocks.1.moe.router.weight")
+    checkpoint["state_dict"]["model.stray"] = torch.ones(2)
+    checkpoint["state_dict"]["model.final_norm.bias"] = torch.ones(3)
+    PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / "b.ckpt")
+    assert list(problems(tmp_path / "b.ckpt")) == [
+        f"{tmp_path}/b.ckpt lacks blocks.1.moe.router.weight (model)",
+        f"{tmp_path}/b.ckpt has unknown stray (model)",
+        f"{tmp_path}/b.ckpt: final_norm.bias has shape [3], not the model's [32]",
+    ]
+    with pytest.raises(
+        ValueError, match=r"does not hold the model that it describes: blocks\.1\.moe\.router\.weight is missing"
+    ):
+        load_model(tmp_path / "b.ckpt")
+
+
+def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", str(good)])
+    said = capsys.readouterr().out
+    for part in (
+        "step 1, 192 tokens",
+        "experts    2 in block 2; 4 in block 4",
+        "resumable  yes",
+        "model      ",
+        "values of float32 in ",
+        "valid      ",
+    ):
+        assert part in said, said
+    shutil.copytree(good, tmp_path / "b.ckpt")
+    flip(tmp_path / "b.ckpt" / "model.safetensors", EXPERT)
+    flip(tmp_path / "b.ckpt" / "optimizer.safetensors", f"exp_avg/{EXPERT}")
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(tmp_path / "b.ckpt")])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1
+    assert [line.startswith("error: ") for line in lines] == [True] * 3
+    assert f"{EXPERT} is damaged" in lines[0] and f"exp_avg/{EXPERT} is damaged" in lines[1]
+    assert "is not valid" in lines[2]

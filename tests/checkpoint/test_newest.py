@@ -1,0 +1,157 @@
+"""A kill at any moment leaves something to go on from, and what is newest and whole is found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint.folder import is_whole
+from nlgmoe.checkpoint.newest import candidates, choose
+from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
+from tests.test_module import Recorder
+
+
+def save(path: Path, value: float) -> None:
+    checkpoint = {"state_dict": {"model.x": torch.tensor([value])}, "global_step": 0, "tensor": torch.ones(2)}
+    PortableCheckpointIO().save_checkpoint(checkpoint | {"optimizer_groups": []}, path)
+
+
+def value_of(path: Path) -> float:
+    return float(PortableCheckpointIO().load_checkpoint(path)["state_dict"]["model.x"])
+
+
+def killed_at(moment: int, action: Callable[[], None]) -> bool:
+    """Run `action` in a child that dies at its n-th contact with the file system; whether it got that far."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == moment:
+                    os._exit(9)
+                return original(*args, **kwargs)
+
+            return call
+
+        for owner, name in [
+            (Path, "rename"),
+            (Path, "mkdir"),
+            (Path, "unlink"),
+            (Path, "write_bytes"),
+            (Path, "write_text"),
+            (os, "fsync"),
+            (os, "rmdir"),
+            (os, "unlink"),
+            (writing, "save_file"),
+        ]:
+            setattr(owner, name, dying(getattr(owner, name)))
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("before", ["nothing", "a folder", "a link"])
+def test_a_kill_at_any_moment_of_writing_leaves_the_old_or_the_new_one(before: str, tmp_path: Path) -> None:
+    moment, seen = 0, set()
+    while True:
+        moment += 1
+        run = tmp_path / str(moment)
+        run.mkdir()
+        save(run / ("last.ckpt" if before == "a folder" else "step-1.ckpt"), 1.0)
+        if before == "a link":
+            (run / "last.ckpt").symlink_to("step-1.ckpt")
+        if not killed_at(moment, lambda run=run: save(run / "last.ckpt", 2.0)):  # type: ignore[misc]
+            break
+        for path in run.iterdir():  # a name without a dot in front means a whole checkpoint
+            assert path.name.startswith(".last.ckpt.") or is_whole(path)
+        writing.recover(run)
+        assert not [path for path in run.iterdir() if path.name.startswith(".")]
+        seen.add(value_of(candidates(run)[0]))
+    assert seen == {1.0, 2.0}
+    assert moment > 8
+    assert value_of(run / "last.ckpt") == 2.0
+
+
+def test_a_kill_at_any_moment_of_deleting_leaves_all_or_nothing(tmp_path: Path) -> None:
+    moment = 0
+    while True:
+        moment += 1
+        run = tmp_path / str(moment)
+        run.mkdir()
+        save(run / "a.ckpt", 1.0)
+        save(run / "b.ckpt", 2.0)
+        if not killed_at(moment, lambda run=run: PortableCheckpointIO().remove_checkpoint(run / "a.ckpt")):  # type: ignore[misc]
+            break
+        writing.recover(run)
+        assert all(is_whole(path) for path in run.iterdir())
+        assert value_of(candidates(run)[0]) == 2.0
+    assert moment > 3
+    assert [path.name for path in run.iterdir()] == ["b.ckpt"]
+
+
+def test_the_last_whole_checkpoint_is_never_deleted(tmp_path: Path) -> None:
+    for name, value in {"a.ckpt": 1.0, "b.ckpt": 2.0}.items():
+        save(tmp_path / name, value)
+    (tmp_path / "last.ckpt").symlink_to("a.ckpt")
+    file = tmp_path / "b.ckpt" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"a\.ckpt is kept: no other checkpoint beside it is whole"):
+        PortableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
+    assert is_whole(tmp_path / "a.ckpt")
+    weights_only = {"state_dict": {"model.x": torch.ones(1)}, "global_step": 1}
+    PortableCheckpointIO().save_checkpoint(weights_only, tmp_path / "b.ckpt")
+    with pytest.warns(UserWarning, match=r"a\.ckpt is kept"):  # nothing could be trained on from b
+        PortableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
+    save(tmp_path / "c.ckpt", 3.0)
+    PortableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
+    assert not (tmp_path / "a.ckpt").exists()
+
+
+def test_another_process_that_is_writing_is_left_alone(tmp_path: Path) -> None:
+    busy, dead = tmp_path / f".a.ckpt.writing-{os.getppid()}", tmp_path / ".b.ckpt.writing-4194305"
+    for folder in (busy, dead, tmp_path / ".other"):
+        folder.mkdir()
+    writing.recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, ".other"]
+
+
+def test_a_run_goes_on_from_its_newest_valid_checkpoint(tmp_path: Path) -> None:
+    undisturbed, resumed = Recorder(), Recorder()
+    every = ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=2, save_top_k=-1, save_last="link")
+    fit(tmp_path, undisturbed, every)
+    (tmp_path / "all" / "step=8.ckpt" / "manifest.json").unlink()  # and so last.ckpt, which is a link to it
+    file = tmp_path / "all" / "step=6.ckpt" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.warns(UserWarning, match="skipping a checkpoint that cannot be used") as warned:
+        fit(tmp_path, resumed, resume=tmp_path)
+    skipped = [str(w.message) for w in warned if "skipping" in str(w.message)]
+    assert "has no manifest.json" in skipped[0] and "is damaged" in skipped[1] and len(skipped) == 2
+    assert resumed.losses == undisturbed.losses[4 * ACCUMULATE :]
+
+
+def test_weights_alone_are_no_way_to_go_on(tmp_path: Path) -> None:
+    fit(tmp_path, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_weights_only=True), steps=1)
+    with (
+        pytest.warns(UserWarning, match="holds weights only"),
+        pytest.raises(ValueError, match=r"no valid checkpoint in .* \(skipped step=1\.ckpt\)"),
+    ):
+        choose(tmp_path)
+    assert choose(tmp_path, to_train=False) == tmp_path / "step=1.ckpt"
+
+
+def test_when_it_was_saved_decides_not_its_step(tmp_path: Path) -> None:
+    """A run that went back to an earlier step has left later steps behind."""
+    fit(tmp_path, SaveAt(18, tmp_path / "six.ckpt"), SaveAt(9, tmp_path / "three.ckpt"), steps=6)
+    fit(tmp_path, SaveAt(12, tmp_path / "four.ckpt"), steps=4, resume=tmp_path / "three.ckpt")
+    assert [path.name for path in candidates(tmp_path)] == ["four.ckpt", "six.ckpt", "three.ckpt"]
