@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nlgmoe.checkpoint.portable import load_model
+    from nlgmoe.checkpoint.warm_start import WarmStart
     from nlgmoe.cli.train import Experiment, load_config
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.data import PileDataModule
@@ -30,6 +31,7 @@ _HOMES = {
     "MoEGPTModule": "nlgmoe.module",
     "MoELayer": "nlgmoe.layers.moe",
     "PileDataModule": "nlgmoe.data",
+    "WarmStart": "nlgmoe.checkpoint.warm_start",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
@@ -45,6 +47,7 @@ __all__ = [
     "MoEGPTModule",
     "MoELayer",
     "PileDataModule",
+    "WarmStart",
     "generate",
     "load_config",
     "load_model",

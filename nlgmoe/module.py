@@ -9,13 +9,14 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, CountsSamples, SpellsBytes
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
+from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
@@ -42,6 +43,8 @@ class MoEGPTModule(LightningModule):
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
         seed: seed of the initial weights and of all that is random in training.
+        warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`
+            leaves it out where `--ckpt_path` brings the weights.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MoEGPTModule(LightningModule):
         activation_checkpointing: bool = False,
         loss_chunk_size: int = 1024,
         seed: int = 1234,
+        warm_start: WarmStart | None = None,
     ) -> None:
         super().__init__()
         if train_tokens is not None and train_tokens < 1:
@@ -68,6 +72,7 @@ class MoEGPTModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.loss_chunk_size = loss_chunk_size
         self.seed = seed
+        self.warm_start = warm_start
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
@@ -80,19 +85,29 @@ class MoEGPTModule(LightningModule):
         """Build the GPT, once.
 
         Raises:
-            ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them.
+            ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them; or
+                `warm_start` names no checkpoint that fits.
         """
         strategy = self._trainer.strategy if self._trainer is not None else None
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
             placed = strategy.expert_placements(self.config)
         if self.model is None:
-            self.model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+            model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+            if self.warm_start is not None:
+                self._start_from(model, self.warm_start)
+            self.model = model
         elif not self.model.has_placements(placed):
             raise ValueError(
                 "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
                 "MoEGPTModule for every trainer, and do not use module.gpt before fit"
             )
+
+    def _start_from(self, model: GPT, start: WarmStart) -> None:
+        """Load the initial weights, and say what differs: also where no shape tells, such as another `top_k`."""
+        loaded = load_initial_weights(model, start)
+        changed = _differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
+        rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
 
     @property
     def gpt(self) -> GPT:
@@ -261,9 +276,14 @@ class MoEGPTModule(LightningModule):
 
         Raises:
             ValueError: the checkpoint's model is not this one, or a run would go on in another way; the message names what
-                differs. Evaluation does not mind settings that only training looks at.
+                differs. Evaluation does not mind settings that only training looks at. Or a run would go on from weights alone.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
+        if fits and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+            raise ValueError(
+                f"{self.trainer.ckpt_path} holds weights only: start a new run from it with "
+                f"model.warm_start.checkpoint={self.trainer.ckpt_path}"
+            )
         ignored = frozenset() if fits else FREE_IN_EVALUATION
         if different := _differences(checkpoint["model_config"], self.config.to_dict(), ignore=ignored):
             raise ValueError(

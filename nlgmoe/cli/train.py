@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.validation_interval import ValidationInterval
-from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.errors import UsageError, one_line_errors
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.run_folder import RunFolder, refuse_second_run, require_checkpoint, require_writable, resolve_checkpoint
 from nlgmoe.cli.trainer_settings import check_machine, check_trainer
@@ -84,8 +85,15 @@ class TrainCLI(LightningCLI):
         """The data's windows are as long as the model's sequences."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
         if not self._runs:  # a run's own config.yaml says how it was started too
-            for name in ("ckpt_path", "weights_only"):
-                parser.add_argument(f"--{name}", type=Any, default=None, help="of a run; not used where nothing is run")
+            parser.add_argument("--ckpt_path", type=Any, default=None, help="of a run; not used where nothing is run")
+        # Lightning's switch for unpickling. Configurations of earlier runs name it, and people take it for a warm start.
+        parser.add_argument("--weights_only", type=Any, default=None, help=argparse.SUPPRESS)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the arguments of `Trainer` that have no meaning here."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -100,6 +108,11 @@ class TrainCLI(LightningCLI):
         assert isinstance(parser, TrainParser)
         with parser.blaming_settings():
             check_trainer(config["trainer"], has_experts=config["model"]["config"]["moe"] is not None)
+        if config.get("weights_only") is not None:
+            raise UsageError(
+                "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights "
+                "of one, set model.warm_start.checkpoint"
+            )
         path = config.get("ckpt_path")
         if path is not None and path not in ("last", "auto", "best", "hpc"):
             require_checkpoint(Path(path))
@@ -136,7 +149,7 @@ class TrainCLI(LightningCLI):
             ValueError: there is no checkpoint to evaluate.
         """
         self._find_checkpoint("give the path of a checkpoint")
-        if self._get(self.config, "ckpt_path") is None:
+        if self._get(self.config, "ckpt_path") is None and self.model.warm_start is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
 
     before_test = before_predict = before_validate
@@ -144,6 +157,20 @@ class TrainCLI(LightningCLI):
     def _find_checkpoint(self, remedy: str) -> None:
         name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
         self.config_init[self.subcommand]["ckpt_path"] = resolve_checkpoint(name, folder, remedy)
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """A checkpoint that is resumed or evaluated brings the weights itself: then none is needed to start from.
+
+        Raises:
+            ValueError: there is no checkpoint to start from; found out now, not after tokenising a corpus.
+        """
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if arguments.get("ckpt_path") is not None:
+            self.model.warm_start = None
+        elif self.model.warm_start is not None:
+            require_checkpoint(Path(self.model.warm_start.checkpoint))
+        return arguments
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

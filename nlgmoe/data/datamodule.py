@@ -147,7 +147,8 @@ class PileDataModule(LightningDataModule):
         if differing:
             raise ValueError(
                 f"The checkpoint was trained on other data; these differ: {', '.join(differing)}. Set the data "
-                "options as in that run to resume it, or load only the weights to start a new one."
+                "options as in that run to resume it, or start a new run from its weights with "
+                "model.warm_start.checkpoint."
             )
         self.samples_consumed = state_dict["samples_consumed"]
 

@@ -19,11 +19,10 @@ from torch import Tensor, distributed, nn
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
+from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.portable import make_document
-from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.moe import MoELayer
 from nlgmoe.optim.param_groups import decays
-from nlgmoe.parallel.engine_state import EngineState, Entry, local_entries
+from nlgmoe.parallel.engine_state import EngineState
 
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -195,14 +194,7 @@ def check_names(model: nn.Module, files: TensorFiles) -> None:
     Raises:
         ValueError: they do not; the message names the first that is too few or too many.
     """
-    expected = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            parts = [name for name, _ in module.experts.named_parameters()]
-            count = module.router.num_experts
-            expected |= {f"{prefix}.experts.{expert}.{part}" for expert in range(count) for part in parts}
-        if not isinstance(module, Experts):
-            expected |= {name for name, _ in module.named_parameters(prefix=prefix, recurse=False)}
+    expected = entry_shapes(model).keys()
     for problem, names in {"lacks": expected - files.names, "has unknown": files.names - expected}.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

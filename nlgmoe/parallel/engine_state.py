@@ -1,14 +1,12 @@
 """The fp32 weights and Adam moments of a DeepSpeed engine, whatever the ZeRO stage, precision and expert-parallel degree.
 
 A parameter's values lie flat, in fragments, on the ranks that share it: one fragment each under ZeRO 1 and 2, everything
-everywhere under ZeRO 0. `Entry` is a tensor of the checkpoint (a dense parameter, or one expert of a stack), `EngineState` brings
-one together or keeps this rank's part of it.
+everywhere under ZeRO 0. `EngineState` brings an entry of the checkpoint (`checkpoint/layout.py`) together, or keeps this rank's
+part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,46 +16,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint.entries import MOMENTS
-from nlgmoe.layers.experts import Experts
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the checkpoint, and where it lies in this rank's model.
-
-    Attributes:
-        name: in the checkpoint.
-        stack: name of the parameter that holds it: itself, or a stack of experts.
-        leads: whether it stands for its whole stack: AdamW counts one number of steps for all of it.
-        parameter: that holds it.
-        start: of its values in the flat parameter.
-        shape: of the entry.
-    """
-
-    name: str
-    stack: str
-    leads: bool
-    parameter: nn.Parameter
-    start: int
-    shape: torch.Size
-
-    @property
-    def stop(self) -> int:
-        """End of its values in the flat parameter."""
-        return self.start + self.shape.numel()
-
-
-def local_entries(model: nn.Module) -> Iterator[Entry]:
-    """The entries whose parameters this rank has: all dense ones, and those of the experts that live here."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if not isinstance(module, Experts):
-                yield Entry(name, name, True, parameter, 0, parameter.shape)
-                continue
-            for index in range(len(parameter)):
-                expert, shape = module.first + index, parameter.shape[1:]
-                one = f"{prefix}.{expert}.{name.rpartition('.')[2]}"
-                yield Entry(one, name, expert == 0, parameter, index * shape.numel(), shape)
+from nlgmoe.checkpoint.layout import Entry
 
 
 class EngineState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 
 from nlgmoe import load_config
+from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli import main as nlgmoe_command
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, main
@@ -83,6 +85,10 @@ class Place:
     def whole(self) -> str:
         return f"--ckpt_path={self.trained / 'checkpoints/last.ckpt'}"
 
+    @property
+    def start(self) -> str:
+        return f"--model.warm_start.checkpoint={self.trained / 'checkpoints/last.ckpt'}"
+
     def data(self, break_it: Callable[[Path], object]) -> str:
         copy = self.folder / "data"
         shutil.copytree(self.corpus, copy)
@@ -133,6 +139,14 @@ def without(pattern: str) -> Callable[[Path], object]:
             del tensors[name]
 
     return entries("model.safetensors", drop)
+
+
+def without_training(folder: Path) -> None:
+    """As `ModelCheckpoint(save_weights_only=True)` writes it."""
+    checkpoint = PortableCheckpointIO().load_checkpoint(folder)
+    for name in ("optimizer_states", "lr_schedulers", "callbacks"):
+        del checkpoint[name]
+    PortableCheckpointIO().save_checkpoint(checkpoint, folder)
 
 
 def cut_off(file: Path) -> None:
@@ -317,6 +331,18 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.max_time=1h"),
         "trainer.max_time=1h: `Timer(duration='1h')` is not a valid",
     ),
+    "Lightning's weights_only": (
+        lambda place: place.args(place.whole, "--weights_only=true"),
+        "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights",
+    ),
+    "misspelt setting of a warm start": (
+        flag("--model.warm_start.strictt=false"),
+        "unknown setting model.warm_start.strictt; did you mean model.warm_start.strict?",
+    ),
+    "warm start from nothing": (
+        flag("--model.warm_start.strict=false"),
+        "missing setting model.warm_start.checkpoint (folder of the checkpoint",
+    ),
     "config of another command": (
         lambda place: [place.yaml("model: {seed: 1}"), "fit"],
         "unknown setting model.seed ({folder}/bad.yaml, line 1); settings stand behind `fit`",
@@ -330,6 +356,28 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
     "file as checkpoint": (
         validate(lambda place: f"--ckpt_path={place.trained / 'base.yaml'}"),
         "base.yaml is a file; a checkpoint here is a folder",
+    ),
+    "nothing to start from": (
+        lambda place: place.args("--model.warm_start.checkpoint=nowhere.ckpt", f"--data.data_dir={place.folder}"),
+        "no checkpoint at nowhere.ckpt: expected",
+    ),
+    "start from another model": (
+        lambda place: place.args(place.start, "--model.config.hidden_size=32"),
+        "token_embedding.weight ([512, 16] in the checkpoint, [512, 32] here), position_embedding.weight",
+    ),
+    "start from truncated weights": (
+        lambda place: place.args(
+            place.checkpoint(lambda ckpt: cut_off(ckpt / "model.safetensors")).replace(
+                "--ckpt_path", "--model.warm_start.checkpoint"
+            )
+        ),
+        "model.safetensors cannot be read",
+    ),
+    "weights alone to go on": (
+        lambda place: place.args(
+            place.checkpoint(without_training), "--model.train_tokens=128", "--model.warm_start.checkpoint=nowhere.ckpt"
+        ),
+        "broken.ckpt holds weights only: start a new run from it with model.warm_start.checkpoint={folder}/broken.ckpt",
     ),
     "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
@@ -567,6 +615,23 @@ def test_evaluation_does_not_mind_what_only_training_looks_at(place: Place, caps
     with pytest.raises(SystemExit):
         main(place.args(place.whole, training_only[1], "--model.train_tokens=128"))
     assert "moe.train_capacity_factor 1.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_a_new_run_from_the_weights_of_another(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    def loss(*args: str) -> str:
+        capsys.readouterr()
+        main(place.args(*args, command="validate"))
+        out, err = capsys.readouterr()
+        assert "evaluates an untrained model" not in err
+        return next(line for line in out.splitlines() if "val/loss " in line)
+
+    gone = "--model.warm_start.checkpoint=nowhere.ckpt"
+    assert loss(place.start) == loss(place.whole) == loss(place.whole, gone)
+    main(place.args(place.start))
+    document = json.loads((place.folder / "run/checkpoints/last.ckpt/checkpoint.json").read_text())
+    assert (document["global_step"], document["tokens_seen"]) == (2, 64)
+    assert place.start.partition("=")[2] in (place.folder / "run/config.yaml").read_text()
+    main(place.args(f"--ckpt_path={place.folder / 'run/checkpoints/last.ckpt'}", gone, "--model.train_tokens=128"))
 
 
 def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(

@@ -1,0 +1,68 @@
+"""The entries of a checkpoint's `model`, and where they lie in a model whose experts may be spread over ranks.
+
+A dense parameter is one entry; a stack of experts has one for each expert, under the expert's number in the whole layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.moe import MoELayer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the checkpoint, and where it lies in this rank's model.
+
+    Attributes:
+        name: in the checkpoint.
+        stack: name of the parameter that holds it: itself, or a stack of experts.
+        leads: whether it stands for its whole stack: AdamW counts one number of steps for all of it.
+        parameter: that holds it.
+        start: of its values in the flat parameter.
+        shape: of the entry.
+    """
+
+    name: str
+    stack: str
+    leads: bool
+    parameter: nn.Parameter
+    start: int
+    shape: torch.Size
+
+    @property
+    def stop(self) -> int:
+        """End of its values in the flat parameter."""
+        return self.start + self.shape.numel()
+
+
+def local_entries(model: nn.Module) -> Iterator[Entry]:
+    """The entries whose parameters this rank has: all dense ones, and those of the experts that live here."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            if not isinstance(module, Experts):
+                yield Entry(name, name, True, parameter, 0, parameter.shape)
+                continue
+            for index in range(len(parameter)):
+                expert, shape = module.first + index, parameter.shape[1:]
+                one = f"{prefix}.{expert}.{name.rpartition('.')[2]}"
+                yield Entry(one, name, expert == 0, parameter, index * shape.numel(), shape)
+
+
+def entry_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shape of every entry of the whole model, those of experts on other ranks included."""
+    shapes: dict[str, torch.Size] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            for expert in range(module.router.num_experts):
+                for part, stack in module.experts.named_parameters():
+                    shapes[f"{prefix}.experts.{expert}.{part}"] = stack.shape[1:]
+        if not isinstance(module, Experts):
+            for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+                shapes[name] = parameter.shape
+    return shapes

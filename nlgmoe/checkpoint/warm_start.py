@@ -1,0 +1,156 @@
+"""Warm start: a new run whose initial weights are those of a checkpoint. Clock, optimizer, data and noise begin at zero.
+
+Each rank reads the entries of the dense part and of its own experts, one at a time; every rank knows the shapes of all, so that
+what differs is the same list everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
+from nlgmoe.checkpoint.layout import entry_shapes, local_entries
+from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.model.gpt import GPT
+
+_EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")
+Shapes = dict[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Start a new run from the weights of a checkpoint, and from nothing else of it.
+
+    Attributes:
+        checkpoint: folder of the checkpoint, such as runs/quickstart/checkpoints/last.ckpt; of a run's folder, the newest
+            valid one.
+        strict: refuse a checkpoint that lacks a tensor of the model, has one that is unknown or one of another shape; if
+            false, what fits is loaded, the rest keeps its initial values, and what differs is listed.
+    """
+
+    checkpoint: str
+    strict: bool = True
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came of a warm start.
+
+    Attributes:
+        model_config: the model configuration of the checkpoint.
+        report: how much was loaded, and on a line each what differs.
+    """
+
+    model_config: dict[str, Any]
+    report: str
+
+
+@torch.no_grad()
+def load_initial_weights(model: GPT, start: WarmStart) -> Loaded:
+    """Put the checkpoint's weights into `model`. Where there are ranks, every rank has to call this.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, it does not fit (see `WarmStart.strict`), or nothing of it
+            does. Every rank raises.
+    """
+    with _all_or_none():
+        # Of one checkpoint only the weights are read, and checked; of a run folder the newest valid one is looked for.
+        path = Path(start.checkpoint)
+        path = path if is_checkpoint(path) else choose(path, to_train=False)
+        model_config = read_document(path)["model_config"]
+        files, here, there = TensorFiles(path, "model"), entry_shapes(model), _shapes(path)
+        fitting = {name for name, shape in here.items() if there.get(name) == shape}
+        different = describe_differences(here, there)
+        if not fitting:
+            raise ValueError(
+                f"{start.checkpoint} has nothing that fits the model: {_first(different)}; use another one"
+            )
+        if different and start.strict:
+            raise ValueError(
+                f"the weights of {path} do not fit the model: {_first(different)}; use another checkpoint, or "
+                "model.warm_start.strict=false to load what fits"
+            )
+        for entry in local_entries(model):
+            if entry.name in fitting:
+                values = files.read(entry.name).to(entry.parameter).view(-1)
+                entry.parameter.view(-1)[entry.start : entry.stop] = values
+    total, loaded = (sum(here[name].numel() for name in names) for names in (here, fitting))
+    lines = [f"the weights are those of {path}: loaded {loaded:,} of {total:,} values"]
+    return Loaded(model_config, "\n  ".join(lines + grouped(different)))
+
+
+def describe_differences(here: Shapes, there: Shapes) -> dict[str, str]:
+    """Entry -> why it is not loaded, for each that is not in the model and the checkpoint in one shape; other shapes first."""
+    found = {
+        name: f"{list(there[name])} in the checkpoint, {list(shape)} here, initialised"
+        for name, shape in here.items()
+        if name in there and there[name] != shape
+    }
+    found |= {name: "not in the checkpoint, initialised" for name in here if name not in there}
+    return found | {name: "not in the model, left out" for name in there if name not in here}
+
+
+def grouped(different: dict[str, str]) -> list[str]:
+    """A line each, but one for all the experts of a layer whose reasons are alike: `...experts.[0-3,6].expand_bias: ...`."""
+    experts: dict[tuple[str, str, str], list[int]] = {}
+    lines: dict[Any, str] = {}  # in the order of the entries
+    for name, reason in different.items():
+        if match := _EXPERT.fullmatch(name):
+            key = match["layer"], match["part"], reason
+            experts.setdefault(key, []).append(int(match["expert"]))
+            lines[key] = f"{match['layer']}.[{_ranges(experts[key])}].{match['part']}: {reason}"
+        else:
+            lines[name] = f"{name}: {reason}"
+    return list(lines.values())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _first(different: dict[str, str], count: int = 3) -> str:
+    named = ", ".join(
+        f"{name} ({reason.removesuffix(', initialised')})" for name, reason in list(different.items())[:count]
+    )
+    more = len(different) - count
+    return f"{named} and {more} more" if more > 0 else named
+
+
+def _shapes(folder: Path) -> Shapes:
+    """Shape of each `model` entry of a checkpoint."""
+    files = {name: contents for name, contents in read_manifest(folder)["files"].items() if kind_of(name) == "model"}
+    return {name: torch.Size(record[1]) for contents in files.values() for name, record in contents.items()}
+
+
+@contextmanager
+def _all_or_none() -> Iterator[None]:
+    """Go on only if no rank raised."""
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    if distributed.is_initialized():
+        found: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, None if mine is None else f"{mine}")
+        failed = [(rank, message) for rank, message in enumerate(found) if message is not None]
+        if failed and mine is None:
+            rank, message = failed[0]
+            raise ValueError(f"rank {rank} could not load the weights to start from: {message}")
+    if mine is not None:
+        raise mine

@@ -1,0 +1,167 @@
+"""Warm start: the weights of a checkpoint and nothing else of it; strict, or with a list of what differed."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint.warm_start import WarmStart, describe_differences, grouped, load_initial_weights
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.model.gpt import GPT
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from tests.synthetic import SyntheticData
+from tests.test_module import Recorder, run_validation, trainer
+
+CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five steps: whole.ckpt, and weights.ckpt without optimizer."""
+    folder = tmp_path_factory.mktemp("trained")
+    weights = ModelCheckpoint(folder, "weights", save_weights_only=True, every_n_train_steps=5, save_top_k=1)
+    run = trainer(folder, weights, max_steps=5, enable_checkpointing=True)
+    run.fit(MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2)), SyntheticData())
+    run.save_checkpoint(folder / "whole.ckpt")
+    return folder
+
+
+def module(start: WarmStart | None, config: GPTConfig = CONFIG, **settings: Any) -> MoEGPTModule:
+    return MoEGPTModule(config, AdamWConfig(lr=1e-2), warm_start=start, **settings)
+
+
+@pytest.mark.parametrize("name", ["whole.ckpt", "weights.ckpt"])
+def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
+    saved = trainer(tmp_path, limit_val_batches=1.0)
+    (expected,) = saved.validate(module(None), SyntheticData(), ckpt_path=trained / name, verbose=False)
+    start = WarmStart(str(trained / name))
+    assert run_validation(module(start), tmp_path) == expected["val/loss"]
+    assert run_validation(module(None), tmp_path) != expected["val/loss"]
+
+    warm, data, recorder = module(start), SyntheticData(), Recorder()
+    trainer(tmp_path, recorder, max_steps=2).fit(warm, data)
+    assert (warm.tokens_seen, data.samples_consumed) == (2 * 4 * 16, 2 * 4)  # from zero
+    assert recorder.steps[0][0] == 0 + 1
+    by_hand, first = module(None), Recorder()
+    by_hand.gpt.load_state_dict(warm_weights(start))
+    trainer(tmp_path, first, max_steps=2).fit(by_hand, SyntheticData())
+    assert recorder.losses == first.losses  # the same optimizer, data and noise as a new run with these weights
+
+
+def warm_weights(start: WarmStart) -> dict[str, torch.Tensor]:
+    return module(start).gpt.state_dict()
+
+
+def test_what_is_resumed_or_evaluated_keeps_its_own_weights(trained: Path, tmp_path: Path) -> None:
+    cold = run_validation(module(None), tmp_path)
+    fresh = trainer(tmp_path, max_steps=1)
+    fresh.fit(module(None), SyntheticData())
+    fresh.save_checkpoint(tmp_path / "other.ckpt")
+    again = trainer(tmp_path, limit_val_batches=1.0)
+    start = WarmStart(str(trained / "whole.ckpt"))
+    (found,) = again.validate(module(start), SyntheticData(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    (expected,) = again.validate(module(None), SyntheticData(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    assert found == expected
+    assert found["val/loss"] != cold
+
+
+CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # GPTConfig's fields, MoEConfig's, the strict error
+    "more experts": (
+        {},
+        {"num_experts": [2, 6]},
+        "blocks.3.moe.router.weight ([4, 32] in the checkpoint, [6, 32] here)",
+    ),
+    "fewer experts": (
+        {},
+        {"num_experts": [2, 3]},
+        "blocks.3.moe.router.weight ([4, 32] in the checkpoint, [3, 32] here)",
+    ),
+    "deeper": ({"num_layers": 6}, {"num_experts": [2, 4, 4]}, "blocks.4.attention_norm.weight (not in the checkpoint)"),
+    "no residual": ({}, {"mlp_type": "standard"}, "blocks.1.moe.coefficient.bias (not in the model, left out)"),
+    "longer": ({"seq_len": 32}, {}, "position_embedding.weight ([16, 32] in the checkpoint, [32, 32] here)"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_does_not_fit_is_refused_or_listed(change: str, trained: Path) -> None:
+    gpt, moe, words = CHANGED[change]
+    assert CONFIG.moe is not None
+    config = replace(CONFIG, **gpt, moe=replace(CONFIG.moe, **moe))
+    start = WarmStart(str(trained / "whole.ckpt"))
+    with pytest.raises(ValueError, match="do not fit the model") as error:
+        module(start, config).configure_model()
+    assert words in str(error.value)
+    assert "model.warm_start.strict=false to load what fits" in str(error.value)
+    assert str(error.value).count(" (") <= 3
+
+    model, files = GPT(config, seed=3), TensorFiles(trained / "whole.ckpt", "model")
+    loaded = load_initial_weights(model, replace(start, strict=False))
+    untouched, counted = GPT(config, seed=3).state_dict(), 0
+    for name, value in model.state_dict().items():
+        for expert, part in enumerate(value) if ".moe.experts." in name else [(None, value)]:
+            entry = name if expert is None else name.replace(".experts.", f".experts.{expert}.")
+            fits = entry in files.names and files.read(entry).shape == part.shape
+            start_value = untouched[name] if expert is None else untouched[name][expert]
+            assert torch.equal(part, files.read(entry) if fits else start_value), entry
+            counted += part.numel() * fits
+    total = sum(value.numel() for value in untouched.values())
+    assert f"loaded {counted:,} of {total:,} values" in loaded.report
+    assert loaded.report.count("\n") > 0
+
+
+def test_each_difference_is_listed_once_and_experts_together() -> None:
+    many, few = torch.Size([4, 4]), torch.Size([2])
+    here = {f"blocks.1.moe.experts.{e}.expand_weight": many for e in range(128)} | {"a": many, "b": few}
+    there = {f"blocks.1.moe.experts.{e}.expand_weight": many for e in (0, 1, 2, 5)} | {"a": few, "b": few, "c": few}
+    assert grouped(describe_differences(here, there)) == [
+        "a: [2] in the checkpoint, [4, 4] here, initialised",
+        "blocks.1.moe.experts.[3-4,6-127].expand_weight: not in the checkpoint, initialised",
+        "c: not in the model, left out",
+    ]
+
+
+def test_a_rank_reads_the_dense_part_and_its_own_experts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(CONFIG, placements={3: ExpertPlacement(first=2, count=2)})
+    read: list[str] = []
+    original = TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda self, name: (read.append(name), original(self, name))[1])
+    load_initial_weights(model, WarmStart(str(trained / "whole.ckpt")))
+    stored = TensorFiles(trained / "whole.ckpt", "model")
+    elsewhere = {name for name in stored.names if name.startswith(("blocks.3.moe.experts.0", "blocks.3.moe.experts.1"))}
+    assert len(elsewhere) == 8
+    assert sorted(read) == sorted(stored.names - elsewhere)
+    last = stored.read("blocks.3.moe.experts.3.project_weight")
+    assert torch.equal(model.state_dict()["blocks.3.moe.experts.project_weight"][1], last)
+
+
+def test_nothing_in_common_is_an_error_in_any_case(trained: Path) -> None:
+    other = GPTConfig(61, 8, 4, 16, 2, moe=None)
+    start = WarmStart(str(trained / "whole.ckpt"), strict=False)
+    with pytest.raises(ValueError, match=r"has nothing that fits the model: token_embedding.weight \(\[128, 32\] in"):
+        module(start, other).configure_model()
+
+
+def test_the_report_says_what_no_shape_tells(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = WarmStart(str(trained / "whole.ckpt"))
+    with caplog.at_level("INFO"):
+        module(start, replace(CONFIG, num_heads=4)).configure_model()
+    assert f"the weights are those of {start.checkpoint}: loaded" in caplog.text
+    assert "model.config was another: num_heads 2 -> 4" in caplog.text
+
+
+def test_weights_alone_are_evaluated_but_not_resumed(trained: Path, tmp_path: Path) -> None:
+    path = trained / "weights.ckpt"
+    assert {file.name for file in path.glob("*.safetensors")} == {"model.safetensors"}
+    (loss,) = trainer(tmp_path, limit_val_batches=1.0).validate(module(None), SyntheticData(), path, verbose=False)
+    assert math.isfinite(loss["val/loss"])
+    with pytest.raises(
+        ValueError, match=r"holds weights only: start a new run from it with model.warm_start.checkpoint="
+    ):
+        trainer(tmp_path, max_steps=9).fit(module(None), SyntheticData(), ckpt_path=path)
