@@ -43,10 +43,11 @@ compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (abo
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python benchmarks/compare.py
 
-bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, the paper's models (8 minutes)
+bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models (15 minutes)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python benchmarks/expert_parallel.py
+	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## remove the virtual environment and caches; data and runs stay

@@ -265,6 +265,9 @@ class MoEGPTModule(LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["step_samples"] = self._step_samples
         checkpoint["seed"] = self.seed
+        for scheduler in checkpoint.get("lr_schedulers", []):
+            # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
+            scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
         if checkpoint["global_step"] == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
             return

@@ -7,17 +7,17 @@ what differs is the same list everywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
-from nlgmoe.checkpoint.layout import entry_shapes, local_entries
+from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.model.gpt import GPT
 
@@ -54,8 +54,13 @@ class Loaded:
 
 
 @torch.no_grad()
-def load_initial_weights(model: GPT, start: WarmStart) -> Loaded:
+def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Tensor], None] | None = None) -> Loaded:
     """Put the checkpoint's weights into `model`. Where there are ranks, every rank has to call this.
+
+    Args:
+        model: the GPT, or a rank's part of it.
+        start: from what.
+        keep: what else to do with each entry that is loaded, in the type it is stored in.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, it does not fit (see `WarmStart.strict`), or nothing of it
@@ -80,8 +85,10 @@ def load_initial_weights(model: GPT, start: WarmStart) -> Loaded:
             )
         for entry in local_entries(model):
             if entry.name in fitting:
-                values = files.read(entry.name).to(entry.parameter).view(-1)
-                entry.parameter.view(-1)[entry.start : entry.stop] = values
+                whole = files.read(entry.name)
+                entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
+                if keep is not None:
+                    keep(entry, whole)
     total, loaded = (sum(here[name].numel() for name in names) for names in (here, fitting))
     lines = [f"the weights are those of {path}: loaded {loaded:,} of {total:,} values"]
     return Loaded(model_config, "\n  ".join(lines + grouped(different)))

@@ -163,6 +163,10 @@ class OneLineParser(ArgumentParser):
         assert self.settings is not None
         for subcommand in self._subparsers_by_name():
             name = name.removeprefix(f"{subcommand}.")
+        # Of a section that may be null, such as `model.warm_start`, jsonargparse names the setting alone.
+        begun = {given.name.rpartition(".")[0] for given in self.given}
+        inside = [one for one in self.settings.names() if one.rpartition(".")[0] in begun and one.endswith(f".{name}")]
+        name = inside[0] if name not in self.settings.types and len(inside) == 1 else name
         sentence = one_line(self.settings.sentences.get(name, ""))
         about = f" ({sentence.partition(' (required')[0].rstrip('.')})" if sentence else ""
         if name not in self.settings.types:  # inside a class of the configuration

@@ -398,7 +398,7 @@ _REFUSED = (
         Flag("--end-weight-decay", number),
     ),
     _refused(
-        "a checkpoint is resumed whole here; remove it",
+        "a checkpoint is resumed whole here, or a new run starts from its weights (`model.warm_start`); remove it",
         *_switches(
             "--finetune",
             "--no-load-optim",

@@ -25,6 +25,7 @@ from typing_extensions import override
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.portable import read_checkpoint
+from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
@@ -178,6 +179,18 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         super()._initialize_deepspeed_train(model)
         self._engine = self.model
         correct_stage_0(self._engine)
+        self._start_exactly()
+
+    def _start_exactly(self) -> None:
+        """Let a warm start in half precision step on the checkpoint's fp32 weights, not on what the engine made of halves."""
+        start = getattr(self.lightning_module, "warm_start", None)
+        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
+        if start is None or self.precision_plugin._desired_dtype == torch.float32:
+            return
+        from nlgmoe.parallel.engine_state import EngineState
+
+        state = EngineState(self._engine)
+        load_initial_weights(self._gpt, start, lambda entry, whole: state.put(entry, None, whole.float()))  # type: ignore[arg-type]
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
         if plugin._desired_dtype != torch.float16:

@@ -341,7 +341,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "warm start from nothing": (
         flag("--model.warm_start.strict=false"),
-        "missing setting model.warm_start.checkpoint (folder of the checkpoint",
+        "missing setting model.warm_start.checkpoint; give it as --model.warm_start.checkpoint=...",
     ),
     "config of another command": (
         lambda place: [place.yaml("model: {seed: 1}"), "fit"],

@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
+from nlgmoe.callbacks.run_summary import RunSummary
+from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import PileDataModule
 from nlgmoe.layers.experts import Experts
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from tests.synthetic import SyntheticData
@@ -48,6 +51,7 @@ class Cell:
     precision: str = "32-true"
     checkpointing: bool = False
     steps: int = 20
+    hidden: int = 32
     strategy: str = "expert_parallel"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -58,7 +62,7 @@ class Cell:
 
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""
-        config = GPTConfig(61, 16, self.layers, 32, 2, init_std=0.05, moe=MoEConfig(self.experts, **self.moe))
+        config = GPTConfig(61, 16, self.layers, self.hidden, 2, init_std=0.05, moe=MoEConfig(self.experts, **self.moe))
         return MoEGPTModule(config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing)
 
 
@@ -233,7 +237,7 @@ def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **s
         gradient_clip_val=cell.clip,
         precision=cell.precision,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -267,9 +271,61 @@ def on_ranks(cell: Cell, ranks: int, folder: Path, *callbacks: Callback, checkpo
     return train(cell, ranks, folder, share, cell.accumulate, *callbacks, checkpoint=checkpoint, strategy=strategy)
 
 
+def with_state(folder: Path) -> list[Callback]:
+    """Callbacks with a state of their own, one of which writes `folder/step=5.ckpt`."""
+    return [RunSummary(), ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)]
+
+
 def resume(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
     """Go on from a checkpoint, after saving it again as `CELL.ckpt`."""
-    return on_ranks(cell, ranks, folder, SavesAtStart(folder / f"{cell.name}.ckpt"), checkpoint=checkpoint)
+    callbacks = [SavesAtStart(folder / f"{cell.name}.ckpt"), *with_state(folder / cell.name)]
+    return on_ranks(cell, ranks, folder, *callbacks, checkpoint=checkpoint)
+
+
+def resume_halves(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
+    """Likewise from `bf16-true.ckpt` beside the checkpoint."""
+    return resume(cell, ranks, folder, checkpoint.with_name("bf16-true.ckpt"))
+
+
+def save_large(cell: Cell, ranks: int, folder: Path) -> int:
+    """Save `CELL at the end.ckpt` after a step; bytes of its tensors."""
+    on_ranks(cell, ranks, folder)
+    counted = count_parameters(cell.module().config).total
+    return 3 * 4 * counted  # weights and two moments, fp32
+
+
+def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """A new run from a checkpoint's weights: its loss at start; then what becomes of its own weights, saved alone.
+
+    `CELL warm.ckpt` is the new run before its first step, `CELL weights.ckpt` its weights after one.
+    """
+
+    def trainer(*callbacks: Callback) -> Trainer:
+        return make_trainer(cell, ranks, folder, *callbacks, strategy=strategy_of(cell))
+
+    def evaluated(module: MoEGPTModule, path: Path | None = None) -> float:
+        return trainer().validate(module, SyntheticData(), ckpt_path=path, verbose=False)[0]["val/loss"]
+
+    def warm(cell: Cell) -> MoEGPTModule:
+        module = cell.module()
+        module.warm_start = WarmStart(str(checkpoint))
+        return module
+
+    found: dict[str, Any] = {"loss": evaluated(warm(cell))}
+    fit, data = (
+        trainer(SavesAtStart(folder / f"{cell.name} warm.ckpt")),
+        SyntheticData(micro_batch_size=SAMPLES // ranks),
+    )
+    fit.fit(warm(cell), data)
+    path = folder / f"{cell.name} weights.ckpt"
+    fit.save_checkpoint(path, weights_only=True)
+    found |= {"trained": float(fit.callback_metrics["val/loss"]), "from weights": evaluated(cell.module(), path)}
+    for name, module, resumed in (("resumed", cell.module(), path), ("larger", warm(replace(cell, experts=8)), None)):
+        try:
+            trainer().fit(module, SyntheticData(), ckpt_path=resumed)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, int, float]], float]:
@@ -395,7 +451,8 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
-    return [job(cell, ranks, folder, *(args if job in (evaluate, resume, refused) else ())) for job, cell in jobs]
+    loads = (evaluate, resume, resume_halves, refused, warm_start)
+    return [job(cell, ranks, folder, *(args if job in loads else ())) for job, cell in jobs]
 
 
 class Raises(Callback):

@@ -6,6 +6,7 @@ themselves (capacity, `aux_scope: rank`): N ranks equal one process that accumul
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,14 @@ from tests.distributed.cells import (
     overflow,
     refused,
     resume,
+    resume_halves,
     run_all,
+    save_large,
     spawn,
     traffic,
     train,
+    warm_start,
+    with_state,
 )
 from tests.synthetic import SyntheticData
 
@@ -79,7 +84,8 @@ TRAFFIC = [
     Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
     Cell("traffic, bf16, recomputed", 2, 2, moe=DROPLESS, steps=2, precision="bf16-mixed", checkpointing=True),
 ]
-RESIDUAL_PYRAMID = {"experts": PYRAMID, "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
+# On 3 ranks the last layer's experts are spread, on 4 those of each layer, at degrees of their own.
+RESIDUAL_PYRAMID = {"experts": [2, 4, 6], "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
 # One checkpoint, saved by one process after three steps, goes on in each of these.
 TOPOLOGIES: dict[int, list[Cell]] = {
     1: [Cell("1 rank, ZeRO 1", 1, 1, **RESIDUAL_PYRAMID)],
@@ -89,23 +95,36 @@ TOPOLOGIES: dict[int, list[Cell]] = {
         Cell("2 ranks, degree 1, offload", 1, 1, options={"offload_optimizer": True}, **RESIDUAL_PYRAMID),
         Cell("2 ranks, ddp", strategy="ddp", **RESIDUAL_PYRAMID),
     ],
+    3: [Cell("3 ranks, degree 3, ZeRO 2", 3, 2, **RESIDUAL_PYRAMID)],
     4: [
         Cell("4 ranks, degree 4, ZeRO 2", 4, 2, **RESIDUAL_PYRAMID),
         Cell("4 ranks, degree 2, ZeRO 1", 2, 1, **RESIDUAL_PYRAMID),
     ],
 }
 ALONE = Cell("one process", **RESIDUAL_PYRAMID)
+# The same checkpoint, there and back, where weights are bf16 and the optimizer has fp32 ones.
+THROUGH_HALF = [
+    Cell(f"through {precision}, ZeRO {stage}", 2, stage, precision=precision, steps=4, **RESIDUAL_PYRAMID)
+    for precision, stage in (("bf16-mixed", 0), ("bf16-mixed", 2), ("bf16-true", 1))
+]
+FROM_HALF = Cell("from bf16-true on one process", 2, 1, steps=4, **RESIDUAL_PYRAMID)
+WARM = [
+    Cell("warm start", 2, 2, steps=1, **RESIDUAL_PYRAMID),
+    Cell("warm start, bf16-mixed", 2, 1, steps=1, precision="bf16-mixed", **RESIDUAL_PYRAMID),
+]
+LARGE = Cell("large", 2, 1, steps=1, hidden=128, moe=DROPLESS)
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one process, after three steps."""
+    """Of one process, after three steps; beside it `bf16-true.ckpt`, likewise, and `step=5.ckpt`, after two more."""
     folder = tmp_path_factory.mktemp("alone")
-    module, data = ALONE.module(), SyntheticData(micro_batch_size=SAMPLES)
-    trainer = make_trainer(replace(ALONE, steps=3), 1, folder)
-    trainer.fit(module, data)
-    trainer.save_checkpoint(folder / "three.ckpt")
+    for name, precision in {"three": "32-true", "bf16-true": "bf16-true"}.items():
+        trainer = make_trainer(replace(ALONE, steps=3, precision=precision), 1, folder)
+        trainer.fit(ALONE.module(), SyntheticData(micro_batch_size=SAMPLES))
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    train(replace(ALONE, steps=5), 1, folder, SAMPLES, 1, *with_state(folder), checkpoint=folder / "three.ckpt")
     return folder / "three.ckpt"
 
 
@@ -122,7 +141,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
         if ranks == 2:
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW)]
             jobs += [(traffic, cell) for cell in TRAFFIC]
-            jobs += [(refused, REFUSED)]
+            jobs += [(refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
+            jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -259,18 +279,106 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
 def test_every_topology_saves_what_it_loaded(ranks: int, cell: Cell, found: Found, checkpoint: Path) -> None:
     assert found[resume, cell.name]
     again = checkpoint.parent / str(ranks) / f"{cell.name}.ckpt"
+    assert_equal(again, checkpoint)
     for kind in ("model", "optimizer"):
-        original, copy = TensorFiles(checkpoint, kind), TensorFiles(again, kind)
-        assert copy.names == original.names
-        for name in original.names:
-            assert torch.equal(copy.read(name), original.read(name)), name
         if cell.strategy == "expert_parallel":  # each rank has written a part, about as much as the others
             sizes = [file.stat().st_size for file in again.glob(f"{kind}*")]
             assert len(sizes) == ranks
             assert max(sizes) < 1.5 * min(sizes)
-        assert sum(file.stat().st_size for file in again.glob(f"{kind}*")) < 1.2 * (
-            sum(file.stat().st_size for file in checkpoint.glob(f"{kind}*"))
+
+
+@pytest.mark.parametrize("cell", THROUGH_HALF, ids=lambda cell: cell.name)
+def test_fp32_weights_survive_half_precision(cell: Cell, found: Found, checkpoint: Path) -> None:
+    assert found[resume, cell.name]
+    assert_equal(checkpoint.parent / "2" / f"{cell.name}.ckpt", checkpoint)
+
+
+def test_bf16_weights_of_one_process_go_on_in_fp32(found: Found, checkpoint: Path) -> None:
+    """They are bf16 themselves: no digit is lost on the way, and none comes back."""
+    assert found[resume_halves, FROM_HALF.name]
+    halves = checkpoint.with_name("bf16-true.ckpt")
+    assert_equal(checkpoint.parent / "2" / f"{FROM_HALF.name}.ckpt", halves)
+    weights = TensorFiles(halves, "model")
+    assert {weights.read(name).dtype for name in weights.names} == {torch.bfloat16}
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    """Both hold the same entries, of the same values, in fp32 at least."""
+    for kind in ("model", "optimizer"):
+        copy, original = TensorFiles(found, kind), TensorFiles(expected, kind)
+        assert copy.names == original.names
+        for name in original.names:
+            assert torch.equal(copy.read(name).float(), original.read(name).float()), name
+
+
+@cases(TOPOLOGIES)
+def test_every_topology_saves_the_same_after_steps_of_its_own(
+    ranks: int, cell: Cell, found: Found, checkpoint: Path
+) -> None:
+    assert found[resume, cell.name]
+    ours, theirs = checkpoint.parent / str(ranks) / cell.name / "step=5.ckpt", checkpoint.with_name("step=5.ckpt")
+    for kind, moment, tolerance in (
+        ("model", "", 1e-6),
+        ("optimizer", "exp_avg/", 2e-6),
+        ("optimizer", "exp_avg_sq/", 2e-6),
+    ):
+        copy, original = TensorFiles(ours, kind), TensorFiles(theirs, kind)
+        assert copy.names == original.names
+        names = [name for name in original.names if name.startswith(moment)]
+        assert_close(
+            *({name: without_noise(name, files.read(name)) for name in names} for files in (copy, original)), tolerance
         )
+    (mine, losses), (other, expected) = rest_of(ours), rest_of(theirs)
+    assert mine == other
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def without_noise(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Without the keys' bias: its gradient is nothing but rounding (softmax does not see it), which Adam amplifies."""
+    if name.endswith("attention.qkv.bias"):
+        queries, _, values = value.chunk(3)
+        return torch.cat([queries, values])
+    return value
+
+
+def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
+    """A checkpoint's `checkpoint.json` without what measures time or memory, and the losses that are in it."""
+    document = json.loads((path / "checkpoint.json").read_text().replace(str(path.parent), "FOLDER"))
+    summary = document["callbacks"]["RunSummary"]
+    for name in ("wall_seconds", "step_seconds"):
+        assert summary.pop(name) > 0
+    document.pop("loss_scale", None)
+    return document, summary.pop("losses")
+
+
+def test_a_checkpoint_is_as_large_as_its_tensors(found: Found, checkpoint: Path) -> None:
+    path = checkpoint.parent / "2" / f"{LARGE.name} at the end.ckpt"
+    (expected,) = set(found[save_large, LARGE.name])
+    assert expected < sum(file.stat().st_size for file in path.iterdir()) < 1.02 * expected
+    for kind in ("model", "optimizer"):
+        shares = [file.stat().st_size for file in path.glob(f"{kind}*")]
+        assert max(shares) < 1.05 * sum(shares) / 2  # what a rank holds of it at once
+
+
+@pytest.mark.parametrize("cell", WARM, ids=lambda cell: cell.name)
+def test_a_new_run_on_ranks_from_the_weights_of_one_process(
+    cell: Cell, found: Found, checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(ALONE, 1, tmp_path)
+    (expected,) = trainer.validate(ALONE.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)
+    half = cell.precision != "32-true"
+    new, original = (
+        TensorFiles(path, "model") for path in (checkpoint.parent / "2" / f"{cell.name} warm.ckpt", checkpoint)
+    )
+    assert new.names == original.names
+    assert all(torch.equal(new.read(name), original.read(name)) for name in original.names)
+    weights = checkpoint.parent / "2" / f"{cell.name} weights.ckpt"
+    assert len(list(weights.glob("model-*"))) == 2 and not list(weights.glob("optimizer*"))
+    for rank in found[warm_start, cell.name]:
+        assert rank["loss"] == pytest.approx(expected["val/loss"], rel=1e-2 if half else 1e-5)
+        assert rank["from weights"] == pytest.approx(rank["trained"], rel=1e-6)
+        assert "holds weights only: start a new run from it with model.warm_start.checkpoint=" in rank["resumed"]
+        assert "blocks.1.moe.router.weight ([2, 32] in the checkpoint, [8, 32] here)" in rank["larger"]
 
 
 @cases(TOPOLOGIES)
