@@ -84,7 +84,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # GPTConfig'
         "blocks.3.moe.router.weight ([4, 32] in the checkpoint, [3, 32] here)",
     ),
     "deeper": ({"num_layers": 6}, {"num_experts": [2, 4, 4]}, "blocks.4.attention_norm.weight (not in the checkpoint)"),
-    "no residual": ({}, {"mlp_type": "standard"}, "blocks.1.moe.coefficient.bias (not in the model, left out)"),
+    "no residual": ({}, {"mlp_type": "standard"}, "blocks.1.moe.mlp.expand.weight (not in the model, left out)"),
     "longer": ({"seq_len": 32}, {}, "position_embedding.weight ([16, 32] in the checkpoint, [32, 32] here)"),
 }
 

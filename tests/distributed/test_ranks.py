@@ -345,6 +345,7 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
     """A checkpoint's `checkpoint.json` without what measures time or memory, and the losses that are in it."""
     document = json.loads((path / "checkpoint.json").read_text().replace(str(path.parent), "FOLDER"))
     summary = document["callbacks"]["RunSummary"]
+    document.pop("saved_at")
     for name in ("wall_seconds", "step_seconds"):
         assert summary.pop(name) > 0
     document.pop("loss_scale", None)
