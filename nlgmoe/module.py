@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
+from nlgmoe.model.first_non_finite import first_non_finite
 from nlgmoe.model.gpt import GPT
+from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
 from nlgmoe.seeding import derive_seed
@@ -45,6 +47,7 @@ class MoEGPTModule(LightningModule):
         seed: seed of the initial weights and of all that is random in training.
         warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`
             leaves it out where `--ckpt_path` brings the weights.
+        non_finite: what to do about a step whose loss or gradients are NaN or infinite.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class MoEGPTModule(LightningModule):
         loss_chunk_size: int = 1024,
         seed: int = 1234,
         warm_start: WarmStart | None = None,
+        non_finite: NonFinite = NonFinite(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if train_tokens is not None and train_tokens < 1:
@@ -76,6 +80,7 @@ class MoEGPTModule(LightningModule):
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
+        self.guard = StepGuard(non_finite)
         self._window = _Window()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
@@ -138,7 +143,21 @@ class MoEGPTModule(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
-        key = self._noise_key()
+        loss, losses, self.routings = self._losses(batch, len(self._window.batches))
+        of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
+        for name, value in zip(losses, of_all_ranks, strict=True):
+            self.log(name, value, prog_bar=name == "train/loss")
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("train/tokens", float(self.tokens_seen))
+        self._window.add(batch, of_all_ranks.sum())
+        return loss
+
+    def _losses(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
+        """The loss of micro-batch `index` of the step, its parts as they are logged, and the routings.
+
+        Until the step is taken, another call computes the same again.
+        """
+        key = self._noise_key(index)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws from torch's generator: seed it for this micro-batch alone
             torch.manual_seed(derive_seed("dropout", *key))
@@ -158,14 +177,48 @@ class MoEGPTModule(LightningModule):
             z_loss = torch.stack([routing.z_loss for routing in output.routings]).sum()
             loss = language + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
             losses |= {"train/balance_loss": balance, "train/z_loss": z_loss}
-        of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
-        for name, value in zip(losses, of_all_ranks, strict=True):
-            self.log(name, value, prog_bar=name == "train/loss")
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        self.log("train/tokens", float(self.tokens_seen))
-        self.routings = output.routings
-        self._window.add(batch)
-        return loss
+        return loss, losses, output.routings
+
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`).
+
+        Lightning calls this between the backward pass and the optimizer's step, DeepSpeed's after every micro-batch.
+
+        Raises:
+            NonFiniteError: the run is to stop.
+        """
+        gradients = self._step_gradients()
+        if gradients is None:
+            return
+        norm, step = gradients.norm(), self.trainer.global_step
+        self.log("train/grad_norm", norm)
+
+        def find_source() -> str:
+            window = self._window
+
+            def losses_of(index: int) -> Iterable[Tensor]:
+                with self.trainer.precision_plugin.train_step_context():
+                    return self._losses(window.batches[index], index)[1].values()
+
+            finite = bool(window.loss.isfinite())
+            return first_non_finite(self.gpt, len(window.batches), losses_of, finite, gradients.full)
+
+        if not self.guard.allows(step, self._window.loss, None if gradients.scaled else norm, find_source):
+            gradients.drop()
+        elif gradient_clip_val:
+            gradients.clip(gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def _step_gradients(self) -> StepGradients | None:
+        """The gradients of the step that is about to be taken, if one is."""
+        trainer = self.trainer
+        if isinstance(trainer.strategy, HoldsGradients):
+            return trainer.strategy.step_gradients()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # fp16's
+        return LocalGradients(self.gpt.parameters(), scaled=scaler is not None)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -264,6 +317,7 @@ class MoEGPTModule(LightningModule):
         checkpoint["model_config"] = self.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["step_samples"] = self._step_samples
+        checkpoint["non_finite"] = self.guard.state_dict()
         checkpoint["seed"] = self.seed
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
@@ -297,6 +351,7 @@ class MoEGPTModule(LightningModule):
                 f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
             )
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
+        self.guard.load_state_dict(checkpoint["non_finite"])
         if fits and "loops" in checkpoint:
             self._set_loop_counters(checkpoint)  # a step may have more or fewer micro-batches from here on
 
@@ -326,10 +381,10 @@ class MoEGPTModule(LightningModule):
             mismatch = describe_mismatch(self.state_dict(), dict(state_dict))
             raise ValueError(f"the checkpoint does not fit the model: {mismatch}; use another checkpoint") from error
 
-    def _noise_key(self) -> tuple[int, int, int]:
-        """(seed, step, index of this micro-batch within the step over all ranks)."""
+    def _noise_key(self, index: int) -> tuple[int, int, int]:
+        """(seed, step, index within the step over all ranks), from the index on this rank."""
         trainer = self.trainer
-        return self.seed, trainer.global_step, self._window.batches * trainer.world_size + trainer.global_rank
+        return self.seed, trainer.global_step, index * trainer.world_size + trainer.global_rank
 
     def _token_losses(self, batch: Batch) -> Tensor:
         hidden = self.gpt(batch["tokens"], _mask_or_none(batch)).hidden
@@ -346,7 +401,10 @@ class MoEGPTModule(LightningModule):
 
     def _log_evaluation(self, prefix: str) -> None:
         (metric,) = self._domain_loss
-        for name, value in metric.compute().items():
+        values = metric.compute()
+        if self.trainer.state.fn == TrainerFn.FITTING and not torch.isfinite(values["loss"]):
+            rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
+        for name, value in values.items():
             if torch.isfinite(value) or not name.startswith("bits_per_byte"):
                 # Every rank has the same value already; sync_dist tells Lightning so.
                 self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
@@ -354,16 +412,19 @@ class MoEGPTModule(LightningModule):
 
 
 class _Window:
-    """What has been fed since the last optimizer step, on this rank."""
+    """What has been fed since the last optimizer step, on this rank, and its loss over all ranks."""
 
     def __init__(self) -> None:
-        self.batches = self.samples = self.tokens = 0
+        self.batches: list[Batch] = []
+        self.samples = self.tokens = 0
+        self.loss = torch.zeros(())
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, loss: Tensor) -> None:
         """Count one micro-batch."""
-        self.batches += 1
+        self.batches.append(batch)
         self.samples += batch["tokens"].shape[0]
         self.tokens += batch["tokens"].numel()
+        self.loss = self.loss.to(loss.device) + loss
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

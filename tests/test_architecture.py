@@ -23,6 +23,7 @@ RANKS = {
     "optim": 3,
     "data": 3,
     "checkpoint": 4,
+    "non_finite": 4,
     "distill": 5,
     "parallel": 5,
     "eval": 5,

@@ -27,8 +27,9 @@ from nlgmoe.versions import versions
 class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends.
 
-    `train_loss` is the mean over the last 50 micro-batches. Times and token rates add up over resumed parts
-    of a run. `tokens_per_second` is over training steps alone; `wall_seconds` counts validation and checkpoints too.
+    `train_loss` is the mean over the last 50 micro-batches, those that were not finite left out. Times and token rates add up
+    over resumed parts of a run. `tokens_per_second` is over training steps alone; `wall_seconds` counts validation and
+    checkpoints too.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         return {
-            "losses": [float(loss) for loss in self._losses],
+            "losses": self._finite_losses(),
             "wall_seconds": self._wall_so_far(),
             "step_seconds": self._step_seconds,
             "fed_tokens": self._fed_tokens,
@@ -95,15 +96,20 @@ class RunSummary(Callback):
         running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
         return self._wall_seconds + running
 
+    def _finite_losses(self) -> list[float]:
+        return [value for value in map(float, self._losses) if math.isfinite(value)]
+
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
         parameters = count_parameters(module.config)
+        losses = self._finite_losses()
         entropy = getattr(trainer.datamodule, "unigram_entropy", None)  # type: ignore[attr-defined]
         prefix = "val/bits_per_byte/"
         return {
             "steps": trainer.global_step,
             "tokens": module.tokens_seen,
-            "train_loss": _finite(float(torch.stack(list(self._losses)).mean())) if self._losses else None,
+            "skipped_steps": module.guard.skipped,
+            "train_loss": sum(losses) / len(losses) if losses else None,
             "val_loss": metrics.get("val/loss"),
             "unigram_entropy": entropy() if entropy is not None else None,
             "bits_per_byte": {

@@ -15,6 +15,8 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
+from nlgmoe.cli.monitors import check_monitors
+from nlgmoe.module import MoEGPTModule
 from nlgmoe.versions import versions
 
 
@@ -30,8 +32,10 @@ class RunFolder(SaveConfigCallback):
         """Write `config.yaml` and `versions.json`.
 
         Raises:
-            ValueError: the folder holds another run.
+            ValueError: the folder holds another run, or a callback monitors what is never logged.
         """
+        assert isinstance(pl_module, MoEGPTModule)
+        check_monitors(trainer, pl_module)
         if trainer.is_global_zero:
             if self.config.get("ckpt_path") != "auto":
                 refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)

@@ -6,10 +6,11 @@ import argparse
 import os
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -29,7 +30,11 @@ from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.non_finite import StepGradients
 from nlgmoe.parallel.expert_groups import ExpertGroups, describe, layer_degrees, make_groups, place
+
+if TYPE_CHECKING:
+    from nlgmoe.parallel.engine_gradients import EngineGradients
 
 
 class ExpertParallelStrategy(DeepSpeedStrategy):
@@ -111,6 +116,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint that is being loaded
         self._engine: Any = None  # of training; evaluation afterwards keeps it
+        self._gradients: EngineGradients | None = None
 
     # ---- processes and groups
 
@@ -166,9 +172,17 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     # ---- the engine
 
     @override
+    def init_deepspeed(self) -> None:
+        """As the base class does, which takes our `configure_gradient_clipping` for an attempt to clip here."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
+            super().init_deepspeed()
+
+    @override
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
         """Show the engine which parameters are experts, before the optimizer's groups are made."""
-        from nlgmoe.parallel.deepspeed_moe import correct_stage_0, present_to_engine
+        from nlgmoe.parallel.deepspeed_moe import present_to_engine
+        from nlgmoe.parallel.engine_gradients import EngineGradients
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         self._check_fp16(self.precision_plugin)
@@ -178,7 +192,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                 present_to_engine(layer, self._groups[degree])
         super()._initialize_deepspeed_train(model)
         self._engine = self.model
-        correct_stage_0(self._engine)
+        self._gradients = EngineGradients(self._engine)
         self._start_exactly()
 
     def _start_exactly(self) -> None:
@@ -191,6 +205,14 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         state = EngineState(self._engine)
         load_initial_weights(self._gpt, start, lambda entry, whole: state.put(entry, None, whole.float()))  # type: ignore[arg-type]
+
+    def step_gradients(self) -> StepGradients | None:
+        """The gradients of the step about to be taken; None after a micro-batch that does not end a step."""
+        assert self._gradients is not None
+        if not self._gradients.complete:
+            return None
+        self._gradients.measure()
+        return self._gradients
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
         if plugin._desired_dtype != torch.float16:
@@ -228,6 +250,24 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Lightning has divided the loss by the accumulated micro-batches; the engine must not do it again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does.
+
+        Raises:
+            ValueError: fp16 only: gradients overflow at the lowest loss scale too.
+        """
+        try:
+            return super().optimizer_step(*args, **kwargs)
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise ValueError(
+                f"step {self.lightning_module.trainer.global_step}: gradients overflow at the lowest loss scale too; nothing "  # type: ignore[union-attr]
+                "was updated. Go on from an earlier checkpoint with trainer.precision=bf16-mixed, or with a lower "
+                "model.optimizer.lr"
+            ) from error
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:

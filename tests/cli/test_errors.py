@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 
-from nlgmoe import load_config
+from nlgmoe import load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli import main as nlgmoe_command
 from nlgmoe.cli.errors import describe
@@ -487,6 +488,10 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
         file(CALLBACK.format(SAMPLE, "prompts: [the cat], max_new_tokens: 16")),
         "max_new_tokens=16 do not fit seq_len=16; lower max_new_tokens",
     ),
+    "monitor that is never logged": (
+        file(CALLBACK.format("ModelCheckpoint", "monitor: val/los, filename: best")),
+        "trainer.callbacks: ModelCheckpoint.monitor=val/los is not logged by this run; did you mean val/loss? It logs epoch, ",
+    ),
     "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
 }
 
@@ -594,6 +599,23 @@ def test_the_real_commands_end_the_same_way(place: Place) -> None:
         assert stderr.count("\n") == 1
         assert words in only_line(stderr)
         assert process.returncode == code
+
+
+def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(
+    place: Place, says: Callable[..., tuple[int, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [
+        "--model.optimizer.lr=1e30",
+        "--model.train_tokens=3200",
+        "--trainer.callbacks.init_args.every_n_train_steps=1",
+    ]
+    code, line = says(place.args(*run))
+    assert code == 1
+    words = (
+        r"error: step 1: the loss is (nan|inf); first not finite: the output of \S+ on rank 0; nothing was updated\. .*"
+    )
+    assert re.fullmatch(words, line)
+    load_model(place.folder / "run/checkpoints/last.ckpt")
 
 
 def test_evaluation_does_not_mind_what_only_training_looks_at(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from nlgmoe.data import PileDataModule
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from tests.synthetic import SyntheticData
 
@@ -53,6 +54,7 @@ class Cell:
     steps: int = 20
     hidden: int = 32
     strategy: str = "expert_parallel"
+    non_finite: NonFinite = field(default_factory=NonFinite)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,7 +65,9 @@ class Cell:
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""
         config = GPTConfig(61, 16, self.layers, self.hidden, 2, init_std=0.05, moe=MoEConfig(self.experts, **self.moe))
-        return MoEGPTModule(config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing)
+        return MoEGPTModule(
+            config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing, non_finite=self.non_finite
+        )
 
 
 @dataclass
@@ -148,6 +152,50 @@ class Overflow(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.remove_hook()
+
+
+class Spoils(Callback):
+    """Makes expert 2 of block 1 NaN on the last rank, in one step: its gradient, or its output.
+
+    Attributes:
+        clocks: tokens seen, and the sum of all weights' magnitudes here, before each step and at the end.
+        norms: of each step's gradient, as logged.
+        skipped: steps, as logged at the end.
+    """
+
+    def __init__(self, step: int, output: bool = False) -> None:
+        self.step, self.output = step, output
+        self.clocks: list[tuple[int, float]] = []
+        self.norms: list[float] = []
+        self.skipped = 0.0
+        self.restore: Callable[[], None] = lambda: None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._look(pl_module)
+        if trainer.global_step != self.step or trainer.global_rank != trainer.world_size - 1:
+            return
+        experts = pl_module.gpt.blocks[1].moe.experts
+        if self.output:
+            self.restore = experts.register_forward_hook(lambda module, inputs, output: output * torch.nan).remove
+        else:
+            spoil = torch.zeros_like(experts.project_weight)
+            spoil[2 - experts.first] = torch.nan
+            self.restore = experts.project_weight.register_hook(lambda gradient: gradient + spoil).remove
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.restore()
+            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+            self.skipped = float(trainer.callback_metrics["train/skipped_steps"])
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._look(pl_module)
+
+    def _look(self, module: Any) -> None:
+        weight = sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
+        self.clocks.append((module.tokens_seen, weight))
 
 
 class Traffic(Callback):
@@ -343,6 +391,29 @@ def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, in
     return callback.seen, resumed.seen[0][0]
 
 
+@dataclass
+class Spoilt:
+    """What `spoilt` returns: the outcome of a run that skipped a step, what `Spoils` saw, and what a run said that stopped."""
+
+    outcome: Outcome
+    clocks: list[tuple[int, float]]
+    norms: list[float]
+    skipped: float
+    error: str
+
+
+def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
+    """A run that skips its third step, and one that stops there."""
+    skips = Spoils(2)
+    outcome = on_ranks(cell, ranks, folder, skips)
+    error = ""
+    try:
+        on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, Spoils(2, output=True))
+    except NonFiniteError as raised:
+        error = str(raised)
+    return Spoilt(outcome, skips.clocks, skips.norms, skips.skipped, error)
+
+
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
     """What is said of a folder that lacks one rank's file, and of a module whose model was built before."""
     messages = []
@@ -363,6 +434,15 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
     except ValueError as error:
         messages.append(str(error))
     return messages
+
+
+def lowest_scale(cell: Cell, ranks: int, folder: Path) -> str:
+    """What a run says whose gradients overflow when its loss scale cannot fall any further; after `overflow`."""
+    try:
+        on_ranks(replace(cell, options=cell.options | {"min_loss_scale": 2**11}), ranks, folder, Overflow())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:

@@ -19,12 +19,15 @@ from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.model.cost import estimate
 from nlgmoe.model.hardware import hardware
 from nlgmoe.model.topology import Topology
+from nlgmoe.non_finite import NonFinite
 from tests.distributed.cells import (
     SAMPLES,
     Cell,
+    Spoils,
     alone,
     evaluate,
     evaluate_text,
+    lowest_scale,
     make_trainer,
     on_ranks,
     overflow,
@@ -34,6 +37,7 @@ from tests.distributed.cells import (
     run_all,
     save_large,
     spawn,
+    spoilt,
     traffic,
     train,
     warm_start,
@@ -78,6 +82,16 @@ HALF = [
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
+SKIPS: dict[str, Any] = {"moe": DROPLESS, "steps": 10, "non_finite": NonFinite("skip")}
+SPOILT = [
+    Cell("skip, ZeRO 0", 2, 0, **SKIPS),
+    Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
+    Cell("skip, ZeRO 2", 2, 2, **SKIPS),
+    Cell("skip, offload", 2, 2, options={"offload_optimizer": True}, **SKIPS),
+    Cell("skip, ddp", strategy="ddp", **SKIPS),
+    Cell("skip, bf16-mixed, ZeRO 0", 2, 0, precision="bf16-mixed", **SKIPS),
+    Cell("skip, bf16-mixed, ZeRO 2", 2, 2, precision="bf16-mixed", **SKIPS),
+]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
@@ -139,8 +153,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
         if ranks == 3:
             jobs += [(evaluate_text, UNEVEN)]
         if ranks == 2:
-            jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW)]
-            jobs += [(traffic, cell) for cell in TRAFFIC]
+            jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
+            jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
@@ -199,6 +213,30 @@ def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
         assert scales == (2.0**11, 2.0**11, 2.0**11, 2.0**10), rank
         assert tokens == tuple(SAMPLES * 16 * step for step in range(4))
         assert weights[1] != weights[2] == weights[3]
+
+
+def test_an_overflow_at_the_lowest_scale_is_an_error_of_one_line(found: Found) -> None:
+    for said in found[lowest_scale, OVERFLOW.name]:
+        assert said.startswith("step 2: gradients overflow at the lowest loss scale too; nothing was updated.")
+
+
+@pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
+def test_a_bad_expert_of_one_rank_stops_or_skips_all_ranks(cell: Cell, found: Found, tmp_path: Path) -> None:
+    same = Spoils(2)
+    expected = train(replace(cell, precision="32-true"), 1, tmp_path, SAMPLES, cell.accumulate, same)
+    exact = cell.precision == "32-true"
+    for rank in found[spoilt, cell.name]:
+        assert rank.outcome.losses == pytest.approx(expected.losses, rel=1e-5 if exact else 2e-2)
+        assert rank.norms[:2] + rank.norms[3:] == pytest.approx(
+            same.norms[:2] + same.norms[3:], rel=1e-4 if exact else 5e-2
+        )
+        tokens, weights = zip(*rank.clocks, strict=True)
+        assert tokens == tuple(SAMPLES * 16 * cell.accumulate * step for step in range(11))
+        assert [weights[step] == weights[step + 1] for step in range(10)] == [step == 2 for step in range(10)]
+        assert rank.skipped == same.skipped == 1
+        assert rank.error.startswith(
+            "step 2: the loss is nan; first not finite: the output of blocks.1.moe.experts on rank 1;"
+        )
 
 
 @pytest.mark.parametrize("cell", TRAFFIC, ids=lambda cell: cell.name)

@@ -1,0 +1,56 @@
+"""What callbacks monitor has to be logged: Lightning finds out at the first validation only, and ends the run there."""
+
+from __future__ import annotations
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from nlgmoe.batch import SpellsBytes
+from nlgmoe.callbacks.expert_load import ExpertLoad, routing_statistics
+from nlgmoe.callbacks.progress import Throughput
+from nlgmoe.cli.errors import did_you_mean
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.pyramid import experts_per_layer
+
+
+def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
+    """Check every callback's `monitor`, once the data are there.
+
+    Where a callback is of neither this package nor Lightning nothing is known: it may log what it likes.
+
+    Raises:
+        ValueError: a callback waits for what is never logged.
+    """
+    packages = {type(callback).__module__.split(".")[0] for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    if type(module) is not MoEGPTModule or packages - {"nlgmoe", "lightning"}:
+        return
+    names = logged_names(trainer, module)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor in (None, *names):
+            continue
+        known = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
+        raise ValueError(
+            f"trainer.callbacks: {type(callback).__name__}.monitor={callback.monitor} is not logged by this run"
+            f"{did_you_mean(str(callback.monitor), names) or '.'} It logs {known}"
+        )
+
+
+def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
+    """All that a run of `fit` logs, with Lightning's own `epoch` and `step`."""
+    kinds = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    names = {"epoch", "step", *(f"train/{name}" for name in ("loss", "lr", "tokens", "grad_norm", "skipped_steps"))}
+    if module.config.moe is not None:
+        names |= {"train/balance_loss", "train/z_loss"}
+        if ExpertLoad in kinds:
+            layers = sum(count > 0 for count in experts_per_layer(module.config))
+            statistics = routing_statistics(torch.ones(4))
+            names |= {f"experts/{layer}/{name}" for layer in range(layers) for name in statistics}
+    if Throughput in kinds:
+        names.add("train/tokens_per_second")
+    if trainer.enable_validation:
+        data = getattr(trainer, "datamodule", None)
+        domains = [f"/{name}" for name in data.domains] if isinstance(data, SpellsBytes) else ["/all"]
+        metrics = ("loss", "bits_per_byte") if isinstance(data, SpellsBytes) else ("loss",)
+        names |= {f"val/{metric}{domain}" for metric in metrics for domain in ["", *domains]}
+    return names

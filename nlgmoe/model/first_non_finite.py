@@ -1,0 +1,131 @@
+"""Which part of the model was the first to hold NaN or infinity, and on which rank. Slow, and called only when one is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from nlgmoe.model.gpt import GPT
+
+
+def first_non_finite(
+    model: GPT,
+    micro_batches: int,
+    losses_of: Callable[[int], Iterable[Tensor]],
+    loss_is_finite: bool,
+    gradient_of: Callable[[nn.Parameter], Tensor | None],
+) -> str:
+    """Name it. All ranks call this together, and get the same answer.
+
+    Weights come first: everything follows from them. Then the outputs of the forward pass, in the order of the model's parts.
+    Then gradients, in the order of the backward pass: the last part's is the first.
+
+    Args:
+        model: as it was in the step: its weights have not changed since.
+        micro_batches: of the step, on every rank.
+        losses_of: computes one of them again, with the same random draws.
+        loss_is_finite: whether the loss was, in the step.
+        gradient_of: the gradient of a parameter.
+    """
+    device = model.token_embedding.weight.device
+    parts = _in_order(model)
+    parameters = [(name, value) for part in parts for name, value in _own_parameters(model, part)]
+    bad = _first(not _finite(value.detach()) for _, value in parameters)
+    if (found := _agree(bad, device)) is not None:
+        return f"the weight {parameters[found[0]][0]} {found[1]}"
+    for index in range(micro_batches):
+        with _watching(model, parts) as seen, torch.no_grad():
+            losses = losses_of(index)
+        bad = min(seen, default=None)
+        if bad is None and not all(_finite(loss) for loss in losses):
+            bad = len(parts)
+        if (found := _agree(bad, device)) is not None:
+            name = f"the output of {parts[found[0]]}" if found[0] < len(parts) else "the loss of finite outputs"
+            return f"{name} {found[1]}"
+    if not loss_is_finite:
+        return "nothing when computed again, which points to a fault of the device"
+    parameters.reverse()
+    bad = _first([not _finite(gradient_of(value)) for _, value in parameters])  # all: ranks ask together
+    if (found := _agree(bad, device)) is not None:
+        return f"the gradient of {parameters[found[0]][0]} {found[1]}"
+    return "no single value, but their squares are too large for float32"
+
+
+def _in_order(model: nn.Module) -> list[str]:
+    """Names of the model's modules, each after those inside it: about the order in which they finish."""
+    names: list[str] = []
+
+    def visit(module: nn.Module, name: str) -> None:
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
+        if name and not isinstance(module, nn.ModuleList):
+            names.append(name)
+
+    visit(model, "")
+    return names
+
+
+def _own_parameters(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.get_submodule(part).named_parameters(prefix=part, recurse=False)
+
+
+@contextmanager
+def _watching(model: nn.Module, parts: list[str]) -> Iterator[list[int]]:
+    """Collect the numbers of the parts whose output is not finite."""
+    seen: list[int] = []
+
+    def watch(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not all(_finite(tensor) for tensor in _tensors(output)):
+                seen.append(index)
+
+        return look
+
+    hooks = [model.get_submodule(part).register_forward_hook(watch(index)) for index, part in enumerate(parts)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a part returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _finite(value: Tensor | None) -> bool:
+    return value is None or bool(value.isfinite().all())
+
+
+def _first(flags: Iterable[bool]) -> int | None:
+    return next((index for index, flag in enumerate(flags) if flag), None)
+
+
+def _agree(found: int | None, device: torch.device) -> tuple[int, str] | None:
+    """The lowest of the ranks' findings and who has it: `on rank 3`; None if no rank has found anything."""
+    here = torch.tensor([-1 if found is None else found], device=device)
+    everywhere = [here]
+    if distributed.is_initialized():
+        everywhere = [torch.empty_like(here) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everywhere, here)
+    by_rank = [int(value) for value in everywhere]
+    if max(by_rank) < 0:
+        return None
+    lowest = min(value for value in by_rank if value >= 0)
+    ranks = [str(rank) for rank, value in enumerate(by_rank) if value == lowest]
+    if len(ranks) == 1:
+        return lowest, f"on rank {ranks[0]}"
+    return lowest, "on all ranks" if len(ranks) == len(by_rank) else f"on ranks {', '.join(ranks)}"

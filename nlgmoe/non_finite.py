@@ -1,0 +1,163 @@
+"""NaN or infinity in a step's loss or gradients: noticed before weights change, then the run stops or the step is skipped.
+
+One number decides, the same on every rank: the norm of the whole model's gradient, which clipping needs anyway, or the loss.
+Where a dynamic loss scale is at work (fp16) gradients overflow now and then, and the scale takes care of it: there the loss
+decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """What to do about a step whose loss or gradients are NaN or infinite; weights and moments never see them.
+
+    Attributes:
+        action: `stop` ends the run with an error that names step, rank and layer; `skip` leaves weights and moments as they
+            are, warns, and goes on with the next data.
+        limit: most steps in a row that `skip` leaves out; at the next one the run stops all the same.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    limit: int = 10
+
+    def __post_init__(self) -> None:
+        if self.action not in ("stop", "skip"):
+            raise ValueError(f"action={self.action} must be stop or skip")
+        if self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1 step; to stop at the first one set action to stop")
+
+
+class NonFiniteError(ValueError):
+    """A step that could not be taken; every rank raises the same one."""
+
+
+class StepGradients(Protocol):
+    """The gradients of a step that is about to be taken, summed over its micro-batches and averaged over ranks."""
+
+    scaled: bool  # whether a dynamic loss scale deals with those that overflow
+
+    def norm(self) -> Tensor:
+        """L2 norm of all of them, every expert once, the same on every rank; not finite if one of them is not."""
+        ...
+
+    def full(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient of one parameter of this rank. All ranks ask together, in the same order."""
+        ...
+
+    def clip(self, value: float, algorithm: str | None) -> None:
+        """Clip them as Lightning's `gradient_clip_val` and `gradient_clip_algorithm` say."""
+        ...
+
+    def drop(self) -> None:
+        """Let the step change nothing: no weight, no moment, no count of AdamW's."""
+        ...
+
+
+@runtime_checkable
+class HoldsGradients(Protocol):
+    """A strategy that keeps gradients elsewhere than in `parameter.grad`."""
+
+    def step_gradients(self) -> StepGradients | None:
+        """Those of the step about to be taken; None after a micro-batch that does not end a step."""
+        ...
+
+
+class LocalGradients:
+    """Gradients that every rank holds whole: one process, or `ddp`.
+
+    Args:
+        parameters: of the model.
+        scaled: see `StepGradients`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], scaled: bool) -> None:
+        self.scaled = scaled
+        self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm([self.full(parameter) for parameter in self._parameters])  # type: ignore[misc]
+
+    def norm(self) -> Tensor:
+        """See `StepGradients`."""
+        return self._norm
+
+    def full(self, parameter: nn.Parameter) -> Tensor | None:
+        """See `StepGradients`."""
+        return parameter.grad
+
+    def clip(self, value: float, algorithm: str | None) -> None:
+        """See `StepGradients`."""
+        if algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self._parameters, value)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, value, self._norm)
+
+    def drop(self) -> None:
+        """See `StepGradients`: AdamW passes over parameters without a gradient."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class StepGuard:
+    """Decides whether a step may be taken, and counts those that may not.
+
+    Args:
+        settings: what to do.
+
+    Attributes:
+        skipped: steps left out since the run began.
+        in_a_row: of them, those since the last step that was taken.
+    """
+
+    def __init__(self, settings: NonFinite) -> None:
+        self.settings = settings
+        self.skipped = self.in_a_row = 0
+
+    def allows(self, step: int, loss: Tensor, norm: Tensor | None, find_source: Callable[[], str]) -> bool:
+        """Whether the step may be taken; reads one number from the device.
+
+        Args:
+            step: its number, as in the logger.
+            loss: scalar, of its micro-batches and all ranks.
+            norm: scalar, of its gradients; None if they do not count.
+            find_source: says what was not finite first; called only when it is needed, by all ranks.
+
+        Raises:
+            NonFiniteError: it may not, and the run is to stop; on every rank.
+        """
+        deciding = loss if norm is None else norm + 0 * loss  # 0 times NaN or infinity is NaN
+        if math.isfinite(float(deciding)):
+            self.in_a_row = 0
+            return True
+        name, value = ("loss", loss) if norm is None or not loss.isfinite() else ("gradient norm", norm)
+        what = f"step {step}: the {name} is {float(value)}; first not finite: {find_source()}"
+        if self.settings.action == "stop":
+            raise NonFiniteError(
+                f"{what}; nothing was updated. Go on from the last checkpoint with a lower model.optimizer.lr, or with "
+                "model.non_finite.action set to skip"
+            )
+        if self.in_a_row == self.settings.limit:
+            raise NonFiniteError(
+                f"{what}; {self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit. Go on from an "
+                "earlier checkpoint with a lower model.optimizer.lr"
+            )
+        self.skipped += 1
+        self.in_a_row += 1
+        rank_zero_warn(f"{what}; the step was skipped, {self.skipped} so far")
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -1,0 +1,124 @@
+"""The gradients of a DeepSpeed engine's step: their norm before the step, a way to drop them, and what has to be set right.
+
+The engine drops the gradients of a step whose norm is not finite, as it does with an fp16 overflow. Here the norm is computed
+once, before the step, for whoever decides about it; the engine is told what it was, or that it is infinite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, distributed, nn
+
+
+@torch.no_grad()
+def global_grad_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """L2 norm of the whole model's gradient: every expert once, wherever and however often it is held."""
+    device = parameters[0].device
+    dense, experts = torch.zeros((), device=device), torch.zeros((), device=device)
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        square = parameter.grad.float().square().sum()
+        if is_moe_param(parameter):
+            copies = deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+            experts += square / distributed.get_world_size(copies)
+        else:
+            dense += square
+    distributed.all_reduce(experts)
+    return (dense + experts).sqrt()
+
+
+class EngineGradients:
+    """`StepGradients` (`nlgmoe/non_finite.py`) of an engine, for all of its steps.
+
+    Args:
+        engine: a DeepSpeed engine with its optimizer.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.scaled: bool = engine.fp16_enabled()
+        self._engine = engine
+        self._norm = torch.zeros(())  # of the step at hand, times the loss scale; infinite if it was dropped
+        self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        if engine.zero_optimization():
+            self._set_right_zero()
+        else:
+            self._set_right_stage_0()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last micro-batch of the step has been through the backward pass."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def measure(self) -> None:
+        """Compute the norm; once a step."""
+        if not self._engine.zero_optimization():
+            self._norm = global_grad_norm(self._parameters)
+            return
+        self._engine.optimizer._wait_for_offload_copies()
+        self._norm = self._zero_norm()
+
+    def norm(self) -> Tensor:
+        """Their L2 norm."""
+        return self._norm / self._engine.optimizer.loss_scale if self.scaled else self._norm
+
+    def full(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient of one parameter; a collective."""
+        gradient: Tensor | None = safe_get_full_grad(parameter)
+        return gradient
+
+    def clip(self, value: float, algorithm: str | None) -> None:
+        """Nothing: the engine clips in its step."""
+
+    def drop(self) -> None:
+        """Let the engine's step drop them."""
+        self._norm = torch.full_like(self._norm, torch.inf)
+        if not self._engine.zero_optimization():
+            for parameter in self._parameters:
+                parameter.grad = None  # without a wrapper around AdamW nothing else would keep it from its step
+
+    def _set_right_zero(self) -> None:
+        """Let the norm alone decide where there is no loss scale: another pass over all gradients says no more than it."""
+        optimizer = self._engine.optimizer
+        self._zero_norm = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+        if not self.scaled:
+            optimizer.check_grad_overflow = True  # in bf16 the norm is looked at only then
+            optimizer.check_overflow = lambda partition_gradients=True: None
+            optimizer._update_scale = lambda overflow: None  # a constant 1; it would only warn, a second time
+
+    def _set_right_stage_0(self) -> None:
+        """Set right what DeepSpeed 0.19.8 does where ZeRO is off; under ZeRO 1 and 2 it is right.
+
+        Clipping: it averages the ranks' norms, which is not the norm when ranks hold different experts (issue #8475), and
+        leaves experts out in half precision (pull request #8613). Adam: in half precision it takes a step with zero gradients
+        to allocate the moments, which decays the weights and counts in the bias correction.
+        """
+        engine, optimizer = self._engine, self._engine.optimizer
+
+        def clip() -> None:
+            engine._global_grad_norm = self._norm
+            factor = (engine.gradient_clipping() / (self._norm + 1e-6)).clamp(max=1.0)
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+        engine.clip_fp32_gradients = clip
+        if isinstance(optimizer, FP16_UnfusedOptimizer):
+            unscale_and_clip = optimizer.unscale_and_clip_grads
+
+            def unscale_and_clip_by_true_norm(norm: Any, apply_scale: bool = True) -> Any:
+                optimizer._global_grad_norm = self._norm
+                return unscale_and_clip(self._norm, apply_scale)
+
+            optimizer.unscale_and_clip_grads = unscale_and_clip_by_true_norm
+            optimizer.overflow_checker.check = lambda: bool(self._norm.isinf())
+            optimizer.refresh_fp32_params()
+            for state in optimizer.optimizer.state.values():
+                state["step"].zero_()

@@ -1,0 +1,268 @@
+"""NaN and infinity in a step: named, and either the end of the run or a step that never was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+
+from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput
+from nlgmoe.cli.monitors import logged_names
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.model.first_non_finite import first_non_finite
+from nlgmoe.model.gpt import GPT
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.non_finite import NonFinite, NonFiniteError
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule
+from tests.checkpoint.test_portable import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import CONFIG, trainer
+
+Undo = Callable[[], object]
+
+
+class Spoils(Callback):
+    """Spoils the model for some steps, and keeps losses, learning rates and what was logged of every step."""
+
+    def __init__(self, steps: set[int], spoil: Callable[[GPT, Tensor], Undo]) -> None:
+        self.steps, self.spoil = steps, spoil
+        self.undo: Undo = lambda: None
+        self.losses: list[float] = []
+        self.logged: list[dict[str, float]] = []
+        self.before: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step in self.steps and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.undo = self.spoil(pl_module.gpt, batch["tokens"])
+            self.before = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.undo()
+            self.undo = lambda: None
+            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def gradient_of(part: str, value: float) -> Callable[[GPT, Tensor], Undo]:
+    """One value of one parameter's gradient."""
+
+    def spoil(gpt: GPT, tokens: Tensor) -> Undo:
+        def put(gradient: Tensor) -> Tensor:
+            changed = gradient.clone()
+            changed.view(-1)[3] = value
+            return changed
+
+        return gpt.get_parameter(part).register_hook(put).remove
+
+    return spoil
+
+
+def output_of(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[GPT, Tensor], Undo]:
+    """What a part of the model computes."""
+    return lambda gpt, tokens: gpt.get_submodule(part).register_forward_hook(lambda m, i, out: change(out)).remove
+
+
+def weight_of_one_expert(gpt: GPT, tokens: Tensor) -> Undo:
+    with torch.no_grad():
+        gpt.get_parameter("blocks.1.moe.experts.project_weight")[1, 0, 0] = torch.nan
+    return lambda: None
+
+
+def first_micro_batch_only(gpt: GPT, tokens: Tensor) -> Undo:
+    def look(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.inf if torch.equal(inputs[0], tokens) else output
+
+    return gpt.token_embedding.register_forward_hook(look).remove
+
+
+def once(gpt: GPT, tokens: Tensor) -> Undo:
+    """As a chip does that fails now and then."""
+
+    def fail(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        handle.remove()
+        return output * torch.nan
+
+    handle = gpt.blocks[2].attention.register_forward_hook(fail)  # type: ignore[union-attr,operator]
+    return handle.remove
+
+
+SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
+    "a weight": (
+        weight_of_one_expert,
+        "loss is nan; first not finite: the weight blocks.1.moe.experts.project_weight on rank 0;",
+    ),
+    "an activation": (
+        output_of("blocks.2.attention", lambda out: out * torch.inf),
+        "loss is nan; first not finite: the output of blocks.2.attention on rank 0;",
+    ),
+    "a micro-batch": (
+        first_micro_batch_only,
+        "loss is nan; first not finite: the output of token_embedding on rank 0;",
+    ),
+    "a gradient": (
+        gradient_of("blocks.1.moe.router.weight", -torch.inf),
+        "gradient norm is inf; first not finite: the gradient of blocks.1.moe.router.weight on rank 0;",
+    ),
+    "a large gradient": (
+        gradient_of("blocks.0.ffn.expand.weight", 1e30),
+        "gradient norm is inf; first not finite: no single value, but their squares are too large",
+    ),
+    "a fault": (once, "loss is nan; first not finite: nothing when computed again"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_first_bad_value_is_named_before_anything_changes(source: str, tmp_path: Path) -> None:
+    spoil, words = SOURCES[source]
+    spoils, module = Spoils({2}, spoil), MoEGPTModule(CONFIG)
+    run = trainer(tmp_path, spoils, max_steps=5, accumulate_grad_batches=3, gradient_clip_val=1.0)
+    with pytest.raises(NonFiniteError) as error:
+        run.fit(module, SyntheticData(padded=True))
+    assert str(error.value).startswith("step 2: the ") and words in str(error.value)
+    assert "model.non_finite.action set to skip" in str(error.value)
+    for before, parameter in zip(spoils.before, module.parameters(), strict=True):
+        assert torch.equal(before.nan_to_num(), parameter.detach().nan_to_num())
+    assert module.tokens_seen == 2 * 3 * 64
+
+
+def test_a_loss_of_finite_outputs_is_named_too() -> None:
+    gpt = MoEGPTModule(CONFIG).gpt
+    found = first_non_finite(gpt, 1, lambda index: [torch.tensor(torch.inf)], False, lambda parameter: None)
+    assert found == "the loss of finite outputs on rank 0"
+
+
+class TakesBack(Spoils):
+    """Lets the step happen, and puts weights and moments back as they were."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__({step}, lambda gpt, tokens: lambda: None)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.global_step in self.steps:
+            held = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+            self.kept = [(value, value.detach().clone()) for value in (*pl_module.parameters(), *held)]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for value, before in self.kept:
+            value.copy_(before)
+        self.kept = []
+
+
+@pytest.mark.parametrize(("value", "algorithm"), [(None, None), (0.5, "norm"), (0.01, "value")])
+def test_a_skipped_step_is_one_whose_update_never_was(
+    value: float | None, algorithm: str | None, tmp_path: Path
+) -> None:
+    schedule = LearningRateSchedule("cosine", warmup_tokens=128, decay_tokens=2000)
+    runs = []
+    for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.expand_weight", torch.nan)), TakesBack(3)):
+        module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule, non_finite=NonFinite("skip"))
+        run = trainer(
+            tmp_path,
+            spoils,
+            max_steps=8,
+            gradient_clip_val=value,
+            gradient_clip_algorithm=algorithm,  # type: ignore[arg-type]
+        )
+        if isinstance(spoils, TakesBack):
+            run.fit(module, SyntheticData())
+        else:
+            with pytest.warns(
+                UserWarning, match=r"^step 3: the gradient norm is nan; .* the step was skipped, 1 so far$"
+            ):
+                run.fit(module, SyntheticData())
+        runs.append((module, spoils, run))
+    (module, spoils, run), (other, expected, other_run) = runs
+    assert spoils.losses == expected.losses
+    assert (module.tokens_seen, run.global_step) == (other.tokens_seen, other_run.global_step)
+    assert [seen["train/lr"] for seen in spoils.logged] == [seen["train/lr"] for seen in expected.logged]
+    assert [seen["train/skipped_steps"] for seen in spoils.logged] == [0, 0, 0, *[1] * 5]
+    norms = [[seen["train/grad_norm"] for seen in one.logged] for one in (spoils, expected)]
+    assert norms[0][:3] + norms[0][4:] == norms[1][:3] + norms[1][4:]
+    for parameter, same in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+        state, expected_state = run.optimizers[0].state[parameter], other_run.optimizers[0].state[same]
+        assert all(torch.equal(state[name], expected_state[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    gradients = torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+    if algorithm == "value":
+        assert gradients.abs().max() == value
+        assert norms[0][-1] > gradients.norm()
+    else:
+        assert float(gradients.norm()) == pytest.approx(norms[0][-1] if value is None else value, rel=1e-4)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    spoils = Spoils({1, 2, 4, 5, 6}, gradient_of("token_embedding.weight", torch.nan))
+    module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
+    with pytest.raises(NonFiniteError, match=r"^step 6: .*; 2 steps in a row were skipped before it, which is model\."):
+        trainer(tmp_path, spoils, max_steps=9).fit(module, SyntheticData())
+    assert module.guard.skipped == 4
+
+
+def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
+    def fit(steps: int, *callbacks: Callback, checkpoint: Path | None = None) -> MoEGPTModule:
+        module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
+        spoils = Spoils({1, 2, 3}, output_of("blocks.0.ffn", lambda out: out * torch.nan))
+        run = trainer(tmp_path, spoils, *callbacks, max_steps=steps)
+        run.fit(module, SyntheticData(), ckpt_path=checkpoint)
+        return module
+
+    path = tmp_path / "a.ckpt"
+    assert fit(3, RunSummary(), SaveAt(3, path)).guard.state_dict() == {"skipped": 2, "in_a_row": 2}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["skipped_steps"] == 2
+    assert 0 < summary["train_loss"] < 10
+    with pytest.raises(NonFiniteError, match=r"^step 3: .*; 2 steps in a row"):
+        fit(5, checkpoint=path)
+
+
+def test_fp16_leaves_gradients_to_its_scale_but_not_the_loss(tmp_path: Path) -> None:
+    def fit(spoil: Callable[[GPT, Tensor], Undo]) -> tuple[MoEGPTModule, float]:
+        plugin, module = MixedPrecision("16-mixed", "cpu"), MoEGPTModule(CONFIG)
+        run = trainer(tmp_path, Spoils({2}, spoil), max_steps=5, gradient_clip_val=1.0, plugins=[plugin])
+        run.fit(module, SyntheticData())
+        assert plugin.scaler is not None
+        return module, plugin.scaler.get_scale()
+
+    module, scale = fit(gradient_of("blocks.0.ffn.expand.weight", torch.inf))
+    assert (scale, module.guard.skipped) == (2.0**15, 0)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    with pytest.raises(
+        NonFiniteError, match=r"^step 2: the loss is nan; first not finite: the output of blocks\.0\.ffn "
+    ):
+        fit(output_of("blocks.0.ffn", lambda out: out * torch.nan))
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_warning(tmp_path: Path) -> None:
+    module = MoEGPTModule(CONFIG)
+    module.gpt.final_norm.register_forward_hook(lambda m, i, out: out if m.training else out * torch.nan)
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    run = trainer(tmp_path, max_steps=3, **validation)
+    with pytest.warns(UserWarning, match="^step 2: val/loss is nan$"):
+        run.fit(module, SyntheticData())
+    assert run.global_step == 3
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig([2, 4])])
+def test_what_a_callback_may_monitor_is_what_a_run_logs(moe: MoEConfig | None, tmp_path: Path) -> None:
+    module = MoEGPTModule(GPTConfig(61, 16, 4, 32, 2, moe=moe))
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
+    run.fit(module, SyntheticData())
+    assert logged_names(run, module) == {*run.callback_metrics, "epoch", "step"}
+
+
+@pytest.mark.parametrize("settings", [{"action": "ignore"}, {"limit": 0}])
+def test_impossible_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
+        NonFinite(**settings)
