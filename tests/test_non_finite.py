@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.first_non_finite import first_non_finite
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.non_finite import NonFinite, NonFiniteError
+from nlgmoe.non_finite import NonFinite, NonFiniteError, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.checkpoint.test_portable import SaveAt
@@ -69,6 +69,17 @@ def output_of(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[GPT, T
     return lambda gpt, tokens: gpt.get_submodule(part).register_forward_hook(lambda m, i, out: change(out)).remove
 
 
+def gradient_through_attention(gpt: GPT, tokens: Tensor) -> Undo:
+    """NaN from block 2's attention backwards."""
+
+    def watch(output: Tensor) -> Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+        return output
+
+    return output_of("blocks.2.attention", watch)(gpt, tokens)
+
+
 def weight_of_one_expert(gpt: GPT, tokens: Tensor) -> Undo:
     with torch.no_grad():
         gpt.get_parameter("blocks.1.moe.experts.project_weight")[1, 0, 0] = torch.nan
@@ -110,6 +121,10 @@ SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
         gradient_of("blocks.1.moe.router.weight", -torch.inf),
         "gradient norm is inf; first not finite: the gradient of blocks.1.moe.router.weight on rank 0;",
     ),
+    "the backward pass": (
+        gradient_through_attention,
+        "gradient norm is nan; first not finite: the gradient of blocks.2.attention.project.bias on rank 0;",
+    ),
     "a large gradient": (
         gradient_of("blocks.0.ffn.expand.weight", 1e30),
         "gradient norm is inf; first not finite: no single value, but their squares are too large",
@@ -136,6 +151,16 @@ def test_a_loss_of_finite_outputs_is_named_too() -> None:
     gpt = MoEGPTModule(CONFIG).gpt
     found = first_non_finite(gpt, 1, lambda index: [torch.tensor(torch.inf)], False, lambda parameter: None)
     assert found == "the loss of finite outputs on rank 0"
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (torch.inf, 1.0), (1.0, torch.nan), (torch.nan, None)])
+def test_either_of_loss_and_norm_is_enough(loss: float, norm: float | None) -> None:
+    guard = StepGuard(NonFinite("skip"))
+    value = None if norm is None else torch.tensor(norm)
+    with pytest.warns(UserWarning, match="^step 7: the (loss|gradient norm) is (nan|inf); first not finite: here;"):
+        assert not guard.allows(7, torch.tensor(loss), value, lambda: "here")
+    assert guard.allows(8, torch.tensor(1.0), torch.tensor(1.0), lambda: "nowhere")
+    assert guard.state_dict() == {"skipped": 1, "in_a_row": 0}
 
 
 class TakesBack(Spoils):
