@@ -5,6 +5,7 @@ from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
+from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "PredictionFile",
     "RunSummary",
     "SampleText",
+    "SaveOnSignal",
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",

@@ -21,6 +21,7 @@ from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
+from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.cli.errors import UsageError, one_line_errors
 from nlgmoe.cli.parser import OneLineParser
@@ -66,6 +67,7 @@ class TrainCLI(LightningCLI):
                     RunSummary(),
                     PredictionFile(),
                     ValidationInterval(),
+                    SaveOnSignal(),
                 ],
             },
             parser_class=TrainParser,

@@ -15,6 +15,7 @@ from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.corpus import Corpus, PocketPile, Streams
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
 from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample
+from nlgmoe.data.worker_signals import heed_only_the_parent
 
 
 class PileDataModule(LightningDataModule):
@@ -243,5 +244,6 @@ class PileDataModule(LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=heed_only_the_parent,
             persistent_workers=self.num_workers > 0,
         )

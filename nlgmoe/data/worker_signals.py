@@ -1,0 +1,26 @@
+"""Data-loading processes leave signals to the training process, which saves before it ends (`callbacks/save_on_signal.py`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+
+def heed_only_the_parent(worker: int) -> None:
+    """Ignore Ctrl+C, SIGUSR1 and SIGUSR2, and SIGTERM unless it comes from the process that started this one.
+
+    Terminals, Slurm and DeepSpeed's launcher send a signal to every process there is, and training cannot reach its next
+    step without its batches. For `DataLoader(worker_init_fn=...)`.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # Blocked, and taken out one by one by a thread: a handler would not learn who has sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
