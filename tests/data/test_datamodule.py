@@ -1,4 +1,7 @@
 import math
+import os
+import signal
+import subprocess
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -52,6 +55,20 @@ def test_ranks_divide_the_global_batch(make_data: Make, workers: int) -> None:
     three = [batches(make_data(num_workers=workers), 60, rank, 3) for rank in range(3)]
     for step in range(60):
         assert rows(one[step]) == [row for rank in range(3) for row in rows(three[rank][step])]
+
+
+def test_workers_leave_signals_to_the_process_that_started_them(make_data: Make) -> None:
+    data = make_data(num_workers=1)
+    data.trainer = Ranks(0, 1)  # type: ignore[assignment]
+    iterator: Any = iter(data.train_dataloader())
+    next(iterator)
+    (worker,) = iterator._workers
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    assert len(list(islice(iterator, 20))) == 20
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_resume_continues_with_the_next_sample_whatever_the_batch_size(make_data: Make) -> None:

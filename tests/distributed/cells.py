@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import socket
 import time
 import traceback
@@ -22,7 +23,9 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
+from nlgmoe.callbacks import SaveOnSignal
 from nlgmoe.callbacks.run_summary import RunSummary
+from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import PileDataModule
@@ -376,6 +379,33 @@ def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[s
     return found
 
 
+class Tell(Callback):
+    """Sends SIGTERM to rank 1 alone: in its third step's first backward pass, or before it validates."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        if self.hook == "on_before_backward" and trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.hook == "on_validation_start" and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[list[Any], list[int], list[float]]:
+    """Exit codes and saved steps of training and of validation where `Tell` interrupts, and the losses of the former resumed."""
+    where, codes, steps = folder / f"{cell.name} interrupted", [], []
+    for hook, run in {"on_validation_start": replace(cell, steps=2), "on_before_backward": cell}.items():
+        try:
+            on_ranks(run, ranks, where, Tell(hook), ModelCheckpoint(where, save_last=True), SaveOnSignal())
+        except SystemExit as end:
+            codes.append(end.code)
+        steps.append(read_document(where / "last.ckpt")["global_step"])
+    return codes, steps, on_ranks(cell, ranks, where, checkpoint=where / "last.ckpt").losses
+
+
 def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, int, float]], float]:
     """What `Overflow` saw in four steps of fp16, and the loss scale with which its checkpoint goes on.
 
@@ -546,3 +576,11 @@ class Raises(Callback):
             if self.hangs:
                 time.sleep(10_000)
             raise ValueError("rank 1 has had enough")
+
+
+class TellsMain(Callback):
+    """Rank 1 sends SIGTERM to the process that has started it, in the third step."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getppid(), signal.SIGTERM)

@@ -27,6 +27,7 @@ from tests.distributed.cells import (
     alone,
     evaluate,
     evaluate_text,
+    interrupted,
     lowest_scale,
     make_trainer,
     on_ranks,
@@ -92,6 +93,7 @@ SPOILT = [
     Cell("skip, bf16-mixed, ZeRO 0", 2, 0, precision="bf16-mixed", **SKIPS),
     Cell("skip, bf16-mixed, ZeRO 2", 2, 2, precision="bf16-mixed", **SKIPS),
 ]
+INTERRUPTED = [(CELLS[2][8], 3), (CELLS[2][-1], 4)]  # accumulates: asked after the signal; ddp: before
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
@@ -157,6 +159,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
+            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -260,6 +263,14 @@ def test_bytes_sent_are_those_of_the_cost_model(cell: Cell, found: Found) -> Non
     # The model takes half of the assignments to be elsewhere; these routings are not that even.
     assert rows / elsewhere == 2 * predicted.all_to_all / (assignments / 2)
     assert [rank["reduced"] for rank in counted] == [predicted.dense_gradients] * 2
+
+
+@pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])
+def test_all_ranks_end_after_the_same_step_where_one_is_told_to(cell: Cell, step: int, found: Found) -> None:
+    for rank, (codes, steps, resumed) in enumerate(found[interrupted, cell.name]):
+        assert codes == [0, 0]
+        assert steps == [2, step]
+        assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
 
 
 def optimizer_of(path: Path) -> TensorFiles:

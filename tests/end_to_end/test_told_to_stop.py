@@ -1,0 +1,39 @@
+"""SIGTERM to the one process that the user knows of."""
+
+import csv
+import json
+from pathlib import Path
+
+from nlgmoe.cli.train import main
+from tests.distributed.test_commands import SETTINGS, train_py
+
+
+def processes_of(run: Path) -> list[str]:
+    """Command lines of all processes that have `run` in theirs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it has ended meanwhile
+            continue
+        found += [line] if str(run) in line else []
+    return found
+
+
+def test_two_ranks_stop_in_good_order_and_one_process_goes_on(pocket_pile: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rest = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}", "--model.train_tokens=1280"]
+    rest += ["--trainer.callbacks.init_args.max_new_tokens=4"]  # of the last callback so far, SampleText
+    stops = ["--trainer.devices=2", "--trainer.callbacks+=tests.distributed.cells.TellsMain"]
+    done = train_py("fit", *SETTINGS, *rest, *stops)
+    assert done.returncode == 0, done.stderr
+    assert not processes_of(run)
+    told = [line for line in done.stderr.splitlines() if line.startswith("SIGTERM: ended after step ")]
+    (steps,) = (int(line.split(",")[0].split()[-1]) for line in told)
+    assert steps in (3, 4) and told[0].endswith("checkpoints/last.ckpt; go on with --ckpt_path last")
+    assert not {"summary.json", "samples.txt"} & {path.name for path in run.iterdir()}
+    settings = [setting for setting in SETTINGS if "strategy" not in setting]
+    main(["fit", *settings, *rest, "--trainer.devices=1", "--ckpt_path=last"])
+    assert json.loads((run / "summary.json").read_text())["steps"] == 5
+    with (run / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [0, 1, 2, 3, 4]
