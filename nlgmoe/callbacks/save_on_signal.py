@@ -34,7 +34,8 @@ class SaveOnSignal(Callback):
 
     SIGTERM is what clusters send before they take a machine away, SIGUSR1 what people ask Slurm to send before the time limit
     (`--signal=USR1@90`), SIGINT is Ctrl+C; a second Ctrl+C ends at once, as without this callback. It does not matter which
-    ranks a signal reaches: all end after the same step. A validation is broken off; the resumed run begins it anew.
+    ranks a signal reaches: all end after the same step. A validation is broken off; the resumed run begins it anew. A run that
+    has taken its last step is saved, and then finishes.
 
     The checkpoint is the `last.ckpt` of the run's first `ModelCheckpoint`. Where `trainer.enable_checkpointing` is false
     nothing is saved, and the exit code is 128 + the signal's number. A signal that is ignored when training begins stays so.
@@ -64,8 +65,9 @@ class SaveOnSignal(Callback):
             now = time.monotonic()
             if self._pressed is None:
                 self._pressed = now
-                # Not print(): its buffer may be the very thing that the handler has interrupted.
-                os.write(2, b"\nCtrl+C: saving after this step; press it again to end at once\n")
+                if not distributed.is_initialized() or distributed.get_rank() == 0:
+                    # Not print(): the handler may have interrupted one that holds the buffer.
+                    os.write(2, b"\nCtrl+C: saving after this step; press it again to end at once\n")
             elif now - self._pressed > SAME_PRESS_SECONDS:
                 signal.default_int_handler(number, frame)
         self._received = max(self._received, number)
@@ -137,7 +139,8 @@ class SaveOnSignal(Callback):
             self._agreed = self._answer(trainer)
             if self._agreed:
                 self._break_off_validation(trainer)
-            self._ask(trainer)
+            else:
+                self._ask(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,9 +160,15 @@ class SaveOnSignal(Callback):
 
     # ---- the end
 
-    def _break_off_validation(self, trainer: Trainer) -> NoReturn:
-        self._validation_is_due = True
-        self._end(trainer)
+    def _break_off_validation(self, trainer: Trainer) -> None:
+        if not trainer.should_stop and not trainer.fit_loop.epoch_loop._is_training_done:
+            self._validation_is_due = True
+            self._end(trainer)
+        # No resumed run could make good the last validation and the summary. They are tried, with everything safe.
+        where = f", and saved in {self._save(trainer)}" if trainer.checkpoint_callbacks else ""
+        name = signal.Signals(self._agreed).name
+        rank_zero_info(f"\n{name}: the run is at its end{where}; it finishes with this validation")
+        self._training, self._agreed, self._question = False, 0, None
 
     def _end(self, trainer: Trainer) -> NoReturn:
         name, code, done = signal.Signals(self._agreed).name, 0, f"ended after step {trainer.global_step:,}"

@@ -59,16 +59,9 @@ def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | None = 
 
 
 def keeper(root: Path, **settings: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        root / "kept",
-        **{
-            "monitor": "val/loss",
-            "save_last": True,
-            "every_n_train_steps": 100,
-            "enable_version_counter": False,
-            **settings,
-        },
-    )
+    """Saves after each validation, unless `settings` say otherwise."""
+    usual = {"monitor": "val/loss", "save_last": True, "enable_version_counter": False}
+    return ModelCheckpoint(root / "kept", **{**usual, **settings})
 
 
 def stopped(root: Path, *callbacks: Callback, **settings: Any) -> int:
@@ -115,6 +108,21 @@ def test_nothing_is_lost_and_the_resumed_run_is_the_undisturbed_one(
     trainer = fit(tmp_path, keeper(tmp_path), resume=tmp_path / "kept" / "last.ckpt")
     assert logged(tmp_path) == rows
     assert all(torch.equal(value, final[name]) for name, value in weights(trainer).items())
+
+
+def test_a_validation_is_begun_anew_once(undisturbed: Any, tmp_path: Path) -> None:
+    assert stopped(tmp_path, keeper(tmp_path), Send("on_validation_batch_start", 1, signal.SIGTERM)) == 0
+    for steps in (8, 9):
+        fit(tmp_path, keeper(tmp_path), steps=steps, resume=tmp_path / "kept" / "last.ckpt")
+    assert logged(tmp_path)[:-1] == undisturbed[0]
+    assert logged(tmp_path)[-1]["step"] == "8"
+
+
+def test_a_run_at_its_end_is_saved_and_finishes(undisturbed: Any, tmp_path: Path) -> None:
+    fit(tmp_path, keeper(tmp_path), RunSummary(), Send("on_train_batch_start", 23, signal.SIGTERM))
+    assert logged(tmp_path) == undisturbed[0]
+    assert (tmp_path / "summary.json").exists()
+    assert read_document(tmp_path / "kept" / "last.ckpt")["global_step"] == 8
 
 
 def test_a_second_press_of_ctrl_c_ends_at_once_but_one_that_arrives_twice_is_one(

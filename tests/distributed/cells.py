@@ -380,10 +380,14 @@ def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[s
 
 
 class Tell(Callback):
-    """Sends SIGTERM to rank 1 alone: in its third step's first backward pass, or before it validates."""
+    """Sends SIGTERM to rank 1 alone: in its third step's first backward pass, or in a validation after the second step."""
 
     def __init__(self, hook: str) -> None:
         self.hook = hook
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.hook == "on_validation_start":
+            trainer.val_check_batch = 2 * trainer.accumulate_grad_batches
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         if self.hook == "on_before_backward" and trainer.global_rank == 1 and trainer.global_step == 2:
@@ -397,9 +401,9 @@ class Tell(Callback):
 def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[list[Any], list[int], list[float]]:
     """Exit codes and saved steps of training and of validation where `Tell` interrupts, and the losses of the former resumed."""
     where, codes, steps = folder / f"{cell.name} interrupted", [], []
-    for hook, run in {"on_validation_start": replace(cell, steps=2), "on_before_backward": cell}.items():
+    for hook in ("on_validation_start", "on_before_backward"):
         try:
-            on_ranks(run, ranks, where, Tell(hook), ModelCheckpoint(where, save_last=True), SaveOnSignal())
+            on_ranks(cell, ranks, where, Tell(hook), ModelCheckpoint(where, save_last=True), SaveOnSignal())
         except SystemExit as end:
             codes.append(end.code)
         steps.append(read_document(where / "last.ckpt")["global_step"])
