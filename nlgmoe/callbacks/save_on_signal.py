@@ -180,7 +180,7 @@ class SaveOnSignal(Callback):
             # Processes that Lightning has started end with 0: it would kill all others, this one too, for any other code.
             code = 128 + self._agreed if trainer.local_rank == 0 else 0
         for logger in trainer.loggers:
-            logger.save()
+            logger.save()  # Lightning does it too, later: before that Slurm may end the job
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             _wait_for(launcher.procs)

@@ -110,10 +110,13 @@ def test_nothing_is_lost_and_the_resumed_run_is_the_undisturbed_one(
     assert all(torch.equal(value, final[name]) for name, value in weights(trainer).items())
 
 
-def test_a_validation_is_begun_anew_once(undisturbed: Any, tmp_path: Path) -> None:
-    assert stopped(tmp_path, keeper(tmp_path), Send("on_validation_batch_start", 1, signal.SIGTERM)) == 0
+@pytest.mark.parametrize("settings", [{}, {"monitor": None, "every_n_train_steps": 4}], ids=["after", "before"])
+def test_a_validation_is_begun_anew_once(settings: dict[str, Any], undisturbed: Any, tmp_path: Path) -> None:
+    """Also where a ModelCheckpoint has saved just before it."""
+    stop = Send("on_validation_batch_start", 1, signal.SIGTERM)
+    assert stopped(tmp_path, keeper(tmp_path, **settings), stop) == 0
     for steps in (8, 9):
-        fit(tmp_path, keeper(tmp_path), steps=steps, resume=tmp_path / "kept" / "last.ckpt")
+        fit(tmp_path, keeper(tmp_path, **settings), steps=steps, resume=tmp_path / "kept" / "last.ckpt")
     assert logged(tmp_path)[:-1] == undisturbed[0]
     assert logged(tmp_path)[-1]["step"] == "8"
 
