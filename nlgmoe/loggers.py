@@ -42,7 +42,19 @@ class RunCSVLogger(CSVLogger):
 class _AppendingWriter(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
-        """Take over the columns of an earlier part of the run."""
+        """Take over the columns of an earlier part of the run, and drop a last row that a full disk has cut off."""
         if os.path.exists(self.metrics_file_path):
+            with open(self.metrics_file_path, "rb+") as rows:
+                rows.truncate(rows.read().rfind(b"\n") + 1)
             with open(self.metrics_file_path, newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+
+    @override
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns to the file, whole or not at all: the base class empties it first, and a crash would lose all rows."""
+        temporary = os.path.join(self.log_dir, f".{self.NAME_METRICS_FILE}.writing")
+        with open(self.metrics_file_path, newline="") as file, open(temporary, "w", newline="") as wider:
+            writer = csv.DictWriter(wider, fieldnames)
+            writer.writeheader()
+            writer.writerows(csv.DictReader(file))
+        os.replace(temporary, self.metrics_file_path)

@@ -1,0 +1,36 @@
+"""metrics.csv over several parts of a run, and over what goes wrong."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nlgmoe.loggers import RunCSVLogger
+
+
+def log(folder: Path, *rows: dict[str, float]) -> str:
+    logger = RunCSVLogger(folder)
+    for step, row in enumerate(rows):
+        logger.log_metrics(row, step)
+        logger.save()
+    return (folder / "metrics.csv").read_text()
+
+
+def test_a_new_column_is_added_or_the_file_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = log(tmp_path, {"loss": 2.0}, {"loss": 1.0})
+
+    def no_space(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):
+        broken.setattr(csv.DictWriter, "writerows", no_space)
+        log(tmp_path, {"norm": 1.0})
+    assert (tmp_path / "metrics.csv").read_text() == before
+    assert log(tmp_path, {"norm": 1.0}).split() == ["loss,norm,step", "2.0,,0", "1.0,,1", ",1.0,0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("loss,step\r\n2.0,0\r\n1.")
+    assert log(tmp_path, {"loss": 0.5}).split() == ["loss,step", "2.0,0", "0.5,0"]
