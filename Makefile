@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test check format docs compare bench clean
+.PHONY: help install quickstart test test-faults check format docs compare bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ quickstart: install  ## train a small PR-MoE on real text (about 8 minutes on 2 
 
 test: install  ## the whole suite
 	$(BIN)/python -m pytest
+
+test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
