@@ -52,7 +52,7 @@ def test_a_rank_that_cannot_write(undisturbed_ranks: Run, tmp_path: Path, result
     run = Run(tmp_path / "run", undisturbed_ranks.data, ranks=2)
     ended = run.start(Fault("writing", count=5, action="fill", limit=100_000, rank=1))
     check_refused_write(run, ended, reason="File too large")
-    assert all("rank 1 " in error for error in ended.errors)  # both ranks say whose disk it was
+    assert all("rank 1: " in error for error in ended.errors)  # both ranks say whose disk it was
     results.add("disk full, rank 1 of 2", {"errors": _without(tmp_path, ended)})
     check_goes_on(run, undisturbed_ranks)
 

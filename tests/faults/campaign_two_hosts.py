@@ -12,8 +12,8 @@ from tests.faults.kills import PARITY
 from tests.faults.results import Results
 from tests.faults.two_hosts import Cluster, cluster, wait, wait_for_step, why_not
 
-PATIENCE = 25.0  # seconds that a rank waits for another one; below that hosts may start apart
-GRACE = 15.0  # for torchrun to notice that its rank has ended, on a busy machine
+PATIENCE = 40.0  # seconds that a rank waits for another one; below that hosts may start apart
+GRACE = 30.0  # for torchrun to notice that its rank has ended, on a busy machine
 STEP = 8
 
 

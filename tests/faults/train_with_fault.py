@@ -1,9 +1,12 @@
-"""train.py with the environment's fault waiting in it; see `fault.py`. Its arguments are train.py's."""
+"""train.py with the environment's fault waiting in it; see `fault.py`. Its arguments are train.py's.
 
-import runpy
-from pathlib import Path
+Lightning starts further ranks by the name of this script, so each of them arms itself.
+"""
 
 from tests.faults.fault import arm
 
-arm()
-runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")
+if __name__ == "__main__":
+    arm()  # before anything is imported that the fault could happen in
+    from nlgmoe.cli.train import main
+
+    main()
