@@ -23,6 +23,7 @@ from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.run_folder import RunFolder, refuse_second_run, require_checkpoint, require_writable, resolve_checkpoint
@@ -142,6 +143,8 @@ class TrainCLI(LightningCLI):
         self._find_checkpoint("leave ckpt_path out to start a run, or set it to auto")
         if self.trainer.is_global_zero and self._get(self.config, "ckpt_path") is None:
             refuse_second_run(folder)
+        if self.trainer.is_global_zero and self._get(self.config_init, "ckpt_path") is None:
+            recover(folder)  # killed in its first save: there is a leftover, but no checkpoint to go on from
         require_writable(folder)
 
     def before_validate(self) -> None:
