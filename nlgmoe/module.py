@@ -27,6 +27,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+from nlgmoe.resuming import check_same_run, differences, set_loop_counters, validate_now
 from nlgmoe.seeding import derive_seed
 
 
@@ -111,7 +112,7 @@ class MoEGPTModule(LightningModule):
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and say what differs: also where no shape tells, such as another `top_k`."""
         loaded = load_initial_weights(model, start)
-        changed = _differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
+        changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
 
     @property
@@ -294,10 +295,7 @@ class MoEGPTModule(LightningModule):
                 "model.train_tokens and model.schedule.decay_tokens"
             )
             self.trainer.should_stop = True
-            if self.trainer.enable_validation:
-                self.trainer.validating = True
-                self.trainer.fit_loop.epoch_loop.val_loop.run()
-                self.trainer.training = True
+            validate_now(self.trainer)
         self._window = _Window()
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
@@ -314,18 +312,20 @@ class MoEGPTModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's shape and the clock, and set the loop's counters to the last optimizer step."""
-        checkpoint["model_config"] = self.config.to_dict()
-        checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["step_samples"] = self._step_samples
-        checkpoint["non_finite"] = self.guard.state_dict()
-        checkpoint["seed"] = self.seed
+        checkpoint |= {
+            "model_config": self.config.to_dict(),
+            "tokens_seen": self.tokens_seen,
+            "step_samples": self._step_samples,
+            "non_finite": self.guard.state_dict(),
+            "seed": self.seed,
+        }
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
         if checkpoint["global_step"] == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
-            return
-        self._set_loop_counters(checkpoint)
+        else:
+            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -336,37 +336,12 @@ class MoEGPTModule(LightningModule):
                 differs. Evaluation does not mind settings that only training looks at. Or a run would go on from weights alone.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        if fits and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
-            raise ValueError(
-                f"{self.trainer.ckpt_path} holds weights only: start a new run from it with "
-                f"model.warm_start.checkpoint={self.trainer.ckpt_path}"
-            )
-        ignored = frozenset() if fits else FREE_IN_EVALUATION
-        if different := _differences(checkpoint["model_config"], self.config.to_dict(), ignore=ignored):
-            raise ValueError(
-                f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
-            )
-        if fits and checkpoint["seed"] != self.seed:
-            raise ValueError(
-                f"the checkpoint's run has model.seed {checkpoint['seed']}, not {self.seed}; set it to go on"
-            )
+        check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits and "loops" in checkpoint:
-            self._set_loop_counters(checkpoint)  # a step may have more or fewer micro-batches from here on
-
-    def _set_loop_counters(self, checkpoint: dict[str, Any]) -> None:
-        """Set the loop to the last optimizer step, in today's micro-batches.
-
-        The state that Lightning's loop has in `on_train_batch_end` of the window's last micro-batch, where its own
-        checkpoints are taken: that batch is processed but not yet completed.
-        """
-        loop = checkpoint["loops"]["fit_loop"]
-        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
-            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
-        for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
-            counts |= dict.fromkeys(counts, 0)  # the next validation begins at its beginning
+            # A step may have more or fewer micro-batches from here on.
+            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -439,17 +414,3 @@ def _mask_or_none(batch: Batch) -> Tensor | None:
     """The mask, or None where nothing is masked: attention is faster without one."""
     mask = batch["token_mask"]
     return None if bool(mask.all()) else mask
-
-
-def _differences(
-    theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
-) -> list[str]:
-    """`field theirs -> ours` for every field that differs, nested ones by path; those in `ignore` left out."""
-    found = []
-    for name in sorted((theirs.keys() | ours.keys()) - ignore):
-        one, other = theirs.get(name), ours.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += _differences(one, other, f"{prefix}{name}.", ignore)
-        elif one != other:
-            found.append(f"{prefix}{name} {one} -> {other}")
-    return found

@@ -207,18 +207,12 @@ class SaveOnSignal(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say whether the run has to begin with a validation.
-
-        Lightning's loop does so where it finds the counters of a validation that was broken off, and then believes that the
-        batches counted as complete need not be seen again: none is.
-        """
-        loop = checkpoint["loops"]["fit_loop"]
-        progress = loop["epoch_loop.val_loop.batch_progress"]
+        """Say that the resumed run has to begin with a validation, where one was broken off (`resuming.py`)."""
         if self._validation_is_due:
-            progress["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            loop = checkpoint["loops"]["fit_loop"]
+            loop["epoch_loop.val_loop.batch_progress"]["current"] |= {"ready": 1, "completed": 0}
             # It logs at one less than the steps taken; resuming adds one.
             loop["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 2
-        progress["total"] = dict(progress["current"])  # a run resumed like that has miscounted the total
 
 
 class _LargestOfAllRanks:

@@ -1,0 +1,76 @@
+"""A run that goes on from a checkpoint: whether it may, and where Lightning's loops stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Trainer
+
+from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+
+
+def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
+    """Check that a checkpoint is of this model and, to train on, of this run.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        config: of this model.
+        seed: of this run; None in evaluation, which does not mind settings that only training looks at.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: it is not, or holds weights only; the message names what differs.
+    """
+    trains = seed is not None
+    if trains and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+        raise ValueError(f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}")
+    ignored = frozenset() if trains else FREE_IN_EVALUATION
+    if different := differences(checkpoint["model_config"], config.to_dict(), ignore=ignored):
+        raise ValueError(
+            f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+        )
+    if trains and checkpoint["seed"] != seed:
+        raise ValueError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to go on")
+
+
+def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Set Lightning's loops to the last optimizer step, and to the beginning of a validation.
+
+    The training loop gets the state that it has in `on_train_batch_end` of the step's last micro-batch, where Lightning's own
+    checkpoints are taken: that batch is processed but not yet completed. A validation that is under way is begun anew by the
+    resumed run (Lightning does so where one batch is ready and none processed); one that has ended is not.
+
+    Args:
+        checkpoint: Lightning's dictionary, about to be saved or just loaded.
+        micro_batches: of a step, today.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = checkpoint["global_step"] * micro_batches
+    for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
+        counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    under_way = int(validation["current"]["ready"] > validation["current"]["completed"])
+    for key in ("total", "current"):
+        validation[key] = {"ready": under_way, "started": under_way, "processed": 0, "completed": 0}
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Validate in the middle of a fit, as the training loop does, if the run validates at all."""
+    if trainer.enable_validation:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
+def differences(
+    theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """`field theirs -> ours` for every field that differs, nested ones by path; those in `ignore` left out."""
+    found = []
+    for name in sorted((theirs.keys() | ours.keys()) - ignore):
+        one, other = theirs.get(name), ours.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{prefix}{name}.", ignore)
+        elif one != other:
+            found.append(f"{prefix}{name} {one} -> {other}")
+    return found
