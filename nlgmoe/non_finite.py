@@ -141,8 +141,8 @@ class StepGuard:
         what = f"step {step}: the {name} is {float(value)}; first not finite: {find_source()}"
         if self.settings.action == "stop":
             raise NonFiniteError(
-                f"{what}; nothing was updated. Go on from the last checkpoint with a lower model.optimizer.lr, or with "
-                "model.non_finite.action set to skip"
+                f"{what}; nothing was updated. Go on from the last checkpoint, or one before it, with a lower "
+                "model.optimizer.lr, or with model.non_finite.action set to skip"
             )
         if self.in_a_row == self.settings.limit:
             raise NonFiniteError(
