@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 from typing_extensions import override
+
+from nlgmoe.callbacks.slurm import queue_again, requeue_signal
 
 # torchrun and other launchers pass on the Ctrl+C that the terminal has sent to every process already.
 SAME_PRESS_SECONDS = 1.0
@@ -84,7 +85,7 @@ class SaveOnSignal(Callback):
         self._training = True
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers nowhere else; another rank may still tell this one
-        requeue = _requeue_signal(trainer)
+        requeue = requeue_signal(trainer)
         for number in {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} | ({requeue} if requeue else set()):
             before = signal.getsignal(number)
             if before not in (None, signal.SIG_IGN):  # None: not Python's to restore
@@ -184,8 +185,8 @@ class SaveOnSignal(Callback):
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             _wait_for(launcher.procs)
-        if self._agreed == _requeue_signal(trainer) and trainer.is_global_zero and code == 0:
-            _queue_again()  # last: Slurm may end the job at once
+        if self._agreed == requeue_signal(trainer) and trainer.is_global_zero and code == 0:
+            queue_again()  # last: Slurm may end the job at once
         raise SystemExit(code)
 
     def _save(self, trainer: Trainer) -> Path:
@@ -234,28 +235,6 @@ class _LargestOfAllRanks:
         with torch.cuda.stream(self._stream):
             self._work.wait()
             return int(self._value)
-
-
-def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """After which Slurm is asked to queue the job again."""
-    environment = trainer._accelerator_connector.cluster_environment
-    return (
-        environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
-    )
-
-
-def _queue_again() -> None:
-    """Give the job back to Slurm, as Lightning would; the run is saved, so that failing to is no failure."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
-        rank_zero_warn(f"scontrol requeue {job} failed ({reason}); submit the job again")
-    else:
-        rank_zero_info(f"Slurm job {job} is queued again")
 
 
 def _wait_for(processes: list[subprocess.Popen[Any]]) -> None:
