@@ -10,7 +10,7 @@ from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for every value; it also counts steps, once a parameter
 _STACK = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<part>\w+)")  # a stacked parameter of `layers/experts.py`
-_EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")  # its entry for one expert
+EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")  # its entry for one expert
 
 
 def describe_mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
@@ -46,7 +46,7 @@ def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, value in entries.items():
-        if match := _EXPERT.fullmatch(name):
+        if match := EXPERT.fullmatch(name):
             stacks.setdefault(f"{match['layer']}.{match['part']}", {})[int(match["expert"])] = value
         else:
             joined[name] = value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from nlgmoe.checkpoint.entries import MOMENTS, split_experts
+from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import (
     KINDS,
     Contents,
@@ -20,6 +20,7 @@ from nlgmoe.checkpoint.folder import (
     read_document,
     read_manifest,
 )
+from nlgmoe.checkpoint.layout import entry_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 
@@ -76,15 +77,15 @@ def _wrong_names(path: str | Path, document: dict[str, Any], files: dict[str, Co
     }
     try:
         with torch.device("meta"):
-            stacks = GPT(GPTConfig.from_dict(document["model_config"])).state_dict()
+            model = GPT(GPTConfig.from_dict(document["model_config"]))
     except (KeyError, TypeError, ValueError) as error:
         yield f"{path}/checkpoint.json describes no model ({type(error).__name__}: {error})"
         return
-    shapes = {name: list(value.shape) for name, value in split_experts(stacks).items()}
+    shapes = {name: list(shape) for name, shape in entry_shapes(model).items()}
     expected = {"model": shapes}
     if "optimizer_groups" in document and document.get("global_step", 0) > 0:
         moments = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in shapes.items()}
-        expected["optimizer"] = moments | {f"step/{name}": [] for name in stacks}
+        expected["optimizer"] = moments | {f"step/{name}": [] for name, _ in model.named_parameters()}
     for kind, shapes in expected.items():
         for name in sorted(shapes.keys() - held[kind].keys()):
             yield f"{path} lacks {name} ({kind})"

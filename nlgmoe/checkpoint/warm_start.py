@@ -6,22 +6,21 @@ what differs is the same list everywhere.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from nlgmoe.checkpoint.agreement import all_or_none
+from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
 from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.model.gpt import GPT
 
-_EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")
 Shapes = dict[str, torch.Size]
 
 
@@ -66,7 +65,7 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
         ValueError: there is no such checkpoint, it is damaged, it does not fit (see `WarmStart.strict`), or nothing of it
             does. Every rank raises.
     """
-    with _all_or_none():
+    with all_or_none():
         # Of one checkpoint only the weights are read, and checked; of a run folder the newest valid one is looked for.
         path = Path(start.checkpoint)
         path = path if is_checkpoint(path) else choose(path, to_train=False)
@@ -110,7 +109,7 @@ def grouped(different: dict[str, str]) -> list[str]:
     experts: dict[tuple[str, str, str], list[int]] = {}
     lines: dict[Any, str] = {}  # in the order of the entries
     for name, reason in different.items():
-        if match := _EXPERT.fullmatch(name):
+        if match := EXPERT.fullmatch(name):
             key = match["layer"], match["part"], reason
             experts.setdefault(key, []).append(int(match["expert"]))
             lines[key] = f"{match['layer']}.[{_ranges(experts[key])}].{match['part']}: {reason}"
@@ -142,22 +141,3 @@ def _shapes(folder: Path) -> Shapes:
     """Shape of each `model` entry of a checkpoint."""
     files = {name: contents for name, contents in read_manifest(folder)["files"].items() if kind_of(name) == "model"}
     return {name: torch.Size(record[1]) for contents in files.values() for name, record in contents.items()}
-
-
-@contextmanager
-def _all_or_none() -> Iterator[None]:
-    """Go on only if no rank raised."""
-    mine: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        mine = error
-    if distributed.is_initialized():
-        found: list[str | None] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, None if mine is None else f"{mine}")
-        failed = [(rank, message) for rank, message in enumerate(found) if message is not None]
-        if failed and mine is None:
-            rank, message = failed[0]
-            raise ValueError(f"rank {rank} could not load the weights to start from: {message}")
-    if mine is not None:
-        raise mine

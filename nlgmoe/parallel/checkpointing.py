@@ -6,8 +6,6 @@ one by one and keeps its part. No rank ever holds the model or the optimizer who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
@@ -68,7 +67,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     else:
         moments = {}
     temporary: list[Path | None] = [None]
-    with _all_or_none(path):
+    with all_or_none(), writing.explained(path):
         document, tensors = make_document(rest)
         if rank == 0:
             temporary = [writing.begin(path)]
@@ -77,7 +76,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     assert where is not None
     try:
         files: dict[str, Contents] = {}
-        with _all_or_none(path):
+        with all_or_none(), writing.explained(path):
             for kind, entries in {"model": weights, "optimizer": moments}.items():
                 if entries:
                     files |= writing.write_tensors(where, kind, entries, rank, ranks)
@@ -85,29 +84,13 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
                 files |= writing.write_tensors(where, "state", tensors)
         of_ranks: list[dict[str, Contents]] = [{}] * ranks
         distributed.gather_object(files, of_ranks if rank == 0 else None)
-        with _all_or_none(path):
+        with all_or_none(), writing.explained(path):
             if rank == 0:
                 files = {name: contents for one in of_ranks for name, contents in one.items()}
                 writing.finish(where, path, document, files)
     finally:
         if rank == 0:
             writing.abandon(where)
-
-
-@contextmanager
-def _all_or_none(path: Path) -> Iterator[None]:
-    """Go on only if no rank raised."""
-    mine: Exception | None = None
-    try:
-        with writing.explained(path):
-            yield
-    except Exception as error:
-        mine = error
-    found: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, None if mine is None else f"{mine}")
-    for rank, message in enumerate(found):
-        if message is not None:
-            raise ValueError(f"rank {rank}: {message}") from mine
 
 
 def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
