@@ -219,7 +219,7 @@ def main() -> None:
         for layout, row in rows.items():
             cells = [f"{row[key]:>16.4g}" if key in row else f"{'-':>16}" for key in [*columns, "disk_over_tensors"]]
             print(f"{size + ', ' + format(tensors / 1e6, '.0f') + ' MB, ' + layout:<30}" + "".join(cells), flush=True)
-    Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+        Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def module(start: WarmStart | None, config: GPTConfig = CONFIG, **settings: Any)
     return MoEGPTModule(config, AdamWConfig(lr=1e-2), warm_start=start, **settings)
 
 
-@pytest.mark.parametrize("name", ["whole.ckpt", "weights.ckpt"])
+@pytest.mark.parametrize("name", ["whole.ckpt", "weights.ckpt", "."])  # the last: the newest of the folder
 def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
     saved = trainer(tmp_path, limit_val_batches=1.0)
     (expected,) = saved.validate(module(None), SyntheticData(), ckpt_path=trained / name, verbose=False)
