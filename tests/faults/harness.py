@@ -75,7 +75,7 @@ class Run:
         data: the corpus.
         ranks: 1, or 2 with expert-parallel degree 2.
         save_last: as `ModelCheckpoint` takes it.
-        extra: further settings.
+        timeout_seconds: as the ranks' strategy takes it.
     """
 
     folder: Path
@@ -83,7 +83,6 @@ class Run:
     ranks: int = 1
     save_last: bool | str = True
     timeout_seconds: float = TIMEOUT_SECONDS
-    extra: Sequence[str] = ()
     starts: int = field(default=0, init=False)
 
     @property
@@ -107,13 +106,11 @@ class Run:
             f"--data.data_dir={self.data}",
             f"--trainer.default_root_dir={self.folder}",
             f"--trainer.callbacks={json.dumps([checkpoints])}",
-            *self.extra,
         ]
 
     def start(self, fault: Fault | None = None) -> Ended:
         """Start the command, and wait until none of its processes is left."""
-        launched = self.launch([f"--trainer.devices={self.ranks}"], fault)
-        return launched.wait()
+        return self.launch([f"--trainer.devices={self.ranks}"], fault).wait()
 
     def launch(
         self, args: Sequence[str], fault: Fault | None = None, launcher: Sequence[str] = (sys.executable,)
