@@ -80,7 +80,7 @@ def _kills(parts: dict[str, Any]) -> Iterator[str]:
 
 
 def _hosts(parts: dict[str, Any]) -> Iterator[str]:
-    columns = ["", "both ended after", "`timeout_seconds`", "went on from step", "largest difference at the end"]
+    columns = ["", "the rest ended after", "`timeout_seconds`", "went on from step", "largest difference at the end"]
     yield from _row(columns, header=True)
     for name, part in parts.items():
         if name.startswith("two hosts"):
