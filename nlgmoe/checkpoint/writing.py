@@ -82,10 +82,11 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        number = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' words
+        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
         raise ValueError(
-            f"the checkpoint {path} cannot be written ({reason}); earlier checkpoints are as they were: make room, or the "
-            "folder writable, and go on with --ckpt_path last"
+            f"the checkpoint {path} cannot be written ({reason}); earlier checkpoints are as they were: make room, or put right "
+            "what the reason says, and go on with --ckpt_path last"
         ) from error
 
 
@@ -143,13 +144,9 @@ def _flush(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine has this number, other than ourselves."""
-    if pid == os.getpid():
-        return False
+    """Whether another process of this machine has this number, and has not ended."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
+    return pid != os.getpid() and state not in ("Z", "X")
