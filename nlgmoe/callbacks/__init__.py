@@ -1,6 +1,7 @@
 """Lightning callbacks, one concern a file. They read the module and the trainer; none changes what is learned."""
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
+from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
@@ -13,6 +14,7 @@ __all__ = [
     "PredictionFile",
     "RunSummary",
     "SampleText",
+    "SaveAtEnd",
     "SaveOnSignal",
     "Throughput",
     "TokenProgressBar",

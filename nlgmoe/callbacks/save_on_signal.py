@@ -11,18 +11,18 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 from typing_extensions import override
 
+from nlgmoe.callbacks.last_checkpoint import save_last
 from nlgmoe.callbacks.slurm import queue_again, requeue_signal
 
 # torchrun and other launchers pass on the Ctrl+C that the terminal has sent to every process already.
@@ -166,7 +166,9 @@ class SaveOnSignal(Callback):
             self._validation_is_due = True
             self._end(trainer)
         # No resumed run could make good the last validation and the summary. They are tried, with everything safe.
-        where = f", and saved in {self._save(trainer)}" if trainer.checkpoint_callbacks else ""
+        where = (
+            f", and saved in {save_last(trainer, anew=self._validation_is_due)}" if trainer.checkpoint_callbacks else ""
+        )
         name = signal.Signals(self._agreed).name
         rank_zero_info(f"\n{name}: the run is at its end{where}; it finishes with this validation")
         self._training, self._agreed, self._question = False, 0, None
@@ -174,7 +176,7 @@ class SaveOnSignal(Callback):
     def _end(self, trainer: Trainer) -> NoReturn:
         name, code, done = signal.Signals(self._agreed).name, 0, f"ended after step {trainer.global_step:,}"
         if trainer.checkpoint_callbacks:
-            path = self._save(trainer)
+            path = save_last(trainer, anew=self._validation_is_due)
             rank_zero_info(f"\n{name}: {done}, saved in {path}; go on with --ckpt_path last")
         else:
             rank_zero_info(f"\n{name}: {done}; nothing was saved, because trainer.enable_checkpointing is false")
@@ -188,23 +190,6 @@ class SaveOnSignal(Callback):
         if self._agreed == requeue_signal(trainer) and trainer.is_global_zero and code == 0:
             queue_again()  # last: Slurm may end the job at once
         raise SystemExit(code)
-
-    def _save(self, trainer: Trainer) -> Path:
-        keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        for keeper in keepers:
-            has_this_step = keeper._last_global_step_saved == trainer.global_step and not keeper.save_weights_only
-            if has_this_step and not self._validation_is_due:
-                return Path(keeper._last_checkpoint_saved)
-        path = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
-        if keepers:
-            assert keepers[0].dirpath is not None  # since setup
-            path = Path(keepers[0].last_model_path or Path(keepers[0].dirpath, "last.ckpt"))
-            if keepers[0].save_last:
-                keepers[0].last_model_path = str(
-                    path
-                )  # so that the resumed run replaces it, in place of adding another
-        trainer.save_checkpoint(path)
-        return path
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def choose(path: str | Path, to_train: bool = True) -> Path:
             raise ValueError(f"{_summary(found)}; use another checkpoint")
         return Path(path)
     skipped = []
-    for candidate in _agreed_candidates(Path(path)):
+    for candidate in _agreed_candidates(Path(path), to_train):
         found = agreed_problems(candidate)
         if not found and to_train and "optimizer_groups" not in read_document(candidate):
             found = [f"{candidate} holds weights only"]
@@ -53,31 +55,51 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is any under a folder, valid or not; one that a killed process was replacing counts."""
-    return any(folder.rglob("*.ckpt")) or any(folder.rglob(".*.ckpt.replaced-*"))
+    return any(path.suffix == ".ckpt" or ".ckpt.replaced-" in path.name for path in _folders(folder))
 
 
 def candidates(folder: Path) -> list[Path]:
     """All checkpoints under a folder, valid or not, latest first; of links to the same one, one."""
-    found: dict[Path, Path] = {}
-    for path in sorted(folder.rglob("*.ckpt")):
-        if not path.name.startswith("."):
-            found.setdefault(path.resolve(), path)
+    found: dict[str, Path] = {}
+    for path in sorted(_folders(folder)):
+        if path.suffix == ".ckpt" and not path.name.startswith("."):
+            found.setdefault(os.path.realpath(path), path)
     return sorted(found.values(), key=_saved_at, reverse=True)
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Everything under a folder but what is in checkpoints; behind links too, such as `checkpoints` on another disk.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    seen: set[str] = set()
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        here = waiting.pop()
+        if os.path.realpath(here) in seen:
+            continue
+        seen.add(os.path.realpath(here))
+        for path in here.iterdir():
+            yield path
+            if ".ckpt" not in path.name and path.is_dir():
+                waiting.append(path)
 
 
 def _saved_at(path: Path) -> str:
     """When it was written; of a damaged one, what the file system says."""
     try:
         return str(read_document(path)["saved_at"])
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError):
         return datetime.fromtimestamp(path.lstat().st_mtime, UTC).isoformat(timespec="microseconds")
 
 
-def _agreed_candidates(folder: Path) -> list[Path]:
-    """Of rank 0, which first brings back what a killed process was replacing."""
+def _agreed_candidates(folder: Path, to_train: bool) -> list[Path]:
+    """Of rank 0, which first, if training goes on, cleans up after a killed process; a run that is alive may be evaluated."""
     found: list[list[Path]] = [[]]
     if not distributed.is_initialized() or distributed.get_rank() == 0:
-        recover(folder)
+        if to_train:
+            recover(folder)
         found = [candidates(folder)]
     if distributed.is_initialized():
         distributed.broadcast_object_list(found)

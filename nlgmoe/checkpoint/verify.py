@@ -24,6 +24,16 @@ from nlgmoe.checkpoint.layout import entry_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 
+# What everyone who reads a checkpoint relies on.
+DOCUMENT = {
+    "saved_at": str,
+    "versions": dict,
+    "model_config": dict,
+    "global_step": int,
+    "tokens_seen": int,
+    "seed": int,
+}
+
 
 def problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     """Everything that keeps a folder from being a whole checkpoint, a line each.
@@ -35,13 +45,17 @@ def problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     """
     try:
         document, files = read_document(path), read_manifest(path)["files"]
+        for name, kind in DOCUMENT.items():
+            if not isinstance(document.get(name), kind):
+                yield f"{path}/checkpoint.json: {name} is {document.get(name)!r}, not of type {kind.__name__}"
+        yield from file_problems(Path(path), files)
+        yield from _damaged_tensors(Path(path), files, rank, ranks)
+        if rank == 0:
+            yield from _wrong_names(path, document, files)
     except (ValueError, OSError) as error:
         yield str(error).removesuffix("; use another checkpoint")
-        return
-    yield from file_problems(Path(path), files)
-    yield from _damaged_tensors(Path(path), files, rank, ranks)
-    if rank == 0:
-        yield from _wrong_names(path, document, files)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:  # well-formed, but made by something else
+        yield f"{path} is no checkpoint of ours ({type(error).__name__}: {error})"
 
 
 def agreed_problems(path: str | Path) -> list[str]:

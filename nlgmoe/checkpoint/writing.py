@@ -124,7 +124,9 @@ def recover(run_folder: Path) -> None:
 
     What a process that is still there may be busy with is left alone.
     """
-    for leftover in sorted(run_folder.rglob(".*.ckpt.*")):
+    for leftover in sorted(
+        Path(place, name) for place, names, _ in os.walk(run_folder, followlinks=True) for name in names
+    ):
         match = _LEFTOVER.fullmatch(leftover.name)
         if match is None:
             continue

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -58,9 +62,11 @@ def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
     """A folder holds one run, which may be resumed.
 
     Raises:
-        ValueError: `folder` holds a run and there is no checkpoint to resume.
+        ValueError: `folder` holds a run and there is no checkpoint to resume, or it is of another run.
     """
-    if checkpoint is None and (folder / "config.yaml").exists():
+    if not (folder / "config.yaml").exists():
+        return
+    if checkpoint is None:
         if not has_checkpoints(folder):
             raise ValueError(
                 f"{folder} holds a run that left no checkpoint: start it again with --ckpt_path auto, or choose another "
@@ -68,6 +74,11 @@ def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
             )
         raise ValueError(
             f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
+        )
+    if not any(Path(f(checkpoint)).is_relative_to(f(folder)) for f in (os.path.abspath, os.path.realpath)):
+        raise ValueError(
+            f"{folder} holds a run already, and {checkpoint} is not of it: choose another trainer.default_root_dir to go on "
+            "from that checkpoint there"
         )
 
 
@@ -83,8 +94,8 @@ def require_checkpoint(path: Path) -> None:
         raise ValueError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
 
 
-def resolve_checkpoint(name: Any, folder: Path, remedy: str) -> Any:
-    """`last` and `auto` mean the run folder: its newest valid checkpoint; `auto` is content with none.
+def resolve_checkpoint(name: Any, folder: Path, remedy: str, may_start: bool, elsewhere: Sequence[str] = ()) -> Any:
+    """`last` and `auto` mean the run folder: its newest valid checkpoint; `auto` is content with none where a run may start.
 
     Which one that is, all ranks decide together once they know each other (`checkpoint/newest.py`).
 
@@ -92,16 +103,46 @@ def resolve_checkpoint(name: Any, folder: Path, remedy: str) -> Any:
         name: `ckpt_path` as it was given.
         folder: the run folder.
         remedy: what to do if there is none.
+        may_start: whether a new run is the alternative.
+        elsewhere: where else the run saves checkpoints.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or the run does not save them in its folder.
     """
     if name not in ("last", "auto"):
         return name
+    for place in elsewhere:
+        if not any(Path(f(place)).is_relative_to(f(folder)) for f in (os.path.abspath, os.path.realpath)):
+            raise ValueError(
+                f"ckpt_path={name} looks into trainer.default_root_dir={folder}, but ModelCheckpoint.dirpath={place} is outside: "
+                "leave dirpath out (the folder checkpoints may be a link), or give the path of a checkpoint"
+            )
     found = has_checkpoints(folder)
-    if not found and name == "last":
-        raise ValueError(f"ckpt_path=last: there is no checkpoint in {folder}; {remedy}")
+    if not found and not (name == "auto" and may_start):
+        raise ValueError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
     return str(folder) if found else None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Be the only process that trains in `folder`: a second one would replace the first one's checkpoints.
+
+    The operating system lets go when the process ends, however it does.
+
+    Raises:
+        ValueError: another process has the folder, and keeps it for ten seconds.
+    """
+    lock = FileLock(folder / ".lock", timeout=10)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def require_writable(folder: Path) -> None:

@@ -8,16 +8,19 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
+from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
@@ -26,7 +29,14 @@ from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
 from nlgmoe.cli.parser import OneLineParser
-from nlgmoe.cli.run_folder import RunFolder, refuse_second_run, require_checkpoint, require_writable, resolve_checkpoint
+from nlgmoe.cli.run_folder import (
+    RunFolder,
+    held,
+    refuse_second_run,
+    require_checkpoint,
+    require_writable,
+    resolve_checkpoint,
+)
 from nlgmoe.cli.trainer_settings import check_machine, check_trainer
 from nlgmoe.data import PileDataModule
 from nlgmoe.loggers import run_folder_loggers
@@ -69,6 +79,7 @@ class TrainCLI(LightningCLI):
                     PredictionFile(),
                     ValidationInterval(),
                     SaveOnSignal(),
+                    SaveAtEnd(),
                 ],
             },
             parser_class=TrainParser,
@@ -116,9 +127,11 @@ class TrainCLI(LightningCLI):
                 "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights "
                 "of one, set model.warm_start.checkpoint"
             )
+        config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
         path = config.get("ckpt_path")
         if path is not None and path not in ("last", "auto", "best", "hpc"):
-            require_checkpoint(Path(path))
+            config["ckpt_path"] = os.path.expanduser(path)
+            require_checkpoint(Path(config["ckpt_path"]))
 
     @override
     def instantiate_classes(self) -> None:
@@ -141,11 +154,14 @@ class TrainCLI(LightningCLI):
         """
         folder = Path(self.trainer.default_root_dir)
         self._find_checkpoint("leave ckpt_path out to start a run, or set it to auto")
-        if self.trainer.is_global_zero and self._get(self.config, "ckpt_path") is None:
-            refuse_second_run(folder)
-        if self.trainer.is_global_zero and self._get(self.config_init, "ckpt_path") is None:
-            recover(folder)  # killed in its first save: there is a leftover, but no checkpoint to go on from
+        name, checkpoint = self._get(self.config, "ckpt_path"), self._get(self.config_init, "ckpt_path")
+        if self.trainer.is_global_zero and name != "auto":
+            refuse_second_run(folder, checkpoint)
         require_writable(folder)
+        if self.trainer.is_global_zero:
+            self._while_running.enter_context(held(folder))
+            if checkpoint is None:
+                recover(folder)  # killed in its first save: there is a leftover, but no checkpoint to go on from
 
     def before_validate(self) -> None:
         """Say so where the weights are random.
@@ -161,7 +177,15 @@ class TrainCLI(LightningCLI):
 
     def _find_checkpoint(self, remedy: str) -> None:
         name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
-        self.config_init[self.subcommand]["ckpt_path"] = resolve_checkpoint(name, folder, remedy)
+        keepers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        places = [str(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None]
+        found = resolve_checkpoint(name, folder, remedy, self.subcommand == "fit", places)
+        self.config_init[self.subcommand]["ckpt_path"] = found
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ExitStack() as self._while_running:
+            super()._run_subcommand(subcommand)
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from nlgmoe.checkpoint.folder import Contents, kind_of, read_document, read_manifest
-from nlgmoe.cli.errors import Failures
+from nlgmoe.cli.errors import Failures, UsageError
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import experts_per_layer
 
@@ -20,7 +20,14 @@ def verify_checkpoint(checkpoint: str) -> None:
     Raises:
         ValueError: something is missing, unknown or damaged; a line for each.
     """
-    from nlgmoe.checkpoint.verify import problems  # needs the model
+    from nlgmoe.checkpoint.newest import candidates, is_checkpoint  # these need torch, and the model
+    from nlgmoe.checkpoint.verify import problems
+
+    if not is_checkpoint(checkpoint):
+        names = ", ".join(str(path) for path in candidates(Path(checkpoint))[:3])
+        raise UsageError(
+            f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")
+        )
 
     if found := [problem.replace("\n", " ") for problem in problems(checkpoint)]:
         raise Failures([*found, f"{checkpoint} is not valid: use another checkpoint"])

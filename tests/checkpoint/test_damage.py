@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
+from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint.newest import choose
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
 from nlgmoe.checkpoint.verify import problems
 from nlgmoe.cli.main import main
 from tests.checkpoint.runs import SaveAt, fit
@@ -187,3 +189,28 @@ def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert [line.startswith("error: ") for line in lines] == [True] * 3
     assert f"{EXPERT} is damaged" in lines[0] and f"exp_avg/{EXPERT} is damaged" in lines[1]
     assert "is not valid" in lines[2]
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(tmp_path)])
+    assert end.value.code == 2
+    assert f"{tmp_path} is no checkpoint; it holds {tmp_path}/b.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"global_step": "x"}, {"model_config": [1]}, {"tokens_seen": None}, {"saved_at": 5}, {"model_config": {"a": 1}}],
+    ids=str,
+)
+def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, tmp_path: Path) -> None:
+    trainer = fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+    document, tensors = make_document(
+        {k: v for k, v in checkpoint.items() if k != "state_dict"} | {"optimizer_states": []}
+    )
+    temporary = writing.begin(tmp_path / "b.ckpt")
+    files = writing.write_tensors(temporary, "model", {"x": torch.ones(1)})
+    writing.finish(temporary, tmp_path / "b.ckpt", document | changes, files)
+    assert any(
+        next(iter(changes)) in problem or "describes no model" in problem for problem in problems(tmp_path / "b.ckpt")
+    )
+    assert choose(tmp_path) == tmp_path / "a.ckpt"
+    assert tensors == {}

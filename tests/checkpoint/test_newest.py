@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.folder import is_whole
-from nlgmoe.checkpoint.newest import candidates, choose
+from nlgmoe.checkpoint.newest import candidates, choose, has_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
 from tests.test_module import Recorder
@@ -155,3 +155,28 @@ def test_when_it_was_saved_decides_not_its_step(tmp_path: Path) -> None:
     fit(tmp_path, SaveAt(18, tmp_path / "six.ckpt"), SaveAt(9, tmp_path / "three.ckpt"), steps=6)
     fit(tmp_path, SaveAt(12, tmp_path / "four.ckpt"), steps=4, resume=tmp_path / "three.ckpt")
     assert [path.name for path in candidates(tmp_path)] == ["four.ckpt", "six.ckpt", "three.ckpt"]
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    save(tmp_path / "scratch" / "a.ckpt", 1.0)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    (run / "again").symlink_to(run)
+    (run / "loop.ckpt").symlink_to(run / "loop.ckpt")
+    assert has_checkpoints(run)
+    assert [path.name for path in candidates(run)] == ["loop.ckpt", "a.ckpt"]
+    (run / "loop.ckpt").unlink()
+    (tmp_path / "scratch" / ".b.ckpt.writing-4194305").mkdir()
+    writing.recover(run)
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["a.ckpt"]
+
+
+def test_an_evaluation_leaves_a_run_alone_that_is_writing(tmp_path: Path) -> None:
+    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    leftover = tmp_path / ".a.ckpt.writing-4194305"  # of another host, for all that this one knows
+    leftover.mkdir()
+    choose(tmp_path, to_train=False)
+    assert leftover.exists()
+    choose(tmp_path)
+    assert not leftover.exists()

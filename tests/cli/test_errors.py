@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
@@ -349,6 +350,30 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "unknown setting model.seed ({folder}/bad.yaml, line 1); settings stand behind `fit`",
     ),
 }
+
+
+def _other_run(folder: Path) -> Path:
+    other = folder / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("model: {}\n")
+    return other
+
+
+HELD: list[FileLock] = []
+
+
+def _busy(folder: Path) -> Path:
+    busy = folder / "busy"
+    busy.mkdir()
+    HELD.append(FileLock(busy / ".lock"))
+    HELD[-1].acquire()
+    return busy
+
+
+def _saves_to(folder: str) -> list[dict]:
+    return [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": folder}}]
+
+
 FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name is not usable
     "missing checkpoint": (
         validate(lambda _: "--ckpt_path=nowhere.ckpt"),
@@ -447,6 +472,25 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
     "run folder in use": (
         lambda place: place.args(f"--trainer.default_root_dir={place.trained.parent / 'run'}"),
         "holds a run already: continue it with --ckpt_path last",
+    ),
+    "a checkpoint of another run": (
+        lambda place: [
+            *place.args(place.whole, "--model.train_tokens=128"),
+            f"--trainer.default_root_dir={_other_run(place.folder)}",
+        ],
+        "/run/checkpoints/last.ckpt is not of it: choose another trainer.default_root_dir",
+    ),
+    "a run that another process trains": (
+        lambda place: place.args(f"--trainer.default_root_dir={_busy(place.folder)}"),
+        "another process trains in trainer.default_root_dir={folder}/busy",
+    ),
+    "checkpoints elsewhere": (
+        lambda place: place.args("--ckpt_path=auto", f"--trainer.callbacks={json.dumps(_saves_to('/elsewhere'))}"),
+        "ckpt_path=auto looks into trainer.default_root_dir={folder}/run, but ModelCheckpoint.dirpath=/elsewhere is outside",
+    ),
+    "nothing to evaluate": (
+        validate(lambda _: "--ckpt_path=auto"),
+        "ckpt_path=auto: there is no checkpoint in {folder}/run",
     ),
     "unwritable run folder": (
         flag("--trainer.default_root_dir=/proc/nowhere"),
