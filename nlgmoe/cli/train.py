@@ -28,6 +28,7 @@ from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
+from nlgmoe.cli.memory import keep_freed_memory
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.run_folder import (
     RunFolder,
@@ -271,6 +272,7 @@ def main(args: ArgsType = None) -> None:
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
+        keep_freed_memory()
         _mute_advertising()
         TrainCLI(args)
 

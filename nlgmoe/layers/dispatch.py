@@ -35,22 +35,25 @@ class Dispatch:
         rows = torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
         return Dispatch(order, rows)
 
-    def gather(self, x: Tensor, top_k: int) -> Tensor:
-        """Rows for the experts, `[N, H] -> [N * k, H]`, in `order`."""
-        return x.index_select(0, self.order // top_k)
+    def source(self, top_k: int) -> Tensor:
+        """`[N * k]` the token of each row, in `order`."""
+        return self.order // top_k
 
-    def combine(self, y: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sum of each token's expert outputs, in at least fp32.
+    def scale(self, weight: Tensor) -> Tensor:
+        """`[N * k]` the gate weight of each row, from `[N, k]`; 0 where dropped."""
+        return weight.flatten().index_select(0, self.order)
+
+    def combine(self, y: Tensor, top_k: int) -> Tensor:
+        """Sum of each token's weighted expert outputs.
 
         Args:
-            y: `[N * k, H]` expert outputs in `order`.
-            weight: `[N, k]` gate weights, 0 where dropped.
+            y: `[N * k, H]` expert outputs in `order`, times their gate weights, in at least fp32.
+            top_k: k.
 
         Returns:
-            `[N, H]` in the dtype of `weight`.
+            `[N, H]`.
         """
-        num_tokens, top_k = weight.shape
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(self.order), device=place.device)  # where each assignment went
-        by_token = y.index_select(0, place).view(num_tokens, top_k, -1)  # [N, k, H]
-        return (by_token.to(weight.dtype) * weight.unsqueeze(-1)).sum(dim=1)
+        by_token = y.index_select(0, place)
+        return by_token if top_k == 1 else by_token.view(-1, top_k, y.shape[-1]).sum(dim=1)

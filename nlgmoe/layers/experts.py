@@ -1,6 +1,11 @@
 """EXPERTS: the feed-forward networks of one MoE layer, stacked, applied to tokens sorted by expert.
 
-Letters: E experts held here, M rows (assignments sorted by expert), H hidden size, F inner size.
+    y = s * (gelu(x W_1 + b_1) W_2 + b_2)      for each row x, with the weights of its expert and its own scale s
+
+Kept for the backward pass: the layer's input, which is there anyway, and x W_1 + b_1. The rest is cheaper to compute again than
+to keep, and y is never needed: the gradient of s is <dy W_2^T, gelu(.)> + <dy, b_2>, and dy W_2^T is on the way to that of x.
+
+Letters: E experts held here, N tokens, M rows (assignments sorted by expert), H hidden size, F inner size.
 """
 
 from __future__ import annotations
@@ -10,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from nlgmoe.layers.feed_forward import gelu
+from nlgmoe.layers.expert_kernel import KernelExperts
+from nlgmoe.layers.expert_loop import LoopExperts
 
 
 class Experts(nn.Module):
@@ -36,102 +41,65 @@ class Experts(nn.Module):
         self.project_weight = nn.Parameter(torch.empty(count, ffn_size, hidden_size))
         self.project_bias = nn.Parameter(torch.empty(count, hidden_size))
 
-    def forward(self, x: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """Apply expert e to its rows of `x`.
+    def forward(
+        self, x: Tensor, rows_per_expert: Tensor, source: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """Apply expert e to its rows.
 
         Args:
-            x: `[M, H]`, the first `rows_per_expert[0]` rows for expert 0 and so on; rows past the sum belong to none.
-            rows_per_expert: `[E]` int64.
+            x: `[N, H]`, or `[M, H]` if there is no `source`.
+            rows_per_expert: `[E]` int64: the first `rows_per_expert[0]` rows are for expert 0 and so on; rows past the sum
+                belong to none.
+            source: `[M]` int64, which row of `x` each row is; None: they are those of `x` in order.
+            scale: `[M]`, what each row's output is multiplied by, in at least fp32; None: by nothing.
 
         Returns:
-            `[M, H]`; rows that belong to no expert are zero.
+            `[M, H]`, in the dtype of the computation, or of `scale` if there is one; rows that belong to no expert are zero.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        inner = gelu(grouped_linear(x, self.expand_weight, self.expand_bias, rows_per_expert))  # [M, F]
-        return grouped_linear(inner, self.project_weight, self.project_bias, rows_per_expert)
+        weights = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
+        y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert)
+        return y
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, rows_per_expert: Tensor) -> Tensor:
-    """`x[rows of e] @ weight[e] + bias[e]` for every expert e, in the dtype of `x`.
+def way_to_compute(x: Tensor, rows_per_expert: Tensor) -> LoopExperts | KernelExperts:
+    """PyTorch's grouped kernel where it has one for `x`, else expert by expert.
 
-    Args:
-        x: `[M, K]`, sorted by expert.
-        weight: `[E, K, L]`.
-        bias: `[E, L]`.
-        rows_per_expert: `[E]` int64 whose sum is at most M.
-
-    Returns:
-        `[M, L]`, zero in rows past the sum.
+    The kernel takes the numbers of rows from the GPU's memory; the loop needs them on the host.
     """
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        return _one_kernel(x, weight, bias, rows_per_expert)
-    out: Tensor = _GroupedLinear.apply(x, weight, bias, rows_per_expert.tolist())
-    return out
+        return KernelExperts(rows_per_expert)
+    return LoopExperts(rows_per_expert.tolist())
 
 
-def _one_kernel(x: Tensor, weight: Tensor, bias: Tensor, rows_per_expert: Tensor) -> Tensor:
-    """The same in PyTorch's grouped GEMM, whose sizes stay on the GPU: nothing waits for them."""
-    ends = rows_per_expert.cumsum(0)
-    row = torch.arange(len(x), device=x.device)
-    used = (row < ends[-1]).unsqueeze(
-        -1
-    )  # [M, 1]; the kernel leaves rows past the sum as they were, forward and backward
-    expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)  # [M]
-    out = F.grouped_mm(torch.where(used, x, 0), weight, offs=ends.to(torch.int32))
-    # The gradient of a bias sums many rows: in fp32.
-    return torch.where(used, out + bias.float()[expert].to(out.dtype), 0)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """One GEMM per expert that has rows, written straight into preallocated results.
-
-    Plain autograd over `weight[e]` makes a gradient of the whole stack per expert, quadratic in E; here each expert's
-    gradient is written into its slice of one tensor.
-    """
+class _ExpertFFN(torch.autograd.Function):
+    """All experts' networks in one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, rows: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.rows = rows
-        out = x.new_empty(x.shape[0], weight.shape[-1])
-        for expert, part in _slices(rows):
-            torch.addmm(bias[expert], x[part], weight[expert], out=out[part])
-        out[sum(rows) :] = 0
-        return out
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        source: Tensor | None,
+        scale: Tensor | None,
+        rows_per_expert: Tensor,
+    ) -> Tensor:
+        way = way_to_compute(x, rows_per_expert)
+        y, inner = way.forward(x, source, w1, b1, w2, b2)
+        ctx.way = way
+        ctx.save_for_backward(x, w1, w2, b2, source, scale, inner)
+        return y if scale is None else y * scale.unsqueeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        rows, used = ctx.rows, sum(ctx.rows)
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = grad.new_zeros(weight.shape[0], weight.shape[-1]) if needs_bias else None
-        if grad_x is not None:
-            grad_x[used:] = 0
-        if grad_weight is not None:
-            for expert, count in enumerate(rows):
-                if count == 0:
-                    grad_weight[expert].zero_()
-        for expert, part in _slices(rows):
-            if grad_x is not None:
-                torch.mm(grad[part], weight[expert].t(), out=grad_x[part])
-            if grad_weight is not None:
-                torch.mm(x[part].t(), grad[part], out=grad_weight[expert])
-            if grad_bias is not None:
-                torch.sum(grad[part], dim=0, out=grad_bias[expert])
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _slices(rows: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has any."""
-    found, start = [], 0
-    for expert, count in enumerate(rows):
-        if count:
-            found.append((expert, slice(start, start + count)))
-        start += count
-    return found
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, w2, b2, source, scale, inner = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        *gradients, grad_scale = ctx.way.backward(
+            grad.to(x.dtype).contiguous(), x, source, w1, w2, b2, inner, scale, needed[:5]
+        )
+        return *gradients, None, grad_scale if needed[6] else None, None

@@ -61,11 +61,15 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
         dispatch = Dispatch.of(routing, self.router.num_experts)
-        rows = dispatch.gather(tokens, self.top_k)  # [N * k, H]
-        journey = Journey(rows, dispatch.rows_per_expert, self.placement)
-        mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
-        y = journey.back(self.experts(*journey.arrive()))  # [N * k, H]
-        y = dispatch.combine(y, routing.weight)  # [N, H], at least fp32
+        source, scale = dispatch.source(self.top_k), dispatch.scale(routing.weight)  # [N * k] each
+        if self.placement.group is None:
+            mlp = self.mlp(tokens) if self.mlp is not None else None
+            y = self.experts(tokens, dispatch.rows_per_expert, source, scale)  # [N * k, H]
+        else:
+            journey = Journey(tokens.index_select(0, source), dispatch.rows_per_expert, self.placement)
+            mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
+            y = journey.back(self.experts(*journey.arrive())) * scale.unsqueeze(-1)
+        y = dispatch.combine(y, self.top_k)  # [N, H], at least fp32
         if mlp is not None:
             y = self._mix(tokens, y, mlp)
         return y.to(x.dtype).view_as(x), routing

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.topology import BytesPer, Topology
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import expert_parallel_degree, experts_at, experts_per_layer
 
 
-def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
-    """Bytes that one block keeps for its backward pass, its input included."""
+def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer, spread: bool = False) -> int:
+    """Bytes that one block keeps for its backward pass, its input included; `spread`: its experts are on several ranks."""
     width, ffn, r, c = config.hidden_size, config.ffn_size, size.residual, size.compute
     norms = 2 * (width * r + 2 * r)  # what each norm reads, and mean and 1/std of a row
     attention = width * c * (1 + 3 + 1) + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp in fp32
@@ -32,15 +32,21 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     residual, jitter = moe.mlp_type == "residual", moe.noise == "jitter"
     # The gate, the coefficient and the combination work in fp32. Where the norm's output is fp32 already, they share it.
     copies = r != 4
+    separate = copies or c != r or jitter  # what the experts and the MLP read is not the tensor that the gate has kept
     gate = 4 * width * (2 if jitter else 1)  # its input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
-    rows = moe.top_k * (width * c + network)  # what experts read, and their inner values
-    rows += moe.top_k * 4 * width  # their output in fp32, before it is weighted
-    indices = moe.top_k * (3 * 8 + 4 + 1) + 2  # chosen expert, row's token, row's place; weight; two masks
+    rows = moe.top_k * ffn * c  # the experts' inner values before the GELU
+    if spread:
+        rows += moe.top_k * (width * c + width * c)  # rows from all ranks; what came home, before it is weighted
+    elif separate:
+        rows += width * c  # what the experts read; else the gate keeps the same tensor
+    indices = (
+        moe.top_k * (3 * 8 + 4 + 4 + 1) + 2
+    )  # chosen expert, row's token, row's place; weight and scale; two masks
     per_token += gate + rows + indices
     if residual:
-        separate = copies or c != r or jitter  # the MLP's input is not the tensor that the gate has kept
-        per_token += network + (width * c if separate else 0)
+        shared = not spread and c == r  # with the experts; autocast makes each of them a copy
+        per_token += network + (width * c if separate and not shared else 0)
         if moe.residual_mix == "learned":
             per_token += 2 * 4 * width + 8 + (4 * width if copies or (jitter and c != r) else 0)  # both branches; input
     return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
@@ -50,13 +56,13 @@ def head_bytes(config: GPTConfig, tokens: int, topology: Topology) -> tuple[int,
     """(kept until the loss's backward pass, needed while the loss is computed) of the chunked head.
 
     Kept: the gradients of hidden states and unembedding (fp32, `[V, H]`), which the loss forms on its way. While it runs: the
-    hidden states, and of a chunk of C tokens three fp32 values per logit (the chunk before it, the logits, logsumexp's
-    copy), or under half precision logits, their gradient and the product `[V, H]` where that is more.
+    hidden states, and of a chunk of C tokens two fp32 values per logit (the logit and its probability), or under half precision
+    the probability, the gradient and the product `[V, H]` where that is more.
     """
     size, table = topology.bytes_per, config.vocab_size * config.hidden_size
     hidden = tokens * config.hidden_size * size.compute
     logits = min(topology.loss_chunk_size, tokens) * config.vocab_size
-    running = (3 if tokens > topology.loss_chunk_size else 2) * 4 * logits
+    running = 2 * 4 * logits
     if size.compute == 2:
         running = max(running, (4 + 2) * logits + 2 * table)
     return hidden + 4 * table, hidden + running
@@ -73,10 +79,22 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
     kept, transient = head_bytes(config, tokens, topology)
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; what the final norm reads
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
-    blocks = [saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)]
+    blocks = [
+        saved_by_block(config, layer, tokens, size, _is_spread(experts, topology))
+        for layer, experts in enumerate(experts_per_layer(config))
+    ]
     networks = 1 if config.moe is None else config.moe.top_k + (config.moe.mlp_type == "residual")
     working = tokens * networks * 2 * (config.ffn_size + config.hidden_size) * size.compute
+    if config.moe is not None and size.compute == 2:
+        working += (
+            tokens * config.moe.top_k * 2 * config.hidden_size * 4
+        )  # experts' outputs and their gradients are in fp32
     if not topology.activation_checkpointing:
         return ends + sum(blocks) + max(kept + transient, working)
     inputs = config.num_layers * tokens * config.hidden_size * size.residual
     return ends + inputs + max(kept + transient, max(blocks) + working)
+
+
+def _is_spread(experts: int, topology: Topology) -> bool:
+    """Whether a block's experts are on several ranks."""
+    return experts > 0 and expert_parallel_degree(experts, topology.gpus, topology.expert_parallel_size) > 1

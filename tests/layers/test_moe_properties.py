@@ -1,19 +1,20 @@
 """What holds for every batch and setting: of the MoE layer, its dispatch, the grouped GEMM and the chunked loss."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.dispatch import Dispatch
-from nlgmoe.layers.experts import grouped_linear
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import capacity
@@ -172,20 +173,51 @@ def memory_full_of_nan() -> Iterator[None]:
 @pytest.mark.usefixtures("memory_full_of_nan")
 @pytest.mark.parametrize("rows", [[2, 0, 3], [0, 0, 0], [1, 4, 0], [0, 5, 2]], ids=str)
 @pytest.mark.parametrize("spare", [0, 2])
-def test_grouped_linear_has_exact_gradients_with_empty_experts_and_unused_rows(rows: list[int], spare: int) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_experts_have_exact_gradients_where_some_have_no_rows_and_some_rows_no_expert(
+    rows: list[int], spare: int, scaled: bool
+) -> None:
     torch.manual_seed(0)
-    x, weight, bias = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((sum(rows) + spare, 4), (3, 4, 5), (3, 5))
-    )
-    counts = torch.tensor(rows)
-    expected = torch.cat([part @ w + b for part, w, b in zip(x[: sum(rows)].split(rows), weight, bias, strict=True)])
-    out = grouped_linear(x, weight, bias, counts)
-    torch.testing.assert_close(out, torch.cat([expected, torch.zeros(spare, 5)]), **EXACT)
-    if len(x):
-        assert torch.autograd.gradcheck(lambda *leaves: grouped_linear(*leaves, counts), (x, weight, bias))
-    frozen = grouped_linear(x, weight.detach(), bias, counts)  # each gradient is formed without the others too
-    torch.testing.assert_close(torch.autograd.grad(frozen.sum(), bias)[0], counts[:, None].expand(3, 5).double())
+    experts, counts, used = Experts(3, 4, 5).double(), torch.tensor(rows), sum(rows)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)  # rows come from any of 4 tokens, some twice
+    source = torch.randint(4, (used + spare,)) if scaled else None
+    scale = torch.rand(used + spare, dtype=torch.float64, requires_grad=True) if scaled else None
+    leaves = [
+        x if scaled else torch.randn(used + spare, 4, dtype=torch.float64, requires_grad=True),
+        *experts.parameters(),
+    ]
+    leaves += [scale] if scale is not None else []
+
+    def ours(*_: Tensor) -> Tensor:
+        return experts(leaves[0], counts, source, scale)
+
+    inputs = leaves[0] if source is None else leaves[0][source]
+    w1, b1, w2, b2 = experts.parameters()
+    parts = zip(inputs[:used].split(rows), w1, b1, w2, b2, strict=True)
+    expected = torch.cat([gelu(part @ a + b) @ c + d for part, a, b, c, d in parts] + [torch.zeros(spare, 4)])
+    expected = expected if scale is None else expected * scale[:, None]
+    torch.testing.assert_close(ours(), expected, **EXACT)
+    if not len(expected):
+        return
+    seed = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, leaves, seed, allow_unused=True)
+    found = torch.autograd.grad(ours(), leaves, seed)
+    for leaf, got, gradient in zip(leaves, found, theirs, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(leaf) if gradient is None else gradient, **EXACT)
+        (alone,) = torch.autograd.grad(_only(ours, leaves, leaf), leaf, seed)  # each is formed without the others too
+        torch.testing.assert_close(alone, got, **EXACT)
+
+
+def _only(function: Callable[[], Tensor], leaves: list[Tensor], leaf: Tensor) -> Tensor:
+    """The function's value where only one leaf needs a gradient."""
+    for other in leaves:
+        other.requires_grad_(other is leaf)
+    out = function()
+    for other in leaves:
+        other.requires_grad_()
+    return out
 
 
 @properties

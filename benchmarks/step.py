@@ -1,0 +1,245 @@
+"""A whole training step: forward, loss, backward, clipping, AdamW. Ours beside assemblies of well-known parts.
+
+    python -m benchmarks.step [--rounds 5] [--only assemblies|growth]
+
+    ours            `GPT`, chunked cross-entropy, fused AdamW
+    usual           DeepSpeed's `MoE`, attention written out, logits and cross-entropy of the whole batch in fp32, default AdamW
+    good            DeepSpeed's `MoE`, PyTorch's fused attention, cross-entropy in recomputed chunks, fused AdamW
+    dense           our dense model of the same active FLOPs per token
+    hugging face    GPT-2 of the dense model's size, fused attention, its own loss, fused AdamW
+
+Growth: the step against the number of experts, the length of sequences and the width, at equal tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.layer import deepspeed
+from benchmarks.timing import ROOT, interleaved, settings
+from nlgmoe.cli.memory import keep_freed_memory
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.attention import CausalSelfAttention
+from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+
+TOKENS, CHUNK = 2048, 1024
+DENSE = GPTConfig(50_257, 256, 6, 256, 8)
+
+
+def moe(config: GPTConfig, experts: int) -> GPTConfig:
+    """The same with a top-1 MoE in every second block: the same active FLOPs, but for the gate."""
+    return replace(config, moe=MoEConfig(experts, token_dropping=False))
+
+
+class PlainAttention(CausalSelfAttention):
+    """The same layer with the scores written out."""
+
+    def forward(self, x: Tensor, visible: Tensor | None = None, cache: Any = None) -> Tensor:
+        """`[B, T, H] -> [B, T, H]`."""
+        length = x.shape[1]
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        mixed = scores.masked_fill(later, float("-inf")).float().softmax(dim=-1).to(value.dtype) @ value
+        projected: Tensor = self.project(mixed.transpose(1, 2).flatten(2))
+        return projected
+
+
+class DeepSpeedLayer(nn.Module):
+    """DeepSpeed's `MoE` in the place of ours; capacity 1.0, as it is used."""
+
+    def __init__(self, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.layer = deepspeed(hidden, experts, 1, dropping=True)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: Any = None) -> tuple[Tensor, Routing]:
+        """`[B, T, H] -> [B, T, H]` and the balance loss."""
+        y, balance, _ = self.layer(x)
+        none = torch.zeros(())
+        return y, Routing(none, none, none, none, balance, none, none, none)
+
+
+def assembled(config: GPTConfig, attention: type[CausalSelfAttention]) -> GPT:
+    """Our model with DeepSpeed's layers, and attention of the given kind."""
+    assert config.moe is not None and isinstance(config.moe.num_experts, int)
+    model = GPT(config)
+    for block in model.blocks:
+        block.attention.__class__ = attention
+        if block.moe is not None:
+            block.moe = DeepSpeedLayer(config.hidden_size, config.moe.num_experts)
+    return model
+
+
+def whole_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once, in fp32."""
+    return F.cross_entropy((hidden @ table.t()).float(), targets)
+
+
+def recomputed_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """Logits in chunks that the backward pass computes again."""
+    chunks = [
+        checkpoint(whole_loss, h, table, t, use_reentrant=False)
+        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.stack(chunks).mean()
+
+
+def our_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """`layers/losses.py`."""
+    return cross_entropy(hidden, table, targets, None, CHUNK)
+
+
+def step(
+    model: GPT,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    half: bool,
+) -> Callable[[], None]:
+    """A training step."""
+    tokens, targets = batch[:, :-1], batch[:, 1:].flatten()
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            output = model(tokens)
+            value = loss(output.hidden.flatten(0, 1), model.unembedding, targets)
+        for routing in output.routings:
+            value = value + 0.01 * routing.aux_loss
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def hugging_face(config: GPTConfig, batch: Tensor, half: bool) -> Callable[[], None]:
+    """GPT-2 of the same size, as `transformers` trains it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_positions": config.seq_len,
+    }
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=config.padded_vocab_size, attn_implementation="sdpa", use_cache=False, **shape, **drops)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = batch[:, :-1]
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            value = model(input_ids=tokens, labels=tokens).loss
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def batch_of(config: GPTConfig) -> Tensor:
+    """`[B, T + 1]` ids."""
+    torch.manual_seed(0)
+    return torch.randint(config.vocab_size, (TOKENS // config.seq_len, config.seq_len + 1))
+
+
+def our_step(config: GPTConfig, half: bool) -> Callable[[], None]:
+    """The step that `train.py` takes."""
+    model = GPT(config)
+    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batch_of(config), half)
+
+
+def assemblies(experts: int, half: bool, rounds: int) -> dict[str, float]:
+    """Seconds of each candidate."""
+    config, batch = moe(DENSE, experts), batch_of(DENSE)
+    usual, good = assembled(config, PlainAttention), assembled(config, CausalSelfAttention)
+    return interleaved(
+        {
+            "ours": our_step(config, half),
+            "usual": step(usual, whole_loss, torch.optim.AdamW(usual.parameters(), lr=1e-4), batch, half),
+            "good": step(good, recomputed_loss, torch.optim.AdamW(good.parameters(), lr=1e-4, fused=True), batch, half),
+            "dense": our_step(DENSE, half),
+            "hugging face": hugging_face(DENSE, batch, half),
+        },
+        rounds,
+        warm_up=2,
+    )
+
+
+def growth(half: bool, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds by experts, sequence length and width; `TOKENS` tokens each."""
+    small = replace(DENSE, vocab_size=4096)
+    by_experts = {"dense": small} | {str(e): moe(small, e) for e in (4, 8, 16, 32, 64, 128, 256)}
+    by_length = {str(t): moe(replace(small, seq_len=t), 32) for t in (64, 128, 256, 512, 1024, 2048)}
+    by_width = {str(h): moe(replace(small, hidden_size=h), 32) for h in (64, 128, 256, 512)}
+    kinds = {"experts": by_experts, "sequence length": by_length, "width": by_width}
+    return {
+        kind: interleaved({name: our_step(config, half) for name, config in configs.items()}, rounds, warm_up=1)
+        for kind, configs in kinds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--default-malloc", action="store_true", help="let the C library unmap what is freed")
+    parser.add_argument("--only", choices=["assemblies", "growth"])
+    parser.add_argument("--output", default=str(ROOT / "docs/results/step.json"), help="where the JSON goes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does
+    results: dict[str, Any] = {
+        "settings": settings(freed_memory_kept=kept, rounds=arguments.rounds, tokens=TOKENS, chunk=CHUNK)
+    }
+    print(json.dumps(results["settings"], indent=1))
+    flops = {name: flops_per_token(config) for name, config in {"dense": DENSE, "MoE-32": moe(DENSE, 32)}.items()}
+    print(f"MFLOP per token, forward and backward: {', '.join(f'{n} {v / 1e6:.1f}' for n, v in flops.items())}")
+    if arguments.only != "growth":
+        results["assemblies"] = {}
+        for half in (False, True):
+            found = assemblies(32, half, arguments.rounds)
+            name = "bf16" if half else "fp32"
+            results["assemblies"][name] = found
+            print(f"\n{name}: " + ", ".join(f"{label} {1000 * value:.0f} ms" for label, value in found.items()))
+            for label, (one, other) in {
+                "usual / ours": ("usual", "ours"),
+                "good / ours": ("good", "ours"),
+                "hugging face / dense": ("hugging face", "dense"),
+                "ours / dense": ("ours", "dense"),
+            }.items():
+                print(f"  {label:<22} {found[one] / found[other]:.2f}", flush=True)
+    if arguments.only != "assemblies":
+        results["growth"] = growth(False, max(3, arguments.rounds // 2))
+        for kind, found in results["growth"].items():
+            print(
+                f"\n{kind}: " + ", ".join(f"{label} {1000 * value:.0f} ms" for label, value in found.items()),
+                flush=True,
+            )
+    with open(arguments.output, "w") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

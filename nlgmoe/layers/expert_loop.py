@@ -1,0 +1,204 @@
+"""Experts a few neighbours at a time, as batched GEMMs whose inner values stay in the cache.
+
+A GEMM of one expert's few rows is too small to share among threads; a batch of them is not. Neighbours in the stack need no
+copy of their weights, and write their gradients where they belong. Their rows are padded to the longest of the group, with rows
+that weigh nothing. Lengths are rounded up so that they recur: libraries compile a kernel for each that is new to them.
+
+Weights may be of another type than rows (autocast): they are converted when they are used. Letters as in `experts.py`; G experts
+of a group, m rows of each with its padding, P rows of all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nlgmoe.layers.feed_forward import gelu
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+GROUP = 4  # most experts
+PADDING = 8  # most rows an expert, on average over a group; more would cost more than a batch gains
+
+
+class LoopExperts:
+    """Computes experts group by group.
+
+    Args:
+        rows: of each expert, sorted by expert.
+    """
+
+    def __init__(self, rows: list[int]) -> None:
+        self._used = sum(rows)
+        self._idle = [expert for expert, number in enumerate(rows) if number == 0]
+        self._groups: list[tuple[slice, int, int]] = []  # experts, where their rows begin, m
+        shifts = [0] * len(rows)  # from where an expert's rows are to where they stand with padding
+        start, total, first = 0, 0, 0
+        while first < len(rows):
+            if rows[first] == 0:
+                first += 1
+                continue
+            last = _end_of_group(rows, first)
+            padded = _rounded(max(rows[first:last]))
+            self._groups.append((slice(first, last), total, padded))
+            for expert in range(first, last):
+                shifts[expert] = total - start
+                start += rows[expert]
+                total += padded
+            first = last
+        self._total = total
+        self._padding = total > self._used
+        self._rows, self._shifts = rows, shifts
+
+    def forward(
+        self, x: Tensor, source: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs `[M, H]`, 0 in rows of no expert, and what `backward` needs, `[P, F]`."""
+        dtype = x.dtype
+        place, origin = self._places(x, source)
+        rows = x if origin is None else x.index_select(0, origin)  # [P, H]
+        inner = rows.new_empty(self._total, w1.shape[-1])
+        y = rows.new_empty(self._total, rows.shape[1])
+        for (experts, part), count in self._parts():
+            pre = inner[part].unflatten(0, (count, -1))  # [G, m, F]
+            torch.baddbmm(
+                b1[experts, None].to(dtype), rows[part].unflatten(0, (count, -1)), w1[experts].to(dtype), out=pre
+            )
+            out = y[part].unflatten(0, (count, -1))  # [G, m, H]
+            torch.baddbmm(b2[experts, None].to(dtype), gelu(pre), w2[experts].to(dtype), out=out)
+        return self._unpadded(y, place, len(x) if source is None else len(source)), inner
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        source: Tensor | None,
+        w1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        inner: Tensor,
+        scale: Tensor | None,
+        needed: Sequence[bool],
+    ) -> Gradients:
+        """Gradients of x, w1, b1, w2, b2, those that are `needed`, and of the scale if there is one.
+
+        The scale goes to the narrower factor of each product, `[m, H]`, never to one of `[m, F]`.
+        """
+        dtype = x.dtype
+        place, origin = self._places(x, source)
+        rows = x if origin is None else x.index_select(0, origin)  # [P, H]
+        g_all, s_all = self._with_padding(grad, place), None if scale is None else self._with_padding(scale, place)
+        grad_rows = rows.new_empty(self._total, rows.shape[1]) if needed[0] else None
+        grad_w1, grad_w2 = (torch.empty_like(w) if n else None for w, n in ((w1, needed[1]), (w2, needed[3])))
+        grad_b1 = w1.new_zeros(len(w1), w1.shape[-1]) if needed[2] else None
+        grad_b2 = torch.zeros_like(b2) if needed[4] else None
+        grad_scale = None if s_all is None else torch.empty_like(s_all)
+        for expert in self._idle:
+            for stack in (grad_w1, grad_w2):
+                if stack is not None:
+                    stack[expert].zero_()
+        for (experts, part), count in self._parts():
+            a, pre, g = (
+                t[part].unflatten(0, (count, -1)) for t in (rows, inner, g_all)
+            )  # [G, m, H], [G, m, F], [G, m, H]
+            act = gelu(pre)
+            grad_act = torch.bmm(g, w2[experts].to(dtype).transpose(1, 2))  # [G, m, F], before the scale; 0 in padding
+            s = None
+            if s_all is not None and grad_scale is not None:
+                s = s_all[part].view(count, -1, 1)
+                of_bias = torch.bmm(g.to(s.dtype), b2[experts, :, None].to(s.dtype)).squeeze(-1)  # [G, m]
+                a, g = (a * s).to(dtype), (g * s).to(dtype)
+            if grad_w2 is not None:
+                _product(act.transpose(1, 2), g, grad_w2[experts])
+            if s is not None and grad_scale is not None:
+                of_act = act.mul_(grad_act).sum(dim=-1, dtype=s.dtype)
+                torch.add(of_act, of_bias, out=grad_scale[part].view(count, -1))
+            if grad_b2 is not None:
+                torch.sum(g, dim=1, dtype=grad_b2.dtype, out=grad_b2[experts])
+            grad_pre = torch.ops.aten.gelu_backward(grad_act, pre, approximate="tanh")  # [G, m, F], before the scale
+            if grad_w1 is not None:
+                _product(a.transpose(1, 2), grad_pre, grad_w1[experts])
+            if grad_b1 is not None:
+                if s is None:
+                    torch.sum(grad_pre, dim=1, dtype=grad_b1.dtype, out=grad_b1[experts])
+                else:
+                    grad_b1[experts] = torch.bmm(s.transpose(1, 2), grad_pre.to(s.dtype)).squeeze(1)
+            if grad_rows is not None:
+                out = grad_rows[part].unflatten(0, (count, -1))
+                torch.bmm(grad_pre, w1[experts].to(dtype).transpose(1, 2), out=out)
+                if s is not None:
+                    out *= s
+        if grad_scale is not None and scale is not None:
+            grad_scale = self._unpadded(grad_scale, place, len(scale))
+        return self._to_origin(grad_rows, x, source, origin, place), grad_w1, grad_b1, grad_w2, grad_b2, grad_scale
+
+    def _parts(self) -> Iterator[tuple[tuple[slice, slice], int]]:
+        """(experts, their rows), G."""
+        for experts, start, padded in self._groups:
+            count = experts.stop - experts.start
+            yield (experts, slice(start, start + count * padded)), count
+
+    def _places(self, x: Tensor, source: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Where each row that is used stands among the padded ones, and which row of `x` each padded one is."""
+        if not self._padding:
+            return None, None if source is None else source[: self._used]
+        rows = torch.tensor(self._rows, device=x.device)
+        place = torch.arange(self._used, device=x.device)
+        place += torch.tensor(self._shifts, device=x.device).repeat_interleave(rows, output_size=self._used)
+        origin = place.new_zeros(self._total)  # padding is any row: it weighs nothing
+        origin[place] = torch.arange(self._used, device=x.device) if source is None else source[: self._used]
+        return place, origin
+
+    def _with_padding(self, values: Tensor, place: Tensor | None) -> Tensor:
+        """`[M, ...] -> [P, ...]`, 0 in padding."""
+        if place is None:
+            return values[: self._used]
+        out = values.new_zeros(self._total, *values.shape[1:])
+        out[place] = values[: self._used]
+        return out
+
+    def _unpadded(self, values: Tensor, place: Tensor | None, count: int) -> Tensor:
+        """`[P, ...] -> [M, ...]`, 0 in rows of no expert."""
+        values = values if place is None else values.index_select(0, place)
+        return (
+            values
+            if len(values) == count
+            else torch.cat([values, values.new_zeros(count - len(values), *values.shape[1:])])
+        )
+
+    def _to_origin(
+        self, grad_rows: Tensor | None, x: Tensor, source: Tensor | None, origin: Tensor | None, place: Tensor | None
+    ) -> Tensor | None:
+        """The gradient of `x` from that of its rows."""
+        if grad_rows is None:
+            return None
+        if source is None:
+            return self._unpadded(grad_rows, place, len(x))
+        assert origin is not None
+        return torch.zeros_like(x).index_add_(0, origin, grad_rows)
+
+
+def _end_of_group(rows: list[int], first: int) -> int:
+    """Where the group that begins with expert `first` ends: neighbours with rows, while not much padding is needed."""
+    last = first + 1
+    while last < len(rows) and last - first < GROUP and rows[last]:
+        together = rows[first : last + 1]
+        if max(together) * len(together) - sum(together) > PADDING * len(together):
+            break
+        last += 1
+    return last
+
+
+def _rounded(number: int) -> int:
+    """Up by at most a sixteenth: 16 different lengths between a number and its double."""
+    step = 1 << max(number.bit_length() - 5, 0)
+    return -(-number // step) * step
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out[...] = a @ b`, in the type of `a` and `b`."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
