@@ -52,6 +52,8 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python benchmarks/expert_parallel.py
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.step
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
