@@ -19,7 +19,9 @@ from nlgmoe.layers.feed_forward import gelu
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 GROUP = 4  # most experts
-PADDING = 8  # most rows an expert, on average over a group; more would cost more than a batch gains
+PADDING = (
+    8  # most rows an expert, on average over a group, and at most an eighth; more would cost more than a batch gains
+)
 
 
 class LoopExperts:
@@ -184,7 +186,7 @@ def _end_of_group(rows: list[int], first: int) -> int:
     last = first + 1
     while last < len(rows) and last - first < GROUP and rows[last]:
         together = rows[first : last + 1]
-        if max(together) * len(together) - sum(together) > PADDING * len(together):
+        if max(together) * len(together) - sum(together) > min(PADDING * len(together), sum(together) / 8):
             break
         last += 1
     return last

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import expert_loop
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.activation_memory import activation_bytes, head_bytes, saved_by_block
 from nlgmoe.model.gpt import GPT
@@ -83,7 +84,12 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
     monkeypatch.setattr(
         nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
     )
+    # Nor does the GPUs' kernel pad rows.
+    monkeypatch.setattr(expert_loop, "PADDING", 0)
+    monkeypatch.setattr(expert_loop, "_rounded", lambda number: number)
     config = CONFIGS[name]
+    if config.moe is not None:  # a dropped token keeps less
+        config = replace(config, moe=replace(config.moe, token_dropping=False))
     measured = saved_bytes(config, precision, checkpointing)
     assert predicted_bytes(config, PRECISIONS[precision], checkpointing) == pytest.approx(measured, rel=0.01)
 
