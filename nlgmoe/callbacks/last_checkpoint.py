@@ -50,7 +50,7 @@ def save_last(trainer: Trainer, anew: bool = False) -> Path:
         return saved[0] if saved else path
     if keepers and keepers[0].save_last:
         keepers[0].last_model_path = str(path)  # so that the resumed run replaces it, in place of adding another
-    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path, weights_only=False)  # said, so that Lightning does not remark on its default
     return path
 
 
