@@ -8,7 +8,6 @@ FFNs' width). DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the drop
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import ROOT, interleaved, settings
-from nlgmoe.cli.memory import keep_freed_memory
+from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.feed_forward import FeedForward, gelu
 from nlgmoe.layers.moe import MoELayer
@@ -147,16 +145,10 @@ def measure(shape: tuple[int, int, int, int], name: str, train: bool, rounds: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--default-malloc", action="store_true", help="let the C library unmap what is freed")
-    parser.add_argument("--only", choices=["training", "inference"])
-    parser.add_argument("--output", default=str(ROOT / "docs/results/layer.json"), help="where the JSON goes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does
-    results: dict[str, Any] = {"settings": settings(freed_memory_kept=kept, rounds=arguments.rounds)}
+    arguments = command_line(__doc__.splitlines()[0], "layer", 9, ["training", "inference"])
+    results: dict[str, Any] = {
+        "settings": settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds)
+    }
     print(json.dumps(results["settings"], indent=1))
     for kind, shapes in {"training": TRAINING, "inference": INFERENCE}.items():
         if arguments.only not in (None, kind):

@@ -13,7 +13,6 @@ Growth: the step against the number of experts, the length of sequences and the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -27,8 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.layer import deepspeed
-from benchmarks.timing import ROOT, interleaved, settings
-from nlgmoe.cli.memory import keep_freed_memory
+from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import CausalSelfAttention
 from nlgmoe.layers.losses import cross_entropy
@@ -201,17 +199,11 @@ def growth(half: bool, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--default-malloc", action="store_true", help="let the C library unmap what is freed")
-    parser.add_argument("--only", choices=["assemblies", "growth"])
-    parser.add_argument("--output", default=str(ROOT / "docs/results/step.json"), help="where the JSON goes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does
+    arguments = command_line(__doc__.splitlines()[0], "step", 5, ["assemblies", "growth"])
     results: dict[str, Any] = {
-        "settings": settings(freed_memory_kept=kept, rounds=arguments.rounds, tokens=TOKENS, chunk=CHUNK)
+        "settings": settings(
+            freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds, tokens=TOKENS, chunk=CHUNK
+        )
     }
     print(json.dumps(results["settings"], indent=1))
     flops = {name: flops_per_token(config) for name, config in {"dense": DENSE, "MoE-32": moe(DENSE, 32)}.items()}

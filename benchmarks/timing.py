@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nlgmoe.cli.memory import keep_freed_memory
 from nlgmoe.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +61,24 @@ def settings(**more: Any) -> dict[str, Any]:
 def _lines(path: str) -> list[str]:
     file = Path(path)
     return file.read_text().splitlines() if file.exists() else []
+
+
+def command_line(description: str, name: str, rounds: int, parts: list[str]) -> argparse.Namespace:
+    """Parse the options that the benchmarks of speed share, and set threads and allocator.
+
+    Args:
+        description: of the benchmark.
+        name: of its file in docs/results.
+        rounds: how many by default.
+        parts: it consists of.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--default-malloc", action="store_true", help="let the C library unmap what is freed")
+    parser.add_argument("--only", choices=parts)
+    parser.add_argument("--output", default=str(ROOT / f"docs/results/{name}.json"), help="where the JSON goes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.freed_memory_kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does
+    return arguments

@@ -166,9 +166,7 @@ class SaveOnSignal(Callback):
             self._validation_is_due = True
             self._end(trainer)
         # No resumed run could make good the last validation and the summary. They are tried, with everything safe.
-        where = (
-            f", and saved in {save_last(trainer, anew=self._validation_is_due)}" if trainer.checkpoint_callbacks else ""
-        )
+        where = f", and saved in {save_last(trainer)}" if trainer.checkpoint_callbacks else ""
         name = signal.Signals(self._agreed).name
         rank_zero_info(f"\n{name}: the run is at its end{where}; it finishes with this validation")
         self._training, self._agreed, self._question = False, 0, None

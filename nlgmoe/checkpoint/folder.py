@@ -14,6 +14,7 @@ not for malice. `writing.py` is how the folder comes to be.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -191,6 +192,25 @@ def is_whole(path: Path) -> bool:
         return not any(file_problems(path, read_manifest(path)["files"]))
     except (ValueError, OSError):
         return False
+
+
+def everything_under(folder: Path) -> Iterator[Path]:
+    """Everything under a folder but what is in checkpoints; behind links too, such as `checkpoints` on another disk.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    seen: set[str] = set()
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        here = waiting.pop()
+        if os.path.realpath(here) in seen:
+            continue
+        seen.add(os.path.realpath(here))
+        for path in here.iterdir():
+            yield path
+            if ".ckpt" not in path.name and path.is_dir():
+                waiting.append(path)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

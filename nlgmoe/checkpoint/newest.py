@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.folder import everything_under, read_document
 from nlgmoe.checkpoint.verify import agreed_problems
 from nlgmoe.checkpoint.writing import recover
 
@@ -55,35 +54,16 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is any under a folder, valid or not; one that a killed process was replacing counts."""
-    return any(path.suffix == ".ckpt" or ".ckpt.replaced-" in path.name for path in _folders(folder))
+    return any(path.suffix == ".ckpt" or ".ckpt.replaced-" in path.name for path in everything_under(folder))
 
 
 def candidates(folder: Path) -> list[Path]:
     """All checkpoints under a folder, valid or not, latest first; of links to the same one, one."""
     found: dict[str, Path] = {}
-    for path in sorted(_folders(folder)):
+    for path in sorted(everything_under(folder)):
         if path.suffix == ".ckpt" and not path.name.startswith("."):
             found.setdefault(os.path.realpath(path), path)
     return sorted(found.values(), key=_saved_at, reverse=True)
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """Everything under a folder but what is in checkpoints; behind links too, such as `checkpoints` on another disk.
-
-    Raises:
-        OSError: a folder cannot be listed.
-    """
-    seen: set[str] = set()
-    waiting = [folder] if folder.is_dir() else []
-    while waiting:
-        here = waiting.pop()
-        if os.path.realpath(here) in seen:
-            continue
-        seen.add(os.path.realpath(here))
-        for path in here.iterdir():
-            yield path
-            if ".ckpt" not in path.name and path.is_dir():
-                waiting.append(path)
 
 
 def _saved_at(path: Path) -> str:

@@ -20,7 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.folder import Contents, checksum_of_manifest, is_whole, read_document, record_of
+from nlgmoe.checkpoint.folder import (
+    Contents,
+    checksum_of_manifest,
+    everything_under,
+    is_whole,
+    read_document,
+    record_of,
+)
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+\.ckpt)\.(?P<what>writing|replaced|removed)-(?P<pid>\d+)")
 
@@ -124,9 +131,7 @@ def recover(run_folder: Path) -> None:
 
     What a process that is still there may be busy with is left alone.
     """
-    for leftover in sorted(
-        Path(place, name) for place, names, _ in os.walk(run_folder, followlinks=True) for name in names
-    ):
+    for leftover in sorted(everything_under(run_folder)):
         match = _LEFTOVER.fullmatch(leftover.name)
         if match is None:
             continue

@@ -19,9 +19,7 @@ from nlgmoe.layers.feed_forward import gelu
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 GROUP = 4  # most experts
-PADDING = (
-    8  # most rows an expert, on average over a group, and at most an eighth; more would cost more than a batch gains
-)
+PADDING = 8  # most rows an expert on average, and at most an eighth: more costs more than a batch gains
 
 
 class LoopExperts:

@@ -38,6 +38,15 @@ from tests.synthetic import SyntheticData
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
 
+TINY_ON_RANKS = [  # for train.py
+    *("--config", "configs/quickstart.yaml"),
+    "--model.config.num_layers=4",
+    "--model.config.moe.num_experts=[2, 4]",
+    "--model.config.hidden_size=32",
+    "--model.config.seq_len=32",
+    "--model.config.num_heads=2",
+]
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cells import free_port
+from tests.distributed.cells import TINY_ON_RANKS, free_port
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 SETTINGS = [
-    *("--config", "configs/quickstart.yaml"),
-    "--model.config.num_layers=4",
-    "--model.config.moe.num_experts=[2, 4]",
-    "--model.config.hidden_size=32",
-    "--model.config.seq_len=32",
-    "--model.config.num_heads=2",
+    *TINY_ON_RANKS,
     "--data.micro_batch_size=2",
     "--data.global_batch_size=8",
     "--data.max_eval_windows=5",

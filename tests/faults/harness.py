@@ -19,17 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from tests.distributed.cells import TINY_ON_RANKS
 from tests.faults.fault import Fault
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 48, 3
 SETTINGS = [
-    *("--config", "configs/quickstart.yaml"),
-    "--model.config.num_layers=4",
-    "--model.config.moe.num_experts=[2, 4]",
-    "--model.config.hidden_size=32",
-    "--model.config.seq_len=32",
-    "--model.config.num_heads=2",
+    *TINY_ON_RANKS,
     "--model.schedule.warmup_tokens=64",
     f"--model.train_tokens={STEPS * 4 * 32}",
     "--data.micro_batch_size=2",
