@@ -7,7 +7,7 @@ tokens make up which sample, and whose it is), `accumulation.py` (how many micro
 (what a model has to beat), `datamodule.py` (all of it, for Lightning).
 """
 
-from nlgmoe.data.corpus import Corpus, PocketPile, Streams
+from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile, Streams
 from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.megatron_indexed import MegatronIndexed
@@ -21,6 +21,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedWriter",
     "MegatronIndexed",
+    "OpenCorpus",
     "PackedSource",
     "PileDataModule",
     "PocketPile",

@@ -1,4 +1,4 @@
-"""The seam between a corpus and what is done with it: which tokens there are, by split and domain.
+"""The seam between a corpus and what is done with it: training samples by their number, and tokens to evaluate on.
 
 `PileDataModule` reads any `Corpus`. Here is the pocket Pile's; `megatron_indexed.py` has Megatron's indexed format.
 """
@@ -14,12 +14,48 @@ import numpy as np
 from nlgmoe.data.pocket_pile import SPLITS, read_manifest
 from nlgmoe.data.prepare import prepare
 from nlgmoe.data.shards import open_shard, read_shards
+from nlgmoe.data.sources import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class OpenCorpus(Protocol):
+    """A corpus that can be read."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Whose ids the tokens are."""
+        ...
+
+    @property
+    def domains(self) -> list[str]:
+        """Names; a batch's domain ids index them."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the training tokens."""
+        ...
+
+    def training_source(self, seq_len: int, seed: int) -> TokenSource:
+        """Training samples of `seq_len` tokens, without end; `seed` decides their order."""
+        ...
+
+    def training_tokens(self) -> Sequence[np.ndarray]:
+        """Tokens of each domain's training text, `[N_d]` each, or of a part of it that stands for it: for statistics."""
+        ...
+
+    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+        """Tokens of each domain, as `packing.py` wants them, `[N_d]` each; None if there is no such split.
+
+        Args:
+            split: "validation", which every corpus has, or "test".
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Streams:
-    """An opened corpus.
+    """An open corpus whose tokens lie in arrays, memory-mapped or not.
 
     Args:
         tokenizer: whose ids the tokens are.
@@ -34,6 +70,18 @@ class Streams:
     tokens: Mapping[str, Sequence[np.ndarray]]
     fingerprint: str
 
+    def training_source(self, seq_len: int, seed: int) -> TokenSource:
+        """The windows of all domains, in a new random order every epoch."""
+        return PackedSource(self.tokens["train"], seq_len, self.tokenizer.eod_id, seed)
+
+    def training_tokens(self) -> Sequence[np.ndarray]:
+        """All of them."""
+        return self.tokens["train"]
+
+    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+        """See `OpenCorpus`."""
+        return self.tokens.get(split)
+
 
 class Corpus(Protocol):
     """Tokenised text on disk. Making one touches no file: that is for `prepare` and `open`.
@@ -45,8 +93,8 @@ class Corpus(Protocol):
         """Build what is missing of tokenizer and corpus; one process a node."""
         ...
 
-    def open(self, data_dir: Path, tokenizer: str) -> Streams:
-        """Load the tokenizer and map the tokens; every process.
+    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
+        """Load the tokenizer and make the tokens readable; every process.
 
         Raises:
             ValueError: the corpus is missing, damaged, or not of this tokenizer.
@@ -61,7 +109,7 @@ class PocketPile:
         """Build what is missing of text, tokenizer and shards."""
         prepare(data_dir, tokenizer)
 
-    def open(self, data_dir: Path, tokenizer: str) -> Streams:
+    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the shards of a tokenizer.
 
         Raises:

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from nlgmoe.data.accumulation import micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
-from nlgmoe.data.corpus import Corpus, PocketPile, Streams
+from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample
+from nlgmoe.data.sources import EvaluationSource, Sample
 from nlgmoe.data.worker_signals import heed_only_the_parent
 
 
@@ -79,7 +79,7 @@ class PileDataModule(LightningDataModule):
         self.max_eval_windows = max_eval_windows
         self.samples_consumed = 0
         self._tokenizer_name = tokenizer
-        self._streams: Streams | None = None
+        self._open_corpus: OpenCorpus | None = None
 
     # ---- building and opening
 
@@ -97,15 +97,15 @@ class PileDataModule(LightningDataModule):
         if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
             # Before anything reads it: DeepSpeed's configuration is made in `configure_model`, the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
-        if self._streams is None:
-            self._streams = self.corpus.open(self.data_dir, self._tokenizer_name)
+        if self._open_corpus is None:
+            self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer_name)
 
     # ---- batches
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Endless micro-batches of this rank, from `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
-        source = PackedSource(self._stream("train"), self.seq_len, self.eod_id, self.seed)
+        source = self._opened().training_source(self.seq_len, self.seed)
         sampler = TrainingSampler(lambda: self.samples_consumed, self.micro_batch_size, rank, world_size)
         return self._loader(SourceDataset(source), sampler, self.micro_batch_size)
 
@@ -115,7 +115,7 @@ class PileDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """As in validation, on the test split; the validation split where there is none (the pocket Pile)."""
-        return self._evaluation_loader("test" if "test" in self._opened().tokens else "validation")
+        return self._evaluation_loader("test" if self._opened().evaluation_tokens("test") is not None else "validation")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """As in validation."""
@@ -155,10 +155,10 @@ class PileDataModule(LightningDataModule):
 
     def fingerprint(self) -> dict[str, str | int]:
         """What, beside `samples_consumed`, decides every training batch: option -> value or hash of what it names."""
-        streams = self._opened()
+        corpus = self._opened()
         return {
-            "corpus": streams.fingerprint,
-            "tokenizer": streams.tokenizer.fingerprint[:16],
+            "corpus": corpus.fingerprint,
+            "tokenizer": corpus.tokenizer.fingerprint[:16],
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
@@ -194,7 +194,9 @@ class PileDataModule(LightningDataModule):
 
     def unigram_entropy(self) -> float:
         """Loss of the best context-free model on the tokens that evaluation covers, in nats per token."""
-        return unigram_entropy(self._stream("train"), list(self._evaluated_tokens().values()), self.vocab_size)
+        return unigram_entropy(
+            self._opened().training_tokens(), list(self._evaluated_tokens().values()), self.vocab_size
+        )
 
     def xz_bits_per_byte(self) -> dict[str, float]:
         """What a general-purpose compressor needs for the text that evaluation covers: domain -> bits per byte, and "all"."""
@@ -202,16 +204,15 @@ class PileDataModule(LightningDataModule):
 
     # ---- internals
 
-    def _opened(self) -> Streams:
+    def _opened(self) -> OpenCorpus:
         self.setup()
-        assert self._streams is not None
-        return self._streams
-
-    def _stream(self, split: str) -> Sequence[np.ndarray]:
-        return self._opened().tokens[split]
+        assert self._open_corpus is not None
+        return self._open_corpus
 
     def _evaluation_source(self, split: str) -> EvaluationSource:
-        return EvaluationSource(self._stream(split), self.seq_len, self.eod_id, self.max_eval_windows)
+        tokens = self._opened().evaluation_tokens(split)
+        assert tokens is not None, f"the corpus has no split {split}"
+        return EvaluationSource(tokens, self.seq_len, self.eod_id, self.max_eval_windows)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Sample]:
         rank, world_size = self._rank_and_world_size()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from nlgmoe.data.corpus import Streams
+from nlgmoe.data.corpus import OpenCorpus, Streams
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -60,7 +60,7 @@ class MegatronIndexed:
         with FileLock(data_dir / ".lock"):
             load_tokenizer(tokenizer, data_dir)
 
-    def open(self, data_dir: Path, tokenizer: str) -> Streams:
+    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the files, cut them into splits, and check samples of them against the tokenizer.
 
         Raises:

@@ -1,10 +1,11 @@
 """A tiny corpus of two domains, with a tokenizer trained on it, built once."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nlgmoe.data import PileDataModule
@@ -33,6 +34,14 @@ def make_documents(count: int, domain: str, seed: int) -> list[Document]:
     rng = random.Random(seed)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(60, 160))) for _ in range(count)]
     return [Document(text, domain, f"{domain}.tar.gz:{i}") for i, text in enumerate(texts)]
+
+
+def tokens_of(data: PileDataModule, split: str) -> Sequence[np.ndarray]:
+    """Tokens of each domain, in the order in which they lie on disk."""
+    corpus = data._opened()
+    tokens = corpus.training_tokens() if split == "train" else corpus.evaluation_tokens(split)
+    assert tokens is not None
+    return tokens
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 
 from nlgmoe.data import PileDataModule
 from nlgmoe.data.pocket_pile import read_texts, text_path
+from tests.data.conftest import tokens_of
 
 Make = Callable[..., PileDataModule]
 
@@ -123,7 +124,7 @@ def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_
 
 def test_unigram_entropy_is_that_of_the_smoothed_counts(make_data: Make) -> None:
     data = make_data()
-    ids = {split: np.concatenate(data._stream(split)) for split in ("train", "validation")}
+    ids = {split: np.concatenate(tokens_of(data, split)) for split in ("train", "validation")}
     counts = np.bincount(ids["train"], minlength=data.vocab_size) + 1.0
     expected = -np.mean(np.log(counts / counts.sum())[ids["validation"]])
     assert data.unigram_entropy() == pytest.approx(expected, rel=1e-12)
@@ -202,6 +203,6 @@ def test_under_lightning(make_data: Make, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.validate(second, datamodule=data)
     validated = [token for row in second.validated for token in row]
-    assert validated == np.concatenate(data._stream("validation")).tolist()
+    assert validated == np.concatenate(tokens_of(data, "validation")).tolist()
     predicted: Any = trainer.predict(second, datamodule=data)
     assert sum(predicted) == len(validated)

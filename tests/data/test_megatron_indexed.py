@@ -13,6 +13,7 @@ from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
 from nlgmoe.data import IndexedWriter, MegatronIndexed
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.megatron_indexed import split_documents
+from tests.data.conftest import tokens_of
 
 Write = Callable[..., Path]
 
@@ -67,7 +68,7 @@ def test_each_split_holds_its_documents(write: Write, open_corpus: Callable[...,
     data = open_corpus(write(TEXTS), (14, 4, 2))
     assert data.domains == ["pile"]
     found = {
-        split: data.decode(list(data._stream(split)[0])).split("<|endoftext|>")[:-1]
+        split: data.decode(list(tokens_of(data, split)[0])).split("<|endoftext|>")[:-1]
         for split in ("train", "validation", "test")
     }
     assert found == {"train": TEXTS[:14], "validation": TEXTS[14:18], "test": TEXTS[18:]}
@@ -75,9 +76,9 @@ def test_each_split_holds_its_documents(write: Write, open_corpus: Callable[...,
     def tokens(loader: Any) -> list[int]:
         return [int(token) for batch in loader for token in batch["targets"][batch["token_mask"]]]
 
-    assert tokens(data.test_dataloader()) == data._stream("test")[0].tolist()
+    assert tokens(data.test_dataloader()) == tokens_of(data, "test")[0].tolist()
     without = open_corpus(data.corpus.prefix, (16, 4, 0))  # type: ignore[attr-defined]
-    assert tokens(without.test_dataloader()) == without._stream("validation")[0].tolist()
+    assert tokens(without.test_dataloader()) == tokens_of(without, "validation")[0].tolist()
     assert set(data.xz_bits_per_byte()) == {"pile", "all"} and data.unigram_entropy() > 0
 
 
@@ -89,7 +90,7 @@ def test_documents_of_several_sequences_stay_whole(write: Write, open_corpus: Ca
     content[26:34] = (3).to_bytes(8, "little")  # three boundaries: two documents of two sequences
     index.write_bytes(content[: -5 * 8] + np.array([0, 2, 4], "<i8").tobytes())
     data = open_corpus(prefix, (1, 1, 0), seq_len=1)
-    assert data.decode(data._stream("train")[0].tolist()) == "one <|endoftext|>two<|endoftext|>"
+    assert data.decode(tokens_of(data, "train")[0].tolist()) == "one <|endoftext|>two<|endoftext|>"
 
 
 def test_training_on_it(write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_a_missing_file_is_named(write: Write, open_corpus: Callable[..., PileDa
 def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Callable[..., PileDataModule]) -> None:
     """The sample has the size that was asked for, is spread over the corpus, and gives about what the whole gives."""
     data = make_data()
-    train, evaluated = data._stream("train"), data._stream("validation")
+    train, evaluated = tokens_of(data, "train"), tokens_of(data, "validation")
     whole = unigram_entropy(train, evaluated, data.vocab_size)
     sampled = unigram_entropy(train, evaluated, data.vocab_size, max_tokens=2_000)
     assert sampled != whole and sampled == pytest.approx(whole, rel=0.05)
