@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.feed_forward import FeedForward, gelu
+from nlgmoe.layers.activation import gelu
+from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 
 TRAINING = [(2048, 256, 8, 1), (2048, 256, 32, 1), (2048, 512, 16, 2), (8192, 256, 64, 1), (4096, 512, 64, 1)]

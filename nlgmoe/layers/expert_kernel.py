@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nlgmoe.layers.activation import EAGER, Activation
 from nlgmoe.layers.expert_loop import Gradients
-from nlgmoe.layers.feed_forward import gelu
 
 
 class KernelExperts:
@@ -20,9 +20,11 @@ class KernelExperts:
 
     Args:
         rows_per_expert: `[E]` int64.
+        activation: the functions between the products.
     """
 
-    def __init__(self, rows_per_expert: Tensor) -> None:
+    def __init__(self, rows_per_expert: Tensor, activation: Activation = EAGER) -> None:
+        self._activation = activation
         self._lengths = rows_per_expert
         self._ends = rows_per_expert.cumsum(0)
 
@@ -34,7 +36,7 @@ class KernelExperts:
         used, expert = self._masks(rows)
         inner = self._times(rows, w1) + b1.to(rows.dtype)[expert]
         inner = torch.where(used, inner, 0)
-        y = self._times(gelu(inner), w2) + b2.to(rows.dtype)[expert]
+        y = self._times(self._activation.gelu(inner), w2) + b2.to(rows.dtype)[expert]
         return torch.where(used, y, 0), inner
 
     def backward(
@@ -53,24 +55,20 @@ class KernelExperts:
         dtype = x.dtype
         rows = x if source is None else x.index_select(0, source)
         used, expert = self._masks(rows)
-        grad_act = torch.where(used, self._times(grad, w2.transpose(1, 2)), 0)  # [M, F], before the scale
-        grad_pre = torch.ops.aten.gelu_backward(grad_act, inner, approximate="tanh")  # likewise
-        act = gelu(inner)
+        grad = (grad if scale is None else grad * scale.unsqueeze(-1)).to(dtype)
+        grad_act = torch.where(used, self._times(grad, w2.transpose(1, 2)), 0)  # [M, F]
+        act, grad_pre, dot = self._activation.backward(inner, grad_act)
         grad_scale = None
-        s = torch.ones_like(used, dtype=torch.float32) if scale is None else scale.unsqueeze(-1)  # [M, 1]
         if scale is not None:
-            wide = scale.dtype
-            grad_scale = torch.linalg.vecdot(grad_act.to(wide), act.to(wide))
-            grad_scale = grad_scale + torch.linalg.vecdot(grad.to(wide), b2.to(wide)[expert])
-            grad_scale = torch.where(used.squeeze(-1), grad_scale, 0)
-            rows, grad = (rows * s).to(dtype), (grad * s).to(dtype)
-        grad_rows = torch.where(used, self._times(grad_pre, w1.transpose(1, 2)) * s, 0).to(dtype) if needed[0] else None
+            dot = dot + torch.linalg.vecdot(grad.to(dot.dtype), b2.to(dot.dtype)[expert])
+            grad_scale = torch.where(used.squeeze(-1) & (scale != 0), dot / scale, 0).to(scale.dtype)
+        grad_rows = torch.where(used, self._times(grad_pre, w1.transpose(1, 2)), 0) if needed[0] else None
         if grad_rows is not None and source is not None:
             grad_rows = torch.zeros_like(x).index_add_(0, source, grad_rows)
         return (
             grad_rows,
             self._weight_gradient(rows, grad_pre).to(w1.dtype) if needed[1] else None,
-            self._sums(grad_pre * s).to(w1.dtype) if needed[2] else None,
+            self._sums(grad_pre).to(w1.dtype) if needed[2] else None,
             self._weight_gradient(act, grad).to(w2.dtype) if needed[3] else None,
             self._sums(grad).to(b2.dtype) if needed[4] else None,
             grad_scale,

@@ -2,7 +2,8 @@
 
 A GEMM of one expert's few rows is too small to share among threads; a batch of them is not. Neighbours in the stack need no
 copy of their weights, and write their gradients where they belong. Their rows are padded to the longest of the group, with rows
-that weigh nothing. Lengths are rounded up so that they recur: libraries compile a kernel for each that is new to them.
+that weigh nothing. In half precision lengths are rounded up so that they recur: the library compiles a kernel for each that is
+new to it.
 
 Weights may be of another type than rows (autocast): they are converted when they are used. Letters as in `experts.py`; G experts
 of a group, m rows of each with its padding, P rows of all groups.
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nlgmoe.layers.feed_forward import gelu
+from nlgmoe.layers.activation import EAGER, Activation
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 GROUP = 4  # most experts
@@ -27,9 +28,13 @@ class LoopExperts:
 
     Args:
         rows: of each expert, sorted by expert.
+        dtype: of the rows.
+        activation: the functions between the products.
     """
 
-    def __init__(self, rows: list[int]) -> None:
+    def __init__(self, rows: list[int], dtype: torch.dtype, activation: Activation = EAGER) -> None:
+        self._activation = activation
+        half = dtype in (torch.bfloat16, torch.float16)
         self._used = sum(rows)
         self._idle = [expert for expert, number in enumerate(rows) if number == 0]
         self._groups: list[tuple[slice, int, int]] = []  # experts, where their rows begin, m
@@ -40,7 +45,8 @@ class LoopExperts:
                 first += 1
                 continue
             last = _end_of_group(rows, first)
-            padded = _rounded(max(rows[first:last]))
+            longest = max(rows[first:last])
+            padded = _rounded(longest) if half else longest
             self._groups.append((slice(first, last), total, padded))
             for expert in range(first, last):
                 shifts[expert] = total - start
@@ -50,6 +56,7 @@ class LoopExperts:
         self._total = total
         self._padding = total > self._used
         self._rows, self._shifts = rows, shifts
+        self._found: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, x: Tensor, source: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
@@ -66,7 +73,7 @@ class LoopExperts:
                 b1[experts, None].to(dtype), rows[part].unflatten(0, (count, -1)), w1[experts].to(dtype), out=pre
             )
             out = y[part].unflatten(0, (count, -1))  # [G, m, H]
-            torch.baddbmm(b2[experts, None].to(dtype), gelu(pre), w2[experts].to(dtype), out=out)
+            torch.baddbmm(b2[experts, None].to(dtype), self._activation.gelu(pre), w2[experts].to(dtype), out=out)
         return self._unpadded(y, place, len(x) if source is None else len(source)), inner
 
     def backward(
@@ -83,17 +90,18 @@ class LoopExperts:
     ) -> Gradients:
         """Gradients of x, w1, b1, w2, b2, those that are `needed`, and of the scale if there is one.
 
-        The scale goes to the narrower factor of each product, `[m, H]`, never to one of `[m, F]`.
+        The scale goes to the gradient before anything else, while that is narrow (`[P, H]`); its own gradient is divided by it
+        at the end. Where a gate's weight is 0, its gradient is too.
         """
         dtype = x.dtype
         place, origin = self._places(x, source)
         rows = x if origin is None else x.index_select(0, origin)  # [P, H]
-        g_all, s_all = self._with_padding(grad, place), None if scale is None else self._with_padding(scale, place)
+        g_all = self._with_padding(grad if scale is None else grad * scale.unsqueeze(-1), place, dtype)
         grad_rows = rows.new_empty(self._total, rows.shape[1]) if needed[0] else None
         grad_w1, grad_w2 = (torch.empty_like(w) if n else None for w, n in ((w1, needed[1]), (w2, needed[3])))
         grad_b1 = w1.new_zeros(len(w1), w1.shape[-1]) if needed[2] else None
         grad_b2 = torch.zeros_like(b2) if needed[4] else None
-        grad_scale = None if s_all is None else torch.empty_like(s_all)
+        grad_scale = None if scale is None else scale.new_empty(self._total)
         for expert in self._idle:
             for stack in (grad_w1, grad_w2):
                 if stack is not None:
@@ -102,35 +110,26 @@ class LoopExperts:
             a, pre, g = (
                 t[part].unflatten(0, (count, -1)) for t in (rows, inner, g_all)
             )  # [G, m, H], [G, m, F], [G, m, H]
-            act = gelu(pre)
-            grad_act = torch.bmm(g, w2[experts].to(dtype).transpose(1, 2))  # [G, m, F], before the scale; 0 in padding
-            s = None
-            if s_all is not None and grad_scale is not None:
-                s = s_all[part].view(count, -1, 1)
-                of_bias = torch.bmm(g.to(s.dtype), b2[experts, :, None].to(s.dtype)).squeeze(-1)  # [G, m]
-                a, g = (a * s).to(dtype), (g * s).to(dtype)
+            grad_act = torch.bmm(g, w2[experts].to(dtype).transpose(1, 2))  # [G, m, F]; 0 in padding
+            act, grad_pre, dot = self._activation.backward(pre, grad_act)
             if grad_w2 is not None:
                 _product(act.transpose(1, 2), g, grad_w2[experts])
-            if s is not None and grad_scale is not None:
-                of_act = act.mul_(grad_act).sum(dim=-1, dtype=s.dtype)
-                torch.add(of_act, of_bias, out=grad_scale[part].view(count, -1))
             if grad_b2 is not None:
                 torch.sum(g, dim=1, dtype=grad_b2.dtype, out=grad_b2[experts])
-            grad_pre = torch.ops.aten.gelu_backward(grad_act, pre, approximate="tanh")  # [G, m, F], before the scale
             if grad_w1 is not None:
                 _product(a.transpose(1, 2), grad_pre, grad_w1[experts])
             if grad_b1 is not None:
-                if s is None:
-                    torch.sum(grad_pre, dim=1, dtype=grad_b1.dtype, out=grad_b1[experts])
-                else:
-                    grad_b1[experts] = torch.bmm(s.transpose(1, 2), grad_pre.to(s.dtype)).squeeze(1)
+                torch.sum(grad_pre, dim=1, dtype=grad_b1.dtype, out=grad_b1[experts])
             if grad_rows is not None:
-                out = grad_rows[part].unflatten(0, (count, -1))
-                torch.bmm(grad_pre, w1[experts].to(dtype).transpose(1, 2), out=out)
-                if s is not None:
-                    out *= s
+                torch.bmm(
+                    grad_pre, w1[experts].to(dtype).transpose(1, 2), out=grad_rows[part].unflatten(0, (count, -1))
+                )
+            if grad_scale is not None:
+                of_bias = (g * b2[experts, None].to(dtype)).sum(dim=-1, dtype=grad_scale.dtype)
+                torch.add(dot, of_bias, out=grad_scale[part].view(count, -1))
         if grad_scale is not None and scale is not None:
             grad_scale = self._unpadded(grad_scale, place, len(scale))
+            grad_scale = torch.where(scale == 0, 0, grad_scale / scale)
         return self._to_origin(grad_rows, x, source, origin, place), grad_w1, grad_b1, grad_w2, grad_b2, grad_scale
 
     def _parts(self) -> Iterator[tuple[tuple[slice, slice], int]]:
@@ -143,20 +142,21 @@ class LoopExperts:
         """Where each row that is used stands among the padded ones, and which row of `x` each padded one is."""
         if not self._padding:
             return None, None if source is None else source[: self._used]
-        rows = torch.tensor(self._rows, device=x.device)
-        place = torch.arange(self._used, device=x.device)
-        place += torch.tensor(self._shifts, device=x.device).repeat_interleave(rows, output_size=self._used)
-        origin = place.new_zeros(self._total)  # padding is any row: it weighs nothing
-        origin[place] = torch.arange(self._used, device=x.device) if source is None else source[: self._used]
-        return place, origin
+        if self._found is None:
+            rows = torch.tensor(self._rows, device=x.device)
+            place = torch.arange(self._used, device=x.device)
+            place += torch.tensor(self._shifts, device=x.device).repeat_interleave(rows, output_size=self._used)
+            origin = place.new_zeros(self._total)  # padding is any row: it weighs nothing
+            origin[place] = torch.arange(self._used, device=x.device) if source is None else source[: self._used]
+            self._found = place, origin  # for the backward pass: 16 bytes a row, beside thousands of activations
+        return self._found
 
-    def _with_padding(self, values: Tensor, place: Tensor | None) -> Tensor:
+    def _with_padding(self, values: Tensor, place: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`[M, ...] -> [P, ...]`, 0 in padding."""
+        values = values[: self._used].to(dtype)
         if place is None:
-            return values[: self._used]
-        out = values.new_zeros(self._total, *values.shape[1:])
-        out[place] = values[: self._used]
-        return out
+            return values
+        return values.new_zeros(self._total, *values.shape[1:]).index_copy_(0, place, values)
 
     def _unpadded(self, values: Tensor, place: Tensor | None, count: int) -> Tensor:
         """`[P, ...] -> [M, ...]`, 0 in rows of no expert."""

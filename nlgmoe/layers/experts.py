@@ -3,7 +3,9 @@
     y = s * (gelu(x W_1 + b_1) W_2 + b_2)      for each row x, with the weights of its expert and its own scale s
 
 Kept for the backward pass: the layer's input, which is there anyway, and x W_1 + b_1. The rest is cheaper to compute again than
-to keep, and y is never needed: the gradient of s is <dy W_2^T, gelu(.)> + <dy, b_2>, and dy W_2^T is on the way to that of x.
+to keep, and y is never needed: the gradient of s is <dy W_2^T, gelu(.)> + <dy, b_2>, and dy W_2^T is on the way to that of x. The
+scale goes to dy before anything else, while that is narrow, and the gradient of s is divided by it at the end; where a gate's
+weight is 0, so is its gradient (a softmax that has come to 0 passes none on).
 
 Letters: E experts held here, N tokens, M rows (assignments sorted by expert), H hidden size, F inner size.
 """
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nlgmoe.layers.activation import EAGER, Activation
 from nlgmoe.layers.expert_kernel import KernelExperts
 from nlgmoe.layers.expert_loop import LoopExperts
 
@@ -36,6 +39,7 @@ class Experts(nn.Module):
     def __init__(self, count: int, hidden_size: int, ffn_size: int, first: int = 0) -> None:
         super().__init__()
         self.first = first
+        self.activation = EAGER
         self.expand_weight = nn.Parameter(torch.empty(count, hidden_size, ffn_size))
         self.expand_bias = nn.Parameter(torch.empty(count, ffn_size))
         self.project_weight = nn.Parameter(torch.empty(count, ffn_size, hidden_size))
@@ -59,18 +63,18 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
-        y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert)
+        y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert, self.activation)
         return y
 
 
-def way_to_compute(x: Tensor, rows_per_expert: Tensor) -> LoopExperts | KernelExperts:
+def way_to_compute(x: Tensor, rows_per_expert: Tensor, activation: Activation = EAGER) -> LoopExperts | KernelExperts:
     """PyTorch's grouped kernel where it has one for `x`, else expert by expert.
 
     The kernel takes the numbers of rows from the GPU's memory; the loop needs them on the host.
     """
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        return KernelExperts(rows_per_expert)
-    return LoopExperts(rows_per_expert.tolist())
+        return KernelExperts(rows_per_expert, activation)
+    return LoopExperts(rows_per_expert.tolist(), x.dtype, activation)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -87,8 +91,9 @@ class _ExpertFFN(torch.autograd.Function):
         source: Tensor | None,
         scale: Tensor | None,
         rows_per_expert: Tensor,
+        activation: Activation,
     ) -> Tensor:
-        way = way_to_compute(x, rows_per_expert)
+        way = way_to_compute(x, rows_per_expert, activation)
         y, inner = way.forward(x, source, w1, b1, w2, b2)
         ctx.way = way
         ctx.save_for_backward(x, w1, w2, b2, source, scale, inner)
@@ -99,7 +104,5 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, b2, source, scale, inner = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        *gradients, grad_scale = ctx.way.backward(
-            grad.to(x.dtype).contiguous(), x, source, w1, w2, b2, inner, scale, needed[:5]
-        )
-        return *gradients, None, grad_scale if needed[6] else None, None
+        *gradients, grad_scale = ctx.way.backward(grad.contiguous(), x, source, w1, w2, b2, inner, scale, needed[:5])
+        return *gradients, None, grad_scale if needed[6] else None, None, None

@@ -1,12 +1,8 @@
 """The dense feed-forward layer; an expert has the same body (`experts.py`)."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as GPT-2 and the paper's models use it."""
-    return F.gelu(x, approximate="tanh")
+from nlgmoe.layers.activation import gelu
 
 
 class FeedForward(nn.Module):

@@ -4,9 +4,18 @@ import pytest
 import torch
 
 from nlgmoe.layers import experts as experts_module
+from nlgmoe.layers.activation import Activation
 from nlgmoe.layers.expert_kernel import KernelExperts
 from nlgmoe.layers.expert_loop import LoopExperts
 from nlgmoe.layers.experts import Experts
+
+
+def _loop(x: torch.Tensor, rows: torch.Tensor, activation: Activation) -> LoopExperts:
+    return LoopExperts(rows.tolist(), x.dtype, activation)
+
+
+def _kernel(x: torch.Tensor, rows: torch.Tensor, activation: Activation) -> KernelExperts:
+    return KernelExperts(rows, activation)
 
 
 @pytest.mark.parametrize("rows", [[5, 0, 16, 3], [0, 0, 0, 24], [24, 0, 0, 0], [8, 8, 0, 0], [0, 0, 0, 0]], ids=str)
@@ -22,7 +31,7 @@ def test_the_grouped_kernel_computes_the_same(
     source, scale, seed = torch.randint(12, (24,)), torch.rand(24), torch.randn(24, 16)
     counts = torch.tensor(rows)
     results = []
-    for way in (lambda x, rows: LoopExperts(rows.tolist()), lambda x, rows: KernelExperts(rows)):
+    for way in (_loop, _kernel):
         monkeypatch.setattr(experts_module, "way_to_compute", way)
         inputs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
         layer.zero_grad()
