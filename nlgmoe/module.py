@@ -19,6 +19,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
@@ -174,8 +175,7 @@ class MoEGPTModule(LightningModule):
         losses = {"train/loss": language}
         loss = language
         if self.config.moe is not None:
-            balance = torch.stack([routing.aux_loss for routing in output.routings]).sum()
-            z_loss = torch.stack([routing.z_loss for routing in output.routings]).sum()
+            balance, z_loss = router_losses(output.routings, self.config.moe.aux_scope)
             loss = language + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
             losses |= {"train/balance_loss": balance, "train/z_loss": z_loss}
         return loss, losses, output.routings

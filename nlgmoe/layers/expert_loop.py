@@ -36,26 +36,24 @@ class LoopExperts:
         self._activation = activation
         half = dtype in (torch.bfloat16, torch.float16)
         self._used = sum(rows)
-        self._idle = [expert for expert, number in enumerate(rows) if number == 0]
+        hit = [expert for expert, number in enumerate(rows) if number]
+        self._count = len(rows)
         self._groups: list[tuple[slice, int, int]] = []  # experts, where their rows begin, m
-        shifts = [0] * len(rows)  # from where an expert's rows are to where they stand with padding
-        start, total, first = 0, 0, 0
-        while first < len(rows):
-            if rows[first] == 0:
-                first += 1
-                continue
-            last = _end_of_group(rows, first)
-            longest = max(rows[first:last])
+        self._rows = [rows[expert] for expert in hit]
+        self._shifts: list[int] = []  # from where an expert's rows are to where they stand with padding
+        start, total, at = 0, 0, 0
+        while at < len(hit):
+            size = _size_of_group(hit, self._rows, at)
+            longest = max(self._rows[at : at + size])
             padded = _rounded(longest) if half else longest
-            self._groups.append((slice(first, last), total, padded))
-            for expert in range(first, last):
-                shifts[expert] = total - start
-                start += rows[expert]
+            self._groups.append((slice(hit[at], hit[at] + size), total, padded))
+            for number in self._rows[at : at + size]:
+                self._shifts.append(total - start)
+                start += number
                 total += padded
-            first = last
+            at += size
         self._total = total
         self._padding = total > self._used
-        self._rows, self._shifts = rows, shifts
         self._found: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -102,9 +100,10 @@ class LoopExperts:
         grad_b1 = w1.new_zeros(len(w1), w1.shape[-1]) if needed[2] else None
         grad_b2 = torch.zeros_like(b2) if needed[4] else None
         grad_scale = None if scale is None else scale.new_empty(self._total)
-        for expert in self._idle:
-            for stack in (grad_w1, grad_w2):
-                if stack is not None:
+        idle = set(range(self._count)).difference(*(range(experts.start, experts.stop) for experts, *_ in self._groups))
+        for stack in (grad_w1, grad_w2):
+            if stack is not None:
+                for expert in idle:
                     stack[expert].zero_()
         for (experts, part), count in self._parts():
             a, pre, g = (
@@ -143,9 +142,9 @@ class LoopExperts:
         if not self._padding:
             return None, None if source is None else source[: self._used]
         if self._found is None:
-            rows = torch.tensor(self._rows, device=x.device)
+            lengths = torch.tensor(self._rows, device=x.device)
             place = torch.arange(self._used, device=x.device)
-            place += torch.tensor(self._shifts, device=x.device).repeat_interleave(rows, output_size=self._used)
+            place += torch.tensor(self._shifts, device=x.device).repeat_interleave(lengths, output_size=self._used)
             origin = place.new_zeros(self._total)  # padding is any row: it weighs nothing
             origin[place] = torch.arange(self._used, device=x.device) if source is None else source[: self._used]
             self._found = place, origin  # for the backward pass: 16 bytes a row, beside thousands of activations
@@ -179,15 +178,15 @@ class LoopExperts:
         return torch.zeros_like(x).index_add_(0, origin, grad_rows)
 
 
-def _end_of_group(rows: list[int], first: int) -> int:
-    """Where the group that begins with expert `first` ends: neighbours with rows, while not much padding is needed."""
-    last = first + 1
-    while last < len(rows) and last - first < GROUP and rows[last]:
-        together = rows[first : last + 1]
+def _size_of_group(hit: list[int], rows: list[int], at: int) -> int:
+    """How many experts, from the `at`-th that is hit, make a group: neighbours, while not much padding is needed."""
+    size = 1
+    while at + size < len(hit) and size < GROUP and hit[at + size] == hit[at] + size:
+        together = rows[at : at + size + 1]
         if max(together) * len(together) - sum(together) > min(PADDING * len(together), sum(together) / 8):
             break
-        last += 1
-    return last
+        size += 1
+    return size
 
 
 def _rounded(number: int) -> int:

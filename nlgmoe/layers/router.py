@@ -5,10 +5,9 @@
     expert = top-k of p (with noise, if asked) [N, k]
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1
-    aux    = E * sum_e mean_n(p_e) * fraction_e
 
-Follows GShard (arXiv 2006.16668, algorithm 1), Switch Transformer (arXiv 2101.03961, section 2.2) for the losses' form
-and DeepSpeed's `sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter.
+`balance.py` has the losses that keep the experts busy. Follows GShard (arXiv 2006.16668, algorithm 1), and DeepSpeed's
+`sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter.
 
 Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import MoEConfig
@@ -35,21 +34,26 @@ class Routing:
         expert: `[N, k]` chosen experts, first choice first.
         weight: `[N, k]` weight of each choice in the output, in at least fp32; 0 where dropped.
         kept: `[N, k]` bool; False for assignments over capacity and for padding.
-        probs: `[N, E]` the gate's distribution.
-        aux_loss: scalar, the load-balancing loss (1 when balanced), not yet times `loss_coeff`.
-        z_loss: scalar, mean squared logsumexp of the logits, not yet times `z_loss_coeff`.
+        logits: `[N, E]` of the gate, in at least fp32.
+        probs: `[N, E]` the gate's distribution, their softmax.
         tokens_per_expert: `[E]` assignments each expert was asked for, before dropping.
-        num_tokens: scalar, tokens that are not padding.
+        token_mask: `[N]` bool, False at padding; None: there is none.
     """
 
     expert: Tensor
     weight: Tensor
     kept: Tensor
+    logits: Tensor
     probs: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
     tokens_per_expert: Tensor
-    num_tokens: Tensor
+    token_mask: Tensor | None
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens that are not padding, a scalar."""
+        if self.token_mask is None:
+            return self.expert.new_full((), len(self.expert))
+        return self.token_mask.sum()
 
 
 def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
@@ -100,22 +104,12 @@ class Router(nn.Module):
             probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
-            requested = torch.ones_like(expert, dtype=torch.bool)
-            if token_mask is not None:
-                requested = requested & token_mask.unsqueeze(-1)
-            kept = requested & self._within_capacity(expert, probs, requested, draw)
+            kept = self._within_capacity(expert, probs, token_mask, draw)
             weight = torch.where(kept, probs.gather(1, expert), 0.0)
             if config.top_k > 1:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-
-            tokens_per_expert = self._count(expert, requested)
-            num_tokens = requested[:, 0].sum()
-            fraction, divisor = self._load(expert, requested, dtype)
-            aux_loss = (
-                self.num_experts * (torch.where(requested[:, :1], probs, 0.0).sum(dim=0) / divisor * fraction).sum()
-            )
-            z_loss = torch.where(requested[:, 0], logits.logsumexp(dim=-1).square(), 0.0).sum() / divisor
-        return Routing(expert, weight, kept, probs, aux_loss, z_loss, tokens_per_expert, num_tokens)
+        counts = requests_per_expert(expert, token_mask, self.num_experts)
+        return Routing(expert, weight, kept, logits, probs, counts, token_mask)
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
         """The k experts of each token, `[N, k]`, first choice first."""
@@ -134,11 +128,14 @@ class Router(nn.Module):
             return torch.cat([first, second], dim=-1)
         return probs.detach().topk(config.top_k, dim=-1).indices
 
-    def _within_capacity(self, expert: Tensor, probs: Tensor, requested: Tensor, draw: _Uniform) -> Tensor:
+    def _within_capacity(self, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: _Uniform) -> Tensor:
         """Which assignments find a slot, `[N, k]` bool: each expert serves its queue until its slots are taken."""
         config = self.config
+        requested = torch.ones_like(expert, dtype=torch.bool)
+        if token_mask is not None:
+            requested = requested & token_mask.unsqueeze(-1)
         if not (config.token_dropping if self.training else config.eval_token_dropping):
-            return torch.ones_like(requested)
+            return requested
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         num_tokens, top_k = expert.shape
         slots = capacity(num_tokens, self.num_experts, top_k, factor, config.min_capacity)
@@ -160,31 +157,15 @@ class Router(nn.Module):
         place_in_run = torch.arange(len(queue), device=expert.device) - run_start[sorted_expert]
         kept = torch.empty_like(requested).flatten()
         kept[queue[by_expert]] = place_in_run < slots
-        return kept.view_as(requested)
+        return kept.view_as(requested) & requested
 
-    def _load(self, expert: Tensor, requested: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the losses are made with: each expert's fraction of the requests, `[E]`, and the divisor of sums over tokens.
 
-        The balance loss is `E * sum_e mean_prob_e * fraction_e`: 1 when balanced, E when all tokens go to one expert. The
-        fraction counts requests before dropping: first choices for k = 2, all of them over k for k > 2.
-        """
-        counted = 1 if self.config.top_k <= 2 else self.config.top_k
-        counts = self._count(expert[:, :counted], requested[:, :counted]).to(dtype)  # [E]
-        tokens = requested[:, 0].sum().to(dtype)
-        if self.config.aux_scope == "global" and self.training and distributed.is_initialized():
-            # Averaging the ranks' losses, as data parallelism does, gives the loss of the whole batch when each rank
-            # puts its own probabilities against everyone's loads and divides by the mean of everyone's tokens.
-            shared = torch.cat([counts, tokens[None]])
-            distributed.all_reduce(shared)
-            shared /= distributed.get_world_size()
-            counts, tokens = shared[:-1], shared[-1]
-        tokens = tokens.clamp_min(torch.finfo(dtype).eps)
-        return counts / (counted * tokens), tokens
-
-    def _count(self, expert: Tensor, requested: Tensor) -> Tensor:
-        """Requests per expert, `[E]` int64."""
-        target = torch.where(requested, expert, self.num_experts).flatten()
-        return torch.bincount(target, minlength=self.num_experts + 1)[: self.num_experts]
+def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: int) -> Tensor:
+    """How often each expert is among the choices `expert` `[N, k]` of tokens that are no padding, `[E]` int64."""
+    if token_mask is None:
+        return torch.bincount(expert.flatten(), minlength=num_experts)
+    target = torch.where(token_mask.unsqueeze(-1), expert, num_experts).flatten()
+    return torch.bincount(target, minlength=num_experts + 1)[:num_experts]
 
 
 class _Uniform:

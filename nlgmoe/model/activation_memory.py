@@ -52,6 +52,17 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
 
 
+def kept_of_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
+    """Bytes of a block that stay where its activations are recomputed: its input, and what its router decided."""
+    moe, experts = config.moe, experts_at(config, layer_index)
+    routing = 0
+    if moe is not None and experts:
+        routing = (
+            2 * 4 * experts + 4 + moe.top_k * (8 + 4 + 1)
+        )  # logits, probabilities, logsumexp; choice, weight, kept
+    return tokens * (config.hidden_size * size.residual + routing)
+
+
 def head_bytes(config: GPTConfig, tokens: int, topology: Topology) -> tuple[int, int]:
     """(kept until the loss's backward pass, needed while the loss is computed) of the chunked head.
 
@@ -91,7 +102,7 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
         )  # experts' outputs and their gradients are in fp32
     if not topology.activation_checkpointing:
         return ends + sum(blocks) + max(kept + transient, working)
-    inputs = config.num_layers * tokens * config.hidden_size * size.residual
+    inputs = sum(kept_of_block(config, layer, tokens, size) for layer in range(config.num_layers))
     return ends + inputs + max(kept + transient, max(blocks) + working)
 
 

@@ -25,10 +25,9 @@ def test_routing_statistics() -> None:
         weight=torch.tensor([[1.0], [0.0]]),
         kept=torch.tensor([[True], [False]]),
         probs=probs,
-        aux_loss=torch.tensor(0.0),
-        z_loss=torch.tensor(0.0),
+        logits=probs.log(),
         tokens_per_expert=torch.tensor([2, 0, 0, 0]),
-        num_tokens=torch.tensor(2),
+        token_mask=None,
     )
     assert routing_statistics(routing_sums(routing)) == pytest.approx(
         {"load_max_over_mean": 4.0, "load_min_over_mean": 0.0, "dropped": 0.5, "entropy": 0.5}

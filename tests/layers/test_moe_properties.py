@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.activation import gelu
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.dispatch import Dispatch
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy, token_losses
@@ -152,10 +153,11 @@ def test_what_padding_holds_changes_no_real_token_no_loss_and_no_gradient(case: 
     def everything(x: Tensor) -> list[Tensor]:
         y, routing = case.layer(x, case.mask, noise_key=(0, 1, 2))
         real = y[case.mask]
-        loss = real.sum() + routing.aux_loss + routing.z_loss
+        losses = router_losses([routing])
+        loss = real.sum() + sum(losses)
         gradients = torch.autograd.grad(loss, list(case.layer.parameters()), allow_unused=True, materialize_grads=True)
         weight = routing.weight[case.mask.flatten()]
-        return [real, weight, routing.aux_loss, routing.z_loss, routing.tokens_per_expert, *gradients]
+        return [real, weight, *losses, routing.tokens_per_expert, *gradients]
 
     padded = torch.where(case.mask[..., None], case.x, garbage)
     for got, expected in zip(everything(padded), everything(case.x), strict=True):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, distributed, multiprocessing
 
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers import router as router_module
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.router import Router, Routing, capacity
 
 PLAIN = MoEConfig(min_capacity=0, random_token_selection=False, second_expert="argmax")
@@ -23,6 +25,10 @@ def route(
     router = Router(config, table.shape[1], table.shape[1], layer_index=0).double().train(training)
     torch.nn.init.eye_(router.weight)
     return router(table.log(), None if mask is None else torch.tensor(mask))
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    return router_losses([routing])[0]
 
 
 def expect(actual: Tensor, expected: list | float) -> None:
@@ -39,7 +45,7 @@ def test_top_1_keeps_the_earliest_tokens_and_weighs_by_probability() -> None:
     expect(routing.weight, [[0.9], [0.8], [0.0], [0.6]])
     assert routing.tokens_per_expert.tolist() == [3, 1]  # before dropping
     assert routing.num_tokens == 4
-    expect(routing.aux_loss, 2 * (0.7 * 3 / 4 + 0.3 * 1 / 4))
+    expect(balance_loss(routing), 2 * (0.7 * 3 / 4 + 0.3 * 1 / 4))
 
 
 def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +62,7 @@ def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_
     assert routing.kept.tolist() == [[True, True], [True, True], [True, False]]
     expect(routing.weight, [[0.6 / 0.9, 0.3 / 0.9], [0.5 / 0.8, 0.3 / 0.8], [1.0, 0.0]])
     assert routing.tokens_per_expert.tolist() == [2, 3, 1]
-    expect(routing.aux_loss, 3 * (0.4 * 2 / 3 + 0.4 * 1 / 3 + 0.2 * 0))  # first choices only
+    expect(balance_loss(routing), 3 * (0.4 * 2 / 3 + 0.4 * 1 / 3 + 0.2 * 0))  # first choices only
 
     late_first = [[0.6, 0.3, 0.1], [0.3, 0.2, 0.5], [0.2, 0.7, 0.1]]
     kept = route(replace(PLAIN, top_k=2, train_capacity_factor=0.5), late_first).kept  # one slot each
@@ -76,7 +82,7 @@ def test_top_3_serves_the_highest_gate_first() -> None:
     expect(routing.weight[2], [0.35 / 0.6, 0.0, 0.25 / 0.6])
     assert routing.tokens_per_expert.tolist() == [3, 2, 2, 2]
     mean = torch.tensor(probs, dtype=torch.float64).mean(0)
-    expect(routing.aux_loss, 4 * (mean * torch.tensor([3, 2, 2, 2]) / 9).sum().item())
+    expect(balance_loss(routing), 4 * (mean * torch.tensor([3, 2, 2, 2]) / 9).sum().item())
 
 
 def test_min_capacity_saves_what_the_factor_would_drop() -> None:
@@ -91,9 +97,9 @@ def test_masked_tokens_take_no_slot_and_count_in_no_statistic(random: bool) -> N
     expect(routing.weight, [[0.0], [0.8], [0.7], [0.6]])
     assert routing.tokens_per_expert.tolist() == [2, 1]
     assert routing.num_tokens == 3
-    expect(routing.aux_loss, 2 * ((0.8 + 0.7 + 0.4) / 3 * 2 / 3 + (0.2 + 0.3 + 0.6) / 3 * 1 / 3))
+    expect(balance_loss(routing), 2 * ((0.8 + 0.7 + 0.4) / 3 * 2 / 3 + (0.2 + 0.3 + 0.6) / 3 * 1 / 3))
     nothing = route(PLAIN, FOUR_TOKENS, mask=[False] * 4)
-    assert not nothing.kept.any() and nothing.aux_loss == 0 and nothing.z_loss == 0
+    assert not nothing.kept.any() and router_losses([nothing]) == (0, 0)
 
 
 def test_capacity_rounds_up_in_float32() -> None:
@@ -162,43 +168,50 @@ def test_evaluation_drops_only_if_asked() -> None:
     assert route(asked, FOUR_TOKENS, training=False).kept.tolist() == [[True], [True], [False], [True]]
 
 
-def test_evaluation_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []  # ranks may evaluate different numbers of batches: a collective would hang
-    world = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=calls.append)
-    monkeypatch.setattr(router_module, "distributed", world)
-    route(PLAIN, FOUR_TOKENS, training=False)
+def test_ranks_meet_once_for_the_losses_of_all_layers_and_never_to_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []  # in evaluation ranks may have different numbers of batches: a collective would hang
+    world = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 1, all_reduce=calls.append)
+    monkeypatch.setattr(distributed, "is_initialized", world.is_initialized)
+    monkeypatch.setattr(distributed, "get_world_size", world.get_world_size)
+    monkeypatch.setattr(distributed, "all_reduce", world.all_reduce)
+    routings = [route(PLAIN, FOUR_TOKENS), route(PLAIN, [[0.6, 0.3, 0.1]]), route(PLAIN, FOUR_TOKENS, training=False)]
     assert not calls
-    route(PLAIN, FOUR_TOKENS)
-    assert len(calls) == 1
+    apart = [router_losses([routing]) for routing in routings]
+    together = router_losses(routings[:1] * 2, "global")
+    assert len(calls) == 1 and calls[0].shape == (2 * 2 + 1,)
+    for one, two in zip(apart[0], together, strict=True):
+        expect(two, 2 * one.item())
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_balance_loss_is_1_when_balanced_and_the_number_of_experts_when_collapsed(top_k: int) -> None:
     config = replace(PLAIN, top_k=top_k)
     balanced = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.2, 0.1, 0.4, 0.3], [0.3, 0.2, 0.1, 0.4]]
-    expect(route(config, balanced).aux_loss, 1.0)
+    expect(balance_loss(route(config, balanced)), 1.0)
     collapsed = [[1 - 3e-14, 1e-14, 1e-14, 1e-14]] * 4
-    expect(route(config, collapsed).aux_loss, 4.0 if top_k < 3 else 4.0 / 3)  # k=3: two thirds of the load go elsewhere
+    expect(
+        balance_loss(route(config, collapsed)), 4.0 if top_k < 3 else 4.0 / 3
+    )  # k=3: two thirds of the load go elsewhere
 
 
 def test_z_loss_is_the_mean_squared_logsumexp_of_unmasked_logits() -> None:
     router = Router(PLAIN, 2, 2, 0).double()
     torch.nn.init.eye_(router.weight)
     logits = torch.tensor([[1.0, 1.0], [3.0, 3.0], [50.0, 0.0]], dtype=torch.float64)
-    z_loss = router(logits, torch.tensor([True, True, False])).z_loss
+    _, z_loss = router_losses([router(logits, torch.tensor([True, True, False]))])
     expect(z_loss, (1.6931471805599453**2 + 3.6931471805599453**2) / 2)  # logsumexp(a, a) = a + log 2
 
 
-def _balance_on(rank: int | None, scope: str, top_k: int) -> tuple[Tensor, Tensor]:
+def _balance_on(rank: int | None, scope: Any, top_k: int) -> tuple[Tensor, Tensor]:
     """Loss and router gradient on one rank's part of a batch, or on all of it (rank None)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     x[:20] += 0.8  # the halves prefer different experts
     mask = torch.rand(40, generator=generator) < torch.linspace(0.2, 1, 40)  # and differ in length
-    router = Router(replace(PLAIN, top_k=top_k, aux_scope=scope), 6, 5, 0).double()
+    router = Router(replace(PLAIN, top_k=top_k), 6, 5, 0).double()
     router.weight.data = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     part = slice(None) if rank is None else slice(20 * rank, 20 * rank + 20)
-    loss = router(x[part], mask[part]).aux_loss
+    loss, _ = router_losses([router(x[part], mask[part])], scope)
     loss.backward()
     return loss.detach(), router.weight.grad
 

@@ -10,8 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import expert_loop
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.model.activation_memory import activation_bytes, head_bytes, saved_by_block
+from nlgmoe.model.activation_memory import activation_bytes, head_bytes, kept_of_block, saved_by_block
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.topology import Topology
 
@@ -56,8 +57,11 @@ def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:
         saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
     ):
-        hidden = model(tokens, noise_key=(0, 0, 0)).hidden.flatten(0, 1)
-        cross_entropy(hidden, model.unembedding, tokens.flatten(), None, CHUNK)
+        output = model(tokens, noise_key=(0, 0, 0))
+        cross_entropy(output.hidden.flatten(0, 1), model.unembedding, tokens.flatten(), None, CHUNK)
+        if output.routings:
+            router_losses(output.routings)
+    kept += [value for routing in output.routings for value in vars(routing).values() if value is not None]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for address, size in storages.items() if address not in parameters)
 
@@ -67,7 +71,7 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
     stream = tokens * config.hidden_size * size.residual
     kept, _ = head_bytes(config, tokens, topology)
     if checkpointing:
-        blocks = config.num_layers * stream
+        blocks = sum(kept_of_block(config, layer, tokens, size) for layer in range(config.num_layers))
     else:
         blocks = sum(saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers))
     embedding_mask = tokens * config.hidden_size if config.hidden_dropout else 0

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from nlgmoe import config as config_module
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers import router
+from nlgmoe.layers import balance
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
@@ -74,7 +75,7 @@ def test_the_field_changes_what_it_says_and_nothing_else(
         before = replace(BASE, moe=replace(MOE, **context))
         after = replace(before, moe=replace(before.moe, **{name: value}))
     with monkeypatch.context() as patched:
-        patched.setattr(router, "distributed", TWO_RANKS)
+        patched.setattr(balance, "distributed", TWO_RANKS)
         first, second = observe(before), observe(after)
     if expected == {"loss"}:
         first["loss"], second["loss"] = trained_weights(before), trained_weights(after)
@@ -97,7 +98,7 @@ def observe(config: GPTConfig) -> dict[str, Any]:
     tokens = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     output = model(tokens, noise_key=(0, 0, 0))
-    losses = [(routing.aux_loss, routing.z_loss) for routing in output.routings]
+    losses = [router_losses([routing], config.moe.aux_scope if config.moe else "rank") for routing in output.routings]
     evaluation = model.eval()(tokens)
     return {
         "shapes": shapes,
