@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
@@ -15,12 +15,14 @@ class Batch(TypedDict):
         targets: `[B, T]` int64, what it shall predict at each position.
         token_mask: `[B, T]` bool, False at padding.
         domain: `[B]` int64, index into the data module's `domains`.
+        padded: whether there is padding; the module looks for it while the batch is on the host.
     """
 
     tokens: Tensor
     targets: Tensor
     token_mask: Tensor
     domain: Tensor
+    padded: NotRequired[bool]
 
 
 @runtime_checkable

@@ -45,6 +45,8 @@ class MoEGPTModule(LightningModule):
         train_tokens: training ends when this many tokens have been fed, at the end of that step; null leaves the end to
             the trainer (`max_steps`, `max_time`).
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        compile: compile attention, dense layers and what lies between the experts' products with `torch.compile`, at the first
+            step; needs a C++ compiler on CPUs. Worth it on GPUs, and on CPUs in half precision (docs/performance.md).
         loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
         seed: seed of the initial weights and of all that is random in training.
         warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`
@@ -59,6 +61,7 @@ class MoEGPTModule(LightningModule):
         schedule: LearningRateSchedule = LearningRateSchedule(shape="constant"),  # noqa: B008 (frozen)
         train_tokens: int | None = None,
         activation_checkpointing: bool = False,
+        compile: bool = False,
         loss_chunk_size: int = 1024,
         seed: int = 1234,
         warm_start: WarmStart | None = None,
@@ -76,6 +79,7 @@ class MoEGPTModule(LightningModule):
         self.schedule = schedule
         self.train_tokens = train_tokens
         self.activation_checkpointing = activation_checkpointing
+        self.compile_dense_parts = compile
         self.loss_chunk_size = loss_chunk_size
         self.seed = seed
         self.warm_start = warm_start
@@ -103,6 +107,8 @@ class MoEGPTModule(LightningModule):
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)
+            if self.compile_dense_parts:
+                model.compile_dense_parts()
             self.model = model
         elif not self.model.has_placements(placed):
             raise ValueError(
@@ -141,6 +147,12 @@ class MoEGPTModule(LightningModule):
                 f"set it to {data.vocab_size}"
             )
         self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths())]
+
+    @override
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Look for padding here, where the batch is still on the host: to ask a GPU would be to wait for it."""
+        batch = {**batch, "padded": not bool(batch["token_mask"].all())}
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -412,5 +424,4 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
 
 def _mask_or_none(batch: Batch) -> Tensor | None:
     """The mask, or None where nothing is masked: attention is faster without one."""
-    mask = batch["token_mask"]
-    return None if bool(mask.all()) else mask
+    return batch["token_mask"] if batch.get("padded", True) else None

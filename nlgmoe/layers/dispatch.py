@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.router import Routing, count
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Dispatch:
             routing.kept, routing.expert, num_experts
         ).flatten()  # [N * k], dropped -> one past the last
         order = torch.sort(expert, stable=True).indices
-        rows = torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
+        rows = count(expert, num_experts + 1)[:num_experts]
         return Dispatch(order, rows)
 
     def source(self, top_k: int) -> Tensor:

@@ -152,7 +152,7 @@ class Router(nn.Module):
         wanted = torch.where(requested, expert, self.num_experts).flatten()[queue]  # padding queues at no expert
         by_expert = wanted.argsort(stable=True)  # each expert's queue becomes one run
         sorted_expert = wanted[by_expert]
-        lengths = torch.bincount(wanted, minlength=self.num_experts + 1)
+        lengths = count(wanted, self.num_experts + 1)
         run_start = lengths.cumsum(0) - lengths
         place_in_run = torch.arange(len(queue), device=expert.device) - run_start[sorted_expert]
         kept = torch.empty_like(requested).flatten()
@@ -163,9 +163,13 @@ class Router(nn.Module):
 def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: int) -> Tensor:
     """How often each expert is among the choices `expert` `[N, k]` of tokens that are no padding, `[E]` int64."""
     if token_mask is None:
-        return torch.bincount(expert.flatten(), minlength=num_experts)
-    target = torch.where(token_mask.unsqueeze(-1), expert, num_experts).flatten()
-    return torch.bincount(target, minlength=num_experts + 1)[:num_experts]
+        return count(expert, num_experts)
+    return count(torch.where(token_mask.unsqueeze(-1), expert, num_experts), num_experts + 1)[:num_experts]
+
+
+def count(values: Tensor, kinds: int) -> Tensor:
+    """How often each of 0, ..., `kinds` - 1 is among `values`, int64; unlike `bincount`, which waits for the GPU."""
+    return values.new_zeros(kinds).scatter_add_(0, values.flatten(), values.new_ones(()).expand(values.numel()))
 
 
 class _Uniform:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.activation import Activation, compiled_activation
 from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
@@ -66,14 +67,33 @@ class Block(nn.Module):
         noise_key: NoiseKey | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """`[B, T, H] -> [B, T, H]`, and the routing if the block is MoE."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), visible, cache))
-        h, routing = self.ffn_norm(x), None
-        if self.moe is not None:
-            h, routing = self.moe(h, token_mask, noise_key)
-        else:
-            assert self.ffn is not None
-            h = self.ffn(h)
+        x = self.attend(x, visible, cache)
+        if self.moe is None:
+            return self.feed_forward(x), None
+        h, routing = self.moe(self.ffn_norm(x), token_mask, noise_key)
         return x + self.dropout(h), routing
+
+    def attend(self, x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+        """The block's first half."""
+        return x + self.dropout(self.attention(self.attention_norm(x), visible, cache))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half of a block without experts."""
+        assert self.ffn is not None
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+    def compile_dense_parts(self, activation: Activation) -> None:
+        """See `GPT.compile_dense_parts`; `activation` is the experts'."""
+        attend, compiled = self.attend, torch.compile(self.attend)
+
+        def attend_compiled(x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+            return compiled(x, visible, None) if cache is None else attend(x, visible, cache)
+
+        self.__dict__["attend"] = attend_compiled
+        if self.moe is None:
+            self.__dict__["feed_forward"] = torch.compile(self.feed_forward)
+        else:
+            self.moe.experts.activation = activation
 
 
 class GPT(nn.Module):
@@ -144,6 +164,16 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length, cache.mask = cached + new, history
         return GPTOutput(self.final_norm(x), routings)
+
+    def compile_dense_parts(self) -> None:
+        """Let `torch.compile` make kernels of all but routing, dispatch and the experts' products, at their first use.
+
+        Generation, whose shapes change with every token, goes on as it was. Dropout draws other numbers than without.
+        """
+        activation = compiled_activation()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_dense_parts(activation)
 
     def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
         """Whether the experts are those of `placements`; blocks not named have all of theirs here."""

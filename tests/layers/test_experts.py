@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import experts as experts_module
 from nlgmoe.layers.activation import Activation
+from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.expert_kernel import KernelExperts
 from nlgmoe.layers.expert_loop import LoopExperts
 from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.gpt import GPT
+from nlgmoe.seeding import derive_seed
 
 
 def _loop(x: torch.Tensor, rows: torch.Tensor, activation: Activation) -> LoopExperts:
@@ -45,3 +52,49 @@ def test_the_grouped_kernel_computes_the_same(
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, **tolerance)
     assert not results[0][0][sum(rows) :].any() and not results[1][0][sum(rows) :].any()
+
+
+def test_the_way_of_gpus_never_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, dropless: nothing asks for a number, and no kernel is used that does on CUDA."""
+
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert name not in {"_local_scalar_dense", "bincount", "nonzero", "masked_select", "unique", "equal"}, name
+            assert not (name == "repeat_interleave" and "output_size" not in (kwargs or {})), name
+            return func(*args, **(kwargs or {}))
+
+    def waits(*_: object) -> None:
+        raise AssertionError("a tensor's value was asked for")
+
+    config = GPTConfig(64, 16, 2, 16, 2, moe=MoEConfig(4, mlp_type="residual", token_dropping=False))
+    model, tokens = GPT(config).to(torch.bfloat16), torch.randint(64, (2, 16))
+    monkeypatch.setattr(experts_module, "way_to_compute", _kernel)
+    for method in ("item", "tolist", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, method, waits)
+    with NoWaiting():
+        output = model(tokens, noise_key=(0, 0, 0))
+        loss = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, tokens.flatten(), None, 16)
+        (loss + sum(router_losses(output.routings))).backward()
+    monkeypatch.undo()
+    assert model.blocks[1].moe.router.weight.grad.any()
+
+
+def test_compiled_parts_compute_the_same() -> None:
+    config = GPTConfig(64, 16, 4, 16, 2, moe=MoEConfig(4, mlp_type="residual"))
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiles in (False, True):
+        model = GPT(config)
+        for name, parameter in model.named_parameters():  # large enough for every weight to matter
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(derive_seed(name)))
+        if compiles:
+            model.compile_dense_parts()
+        for step in range(2):  # other loads, other shapes
+            output = model(tokens.roll(step), noise_key=(0, step, 0))
+            cross_entropy(output.hidden.flatten(0, 1), model.unembedding, tokens.flatten(), None, 16).backward()
+        results.append([output.hidden, *(parameter.grad for parameter in model.parameters())])
+        cache = KVCache(16)
+        results[-1] += [model.eval()(part, cache=cache).hidden for part in tokens.split([3, 1, 12], dim=1)]
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
