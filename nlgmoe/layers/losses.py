@@ -77,30 +77,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             h, target, w = hidden[part], targets[part, None], weight[part, None].to(dtype)  # [C, H], [C, 1], [C, 1]
-            logits = (h @ unembedding.t()).to(dtype)  # [C, V]
-            largest, where = logits.max(dim=-1, keepdim=True)
-            picked = logits.gather(1, target)
-            probs = logits.softmax(dim=-1)
-            del logits  # two such matrices exist at a time, never three
-            # The largest probability is at least 1 / V, so that its logarithm loses nothing.
-            loss += (w * (largest - probs.gather(1, where).log() - picked)).sum()
-            if needs_hidden or needs_unembedding:
-                # d loss / d logits = w * (probs - onehot)
-                grad = probs.scatter_add_(1, target, -torch.ones_like(w))
-                if hidden.dtype == dtype:  # w goes to the narrower factor of each product
-                    if grad_hidden is not None:
-                        torch.mm(grad, unembedding, out=grad_hidden[part])
-                        grad_hidden[part] *= w
-                    if grad_unembedding is not None:
-                        grad_unembedding.addmm_(grad.t(), h * w)
-                else:  # where every rounding counts, there is one
-                    grad = grad.mul_(w).to(hidden.dtype)
-                    if grad_hidden is not None:
-                        torch.mm(grad, unembedding, out=grad_hidden[part])
-                    if grad_unembedding is not None:
-                        grad_unembedding += grad.t() @ h
-                del grad
-            del probs
+            log_probs = (
+                (h @ unembedding.t()).to(dtype).log_softmax(dim=-1)
+            )  # [C, V]; two such exist at a time, never three
+            picked = log_probs.gather(1, target)
+            loss -= (w * picked).sum()
+            if not (needs_hidden or needs_unembedding):
+                continue
+            grad = log_probs.exp_().scatter_(1, target, picked.expm1())  # d loss / d logits = w * (probs - onehot)
+            if hidden.dtype == dtype:  # w goes to the narrower factor of each product
+                if grad_hidden is not None:
+                    torch.mm(grad, unembedding, out=grad_hidden[part])
+                    grad_hidden[part] *= w
+                if grad_unembedding is not None:
+                    grad_unembedding.addmm_(grad.t(), h * w)
+            else:  # where every rounding counts, there is one
+                grad = grad.mul_(w).to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad, unembedding, out=grad_hidden[part])
+                if grad_unembedding is not None:
+                    grad_unembedding += grad.t() @ h
+            del log_probs, grad
         ctx.save_for_backward(grad_hidden, grad_unembedding)
         ctx.unembedding_dtype = unembedding.dtype
         return loss
