@@ -15,7 +15,7 @@ class Batch(TypedDict):
         targets: `[B, T]` int64, what it shall predict at each position.
         token_mask: `[B, T]` bool, False at padding.
         domain: `[B]` int64, index into the data module's `domains`.
-        padded: whether there is padding; the module looks for it while the batch is on the host.
+        padded: whether `token_mask` has a False; not needed, but to look for one on a GPU is to wait for it.
     """
 
     tokens: Tensor

@@ -149,12 +149,6 @@ class MoEGPTModule(LightningModule):
         self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths())]
 
     @override
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Look for padding here, where the batch is still on the host: to ask a GPU would be to wait for it."""
-        batch = {**batch, "padded": not bool(batch["token_mask"].all())}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         loss, losses, self.routings = self._losses(batch, len(self._window.batches))
@@ -424,4 +418,6 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
 
 def _mask_or_none(batch: Batch) -> Tensor | None:
     """The mask, or None where nothing is masked: attention is faster without one."""
-    return batch["token_mask"] if batch.get("padded", True) else None
+    mask = batch["token_mask"]
+    padded = batch.get("padded")
+    return mask if (not mask.all() if padded is None else padded) else None

@@ -67,6 +67,13 @@ def test_the_loss_is_cross_entropy_plus_weighted_router_losses(tmp_path: Path) -
     assert recorder.losses[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_compile_compiles_the_dense_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []  # what becomes of them, tests/layers/test_experts.py shows
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
+    assert MoEGPTModule(CONFIG).gpt and not compiled
+    assert MoEGPTModule(CONFIG, compile=True).gpt and compiled.count("attend") == CONFIG.num_layers
+
+
 def test_training_learns(tmp_path: Path) -> None:
     recorder = Recorder()
     module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2))

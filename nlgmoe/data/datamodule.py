@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from nlgmoe.data.accumulation import micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
@@ -21,8 +21,9 @@ from nlgmoe.data.worker_signals import heed_only_the_parent
 class PileDataModule(LightningDataModule):
     """A corpus as batches of packed sequences.
 
-    A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain`
-    int64 [B]. Training batches go on without end; set `max_steps` or a token budget on the trainer.
+    A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
+    and `padded`, whether there is any padding. Training batches go on without end; set `max_steps` or a token budget on the
+    trainer.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
@@ -244,7 +245,14 @@ class PileDataModule(LightningDataModule):
             dataset,
             batch_size=batch_size,
             sampler=sampler,
+            collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=heed_only_the_parent,
             persistent_workers=self.num_workers > 0,
         )
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Samples as a batch."""
+    batch: dict[str, Any] = default_collate(samples)
+    return batch | {"padded": not bool(batch["token_mask"].all())}

@@ -38,6 +38,7 @@ def rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 def test_batch_layout(make_data: Make) -> None:
     data = make_data()
     (batch,) = batches(data, 1)
+    assert batch.pop("padded") is False
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "tokens": (torch.int64, (4, 32)),
         "targets": (torch.int64, (4, 32)),
@@ -48,6 +49,11 @@ def test_batch_layout(make_data: Make) -> None:
     text = data.decode(rows(batch)[0])
     domain = data.domains[int(batch["domain"][0])]
     assert text in "<|endoftext|>".join([*read_texts(text_path(data.data_dir, f"{domain}.train")), ""])
+
+
+def test_a_batch_says_whether_it_is_padded(make_data: Make) -> None:
+    for batch in make_data().val_dataloader():
+        assert batch["padded"] is (not bool(batch["token_mask"].all()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
