@@ -18,8 +18,10 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,11 +31,14 @@ from benchmarks.layer import deepspeed
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import CausalSelfAttention
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.layers.router import Routing
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 TOKENS, CHUNK = 2048, 1024
 DENSE = GPTConfig(50_257, 256, 6, 256, 8)
@@ -67,11 +72,10 @@ class DeepSpeedLayer(nn.Module):
         super().__init__()
         self.layer = deepspeed(hidden, experts, 1, dropping=True)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: Any = None) -> tuple[Tensor, Routing]:
-        """`[B, T, H] -> [B, T, H]` and the balance loss."""
-        y, balance, _ = self.layer(x)
-        none = torch.zeros(())
-        return y, Routing(none, none, none, none, balance, none, none, none)
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: Any = None) -> tuple[Tensor, Tensor]:
+        """`[B, T, H] -> [B, T, H]` and, in the place of the routing, the balance loss."""
+        y, loss, _ = self.layer(x)
+        return y, loss
 
 
 def assembled(config: GPTConfig, attention: type[CausalSelfAttention]) -> GPT:
@@ -104,6 +108,11 @@ def our_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(hidden, table, targets, None, CHUNK)
 
 
+def balance(routings: list[Any]) -> Tensor:
+    """The balance loss, from our routings or DeepSpeed's losses."""
+    return torch.stack(routings).sum() if isinstance(routings[0], Tensor) else router_losses(routings)[0]
+
+
 def step(
     model: GPT,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -118,8 +127,8 @@ def step(
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             output = model(tokens)
             value = loss(output.hidden.flatten(0, 1), model.unembedding, targets)
-        for routing in output.routings:
-            value = value + 0.01 * routing.aux_loss
+        if output.routings:
+            value = value + 0.01 * balance(output.routings)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -198,6 +207,28 @@ def growth(half: bool, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
+def plot(found: dict[str, dict[str, float]], path: Path) -> None:
+    """One panel for each thing that grows; dashed: a dense model's step, or growth in proportion."""
+    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.4), sharey=True, layout="constrained")
+    for panel, (kind, seconds) in zip(panels, found.items(), strict=True):
+        points = {int(name): 1000 * value for name, value in seconds.items() if name.isdigit()}
+        panel.plot(list(points), list(points.values()), "o-", color="tab:blue", label="MoE")
+        if "dense" in seconds:
+            panel.axhline(1000 * seconds["dense"], linestyle="--", color="gray", label="dense, equal FLOPs per token")
+        else:
+            first, *_, last = points
+            panel.plot(
+                [first, last], [points[first], points[first] * last / first], "--", color="gray", label="in proportion"
+            )
+        panel.set(xscale="log", yscale="log", xlabel=kind, xticks=list(points), xticklabels=map(str, points))
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0].set(ylabel=f"ms a step of {TOKENS:,} tokens", yticks=[200, 500, 1000, 2000, 5000])
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], "step", 5, ["assemblies", "growth"])
     results: dict[str, Any] = {
@@ -229,6 +260,7 @@ def main() -> None:
                 f"\n{kind}: " + ", ".join(f"{label} {1000 * value:.0f} ms" for label, value in found.items()),
                 flush=True,
             )
+        plot(results["growth"], Path(arguments.output).with_name("step_growth.png"))
     with open(arguments.output, "w") as file:
         file.write(json.dumps(results, indent=1) + "\n")
 
