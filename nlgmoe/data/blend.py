@@ -39,8 +39,8 @@ class Blend:
     """Several corpora as one: at any point of training each has had its share of the samples, give or take two.
 
     A part that is used up begins again, in another order: a small one is repeated as often as its weight demands. Domains
-    are named after the parts, `PART/DOMAIN` where a part has several. Validation covers every domain's own text, so the
-    weights have no effect on it; the test split is of those parts that have one.
+    are named after the parts, `PART/DOMAIN` where a part has several. Validation covers every domain's own text, whatever
+    its weight; the test split is of those parts that have one.
 
     Args:
         parts: what to blend, each with its `weight`, its `name` and its `corpus` (class_path and init_args).
@@ -119,6 +119,16 @@ class OpenBlend:
             for name, weight, corpus in zip(self._names, self.weights, opened, strict=True)
         ]
         self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of each domain in the training samples, `[D]`; those of one part as its training tokens are."""
+        shares: list[float] = []
+        for weight, corpus in zip(self.weights, self._opened, strict=True):
+            sizes: Sequence[float]
+            sizes = corpus.shares if isinstance(corpus, OpenBlend) else [len(t) for t in corpus.training_tokens()]
+            shares += [weight / sum(self.weights) * size / sum(sizes) for size in sizes]
+        return shares
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """The parts' samples in turn, each part in the order of a seed of its own.

@@ -20,6 +20,7 @@ from nlgmoe.data.interleaving import Interleaving, whole_weights
 from nlgmoe.data.pocket_pile import read_texts, text_path
 from nlgmoe.data.shards import shard_folder
 from nlgmoe.seeding import derive_seed
+from tests.data.conftest import tokens_of
 from tests.data.test_datamodule import Ranks, batches, rows
 from tests.data.test_tokenizer import small
 
@@ -127,6 +128,17 @@ def test_samples_are_those_of_the_parts(make_blend: Make, make_data: Make, index
     nested = Blend([BlendPart(1, "poems", indexed), BlendPart(3, "all", PocketPile())])
     data = make_blend((1, "pile", PocketPile()), (2, "books", PocketPile(["prose"])), (1, "mix", nested))
     assert data.domains == ["pile/prose", "pile/verse", "books", "mix/poems", "mix/all/prose", "mix/all/verse"]
+    prose, verse = (len(tokens) for tokens in tokens_of(make_data(), "train"))
+    of_pile = [prose / (prose + verse), verse / (prose + verse)]
+    shares = [
+        0.25 * of_pile[0],
+        0.25 * of_pile[1],
+        0.5,
+        0.25 * 0.25,
+        0.25 * 0.75 * of_pile[0],
+        0.25 * 0.75 * of_pile[1],
+    ]
+    assert data.domain_shares == pytest.approx(shares)
     source = data._opened().training_source(32, 7)
     parts = [
         make_data(corpus=corpus)._opened().training_source(32, derive_seed(7, name))
@@ -253,7 +265,17 @@ def test_a_run_on_a_blend_from_training_to_resuming(
             "micro_batch_size": 2,
             "max_eval_windows": 3,
         },
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 2},
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "val_check_interval": 2,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"monitor": "val/blend_loss", "filename": "best", "save_last": True},
+                }
+            ],
+        },
     }
     (tmp_path / "blend.yaml").write_text(yaml.safe_dump(settings))
 
@@ -271,8 +293,10 @@ def test_a_run_on_a_blend_from_training_to_resuming(
         validated = [row for row in csv.DictReader(file) if row["val/loss"]]
     assert len(validated) == 3
     for row in validated:
-        of_parts = [float(row[f"val/loss/{name}"]) for name in ("pile", "poems")]
-        assert float(row["val/loss"]) == pytest.approx(np.mean(of_parts), rel=1e-5)  # equally many windows of each
+        pile, poems = (float(row[f"val/loss/{name}"]) for name in ("pile", "poems"))
+        assert float(row["val/loss"]) == pytest.approx((pile + poems) / 2, rel=3e-6)  # equally many windows of each
+        assert float(row["val/blend_loss"]) == pytest.approx(0.7 * pile + 0.3 * poems, rel=3e-6)
+        assert pile != pytest.approx(poems, rel=1e-4)
     fit("halves", 4)
     resumed = fit("halves", 6, "--ckpt_path=last")
     assert (resumed["val_loss"], resumed["bits_per_byte"]) == (straight["val_loss"], straight["bits_per_byte"])
