@@ -146,7 +146,8 @@ class MoEGPTModule(LightningModule):
                 f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {self.config.vocab_size}; "
                 f"set it to {data.vocab_size}"
             )
-        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths())]
+        shares = getattr(data, "domain_shares", None)
+        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), shares)]
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

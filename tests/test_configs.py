@@ -10,6 +10,7 @@ import yaml
 
 from nlgmoe import load_config
 from nlgmoe.cli.train import TrainCLI
+from nlgmoe.data import Blend
 from nlgmoe.data.accumulation import micro_batches_per_step
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
@@ -74,7 +75,7 @@ def parse(*names: str) -> Any:
 def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
     files = {str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.yaml")}
     twins = {f"{family}/laptop" for family in FAMILIES}
-    assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS)}
+    assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), "data/paper_blend"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -145,6 +146,49 @@ def test_every_model_runs_on_every_machine(overlay: str) -> None:
         micro = settings.get("data", {}).get("micro_batch_size", read(name)["data"]["micro_batch_size"])
         steps = micro_batches_per_step(row.batch, micro, GPUS[overlay])
         assert steps * micro * GPUS[overlay] == row.batch
+
+
+BLEND = {  # file, as the scripts' internal branch names it -> weight there
+    "Books3_ftfy_cleaned_id_shuf": 0.14336,
+    "rn_dedup_shuf_cleaned_0.7_cleaned_shuf": 0.08962,
+    "OpenWebText2_ftfy_cleaned_id_shuf": 0.19336,
+    "StackExchange_ftfy_id_shuf": 0.05689,
+    "stories_dedup0.7_shuf_cleaned_shuf": 0.00859,
+    "PubMed_Abstracts_ftfy_id_shuf": 0.02897,
+    "Wikipedia_en_ftfy_id_shuf": 0.04771,
+    "Gutenberg_PG-19_ftfy_cleaned_id_cleaned_shuf": 0.00873,
+    "BookCorpus2_ftfy_cleaned_id_shuf": 0.01007,
+    "NIH_ExPorter_ftfy_id_shuf": 0.00208,
+    "CC-2020-50_id_cleaned_shuf": 0.13017,
+    "Pile-CC_id_cleaned_shuf": 0.09446,
+    "CC-2021-04_id_cleaned_shuf": 0.15652,
+    "ArXiv_ftfy_cleaned_id_shuf": 0.01359,
+    "Github_ftfy_id_shuf": 0.01588,
+}
+
+
+@pytest.mark.parametrize("name", ["dense/6.7b_dense", "pr_moe/350m_pr_moe_32_64"])
+def test_the_papers_blend_replaces_a_models_corpus_and_nothing_else(name: str) -> None:
+    plain, blended = (parse(name, *more, "hardware/cpu").as_dict() for more in ((), ("data/paper_blend",)))
+    parts = blended["data"]["corpus"].pop("init_args")["parts"]
+    assert blended["data"].pop("corpus") == {"class_path": "nlgmoe.data.Blend"}
+    assert (blended["data"].pop("max_eval_windows"), plain["data"].pop("max_eval_windows")) == (
+        256,
+        10 * PAPER[name].batch,
+    )
+    del plain["data"]["corpus"], plain["config"], blended["config"]
+    assert blended == plain
+    assert {Path(part["corpus"]["init_args"]["prefix"]).name: part["weight"] for part in parts} == {
+        f"{file}_text_document": weight for file, weight in BLEND.items()
+    }
+
+
+def test_the_papers_blend_is_one_corpus() -> None:
+    files = [ROOT / f"{name}.yaml" for name in ("pr_moe/350m_pr_moe_32_64", "data/paper_blend", "hardware/cpu")]
+    blend = load_config(files).data.corpus
+    assert isinstance(blend, Blend) and sum(part.weight for part in blend.parts) == pytest.approx(1)
+    assert len({part.name for part in blend.parts}) == len(BLEND)
+    assert all(part.corpus.split == (98, 2, 0) for part in blend.parts)  # type: ignore[attr-defined]
 
 
 def without(settings: dict[str, Any], *paths: str) -> dict[str, Any]:

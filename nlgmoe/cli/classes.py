@@ -2,61 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
 
 from nlgmoe.cli.errors import UsageError, did_you_mean
 from nlgmoe.cli.given import Given
 
+_PLAIN = (bool, int, float, str, type(None), dict, Path, timedelta, object)
 
-def check_inside(given: Given, bases: Sequence[Any], earlier: list[Given]) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An argument, of a class or a section inside a setting, that a given setting sets or lies in.
+
+    Attributes:
+        section: what the names of its owner's arguments begin with, such as `trainer.callbacks[0].init_args`.
+        owner: the class, or the dataclass of a section.
+        path: the class as it was named.
+        name: of the argument.
+    """
+
+    section: str
+    owner: Any
+    path: str
+    name: str
+
+    @property
+    def hint(self) -> Any:
+        """Its type; None if it is not known."""
+        constructor = self.owner.__init__ if inspect.isclass(self.owner) else self.owner
+        try:
+            return typing.get_type_hints(constructor).get(self.name)
+        except (
+            NameError,
+            TypeError,
+        ):  # annotations of another package that name what is imported for type checkers alone
+            return None
+
+    def accepted(self) -> list[str]:
+        """The names that its owner takes; its own too where that takes any."""
+        parameters = inspect.signature(self.owner).parameters
+        takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+        return [*parameters, *([self.name] if takes_any else [])]
+
+
+def arguments(given: Given, setting: str, hint: Any, earlier: Sequence[Given]) -> Iterator[Argument]:
+    """The arguments that `given` leads through, from the outermost on: two in `data.corpus.init_args.parts[0].weight`.
+
+    Args:
+        given: the setting as it is written.
+        setting: the one of the parser's that it lies in.
+        hint: that one's type.
+        earlier: settings given before it, which say what class `init_args` belong to.
+    """
+    index, *words = given.name.removeprefix(setting).split(".")
+    section = setting + index
+    for word in words:
+        if word == "dict_kwargs":  # whatever the class passes on
+            return
+        if word not in ("class_path", "init_args"):
+            sections: list[Any] = [kind for kind in parts_of(hint) if dataclasses.is_dataclass(kind)]
+            path = sections[0].__name__ if sections else _path_of(section.removesuffix(".init_args"), earlier)
+            owner = sections[0] if sections else find_class(given, path, classes_in(hint)) if is_path(path) else None
+            if owner is None:
+                return
+            argument = Argument(section, owner, path, word.partition("[")[0].rstrip("+"))
+            yield argument
+            hint = argument.hint
+        section += f".{word}"
+
+
+def check_inside(given: Given, setting: str, hint: Any, earlier: Sequence[Given]) -> None:
     """Check a setting inside one that holds classes: `trainer.callbacks[0].init_args.prompts`.
 
     Args:
-        given: the setting.
-        bases: classes whose subclasses the outer setting holds.
-        earlier: settings given before it, which say what class `init_args` belong to.
+        given, setting, hint, earlier: as in `arguments`.
 
     Raises:
         UsageError: there is no such class, or it takes no such argument.
     """
+    for argument in arguments(given, setting, hint, earlier):
+        accepted = argument.accepted()
+        if argument.name not in accepted:
+            near = did_you_mean(argument.name, accepted)
+            raise UsageError(f"unknown setting {given.name}{given.place} of {argument.path}{near}")
+        hint = argument.hint
     if given.leaf == "class_path":
-        find_class(given, str(given.value), bases if ".init_args." not in given.name else ())
-        return
-    field, path = owner_of(given, earlier)
-    owner = find_class(given, path, bases) if path and is_path(path) else None
-    if owner is None or field in ("init_args", "dict_kwargs"):
-        return
-    accepted = inspect.signature(owner).parameters
-    if field not in accepted and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
-        raise UsageError(f"unknown setting {given.name}{given.place} of {path}{did_you_mean(field, accepted)}")
+        find_class(given, str(given.value), classes_in(hint))
 
 
-def argument_type(given: Given, bases: Sequence[Any], earlier: list[Given]) -> Any:
-    """Type of the constructor's argument that `given` sets; None if it is not known."""
-    field, path = owner_of(given, earlier)
-    owner = find_class(given, path, bases) if path else None
-    try:
-        return typing.get_type_hints(owner.__init__ if inspect.isclass(owner) else owner).get(field)
-    except (NameError, TypeError):  # annotations of another package that name what is imported for type checkers alone
-        return None
-
-
-def owner_of(given: Given, earlier: list[Given]) -> tuple[str, str]:
-    """The argument that `given` sets or lies in, and the class path given for it; the last one counts."""
-    prefix, dot, field = given.name.partition(".init_args.")
-    if not dot:  # the command line may leave `init_args` out
-        prefix, _, field = given.name.rpartition(".")
+def _path_of(holder: str, earlier: Sequence[Given]) -> str:
+    """The class path given for what `holder` names; the last one counts. Empty if there is none."""
     paths = [
         str(one.value)
         for one in earlier
-        if one.name.rstrip("+") == prefix
-        or (one.leaf == "class_path" and one.name.startswith((f"{prefix}.class_path", f"{prefix}[")))
+        if one.name.rstrip("+") == holder
+        or (one.leaf == "class_path" and one.name.startswith((f"{holder}.class_path", f"{holder}[")))
     ]
-    return field.partition(".")[0].partition("[")[0].rstrip("+"), paths[-1] if paths else ""
+    return paths[-1] if paths else ""
 
 
 def find_class(given: Given, path: str, bases: Sequence[Any]) -> Any:
@@ -91,3 +140,21 @@ def _subclasses(base: Any) -> Iterator[Any]:
     yield base
     for kind in base.__subclasses__():
         yield from _subclasses(kind)
+
+
+def parts_of(hint: Any) -> Iterator[Any]:
+    """The types that a type hint is made of, `MoEConfig | None` -> MoEConfig, NoneType."""
+    arguments = typing.get_args(hint)
+    if not arguments or typing.get_origin(hint) is Literal:
+        yield hint
+    for argument in arguments if typing.get_origin(hint) is not Literal else ():
+        yield from parts_of(argument)
+
+
+def classes_in(hint: Any) -> list[Any]:
+    """The classes of a type hint whose objects are configured by `class_path` and `init_args`."""
+    return [
+        kind
+        for kind in parts_of(hint)
+        if inspect.isclass(kind) and kind not in _PLAIN and not dataclasses.is_dataclass(kind)
+    ]

@@ -53,4 +53,5 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
         domains = [f"/{name}" for name in data.domains] if isinstance(data, SpellsBytes) else ["/all"]
         metrics = ("loss", "bits_per_byte") if isinstance(data, SpellsBytes) else ("loss",)
         names |= {f"val/{metric}{domain}" for metric in metrics for domain in ["", *domains]}
+        names |= {"val/blend_loss"} if getattr(data, "domain_shares", None) else set()
     return names

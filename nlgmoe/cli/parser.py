@@ -12,14 +12,16 @@ from typing import Any, Literal, NoReturn, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from nlgmoe.cli.classes import argument_type
+from nlgmoe.cli.classes import Argument, arguments, parts_of
 from nlgmoe.cli.errors import UsageError, did_you_mean, is_complaint, one_line, raised_in
 from nlgmoe.cli.given import Given, read_file, split_arguments
-from nlgmoe.cli.settings import Settings, in_words, parts_of
+from nlgmoe.cli.settings import Settings, in_words
 
 _BLAMED = re.compile(r'Parser key "([^"]+)"')  # in jsonargparse's messages, from the outermost setting to the innermost
 _GOT = re.compile(r"Got value: (.*)")
-_MISSING = re.compile(r"the following arguments are required: (.*)")
+_MISSING = re.compile(
+    r"(?:Problem with given class_path '(?P<owner>[^']+)':\s+)?the following arguments are required: (?P<names>.*)"
+)
 _ASSIGNMENT = re.compile(r"(?P<leaf>\w+)=(?P<value>\[[^\]]*\]|\([^)]*\)|\S+)(?P<rest>.*)", re.DOTALL)
 
 
@@ -145,7 +147,7 @@ class OneLineParser(ArgumentParser):
         if self.settings is None:  # parsed from an object: nothing was written
             return one_line(message)
         if missing := _MISSING.search(message):
-            return self._missing(missing[1].split(", ")[0])
+            return self._missing(missing["names"].split(", ")[0], missing["owner"])
         if blamed := _BLAMED.findall(message):
             return self._wrong_value(blamed, _GOT.search(message))
         return self._qualified(one_line(message))
@@ -159,8 +161,10 @@ class OneLineParser(ArgumentParser):
         quoted = [one for one in self.given if one.name.startswith("trainer.") and f"'{one.value}'" in text]
         return f"{quoted[-1]}: {text}" if quoted else text
 
-    def _missing(self, name: str) -> str:
+    def _missing(self, name: str, owner: str | None) -> str:
         assert self.settings is not None
+        if owner is not None and (line := self._missing_inside(name, owner)):
+            return line
         for subcommand in self._subparsers_by_name():
             name = name.removeprefix(f"{subcommand}.")
         # Of a section that may be null, such as `model.warm_start`, jsonargparse names the setting alone.
@@ -173,6 +177,26 @@ class OneLineParser(ArgumentParser):
             return f"missing setting {name}; give it under init_args of its class"
         return f"missing setting {name}{about}; give it as --{name}=..., or a --config file that has it"
 
+    def _missing_inside(self, name: str, owner: str) -> str | None:
+        """The line for an argument that a class, or a section in a list, lacks; None if nothing of that was written."""
+        written: dict[str, tuple[str, set[str]]] = {}  # where arguments of `owner` stand -> the place, and their names
+        for index, given in enumerate(self.given):
+            if given.leaf == "class_path":  # what an earlier file says about that is gone
+                holder = given.name.removesuffix("class_path")
+                written = {section: found for section, found in written.items() if not section.startswith(holder)}
+            for argument in self._arguments(given, self.given[: index + 1]):
+                if argument.owner.__name__ == owner.rpartition(".")[2]:
+                    written.setdefault(argument.section, (given.place, set()))[1].add(argument.name)
+        for section, (place, names) in written.items():
+            if name not in names:
+                return f"missing setting {section}.{name}; give it beside the others{place}"
+        return None
+
+    def _arguments(self, given: Given, earlier: Sequence[Given]) -> list[Argument]:
+        assert self.settings is not None
+        holder = self.settings.holder(given.name)
+        return list(arguments(given, holder, self.settings.types[holder], earlier)) if holder else []
+
     def _wrong_value(self, blamed: list[str], got: re.Match[str] | None) -> str:
         """Of the settings that jsonargparse blames, the innermost may lack the names of what it lies in."""
         assert self.settings is not None
@@ -184,8 +208,8 @@ class OneLineParser(ArgumentParser):
             place = inside[-1].place if inside else ""
             return f"{blamed[0]}{place}: expected {in_words(self.settings.types.get(blamed[0]))}"
         hint = self.settings.types.get(given.name.rstrip("+"))
-        if hint is None and (holder := self.settings.holder(given.name)):
-            hint = argument_type(given, self.settings.bases(holder), self.given)
+        if hint is None and (led_through := self._arguments(given, self.given)):
+            hint = led_through[-1].hint
         choices = [str(c) for kind in parts_of(hint) if get_origin(kind) is Literal for c in kind.__args__]
         close = did_you_mean(str(given.value), choices) if choices and given.value is not None else ""
         return f"{given}: expected {in_words(hint)}{close}"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import inspect
 import types
 import typing
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from nlgmoe.cli.classes import check_inside, find_class, is_path
+from nlgmoe.cli.classes import check_inside, classes_in, find_class, is_path, parts_of
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.given import Given
 
@@ -99,7 +97,7 @@ class Settings:
         if holder := self.holder(name):
             if name.endswith(".help"):
                 return
-            check_inside(given, self.bases(holder), earlier)
+            check_inside(given, holder, self.types[holder], earlier)
         elif name in self.sections and not any(dataclasses.is_dataclass(k) for k in parts_of(self.types.get(name))):
             self._check_section(given, name)
         elif self._in_mapping(name):
@@ -127,7 +125,7 @@ class Settings:
 
     def bases(self, name: str) -> list[Any]:
         """The classes whose subclasses a setting holds; empty for a plain one."""
-        return [kind for kind in parts_of(self.types.get(name)) if is_class(kind)]
+        return classes_in(self.types.get(name))
 
     def _takes_null(self, name: str) -> bool:
         hint = self.types.get(name)
@@ -149,20 +147,6 @@ def _is_mapping(hint: Any) -> bool:
     if hint is Any or hint is dict or typing.get_origin(hint) is dict:
         return True
     return typing.get_origin(hint) in (Union, types.UnionType) and any(map(_is_mapping, typing.get_args(hint)))
-
-
-def parts_of(hint: Any) -> Iterator[Any]:
-    """The types that a type hint is made of, `MoEConfig | None` -> MoEConfig, NoneType."""
-    arguments = typing.get_args(hint)
-    if not arguments or typing.get_origin(hint) is Literal:
-        yield hint
-    for argument in arguments if typing.get_origin(hint) is not Literal else ():
-        yield from parts_of(argument)
-
-
-def is_class(kind: Any) -> bool:
-    """Whether values of this type are objects, configured by `class_path` and `init_args`."""
-    return inspect.isclass(kind) and kind not in _WORDS and not dataclasses.is_dataclass(kind) and kind is not object
 
 
 def in_words(hint: Any) -> str:

@@ -103,21 +103,38 @@ class Corpus(Protocol):
 
 
 class PocketPile:
-    """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one that `write_corpus` put there."""
+    """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one that `write_corpus` put there.
+
+    Args:
+        domains: which of its domains to read, in this order; None: all.
+
+    Raises:
+        ValueError: `domains` is empty, or names one twice.
+    """
+
+    def __init__(self, domains: list[str] | None = None) -> None:
+        if domains is not None and (not domains or len(set(domains)) < len(domains)):
+            raise ValueError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
+        self._domains = domains
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Build what is missing of text, tokenizer and shards."""
+        """Build what is missing of text, tokenizer and shards, of all domains."""
         prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the shards of a tokenizer.
 
         Raises:
-            ValueError: there is no corpus, or it is not tokenised with this tokenizer.
+            ValueError: there is no corpus, it is not tokenised with this tokenizer, or it has no such domain.
         """
         manifest = read_manifest(data_dir)
         if manifest is None:
             raise ValueError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
+        domains = manifest.domains if self._domains is None else self._domains
+        if unknown := sorted(set(domains) - set(manifest.domains)):
+            raise ValueError(
+                f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {', '.join(manifest.domains)}."
+            )
         loaded = load_tokenizer(tokenizer, data_dir)
         shards = read_shards(data_dir, loaded)
         for name, file in manifest.files.items():
@@ -126,9 +143,6 @@ class PocketPile:
                     f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
                     f"--data_dir {data_dir} --tokenizer {tokenizer}` first."
                 )
-        tokens = {
-            split: [open_shard(data_dir, loaded, f"{domain}.{split}") for domain in manifest.domains]
-            for split in SPLITS
-        }
-        texts = [manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains]
-        return Streams(loaded, manifest.domains, tokens, hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16])
+        tokens = {split: [open_shard(data_dir, loaded, f"{domain}.{split}") for domain in domains] for split in SPLITS}
+        texts = [manifest.files[f"{domain}.train"].sha256 for domain in domains]
+        return Streams(loaded, list(domains), tokens, hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16])

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from nlgmoe.data.accumulation import micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
 from nlgmoe.data.sources import EvaluationSource, Sample
@@ -170,6 +171,12 @@ class PileDataModule(LightningDataModule):
     def domains(self) -> list[str]:
         """Names of the domains; a batch's `domain` indexes them."""
         return self._opened().domains
+
+    @property
+    def domain_shares(self) -> list[float] | None:
+        """Share of each domain in the training samples of a blend, `[D]`; None for other corpora."""
+        corpus = self._opened()
+        return corpus.shares if isinstance(corpus, OpenBlend) else None
 
     @property
     def vocab_size(self) -> int:

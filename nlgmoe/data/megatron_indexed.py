@@ -53,8 +53,8 @@ class MegatronIndexed:
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             if not Path(path).exists():
                 raise ValueError(
-                    f"{path} is missing: set data.corpus.init_args.prefix to a corpus that Megatron's "
-                    "tools/preprocess_data.py has written with --append-eod, without the .bin."
+                    f"{path} is missing: set `prefix` of the corpus to files that Megatron's tools/preprocess_data.py "
+                    "has written with --append-eod, without the .bin."
                 )
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".lock"):

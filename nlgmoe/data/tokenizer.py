@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +114,9 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         return _pocket(folder, data_dir, name_or_path)
     folder = Path(name_or_path)
     if (folder / "tokenizer.json").exists():
-        return Tokenizer(_from_json(folder / "tokenizer.json"), name_or_path)
+        return _load(name_or_path, folder / "tokenizer.json")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _from_vocabulary(folder, name_or_path)
+        return _load(name_or_path, folder / "vocab.json", folder / "merges.txt")
     raise ValueError(
         f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to gpt2, {', '.join(POCKET_VOCABULARIES)}, or to a "
         "folder with tokenizer.json or with vocab.json and merges.txt."
@@ -132,7 +132,7 @@ def _gpt2(folder: Path, downloads: Path) -> Tokenizer:
             file = name.rsplit("/", 1)[-1]
             assert hashlib.sha256(content).hexdigest() == GPT2_SHA256[file], f"{archive} passed its check, {name} not"
             _write_bytes(targets[file], content)
-    return _from_vocabulary(folder, "gpt2")
+    return _load("gpt2", folder / "vocab.json", folder / "merges.txt")
 
 
 def _pocket(folder: Path, data_dir: Path, name: str) -> Tokenizer:
@@ -151,7 +151,21 @@ def _pocket(folder: Path, data_dir: Path, name: str) -> Tokenizer:
         backend = train_byte_level_bpe(texts(), POCKET_VOCABULARIES[name])
         _write_bytes(path, backend.to_str(pretty=True).encode())
         write_json(record, trained_on)
-    return Tokenizer(_from_json(path), name)
+    return _load(name, path)
+
+
+def _load(name: str, *files: Path) -> Tokenizer:
+    """From a tokenizer.json, or from vocabulary and merges; loaded once while they stay as they are.
+
+    GPT-2's takes a second, and each part of a blend asks for it.
+    """
+    return _load_version(name, tuple((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)
+def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
+    files = [file for file, _, _ in versions]
+    return Tokenizer(_from_json(*files) if len(files) == 1 else _from_vocabulary(*files), name)
 
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:
@@ -176,12 +190,12 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.To
     return backend
 
 
-def _from_vocabulary(folder: Path, name: str) -> Tokenizer:
+def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     """GPT-2's file pair. Its end-of-document token is a plain entry that no merge produces, so text never gives it."""
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, name)
+    return backend
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

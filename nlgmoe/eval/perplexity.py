@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,17 +19,21 @@ class DomainLoss(Metric):
     Args:
         domains: names; a batch's domain ids index them.
         token_bytes: `[V]` bytes each token id spells.
+        shares: of each domain in a blend that is trained on; None: there is no blend.
     """
 
     nats: Tensor
     tokens: Tensor
     bytes: Tensor
     token_bytes: Tensor
+    shares: Tensor | None
 
-    def __init__(self, domains: list[str], token_bytes: Tensor) -> None:
+    def __init__(self, domains: list[str], token_bytes: Tensor, shares: Sequence[float] | None = None) -> None:
         super().__init__()
         self.domains = domains
         self.register_buffer("token_bytes", token_bytes.double(), persistent=False)
+        of_domains = None if shares is None else torch.tensor(shares, dtype=torch.float64)
+        self.register_buffer("shares", of_domains, persistent=False)
         for name in ("nats", "tokens", "bytes"):
             self.add_state(name, torch.zeros(len(domains), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -50,7 +55,10 @@ class DomainLoss(Metric):
             getattr(self, name).index_add_(0, domain, (per_token * counted).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss` (nats per token), `loss/DOMAIN`, `bits_per_byte`, `bits_per_byte/DOMAIN`; domains not seen are left out."""
+        """`loss` (nats per token), `loss/DOMAIN`, `bits_per_byte`, `bits_per_byte/DOMAIN`; domains not seen are left out.
+
+        Of a blend also `blend_loss`: the domains' losses weighted by their shares, which is what training minimises.
+        """
         results = {
             "loss": self.nats.sum() / self.tokens.sum(),
             "bits_per_byte": self.nats.sum() / math.log(2) / self.bytes.sum(),
@@ -59,4 +67,8 @@ class DomainLoss(Metric):
             if self.tokens[index] > 0:
                 results[f"loss/{name}"] = self.nats[index] / self.tokens[index]
                 results[f"bits_per_byte/{name}"] = self.nats[index] / math.log(2) / self.bytes[index]
+        if self.shares is not None:
+            seen = self.tokens > 0
+            shares = self.shares[seen] / self.shares[seen].sum()
+            results["blend_loss"] = (shares * self.nats[seen] / self.tokens[seen]).sum()
         return results

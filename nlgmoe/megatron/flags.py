@@ -214,9 +214,9 @@ _BATCH_AND_DATA = (
     _same("data.micro_batch_size", "--micro-batch-size", whole),
     _derived("`data.global_batch_size`", [Flag("--global-batch-size", whole)], "micro-batch x ranks if not given"),
     _derived(
-        "`data.corpus`: `nlgmoe.data.MegatronIndexed`, `prefix`",
+        "`data.corpus`: `nlgmoe.data.MegatronIndexed`, `prefix`; of several `nlgmoe.data.Blend`, `parts`",
         [Flag("--data-path", word, many=True)],
-        "one data set; a weighted blend is refused for now",
+        "one prefix, or weight and prefix in turn; a part of a blend is named after its file",
     ),
     _derived("`data.corpus.init_args.split`", [Flag("--split", word, default="969, 30, 1")], "by documents, as there"),
     _derived(
@@ -423,7 +423,7 @@ _REFUSED = (
         *_switches("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
     ),
     _refused(
-        "training and validation come from one data set by `--split` here; use `--data-path`",
+        "training and validation come from the same data sets by `--split` here; use `--data-path`",
         *(Flag(name, word, many=True) for name in ("--train-data-path", "--valid-data-path", "--test-data-path")),
     ),
     _refused("data come in one random order here; remove it", Flag("--dataloader-type", word, allowed=("single",))),

@@ -154,8 +154,11 @@ def _evaluation(job: Job) -> None:
     job.set("trainer.val_check_interval", interval, "steps")
     job.set("trainer.check_val_every_n_epoch", None, "training has no epochs")
     if job.global_batch is not None:
-        windows = iterations * job.global_batch
-        job.set("data.max_eval_windows", windows, f"sequences: {iterations} batches of {job.global_batch}")
+        parts = len(job.result.settings.get("data.corpus.init_args.parts", [""]))  # of a blend; each is one domain
+        comment = f"sequences: {iterations} batches of {job.global_batch}" + (
+            f" over {parts} parts" if parts > 1 else ""
+        )
+        job.set("data.max_eval_windows", -(-iterations * job.global_batch // parts), comment)
 
 
 def _checkpoints(job: Job) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import posixpath
+
 from nlgmoe.megatron.job import DEFAULT, Job
 from nlgmoe.megatron.model_settings import tokenizer
 
@@ -116,21 +119,9 @@ def data_settings(job: Job) -> None:
     """Set `data.*`."""
     if (found := tokenizer(job)) is not None:
         job.set("data.tokenizer", found[0], "kept in data.data_dir" if found[0] == "gpt2" else "")
-    paths = job.arguments.required("--data-path")
-    if paths is not None and len(paths) == 2:
-        paths = paths[1:]  # a blend of one: weight, prefix
-    if paths is not None and len(paths) > 2:
-        job.arguments.problem(
-            job.arguments.line("--data-path"),
-            "--data-path",
-            f"blends {len(paths) // 2} data sets, MegatronIndexed reads one; give one prefix for now",
-        )
-        paths = None
-    split = _split(job)
-    if paths is not None and split is not None:
-        job.set("data.corpus.class_path", "nlgmoe.data.MegatronIndexed")
-        job.set("data.corpus.init_args.prefix", paths[0])
-        job.set("data.corpus.init_args.split", split, job.default("--split"))
+    corpora, split = _corpora(job), _split(job)
+    if corpora is not None and split is not None:
+        _corpus(job, corpora, split)
     job.direct("Batch and data", "data.micro_batch_size")
     if job.global_batch is not None:
         comment = "" if job.arguments.has("--global-batch-size") else "micro-batch x ranks"
@@ -138,6 +129,56 @@ def data_settings(job: Job) -> None:
     job.direct("Batch and data", "data.num_workers")
     if "model.seed" in job.result.settings:
         job.set("data.seed", job.result.settings["model.seed"], job.default("--seed"))
+
+
+def _corpora(job: Job) -> list[tuple[float, str]] | None:
+    """Weight and prefix of each data set of `--data-path`; one prefix alone weighs 1."""
+    words = job.arguments.required("--data-path")
+    if words is None:
+        return None
+    if len(words) == 1:
+        return [(1.0, words[0])]
+    prefixes = words[1::2]
+    try:
+        weights = [float(word) for word in words[::2]]
+    except ValueError:
+        weights = []
+    if len(weights) != len(prefixes) or not all(0 < weight < math.inf for weight in weights):
+        job.arguments.refuse("--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it")
+        return None
+    if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
+        job.arguments.refuse("--data-path", f"names {twice[0]} twice; add up its weights")
+        return None
+    return list(zip(weights, prefixes, strict=True))
+
+
+def _corpus(job: Job, corpora: list[tuple[float, str]], split: list[float]) -> None:
+    """Set `data.corpus`: the data set, or the blend of several."""
+    path, comment = "data.corpus.", job.default("--split")
+    if len(corpora) == 1:
+        job.set(f"{path}class_path", "nlgmoe.data.MegatronIndexed")
+        job.set(f"{path}init_args.prefix", corpora[0][1])
+        job.set(f"{path}init_args.split", split, comment)
+        return
+    names = [posixpath.basename(prefix).removesuffix("_text_document") for _, prefix in corpora]
+    if len(set(names)) < len(names) or not all(names):
+        names = [prefix.strip("/") for _, prefix in corpora]
+    job.set(f"{path}class_path", "nlgmoe.data.Blend")
+    job.set(
+        f"{path}init_args.parts",
+        [
+            {
+                "weight": weight,
+                "name": name,
+                "corpus": {
+                    "class_path": "nlgmoe.data.MegatronIndexed",
+                    "init_args": {"prefix": prefix, "split": split},
+                },
+            }
+            for name, (weight, prefix) in zip(names, corpora, strict=True)
+        ],
+        f"splits: {comment}" if comment else "",
+    )
 
 
 def _split(job: Job) -> list[float] | None:

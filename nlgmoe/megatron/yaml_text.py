@@ -44,7 +44,8 @@ def yaml_text(translation: Translation, source: str) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(f"{indent}{parts[-1]}:{comment}")
             for item in value:
-                lines += _item(item, indent + "  ")
+                first, *others = _block(item, f"{indent}    ")
+                lines += [f"{indent}  - {first.lstrip()}", *others]
         else:
             lines.append(f"{indent}{parts[-1]}: {scalar(value)}{comment}")
     return "\n".join(lines) + "\n"
@@ -69,7 +70,12 @@ def _wrapped(note: str) -> list[str]:
     return textwrap.wrap(note, 120, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
 
 
-def _item(item: dict[str, Any], indent: str) -> list[str]:
-    """One entry of a list of class_path and init_args."""
-    lines = [f"{indent}- class_path: {scalar(item['class_path'])}", f"{indent}  init_args:"]
-    return lines + [f"{indent}    {name}: {scalar(value)}" for name, value in item["init_args"].items()]
+def _block(item: dict[str, Any], indent: str) -> list[str]:
+    """A mapping, a line for each value in it."""
+    lines = []
+    for name, value in item.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_block(value, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}{name}: {scalar(value)}")
+    return lines

@@ -174,6 +174,11 @@ def broken(break_it: Callable[[Path], object]) -> Args:
     return validate(lambda place: place.checkpoint(break_it))
 
 
+def blend(*parts: str) -> Args:
+    lines = "".join(f"        - {{{part}}}\n" for part in parts)
+    return file(f"data:\n  corpus:\n    class_path: nlgmoe.data.Blend\n    init_args:\n      parts:\n{lines}")
+
+
 CALLBACK = "trainer: {{callbacks: [{{class_path: {}, init_args: {{{}}}}}]}}"
 SAMPLE = "nlgmoe.callbacks.SampleText"
 WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
@@ -277,7 +282,35 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "missing argument of a class": (
         file(CALLBACK.format(SAMPLE, "top_k: 3")),
-        "missing setting prompts; give it under init_args",
+        "missing setting trainer.callbacks[0].init_args.prompts; give it beside the others ({folder}/bad.yaml, line 1)",
+    ),
+    "class without its arguments": (
+        flag("--data.corpus=nlgmoe.data.MegatronIndexed"),
+        "missing setting prefix; give it under init_args",
+    ),
+    "misspelt setting of a part": (
+        blend("weight: 1, name: b, corpus: nlgmoe.data.PocketPile", "wieght: 1"),
+        "unknown setting data.corpus.init_args.parts[1].wieght ({folder}/bad.yaml, line 7) of BlendPart; did you mean weight?",
+    ),
+    "misspelt setting of a part's corpus": (
+        blend("weight: 1, name: b, corpus: {class_path: nlgmoe.data.PocketPile, init_args: {domain: [a]}}"),
+        "parts[0].corpus.init_args.domain ({folder}/bad.yaml, line 6) of nlgmoe.data.PocketPile; did you mean domains?",
+    ),
+    "misspelt corpus of a part": (
+        blend("weight: 1, name: b, corpus: {class_path: nlgmoe.data.PocketPie}"),
+        "parts[0].corpus.class_path=nlgmoe.data.PocketPie ({folder}/bad.yaml, line 6): nlgmoe.data has no class PocketPie; did",
+    ),
+    "part without weight": (
+        blend("weight: 1, name: b, corpus: nlgmoe.data.PocketPile", "name: c, corpus: nlgmoe.data.PocketPile"),
+        "missing setting data.corpus.init_args.parts[1].weight; give it beside the others ({folder}/bad.yaml, line 7)",
+    ),
+    "text for a weight": (
+        blend("weight: lots, name: b, corpus: nlgmoe.data.PocketPile"),
+        "data.corpus.init_args.parts[0].weight=lots ({folder}/bad.yaml, line 6): expected a number",
+    ),
+    "negative weight": (
+        blend("weight: -0.5, name: b, corpus: nlgmoe.data.PocketPile"),
+        "data.corpus.init_args.parts[0].weight=-0.5 ({folder}/bad.yaml, line 6) of the part 'b' must be a number above 0",
     ),
     "config that is not there": (
         lambda _: ["fit", "--config", "nowhere.yaml"],

@@ -9,16 +9,18 @@ from jsonargparse import ArgumentParser
 
 import nlgmoe.callbacks
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.cli.settings import Settings, parts_of
+from nlgmoe.cli.classes import parts_of
+from nlgmoe.cli.settings import Settings
+from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 
 # What a number of ours counts, or the quantity that it is.
-COUNTED = "tokens?|ids|blocks|heads|experts|slots|sequences|processes|micro-batches|steps|values"
+COUNTED = "tokens?|ids|blocks|heads|experts|slots|sequences|documents|processes|micro-batches|steps|values"
 QUANTITY = "probability|standard deviation|variance|multiple|weight|learning rate|decay|denominator|seed|temperature"
 
 
 def our_classes() -> list[type]:
     callbacks = [getattr(nlgmoe.callbacks, name) for name in nlgmoe.callbacks.__all__]
-    found: list[type] = [MoEGPTModule, PileDataModule, *callbacks]
+    found: list[type] = [MoEGPTModule, PileDataModule, Blend, MegatronIndexed, PocketPile, *callbacks]
     for kind in found:  # grows: a dataclass may hold another one
         for hint in typing.get_type_hints(kind.__init__).values():
             found += [part for part in parts_of(hint) if dataclasses.is_dataclass(part) and part not in found]
@@ -48,4 +50,4 @@ def test_every_setting_has_a_sentence_that_says_what_its_number_is(kind: type) -
 
 def test_the_walk_reaches_the_settings_inside_others() -> None:
     names = {kind.__name__ for kind in our_classes()}
-    assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "SampleText"} <= names
+    assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "BlendPart", "SampleText"} <= names

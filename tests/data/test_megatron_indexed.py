@@ -169,7 +169,7 @@ def test_sequences_in_another_order_are_refused(write: Write, open_corpus: Calla
 
 
 def test_a_missing_file_is_named(write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere/pile\.idx is missing: set data\.corpus\.init_args\.prefix"):
+    with pytest.raises(ValueError, match=r"nowhere/pile\.idx is missing: set `prefix` of the corpus"):
         open_corpus(tmp_path / "nowhere" / "pile")
     prefix = write(TEXTS)
     prefix.with_suffix(".bin").unlink()

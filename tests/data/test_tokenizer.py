@@ -50,6 +50,19 @@ def test_folder_in_both_layouts(tmp_path: Path) -> None:
     assert one.vocab_size == two.vocab_size == len(json.loads((tmp_path / "two" / "vocab.json").read_text()))
 
 
+def test_files_are_loaded_again_only_if_they_change(tmp_path: Path) -> None:
+    first, second = (train_byte_level_bpe(iter([text] * 9), 300) for text in ("low lower lowest", "new newer newest"))
+    first.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path), tmp_path)
+    assert load_tokenizer(str(tmp_path), tmp_path) is loaded
+    second.save(str(tmp_path / "tokenizer.json"))
+    assert (
+        load_tokenizer(str(tmp_path), tmp_path).fingerprint
+        == Tokenizer(second, "new").fingerprint
+        != loaded.fingerprint
+    )
+
+
 def test_lossy_or_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
     backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
     backend.normalizer = normalizers.Lowercase()

@@ -67,7 +67,8 @@ def test_impossible_prompts_are_refused(prompt: torch.Tensor) -> None:
 
 
 def test_loss_and_bits_per_byte_by_domain() -> None:
-    metric = DomainLoss(["a", "b", "unseen"], torch.tensor([0, 2, 4]))  # token 0 ends a document: no byte
+    token_bytes = torch.tensor([0, 2, 4])  # token 0 ends a document: no byte
+    metric = DomainLoss(["a", "b", "unseen"], token_bytes, shares=[0.1, 0.3, 0.6])
     losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]])
     targets = torch.tensor([[1, 0, 2], [2, 2, 1]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
@@ -82,5 +83,6 @@ def test_loss_and_bits_per_byte_by_domain() -> None:
             "bits_per_byte/a": 3 / math.log(2) / 2,
             "loss/b": 5.0,
             "bits_per_byte/b": 15 / math.log(2) / 10,
+            "blend_loss": (0.1 * 1.5 + 0.3 * 5.0) / 0.4,
         }
     )

@@ -76,6 +76,23 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--micro-batch-size 1", {"data.micro_batch_size": 1, "data.global_batch_size": 4}),
     ("--global-batch-size 64", {"data.global_batch_size": 64, "data.max_eval_windows": 6400}),
     ("--data-path 1.0 other", {"data.corpus.init_args.prefix": "other"}),
+    (
+        "--data-path 3 a/x_text_document 1e-4 b/x_text_document --split 8,2",
+        {
+            "data.corpus.class_path": "nlgmoe.data.Blend",
+            "data.corpus.init_args.parts": [
+                {
+                    "weight": weight,
+                    "name": f"{folder}/x_text_document",  # the files alone have the same name
+                    "corpus": {
+                        "class_path": "nlgmoe.data.MegatronIndexed",
+                        "init_args": {"prefix": f"{folder}/x_text_document", "split": [8, 2, 0]},
+                    },
+                }
+                for weight, folder in ((3.0, "a"), (1e-4, "b"))
+            ],
+        },
+    ),
     ("--split 8,2", {"data.corpus.init_args.split": [8, 2, 0]}),
     ("--vocab-file a/gpt2-vocab.json", {"data.tokenizer": "gpt2", "model.config.vocab_size": 50257}),
     ("--num-workers 0", {"data.num_workers": 0}),
@@ -145,7 +162,11 @@ SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFI
         ("--rampup-batch-size 32 32 1953125", "--rampup-batch-size 32 32 1953125: the batch size cannot grow"),
         ("--swiglu", "--swiglu: the model here is GPT-2's"),
         ("--optimizer sgd", "--optimizer sgd: AdamW is the only optimizer"),
-        ("--data-path 0.3 a 0.7 b", "--data-path: blends 2 data sets, MegatronIndexed reads one"),
+        ("--data-path 0.3 a 0.7", "--data-path 0.3 a 0.7: is not a list of weight and prefix in turn, weights above 0"),
+        ("--data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: is not a list of weight and prefix in turn"),
+        ("--data-path 0.3 a -0.7 b", "--data-path 0.3 a -0.7 b: is not a list of weight and prefix in turn"),
+        ("--data-path 0.3 a 0.7 a", "--data-path 0.3 a 0.7 a: names a twice; add up its weights"),
+        ("--data-path 0.3 a 0.7 $MORE", "depends on MORE, which the script does not set"),
         ("--data-impl lazy", "--data-impl lazy: only mmap, infer can be had here"),
         ("--tokenizer-type HFTokenizer", "--tokenizer-type HFTokenizer: only GPT2BPETokenizer"),
         ("--vocab-file my.json", "put vocab.json and merges.txt into one folder"),

@@ -81,6 +81,26 @@ MOE = {
     "trainer.val_check_interval": 100,
     "trainer.log_every_n_steps": 10,
 }
+BLEND = {
+    "data.corpus": {
+        "class_path": "nlgmoe.data.Blend",
+        "init_args": {
+            "parts": [
+                {
+                    "weight": weight,
+                    "name": name,
+                    "corpus": {
+                        "class_path": "nlgmoe.data.MegatronIndexed",
+                        "init_args": {"prefix": f"/data/blend/{name}_text_document", "split": [98, 2, 0]},
+                    },
+                }
+                for weight, name in ((0.7, "Books3_ftfy"), (0.3, "Github_ftfy"))
+            ]
+        },
+    },
+    "data.max_eval_windows": 1280,  # of each part
+    "data.tokenizer": "gpt2",
+}
 PR_MOE = {
     "model.config.hidden_size": 1024,
     "model.config.moe.num_experts": [32] * 10 + [64] * 2,
@@ -134,14 +154,27 @@ DENSE = {
 
 @pytest.mark.parametrize(
     ("script", "variables", "expected"),
-    [("moe.sh", {"GPUS": "64"}, MOE), ("pr_moe.sh", {}, PR_MOE), ("dense.sh", {}, DENSE)],
+    [
+        ("moe.sh", {"GPUS": "64"}, MOE),
+        ("moe.sh", {"GPUS": "64", "USE_BLEND": "true"}, BLEND),
+        ("pr_moe.sh", {}, PR_MOE),
+        ("dense.sh", {}, DENSE),
+    ],
 )
 def test_scripts_in_the_tutorials_style(script: str, variables: dict[str, str], expected: dict[str, Any]) -> None:
     settings = settings_of(SCRIPTS / script, **variables)
     assert {path: get(settings, path) for path in expected} == expected
 
 
-@pytest.mark.parametrize(("script", "variables"), [("moe.sh", {"GPUS": "64"}), ("pr_moe.sh", {}), ("dense.sh", {})])
+@pytest.mark.parametrize(
+    ("script", "variables"),
+    [
+        ("moe.sh", {"GPUS": "64"}),
+        ("moe.sh", {"GPUS": "64", "USE_BLEND": "true"}),
+        ("pr_moe.sh", {}),
+        ("dense.sh", {}),
+    ],
+)
 def test_the_yaml_makes_an_experiment(script: str, variables: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "translated.yaml"
     path.write_text(translated(SCRIPTS / script, variables))

@@ -33,7 +33,11 @@ OUT=$HERE/out
 mkdir -p "${OUT}/log/"
 
 if [ "${USE_BLEND:-false}" = "true" ]; then
-    CORPUS="0.7 /data/books 0.3 /data/code"
+    BLEND=/data/blend
+    BOOKS="${BLEND}/Books3_ftfy_text_document"
+    CODE="${BLEND}/Github_ftfy_text_document"
+    CORPUS="0.7 ${BOOKS} \
+0.3 ${CODE}"
 else
     CORPUS=/data/pile/pile_text_document
 fi

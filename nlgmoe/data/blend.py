@@ -1,0 +1,205 @@
+"""Weighted blends: any corpora as one, each with its share of the training samples.
+
+Which part a sample comes from, and which of that part's samples it is, is arithmetic on its number: `interleaving.py`.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from nlgmoe.data.corpus import Corpus, OpenCorpus
+from nlgmoe.data.interleaving import Interleaving, whole_weights
+from nlgmoe.data.sources import Sample, TokenSource
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class BlendPart:
+    """A corpus and its share of a blend.
+
+    Args:
+        weight: share of the training samples as a weight in any unit; weights need not sum to 1.
+        name: what the part is called in the logs, such as `val/loss/NAME`.
+        corpus: any corpus, by class_path and init_args; a blend too.
+    """
+
+    weight: float
+    name: str
+    corpus: Corpus
+
+
+class Blend:
+    """Several corpora as one: at any point of training each has had its share of the samples, give or take two.
+
+    A part that is used up begins again, in another order: a small one is repeated as often as its weight demands. Domains
+    are named after the parts, `PART/DOMAIN` where a part has several. Validation covers every domain's own text, whatever
+    its weight; the test split is of those parts that have one.
+
+    Args:
+        parts: what to blend, each with its `weight`, its `name` and its `corpus` (class_path and init_args).
+
+    Raises:
+        ValueError: there is no part, a weight is not above 0, or a name is missing or used twice.
+    """
+
+    def __init__(self, parts: list[BlendPart]) -> None:
+        if not parts:
+            raise ValueError("parts=[] is empty: give each corpus as {weight: ..., name: ..., corpus: ...}.")
+        for part in parts:
+            if not (math.isfinite(part.weight) and part.weight > 0):
+                raise ValueError(
+                    f"weight={part.weight} of the part {part.name!r} must be a number above 0: raise it, or remove the part."
+                )
+            if sum(other.name == part.name for other in parts) > 1 or not part.name:
+                raise ValueError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
+        self.parts = list(parts)
+
+    def prepare(self, data_dir: Path, tokenizer: str) -> None:
+        """Prepare every part.
+
+        Raises:
+            ValueError: a part cannot be prepared.
+        """
+        for part in self.parts:
+            with _naming(part.name):
+                part.corpus.prepare(data_dir, tokenizer)
+
+    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
+        """Open every part.
+
+        Raises:
+            ValueError: a part cannot be opened, its tokens are another tokenizer's than the first part's, or two domains would
+                have one name.
+        """
+        opened = []
+        for part in self.parts:
+            with _naming(part.name):
+                opened.append(part.corpus.open(data_dir, tokenizer))
+        return OpenBlend(self.parts, opened)
+
+
+class OpenBlend:
+    """A blend that can be read.
+
+    Args:
+        parts: weights and names.
+        opened: the parts' corpora.
+
+    Raises:
+        ValueError: they have different tokenizers, or two domains would have one name.
+    """
+
+    def __init__(self, parts: Sequence[BlendPart], opened: Sequence[OpenCorpus]) -> None:
+        self._names = [part.name for part in parts]
+        self._opened = list(opened)
+        self.weights = whole_weights([part.weight for part in parts])
+        self.tokenizer: Tokenizer = opened[0].tokenizer
+        for name, corpus in zip(self._names, opened, strict=True):
+            if corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise ValueError(
+                    f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {self._names[0]!r} with "
+                    f"{self.tokenizer.name}: give the parts of a blend one tokenizer."
+                )
+        self.domains = [
+            f"{name}/{domain}" if len(corpus.domains) > 1 else name
+            for name, corpus in zip(self._names, opened, strict=True)
+            for domain in corpus.domains
+        ]
+        if twice := {name for name in self.domains if self.domains.count(name) > 1}:
+            raise ValueError(f"Two domains of the blend are called {min(twice)}: change the `name` of a part.")
+        described = [
+            (name, weight, corpus.fingerprint)
+            for name, weight, corpus in zip(self._names, self.weights, opened, strict=True)
+        ]
+        self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of each domain in the training samples, `[D]`; those of one part as its training tokens are."""
+        shares: list[float] = []
+        for weight, corpus in zip(self.weights, self._opened, strict=True):
+            sizes: Sequence[float]
+            sizes = corpus.shares if isinstance(corpus, OpenBlend) else [len(t) for t in corpus.training_tokens()]
+            shares += [weight / sum(self.weights) * size / sum(sizes) for size in sizes]
+        return shares
+
+    def training_source(self, seq_len: int, seed: int) -> TokenSource:
+        """The parts' samples in turn, each part in the order of a seed of its own.
+
+        Raises:
+            ValueError: a part has no sample of this length.
+        """
+        sources = []
+        for name, corpus in zip(self._names, self._opened, strict=True):
+            with _naming(name):
+                sources.append(corpus.training_source(seq_len, derive_seed(seed, name)))
+        self._announce(sources)
+        return BlendedSource(sources, self.weights, [len(corpus.domains) for corpus in self._opened])
+
+    def training_tokens(self) -> Sequence[np.ndarray]:
+        """Those of all parts, as many as they have: not in the blend's shares."""
+        return [tokens for corpus in self._opened for tokens in corpus.training_tokens()]
+
+    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+        """Those of all parts; none for the domains of a part without such a split, None if no part has it."""
+        found = [corpus.evaluation_tokens(split) for corpus in self._opened]
+        if all(streams is None for streams in found):
+            return None
+        nothing = np.zeros(0, dtype=np.int64)
+        return [
+            stream
+            for streams, corpus in zip(found, self._opened, strict=True)
+            for stream in ([nothing] * len(corpus.domains) if streams is None else streams)
+        ]
+
+    def _announce(self, sources: Sequence[TokenSource]) -> None:
+        """Say how often each part will be repeated, where it is known how much there is of it."""
+        for name, weight, source in zip(self._names, self.weights, sources, strict=True):
+            share, windows = weight / sum(self.weights), getattr(source, "num_windows", None)
+            epoch = (
+                f", used up every {round(windows * source.seq_len / share):,} tokens of the blend" if windows else ""
+            )
+            rank_zero_info(f"blend: {name} has {share:.2%} of the samples{epoch}")
+
+
+class BlendedSource:
+    """Training samples of several sources, interleaved by weight.
+
+    Args:
+        sources: of the parts; without end, all of one sequence length.
+        weights: of the parts, whole numbers above 0.
+        domains: number of domains of each part; a blended sample's domain counts through them.
+    """
+
+    def __init__(self, sources: Sequence[TokenSource], weights: Sequence[int], domains: Sequence[int]) -> None:
+        self.seq_len = sources[0].seq_len
+        self._sources = list(sources)
+        self._interleaving = Interleaving(weights)
+        self._first_domains = [sum(domains[:part]) for part in range(len(sources))]
+
+    def sample(self, index: int) -> Sample:
+        """The next sample of whatever part's turn it is."""
+        part, own_index = self._interleaving.place(index)
+        sample = self._sources[part].sample(own_index)
+        return Sample(
+            tokens=sample["tokens"],
+            targets=sample["targets"],
+            token_mask=sample["token_mask"],
+            domain=sample["domain"] + self._first_domains[part],
+        )
+
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Name the part in what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"In the part {part!r} of the blend: {error}") from error
