@@ -3,10 +3,12 @@
 Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extraction.py`, `deduplication.py`),
 `tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
 `megatron_indexed.py` (the tokens of a corpus by split and domain), `packing.py`, `sources.py` and `sampling.py` (which
-tokens make up which sample, and whose it is), `accumulation.py` (how many micro-batches make a step), `baselines.py`
-(what a model has to beat), `datamodule.py` (all of it, for Lightning).
+tokens make up which sample, and whose it is), `documents.py` (where documents begin in it), `accumulation.py` (how large a
+step is, and how many micro-batches make it up), `baselines.py` (what a model has to beat), `datamodule.py` (all of it, for
+Lightning).
 """
 
+from nlgmoe.data.accumulation import BatchRampUp
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile, Streams
 from nlgmoe.data.datamodule import PileDataModule
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
@@ -16,6 +18,7 @@ from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample, TokenSou
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "BatchRampUp",
     "Corpus",
     "EvaluationSource",
     "IndexedDataset",
