@@ -50,13 +50,14 @@ def module(**settings: Any) -> MoEGPTModule:
 
 
 def test_sequences_grow_with_the_clock_which_counts_what_is_fed(tmp_path: Path) -> None:
-    fed, one, data = Fed(), module(), SyntheticData(micro_batch_size=2)
+    fed, speed, one, data = Fed(), Throughput(), module(), SyntheticData(micro_batch_size=2)
     validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
-    run = trainer(tmp_path, fed, Throughput(), max_steps=6, accumulate_grad_batches=2, **validation)
+    run = trainer(tmp_path, fed, speed, max_steps=6, accumulate_grad_batches=2, **validation)
     run.fit(one, data)
     assert fed.trained == [length for length in LENGTHS for _ in range(2)]  # one length in a window
     assert set(fed.validated) == {16}
     assert [*fed.clocks, one.tokens_seen] == CLOCKS
+    assert speed._tokens == CLOCKS[-1]
     assert fed.rates == pytest.approx([1e-2 * min(1, clock / 128) for clock in CLOCKS[:6]])
     assert data.samples_consumed == 6 * 4  # what is cut off is not kept for later
     assert run.callback_metrics["train/seq_len"] == 16
