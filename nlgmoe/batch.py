@@ -36,8 +36,11 @@ def loss_mask(batch: Batch) -> Tensor:
 
 def cut(batch: Batch, length: int) -> Batch:
     """The first `length` positions of every sequence."""
-    tensors = cast(dict[str, Tensor], batch)
-    return cast(Batch, {name: value[:, :length] if value.dim() == 2 else value for name, value in tensors.items()})
+    short = {
+        name: value[:, :length] if isinstance(value, Tensor) and value.dim() == 2 else value
+        for name, value in batch.items()
+    }
+    return cast(Batch, short)
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
@@ -133,7 +133,7 @@ class PileDataModule(LightningDataModule):
             rank,
             world_size,
         )
-        batches = MicroBatches(self._dataset(self._opened().training_source(self.seq_len, self.seed)))
+        batches = MicroBatches(self._dataset(self._opened().training_source(self.seq_len, self.seed)), default_collate)
         # "Batches" of one micro-batch each. As a batch sampler it would not be seen to be divided between ranks already.
         return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 

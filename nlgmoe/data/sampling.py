@@ -6,7 +6,7 @@ leaves them alone, whatever `use_distributed_sampler` says.
 
 from collections.abc import Callable, Iterator
 
-from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torch.utils.data import Dataset, DistributedSampler
 
 from nlgmoe.data.sources import Sample, TokenSource
 
@@ -28,14 +28,19 @@ class SourceDataset(Dataset[Sample]):
 
 
 class MicroBatches(Dataset[Sample]):
-    """Whole micro-batches, by the indices of their samples."""
+    """Whole micro-batches, by the indices of their samples.
 
-    def __init__(self, samples: SourceDataset) -> None:
+    Args:
+        samples: one by one.
+        collate: makes a batch of several.
+    """
+
+    def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Sample]) -> None:
         self._samples = samples
+        self._collate = collate
 
     def __getitem__(self, indices: list[int]) -> Sample:
-        batch: Sample = default_collate([self._samples[index] for index in indices])
-        return batch
+        return self._collate([self._samples[index] for index in indices])
 
 
 class TrainingSampler(DistributedSampler):
