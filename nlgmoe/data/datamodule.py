@@ -279,7 +279,7 @@ class PileDataModule(LightningDataModule):
         )
         return SourceDataset(source, mark)
 
-    def _loader(self, dataset: Dataset[Sample], sampler: Any, **batching: Any) -> DataLoader[Sample]:
+    def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             sampler=sampler,

@@ -5,6 +5,7 @@ leaves them alone, whatever `use_distributed_sampler` says.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -27,7 +28,7 @@ class SourceDataset(Dataset[Sample]):
         return self._mark(self._source.sample(index))
 
 
-class MicroBatches(Dataset[Sample]):
+class MicroBatches(Dataset[Any]):
     """Whole micro-batches, by the indices of their samples.
 
     Args:
@@ -35,11 +36,11 @@ class MicroBatches(Dataset[Sample]):
         collate: makes a batch of several.
     """
 
-    def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Sample]) -> None:
+    def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Any]) -> None:
         self._samples = samples
         self._collate = collate
 
-    def __getitem__(self, indices: list[int]) -> Sample:
+    def __getitem__(self, indices: list[int]) -> Any:
         return self._collate([self._samples[index] for index in indices])
 
 
