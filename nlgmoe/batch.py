@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,10 @@ class Batch(TypedDict):
         token_mask: `[B, T]` bool, False at padding.
         domain: `[B]` int64, index into the data module's `domains`.
         padded: whether `token_mask` has a False; not needed, but to look for one on a GPU is to wait for it.
+        loss_mask: `[B, T]` bool, False where a position's loss does not count, padding included; only if that is more than
+            `token_mask` says. Such positions are read and routed like any other.
+        document: `[B, T]` int64, the number of the document that each position belongs to; only if attention is to end at
+            their borders.
     """
 
     tokens: Tensor
@@ -23,6 +27,22 @@ class Batch(TypedDict):
     token_mask: Tensor
     domain: Tensor
     padded: NotRequired[bool]
+    loss_mask: NotRequired[Tensor]
+    document: NotRequired[Tensor]
+
+
+def loss_mask(batch: Batch) -> Tensor:
+    """`[B, T]` bool, False where no loss is taken."""
+    return batch.get("loss_mask", batch["token_mask"])
+
+
+def cut(batch: Batch, length: int) -> Batch:
+    """The first `length` positions of every sequence."""
+    short = {
+        name: value[:, :length] if isinstance(value, Tensor) and value.dim() == 2 else value
+        for name, value in batch.items()
+    }
+    return cast(Batch, short)
 
 
 @runtime_checkable
@@ -31,6 +51,14 @@ class CountsSamples(Protocol):
 
     def advance(self, samples: int) -> None:
         """Count `samples` more, over all ranks."""
+
+
+@runtime_checkable
+class PlansBatches(Protocol):
+    """A data module that decides how large a step is."""
+
+    def planned_batch_size(self) -> int | None:
+        """Sequences of the next optimizer step, over all ranks; None if that is the trainer's business."""
 
 
 @runtime_checkable

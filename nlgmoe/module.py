@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, CountsSamples, SpellsBytes
+from nlgmoe.batch import Batch, CountsSamples, PlansBatches, SpellsBytes, cut, loss_mask
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
@@ -27,7 +27,7 @@ from nlgmoe.model.first_non_finite import first_non_finite
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
-from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.resuming import check_same_run, differences, set_loop_counters, validate_now
 from nlgmoe.seeding import derive_seed
 
@@ -44,6 +44,7 @@ class MoEGPTModule(LightningModule):
         schedule: the learning rate over tokens.
         train_tokens: training ends when this many tokens have been fed, at the end of that step; null leaves the end to
             the trainer (`max_steps`, `max_time`).
+        curriculum: train on short sequences first; null: on whole ones from the start. Evaluation is always on whole ones.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         compile: compile attention, dense layers and what lies between the experts' products with `torch.compile`, at the first
             step; needs a C++ compiler on CPUs. Worth it on GPUs, and on CPUs in half precision (docs/performance.md).
@@ -60,6 +61,7 @@ class MoEGPTModule(LightningModule):
         optimizer: AdamWConfig = AdamWConfig(),  # noqa: B008 (frozen)
         schedule: LearningRateSchedule = LearningRateSchedule(shape="constant"),  # noqa: B008 (frozen)
         train_tokens: int | None = None,
+        curriculum: SequenceCurriculum | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
         loss_chunk_size: int = 1024,
@@ -74,10 +76,13 @@ class MoEGPTModule(LightningModule):
             raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
+        if curriculum is not None and curriculum.start > config.seq_len:
+            raise ValueError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
         self.config = config
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.train_tokens = train_tokens
+        self.curriculum = curriculum
         self.activation_checkpointing = activation_checkpointing
         self.compile_dense_parts = compile
         self.loss_chunk_size = loss_chunk_size
@@ -130,6 +135,11 @@ class MoEGPTModule(LightningModule):
         assert self.model is not None
         return self.model
 
+    @property
+    def tokens_fed(self) -> int:
+        """Positions fed so far, over all ranks: the token clock, and what has been fed since it last moved."""
+        return self.tokens_seen + self._window.tokens * self.trainer.world_size
+
     @override
     def setup(self, stage: str) -> None:
         """Make the portable checkpoint the trainer's format, and check that model and data fit together."""
@@ -152,6 +162,11 @@ class MoEGPTModule(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
+        if self.curriculum is not None:
+            # Here alone, so that whatever looks at the batch sees the same. The clock stands still within an accumulation
+            # window and is the same on every rank, and so is the length.
+            batch = cut(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
+            self.log("train/seq_len", float(batch["tokens"].shape[1]))
         loss, losses, self.routings = self._losses(batch, len(self._window.batches))
         of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
         for name, value in zip(losses, of_all_ranks, strict=True):
@@ -170,14 +185,15 @@ class MoEGPTModule(LightningModule):
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws from torch's generator: seed it for this micro-batch alone
             torch.manual_seed(derive_seed("dropout", *key))
-            output = self.gpt(batch["tokens"], _mask_or_none(batch), noise_key=key)
+            output = self.gpt(batch["tokens"], _mask_or_none(batch), noise_key=key, documents=batch.get("document"))
+        counted = loss_mask(batch)
         language = cross_entropy(
             output.hidden.flatten(0, 1),
             self.gpt.unembedding,
             batch["targets"].flatten(),
-            batch["token_mask"].flatten(),
+            counted.flatten(),
             self.loss_chunk_size,
-            _mean_over_ranks(batch["token_mask"].sum().float()),
+            _mean_over_ranks(counted.sum().float()),
         )
         losses = {"train/loss": language}
         loss = language
@@ -240,8 +256,8 @@ class MoEGPTModule(LightningModule):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of every token, `[B, T]` nats; 0 at padding."""
-        return self._token_losses(batch) * batch["token_mask"]
+        """Loss of every token, `[B, T]` nats; 0 at padding, and where else no loss is taken."""
+        return self._token_losses(batch) * loss_mask(batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -272,17 +288,18 @@ class MoEGPTModule(LightningModule):
         world = self.trainer.world_size
         self.tokens_seen += self._window.tokens * world
         data = getattr(self.trainer, "datamodule", None)
+        planned = data.planned_batch_size() if isinstance(data, PlansBatches) else None
         if isinstance(data, CountsSamples):
             data.advance(self._window.samples * world)
-        self._warn_of_another_batch(self._window.samples * world)
+        self._warn_of_another_batch(self._window.samples * world, planned)
         self._window = _Window()
         scheduler.step()
         if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
             self.trainer.should_stop = True
 
-    def _warn_of_another_batch(self, samples: int) -> None:
-        """A run that was resumed on more ranks may take larger steps than its author thinks."""
-        if self._step_samples not in (None, samples):
+    def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
+        """A run that was resumed on more ranks may take larger steps than its author thinks, unless they were planned."""
+        if self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(
                 f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
                 "data.global_batch_size keeps it the same on any number of ranks"
@@ -369,7 +386,7 @@ class MoEGPTModule(LightningModule):
         return self.seed, trainer.global_step, index * trainer.world_size + trainer.global_rank
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        hidden = self.gpt(batch["tokens"], _mask_or_none(batch)).hidden
+        hidden = self.gpt(batch["tokens"], _mask_or_none(batch), documents=batch.get("document")).hidden
         losses = token_losses(
             hidden.flatten(0, 1), self.gpt.unembedding, batch["targets"].flatten(), self.loss_chunk_size
         )
@@ -379,7 +396,7 @@ class MoEGPTModule(LightningModule):
         if not self._domain_loss:  # another data module: one unnamed domain, no bytes
             self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
         metric = self._domain_loss[0].to(self.device)
-        metric.update(self._token_losses(batch), batch["targets"], batch["token_mask"], batch["domain"])
+        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), batch["domain"])
 
     def _log_evaluation(self, prefix: str) -> None:
         (metric,) = self._domain_loss

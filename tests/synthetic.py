@@ -8,9 +8,11 @@ from nlgmoe.seeding import derive_seed
 
 
 class _Samples(Dataset):
-    def __init__(self, vocab_size: int, seq_len: int, first: int, count: int, padded: bool = False) -> None:
+    def __init__(
+        self, vocab_size: int, seq_len: int, first: int, count: int, padded: bool = False, documents: bool = False
+    ) -> None:
         self.vocab_size, self.seq_len, self.first, self.count = vocab_size, seq_len, first, count
-        self.padded = padded
+        self.padded, self.documents = padded, documents
 
     def __len__(self) -> int:
         return self.count
@@ -22,26 +24,35 @@ class _Samples(Dataset):
         steps = torch.randint(1, 4, (self.seq_len + 1,), generator=generator)
         window = steps.cumsum(0) % self.vocab_size  # a learnable walk
         length = (self.first + index) * 5 % self.seq_len + 1 if self.padded else self.seq_len
-        return {
+        sample = {
             "tokens": window[:-1],
             "targets": window[1:],
             "token_mask": torch.arange(self.seq_len) < length,
             "domain": torch.tensor(index % 2),
         }
+        if self.documents:
+            opens = torch.arange(self.seq_len) % (3 + (self.first + index) % 5) == 2
+            sample |= {"document": opens.cumsum(0), "loss_mask": sample["token_mask"] & ~opens}
+        return sample
 
 
 class SyntheticData(LightningDataModule):
     """`vocab_size` ids, each spelling one byte; two domains.
 
     Ranks get consecutive slices of `micro_batch_size` samples, and in evaluation every world-size-th window. With
-    `padded`, samples have different lengths.
+    `padded`, samples have different lengths; with `documents`, different borders, whose first token counts in no loss.
     """
 
     def __init__(
-        self, vocab_size: int = 61, seq_len: int = 16, micro_batch_size: int = 4, padded: bool = False
+        self,
+        vocab_size: int = 61,
+        seq_len: int = 16,
+        micro_batch_size: int = 4,
+        padded: bool = False,
+        documents: bool = False,
     ) -> None:
         super().__init__()
-        self.padded = padded
+        self.padded, self.documents = padded, documents
         self.vocab_size, self.seq_len, self.micro_batch_size = vocab_size, seq_len, micro_batch_size
         self.domains = ["even", "odd"]
         self.samples_consumed = 0
@@ -60,14 +71,14 @@ class SyntheticData(LightningDataModule):
         self.samples_consumed = state_dict["samples_consumed"]
 
     def train_dataloader(self) -> DataLoader:
-        samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded)
+        samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded, self.documents)
         rank, world = self._rank_and_world()
         batches = _Endless(self.micro_batch_size, rank, world)
         return DataLoader(samples, batch_sampler=batches, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
-        windows = _Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded)
+        windows = _Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded, self.documents)
         return DataLoader(windows, batch_size=4, sampler=range(rank, 12, world), generator=torch.Generator())
 
     test_dataloader = predict_dataloader = val_dataloader

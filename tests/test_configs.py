@@ -11,7 +11,7 @@ import yaml
 from nlgmoe import load_config
 from nlgmoe.cli.train import TrainCLI
 from nlgmoe.data import Blend
-from nlgmoe.data.accumulation import micro_batches_per_step
+from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 
@@ -52,6 +52,11 @@ PAPER = {
     "mos/1.3b_mos_64_128": Published(21, 2048, 16, [64] * 8 + [128] * 2, "27", 26.944, 1.2e-4, 1e-6, 512, 300e9, 4),
 }
 # fmt: on
+
+RAMP_UPS = {  # over the published tokens, in steps that every machine can make
+    "dense/1.3b_dense": BatchRampUp(256, 256, 4_000_000_000),
+    "dense/6.7b_dense": BatchRampUp(512, 512, 10_000_000_000),
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -116,6 +121,8 @@ def test_the_recipes_have_the_published_values(name: str) -> None:
         row.micro,
         10 * row.batch,
     )
+    assert data.batch_ramp_up == RAMP_UPS.get(name)
+    assert not data.document_attention and not data.mask_eod_loss and module.curriculum is None
     assert (str(data.corpus.prefix), data.corpus.split) == ("data/pile/pile_text_document", (98, 2, 0))  # type: ignore[attr-defined]
     assert read(name)["data"]["tokenizer"] == "gpt2"
     assert (trainer.gradient_clip_val, trainer.val_check_interval, trainer.check_val_every_n_epoch) == (1.0, 100, None)
@@ -146,6 +153,11 @@ def test_every_model_runs_on_every_machine(overlay: str) -> None:
         micro = settings.get("data", {}).get("micro_batch_size", read(name)["data"]["micro_batch_size"])
         steps = micro_batches_per_step(row.batch, micro, GPUS[overlay])
         assert steps * micro * GPUS[overlay] == row.batch
+        if (ramp_up := RAMP_UPS.get(name)) is not None:
+            check_ramp_up(ramp_up, row.batch, micro)
+            sizes = {batch_size_after(samples, 2048, row.batch, ramp_up) for samples in range(0, 6_000_000, 10_000)}
+            assert sizes == {row.batch // 2, row.batch}
+            assert all(size % (steps * GPUS[overlay]) == 0 for size in sizes)
 
 
 BLEND = {  # file, as the scripts' internal branch names it -> weight there

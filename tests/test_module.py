@@ -14,7 +14,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import LearningRateSchedule
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.synthetic import SyntheticData
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", z_loss_coeff=0.001))
@@ -111,7 +111,9 @@ def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:
     assert torch.allclose(*weights, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["activation_checkpointing", "seed", "loss_chunk_size", "optimizer", "schedule"])
+@pytest.mark.parametrize(
+    "setting", ["activation_checkpointing", "seed", "loss_chunk_size", "optimizer", "schedule", "curriculum"]
+)
 def test_every_setting_of_the_module_does_something(setting: str, tmp_path: Path) -> None:
     values = {
         "activation_checkpointing": True,
@@ -119,6 +121,7 @@ def test_every_setting_of_the_module_does_something(setting: str, tmp_path: Path
         "loss_chunk_size": 3,
         "optimizer": AdamWConfig(lr=1e-2),
         "schedule": LearningRateSchedule("constant", warmup_tokens=1000),
+        "curriculum": SequenceCurriculum(1000, 8, 8),
     }
     losses = []
     for settings in ({}, {setting: values[setting]}):

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 
 class PredictionFile(BasePredictionWriter):
-    """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats of each token, 0 at padding.
+    """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats of each token, 0 where none counts.
 
     Rows are in the order of the data module's prediction windows; with several ranks each writes its own share, with its
     rank in the name.

@@ -44,8 +44,8 @@ class TokenProgressBar(TQDMProgressBar):
     ) -> None:
         """Move the bar."""
         module, bar = _module(trainer), self.train_progress_bar
-        if bar.total is None and trainer.max_steps > 0 and trainer.global_step > 0:
-            bar.total = module.tokens_seen // trainer.global_step * trainer.max_steps
+        if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
+            bar.total = module.tokens_seen * trainer.max_steps // trainer.global_step  # steps may grow
         if self._should_update(batch_idx + 1, -1):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:
@@ -71,13 +71,14 @@ class Throughput(Callback):
     """Logs `train/tokens_per_second` over each logging interval, validation and checkpoints left out."""
 
     def __init__(self) -> None:
-        self._tokens = 0
+        self._tokens = self._before = 0
         self._seconds = 0.0
         self._started = 0.0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start the clock."""
+        self._before = _module(trainer).tokens_fed
         self._started = time.perf_counter()
 
     @override
@@ -86,7 +87,7 @@ class Throughput(Callback):
     ) -> None:
         """Stop it, and log once per interval."""
         self._seconds += time.perf_counter() - self._started
-        self._tokens += batch["tokens"].numel() * trainer.world_size
+        self._tokens += _module(trainer).tokens_fed - self._before
         if trainer._logger_connector.should_update_logs:
             pl_module.log("train/tokens_per_second", self._tokens / self._seconds)
             self._tokens, self._seconds = 0, 0.0

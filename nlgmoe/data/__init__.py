@@ -4,10 +4,11 @@ Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extrac
 `tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
 `megatron_indexed.py` (the tokens of a corpus by split and domain), `packing.py`, `sources.py` and `sampling.py` (which
 tokens make up which sample, and whose it is), `blend.py` and `interleaving.py` (several corpora as one),
-`accumulation.py` (how many micro-batches make a step), `baselines.py` (what a model has to beat), `datamodule.py` (all of
-it, for Lightning).
+`document_masks.py` (where documents begin), `accumulation.py` (how large a step is, and how many micro-batches make it up),
+`baselines.py` (what a model has to beat), `datamodule.py` (all of it, for Lightning).
 """
 
+from nlgmoe.data.accumulation import BatchRampUp
 from nlgmoe.data.blend import Blend, BlendPart
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile, Streams
 from nlgmoe.data.datamodule import PileDataModule
@@ -18,6 +19,7 @@ from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample, TokenSou
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "BatchRampUp",
     "Blend",
     "BlendPart",
     "Corpus",

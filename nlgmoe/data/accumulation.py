@@ -1,4 +1,80 @@
-"""From the batch of an optimizer step to the micro-batches that make it up."""
+"""The batch of an optimizer step: how it grows, and the micro-batches that make it up."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchRampUp:
+    """Small batches first: the global batch grows in equal steps up to `global_batch_size` (`--rampup-batch-size`).
+
+    A step keeps its number of micro-batches, which are smaller at first: `start` and `increment` are multiples of
+    `global_batch_size / micro_batch_size`.
+
+    Attributes:
+        start: sequences of the first optimizer steps, over all ranks.
+        increment: sequences by which the batch grows each time.
+        tokens: the batch is whole after this many tokens, counted as sequences times `seq_len`.
+    """
+
+    start: int
+    increment: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "increment", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up: BatchRampUp | None) -> int:
+    """Sequences of the optimizer step that follows the first `samples`, over all ranks.
+
+    Args:
+        samples: sequences trained on so far.
+        seq_len: of whole sequences, in tokens.
+        global_batch_size: after the ramp-up.
+        ramp_up: how it gets there; None: it is whole from the start.
+    """
+    if ramp_up is None or samples * seq_len >= ramp_up.tokens:
+        return global_batch_size
+    increments = (global_batch_size - ramp_up.start) // ramp_up.increment
+    return ramp_up.start + ramp_up.increment * (samples * seq_len * increments // ramp_up.tokens)
+
+
+def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_batch_size: int) -> None:
+    """Check that every batch of the ramp-up can be made, on any number of ranks.
+
+    Raises:
+        ValueError: it cannot; names the nearest values that do.
+    """
+    if global_batch_size is None:
+        raise ValueError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
+    growth = global_batch_size - ramp_up.start
+    if growth < 0:
+        raise ValueError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
+    if rest := growth % ramp_up.increment:
+        nearest = _either(ramp_up.start + rest - ramp_up.increment, ramp_up.start + rest)
+        raise ValueError(
+            f"start={ramp_up.start} does not reach global_batch_size={global_batch_size} by increment={ramp_up.increment}: "
+            f"set start to {nearest}"
+        )
+    if global_batch_size % micro_batch_size:
+        return  # `micro_batches_per_step` has more to say about that
+    unit = global_batch_size // micro_batch_size
+    for name, value in {"start": ramp_up.start, "increment": ramp_up.increment}.items():
+        if value % unit:
+            larger = global_batch_size // math.gcd(global_batch_size, ramp_up.start, ramp_up.increment)
+            raise ValueError(
+                f"{name}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
+                f"{global_batch_size} with micro_batch_size={micro_batch_size}: set it to "
+                f"{_either(value // unit * unit, (value // unit + 1) * unit)}, or micro_batch_size to {larger}"
+            )
+
+
+def _either(*values: int) -> str:
+    """The positive ones of `values`, in words."""
+    return " or ".join(str(value) for value in values if value > 0)
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -16,14 +92,13 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
     count, rest = divmod(global_batch_size, per_round)
     if rest == 0:
         return count
-    batches = [value for value in (count * per_round, (count + 1) * per_round) if value > 0]
-    remedies = [f"data.global_batch_size to {' or '.join(map(str, batches))}"]
+    remedies = [f"data.global_batch_size to {_either(count * per_round, (count + 1) * per_round)}"]
     share, uneven = divmod(global_batch_size, world_size)
     if not uneven:
         divisors = [size for size in range(1, share + 1) if share % size == 0]
         below = [size for size in divisors if size < micro_batch_size][-1:]
         above = [size for size in divisors if size > micro_batch_size][:1]
-        remedies.append(f"data.micro_batch_size to {' or '.join(map(str, below + above))}")
+        remedies.append(f"data.micro_batch_size to {_either(*below, *above)}")
     ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
     raise ValueError(
         f"data.global_batch_size {global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "

@@ -1,6 +1,8 @@
 """`PileDataModule`: text in, batches out. Its whole state is the number of samples that were trained on."""
 
 from collections.abc import Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,15 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from nlgmoe.data.accumulation import micro_batches_per_step
+from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
-from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import EvaluationSource, Sample
+from nlgmoe.data.document_masks import mark_documents
+from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
+from nlgmoe.data.sources import EvaluationSource, Sample, TokenSource
 from nlgmoe.data.worker_signals import heed_only_the_parent
 
 
@@ -23,8 +26,8 @@ class PileDataModule(LightningDataModule):
     """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
-    and `padded`, whether there is any padding. Training batches go on without end; set `max_steps` or a token budget on the
-    trainer.
+    and `padded`, whether there is any padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention`
+    also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
@@ -33,14 +36,19 @@ class PileDataModule(LightningDataModule):
         micro_batch_size: sequences per rank and forward pass in training.
         global_batch_size: sequences per optimizer step, over all ranks; the trainer's `accumulate_grad_batches` then
             follows from it and the number of ranks. None: `accumulate_grad_batches` is the trainer's business.
+        batch_ramp_up: start with smaller steps, which grow up to `global_batch_size`; null: all steps are that large.
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
         seed: seed of the order in which training sequences come.
         num_workers: processes that load batches, per rank; 0 loads in the training process.
         max_eval_windows: sequences evaluated per domain, the first ones; None: all.
+        document_attention: a position sees its own document alone, and its number counts from where that begins, in training
+            and evaluation; otherwise a sequence is read as one, across the borders of what is packed into it.
+        mask_eod_loss: the first token of a document counts in no loss, in training and evaluation: it is predicted from the
+            end-of-document token before it, which knows nothing of it.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or the ramp-up asks for a batch that micro-batches cannot make up.
     """
 
     def __init__(
@@ -50,11 +58,14 @@ class PileDataModule(LightningDataModule):
         corpus: Corpus | None = None,
         micro_batch_size: int = 8,
         global_batch_size: int | None = None,
+        batch_ramp_up: BatchRampUp | None = None,
         eval_micro_batch_size: int | None = None,
         seq_len: int = 256,
         seed: int = 1234,
         num_workers: int = 0,
         max_eval_windows: int | None = None,
+        document_attention: bool = False,
+        mask_eod_loss: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -70,15 +81,20 @@ class PileDataModule(LightningDataModule):
         for name, number in {"seed": seed, "num_workers": num_workers}.items():
             if number < 0:
                 raise ValueError(f"{name}={number} must be at least 0")
+        if batch_ramp_up is not None:
+            check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         self.data_dir = Path(data_dir)
         self.corpus = corpus or PocketPile()
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
+        self.batch_ramp_up = batch_ramp_up
         self.eval_micro_batch_size = eval_micro_batch_size or micro_batch_size
         self.seq_len = seq_len
         self.seed = seed
         self.num_workers = num_workers
         self.max_eval_windows = max_eval_windows
+        self.document_attention = document_attention
+        self.mask_eod_loss = mask_eod_loss
         self.samples_consumed = 0
         self._tokenizer_name = tokenizer
         self._open_corpus: OpenCorpus | None = None
@@ -107,9 +123,20 @@ class PileDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Endless micro-batches of this rank, from `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
-        source = self._opened().training_source(self.seq_len, self.seed)
-        sampler = TrainingSampler(lambda: self.samples_consumed, self.micro_batch_size, rank, world_size)
-        return self._loader(SourceDataset(source), sampler, self.micro_batch_size)
+        micro_batches = 1
+        if self.global_batch_size is not None:
+            micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)
+        whole = self.global_batch_size or self.micro_batch_size * world_size
+        sampler = TrainingSampler(
+            lambda: self.samples_consumed,
+            lambda samples: batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up),
+            micro_batches,
+            rank,
+            world_size,
+        )
+        batches = MicroBatches(self._dataset(self._opened().training_source(self.seq_len, self.seed)), collate)
+        # "Batches" of one micro-batch each. As a batch sampler it would not be seen to be divided between ranks already.
+        return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """This rank's share of the validation windows of all domains; equally many batches on every rank."""
@@ -122,6 +149,12 @@ class PileDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Sample]:
         """As in validation."""
         return self.val_dataloader()
+
+    def planned_batch_size(self) -> int | None:
+        """Sequences of the next optimizer step, over all ranks; None if `accumulate_grad_batches` decides that."""
+        if self.global_batch_size is None:
+            return None
+        return batch_size_after(self.samples_consumed, self.seq_len, self.global_batch_size, self.batch_ramp_up)
 
     # ---- state
 
@@ -226,7 +259,7 @@ class PileDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         source = self._evaluation_source(split)
         sampler = EvaluationSampler(len(source), rank, world_size)
-        return self._loader(SourceDataset(source), sampler, self.eval_micro_batch_size)
+        return self._loader(self._dataset(source), sampler, batch_size=self.eval_micro_batch_size, collate_fn=collate)
 
     def _evaluated_tokens(self) -> dict[str, np.ndarray]:
         """Domain -> the tokens that validation covers."""
@@ -247,15 +280,20 @@ class PileDataModule(LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def _loader(self, dataset: SourceDataset, sampler: Any, batch_size: int) -> DataLoader[Sample]:
+    def _dataset(self, source: TokenSource) -> SourceDataset:
+        mark = partial(
+            mark_documents, eod_id=self.eod_id, attention=self.document_attention, mask_loss=self.mask_eod_loss
+        )
+        return SourceDataset(source, mark)
+
+    def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
-            batch_size=batch_size,
             sampler=sampler,
-            collate_fn=collate,
             num_workers=self.num_workers,
             worker_init_fn=heed_only_the_parent,
             persistent_workers=self.num_workers > 0,
+            **batching,
         )
 
 

@@ -5,6 +5,7 @@ leaves them alone, whatever `use_distributed_sampler` says.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -12,41 +13,76 @@ from nlgmoe.data.sources import Sample, TokenSource
 
 
 class SourceDataset(Dataset[Sample]):
-    """A map-style dataset over a source. It has no length: how far to go is the sampler's business."""
+    """A map-style dataset over a source. It has no length: how far to go is the sampler's business.
 
-    def __init__(self, source: TokenSource) -> None:
+    Args:
+        source: of the samples.
+        mark: adds to a sample what follows from it.
+    """
+
+    def __init__(self, source: TokenSource, mark: Callable[[Sample], Sample]) -> None:
         self._source = source
+        self._mark = mark
 
     def __getitem__(self, index: int) -> Sample:
-        return self._source.sample(index)
+        return self._mark(self._source.sample(index))
+
+
+class MicroBatches(Dataset[Any]):
+    """Whole micro-batches, by the indices of their samples.
+
+    Args:
+        samples: one by one.
+        collate: makes a batch of several.
+    """
+
+    def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Any]) -> None:
+        self._samples = samples
+        self._collate = collate
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        return self._collate([self._samples[index] for index in indices])
 
 
 class TrainingSampler(DistributedSampler):
-    """Endless sample indices of one rank, beginning at the samples consumed so far.
+    """Endless micro-batches of one rank, as lists of sample indices, beginning at the samples consumed so far.
 
-    A global micro-batch is `world_size * micro_batch_size` consecutive samples; rank r owns the r-th slice of
-    `micro_batch_size`. Batches of `micro_batch_size` indices from here are therefore that rank's micro-batches.
+    A step takes consecutive samples, each of its micro-batches the next ones of them; rank r owns the r-th slice of a
+    micro-batch. How many a step takes is a function of the samples before it: whatever the number of ranks, the workers
+    that load ahead and the restarts, the steps are made of the same samples.
 
     Args:
         samples_consumed: asked whenever an iteration begins, so that a second one goes on where training stands.
-        micro_batch_size: B, sequences per rank.
+        batch_size_after: sequences of the step that follows so many samples, over all ranks.
+        micro_batches: A, of a step.
         rank: of this process, 0 <= rank < world_size.
-        world_size: W, number of data-parallel processes.
+        world_size: W, number of data-parallel processes; `A * W` divides every step.
     """
 
-    def __init__(self, samples_consumed: Callable[[], int], micro_batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        samples_consumed: Callable[[], int],
+        batch_size_after: Callable[[int], int],
+        micro_batches: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
         # The base class wants a dataset with a length, which endless data does not have: its __init__ is not called.
         self._samples_consumed = samples_consumed
-        self._micro_batch_size = micro_batch_size
+        self._batch_size_after = batch_size_after
+        self._micro_batches = micro_batches
         self.rank = rank
         self.num_replicas = world_size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         start = self._samples_consumed()
         while True:
-            first = start + self.rank * self._micro_batch_size
-            yield from range(first, first + self._micro_batch_size)
-            start += self.num_replicas * self._micro_batch_size
+            size, rest = divmod(self._batch_size_after(start), self._micro_batches * self.num_replicas)
+            assert rest == 0, "the data module checks what divides"
+            for _ in range(self._micro_batches):
+                first = start + self.rank * size
+                yield list(range(first, first + size))
+                start += self.num_replicas * size
 
     def __len__(self) -> int:
         raise TypeError("endless")  # what `len` of something without a length raises

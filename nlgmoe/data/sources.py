@@ -6,7 +6,7 @@ workers or restarts. A new source (blended, streamed, synthetic) only has to fit
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ class Sample(TypedDict):
     targets: torch.Tensor  # int64 [T], the token that follows each input
     token_mask: torch.Tensor  # bool [T], False = padding
     domain: torch.Tensor  # int64 [], index into the domains
+    loss_mask: NotRequired[torch.Tensor]  # bool [T], False = no loss, padding included
+    document: NotRequired[torch.Tensor]  # int64 [T], which document a position belongs to, counted from 0 or 1
 
 
 class TokenSource(Protocol):

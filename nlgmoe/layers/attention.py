@@ -72,7 +72,9 @@ class CausalSelfAttention(nn.Module):
         return self.project(y.transpose(1, 2).reshape(batch, new, hidden))
 
 
-def visible_keys(token_mask: Tensor | None, new: int, cached: int, device: torch.device) -> Tensor | None:
+def visible_keys(
+    token_mask: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
+) -> Tensor | None:
     """Which keys each new query may see, `[B or 1, 1, T, S]` bool, or None where SDPA's causal triangle says the same.
 
     Args:
@@ -80,13 +82,16 @@ def visible_keys(token_mask: Tensor | None, new: int, cached: int, device: torch
         new: number of new positions (T).
         cached: number of positions in the cache (S - T).
         device: where the mask lives if `token_mask` is None.
+        documents: `[B, T]`, the document of each position: a query sees its own alone. None: no borders. Not with a cache.
 
     A padded query sees itself, so that its softmax is defined; nothing reads its output.
     """
-    if token_mask is None and cached == 0:
+    if token_mask is None and cached == 0 and documents is None:
         return None
     total = cached + new
     causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(diagonal=cached)[None, None]  # [1, 1, T, S]
+    if documents is not None:
+        causal = causal & (documents[:, None, :, None] == documents[:, None, None, :])  # [B, 1, T, T]
     if token_mask is None:
         return causal
     itself = torch.zeros(new, total, dtype=torch.bool, device=device)

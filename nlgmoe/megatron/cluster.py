@@ -77,6 +77,25 @@ def _count(text: str, line: int, subject: str, arguments: Arguments) -> int | No
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    """A section `curriculum_learning` that is enabled, as it stands there.
+
+    Attributes:
+        kind: `curriculum_type` and `schedule_type`; only "seqlen" and "fixed_linear" can be had here.
+        start: `min_difficulty`, in tokens.
+        end: `max_difficulty`, in tokens.
+        steps: `total_curriculum_step`.
+        increment: `difficulty_step`, in tokens.
+    """
+
+    kind: tuple[str, str]
+    start: int
+    end: int
+    steps: int
+    increment: int
+
+
+@dataclass(frozen=True)
 class DeepSpeedConfig:
     """What the script is seen to put into DeepSpeed's configuration; None where it is not seen.
 
@@ -88,7 +107,7 @@ class DeepSpeedConfig:
     stage: int | None = None
     fp16: bool | None = None
     bf16: bool | None = None
-    curriculum: bool = False
+    curriculum: Curriculum | None = None
     offload: bool = False
     gradient_clipping: float | None = None
     fp16_scale: dict[str, int] | None = None
@@ -111,13 +130,46 @@ def read_deepspeed_config(launch: Launch, arguments: Arguments) -> DeepSpeedConf
         stage=int(stage) if stage is not None and stage.isdigit() else None,
         fp16=_truth(values.get("CONFIG_FP16_ENABLED")),
         bf16=_truth(values.get("CONFIG_BF16_ENABLED")),
-        curriculum=bool(_truth(values.get("CONFIG_CL_ENABLED"))),
+        curriculum=_template_curriculum(launch, arguments) if _truth(values.get("CONFIG_CL_ENABLED")) else None,
         line=min(given.line for given in fills.values()),
         source="as sed fills the DeepSpeed configuration",
     )
 
 
 _TEMPLATE_KEYS = {"ZERO_STAGE", "CONFIG_FP16_ENABLED", "CONFIG_BF16_ENABLED", "CONFIG_CL_ENABLED"}
+
+
+# What the template says of the curriculum beside what is filled in.
+_TEMPLATE_CURRICULUM = {"curriculum_type": "seqlen", "schedule_type": "fixed_linear", "difficulty_step": 8}
+
+
+def _template_curriculum(launch: Launch, arguments: Arguments) -> Curriculum | None:
+    """The curriculum of the tutorial's template."""
+    section: dict[str, Any] = dict(_TEMPLATE_CURRICULUM)
+    for key, name in (
+        ("CONFIG_CL_MIN", "min_difficulty"),
+        ("CONFIG_CL_MAX", "max_difficulty"),
+        ("CONFIG_CL_DURATION", "total_curriculum_step"),
+    ):
+        given = launch.substitutions.get(key)
+        section[name] = None if given is None else _filled(key, given, arguments)
+    return _curriculum(section, launch.substitutions["CONFIG_CL_ENABLED"].line, arguments)
+
+
+def _curriculum(section: dict[str, Any], line: int, arguments: Arguments) -> Curriculum | None:
+    """The values of an enabled section; None with a problem."""
+    values = section | section.get("schedule_config", {})
+    names = ("min_difficulty", "max_difficulty", "total_curriculum_step", "difficulty_step")
+    unusable = [name for name in names if not str(values.get(name)).isdigit()]
+    if unusable:
+        arguments.problem(
+            line,
+            "the DeepSpeed configuration",
+            f"turns the curriculum on, and its {unusable[0]} is {values.get(unusable[0])}; give a number, or turn it off",
+        )
+        return None
+    kind = str(values.get("curriculum_type")), str(values.get("schedule_type"))
+    return Curriculum(kind, *(int(values[name]) for name in names))
 
 
 def _filled(key: str, given: Given, arguments: Arguments) -> str | None:
@@ -141,11 +193,12 @@ def _from_document(document: Given, arguments: Arguments) -> DeepSpeedConfig:
         arguments.problem(document.line, "the DeepSpeed configuration", f"is no JSON ({error}); correct it")
         return DeepSpeedConfig()
     zero, fp16 = config.get("zero_optimization", {}), config.get("fp16", {})
+    curriculum = config.get("curriculum_learning", {})
     return DeepSpeedConfig(
         stage=zero.get("stage", 0),
         fp16=fp16.get("enabled", False),
         bf16=config.get("bf16", config.get("bfloat16", {})).get("enabled", False),
-        curriculum=config.get("curriculum_learning", {}).get("enabled", False),
+        curriculum=_curriculum(curriculum, document.line, arguments) if curriculum.get("enabled") else None,
         offload=zero.get("offload_optimizer", {}).get("device", "none") != "none" or zero.get("cpu_offload", False),
         gradient_clipping=config.get("gradient_clipping", 0.0),
         # DeepSpeed's own defaults (deepspeed/runtime/constants.py) for what the block leaves out

@@ -214,6 +214,12 @@ _BATCH_AND_DATA = (
     _same("data.micro_batch_size", "--micro-batch-size", whole),
     _derived("`data.global_batch_size`", [Flag("--global-batch-size", whole)], "micro-batch x ranks if not given"),
     _derived(
+        "`data.batch_ramp_up`: `start`, `increment`, `tokens`",
+        [Flag("--rampup-batch-size", whole, many=True)],
+        "sequences become tokens; micro-batches are smaller at first here, fewer there, so that start and increment are "
+        "multiples of global / micro-batch size",
+    ),
+    _derived(
         "`data.corpus`: `nlgmoe.data.MegatronIndexed`, `prefix`; of several `nlgmoe.data.Blend`, `parts`",
         [Flag("--data-path", word, many=True)],
         "one prefix, or weight and prefix in turn; a part of a blend is named after its file",
@@ -228,6 +234,12 @@ _BATCH_AND_DATA = (
         ],
         "`gpt2` for gpt2-vocab.json and gpt2-merges.txt, else the folder of vocab.json and merges.txt",
     ),
+    _derived(
+        "`data.document_attention`",
+        _switches("--reset-attention-mask", "--reset-position-ids"),
+        "both or neither; an end-of-document token that is read opens the next document here, closes its own there",
+    ),
+    _derived("`data.mask_eod_loss`", _switches("--eod-mask-loss"), "in evaluation too, as there"),
     _same("data.num_workers", "--num-workers", whole, 2),
     _derived("`model.seed`, `data.seed`", [Flag("--seed", whole, default=1234)]),
 )
@@ -275,6 +287,12 @@ _RUN = (
         "ZeRO 0, 1, 2; the stage that `sed` or a here-document puts into the DeepSpeed configuration wins",
     ),
     _derived("`trainer.strategy.init_args.offload_optimizer`", [Flag("--cpu-optimizer")]),
+    _derived(
+        "`model.curriculum`: `start`, `increment`, `tokens`",
+        [Flag("--deepspeed_config", word)],
+        "its section `curriculum_learning`, where `sed` or a here-document fills it in; steps become tokens. What else it "
+        "says (ZeRO, fp16, clipping) is held against the flags",
+    ),
     _derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", whole)]),
 )
 
@@ -282,7 +300,6 @@ _IGNORED = (
     _ignored(
         "the strategy does that",
         *_switches("--deepspeed", "--create-moe-param-group", "--no-pipeline-parallel", "--ds_fused_adam"),
-        Flag("--deepspeed_config", word),
         Flag("--distributed-backend", word),
         Flag("--DDP-impl", word),
         Flag("--local_rank", word),
@@ -368,10 +385,6 @@ _REFUSED = (
         *_switches("--mos", "--kd"),
     ),
     _refused(
-        "the batch size cannot grow during training yet; remove it to train at `--global-batch-size` throughout",
-        Flag("--rampup-batch-size", word, many=True),
-    ),
-    _refused(
         "the model here is GPT-2's (learned positions, LayerNorm, tanh GELU, biases, tied embeddings, as many key heads as "
         "heads); remove it",
         Flag("--normalization", word, allowed=("layernorm",)),
@@ -419,16 +432,12 @@ _REFUSED = (
         *_switches("--fp16-lm-cross-entropy", "--fp32-residual-connection"),
     ),
     _refused(
-        "documents are packed here as in the tutorial's runs, attention crossing their borders; remove it",
-        *_switches("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"),
-    ),
-    _refused(
         "training and validation come from the same data sets by `--split` here; use `--data-path`",
         *(Flag(name, word, many=True) for name in ("--train-data-path", "--valid-data-path", "--test-data-path")),
     ),
     _refused("data come in one random order here; remove it", Flag("--dataloader-type", word, allowed=("single",))),
     _refused(
-        "every training sequence is as long as the model's here; remove it",
+        "DeepSpeed's data efficiency library is not used here; remove it (`model.curriculum` has sequences that grow)",
         *_switches("--data-efficiency-curriculum-learning", "--random-ltd"),
     ),
     _refused("a run ends after tokens, steps or time here; use `--train-iters`", Flag("--exit-interval", whole)),

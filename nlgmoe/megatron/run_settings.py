@@ -92,12 +92,6 @@ def _strategy(job: Job, precision: str) -> None:
     minutes = job.arguments.value("--distributed-timeout-minutes")
     if minutes is not None:
         job.set(f"{path}timeout_seconds", 60.0 * minutes, f"{minutes} minutes")
-    if job.deepspeed.curriculum:
-        job.arguments.problem(
-            job.deepspeed.line,
-            "the DeepSpeed configuration",
-            "turns the curriculum on sequence length on, which is not here yet; turn it off",
-        )
 
 
 def _stage(job: Job) -> tuple[int | None, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 
+from nlgmoe.megatron.growth_settings import curriculum_settings, ramp_up_settings, samples_of_steps, whole_steps
 from nlgmoe.megatron.job import DEFAULT, Job
 from nlgmoe.megatron.model_settings import tokenizer
 
@@ -84,7 +85,7 @@ def _samples_of(job: Job, samples: str, iterations: str) -> int | None:
     """A length that is given in sequences or in steps, in sequences."""
     if job.arguments.has(iterations):
         steps = job.arguments.value(iterations)
-        return None if steps is None or job.global_batch is None else int(steps * job.global_batch)
+        return None if steps is None else samples_of_steps(job, steps)
     value: int | None = job.arguments.value(samples)
     return value
 
@@ -100,12 +101,14 @@ def length_settings(job: Job) -> None:
     if (tokens := job.arguments.value("--train-tokens")) is not None:
         lengths["--train-tokens"] = tokens
     samples = job.arguments.value("--train-samples")
-    if samples is not None and job.global_batch is not None and job.seq_len is not None:
-        lengths["--train-samples"] = samples // job.global_batch * job.global_batch * job.seq_len
+    trained = None if samples is None else whole_steps(job, samples)
+    if trained is not None and job.seq_len is not None:
+        lengths["--train-samples"] = trained * job.seq_len
     if lengths:
         first = min(lengths, key=lengths.__getitem__)
         comment = f"{first} comes before --train-samples" if len(lengths) > 1 and first == "--train-tokens" else ""
         job.set("model.train_tokens", lengths[first], comment or ("" if first == "--train-tokens" else f"of {first}"))
+    curriculum_settings(job)
     job.set(
         "model.activation_checkpointing",
         job.arguments.has("--checkpoint-activations", "--deepspeed-activation-checkpointing"),
@@ -126,6 +129,8 @@ def data_settings(job: Job) -> None:
     if job.global_batch is not None:
         comment = "" if job.arguments.has("--global-batch-size") else "micro-batch x ranks"
         job.set("data.global_batch_size", job.global_batch, comment)
+    ramp_up_settings(job)
+    _document_settings(job)
     job.direct("Batch and data", "data.num_workers")
     if "model.seed" in job.result.settings:
         job.set("data.seed", job.result.settings["model.seed"], job.default("--seed"))
@@ -179,6 +184,18 @@ def _corpus(job: Job, corpora: list[tuple[float, str]], split: list[float]) -> N
         ],
         f"splits: {comment}" if comment else "",
     )
+
+
+def _document_settings(job: Job) -> None:
+    resets = ["--reset-attention-mask", "--reset-position-ids"]
+    given = [name for name in resets if job.arguments.has(name)]
+    if len(given) == 1:
+        (other,) = set(resets) - set(given)
+        job.arguments.refuse(given[0], f"comes with {other} here, so that a document is read as if alone; add it")
+    if given:
+        job.set("data.document_attention", True)
+    if job.arguments.has("--eod-mask-loss"):
+        job.set("data.mask_eod_loss", True)
 
 
 def _split(job: Job) -> list[float] | None:

@@ -17,7 +17,7 @@ from nlgmoe.megatron.model_settings import model_settings
 from nlgmoe.megatron.run_settings import run_settings
 from nlgmoe.megatron.training_settings import data_settings, length_settings, optimisation_settings
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import LearningRateSchedule
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 
 
 def translate(launch: Launch, arguments: Arguments, name: str) -> Translation:
@@ -72,5 +72,7 @@ def _check_together(job: Job) -> None:
         GPTConfig(**model["config"], moe=MoEConfig(**moe) if moe else None)
         AdamWConfig(**model["optimizer"])
         LearningRateSchedule(**model["schedule"])
+        if "curriculum" in model:
+            SequenceCurriculum(**model["curriculum"])
     except ValueError as error:
         job.arguments.problem(job.launch.line, "the launch", f"does not fit together: {error}")

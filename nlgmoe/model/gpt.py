@@ -129,6 +129,7 @@ class GPT(nn.Module):
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
         noise_key: NoiseKey | None = None,
+        documents: Tensor | None = None,
     ) -> GPTOutput:
         """Read `tokens`.
 
@@ -139,10 +140,13 @@ class GPT(nn.Module):
             cache: keys and values of earlier calls; `tokens` continue them, and are added.
             noise_key: (seed, step, micro-batch index) of the routing's random draws; None draws from torch's global
                 generator.
+            documents: `[B, T]` int64, which document each position belongs to; those of one stand in a row. A position then
+                sees its own document alone, and its number counts from where that begins. None: the sequence is one.
 
         Raises:
             ValueError: the sequence is longer than `config.seq_len`.
         """
+        assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
         if cached + new > self.config.seq_len:
             raise ValueError(
@@ -150,8 +154,9 @@ class GPT(nn.Module):
                 "with a larger seq_len"
             )
         history = _extend_mask(token_mask, cache, tokens)  # [B, S] or None
-        visible = visible_keys(history, new, cached, tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(_positions(history, new, cached, tokens.device))
+        visible = visible_keys(history, new, cached, tokens.device, documents)
+        positions = _positions(history, new, cached, tokens.device, documents)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.dropout(x)  # [B, T, H]
         routings = []
         for block in self.blocks:
@@ -239,8 +244,17 @@ def _extend_mask(token_mask: Tensor | None, cache: KVCache | None, tokens: Tenso
     return torch.cat([old, new], dim=1)
 
 
-def _positions(history: Tensor | None, new: int, cached: int, device: torch.device) -> Tensor:
-    """Position numbers of the new tokens, `[1 or B, T]`: padding is not counted."""
+def _positions(
+    history: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
+) -> Tensor:
+    """Position numbers of the new tokens, `[1 or B, T]`: padding is not counted, and every document begins at 0."""
     if history is None:
-        return torch.arange(cached, cached + new, device=device)[None]
-    return (history.long().cumsum(dim=1) - 1).clamp_min(0)[:, cached:]
+        numbers = torch.arange(cached, cached + new, device=device)[None]
+    else:
+        numbers = (history.long().cumsum(dim=1) - 1).clamp_min(0)[:, cached:]
+    if documents is None:
+        return numbers
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    earlier = numbers if history is None else history.long().cumsum(dim=1) - history.long()  # real tokens before each
+    return (numbers - torch.where(begins, earlier, 0).cummax(dim=1).values).clamp_min(0)

@@ -77,3 +77,45 @@ def learning_rate(tokens: int, peak: float, schedule: LearningRateSchedule) -> f
         return schedule.min_lr + (peak - schedule.min_lr) * left
     done = (tokens - schedule.warmup_tokens) / (schedule.decay_tokens - schedule.warmup_tokens)
     return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class SequenceCurriculum:
+    """Short sequences first: training batches are cut to a length that grows; what lies past the cut is not trained on.
+
+    Attributes:
+        tokens: after this many tokens, on the token clock, sequences are whole; until then their length grows linearly.
+        start: length of the first sequences, in tokens; a multiple of `increment`.
+        increment: the length is rounded down to a multiple of this many tokens; GPUs like multiples of 8.
+    """
+
+    tokens: int
+    start: int = 80
+    increment: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "start", "increment"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.start % self.increment:
+            below = self.start // self.increment * self.increment
+            nearest = " or ".join(str(value) for value in (below, below + self.increment) if value)
+            raise ValueError(
+                f"start={self.start} must be a multiple of increment={self.increment}: set it to {nearest}"
+            )
+
+
+def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -> int:
+    """Length of the sequences of the step that follows the first `tokens` tokens of training, in tokens.
+
+    DeepSpeed's `fixed_linear` schedule (`curriculum_scheduler.py`), on the token clock instead of a count of steps.
+
+    Args:
+        tokens: tokens trained on so far: positions fed, so those of shorter sequences count as they are.
+        seq_len: length of whole sequences, at least `curriculum.start`.
+        curriculum: the growth.
+    """
+    if tokens >= curriculum.tokens:
+        return seq_len
+    length = curriculum.start + tokens * (seq_len - curriculum.start) // curriculum.tokens
+    return length - length % curriculum.increment

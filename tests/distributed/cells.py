@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data import PileDataModule
+from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.synthetic import SyntheticData
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
@@ -61,6 +63,7 @@ class Cell:
     accumulate: int = 1
     clip: float = 0.5  # bites: the gradient's norm is about 1
     padded: bool = False
+    documents: bool = False
     precision: str = "32-true"
     checkpointing: bool = False
     steps: int = 20
@@ -274,7 +277,7 @@ def train(
 ) -> Outcome:
     """Train on this process's share; validate after the last step, and save `CELL at the end.ckpt`."""
     recorder, module = Recorder(), cell.module()
-    data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded)
+    data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded, documents=cell.documents)
     trainer = make_trainer(cell, world, folder, recorder, *callbacks, accumulate_grad_batches=accumulate, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
@@ -512,6 +515,49 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
     assert predicted is not None
     windows = sum(int(losses.any(dim=1).sum()) for losses in predicted)  # type: ignore[union-attr]
     return {**validated, **tested, "windows": windows}
+
+
+@dataclass
+class Grown:
+    """What `growing` returns: losses of each micro-batch, sequences in each step, and the clock and the rate at the end."""
+
+    losses: list[float]
+    sequences: list[int]
+    tokens: int
+    rate: float
+
+
+class Counts(Callback):
+    """Sequences trained on, over all ranks, by step."""
+
+    def __init__(self) -> None:
+        self.consumed = [0]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (consumed := trainer.datamodule.samples_consumed) > self.consumed[-1]:  # type: ignore[attr-defined]
+            self.consumed.append(consumed)
+
+
+def growing(cell: Cell, ranks: int, folder: Path) -> Grown:
+    """A run on text whose batch grows from 4 sequences to 12, in two micro-batches, and whose sequences from 4 tokens to 16."""
+    config = GPTConfig(4096, 16, cell.layers, 32, 2, init_std=0.05, moe=MoEConfig(cell.experts, **cell.moe))
+    schedule = LearningRateSchedule("constant", warmup_tokens=500)
+    module = MoEGPTModule(config, AdamWConfig(lr=3e-3), schedule, curriculum=SequenceCurriculum(300, 4, 4))
+    data = PileDataModule(
+        str(TEXT),
+        "pocket-4k",
+        micro_batch_size=6 // ranks,
+        global_batch_size=12,
+        batch_ramp_up=BatchRampUp(4, 4, 32 * 16),
+        seq_len=16,
+        max_eval_windows=3,
+    )
+    recorder, counts = Recorder(), Counts()
+    strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
+    trainer = make_trainer(cell, ranks, folder, recorder, counts, accumulate_grad_batches=2, **strategy)
+    trainer.fit(module, data)
+    sequences = [later - earlier for earlier, later in pairwise(counts.consumed)]
+    return Grown(recorder.micro_losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:

@@ -27,6 +27,7 @@ from tests.distributed.cells import (
     alone,
     evaluate,
     evaluate_text,
+    growing,
     interrupted,
     lowest_scale,
     make_trainer,
@@ -65,7 +66,7 @@ CELLS: dict[int, list[Cell]] = {
             moe=DROPLESS | {"top_k": 2, "second_expert": "argmax"},
             checkpointing=True,
         ),
-        Cell("uneven masks", 2, moe=DROPLESS | {"z_loss_coeff": 0.01}, padded=True),
+        Cell("uneven masks", 2, moe=DROPLESS | {"z_loss_coeff": 0.01}, padded=True, documents=True),
         Cell("statistics of each rank", 2, moe=DROPLESS | {"aux_scope": "rank"}),
         Cell("offload", 2, options={"offload_optimizer": True}),
         Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}),
@@ -95,6 +96,7 @@ SPOILT = [
 ]
 INTERRUPTED = [(CELLS[2][8], 3), (CELLS[2][-1], 4)]  # accumulates: asked after the signal; ddp: before
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
+GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
     Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
@@ -157,7 +159,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
         if ranks == 2:
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
-            jobs += [(refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
+            jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
             jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
@@ -315,6 +317,17 @@ def test_evaluation_with_uneven_last_batches(found: Found, tmp_path: Path) -> No
     assert sum(rank["windows"] for rank in by_rank) == 20
     for rank in by_rank:
         assert {**rank, "windows": 20} == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path) -> None:
+    expected = growing(GROWING, 1, tmp_path)
+    assert expected.sequences == [4, 4, 4, 4, 8, 8, 12, 12, 12]
+    # Lengths 4 at clocks 0, 16, 32 and 48, 4 at 64, 4 at 96, 8 at 128, 12 at 224, 16 at 368.
+    assert expected.tokens == 4 * (4 * 4) + 2 * (8 * 4) + 12 * 8 + 12 * 12 + 12 * 16
+    assert expected.rate == 3e-3
+    for rank in found[growing, GROWING.name]:
+        assert (rank.sequences, rank.tokens, rank.rate) == (expected.sequences, expected.tokens, expected.rate)
+        assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:

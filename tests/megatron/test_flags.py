@@ -75,6 +75,15 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--exit-duration-in-mins 1501", {"trainer.max_time": "01:01:01:00"}),
     ("--micro-batch-size 1", {"data.micro_batch_size": 1, "data.global_batch_size": 4}),
     ("--global-batch-size 64", {"data.global_batch_size": 64, "data.max_eval_windows": 6400}),
+    (
+        "--global-batch-size 16 --rampup-batch-size 8 8 100",
+        {  # 100 steps: 13 of 8, the rest of 16
+            "data.batch_ramp_up": {"start": 8, "increment": 8, "tokens": 3200},
+            "model.schedule.decay_tokens": (13 * 8 + 87 * 16) * 32,
+        },
+    ),
+    ("--reset-attention-mask --reset-position-ids", {"data.document_attention": True}),
+    ("--eod-mask-loss", {"data.mask_eod_loss": True}),
     ("--data-path 1.0 other", {"data.corpus.init_args.prefix": "other"}),
     (
         "--data-path 3 a/x_text_document 1e-4 b/x_text_document --split 8,2",
@@ -124,7 +133,7 @@ def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, 
 def test_no_flag_of_the_table_is_without_its_line_above() -> None:
     tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
     tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_machines
-    tried -= {"--deepspeed"}
+    tried = tried - {"--deepspeed"} | {"--deepspeed_config"}  # test_the_curriculum_of_the_deepspeed_configuration
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
     assert {name for name, (_, row) in FLAGS.items() if row.kind == "setting"} == tried
 
@@ -159,7 +168,14 @@ SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFI
         ("--use-tutel", "--use-tutel: the experts run on one grouped product here, Tutel is not used; remove it"),
         ("--enable-expert-tensor-parallelism", "no tensor, pipeline or sequence parallelism here; remove it"),
         ("--mos --kd-beta-ce 1", "--mos: distillation cannot be configured yet"),
-        ("--rampup-batch-size 32 32 1953125", "--rampup-batch-size 32 32 1953125: the batch size cannot grow"),
+        ("--rampup-batch-size 32 32 1953125", "32 32 1953125: starts above the global batch of 8; lower it"),
+        ("--rampup-batch-size 8 8", "--rampup-batch-size 8 8: takes a start, an increment and a number of sequences"),
+        (
+            "--global-batch-size 64 --rampup-batch-size 8 8 100",
+            "8 8 100: is not possible here; start=8 must be a multiple of the 32 micro-batches that make up",
+        ),
+        ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
+        ("--reset-position-ids", "--reset-position-ids: comes with --reset-attention-mask here"),
         ("--swiglu", "--swiglu: the model here is GPT-2's"),
         ("--optimizer sgd", "--optimizer sgd: AdamW is the only optimizer"),
         ("--data-path 0.3 a 0.7", "--data-path 0.3 a 0.7: is not a list of weight and prefix in turn, weights above 0"),
@@ -203,10 +219,57 @@ def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: s
     assert re.match(r"run\.sh:2: [^\n]*; ?[^\n]+|run\.sh:2: [^\n]*fit together", str(error.value))
 
 
+CURRICULUM = (
+    'sed "s/CONFIG_CL_ENABLED/true/" t | sed "s/CONFIG_CL_MIN/{}/" | sed "s/CONFIG_CL_MAX/{}/" '
+    '| sed "s/CONFIG_CL_DURATION/{}/" > c.json'
+)
+SECTION = """cat <<E > c.json
+{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen", "min_difficulty": 16, "max_difficulty": 32,
+ "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": $((5 * 2)), "difficulty_step": 16}}}
+E"""
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (CURRICULUM.format(8, 32, 10), {"tokens": 10 * 8 * 20, "start": 8, "increment": 8}),
+        (SECTION, {"tokens": 10 * 8 * 24, "start": 16, "increment": 16}),
+        (SECTION.replace("true", "false"), None),
+        (CURRICULUM.format(8, "$NOBODY", "$KNOWS").replace("true", "false"), None),
+    ],
+)
+def test_the_curriculum_of_the_deepspeed_configuration(
+    before: str, expected: dict[str, int] | None, tmp_path: Path
+) -> None:
+    settings = settings_of(write(tmp_path, "--deepspeed_config c.json", before=before))
+    assert settings["model"].get("curriculum") == expected
+
+
+def test_train_samples_are_whole_steps_of_a_batch_that_grows(tmp_path: Path) -> None:
+    """13 steps of 8 sequences up to 104, then of 16: six more fit into 200 and make 200."""
+    for samples, trained in ((200, 200), (215, 200), (103, 96)):
+        flags = f"--global-batch-size 16 --rampup-batch-size 8 8 100 --train-samples {samples}"
+        assert settings_of(write(tmp_path, flags))["model"]["train_tokens"] == trained * 32
+
+
 @pytest.mark.parametrize(
     ("before", "flags", "message"),
     [
-        (SED.format(1, "true", "true"), "--fp16", "turns the curriculum on sequence length on"),
+        (
+            SED.format(1, "true", "true"),
+            "--fp16",
+            "turns the curriculum on, and its min_difficulty is None; give a number",
+        ),
+        (CURRICULUM.format(8, 64, 10), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
+        (CURRICULUM.format(9, 32, 10), "", "does not fit together: start=9 must be a multiple of increment=8"),
+        (CURRICULUM.format(8, 32, "$STEPS"), "", "CONFIG_CL_DURATION: depends on STEPS, which the script does not set"),
+        (CURRICULUM.format(8, 32, 10), "--rampup-batch-size 8 8 9", "steps, which --rampup-batch-size makes unequal"),
+        (
+            'cat <<E > c.json\n{"curriculum_learning": {"enabled": true, "schedule_type": "fixed_root", "min_difficulty": 8, '
+            '"max_difficulty": 32, "schedule_config": {"total_curriculum_step": 9, "difficulty_step": 8}}}\nE',
+            "--deepspeed_config c.json",
+            "has a curriculum None fixed_root; only seqlen fixed_linear can be had here",
+        ),
         (SED.format(3, "true", "false"), "--fp16", "ZeRO stage 3: is not possible with experts"),
         (SED.format(1, "true", "false"), "", "has fp16 on, --fp16 is off; make them agree"),
         (

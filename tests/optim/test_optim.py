@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
-from nlgmoe.optim.token_schedule import LearningRateSchedule, learning_rate
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 
 COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
 
@@ -53,6 +55,55 @@ def test_constant_and_wsd() -> None:
 def test_contradictory_schedules_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"^(shape|warmup_tokens|cooldown_tokens|min_lr)="):
         LearningRateSchedule(**settings)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (0, 80),
+        (243_902_439, 80),  # 246 increments of 8 in 60B tokens: the first after 243,902,439.02
+        (243_902_440, 88),
+        (30_000_000_000, 1064),
+        (59_999_999_999, 2040),
+        (60_000_000_000, 2048),
+        (300_000_000_000, 2048),
+    ],
+)
+def test_the_tutorials_curriculum(tokens: int, expected: int) -> None:
+    assert sequence_length(tokens, 2048, SequenceCurriculum(tokens=60_000_000_000)) == expected
+
+
+@given(
+    increments=st.integers(1, 12),
+    increment=st.integers(1, 16),
+    longer=st.integers(0, 300),
+    tokens=st.integers(1, 10**12),
+    shares=st.lists(st.fractions(0, 1), min_size=2, max_size=8),
+)
+def test_sequences_grow_from_the_start_to_the_whole(
+    increments: int, increment: int, longer: int, tokens: int, shares: list
+) -> None:
+    start = increments * increment
+    curriculum, seq_len = SequenceCurriculum(tokens, start, increment), start + longer
+    lengths = [sequence_length(int(share * (tokens - 1)), seq_len, curriculum) for share in sorted(shares)]
+    assert lengths == sorted(lengths)
+    assert all(start <= length <= seq_len and length % increment == 0 for length in lengths)
+    assert sequence_length(0, seq_len, curriculum) == start
+    assert sequence_length(tokens, seq_len, curriculum) == seq_len  # also where that is no multiple
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": 0}, "^tokens=0 must be at least 1$"),
+        ({"tokens": 1, "increment": 0}, "^increment=0 must be at least 1$"),
+        ({"tokens": 1, "start": 84}, "^start=84 must be a multiple of increment=8: set it to 80 or 88$"),
+        ({"tokens": 1, "start": 5}, "^start=5 must be a multiple of increment=8: set it to 8$"),
+    ],
+)
+def test_impossible_curricula_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceCurriculum(**settings)
 
 
 @pytest.mark.parametrize("settings", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])

@@ -1,0 +1,92 @@
+"""Documents packed into one sequence are read as if each stood alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.attention import KVCache, visible_keys
+from nlgmoe.model.gpt import GPT, _positions
+
+DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
+CONFIG = GPTConfig(50, 24, 4, 32, 2, init_std=0.2, vocab_size_multiple=16, moe=DROPLESS)
+LENGTHS = [[3, 8, 1, 12], [24, 0, 0, 0]]  # of the documents in each sequence
+
+
+def packed(lengths: list[list[int]] = LENGTHS) -> tuple[Tensor, Tensor]:
+    """Tokens and documents, `[B, T]`."""
+    tokens = torch.randint(50, (len(lengths), sum(lengths[0])), generator=torch.Generator().manual_seed(0))
+    numbers = torch.arange(len(lengths[0]))
+    return tokens, torch.stack([numbers.repeat_interleave(torch.tensor(row)) for row in lengths])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_each_document_is_as_if_alone(dtype: torch.dtype, tolerance: float, training: bool) -> None:
+    model = GPT(CONFIG).to(dtype).train(training)
+    tokens, documents = packed()
+    together = model(tokens, documents=documents)
+    assert not torch.allclose(together.hidden[0, 3:], model(tokens).hidden[0, 3:], atol=1e-2)
+    for sequence, lengths in enumerate(LENGTHS):
+        end = 0
+        for length in filter(None, lengths):
+            start, end = end, end + length
+            alone = model(tokens[sequence : sequence + 1, start:end])
+            torch.testing.assert_close(
+                together.hidden[sequence, start:end], alone.hidden[0], rtol=tolerance, atol=tolerance
+            )
+            for packed_routing, routing in zip(together.routings, alone.routings, strict=True):
+                chosen = packed_routing.expert.view(2, 24, 2)[sequence, start:end]
+                assert torch.equal(chosen, routing.expert)
+
+
+def test_padding_is_still_not_seen_nor_counted() -> None:
+    model = GPT(CONFIG).double().eval()
+    tokens, documents = packed()
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, [4, 11, 13]] = False  # inside the second document, the third one whole, and near the start of the fourth
+    found = model(tokens, mask, documents=documents).hidden
+    for start, end in ((0, 3), (3, 11), (12, 24)):
+        real = mask[0, start:end]
+        alone = model(tokens[:1, start:end][:, real]).hidden[0]
+        torch.testing.assert_close(found[0, start:end][real], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_one_document_is_the_plain_sequence_at_capacity_too() -> None:
+    """Borders change attention and positions; who finds a slot is none of their business."""
+    moe = replace(DROPLESS, top_k=1, token_dropping=True, train_capacity_factor=0.5, noise="jitter")
+    model = GPT(replace(CONFIG, moe=moe)).double()
+    tokens, documents = packed([[24]])
+    plain, marked = model(tokens, noise_key=(1, 2)), model(tokens, noise_key=(1, 2), documents=documents)
+    torch.testing.assert_close(marked.hidden, plain.hidden, rtol=1e-12, atol=1e-12)
+    assert not plain.routings[0].kept.all()
+    for one, other in zip(plain.routings, marked.routings, strict=True):
+        assert torch.equal(one.kept, other.kept)
+
+
+def test_recomputing_activations_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = GPT(CONFIG, activation_checkpointing=checkpointing).double()
+        tokens, documents = packed()
+        model(tokens, documents=documents).hidden.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_seen_and_how_positions_count() -> None:
+    documents = torch.tensor([[0, 0, 1, 1]])
+    seen = visible_keys(None, 4, 0, documents.device, documents)
+    assert seen is not None
+    assert seen[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert _positions(None, 4, 0, documents.device, documents).tolist() == [[0, 1, 0, 1]]
+    first_is_padding = torch.tensor([[True, True, False, True]])
+    assert _positions(first_is_padding, 4, 0, documents.device, documents)[0, 3] == 0
+
+
+def test_a_cache_is_of_one_document() -> None:
+    tokens, documents = packed([[4, 4]])
+    with pytest.raises(AssertionError, match="a cache holds one document"):
+        GPT(CONFIG)(tokens, cache=KVCache(8), documents=documents)

@@ -1,0 +1,107 @@
+"""Training on sequences that grow: what is fed, what the clocks make of it, and that a run goes on in the middle."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from nlgmoe.callbacks import Throughput
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import trainer
+
+CURRICULUM = SequenceCurriculum(tokens=96, start=4, increment=4)
+# Of steps of 4 sequences: clocks 0, 16, 32, 64, 112, and 4 + 12 * clock / 96 rounded down to a multiple of 4.
+LENGTHS = [4, 4, 8, 12, 16, 16]
+CLOCKS = [0, 16, 32, 64, 112, 176, 240]
+
+
+class Fed(Callback):
+    """Lengths that the model reads, by step and in validation; the learning rate and the clock of each step."""
+
+    def __init__(self) -> None:
+        self.trained: list[int] = []
+        self.validated: list[int] = []
+        self.rates: list[float] = []
+        self.clocks: list[int] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        def read(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            (self.trained if trainer.training else self.validated).append(inputs[0].shape[1])
+
+        pl_module.gpt.register_forward_pre_hook(read)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.clocks.append(pl_module.tokens_seen)
+
+
+def module(**settings: Any) -> MoEGPTModule:
+    config = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
+    schedule = LearningRateSchedule("constant", warmup_tokens=128)
+    return MoEGPTModule(config, AdamWConfig(lr=1.0e-2), schedule, **{"curriculum": CURRICULUM, **settings})
+
+
+def test_sequences_grow_with_the_clock_which_counts_what_is_fed(tmp_path: Path) -> None:
+    fed, speed, one, data = Fed(), Throughput(), module(), SyntheticData(micro_batch_size=2)
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    run = trainer(tmp_path, fed, speed, max_steps=6, accumulate_grad_batches=2, **validation)
+    run.fit(one, data)
+    assert fed.trained == [length for length in LENGTHS for _ in range(2)]  # one length in a window
+    assert set(fed.validated) == {16}
+    assert [*fed.clocks, one.tokens_seen] == CLOCKS
+    assert speed._tokens == CLOCKS[-1]
+    assert fed.rates == pytest.approx([1e-2 * min(1, clock / 128) for clock in CLOCKS[:6]])
+    assert data.samples_consumed == 6 * 4  # what is cut off is not kept for later
+    assert run.callback_metrics["train/seq_len"] == 16
+
+
+def test_train_tokens_counts_what_is_fed(tmp_path: Path) -> None:
+    one = module(train_tokens=100)
+    run = trainer(tmp_path)
+    run.fit(one, SyntheticData())
+    assert (run.global_step, one.tokens_seen) == (4, 112)
+
+
+def test_a_cut_batch_is_a_batch_of_short_sequences(tmp_path: Path) -> None:
+    """Padding and loss masks are cut with it: the same steps as on data that is that short."""
+
+    class Short(SyntheticData):
+        def train_dataloader(self) -> Any:
+            for batch in super().train_dataloader():
+                yield {name: value[:, :4] if value.dim() == 2 else value for name, value in batch.items()}
+
+    weights = []
+    for data, curriculum in (
+        (SyntheticData(padded=True, documents=True), SequenceCurriculum(10**6, 4, 4)),
+        (Short(padded=True, documents=True), None),
+    ):
+        one = module(curriculum=curriculum)
+        trainer(tmp_path, max_steps=3).fit(one, data)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in one.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_run_goes_on_in_the_middle_of_a_window(tmp_path: Path) -> None:
+    """Saved after the seventh micro-batch: the fourth step begins anew, at the length that it had."""
+    straight, again, fed = module(), module(), Fed()
+    settings = {"max_steps": 6, "accumulate_grad_batches": 2}
+    path = tmp_path / "seven.ckpt"
+    trainer(tmp_path, SaveAt(7, path), **settings).fit(straight, SyntheticData(micro_batch_size=2))
+    trainer(tmp_path, fed, **settings).fit(again, SyntheticData(micro_batch_size=2), ckpt_path=path)
+    assert fed.trained == [length for length in LENGTHS[3:] for _ in range(2)]
+    assert again.tokens_seen == CLOCKS[-1]
+    for one, other in zip(straight.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_starts_no_longer_than_the_model() -> None:
+    with pytest.raises(ValueError, match=r"^start=24 is above the model's seq_len=16; lower it$"):
+        module(curriculum=SequenceCurriculum(10, 24))
