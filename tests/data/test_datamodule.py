@@ -92,6 +92,16 @@ def test_state_of_another_run_is_refused(make_data: Make, option: dict[str, Any]
         make_data(**option).load_state_dict(make_data().state_dict())
 
 
+def test_a_run_whose_samples_came_in_another_order_is_refused(make_data: Make) -> None:
+    """Runs of versions that stored the order as an array."""
+    state = make_data().state_dict()
+    del state["fingerprint"]["order"]
+    with pytest.raises(
+        ValueError, match=r"in another order \(an older one there, feistel-8 here\): resume it with the ver"
+    ):
+        make_data().load_state_dict(state)
+
+
 @pytest.mark.parametrize(("world_size", "max_eval_windows"), [(1, None), (3, None), (2, 2)])
 def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_eval_windows: int | None) -> None:
     data = make_data(max_eval_windows=max_eval_windows, eval_micro_batch_size=5)
