@@ -15,7 +15,7 @@ from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import EvaluationSource, Sample
+from nlgmoe.data.sources import EvaluationSource, Sample, TokenSource
 from nlgmoe.data.worker_signals import heed_only_the_parent
 
 
@@ -108,7 +108,7 @@ class PileDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         source = self._opened().training_source(self.seq_len, self.seed)
         sampler = TrainingSampler(lambda: self.samples_consumed, self.micro_batch_size, rank, world_size)
-        return self._loader(SourceDataset(source), sampler, self.micro_batch_size)
+        return self._loader(source, sampler, self.micro_batch_size)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """This rank's share of the validation windows of all domains; equally many batches on every rank."""
@@ -226,7 +226,7 @@ class PileDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         source = self._evaluation_source(split)
         sampler = EvaluationSampler(len(source), rank, world_size)
-        return self._loader(SourceDataset(source), sampler, self.eval_micro_batch_size)
+        return self._loader(source, sampler, self.eval_micro_batch_size)
 
     def _evaluated_tokens(self) -> dict[str, np.ndarray]:
         """Domain -> the tokens that validation covers."""
@@ -247,9 +247,9 @@ class PileDataModule(LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def _loader(self, dataset: SourceDataset, sampler: Any, batch_size: int) -> DataLoader[Sample]:
+    def _loader(self, source: TokenSource, sampler: Any, batch_size: int) -> DataLoader[Sample]:
         return DataLoader(
-            dataset,
+            SourceDataset(source, self.vocab_size, self.domains),
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
