@@ -19,9 +19,10 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -29,8 +30,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 FLOATS = {6: "float64", 7: "float32"}  # the format has them; token ids they are not
-CHUNK = 1 << 20  # entries of an index in memory at a time
-COPIED = 1 << 20  # bytes at a time
+CHUNK = 1 << 18  # entries of an index in memory at a time
 _HEADER = struct.Struct("<9sQBQQ")
 
 
@@ -45,12 +45,16 @@ class IndexedWriter:
     Args:
         prefix: path without `.bin` / `.idx`.
         dtype: type of the stored tokens, one of `DTYPES`.
+        folder: where the files grow, on the same file system, and stay if the block ends badly; None: one that goes then.
+        sizes: what `position` has said: go on behind it with what is in `folder`.
 
     Raises:
-        ValueError: tokens cannot be stored in this type.
+        ValueError: tokens cannot be stored in this type, or there is less in `folder` than `sizes` says.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
+    def __init__(
+        self, prefix: Path, dtype: np.dtype, folder: Path | None = None, sizes: Mapping[str, int] | None = None
+    ) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         codes = [code for code, known in DTYPES.items() if np.dtype(known) == self._dtype]
@@ -59,12 +63,11 @@ class IndexedWriter:
                 f"dtype {dtype} cannot be stored; use one of {', '.join(d.__name__ for d in DTYPES.values())}."
             )
         self._code = codes[0]
-        self._temporary = {kind: Path(f"{prefix}.{kind}.{os.getpid()}.tmp") for kind in ("bin", "idx")}
-        self._bin = self._temporary["bin"].open("wb")
-        # An index begins with numbers that are known at the end. Until then its parts are in files without a name.
-        self._lengths = tempfile.TemporaryFile(dir=prefix.parent)  # noqa: SIM115
-        self._ends = tempfile.TemporaryFile(dir=prefix.parent)  # noqa: SIM115
-        self._sequences = 0
+        self._stays = folder is not None
+        self._folder = folder or Path(tempfile.mkdtemp(prefix=f"{prefix.name}.building.", dir=prefix.parent))
+        # An index begins with numbers that are known at the end: until then its parts are files of their own.
+        self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths", "ends")}
+        self._sequences = sizes["lengths"] // 4 if sizes else 0
 
     def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
         """Append one document.
@@ -82,27 +85,17 @@ class IndexedWriter:
             raise ValueError(f"A token does not fit {self._dtype}: ids reach {array.max()}. Use a wider dtype.")
         counts = [len(stored)] if lengths is None else lengths
         assert sum(counts) == len(stored), f"sequences of {sum(counts)} tokens in a document of {len(stored)}"
-        self._bin.write(stored.tobytes())
-        self._lengths.write(np.asarray(counts, dtype="<i4").tobytes())
+        self._files["bin"].write(stored.tobytes())
+        self._files["lengths"].write(np.asarray(counts, dtype="<i4").tobytes())
         self._sequences += len(counts)
-        self._ends.write(self._sequences.to_bytes(8, "little"))
+        self._files["ends"].write(self._sequences.to_bytes(8, "little"))
 
-    def append(self, prefix: Path) -> None:
-        """Append all documents of another pair of files, whose tokens are stored in the same type.
-
-        Raises:
-            ValueError: the files are missing or damaged.
-        """
-        other = IndexedDataset(prefix)
-        assert other.dtype == self._dtype, f"{prefix} stores {other.dtype}, not {self._dtype}"
-        with Path(f"{prefix}.bin").open("rb") as handle:
-            shutil.copyfileobj(handle, self._bin, COPIED)
-        for lengths in other.chunks("lengths"):
-            self._lengths.write(lengths.tobytes())
-        starts = other.chunks("document_indices")
-        for number, chunk in enumerate(starts):
-            self._ends.write((chunk[number == 0 :] + self._sequences).astype("<i8").tobytes())
-        self._sequences += len(other)
+    def position(self) -> dict[str, int]:
+        """Put on disk what there is so far, and say how much: file -> bytes."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {kind: file.tell() for kind, file in self._files.items()}
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -113,33 +106,45 @@ class IndexedWriter:
         try:
             if kind is None:
                 self._write_index()
-                self._bin.flush()
-                os.fsync(self._bin.fileno())
+                self.position()
                 # An index stands beside the tokens it belongs to at every moment, or there is none.
                 Path(f"{self._prefix}.idx").unlink(missing_ok=True)
-                self._temporary["bin"].replace(f"{self._prefix}.bin")
-                self._temporary["idx"].replace(f"{self._prefix}.idx")
+                (self._folder / "bin").replace(f"{self._prefix}.bin")
+                (self._folder / "idx").replace(f"{self._prefix}.idx")
         finally:
-            for file in (self._bin, self._lengths, self._ends):
+            for file in self._files.values():
                 file.close()
-            for path in self._temporary.values():
-                path.unlink(missing_ok=True)
+            if kind is None or not self._stays:
+                shutil.rmtree(self._folder)
+
+    def _open(self, kind: str, sizes: Mapping[str, int] | None) -> BinaryIO:
+        path = self._folder / kind
+        if sizes is None:
+            return path.open("w+b")
+        if kind == "bin" and not path.exists() and Path(f"{self._prefix}.bin").exists():
+            Path(f"{self._prefix}.bin").replace(path)  # it was moved there, and then the process was killed
+        if not path.exists() or path.stat().st_size < sizes[kind]:
+            raise ValueError(f"{path} is missing or cut off: delete {self._folder} to begin again.")
+        file = path.open("r+b")
+        file.truncate(sizes[kind])
+        file.seek(0, os.SEEK_END)
+        return file
 
     def _write_index(self) -> None:
-        boundaries = self._ends.tell() // 8 + 1
-        with self._temporary["idx"].open("wb") as handle:
-            handle.write(_HEADER.pack(MAGIC, VERSION, self._code, self._sequences, boundaries))
-            self._lengths.seek(0)
-            shutil.copyfileobj(self._lengths, handle, COPIED)
-            self._lengths.seek(0)
-            end = 0
-            while len(lengths := np.frombuffer(self._lengths.read(4 * CHUNK), "<i4")):
-                ends = end + np.cumsum(lengths * np.int64(self._dtype.itemsize))
-                handle.write((ends - lengths * np.int64(self._dtype.itemsize)).astype("<i8").tobytes())
-                end = int(ends[-1])
+        lengths, ends, item = self._files["lengths"], self._files["ends"], np.int64(self._dtype.itemsize)
+        with (self._folder / "idx").open("wb") as handle:
+            handle.write(_HEADER.pack(MAGIC, VERSION, self._code, self._sequences, ends.tell() // 8 + 1))
+            lengths.seek(0)
+            shutil.copyfileobj(lengths, handle, 8 * CHUNK)
+            lengths.seek(0)
+            position = 0
+            while len(sizes := np.frombuffer(lengths.read(4 * CHUNK), "<i4") * item):
+                behind = position + np.cumsum(sizes)
+                handle.write((behind - sizes).astype("<i8").tobytes())
+                position = int(behind[-1])
             handle.write(bytes(8))  # the first document starts at sequence 0
-            self._ends.seek(0)
-            shutil.copyfileobj(self._ends, handle, COPIED)
+            ends.seek(0)
+            shutil.copyfileobj(ends, handle, 8 * CHUNK)
             handle.flush()
             os.fsync(handle.fileno())
 

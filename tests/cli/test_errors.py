@@ -617,6 +617,23 @@ def test_every_way_to_write_a_setting_is_accepted(forms: list[str], place: Place
 NLGMOE: dict[str, tuple[list[str], int, str]] = {
     "misspelt subcommand": (["prepare-dta"], 2, "unknown subcommand prepare-dta; did you mean prepare-data?"),
     "misspelt flag": (["prepare-data", "--data_dri=x"], 2, "unknown setting data_dri; did you mean data_dir?"),
+    "no output": (["prepare-data", "--input=x"], 2, "missing setting output; --input and --output go together"),
+    "no such input": (
+        ["prepare-data", "--input=x/*.jsonl", "--output=y"],
+        2,
+        "input=x/*.jsonl stands for no file; give a",
+    ),
+    "other input": (
+        ["prepare-data", "--input=README.md", "--output=y"],
+        2,
+        "input=README.md cannot be read; known endings",
+    ),
+    "input twice": (
+        ["prepare-data", "--input=[{corpus}/text, {corpus}/text/prose.train.jsonl]", "--output=y"],
+        2,
+        "prose.train.jsonl is given more than once",
+    ),
+    "no workers": (["prepare-data", "--input=x", "--output=y", "--workers=0"], 2, "workers=0 must be at least 1"),
     "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 1, "Unknown tokenizer 'gpt5'"),
 }
 

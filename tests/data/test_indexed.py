@@ -76,19 +76,39 @@ def test_files_are_megatrons_byte_for_byte(
         assert as_sequences(MegatronDataset(str(ours))) == documents
 
 
-@given(corpora(), st.integers(0, 8))
-def test_appended_files_are_those_of_all_documents(
-    tmp_path_factory: pytest.TempPathFactory, corpus: tuple[Any, Sequences], cut: int
+@given(corpora(), st.integers(0, 8), st.booleans())
+def test_a_writer_goes_on_where_another_one_was_killed(
+    tmp_path_factory: pytest.TempPathFactory, corpus: tuple[Any, Sequences], cut: int, moved: bool
 ) -> None:
-    folder = tmp_path_factory.mktemp("append")
+    """What was written behind the last known position does not count, nor does the .bin that lies there already."""
+    folder = tmp_path_factory.mktemp("killed")
     dtype, documents = corpus
-    parts = [
-        write_sequences(folder / f"part{i}", part, dtype) for i, part in enumerate([documents[:cut], documents[cut:]])
-    ]
-    with IndexedWriter(folder / "all", dtype) as writer:
-        for part in parts:
-            writer.append(part)
-    assert content(folder / "all") == content(write_with_megatron(folder / "theirs", documents, dtype))
+    building = folder / "building"
+    building.mkdir()
+    add = lambda writer, document: writer.add_document([i for s in document for i in s], [len(s) for s in document])  # noqa: E731
+    killed = IndexedWriter(folder / "ours", dtype, building)
+    for document in documents[:cut]:
+        add(killed, document)
+    sizes = killed.position()
+    add(killed, [[1, 2], [3]])
+    killed.position()
+    if moved:
+        (building / "bin").rename(folder / "ours.bin")
+    with IndexedWriter(folder / "ours", dtype, building, sizes) as writer:
+        for document in documents[cut:]:
+            add(writer, document)
+    assert sorted(path.name for path in folder.iterdir()) == ["ours.bin", "ours.idx"]
+    assert content(folder / "ours") == content(write_with_megatron(folder / "theirs", documents, dtype))
+
+
+def test_a_writer_does_not_go_on_with_less_than_there_was(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), IndexedWriter(tmp_path / "x", np.dtype(np.uint16), tmp_path) as writer:
+        writer.add_document([1, 2, 3])
+        sizes = writer.position()
+        raise ZeroDivisionError
+    (tmp_path / "bin").write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"bin is missing or cut off: delete .* to begin again"):
+        IndexedWriter(tmp_path / "x", np.dtype(np.uint16), tmp_path, sizes)
 
 
 def test_bytes_are_megatrons(tmp_path: Path) -> None:
@@ -175,17 +195,14 @@ def test_nothing_but_empty_documents(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 million sequences have an index of 48 MB; neither writing nor appending nor opening it holds a tenth of that."""
+    """2 million sequences have an index of 24 MB; neither writing nor opening it holds a tenth of that."""
     monkeypatch.setattr("nlgmoe.data.indexed.CHUNK", 1 << 14)
     tracemalloc.start()
     try:
-        with IndexedWriter(tmp_path / "half", np.dtype(np.uint16)) as writer:
-            for _ in range(1000):
-                writer.add_document([], [0] * 2_000)
-        with IndexedWriter(tmp_path / "whole", np.dtype(np.uint16)) as writer:
-            for _ in range(2):
-                writer.append(tmp_path / "half")
-        assert len(IndexedDataset(tmp_path / "whole")) == 4_000_000
-        assert tracemalloc.get_traced_memory()[1] < 4.8e6
+        with IndexedWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:
+            for _ in range(2_000):
+                writer.add_document([], [0] * 1_000)
+        assert len(IndexedDataset(tmp_path / "data")) == 2_000_000
+        assert tracemalloc.get_traced_memory()[1] < 2.4e6
     finally:
         tracemalloc.stop()
