@@ -33,8 +33,9 @@ class ProgressLines:
                 self.print(f"going on behind {progress.documents:,} documents")
         elif now - self._printed >= SECONDS:
             done, seconds = progress.bytes - self._first.bytes, now - self._started
+            file = min(progress.file + 1, self._files)
             self.print(
-                f"file {progress.file + 1} of {self._files}: {progress.documents:,} documents, {progress.bytes / 1e6:,.0f} MB, "
+                f"file {file} of {self._files}: {progress.documents:,} documents, {progress.bytes / 1e6:,.0f} MB, "
                 f"{progress.tokens:,} tokens; {done / 1e6 / seconds:,.1f} MB/s"
             )
             self._printed = now

@@ -46,7 +46,7 @@ class Progress:
     """How far a build is.
 
     Args:
-        file: number of the input file that is being read, from 0.
+        file: number of the input file that is being read, from 0; behind the last one, how many there are.
         place: in that file.
         documents: written.
         bytes: UTF-8 bytes of their texts.
@@ -92,7 +92,6 @@ def build_indexed(
         "files": [[file, os.path.getsize(file) if os.path.exists(file) else None] for file in files],
         "tokenizer": tokenizer.fingerprint,
         "fields": asdict(fields),
-        "on_bad_data": bad.action,
     }
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -149,18 +148,17 @@ class _Chunk:
 
 def _chunks(files: Sequence[str], fields: Fields, bad: BadData, done: Progress) -> Iterator[_Chunk]:
     texts: list[str] = []
-    size, reached = 0, done
+    size = 0
     for number in range(done.file, len(files)):
         start = done.place if number == done.file else Place()
         for record in read_documents(files[number], fields, bad, start=start):
             assert isinstance(record.content, str)
             texts.append(record.content)
             size += len(record.content)
-            reached = Progress(number, record.after, skipped=dict(bad.skipped))
             if size >= CHUNK_BYTES:
-                yield _Chunk(texts, reached)
+                yield _Chunk(texts, Progress(number, record.after, skipped=dict(bad.skipped)))
                 texts, size = [], 0
-    yield _Chunk(texts, replace(reached, skipped=dict(bad.skipped)))
+    yield _Chunk(texts, Progress(len(files), skipped=dict(bad.skipped)))
 
 
 def _tokenised(
@@ -179,7 +177,7 @@ def _tokenised(
                 chunk = next(chunks, None)
                 if chunk is None:
                     more = False
-                elif chunk.texts or chunk.reached.skipped != done.skipped:
+                else:
                     waiting.append((chunk, pool.submit(_tokenise, chunk.texts)))
             if waiting:
                 chunk, future = waiting.popleft()

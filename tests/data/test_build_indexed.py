@@ -115,6 +115,21 @@ def test_a_killed_build_goes_on(
     assert begun[0].documents > 30  # it did not begin again
 
 
+def test_so_does_one_that_was_killed_at_its_end(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens are written, the index is not."""
+
+    def die(writer: IndexedWriter) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedWriter, "_write_index", die)
+        killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), skip(), 2)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, lambda done: None)
+    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
+
+
 def test_the_processes_of_a_killed_build_end_too(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
     read, write = os.pipe()  # closed when the last process that was forked is gone
     killed_after(3, files, tmp_path / "pile", tokenizer, Fields(), skip(), 3)
@@ -141,9 +156,13 @@ def test_a_killed_process_ends_the_build(tokenizer: Tokenizer, files: list[str],
         build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, report)
 
 
-def test_bad_data_end_the_build_with_their_place(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
+def test_bad_data_end_the_build_with_their_place(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*set on_bad_data to skip"):
         build(files, tmp_path / "pile", tokenizer, Fields(), BadData(), 1, lambda done: None)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 1, lambda done: None)  # as the message says
+    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
     with pytest.raises(ValueError, match="no document that can be used in the 3 files"):
         build(files, tmp_path / "other", tokenizer, Fields(text="body"), skip(), 1, lambda done: None)
     assert not (tmp_path / "other.building").exists()
@@ -157,7 +176,6 @@ def test_what_was_begun_is_not_mixed_with_something_else(
     for arguments, differing in [
         ((files[:2], prefix, tokenizer, Fields(), skip()), "files"),
         ((files, prefix, tokenizer, Fields(text="body"), skip()), "fields"),
-        ((files, prefix, tokenizer, Fields(), BadData()), "on_bad_data"),
     ]:
         with pytest.raises(ValueError, match=rf"begun with other settings \({differing}\): give the same ones"):
             build(*arguments, 1, lambda done: None)
