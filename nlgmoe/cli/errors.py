@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -28,6 +29,11 @@ _OF_ANOTHER_RANK = (
     "Timeout(ms)",
     "pair closure",
     "waiting for clients",
+)
+# The innermost frame and the message of the traceback that a data-loading process sends.
+_OF_A_WORKER = re.compile(
+    r'^Caught \w+ in DataLoader worker process.*  File "(?P<file>[^"\n]+)", line \d+.*?\n[\w.]+: (?P<text>.*)',
+    re.DOTALL,
 )
 
 
@@ -84,6 +90,14 @@ def describe(error: BaseException) -> str:
             f"{one_line(str(error))}; lower data.micro_batch_size or model.loss_chunk_size, or set "
             f"model.activation_checkpointing to true ({_ASK_FOR_TRACEBACK})"
         )
+    if worker := _OF_A_WORKER.search(
+        str(error)
+    ):  # PyTorch raises it again here with the worker's traceback as its text
+        ours = f"{os.sep}nlgmoe{os.sep}" in worker["file"] and isinstance(error, ValueError | ImportError)
+        text = one_line(worker["text"])
+        if ours or isinstance(error, OSError):
+            return text
+        return f"unexpected {type(error).__name__}: {text}; {_ASK_FOR_TRACEBACK}"
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if error.filename2 is None else error.filename2
         return f"{file}: {error.strerror}" if file is not None else error.strerror

@@ -1,11 +1,13 @@
 """Text, tokenizers and batches.
 
 Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extraction.py`, `deduplication.py`),
-`tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
-`megatron_indexed.py` (the tokens of a corpus by split and domain), `packing.py`, `sources.py` and `sampling.py` (which
-tokens make up which sample, and whose it is), `blend.py` and `interleaving.py` (several corpora as one),
-`document_masks.py` (where documents begin), `accumulation.py` (how large a step is, and how many micro-batches make it up),
-`baselines.py` (what a model has to beat), `datamodule.py` (all of it, for Lightning).
+`documents.py` (documents of JSON lines and Parquet; with `parquet.py`, `records.py`, `bad_data.py`), `tokenizer.py`,
+`indexed.py` and `shards.py` (tokens on disk), `build_indexed.py` (from files of text to tokens on disk), `prepare.py`
+(the pocket Pile's steps in a row), `corpus.py` and `megatron_indexed.py` (the tokens of a corpus by split and domain),
+`packing.py`, `permutation.py`, `sources.py` and `sampling.py` (which tokens make up which sample, in what order, and
+whose it is), `blend.py` and `interleaving.py` (several corpora as one), `document_masks.py` (where documents begin),
+`accumulation.py` (how large a step is, and how many micro-batches make it up), `baselines.py` (what a model has to beat),
+`datamodule.py` (all of it, for Lightning).
 """
 
 from nlgmoe.data.accumulation import BatchRampUp

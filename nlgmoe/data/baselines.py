@@ -66,5 +66,11 @@ def _count(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int) -> n
         length = -(-wanted // SLICES) if wanted < len(stream) else len(stream)
         starts = [0] if length == len(stream) else np.linspace(0, len(stream) - length, SLICES, dtype=np.int64)
         for start in starts:
-            counts += np.bincount(stream[start : start + length], minlength=vocab_size)
+            tokens = stream[start : start + length]
+            if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
+                raise ValueError(
+                    f"The corpus holds token ids from {tokens.min()} to {tokens.max()}, but the tokenizer has {vocab_size}: "
+                    "it is damaged, or made with another tokenizer. Build it again, or set data.tokenizer."
+                )
+            counts += np.bincount(tokens, minlength=vocab_size)
     return counts

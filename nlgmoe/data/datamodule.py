@@ -17,6 +17,7 @@ from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
 from nlgmoe.data.document_masks import mark_documents
+from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
 from nlgmoe.data.sources import EvaluationSource, Sample, TokenSource
 from nlgmoe.data.worker_signals import heed_only_the_parent
@@ -177,6 +178,12 @@ class PileDataModule(LightningDataModule):
         ours, theirs = self.fingerprint(), state_dict["fingerprint"]
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             ours = {"tokenizer": ours["tokenizer"]}
+        if "order" in ours and theirs.get("order") != ours["order"]:
+            raise ValueError(
+                f"The checkpoint's run took its samples in another order ({theirs.get('order', 'an older one')} there, "
+                f"{ours['order']} here): resume it with the version of nlgmoe that saved it, or start a new run from its "
+                "weights with model.warm_start.checkpoint."
+            )
         differing = [
             f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]
         ]
@@ -196,6 +203,7 @@ class PileDataModule(LightningDataModule):
             "tokenizer": corpus.tokenizer.fingerprint[:16],
             "seq_len": self.seq_len,
             "seed": self.seed,
+            "order": ORDER,
         }
 
     # ---- facts about the data
@@ -284,7 +292,7 @@ class PileDataModule(LightningDataModule):
         mark = partial(
             mark_documents, eod_id=self.eod_id, attention=self.document_attention, mask_loss=self.mask_eod_loss
         )
-        return SourceDataset(source, mark)
+        return SourceDataset(source, self.vocab_size, self.domains, mark)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:
         return DataLoader(

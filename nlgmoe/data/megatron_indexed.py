@@ -1,7 +1,8 @@
 """A corpus in Megatron's indexed format: one pair of files, split by document into training, validation and test.
 
 The public-Pile runs of the tutorial read `pile_text_document.bin` and `.idx`, written by Megatron's
-`tools/preprocess_data.py`. Everything that happens on opening takes bounded time, however large the corpus.
+`tools/preprocess_data.py`; `nlgmoe prepare-data --input` writes the same. On opening, the index is checked whole, the
+tokens by samples; ids are checked again whenever a window is read (`sampling.py`).
 """
 
 import hashlib
@@ -10,15 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from nlgmoe.data.corpus import OpenCorpus, Streams
 from nlgmoe.data.indexed import IndexedDataset
+from nlgmoe.data.prepare import only_builder
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
-SAMPLED_TOKENS = 1_000_000  # at either end of the corpus, for ids beyond the vocabulary
-SAMPLED_DOCUMENTS = 100  # evenly spaced, for their ends: each is a random read, which takes a network disk its time
-HASHED_BYTES = 1 << 20  # at either end of each file
+# Evenly spaced over the corpus: each is a random read, which takes a network disk its time.
+SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
+PIECES = 64  # for ids beyond the vocabulary, and for the fingerprint
+PIECE_BYTES = 1 << 15
+COMPARED_TOKENS = 256  # of a sampled document
 
 
 class MegatronIndexed:
@@ -45,7 +48,7 @@ class MegatronIndexed:
         self.split = tuple(split)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer where it is missing. The files must be there: they come from Megatron's tools.
+        """Fetch the tokenizer where it is missing. The files must be there.
 
         Raises:
             ValueError: a file is missing, or the tokenizer is unknown or not usable.
@@ -53,11 +56,10 @@ class MegatronIndexed:
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             if not Path(path).exists():
                 raise ValueError(
-                    f"{path} is missing: set `prefix` of the corpus to files that Megatron's tools/preprocess_data.py "
-                    "has written with --append-eod, without the .bin."
+                    f"{path} is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
+                    "tools/preprocess_data.py --append-eod has written, without the .bin."
                 )
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / ".lock"):
+        with only_builder(data_dir):
             load_tokenizer(tokenizer, data_dir)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
@@ -68,8 +70,6 @@ class MegatronIndexed:
                 tokenizer's.
         """
         dataset = IndexedDataset(self.prefix)
-        if not dataset.in_order:
-            raise ValueError(f"{self.prefix}.idx lists sequences in another order than {self.prefix}.bin holds them.")
         bounds = split_documents(len(dataset.document_indices) - 1, self.split)
         ends = [dataset.first_token(document) for document in bounds]
         parts = zip(("train", "validation", "test"), pairwise(ends), strict=True)
@@ -84,11 +84,12 @@ class MegatronIndexed:
         return Streams(loaded, [self.prefix.name], tokens, self._fingerprint(bounds))
 
     def _check(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
-        for sample in (dataset.tokens[:SAMPLED_TOKENS], dataset.tokens[-SAMPLED_TOKENS:]):
-            if sample.min() < 0 or sample.max() >= tokenizer.vocab_size:
+        for piece in _pieces(len(dataset.tokens), PIECE_BYTES // dataset.dtype.itemsize):
+            ids = dataset.tokens[piece]
+            if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
                 raise ValueError(
-                    f"{self.prefix}.bin holds token ids from {sample.min()} to {sample.max()}, but the tokenizer "
-                    f"{tokenizer.name} has {tokenizer.vocab_size}: set data.tokenizer to the one it was made with."
+                    f"{self.prefix}.bin holds token ids from {ids.min()} to {ids.max()}, but the tokenizer {tokenizer.name} "
+                    f"has {tokenizer.vocab_size}: set data.tokenizer to the one it was made with."
                 )
         documents = len(dataset.document_indices) - 1
         sampled = np.unique(np.linspace(0, documents - 1, min(documents, SAMPLED_DOCUMENTS), dtype=np.int64))
@@ -100,19 +101,49 @@ class MegatronIndexed:
                 f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
                 "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
             )
+        # First sequences, because Megatron can tokenise each sentence by itself. Some may differ: not every text is clean.
+        texts = [
+            dataset[int(dataset.document_indices[number])]
+            for number, (first, end) in zip(sampled.tolist(), ends, strict=True)
+            if end > first
+        ]
+        same = [_is_made_by(tokenizer, ids) for ids in texts]
+        if same.count(False) > len(same) / 2:
+            raise ValueError(
+                f"{same.count(False)} of {len(same)} sampled documents in {self.prefix}.bin are not as {tokenizer.name} "
+                "tokenises their text: set data.tokenizer to the one they were made with."
+            )
 
     def _fingerprint(self, bounds: list[int]) -> str:
-        """Of the split, the files' sizes and their first and last MB: a copy elsewhere has the same one."""
+        """Of the split, the files' sizes and pieces of them: a copy elsewhere has the same one."""
         digest = hashlib.sha256(repr(bounds).encode())
         for kind in ("idx", "bin"):
             path = Path(f"{self.prefix}.{kind}")
             size = path.stat().st_size
             digest.update(size.to_bytes(8, "little"))
             with path.open("rb") as handle:
-                digest.update(handle.read(HASHED_BYTES))
-                handle.seek(max(0, size - HASHED_BYTES))
-                digest.update(handle.read())
+                for piece in _pieces(size, PIECE_BYTES):
+                    handle.seek(piece.start)
+                    digest.update(handle.read(piece.stop - piece.start))
         return digest.hexdigest()[:16]
+
+
+def _pieces(total: int, length: int) -> list[slice]:
+    """Evenly spaced parts of [0, total), its beginning and end among them."""
+    length = min(length, total)
+    starts = np.unique(np.linspace(0, total - length, PIECES, dtype=np.int64)).tolist()
+    return [slice(start, start + length) for start in starts]
+
+
+def _is_made_by(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
+    """Whether tokens of a document are what the tokenizer makes of their text."""
+    # Where a text is cut its last words may become other tokens, so that more are encoded than compared.
+    ids = tokens[: 2 * COMPARED_TOKENS]
+    ids = ids[ids != tokenizer.eod_id]
+    if len(ids) and ids.min() < 0:
+        return False
+    compared = len(ids) if len(tokens) <= 2 * COMPARED_TOKENS else COMPARED_TOKENS
+    return tokenizer.encode(tokenizer.decode(ids.tolist()))[:compared] == ids[:compared].tolist()
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Windows of fixed length over a stream of tokens. Pure functions; no files, no state.
+"""Windows of fixed length over a stream of tokens, and their order. Pure functions; no files, no state.
 
 The stream of a split is EOD, document, EOD, document, EOD, ...: every document is followed by the end-of-document
 token, and one more stands at the front, so that every token, the first one included, is predicted from something.
@@ -12,9 +12,11 @@ token, and one more stands at the front, so that every token, the first one incl
 Windows hold T + 1 tokens and start every T, so each token is a target exactly once.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
-from nlgmoe.seeding import derive_seed
+from nlgmoe.data.permutation import Permutation
 
 
 def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
@@ -47,7 +49,7 @@ def cut_window(tokens: np.ndarray, index: int, seq_len: int, eod_id: int) -> tup
     return inputs, targets, np.arange(seq_len) < length
 
 
-def epoch_permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the windows: int64 [num_windows], a function of its arguments alone."""
-    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "epoch", epoch)))
-    return generator.permutation(num_windows)
+@lru_cache(maxsize=64)  # neighbouring samples share an epoch; workers run ahead into the next one
+def epoch_permutation(num_windows: int, seed: int, epoch: int) -> Permutation:
+    """The order in which an epoch visits the windows, a function of its arguments alone."""
+    return Permutation(num_windows, seed, "epoch", epoch)

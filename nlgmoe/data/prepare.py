@@ -1,5 +1,8 @@
 """The three steps from nothing to shards, safe to run from several processes at once."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +36,27 @@ def prepare(data_dir: Path, tokenizer: str) -> Prepared:
     Raises:
         ValueError: a download fails, a file is damaged, or the tokenizer is unknown or not usable.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(data_dir / ".lock"):
+    with only_builder(data_dir):
         manifest = open_corpus(data_dir)
         loaded = load_tokenizer(tokenizer, data_dir)
         return Prepared(manifest, loaded, build_shards(data_dir, manifest, loaded))
+
+
+@contextmanager
+def only_builder(data_dir: Path) -> Iterator[None]:
+    """Make the folder and be the only process that builds in it.
+
+    Who may not write there, such as another user than the one who prepared it, needs no lock either: what is missing
+    then ends in the error of the file that cannot be written.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(data_dir / ".lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,9 +4,10 @@ Both samplers derive from `DistributedSampler`, which marks them as already divi
 leaves them alone, whatever `use_distributed_sampler` says.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from nlgmoe.data.sources import Sample, TokenSource
@@ -15,17 +16,34 @@ from nlgmoe.data.sources import Sample, TokenSource
 class SourceDataset(Dataset[Sample]):
     """A map-style dataset over a source. It has no length: how far to go is the sampler's business.
 
+    Every sample is held against the vocabulary: an id beyond it is a crash in the embedding or, worse, none.
+
     Args:
         source: of the samples.
+        vocab_size: ids must be below it.
+        domains: names, for messages.
         mark: adds to a sample what follows from it.
     """
 
-    def __init__(self, source: TokenSource, mark: Callable[[Sample], Sample]) -> None:
+    def __init__(
+        self, source: TokenSource, vocab_size: int, domains: Sequence[str], mark: Callable[[Sample], Sample]
+    ) -> None:
         self._source = source
+        self._vocab_size = vocab_size
+        self._domains = domains
         self._mark = mark
 
     def __getitem__(self, index: int) -> Sample:
-        return self._mark(self._source.sample(index))
+        sample = self._source.sample(index)
+        for part in (sample["tokens"], sample["targets"]):
+            lowest, highest = map(int, torch.aminmax(part))
+            if lowest < 0 or highest >= self._vocab_size:
+                raise ValueError(
+                    f"Sample {index} of {self._domains[int(sample['domain'])]} holds token ids from {lowest} to {highest}, but "
+                    f"the tokenizer has {self._vocab_size}: the corpus is damaged there, or made with another tokenizer. "
+                    "Build it again, or set data.tokenizer."
+                )
+        return self._mark(sample)
 
 
 class MicroBatches(Dataset[Any]):

@@ -4,7 +4,6 @@ That is what makes a run resumable: a batch is a function of (seed, samples cons
 workers or restarts. A new source (blended, streamed, synthetic) only has to fit `TokenSource`.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NotRequired, Protocol, TypedDict
 
@@ -61,26 +60,16 @@ class PackedSource:
         self.num_windows = int(sum(counts))
         if self.num_windows == 0:
             raise ValueError(f"No domain has {seq_len} tokens to train on: lower `seq_len` or add text.")
-        # Samples of neighbouring indices share an epoch; two, because workers run ahead into the next one.
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def sample(self, index: int) -> Sample:
         """Window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""
         epoch, position = divmod(index, self.num_windows)
-        return self._window(int(self._order(epoch)[position]))
+        return self._window(epoch_permutation(self.num_windows, self._seed, epoch)[position])
 
     def _window(self, window: int) -> Sample:
         domain = int(np.searchsorted(self._ends, window, side="right"))
         first = int(self._ends[domain - 1]) if domain > 0 else 0
         return make_sample(self._streams[domain], window - first, self.seq_len, self._eod_id, domain)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders[epoch] = epoch_permutation(self.num_windows, self._seed, epoch)
-            if len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        self._orders.move_to_end(epoch)
-        return self._orders[epoch]
 
 
 class EvaluationSource:

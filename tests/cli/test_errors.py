@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from filelock import FileLock
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
@@ -27,6 +30,7 @@ from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, main
 from nlgmoe.data.deduplication import Document
 from nlgmoe.data.pocket_pile import write_corpus
+from nlgmoe.data.sampling import SourceDataset
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.module import MoEGPTModule
 
@@ -646,6 +650,23 @@ def test_every_way_to_write_a_setting_is_accepted(forms: list[str], place: Place
 NLGMOE: dict[str, tuple[list[str], int, str]] = {
     "misspelt subcommand": (["prepare-dta"], 2, "unknown subcommand prepare-dta; did you mean prepare-data?"),
     "misspelt flag": (["prepare-data", "--data_dri=x"], 2, "unknown setting data_dri; did you mean data_dir?"),
+    "no output": (["prepare-data", "--input=x"], 2, "missing setting output; --input and --output go together"),
+    "no such input": (
+        ["prepare-data", "--input=x/*.jsonl", "--output=y"],
+        2,
+        "input=x/*.jsonl stands for no file; give a",
+    ),
+    "other input": (
+        ["prepare-data", "--input=README.md", "--output=y"],
+        2,
+        "input=README.md cannot be read; known endings",
+    ),
+    "input twice": (
+        ["prepare-data", "--input=[{corpus}/text, {corpus}/text/prose.train.jsonl]", "--output=y"],
+        2,
+        "prose.train.jsonl is given more than once",
+    ),
+    "no workers": (["prepare-data", "--input=x", "--output=y", "--workers=0"], 2, "workers=0 must be at least 1"),
     "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 1, "Unknown tokenizer 'gpt5'"),
 }
 
@@ -749,6 +770,33 @@ def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(
         line = "error: unexpected RuntimeError: two lines; set NLGMOE_TRACEBACK=1 for the traceback"
         assert stderr.splitlines()[-1] == line
         assert ("in bug" in stderr) == traceback
+
+
+class Broken(Dataset):
+    """Raises in the process that loads it: what a data set found, or what nobody meant to raise."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 0:
+            source = SimpleNamespace(sample=lambda index: SAMPLE)
+            return SourceDataset(source, 10, ["pile"], mark=lambda sample: sample)[index]  # type: ignore[arg-type]
+        return open("nowhere/pile.bin") if index == 1 else {}["domain"]
+
+
+SAMPLE = {"tokens": torch.tensor([1]), "targets": torch.tensor([99]), "domain": torch.tensor(0)}
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        (0, "Sample 0 of pile holds token ids from 99 to 99, but the tokenizer has 10: "),
+        (1, "[Errno 2] No such file or directory: 'nowhere/pile.bin'"),
+        (2, "unexpected KeyError: 'domain'; set NLGMOE_TRACEBACK=1"),
+    ],
+)
+def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str) -> None:
+    with pytest.raises(Exception) as caught:
+        next(iter(DataLoader(Broken(), sampler=[index], num_workers=1)))
+    assert describe(caught.value).startswith(line)
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:

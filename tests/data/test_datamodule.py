@@ -1,8 +1,10 @@
 import math
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nlgmoe.data import PileDataModule
+from nlgmoe.data import MegatronIndexed, PileDataModule
 from nlgmoe.data.pocket_pile import read_texts, text_path
 from tests.data.conftest import tokens_of
 
@@ -98,6 +100,16 @@ def test_state_of_another_run_is_refused(make_data: Make, option: dict[str, Any]
         make_data(**option).load_state_dict(make_data().state_dict())
 
 
+def test_a_run_whose_samples_came_in_another_order_is_refused(make_data: Make) -> None:
+    """Runs of versions that stored the order as an array."""
+    state = make_data().state_dict()
+    del state["fingerprint"]["order"]
+    with pytest.raises(
+        ValueError, match=r"in another order \(an older one there, feistel-8 here\): resume it with the ver"
+    ):
+        make_data().load_state_dict(state)
+
+
 @pytest.mark.parametrize(("world_size", "max_eval_windows"), [(1, None), (3, None), (2, 2)])
 def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_eval_windows: int | None) -> None:
     data = make_data(max_eval_windows=max_eval_windows, eval_micro_batch_size=5)
@@ -150,6 +162,33 @@ def test_shards_are_reused_and_repaired(make_data: Make) -> None:
     for path, (content, modified) in before.items():
         assert path.read_bytes() == content
         assert path == damaged or path.stat().st_mtime_ns == modified
+
+
+@pytest.fixture
+def as_somebody_else(make_data: Make) -> Iterator[Path]:
+    """A copy of the corpus that may be read, but not written to."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(shutil.copytree(make_data().data_dir, Path(name, "corpus"), ignore=shutil.ignore_patterns(".lock")))
+        subprocess.run(["chmod", "-R", "a=rX", name], check=True)
+        root = os.geteuid() == 0
+        os.seteuid(65534 if root else os.geteuid())
+        try:
+            yield copy
+        finally:
+            os.seteuid(0 if root else os.geteuid())
+            subprocess.run(["chmod", "-R", "u+w", name], check=True)
+
+
+def test_what_is_prepared_needs_no_write_access(as_somebody_else: Path) -> None:
+    arguments = (str(as_somebody_else), str(as_somebody_else / "tokenizer"))
+    prefix = next(as_somebody_else.glob("tokenized/*/verse.train.bin")).with_suffix("")
+    for corpus in (None, MegatronIndexed(str(prefix), (3, 1, 0))):
+        data = PileDataModule(*arguments, corpus, seq_len=32)
+        data.prepare_data()
+        data.setup()
+        assert len(batches(data, 1)[0]["tokens"]) == 8
+    with pytest.raises(PermissionError, match="tokenizers"):  # there is something to build
+        PileDataModule(str(as_somebody_else), "pocket-4k").prepare_data()
 
 
 def test_user_errors_name_the_setting(tmp_path: Path, make_data: Make) -> None:

@@ -2,6 +2,7 @@
 
 import lzma
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
-from nlgmoe.data import IndexedWriter, MegatronIndexed
+from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.megatron_indexed import split_documents
+from nlgmoe.data.tokenizer import train_byte_level_bpe
 from tests.data.conftest import tokens_of
+from tests.data.oracles import IndexedDatasetBuilder
 
 Write = Callable[..., Path]
 
@@ -157,15 +160,53 @@ def test_one_open_document_is_enough_to_refuse(write: Write, open_corpus: Callab
         open_corpus(prefix, (16, 4, 0))
 
 
-def test_sequences_in_another_order_are_refused(write: Write, open_corpus: Callable[..., PileDataModule]) -> None:
-    prefix = write(["same length"] * 2)
-    index = prefix.with_suffix(".idx")
-    content = index.read_bytes()
-    pointers = 34 + 2 * 4
-    swapped = content[pointers + 8 : pointers + 16] + content[pointers : pointers + 8]
-    index.write_bytes(content[:pointers] + swapped + content[pointers + 16 :])
-    with pytest.raises(ValueError, match="in another order"):
-        open_corpus(prefix, (1, 1, 0))
+def test_an_id_beyond_the_vocabulary_is_found_when_it_is_read(
+    write: Write, open_corpus: Callable[..., PileDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It need not be in a sample that is looked at on opening."""
+    monkeypatch.setattr("nlgmoe.data.megatron_indexed.PIECE_BYTES", 4)
+    prefix = write(TEXTS)
+    tokens = np.memmap(prefix.with_suffix(".bin"), np.int32, mode="r+")
+    for place, message in [
+        (30, "ids from -5 to"),
+        (len(tokens) - 30, r"ids from \d+ to 323, but the tokenizer has 323"),
+    ]:
+        tokens[place] = -5 if place == 30 else 323
+        data = open_corpus(prefix, (16, 4, 0))
+        with pytest.raises(ValueError, match=rf"Sample \d+ of pile holds token {message}"):
+            list(islice(data.train_dataloader() if place == 30 else data.val_dataloader(), 50))
+        with pytest.raises(ValueError, match=rf"The corpus holds token {message}"):
+            data.unigram_entropy()
+        tokens[place] = 1
+
+
+@pytest.mark.parametrize("length", [20, 400])
+def test_a_tokenizer_with_as_many_tokens_is_not_the_same(
+    write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path, length: int
+) -> None:
+    """Small ones look alike: their end-of-document token is 0, their bytes the ids behind it."""
+    prefix = write([f"{text} quietly" * length for text in TEXTS])
+    other = train_byte_level_bpe(iter([str(number**9) for number in range(400)]), 323)
+    (tmp_path / "other").mkdir()
+    other.save(str(tmp_path / "other" / "tokenizer.json"))
+    data = PileDataModule(str(tmp_path), str(tmp_path / "other"), MegatronIndexed(str(prefix), (16, 4, 0)))
+    with pytest.raises(ValueError, match=r"20 of 20 sampled documents .* are not as .*other tokenises their text"):
+        data.setup()
+    open_corpus(prefix, (16, 4, 0))
+
+
+def test_what_megatron_core_writes_is_trained_on(
+    write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path
+) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), np.int32)
+    sequences = IndexedDataset(write(TEXTS))
+    for number in range(len(sequences)):
+        builder.add_document(sequences[number], [len(sequences[number])])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    theirs, ours = (open_corpus(prefix, (16, 4, 0)) for prefix in (tmp_path / "theirs", tmp_path / "corpus" / "pile"))
+    theirs.load_state_dict(ours.state_dict())
+    batches = [next(iter(data.train_dataloader()))["tokens"].tolist() for data in (theirs, ours)]
+    assert batches[0] == batches[1]
 
 
 def test_a_missing_file_is_named(write: Write, open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Which files a path, a folder or a pattern stands for."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from nlgmoe.cli.errors import UsageError
+from nlgmoe.data.documents import COMPRESSIONS, JSON_LINES, is_readable
+
+
+def input_files(given: str | Sequence[str]) -> list[str]:
+    """Files of text, those of each pattern and folder by name.
+
+    Args:
+        given: paths, folders and patterns, `**` for folders at any depth; addresses (`hf://...`) are taken as they are.
+
+    Raises:
+        UsageError: one stands for no file, for one twice, or for one that is neither JSON lines nor Parquet.
+    """
+    found: list[str] = []
+    for one in [given] if isinstance(given, str) else given:
+        if "://" in one:
+            files = [one]
+        elif Path(one).is_dir():
+            files = sorted(str(path) for path in Path(one).iterdir() if is_readable(path))
+        else:
+            files = [one] if Path(one).exists() else sorted(glob.glob(one, recursive=True))
+        if not files:
+            raise UsageError(f"input={one} stands for no file; give a path, a folder, or a pattern in quotes")
+        found += files
+    for file in found:
+        if not is_readable(file):
+            endings = ", ".join([*JSON_LINES, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
+            raise UsageError(f"input={file} cannot be read; known endings are {endings}")
+        if found.count(file) > 1:
+            raise UsageError(f"input={file} is given more than once; its documents would be there more than once")
+    return found

@@ -1,0 +1,233 @@
+"""A corpus of the user's text: the same bytes however many processes made it, however often they were killed."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from filelock import FileLock
+
+from nlgmoe.cli.main import main
+from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
+from nlgmoe.data.bad_data import BadData
+from nlgmoe.data.records import Fields, Place, Record
+from tests.data.oracles import MegatronDataset
+
+build: Any = build_indexed.build_indexed
+TEXTS = [f"document {number}: naïve 日本 <|endoftext|>\n" + "reading books " * (number % 9) for number in range(90)]
+
+
+def lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_indexed, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(build_indexed, "RECORD_SECONDS", 0.0)
+
+
+@pytest.fixture
+def tokenizer(make_data: Callable[..., PileDataModule]) -> Tokenizer:
+    return make_data()._opened().tokenizer
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Three kinds; between the documents, lines that are none."""
+    (tmp_path / "text").mkdir()
+    paths = [tmp_path / "text" / name for name in ("a.jsonl", "b.jsonl.zst", "c.parquet")]
+    paths[0].write_bytes(lines(TEXTS[:10]) + b"no JSON\n" + lines(TEXTS[10:30]))
+    paths[1].write_bytes(zstandard.ZstdCompressor().compress(b'{"other": 1}\n' + lines(TEXTS[30:60]) + b"neither\n"))
+    pq.write_table(pa.table({"text": [*TEXTS[60:], None]}), paths[2], row_group_size=7)
+    return [str(path) for path in paths]
+
+
+SKIPPED = {"not JSON": 2, "no such field": 2}
+
+
+def content(prefix: Path) -> tuple[bytes, bytes]:
+    return prefix.with_suffix(".bin").read_bytes(), prefix.with_suffix(".idx").read_bytes()
+
+
+@pytest.fixture
+def wanted(tokenizer: Tokenizer, tmp_path: Path) -> tuple[bytes, bytes]:
+    """Of one process that has all documents at once."""
+    with IndexedWriter(tmp_path / "wanted", np.dtype(np.uint16)) as writer:
+        for text in TEXTS:
+            writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
+    return content(tmp_path / "wanted")
+
+
+def skip() -> BadData:
+    return BadData("skip", lambda line: None)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_corpus_does_not_depend_on_the_processes(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, workers: int
+) -> None:
+    reported: list[Any] = []
+    done = build(files, tmp_path / "new" / "pile", tokenizer, Fields(), skip(), workers, reported.append)
+    assert content(tmp_path / "new" / "pile") == wanted
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pile.bin", "pile.idx"]
+    assert (done.documents, done.bytes) == (90, sum(len(text.encode()) for text in TEXTS))
+    assert (2 * done.tokens, done.skipped) == (len(wanted[0]), SKIPPED)
+    assert len(reported) > 10 and reported[-1] == done
+    theirs = MegatronDataset(str(tmp_path / "new" / "pile"))
+    assert [tokenizer.decode(theirs[i][:-1]) for i in range(len(theirs))] == TEXTS
+
+
+def killed_after(chunks: int, *arguments: Any) -> None:
+    """A build whose process is killed when so many chunks are written."""
+    calls = count()
+
+    def report(done: Any) -> None:
+        if next(calls) == chunks:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=build, args=(*arguments, report))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_build_goes_on(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """As often as it is killed, before anything is written and in any file; nothing is counted or written twice."""
+    prefix, begun = tmp_path / "pile", []
+    for chunks in (0, 1, 2, 5, 9, 3):
+        killed_after(chunks, files, prefix, tokenizer, Fields(), skip(), 2)
+        assert not prefix.with_suffix(".idx").exists() and not prefix.with_suffix(".bin").exists()
+    done = build(files, prefix, tokenizer, Fields(), skip(), 2, begun.append)
+    assert content(prefix) == wanted and done.skipped == SKIPPED and done.documents == 90
+    assert begun[0].documents > 30  # it did not begin again
+
+
+def test_so_does_one_that_was_killed_at_its_end(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens are written, the index is not."""
+
+    def die(writer: IndexedWriter) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedWriter, "_write_index", die)
+        killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), skip(), 2)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, lambda done: None)
+    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
+
+
+def test_the_processes_of_a_killed_build_end_too(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
+    read, write = os.pipe()  # closed when the last process that was forked is gone
+    killed_after(3, files, tmp_path / "pile", tokenizer, Fields(), skip(), 3)
+    os.close(write)
+    os.set_blocking(read, False)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            assert os.read(read, 1) == b""
+            break
+        except BlockingIOError:
+            time.sleep(0.02)
+    else:
+        pytest.fail("processes are left")
+    os.close(read)
+
+
+def test_a_killed_process_ends_the_build(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
+    def report(done: Any) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(ValueError, match=r"A tokenising process was killed, .* give fewer workers"):
+        build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, report)
+
+
+def test_bad_data_end_the_build_with_their_place(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*set on_bad_data to skip"):
+        build(files, tmp_path / "pile", tokenizer, Fields(), BadData(), 1, lambda done: None)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 1, lambda done: None)  # as the message says
+    assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
+    with pytest.raises(ValueError, match="no document that can be used in the 3 files"):
+        build(files, tmp_path / "other", tokenizer, Fields(text="body"), skip(), 1, lambda done: None)
+    assert not (tmp_path / "other.building").exists()
+
+
+def test_what_was_begun_is_not_mixed_with_something_else(
+    tokenizer: Tokenizer, files: list[str], tmp_path: Path
+) -> None:
+    prefix = tmp_path / "pile"
+    killed_after(3, files, prefix, tokenizer, Fields(), skip(), 1)
+    for arguments, differing in [
+        ((files[:2], prefix, tokenizer, Fields(), skip()), "files"),
+        ((files, prefix, tokenizer, Fields(text="body"), skip()), "fields"),
+    ]:
+        with pytest.raises(ValueError, match=rf"begun with other settings \({differing}\): give the same ones"):
+            build(*arguments, 1, lambda done: None)
+    Path(files[2]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"other settings \(files\)"):
+        build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
+    with FileLock(tmp_path / "pile.building" / ".lock"), pytest.raises(ValueError, match="another process builds pile"):
+        build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
+    (tmp_path / "pile.building" / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"progress\.json is damaged .*delete .*pile\.building to begin again"):
+        build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
+
+
+def test_no_more_text_is_read_than_is_needed(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much there is, and however slow what comes behind the reading."""
+    read = count()
+
+    def endless(*arguments: Any, start: Place) -> Iterator[Record]:
+        for number in read:
+            yield Record(number, "x" * 300, None, Place(number + 1))
+
+    class EnoughError(Exception):
+        pass
+
+    def report(done: Any) -> None:
+        time.sleep(0.001)
+        if done.documents >= 100:
+            raise EnoughError
+
+    monkeypatch.setattr(build_indexed, "read_documents", endless)
+    with pytest.raises(EnoughError):
+        build(["endless"], tmp_path / "pile", tokenizer, Fields(), skip(), 2, report)
+    assert next(read) <= 100 + build_indexed.WAITING * 2 + 1
+
+
+def test_from_text_to_training(tiny_corpus: Path, files: list[str], tmp_path: Path, capsys: Any) -> None:
+    tokenizer, prefix = str(tiny_corpus / "tokenizer"), str(tmp_path / "built" / "pile_text_document")
+    arguments = ["prepare-data", f"--data-dir={tmp_path}", f"--tokenizer={tokenizer}", f"--output={prefix}"]
+    pattern = str(tmp_path / "text" / "*.*")
+    main([*arguments, f"--input={pattern}", "--on-bad-data=skip", "--workers=2"])
+    out, err = capsys.readouterr()
+    table = dict(line.split(None, 1) for line in out.splitlines())
+    assert (table["files"], table["documents"]) == ("3", "90")
+    assert "skipped    2 times: not JSON" in out and f"init_args.prefix={prefix}" in table["train"]
+    assert "a.jsonl, line 11: not JSON" in err
+    data = PileDataModule(str(tmp_path), tokenizer, MegatronIndexed(prefix, (8, 2, 0)), seq_len=16)
+    data.prepare_data()
+    batch = next(iter(data.train_dataloader()))
+    assert data.decode(batch["targets"][0].tolist()) in "<|endoftext|>".join([*TEXTS, ""])
+    assert len(IndexedDataset(Path(prefix))) == 90
+    with pytest.raises(SystemExit):
+        main([*arguments, f"--input={tmp_path / 'text'}"])
+    assert f"error: output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err

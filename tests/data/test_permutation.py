@@ -1,0 +1,94 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlgmoe.data.permutation import ROUNDS, Permutation
+
+
+def order(n: int, *seed_parts: int | str) -> np.ndarray:
+    permutation = Permutation(n, *seed_parts)
+    return np.array([permutation[i] for i in range(n)])
+
+
+def chi_squared(counts: np.ndarray) -> float:
+    """In standard deviations above what equal frequencies give."""
+    expected, freedom = counts.mean(), len(counts) - 1
+    return float((((counts - expected) ** 2).sum() / expected - freedom) / np.sqrt(2 * freedom))
+
+
+def test_every_small_number_of_items_is_visited_whole() -> None:
+    for n in range(1, 400):
+        np.testing.assert_array_equal(np.sort(order(n, n % 7)), np.arange(n))
+
+
+@given(st.integers(400, 4_000), st.integers(0, 2**63))
+def test_so_is_a_large_one(n: int, seed: int) -> None:
+    assert np.bincount(order(n, seed), minlength=n).tolist() == [1] * n
+
+
+@given(st.integers(20_000, 2**48), st.integers(), st.data())
+def test_and_one_too_large_to_visit(n: int, seed: int, data: st.DataObject) -> None:
+    """Where the rounds end up is taken back to where they began, with arithmetic of the test's own."""
+    permutation = Permutation(n, seed)
+    indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
+    for index in [0, n - 1, *indices]:
+        found = permutation[index]
+        assert 0 <= found < n
+        while True:
+            left, right = divmod(found, permutation._right)
+            for number in reversed(range(ROUNDS)):
+                key = permutation._keys[number]
+                if number % 2:
+                    right = (right - mixed(left ^ key)) % permutation._right
+                else:
+                    left = (left - mixed(right ^ key)) % permutation._left
+            found = left * permutation._right + right
+            if found < n:
+                break
+        assert found == index
+
+
+def mixed(x: int) -> int:
+    with np.errstate(over="ignore"):
+        word = np.uint64(x)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int(word ^ (word >> np.uint64(31)))
+
+
+@pytest.mark.parametrize("outside", [-1, 10])
+def test_there_is_nothing_outside(outside: int) -> None:
+    with pytest.raises(IndexError):
+        Permutation(10, 0)[outside]
+
+
+def test_all_orders_of_a_few_items_are_equally_likely() -> None:
+    found = Counter(tuple(order(4, seed)) for seed in range(4_800))
+    assert len(found) == 24 and chi_squared(np.array(list(found.values()))) < 4
+
+
+def test_any_item_may_be_anywhere() -> None:
+    for n, position in [(1_000, 0), (1_000, 999), (1_024, 17)]:
+        values = np.array([Permutation(n, "uniform", seed)[position] for seed in range(3_200)])
+        assert chi_squared(np.histogram(values, 16, (0, n))[0]) < 4
+
+
+@pytest.mark.parametrize("n", [9_973, 10_000, 2**14])  # a prime, a square, a power of two
+def test_the_order_looks_random(n: int) -> None:
+    found, places = order(n, 1234, "epoch", 0), np.arange(n)
+    others = {"epoch": order(n, 1234, "epoch", 1), "seed": order(n, 1235, "epoch", 0)}
+    pairs = {"place": (places, found), "neighbour": (found[:-1], found[1:]), "ten on": (found[:-10], found[10:])}
+    pairs |= {name: (found, other) for name, other in others.items()}
+    for name, (first, second) in pairs.items():
+        assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(n), name
+    # Neighbours that stay neighbours, and items that stay in place, are as rare as in a random order: one or two.
+    assert (np.abs(np.diff(found)) == 1).sum() < 8
+    assert max((found == place).sum() for place in (places, *others.values())) < 8
+    # Each run of 100 places draws from all over, and pairs of neighbours fill the plane.
+    grid, _, _ = np.histogram2d(found[:-1], found[1:], 16, [[0, n], [0, n]])
+    assert chi_squared(grid.ravel()) < 4
+    by_hundred = found[: n // 100 * 100].reshape(-1, 100).mean(axis=1)
+    assert by_hundred.std() == pytest.approx(n / np.sqrt(12 * 100), rel=0.25)
