@@ -1,7 +1,8 @@
 """Text, tokenizers and batches.
 
 Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extraction.py`, `deduplication.py`),
-`tokenizer.py`, `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
+`documents.py` (documents of JSON lines and Parquet; with `parquet.py`, `records.py`, `bad_data.py`), `tokenizer.py`,
+`indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
 `megatron_indexed.py` (the tokens of a corpus by split and domain), `packing.py`, `sources.py` and `sampling.py` (which
 tokens make up which sample, and whose it is), `accumulation.py` (how many micro-batches make a step), `baselines.py`
 (what a model has to beat), `datamodule.py` (all of it, for Lightning).

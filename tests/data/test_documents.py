@@ -1,0 +1,197 @@
+"""Documents of files: each once, from any place, and nothing unusable in silence."""
+
+import gzip
+import json
+import tracemalloc
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from nlgmoe.data.bad_data import BadData
+from nlgmoe.data.documents import is_readable, read_documents
+from nlgmoe.data.records import Fields, Place, Record, Share
+
+ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
+PILE = Fields(domain="meta.pile_set_name")
+TEXTS = [f"document {i}: naïve 日本\n" + "words " * (i % 7) for i in range(300)]
+
+
+def records_of(texts: list[str]) -> list[dict[str, Any]]:
+    return [{"text": text, "meta": {"pile_set_name": f"set {i % 3}"}} for i, text in enumerate(texts)]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=40)
+        return path
+    return write_lines(path, [json.dumps(record).encode() for record in records])
+
+
+def write_lines(path: Path, lines: list[bytes]) -> Path:
+    content = b"".join(line + b"\n" for line in lines)
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        # Two frames in a row are a file too.
+        ".zst": lambda content: b"".join(
+            zstandard.ZstdCompressor().compress(half)
+            for half in (content[: len(content) // 2], content[len(content) // 2 :])
+        ),
+    }
+    path.write_bytes(compress.get(path.suffix, bytes)(content))
+    return path
+
+
+def read(path: Path, fields: Fields = PILE, **options: Any) -> list[Record]:
+    return list(read_documents(path, fields, BadData(), **options))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_document_once_from_any_place_in_any_share(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"data.{ending}", records_of(TEXTS))
+    records = read(path)
+    assert [(r.number, r.content, r.domain) for r in records] == [
+        (i, text, f"set {i % 3}") for i, text in enumerate(TEXTS)
+    ]
+    shares = [read(path, share=Share(index, 4)) for index in range(4)]
+    assert sorted((r for share in shares for r in share), key=lambda r: r.number) == records
+    for first in (0, 1, 39, 40, 298, 299):
+        assert read(path, start=records[first].after) == records[first + 1 :]
+        assert read(path, share=Share(2, 4), start=records[first].after) == [r for r in shares[2] if r.number > first]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_ids_are_read_as_arrays(tmp_path: Path, ending: str) -> None:
+    lists = [[1, 2, 3], [0], list(range(50))]
+    path = write(tmp_path / f"data.{ending}", [{"input_ids": ids} for ids in lists])
+    records = read(path, Fields(ids="input_ids", vocab_size=50))
+    assert [(record.content.tolist(), record.domain) for record in records] == [(ids, None) for ids in lists]  # type: ignore[union-attr]
+    assert all(isinstance(record.content, np.ndarray) and record.content.dtype == np.int64 for record in records)
+
+
+GOOD = b'{"text": "good"}'
+BAD_LINES = {
+    "not UTF-8": (b'{"text": "\xff"}', r"from byte 10 on"),
+    "not UTF-8 ": (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+    "not JSON": (b'{"text": "cut o', "Unterminated string"),
+    "not JSON ": (b"[" * 100_000, "recursion"),
+    "not JSON  ": (b"", "Expecting value"),
+    "no field 'text'": (b'{"content": "good"}', ""),
+    "no field 'text' ": (b'"text"', ""),
+    "'text' is no text": (b'{"text": ["good"]}', "but a list"),
+    "empty document": (b'{"text": ""}', ""),
+    "document too long": (b'{"text": "' + b"x" * 200_000 + b'"}', "200,012 bytes; at most 150,000 are allowed"),
+}
+BAD_IDS = {
+    "token ids of another tokenizer": (b'{"ids": [1, 50]}', "from 1 to 50; the tokenizer has 50"),
+    "token ids of another tokenizer ": (b'{"ids": [-1]}', "from -1 to -1"),
+    "'ids' is no list of token ids": (b'{"ids": [0.5]}', ""),
+    "'ids' is no list of token ids ": (b'{"ids": [[1], [2, 3]]}', ""),
+    "'ids' is no list of token ids  ": (b'{"ids": [100000000000000000000000000]}', ""),
+    "empty document": (b'{"ids": []}', ""),
+}
+
+
+@pytest.mark.parametrize("kind", [*BAD_LINES, *(f"ids: {kind}" for kind in BAD_IDS)])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst"])
+def test_a_bad_line_is_named_or_counted(tmp_path: Path, kind: str, ending: str) -> None:
+    ids = kind.startswith("ids: ")
+    line, details = BAD_IDS[kind[5:]] if ids else BAD_LINES[kind]
+    kind, good = kind.removeprefix("ids: ").strip(), b'{"ids": [49]}' if ids else GOOD
+    fields = Fields(ids="ids" if ids else None, vocab_size=50, max_bytes=150_000)
+    path = write_lines(tmp_path / f"data.{ending}", [good, line, good, line])
+    with pytest.raises(ValueError) as error:
+        list(read_documents(path, fields, BadData()))
+    assert str(error.value).startswith(f"{path}, line 2: {kind}") and details in str(error.value)
+    assert str(error.value).endswith("; repair the data, or set on_bad_data to skip")
+    lines: list[str] = []
+    bad = BadData("skip", lines.append)
+    records = list(read_documents(path, fields, bad))
+    assert [record.number for record in records] == [0, 2] and bad.skipped == {kind: 2}
+    assert len(lines) == 1 and lines[0].startswith(f"{path}, line 2: {kind}")
+    # Behind each place the same is found again, so that counts can be continued from there.
+    assert list(read_documents(path, fields, bad, start=records[0].after)) == records[1:] and bad.skipped == {kind: 4}
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_damaged_file_is_named_or_counted(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"data.{ending}", records_of([text + str(i) * 2000 for i, text in enumerate(TEXTS)]))
+    whole = read(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 4 // 5])
+    kind = "unreadable file" if ending == "parquet" else "file cut off"
+    with pytest.raises(ValueError, match=rf"data\.{ending}, behind document \d+: {kind} \("):
+        read(path)
+    bad = BadData("skip", print)
+    records = list(read_documents(path, PILE, bad))
+    assert records == whole[: len(records)] and bad.skipped == {kind: 1}
+    if ending != "parquet":  # its index is at its end
+        assert 100 < len(records) < 300
+        for first in (0, 20, 77):  # it ends where it ended, wherever reading began
+            assert list(read_documents(path, PILE, bad, start=records[first].after)) == records[first + 1 :]
+        shares = [list(read_documents(path, PILE, bad, share=Share(index, 3))) for index in range(3)]
+        assert sum(map(len, shares)) == len(records) and bad.skipped == {kind: 5}  # one of three counts the file
+    path.write_bytes(b"no such format" * 1000)
+    with pytest.raises(ValueError, match="unreadable file"):
+        read(path)
+
+
+def test_bad_rows_of_parquet(tmp_path: Path) -> None:
+    texts = [b"good", b"\xff", None, b"", b"long" * 10, b"good"]
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
+    bad = BadData("skip", print)
+    records = list(read_documents(tmp_path / "data.parquet", Fields(domain="meta.name", max_bytes=30), bad))
+    assert [(r.number, r.content, r.domain) for r in records] == [(0, "good", None), (5, "good", None)]
+    assert bad.skipped == {"not UTF-8": 1, "no field 'text'": 1, "empty document": 1, "document too long": 1}
+    with pytest.raises(ValueError, match=r"data\.parquet: no column 'body' \(there are text\)"):
+        read(tmp_path / "data.parquet", Fields("body"))
+    with pytest.raises(ValueError, match=r"data\.parquet, row 2: not UTF-8"):
+        read(tmp_path / "data.parquet")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_missing_and_empty_files(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data.{ending}"
+    with pytest.raises(ValueError, match=rf"data\.{ending}: missing file"):
+        read(path)
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"data\.{ending}: empty file"):
+        read(path)
+
+
+def test_what_is_readable() -> None:
+    assert all(map(is_readable, [*(f"a.{ending}" for ending in ENDINGS), "hf://datasets/a/b.json", Path("a.ndjson")]))
+    assert not any(map(is_readable, ["a.txt", "a.parquet.gz", "a.zst", "jsonl"]))
+
+
+def test_a_last_line_without_its_end_counts(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + b"\n" + GOOD)
+    assert [record.after for record in read(path)] == [Place(1, 17), Place(2, 33)]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """Nor with a document of 100 MB, which compresses to nothing."""
+    path = tmp_path / "data.jsonl.zst"
+    long = b'{"text": "' + b"x" * 100_000_000 + b'"}\n'
+    path.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "short"}\n' + long + GOOD + b"\n"))
+    del long
+    bad = BadData("skip", print)
+    tracemalloc.start()
+    try:
+        documents = read_documents(path, Fields(max_bytes=1_000_000), bad)
+        assert [record.content for record in islice(documents, 5)] == ["short", "good"]
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert bad.skipped == {"document too long": 1}
