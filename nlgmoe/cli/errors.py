@@ -90,6 +90,8 @@ def describe(error: BaseException) -> str:
     if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"
+    if (complaint := _of_data_worker(error)) is not None:
+        return one_line(complaint)
     if is_complaint(error):
         return one_line(str(error))
     return f"unexpected {type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
@@ -100,6 +102,17 @@ def is_complaint(error: BaseException) -> bool:
     if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
         return True
     return isinstance(error, ValueError | ImportError) and raised_in(error).split(".")[0] in ("nlgmoe", "lightning")
+
+
+def _of_data_worker(error: BaseException) -> str | None:
+    """What a data worker has complained of, out of the traceback that torch passes on as text."""
+    lines = str(error).splitlines()
+    if not isinstance(error, ValueError) or not lines or "in DataLoader worker process" not in lines[0]:
+        return None
+    frames = [line for line in lines if line.startswith('  File "')]
+    messages = [message for line in lines if (message := line.removeprefix("ValueError: ")) != line]
+    ours = bool(frames) and f"{os.sep}nlgmoe{os.sep}" in frames[-1]
+    return messages[-1] if ours and messages else None
 
 
 def raised_in(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.megatron_indexed import MegatronIndexed
 from nlgmoe.data.pocket_pile import build_pocket_pile
 from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample, TokenSource
+from nlgmoe.data.streaming import StreamedText
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PileDataModule",
     "PocketPile",
     "Sample",
+    "StreamedText",
     "Streams",
     "TokenSource",
     "Tokenizer",

@@ -1,5 +1,6 @@
 """`PileDataModule`: text in, batches out. Its whole state is the number of samples that were trained on."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from nlgmoe.data.accumulation import micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
+from nlgmoe.data.cursors import Cursors
 from nlgmoe.data.sampling import EvaluationSampler, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import EvaluationSource, Sample
+from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample
 from nlgmoe.data.worker_signals import heed_only_the_parent
 
 
@@ -78,6 +81,8 @@ class PileDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_eval_windows = max_eval_windows
         self.samples_consumed = 0
+        self._cursors = Cursors()
+        self._cursor_source: CursorSource | None = None
         self._tokenizer_name = tokenizer
         self._open_corpus: OpenCorpus | None = None
 
@@ -106,7 +111,12 @@ class PileDataModule(LightningDataModule):
         """Endless micro-batches of this rank, from `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
         source = self._opened().training_source(self.seq_len, self.seed)
-        sampler = TrainingSampler(lambda: self.samples_consumed, self.micro_batch_size, rank, world_size)
+        if isinstance(source, CursorSource):
+            self._cursor_source = source
+            source.go_on_from(self._cursors.reached())
+            if advice := source.advice(self.micro_batch_size, world_size, self.num_workers):
+                rank_zero_warn(advice)
+        sampler = TrainingSampler(self._begin, self.micro_batch_size, rank, world_size)
         return self._loader(SourceDataset(source), sampler, self.micro_batch_size)
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -121,16 +131,33 @@ class PileDataModule(LightningDataModule):
         """As in validation."""
         return self.val_dataloader()
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Take the cursors out of a batch: the model does not see them."""
+        self._cursors.take(batch)
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """After a fit, say what there is to say about its data."""
+        source = self._cursor_source if stage == "fit" else None
+        if source is not None and (remark := source.closing_remark(self._cursors.reached())):
+            rank_zero_warn(remark)
+
     # ---- state
 
     def advance(self, samples: int) -> None:
         """Count samples that an optimizer step was taken on, over all ranks (never what was merely loaded)."""
         assert samples >= 0
         self.samples_consumed += samples
+        self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_consumed`, and the `fingerprint` of everything else that decides which samples those are."""
-        return {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
+        """`samples_consumed`, and the `fingerprint` of everything else that decides which samples those are.
+
+        Of a `CursorSource` also the `cursors` of all its streams. As ranks have them in parts, every rank has to call this.
+        """
+        state = {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
+        cursors = self._cursors.reached() if self._cursor_source is None else self._cursors.of_all_ranks()
+        return state | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint's run stood.
@@ -152,6 +179,7 @@ class PileDataModule(LightningDataModule):
                 "model.warm_start.checkpoint."
             )
         self.samples_consumed = state_dict["samples_consumed"]
+        self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
         """What, beside `samples_consumed`, decides every training batch: option -> value or hash of what it names."""
@@ -239,7 +267,14 @@ class PileDataModule(LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
+    def _begin(self) -> int:
+        """Where an iteration begins; what an earlier one loaded ahead is loaded again."""
+        self._cursors.forget_waiting()
+        return self.samples_consumed
+
     def _loader(self, dataset: SourceDataset, sampler: Any, batch_size: int) -> DataLoader[Sample]:
+        if self.num_workers > 0:  # they tokenise side by side, and threads do not outlive a fork
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             dataset,
             batch_size=batch_size,

@@ -18,7 +18,7 @@ def read_parquet(opened: Any, path: str, fields: Fields, bad: BadData, share: Sh
     file = pq.ParquetFile(opened)
     known = file.schema_arrow.names
     if (column := fields.content.split(".")[0]) not in known:
-        raise Unusable(f"no column {column!r}", f"there are {', '.join(known)}")
+        raise Unusable("no such column", f"{column}; there are {', '.join(known)}")
     columns = {name.split(".")[0] for name in (fields.content, fields.domain or fields.content)} & set(known)
     number = 0
     for group in range(file.num_row_groups):
@@ -26,7 +26,7 @@ def read_parquet(opened: Any, path: str, fields: Fields, bad: BadData, share: Sh
         if number + rows <= start.documents:
             number += rows
             continue
-        for batch in file.iter_batches(ROWS, [group], sorted(columns)):
+        for batch in file.iter_batches(ROWS, [group], sorted(columns), use_threads=False):
             contents = _column(batch, fields.content)
             domains = _column(batch, fields.domain) if fields.domain is not None else None
             for row in range(batch.num_rows):

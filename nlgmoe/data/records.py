@@ -102,11 +102,11 @@ def check(value: Any, fields: Fields) -> str | np.ndarray:
         Unusable: it is missing, empty, or not what `fields` says.
     """
     if value is None:
-        raise Unusable(f"no field {fields.content!r}")
+        raise Unusable("no such field", fields.content)
     if fields.ids is not None:
         return _check_ids(value, fields)
     if not isinstance(value, str):
-        raise Unusable(f"{fields.content!r} is no text", f"but a {type(value).__name__}")
+        raise Unusable("not text", f"{fields.content} is of type {type(value).__name__}")
     if not value:
         raise Unusable("empty document")
     try:
@@ -122,7 +122,7 @@ def _check_ids(value: Any, fields: Fields) -> np.ndarray:
     except ValueError:  # lists of different lengths
         ids = np.asarray(None)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise Unusable(f"{fields.content!r} is no list of token ids")
+        raise Unusable("not token ids", f"{fields.content} is no list of whole numbers")
     if ids.size == 0:
         raise Unusable("empty document")
     if ids.min() < 0 or (fields.vocab_size is not None and ids.max() >= fields.vocab_size):
