@@ -319,6 +319,9 @@ def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Callable
             assert texts == written[: len(texts)] and ends[-1] == len(tokens) - 1
             assert ends[-2] + 1 < 60 <= len(tokens)
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {*data.domains, "all"}
+    data = open_corpus(domains=["domain 1", "absent"])
+    assert [len(tokens) > 0 for tokens in tokens_of(data, "validation")] == [True, False, True]
+    assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
 
 
 def append(path: Path, *lines: bytes) -> None:
