@@ -49,6 +49,8 @@ def read_documents(
             for record in read(opened, str(path), fields, bad, share, start):
                 number = record.number + 1
                 yield record
+    except GeneratorExit:  # at the end of the process the classes below are gone
+        raise
     except Unusable as what:
         kind, details = what.kind, what.details
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """`StreamedText`: a corpus that is read while it is trained on, from the Hugging Face hub or from files.
 
 `datasets` finds the files, with the patterns, splits and revisions of its `load_dataset`, on the hub and in a folder
-alike; what is in them is read here (`documents.py`). Its own streaming would end an epoch early, without a word, where a
-compressed file is cut off, stop at one bad line without naming it, and resume by reading a file from its beginning.
+alike; what is in them is read here (`documents.py`). Its own streaming deals out whole files, does not say in which line
+of which file bad data stands, has no way around it, and goes on by reading a file again from its beginning.
 """
 
 import hashlib

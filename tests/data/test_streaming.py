@@ -27,6 +27,7 @@ from nlgmoe.data.cursors import Cursors
 from nlgmoe.data.logical_stream import Cursor, LogicalStream, Recipe
 from nlgmoe.data.records import Fields
 from nlgmoe.data.sampling import TrainingSampler
+from nlgmoe.data.sources import Sample
 from nlgmoe.data.streamed_source import StreamedSource, readings
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 from tests.data.conftest import WORDS, tokens_of
@@ -102,7 +103,9 @@ def test_an_epoch_of_all_streams_is_the_corpus(
     assert sorted(first) == sorted(text for i in range(files) for text in make_texts(40, f"file {i}"))
 
 
-def test_the_seed_decides_the_order(make_recipe: Callable[..., Recipe], tokenizer: Tokenizer) -> None:
+def test_the_seed_decides_the_order(
+    make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def order(seed: int, buffer: int) -> list[str]:
         stream = LogicalStream(make_recipe(1, 1, buffer), 0, SEQ_LEN, seed)
         return list(islice(documents_of(stream.windows(Cursor()), tokenizer, 1), 40))
@@ -110,9 +113,19 @@ def test_the_seed_decides_the_order(make_recipe: Callable[..., Recipe], tokenize
     assert order(1, 5) == order(1, 5) and order(1, 5) != order(2, 5) != order(2, 40)
     texts = make_texts(40, "file 0")
     assert order(1, 1) == texts
+    monkeypatch.setattr(logical_stream, "BLOCK_LENGTH", 1)
+    assert order(1, 40) == texts  # a block ends where it is long enough
     assert [sorted(order(1, 5)[i : i + 5]) for i in range(0, 40, 5)] == [
         sorted(texts[i : i + 5]) for i in range(0, 40, 5)
     ]
+
+
+def test_files_come_in_another_order_every_epoch(make_recipe: Callable[..., Recipe], tokenizer: Tokenizer) -> None:
+    windows = LogicalStream(make_recipe(6, 1), 0, SEQ_LEN, 1).windows(Cursor())
+    order = [text.split(":")[0].split()[1] for text in documents_of(windows, tokenizer, 2)]
+    files = [file for i, file in enumerate(order) if i == 0 or order[i - 1] != file]
+    first, second = list(dict.fromkeys(files)), list(dict.fromkeys(order[240:]))
+    assert sorted(first) == sorted(second) == list("012345") and list("012345") != first != second
 
 
 class Run:
@@ -134,7 +147,7 @@ class Run:
         self.turn = [0] * self.ranks
 
     def train(self, steps: int, ahead: int) -> list[list[int]]:
-        """Targets of the samples in their order."""
+        """Inputs and targets of the samples in their order. At the end, every rank is in the middle of a step."""
         trained = []
         for _ in range(steps):
             for rank, loaded in enumerate(self.loaded):
@@ -142,18 +155,27 @@ class Run:
                     source = self.sources[rank][self.turn[rank] % self.workers]
                     loaded.append([source.sample(i) for i in islice(self.samplers[rank], self.size)])
                     self.turn[rank] += 1
-                batch = loaded.popleft()
-                trained += [sample["targets"].tolist() for sample in batch]
-                self.cursors[rank].take({"cursor": torch.stack([sample["cursor"] for sample in batch])})
+                trained += self.take(rank)
                 self.cursors[rank].commit(self.size)
             self.consumed += self.ranks * self.size
+        for rank in range(self.ranks if ahead > 0 else 0):
+            self.take(rank)
         return trained
+
+    def take(self, rank: int) -> list[list[int]]:
+        batch = self.loaded[rank].popleft()
+        self.cursors[rank].take({"cursor": torch.stack([sample["cursor"] for sample in batch])})
+        return [seen(sample) for sample in batch]
 
     def state(self) -> tuple[int, list[list[int]]]:
         everything = Cursors()
         for rank in self.cursors:
             everything.load([*everything.reached(), *rank.reached()])
         return json.loads(json.dumps((self.consumed, everything.reached())))
+
+
+def seen(sample: Sample) -> list[int]:
+    return [*sample["tokens"].tolist(), *sample["targets"].tolist()]
 
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
@@ -171,25 +193,25 @@ def test_killed_anywhere_and_resumed_on_other_ranks_and_workers(
 ) -> None:
     recipe = make_recipe(files, streams, buffer, per_file=12)
     state: tuple[int, list[list[int]]] = (0, [])
-    seen: list[list[int]] = []
+    trained: list[list[int]] = []
     for shape, steps, ahead in lives:
         run = Run(recipe, shape, state)
-        seen += run.train(steps, ahead)
+        trained += run.train(steps, ahead)
         state = run.state()
     undisturbed = StreamedSource(recipe, SEQ_LEN, 3)
-    assert seen == [undisturbed.sample(i)["targets"].tolist() for i in range(len(seen))]
+    assert trained == [seen(undisturbed.sample(i)) for i in range(len(trained))]
     # The cursors are those of the samples that were trained on, each of them just behind its stream's last one.
-    expected = {stream: -(-(len(seen) - stream) // streams) for stream in range(min(streams, len(seen)))}
+    expected = {stream: -(-(len(trained) - stream) // streams) for stream in range(min(streams, len(trained)))}
     assert {stream: window for stream, window, *_ in state[1]} == expected
 
 
 def test_samples_do_not_depend_on_cursors_or_on_the_order_asked_for(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe(2, 3)
     source = StreamedSource(recipe, SEQ_LEN, 3)
-    straight = [source.sample(i)["targets"].tolist() for i in range(60)]
+    straight = [seen(source.sample(i)) for i in range(60)]
     backwards = StreamedSource(recipe, SEQ_LEN, 3)
     backwards.go_on_from([source.sample(31)["cursor"].tolist()])
-    assert [backwards.sample(i)["targets"].tolist() for i in reversed(range(60))] == straight[::-1]
+    assert [seen(backwards.sample(i)) for i in reversed(range(60))] == straight[::-1]
 
 
 @pytest.mark.parametrize("file", [0, 1, 2], ids=["jsonl", "zst", "parquet"])
@@ -273,17 +295,17 @@ def open_corpus(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def fit(data: PileDataModule, steps: int, folder: Path, checkpoint: Path | None = None) -> tuple[Any, Any]:
     """Train a tiny model; returns the trainer and the targets that it saw."""
-    seen: list[list[int]] = []
+    batches: list[list[int]] = []
 
     class Seen(lightning.pytorch.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             assert set(batch) == {"tokens", "targets", "token_mask", "domain"}
-            seen.extend(rows(batch))
+            batches.extend(rows(batch))
 
     config = GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))
     trainer = make_trainer(folder, max_steps=steps, max_epochs=-1, callbacks=[Seen()], limit_val_batches=2)
     trainer.fit(MoEGPTModule(config), data, ckpt_path=checkpoint)
-    return trainer, seen
+    return trainer, batches
 
 
 def test_training_killed_and_resumed_on_other_workers(
