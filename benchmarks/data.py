@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,10 +32,12 @@ import pyarrow.parquet as pq
 
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
+from nlgmoe.data.bad_data import BadData
+from nlgmoe.data.documents import read_documents
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.logical_stream import Recipe
 from nlgmoe.data.pocket_pile import open_corpus, read_texts, text_path
-from nlgmoe.data.records import MAX_DOCUMENT_BYTES, Fields
+from nlgmoe.data.records import MAX_DOCUMENT_BYTES, Fields, Share
 from nlgmoe.data.streamed_source import StreamedSource
 
 DATA_DIR = Path("data/pocket_pile")
@@ -121,6 +122,17 @@ def speed(folder: Path, texts: list[str], tokenizer: Tokenizer, rounds: int) -> 
     return {name: SAMPLES * SEQ_LEN / value for name, value in seconds.items()}
 
 
+def passing_over(folder: Path, texts: list[str], rounds: int) -> float:
+    """MB of text per second that a stream gets over which are other streams'."""
+    files = write(folder, "shared jsonl.zst", [{"text": text} for text in texts])
+
+    def read() -> None:
+        for path in files:
+            list(read_documents(path, Fields(), BadData(), Share(10**6, 10**6 + 1)))
+
+    return sum(len(text.encode()) for text in texts) / 1e6 / interleaved({"read": read}, rounds)["read"]
+
+
 def resuming(folder: Path, texts: list[str], tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
     """Seconds to the first sample, half way and nine tenths through the corpus."""
     found: dict[str, dict[str, float]] = {}
@@ -166,7 +178,8 @@ def measured_child(files: list[str]) -> None:
     for index in count() if source is not None else []:
         if source.sample(index)["cursor"][2] > 0:  # the first epoch is over
             break
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(line.split()[1]) / 1e3)
 
 
 def main() -> None:
@@ -186,6 +199,8 @@ def main() -> None:
             print(f"\n{'':<18}{'tokens/s':>14}{'of the tokenizer':>18}")
             for label, value in found.items():
                 print(f"{label:<18}{value:>14,.0f}{value / found['tokenizer']:>18.2f}", flush=True)
+            results["passing_over_mb_per_second"] = passing_over(folder, texts, arguments.rounds)
+            print(f"\npassing over the documents of other streams: {results['passing_over_mb_per_second']:.0f} MB/s")
         if arguments.only in (None, "resume"):
             results["seconds_to_the_first_sample"] = resuming(folder, texts, tokenizer)
             print(f"\n{'':<18}{'with its cursor':>18}{'without':>12}   seconds to the first sample")

@@ -132,14 +132,13 @@ def _at(position: int, opened: Any, compression: str | None) -> IO[bytes]:
 
 
 class _Pieces(io.RawIOBase):
-    """A stream as Python's buffers want it, in pieces that do not depend on how it is read.
+    """A stream as Python's buffers want it; those ask for whole multiples of their size, from the beginning on.
 
-    A damaged file therefore ends behind the same document wherever reading began.
+    The pieces therefore do not depend on where reading begins, nor does the place at which a damaged file ends.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._piece = memoryview(b"")
 
     def readable(self) -> bool:
         """It is."""
@@ -147,9 +146,6 @@ class _Pieces(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """As of any raw stream; raises OSError where the file is damaged or cut off."""
-        if not self._piece:
-            self._piece = memoryview(self._stream.read(PIECE_BYTES))
-        count = min(len(buffer), len(self._piece))
-        buffer[:count] = self._piece[:count]
-        self._piece = self._piece[count:]
-        return count
+        piece = self._stream.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)

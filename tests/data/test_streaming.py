@@ -330,6 +330,26 @@ def test_training_killed_and_resumed_on_other_workers(
         open_corpus(shuffle_buffer=11).load_state_dict(data.state_dict())
 
 
+def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
+    open_corpus: Callable[..., PileDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_corpus()
+    for batch in islice(data.train_dataloader(), 5):
+        assert "cursor" not in data.on_before_batch_transfer(batch, 0)
+    data.advance(4 * 3)
+    state = data.state_dict()
+    windows = {stream: window for stream, window, *_ in state["cursors"]}
+    assert windows == {**dict.fromkeys(range(4), 2), **dict.fromkeys(range(4, 8), 1)}  # of five micro-batches, three
+    starts = []
+    read = LogicalStream.windows
+    monkeypatch.setattr(LogicalStream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
+    resumed = open_corpus()
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert len(list(islice(resumed.train_dataloader(), 2))) == 2
+    assert starts == [1] * 4 + [2] * 4
+    assert resumed.state_dict() == state
+
+
 def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Callable[..., PileDataModule]) -> None:
     data = open_corpus(evaluation_tokens=60)
     assert data.domains == ["domain 0", "domain 1", "other"]
