@@ -117,8 +117,9 @@ class Recipe:
             texts = [record.content for record in group if isinstance(record.content, str)]
             encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
             for record in group:
-                ids = next(encoded) if isinstance(record.content, str) else record.content
-                closed = np.asarray(ids if len(ids) and ids[-1] == eod else [*ids, eod], dtype=np.int64)
+                content = next(encoded) if isinstance(record.content, str) else record.content
+                ids = np.asarray(content, dtype=np.int64)
+                closed = ids if ids.size and ids[-1] == eod else np.append(ids, eod)
                 yield closed, self.domain(record)
 
     def domain(self, record: Record) -> int:
