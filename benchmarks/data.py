@@ -11,7 +11,7 @@ The text is the pocket Pile's training text in one order, tokenised with GPT-2's
 
 Candidates go on where they stopped, round by round. Resuming is measured late in the corpus: seconds until the first sample,
 with the stream's cursor and without. Memory is the high-water mark of a process that reads the whole corpus and one of five
-times its size; each stream holds a block of 1,000 documents.
+times its size; each stream holds a block of 50 documents.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from nlgmoe.data.records import MAX_DOCUMENT_BYTES, Fields, Share
 from nlgmoe.data.streamed_source import StreamedSource
 
 DATA_DIR = Path("data/pocket_pile")
-SEQ_LEN, STREAMS, BUFFER = 2048, 8, 1000
-SAMPLES = 64  # of a round
+SEQ_LEN, STREAMS = 2048, 8
+BUFFER = 50  # about one block is read in every round, so that the median has its share of that
+SAMPLES = 64  # in a round
 PARTS = 8  # files of the corpus, so that each stream has one of its own
 
 

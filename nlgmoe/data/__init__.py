@@ -4,8 +4,9 @@ Reading order: `pocket_pile.py` (what text there is; with `packages.py`, `extrac
 `documents.py` (documents of JSON lines and Parquet; with `parquet.py`, `records.py`, `bad_data.py`), `tokenizer.py`,
 `indexed.py` and `shards.py` (tokens on disk), `prepare.py` (these steps in a row), `corpus.py` and
 `megatron_indexed.py` (the tokens of a corpus by split and domain), `packing.py`, `sources.py` and `sampling.py` (which
-tokens make up which sample, and whose it is), `accumulation.py` (how many micro-batches make a step), `baselines.py`
-(what a model has to beat), `datamodule.py` (all of it, for Lightning).
+tokens make up which sample, and whose it is), `streaming.py` (a corpus that is read while training; with
+`text_files.py`, `held_text.py`, `logical_stream.py`, `streamed_source.py`, `cursors.py`), `accumulation.py` (how many
+micro-batches make a step), `baselines.py` (what a model has to beat), `datamodule.py` (all of it, for Lightning).
 """
 
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile, Streams

@@ -25,7 +25,8 @@ class PileDataModule(LightningDataModule):
     """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain`
-    int64 [B]. Training batches go on without end; set `max_steps` or a token budget on the trainer.
+    int64 [B]. Training batches go on without end; set `max_steps` or a token budget on the trainer. Those of a corpus that
+    is streamed come with a `cursor`, which is taken out before the model sees them.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
