@@ -10,8 +10,9 @@ import yaml
 
 from nlgmoe import load_config
 from nlgmoe.cli.train import TrainCLI
-from nlgmoe.data import Blend
+from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
+from nlgmoe.data.streamed_source import readings
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 
@@ -80,7 +81,8 @@ def parse(*names: str) -> Any:
 def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
     files = {str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.yaml")}
     twins = {f"{family}/laptop" for family in FAMILIES}
-    assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), "data/paper_blend"}
+    data = {"data/paper_blend", "data/pile_streaming"}
+    assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), *data}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -201,6 +203,18 @@ def test_the_papers_blend_is_one_corpus() -> None:
     assert isinstance(blend, Blend) and sum(part.weight for part in blend.parts) == pytest.approx(1)
     assert len({part.name for part in blend.parts}) == len(BLEND)
     assert all(part.corpus.split == (98, 2, 0) for part in blend.parts)  # type: ignore[attr-defined]
+
+
+def test_the_streamed_pile_goes_over_every_model() -> None:
+    """It replaces the corpus and what belongs to it; on 8 GPUs every stream is read once."""
+    settings = read("data/pile_streaming")
+    assert set(settings) == {"data"} and set(settings["data"]) == {"corpus", "num_workers"}
+    for name in PAPER:
+        parsed = parse(name, "data/pile_streaming", "hardware/gpus_8").data
+        corpus = StreamedText(**parsed.corpus.init_args)
+        assert parsed.corpus.class_path.rpartition(".")[2] == "StreamedText" and parsed.global_batch_size > 0
+        if parsed.micro_batch_size <= 4:
+            assert readings(corpus.num_streams, parsed.micro_batch_size, 8 * parsed.num_workers) == 1
 
 
 def without(settings: dict[str, Any], *paths: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ KINDS = (
     "missing file",
     "empty file",
     "file cut off",
-    "unreadable file",
+    "damaged file",
     "no such column",
     "no such field",
     "not UTF-8",

@@ -39,6 +39,8 @@ def xz_bits_per_byte(
 ) -> dict[str, float]:
     """What `xz -9` needs for the evaluated text: domain -> bits per byte, and "all" for the domains in a row.
 
+    Domains without text are left out.
+
     Args:
         evaluated: evaluated tokens of each domain, each [N_d].
         tokenizer: that they came from.
@@ -50,7 +52,8 @@ def xz_bits_per_byte(
         tokens = tokens[:share]  # a token is a byte at least, but for the end of a document
         tokens = tokens[tokens != tokenizer.eod_id]
         fitting = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[tokens]), share, side="right"))
-        texts[name] = tokenizer.decode(tokens[:fitting].tolist()).encode()
+        if fitting > 0:
+            texts[name] = tokenizer.decode(tokens[:fitting].tolist()).encode()
     if len(texts) > 1:
         texts["all"] = b"".join(texts.values())
     found = {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}

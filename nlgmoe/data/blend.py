@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from nlgmoe.data.corpus import Corpus, OpenCorpus
 from nlgmoe.data.interleaving import Interleaving, whole_weights
-from nlgmoe.data.sources import Sample, TokenSource
+from nlgmoe.data.sources import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 
@@ -172,6 +173,8 @@ class OpenBlend:
 class BlendedSource:
     """Training samples of several sources, interleaved by weight.
 
+    It is a `CursorSource` for those parts that are; stream s of part p, of P parts, is stream s P + p here.
+
     Args:
         sources: of the parts; without end, all of one sequence length.
         weights: of the parts, whole numbers above 0.
@@ -183,17 +186,50 @@ class BlendedSource:
         self._sources = list(sources)
         self._interleaving = Interleaving(weights)
         self._first_domains = [sum(domains[:part]) for part in range(len(sources))]
+        self._streamed = {
+            part: source
+            for part, source in enumerate(sources)
+            if isinstance(source, CursorSource) and source.cursor_length
+        }
+        self.cursor_length = max((source.cursor_length for source in self._streamed.values()), default=0)
+
+    def go_on_from(self, cursors: Sequence[Sequence[int]]) -> None:
+        """See `CursorSource`."""
+        for part, source in self._streamed.items():
+            source.go_on_from(self._of_part(part, cursors))
+
+    def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
+        """See `CursorSource`."""
+        processes = world_size * max(1, num_workers)
+        if not self._streamed or processes == 1:
+            return None
+        return (
+            f"each of the {processes} processes that load data reads and tokenises all of a blend's streamed parts, as any of "
+            "them may need any sample: tokenise these parts once, with `nlgmoe prepare-data --input`"
+        )
+
+    def closing_remark(self, cursors: Sequence[Sequence[int]]) -> str | None:
+        """See `CursorSource`."""
+        found = [source.closing_remark(self._of_part(part, cursors)) for part, source in self._streamed.items()]
+        return "; ".join(remark for remark in found if remark) or None
 
     def sample(self, index: int) -> Sample:
         """The next sample of whatever part's turn it is."""
         part, own_index = self._interleaving.place(index)
-        sample = self._sources[part].sample(own_index)
-        return Sample(
-            tokens=sample["tokens"],
-            targets=sample["targets"],
-            token_mask=sample["token_mask"],
-            domain=sample["domain"] + self._first_domains[part],
-        )
+        sample = self._sources[part].sample(own_index).copy()
+        sample["domain"] = sample["domain"] + self._first_domains[part]
+        if self.cursor_length:
+            cursor = torch.full((self.cursor_length,), -1)
+            if "cursor" in sample:
+                cursor[: len(sample["cursor"])] = sample["cursor"]
+                cursor[0] = cursor[0] * len(self._sources) + part if cursor[0] >= 0 else -1
+            sample["cursor"] = cursor
+        return sample
+
+    def _of_part(self, part: int, cursors: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The cursors of a part's streams, as the part gave them."""
+        parts, length = len(self._sources), self._streamed[part].cursor_length
+        return [[stream // parts, *rest[: length - 1]] for stream, *rest in cursors if stream % parts == part]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`PileDataModule`: text in, batches out. Its whole state is the number of samples that were trained on."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
@@ -10,16 +11,18 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
+from nlgmoe.data.cursors import Cursors
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import EvaluationSource, Sample, TokenSource
+from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource
 from nlgmoe.data.worker_signals import heed_only_the_parent
 
 
@@ -28,7 +31,8 @@ class PileDataModule(LightningDataModule):
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
     and `padded`, whether there is any padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention`
-    also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer.
+    also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer. Those
+    of a corpus that is streamed come with a `cursor`, which is taken out before the model sees them.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
@@ -97,6 +101,8 @@ class PileDataModule(LightningDataModule):
         self.document_attention = document_attention
         self.mask_eod_loss = mask_eod_loss
         self.samples_consumed = 0
+        self._cursors = Cursors()
+        self._cursor_source: CursorSource | None = None
         self._tokenizer_name = tokenizer
         self._open_corpus: OpenCorpus | None = None
 
@@ -124,18 +130,24 @@ class PileDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Endless micro-batches of this rank, from `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
+        source = self._opened().training_source(self.seq_len, self.seed)
+        if isinstance(source, CursorSource):
+            self._cursor_source = source
+            source.go_on_from(self._cursors.reached())
+            if advice := source.advice(self.micro_batch_size, world_size, self.num_workers):
+                rank_zero_warn(advice)
         micro_batches = 1
         if self.global_batch_size is not None:
             micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)
         whole = self.global_batch_size or self.micro_batch_size * world_size
         sampler = TrainingSampler(
-            lambda: self.samples_consumed,
+            self._begin,
             lambda samples: batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up),
             micro_batches,
             rank,
             world_size,
         )
-        batches = MicroBatches(self._dataset(self._opened().training_source(self.seq_len, self.seed)), collate)
+        batches = MicroBatches(self._dataset(source), collate)
         # "Batches" of one micro-batch each. As a batch sampler it would not be seen to be divided between ranks already.
         return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 
@@ -157,16 +169,33 @@ class PileDataModule(LightningDataModule):
             return None
         return batch_size_after(self.samples_consumed, self.seq_len, self.global_batch_size, self.batch_ramp_up)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Take the cursors out of a batch: the model does not see them."""
+        self._cursors.take(batch)
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """After a fit, say what there is to say about its data."""
+        source = self._cursor_source if stage == "fit" else None
+        if source is not None and (remark := source.closing_remark(self._cursors.reached())):
+            rank_zero_warn(remark)
+
     # ---- state
 
     def advance(self, samples: int) -> None:
         """Count samples that an optimizer step was taken on, over all ranks (never what was merely loaded)."""
         assert samples >= 0
         self.samples_consumed += samples
+        self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_consumed`, and the `fingerprint` of everything else that decides which samples those are."""
-        return {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
+        """`samples_consumed`, and the `fingerprint` of everything else that decides which samples those are.
+
+        Of a `CursorSource` also the `cursors` of all its streams. As ranks have them in parts, every rank has to call this.
+        """
+        state = {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
+        cursors = self._cursors.reached() if self._cursor_source is None else self._cursors.of_all_ranks()
+        return state | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint's run stood.
@@ -194,6 +223,7 @@ class PileDataModule(LightningDataModule):
                 "model.warm_start.checkpoint."
             )
         self.samples_consumed = state_dict["samples_consumed"]
+        self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
         """What, beside `samples_consumed`, decides every training batch: option -> value or hash of what it names."""
@@ -288,6 +318,11 @@ class PileDataModule(LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
+    def _begin(self) -> int:
+        """Where an iteration begins; what an earlier one loaded ahead is loaded again."""
+        self._cursors.forget_waiting()
+        return self.samples_consumed
+
     def _dataset(self, source: TokenSource) -> SourceDataset:
         mark = partial(
             mark_documents, eod_id=self.eod_id, attention=self.document_attention, mask_loss=self.mask_eod_loss
@@ -295,6 +330,8 @@ class PileDataModule(LightningDataModule):
         return SourceDataset(source, self.vocab_size, self.domains, mark)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:
+        if self.num_workers > 0:  # they tokenise side by side, and threads do not outlive a fork
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             dataset,
             sampler=sampler,

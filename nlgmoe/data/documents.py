@@ -37,7 +37,8 @@ def read_documents(
         start: where to begin: `Record.after` of some document of this file.
 
     Raises:
-        ValueError: something cannot be used and `bad` says "error"; names file and line, and what is wrong.
+        ValueError: something cannot be used and `bad` says "error", or a disk or network fails; names file and line, and
+            what is wrong.
     """
     assert is_readable(path), path
     read = read_parquet if str(path).endswith(".parquet") else _read_lines
@@ -48,17 +49,27 @@ def read_documents(
             for record in read(opened, str(path), fields, bad, share, start):
                 number = record.number + 1
                 yield record
+    except GeneratorExit:  # at the end of the process the classes below are gone
+        raise
     except Unusable as what:
         kind, details = what.kind, what.details
     except FileNotFoundError:
         kind = "missing file"
     except (OSError, pa.ArrowException) as error:
-        place = f"{path}, behind document {number:,}"
-        kind, details = "file cut off" if "Truncated" in str(error) else "unreadable file", " ".join(str(error).split())
-    if kind and (
-        share.index == 0 or bad.action == "error"
-    ):  # one of those who share a file counts what is wrong with it
+        place, details = f"{path}, behind document {number:,}", " ".join(str(error).split())
+        if not _is_of_the_data(error):
+            raise ValueError(
+                f"{place}: cannot be read ({details}); once it can be, go on with --ckpt_path last"
+            ) from error
+        kind = "file cut off" if "Truncated" in details else "damaged file"
+    # Of those who share a file, one counts what is wrong with it.
+    if kind and (share.index == 0 or bad.action == "error"):
         bad.found(place, kind, details)
+
+
+def _is_of_the_data(error: Exception) -> bool:
+    """Whether pyarrow complains of what it has read; else a disk or a network fails, which is nothing to skip."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def is_readable(path: str | Path) -> bool:
@@ -112,21 +123,22 @@ def _at(position: int, opened: Any, compression: str | None) -> IO[bytes]:
     if compression is None:
         opened.seek(position)
         return io.BufferedReader(_Pieces(opened), PIECE_BYTES)
-    lines = io.BufferedReader(_Pieces(pa.CompressedInputStream(pa.PythonFile(opened), compression)), PIECE_BYTES)
+    lines = io.BufferedReader(
+        _Pieces(pa.CompressedInputStream(pa.PythonFile(opened, mode="r"), compression)), PIECE_BYTES
+    )
     while position > 0 and (passed := len(lines.read(min(position, PIECE_BYTES)))):
         position -= passed
     return lines
 
 
 class _Pieces(io.RawIOBase):
-    """A stream as Python's buffers want it, in pieces that do not depend on how it is read.
+    """A stream as Python's buffers want it; those ask for whole multiples of their size, from the beginning on.
 
-    A damaged file therefore ends behind the same document wherever reading began.
+    The pieces therefore do not depend on where reading begins, nor does the place at which a damaged file ends.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._piece = memoryview(b"")
 
     def readable(self) -> bool:
         """It is."""
@@ -134,9 +146,6 @@ class _Pieces(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """As of any raw stream; raises OSError where the file is damaged or cut off."""
-        if not self._piece:
-            self._piece = memoryview(self._stream.read(PIECE_BYTES))
-        count = min(len(buffer), len(self._piece))
-        buffer[:count] = self._piece[:count]
-        self._piece = self._piece[count:]
-        return count
+        piece = self._stream.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)

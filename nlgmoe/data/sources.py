@@ -5,7 +5,7 @@ workers or restarts. A new source (blended, streamed, synthetic) only has to fit
 """
 
 from collections.abc import Sequence
-from typing import NotRequired, Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ class Sample(TypedDict):
     domain: torch.Tensor  # int64 [], index into the domains
     loss_mask: NotRequired[torch.Tensor]  # bool [T], False = no loss, padding included
     document: NotRequired[torch.Tensor]  # int64 [T], which document a position belongs to, counted from 0 or 1
+    cursor: NotRequired[torch.Tensor]  # int64 [K], of a `CursorSource`; the data module takes it out of the batch
 
 
 class TokenSource(Protocol):
@@ -31,6 +32,32 @@ class TokenSource(Protocol):
 
     def sample(self, index: int) -> Sample:
         """The `index`-th sample: a pure function of the index and of what the source was made from."""
+        ...
+
+
+@runtime_checkable
+class CursorSource(Protocol):
+    """A source that is read in order, and needs to be told where, so as not to begin at the beginning.
+
+    Every sample has a `cursor`: a stream's number, the number of the stream's next sample, and whatever it takes to find
+    that quickly. Samples do not depend on cursors; how soon they come does. A sample that is of no stream has -1 for one.
+
+    Attributes:
+        cursor_length: numbers in a cursor; 0 where samples have none.
+    """
+
+    cursor_length: int
+
+    def go_on_from(self, cursors: Sequence[Sequence[int]]) -> None:
+        """Take the cursors that a run has got to, one for each stream at most."""
+        ...
+
+    def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
+        """What to change so that these processes read quickly, if anything."""
+        ...
+
+    def closing_remark(self, cursors: Sequence[Sequence[int]]) -> str | None:
+        """What has to be said about the data that was read up to `cursors`, if anything."""
         ...
 
 

@@ -1,19 +1,23 @@
 """Documents of files: each once, from any place, and nothing unusable in silence."""
 
+import errno
 import gzip
 import json
+import os
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from nlgmoe.data import documents
 from nlgmoe.data.bad_data import BadData
 from nlgmoe.data.documents import is_readable, read_documents
 from nlgmoe.data.records import Fields, Place, Record, Share
@@ -48,7 +52,7 @@ def write_lines(path: Path, lines: list[bytes]) -> Path:
     return path
 
 
-def read(path: Path, fields: Fields = PILE, **options: Any) -> list[Record]:
+def read(path: str | Path, fields: Fields = PILE, **options: Any) -> list[Record]:
     return list(read_documents(path, fields, BadData(), **options))
 
 
@@ -125,7 +129,7 @@ def test_a_damaged_file_is_named_or_counted(tmp_path: Path, ending: str) -> None
     whole = read(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 4 // 5])
-    kind = "unreadable file" if ending == "parquet" else "file cut off"
+    kind = "damaged file" if ending == "parquet" else "file cut off"
     with pytest.raises(ValueError, match=rf"data\.{ending}, behind document \d+: {kind} \("):
         read(path)
     bad = BadData("skip", print)
@@ -133,12 +137,13 @@ def test_a_damaged_file_is_named_or_counted(tmp_path: Path, ending: str) -> None
     assert records == whole[: len(records)] and bad.skipped == {kind: 1}
     if ending != "parquet":  # its index is at its end
         assert 100 < len(records) < 300
-        for first in (0, 20, 77):  # it ends where it ended, wherever reading began
-            assert list(read_documents(path, PILE, bad, start=records[first].after)) == records[first + 1 :]
+        ignored = BadData("skip", str)
+        for first in range(len(records)):  # it ends where it ended, wherever reading began
+            assert list(read_documents(path, PILE, ignored, start=records[first].after)) == records[first + 1 :]
         shares = [list(read_documents(path, PILE, bad, share=Share(index, 3))) for index in range(3)]
-        assert sum(map(len, shares)) == len(records) and bad.skipped == {kind: 5}  # one of three counts the file
+        assert sum(map(len, shares)) == len(records) and bad.skipped == {kind: 2}  # one of three counts the file
     path.write_bytes(b"no such format" * 1000)
-    with pytest.raises(ValueError, match="unreadable file"):
+    with pytest.raises(ValueError, match="damaged file"):
         read(path)
 
 
@@ -169,6 +174,29 @@ def test_missing_and_empty_files(tmp_path: Path, ending: str) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_address_is_read_like_a_file(tmp_path: Path, ending: str) -> None:
+    """As on the hub: `hf://datasets/...` is opened by the same call."""
+    path = write(tmp_path / f"data.{ending}", records_of(TEXTS))
+    fsspec.filesystem("memory").pipe(f"/pile/{ending}/00.{ending}", path.read_bytes())
+    address = f"memory://pile/{ending}/00.{ending}"
+    records = read(path)
+    assert read(address) == records and read(address, start=records[77].after) == records[78:]
+    with pytest.raises(ValueError, match=rf"^{address}\.{ending}: missing file"):
+        read(f"{address}.{ending}")
+
+
+def test_a_disk_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Iterator[Record]:
+        yield Record(0, "good", None, Place(1, 10))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = write(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
+    monkeypatch.setattr(documents, "_read_lines", fail)
+    with pytest.raises(ValueError, match=r"data\.jsonl, behind document 1: cannot be read \(.*Input/output error\)"):
+        list(read_documents(path, PILE, BadData("skip", print)))
+
+
 def test_what_is_readable() -> None:
     assert all(map(is_readable, [*(f"a.{ending}" for ending in ENDINGS), "hf://datasets/a/b.json", Path("a.ndjson")]))
     assert not any(map(is_readable, ["a.txt", "a.parquet.gz", "a.zst", "jsonl"]))
@@ -189,8 +217,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     bad = BadData("skip", print)
     tracemalloc.start()
     try:
-        documents = read_documents(path, Fields(max_bytes=1_000_000), bad)
-        assert [record.content for record in islice(documents, 5)] == ["short", "good"]
+        found = read_documents(path, Fields(max_bytes=1_000_000), bad)
+        assert [record.content for record in islice(found, 5)] == ["short", "good"]
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()

@@ -1,0 +1,140 @@
+"""What is kept of a streamed corpus: the tokens of its first documents, for evaluation and statistics.
+
+FOLDER/{number of the domain}.{split}.bin, .idx
+FOLDER/files.json                                the corpus's files by split; written last
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from nlgmoe.data.bad_data import BadData
+from nlgmoe.data.documents import read_documents
+from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.logical_stream import Recipe
+from nlgmoe.data.pocket_pile import write_json
+from nlgmoe.data.records import Record
+from nlgmoe.data.text_files import TextFile
+
+TRAINING_DOCUMENTS = 2000  # looked at for statistics
+CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
+SAME_TOKENIZER = 0.9  # share of ids that come back from their text; cut documents lose a few, other tokenizers most
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is kept.
+
+    Args:
+        files: split -> the corpus's files.
+        tokens: split -> tokens of each domain, [N_d] each; of "train" a sample.
+    """
+
+    files: Mapping[str, Sequence[TextFile]]
+    tokens: Mapping[str, Sequence[np.ndarray]]
+
+
+def hold(folder: Path, files: Mapping[str, Sequence[TextFile]], recipe: Recipe, limit: int) -> None:
+    """Keep the first documents of each split and domain, unless those of the same files are there.
+
+    Args:
+        folder: where.
+        files: of the corpus, by split.
+        recipe: how they are read.
+        limit: of evaluated tokens of a domain; the document that reaches it is kept whole.
+
+    Raises:
+        ValueError: data cannot be used and the policy is to say so, or the ids are another tokenizer's.
+    """
+    if read_files(folder) == files:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "files.json").unlink(missing_ok=True)
+    bad = BadData(recipe.on_bad_data)
+
+    def records(split: str) -> Iterator[Record]:
+        for file in files[split]:
+            yield from read_documents(file.path, recipe.fields, bad)
+
+    if recipe.fields.ids is not None:
+        _check_tokenizer(list(islice(records("train"), CHECKED_DOCUMENTS)), recipe)
+    for split in files:
+        chosen = islice(records(split), TRAINING_DOCUMENTS) if split == "train" else records(split)
+        if not _write(folder, split, chosen, recipe, limit):
+            raise ValueError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
+    write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
+
+
+def read_files(folder: Path) -> dict[str, list[TextFile]] | None:
+    """The corpus's files by split; None if nothing is kept.
+
+    Raises:
+        ValueError: the list of them is damaged.
+    """
+    path = folder / "files.json"
+    if not path.exists():
+        return None
+    try:
+        return {split: [TextFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {folder} to have it made again") from error
+
+
+def read_held(folder: Path, domains: int) -> Held | None:
+    """Map what is kept of so many domains; None if nothing is.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    files = read_files(folder)
+    if files is None:
+        return None
+    tokens = {split: [IndexedDataset(_prefix(folder, d, split)).tokens for d in range(domains)] for split in files}
+    return Held(files, tokens)
+
+
+def _write(folder: Path, split: str, records: Iterator[Record], recipe: Recipe, limit: int) -> int:
+    """Write the domains' first documents; returns how many tokens there are."""
+    kept = [0] * len(recipe.domains)
+
+    def wanted() -> Iterator[Record]:
+        for record in records:
+            if min(kept) >= limit:
+                return
+            if kept[recipe.domain(record)] < limit:
+                yield record
+
+    dtype = token_dtype(recipe.tokenizer.vocab_size)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in range(len(kept))]
+        chosen = wanted()
+        while record := next(chosen, None):
+            for tokens, domain in recipe.tokens([record]):
+                writers[domain].add_document(tokens)
+                kept[domain] += len(tokens)
+    return sum(kept)
+
+
+def _check_tokenizer(records: Sequence[Record], recipe: Recipe) -> None:
+    """Whether ids are those that their text is tokenised to."""
+    came_back = total = 0
+    for record in records:
+        ids = [int(token) for token in record.content if token != recipe.tokenizer.eod_id]
+        again = recipe.tokenizer.encode(recipe.tokenizer.decode(ids))
+        came_back += (Counter(ids) & Counter(again)).total()
+        total += len(ids)
+    if came_back < SAME_TOKENIZER * total:
+        raise ValueError(
+            f"ids_field={recipe.fields.ids} holds another tokenizer's ids: {came_back / total:.0%} of the first ones come "
+            f"back when their text is tokenised with {recipe.tokenizer.name}; set data.tokenizer to the one they were made with"
+        )
+
+
+def _prefix(folder: Path, domain: int, split: str) -> Path:
+    return folder / f"{domain}.{split}"

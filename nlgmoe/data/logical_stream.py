@@ -1,0 +1,243 @@
+"""One logical stream: a fixed part of a corpus as an endless row of windows, entered at any cursor.
+
+    files -> documents -> blocks of `shuffle_buffer` documents, each in an order of its own -> tokens -> windows of T
+
+Which documents a stream has, and in which order, follows from its number, the number of streams and the seed alone, not
+from who reads it. Files and streams are dealt out in `gcd(files, streams)` groups: the streams of a group have the
+group's files, of which each takes its share of the documents. All streams are thereby as long as files and documents
+make them, and with as many files as streams, or a multiple of them, nobody reads what another one needs.
+
+Windows are cut as in `packing.py`: every document is closed by the end-of-document token, each token is a target once,
+and the first input of all is an end of document.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from nlgmoe.data.bad_data import KINDS, Action, BadData
+from nlgmoe.data.documents import read_documents
+from nlgmoe.data.records import Fields, Place, Record, Share
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.seeding import derive_seed
+
+BLOCK_LENGTH = 1 << 26  # characters or token ids; a block of books ends early, so that it fits into memory
+ENCODED_LENGTH, ENCODED_DOCUMENTS = 1 << 20, 16  # characters and documents that are tokenised at once
+
+
+class Cursor(NamedTuple):
+    """Where a window begins: all it takes to go on from there. Plain numbers, for checkpoints.
+
+    Attributes:
+        window: its number in the stream.
+        epoch: passes over the stream's documents that are complete.
+        block: of the epoch, that the window begins in.
+        file: of the epoch's order, in which the block begins.
+        documents, bytes: `Place` in that file at which the block begins.
+        document: of the block's order, that the window begins in or right behind.
+        token: of that document, that is the window's first target.
+        skipped: what could not be used up to the block's end, by `KINDS`.
+    """
+
+    window: int = 0
+    epoch: int = 0
+    block: int = 0
+    file: int = 0
+    documents: int = 0
+    bytes: int = 0
+    document: int = 0
+    token: int = 0
+    skipped: tuple[int, ...] = (0,) * len(KINDS)
+
+    def numbers(self) -> list[int]:
+        """In a row."""
+        return [*self[:-1], *self.skipped]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> "Cursor":
+        """Undo `numbers`; kinds that came later count 0."""
+        plain, skipped = numbers[: len(cls._fields) - 1], numbers[len(cls._fields) - 1 :]
+        return cls._make([*plain, (*skipped, *[0] * (len(KINDS) - len(skipped)))])
+
+
+class Window(NamedTuple):
+    """T tokens to train on.
+
+    Attributes:
+        inputs: int64 [T].
+        targets: int64 [T].
+        domain: that most of the targets are of.
+        after: where the next window begins.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    domain: int
+    after: Cursor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all streams of a corpus have in common.
+
+    Args:
+        files: names or addresses, in a fixed order.
+        fields: what is read of each record.
+        domains: names by id; documents of other domains are counted to the last one.
+        tokenizer: makes text to ids, and closes documents.
+        num_streams: how many there are.
+        shuffle_buffer: documents in a block.
+        on_bad_data: what becomes of data that cannot be used.
+        reported: kinds of it that this process has warned of.
+    """
+
+    files: Sequence[str]
+    fields: Fields
+    domains: Sequence[str]
+    tokenizer: Tokenizer
+    num_streams: int
+    shuffle_buffer: int
+    on_bad_data: Action
+    reported: set[str] = field(default_factory=set)
+
+    def part(self, stream: int) -> tuple[list[str], Share]:
+        """The files a stream reads, and its share of the documents of each."""
+        groups = math.gcd(len(self.files), self.num_streams)
+        group, index = stream % groups, stream // groups
+        return list(self.files[group::groups]), Share(index, self.num_streams // groups)
+
+    def tokens(self, records: Sequence[Record]) -> Iterator[tuple[np.ndarray, int]]:
+        """Tokens of each document, closed by the end of document, int64 [N]; and its domain's id."""
+        eod = self.tokenizer.eod_id
+        for group in _groups(records):
+            texts = [record.content for record in group if isinstance(record.content, str)]
+            encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
+            for record in group:
+                content = next(encoded) if isinstance(record.content, str) else record.content
+                ids = np.asarray(content, dtype=np.int64)
+                closed = ids if ids.size and ids[-1] == eod else np.append(ids, eod)
+                yield closed, self.domain(record)
+
+    def domain(self, record: Record) -> int:
+        """Id of a document's domain."""
+        return self.domains.index(record.domain) if record.domain in self.domains else len(self.domains) - 1
+
+
+class LogicalStream:
+    """The windows of one stream.
+
+    Args:
+        recipe: of all streams.
+        stream: which of them.
+        seq_len: T, in tokens.
+        seed: of the order.
+    """
+
+    def __init__(self, recipe: Recipe, stream: int, seq_len: int, seed: int) -> None:
+        self._recipe = recipe
+        self._stream = stream
+        self._seq_len = seq_len
+        self._seed = seed
+        self._files, self._share = recipe.part(stream)
+
+    def windows(self, start: Cursor) -> Iterator[Window]:
+        """Windows from `start` on, without end. At most a block is read again to get there.
+
+        Raises:
+            ValueError: data cannot be used, or the stream has no document at all.
+        """
+        cut = start.token
+        previous = self._recipe.tokenizer.eod_id
+        targets = np.empty(self._seq_len, dtype=np.int64)
+        filled, window, of_domain = 0, start.window, Counter[int]()
+        for tokens, domain, here in self._documents(start):
+            if cut > 0:
+                previous = int(tokens[cut - 1])
+            while cut < len(tokens):
+                taken = min(self._seq_len - filled, len(tokens) - cut)
+                targets[filled : filled + taken] = tokens[cut : cut + taken]
+                filled, cut = filled + taken, cut + taken
+                of_domain[domain] += taken
+                if filled == self._seq_len:
+                    window += 1
+                    inputs = np.concatenate(([previous], targets[:-1]))
+                    after = here._replace(window=window, token=cut)
+                    yield Window(inputs, targets, of_domain.most_common(1)[0][0], after)
+                    previous = int(targets[-1])
+                    targets = np.empty(self._seq_len, dtype=np.int64)
+                    filled, of_domain = 0, Counter[int]()
+            cut = 0
+
+    def _documents(self, start: Cursor) -> Iterator[tuple[np.ndarray, int, Cursor]]:
+        """Tokens, domain and place (at token 0) of every document from the one that `start` is in."""
+        first = start.document
+        for records, block in self._blocks(start):
+            for number, (tokens, domain) in enumerate(self._recipe.tokens(records[first:]), start=first):
+                yield tokens, domain, block._replace(document=number)
+            first = 0
+
+    def _blocks(self, start: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
+        """The documents of every block in its order, and where it begins, from the block that `start` is in."""
+        bad = BadData(self._recipe.on_bad_data, reported=self._recipe.reported)
+        here = start._replace(document=0)
+        while True:
+            records = self._records(here, bad)
+            while block := _take(records, self._recipe.shuffle_buffer):
+                if here.block == start.block and here.epoch == start.epoch and start.window > 0:
+                    # What was wrong in this block has been counted when it was first read.
+                    bad.skipped = Counter(dict(zip(KINDS, start.skipped, strict=True)))
+                here = here._replace(skipped=tuple(bad.skipped[kind] for kind in KINDS))
+                order = self._permutation("block", len(block), here.epoch, here.block)
+                yield [block[i][1] for i in order], here
+                file, last = block[-1]
+                here = here._replace(
+                    block=here.block + 1, file=file, documents=last.after.documents, bytes=last.after.bytes
+                )
+            if here.block == 0:
+                raise ValueError(
+                    f"num_streams={self._recipe.num_streams} leaves stream {self._stream} no document that can be used; "
+                    f"lower it, or use a larger corpus"
+                )
+            here = here._replace(epoch=here.epoch + 1, block=0, file=0, documents=0, bytes=0)
+
+    def _records(self, here: Cursor, bad: BadData) -> Iterator[tuple[int, Record]]:
+        """The rest of an epoch's documents, each with its file's place in the epoch's order."""
+        files = self._permutation("files", len(self._files), here.epoch)
+        place = Place(here.documents, here.bytes)
+        for number in range(here.file, len(files)):
+            path = self._files[files[number]]
+            for record in read_documents(path, self._recipe.fields, bad, self._share, place):
+                yield number, record
+            place = Place()
+
+    def _permutation(self, what: str, length: int, *names: int) -> np.ndarray:
+        seed = derive_seed(self._seed, what, self._stream, *names)
+        return np.random.Generator(np.random.PCG64(seed)).permutation(length)
+
+
+def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, Record]]:
+    """The next `count` records; fewer if they are long, or if there are no more."""
+    taken: list[tuple[int, Record]] = []
+    length = 0
+    while len(taken) < count and length < BLOCK_LENGTH and (found := next(records, None)) is not None:
+        taken.append(found)
+        length += len(found[1].content)
+    return taken
+
+
+def _groups(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """Neighbours that are tokenised together: little memory, few calls."""
+    group: list[Record] = []
+    length = 0
+    for record in records:
+        if group and (len(group) == ENCODED_DOCUMENTS or length + len(record.content) > ENCODED_LENGTH):
+            yield group
+            group, length = [], 0
+        group.append(record)
+        length += len(record.content)
+    if group:
+        yield group

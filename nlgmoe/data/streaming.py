@@ -1,0 +1,181 @@
+"""`StreamedText`: a corpus that is read while it is trained on, from the Hugging Face hub or from files.
+
+`datasets` finds the files, with the patterns, splits and revisions of its `load_dataset`, on the hub and in a folder
+alike; what is in them is read here (`documents.py`). Its own streaming deals out whole files, does not say in which line
+of which file bad data stands, has no way around it, and goes on by reading a file again from its beginning.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nlgmoe.data.bad_data import Action
+from nlgmoe.data.corpus import OpenCorpus
+from nlgmoe.data.held_text import Held, hold, read_held
+from nlgmoe.data.logical_stream import Recipe
+from nlgmoe.data.records import MAX_DOCUMENT_BYTES, Fields
+from nlgmoe.data.sources import TokenSource
+from nlgmoe.data.streamed_source import StreamedSource
+from nlgmoe.data.text_files import find_files
+from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+OTHER = "other"
+
+
+class StreamedText:
+    """JSON lines (plain, .gz or .zst) or Parquet, tokenised and packed by the data workers, or tokenised already.
+
+    Training reads `num_streams` logical streams, which do not depend on ranks and workers, and goes on after an
+    interruption where it stood. `prepare` keeps what evaluation needs, the first documents of each domain's validation
+    and test files, in `data_dir/streamed`.
+
+    Args:
+        path: name of a data set on the hub, or a local folder.
+        data_files: split -> names or patterns in it, such as `{train: train/*.jsonl.zst, validation: val.jsonl.zst}`;
+            None: those that `datasets` finds by their names. Has "train" and "validation"; has "test" where there is one.
+        revision: of a data set on the hub: a branch, a tag or a commit; None: the newest.
+        text_field: a record's text.
+        ids_field: a record's token ids, of `data.tokenizer`, read in place of its text.
+        domain_field: a record's domain, such as `meta.pile_set_name`; None: all are of one domain.
+        domains: those to tell apart; documents of any other, or of none, are in the domain "other".
+        num_streams: logical streams; see docs/data.md for a good number.
+        shuffle_buffer: documents of a stream that are shuffled at a time.
+        on_bad_data: "error": a document or file that cannot be used ends the run; "skip": it is counted and left out.
+        max_document_bytes: of a document's line, or of its text in Parquet; longer ones cannot be used.
+        evaluation_tokens: kept of each domain of the validation split, and of the test split.
+
+    Raises:
+        ValueError: a setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        data_files: dict[str, str | list[str]] | None = None,
+        revision: str | None = None,
+        text_field: str = "text",
+        ids_field: str | None = None,
+        domain_field: str | None = None,
+        domains: Sequence[str] | None = None,
+        num_streams: int = 64,
+        shuffle_buffer: int = 1000,
+        on_bad_data: Action = "error",
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        evaluation_tokens: int = 1_000_000,
+    ) -> None:
+        sizes = {
+            "num_streams": num_streams,
+            "shuffle_buffer": shuffle_buffer,
+            "max_document_bytes": max_document_bytes,
+            "evaluation_tokens": evaluation_tokens,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if (domain_field is None) != (domains is None):
+            raise ValueError(
+                f"domain_field={domain_field} and domains={domains} belong together: set the field and the names to tell "
+                "apart, or neither"
+            )
+        if domains is not None and (OTHER in domains or len(set(domains)) < len(domains)):
+            raise ValueError(f"domains={list(domains)} must be different names, none of them {OTHER!r}")
+        self.path = path
+        self.data_files = data_files
+        self.revision = revision
+        self.fields = Fields(text_field, ids_field, domain_field, max_bytes=max_document_bytes)
+        self.domains = None if domains is None else list(domains)
+        self.num_streams = num_streams
+        self.shuffle_buffer = shuffle_buffer
+        self.on_bad_data: Action = on_bad_data
+        self.evaluation_tokens = evaluation_tokens
+
+    def prepare(self, data_dir: Path, tokenizer: str) -> None:
+        """Fetch the tokenizer, find the files, and keep what evaluation needs of them.
+
+        Raises:
+            ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or data
+                cannot be used and the policy is to say so.
+        """
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".lock"):
+            loaded = load_tokenizer(tokenizer, data_dir)
+            files = find_files(self.path, self.data_files, self.revision)
+            hold(self._folder(data_dir, loaded), files, self._recipe(loaded, []), self.evaluation_tokens)
+
+    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
+        """Map what `prepare` has kept; the training files are opened when they are read.
+
+        Raises:
+            ValueError: `prepare` has not run for this corpus and tokenizer.
+        """
+        loaded = load_tokenizer(tokenizer, data_dir)
+        held = read_held(self._folder(data_dir, loaded), len(self._names()))
+        if held is None:
+            raise ValueError(
+                f"path={self.path}: what evaluation needs of it is not in {data_dir} for {tokenizer}; start training, or "
+                "call prepare_data of the data module"
+            )
+        recipe = self._recipe(loaded, [file.path for file in held.files["train"]])
+        facts = (
+            [(os.path.basename(file.path), file.bytes) for file in held.files["train"]],
+            (self.fields, self.domains, self.num_streams, self.shuffle_buffer),
+        )
+        return OpenStreamedText(loaded, self._names(), _hash(facts), recipe, held)
+
+    def _names(self) -> list[str]:
+        return ["text"] if self.domains is None else [*self.domains, OTHER]
+
+    def _recipe(self, tokenizer: Tokenizer, files: Sequence[str]) -> Recipe:
+        return Recipe(
+            files=files,
+            fields=replace(self.fields, vocab_size=tokenizer.vocab_size),
+            domains=self._names(),
+            tokenizer=tokenizer,
+            num_streams=self.num_streams,
+            shuffle_buffer=self.shuffle_buffer,
+            on_bad_data=self.on_bad_data,
+        )
+
+    def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
+        settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
+        return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint))
+
+
+@dataclass(frozen=True)
+class OpenStreamedText:
+    """A streamed corpus that can be read, see `OpenCorpus`.
+
+    Args:
+        tokenizer: whose ids the tokens are.
+        domains: names.
+        fingerprint: of the training files' names and sizes, and of how they are read.
+        recipe: of the streams.
+        held: tokens for statistics and evaluation.
+    """
+
+    tokenizer: Tokenizer
+    domains: list[str]
+    fingerprint: str
+    recipe: Recipe
+    held: Held
+
+    def training_source(self, seq_len: int, seed: int) -> TokenSource:
+        """The windows of all streams in turn, without end."""
+        return StreamedSource(self.recipe, seq_len, seed)
+
+    def training_tokens(self) -> Sequence[np.ndarray]:
+        """Those of the first training documents."""
+        return self.held.tokens["train"]
+
+    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+        """Those of each domain's first documents."""
+        return self.held.tokens.get(split)
+
+
+def _hash(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

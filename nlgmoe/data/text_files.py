@@ -1,0 +1,57 @@
+"""The files of a data set on the Hugging Face hub, or in a folder, by split."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fsspec.core import url_to_fs
+
+from nlgmoe.data.documents import is_readable
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file.
+
+    Args:
+        path: local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`.
+        bytes: its size.
+    """
+
+    path: str
+    bytes: int
+
+
+def find_files(
+    path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
+) -> dict[str, list[TextFile]]:
+    """Split -> its files, by name. The arguments are those of `datasets.load_dataset`.
+
+    Raises:
+        ValueError: there are none, a split is missing, or a file is of another format.
+    """
+    # Here and not above: it takes its seconds.
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(path, data_files=data_files, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"path={path}: {error}; set it to a folder or to a data set on the Hugging Face hub"
+        ) from error
+    found = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
+    if missing := {"train", "validation"} - found.keys():
+        raise ValueError(
+            f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
+            "{train: train/*.jsonl.zst, validation: val.jsonl.zst}"
+        )
+    if unknown := [file for files in found.values() for file in files if not is_readable(file)]:
+        raise ValueError(
+            f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
+            "with data_files"
+        )
+    return {split: [TextFile(file, _size(file)) for file in files] for split, files in found.items()}
+
+
+def _size(path: str) -> int:
+    file_system, name = url_to_fs(path)
+    return int(file_system.info(name)["size"])

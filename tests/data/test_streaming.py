@@ -1,0 +1,551 @@
+"""Streamed text: every document once an epoch, exact and quick resumption, and nothing unusable in silence."""
+
+import json
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import distributed
+
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
+from nlgmoe.cli.errors import describe
+from nlgmoe.data import StreamedText, held_text, logical_stream
+from nlgmoe.data.bad_data import KINDS
+from nlgmoe.data.blend import BlendedSource
+from nlgmoe.data.cursors import Cursors
+from nlgmoe.data.logical_stream import Cursor, LogicalStream, Recipe
+from nlgmoe.data.records import Fields
+from nlgmoe.data.sampling import TrainingSampler
+from nlgmoe.data.sources import Sample
+from nlgmoe.data.streamed_source import StreamedSource, readings
+from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
+from tests.data.conftest import WORDS, tokens_of
+from tests.data.test_datamodule import make_trainer, rows
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_corpus: Path) -> Tokenizer:
+    return load_tokenizer(str(tiny_corpus / "tokenizer"), tiny_corpus)
+
+
+def make_texts(count: int, name: str = "text") -> list[str]:
+    return [f"{name} {i}: " + " ".join(WORDS[(i * j) % len(WORDS)] for j in range(i % 11)) for i in range(count)]
+
+
+def write(path: Path, texts: list[str], domains: int = 1) -> str:
+    records = [{"text": text, "meta": {"name": f"domain {i % domains}"}} for i, text in enumerate(texts)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=7)
+    else:
+        path.write_bytes(zstandard.ZstdCompressor().compress(content) if path.suffix == ".zst" else content)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def make_recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., Recipe]:
+    folder = tmp_path_factory.mktemp("files")
+
+    def make(files: int, streams: int, buffer: int = 5, per_file: int = 40) -> Recipe:
+        endings = ("jsonl", "jsonl.zst", "parquet")
+        names = [folder / f"{i}.{per_file}.{endings[i % 3]}" for i in range(files)]
+        for i, name in enumerate(names):
+            if not name.exists():
+                write(name, make_texts(per_file, f"file {i}"))
+        return Recipe([str(name) for name in names], Fields(), ["text"], tokenizer, streams, buffer, "error")
+
+    return make
+
+
+def documents_of(windows: Iterator[logical_stream.Window], tokenizer: Tokenizer, epochs: int) -> Iterator[str]:
+    """Texts in the order in which they are trained on, until those of so many epochs have gone by; checks the packing."""
+    previous, document = tokenizer.eod_id, []
+    for number, window in enumerate(windows):
+        assert window.inputs.tolist() == [previous, *window.targets[:-1].tolist()] and window.after.window == number + 1
+        for token in window.targets.tolist():
+            if token == tokenizer.eod_id:
+                yield tokenizer.decode(document)
+                document = []
+            else:
+                document.append(token)
+        previous = int(window.targets[-1])
+        if window.after.epoch == epochs:
+            return
+
+
+@pytest.mark.parametrize(("files", "streams"), [(1, 3), (4, 4), (6, 4), (3, 5), (7, 1)])
+def test_an_epoch_of_all_streams_is_the_corpus(
+    make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, files: int, streams: int
+) -> None:
+    recipe = make_recipe(files, streams)
+    first: list[str] = []
+    for stream in range(streams):
+        found = list(documents_of(LogicalStream(recipe, stream, SEQ_LEN, 1).windows(Cursor()), tokenizer, 2))
+        length = next(i for i, text in enumerate(found) if text in found[:i])
+        assert sorted(found[:length]) == sorted(found[length : 2 * length])  # the second epoch: the same ...
+        assert found[:length] != found[length : 2 * length]  # ... in another order
+        first += found[:length]
+        assert abs(length - files * 40 / streams) <= files  # nobody is through much before the others
+    assert sorted(first) == sorted(text for i in range(files) for text in make_texts(40, f"file {i}"))
+
+
+def test_the_seed_decides_the_order(
+    make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def order(seed: int, buffer: int) -> list[str]:
+        stream = LogicalStream(make_recipe(1, 1, buffer), 0, SEQ_LEN, seed)
+        return list(islice(documents_of(stream.windows(Cursor()), tokenizer, 1), 40))
+
+    assert order(1, 5) == order(1, 5) and order(1, 5) != order(2, 5) != order(2, 40)
+    texts = make_texts(40, "file 0")
+    assert order(1, 1) == texts
+    monkeypatch.setattr(logical_stream, "BLOCK_LENGTH", 1)
+    assert order(1, 40) == texts  # a block ends where it is long enough
+    assert [sorted(order(1, 5)[i : i + 5]) for i in range(0, 40, 5)] == [
+        sorted(texts[i : i + 5]) for i in range(0, 40, 5)
+    ]
+
+
+def test_files_come_in_another_order_every_epoch(make_recipe: Callable[..., Recipe], tokenizer: Tokenizer) -> None:
+    windows = LogicalStream(make_recipe(6, 1), 0, SEQ_LEN, 1).windows(Cursor())
+    order = [text.split(":")[0].split()[1] for text in documents_of(windows, tokenizer, 2)]
+    files = [file for i, file in enumerate(order) if i == 0 or order[i - 1] != file]
+    first, second = list(dict.fromkeys(files)), list(dict.fromkeys(order[240:]))
+    assert sorted(first) == sorted(second) == list("012345") and list("012345") != first != second
+
+
+class Run:
+    """Ranks with workers that load ahead, in one process: who reads what, what is trained on, what a checkpoint has."""
+
+    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], state: tuple[int, list[list[int]]]) -> None:
+        self.ranks, self.workers, self.size = shape
+        self.consumed, cursors = state
+        self.sources = [[StreamedSource(recipe, SEQ_LEN, 3) for _ in range(self.workers)] for _ in range(self.ranks)]
+        for source in (source for rank in self.sources for source in rank):
+            source.go_on_from(cursors)
+        self.cursors = [Cursors() for _ in range(self.ranks)]
+        for rank in self.cursors:
+            rank.load(cursors)
+        self.samplers = [
+            iter(TrainingSampler(lambda: self.consumed, lambda _: self.size * self.ranks, 1, rank, self.ranks))
+            for rank in range(self.ranks)
+        ]
+        self.loaded: list[deque[list[Any]]] = [deque() for _ in range(self.ranks)]
+        self.turn = [0] * self.ranks
+
+    def train(self, steps: int, ahead: int) -> list[list[int]]:
+        """Inputs and targets of the samples in their order. At the end, every rank is in the middle of a step."""
+        trained = []
+        for _ in range(steps):
+            for rank, loaded in enumerate(self.loaded):
+                while len(loaded) <= ahead:
+                    source = self.sources[rank][self.turn[rank] % self.workers]
+                    loaded.append([source.sample(i) for i in next(self.samplers[rank])])
+                    self.turn[rank] += 1
+                trained += self.take(rank)
+                self.cursors[rank].commit(self.size)
+            self.consumed += self.ranks * self.size
+        for rank in range(self.ranks if ahead > 0 else 0):
+            self.take(rank)
+        return trained
+
+    def take(self, rank: int) -> list[list[int]]:
+        batch = self.loaded[rank].popleft()
+        self.cursors[rank].take({"cursor": torch.stack([sample["cursor"] for sample in batch])})
+        return [seen(sample) for sample in batch]
+
+    def state(self) -> tuple[int, list[list[int]]]:
+        everything = Cursors()
+        for rank in self.cursors:
+            everything.load([*everything.reached(), *rank.reached()])
+        return json.loads(json.dumps((self.consumed, everything.reached())))
+
+
+def seen(sample: Sample) -> list[int]:
+    return [*sample["tokens"].tolist(), *sample["targets"].tolist()]
+
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    files=st.integers(1, 4),
+    streams=st.integers(1, 8),
+    buffer=st.integers(1, 9),
+    lives=st.lists(st.tuples(SHAPES, st.integers(1, 9), st.integers(0, 4)), min_size=2, max_size=4),
+)
+def test_killed_anywhere_and_resumed_on_other_ranks_and_workers(
+    make_recipe: Callable[..., Recipe], files: int, streams: int, buffer: int, lives: list[Any]
+) -> None:
+    recipe = make_recipe(files, streams, buffer, per_file=12)
+    state: tuple[int, list[list[int]]] = (0, [])
+    trained: list[list[int]] = []
+    for shape, steps, ahead in lives:
+        run = Run(recipe, shape, state)
+        trained += run.train(steps, ahead)
+        state = run.state()
+    undisturbed = StreamedSource(recipe, SEQ_LEN, 3)
+    assert trained == [seen(undisturbed.sample(i)) for i in range(len(trained))]
+    # The cursors are those of the samples that were trained on, each of them just behind its stream's last one.
+    expected = {stream: -(-(len(trained) - stream) // streams) for stream in range(min(streams, len(trained)))}
+    assert {stream: window for stream, window, *_ in state[1]} == expected
+
+
+def test_samples_do_not_depend_on_cursors_or_on_the_order_asked_for(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(2, 3)
+    source = StreamedSource(recipe, SEQ_LEN, 3)
+    straight = [seen(source.sample(i)) for i in range(60)]
+    backwards = StreamedSource(recipe, SEQ_LEN, 3)
+    backwards.go_on_from([source.sample(31)["cursor"].tolist()])
+    assert [seen(backwards.sample(i)) for i in reversed(range(60))] == straight[::-1]
+
+
+@pytest.mark.parametrize("file", [0, 1, 2], ids=["jsonl", "zst", "parquet"])
+def test_resuming_reads_a_block_and_tokenises_less(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, file: int
+) -> None:
+    recipe = make_recipe(3, 1, 10, 500)
+    recipe = Recipe(recipe.files[file : file + 1], *(getattr(recipe, name) for name in list(vars(recipe))[1:]))
+    counted: Counter[str] = Counter()
+    read, encode = logical_stream.read_documents, recipe.tokenizer.encode_batch
+
+    def counting(*args: Any) -> Iterator[Any]:
+        for record in read(*args):
+            counted["read"] += 1
+            yield record
+
+    def encoding(texts: list[str]) -> list[list[int]]:
+        counted["tokenised"] += len(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(logical_stream, "read_documents", counting)
+    monkeypatch.setattr(recipe.tokenizer, "encode_batch", encoding)
+    fresh = StreamedSource(recipe, SEQ_LEN, 3)
+    late = 600
+    cursor = fresh.sample(late - 1)["cursor"].tolist()
+    wanted = fresh.sample(late)["targets"].tolist()
+    assert counted["read"] > 200 and counted["tokenised"] > 200
+    counted.clear()
+    resumed = StreamedSource(recipe, SEQ_LEN, 3)
+    resumed.go_on_from([cursor])
+    assert resumed.sample(late)["targets"].tolist() == wanted
+    assert counted["read"] <= 20 and counted["tokenised"] <= 20  # two blocks, if the window reaches into the next
+
+
+def test_who_reads_which_stream() -> None:
+    """The formula against the samplers that it is about."""
+    for streams, size, ranks, workers in [(16, 4, 2, 2), (32, 4, 2, 2), (12, 4, 2, 2), (7, 3, 2, 1), (5, 8, 1, 3)]:
+        touched: set[tuple[int, int, int]] = set()
+        for rank in range(ranks):
+            micro_batches = iter(TrainingSampler(lambda: 0, lambda _, step=size * ranks: step, 1, rank, ranks))
+            for batch in range(streams * workers * 2):
+                touched |= {(rank, batch % workers, i % streams) for i in next(micro_batches)}
+        assert readings(streams, size, ranks * workers) == pytest.approx(len(touched) / streams)
+    assert readings(64, 4, 8) == readings(32, 4, 8) == 1 and readings(16, 4, 8) == 2 and readings(1, 4, 8) == 8
+
+
+class NotStreamed:
+    """Samples without a cursor."""
+
+    seq_len = SEQ_LEN
+
+    def sample(self, index: int) -> Sample:
+        tokens = torch.full((SEQ_LEN,), index)
+        return Sample(tokens=tokens, targets=tokens, token_mask=tokens >= 0, domain=torch.tensor(0))
+
+
+def test_the_streams_of_a_blend_go_on_from_their_cursors(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blend() -> BlendedSource:
+        one, other = StreamedSource(make_recipe(2, 3), SEQ_LEN, 1), StreamedSource(make_recipe(3, 2), SEQ_LEN, 2)
+        return BlendedSource([one, NotStreamed(), other], [3, 1, 2], [1, 1, 1])
+
+    source = blend()
+    straight = [source.sample(index) for index in range(240)]
+    assert Counter(int(sample["domain"]) for sample in straight) == {0: 120, 1: 40, 2: 80}
+    cursors = Cursors()
+    cursors.take({"cursor": torch.stack([sample["cursor"] for sample in straight[:150]])})
+    cursors.commit(150)
+    assert len(cursors.reached()) == 3 + 2
+    starts: list[int] = []
+    read = LogicalStream.windows
+    monkeypatch.setattr(LogicalStream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
+    again = blend()
+    again.go_on_from(json.loads(json.dumps(cursors.reached())))
+    assert [seen(again.sample(index)) for index in range(150, 240)] == [seen(sample) for sample in straight[150:]]
+    assert starts == [25] * 5
+    assert again.advice(4, 1, 1) is None and "each of the 2 processes" in str(again.advice(4, 2, 1))
+
+
+# ---- the corpus
+
+
+@pytest.fixture
+def open_corpus(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PileDataModule]:
+    monkeypatch.setattr(held_text, "TRAINING_DOCUMENTS", 50)
+    folder = tmp_path / "pile"
+    for i in range(4):
+        write(folder / "train" / f"{i:02}.jsonl.zst", make_texts(60, f"file {i}"), domains=3)
+    write(folder / "val.jsonl.zst", make_texts(30, "validation"), domains=3)
+    write(folder / "test.jsonl.zst", make_texts(20, "test"), domains=3)
+
+    def make(workers: int = 0, **options: Any) -> PileDataModule:
+        defaults: dict[str, Any] = {
+            "data_files": {"train": "train/*.jsonl.zst", "validation": "val.jsonl.zst", "test": "test.jsonl.zst"},
+            "domain_field": "meta.name",
+            "domains": ["domain 0", "domain 1"],
+            "num_streams": 8,
+            "shuffle_buffer": 10,
+        }
+        data = PileDataModule(
+            str(tmp_path / "built"),
+            str(tiny_corpus / "tokenizer"),
+            StreamedText(str(folder), **(defaults | options)),
+            micro_batch_size=4,
+            seq_len=SEQ_LEN,
+            num_workers=workers,
+        )
+        data.prepare_data()
+        data.setup()
+        return data
+
+    return make
+
+
+def fit(data: PileDataModule, steps: int, folder: Path, checkpoint: Path | None = None) -> tuple[Any, Any]:
+    """Train a tiny model; returns the trainer and the targets that it saw."""
+    batches: list[list[int]] = []
+
+    class Seen(lightning.pytorch.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            assert set(batch) == {"tokens", "targets", "token_mask", "domain", "padded"}
+            batches.extend(rows(batch))
+
+    config = GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))
+    trainer = make_trainer(folder, max_steps=steps, max_epochs=-1, callbacks=[Seen()], limit_val_batches=2)
+    trainer.fit(MoEGPTModule(config), data, ckpt_path=checkpoint)
+    return trainer, batches
+
+
+def test_training_killed_and_resumed_on_other_workers(
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path
+) -> None:
+    _, straight = fit(open_corpus(), 20, tmp_path)
+    trainer, first = fit(open_corpus(workers=2), 9, tmp_path)
+    trainer.save_checkpoint(tmp_path / "nine.ckpt")
+    saved = json.loads((tmp_path / "nine.ckpt" / "checkpoint.json").read_text())["PileDataModule"]
+    windows = {stream: window for stream, window, *_ in saved["cursors"]}
+    assert saved["samples_consumed"] == 36 and windows == {
+        **dict.fromkeys(range(4), 5),
+        **dict.fromkeys(range(4, 8), 4),
+    }
+    data = open_corpus(workers=1)
+    _, second = fit(data, 20, tmp_path, tmp_path / "nine.ckpt")
+    assert first + second == straight
+    trainer = make_trainer(tmp_path)
+    trainer.validate(MoEGPTModule(GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))), data)
+    assert {"val/loss/domain 0", "val/loss/domain 1", "val/loss/other"} <= trainer.callback_metrics.keys()
+    with pytest.raises(ValueError, match="these differ: corpus "):
+        open_corpus(shuffle_buffer=11).load_state_dict(data.state_dict())
+
+
+def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
+    open_corpus: Callable[..., PileDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_corpus()
+    for batch in islice(data.train_dataloader(), 5):
+        assert "cursor" not in data.on_before_batch_transfer(batch, 0)
+    data.advance(4 * 3)
+    state = data.state_dict()
+    windows = {stream: window for stream, window, *_ in state["cursors"]}
+    assert windows == {**dict.fromkeys(range(4), 2), **dict.fromkeys(range(4, 8), 1)}  # of five micro-batches, three
+    starts = []
+    read = LogicalStream.windows
+    monkeypatch.setattr(LogicalStream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
+    resumed = open_corpus()
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert len(list(islice(resumed.train_dataloader(), 2))) == 2
+    assert starts == [1] * 4 + [2] * 4
+    assert resumed.state_dict() == state
+
+
+def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Callable[..., PileDataModule]) -> None:
+    data = open_corpus(evaluation_tokens=60)
+    assert data.domains == ["domain 0", "domain 1", "other"]
+    for split, count in (("validation", 30), ("test", 20), ("train", 60)):
+        for domain, tokens in enumerate(tokens_of(data, split)):
+            ends = np.flatnonzero(tokens == data.eod_id)
+            texts = [data.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
+            written = make_texts(count, "file 0" if split == "train" else split)[domain::3]
+            assert texts == written[: len(texts)] and ends[-1] == len(tokens) - 1
+            assert ends[-2] + 1 < 60 <= len(tokens)
+    assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {*data.domains, "all"}
+    data = open_corpus(domains=["domain 1", "absent"])
+    assert [len(tokens) > 0 for tokens in tokens_of(data, "validation")] == [True, False, True]
+    assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
+
+
+def append(path: Path, *lines: bytes) -> None:
+    content = zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    path.write_bytes(zstandard.ZstdCompressor().compress(content + b"".join(line + b"\n" for line in lines)))
+
+
+def test_bad_data_ends_the_run_with_one_line_from_workers_too(
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path
+) -> None:
+    path = tmp_path / "pile" / "train" / "02.jsonl.zst"
+    append(path, b'{"text": 5}')
+    for workers in (0, 2):
+        data = open_corpus(workers)
+        with pytest.raises(ValueError) as error:
+            fit(data, 1000, tmp_path)
+        assert describe(error.value) == (
+            f"{path}, line 61: not text (text is of type int); repair the data, or set on_bad_data to skip"
+        )
+    data = open_corpus(2)
+    path.unlink()
+    with pytest.raises(ValueError) as error:
+        fit(data, 1000, tmp_path)
+    assert describe(error.value) == f"{path}: missing file; repair the data, or set on_bad_data to skip"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_data_is_counted_over_restarts(
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path, workers: int
+) -> None:
+    train = tmp_path / "pile" / "train"
+    append(train / "01.jsonl.zst", b"nonsense", b'{"text": ""}', b'{"text": ""}')
+    append(train / "03.jsonl.zst", b'{"text": ""}')
+    options = {"on_bad_data": "skip", "num_streams": 4, "shuffle_buffer": 63}
+    data = open_corpus(workers, **options)
+    with pytest.warns(UserWarning, match="was skipped: not JSON: 1, empty document: 3$"):
+        trainer, _ = fit(data, 3, tmp_path)
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    data = open_corpus(workers, **options)
+    with pytest.warns(UserWarning, match="was skipped: not JSON: 1, empty document: 3$"):
+        fit(data, 6, tmp_path, tmp_path / "three.ckpt")
+
+
+def test_skipped_data_is_counted_where_it_is_passed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Block by block, and the same whether a run was interrupted or not."""
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": text if i % 4 else ""}) for i, text in enumerate(make_texts(100))]
+    path.write_text("\n".join(lines))
+    recipe = Recipe([str(path)], Fields(), ["text"], tokenizer, 1, 6, "skip")
+    windows = list(islice(LogicalStream(recipe, 0, SEQ_LEN, 1).windows(Cursor()), 200))
+    kind = KINDS.index("empty document")
+    of_epoch = [next(w.after for w in windows if w.after.epoch == epoch) for epoch in (0, 1)]
+    assert [after.skipped[kind] for after in of_epoch] == [
+        2,
+        27,
+    ]  # documents 0 and 4 stand in front of the sixth good one
+    for number in (0, 7, 50, 123):
+        again = LogicalStream(recipe, 0, SEQ_LEN, 1).windows(Cursor.of(windows[number].after.numbers()))
+        assert [w.after for w in islice(again, 60)] == [w.after for w in windows[number + 1 : number + 61]]
+
+
+def gather(rank: int, folder: Path, results: Any) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    cursors = Cursors()
+    cursors.load([[0, 5, 50], [rank + 1, 3 + rank, 30], [9, 7 - rank, rank]])
+    results.put(cursors.of_all_ranks())
+    distributed.destroy_process_group()
+
+
+def test_every_rank_has_the_cursors_of_all(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=gather, args=(rank, tmp_path, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    expected = [[0, 5, 50], [1, 3, 30], [2, 4, 30], [9, 7, 0]]
+    assert [results.get(timeout=60) for _ in processes] == [expected, expected]
+    for process in processes:
+        process.join()
+
+
+def write_ids(folder: Path, tokenizer: Tokenizer, closed: bool, extra: list[int]) -> None:
+    for name in ("train", "validation"):
+        lines = [
+            {"input_ids": [*tokenizer.encode(text), *extra, *([tokenizer.eod_id] if closed else [])]}
+            for text in make_texts(40, name)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_ids_are_trained_on_as_their_text_is(
+    tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer, closed: bool
+) -> None:
+    write_ids(tmp_path, tokenizer, closed, [])
+    for name in ("train", "validation"):
+        write(tmp_path / "text" / f"{name}.jsonl", make_texts(40, name))
+    found = []
+    for corpus in (StreamedText(str(tmp_path / "text")), StreamedText(str(tmp_path), ids_field="input_ids")):
+        corpus.num_streams = 3
+        corpus.data_files = {"train": "train.jsonl", "validation": "validation.jsonl"}
+        corpus.prepare(tmp_path / "built", str(tiny_corpus / "tokenizer"))
+        opened = corpus.open(tmp_path / "built", str(tiny_corpus / "tokenizer"))
+        evaluated = opened.evaluation_tokens("validation")
+        assert evaluated is not None and opened.evaluation_tokens("test") is None
+        source = opened.training_source(SEQ_LEN, 1)
+        found.append(([source.sample(i)["targets"].tolist() for i in range(30)], evaluated[0].tolist()))
+    assert found[0] == found[1]
+
+
+def test_ids_of_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus = StreamedText(str(tmp_path), ids_field="input_ids")
+    write_ids(tmp_path, tokenizer, True, [tokenizer.vocab_size])
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: token ids of another tokenizer"):
+        corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
+    backend = train_byte_level_bpe(iter(["another language altogether, " * 9]), vocab_size=300)
+    write_ids(tmp_path, Tokenizer(backend, "another"), True, [])
+    with pytest.raises(ValueError, match=r"ids_field=input_ids holds another tokenizer's ids: \d+% of the first"):
+        corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
+
+
+def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:
+    for options, message in [
+        ({"num_streams": 0}, "num_streams=0 must be at least 1"),
+        ({"domain_field": "a"}, "domain_field=a and domains=None belong together"),
+        ({"domain_field": "a", "domains": ["b", "other"]}, r"domains=\['b', 'other'\] must be different names"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            StreamedText("nowhere", **options)  # type: ignore[arg-type]
+    tokenizer = str(tiny_corpus / "tokenizer")
+    with pytest.raises(ValueError, match=r"path=.*nowhere: .*set it to a folder or to a data set"):
+        StreamedText(str(tmp_path / "nowhere")).prepare(tmp_path, tokenizer)
+    write(tmp_path / "train.jsonl", make_texts(3))
+    with pytest.raises(ValueError, match="has no files for validation: name them in data_files"):
+        StreamedText(str(tmp_path)).prepare(tmp_path, tokenizer)
+    (tmp_path / "validation.csv").write_text("text\nno\n")
+    files: dict[str, str | list[str]] = {"train": "train.jsonl", "validation": "validation.csv"}
+    with pytest.raises(ValueError, match=r"Couldn't infer the same data file format for all splits"):
+        StreamedText(str(tmp_path), files).prepare(tmp_path, tokenizer)
+    files["train"] = "validation.csv"
+    with pytest.raises(ValueError, match=r"validation\.csv is neither JSON lines"):
+        StreamedText(str(tmp_path), files).prepare(tmp_path, tokenizer)
+    write(tmp_path / "validation.jsonl", make_texts(3))
+    with pytest.raises(ValueError, match="call prepare_data of the data module"):
+        StreamedText(str(tmp_path)).open(tmp_path, tokenizer)
+    corpus = StreamedText(str(tmp_path), num_streams=4)
+    corpus.prepare(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match="num_streams=4 leaves stream 3 no document"):
+        corpus.open(tmp_path, tokenizer).training_source(SEQ_LEN, 1).sample(3)
