@@ -46,7 +46,7 @@ compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (abo
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python benchmarks/compare.py
 
-bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models (15 minutes)
+bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, a corpus of a billion tokens (20 minutes)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python benchmarks/expert_parallel.py
@@ -54,6 +54,7 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.indexed_data
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
