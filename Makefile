@@ -46,7 +46,7 @@ compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (abo
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python benchmarks/compare.py
 
-bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading data (20 minutes)
+bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading data (30 minutes)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python benchmarks/expert_parallel.py
@@ -55,6 +55,7 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.indexed_data
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
