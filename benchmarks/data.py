@@ -17,6 +17,7 @@ times its size; each stream holds a block of 50 documents.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -187,6 +188,7 @@ def measured_child(files: list[str]) -> None:
 
 
 def main() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     arguments = command_line(__doc__.splitlines()[0], "data", 9, ["speed", "resume", "memory"])
     texts, tokenizer = corpus_texts(), load_tokenizer("gpt2", DATA_DIR)
     size = sum(len(text.encode()) for text in texts)
