@@ -17,6 +17,7 @@ times its size; each stream holds a block of 50 documents.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -42,8 +43,8 @@ from nlgmoe.data.streamed_source import StreamedSource
 
 DATA_DIR = Path("data/pocket_pile")
 SEQ_LEN, STREAMS = 2048, 8
-BUFFER = 50  # about one block is read in every round, so that the median has its share of that
-SAMPLES = 64  # in a round
+BUFFER = 50  # a stream reads about one block in a round
+SAMPLES = 512  # in a round
 PARTS = 8  # files of the corpus, so that each stream has one of its own
 
 
@@ -176,14 +177,18 @@ def measured_child(files: list[str]) -> None:
     """Read all documents once, and print the high-water mark."""
     tokenizer = load_tokenizer("gpt2", DATA_DIR)
     source = stream(files, tokenizer, ids=False) if files else None
-    for index in count() if source is not None else []:
-        if source.sample(index)["cursor"][2] > 0:  # the first epoch is over
+    reading = set(range(STREAMS)) if source is not None else set()
+    for index in count():
+        if not reading:
             break
+        if index % STREAMS in reading and source.sample(index)["cursor"][2] > 0:  # the stream's first epoch is over
+            reading.remove(index % STREAMS)
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(line.split()[1]) / 1e3)
 
 
 def main() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     arguments = command_line(__doc__.splitlines()[0], "data", 9, ["speed", "resume", "memory"])
     texts, tokenizer = corpus_texts(), load_tokenizer("gpt2", DATA_DIR)
     size = sum(len(text.encode()) for text in texts)
