@@ -208,14 +208,14 @@ def growth(half: bool, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def plot(found: dict[str, dict[str, float]], path: Path) -> None:
-    """One panel for each thing that grows; dashed: a dense model's step, or growth in proportion."""
+    """One panel for each thing that grows; dashed: a dense model's step, or growth in proportion to the width."""
     figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.4), sharey=True, layout="constrained")
     for panel, (kind, seconds) in zip(panels, found.items(), strict=True):
         points = {int(name): 1000 * value for name, value in seconds.items() if name.isdigit()}
         panel.plot(list(points), list(points.values()), "o-", color="tab:blue", label="MoE")
         if "dense" in seconds:
             panel.axhline(1000 * seconds["dense"], linestyle="--", color="gray", label="dense, equal FLOPs per token")
-        else:
+        elif kind == "width":
             first, *_, last = points
             panel.plot(
                 [first, last], [points[first], points[first] * last / first], "--", color="gray", label="in proportion"

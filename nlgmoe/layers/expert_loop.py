@@ -20,7 +20,9 @@ from nlgmoe.layers.activation import EAGER, Activation
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 GROUP = 4  # most experts
-PADDING = 8  # most rows an expert on average, and at most an eighth: more costs more than a batch gains
+# Padding that a batch is worth: rows an expert on average, and a share of the rows. In half precision a row is cheap beside
+# what a product takes to begin.
+PADDING, PADDING_HALF = (8, 1 / 8), (24, 1 / 4)
 
 
 class LoopExperts:
@@ -43,7 +45,7 @@ class LoopExperts:
         self._shifts: list[int] = []  # from where an expert's rows are to where they stand with padding
         start, total, at = 0, 0, 0
         while at < len(hit):
-            size = _size_of_group(hit, self._rows, at)
+            size = _size_of_group(hit, self._rows, at, PADDING_HALF if half else PADDING)
             longest = max(self._rows[at : at + size])
             padded = _rounded(longest) if half else longest
             self._groups.append((slice(hit[at], hit[at] + size), total, padded))
@@ -178,12 +180,12 @@ class LoopExperts:
         return torch.zeros_like(x).index_add_(0, origin, grad_rows)
 
 
-def _size_of_group(hit: list[int], rows: list[int], at: int) -> int:
+def _size_of_group(hit: list[int], rows: list[int], at: int, padding: tuple[float, float]) -> int:
     """How many experts, from the `at`-th that is hit, make a group: neighbours, while not much padding is needed."""
     size = 1
     while at + size < len(hit) and size < GROUP and hit[at + size] == hit[at] + size:
         together = rows[at : at + size + 1]
-        if max(together) * len(together) - sum(together) > min(PADDING * len(together), sum(together) / 8):
+        if max(together) * len(together) - sum(together) > min(padding[0] * len(together), sum(together) * padding[1]):
             break
         size += 1
     return size

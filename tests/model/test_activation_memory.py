@@ -89,7 +89,8 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
         nn.Dropout, "forward", lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
     )
     # Nor does the GPUs' kernel pad rows.
-    monkeypatch.setattr(expert_loop, "PADDING", 0)
+    monkeypatch.setattr(expert_loop, "PADDING", (0, 0))
+    monkeypatch.setattr(expert_loop, "PADDING_HALF", (0, 0))
     monkeypatch.setattr(expert_loop, "_rounded", lambda number: number)
     config = CONFIGS[name]
     if config.moe is not None:  # a dropped token keeps less
