@@ -33,13 +33,13 @@ import pyarrow.parquet as pq
 
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
-from nlgmoe.data.bad_data import BadData
-from nlgmoe.data.documents import read_documents
 from nlgmoe.data.indexed import token_dtype
-from nlgmoe.data.logical_stream import Recipe
-from nlgmoe.data.pocket_pile import open_corpus, read_texts, text_path
-from nlgmoe.data.records import MAX_DOCUMENT_BYTES, Fields, Share
-from nlgmoe.data.streamed_source import StreamedSource
+from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
+from nlgmoe.data.streaming.logical_stream import Recipe
+from nlgmoe.data.streaming.streamed_source import StreamedSource
+from nlgmoe.data.text.bad_data import BadData
+from nlgmoe.data.text.documents import read_documents
+from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields, Share
 
 DATA_DIR = Path("data/pocket_pile")
 SEQ_LEN, STREAMS = 2048, 8

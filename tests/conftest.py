@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nlgmoe.data.prepare import prepare
+from nlgmoe.data.pocket.prepare import prepare
 
 # Tensors here are tiny: more threads only wait for each other, and the suite runs one process per core.
 os.environ["OMP_NUM_THREADS"] = "1"

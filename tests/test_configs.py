@@ -12,7 +12,7 @@ from nlgmoe import load_config
 from nlgmoe.cli.train import TrainCLI
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
-from nlgmoe.data.streamed_source import readings
+from nlgmoe.data.streaming.streamed_source import readings
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
-from nlgmoe.data.documents import COMPRESSIONS, JSON_LINES, is_readable
+from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, is_readable
 
 
 def input_files(given: str | Sequence[str]) -> list[str]:

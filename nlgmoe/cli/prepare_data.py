@@ -44,9 +44,9 @@ def prepare_data(
         _tokenise_input(data_dir, tokenizer, input, output, text_field, on_bad_data, workers)
         return
     # Here and not above: Lightning comes along, and a typing error should not wait for it.
-    from nlgmoe.data.pocket_pile import SPLITS
-    from nlgmoe.data.prepare import prepare
-    from nlgmoe.data.shards import shard_folder
+    from nlgmoe.data.pocket.pocket_pile import SPLITS
+    from nlgmoe.data.pocket.prepare import prepare
+    from nlgmoe.data.pocket.shards import shard_folder
 
     root = Path(data_dir)
     prepared = prepare(root, tokenizer)
@@ -88,10 +88,10 @@ def _tokenise_input(
 
     from nlgmoe.cli.build_progress import ProgressLines
     from nlgmoe.cli.input_files import input_files
-    from nlgmoe.data.bad_data import BadData
     from nlgmoe.data.build_indexed import build_indexed
-    from nlgmoe.data.prepare import only_builder
-    from nlgmoe.data.records import Fields
+    from nlgmoe.data.pocket.prepare import only_builder
+    from nlgmoe.data.text.bad_data import BadData
+    from nlgmoe.data.text.records import Fields
     from nlgmoe.data.tokenizer import load_tokenizer
 
     files = input_files(input)

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from nlgmoe.data.bad_data import BadData
-from nlgmoe.data.documents import read_documents
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
-from nlgmoe.data.pocket_pile import write_json
-from nlgmoe.data.records import Fields, Place
+from nlgmoe.data.pocket.pocket_pile import write_json
+from nlgmoe.data.text.bad_data import BadData
+from nlgmoe.data.text.documents import read_documents
+from nlgmoe.data.text.records import Fields, Place
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.worker_signals import heed_only_the_parent
 

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from nlgmoe.data.pocket_pile import SPLITS, read_manifest
-from nlgmoe.data.prepare import prepare
-from nlgmoe.data.shards import open_shard, read_shards
+from nlgmoe.data.pocket.pocket_pile import SPLITS, read_manifest
+from nlgmoe.data.pocket.prepare import prepare
+from nlgmoe.data.pocket.shards import open_shard, read_shards
 from nlgmoe.data.sources import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 

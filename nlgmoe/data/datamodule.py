@@ -18,11 +18,11 @@ from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_u
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
-from nlgmoe.data.cursors import Cursors
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
 from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource
+from nlgmoe.data.streaming.cursors import Cursors
 from nlgmoe.data.worker_signals import heed_only_the_parent
 
 

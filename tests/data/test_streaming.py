@@ -21,15 +21,16 @@ from torch import distributed
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
-from nlgmoe.data import StreamedText, held_text, logical_stream
-from nlgmoe.data.bad_data import KINDS
+from nlgmoe.data import StreamedText
 from nlgmoe.data.blend import BlendedSource
-from nlgmoe.data.cursors import Cursors
-from nlgmoe.data.logical_stream import Cursor, LogicalStream, Recipe
-from nlgmoe.data.records import Fields
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.sources import Sample
-from nlgmoe.data.streamed_source import StreamedSource, readings
+from nlgmoe.data.streaming import held_text, logical_stream
+from nlgmoe.data.streaming.cursors import Cursors
+from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, Recipe
+from nlgmoe.data.streaming.streamed_source import StreamedSource, readings
+from nlgmoe.data.text.bad_data import KINDS
+from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 from tests.data.conftest import WORDS, tokens_of
 from tests.data.test_datamodule import make_trainer, rows

@@ -10,7 +10,7 @@ import pytest
 from nlgmoe import load_model
 from nlgmoe.cli.train import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, load_tokenizer
-from nlgmoe.data.shards import shard_folder
+from nlgmoe.data.pocket.shards import shard_folder
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [str(ROOT / "configs" / name) for name in ("pr_moe/350m_pr_moe_32_64.yaml", "hardware/cpu.yaml")]

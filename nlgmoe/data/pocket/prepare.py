@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nlgmoe.data.pocket_pile import Manifest, open_corpus
-from nlgmoe.data.shards import Shard, build_shards
+from nlgmoe.data.pocket.pocket_pile import Manifest, open_corpus
+from nlgmoe.data.pocket.shards import Shard, build_shards
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nlgmoe.data.bad_data import KINDS, Action, BadData
-from nlgmoe.data.documents import read_documents
-from nlgmoe.data.records import Fields, Place, Record, Share
+from nlgmoe.data.text.bad_data import KINDS, Action, BadData
+from nlgmoe.data.text.documents import read_documents
+from nlgmoe.data.text.records import Fields, Place, Record, Share
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nlgmoe.data.bad_data import KINDS, summary
-from nlgmoe.data.logical_stream import Cursor, LogicalStream, Recipe, Window
 from nlgmoe.data.sources import Sample
+from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, Recipe, Window
+from nlgmoe.data.text.bad_data import KINDS, summary
 
 
 class StreamedSource:

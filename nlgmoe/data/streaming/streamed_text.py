@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from nlgmoe.data.bad_data import Action
 from nlgmoe.data.corpus import OpenCorpus
-from nlgmoe.data.held_text import Held, hold, read_held
-from nlgmoe.data.logical_stream import Recipe
-from nlgmoe.data.records import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.sources import TokenSource
-from nlgmoe.data.streamed_source import StreamedSource
-from nlgmoe.data.text_files import find_files
+from nlgmoe.data.streaming.held_text import Held, hold, read_held
+from nlgmoe.data.streaming.logical_stream import Recipe
+from nlgmoe.data.streaming.streamed_source import StreamedSource
+from nlgmoe.data.streaming.text_files import find_files
+from nlgmoe.data.text.bad_data import Action
+from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 OTHER = "other"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fsspec.core import url_to_fs
 
-from nlgmoe.data.documents import is_readable
+from nlgmoe.data.text.documents import is_readable
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import IO, Any
 import pyarrow as pa
 from fsspec.core import url_to_fs
 
-from nlgmoe.data.bad_data import BadData, Unusable
-from nlgmoe.data.parquet import read_parquet
-from nlgmoe.data.records import Fields, Place, Record, Share, check, decode, too_long
+from nlgmoe.data.text.bad_data import BadData, Unusable
+from nlgmoe.data.text.parquet import read_parquet
+from nlgmoe.data.text.records import Fields, Place, Record, Share, check, decode, too_long
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nlgmoe.data.bad_data import BadData, Unusable
-from nlgmoe.data.records import Fields, Place, Record, Share, check, decode
+from nlgmoe.data.text.bad_data import BadData, Unusable
+from nlgmoe.data.text.records import Fields, Place, Record, Share, check, decode
 
 ROWS = 64  # decoded at a time
 

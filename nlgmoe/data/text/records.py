@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nlgmoe.data.bad_data import Unusable
+from nlgmoe.data.text.bad_data import Unusable
 
 # Tokenising holds some 130 bytes for a byte of text: 2.6 GB for a document of this size.
 MAX_DOCUMENT_BYTES = 20_000_000
