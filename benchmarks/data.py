@@ -1,6 +1,6 @@
 """Reading a corpus while training on it: speed beside the tokenizer alone and beside tokens on disk, resuming, memory.
 
-    python -m benchmarks.data [--rounds 9] [--only speed|resume|memory]
+    python -m benchmarks.data [--rounds 9] [--only speed|resume|memory|step]
 
 The text is the pocket Pile's training text in one order, tokenised with GPT-2's tokenizer by one process on one thread.
 
@@ -12,6 +12,8 @@ The text is the pocket Pile's training text in one order, tokenised with GPT-2's
 Candidates go on where they stopped, round by round. Resuming is measured late in the corpus: seconds until the first sample,
 with the stream's cursor and without. Memory is the high-water mark of a process that reads the whole corpus and one of five
 times its size; each stream holds a block of 50 documents.
+
+Step: what a step of the quickstart waits for its batch, without data workers, of all that the step takes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,8 +33,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lightning.pytorch.profilers import SimpleProfiler
 
-from benchmarks.timing import command_line, interleaved, settings
+from benchmarks.timing import ROOT, command_line, interleaved, settings
+from nlgmoe.cli.train import load_config
 from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
@@ -45,6 +50,7 @@ DATA_DIR = Path("data/pocket_pile")
 SEQ_LEN, STREAMS = 2048, 8
 BUFFER = 50  # a stream reads about one block in a round
 SAMPLES = 512  # in a round
+STEPS = 60  # of the quickstart
 PARTS = 8  # files of the corpus, so that each stream has one of its own
 
 
@@ -173,6 +179,28 @@ def memory(folder: Path, texts: list[str], tokenizer: Tokenizer) -> dict[str, fl
     return found
 
 
+def quickstart_step(folder: Path) -> dict[str, float]:
+    """Median seconds of a step of configs/quickstart.yaml: for `next` of its loader, and for the rest."""
+    profiler = SimpleProfiler()
+    run = load_config(
+        ROOT / "configs/quickstart.yaml",
+        data__data_dir=str(DATA_DIR),
+        model__train_tokens=None,
+        trainer__max_steps=STEPS,
+        trainer__default_root_dir=str(folder),
+        trainer__logger=False,
+        trainer__enable_progress_bar=False,
+        trainer__callbacks=[],
+        trainer__limit_val_batches=0,
+    )
+    run.trainer.profiler = profiler
+    run.trainer.fit(run.module, run.data)
+    parts = {"loader": "[_TrainingEpochLoop].train_dataloader_next", "rest": "run_training_batch"}
+    return {
+        part: statistics.median(profiler.recorded_durations[name][STEPS // 10 : STEPS]) for part, name in parts.items()
+    }
+
+
 def measured_child(files: list[str]) -> None:
     """Read all documents once, and print the high-water mark."""
     tokenizer = load_tokenizer("gpt2", DATA_DIR)
@@ -189,7 +217,7 @@ def measured_child(files: list[str]) -> None:
 
 def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    arguments = command_line(__doc__.splitlines()[0], "data", 9, ["speed", "resume", "memory"])
+    arguments = command_line(__doc__.splitlines()[0], "data", 9, ["speed", "resume", "memory", "step"])
     texts, tokenizer = corpus_texts(), load_tokenizer("gpt2", DATA_DIR)
     size = sum(len(text.encode()) for text in texts)
     results: dict[str, Any] = {
@@ -217,6 +245,10 @@ def main() -> None:
             print(
                 "\npeak memory: " + ", ".join(f"{label} {value:.0f} MB" for label, value in results["peak_mb"].items())
             )
+        if arguments.only in (None, "step"):
+            step = results["quickstart_step_seconds"] = quickstart_step(folder / "run")
+            share = step["loader"] / sum(step.values())
+            print(f"\na step of the quickstart: {sum(step.values()):.3f} s, {share:.2%} of it for the loader")
     Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -320,6 +320,11 @@ class MoEGPTModule(LightningModule):
             )
             self.trainer.should_stop = True
             validate_now(self.trainer)
+        if self.curriculum is not None and self.train_tokens is not None and self.curriculum.tokens > self.train_tokens:
+            rank_zero_warn(
+                f"model.curriculum.tokens={self.curriculum.tokens} is above model.train_tokens={self.train_tokens}: training "
+                f"ends before its sequences are {self.config.seq_len} tokens long; lower it"
+            )
         self._window = _Window()
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)

@@ -1,6 +1,7 @@
 """MoEGPTModule under Lightning: the loss it minimises, the token clock, the learning rate, evaluation by domain."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> No
     run = trainer(tmp_path)
     run.fit(module, SyntheticData())  # 64 tokens a step
     assert (run.global_step, module.tokens_seen) == (5, 320)
+
+
+def test_a_curriculum_that_training_does_not_reach_the_end_of_is_said(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"model\.curriculum\.tokens=301 is above model\.train_tokens=300: .*; lower it"
+    ):
+        trainer(tmp_path).fit(
+            MoEGPTModule(CONFIG, train_tokens=300, curriculum=SequenceCurriculum(301, 8, 8)), SyntheticData()
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        trainer(tmp_path).fit(
+            MoEGPTModule(CONFIG, train_tokens=300, curriculum=SequenceCurriculum(300, 8, 8)), SyntheticData()
+        )
+    assert not [one for one in caught if "curriculum" in str(one.message)]
 
 
 def test_accumulated_micro_batches_weigh_equally(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.pocket.pocket_pile import write_json
-from nlgmoe.data.text.bad_data import BadData
+from nlgmoe.data.text.bad_data import BadData, summary
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, Place
 from nlgmoe.data.tokenizer import Tokenizer
@@ -115,7 +115,10 @@ def build_indexed(
                         write_json(folder / "progress.json", record)
                         recorded = time.monotonic()
             if done.documents == 0:
-                raise ValueError(f"There is no document that can be used in the {len(files)} files.")
+                raise ValueError(
+                    f"input has no document that can be used in {len(files)} files ({summary(done.skipped)}); give others, "
+                    "or the text_field that theirs have"
+                )
     finally:
         if not (folder / "progress.json").exists():
             shutil.rmtree(folder, ignore_errors=True)

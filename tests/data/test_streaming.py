@@ -534,6 +534,11 @@ def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"path=.*nowhere: .*set it to a folder or to a data set"):
         StreamedText(str(tmp_path / "nowhere")).prepare(tmp_path, tokenizer)
     write(tmp_path / "train.jsonl", make_texts(3))
+    gone: dict[str, str | list[str]] = {"train": "train.jsonl", "validation": "gone.jsonl"}
+    with pytest.raises(
+        ValueError, match=r"Unable to find '\S+gone\.jsonl'; set it to a folder .*, and data_files to names"
+    ):
+        StreamedText(str(tmp_path), gone).prepare(tmp_path, tokenizer)
     with pytest.raises(ValueError, match="has no files for validation: name them in data_files"):
         StreamedText(str(tmp_path)).prepare(tmp_path, tokenizer)
     (tmp_path / "validation.csv").write_text("text\nno\n")

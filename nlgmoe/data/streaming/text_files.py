@@ -35,8 +35,12 @@ def find_files(
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
     except (OSError, ValueError) as error:
+        what = (
+            str(error).partition(" with any supported extension")[0].rstrip(".")
+        )  # a list that is longer than all else
         raise ValueError(
-            f"path={path}: {error}; set it to a folder or to a data set on the Hugging Face hub"
+            f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
+            "patterns in it"
         ) from error
     found = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
     if missing := {"train", "validation"} - found.keys():
