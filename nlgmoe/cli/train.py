@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -212,7 +214,23 @@ class TrainCLI(LightningCLI):
         if trainer["enable_progress_bar"] is False:
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, TokenProgressBar)]
+        if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
+            kwargs["strategy"] = _strategy(trainer["strategy"])
         return super().instantiate_trainer(**kwargs)
+
+
+def _strategy(class_path: str) -> Strategy:
+    """The strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"trainer.strategy={class_path}: {error}; use nlgmoe.ExpertParallelStrategy, or ddp"
+        ) from error
+    if not isinstance(made, Strategy):
+        raise ValueError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
+    return made
 
 
 @dataclass(frozen=True)

@@ -863,3 +863,23 @@ def test_a_run_that_left_no_checkpoint_says_how_to_start_again(
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--trainer.default_root_dir={tmp_path}"])
     assert "holds a run that left no checkpoint: start it again with --ckpt_path auto" in capsys.readouterr().err
+
+
+class Plain(SingleDeviceStrategy):
+    """A strategy of the user's, with defaults for everything."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+
+
+def test_a_strategy_is_named_by_its_class_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    here = {"trainer__default_root_dir": str(tmp_path / "run")}
+    made = load_config(path, trainer__strategy="tests.cli.test_errors.Plain", **here)
+    assert type(made.trainer.strategy).__name__ == "Plain"
+    with pytest.raises(ValueError, match="nlgmoe has no class ExpertParallel; did you mean ExpertParallelStrategy"):
+        load_config(path, trainer__strategy="nlgmoe.ExpertParallel", **here)
+    for name in ("nowhere.Strategy", "pathlib.Path"):
+        with pytest.raises(ValueError, match=rf"strategy={name}.*use nlgmoe.ExpertParallelStrategy, or ddp"):
+            load_config(path, trainer__strategy=name, **here)

@@ -208,6 +208,12 @@ def test_a_last_line_without_its_end_counts(tmp_path: Path) -> None:
     assert [record.after for record in read(path)] == [Place(1, 17), Place(2, 33)]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD)
+    assert [record.after for record in read(path)] == [Place(1, 20), Place(2, 36)]
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Nor with a document of 100 MB, which compresses to nothing."""
     path = tmp_path / "data.jsonl.zst"

@@ -5,6 +5,7 @@ is pyarrow's, for .gz and .zst alike: it notices a stream that ends too early, w
 end of the file.
 """
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def _read_lines(opened: Any, path: str, fields: Fields, bad: BadData, share: Sha
             try:
                 if not whole:
                     raise too_long(length - line.endswith(b"\n"), fields)
-                content, domain = _parse(line, fields)
+                content, domain = _parse(line.removeprefix(codecs.BOM_UTF8), fields)  # some editors put it in front
                 yield Record(number, content, domain, Place(number + 1, position))
             except Unusable as what:
                 bad.found(f"{path}, line {number + 1:,}", what.kind, what.details)
