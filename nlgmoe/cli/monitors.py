@@ -46,6 +46,8 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
             layers = sum(count > 0 for count in experts_per_layer(module.config))
             statistics = routing_statistics(torch.ones(4))
             names |= {f"experts/{layer}/{name}" for layer in range(layers) for name in statistics}
+    if module.distiller is not None:
+        names |= {"train/distillation_loss", "train/teacher_agreement"}
     if Throughput in kinds:
         names.add("train/tokens_per_second")
     if trainer.enable_validation:
