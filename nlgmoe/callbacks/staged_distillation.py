@@ -10,6 +10,8 @@ from typing_extensions import override
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
 
+LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # while there is a teacher
+
 
 class StagedDistillation(Callback):
     """Ends distillation before the run ends: it helps early and hurts late (paper, section 4.2.1).
@@ -94,6 +96,9 @@ class StagedDistillation(Callback):
         distiller.stage = self._weight(trainer, pl_module)
         if distiller.stage == 0 and distiller.model is not None:
             distiller.release()
+            # Lightning would go on logging the last values: to it the run is one epoch.
+            for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
+                del trainer.fit_loop.epoch_loop._results[key]
             rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is gone")
 
     def _weight(self, trainer: Trainer, module: MoEGPTModule) -> float:

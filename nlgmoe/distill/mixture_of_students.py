@@ -80,8 +80,7 @@ class MixtureOfStudents:
             return
         like, strategy = student.token_embedding.weight, trainer.strategy
         with all_or_none():
-            path = self._path()
-            document = read_document(path)
+            path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
             _check(config, student.config, path)
             _check_tokenizer(document, getattr(trainer, "datamodule", None), path)
@@ -90,10 +89,11 @@ class MixtureOfStudents:
             self.model = _load(path, config, placed, like.device, _DTYPES.get(self.precision or "", like.dtype))
         rank_zero_info(f"the teacher is {path}: {config.num_layers} blocks, {config.hidden_size} wide")
 
-    def _path(self) -> Path:
+    def _find(self) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint, of a run that is still being trained the newest valid one; and what it says of itself."""
         try:
-            # A run that is still being trained may teach: its newest valid checkpoint, the optimizer's state aside.
-            return Path(self.teacher) if is_checkpoint(self.teacher) else choose(self.teacher, to_train=False)
+            path = Path(self.teacher) if is_checkpoint(self.teacher) else choose(self.teacher, to_train=False)
+            return path, read_document(path)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"model.distiller.teacher={self.teacher}: {error}; set it to a trained checkpoint, or model.distiller=null "

@@ -558,7 +558,9 @@ def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
     class Looks(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == cell.steps - 3:
-                experts.extend(m.count for m in pl_module.distiller.model.modules() if isinstance(m, Experts))
+                experts.extend(
+                    len(m.expand_weight) for m in pl_module.distiller.model.modules() if isinstance(m, Experts)
+                )
                 trainer.save_checkpoint(path)
 
     experts: list[int] = []
