@@ -143,14 +143,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             h, target, w = hidden[part], targets[part, None], weight[part, None].to(dtype)  # [C, H], [C, 1], [C, 1]
-            logits = (h @ unembedding.t()).to(dtype)  # [C, V]; two such exist at a time, five with a teacher
+            log_probs = (
+                (h @ unembedding.t()).to(dtype).log_softmax(dim=-1)
+            )  # [C, V]; two such exist at a time, never three; five with a teacher
             towards = None
             if teacher is not None:
-                divergence, agrees, towards = _compare(logits, teacher.logits(part).to(dtype), teacher.temperature)
+                divergence, agrees, towards = _compare(log_probs, teacher.logits(part).to(dtype), teacher.temperature)
                 distillation += (w * divergence).sum()
                 agreement += (w * agrees).sum()
-            log_probs = logits.log_softmax(dim=-1)
-            del logits
             picked = log_probs.gather(1, target)
             loss -= (w * picked).sum()
             if not (needs_hidden or needs_unembedding):
@@ -192,15 +192,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Both `[C, V]` logits against each other.
+    """The student's log-probabilities against the teacher's logits, both `[C, V]`.
 
     Returns:
         `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference of
         their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
     """
     agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
-    log_teacher = (teacher / temperature).log_softmax(dim=-1)
-    log_student = (student / temperature).log_softmax(dim=-1)
-    probs = log_teacher.exp()
-    divergence = log_teacher.sub_(log_student).mul_(probs).sum(dim=-1, keepdim=True)
-    return divergence, agrees, log_student.exp_().sub_(probs)
+    if temperature != 1:
+        student, teacher = (student / temperature).log_softmax(dim=-1), teacher / temperature
+    teacher = teacher.log_softmax(dim=-1)
+    probs = teacher.exp()
+    divergence = teacher.sub_(student).mul_(probs).sum(dim=-1, keepdim=True)
+    return divergence, agrees, student.exp().sub_(probs)
