@@ -10,16 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nlgmoe.callbacks.staged_distillation import StagedDistillation
     from nlgmoe.checkpoint.portable import load_model
     from nlgmoe.checkpoint.warm_start import WarmStart
     from nlgmoe.cli.train import Experiment, load_config
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.data import PileDataModule
+    from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.eval.generation import generate
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
+    from nlgmoe.pyramid import student_config
 
 _HOMES = {
     "Experiment": "nlgmoe.cli.train",
@@ -29,12 +32,15 @@ _HOMES = {
     "GPTOutput": "nlgmoe.model.gpt",
     "MoEConfig": "nlgmoe.config",
     "MoEGPTModule": "nlgmoe.module",
+    "MixtureOfStudents": "nlgmoe.distill.mixture_of_students",
     "MoELayer": "nlgmoe.layers.moe",
     "PileDataModule": "nlgmoe.data",
+    "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
+    "student_config": "nlgmoe.pyramid",
 }
 
 __all__ = [
@@ -43,14 +49,17 @@ __all__ = [
     "ExpertParallelStrategy",
     "GPTConfig",
     "GPTOutput",
+    "MixtureOfStudents",
     "MoEConfig",
     "MoEGPTModule",
     "MoELayer",
     "PileDataModule",
+    "StagedDistillation",
     "WarmStart",
     "generate",
     "load_config",
     "load_model",
+    "student_config",
 ]
 
 

@@ -18,9 +18,10 @@ from nlgmoe.batch import Batch, CountsSamples, PlansBatches, SpellsBytes, cut, l
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.losses import cross_entropy, token_losses
+from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy, token_losses
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.first_non_finite import first_non_finite
@@ -33,7 +34,7 @@ from nlgmoe.seeding import derive_seed
 
 
 class MoEGPTModule(LightningModule):
-    """Trains a GPT: cross-entropy plus the balance losses of its MoE layers.
+    """Trains a GPT: cross-entropy plus the balance losses of its MoE layers, and a teacher's loss if there is one.
 
     Everything random in a step (dropout, routing noise, token selection) is a function of `seed`, the step and the
     micro-batch's index over all ranks, so that a resumed run, or another number of ranks, draws the same numbers.
@@ -53,6 +54,7 @@ class MoEGPTModule(LightningModule):
         warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`
             leaves it out where `--ckpt_path` brings the weights.
         non_finite: what to do about a step whose loss or gradients are NaN or infinite.
+        distiller: a teacher to learn from beside the text, until `StagedDistillation` ends that; null: from text alone.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class MoEGPTModule(LightningModule):
         seed: int = 1234,
         warm_start: WarmStart | None = None,
         non_finite: NonFinite = NonFinite(),  # noqa: B008 (frozen)
+        distiller: MixtureOfStudents | None = None,
     ) -> None:
         super().__init__()
         if train_tokens is not None and train_tokens < 1:
@@ -88,6 +91,7 @@ class MoEGPTModule(LightningModule):
         self.loss_chunk_size = loss_chunk_size
         self.seed = seed
         self.warm_start = warm_start
+        self.distiller = distiller
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
@@ -181,13 +185,15 @@ class MoEGPTModule(LightningModule):
 
         Until the step is taken, another call computes the same again.
         """
-        key = self._noise_key(index)
+        key, mask = self._noise_key(index), _mask_or_none(batch)
+        # Before the student, so that the teacher's activations are gone when the student's are there.
+        teacher = self.distiller.read(batch, mask) if self.distiller is not None else None
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # dropout draws from torch's generator: seed it for this micro-batch alone
             torch.manual_seed(derive_seed("dropout", *key))
-            output = self.gpt(batch["tokens"], _mask_or_none(batch), noise_key=key, documents=batch.get("document"))
+            output = self.gpt(batch["tokens"], mask, noise_key=key, documents=batch.get("document"))
         counted = loss_mask(batch)
-        language = cross_entropy(
+        arguments = (
             output.hidden.flatten(0, 1),
             self.gpt.unembedding,
             batch["targets"].flatten(),
@@ -195,11 +201,20 @@ class MoEGPTModule(LightningModule):
             self.loss_chunk_size,
             _mean_over_ranks(counted.sum().float()),
         )
-        losses = {"train/loss": language}
-        loss = language
+        if teacher is None:
+            loss = cross_entropy(*arguments)
+            losses = {"train/loss": loss}
+        else:
+            distilled = distilled_cross_entropy(*arguments, teacher)
+            loss = distilled.loss
+            losses = {
+                "train/loss": distilled.language,
+                "train/distillation_loss": distilled.distillation,
+                "train/teacher_agreement": distilled.agreement,
+            }
         if self.config.moe is not None:
             balance, z_loss = router_losses(output.routings, self.config.moe.aux_scope)
-            loss = language + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
+            loss = loss + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
             losses |= {"train/balance_loss": balance, "train/z_loss": z_loss}
         return loss, losses, output.routings
 
@@ -332,6 +347,14 @@ class MoEGPTModule(LightningModule):
             group["lr"] = learning_rate(self.tokens_seen, peak, self.schedule)
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             scheduler.base_lrs = [peak] * len(optimizer.param_groups)  # the saving ranks may have had other groups
+        if self.distiller is not None and not self.trainer.should_stop:
+            self.distiller.start(self.gpt, self.trainer)
+
+    @override
+    def on_train_end(self) -> None:
+        """Free the teacher, which evaluation does not ask."""
+        if self.distiller is not None:
+            self.distiller.release()
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -5,6 +5,7 @@ The paper finds that experts pay off more in later layers, so `MoEConfig.num_exp
 """
 
 import math
+from dataclasses import replace
 
 from nlgmoe.config import GPTConfig
 
@@ -25,6 +26,23 @@ def experts_at(config: GPTConfig, layer_index: int) -> int:
 def experts_per_layer(config: GPTConfig) -> list[int]:
     """`experts_at` of every block, from the first to the last."""
     return [experts_at(config, layer) for layer in range(config.num_layers)]
+
+
+def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
+    """The student of a Mixture-of-Students (paper, section 4.2): its teacher with fewer blocks, and the top of its pyramid.
+
+    24 blocks with `num_experts` 10 x 32 and 2 x 64 become 21 with 8 x 32 and 2 x 64.
+
+    Raises:
+        ValueError: `num_layers` is not below the teacher's, or leaves no MoE block.
+    """
+    if not 1 <= num_layers < teacher.num_layers:
+        raise ValueError(f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}")
+    moe = teacher.moe
+    if moe is not None and isinstance(moe.num_experts, list):
+        kept = num_layers // moe.expert_interval
+        moe = replace(moe, num_experts=moe.num_experts[len(moe.num_experts) - kept :] or moe.num_experts)
+    return replace(teacher, num_layers=num_layers, moe=moe)
 
 
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from nlgmoe import load_config
+from nlgmoe import load_config, student_config
 from nlgmoe.cli.train import TrainCLI
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
@@ -229,6 +229,14 @@ def without(settings: dict[str, Any], *paths: str) -> dict[str, Any]:
     return copy
 
 
+def undistilled(settings: dict[str, Any]) -> dict[str, Any]:
+    """A copy without a teacher."""
+    copy = without(settings, "model.distiller")
+    callbacks = copy["trainer"]["callbacks"]
+    copy["trainer"]["callbacks"] = [one for one in callbacks if one["class_path"] != "nlgmoe.StagedDistillation"]
+    return copy
+
+
 ARCHITECTURE = (
     "model.config.num_layers",
     "model.config.ffn_hidden_size",
@@ -239,7 +247,8 @@ ARCHITECTURE = (
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_laptop_twins_differ_in_nothing_but_the_architecture(family: str) -> None:
-    assert without(read(f"{family}/laptop"), *ARCHITECTURE) == without(read("dense/laptop"), *ARCHITECTURE)
+    twin = undistilled(read(f"{family}/laptop"))
+    assert without(twin, *ARCHITECTURE) == without(read("dense/laptop"), *ARCHITECTURE)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +272,28 @@ def test_a_student_is_its_teacher_with_fewer_blocks(teacher: str, student: str) 
         "trainer.default_root_dir",
         "data.micro_batch_size",
     )
-    assert without(taught, *other) == without(teaches, *other)
+    assert without(undistilled(taught), *other) == without(teaches, *other)
+
+
+STAGES = {
+    "mos/350m_mos_32_64": {"step": 400_000},
+    "mos/1.3b_mos_64_128": {"fraction": 0.7},  # 400K of the 572K steps of the former; this run has 286K
+    "mos/laptop": {"fraction": 0.7},
+}
+
+
+@pytest.mark.parametrize("student", STAGES)
+def test_a_students_teacher_is_another_configurations_run(student: str) -> None:
+    """The tutorial's weights and the paper's end of distillation; nothing looks for the teacher before training does."""
+    experiment, teacher = load_config(ROOT / f"{student}.yaml"), student.replace("mos", "pr_moe")
+    distiller = experiment.module.distiller
+    assert distiller is not None and (distiller.beta, distiller.temperature, distiller.precision) == (1.0, 1.0, None)
+    assert distiller.teacher == read(teacher)["trainer"]["default_root_dir"]
+    (first, *_) = read(student)["trainer"]["callbacks"]
+    assert first == {"class_path": "nlgmoe.StagedDistillation", "init_args": STAGES[student]}
+    assert student_config(load_config(ROOT / f"{teacher}.yaml").module.config, experiment.module.config.num_layers) == (
+        experiment.module.config
+    )
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,4 +1,5 @@
-"""Lightning callbacks, one concern a file. They read the module and the trainer; none changes what is learned."""
+"""Lightning callbacks, one concern a file. They read the module and the trainer; none but StagedDistillation changes what is
+learned."""
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
@@ -7,6 +8,7 @@ from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
+from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "SampleText",
     "SaveAtEnd",
     "SaveOnSignal",
+    "StagedDistillation",
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",

@@ -70,16 +70,16 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
         path = Path(start.checkpoint)
         path = path if is_checkpoint(path) else choose(path, to_train=False)
         model_config = read_document(path)["model_config"]
-        files, here, there = TensorFiles(path, "model"), entry_shapes(model), _shapes(path)
+        files, here, there = TensorFiles(path, "model"), entry_shapes(model), stored_shapes(path)
         fitting = {name for name, shape in here.items() if there.get(name) == shape}
         different = describe_differences(here, there)
         if not fitting:
             raise ValueError(
-                f"{start.checkpoint} has nothing that fits the model: {_first(different)}; use another one"
+                f"{start.checkpoint} has nothing that fits the model: {first_few(different)}; use another one"
             )
         if different and start.strict:
             raise ValueError(
-                f"the weights of {path} do not fit the model: {_first(different)}; use another checkpoint, or "
+                f"the weights of {path} do not fit the model: {first_few(different)}; use another checkpoint, or "
                 "model.warm_start.strict=false to load what fits"
             )
         for entry in local_entries(model):
@@ -129,7 +129,8 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _first(different: dict[str, str], count: int = 3) -> str:
+def first_few(different: dict[str, str], count: int = 3) -> str:
+    """The first few of `describe_differences`, in a line."""
     named = ", ".join(
         f"{name} ({reason.removesuffix(', initialised')})" for name, reason in list(different.items())[:count]
     )
@@ -137,7 +138,7 @@ def _first(different: dict[str, str], count: int = 3) -> str:
     return f"{named} and {more} more" if more > 0 else named
 
 
-def _shapes(folder: Path) -> Shapes:
+def stored_shapes(folder: Path) -> Shapes:
     """Shape of each `model` entry of a checkpoint."""
     files = {name: contents for name, contents in read_manifest(folder)["files"].items() if kind_of(name) == "model"}
     return {name: torch.Size(record[1]) for contents in files.values() for name, record in contents.items()}

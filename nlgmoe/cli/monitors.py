@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from nlgmoe.batch import SpellsBytes
 from nlgmoe.callbacks.expert_load import ExpertLoad, routing_statistics
 from nlgmoe.callbacks.progress import Throughput
+from nlgmoe.callbacks.staged_distillation import LOGGED
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import experts_per_layer
@@ -46,6 +47,8 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
             layers = sum(count > 0 for count in experts_per_layer(module.config))
             statistics = routing_statistics(torch.ones(4))
             names |= {f"experts/{layer}/{name}" for layer in range(layers) for name in statistics}
+    if module.distiller is not None:
+        names |= set(LOGGED)
     if Throughput in kinds:
         names.add("train/tokens_per_second")
     if trainer.enable_validation:

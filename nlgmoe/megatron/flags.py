@@ -296,6 +296,24 @@ _RUN = (
     _derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", whole)]),
 )
 
+_DISTILLATION = (
+    _derived(
+        "`model.distiller`: `nlgmoe.MixtureOfStudents`",
+        _switches("--mos", "--kd"),
+        "on every step, as there; the callback `nlgmoe.StagedDistillation` ends it (docs/distillation.md)",
+    ),
+    _same(
+        "model.distiller.init_args.teacher",
+        "--load-teacher",
+        word,
+        note="a checkpoint of nlgmoe, which says what it is",
+    ),
+    _same(
+        "model.distiller.init_args.beta", "--kd-beta-ce", number, 1.0, "over counted tokens here, `seq_length` there"
+    ),
+    _same("model.distiller.init_args.temperature", "--kd-temp", number, 1.0),
+)
+
 _IGNORED = (
     _ignored(
         "the strategy does that",
@@ -350,16 +368,13 @@ _IGNORED = (
         ),
     ),
     _ignored(
-        "read there only with `--mos` or `--kd`",
-        Flag("--kd-alpha-ce", number),
-        Flag("--kd-beta-ce", number),
-        Flag("--kd-temp", number),
-        Flag("--load-teacher", word),
+        "the teacher's checkpoint says it",
         Flag("--num-layers-teacher", whole),
         Flag("--num-experts-teacher", whole, many=True),
         Flag("--hidden-size-teacher", whole),
         Flag("--num-attention-heads-teacher", whole),
     ),
+    _ignored("read there and never used", Flag("--kd-alpha-ce", number)),
 )
 
 _REFUSED = (
@@ -379,11 +394,6 @@ _REFUSED = (
         *_switches("--enable-expert-tensor-parallelism", "--sequence-parallel", "--force-ds-sequence-parallel"),
     ),
     _refused("the experts run on one grouped product here, Tutel is not used; remove it", Flag("--use-tutel")),
-    _refused(
-        "distillation cannot be configured yet (`model.distiller` comes later); remove it and the teacher's flags to train "
-        "the student without a teacher",
-        *_switches("--mos", "--kd"),
-    ),
     _refused(
         "the model here is GPT-2's (learned positions, LayerNorm, tanh GELU, biases, tied embeddings, as many key heads as "
         "heads); remove it",
@@ -454,6 +464,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "Length": _LENGTH,
     "Batch and data": _BATCH_AND_DATA,
     "Run and cluster": _RUN,
+    "Distillation": _DISTILLATION,
     "Not needed here": _IGNORED,
     "Refused": _REFUSED,
 }

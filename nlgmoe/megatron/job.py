@@ -58,6 +58,11 @@ class Job:
         """Whether there are MoE layers; `--num-experts 1` means none."""
         return self.experts is not None and self.experts != [1]
 
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher."""
+        return self.arguments.has("--mos") or self.arguments.has("--kd")
+
     def set(self, path: str, value: Any, comment: str = "") -> None:
         """Give a setting its value."""
         self.result.settings[path] = value

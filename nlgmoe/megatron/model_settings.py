@@ -13,7 +13,7 @@ GPT2_VOCABULARY = 50257
 
 
 def model_settings(job: Job) -> None:
-    """Set `model.config.*`."""
+    """Set `model.config.*` and `model.distiller`."""
     vocabulary = tokenizer(job)
     if vocabulary is not None:
         job.set("model.config.vocab_size", vocabulary[1], "of the tokenizer; padding is not counted")
@@ -27,6 +27,11 @@ def model_settings(job: Job) -> None:
         _moe_settings(job)
     else:
         job.set("model.config.moe", None, "one expert: a dense model")
+    if job.distils:
+        job.set(
+            "model.distiller.class_path", "nlgmoe.MixtureOfStudents", "to the end; StagedDistillation ends it earlier"
+        )
+        job.direct("Distillation", "model.distiller.")
 
 
 def _moe_settings(job: Job) -> None:

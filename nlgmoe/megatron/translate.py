@@ -50,6 +50,9 @@ def _note_what_has_no_setting(job: Job) -> None:
     dense = [name for name in job.arguments.uses if FLAGS[name][1] in SECTIONS["Experts"] and name != "--num-experts"]
     if dense and not job.is_moe:
         reasons["no effect: the model is dense"] = dense
+    idle = [name for name in job.arguments.uses if FLAGS[name][1] in SECTIONS["Distillation"]]
+    if idle and not job.distils:
+        reasons["no effect without --mos or --kd"] = idle
     if job.arguments.has("--save") and job.arguments.has("--tensorboard-dir"):
         reasons["logs go into trainer.default_root_dir"] = ["--tensorboard-dir"]
     job.result.notes += [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]

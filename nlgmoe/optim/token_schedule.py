@@ -119,3 +119,16 @@ def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -
         return seq_len
     length = curriculum.start + tokens * (seq_len - curriculum.start) // curriculum.tokens
     return length - length % curriculum.increment
+
+
+def distillation_weight(clock: int, end: int, ramp: int = 0) -> float:
+    """Weight of the distillation loss, from 1 to 0, in the step that follows the first `clock` tokens (or steps) of training.
+
+    Args:
+        clock: trained on so far.
+        end: the weight is 0 from here on.
+        ramp: over so many before the end it falls linearly from 1; 0: at once.
+    """
+    if clock >= end:
+        return 0.0
+    return min(1.0, (end - clock) / ramp) if ramp else 1.0

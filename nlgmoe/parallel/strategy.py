@@ -112,7 +112,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self.expert_parallel_size = expert_parallel_size
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # our AdamW steps offloaded states too
-        self._degrees: dict[int, int] = {}
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint that is being loaded
         self._engine: Any = None  # of training; evaluation afterwards keeps it
@@ -150,14 +149,14 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """
         from nlgmoe.parallel.deepspeed_moe import register_groups
 
-        self._degrees = layer_degrees(config, self.world_size, self.expert_parallel_size)
-        for degree in sorted(set(self._degrees.values()) - {1}):
+        degrees = layer_degrees(config, self.world_size, self.expert_parallel_size)
+        for degree in sorted(set(degrees.values()) - {1}):
             if degree not in self._groups:
                 self._groups[degree] = make_groups(degree, self._patience)
                 register_groups(self._groups[degree])
-        if self._degrees:
-            rank_zero_info(describe(config, self._degrees, self.world_size))
-        return place(config, self._degrees, self._groups)
+        if degrees:
+            rank_zero_info(describe(config, degrees, self.world_size))
+        return place(config, degrees, self._groups)
 
     @property
     def _gpt(self) -> nn.Module:
@@ -186,8 +185,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         self._check_fp16(self.precision_plugin)
-        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-        for layer, degree in zip(layers, self._degrees.values(), strict=True):
+        for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
+            degree = layer.router.num_experts // layer.placement.count
             if degree > 1:
                 present_to_engine(layer, self._groups[degree])
         super()._initialize_deepspeed_train(model)

@@ -24,12 +24,13 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
-from nlgmoe.callbacks import SaveOnSignal
+from nlgmoe.callbacks import SaveOnSignal, StagedDistillation
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
@@ -517,6 +518,59 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
     return {**validated, **tested, "windows": windows}
 
 
+class Hears(Callback):
+    """What the teacher says of each of this rank's micro-batches: tokens and logits."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (model := pl_module.distiller.model) is not None and not model._forward_hooks:
+            model.register_forward_hook(self.hear)
+
+    def hear(self, model: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        self.said.append((inputs[0], model.logits(output.hidden)))
+
+
+@dataclass
+class Taught:
+    """What `taught` returns: losses of each micro-batch, what the teacher said here, its experts here, those after the end."""
+
+    losses: list[float]
+    said: list[tuple[Tensor, Tensor]]
+    experts: list[int]
+    freed: bool
+    resumed: list[float]
+
+
+def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
+    """A run that learns from a checkpoint for all but its last two steps, and its end once more from before the last three."""
+
+    def learn(*callbacks: Callback, resume: Path | None = None) -> tuple[Recorder, Hears, MoEGPTModule]:
+        recorder, hears, module = Recorder(), Hears(), cell.module()
+        module.distiller = MixtureOfStudents(str(checkpoint), temperature=2.0)
+        strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
+        staged = StagedDistillation(step=cell.steps - 2)
+        fit = make_trainer(cell, ranks, folder, staged, hears, recorder, *callbacks, **strategy)
+        fit.fit(module, SyntheticData(micro_batch_size=SAMPLES // ranks), ckpt_path=resume)
+        return recorder, hears, module
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == cell.steps - 3:
+                experts.extend(
+                    len(m.expand_weight) for m in pl_module.distiller.model.modules() if isinstance(m, Experts)
+                )
+                trainer.save_checkpoint(path)
+
+    experts: list[int] = []
+    path = folder / f"{cell.name} taught on {ranks}.ckpt"
+    recorder, hears, module = learn(Looks())
+    assert module.distiller is not None
+    resumed = learn(resume=path)[0].micro_losses
+    return Taught(recorder.micro_losses, hears.said, experts, module.distiller.model is None, resumed)
+
+
 @dataclass
 class Grown:
     """What `growing` returns: losses of each micro-batch, sequences in each step, and the clock and the rate at the end."""
@@ -620,7 +674,7 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
-    loads = (evaluate, resume, resume_halves, refused, warm_start)
+    loads = (evaluate, resume, resume_halves, refused, warm_start, taught)
     return [job(cell, ranks, folder, *(args if job in loads else ())) for job, cell in jobs]
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.model.cost import estimate
 from nlgmoe.model.hardware import hardware
 from nlgmoe.model.topology import Topology
@@ -40,6 +41,7 @@ from tests.distributed.cells import (
     save_large,
     spawn,
     spoilt,
+    taught,
     traffic,
     train,
     warm_start,
@@ -131,6 +133,7 @@ WARM = [
     Cell("warm start, bf16-mixed", 2, 1, steps=1, precision="bf16-mixed", **RESIDUAL_PYRAMID),
 ]
 LARGE = Cell("large", 2, 1, steps=1, hidden=128, moe=DROPLESS)
+TAUGHT = Cell("taught", 2, 2, moe=DROPLESS, steps=6)  # 4 blocks; the teacher is ALONE, of 6 with 2, 4 and 6 experts
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
 
@@ -161,7 +164,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
-            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
+            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED] + [(taught, TAUGHT)]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -273,6 +276,20 @@ def test_all_ranks_end_after_the_same_step_where_one_is_told_to(cell: Cell, step
         assert codes == [0, 0]
         assert steps == [2, step]
         assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
+
+
+def test_a_teacher_with_its_experts_on_two_ranks_teaches_as_on_one(
+    found: Found, checkpoint: Path, tmp_path: Path
+) -> None:
+    expected, teacher = taught(TAUGHT, 1, tmp_path, checkpoint), load_model(checkpoint)
+    assert expected.experts == [2, 4, 6] and expected.resumed == expected.losses[3:]
+    for rank in found[taught, TAUGHT.name]:
+        assert rank.experts == [1, 2, 3] and rank.freed
+        assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert rank.resumed == pytest.approx(expected.losses[3:], rel=1e-5)
+        assert len(rank.said) == 4  # of 6 steps
+        for tokens, logits in rank.said:
+            torch.testing.assert_close(logits, teacher.logits(teacher(tokens).hidden), rtol=1e-5, atol=1e-5)
 
 
 def optimizer_of(path: Path) -> TensorFiles:

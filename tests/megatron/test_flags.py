@@ -118,6 +118,9 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--deepspeed-activation-checkpointing", {"model.activation_checkpointing": True}),
     ("--zero-stage 2", {"trainer.strategy.init_args.stage": 2}),
     ("--cpu-optimizer", {"trainer.strategy.init_args.offload_optimizer": True}),
+    ("--mos --load-teacher a", {"model.distiller.init_args": {"teacher": "a", "beta": 1.0, "temperature": 1.0}}),
+    ("--kd --load-teacher a --kd-beta-ce 0.5", {"model.distiller.init_args.beta": 0.5}),
+    ("--mos --load-teacher a --kd-temp 2", {"model.distiller.init_args.temperature": 2.0}),
     ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout_seconds": 5400.0}),
 ]
 
@@ -157,6 +160,13 @@ def test_machines(launcher: str, before: str, devices: int, nodes: int, tmp_path
     assert (trainer["devices"], trainer["num_nodes"]) == (devices, nodes)
 
 
+def test_a_teacher_is_nothing_without_the_switch(tmp_path: Path) -> None:
+    teacher = "--load-teacher /teachers/big --num-layers-teacher 24 --kd-alpha-ce 3 --kd-temp 2"
+    assert "distiller" not in settings_of(write(tmp_path, teacher))["model"]
+    distilled = settings_of(write(tmp_path, f"--mos {teacher}"))["model"]["distiller"]
+    assert distilled["class_path"] == "nlgmoe.MixtureOfStudents"
+
+
 SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFIG_CL_ENABLED/{}/" > c.json'
 
 
@@ -167,7 +177,7 @@ SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFI
         ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: there is no pipeline parallelism"),
         ("--use-tutel", "--use-tutel: the experts run on one grouped product here, Tutel is not used; remove it"),
         ("--enable-expert-tensor-parallelism", "no tensor, pipeline or sequence parallelism here; remove it"),
-        ("--mos --kd-beta-ce 1", "--mos: distillation cannot be configured yet"),
+        ("--mos --kd-beta-ce 1", "--load-teacher: is not given"),
         ("--rampup-batch-size 32 32 1953125", "32 32 1953125: starts above the global batch of 8; lower it"),
         ("--rampup-batch-size 8 8", "--rampup-batch-size 8 8: takes a start, an increment and a number of sequences"),
         (

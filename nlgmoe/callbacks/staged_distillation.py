@@ -1,0 +1,112 @@
+"""When a student has learnt enough from its teacher."""
+
+from __future__ import annotations
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.token_schedule import distillation_weight
+
+LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # while there is a teacher
+
+
+class StagedDistillation(Callback):
+    """Ends distillation before the run ends: it helps early and hurts late (paper, section 4.2.1).
+
+    From the end on there is no teacher: its memory is free, and the steps are those of training on text alone. The weight of a
+    step is a function of the clock at its beginning, so that a resumed run needs nothing to go on as it would have.
+
+    Args:
+        step: distillation ends after this many optimizer steps.
+        tokens: ends with the first step that begins at or after this many tokens.
+        fraction: likewise, of `model.train_tokens`.
+        ramp_tokens: the weight falls linearly to 0 over this many tokens before the end; 0: at once. Not with `step`.
+
+    Raises:
+        ValueError: not one of `step`, `tokens` and `fraction` is given, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        step: int | None = None,
+        tokens: int | None = None,
+        fraction: float | None = None,
+        ramp_tokens: int = 0,
+    ) -> None:
+        given = {"step": step, "tokens": tokens, "fraction": fraction}
+        if sum(value is not None for value in given.values()) != 1:
+            shown = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"StagedDistillation: {shown}; give one of them, and only one")
+        for name, value in given.items():
+            if value is not None and value <= 0:
+                raise ValueError(
+                    f"StagedDistillation: {name}={value} must be above 0; model.distiller=null never distils"
+                )
+        if fraction is not None and fraction > 1:
+            raise ValueError(f"StagedDistillation: fraction={fraction} must be at most 1, the whole run")
+        if ramp_tokens < 0 or (ramp_tokens and step is not None):
+            raise ValueError(
+                f"StagedDistillation: ramp_tokens={ramp_tokens} must be at least 0, and 0 with step; use tokens or fraction"
+            )
+        if tokens is not None and ramp_tokens > tokens:
+            raise ValueError(f"StagedDistillation: ramp_tokens={ramp_tokens} is above tokens={tokens}; lower it")
+        self.step, self.tokens, self.fraction, self.ramp_tokens = step, tokens, fraction, ramp_tokens
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is something to end, and an end.
+
+        Raises:
+            ValueError: `fraction` is given, and `model.train_tokens` is not.
+        """
+        assert isinstance(pl_module, MoEGPTModule)
+        if stage != "fit":
+            return
+        if pl_module.distiller is None:
+            rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
+        elif self.fraction is not None:
+            if pl_module.train_tokens is None:
+                raise ValueError(
+                    f"StagedDistillation: fraction={self.fraction} is of model.train_tokens, which is null; set it, or use "
+                    "step or tokens"
+                )
+            if self.ramp_tokens > self.fraction * pl_module.train_tokens:
+                raise ValueError(
+                    f"StagedDistillation: ramp_tokens={self.ramp_tokens} is above fraction={self.fraction} of "
+                    f"model.train_tokens={pl_module.train_tokens}; lower it"
+                )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the module loads its teacher: past the end there is none to load."""
+        assert isinstance(pl_module, MoEGPTModule)
+        if pl_module.distiller is not None:
+            pl_module.distiller.stage = self._weight(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """The clocks stand still within an accumulation window, and so does the weight."""
+        assert isinstance(pl_module, MoEGPTModule)
+        distiller = pl_module.distiller
+        if distiller is None:
+            return
+        distiller.stage = self._weight(trainer, pl_module)
+        if distiller.stage == 0 and distiller.model is not None:
+            distiller.release()
+            # Lightning would go on logging the last values: to it the run is one epoch.
+            for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
+                del trainer.fit_loop.epoch_loop._results[key]
+            rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is gone")
+
+    def _weight(self, trainer: Trainer, module: MoEGPTModule) -> float:
+        if self.step is not None:
+            return distillation_weight(trainer.global_step, self.step)
+        end = self.tokens
+        if self.fraction is not None:
+            assert module.train_tokens is not None
+            end = round(self.fraction * module.train_tokens)
+        assert end is not None
+        return distillation_weight(module.tokens_seen, end, self.ramp_tokens)

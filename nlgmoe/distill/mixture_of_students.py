@@ -1,0 +1,191 @@
+"""MIXTURE-OF-STUDENTS: a PR-MoE with fewer blocks learns from a trained one beside the text (paper, section 4.2).
+
+    loss = cross-entropy + beta * T^2 * KL(teacher || student at temperature T) + the balance losses
+
+The teacher is no part of the student: no checkpoint, optimizer or engine sees it. `StagedDistillation` ends its lesson.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from nlgmoe.batch import Batch
+from nlgmoe.checkpoint.agreement import all_or_none
+from nlgmoe.checkpoint.folder import TensorFiles, read_document
+from nlgmoe.checkpoint.layout import entry_shapes, local_entries
+from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.losses import SoftTargets
+from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.model.gpt import GPT
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class MixtureOfStudents:
+    """A frozen teacher, and how much its student learns from it.
+
+    The teacher's architecture is read from its checkpoint: dense or MoE, of any size, with the student's vocabulary. It reads
+    what the student reads, without dropout, dropped tokens or noise.
+
+    Args:
+        teacher: folder of a checkpoint, such as runs/laptop_pr_moe/checkpoints/last.ckpt; of a run's folder, the newest valid
+            one. Looked for when training begins, and only if there is something left to learn from it.
+        beta: weight of the distillation loss.
+        temperature: that the logits of both are divided by before they are compared.
+        precision: of the teacher, weights and products: `fp32` or `bf16`; null: as the student's.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        precision: Literal["fp32", "bf16"] | None = None,
+    ) -> None:
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")
+        if precision not in (None, *_DTYPES):
+            raise ValueError(f"precision={precision} must be fp32, bf16 or null")
+        self.teacher = teacher
+        self.beta = beta
+        self.temperature = temperature
+        self.precision = precision
+        self.stage = 1.0  # of beta, from 1 to 0: `StagedDistillation` lowers it before a step
+        self.model: GPT | None = None  # this rank's part of the teacher, while it is needed
+
+    def start(self, student: GPT, trainer: Trainer) -> None:
+        """Load the teacher to where the student is, unless its lesson is over. Where there are ranks, all have to call this.
+
+        Args:
+            student: the model that learns, on its device.
+            trainer: its trainer; a strategy that spreads experts over ranks spreads the teacher's too.
+
+        Raises:
+            ValueError: there is no such checkpoint, it is damaged, or it does not suit the student. Every rank raises.
+        """
+        self.release()
+        if self.stage == 0:
+            return
+        like, strategy = student.token_embedding.weight, trainer.strategy
+        with all_or_none():
+            path, document = self._find()
+            config = GPTConfig.from_dict(document["model_config"])
+            _check(config, student.config, path)
+            _check_tokenizer(document, getattr(trainer, "datamodule", None), path)
+        placed = strategy.expert_placements(config) if isinstance(strategy, PlacesExperts) else {}
+        with all_or_none():
+            self.model = _load(path, config, placed, like.device, _DTYPES.get(self.precision or "", like.dtype))
+        rank_zero_info(f"the teacher is {path}: {config.num_layers} blocks, {config.hidden_size} wide")
+
+    def _find(self) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint, of a run that is still being trained the newest valid one; and what it says of itself."""
+        try:
+            path = Path(self.teacher) if is_checkpoint(self.teacher) else choose(self.teacher, to_train=False)
+            return path, read_document(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"model.distiller.teacher={self.teacher}: {error}; set it to a trained checkpoint, or model.distiller=null "
+                "to train on text alone"
+            ) from error
+
+    def release(self) -> None:
+        """Free the teacher's memory."""
+        if self.model is not None:
+            on_gpu = self.model.token_embedding.weight.is_cuda
+            self.model = None
+            if on_gpu:
+                torch.cuda.empty_cache()  # so that others than this process's tensors can have it, once a run
+
+    @torch.no_grad()
+    def read(self, batch: Batch, mask: Tensor | None) -> SoftTargets | None:
+        """What the teacher says of a batch; None if its lesson is over.
+
+        Args:
+            batch: as the student sees it.
+            mask: its token mask; None if nothing is masked.
+        """
+        model = self.model
+        if model is None:
+            return None
+        with self._own_precision():
+            hidden = model(batch["tokens"], mask, documents=batch.get("document")).hidden.flatten(0, 1)
+            unembedding = model.unembedding
+        device = hidden.device.type
+        if self.precision is None and torch.is_autocast_enabled(device):  # once, not for every chunk
+            hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))
+
+        def logits(part: slice) -> Tensor:
+            with torch.no_grad(), self._own_precision():
+                return hidden[part] @ unembedding.to(hidden.dtype).t()
+
+        return SoftTargets(logits, self.beta * self.stage, self.temperature)
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        assert self.model is not None
+        device = self.model.token_embedding.weight.device.type
+        return nullcontext() if self.precision is None else torch.autocast(device, enabled=False)
+
+
+def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
+    if teacher.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"model.distiller.teacher={path} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a "
+            "teacher with the student's tokenizer"
+        )
+    if teacher.seq_len < student.seq_len:
+        raise ValueError(
+            f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, the student {student.seq_len}; use "
+            "another teacher, or lower model.config.seq_len"
+        )
+
+
+def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
+    """Compare what the data modules of both runs say of their tokenizers, where they do."""
+    if data is None:
+        return
+    theirs, ours = (
+        state.get("fingerprint", {}).get("tokenizer")
+        for state in (document.get(type(data).__qualname__, {}), data.state_dict())
+    )
+    if None not in (theirs, ours) and theirs != ours:
+        raise ValueError(
+            f"model.distiller.teacher={path} was trained with another tokenizer ({theirs}, here {ours}); use a teacher with "
+            "the student's"
+        )
+
+
+@torch.no_grad()
+def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtype: torch.dtype) -> GPT:
+    """This rank's part of the teacher, frozen; read entry by entry."""
+    with torch.device("meta"):
+        model = GPT(_without_dropping(config), placements=placed)
+    files, here = TensorFiles(path, "model"), entry_shapes(model)
+    if different := describe_differences(here, stored_shapes(path)):
+        raise ValueError(
+            f"model.distiller.teacher={path} does not hold the model that it describes: {first_few(different)}; use another"
+        )
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for entry in local_entries(model):
+        whole = files.read(entry.name)
+        entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
+    return model
+
+
+def _without_dropping(config: GPTConfig) -> GPTConfig:
+    """Evaluation drops tokens only where it is told to; a teacher is not."""
+    values = config.to_dict()
+    if values["moe"] is not None:
+        values["moe"] |= {"eval_token_dropping": False}
+    return GPTConfig.from_dict(values)

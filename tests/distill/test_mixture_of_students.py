@@ -1,0 +1,213 @@
+"""A run with a teacher: what the teacher says, that it stays what it was, when it goes, and that such runs resume."""
+
+import gc
+import shutil
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.checkpoint.folder import TensorFiles
+from nlgmoe.checkpoint.layout import entry_shapes
+from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.pyramid import student_config
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import trainer
+
+TEACHER = GPTConfig(
+    61,
+    16,
+    4,
+    48,
+    3,
+    hidden_dropout=0.2,
+    moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter", eval_token_dropping=True),
+)
+STUDENT = GPTConfig(61, 16, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, noise="jitter"))
+TOKENS = 4 * 16 * 2  # of a step: two micro-batches
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(TEACHER, tmp_path_factory.mktemp("teacher"))
+
+
+def trained(config: GPTConfig, root: Path) -> Path:
+    run = trainer(root, max_steps=2)
+    run.fit(MoEGPTModule(config, AdamWConfig(lr=1e-2)), SyntheticData(config.vocab_size, config.seq_len))
+    run.save_checkpoint(root / "teacher.ckpt")
+    return root / "teacher.ckpt"
+
+
+class Watch(Callback):
+    """Losses by micro-batch, the teacher's logits and the lengths it read, whether there was one, and a reference to it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.logged: list[dict[str, float]] = []
+        self.said: list[tuple[Any, torch.Tensor]] = []
+        self.reference: Any = lambda: None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        model = pl_module.distiller.model
+        if model is not None and self.reference() is not model:
+            self.reference = weakref.ref(model)
+            model.register_forward_hook(self.hear)
+
+    def hear(self, model: Any, inputs: Any, output: Any) -> None:
+        self.said.append((inputs[0], model.logits(output.hidden)))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(
+    root: Path, teacher: Path, *callbacks: Callback, resume: Path | None = None, steps: int = 4, **settings: Any
+) -> tuple[Watch, MoEGPTModule]:
+    watch = Watch()
+    distiller = MixtureOfStudents(str(teacher), beta=0.5, temperature=2.0)
+    module = MoEGPTModule(STUDENT, AdamWConfig(lr=1e-2), **{"distiller": distiller, **settings})
+    run = trainer(root, *callbacks, watch, max_steps=steps, accumulate_grad_batches=2)
+    run.fit(module, SyntheticData(), ckpt_path=resume)
+    return watch, module
+
+
+def test_the_teacher_says_to_the_end_what_its_checkpoint_says(teacher: Path, tmp_path: Path) -> None:
+    """Every token of every batch, bit for bit, in evaluation and dropless; the student's checkpoint knows nothing of it."""
+    alone = load_model(teacher)
+    for block in alone.blocks:
+        if block.moe is not None:
+            block.moe.router.config = replace(block.moe.router.config, eval_token_dropping=False)
+    watch, module = fit(tmp_path, teacher, SaveAt(8, tmp_path / "end.ckpt"))
+    assert len(watch.said) == 8
+    for tokens, logits in watch.said:
+        assert torch.equal(logits, alone.logits(alone(tokens).hidden))
+    entries = {kind: TensorFiles(tmp_path / "end.ckpt", kind).names for kind in ("model", "optimizer")}
+    assert entries["model"] == set(entry_shapes(module.gpt))
+    assert {name for name in entries["optimizer"] if name.startswith("exp_avg/")} == {
+        f"exp_avg/{name}" for name in entries["model"]
+    }
+    assert not any("distiller" in name for name, _ in module.named_modules())
+
+
+def test_the_loss_is_that_of_both_models_and_its_parts_are_logged(teacher: Path, tmp_path: Path) -> None:
+    watch, _ = fit(tmp_path, teacher, steps=1)
+    one = watch.logged[0]
+    balance = 0.01 * one["train/balance_loss"]
+    total = one["train/loss"] + 0.5 * one["train/distillation_loss"] + balance
+    assert watch.losses[0] == pytest.approx(total / 2, rel=1e-6)  # of two micro-batches
+    assert one["train/distillation_loss"] > 0 and 0 <= one["train/teacher_agreement"] <= 1
+
+
+@pytest.mark.parametrize("end", [{"step": 2}, {"tokens": 2 * TOKENS - 5}, {"fraction": 0.5}])
+def test_the_teacher_is_gone_from_the_end_on(end: dict[str, float], teacher: Path, tmp_path: Path) -> None:
+    """It reads the two steps before, and no batch after; nothing keeps it in memory."""
+    watch, module = fit(tmp_path, teacher, StagedDistillation(**end), train_tokens=4 * TOKENS)  # type: ignore[arg-type]
+    assert len(watch.said) == 4 and len(watch.losses) == 8
+    assert module.distiller is not None and module.distiller.model is None
+    gc.collect()
+    assert watch.reference() is None
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_a_run_goes_on_before_at_and_after_the_end(saved: int, teacher: Path, tmp_path: Path) -> None:
+    """With a ramp and sequences that grow; past the end the teacher's file may be gone."""
+
+    def run(root: Path, file: Path, *callbacks: Callback, **settings: Any) -> Watch:
+        staged = StagedDistillation(tokens=112, ramp_tokens=100)
+        return fit(root, file, staged, *callbacks, curriculum=SequenceCurriculum(96, 4, 4), **settings)[0]
+
+    path, file = tmp_path / "saved.ckpt", tmp_path / "teacher.ckpt"
+    shutil.copytree(teacher, file)
+    whole = run(tmp_path, file, SaveAt(2 * saved, path))  # clocks 0, 32, 96, 224
+    assert len(whole.said) == 6 and {tokens.shape[1] for tokens, _ in whole.said} == {4, 8, 16}
+    if saved == 3:
+        shutil.rmtree(file)
+    resumed = run(tmp_path / "resumed", file, resume=path)
+    assert resumed.losses == whole.losses[2 * saved :]
+    assert len(resumed.said) == max(0, 6 - 2 * saved)
+
+
+def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "end.ckpt"
+    staged, _ = fit(tmp_path, teacher, StagedDistillation(step=2), SaveAt(4, path))
+
+    class Losses(Watch):
+        def on_train_batch_start(self, *_: Any) -> None:
+            pass
+
+    losses = Losses()
+    run = trainer(tmp_path, losses, max_steps=4, accumulate_grad_batches=2)
+    run.fit(MoEGPTModule(STUDENT, AdamWConfig(lr=1e-2)), SyntheticData(), ckpt_path=path)
+    assert losses.losses == staged.losses[4:]
+    assert "train/distillation_loss" not in run.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 50}, "has vocab_size=50, the student 61; use a teacher with the student's tokenizer"),
+        ({"seq_len": 8}, "reads seq_len=8 tokens, the student 16"),
+    ],
+)
+def test_teachers_that_do_not_suit_are_refused(change: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, trained(replace(TEACHER, moe=None, **change), tmp_path))
+
+
+def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path) -> None:
+    module, path = MoEGPTModule(TEACHER), tmp_path / "other.ckpt"
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, SyntheticData())
+    module.config = replace(TEACHER, moe=MoEConfig([2, 5], mlp_type="residual"))
+    run.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"other.ckpt does not .*moe.experts.4.* \(not in the checkpoint\)"):
+        fit(tmp_path, path)
+    with pytest.raises(ValueError, match=r"model.distiller.teacher=.*nothing.*set it to a trained checkpoint"):
+        fit(tmp_path, tmp_path / "nothing")
+
+
+def test_evaluation_never_asks_for_the_teacher(tmp_path: Path) -> None:
+    module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
+    run = trainer(tmp_path, limit_val_batches=1.0)
+    assert run.validate(module, SyntheticData(), verbose=False) and run.test(module, SyntheticData(), verbose=False)
+
+
+def test_a_fraction_needs_a_length(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fraction=0\.5 is of model.train_tokens, which is null"):
+        fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
+
+
+def test_a_dense_teacher_in_bf16(tmp_path: Path) -> None:
+    path = trained(replace(TEACHER, moe=None), tmp_path)
+    module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(path), precision="bf16"))
+    watch = Watch()
+    trainer(tmp_path, watch, max_steps=1).fit(module, SyntheticData())
+    ((tokens, logits),) = watch.said
+    assert logits.dtype == torch.bfloat16
+    alone = load_model(path)
+    torch.testing.assert_close(logits.float(), alone.logits(alone(tokens).hidden), atol=0.05, rtol=0.05)
+
+
+def test_a_student_keeps_the_top_of_the_pyramid() -> None:
+    paper = GPTConfig(50_257, moe=MoEConfig([32] * 10 + [64] * 2, mlp_type="residual"))
+    student = student_config(paper, 21)
+    assert student.moe is not None and student.moe.num_experts == [32] * 8 + [64] * 2
+    assert replace(student, num_layers=24, moe=paper.moe) == paper
+    assert student_config(replace(paper, moe=None), 21).num_layers == 21
+    for layers in (0, 24):
+        with pytest.raises(ValueError, match=f"num_layers={layers} must be at least 1 and below the teacher's 24"):
+            student_config(paper, layers)
