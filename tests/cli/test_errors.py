@@ -880,6 +880,7 @@ def test_a_strategy_is_named_by_its_class_alone(tmp_path: Path) -> None:
     assert type(made.trainer.strategy).__name__ == "Plain"
     with pytest.raises(ValueError, match="nlgmoe has no class ExpertParallel; did you mean ExpertParallelStrategy"):
         load_config(path, trainer__strategy="nlgmoe.ExpertParallel", **here)
-    for name in ("nowhere.Strategy", "pathlib.Path"):
-        with pytest.raises(ValueError, match=rf"strategy={name}.*use nlgmoe.ExpertParallelStrategy, or ddp"):
-            load_config(path, trainer__strategy=name, **here)
+    with pytest.raises(
+        ValueError, match=r"strategy=pathlib.Path is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp"
+    ):
+        load_config(path, trainer__strategy="pathlib.Path", **here)
