@@ -122,6 +122,12 @@ class PileDataModule(LightningDataModule):
         if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
             # Before anything reads it: DeepSpeed's configuration is made in `configure_model`, the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
+            train_tokens = getattr(self.trainer.lightning_module, "train_tokens", None)
+            if self.batch_ramp_up is not None and train_tokens is not None and self.batch_ramp_up.tokens > train_tokens:
+                rank_zero_warn(
+                    f"data.batch_ramp_up.tokens={self.batch_ramp_up.tokens} is above model.train_tokens={train_tokens}: training "
+                    f"ends before its steps take {self.global_batch_size} sequences; lower it"
+                )
         if self._open_corpus is None:
             self._open_corpus = self.corpus.open(self.data_dir, self._tokenizer_name)
 

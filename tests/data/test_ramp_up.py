@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,10 @@ def test_training_takes_the_planned_steps_and_its_clocks_follow(make_data: Make,
             {"batch_ramp_up": BatchRampUp(6, 3, 9), "micro_batch_size": 2},
             "^increment=3 must be a multiple of the 6 .* set it to 6, or micro_batch_size to 4$",
         ),
+        (  # 8 is a multiple of 4 too, but does not divide the way from 4 to 16
+            {"batch_ramp_up": BatchRampUp(4, 6, 9), "global_batch_size": 16, "micro_batch_size": 4},
+            "^increment=6 must be a multiple of the 4 .* set it to 4 or 12, or micro_batch_size to 8$",
+        ),
     ],
 )
 def test_what_cannot_be_made_up_is_refused_with_what_can(options: dict[str, Any], message: str) -> None:
@@ -117,3 +122,18 @@ def test_what_cannot_be_made_up_is_refused_with_what_can(options: dict[str, Any]
 def test_nothing_grows_by_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}=0 must be at least 1$"):
         BatchRampUp(**{"start": 1, "increment": 1, "tokens": 1} | {name: 0})
+
+
+@pytest.mark.parametrize(("train_tokens", "warns"), [(8, True), (9, False), (None, False)])
+def test_a_ramp_that_is_longer_than_training_is_said(make_data: Make, train_tokens: int | None, warns: bool) -> None:
+    data = make_data(global_batch_size=12, micro_batch_size=3, batch_ramp_up=BatchRampUp(4, 4, 9))
+    module = SimpleNamespace(train_tokens=train_tokens)
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=module, accumulate_grad_batches=1, global_rank=0, world_size=1
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data.setup("fit")
+    assert ["batch_ramp_up.tokens=9 is above model.train_tokens=8" in str(one.message) for one in said] == [
+        True
+    ] * warns
