@@ -66,17 +66,17 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
         "start": list(range(unit, global_batch_size + 1, unit)),
         "increment": [size for size in range(unit, growth + 1, unit) if growth % size == 0],
     }
-    for name, sizes in possible.items():
-        value = getattr(ramp_up, name)
+    for setting, sizes in possible.items():
+        value = getattr(ramp_up, setting)
         if value % unit:
-            nearest = [*[size for size in sizes if size < value][-1:], *[size for size in sizes if size > value][:1]]
+            around = [*[size for size in sizes if size < value][-1:], *[size for size in sizes if size > value][:1]]
             larger = global_batch_size // math.gcd(global_batch_size, ramp_up.start, ramp_up.increment)
             raise ValueError(
-                f"{name}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
-                f"{global_batch_size} with micro_batch_size={micro_batch_size}: set it to {_either(*nearest)}, or "
+                f"{setting}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
+                f"{global_batch_size} with micro_batch_size={micro_batch_size}: set it to {_either(*around)}, or "
                 f"micro_batch_size to {larger}"
-                if nearest
-                else f"{name}={value} goes into no step of {unit} micro-batches: set micro_batch_size to {larger}"
+                if around
+                else f"{setting}={value} goes into no step of {unit} micro-batches: set micro_batch_size to {larger}"
             )
 
 
