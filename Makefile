@@ -55,7 +55,9 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.blend
 	$(BIN)/python -m benchmarks.indexed_data
+	$(BIN)/python -m benchmarks.distillation
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

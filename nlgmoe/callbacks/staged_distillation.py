@@ -22,7 +22,7 @@ class StagedDistillation(Callback):
     Args:
         step: distillation ends after this many optimizer steps.
         tokens: ends with the first step that begins at or after this many tokens.
-        fraction: likewise, of `model.train_tokens`.
+        fraction: ends with the first step that begins at or after this share of `model.train_tokens`, in tokens.
         ramp_tokens: the weight falls linearly to 0 over this many tokens before the end; 0: at once. Not with `step`.
 
     Raises:
