@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.activation import compiled_activation, gelu
+from nlgmoe.layers.activation import compiled_gelu_backward, gelu
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 
@@ -52,7 +52,7 @@ def ours(hidden: int, experts: int, k: int, dropping: bool) -> nn.Module:
 def compiled(layer: nn.Module) -> nn.Module:
     """What `GPT.compile_dense_parts` makes of a layer."""
     assert isinstance(layer, MoELayer)
-    layer.experts.activation = compiled_activation()
+    layer.experts.back_through_gelu = compiled_gelu_backward()
     return layer
 
 

@@ -39,10 +39,7 @@ class Argument:
         constructor = self.owner.__init__ if inspect.isclass(self.owner) else self.owner
         try:
             return typing.get_type_hints(constructor).get(self.name)
-        except (
-            NameError,
-            TypeError,
-        ):  # annotations of another package that name what is imported for type checkers alone
+        except (NameError, TypeError):  # another package's annotations may name what only type checkers import
             return None
 
     def accepted(self) -> list[str]:

@@ -90,9 +90,8 @@ def describe(error: BaseException) -> str:
             f"{one_line(str(error))}; lower data.micro_batch_size or model.loss_chunk_size, or set "
             f"model.activation_checkpointing to true ({_ASK_FOR_TRACEBACK})"
         )
-    if worker := _OF_A_WORKER.search(
-        str(error)
-    ):  # PyTorch raises it again here with the worker's traceback as its text
+    # PyTorch raises a worker's exception again here, with the worker's traceback as its text.
+    if worker := _OF_A_WORKER.search(str(error)):
         ours = f"{os.sep}nlgmoe{os.sep}" in worker["file"] and isinstance(error, ValueError | ImportError)
         text = one_line(worker["text"])
         if ours or isinstance(error, OSError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,22 +41,6 @@ def _written_out(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y.to(x.dtype), (g * slope).to(x.dtype), (y * g).sum(dim=-1)
 
 
-@dataclass(frozen=True)
-class Activation:
-    """The functions between an expert's products.
-
-    Attributes:
-        gelu: `gelu`.
-        backward: `gelu_backward`.
-    """
-
-    gelu: Callable[[Tensor], Tensor] = gelu
-    backward: Backward = gelu_backward
-
-
-EAGER = Activation()
-
-
-def compiled_activation() -> Activation:
-    """The same, compiled at the first use by `torch.compile`, for any number of rows."""
-    return Activation(backward=torch.compile(_written_out, dynamic=True))
+def compiled_gelu_backward() -> Backward:
+    """`gelu_backward`, compiled at the first use by `torch.compile`, for any number of rows."""
+    return torch.compile(_written_out, dynamic=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nlgmoe.layers.activation import EAGER, Activation
+from nlgmoe.layers.activation import Backward, gelu, gelu_backward
 from nlgmoe.layers.expert_loop import Gradients
 
 
@@ -20,11 +20,11 @@ class KernelExperts:
 
     Args:
         rows_per_expert: `[E]` int64.
-        activation: the functions between the products.
+        back_through_gelu: `gelu_backward`, or a compiled one.
     """
 
-    def __init__(self, rows_per_expert: Tensor, activation: Activation = EAGER) -> None:
-        self._activation = activation
+    def __init__(self, rows_per_expert: Tensor, back_through_gelu: Backward = gelu_backward) -> None:
+        self._back_through_gelu = back_through_gelu
         self._lengths = rows_per_expert
         self._ends = rows_per_expert.cumsum(0)
 
@@ -36,7 +36,7 @@ class KernelExperts:
         used, expert = self._masks(rows)
         inner = self._times(rows, w1) + b1.to(rows.dtype)[expert]
         inner = torch.where(used, inner, 0)
-        y = self._times(self._activation.gelu(inner), w2) + b2.to(rows.dtype)[expert]
+        y = self._times(gelu(inner), w2) + b2.to(rows.dtype)[expert]
         return torch.where(used, y, 0), inner
 
     def backward(
@@ -57,7 +57,7 @@ class KernelExperts:
         used, expert = self._masks(rows)
         grad = (grad if scale is None else grad * scale.unsqueeze(-1)).to(dtype)
         grad_act = torch.where(used, self._times(grad, w2.transpose(1, 2)), 0)  # [M, F]
-        act, grad_pre, dot = self._activation.backward(inner, grad_act)
+        act, grad_pre, dot = self._back_through_gelu(inner, grad_act)
         grad_scale = None
         if scale is not None:
             dot = dot + torch.linalg.vecdot(grad.to(dot.dtype), b2.to(dot.dtype)[expert])

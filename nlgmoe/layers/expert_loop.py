@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nlgmoe.layers.activation import EAGER, Activation
+from nlgmoe.layers.activation import Backward, gelu, gelu_backward
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 GROUP = 4  # most experts
@@ -31,11 +31,11 @@ class LoopExperts:
     Args:
         rows: of each expert, sorted by expert.
         dtype: of the rows.
-        activation: the functions between the products.
+        back_through_gelu: `gelu_backward`, or a compiled one.
     """
 
-    def __init__(self, rows: list[int], dtype: torch.dtype, activation: Activation = EAGER) -> None:
-        self._activation = activation
+    def __init__(self, rows: list[int], dtype: torch.dtype, back_through_gelu: Backward = gelu_backward) -> None:
+        self._back_through_gelu = back_through_gelu
         half = dtype in (torch.bfloat16, torch.float16)
         self._used = sum(rows)
         hit = [expert for expert, number in enumerate(rows) if number]
@@ -73,7 +73,7 @@ class LoopExperts:
                 b1[experts, None].to(dtype), rows[part].unflatten(0, (count, -1)), w1[experts].to(dtype), out=pre
             )
             out = y[part].unflatten(0, (count, -1))  # [G, m, H]
-            torch.baddbmm(b2[experts, None].to(dtype), self._activation.gelu(pre), w2[experts].to(dtype), out=out)
+            torch.baddbmm(b2[experts, None].to(dtype), gelu(pre), w2[experts].to(dtype), out=out)
         return self._unpadded(y, place, len(x) if source is None else len(source)), inner
 
     def backward(
@@ -112,7 +112,7 @@ class LoopExperts:
                 t[part].unflatten(0, (count, -1)) for t in (rows, inner, g_all)
             )  # [G, m, H], [G, m, F], [G, m, H]
             grad_act = torch.bmm(g, w2[experts].to(dtype).transpose(1, 2))  # [G, m, F]; 0 in padding
-            act, grad_pre, dot = self._activation.backward(pre, grad_act)
+            act, grad_pre, dot = self._back_through_gelu(pre, grad_act)
             if grad_w2 is not None:
                 _product(act.transpose(1, 2), g, grad_w2[experts])
             if grad_b2 is not None:

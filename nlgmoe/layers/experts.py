@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nlgmoe.layers.activation import EAGER, Activation
+from nlgmoe.layers.activation import Backward, gelu_backward
 from nlgmoe.layers.expert_kernel import KernelExperts
 from nlgmoe.layers.expert_loop import LoopExperts
 
@@ -39,7 +39,7 @@ class Experts(nn.Module):
     def __init__(self, count: int, hidden_size: int, ffn_size: int, first: int = 0) -> None:
         super().__init__()
         self.first = first
-        self.activation = EAGER
+        self.back_through_gelu: Backward = gelu_backward
         self.expand_weight = nn.Parameter(torch.empty(count, hidden_size, ffn_size))
         self.expand_bias = nn.Parameter(torch.empty(count, ffn_size))
         self.project_weight = nn.Parameter(torch.empty(count, ffn_size, hidden_size))
@@ -63,18 +63,20 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
-        y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert, self.activation)
+        y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert, self.back_through_gelu)
         return y
 
 
-def way_to_compute(x: Tensor, rows_per_expert: Tensor, activation: Activation = EAGER) -> LoopExperts | KernelExperts:
+def way_to_compute(
+    x: Tensor, rows_per_expert: Tensor, back_through_gelu: Backward = gelu_backward
+) -> LoopExperts | KernelExperts:
     """PyTorch's grouped kernel where it has one for `x`, else expert by expert.
 
     The kernel takes the numbers of rows from the GPU's memory; the loop needs them on the host.
     """
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        return KernelExperts(rows_per_expert, activation)
-    return LoopExperts(rows_per_expert.tolist(), x.dtype, activation)
+        return KernelExperts(rows_per_expert, back_through_gelu)
+    return LoopExperts(rows_per_expert.tolist(), x.dtype, back_through_gelu)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -91,9 +93,9 @@ class _ExpertFFN(torch.autograd.Function):
         source: Tensor | None,
         scale: Tensor | None,
         rows_per_expert: Tensor,
-        activation: Activation,
+        back_through_gelu: Backward,
     ) -> Tensor:
-        way = way_to_compute(x, rows_per_expert, activation)
+        way = way_to_compute(x, rows_per_expert, back_through_gelu)
         y, inner = way.forward(x, source, w1, b1, w2, b2)
         ctx.way = way
         ctx.save_for_backward(x, w1, w2, b2, source, scale, inner)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.activation import Activation, compiled_activation
+from nlgmoe.layers.activation import Backward, compiled_gelu_backward
 from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
@@ -82,8 +82,8 @@ class Block(nn.Module):
         assert self.ffn is not None
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def compile_dense_parts(self, activation: Activation) -> None:
-        """See `GPT.compile_dense_parts`; `activation` is the experts'."""
+    def compile_dense_parts(self, back_through_gelu: Backward) -> None:
+        """See `GPT.compile_dense_parts`; `back_through_gelu` is the experts'."""
         attend, compiled = self.attend, torch.compile(self.attend)
 
         def attend_compiled(x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -93,7 +93,7 @@ class Block(nn.Module):
         if self.moe is None:
             self.__dict__["feed_forward"] = torch.compile(self.feed_forward)
         else:
-            self.moe.experts.activation = activation
+            self.moe.experts.back_through_gelu = back_through_gelu
 
 
 class GPT(nn.Module):
@@ -175,10 +175,10 @@ class GPT(nn.Module):
 
         Generation, whose shapes change with every token, goes on as it was. Dropout draws other numbers than without.
         """
-        activation = compiled_activation()
+        back_through_gelu = compiled_gelu_backward()
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.compile_dense_parts(activation)
+            block.compile_dense_parts(back_through_gelu)
 
     def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
         """Whether the experts are those of `placements`; blocks not named have all of theirs here."""

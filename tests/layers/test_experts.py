@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import experts as experts_module
-from nlgmoe.layers.activation import Activation
+from nlgmoe.layers.activation import Backward
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.expert_kernel import KernelExperts
@@ -17,12 +17,12 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.seeding import derive_seed
 
 
-def _loop(x: torch.Tensor, rows: torch.Tensor, activation: Activation) -> LoopExperts:
-    return LoopExperts(rows.tolist(), x.dtype, activation)
+def _loop(x: torch.Tensor, rows: torch.Tensor, back_through_gelu: Backward) -> LoopExperts:
+    return LoopExperts(rows.tolist(), x.dtype, back_through_gelu)
 
 
-def _kernel(x: torch.Tensor, rows: torch.Tensor, activation: Activation) -> KernelExperts:
-    return KernelExperts(rows, activation)
+def _kernel(x: torch.Tensor, rows: torch.Tensor, back_through_gelu: Backward) -> KernelExperts:
+    return KernelExperts(rows, back_through_gelu)
 
 
 @pytest.mark.parametrize("rows", [[5, 0, 16, 3], [0, 0, 0, 24], [24, 0, 0, 0], [8, 8, 0, 0], [0, 0, 0, 0]], ids=str)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from nlgmoe.data.corpus import OpenCorpus
+from nlgmoe.data.pocket.prepare import only_builder
 from nlgmoe.data.sources import TokenSource
 from nlgmoe.data.streaming.held_text import Held, hold, read_held
 from nlgmoe.data.streaming.logical_stream import Recipe
@@ -101,8 +101,7 @@ class StreamedText:
             ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or data
                 cannot be used and the policy is to say so.
         """
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / ".lock"):
+        with only_builder(data_dir):
             loaded = load_tokenizer(tokenizer, data_dir)
             files = find_files(self.path, self.data_files, self.revision)
             hold(self._folder(data_dir, loaded), files, self._recipe(loaded, []), self.evaluation_tokens)

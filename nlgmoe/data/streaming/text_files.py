@@ -35,9 +35,8 @@ def find_files(
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
     except (OSError, ValueError) as error:
-        what = (
-            str(error).partition(" with any supported extension")[0].rstrip(".")
-        )  # a list that is longer than all else
+        # Behind that comes a list of endings, longer than all else.
+        what = str(error).partition(" with any supported extension")[0].rstrip(".")
         raise ValueError(
             f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"
