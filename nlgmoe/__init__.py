@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.eval.generation import generate
+    from nlgmoe.eval.trained import Trained, load_trained
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
@@ -36,10 +37,12 @@ _HOMES = {
     "MoELayer": "nlgmoe.layers.moe",
     "PileDataModule": "nlgmoe.data",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
+    "Trained": "nlgmoe.eval.trained",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
+    "load_trained": "nlgmoe.eval.trained",
     "student_config": "nlgmoe.pyramid",
 }
 
@@ -55,10 +58,12 @@ __all__ = [
     "MoELayer",
     "PileDataModule",
     "StagedDistillation",
+    "Trained",
     "WarmStart",
     "generate",
     "load_config",
     "load_model",
+    "load_trained",
     "student_config",
 ]
 

@@ -70,3 +70,11 @@ class SpellsBytes(Protocol):
 
     def token_byte_lengths(self) -> Tensor:
         """`[V]` bytes of text each token id spells."""
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A data module whose checkpoints are to hold the tokenizer, so that others can generate and evaluate with them."""
+
+    def tokenizer_json(self) -> str:
+        """In the `tokenizers` library's format."""

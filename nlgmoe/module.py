@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, CountsSamples, PlansBatches, SpellsBytes, cut, loss_mask
+from nlgmoe.batch import Batch, CountsSamples, HasTokenizer, PlansBatches, SpellsBytes, cut, loss_mask
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
@@ -371,6 +371,9 @@ class MoEGPTModule(LightningModule):
             "non_finite": self.guard.state_dict(),
             "seed": self.seed,
         }
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, HasTokenizer):
+            checkpoint["tokenizer"] = data.tokenizer_json()
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}

@@ -5,6 +5,7 @@
       model.safetensors                               or one file a rank: model-00000-of-00004.safetensors, ...
       optimizer.safetensors                           likewise; none if only weights were saved
       state.safetensors                               tensors that checkpoint.json refers to; none if there are none
+      tokenizer.json                                  whose ids the model knows, in the `tokenizers` library's format
       manifest.json                                   what is in which file: type, shape and checksum of every tensor
 
 Which file holds an entry means nothing: a reader sees the union. Checksums are xxHash's 64 bits (XXH3), made for damage,
@@ -28,6 +29,7 @@ from torch import Tensor
 FORMAT = "nlgmoe-portable"
 VERSION = 2
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
+TOKENIZER = "tokenizer.json"
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
 
 
@@ -67,6 +69,24 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if manifest.get("checksum") != checksum_of_manifest(manifest):
         raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
     return manifest
+
+
+def read_tokenizer(path: str | Path) -> str | None:
+    """The `tokenizer.json` of a folder; None where the run's data had no tokenizer, or an older version saved it.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    recorded = read_manifest(path).get(TOKENIZER)
+    if recorded is None:
+        return None
+    file = Path(path) / TOKENIZER
+    if not file.is_file():
+        raise ValueError(f"{path} has no {TOKENIZER}; use another checkpoint")
+    text = file.read_bytes()
+    if xxhash.xxh3_64_hexdigest(text) != recorded:
+        raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
+    return text.decode()
 
 
 class TensorFiles:
@@ -189,6 +209,7 @@ def is_whole(path: Path) -> bool:
     """Whether nothing is missing or cut off; the tensors are not read."""
     try:
         read_document(path)
+        read_tokenizer(path)
         return not any(file_problems(path, read_manifest(path)["files"]))
     except (ValueError, OSError):
         return False

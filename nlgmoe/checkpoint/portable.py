@@ -4,6 +4,7 @@
     model             GPT's parameters by name, one entry per expert
     optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, again one entry per expert
     state             tensors of callbacks and others that `checkpoint.json` refers to
+    tokenizer.json    whose ids the model knows
 
 `folder.py` and `writing.py` know the files, `verify.py` and `newest.py` which one is good. One process writes and reads through
 Lightning's `CheckpointIO`, here; ranks of DeepSpeed through their strategy (`parallel/checkpointing.py`), each what it owns.
@@ -56,6 +57,7 @@ class PortableCheckpointIO(CheckpointIO):
             ValueError: the disk is full, or the folder cannot be written; what was there before is untouched.
         """
         rest = dict(checkpoint)
+        tokenizer = rest.pop("tokenizer", None)
         model = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}
         entries = {"model": split_experts(model)}
         if rest.get("optimizer_states"):
@@ -69,7 +71,7 @@ class PortableCheckpointIO(CheckpointIO):
                 for kind, tensors in entries.items():
                     if tensors:
                         files |= writing.write_tensors(temporary, kind, tensors)
-                writing.finish(temporary, Path(path), document, files)
+                writing.finish(temporary, Path(path), document, files, tokenizer)
             finally:
                 writing.abandon(temporary)
 

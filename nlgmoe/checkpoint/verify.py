@@ -19,6 +19,7 @@ from nlgmoe.checkpoint.folder import (
     opened,
     read_document,
     read_manifest,
+    read_tokenizer,
 )
 from nlgmoe.checkpoint.layout import entry_shapes
 from nlgmoe.config import GPTConfig
@@ -45,6 +46,7 @@ def problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     """
     try:
         document, files = read_document(path), read_manifest(path)["files"]
+        read_tokenizer(path)
         for name, kind in DOCUMENT.items():
             if not isinstance(document.get(name), kind):
                 yield f"{path}/checkpoint.json: {name} is {document.get(name)!r}, not of type {kind.__name__}"

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlgmoe.checkpoint.folder import (
+    TOKENIZER,
     Contents,
     checksum_of_manifest,
     everything_under,
@@ -53,22 +54,29 @@ def write_tensors(
     return {file.name: {name: record_of(value) for name, value in entries.items()}}
 
 
-def finish(temporary: Path, path: Path, document: dict[str, Any], files: dict[str, Contents]) -> None:
-    """Write `checkpoint.json` and `manifest.json`, then give the folder its name, in place of what has it.
+def finish(
+    temporary: Path, path: Path, document: dict[str, Any], files: dict[str, Contents], tokenizer: str | None = None
+) -> None:
+    """Write `checkpoint.json`, `tokenizer.json` and `manifest.json`, then give the folder its name, in place of what has it.
 
     Args:
         temporary: the folder that `begin` made.
         path: its final name.
         document: for `checkpoint.json`.
         files: what `write_tensors` returned for every file.
+        tokenizer: for `tokenizer.json`; None: none is written.
     """
-    text = json.dumps(document, indent=1).encode()
-    manifest: dict[str, Any] = {"checkpoint.json": xxhash.xxh3_64_hexdigest(text), "files": files}
+    texts = {"checkpoint.json": json.dumps(document, indent=1).encode()}
+    if tokenizer is not None:
+        texts[TOKENIZER] = tokenizer.encode()
+    manifest: dict[str, Any] = {"files": files}
+    manifest |= {name: xxhash.xxh3_64_hexdigest(text) for name, text in texts.items()}
     manifest["checksum"] = checksum_of_manifest(manifest)
-    (temporary / "checkpoint.json").write_bytes(text)
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=None, separators=(",", ":")))
-    for file in (temporary / "checkpoint.json", temporary / "manifest.json", temporary):
-        _flush(file)
+    texts["manifest.json"] = json.dumps(manifest, indent=None, separators=(",", ":")).encode()
+    for name, text in texts.items():
+        (temporary / name).write_bytes(text)
+        _flush(temporary / name)
+    _flush(temporary)
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.is_symlink():
         path.unlink()

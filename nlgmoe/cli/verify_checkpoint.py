@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from nlgmoe.checkpoint.folder import Contents, kind_of, read_document, read_manifest
+from nlgmoe.checkpoint.folder import TOKENIZER, Contents, kind_of, read_document, read_manifest
 from nlgmoe.cli.errors import Failures, UsageError
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import experts_per_layer
@@ -36,7 +36,8 @@ def verify_checkpoint(checkpoint: str) -> None:
 
 def describe(path: Path) -> str:
     """What a valid checkpoint holds, a line for each part."""
-    document, files = read_document(path), read_manifest(path)["files"]
+    document, manifest = read_document(path), read_manifest(path)
+    files = manifest["files"]
     made = document["versions"]
     size = sum(file.stat().st_size for file in path.iterdir())
     lines = [
@@ -45,6 +46,7 @@ def describe(path: Path) -> str:
         f"position   step {document['global_step']:,}, {document['tokens_seen']:,} tokens",
         *(f"{kind:<10} {_held(contents)}" for kind, contents in _by_kind(files).items()),
         f"experts    {_experts(GPTConfig.from_dict(document['model_config']))}",
+        f"tokenizer  {'with it' if TOKENIZER in manifest else 'not with it: commands need --tokenizer'}",
         f"resumable  {'yes' if 'optimizer_groups' in document else 'no: weights only; start a run with model.warm_start'}",
         f"valid      {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB",
     ]

@@ -273,6 +273,10 @@ class PileDataModule(LightningDataModule):
         """Text of token ids."""
         return self._opened().tokenizer.decode(ids)
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer, for checkpoints to hold."""
+        return self._opened().tokenizer.to_json()
+
     def token_byte_lengths(self) -> torch.Tensor:
         """UTF-8 bytes of text that each token id spells, `[V]`; 0 for the end-of-document token."""
         return torch.as_tensor(self._opened().tokenizer.token_bytes)

@@ -76,6 +76,16 @@ class Tokenizer:
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
+    def to_json(self) -> str:
+        """All of it, in the `tokenizers` library's format."""
+        text: str = self._backend.to_str()
+        return text
+
+    @classmethod
+    def from_json(cls, text: str, name: str) -> "Tokenizer":
+        """Undo `to_json`; `name` is for messages."""
+        return cls(tokenizers.Tokenizer.from_str(text), name)
+
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: how many bytes of text each token stands for; the end of a document is none."""

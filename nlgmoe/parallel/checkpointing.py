@@ -61,6 +61,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    tokenizer = rest.pop("tokenizer", None)
     weights, moments = gather_owned(model, engine)
     if "optimizer_states" in checkpoint:
         rest |= {"optimizer_groups": optimizer_groups(model, engine), "loss_scale": loss_scale(engine)}
@@ -87,7 +88,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
         with all_or_none(), writing.explained(path):
             if rank == 0:
                 files = {name: contents for one in of_ranks for name, contents in one.items()}
-                writing.finish(where, path, document, files)
+                writing.finish(where, path, document, files, tokenizer)
     finally:
         if rank == 0:
             writing.abandon(where)
