@@ -66,7 +66,7 @@ def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> Non
     trainer.fit(MoEGPTModule(GPTConfig(260, 16, 2, 16, 2)), SyntheticData())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert read_tokenizer(tmp_path / "a.ckpt") is None
-    with pytest.raises(ValueError, match="tokenizer=null: .* holds none; set it"):
+    with pytest.raises(ValueError, match=r"tokenizer=null: .* holds none; set it"):
         load_trained(tmp_path / "a.ckpt")
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/tokenizer.json").write_text(TOKENIZER.to_json())
