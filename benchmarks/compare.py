@@ -4,7 +4,7 @@ Trains the laptop twins `configs/dense/laptop.yaml` and `configs/pr_moe/laptop.y
 order and the initial dense part of both models, so the runs come in pairs, and the difference within pairs is what counts:
 seed noise that both share cancels. Each run has one thread; runs that are finished are not repeated.
 
-    python benchmarks/compare.py [--seeds 0 1 2] [--jobs 2] [--tokens N] [--out runs/compare]
+    python -m benchmarks.compare [--seeds 0 1 2] [--jobs 2] [--tokens N] [--out runs/compare]
 """
 
 from __future__ import annotations
@@ -14,52 +14,32 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.runs import ROOT, budget, mean_and_error, train
 from nlgmoe import load_config
 from nlgmoe.model.counting import count_parameters, flops_per_token
 
-ROOT = Path(__file__).parents[1]
 MODELS = ("dense", "pr_moe")
 
 
-def train(model: str, seed: int, tokens: int | None, learning_rate: float | None, out: Path) -> dict:
-    """Train one model unless its summary is there; return the summary."""
+def train_model(model: str, seed: int, tokens: int | None, learning_rate: float | None, out: Path) -> dict:
+    """One model with one seed; these runs keep no checkpoints."""
     folder = out / f"{model}-{seed}"
     if not (folder / "summary.json").exists():
-        settings = {
-            "model.seed": seed,
-            "data.seed": seed,
-            "trainer.default_root_dir": folder,
-            "trainer.logger": "false",
-            "trainer.enable_checkpointing": "false",
-            "trainer.callbacks": "null",
-        }
-        if tokens is not None:
-            settings |= {"model.train_tokens": tokens, "model.schedule.decay_tokens": tokens}
-        if learning_rate is not None:
-            settings |= {"model.optimizer.lr": learning_rate, "model.schedule.min_lr": learning_rate / 10}
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left; these runs keep no checkpoints
-        folder.mkdir(parents=True)
-        command = [sys.executable, "train.py", "fit", "--config", f"configs/{model}/laptop.yaml"]
-        command += [f"--{name}={value}" for name, value in settings.items()]
-        with (folder / "log.txt").open("w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True, env=environment)
-    summary = json.loads((folder / "summary.json").read_text())
-    print(
-        f"{model} seed {seed}: val_loss {summary['val_loss']:.4f}, {summary['tokens_per_second']:.0f} tokens/s",
-        flush=True,
-    )
-    return summary
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
+    settings = {
+        "model.seed": seed,
+        "data.seed": seed,
+        "trainer.logger": "false",
+        "trainer.enable_checkpointing": "false",
+        "trainer.callbacks": "null",
+        **budget(tokens),
+    }
+    if learning_rate is not None:
+        settings |= {"model.optimizer.lr": learning_rate, "model.schedule.min_lr": learning_rate / 10}
+    return train(f"configs/{model}/laptop.yaml", folder, settings)
 
 
 def main() -> None:
@@ -78,7 +58,7 @@ def main() -> None:
 
     runs = [(model, seed) for seed in args.seeds for model in MODELS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda run: train(*run, args.tokens, args.lr, args.out.resolve()), runs))
+        results = list(pool.map(lambda run: train_model(*run, args.tokens, args.lr, args.out.resolve()), runs))
     summaries = dict(zip(runs, results, strict=True))
 
     table = {}
