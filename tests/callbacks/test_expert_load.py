@@ -176,8 +176,8 @@ class Reads(TorchFunctionMode):
     """Counts what makes the host wait for a device, by step."""
 
     NAMES = frozenset(
-        ("item", "tolist", "cpu", "numpy", "to", "nonzero", "is_nonzero")
-        + ("__bool__", "__float__", "__int__", "__index__", "__contains__", "__array__")
+        {"item", "tolist", "cpu", "numpy", "to", "nonzero", "is_nonzero"}
+        | {"__bool__", "__float__", "__int__", "__index__", "__contains__", "__array__"}
     )
 
     def __init__(self) -> None:
