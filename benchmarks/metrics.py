@@ -2,9 +2,9 @@
 
     python -m benchmarks.metrics [--rounds 40]
 
-Two trainers train the laptop's PR-MoE in one process, a logging interval each in turn, on random tokens: one with `ExpertLoad` and
-`Throughput`, one without; both log into a run folder of their own. What is compared is the seconds of whole intervals, everything
-included.
+Two trainers train the laptop's PR-MoE in one process, a logging interval each in turn, on random tokens: one with `ExpertLoad`
+and `Throughput`, one without; both log into a run folder of their own. What is compared is the seconds of whole intervals,
+everything included.
 """
 
 from __future__ import annotations

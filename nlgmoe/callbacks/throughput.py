@@ -29,8 +29,8 @@ class Throughput(Callback):
     length of its sequence, dropped or not; not what is computed again, nor what a teacher computes.
 
     Args:
-        peak_tflops: TFLOP/s of one device at its best, which `train/mfu` is a share of: one quantity, 1e12 FLOP/s; null: of the
-            GPU's data sheet where it is known. Without one there is no `train/mfu`.
+        peak_tflops: what one device can do at best, in TFLOPs a second, for `train/mfu`; null: what the data sheet of its GPU
+            says, where it is known. Without a peak there is no `train/mfu`.
 
     Raises:
         ValueError: `peak_tflops` is not above 0.
