@@ -24,7 +24,8 @@ def run_folder_loggers(folder: str | Path) -> list[Logger]:
 def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
     """The loggers of a configuration, and `metrics.csv` beside them if none of them writes it: reports are made of it."""
     given = [loggers] if isinstance(loggers, Logger) else list(loggers)
-    return given if any(isinstance(one, CSVLogger) for one in given) else [*given, RunCSVLogger(folder)]
+    there = any(isinstance(one, CSVLogger) and Path(one.log_dir) == Path(folder) for one in given)
+    return given if there else [*given, RunCSVLogger(folder)]
 
 
 def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], np.ndarray], step: int) -> None:

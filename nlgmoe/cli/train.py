@@ -207,16 +207,22 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results."""
+        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
+
+        A callback that the configuration names takes the place of the one of its class that is there by default.
+        """
         trainer = self._get(self.config_init, "trainer", default={})
         trains = self.subcommand in (None, "fit")
         if trainer["logger"] is None or trainer["logger"] is True:
             kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"]) if trains else False
         elif trainer["logger"] is not False and trains:
             kwargs["logger"] = with_run_csv(trainer["logger"], trainer["default_root_dir"])
+        given = trainer["callbacks"] or []
+        replaced = {type(one) for one in (given if isinstance(given, list) else [given])}
         if trainer["enable_progress_bar"] is False:
-            callbacks = self.trainer_defaults["callbacks"]
-            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, TokenProgressBar)]
+            replaced.add(TokenProgressBar)
+        callbacks = self.trainer_defaults["callbacks"]
+        self.trainer_defaults["callbacks"] = [one for one in callbacks if type(one) not in replaced]
         if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
             kwargs["strategy"] = _strategy(trainer["strategy"])
         return super().instantiate_trainer(**kwargs)

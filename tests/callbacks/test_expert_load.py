@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad, Throughput
 from nlgmoe.callbacks.heat_map import ROW, WIDTH, heat_map
 from nlgmoe.callbacks.routing_statistics import RoutingSums, routing_statistics, routing_sums
@@ -24,6 +25,8 @@ from nlgmoe.non_finite import NonFinite
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
+
+LAPTOP = Path(__file__).parents[2] / "configs/moe/laptop.yaml"
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -101,9 +104,9 @@ def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
             }
             assert found["load_max_over_mean"] == pytest.approx(float(load.max() / load.double().mean()))
             assert found["load_cv"] == pytest.approx(float(load.double().std(correction=0) / load.double().mean()))
-            assert found["confidence"] == pytest.approx(float(probs.gather(1, chosen).mean()), rel=1e-5)
+            assert found["confidence"] == pytest.approx(float(probs.gather(1, chosen).mean().detach()), rel=1e-5)
             entropy = torch.special.entr(probs).sum(dim=1).mean() / math.log(probs.shape[1])
-            assert found["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+            assert found["entropy"] == pytest.approx(float(entropy.detach()), rel=1e-5)
             kept = sum(int(routing.kept.sum()) for routing in routings)
             assert found["dropped"] == pytest.approx(1 - kept / len(chosen), abs=1e-6)
             assert 0 < found["expert_share"] < 1
@@ -265,9 +268,20 @@ def test_an_image_is_drawn_once_for_all_who_take_it_and_not_at_all_for_nobody(tm
 
 
 def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
-    plain, own = TakesNumbersOnly(), RunCSVLogger(tmp_path)
-    assert [type(one) for one in with_run_csv(plain, tmp_path)] == [TakesNumbersOnly, RunCSVLogger]
-    assert with_run_csv([own, plain], tmp_path) == [own, plain]
+    own, elsewhere = RunCSVLogger(tmp_path), CSVLogger(tmp_path)
+    assert with_run_csv([own, elsewhere], tmp_path) == [own, elsewhere]
+    assert [type(one) for one in with_run_csv(elsewhere, tmp_path)] == [CSVLogger, RunCSVLogger]
+    plain = load_config(LAPTOP, trainer__logger=f"{__name__}.TakesNumbersOnly", trainer__default_root_dir=str(tmp_path))
+    assert [type(one).__name__ for one in plain.trainer.loggers] == ["TakesNumbersOnly", "RunCSVLogger"]
+    assert plain.trainer.loggers[1].log_dir == str(tmp_path)
+
+
+def test_a_callback_of_the_configuration_replaces_the_default_one() -> None:
+    named = [{"class_path": "nlgmoe.callbacks.ExpertLoad", "init_args": {"dead_window": 7}}]
+    run = load_config(LAPTOP, trainer__callbacks=named)
+    (one,) = [callback for callback in run.trainer.callbacks if isinstance(callback, ExpertLoad)]
+    assert one.dead_window == 7
+    assert sum(isinstance(callback, Throughput) for callback in run.trainer.callbacks) == 1
 
 
 def test_impossible_settings_are_refused_by_name() -> None:
