@@ -4,11 +4,12 @@ learned."""
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
-from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
+from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
+from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 
 __all__ = [
