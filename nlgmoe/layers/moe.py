@@ -60,6 +60,17 @@ class MoELayer(nn.Module):
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
+        if self.placement.group is None and self.experts.takes_one_by_one(tokens, routing.expert.numel()):
+            mlp = self.mlp(tokens) if self.mlp is not None else None
+            y = self.experts.one_by_one(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
+        else:
+            y, mlp = self._in_order(tokens, routing)
+        if mlp is not None:
+            y = self._mix(tokens, y, mlp)
+        return y.to(x.dtype).view_as(x), routing
+
+    def _in_order(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The experts' weighted sums in at least fp32, and the shared MLP if there is one, both `[N, H]`."""
         dispatch = Dispatch.of(routing, self.router.num_experts)
         source, scale = dispatch.source(self.top_k), dispatch.scale(routing.weight)  # [N * k] each
         if self.placement.group is None:
@@ -69,10 +80,7 @@ class MoELayer(nn.Module):
             journey = Journey(tokens.index_select(0, source), dispatch.rows_per_expert, self.placement)
             mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
             y = journey.back(self.experts(*journey.arrive())) * scale.unsqueeze(-1)
-        y = dispatch.combine(y, self.top_k)  # [N, H], at least fp32
-        if mlp is not None:
-            y = self._mix(tokens, y, mlp)
-        return y.to(x.dtype).view_as(x), routing
+        return dispatch.combine(y, self.top_k), mlp
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> Tensor:
         """Join the experts' correction and the shared MLP, in the dtype of `expert`; all `[N, H]`."""
