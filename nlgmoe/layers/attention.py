@@ -70,10 +70,7 @@ class CausalSelfAttention(nn.Module):
             cache: earlier keys and values; the new ones are stored in it.
         """
         batch, new, hidden = x.shape
-        q, k, v = (
-            part.view(batch, new, self.num_heads, -1).transpose(1, 2)  # [B, N, T, D]
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = self.qkv(x).view(batch, new, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, N, T, D]
         if cache is not None:
             k, v = cache.extend(self.layer_index, k, v)  # [B, N, S, D]
         causal = visible is None and new > 1  # the last position sees all

@@ -85,16 +85,13 @@ class Experts(nn.Module):
         Returns:
             `[N, H]` weighted sums, in the dtype of `weight`.
         """
-        x = _as_autocast(x)
-        rows = []
+        x, rows = _as_autocast(x), []
+        stacks = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
         for row, chosen in zip(x.split(1), expert.tolist(), strict=True):  # row: [1, H]
             for e in chosen:
-                w1, b1, w2, b2 = (
-                    stack[e].to(x.dtype)
-                    for stack in (self.expand_weight, self.expand_bias, self.project_weight, self.project_bias)
-                )
+                w1, b1, w2, b2 = (stack[e].to(x.dtype) for stack in stacks)
                 rows.append(torch.addmm(b2, gelu(torch.addmm(b1, row, w1)), w2))
-        y = torch.cat(rows) * weight.view(-1, 1)  # [N * k, H]
+        y = (torch.cat(rows) if len(rows) > 1 else rows[0]) * weight.view(-1, 1)  # [N * k, H]
         return y if expert.shape[1] == 1 else y.unflatten(0, expert.shape).sum(dim=1)
 
 

@@ -19,7 +19,7 @@ from nlgmoe.layers.exchange import Journey
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Router, Routing
+from nlgmoe.layers.router import Router, Routing, without_autocast
 from nlgmoe.pyramid import experts_at
 
 
@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
         """Join the experts' correction and the shared MLP, in the dtype of `expert`; all `[N, H]`."""
         if self.coefficient is None:
             return expert + mlp
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             dtype = expert.dtype
             logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]

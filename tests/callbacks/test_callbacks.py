@@ -26,7 +26,6 @@ def test_routing_statistics() -> None:
         kept=torch.tensor([[True], [False]]),
         probs=probs,
         logits=probs.log(),
-        tokens_per_expert=torch.tensor([2, 0, 0, 0]),
         token_mask=None,
     )
     assert routing_statistics(routing_sums(routing)) == pytest.approx(
