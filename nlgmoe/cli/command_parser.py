@@ -14,8 +14,11 @@ from nlgmoe.cli.parser import OneLineParser
 
 
 class CommandParser(OneLineParser):
-    """A required list is several words, one that is not is an option given several times, a bool that is false by default is a bare
-    flag, and `--two-words` is `--two_words`."""
+    """Options as people type them.
+
+    A required list is several words, one that may be left out an option that is given several times, a bool that is false by
+    default a bare flag, and `--two-words` is `--two_words`.
+    """
 
     @override
     def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> Any:

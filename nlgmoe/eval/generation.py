@@ -1,7 +1,7 @@
 """Text from a model, token by token, with a key-value cache: `stream` is the loop, the others collect what it gives.
 
-Prompts of a batch may have different lengths: shorter ones are padded on the left, and padding is seen by nobody, has no position and
-visits no expert. A sequence that has come to its end leaves the batch.
+Prompts of a batch may have different lengths: shorter ones are padded on the left, and padding is seen by nobody, has no
+position and visits no expert. A sequence that has come to its end leaves the batch.
 
 Letters in shape comments: B sequences that still go on, T new positions, H hidden size, V vocabulary.
 """

@@ -9,7 +9,6 @@ Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts pe
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
