@@ -64,7 +64,12 @@ def _lines(path: str) -> list[str]:
 
 
 def command_line(description: str, name: str, rounds: int, parts: list[str]) -> argparse.Namespace:
-    """Parse the options that the benchmarks of speed share, and set threads and allocator.
+    """Parse the options that the benchmarks of speed share, and set threads and allocator; arguments as `parser_of`."""
+    return parse(parser_of(description, name, rounds, parts))
+
+
+def parser_of(description: str, name: str, rounds: int, parts: list[str]) -> argparse.ArgumentParser:
+    """Those options, for a benchmark to add its own.
 
     Args:
         description: of the benchmark.
@@ -78,6 +83,11 @@ def command_line(description: str, name: str, rounds: int, parts: list[str]) -> 
     parser.add_argument("--default-malloc", action="store_true", help="let the C library unmap what is freed")
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--output", default=str(ROOT / f"docs/results/{name}.json"), help="where the JSON goes")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; threads and allocator are set as they say."""
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.freed_memory_kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does
