@@ -2,8 +2,8 @@
 
     python -m benchmarks.generation [--rounds 7] [--only hugging_face|decoding|families] [--widths 128 256 512]
 
-    hugging face    greedy text from 32 tokens on, 64 more, at batch 1, 8 and 32: GPT-2 as Hugging Face has it, our dense model of the
-                    same shape, and our MoE with 128 experts in every second block, top-1: the same active parameters but for the gate
+    hugging face    greedy text, 64 tokens after 32, at batch 1, 8 and 32: GPT-2 as Hugging Face has it, our dense model of the
+                    same shape, and our MoE with 128 experts in every second block, top-1: as many active parameters, and the gate
     decoding        one token at batch 1, after 64 others: MoE-128 over dense of equal active parameters, by width
     families        standard MoE, PR-MoE and its student: size, memory, time per token at batch 1; the laptop twins, and the
                     shape of the paper's 350M models (128 experts; 32 and 64; 21/24 of the depth) with half the blocks, 256 wide

@@ -87,10 +87,12 @@ class Experts(nn.Module):
         """
         x, rows = _as_autocast(x), []
         stacks = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
-        for row, chosen in zip(x.split(1), expert.tolist(), strict=True):  # row: [1, H]
+        same = stacks[0].dtype == x.dtype
+        tokens = x.split(1) if len(x) > 1 else (x,)  # [1, H] each
+        for token, chosen in zip(tokens, expert.tolist(), strict=True):
             for e in chosen:
-                w1, b1, w2, b2 = (stack[e].to(x.dtype) for stack in stacks)
-                rows.append(torch.addmm(b2, gelu(torch.addmm(b1, row, w1)), w2))
+                w1, b1, w2, b2 = [stack[e] if same else stack[e].to(x.dtype) for stack in stacks]
+                rows.append(torch.addmm(b2, gelu(torch.addmm(b1, token, w1)), w2))
         y = (torch.cat(rows) if len(rows) > 1 else rows[0]) * weight.view(-1, 1)  # [N * k, H]
         return y if expert.shape[1] == 1 else y.unflatten(0, expert.shape).sum(dim=1)
 
