@@ -17,7 +17,7 @@ from nlgmoe.eval.trained import load_trained
 from nlgmoe.module import MoEGPTModule
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
-TEXTS = ["the king", "", "日本 and the king", 'the "queen"\n']
+TEXTS = ["the king", "", "null", "日本 and the king", 'the "queen"\n']
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = MoEGPTModule(GPTConfig(TOKENIZER.vocab_size, 32, 2, 16, 2, init_std=0.3, moe=MoEConfig(4)))
     module.configure_model()
     state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
-    PortableCheckpointIO().save_checkpoint(state | {"tokenizer": TOKENIZER.to_json()}, folder)
+    state |= {"tokenizer": TOKENIZER.to_json(), "global_step": 0, "tokens_seen": 0, "seed": 1}
+    PortableCheckpointIO().save_checkpoint(state, folder)
     return folder
 
 
@@ -67,7 +68,7 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
     (tmp_path / "in.jsonl").write_text(lines)
     args = (checkpoint, "--max-new-tokens", 5, "--batch-size", 3)
     out, _ = run(capsys, *args, "--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-    assert out == f"4 completions written to {tmp_path / 'out.jsonl'}\n"
+    assert out == f"5 completions written to {tmp_path / 'out.jsonl'}\n"
     written = (tmp_path / "out.jsonl").read_text()
     records = [json.loads(line) for line in written.splitlines()]
     assert [record["prompt"] for record in records] == TEXTS  # in their order
@@ -98,7 +99,7 @@ def test_a_piped_text_is_a_prompt(
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("CKPT", "--prompt", "queen " * 20), 1, "with seq_len=32 the model reads at most 31"),
+        (("CKPT", "--prompt", "queen " * 40), 1, "with seq_len=32 the model reads at most 31"),
         (("CKPT", "--prompt=a", "--prompt=b", "--top-k=0"), 2, "top_k=0 must be at least 1"),
         (("CKPT", "--prompt=a", "--top-p=2"), 2, "top_p=2.0 must be above 0"),
         (("CKPT", "--prompt=a", "--temperature=-1"), 2, "temperature=-1.0 must be at least 0"),
@@ -114,7 +115,7 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompts", "TMP/text.jsonl"), 2, 'text.jsonl, line 2 is no JSON object with a text "prompt"'),
         (("CKPT", "--prompts", "TMP/empty.jsonl"), 2, "has no prompt"),
         (("CKPT", "--prompts", "TMP/latin.jsonl"), 2, "is not UTF-8"),
-        (("TMP", "--prompt=a"), 1, "no checkpoint"),
+        (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT", "--promt=a"), 2, "did you mean prompt"),
         (("CKPT",), 2, "give a text with --prompt"),
     ],
