@@ -21,7 +21,12 @@ from nlgmoe.versions import versions
 ROOT = Path(__file__).parents[1]
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, float]:
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each candidate. Rounds go through all of them, so that a noisy moment hits everyone."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
@@ -29,12 +34,12 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_u
     try:
         for turn in range(warm_up + rounds):
             for name, candidate in candidates.items():
-                started = time.perf_counter()
+                started = clock()
                 candidate()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if turn >= warm_up:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(clock() - started)
     finally:
         gc.enable()
     return {name: statistics.median(values) for name, values in seconds.items()}
