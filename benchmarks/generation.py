@@ -9,8 +9,8 @@
                     shape of the paper's 350M models (128 experts; 32 and 64; 21/24 of the depth) with half the blocks, 256 wide
 
 Models are untrained, and the tokens that are fed to decoding are random ones: a model that repeats itself would find its experts'
-weights in the cache. Rounds are interleaved; numbers are medians. `--cpu-time`, with `--threads 1`, is for a machine that others use
-too: seconds that this process computed, in place of those that passed.
+weights in the cache. Rounds are interleaved; numbers are medians. `--cpu-time`, with `--threads 1`, is for a machine that
+others use too: seconds that this process computed, in place of those that passed.
 """
 
 from __future__ import annotations
