@@ -72,6 +72,10 @@ def generate_text(
         raise UsageError(f"output={output}: there is no folder {Path(output).absolute().parent}; make it first")
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
 
+    for number, text in enumerate(texts, 1):
+        if not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+            raise UsageError(f"prompt {number} is no text: it has bytes that are not UTF-8, or half a character")
+
     trained = load_trained(checkpoint, tokenizer, device, precision)
     tokens = [trained.tokenizer.encode(text) or [trained.tokenizer.eod_id] for text in texts]
     check(trained.model, tokens, max_new_tokens)
@@ -129,11 +133,14 @@ def _read_stdin() -> str:
     """One prompt, without the line break that `echo` adds.
 
     Raises:
-        UsageError: nothing is piped.
+        UsageError: nothing is piped, or no text.
     """
     if sys.stdin.isatty():
         raise UsageError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
-    return sys.stdin.read().removesuffix("\n")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError("prompt: what is piped in is not UTF-8") from error
 
 
 def _read_prompts(path: str) -> list[str]:

@@ -115,6 +115,7 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompts", "TMP/text.jsonl"), 2, 'text.jsonl, line 2 is no JSON object with a text "prompt"'),
         (("CKPT", "--prompts", "TMP/empty.jsonl"), 2, "has no prompt"),
         (("CKPT", "--prompts", "TMP/latin.jsonl"), 2, "is not UTF-8"),
+        (("CKPT", "--prompt=a", "--prompt=\udce9"), 2, "prompt 2 is no text"),
         (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT", "--promt=a"), 2, "did you mean prompt"),
         (("CKPT",), 2, "give a text with --prompt"),
