@@ -93,8 +93,10 @@ class Experts(nn.Module):
             for e in chosen:
                 w1, b1, w2, b2 = [stack[e] if same else stack[e].to(x.dtype) for stack in stacks]
                 rows.append(torch.addmm(b2, gelu(torch.addmm(b1, token, w1)), w2))
-        y = (torch.cat(rows) if len(rows) > 1 else rows[0]) * weight.view(-1, 1)  # [N * k, H]
-        return y if expert.shape[1] == 1 else y.unflatten(0, expert.shape).sum(dim=1)
+        y = torch.cat(rows) if len(rows) > 1 else rows[0]  # [N * k, H]
+        if expert.shape[1] == 1:
+            return y * weight
+        return (y.unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
 
 
 def _as_autocast(x: Tensor) -> Tensor:
