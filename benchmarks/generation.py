@@ -55,7 +55,7 @@ def against_hugging_face(width: int, rounds: int, clock: Clock) -> dict[str, Any
     ours = {"nlgmoe dense": GPT(config).eval(), "nlgmoe MoE-128": GPT(moe_128(config)).eval()}
     shape = {"n_embd": width, "n_layer": config.num_layers, "n_head": config.num_heads, "n_positions": config.seq_len}
     ends = {"bos_token_id": None, "eos_token_id": None}
-    theirs = GPT2LMHeadModel(GPT2Config(config.vocab_size, **shape, **ends)).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **shape, **ends)).eval()
     found: dict[str, Any] = {"width": width, "prompt": PROMPT, "new": NEW, "tokens_per_second": {}}
     print(f"\ngreedy, {NEW} tokens after {PROMPT}, {width} wide, tokens/s")
     for batch in BATCHES:
