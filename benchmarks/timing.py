@@ -21,7 +21,12 @@ from nlgmoe.versions import versions
 ROOT = Path(__file__).parents[1]
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, float]:
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each candidate. Rounds go through all of them, so that a noisy moment hits everyone."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
@@ -29,12 +34,12 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_u
     try:
         for turn in range(warm_up + rounds):
             for name, candidate in candidates.items():
-                started = time.perf_counter()
+                started = clock()
                 candidate()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if turn >= warm_up:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(clock() - started)
     finally:
         gc.enable()
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -64,7 +69,12 @@ def _lines(path: str) -> list[str]:
 
 
 def command_line(description: str, name: str, rounds: int, parts: list[str]) -> argparse.Namespace:
-    """Parse the options that the benchmarks of speed share, and set threads and allocator.
+    """Parse the options that the benchmarks of speed share, and set threads and allocator; arguments as `parser_of`."""
+    return parse(parser_of(description, name, rounds, parts))
+
+
+def parser_of(description: str, name: str, rounds: int, parts: list[str]) -> argparse.ArgumentParser:
+    """Those options, for a benchmark to add its own.
 
     Args:
         description: of the benchmark.
@@ -78,6 +88,11 @@ def command_line(description: str, name: str, rounds: int, parts: list[str]) -> 
     parser.add_argument("--default-malloc", action="store_true", help="let the C library unmap what is freed")
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--output", default=str(ROOT / f"docs/results/{name}.json"), help="where the JSON goes")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; threads and allocator are set as they say."""
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.freed_memory_kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does

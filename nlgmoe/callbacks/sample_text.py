@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
@@ -63,9 +62,9 @@ class SampleText(Callback):
         pl_module.eval()
         texts = []
         for prompt in self.prompts:
-            tokens = torch.tensor([data.encode(prompt)], device=pl_module.device)
-            ids = generate(pl_module.gpt, tokens, self.max_new_tokens, self.temperature, self.top_k, pl_module.seed)
-            texts.append(data.decode(ids[0].tolist()))
+            tokens = [data.encode(prompt)]
+            (ids,) = generate(pl_module.gpt, tokens, self.max_new_tokens, self.temperature, self.top_k, pl_module.seed)
+            texts.append(data.decode(ids))
         pl_module.train(was_training)
         if not trainer.is_global_zero:
             return

@@ -14,7 +14,11 @@ from nlgmoe.cli.parser import OneLineParser
 
 
 class CommandParser(OneLineParser):
-    """A required list is several words, a bool that is false by default is a bare flag, and `--two-words` is `--two_words`."""
+    """Options as people type them.
+
+    A required list is several words, one that may be left out an option that is given several times, a bool that is false by
+    default a bare flag, and `--two-words` is `--two_words`.
+    """
 
     @override
     def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -25,6 +29,8 @@ class CommandParser(OneLineParser):
         for name, parameter in inspect.signature(function).parameters.items():
             if types[name] == list[str] and parameter.default is parameter.empty:
                 self.add_argument(name, nargs="+", type=str, help=texts.get(name))
+            elif types[name] == list[str] | None:
+                self.add_argument(f"--{name}", action="append", type=str, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
                 self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
             else:

@@ -53,7 +53,10 @@ class Settings:
                 self.options[option.lstrip("-").rstrip("+")] = action.nargs != 0
             if action.option_strings or not isinstance(action, argparse._SubParsersAction):
                 self.positionals |= not action.option_strings
-                self._add(action.dest, getattr(action, "_typehint", action.type), action.help)
+                hint = getattr(action, "_typehint", action.type)
+                if isinstance(action, argparse._AppendAction):  # texts as they stand, empty ones and "null" too
+                    hint = list[str] | None
+                self._add(action.dest, hint, action.help)
         self.sections = {
             ".".join(parts[:end])
             for name in self.types

@@ -76,6 +76,21 @@ class Tokenizer:
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of text that a token stands for; the end of a document, and an unknown id, for none."""
+        return b"" if token == self.eod_id else self._spellings.get(token, b"")
+
+    @cached_property
+    def _spellings(self) -> dict[int, bytes]:
+        alphabet = _byte_alphabet()
+        spellings = {
+            index: bytes(map(alphabet.__getitem__, token))
+            for token, index in self._backend.get_vocab(with_added_tokens=False).items()
+            if set(token) <= alphabet.keys()
+        }
+        added = self._backend.get_added_tokens_decoder().items()
+        return spellings | {index: token.content.encode() for index, token in added}
+
     def to_json(self) -> str:
         """All of it, in the `tokenizers` library's format."""
         text: str = self._backend.to_str()
@@ -206,6 +221,13 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: itself, or if not printable one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + place): b for place, b in enumerate(others)}
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -39,6 +39,15 @@ class KVCache:
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with the sequences `rows` `[B']` int64 of those held, in that order; one may be taken several times."""
+        self._layers = {
+            layer: (keys.index_select(0, rows), values.index_select(0, rows))
+            for layer, (keys, values) in self._layers.items()
+        }
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before it."""
@@ -56,18 +65,17 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             x: `[B, T, H]`.
-            visible: `[B, 1, T, S]` bool, which keys a query may see; None means the plain causal triangle.
+            visible: `[B, 1, T, S]` bool, which keys a query may see; None means the plain causal triangle, or all keys if
+                T is 1.
             cache: earlier keys and values; the new ones are stored in it.
         """
         batch, new, hidden = x.shape
-        q, k, v = (
-            part.view(batch, new, self.num_heads, -1).transpose(1, 2)  # [B, N, T, D]
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = self.qkv(x).view(batch, new, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, N, T, D]
         if cache is not None:
             k, v = cache.extend(self.layer_index, k, v)  # [B, N, S, D]
+        causal = visible is None and new > 1  # the last position sees all
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, dropout_p=self.dropout if self.training else 0.0, is_causal=visible is None
+            q, k, v, attn_mask=visible, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
         )
         return self.project(y.transpose(1, 2).reshape(batch, new, hidden))
 
@@ -75,7 +83,7 @@ class CausalSelfAttention(nn.Module):
 def visible_keys(
     token_mask: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
 ) -> Tensor | None:
-    """Which keys each new query may see, `[B or 1, 1, T, S]` bool, or None where SDPA's causal triangle says the same.
+    """Which keys each new query may see, `[B or 1, 1, T, S]` bool, or None where `CausalSelfAttention` needs no telling.
 
     Args:
         token_mask: `[B, S]`, False at padding; None if there is none.
@@ -86,7 +94,7 @@ def visible_keys(
 
     A padded query sees itself, so that its softmax is defined; nothing reads its output.
     """
-    if token_mask is None and cached == 0 and documents is None:
+    if token_mask is None and documents is None and (cached == 0 or new == 1):
         return None
     total = cached + new
     causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(diagonal=cached)[None, None]  # [1, 1, T, S]

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nlgmoe.layers.activation import Backward, gelu_backward
+from nlgmoe.layers.activation import Backward, gelu, gelu_backward
 from nlgmoe.layers.expert_kernel import KernelExperts
 from nlgmoe.layers.expert_loop import LoopExperts
+
+FEW = 8  # assignments at most that are quicker one by one than in order
 
 
 class Experts(nn.Module):
@@ -60,11 +62,46 @@ class Experts(nn.Module):
         Returns:
             `[M, H]`, in the dtype of the computation, or of `scale` if there is one; rows that belong to no expert are zero.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = _as_autocast(x)
         weights = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
         y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert, self.back_through_gelu)
         return y
+
+    def takes_one_by_one(self, x: Tensor, assignments: int) -> bool:
+        """Whether `one_by_one` is the quicker way for `x`, such as the token of a sequence that is being generated.
+
+        It is where nothing goes back through it and the host need not wait for a GPU to say who goes where.
+        """
+        return assignments <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+    def one_by_one(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        """What `forward` and `Dispatch` do together, without putting rows in order: only weights of experts hit are touched.
+
+        Args:
+            x: `[N, H]`.
+            expert: `[N, k]` int64, all of them held here.
+            weight: `[N, k]` of each in the output, in at least fp32.
+
+        Returns:
+            `[N, H]` weighted sums, in the dtype of `weight`.
+        """
+        x, rows = _as_autocast(x), []
+        stacks = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
+        same = stacks[0].dtype == x.dtype
+        tokens = x.split(1) if len(x) > 1 else (x,)  # [1, H] each
+        for token, chosen in zip(tokens, expert.tolist(), strict=True):
+            for e in chosen:
+                w1, b1, w2, b2 = [stack[e] if same else stack[e].to(x.dtype) for stack in stacks]
+                rows.append(torch.addmm(b2, gelu(torch.addmm(b1, token, w1)), w2))
+        y = torch.cat(rows) if len(rows) > 1 else rows[0]  # [N * k, H]
+        if expert.shape[1] == 1:
+            return y * weight
+        return (y.unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def way_to_compute(

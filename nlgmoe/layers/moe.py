@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +20,7 @@ from nlgmoe.layers.exchange import Journey
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Router, Routing
+from nlgmoe.layers.router import Router, Routing, without_autocast
 from nlgmoe.pyramid import experts_at
 
 
@@ -62,6 +61,21 @@ class MoELayer(nn.Module):
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
+        if self.placement.group is None and self.experts.takes_one_by_one(tokens, routing.expert.numel()):
+            mlp = self.mlp(tokens) if self.mlp is not None else None
+            y = self.experts.one_by_one(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
+        else:
+            y, mlp = self._in_order(tokens, routing)
+        if self.coefficient is not None:
+            assert mlp is not None
+            y, share = self._mix(tokens, y, mlp)
+            routing = replace(routing, expert_share=share.detach())
+        elif mlp is not None:
+            y = y + mlp
+        return y.to(x.dtype).view_as(x), routing
+
+    def _in_order(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The experts' weighted sums in at least fp32, and the shared MLP if there is one, both `[N, H]`."""
         dispatch = Dispatch.of(routing, self.router.num_experts)
         source, scale = dispatch.source(self.top_k), dispatch.scale(routing.weight)  # [N * k] each
         if self.placement.group is None:
@@ -71,19 +85,12 @@ class MoELayer(nn.Module):
             journey = Journey(tokens.index_select(0, source), dispatch.rows_per_expert, self.placement)
             mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
             y = journey.back(self.experts(*journey.arrive())) * scale.unsqueeze(-1)
-        y = dispatch.combine(y, self.top_k)  # [N, H], at least fp32
-        if self.coefficient is not None:
-            assert mlp is not None
-            y, share = self._mix(tokens, y, mlp)
-            routing = replace(routing, expert_share=share.detach())
-        elif mlp is not None:
-            y = y + mlp
-        return y.to(x.dtype).view_as(x), routing
+        return dispatch.combine(y, self.top_k), mlp
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
         """Join the experts' correction and the shared MLP, `[N, H]` in the dtype of `expert`; and the experts' share, `[N]`."""
         assert self.coefficient is not None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             dtype = expert.dtype
             logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]

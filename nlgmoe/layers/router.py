@@ -14,7 +14,9 @@ Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,6 @@ class Routing:
         kept: `[N, k]` bool; False for assignments over capacity and for padding.
         logits: `[N, E]` of the gate, in at least fp32.
         probs: `[N, E]` the gate's distribution, their softmax.
-        tokens_per_expert: `[E]` assignments each expert was asked for, before dropping.
         token_mask: `[N]` bool, False at padding; None: there is none.
         expert_share: `[N]` weight of the experts beside the shared MLP, detached; None where no such mix is learned.
     """
@@ -46,9 +47,13 @@ class Routing:
     kept: Tensor
     logits: Tensor
     probs: Tensor
-    tokens_per_expert: Tensor
     token_mask: Tensor | None
     expert_share: Tensor | None = None
+
+    @cached_property
+    def tokens_per_expert(self) -> Tensor:
+        """`[E]` assignments each expert was asked for, before dropping."""
+        return requests_per_expert(self.expert, self.token_mask, self.probs.shape[1])
 
     @property
     def num_tokens(self) -> Tensor:
@@ -97,30 +102,36 @@ class Router(nn.Module):
         """
         config, training = self.config, self.training
         draw = _Uniform(noise_key, self.layer_index, x.device)
-        with torch.autocast(x.device.type, enabled=False):  # autocast would turn the fp32 matmul into bf16
+        with without_autocast(x.device.type):  # which would turn the fp32 matmul into bf16
             dtype = torch.promote_types(x.dtype, torch.float32)
             gate_input = x.to(dtype)
             if config.noise == "jitter" and training:
                 gate_input = gate_input * (1 - JITTER + 2 * JITTER * draw(gate_input.shape))
-            logits = gate_input @ self.weight.to(dtype).t()  # [N, E]
-            probs = F.softmax(logits, dim=-1)
+            logits = F.linear(gate_input, self.weight.to(dtype))  # [N, E]
+            probs = logits.softmax(dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
             kept = self._within_capacity(expert, probs, token_mask, draw)
-            weight = torch.where(kept, probs.gather(1, expert), 0.0)
+            weight = probs.gather(1, expert)
+            if self._drops or token_mask is not None:
+                weight = torch.where(kept, weight, 0.0)
             if config.top_k > 1:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-        counts = requests_per_expert(expert, token_mask, self.num_experts)
-        return Routing(expert, weight, kept, logits, probs, counts, token_mask)
+        return Routing(expert, weight, kept, logits, probs, token_mask)
+
+    @property
+    def _drops(self) -> bool:
+        """Whether experts have a capacity."""
+        return self.config.token_dropping if self.training else self.config.eval_token_dropping
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
         """The k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
-        logits = logits.detach()
         if config.top_k == 1:
             if config.noise == "rsample" and training:
                 logits = logits + draw.gumbel(logits.shape)
             return logits.argmax(dim=-1, keepdim=True)
+        logits = logits.detach()
         if config.top_k == 2:
             first = logits.argmax(dim=-1, keepdim=True)
             if config.second_expert == "sample" and training:
@@ -136,7 +147,7 @@ class Router(nn.Module):
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
             requested = requested & token_mask.unsqueeze(-1)
-        if not (config.token_dropping if self.training else config.eval_token_dropping):
+        if not self._drops:
             return requested
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         num_tokens, top_k = expert.shape
@@ -160,6 +171,11 @@ class Router(nn.Module):
         kept = torch.empty_like(requested).flatten()
         kept[queue[by_expert]] = place_in_run < slots
         return kept.view_as(requested) & requested
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off, at no cost where it is not on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: int) -> Tensor:

@@ -144,16 +144,19 @@ class GPT(nn.Module):
                 sees its own document alone, and its number counts from where that begins. None: the sequence is one.
 
         Raises:
-            ValueError: the sequence is longer than `config.seq_len`.
+            ValueError: a sequence is longer than `config.seq_len`, padding not counted.
         """
         assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
-        if cached + new > self.config.seq_len:
+        history = _extend_mask(token_mask, cache, tokens)  # [B, S] or None
+        longest = cached + new
+        if longest > self.config.seq_len and history is not None:
+            longest = int(history.sum(dim=1).max())
+        if longest > self.config.seq_len:
             raise ValueError(
-                f"a sequence of {cached + new} tokens is longer than seq_len={self.config.seq_len}; shorten it, or train "
+                f"a sequence of {longest} tokens is longer than seq_len={self.config.seq_len}; shorten it, or train "
                 "with a larger seq_len"
             )
-        history = _extend_mask(token_mask, cache, tokens)  # [B, S] or None
         visible = visible_keys(history, new, cached, tokens.device, documents)
         positions = _positions(history, new, cached, tokens.device, documents)
         x = self.token_embedding(tokens) + self.position_embedding(positions)

@@ -40,8 +40,8 @@ def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path
         assert trained.path == tmp_path / "elsewhere.ckpt"
         assert trained.tokenizer.fingerprint == TOKENIZER.fingerprint
         assert trained.tokenizer.encode(PROBE) == TOKENIZER.encode(PROBE)
-        ids = generate(trained.model, torch.tensor([trained.tokenizer.encode("the ki")]), 4)
-        assert trained.tokenizer.decode(ids[0].tolist()).startswith("the ki")
+        ids = generate(trained.model, [trained.tokenizer.encode("the ki")], 4)
+        assert trained.tokenizer.decode(ids[0]).startswith("the ki")
     assert load_trained(checkpoint, precision="bf16").model.unembedding.dtype == torch.bfloat16
 
 

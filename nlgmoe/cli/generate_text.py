@@ -1,0 +1,199 @@
+"""`nlgmoe generate`: text from a trained model."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nlgmoe.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from nlgmoe.eval.generation import Completion
+    from nlgmoe.eval.sampling import Sampling
+    from nlgmoe.eval.trained import Trained
+
+
+def generate_text(
+    checkpoint: str,
+    prompt: list[str] | None = None,
+    prompts: str | None = None,
+    output: str | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    tokenizer: str | None = None,
+    device: str = "cpu",
+    precision: Literal["fp32", "bf16"] | None = None,
+    json: bool = False,
+) -> None:
+    """Continue texts, until a document ends, `max_new_tokens` are made, or the whole is as long as the model's sequences.
+
+    Args:
+        checkpoint: a folder, NAME.ckpt; or a run's folder, for the newest valid one in it.
+        prompt: a text to continue; may be given several times. Without it and `prompts` the text is read from stdin.
+        prompts: JSON lines with a "prompt" each; - is stdin.
+        output: where to write JSON lines, one for each prompt in their order; by default results are printed.
+        max_new_tokens: most tokens to add to each.
+        temperature: 0 takes the most likely token; below 1 the likely ones are more so.
+        top_k: draw among the k most likely tokens.
+        top_p: draw among the fewest most likely tokens that have this much of the probability together.
+        seed: of the draws; what one prompt gives does not depend on the others.
+        batch_size: prompts at a time.
+        tokenizer: as data.tokenizer; by default the one in the checkpoint.
+        device: such as cuda.
+        precision: of weights and products, fp32 or bf16; by default as they are stored.
+        json: print JSON lines.
+
+    Raises:
+        ValueError: a setting or a file is wrong, or a prompt has no room; the message says which.
+    """
+    from nlgmoe.eval.generation import check, complete  # these need torch
+    from nlgmoe.eval.sampling import Sampling
+    from nlgmoe.eval.trained import load_trained
+
+    if prompt is not None and prompts is not None:
+        raise UsageError(f"prompts={prompts} cannot be had beside prompt; leave one of them out")
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if number < 1:
+            raise UsageError(f"{name}={number} must be at least 1")
+    try:
+        sampling = Sampling(temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _check_device(device)
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise UsageError(f"output={output}: there is no folder {Path(output).absolute().parent}; make it first")
+    texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
+
+    for number, text in enumerate(texts, 1):
+        if not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+            raise UsageError(f"prompt {number} is no text: it has bytes that are not UTF-8, or half a character")
+
+    trained = load_trained(checkpoint, tokenizer, device, precision)
+    tokens = [trained.tokenizer.encode(text) or [trained.tokenizer.eod_id] for text in texts]
+    check(trained.model, tokens, max_new_tokens)
+    if len(texts) == 1 and output is None and not json:
+        _print_as_it_comes(trained, texts[0], tokens[0], max_new_tokens, sampling)
+        return
+    found = complete(trained.model, tokens, max_new_tokens, sampling, trained.tokenizer.eod_id, batch_size)
+    records = [_record(trained, text, completion) for text, completion in zip(texts, found, strict=True)]
+    if output is not None:
+        _write(Path(output), records)
+        print(f"{len(records):,} completions written to {output}")
+    else:
+        for record in records:
+            print(json_format.dumps(record, ensure_ascii=False) if json else _shown(record))
+    if cut := sum(record["end"] == "seq_len" for record in records):
+        _note_of_length(f"{cut:,} of {len(records):,} texts", trained)
+
+
+def _print_as_it_comes(trained: Trained, text: str, tokens: list[int], max_new_tokens: int, sampling: Sampling) -> None:
+    from nlgmoe.eval.generation import stream
+    from nlgmoe.eval.spelling import Spelling
+
+    print(text, end="", flush=True)
+    spelling, end = Spelling(trained.tokenizer), None
+    for new in stream(trained.model, [tokens], max_new_tokens, sampling, trained.tokenizer.eod_id):
+        print(spelling.add(new.token), end="", flush=True)
+        end = new.end
+    print(flush=True)
+    if end == "seq_len":
+        _note_of_length("the text", trained)
+
+
+def _note_of_length(what: str, trained: Trained) -> None:
+    length = trained.model.config.seq_len
+    print(f"note: {what} ended before max_new_tokens, at the model's seq_len={length}", file=sys.stderr)
+
+
+def _record(trained: Trained, prompt: str, completion: Completion) -> dict[str, Any]:
+    from nlgmoe.eval.spelling import text_of
+
+    return {
+        "prompt": prompt,
+        "completion": text_of(trained.tokenizer, completion.tokens),
+        "tokens": completion.tokens,
+        "log_prob": completion.log_prob,
+        "end": completion.end,
+    }
+
+
+def _shown(record: dict[str, Any]) -> str:
+    return f"--- {record['prompt']!r}\n{record['prompt']}{record['completion']}\n"
+
+
+def _read_stdin() -> str:
+    """One prompt, without the line break that `echo` adds.
+
+    Raises:
+        UsageError: nothing is piped, or no text.
+    """
+    if sys.stdin.isatty():
+        raise UsageError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError("prompt: what is piped in is not UTF-8") from error
+
+
+def _read_prompts(path: str) -> list[str]:
+    """The prompts of a file of JSON lines; empty lines are passed over.
+
+    Raises:
+        UsageError: a line is something else, or there is none.
+    """
+    where = "stdin" if path == "-" else path
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f'prompts={where} is not UTF-8; write JSON lines with a "prompt" each') from error
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json_format.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise UsageError(
+                f'prompts={where}, line {number} is no JSON object with a text "prompt"; write {{"prompt": "..."}}'
+            )
+        found.append(record["prompt"])
+    if not found:
+        raise UsageError(f'prompts={where} has no prompt; write a line {{"prompt": "..."}} for each')
+    return found
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    """All lines, or none: under another name until they are there."""
+    with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, encoding="utf-8", delete=False) as file:
+        try:
+            file.writelines(json_format.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _check_device(device: str) -> None:
+    """Whether tensors can be put there.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise UsageError(f"device={device} cannot be used ({reason}); leave it out for the CPU") from error

@@ -1,0 +1,175 @@
+"""Generation against plain re-reading of each sequence alone, and sampling against its distribution."""
+
+import math
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
+from nlgmoe.eval.generation import Completion, complete, generate, stream
+from nlgmoe.eval.sampling import Sampling
+from nlgmoe.eval.spelling import Spelling, text_of
+from nlgmoe.model.gpt import GPT
+
+VOCAB, SEQ_LEN = 61, 24
+MODEL = GPT(
+    GPTConfig(VOCAB, SEQ_LEN, 4, 32, 2, init_std=0.1, moe=MoEConfig([2, 4], mlp_type="residual")), seed=3
+).eval()
+PROMPTS = [[5, 9, 2], [7, 7, 1, 30, 2, 8], [4], [5, 9, 2]]
+GREEDY = Sampling(temperature=0)
+
+
+@torch.no_grad()
+def read_again(prompt: Sequence[int], new: int) -> tuple[list[int], float]:
+    """Greedy continuation without a cache, and its log-probability."""
+    tokens, log_prob = torch.tensor([prompt]), 0.0
+    for _ in range(new):
+        log_probs = MODEL.logits(MODEL(tokens).hidden[:, -1]).log_softmax(-1)
+        log_prob += float(log_probs.max())
+        tokens = torch.cat([tokens, log_probs.argmax(-1, keepdim=True)], dim=1)
+    return tokens[0].tolist(), log_prob
+
+
+def test_greedy_tokens_are_those_of_reading_each_sequence_again_alone() -> None:
+    expected = [read_again(prompt, 12) for prompt in PROMPTS]
+    assert generate(MODEL, PROMPTS, 12, temperature=0) == [tokens for tokens, _ in expected]
+    assert generate(MODEL, torch.tensor(PROMPTS[::3]), 12, temperature=0) == [tokens for tokens, _ in expected[::3]]
+    log_probs = [completion.log_prob for completion in complete(MODEL, PROMPTS, 12, GREEDY)]
+    assert log_probs == pytest.approx([log_prob for _, log_prob in expected], abs=1e-4)
+
+
+prompts_of_any_length = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), min_size=1, max_size=5)
+
+
+@settings(max_examples=12)
+@given(prompts_of_any_length, st.randoms(use_true_random=False), st.integers(0, 3))
+def test_neighbours_order_and_batches_change_nothing(prompts: list[list[int]], random: Random, seed: int) -> None:
+    sampling, stop = Sampling(1.2, top_k=30, top_p=0.9, seed=seed), 11
+    together = complete(MODEL, prompts, 12, sampling, stop)
+    order = random.sample(range(len(prompts)), len(prompts))
+    in_order = complete(MODEL, [prompts[i] for i in order], 12, sampling, stop, batch_size=2)
+
+    def known(number: int, prompt: list[int]) -> bool:
+        return prompt not in prompts[:number]  # of equal prompts the first one is the one that is alone
+
+    assert sorted(c.tokens for c in in_order) == sorted(c.tokens for c in together)
+    for number, (prompt, completion) in enumerate(zip(prompts, together, strict=True)):
+        assert completion.end == end_of(prompt, completion, stop, 12)
+        if known(number, prompt):
+            (alone,) = complete(MODEL, [prompt], 12, sampling, stop)
+            assert (alone.tokens, alone.end) == (completion.tokens, completion.end)
+
+
+def end_of(prompt: list[int], completion: Completion, stop: int, most: int) -> str:
+    assert stop not in completion.tokens[:-1] and len(completion.tokens) <= most
+    if completion.tokens[-1] == stop:
+        return "end_of_document"
+    if len(completion.tokens) == most:
+        return "max_new_tokens"
+    assert len(prompt) + len(completion.tokens) == SEQ_LEN
+    return "seq_len"
+
+
+def test_a_short_sequence_goes_on_beside_one_that_fills_the_model() -> None:
+    short, long = complete(MODEL, [[3], list(range(23))], 20, GREEDY)
+    assert (len(long.tokens), long.end) == (1, "seq_len")
+    assert [3, *short.tokens] == read_again([3], 20)[0]
+    assert short.end == "max_new_tokens"
+
+
+def test_tokens_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = MODEL.forward
+    monkeypatch.setattr(
+        MODEL, "forward", lambda *args, **kwargs: (calls.append(args[0].shape), forward(*args, **kwargs))[1]
+    )
+    tokens = stream(MODEL, PROMPTS[:2], 3, GREEDY)
+    first = [next(tokens), next(tokens)]
+    assert ([new.sequence for new in first], calls) == ([0, 1], [(2, 6)])
+    assert len(list(tokens)) == 4
+    assert calls == [(2, 6), (2, 1), (2, 1)]  # nothing is read twice
+
+
+def test_equal_prompts_draw_different_texts_and_the_seed_decides_which() -> None:
+    one, two = (complete(MODEL, [[5, 9]] * 3, 10, Sampling(seed=seed)) for seed in (1, 2))
+    assert [c.tokens for c in one] == [
+        c.tokens for c in complete(MODEL, [[5, 9]] * 3, 10, Sampling(seed=1), batch_size=1)
+    ]
+    assert len({tuple(c.tokens) for c in one + two}) == 6
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)) * 2
+    for sampling in (Sampling(), Sampling(0.7), Sampling(1.5, top_k=4), Sampling(top_p=0.8)):
+        generators = sampling.generators([[1]] * 8_000)
+        drawn = torch.bincount(sampling.choose(logits.expand(8_000, -1), generators), minlength=9) / 8_000
+        scaled = (logits[0] / sampling.temperature).double()
+        ordered = sorted(range(9), key=lambda i: -float(scaled[i]))[: sampling.top_k]
+        if sampling.top_p is not None:  # the shortest beginning with that much
+            share, kept = 0.0, []
+            for i in ordered:
+                if share < sampling.top_p:
+                    kept.append(i)
+                share += float(scaled.softmax(-1)[i])
+            ordered = kept
+        expected = torch.zeros(9, dtype=torch.double)
+        expected[ordered] = scaled[ordered].softmax(-1)
+        assert (drawn - expected).abs().max() < 0.02
+        assert set(drawn.nonzero().flatten().tolist()) <= set(ordered)
+
+
+def test_the_ends_of_the_ranges() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.9, -math.inf]]).expand(200, -1)
+    for sampling in (GREEDY, Sampling(1e-9), Sampling(top_k=1), Sampling(top_p=1e-9)):
+        assert set(sampling.choose(logits, sampling.generators([[0]] * 200)).tolist()) == {1}
+    everything = Sampling(1e6, top_k=99, top_p=1.0)
+    assert set(everything.choose(logits, everything.generators([[0]] * 200)).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must"),
+        ({"temperature": -1.0}, "temperature=-1.0 must"),
+        ({"temperature": math.nan}, "temperature=nan must"),
+        ({"top_k": 0}, "top_k=0 must"),
+        ({"top_p": 0.0}, "top_p=0.0 must"),
+        ({"top_p": 1.1}, "top_p=1.1 must"),
+        ({"prompts": [[1], []]}, "prompt 2 is empty"),
+        ({"prompts": [[1], [1] * 24]}, "prompt 2 has 24 tokens, and with seq_len=24 the model reads at most 23"),
+        ({"prompts": [[61]]}, "prompt 1 has token ids outside"),
+        ({"prompts": [[-1]]}, "prompt 1 has token ids outside"),
+        ({"prompts": torch.tensor([1])}, r"prompts must be \[B, T\] int64"),
+        ({"prompts": torch.ones(1, 2)}, r"prompts must be \[B, T\] int64"),
+        ({"model": GPT(MODEL.config)}, "training mode"),
+    ],
+)
+def test_impossible_requests_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(**({"model": MODEL, "prompts": PROMPTS, "max_new_tokens": 1} | wrong))
+
+
+def test_refused_before_the_first_token_and_nothing_is_nothing() -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        stream(MODEL, [[]], 1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        complete(MODEL, PROMPTS, 1, batch_size=0)
+    assert complete(MODEL, [], 1) == generate(MODEL, [], 1) == []
+
+
+def test_no_character_is_broken_whatever_the_tokens() -> None:
+    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")  # bytes, mostly
+    ids = tokenizer.encode(PROBE)
+    assert b"".join(map(tokenizer.spell, ids)) == PROBE.encode()
+    assert [len(tokenizer.spell(i)) for i in range(tokenizer.vocab_size)] == tokenizer.token_bytes.tolist()
+    spelling = Spelling(tokenizer)
+    pieces = [spelling.add(token) for token in ids]
+    assert "".join(pieces) == PROBE and "" in pieces
+    for length in range(len(ids)):  # cut within a character: that one is left out
+        assert PROBE.startswith(text_of(tokenizer, ids[:length]))
+    assert text_of(tokenizer, [tokenizer.eod_id, *tokenizer.encode("a"), 9999]) == "a"

@@ -1,0 +1,55 @@
+"""The way that a few tokens take through a MoE layer against the way of many."""
+
+import pytest
+import torch
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import experts
+from nlgmoe.layers.moe import MoELayer
+from nlgmoe.model.gpt import GPT
+
+
+def layer(moe: MoEConfig) -> MoELayer:
+    found = GPT(GPTConfig(61, 16, 2, 16, 2, init_std=0.3, moe=moe), seed=5).eval().blocks[1].moe
+    assert isinstance(found, MoELayer)
+    for parameter in found.parameters():  # biases too
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.3
+    return found
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(8),
+        MoEConfig(8, top_k=2, mlp_type="residual"),
+        MoEConfig(8, top_k=3, mlp_type="residual", residual_mix="sum"),
+        MoEConfig(2, eval_token_dropping=True, eval_capacity_factor=0.5, min_capacity=1),
+    ],
+)
+@pytest.mark.parametrize("half", [False, True])
+@torch.no_grad()
+def test_few_tokens_get_what_they_get_among_many(moe: MoEConfig, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    one_by_one = experts.Experts.one_by_one
+    monkeypatch.setattr(experts.Experts, "one_by_one", lambda *args: (taken.append(1), one_by_one(*args))[1])
+    x, mask = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([[True], [False]])
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        results = []
+        for few in (8, 0):
+            monkeypatch.setattr(experts, "FEW", few)
+            results += [layer(moe)(x)[0], layer(moe)(x, mask)[0]]
+    assert len(taken) == 2
+    for one, other in zip(results[:2], results[2:], strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2 if half else 1e-6, atol=1e-2 if half else 1e-6)
+
+
+@torch.no_grad()
+def test_experts_that_are_not_hit_are_not_touched() -> None:
+    moe, x = layer(MoEConfig(8, top_k=2)), torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(2))
+    expected, routing = moe(x)
+    idle = set(range(8)) - set(routing.expert.flatten().tolist())
+    assert len(idle) >= 4
+    for parameter in moe.experts.parameters():
+        parameter[sorted(idle)] = float("nan")
+    assert torch.equal(moe(x)[0], expected)
