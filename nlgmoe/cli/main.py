@@ -8,9 +8,12 @@ from jsonargparse import auto_cli
 
 from nlgmoe.cli.command_parser import CommandParser
 from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.export_checkpoint import export_checkpoint
 from nlgmoe.cli.from_megatron import from_megatron
+from nlgmoe.cli.import_checkpoint import import_checkpoint
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
 COMMANDS: dict[str, Any] = {
@@ -18,6 +21,9 @@ COMMANDS: dict[str, Any] = {
     "inspect": inspect_config,
     "from-megatron": from_megatron,
     "verify": verify_checkpoint,
+    "export": export_checkpoint,
+    "import": import_checkpoint,
+    "upcycle": upcycle_checkpoint,
 }
 
 
