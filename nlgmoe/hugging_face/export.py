@@ -95,7 +95,10 @@ def export(
         tokenizer = Tokenizer.from_json(stored, f"of {path}")
     config = GPTConfig.from_dict(document["model_config"])
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"tokenizer={tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+        raise ValueError(
+            f"tokenizer={tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; set it to the one that "
+            "the model was trained with"
+        )
     meta, read = _weights(path, config, DTYPES.get(precision or ""))
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:

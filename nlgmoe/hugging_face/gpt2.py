@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
 
 from nlgmoe.config import GPTConfig
 
@@ -39,7 +41,10 @@ def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     Raises:
         ValueError: it describes what our model does not have.
     """
-    theirs = GPT2Config.from_dict(values)
+    try:
+        theirs = GPT2Config.from_dict(values)
+    except Exception as error:  # of the library's own types
+        raise ValueError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
     if theirs.activation_function not in _TANH_GELU:
         raise ValueError(
             f"activation_function={theirs.activation_function} of {folder} cannot be imported: the model here has "
@@ -71,7 +76,8 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
         ValueError: the folder lacks weights, or its head is not its embedding.
     """
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        with _quiet():
+            model, info = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # of many types, for as many formats
         raise ValueError(f"{folder} cannot be read ({error}); download or save the model again") from error
     if missing := sorted(info["missing_keys"]):
@@ -89,6 +95,20 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
         return value.t().contiguous() if ".c_" in name and name.endswith(".weight") else value
 
     return read
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and reports: what is wrong ends as one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def our_name(theirs: str) -> str:

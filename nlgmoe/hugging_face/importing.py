@@ -22,7 +22,7 @@ from nlgmoe.hugging_face.export import PREFIX
 from nlgmoe.hugging_face.gpt2 import gpt2_config, gpt2_weights
 
 READABLE = "nlgmoe (what `nlgmoe export` writes) and gpt2"
-_NEEDED = ["*.json", "*.safetensors", "*.bin", "merges.txt"]
+_NEEDED = ["*.json", "*.safetensors", "merges.txt"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def import_folder(source: str, checkpoint: str | Path) -> Imported:
     values = _read_json(folder / "config.json")
     model_type = str(values.get("model_type"))
     if model_type == "nlgmoe":
-        config = GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
+        config = _exported_config(values, folder)
         read = _exported_weights(folder, config)
     elif model_type == "gpt2":
         config = gpt2_config(values, folder)
@@ -73,7 +73,10 @@ def _local(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=_NEEDED))
+        folder = Path(snapshot_download(source, allow_patterns=_NEEDED))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, allow_patterns="*.bin")
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{source} is neither a folder nor a model that the Hugging Face hub gives ({error})"
@@ -90,6 +93,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} is damaged (it holds no object); export the model again")
     return values
+
+
+def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
+    try:
+        return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
+    except TypeError as error:  # a setting is missing or unknown
+        raise ValueError(
+            f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
+        ) from error
 
 
 def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:

@@ -24,6 +24,7 @@ from nlgmoe.model.gpt import GPT
 
 # What `transformers` calls a cache in its outputs; the second before 5.24.
 CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
+_FIXED_SIZE = "cache_implementation=static, a cache of fixed size, cannot be used with this model; use one that grows"
 
 
 class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -154,7 +155,7 @@ class _CacheView(KVCache):
         """See `KVCache`."""
         keys, values = self._held.update(k, v, layer)
         if keys.shape[2] != self.length + k.shape[2]:
-            raise ValueError("cache holds a fixed number of positions; use one that grows, such as DynamicCache")
+            raise ValueError(_FIXED_SIZE)
         return keys, values
 
 
@@ -163,9 +164,7 @@ def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> T
     if attention_mask is None:
         return None
     if attention_mask.dim() == 4:
-        raise ValueError(
-            "attention_mask is of four dimensions, as cache_implementation=static makes it; leave that out"
-        )
+        raise ValueError(_FIXED_SIZE)  # for such a cache `generate` makes the mask
     expected = (tokens.shape[0], cached + tokens.shape[1])
     if attention_mask.shape != expected:
         raise ValueError(

