@@ -7,12 +7,11 @@ Every expert is a copy of its block's feed-forward layer f, the rest of the mode
     residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1         as above
     residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts       as above, and both halved
 
-In floating point that is the dense model's output up to the rounding of a last multiplication; where all factors are powers of
-two (top-1, 2^n experts) it is bit by bit.
+In floating point that is the dense model's output up to rounding; with top-1 and 2^n experts the factors themselves are exact.
 
 Top-1 weights are not renormalised, so p has to be the same for every token: the gate's weights are so small (`TINY`) that the
 softmax rounds to 1 / E, while their signs still spread the tokens over the experts; the first optimizer step gives them their
-size. Scaling for a softmax before the top-k is that of He et al., arXiv 2410.07524, section 3. With k > 1 gates begin as in a new
+size. Scaling for a softmax before the top-k: He et al., arXiv 2410.07524. With k > 1 gates begin as in a new
 model.
 """
 
