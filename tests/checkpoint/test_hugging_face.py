@@ -21,7 +21,7 @@ from nlgmoe.checkpoint.verify import problems
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.cli.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
 from nlgmoe.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
@@ -207,12 +207,15 @@ def test_weights_that_a_folder_lacks_are_drawn(folders: dict[str, Path], tmp_pat
     assert not found["model.blocks.1.moe.experts.expand_bias"].any()
 
 
-def test_the_tokenizer_gives_our_ids(folders: dict[str, Path]) -> None:
+def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folders["moe"], trust_remote_code=True)
     assert theirs(PROBE, split_special_tokens=True).input_ids == TOKENIZER.encode(PROBE)
     assert theirs.decode(TOKENIZER.encode(PROBE)) == PROBE
     assert theirs("a<|endoftext|>").input_ids == [*TOKENIZER.encode("a"), TOKENIZER.eod_id]
     assert (theirs.eos_token_id, theirs.model_max_length, theirs.padding_side) == (TOKENIZER.eod_id, 24, "left")
+    theirs(["the king and the queen"], truncation=True, max_length=3)  # leaves its mark in what is saved
+    theirs.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), tmp_path).encode(PROBE) == TOKENIZER.encode(PROBE)
 
 
 def test_export_says_what_is_wrong(
