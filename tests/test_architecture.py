@@ -27,6 +27,7 @@ RANKS = {
     "distill": 5,
     "parallel": 5,
     "eval": 5,
+    "hugging_face": 5,
     "resuming": 5,
     "module": 6,
     "megatron": 6,

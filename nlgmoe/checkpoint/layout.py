@@ -14,6 +14,8 @@ from torch import nn
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 
+Shapes = dict[str, torch.Size]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -54,9 +56,9 @@ def local_entries(model: nn.Module) -> Iterator[Entry]:
                 yield Entry(one, name, expert == 0, parameter, index * shape.numel(), shape)
 
 
-def entry_shapes(model: nn.Module) -> dict[str, torch.Size]:
+def entry_shapes(model: nn.Module) -> Shapes:
     """Shape of every entry of the whole model, those of experts on other ranks included."""
-    shapes: dict[str, torch.Size] = {}
+    shapes: Shapes = {}
     for prefix, module in model.named_modules():
         if isinstance(module, MoELayer):
             for expert in range(module.router.num_experts):

@@ -17,11 +17,9 @@ from torch import Tensor
 from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
-from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
+from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.model.gpt import GPT
-
-Shapes = dict[str, torch.Size]
 
 
 @dataclass(frozen=True)

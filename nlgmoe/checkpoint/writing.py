@@ -97,12 +97,16 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' words
-        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
         raise ValueError(
-            f"the checkpoint {path} cannot be written ({reason}); earlier checkpoints are as they were: make room, or put right "
-            "what the reason says, and go on with --ckpt_path last"
+            f"the checkpoint {path} cannot be written ({reason(error)}); earlier checkpoints are as they were: make room, "
+            "or put right what the reason says, and go on with --ckpt_path last"
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be written, in the system's words."""
+    number = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' words
+    return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
 
 
 def abandon(temporary: Path) -> None:

@@ -8,10 +8,13 @@ from jsonargparse import auto_cli
 
 from nlgmoe.cli.command_parser import CommandParser
 from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.export_checkpoint import export_checkpoint
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.generate_text import generate_text
+from nlgmoe.cli.import_checkpoint import import_checkpoint
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
 COMMANDS: dict[str, Any] = {
@@ -20,6 +23,9 @@ COMMANDS: dict[str, Any] = {
     "from-megatron": from_megatron,
     "verify": verify_checkpoint,
     "generate": generate_text,
+    "export": export_checkpoint,
+    "import": import_checkpoint,
+    "upcycle": upcycle_checkpoint,
 }
 
 

@@ -42,6 +42,9 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
         # A document about language models contains the string "<|endoftext|>"; it must not end the document.
         backend.encode_special_tokens = True
+        # Files written after a use in `transformers` may have these, which would cut documents off.
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         self.name = name
         vocabulary = backend.get_vocab(with_added_tokens=True)

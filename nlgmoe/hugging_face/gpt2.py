@@ -1,0 +1,120 @@
+"""Hugging Face's GPT-2 as our dense GPT: the same function of other names.
+
+`Conv1D` stores `[in, out]`, a linear layer `[out, in]`. Rows that pad the vocabulary are 0: nothing reads them.
+`tests/equivalence/test_hugging_face_gpt2.py` holds the two models against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+from nlgmoe.config import GPTConfig
+
+OURS = {  # of each part of a Hugging Face block
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.project",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn.expand",
+    "mlp.c_proj": "ffn.project",
+}
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two implementations of one formula
+_HAS_TO_BE = {  # setting -> its value, and what the other would be
+    "scale_attn_weights": (True, "attention without a scale"),
+    "scale_attn_by_inverse_layer_idx": (False, "attention with another scale in each layer"),
+    "add_cross_attention": (False, "attention to an encoder"),
+    "tie_word_embeddings": (True, "a head of its own"),
+}
+
+
+def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
+    """Our configuration for the contents of a GPT-2's `config.json`.
+
+    Raises:
+        ValueError: it describes what our model does not have.
+    """
+    try:
+        theirs = GPT2Config.from_dict(values)
+    except Exception as error:  # of the library's own types
+        raise ValueError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
+    if theirs.activation_function not in _TANH_GELU:
+        raise ValueError(
+            f"activation_function={theirs.activation_function} of {folder} cannot be imported: the model here has "
+            f"{' or '.join(_TANH_GELU)}"
+        )
+    for name, (expected, other) in _HAS_TO_BE.items():
+        if getattr(theirs, name) != expected:
+            raise ValueError(
+                f"{name}={getattr(theirs, name)} of {folder} cannot be imported: the model here has not {other}"
+            )
+    return GPTConfig(
+        vocab_size=theirs.vocab_size,
+        seq_len=theirs.n_positions,
+        num_layers=theirs.n_layer,
+        hidden_size=theirs.n_embd,
+        num_heads=theirs.n_head,
+        ffn_hidden_size=theirs.n_inner,
+        hidden_dropout=float(theirs.resid_pdrop),
+        attention_dropout=float(theirs.attn_pdrop),
+        init_std=theirs.initializer_range,
+        layer_norm_eps=theirs.layer_norm_epsilon,
+    )
+
+
+def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
+    """Reads the entries of our model from a GPT-2's folder, in the type that they are stored in.
+
+    Raises:
+        ValueError: the folder lacks weights, or its head is not its embedding.
+    """
+    try:
+        with _quiet():
+            model, info = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except Exception as error:  # of many types, for as many formats
+        raise ValueError(f"{folder} cannot be read ({error}); download or save the model again") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {missing[0]}; download or save the model again")
+    if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+        raise ValueError(
+            f"{folder} cannot be imported: its lm_head is not its embedding, the model here has not a head of its own"
+        )
+    theirs = {our_name(name): (name, value.detach()) for name, value in model.transformer.named_parameters()}
+
+    def read(entry: str) -> Tensor:
+        name, value = theirs[entry]
+        if entry == "token_embedding.weight":
+            return torch.cat([value, value.new_zeros(config.padded_vocab_size - len(value), value.shape[1])])
+        return value.t().contiguous() if ".c_" in name and name.endswith(".weight") else value
+
+    return read
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and reports: what is wrong ends as one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def our_name(theirs: str) -> str:
+    """The entry for a parameter of `GPT2Model`."""
+    part, _, leaf = theirs.rpartition(".")
+    if part in ("wte", "wpe", "ln_f"):
+        return {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm"}[part] + f".{leaf}"
+    _, layer, part = part.split(".", 2)
+    return f"blocks.{layer}.{OURS[part]}.{leaf}"

@@ -1,0 +1,326 @@
+"""Exported folders work without this project, and come back bit for bit; GPT-2 comes in; dense models become mixtures."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from nlgmoe import generate, load_model, load_trained, student_config
+from nlgmoe.checkpoint.entries import split_experts
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.cli.main import main
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
+from nlgmoe.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
+from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.gpt import GPT
+
+TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
+PR_MOE = GPTConfig(TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", loss_coeff=0.1))
+CONFIGS = {
+    "moe": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, top_k=2)),
+    "pr_moe": PR_MOE,
+    "student": student_config(PR_MOE, 3),
+    "dense": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, ffn_hidden_size=48),
+}
+
+
+def write(path: Path, config: GPTConfig, dtype: torch.dtype = torch.float32, tokenizer: str | None = None) -> Path:
+    """A checkpoint whose every value matters: far from the initial ones."""
+    model = GPT(config)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    entries = split_experts({name: value.to(dtype) for name, value in model.state_dict().items()})
+    write_weights(path, entries.__getitem__, config, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {n: write(folder / f"{n}.ckpt", c, tokenizer=TOKENIZER.to_json()) for n, c in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("folders")
+    for name, checkpoint in checkpoints.items():
+        main(["export", str(checkpoint), str(folder / name)])
+    return {name: folder / name for name in checkpoints}
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code in (1, 2) and len(lines) == 1, lines
+    assert "unexpected" not in lines[0]
+    return lines[0]
+
+
+def test_folders_work_where_only_transformers_is(
+    checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copies = [str(shutil.copytree(folder, tmp_path / name)) for name, folder in folders.items()]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    script = Path(__file__).with_name("load_alone.py")
+    command = [sys.executable, str(script), str(tmp_path / "results.json"), *copies]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    tokens = torch.arange(24).view(2, 12)
+    for name, folder in zip(folders, copies, strict=True):
+        found, model = results[folder], load_model(checkpoints[name])
+        assert found["class"].startswith("transformers_modules.")
+        with torch.no_grad():
+            assert torch.equal(torch.tensor(found["logits"]), model.logits(model(tokens).hidden))
+            half = model.to(torch.bfloat16)
+            assert torch.equal(torch.tensor(found["bf16"]), half.logits(half(tokens).hidden).float())
+        model = load_model(checkpoints[name])
+        for prompt, new in zip(found["prompts"], found["greedy"], strict=True):
+            ids = TOKENIZER.encode(prompt)
+            assert generate(model, torch.tensor([ids]), 8, temperature=0)[0].tolist() == ids + new
+        assert found["uncached"] == found["greedy"] != found["beams"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    main(["export", str(checkpoints[name]), str(tmp_path / "folder"), "--max-shard-size", "40KB"])
+    index = json.loads((tmp_path / "folder/model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == sorted(file.name for file in (tmp_path / "folder").glob("*.safetensors")) and len(files) >= 3
+    for file in files:
+        with safe_open(tmp_path / "folder" / file, "pt") as tensors:
+            values = [tensors.get_tensor(name).nbytes for name in tensors.keys()]  # noqa: SIM118
+            assert sum(values) <= 40_000 or len(values) == 1
+    main(["import", str(tmp_path / "folder"), str(tmp_path / "back.ckpt")])
+    assert list(problems(tmp_path / "back.ckpt")) == []
+    there, back = (TensorFiles(path, "model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt"))
+    assert there.keys() == back.keys() and all(torch.equal(there[entry], back[entry]) for entry in there)
+    assert read_document(tmp_path / "back.ckpt")["model_config"] == CONFIGS[name].to_dict()
+    assert read_tokenizer(tmp_path / "back.ckpt") == TOKENIZER.to_json()
+    assert load_trained(tmp_path / "back.ckpt").tokenizer.fingerprint == TOKENIZER.fingerprint
+
+
+def test_bf16_is_written_on_request_and_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    main(["export", str(checkpoints["moe"]), str(tmp_path / "half"), "--precision", "bf16"])
+    main(["import", str(tmp_path / "half"), str(tmp_path / "half.ckpt")])
+    main(["export", str(tmp_path / "half.ckpt"), str(tmp_path / "again")])
+    half, again = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "again"))
+    whole = load_model(checkpoints["moe"]).state_dict()
+    assert all(torch.equal(half["model." + name], value.to(torch.bfloat16)) for name, value in whole.items())
+    assert all(again[name].dtype == torch.bfloat16 and torch.equal(again[name], value) for name, value in half.items())
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["pr_moe", "dense"])
+def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -> None:
+    model = NlgmoeForCausalLM.from_pretrained(folders[name])
+    tokens = torch.randint(TOKENIZER.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100)
+    ours, targets = model.model, labels[:, 1:].flatten()
+
+    def language(hidden: torch.Tensor) -> torch.Tensor:
+        counted = targets != -100
+        return cross_entropy(hidden[:, :-1].flatten(0, 1), ours.unembedding, targets.clamp_min(0), counted, 10)
+
+    torch.testing.assert_close(model(tokens, labels=labels).loss, language(ours(tokens).hidden), rtol=1e-6, atol=0)
+    model.train()
+    torch.manual_seed(0)  # of the tokens that keep the slots
+    found = model(tokens, labels=labels)
+    torch.manual_seed(0)
+    output = ours(tokens)
+    expected = language(output.hidden)
+    if output.routings:
+        expected = expected + 0.1 * router_losses(output.routings)[0]
+    torch.testing.assert_close(found.loss, expected, rtol=1e-6, atol=0)
+    found.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(0)
+    model(tokens, labels=labels).loss.backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_what_transformers_asks_of_a_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = NlgmoeForCausalLM.from_pretrained(folders["pr_moe"])
+    tokens = torch.arange(12).view(2, 6)
+    output = model(tokens, output_hidden_states=True, output_router_logits=True, use_cache=True)
+    assert len(output.hidden_states) == 5 and [tuple(t.shape) for t in output.router_logits] == [(12, 2), (12, 4)]
+    assert torch.equal(model.model.logits(output.hidden_states[-1]), output.logits)
+    with torch.no_grad():
+        block = model.model.blocks[0](output.hidden_states[0])[0]
+    torch.testing.assert_close(block, output.hidden_states[1])
+    assert not model(tokens).hidden_states and not model(tokens).cache
+    assert torch.equal(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:])
+    following = model(tokens[:, :1], cache=output.cache).logits
+    torch.testing.assert_close(
+        following, model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1:], rtol=1e-4, atol=1e-5
+    )
+
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 5\]"):
+        model(tokens, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="cache_implementation=static"):
+        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="longer than seq_len=24"):
+        model.generate(tokens, max_new_tokens=30, eos_token_id=None)
+
+    model.resize_token_embeddings(TOKENIZER.vocab_size + 3)
+    model.save_pretrained(tmp_path)
+    larger = NlgmoeForCausalLM.from_pretrained(tmp_path)
+    assert larger(tokens).logits.shape[-1] == TOKENIZER.vocab_size + 3
+    torch.testing.assert_close(larger(tokens).logits[..., : TOKENIZER.vocab_size], output.logits)
+
+
+def test_weights_that_a_folder_lacks_are_drawn(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "lacking"
+    shutil.copytree(folders["moe"], folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = [name for name in weights if ".experts." in name]
+    save_file({n: v for n, v in weights.items() if n not in lost}, folder / "model.safetensors", {"format": "pt"})
+    found = NlgmoeForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items() if name not in lost)
+    assert found["model.blocks.1.moe.experts.expand_weight"].std() == pytest.approx(0.014, rel=0.1)
+    assert not found["model.blocks.1.moe.experts.expand_bias"].any()
+
+
+def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(folders["moe"], trust_remote_code=True)
+    assert theirs(PROBE, split_special_tokens=True).input_ids == TOKENIZER.encode(PROBE)
+    assert theirs.decode(TOKENIZER.encode(PROBE)) == PROBE
+    assert theirs("a<|endoftext|>").input_ids == [*TOKENIZER.encode("a"), TOKENIZER.eod_id]
+    assert (theirs.eos_token_id, theirs.model_max_length, theirs.padding_side) == (TOKENIZER.eod_id, 24, "left")
+    theirs(["the king and the queen"], truncation=True, max_length=3)  # leaves its mark in what is saved
+    theirs.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), tmp_path).encode(PROBE) == TOKENIZER.encode(PROBE)
+
+
+def test_export_says_what_is_wrong(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    assert "--overwrite" in error_of(capsys, "export", checkpoints["moe"], tmp_path / "full")
+    assert "max_shard_size=5" in error_of(capsys, "export", checkpoints["moe"], tmp_path / "new", "--max_shard_size=5")
+    assert "does not exist" in error_of(capsys, "export", tmp_path / "no.ckpt", tmp_path / "new")
+    damaged = tmp_path / "damaged.ckpt"
+    shutil.copytree(checkpoints["moe"], damaged)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    assert "is damaged" in error_of(capsys, "export", damaged, tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.ckpt", "full"], "something was left behind"
+
+    main(["export", str(checkpoints["moe"]), str(tmp_path / "full"), "--max_shard_size=20KB", "--overwrite"])
+    (tmp_path / "full/README.md").write_text("my card")
+    bare = write(tmp_path / "bare.ckpt", CONFIGS["dense"])
+    capsys.readouterr()
+    main(["export", str(bare), str(tmp_path / "full"), "--overwrite"])
+    assert "without a tokenizer" in capsys.readouterr().out
+    assert (tmp_path / "full/README.md").read_text() == "my card" and (tmp_path / "full/notes.txt").exists()
+    assert [f.name for f in (tmp_path / "full").glob("model*.s*")] == ["model.safetensors"]
+    assert not (tmp_path / "full/tokenizer.json").exists()
+    assert NlgmoeForCausalLM.from_pretrained(tmp_path / "full").config.moe is None
+
+
+def test_import_says_what_is_wrong(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.ckpt"
+    folder = tmp_path / "folder"
+    shutil.copytree(folders["moe"], folder)
+    assert "out.ckpt" in error_of(capsys, "import", folder, tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: v for n, v in weights.items() if "router" not in n}, folder / "model.safetensors")
+    assert "lacks model.blocks.1.moe.router.weight" in error_of(capsys, "import", folder, out)
+    save_file(weights | {"more": torch.zeros(1)}, folder / "model.safetensors")
+    assert "unknown more" in error_of(capsys, "import", folder, out)
+    save_file(weights | {"model.blocks.1.moe.router.weight": torch.zeros(3, 32)}, folder / "model.safetensors")
+    assert "is [3, 32]" in error_of(capsys, "import", folder, out)
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert "cannot be read" in error_of(capsys, "import", folder, out)
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors" in error_of(capsys, "import", folder, out)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert "model_type=llama" in error_of(capsys, "import", folder, out)
+    (folder / "config.json").write_text("{")
+    assert "damaged" in error_of(capsys, "import", folder, out)
+    (folder / "config.json").unlink()
+    assert "no config.json" in error_of(capsys, "import", folder, out)
+    assert not out.exists()
+
+
+def gpt2(
+    folder: Path, change: Callable[[GPT2LMHeadModel], None] = lambda model: None, **settings: object
+) -> GPT2LMHeadModel:
+    values = {"vocab_size": 67, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.2}
+    values |= {"bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-4}
+    model = GPT2LMHeadModel(GPT2Config(**values | settings)).eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    change(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("inner", [None, 80])
+def test_gpt2_computes_what_it_did(inner: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = gpt2(tmp_path / "gpt2", n_inner=inner)
+    main(["import", str(tmp_path / "gpt2"), str(tmp_path / "gpt2.ckpt")])
+    assert "has no tokenizer.json" in capsys.readouterr().out
+    ours = load_model(tmp_path / "gpt2.ckpt")
+    assert (ours.config.hidden_dropout, ours.config.moe) == (0.1, None)
+    tokens = torch.randint(67, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(
+            ours.logits(ours(tokens).hidden), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("activation_function", "relu"),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_a_gpt2_that_is_another_model_is_refused(
+    setting: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2(tmp_path / "gpt2", n_layer=1, **{setting: value})
+    assert f"{setting}={value}" in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "out.ckpt")
+
+
+def test_a_gpt2_that_lacks_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2(tmp_path / "gpt2", n_layer=1)
+    weights = load_file(tmp_path / "gpt2/model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
+    assert "lacks transformer.h.0.mlp.c_fc.weight" in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "o.ckpt")

@@ -1,0 +1,109 @@
+"""A mixture made of a dense model computes what that did, and a run starts from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from nlgmoe import MoEGPTModule, WarmStart, load_model
+from nlgmoe.checkpoint.folder import read_tokenizer
+from nlgmoe.checkpoint.upcycle import upcycle
+from nlgmoe.checkpoint.verify import problems
+from nlgmoe.cli.main import main
+from nlgmoe.config import GPTConfig, MoEConfig
+from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
+from tests.synthetic import SyntheticData
+
+DENSE = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48)
+TOKENS = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
+KINDS = {
+    "top-1": MoEConfig(4),
+    "top-1 of 3": MoEConfig(3, expert_interval=1),
+    "top-2": MoEConfig([2, 5], top_k=2),
+    "top-3": MoEConfig(6, top_k=3),
+    "residual top-1": MoEConfig([2, 4], mlp_type="residual"),
+    "residual top-2": MoEConfig(4, top_k=2, mlp_type="residual"),
+    "summed top-1": MoEConfig(4, mlp_type="residual", residual_mix="sum"),
+    "summed top-2": MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum"),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("dense") / "dense.ckpt", DENSE, tokenizer=TOKENIZER.to_json())
+
+
+def logits_of(path: Path) -> torch.Tensor:
+    model = load_model(path)
+    with torch.no_grad():
+        return model.logits(model(TOKENS).hidden)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mixture_computes_what_the_dense_model_does(kind: str, dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moe.ckpt"
+    assert upcycle(dense, out, KINDS[kind]).config.moe == KINDS[kind]
+    assert list(problems(out)) == [] and read_tokenizer(out) == TOKENIZER.to_json()
+    expected = logits_of(dense)
+    torch.testing.assert_close(logits_of(out), expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
+    model = load_model(out)
+    with torch.no_grad():
+        routings = model(TOKENS).routings
+    for routing in routings:
+        if KINDS[kind].top_k == 1:
+            assert torch.equal(routing.probs, torch.full_like(routing.probs, 1 / routing.probs.shape[1]))
+        assert (routing.tokens_per_expert > 0).sum() >= 2, "all tokens go to one expert"
+
+
+def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
+    for name, noise, seed in (("a", 0.1, 1), ("b", 0.1, 1), ("c", 0.1, 2)):
+        upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), noise, seed)
+    a, b, c = (load_model(tmp_path / f"{name}.ckpt").blocks[1].moe.experts for name in "abc")
+    ffn = load_model(dense).blocks[1].ffn
+    for name, weight in (("expand_weight", ffn.expand.weight), ("project_weight", ffn.project.weight)):
+        added = getattr(a, name) - weight.t()
+        for expert in added:
+            assert expert.std().item() == pytest.approx(0.1 * weight.std().item(), rel=0.1)
+        assert not torch.equal(added[0], added[1])
+        assert torch.equal(getattr(a, name), getattr(b, name)) and not torch.equal(getattr(a, name), getattr(c, name))
+    assert torch.equal(a.expand_bias, ffn.expand.bias.expand_as(a.expand_bias))
+
+
+def test_a_run_starts_at_the_dense_models_loss(dense: Path, tmp_path: Path) -> None:
+    moe = MoEConfig([2, 4], mlp_type="residual")
+    upcycle(dense, tmp_path / "moe.ckpt", moe)
+    config = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48, moe=moe)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=2, max_epochs=-1, accelerator="cpu", **quiet)
+
+    def loss(config: GPTConfig, start: Path) -> float:
+        module = MoEGPTModule(config, warm_start=WarmStart(str(start)))
+        return trainer.validate(module, SyntheticData(), verbose=False)[0]["val/loss"]
+
+    assert loss(config, tmp_path / "moe.ckpt") == pytest.approx(loss(DENSE, dense), rel=1e-6)
+    module = MoEGPTModule(config, warm_start=WarmStart(str(tmp_path / "moe.ckpt")))
+    trainer.fit(module, SyntheticData())
+    experts = module.gpt.blocks[3].moe.experts.expand_weight
+    assert trainer.global_step == 2 and not torch.equal(experts[0], experts[1])
+    direct = trainer.validate(MoEGPTModule(config), SyntheticData(), ckpt_path=tmp_path / "moe.ckpt", verbose=False)
+    assert direct[0]["val/loss"] == pytest.approx(loss(DENSE, dense), rel=1e-6)
+
+
+def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "moe.ckpt"
+    main(["upcycle", str(dense), str(out), "--num-experts", "[2,4]", "--mlp-type", "residual", "--noise", "0.01"])
+    said = capsys.readouterr().out
+    assert "noise of 0.01" in said and f"model.warm_start.checkpoint={out}" in said
+    assert load_model(out).config.moe == MoEConfig([2, 4], mlp_type="residual")
+    assert "exists already" in error_of(capsys, "upcycle", dense, out)
+    assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
+    assert "top_k=9" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--top-k=9")
+    assert "num_experts=[2]" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--num-experts=[2]")
+    assert "noise=-1.0" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--noise=-1")
+    assert "other.ckpt" in error_of(capsys, "upcycle", dense, tmp_path / "other")
