@@ -77,9 +77,10 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
     """
     try:
         with _quiet():
-            model, info = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            loaded: Any = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # of many types, for as many formats
         raise ValueError(f"{folder} cannot be read ({error}); download or save the model again") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {missing[0]}; download or save the model again")
     if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):

@@ -46,7 +46,7 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = GPT(config.gpt_config(), seed=torch.initial_seed())
         for parameter in self.model.parameters():
             if not parameter.is_meta:
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # it has its initial value
+                parameter._is_hf_initialized = True  # it has its initial value
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
