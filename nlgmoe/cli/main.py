@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 from nlgmoe.cli.command_parser import CommandParser
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.from_megatron import from_megatron
+from nlgmoe.cli.import_megatron import import_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
@@ -17,6 +18,7 @@ COMMANDS: dict[str, Any] = {
     "prepare-data": prepare_data,
     "inspect": inspect_config,
     "from-megatron": from_megatron,
+    "import-megatron": import_megatron,
     "verify": verify_checkpoint,
 }
 
