@@ -48,7 +48,6 @@ def write_weights(
             "epoch": 0,
             "global_step": global_step,
             "pytorch-lightning_version": lightning.__version__,
-            "loops": {},
             "model_config": config.to_dict(),
             "tokens_seen": tokens_seen,
             "step_samples": None,
