@@ -12,6 +12,7 @@ from nlgmoe.cli.export_checkpoint import export_checkpoint
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.generate_text import generate_text
 from nlgmoe.cli.import_checkpoint import import_checkpoint
+from nlgmoe.cli.import_megatron import import_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
 from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Any] = {
     "prepare-data": prepare_data,
     "inspect": inspect_config,
     "from-megatron": from_megatron,
+    "import-megatron": import_megatron,
     "verify": verify_checkpoint,
     "generate": generate_text,
     "export": export_checkpoint,

@@ -1,0 +1,334 @@
+"""Megatron-DeepSpeed's checkpoints: the imported model says what theirs does, and what it cannot be is refused by name."""
+
+import os
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_trained
+from nlgmoe.checkpoint import weights_only
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.megatron.importing import import_checkpoint
+from nlgmoe.checkpoint.megatron.pickles import load
+from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.verify import problems
+from nlgmoe.cli.main import main
+from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.checkpoint.megatron_engine import write_from_engine
+from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
+from tests.distributed.cells import spawn
+from tests.synthetic import SyntheticData
+
+TOKENS = torch.randint(ROWS, (3, POSITIONS), generator=torch.Generator().manual_seed(1))
+PR_MOE = {"num_experts": [2, 4], "mlp_type": "residual"}
+MODELS = {
+    "dense": {},
+    "standard": {"num_experts": [4]},
+    "top-2": {"num_experts": [4], "topk": 2, "moe_top2_2nd_expert_sampling": False},
+    "every layer": {"num_experts": [2], "expert_interval": 1},
+    "pyramid": {"num_experts": [2, 4]},
+    "PR-MoE": PR_MOE,
+}
+
+
+@torch.no_grad()
+def logits(checkpoint: Path, tokens: Tensor = TOKENS) -> Tensor:
+    model = load_model(checkpoint)
+    return model.logits(model(tokens).hidden)
+
+
+def imported(folder: Path, **options: Any) -> Tensor:
+    import_checkpoint(folder / "theirs", folder / "ours.ckpt", **options)
+    assert list(problems(folder / "ours.ckpt")) == []
+    return logits(folder / "ours.ckpt")
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    assert theirs.std() > 0.3
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], name: str = "mp_rank_00_model_states.pt") -> None:
+    """Write a file of `folder/global_step7` again, changed."""
+    file = folder / "global_step7" / name
+    state = load(file)
+    if "args" in state:  # stand-ins cannot be written
+        state.pop("rng_state", None)
+        state["args"].model_type = None
+    change(state)
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_are_those_of_deepspeeds_layers(kind: str, tmp_path: Path) -> None:
+    theirs = write(tmp_path / "theirs", arguments(**MODELS[kind]))
+    same(imported(tmp_path), theirs(TOKENS))
+
+
+def test_what_deepspeeds_engine_writes_on_two_ranks(tmp_path: Path) -> None:
+    spawn(2, write_from_engine, tmp_path / "theirs", PR_MOE, folder=tmp_path / "ranks")
+    assert len(list((tmp_path / "theirs" / "global_step0").glob("layer_*_expert_*.pt"))) == 6
+    same(imported(tmp_path), GPTModel(arguments(**PR_MOE))(TOKENS))
+
+
+def test_half_precision_becomes_fp32_and_files_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = write(tmp_path / "theirs", arguments(**PR_MOE), dtype=torch.float16)
+    monkeypatch.setattr(weights_only, "SHARD_VALUES", 3000)
+    same(imported(tmp_path), theirs(TOKENS))
+    files = list((tmp_path / "ours.ckpt").glob("model-*.safetensors"))
+    assert len(files) > 4 and max(file.stat().st_size for file in files) < 3000 * 4 + 4000
+
+
+@pytest.mark.parametrize("version", [None, 0, 1.0, 2.0, 3.0])
+def test_queries_keys_and_values_of_every_version(version: float | None, tmp_path: Path) -> None:
+    theirs = write(tmp_path / "theirs", arguments(), version)
+
+    def older(state: dict[str, Any]) -> None:
+        layers = state["module"]["language_model"]["encoder"]
+        for name in [name for name in layers if "query_key_value" in name]:
+            apart = layers[name].view(HEADS, 3, HIDDEN // HEADS, -1)
+            apart = apart.transpose(1, 2) if version == 1 else apart.transpose(0, 1)
+            layers[name] = apart.reshape(layers[name].shape)
+        state["module"]["language_model"]["transformer"] = {  # the names of that time
+            name.replace(".self_attention.", ".attention."): value for name, value in layers.items()
+        }
+        del state["module"]["language_model"]["encoder"]
+
+    if version in (None, 0, 1.0):
+        edit(tmp_path / "theirs", older)
+    same(imported(tmp_path), theirs(TOKENS))
+
+
+def test_since_fpdt_queries_keys_and_values_lie_one_after_the_other(tmp_path: Path) -> None:
+    theirs = write(tmp_path / "theirs", arguments(ds_sequence_parallel_fpdt=False))
+    expected = theirs(TOKENS)
+    same(imported(tmp_path), expected)
+    edit(tmp_path / "theirs", lambda state: delattr(state["args"], "ds_sequence_parallel_fpdt"))
+    shutil.rmtree(tmp_path / "ours.ckpt")
+    assert (imported(tmp_path) - expected).abs().max() > 0.1
+    same(imported(tmp_path, qkv="thirds"), expected)
+    edit(tmp_path / "theirs", lambda state: state.update(checkpoint_version=4.0))
+    with pytest.raises(ValueError, match=r"checkpoint_version=4\.0 is unknown .*--qkv"):
+        imported(tmp_path)
+    same(imported(tmp_path, qkv="thirds"), expected)
+
+
+def test_vocabulary_and_positions_are_cut(tmp_path: Path) -> None:
+    theirs = write(tmp_path / "theirs", arguments(seq_length=10))
+    assert import_checkpoint(tmp_path / "theirs", tmp_path / "a.ckpt").vocab_size == ROWS
+    config = import_checkpoint(tmp_path / "theirs", tmp_path / "b.ckpt", vocab_size=50)
+    assert (config.vocab_size, config.padded_vocab_size, config.seq_len) == (50, 56, 10)
+    tokens = TOKENS[:, :10] % 50
+    same(logits(tmp_path / "b.ckpt", tokens), theirs(tokens)[..., :50])
+    with pytest.raises(ValueError, match="vocab_size=65 must be between 1 and the 64 rows"):
+        import_checkpoint(tmp_path / "theirs", tmp_path / "c.ckpt", vocab_size=65)
+
+
+def test_the_configuration_is_that_of_the_run(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", arguments(**PR_MOE, moe_top2_2nd_expert_sampling=False))
+    moe = MoEConfig(
+        [2, 4], mlp_type="residual", train_capacity_factor=1.5, eval_capacity_factor=2.0, min_capacity=2,
+        second_expert="argmax", loss_coeff=0.02, aux_scope="rank",
+    )  # fmt: skip
+    expected = GPTConfig(
+        ROWS, POSITIONS, LAYERS, HIDDEN, HEADS, INNER, 0.1, 0.1, init_std=0.014, layer_norm_eps=1e-3, vocab_size_multiple=8,
+        moe=moe,
+    )  # fmt: skip
+    assert import_checkpoint(tmp_path / "theirs", tmp_path / "ours.ckpt") == expected
+    document = read_document(tmp_path / "ours.ckpt")
+    assert (document["global_step"], document["tokens_seen"]) == (7, 336)
+    write(tmp_path / "four", arguments(num_experts=[4], ffn_hidden_size=None, padded_vocab_size=ROWS))
+    with pytest.raises(ValueError, match=r"dense_h_to_4h\.weight has shape \[40, 16\], its arguments say \[64, 16\]"):
+        import_checkpoint(tmp_path / "four", tmp_path / "four.ckpt")
+    assert not list(tmp_path.glob("*four.ckpt*"))
+
+
+def test_the_command_and_all_that_can_be_done_with_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 259), "tiny")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(tokenizer.to_json())
+    write(tmp_path / "theirs", arguments(**PR_MOE), rows=264)
+    ours, words = str(tmp_path / "ours.ckpt"), ["--tokenizer", str(tmp_path / "tokenizer")]
+    main(["import-megatron", str(tmp_path / "theirs"), ours, *words])
+    assert "position   step 7, 336 tokens" in capsys.readouterr().out
+
+    trained = load_trained(ours)
+    assert trained.model.config.vocab_size == tokenizer.vocab_size == 259
+    generate(trained.model, torch.tensor([trained.tokenizer.encode("the")]), 4)
+
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu",
+                "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}  # fmt: skip
+    data = SyntheticData(vocab_size=61, seq_len=POSITIONS)
+    (by_path,) = Trainer(**settings).validate(MoEGPTModule(trained.model.config), data, ckpt_path=ours, verbose=False)
+    module = MoEGPTModule(trained.model.config, warm_start=WarmStart(ours))
+    trainer = Trainer(**settings, max_steps=1, max_epochs=-1)
+    (warm,) = trainer.validate(module, data, verbose=False)
+    assert warm["val/loss"] == pytest.approx(by_path["val/loss"], rel=1e-6)
+    with pytest.raises(ValueError, match=r"holds weights only: start a new run from it with model\.warm_start"):
+        Trainer(**settings, max_steps=9, max_epochs=-1).fit(MoEGPTModule(trained.model.config), data, ckpt_path=ours)
+
+    for arguments_, message in {
+        (ours, *words): r"output=.*ours\.ckpt exists already",
+        (str(tmp_path / "b"), *words): r"output=.*b must end in \.ckpt",
+        (str(tmp_path / "b.ckpt"), *words, "--vocab-size", "258"): "vocab_size=258 is below the 259 ids of tokenizer",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["import-megatron", str(tmp_path / "theirs"), *arguments_])
+        assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    write(folder, arguments(**PR_MOE))
+    return folder
+
+
+REFUSED = {
+    "tensor_model_parallel_size": 2,
+    "model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "use_rotary_position_embeddings": True,
+    "add_position_embedding": False,
+    "untie_embeddings_and_output_weights": True,
+    "swiglu": True,
+    "squared_relu": True,
+    "normalization": "rmsnorm",
+    "apply_layernorm_1p": True,
+    "apply_residual_connection_post_layernorm": True,
+    "add_bias_linear": False,
+    "num_experts_switch": 4,
+    "retro_add_retriever": True,
+    "num_key_value_heads": 1,
+    "kv_channels": 4,
+    "bias_gelu_fusion": False,
+    "onnx_safe": True,
+    "num_experts": [1, 4],
+    "mlp_type": "other",
+    "topk": 3,
+    "hidden_size": None,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_of_another_kind_is_refused(name: str, moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe, tmp_path / "theirs")
+    edit(tmp_path / "theirs", lambda state: setattr(state["args"], name, REFUSED[name]))
+    named = {"onnx_safe": "bias_gelu_fusion", "topk": "top_k"}.get(name, name)
+    with pytest.raises(ValueError, match=rf"^{named}[= ][^\n]*$"):
+        imported(tmp_path)
+    assert not (tmp_path / "ours.ckpt").exists()
+
+
+def test_exact_gelu_is_taken_when_told(moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe, tmp_path / "theirs")
+    edit(tmp_path / "theirs", lambda state: setattr(state["args"], "bias_gelu_fusion", False))
+    same(imported(tmp_path, accept_tanh_gelu=True), GPTModel(arguments(**PR_MOE))(TOKENS))
+
+
+def encoder(state: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = state["module"]["language_model"]["encoder"]
+    return found
+
+
+GATE = "layers.1.mlp.deepspeed_moe.gate.wg.weight"
+EXPERT = "layer_1_expert_2_mp_rank_00_model_states.pt"
+DENSE_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "lacks encoder.layers.0.input_layernorm.bias": lambda s: encoder(s).pop("layers.0.input_layernorm.bias"),
+    "has encoder.layers.4.mlp.bias, for which": lambda s: encoder(s).update({"layers.4.mlp.bias": torch.zeros(3)}),
+    "wg.weight has shape [3, 16], its arguments say [2, 16]": lambda s: encoder(s).update({GATE: torch.zeros(3, 16)}),
+    "lacks Megatron's arguments": lambda s: s.pop("args"),
+    "holds no model": lambda s: s.update(module=None),
+    "has output_layer.weight": lambda s: s["module"]["language_model"].update(
+        {"output_layer": {"weight": torch.zeros(1)}}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DENSE_CHANGES)
+def test_a_dense_file_that_does_not_fit_is_refused(message: str, moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe, tmp_path / "theirs")
+    edit(tmp_path / "theirs", DENSE_CHANGES[message])
+    with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
+        imported(tmp_path)
+
+
+def test_expert_files_that_do_not_fit_are_refused(moe: Path, tmp_path: Path) -> None:
+    step = tmp_path / "theirs" / "global_step7"
+
+    def refused(message: str, damage: Callable[[], Any]) -> None:
+        shutil.copytree(moe, tmp_path / "theirs")
+        damage()
+        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+            imported(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["theirs"]  # nothing half written
+        shutil.rmtree(tmp_path / "theirs")
+
+    refused(f"has no {EXPERT} and 1 more of 6", lambda: [step.joinpath(EXPERT.replace("2", n)).unlink() for n in "23"])
+    other = step / EXPERT.replace("expert_2", "expert_3")
+    refused("not only expert 2 of layer 3", lambda: shutil.copy(other, step / EXPERT))
+    part = "language_model.encoder.layers.3.mlp.deepspeed_moe.experts.deepspeed_experts.2.dense_4h_to_h.weight"
+    refused("lacks dense_4h_to_h.weight", lambda: edit(tmp_path / "theirs", lambda s: s.pop(part), EXPERT))
+    wide = {part: torch.zeros(16, 41)}
+    refused("has shape", lambda: edit(tmp_path / "theirs", lambda s: s.update(wide), EXPERT))
+    refused("cannot be read", lambda: os.truncate(step / EXPERT, 900))
+
+
+def test_other_folders_are_refused_by_name(tmp_path: Path) -> None:
+    def refused(message: str, *files: str) -> None:
+        folder = tmp_path / "theirs"
+        shutil.rmtree(folder, ignore_errors=True)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("global_step8")
+        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+            imported(tmp_path)
+
+    dense = "mp_rank_00_model_states.pt"
+    refused("is no folder")
+    refused("is no Megatron-DeepSpeed checkpoint", "model.bin")
+    refused("without --deepspeed", "iter_0000007/mp_rank_00/model_optim_rng.pt")
+    refused("has no file latest; name one of its folders: global_step7", f"global_step7/{dense}")
+    refused(
+        "latest names global_step8, which is not there; name one of global_step7", "latest", f"global_step7/{dense}"
+    )
+    refused("ZeRO stage 3", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    refused("pipeline parallelism", dense, "layer_01-model_00-model_states.pt")
+    refused("tensor parallelism", dense, "mp_rank_01_model_states.pt")
+    refused("tensor parallelism", dense, "layer_0_expert_0_mp_rank_01_model_states.pt")
+    refused("an old DeepSpeed", dense, "expert_0_mp_rank_00_model_states.pt")
+    refused("has no mp_rank_00_model_states.pt", "layer_0_expert_0_mp_rank_00_model_states.pt")
+    refused("cannot be read", dense)
+
+
+class Runs:
+    """Runs a command when it is unpickled the careless way."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_nothing_in_a_file_is_run(moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe, tmp_path / "theirs")
+    evidence = tmp_path / "evidence"
+    edit(
+        tmp_path / "theirs",
+        lambda state: state.update(args=Namespace(**vars(state["args"]), run=Runs(f"touch {evidence}"))),
+    )
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt holds posix.system, .*could run code"):
+        imported(tmp_path)
+    assert not evidence.exists()
