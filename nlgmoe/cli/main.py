@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from nlgmoe.cli.command_parser import CommandParser
+from nlgmoe.cli.distill_logits import distill_logits
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.inspect_config import inspect_config
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": inspect_config,
     "from-megatron": from_megatron,
     "verify": verify_checkpoint,
+    "distill-logits": distill_logits,
 }
 
 

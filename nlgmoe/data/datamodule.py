@@ -32,8 +32,8 @@ class PileDataModule(LightningDataModule):
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
     and `padded`, whether there is any padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention`
     also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer. They
-    have the numbers of their samples too, `samples`, a list. Those of a corpus that is streamed come with a `cursor`, which is taken
-    out before the model sees them.
+    also have `samples`, a list of their samples' numbers. Those of a corpus that is streamed come with a `cursor`, which is
+    taken out before the model sees them.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.

@@ -62,6 +62,15 @@ class EndsDistillation(Protocol):
         ...
 
 
+def last_of(train_tokens: int | None, trainer: Trainer) -> End:
+    """When distillation ends in a run of so many tokens: with the run, or where a callback of its trainer says so."""
+    end = End(train_tokens, trainer.max_steps if trainer.max_steps >= 0 else None)
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, EndsDistillation):
+            end = end.earlier(callback.distillation_end(train_tokens))
+    return end
+
+
 class Clocks(NamedTuple):
     """How far a run is: tokens fed, optimizer steps taken, and samples that these took."""
 

@@ -24,7 +24,7 @@ from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import check_loss
-from nlgmoe.layers.losses import SoftTargets
+from nlgmoe.layers.losses import SoftTargets, Targets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 
@@ -75,7 +75,9 @@ class MixtureOfStudents:
         self.release()
         if self.stage == 0:
             return
-        self.load(student.config, student.token_embedding.weight, getattr(trainer, "datamodule", None), trainer.strategy)
+        self.load(
+            student.config, student.token_embedding.weight, getattr(trainer, "datamodule", None), trainer.strategy
+        )
 
     def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> Path:
         """Load the teacher of such a student to where `like` is, in its type; returns the checkpoint.
@@ -122,7 +124,7 @@ class MixtureOfStudents:
         return True
 
     @torch.no_grad()
-    def read(self, batch: Batch, mask: Tensor | None) -> SoftTargets | None:
+    def read(self, batch: Batch, mask: Tensor | None) -> Targets | None:
         """What the teacher says of a batch; None if its lesson is over.
 
         Args:

@@ -15,9 +15,9 @@ from nlgmoe.batch import Batch, NumbersSamples
 from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.config import GPTConfig
-from nlgmoe.distill.distiller import Clocks, End, EndsDistillation, check_loss, samples_until
+from nlgmoe.distill.distiller import Clocks, check_loss, last_of, samples_until
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
-from nlgmoe.layers.losses import TopTargets
+from nlgmoe.layers.losses import Targets, TopTargets
 from nlgmoe.model.gpt import GPT
 
 
@@ -76,7 +76,7 @@ class OfflineTeacher:
         was_open, self._found = self._found is not None, None
         return was_open
 
-    def read(self, batch: Batch, mask: Tensor | None) -> TopTargets | None:
+    def read(self, batch: Batch, mask: Tensor | None) -> Targets | None:
         """What the teacher has said of a batch; None if its lesson is over.
 
         Args:
@@ -110,7 +110,7 @@ class OfflineTeacher:
         if header["temperature"] != self.temperature:
             raise ValueError(
                 f"{where} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
-                f"{self.temperature}; set it to that, or record at another: what is outside the likeliest tokens cannot be converted"
+                f"{self.temperature}; set it to that, or record at another: the tail's probability at another is not known"
             )
 
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
@@ -118,8 +118,8 @@ class OfflineTeacher:
         where, data = f"model.distiller.logits={self.logits}", getattr(trainer, "datamodule", None)
         if not isinstance(data, NumbersSamples):
             raise ValueError(
-                f"{where}: the data module does not number its samples, so that nothing can be looked up; use nlgmoe.PileDataModule, "
-                "or nlgmoe.MixtureOfStudents"
+                f"{where}: the data module does not number its samples, so that nothing can be looked up; use "
+                "nlgmoe.PileDataModule, or nlgmoe.MixtureOfStudents"
             )
         here = {**data.fingerprint(), "document_attention": data.document_attention}
         there = {**header["data"], "document_attention": header["document_attention"]}
@@ -129,12 +129,10 @@ class OfflineTeacher:
                 "teacher's logits for this configuration"
             )
         module: Any = trainer.lightning_module
-        end = End(module.train_tokens, trainer.max_steps if trainer.max_steps >= 0 else None)
-        for callback in getattr(trainer, "callbacks", []):
-            if isinstance(callback, EndsDistillation):
-                end = end.earlier(callback.distillation_end(module.train_tokens))
         begin = Clocks(module.tokens_seen, trainer.global_step, data.samples_consumed)
-        needed = samples_until(end, data.batch_size_after, header["seq_len"], module.curriculum, begin)
+        needed = samples_until(
+            last_of(module.train_tokens, trainer), data.batch_size_after, header["seq_len"], module.curriculum, begin
+        )
         if needed is not None and needed > header["samples"]:
             raise ValueError(
                 f"{where} holds {header['samples']:,} samples, this run distils {needed:,}; record that many with --samples "
@@ -154,8 +152,8 @@ class OfflineTeacher:
             if weights != header["teacher"]["weights"]:
                 raise ValueError(
                     f"model.distiller.teacher={path} is another teacher than that of model.distiller.logits={self.logits}, "
-                    f"{header['teacher']['checkpoint']} (weights {weights} and {header['teacher']['weights']}); record its logits, "
-                    "or set it to null"
+                    f"{header['teacher']['checkpoint']} (weights {weights} and {header['teacher']['weights']}); record its "
+                    "logits, or set it to null"
                 )
 
 

@@ -82,6 +82,8 @@ def record_logits(
     """
     work = building(folder)
     if folder.exists():
+        if not (folder / HEADER).exists():
+            raise ValueError(f"output={folder} exists already, and holds no teacher's logits; name another output")
         header = read_header(folder)
         _check_same(header, settings, folder)
         shutil.rmtree(work, ignore_errors=True)  # killed just before it would have done that
@@ -174,8 +176,12 @@ def _go_on(note: Path, settings: dict[str, Any], data: PileDataModule) -> tuple[
 def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) -> None:
     """Whether what is there is what is wanted. The same teacher may be found under another path."""
     there, here = (one | {"teacher": one["teacher"]["weights"]} for one in (earlier, settings))
-    if differing := [f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]]:
-        raise ValueError(f"{where} was recorded with other settings: {', '.join(differing)}; name another output, or delete it")
+    if differing := [
+        f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
+    ]:
+        raise ValueError(
+            f"{where} was recorded with other settings: {', '.join(differing)}; name another output, or delete it"
+        )
 
 
 def _make_room(file: Path, kept: int, needed: int, work: Path) -> None:
@@ -186,8 +192,8 @@ def _make_room(file: Path, kept: int, needed: int, work: Path) -> None:
     os.truncate(file, kept)
     if (free := shutil.disk_usage(work).free) < needed:
         raise ValueError(
-            f"output={work.parent / file.parent.name} takes {needed / 1e9:,.2f} GB more, there are {free / 1e9:,.2f} GB free; make "
-            "room, or lower top_k or samples"
+            f"output={work.parent / file.parent.name} takes {needed / 1e9:,.2f} GB more, there are {free / 1e9:,.2f} GB free; "
+            "make room, or lower top_k or samples"
         )
 
 
@@ -198,7 +204,7 @@ def _records(
     assert teacher.model is not None
     moved = cast(Batch, move_data_to_device(batch, teacher.model.token_embedding.weight.device))
     said = teacher.read(moved, mask_or_none(moved))
-    assert said is not None
+    assert isinstance(said, SoftTargets)
     count, length = batch["tokens"].shape
     wanted = min(count, settings["samples"] - done.samples)
     parts = [

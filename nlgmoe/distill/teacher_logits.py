@@ -123,5 +123,7 @@ def checksum(record: np.ndarray, sample: int) -> int:
 def weights_of(checkpoint: str | Path) -> str:
     """Which weights a checkpoint holds, by their checksums: however many files they are in, and whatever else is saved."""
     files: dict[str, Any] = read_manifest(checkpoint)["files"]
-    entries = {entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()}
+    entries = {
+        entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()
+    }
     return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())
