@@ -1,8 +1,11 @@
 """A data module without text: batches are a pure function of (seed, samples consumed), like the real one's."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from nlgmoe.seeding import derive_seed
 
@@ -96,3 +99,36 @@ class _Endless:
         while True:
             yield list(range(start, start + self.batch_size))
             start += self.batch_size * self.world
+
+
+class NumberedData(SyntheticData):
+    """The same samples in the same order, and their numbers with them."""
+
+    def __init__(self, seed: int = 1, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seed, self.document_attention = seed, self.documents
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"corpus": "a walk", "tokenizer": "numbers", "seq_len": self.seq_len, "seed": self.seed}
+
+    def batch_size_after(self, samples: int) -> int:
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self.micro_batch_size * self._rank_and_world()[1] * accumulated
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(_Numbered(self), batch_size=None, generator=torch.Generator())
+
+
+class _Numbered(IterableDataset):
+    def __init__(self, data: NumberedData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        data, size = self.data, self.data.micro_batch_size
+        samples = _Samples(data.vocab_size, data.seq_len, 0, 10**9, data.padded, data.documents)
+        rank, world = data._rank_and_world()
+        start = data.samples_consumed + rank * size
+        while True:
+            numbers = list(range(start, start + size))
+            yield default_collate([samples[number] for number in numbers]) | {"samples": numbers}
+            start += size * world

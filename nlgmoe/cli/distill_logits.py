@@ -115,7 +115,8 @@ def distill_logits(
     print(
         f"tail       {header['tail_mass']:.4f} of the probability is outside the {top_k} likeliest tokens, on average"
     )
-    print(f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={output}")
+    print(f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={output} \\")
+    print(f"           --model.distiller.init_args.teacher={header['teacher']['checkpoint']}")
 
 
 def _distilled(experiment: Experiment, batch_size_after: Any) -> int:

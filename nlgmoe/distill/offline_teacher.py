@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nlgmoe.batch import Batch, NumbersSamples
 from nlgmoe.checkpoint.agreement import all_or_none
+from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Clocks, check_loss, last_of, samples_until
@@ -144,6 +145,7 @@ class OfflineTeacher:
         with all_or_none():
             try:
                 path = Path(teacher) if is_checkpoint(teacher) else choose(teacher, to_train=False)
+                read_document(path)
                 weights = weights_of(path)
             except (ValueError, OSError) as error:
                 raise ValueError(
