@@ -170,7 +170,7 @@ def test_half_precision_moves_the_gradient_by_its_rounding() -> None:
 def test_a_student_whose_tail_is_nothing_learns_without_nan() -> None:
     """Its probabilities of the tail are 0 in fp32, the teacher's are not."""
     logits = torch.zeros(1, 6).index_fill_(1, torch.tensor([0]), 300.0).requires_grad_()
-    teacher, target = torch.zeros(1, 6), torch.zeros(1, dtype=torch.int64)
+    teacher, target = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
     found = offline(logits, torch.eye(6), target, None, teacher, top_k=2, half=True, beta=1.0, temperature=1.0)
     (gradient,) = torch.autograd.grad(found.loss, logits)
     assert found.loss.isfinite() and gradient.isfinite().all() and gradient[0, 0] > 0.5

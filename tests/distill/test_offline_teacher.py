@@ -121,11 +121,19 @@ def test_a_run_goes_on_before_at_and_after_the_end(saved: int, logits: Path, tmp
     copy, path = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, copy)
 
+    class Counts(OfflineTeacher):
+        said = 0
+
+        def read(self, batch: Any, mask: Any) -> Any:
+            found = super().read(batch, mask)
+            Counts.said += found is not None
+            return found
+
     def run(root: Path, *callbacks: Callback, **settings: Any) -> Losses:
-        return fit(root, OfflineTeacher(str(copy), 1.0, 2.0), StagedDistillation(step=2), *callbacks, **settings)
+        return fit(root, Counts(str(copy), 1.0, 2.0), StagedDistillation(step=2), *callbacks, **settings)
 
     whole = run(tmp_path, SaveAt(2 * saved, path))
-    assert len(whole.distilled) == 4
+    assert Counts.said == 4
     if saved >= 2:
         shutil.rmtree(copy)
     assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]

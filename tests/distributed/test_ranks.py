@@ -21,6 +21,7 @@ from nlgmoe.model.cost import estimate
 from nlgmoe.model.hardware import hardware
 from nlgmoe.model.topology import Topology
 from nlgmoe.non_finite import NonFinite
+from tests.distill.test_offline_teacher import record
 from tests.distributed.cells import (
     SAMPLES,
     Cell,
@@ -48,7 +49,6 @@ from tests.distributed.cells import (
     warm_start,
     with_state,
 )
-from tests.distill.test_offline_teacher import record
 from tests.synthetic import SyntheticData
 
 DROPLESS = {"token_dropping": False}
