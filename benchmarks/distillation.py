@@ -50,7 +50,7 @@ def main() -> None:
     batch: Batch = next(iter(data.train_dataloader()))
     folder = Path(tempfile.mkdtemp()) / "logits"
     offline = OfflineTeacher(str(folder))
-    record_logits(distiller, data, _recipe(data), folder, CHUNK, lambda progress: None)
+    record_logits(distiller, data, _recipe(data), folder, lambda progress: None)
     offline._found = TeacherLogits(folder)
 
     def step(learns_from: Distiller | None) -> None:
@@ -94,6 +94,7 @@ def _recipe(data: NumberedData) -> dict[str, Any]:
         "temperature": 1.0,
         "samples": SEQUENCES,
         "micro_batch_size": SEQUENCES,
+        "loss_chunk_size": CHUNK,
     }
 
 

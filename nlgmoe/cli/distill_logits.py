@@ -105,10 +105,11 @@ def distill_logits(
         "temperature": temperature,
         "samples": samples,
         "micro_batch_size": data.micro_batch_size,
+        "loss_chunk_size": module.loss_chunk_size,
     }
     size = record_type(recipe).itemsize
     lines = _Lines(samples, module.config.seq_len, size)
-    header = record_logits(spoken, data, recipe, Path(output), module.loss_chunk_size, lines.report)
+    header = record_logits(spoken, data, recipe, Path(output), lines.report)
     print(f"teacher    {header['teacher']['checkpoint']}, step {header['teacher']['step']:,}, {precision}")
     print(f"samples    {samples:,} of {module.config.seq_len:,} tokens")
     print(f"logits     {output}, {samples * size / 1e6:,.1f} MB, {size / module.config.seq_len:,.1f} bytes a token")

@@ -63,7 +63,6 @@ def record_logits(
     data: PileDataModule,
     settings: dict[str, Any],
     folder: Path,
-    chunk_size: int,
     report: Callable[[Progress], object],
 ) -> dict[str, Any]:
     """Write a folder for `TeacherLogits`, or go on with it; returns its header.
@@ -72,9 +71,9 @@ def record_logits(
         teacher: loaded.
         data: at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: all that decides the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
-            fingerprint), `vocab_size`, `seq_len`, `top_k`, `temperature`, `samples`, `micro_batch_size`, and more.
+            fingerprint), `vocab_size`, `seq_len`, `top_k`, `temperature`, `samples`, `micro_batch_size`,
+            `loss_chunk_size` (positions whose logits exist at a time), and more.
         folder: the result.
-        chunk_size: positions whose logits exist at a time.
         report: gets the progress at the start and after every batch.
 
     Raises:
@@ -96,7 +95,7 @@ def record_logits(
     except Timeout:
         raise ValueError(f"output={folder} is being recorded by another process: wait for it, or stop it") from None
     try:
-        header = _record(teacher, data, settings, work, folder, chunk_size, report)
+        header = _record(teacher, data, settings, work, folder, report)
         (work / folder.name).rename(folder)
         _flush(folder.parent)
     finally:
@@ -111,7 +110,6 @@ def _record(
     settings: dict[str, Any],
     work: Path,
     folder: Path,
-    chunk_size: int,
     report: Callable[[Progress], object],
 ) -> dict[str, Any]:
     """Write all of the folder, under its name in `work`."""
@@ -126,26 +124,19 @@ def _record(
     report(done)
     with (parts / RECORDS).open("r+b") as file:
         file.seek(done.samples * dtype.itemsize)
-
-        def record_progress() -> None:
-            file.flush()
-            os.fsync(file.fileno())
-            _write_json(note, {"settings": settings, "done": asdict(done), "data": data.state_dict()})
-
         batches, noted = iter(data.train_dataloader()) if done.samples < total else iter(()), time.monotonic()
-        try:
-            while done.samples < total:
-                batch = data.on_before_batch_transfer(next(batches), 0)
-                assert batch["samples"][0] == done.samples
-                records, done = _records(teacher, batch, settings, chunk_size, done)
-                file.write(records.tobytes())
-                data.advance(len(batch["samples"]))
-                report(done)
-                if time.monotonic() - noted >= RECORD_SECONDS:
-                    record_progress()
-                    noted = time.monotonic()
-        finally:  # told to stop, or out of room: what is whole is kept
-            record_progress()
+        while done.samples < total:
+            batch = data.on_before_batch_transfer(next(batches), 0)
+            assert batch["samples"][0] == done.samples
+            records, reached = _records(teacher, batch, settings, done)
+            file.write(records.tobytes())
+            data.advance(len(batch["samples"]))
+            report(done := reached)
+            if done.samples == total or time.monotonic() - noted >= RECORD_SECONDS:
+                file.flush()
+                os.fsync(file.fileno())
+                _write_json(note, {"settings": settings, "done": asdict(done), "data": data.state_dict()})
+                noted = time.monotonic()
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -198,18 +189,18 @@ def _make_room(file: Path, kept: int, needed: int, work: Path) -> None:
 
 
 def _records(
-    teacher: MixtureOfStudents, batch: dict[str, Any], settings: dict[str, Any], chunk_size: int, done: Progress
+    teacher: MixtureOfStudents, batch: dict[str, Any], settings: dict[str, Any], done: Progress
 ) -> tuple[np.ndarray, Progress]:
     """A batch's records, as far as they are wanted, and the progress with them."""
     assert teacher.model is not None
     moved = cast(Batch, move_data_to_device(batch, teacher.model.token_embedding.weight.device))
     said = teacher.read(moved, mask_or_none(moved))
     assert isinstance(said, SoftTargets)
-    count, length = batch["tokens"].shape
+    (count, length), chunk = batch["tokens"].shape, settings["loss_chunk_size"]
     wanted = min(count, settings["samples"] - done.samples)
     parts = [
-        likeliest(said, slice(start, start + chunk_size), settings["top_k"], settings["temperature"])
-        for start in range(0, count * length, chunk_size)
+        likeliest(said, slice(start, start + chunk), settings["top_k"], settings["temperature"])
+        for start in range(0, count * length, chunk)
     ]
     ids, log_probs = (torch.cat(column).view(count, length, -1).cpu() for column in zip(*parts, strict=True))
     records = np.zeros(wanted, record_type(settings))

@@ -58,8 +58,9 @@ def record(teacher: Path, folder: Path, data: NumberedData | None = None, **chan
         "temperature": 2.0,
         "samples": SAMPLES,
         "micro_batch_size": 4,
+        "loss_chunk_size": 24,
     }
-    return record_logits(spoken, data, settings | changes, folder, 24, lambda progress: None)
+    return record_logits(spoken, data, settings | changes, folder, lambda progress: None)
 
 
 class Losses(Callback):
