@@ -1,11 +1,10 @@
 """A data module without text: batches are a pure function of (seed, samples consumed), like the real one's."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.seeding import derive_seed
 
@@ -116,19 +115,17 @@ class NumberedData(SyntheticData):
         return self.micro_batch_size * self._rank_and_world()[1] * accumulated
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(_Numbered(self), batch_size=None, generator=torch.Generator())
+        first = self.samples_consumed
+        samples = _Numbered(self.vocab_size, self.seq_len, first, 10**9, self.padded, self.documents)
+        batches = _Endless(self.micro_batch_size, *self._rank_and_world())
+        return DataLoader(samples, batch_sampler=batches, collate_fn=_with_numbers, generator=torch.Generator())
 
 
-class _Numbered(IterableDataset):
-    def __init__(self, data: NumberedData) -> None:
-        self.data = data
+class _Numbered(_Samples):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"samples": self.first + index}
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        data, size = self.data, self.data.micro_batch_size
-        samples = _Samples(data.vocab_size, data.seq_len, 0, 10**9, data.padded, data.documents)
-        rank, world = data._rank_and_world()
-        start = data.samples_consumed + rank * size
-        while True:
-            numbers = list(range(start, start + size))
-            yield default_collate([samples[number] for number in numbers]) | {"samples": numbers}
-            start += size * world
+
+def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    numbers = [sample.pop("samples") for sample in samples]
+    return default_collate(samples) | {"samples": numbers}
