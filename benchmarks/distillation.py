@@ -2,6 +2,7 @@
 
     python -m benchmarks.distillation [--rounds 7]
 
+"Offline" learns from the 64 likeliest tokens of each position, read from a folder as a run reads them.
 The laptop twins: the student of configs/mos/laptop.yaml, the teacher of configs/pr_moe/laptop.yaml, untrained: time does not
 depend on what it knows. A step is forward, loss, backward and AdamW on one micro-batch of 16 x 128 tokens.
 """
@@ -9,20 +10,28 @@ depend on what it knows. A step is forward, loss, backward and AdamW on one micr
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.timing import ROOT, command_line, interleaved, settings
 from nlgmoe import load_config
 from nlgmoe.batch import Batch
+from nlgmoe.distill.distiller import Distiller
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.distill.offline_teacher import OfflineTeacher
+from nlgmoe.distill.record_logits import record_logits
+from nlgmoe.distill.teacher_logits import TeacherLogits
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from tests.synthetic import NumberedData
 
-SEQUENCES, CHUNK = 16, 1024
+SEQUENCES, CHUNK, TOP_K = 16, 1024, 64
 
 
 def main() -> None:
@@ -35,13 +44,17 @@ def main() -> None:
     student, distiller = GPT(student_config, 1), MixtureOfStudents("random")
     distiller.model = GPT(teacher_config, 2).requires_grad_(False).eval()
     optimizer = build_adamw(student, AdamWConfig())
-    tokens = torch.randint(student_config.vocab_size, (SEQUENCES, student_config.seq_len + 1))
-    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    domain = torch.zeros(SEQUENCES, dtype=torch.int64)
-    batch: Batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "token_mask": mask, "domain": domain}
+    data = NumberedData(
+        vocab_size=student_config.vocab_size, seq_len=student_config.seq_len, micro_batch_size=SEQUENCES
+    )
+    batch: Batch = next(iter(data.train_dataloader()))
+    folder = Path(tempfile.mkdtemp()) / "logits"
+    offline = OfflineTeacher(str(folder))
+    record_logits(distiller, data, _recipe(data), folder, lambda progress: None)
+    offline._found = TeacherLogits(folder)
 
-    def step(distilled: bool) -> None:
-        teacher = distiller.read(batch, None) if distilled else None
+    def step(learns_from: Distiller | None) -> None:
+        teacher = None if learns_from is None else learns_from.read(batch, None)
         hidden = student(batch["tokens"], noise_key=(0, 0, 0)).hidden.flatten(0, 1)
         rest = hidden, student.unembedding, batch["targets"].flatten(), None, CHUNK
         loss = cross_entropy(*rest) if teacher is None else distilled_cross_entropy(*rest, None, teacher).loss
@@ -51,9 +64,11 @@ def main() -> None:
 
     seconds = interleaved(
         {
-            "plain step": lambda: step(False),
-            "distilled step": lambda: step(True),
+            "plain step": lambda: step(None),
+            "distilled step": lambda: step(distiller),
             "teacher's blocks": lambda: distiller.read(batch, None),
+            "offline step": lambda: step(offline),
+            "reading the record": lambda: offline.read(batch, None),
         },
         arguments.rounds,
     )
@@ -64,7 +79,23 @@ def main() -> None:
         print(f"{name:<18} {value * 1e3:7.1f} ms  {value / plain:5.2f} of a plain step")
     print(f"floor: the teacher's forward FLOPs are {floor:.2f} of a plain step's; its weights are {size / 1e6:.1f} MB")
     result = {**settings(rounds=arguments.rounds), "seconds": seconds, "floor": floor, "teacher_bytes": size}
+    shutil.rmtree(folder.parent)
     Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _recipe(data: NumberedData) -> dict[str, Any]:
+    return {
+        "teacher": {"checkpoint": "random", "weights": "random"},
+        "data": data.fingerprint(),
+        "document_attention": False,
+        "vocab_size": data.vocab_size,
+        "seq_len": data.seq_len,
+        "top_k": TOP_K,
+        "temperature": 1.0,
+        "samples": SEQUENCES,
+        "micro_batch_size": SEQUENCES,
+        "loss_chunk_size": CHUNK,
+    }
 
 
 if __name__ == "__main__":

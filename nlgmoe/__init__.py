@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+    from nlgmoe.distill.offline_teacher import OfflineTeacher
     from nlgmoe.eval.generation import generate
     from nlgmoe.eval.trained import Trained, load_trained
     from nlgmoe.layers.moe import MoELayer
@@ -35,6 +36,7 @@ _HOMES = {
     "MoEGPTModule": "nlgmoe.module",
     "MixtureOfStudents": "nlgmoe.distill.mixture_of_students",
     "MoELayer": "nlgmoe.layers.moe",
+    "OfflineTeacher": "nlgmoe.distill.offline_teacher",
     "PileDataModule": "nlgmoe.data",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "Trained": "nlgmoe.eval.trained",
@@ -56,6 +58,7 @@ __all__ = [
     "MoEConfig",
     "MoEGPTModule",
     "MoELayer",
+    "OfflineTeacher",
     "PileDataModule",
     "StagedDistillation",
     "Trained",

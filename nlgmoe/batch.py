@@ -20,6 +20,8 @@ class Batch(TypedDict):
             `token_mask` says. Such positions are read and routed like any other.
         document: `[B, T]` int64, the number of the document that each position belongs to; only if attention is to end at
             their borders.
+        samples: B numbers, of the sequences in the run's order, not on a GPU; only in training, and only where the data module
+            `NumbersSamples`.
     """
 
     tokens: Tensor
@@ -29,6 +31,14 @@ class Batch(TypedDict):
     padded: NotRequired[bool]
     loss_mask: NotRequired[Tensor]
     document: NotRequired[Tensor]
+    samples: NotRequired[list[int]]
+
+
+def mask_or_none(batch: Batch) -> Tensor | None:
+    """The token mask, or None where nothing is masked: attention is faster without one."""
+    mask = batch["token_mask"]
+    padded = batch.get("padded")
+    return mask if (not mask.all() if padded is None else padded) else None
 
 
 def loss_mask(batch: Batch) -> Tensor:
@@ -59,6 +69,25 @@ class PlansBatches(Protocol):
 
     def planned_batch_size(self) -> int | None:
         """Sequences of the next optimizer step, over all ranks; None if that is the trainer's business."""
+
+
+@runtime_checkable
+class NumbersSamples(Protocol):
+    """A data module whose training batches say which samples they hold, so that what was stored of one is found again.
+
+    Attributes:
+        samples_consumed: how many have been trained on.
+        document_attention: whether batches have `document`.
+    """
+
+    samples_consumed: int
+    document_attention: bool
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What decides, with a sample's number, which tokens it has; the names are those of settings."""
+
+    def batch_size_after(self, samples: int) -> int:
+        """Sequences of the optimizer step that follows the first `samples`, over all ranks."""
 
 
 @runtime_checkable

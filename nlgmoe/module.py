@@ -14,11 +14,11 @@ from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, CountsSamples, HasTokenizer, PlansBatches, SpellsBytes, cut, loss_mask
+from nlgmoe.batch import Batch, CountsSamples, HasTokenizer, PlansBatches, SpellsBytes, cut, loss_mask, mask_or_none
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy, token_losses
@@ -70,7 +70,7 @@ class MoEGPTModule(LightningModule):
         seed: int = 1234,
         warm_start: WarmStart | None = None,
         non_finite: NonFinite = NonFinite(),  # noqa: B008 (frozen)
-        distiller: MixtureOfStudents | None = None,
+        distiller: Distiller | None = None,
     ) -> None:
         super().__init__()
         if train_tokens is not None and train_tokens < 1:
@@ -185,7 +185,7 @@ class MoEGPTModule(LightningModule):
 
         Until the step is taken, another call computes the same again.
         """
-        key, mask = self._noise_key(index), _mask_or_none(batch)
+        key, mask = self._noise_key(index), mask_or_none(batch)
         # Before the student, so that the teacher's activations are gone when the student's are there.
         teacher = self.distiller.read(batch, mask) if self.distiller is not None else None
         devices = [self.device] if self.device.type == "cuda" else []
@@ -417,7 +417,7 @@ class MoEGPTModule(LightningModule):
         return self.seed, trainer.global_step, index * trainer.world_size + trainer.global_rank
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        hidden = self.gpt(batch["tokens"], _mask_or_none(batch), documents=batch.get("document")).hidden
+        hidden = self.gpt(batch["tokens"], mask_or_none(batch), documents=batch.get("document")).hidden
         losses = token_losses(
             hidden.flatten(0, 1), self.gpt.unembedding, batch["targets"].flatten(), self.loss_chunk_size
         )
@@ -463,10 +463,3 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
         distributed.all_reduce(value)
         value /= distributed.get_world_size()
     return value
-
-
-def _mask_or_none(batch: Batch) -> Tensor | None:
-    """The mask, or None where nothing is masked: attention is faster without one."""
-    mask = batch["token_mask"]
-    padded = batch.get("padded")
-    return mask if (not mask.all() if padded is None else padded) else None

@@ -1,8 +1,10 @@
 """A data module without text: batches are a pure function of (seed, samples consumed), like the real one's."""
 
+from typing import Any
+
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.seeding import derive_seed
 
@@ -96,3 +98,34 @@ class _Endless:
         while True:
             yield list(range(start, start + self.batch_size))
             start += self.batch_size * self.world
+
+
+class NumberedData(SyntheticData):
+    """The same samples in the same order, and their numbers with them."""
+
+    def __init__(self, seed: int = 1, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seed, self.document_attention = seed, self.documents
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"corpus": "a walk", "tokenizer": "numbers", "seq_len": self.seq_len, "seed": self.seed}
+
+    def batch_size_after(self, samples: int) -> int:
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self.micro_batch_size * self._rank_and_world()[1] * accumulated
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.samples_consumed
+        samples = _Numbered(self.vocab_size, self.seq_len, first, 10**9, self.padded, self.documents)
+        batches = _Endless(self.micro_batch_size, *self._rank_and_world())
+        return DataLoader(samples, batch_sampler=batches, collate_fn=_with_numbers, generator=torch.Generator())
+
+
+class _Numbered(_Samples):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"samples": self.first + index}
+
+
+def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    numbers = [sample.pop("samples") for sample in samples]
+    return default_collate(samples) | {"samples": numbers}

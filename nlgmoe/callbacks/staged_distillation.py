@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
 
@@ -94,19 +95,22 @@ class StagedDistillation(Callback):
         if distiller is None:
             return
         distiller.stage = self._weight(trainer, pl_module)
-        if distiller.stage == 0 and distiller.model is not None:
-            distiller.release()
+        if distiller.stage == 0 and distiller.release():
             # Lightning would go on logging the last values: to it the run is one epoch.
             for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
                 del trainer.fit_loop.epoch_loop._results[key]
             rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is gone")
 
+    def distillation_end(self, train_tokens: int | None) -> End:
+        """When distillation ends in a run of so many tokens."""
+        if self.fraction is None:
+            return End(self.tokens, self.step)
+        assert train_tokens is not None
+        return End(round(self.fraction * train_tokens), None)
+
     def _weight(self, trainer: Trainer, module: MoEGPTModule) -> float:
-        if self.step is not None:
-            return distillation_weight(trainer.global_step, self.step)
-        end = self.tokens
-        if self.fraction is not None:
-            assert module.train_tokens is not None
-            end = round(self.fraction * module.train_tokens)
-        assert end is not None
-        return distillation_weight(module.tokens_seen, end, self.ramp_tokens)
+        end = self.distillation_end(module.train_tokens)
+        if end.steps is not None:
+            return distillation_weight(trainer.global_step, end.steps)
+        assert end.tokens is not None
+        return distillation_weight(module.tokens_seen, end.tokens, self.ramp_tokens)

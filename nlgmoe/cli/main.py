@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from nlgmoe.cli.command_parser import CommandParser
+from nlgmoe.cli.distill_logits import distill_logits
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.export_checkpoint import export_checkpoint
 from nlgmoe.cli.from_megatron import from_megatron
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Any] = {
     "export": export_checkpoint,
     "import": import_checkpoint,
     "upcycle": upcycle_checkpoint,
+    "distill-logits": distill_logits,
 }
 
 

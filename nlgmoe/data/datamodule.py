@@ -31,8 +31,9 @@ class PileDataModule(LightningDataModule):
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
     and `padded`, whether there is any padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention`
-    also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer. Those
-    of a corpus that is streamed come with a `cursor`, which is taken out before the model sees them.
+    also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer. They
+    also have `samples`, a list of their samples' numbers. Those of a corpus that is streamed come with a `cursor`, which is
+    taken out before the model sees them.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
@@ -171,9 +172,13 @@ class PileDataModule(LightningDataModule):
 
     def planned_batch_size(self) -> int | None:
         """Sequences of the next optimizer step, over all ranks; None if `accumulate_grad_batches` decides that."""
-        if self.global_batch_size is None:
-            return None
-        return batch_size_after(self.samples_consumed, self.seq_len, self.global_batch_size, self.batch_ramp_up)
+        return None if self.global_batch_size is None else self.batch_size_after(self.samples_consumed)
+
+    def batch_size_after(self, samples: int) -> int:
+        """Sequences of the optimizer step that follows the first `samples`, over all ranks."""
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        whole = self.global_batch_size or self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
+        return batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take the cursors out of a batch: the model does not see them."""

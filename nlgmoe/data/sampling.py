@@ -47,7 +47,7 @@ class SourceDataset(Dataset[Sample]):
 
 
 class MicroBatches(Dataset[Any]):
-    """Whole micro-batches, by the indices of their samples.
+    """Whole micro-batches, by the indices of their samples, which they name as `samples`.
 
     Args:
         samples: one by one.
@@ -59,7 +59,7 @@ class MicroBatches(Dataset[Any]):
         self._collate = collate
 
     def __getitem__(self, indices: list[int]) -> Any:
-        return self._collate([self._samples[index] for index in indices])
+        return self._collate([self._samples[index] for index in indices]) | {"samples": indices}
 
 
 class TrainingSampler(DistributedSampler):

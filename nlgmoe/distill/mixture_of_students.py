@@ -7,7 +7,6 @@ The teacher is no part of the student: no checkpoint, optimizer or engine sees i
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,8 @@ from nlgmoe.checkpoint.layout import entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.losses import SoftTargets
+from nlgmoe.distill.distiller import check_loss
+from nlgmoe.layers.losses import SoftTargets, Targets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 
@@ -52,10 +52,7 @@ class MixtureOfStudents:
         temperature: float = 1.0,
         precision: Literal["fp32", "bf16"] | None = None,
     ) -> None:
-        if not (math.isfinite(beta) and beta > 0):
-            raise ValueError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")
+        check_loss(beta, temperature)
         if precision not in (None, *_DTYPES):
             raise ValueError(f"precision={precision} must be fp32, bf16 or null")
         self.teacher = teacher
@@ -78,16 +75,32 @@ class MixtureOfStudents:
         self.release()
         if self.stage == 0:
             return
-        like, strategy = student.token_embedding.weight, trainer.strategy
+        self.load(
+            student.config, student.token_embedding.weight, getattr(trainer, "datamodule", None), trainer.strategy
+        )
+
+    def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> Path:
+        """Load the teacher of such a student to where `like` is, in its type; returns the checkpoint.
+
+        Args:
+            student: the model that learns.
+            like: one of its weights.
+            data: the data module that it learns from, or None.
+            strategy: of its trainer, which may spread experts over ranks.
+
+        Raises:
+            ValueError: as `start`.
+        """
         with all_or_none():
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
-            _check(config, student.config, path)
-            _check_tokenizer(document, getattr(trainer, "datamodule", None), path)
+            _check(config, student, path)
+            _check_tokenizer(document, data, path)
         placed = strategy.expert_placements(config) if isinstance(strategy, PlacesExperts) else {}
         with all_or_none():
             self.model = _load(path, config, placed, like.device, _DTYPES.get(self.precision or "", like.dtype))
         rank_zero_info(f"the teacher is {path}: {config.num_layers} blocks, {config.hidden_size} wide")
+        return path
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
         """The checkpoint, of a run that is still being trained the newest valid one; and what it says of itself."""
@@ -100,16 +113,18 @@ class MixtureOfStudents:
                 "to train on text alone"
             ) from error
 
-    def release(self) -> None:
-        """Free the teacher's memory."""
-        if self.model is not None:
-            on_gpu = self.model.token_embedding.weight.is_cuda
-            self.model = None
-            if on_gpu:
-                torch.cuda.empty_cache()  # so that others than this process's tensors can have it, once a run
+    def release(self) -> bool:
+        """Free the teacher's memory; whether there was any."""
+        if self.model is None:
+            return False
+        on_gpu = self.model.token_embedding.weight.is_cuda
+        self.model = None
+        if on_gpu:
+            torch.cuda.empty_cache()  # so that others than this process's tensors can have it, once a run
+        return True
 
     @torch.no_grad()
-    def read(self, batch: Batch, mask: Tensor | None) -> SoftTargets | None:
+    def read(self, batch: Batch, mask: Tensor | None) -> Targets | None:
         """What the teacher says of a batch; None if its lesson is over.
 
         Args:

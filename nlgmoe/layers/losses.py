@@ -1,14 +1,14 @@
 """Cross-entropy from hidden states, with or without a teacher, in chunks of tokens, so that the logits of a whole batch never
 exist.
 
-Letters: N tokens, H hidden size, V vocabulary, C tokens of a chunk.
+Letters: N tokens, H hidden size, V vocabulary, C tokens of a chunk, K classes that a teacher's distribution was cut to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,33 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+class Targets(Protocol):
+    """What a teacher says of the tokens of a batch.
+
+    Attributes:
+        weight: of the distillation loss.
+        temperature: that both models' logits are divided by.
+    """
+
+    @property
+    def weight(self) -> float: ...  # noqa: D102
+
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+
+    def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's log-probabilities of the tokens of a slice, `[C, V]`, against the teacher.
+
+        Returns:
+            `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
+            of their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SoftTargets:
-    """What a teacher says of the tokens of a batch.
+    """`Targets` of whole distributions.
 
     Attributes:
         logits: of the tokens of a slice, `[C, V]`, without gradient.
@@ -29,6 +53,54 @@ class SoftTargets:
     logits: Callable[[slice], Tensor]
     weight: float
     temperature: float
+
+    def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Targets`."""
+        teacher = self.logits(part).to(student.dtype)
+        agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
+        if self.temperature != 1:
+            student, teacher = (student / self.temperature).log_softmax(dim=-1), teacher / self.temperature
+        teacher = teacher.log_softmax(dim=-1)
+        probs = teacher.exp()
+        divergence = teacher.sub_(student).mul_(probs).sum(dim=-1, keepdim=True)
+        return divergence, agrees, student.exp().sub_(probs)
+
+
+@dataclass(frozen=True)
+class TopTargets:
+    """`Targets` of the teacher's K likeliest tokens; all others are one class, the tail.
+
+    The divergence is that of distributions over K + 1 classes, at most that over all tokens: what it lacks is the tail's mass
+    times the divergence within the tail. Its gradient leaves the odds within the tail as the student has them; it differs
+    from that of the whole distributions by at most twice the tail's mass, summed over the vocabulary (docs/distillation.md).
+
+    Attributes:
+        top: of the tokens of a slice: int64 `[C, K]`, the likeliest tokens at the temperature, the likeliest first; and
+            `[C, K + 1]`, their log-probabilities and the tail's, up to a constant: they are normalised here.
+        weight: of the distillation loss.
+        temperature: that both models' logits are divided by; the teacher's have been.
+    """
+
+    top: Callable[[slice], tuple[Tensor, Tensor]]
+    weight: float
+    temperature: float
+
+    def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Targets`."""
+        ids, teacher = self.top(part)
+        agrees = student.argmax(dim=-1, keepdim=True) == ids[:, :1]
+        if self.temperature != 1:
+            student = (student / self.temperature).log_softmax(dim=-1)
+        limits = torch.finfo(student.dtype)
+        # An empty tail has log-probability -inf: as the lowest number, so that 0 times it is 0.
+        teacher = teacher.to(student.dtype).log_softmax(dim=-1).clamp_min(limits.min)  # [C, K + 1]
+        probs = teacher.exp()
+        picked = student.gather(1, ids)  # [C, K]
+        towards = student.exp().scatter_(1, ids, 0)  # the tail's, summed without the others: no cancellation
+        tail = towards.sum(dim=-1, keepdim=True).clamp_min(limits.tiny)  # [C, 1]
+        divergence = (teacher - torch.cat([picked, tail.log()], dim=1)).mul_(probs).sum(dim=-1, keepdim=True)
+        towards.mul_(1 - probs[:, -1:] / tail).scatter_(1, ids, picked.exp() - probs[:, :-1])
+        return divergence, agrees, towards
 
 
 class DistilledLoss(NamedTuple):
@@ -84,7 +156,7 @@ def distilled_cross_entropy(
     mask: Tensor | None,
     chunk_size: int,
     divisor: Tensor | None,
-    teacher: SoftTargets,
+    teacher: Targets,
 ) -> DistilledLoss:
     """`cross_entropy` and the distillation loss, over the same tokens and with the same divisor; the arguments are its own.
 
@@ -132,7 +204,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weight: Tensor,
         chunk_size: int,
-        teacher: SoftTargets | None,
+        teacher: Targets | None,
     ) -> tuple[Tensor, ...]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
@@ -148,7 +220,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )  # [C, V]; two such exist at a time, never three; five with a teacher
             towards = None
             if teacher is not None:
-                divergence, agrees, towards = _compare(log_probs, teacher.logits(part).to(dtype), teacher.temperature)
+                divergence, agrees, towards = teacher.compare(log_probs, part)
                 distillation += (w * divergence).sum()
                 agreement += (w * agrees).sum()
             picked = log_probs.gather(1, target)
@@ -189,19 +261,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_unembedding is not None:
             grad_unembedding = (grad_unembedding * grad).to(ctx.unembedding_dtype)
         return grad_hidden, grad_unembedding, None, None, None, None
-
-
-def _compare(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's log-probabilities against the teacher's logits, both `[C, V]`.
-
-    Returns:
-        `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference of
-        their distributions at the temperature, `[C, V]`: the KL's gradient, times the temperature.
-    """
-    agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
-    if temperature != 1:
-        student, teacher = (student / temperature).log_softmax(dim=-1), teacher / temperature
-    teacher = teacher.log_softmax(dim=-1)
-    probs = teacher.exp()
-    divergence = teacher.sub_(student).mul_(probs).sum(dim=-1, keepdim=True)
-    return divergence, agrees, student.exp().sub_(probs)

@@ -40,7 +40,7 @@ def rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 def test_batch_layout(make_data: Make) -> None:
     data = make_data()
     (batch,) = batches(data, 1)
-    assert batch.pop("padded") is False
+    assert batch.pop("padded") is False and batch.pop("samples") == [0, 1, 2, 3]
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "tokens": (torch.int64, (4, 32)),
         "targets": (torch.int64, (4, 32)),

@@ -336,7 +336,7 @@ def fit(data: PileDataModule, steps: int, folder: Path, checkpoint: Path | None 
 
     class Seen(lightning.pytorch.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            assert set(batch) == {"tokens", "targets", "token_mask", "domain", "padded"}
+            assert set(batch) == {"tokens", "targets", "token_mask", "domain", "padded", "samples"}
             batches.extend(rows(batch))
 
     config = GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nlgmoe.layers.losses import DistilledLoss, SoftTargets, cross_entropy, distilled_cross_entropy
+from nlgmoe.distill.record_logits import likeliest
+from nlgmoe.layers.losses import DistilledLoss, SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
 
 TOKENS, VOCABULARY = 7, 11
 
@@ -85,3 +86,91 @@ def test_autocast_keeps_the_losses_in_fp32() -> None:
     torch.testing.assert_close(tuple(half[:3]), tuple(exact[:3]), rtol=0.02, atol=0.02)
     found, expected = (torch.autograd.grad(one.loss, hidden)[0] for one in (half, exact))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
+def offline(
+    h: Tensor,
+    u: Tensor,
+    t: Tensor,
+    m: Tensor | None,
+    teacher: Tensor,
+    top_k: int,
+    half: bool = False,
+    **settings: float,
+) -> DistilledLoss:
+    """As `distilled`, of the teacher's `top_k` likeliest tokens."""
+    beta, temperature = settings["beta"], settings["temperature"]
+    said = SoftTargets(lambda part: teacher[part], beta, temperature)
+
+    def top(part: slice) -> tuple[Tensor, Tensor]:
+        ids, log_probs = likeliest(said, part, top_k, temperature)
+        return ids, log_probs.half() if half else log_probs
+
+    return distilled_cross_entropy(h, u, t, m, 3, None, TopTargets(top, beta, temperature))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_with_every_token_kept_nothing_is_lost(temperature: float) -> None:
+    arguments, settings = inputs(), {"beta": 0.7, "temperature": temperature}
+    whole, kept = distilled(*arguments, **settings), offline(*arguments, top_k=VOCABULARY, **settings)
+    torch.testing.assert_close(tuple(kept), tuple(whole))
+    hidden, unembedding = arguments[:2]
+    found, expected = (torch.autograd.grad(one.loss, (hidden, unembedding)) for one in (kept, whole))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k", [1, 4, VOCABULARY - 1])
+def test_what_the_tail_hides_is_bounded(top_k: int, temperature: float) -> None:
+    """Token by token: the divergence of K + 1 classes, what it lacks, and the gradient by the logits."""
+    _, _, targets, _, teacher = inputs()
+    logits = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
+    identity = torch.eye(VOCABULARY, dtype=torch.float64)
+    p, q = ((x / temperature).softmax(-1) for x in (teacher.double(), logits.detach()))
+    order = p.argsort(dim=-1, descending=True)
+    p, q = p.gather(1, order), q.gather(1, order)
+    classes = [torch.cat([x[:, :top_k], x[:, top_k:].sum(-1, keepdim=True)], dim=1) for x in (p, q)]
+    expected = (classes[0] * (classes[0] / classes[1]).log()).sum(-1)
+    for token in range(TOKENS):
+        one = slice(token, token + 1)
+        arguments = logits[one], identity, targets[one], None, teacher[one].double()
+        kept = offline(*arguments, top_k=top_k, beta=1.0, temperature=temperature)
+        whole = distilled(*arguments, beta=1.0, temperature=temperature)
+        assert float(kept.distillation.detach()) == pytest.approx(temperature**2 * float(expected[token]))
+        lost = float((whole.distillation - kept.distillation).detach()) / temperature**2
+        tail, ours = p[token, top_k:], q[token, top_k:]
+        assert -1e-12 <= lost <= float(tail.sum() * (ours.sum() / ours.min()).log()) + 1e-12
+        gradients = [torch.autograd.grad(loss.loss, logits)[0][token] for loss in (kept, whole)]
+        difference = float((gradients[0] - gradients[1]).abs().sum())
+        assert difference <= 2 * temperature * float(tail.sum()) + 1e-12
+        assert top_k == VOCABULARY - 1 or difference > 0
+
+
+def test_the_gradient_of_what_is_kept_is_its_losses() -> None:
+    hidden, unembedding, targets, mask, teacher = inputs()
+
+    def loss(h: Tensor, u: Tensor) -> Tensor:
+        return offline(h, u, targets, mask, teacher, top_k=3, beta=1.3, temperature=2.0).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, unembedding))
+
+
+def test_half_precision_moves_the_gradient_by_its_rounding() -> None:
+    """By at most 2^-10 of the entropy of the K + 1 classes, token by token (docs/distillation.md)."""
+    draw = torch.Generator().manual_seed(3)
+    for scale in (0.1, 1.0, 4.0):
+        teacher = scale * torch.randn(64, 200, generator=draw).double()
+        _, exact = likeliest(SoftTargets(lambda part, t=teacher: t[part], 1, 1), slice(64), 32, 1.0)  # type: ignore[misc]
+        stored = exact.half().double().log_softmax(dim=-1)
+        entropy = -(exact.exp() * exact).sum(-1)
+        moved = (stored.exp() - exact.exp()).abs().sum(-1)
+        assert (moved <= 1.001 * 2**-10 * entropy + 1e-9).all() and moved.max() > 0
+
+
+def test_a_student_whose_tail_is_nothing_learns_without_nan() -> None:
+    """Its probabilities of the tail are 0 in fp32, the teacher's are not."""
+    logits = torch.zeros(1, 6).index_fill_(1, torch.tensor([0]), 300.0).requires_grad_()
+    teacher, target = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
+    found = offline(logits, torch.eye(6), target, None, teacher, top_k=2, half=True, beta=1.0, temperature=1.0)
+    (gradient,) = torch.autograd.grad(found.loss, logits)
+    assert found.loss.isfinite() and gradient.isfinite().all() and gradient[0, 0] > 0.5

@@ -31,13 +31,14 @@ from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from tests.synthetic import SyntheticData
+from tests.synthetic import NumberedData, SyntheticData
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
 
@@ -579,6 +580,17 @@ def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
     return Taught(recorder.micro_losses, hears.said, experts, module.distiller.model is None, resumed)
 
 
+def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[float]:
+    """Losses of a run that learns from `NAME.logits`, what the model of `NAME.ckpt` has said of its samples."""
+    recorder, module = Recorder(), cell.module()
+    logits = str(checkpoint.with_suffix(".logits"))
+    module.distiller = OfflineTeacher(logits, temperature=2.0, teacher=str(checkpoint))
+    strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
+    fit = make_trainer(cell, ranks, folder, recorder, **strategy)
+    fit.fit(module, NumberedData(micro_batch_size=SAMPLES // ranks))
+    return recorder.micro_losses
+
+
 @dataclass
 class Grown:
     """What `growing` returns: losses of each micro-batch, sequences in each step, and the clock and the rate at the end."""
@@ -682,7 +694,7 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
-    loads = (evaluate, resume, resume_halves, refused, warm_start, taught)
+    loads = (evaluate, resume, resume_halves, refused, warm_start, taught, taught_offline)
     return [job(cell, ranks, folder, *(args if job in loads else ())) for job, cell in jobs]
 
 

@@ -21,6 +21,7 @@ from nlgmoe.model.cost import estimate
 from nlgmoe.model.hardware import hardware
 from nlgmoe.model.topology import Topology
 from nlgmoe.non_finite import NonFinite
+from tests.distill.test_offline_teacher import record
 from tests.distributed.cells import (
     SAMPLES,
     Cell,
@@ -42,6 +43,7 @@ from tests.distributed.cells import (
     spawn,
     spoilt,
     taught,
+    taught_offline,
     traffic,
     train,
     warm_start,
@@ -146,6 +148,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trainer.fit(ALONE.module(), SyntheticData(micro_batch_size=SAMPLES))
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     train(replace(ALONE, steps=5), 1, folder, SAMPLES, 1, *with_state(folder), checkpoint=folder / "three.ckpt")
+    record(folder / "three.ckpt", folder / "three.logits", top_k=8, samples=6 * SAMPLES)
     return folder / "three.ckpt"
 
 
@@ -164,7 +167,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
-            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED] + [(taught, TAUGHT)]
+            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED] + [(taught, TAUGHT), (taught_offline, TAUGHT)]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -297,6 +300,13 @@ def test_a_teacher_with_its_experts_on_two_ranks_teaches_as_on_one(
         assert len(rank.said) == 4  # of 6 steps
         for tokens, logits in rank.said:
             torch.testing.assert_close(logits, teacher.logits(teacher(tokens).hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_recorded_logits_teach_two_ranks_as_one(found: Found, checkpoint: Path, tmp_path: Path) -> None:
+    expected = taught_offline(TAUGHT, 1, tmp_path, checkpoint)
+    assert len(expected) == 6
+    for losses in found[taught_offline, TAUGHT.name]:
+        assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def optimizer_of(path: Path) -> TensorFiles:

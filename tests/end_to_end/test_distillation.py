@@ -1,30 +1,62 @@
 """A student of a tiny teacher, through train.py's own classes."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from nlgmoe.cli.main import main as nlgmoe
 from nlgmoe.cli.train import main
 from tests.end_to_end.test_train_cli import ROOT, TINY
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 
 
-def test_a_student_learns_from_a_teacher_and_then_without(pocket_pile: Path, tmp_path: Path) -> None:
-    """The laptop's file: the teacher's run folder is enough, 70% of the tokens are distilled, a resumed run needs none."""
+def test_a_student_learns_from_a_teacher_and_then_without(
+    pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The laptop's file: the teacher's run folder is enough, 70% of the tokens are distilled, a resumed run needs none.
+
+    A second student learns from what the teacher has said, when it is gone.
+    """
     runs = [f"--data.data_dir={pocket_pile}", *TINY, *QUIET, "--model.train_tokens=512"]
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     main(["fit", "--config", str(ROOT / "configs/pr_moe/laptop.yaml"), *runs, f"--trainer.default_root_dir={teacher}"])
     command = ["fit", "--config", str(ROOT / "configs/mos/laptop.yaml"), *runs]
     command += [f"--trainer.default_root_dir={student}", f"--model.distiller.init_args.teacher={teacher}"]
     main(command)
-    with (student / "metrics.csv").open() as file:
-        distilled = [row["train/distillation_loss"] for row in csv.DictReader(file) if row["train/loss"]]
-    assert [bool(value) for value in distilled] == [True] * 6 + [False] * 2  # steps of 64 tokens: up to 358
+    online = distilled(student)
+    assert [bool(value) for value in online] == [True] * 6 + [False] * 2  # steps of 64 tokens: up to 358
+
+    config, logits, alone = tmp_path / "student.yaml", tmp_path / "logits", tmp_path / "alone"
+    settings = yaml.safe_load((student / "config.yaml").read_text())
+    settings["trainer"]["strategy"] = (
+        "nlgmoe.ExpertParallelStrategy"  # what many ranks will train on, one process reads
+    )
+    config.write_text(yaml.safe_dump(settings))
+    nlgmoe(["distill-logits", str(config), "--output", str(logits), "--top-k", "32"])
+    assert "12 of 32 tokens" in capsys.readouterr().out
+    assert json.loads((logits / "header.json").read_text())["samples"] == 12
     shutil.rmtree(teacher)
     main([*command, "--ckpt_path=last", "--model.train_tokens=640"])
+    offline = ["--model.distiller=nlgmoe.OfflineTeacher", f"--model.distiller.init_args.logits={logits}"]
+    command = [*command[:3], *runs, f"--trainer.default_root_dir={alone}", *offline]
+    main([*command, "--model.distiller.init_args.teacher=null"])
+    found = distilled(alone)
+    assert [bool(value) for value in found] == [True] * 6 + [False] * 2
+    assert 0 < float(found[0]) < float(online[0])
+    with pytest.raises(SystemExit):
+        main([*command, "--model.distiller.init_args.teacher=null", "--model.train_tokens=1024", "--ckpt_path=last"])
+    assert "holds 12 samples, this run distils 24; record that many" in capsys.readouterr().err
+
+
+def distilled(run: Path) -> list[str]:
+    """The distillation loss of each step, as logged."""
+    with (run / "metrics.csv").open() as file:
+        return [row["train/distillation_loss"] for row in csv.DictReader(file) if row["train/loss"]]
 
 
 def test_a_teacher_that_is_missing_is_named(
@@ -43,3 +75,17 @@ def test_a_teacher_that_is_missing_is_named(
             [*command, f"--trainer.default_root_dir={tmp_path}", f"--model.distiller.init_args.teacher={tmp_path}/none"]
         )
     assert f"model.distiller.teacher={tmp_path}/none" in capsys.readouterr().err
+
+
+def test_a_recording_that_cannot_be_made_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs/mos/laptop.yaml")
+    for options, message in {
+        (): "missing setting output (folder to make); give it as --output=...",
+        ("--output=x", "--top_k=0"): "top_k=0 must be at least 1",
+        ("--output=x", "--top-k=4097"): "top_k=4097 is above model.config.vocab_size=4096; lower it",
+        ("--output=x", f"--teacher={tmp_path}/none", "--samples=1"): "none: no checkpoint at ",
+    }.items():
+        with pytest.raises(SystemExit):
+            nlgmoe(["distill-logits", config, *options])
+        error = capsys.readouterr().err
+        assert message in error and error.count("error: ") == 1

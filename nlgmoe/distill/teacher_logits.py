@@ -1,0 +1,129 @@
+"""What a teacher said, on disk: of every position its K likeliest next tokens, their log-probabilities, and the rest's.
+
+    FOLDER/header.json   whose words they are, about what, and how they were written; a checksum of that
+    FOLDER/logits.bin    a record for each training sample, in the order of the run
+
+    record   checksum     uint64, XXH3 of what follows, seeded with the sample's number
+             ids          [T, K] uint16 (uint32 if there are more than 65,536 tokens), the likeliest first
+             log_probs    [T, K + 1] float16; the last one is the tail's: the log of all other tokens' probability
+
+T positions of a sample. A token costs K * (2 or 4) + 2 * (K + 1) + 8 / T bytes. A sample's number and the data's fingerprint say
+which tokens it has, so they are the key. `record_logits.py` is how the folder comes to be, `offline_teacher.py` learns from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from nlgmoe.checkpoint.folder import checksum_of_manifest, kind_of, read_manifest
+
+FORMAT, VERSION = "nlgmoe-teacher-logits", 1
+HEADER, RECORDS = "header.json", "logits.bin"
+_CHECKSUM_BYTES = 8
+
+
+class TeacherLogits:
+    """A finished folder, memory-mapped. Every record is checked when it is read.
+
+    Args:
+        folder: its path.
+
+    Attributes:
+        header: what `header.json` says.
+
+    Raises:
+        ValueError: there is none, it is not finished, or it is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self.header = read_header(self._folder)
+        dtype, path = record_type(self.header), self._folder / RECORDS
+        expected, found = self.header["samples"] * dtype.itemsize, path.stat().st_size if path.is_file() else None
+        if found != expected:
+            size = "is missing" if found is None else f"has {found:,} bytes, not {expected:,}"
+            raise ValueError(f"{path} {size}: it is damaged; delete {folder} and record it again")
+        self._records = np.memmap(path, dtype, "r")
+        self._bytes = self._records.view(np.uint8).reshape(-1, dtype.itemsize)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, samples: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`.
+
+        Raises:
+            ValueError: a sample is not there, or its record is damaged.
+        """
+        if (last := max(samples)) >= len(self):
+            raise ValueError(
+                f"{self._folder} holds {len(self):,} samples, training has come to sample {last:,}; record more, or end "
+                "distillation earlier"
+            )
+        for sample in samples:
+            if checksum(self._bytes[sample], sample) != self._records["checksum"][sample]:
+                raise ValueError(
+                    f"{self._folder / RECORDS} is damaged (the checksum of sample {sample:,} differs); delete the folder and "
+                    "record it again"
+                )
+        return self._records["ids"][samples, :length], self._records["log_probs"][samples, :length]
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The `header.json` of a folder.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    file = folder / HEADER
+    if not file.is_file():
+        if building(folder).exists() and not folder.exists():
+            raise ValueError(f"{folder} is not finished; start the command again that was recording it")
+        raise ValueError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
+    try:
+        header = json.loads(file.read_text())
+        sound = header["checksum"] == checksum_of_manifest(header)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is damaged (its checksum differs); delete {folder} and record it again")
+    if (header["format"], header["version"]) != (FORMAT, VERSION):
+        raise ValueError(
+            f"{folder} is {header['format']} version {header['version']}; this nlgmoe reads {FORMAT} version {VERSION}"
+        )
+    assert isinstance(header, dict)
+    return header
+
+
+def building(folder: Path) -> Path:
+    """Where a folder is written until it is whole."""
+    return folder.with_name(f"{folder.name}.building")
+
+
+def record_type(header: dict[str, Any]) -> np.dtype:
+    """Of a sample's record; `header` has `vocab_size`, `seq_len` and `top_k`."""
+    length, top = header["seq_len"], header["top_k"]
+    ids = "<u2" if header["vocab_size"] <= 1 << 16 else "<u4"
+    return np.dtype(
+        [("checksum", "<u8"), ("ids", ids, (length, top)), ("log_probs", "<f2", (length, top + 1))], align=False
+    )
+
+
+def checksum(record: np.ndarray, sample: int) -> int:
+    """Of a record's bytes `[N]` uint8: of all but the checksum itself."""
+    return xxhash.xxh3_64_intdigest(record[_CHECKSUM_BYTES:].data, seed=sample)
+
+
+def weights_of(checkpoint: str | Path) -> str:
+    """Which weights a checkpoint holds, by their checksums: however many files they are in, and whatever else is saved."""
+    files: dict[str, Any] = read_manifest(checkpoint)["files"]
+    entries = {
+        entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()
+    }
+    return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())

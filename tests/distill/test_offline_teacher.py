@@ -1,0 +1,283 @@
+"""Logits on disk: that they are the teacher's, whole after any kill, refused where they do not belong, and that runs resume."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
+from nlgmoe.distill import record_logits as recording
+from nlgmoe.distill.distiller import Clocks, Distiller, End, samples_until
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.distill.offline_teacher import OfflineTeacher
+from nlgmoe.distill.record_logits import record_logits
+from nlgmoe.distill.teacher_logits import HEADER, RECORDS, TeacherLogits, record_type, weights_of
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+from tests.checkpoint.runs import SaveAt
+from tests.distill.test_mixture_of_students import STUDENT, TEACHER, trained
+from tests.synthetic import NumberedData, SyntheticData
+from tests.test_module import trainer
+
+SAMPLES = 32  # of four steps
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(TEACHER, tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def logits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded") / "logits"
+    record(teacher, folder, top_k=8)
+    return folder
+
+
+def record(teacher: Path, folder: Path, data: NumberedData | None = None, **changes: Any) -> dict[str, Any]:
+    data = data or NumberedData()
+    spoken = MixtureOfStudents(str(teacher))
+    spoken.load(STUDENT, torch.empty(0), data)
+    settings = {
+        "teacher": {"checkpoint": str(teacher), "weights": weights_of(teacher)},
+        "data": data.fingerprint(),
+        "document_attention": data.document_attention,
+        "vocab_size": 61,
+        "seq_len": 16,
+        "top_k": 61,
+        "temperature": 2.0,
+        "samples": SAMPLES,
+        "micro_batch_size": 4,
+        "loss_chunk_size": 24,
+    }
+    return record_logits(spoken, data, settings | changes, folder, lambda progress: None)
+
+
+class Losses(Callback):
+    """Of each micro-batch: all, and the distillation loss where there is one."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.distilled: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if (found := trainer.callback_metrics.get("train/distillation_loss")) is not None:
+            self.distilled.append(float(found))
+
+
+def fit(
+    root: Path,
+    distiller: Distiller,
+    *callbacks: Callback,
+    data: Any = None,
+    resume: Path | None = None,
+    **settings: Any,
+) -> Losses:
+    losses = Losses()
+    module = MoEGPTModule(STUDENT, AdamWConfig(lr=1e-2), distiller=distiller, **settings)
+    run = trainer(root, *callbacks, losses, max_steps=4, accumulate_grad_batches=2)
+    run.fit(module, data or NumberedData(), ckpt_path=resume)
+    return losses
+
+
+def test_with_every_token_kept_it_is_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    """With padding, documents' borders and sequences that grow from 4 tokens to 16; up to the rounding to half precision."""
+
+    def data() -> NumberedData:
+        return NumberedData(padded=True, documents=True)
+
+    header = record(teacher, tmp_path / "logits", data())
+    assert header["tail_mass"] == 0
+    runs = [
+        fit(tmp_path, distiller, data=data(), curriculum=SequenceCurriculum(96, 4, 4))
+        for distiller in (
+            MixtureOfStudents(str(teacher), 0.5, 2.0),
+            OfflineTeacher(str(tmp_path / "logits"), 0.5, 2.0, teacher=str(teacher)),
+        )
+    ]
+    online, offline = runs
+    assert offline.losses == pytest.approx(online.losses, rel=1e-3) and len(online.distilled) == 8
+    assert offline.distilled == pytest.approx(online.distilled, rel=2e-2)
+
+
+def test_fewer_tokens_kept_make_a_smaller_loss(teacher: Path, logits: Path, tmp_path: Path) -> None:
+    online = fit(tmp_path, MixtureOfStudents(str(teacher), 1.0, 2.0)).distilled[0]
+    assert 0.2 * online < fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0)).distilled[0] < online
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_a_run_goes_on_before_at_and_after_the_end(saved: int, logits: Path, tmp_path: Path) -> None:
+    """Past the end the folder may be gone; 16 samples are enough for two steps, whatever the run's length."""
+    copy, path = tmp_path / "logits", tmp_path / "saved.ckpt"
+    shutil.copytree(logits, copy)
+
+    class Counts(OfflineTeacher):
+        said = 0
+
+        def read(self, batch: Any, mask: Any) -> Any:
+            found = super().read(batch, mask)
+            Counts.said += found is not None
+            return found
+
+    def run(root: Path, *callbacks: Callback, **settings: Any) -> Losses:
+        return fit(root, Counts(str(copy), 1.0, 2.0), StagedDistillation(step=2), *callbacks, **settings)
+
+    whole = run(tmp_path, SaveAt(2 * saved, path))
+    assert Counts.said == 4
+    if saved >= 2:
+        shutil.rmtree(copy)
+    assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]
+
+
+def test_ranks_read_their_own_samples(logits: Path) -> None:
+    """In any order, a part of each."""
+    found = TeacherLogits(logits)
+    ids, log_probs = found.read([5, 3, 30], 7)
+    assert ids.shape == (3, 7, 8) and log_probs.shape == (3, 7, 9)
+    for index, sample in enumerate([5, 3, 30]):
+        whole = found.read([sample], 16)
+        assert (ids[index] == whole[0][0, :7]).all() and (log_probs[index] == whole[1][0, :7]).all()
+
+
+def die_before(call: int) -> None:
+    """Have SIGKILL strike before the so-manieth of the calls by which a recording computes, writes and names things."""
+    left = [call]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def struck(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return struck
+
+    recording._records = counted(recording._records)
+    os.fsync, Path.replace, Path.rename = counted(os.fsync), counted(Path.replace), counted(Path.rename)  # type: ignore[method-assign]
+    shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "RECORD_SECONDS", 0.0)
+    record(teacher, tmp_path / "whole", top_k=5, samples=10)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert set(whole) == {HEADER, RECORDS}
+    for call in range(100):
+        folder = tmp_path / str(call)
+        if (child := os.fork()) == 0:
+            die_before(call)
+            record(teacher, folder, top_k=5, samples=10)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        record(teacher, folder, top_k=5, samples=10)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole, call
+        assert not folder.with_name(f"{call}.building").exists()
+        if not killed:
+            break
+    assert call > 15
+
+
+def damage(folder: Path, file: str, place: int) -> None:
+    with (folder / file).open("r+b") as opened:
+        opened.seek(place)
+        byte = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([byte[0] ^ 4]))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
+    "unfinished": (lambda folder: folder.rename(folder.with_name("logits.building")), "is not finished; start the"),
+    "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits.bin has 1,000 bytes, not "),
+    "header": (lambda folder: damage(folder, HEADER, 60), r"header.json is damaged \(its checksum differs\)"),
+    "record": (lambda folder: damage(folder, RECORDS, 5000), r"damaged \(the checksum of sample \d+ differs\)"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found(kind: str, logits: Path, tmp_path: Path) -> None:
+    strike, message = DAMAGES[kind]
+    shutil.copytree(logits, tmp_path / "logits")
+    strike(tmp_path / "logits")
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, OfflineTeacher(str(tmp_path / "logits"), 1.0, 2.0))
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's settings, run's settings, message
+    "temperature": (
+        {"temperature": 1.0},
+        {},
+        r"was recorded at temperature=2.0, model.distiller.temperature is 1.0; set",
+    ),
+    "seed": ({}, {"data": NumberedData(seed=2)}, r"other data; these differ: seed \(1 there, 2 here\)"),
+    "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(False there, True here\)"),
+    "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
+    "samples": ({}, {"accumulate": 3}, "holds 32 samples, this run distils 48; record that many with --samples 48"),
+    "teacher": ({"teacher": "nowhere"}, {}, "distiller.teacher=nowhere: no checkpoint at nowhere.*; set it to"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_does_not_belong_is_refused(kind: str, logits: Path, tmp_path: Path) -> None:
+    ours, theirs, message = OTHERS[kind]
+    distiller = OfflineTeacher(str(logits), **{"temperature": 2.0, **ours})
+    module = MoEGPTModule(STUDENT, distiller=distiller)
+    run = trainer(tmp_path, max_steps=4, accumulate_grad_batches=theirs.get("accumulate", 2))
+    with pytest.raises(ValueError, match=message) as raised:
+        run.fit(module, theirs.get("data") or NumberedData())
+    assert "\n" not in str(raised.value)
+
+
+def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_path: Path) -> None:
+    other = trained(STUDENT, tmp_path)
+    with pytest.raises(ValueError, match=r"teacher.ckpt is another teacher than that of model\.distiller\.logits="):
+        fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))
+    with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(\w+ there, \w+ here\)"):
+        record(other, logits, top_k=8)
+    for name in ("vocab_size", "seq_len"):
+        header = json.loads((logits / HEADER).read_text()) | {name: 99}
+        with pytest.raises(ValueError, match=f"has {name}=99, the student "):
+            OfflineTeacher(str(logits), 1.0, 2.0)._check(header, STUDENT)
+
+
+def test_samples_of_a_run_by_hand() -> None:
+    """Steps of 4 sequences, then 8; of 4 tokens, then 8."""
+
+    def batch(samples: int) -> int:
+        return batch_size_after(samples, 8, 8, BatchRampUp(4, 4, 64))  # 8 sequences from 64 tokens on: 8 samples of 8
+
+    grown = SequenceCurriculum(32, 4, 4)  # 8 tokens from 32 on
+    assert samples_until(End(None, None), batch, 8, grown) is None
+    # tokens fed 16, 32, 96, 160; samples 4, 8, 16, 24
+    assert [samples_until(End(tokens, None), batch, 8, grown) for tokens in (1, 16, 17, 32, 33, 97)] == [
+        4,
+        4,
+        8,
+        8,
+        16,
+        24,
+    ]
+    assert samples_until(End(None, 3), batch, 8, grown) == 16
+    assert samples_until(End(1000, 3).earlier(End(33, None)), batch, 8, grown) == 16
+    assert samples_until(End(97, None), batch, 8, grown, Clocks(32, 2, 8)) == 24
+    assert samples_until(End(20, None), batch, 8, grown, Clocks(32, 2, 8)) == 8
+    assert StagedDistillation(fraction=0.7).distillation_end(1000) == End(700, None)
+
+
+def test_bytes_of_a_token() -> None:
+    small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
+    assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2) + 8
+    assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2) + 8
