@@ -45,6 +45,25 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     return replace(teacher, num_layers=num_layers, moe=moe)
 
 
+def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
+    """Which of its teacher's blocks each block of `student_config`'s student is like: `model.warm_start.layers`, from 0.
+
+    A block is like the one of its kind (MoE, or dense) at the same place counted from the last of that kind: so the expert
+    counts are those of the pyramid's kept top, and no block is taken twice.
+
+    Raises:
+        ValueError: as `student_config`.
+    """
+    student = student_config(teacher, num_layers)
+    kinds = [[count > 0 for count in experts_per_layer(config)] for config in (teacher, student)]
+    layers = [0] * num_layers
+    for kind in (False, True):
+        theirs, ours = ([layer for layer, is_moe in enumerate(one) if is_moe == kind] for one in kinds)
+        for layer, like in zip(ours, theirs[len(theirs) - len(ours) :], strict=True):
+            layers[layer] = like
+    return layers
+
+
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:
     """Over how many ranks a layer spreads its experts: the largest divisor of both counts that is at most `limit`.
 
