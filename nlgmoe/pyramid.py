@@ -46,22 +46,21 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
 
 
 def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
-    """Which of its teacher's blocks each block of `student_config`'s student is like: `model.warm_start.layers`, from 0.
+    """The teacher's block for each block of `student_config`'s student to start from: `model.warm_start.layers`, from 0.
 
-    A block is like the one of its kind (MoE, or dense) at the same place counted from the last of that kind: so the expert
-    counts are those of the pyramid's kept top, and no block is taken twice.
+    The lowest blocks go, as many as hold the MoE layers that the student lacks; the others stay in order, so that the expert
+    counts are those of the pyramid's kept top. Dense blocks that the student has above its last MoE block, and the teacher not,
+    start from the teacher's last dense one: 24 blocks become 21 as 4, 5, ..., 23, 22.
 
     Raises:
         ValueError: as `student_config`.
     """
-    student = student_config(teacher, num_layers)
-    kinds = [[count > 0 for count in experts_per_layer(config)] for config in (teacher, student)]
-    layers = [0] * num_layers
-    for kind in (False, True):
-        theirs, ours = ([layer for layer, is_moe in enumerate(one) if is_moe == kind] for one in kinds)
-        for layer, like in zip(ours, theirs[len(theirs) - len(ours) :], strict=True):
-            layers[layer] = like
-    return layers
+    student_config(teacher, num_layers)
+    interval = 1 if teacher.moe is None else teacher.moe.expert_interval
+    gone = interval * (teacher.num_layers // interval - num_layers // interval)
+    experts = experts_per_layer(teacher)
+    last_dense = max((layer for layer, count in enumerate(experts) if count == 0), default=0)
+    return [layer + gone if layer + gone < teacher.num_layers else last_dense for layer in range(num_layers)]
 
 
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:

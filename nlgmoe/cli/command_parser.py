@@ -14,7 +14,11 @@ from nlgmoe.cli.parser import OneLineParser
 
 
 class CommandParser(OneLineParser):
-    """A required list is several words, a bool that is false by default is a bare flag, and `--two-words` is `--two_words`."""
+    """Options as people type them.
+
+    A required list is several words, a bool that is false by default is a bare flag, what is required and keyword-only is an
+    option, and `--two-words` is `--two_words`.
+    """
 
     @override
     def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -27,6 +31,8 @@ class CommandParser(OneLineParser):
                 self.add_argument(name, nargs="+", type=str, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
                 self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
+            elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+                self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
             else:
                 continue
             ours.add(name)
