@@ -7,6 +7,8 @@ The teacher is no part of the student: no checkpoint, optimizer or engine sees i
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -118,12 +120,17 @@ class MixtureOfStudents:
             ) from error
 
     def release(self) -> None:
-        """Free the teacher's memory."""
+        """Free the teacher's memory, so that others than this process can have it too."""
         if self.model is not None:
             on_gpu = self.model.token_embedding.weight.is_cuda
             self.model = None
+            gc.collect()
             if on_gpu:
-                torch.cuda.empty_cache()  # so that others than this process's tensors can have it, once a run
+                torch.cuda.empty_cache()
+            elif trim := getattr(
+                ctypes.CDLL(None), "malloc_trim", None
+            ):  # glibc keeps what is freed; train.py tells it to
+                trim(0)
 
     @torch.no_grad()
     def read(self, batch: Batch, mask: Tensor | None) -> SoftTargets | None:

@@ -1,7 +1,10 @@
 """A run with a teacher: what the teacher says, that it stays what it was, when it goes, and that such runs resume."""
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -145,6 +148,29 @@ def test_a_run_goes_on_before_at_and_after_the_end(saved: int, teacher: Path, tm
     resumed = run(tmp_path / "resumed", file, resume=path)
     assert resumed.losses == whole.losses[2 * saved :]
     assert len(resumed.said) == max(0, 6 - 2 * saved)
+
+
+GIVES_BACK = """
+import os
+from nlgmoe import GPT, GPTConfig, MixtureOfStudents
+from nlgmoe.cli.memory import keep_freed_memory
+assert keep_freed_memory()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+distiller = MixtureOfStudents("loaded")
+distiller.model = GPT(GPTConfig(61, 16, 5, 512, 2))  # 63 MB
+above = GPT(GPTConfig(61, 16, 1, 64, 2))  # what comes later keeps the heap's end in use
+held = resident()
+distiller.release()
+print((held - resident()) / 63e6)
+"""
+
+
+def test_the_kernel_gets_the_teachers_memory_back() -> None:
+    """Also where the C library is told to keep what is freed, as train.py does."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", GIVES_BACK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout)
 
 
 def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path) -> None:
