@@ -43,6 +43,10 @@ def student(
     """
     if output is not None and Path(output).exists():
         raise UsageError(f"output={output} exists already; name another file, or delete it")
+    if not 0 < fraction <= 1:
+        raise UsageError(f"fraction={fraction} must be above 0 and at most 1, the whole run")
+    if step is not None and step < 1:
+        raise UsageError(f"step={step} must be at least 1; a run without a teacher is model.distiller=null")
     file, run = _configuration(Path(source))
     settings, text = _settings(file, complete=run is not None)
     model, trainer = text["model"], text.setdefault("trainer", {})
