@@ -60,6 +60,7 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.distillation
 	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.teacher_memory
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

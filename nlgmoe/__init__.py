@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
-    from nlgmoe.pyramid import student_config
+    from nlgmoe.pyramid import student_config, student_layers
 
 _HOMES = {
     "Experiment": "nlgmoe.cli.train",
@@ -46,6 +46,7 @@ _HOMES = {
     "load_model": "nlgmoe.checkpoint.portable",
     "load_trained": "nlgmoe.eval.trained",
     "student_config": "nlgmoe.pyramid",
+    "student_layers": "nlgmoe.pyramid",
 }
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "load_model",
     "load_trained",
     "student_config",
+    "student_layers",
 ]
 
 

@@ -45,6 +45,24 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     return replace(teacher, num_layers=num_layers, moe=moe)
 
 
+def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
+    """The teacher's block for each block of `student_config`'s student to start from: `model.warm_start.layers`, from 0.
+
+    The lowest blocks go, as many as hold the MoE layers that the student lacks; the others stay in order, so that the expert
+    counts are those of the pyramid's kept top. Dense blocks that the student has above its last MoE block, and the teacher not,
+    start from the teacher's last dense one: 24 blocks become 21 as 4, 5, ..., 23, 22.
+
+    Raises:
+        ValueError: as `student_config`.
+    """
+    student_config(teacher, num_layers)
+    interval = 1 if teacher.moe is None else teacher.moe.expert_interval
+    gone = interval * (teacher.num_layers // interval - num_layers // interval)
+    experts = experts_per_layer(teacher)
+    last_dense = max((layer for layer, count in enumerate(experts) if count == 0), default=0)
+    return [layer + gone if layer + gone < teacher.num_layers else last_dense for layer in range(num_layers)]
+
+
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:
     """Over how many ranks a layer spreads its experts: the largest divisor of both counts that is at most `limit`.
 

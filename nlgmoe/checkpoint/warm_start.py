@@ -6,7 +6,8 @@ what differs is the same list everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
 from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
+from nlgmoe.pyramid import experts_per_layer
+
+_BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.*)")
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,14 @@ class WarmStart:
             valid one.
         strict: refuse a checkpoint that lacks a tensor of the model, has one that is unknown or one of another shape; if
             false, what fits is loaded, the rest keeps its initial values, and what differs is listed.
+        layers: the checkpoint's block, counted from 0, that each block of the model starts from, such as a student's that
+            starts from its teacher's (`nlgmoe student --from-teacher` writes them); dense ones from dense ones, MoE ones from
+            those with as many experts. null: from the block of the same number.
     """
 
     checkpoint: str
     strict: bool = True
+    layers: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,11 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
         path = Path(start.checkpoint)
         path = path if is_checkpoint(path) else choose(path, to_train=False)
         model_config = read_document(path)["model_config"]
-        files, here, there = TensorFiles(path, "model"), entry_shapes(model), stored_shapes(path)
+        files, here, stored = TensorFiles(path, "model"), entry_shapes(model), stored_shapes(path)
+        if start.layers is not None:
+            check_layers(start.layers, GPTConfig.from_dict(model_config), model.config, path)
+        taken = _taken(stored, start.layers)
+        there = {name: stored[source] for name, source in taken.items()}
         fitting = {name for name, shape in here.items() if there.get(name) == shape}
         different = describe_differences(here, there)
         if not fitting:
@@ -82,13 +95,62 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
             )
         for entry in local_entries(model):
             if entry.name in fitting:
-                whole = files.read(entry.name)
+                whole = files.read(taken[entry.name])
                 entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
                 if keep is not None:
                     keep(entry, whole)
     total, loaded = (sum(here[name].numel() for name in names) for names in (here, fitting))
-    lines = [f"the weights are those of {path}: loaded {loaded:,} of {total:,} values"]
+    blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
+    lines = [f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values"]
     return Loaded(model_config, "\n  ".join(lines + grouped(different)))
+
+
+def check_layers(layers: list[int], theirs: GPTConfig, ours: GPTConfig, path: Path) -> None:
+    """Whether each block of `ours` can start from the block of `theirs` that `layers` names.
+
+    Raises:
+        ValueError: there are too few or too many, one is out of range, or of another kind.
+    """
+    given = f"model.warm_start.layers={layers}"
+    if len(layers) != ours.num_layers:
+        raise ValueError(
+            f"{given} has {len(layers)} blocks, the model has {ours.num_layers}; name one of {path} for each, or set it to null"
+        )
+    kinds = experts_per_layer(theirs)
+    for block, (layer, experts) in enumerate(zip(layers, experts_per_layer(ours), strict=True)):
+        if not 0 <= layer < theirs.num_layers:
+            raise ValueError(
+                f"{given}: there is no block {layer} in {path}; its blocks are 0 to {theirs.num_layers - 1}"
+            )
+        if kinds[layer] != experts:
+            like = [number for number, count in enumerate(kinds) if count == experts]
+            which = (
+                f"use one of {', '.join(map(str, like))}" if like else "it has none like that; change model.config.moe"
+            )
+            raise ValueError(
+                f"{given}: block {block} of the model is {_kind(experts)}, block {layer} of {path} {_kind(kinds[layer])}; {which}"
+            )
+
+
+def _kind(experts: int) -> str:
+    return f"MoE with {experts} experts" if experts else "dense"
+
+
+def _taken(stored: Iterable[str], layers: list[int] | None) -> dict[str, str]:
+    """Name that an entry has in the model -> its name in the checkpoint, of all entries that the model is to have."""
+    if layers is None:
+        return {name: name for name in stored}
+    taken = {}
+    for name in stored:
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            taken[name] = name
+        else:
+            of_block = int(match["block"])
+            taken |= {
+                f"blocks.{block}.{match['rest']}": name for block, layer in enumerate(layers) if layer == of_block
+            }
+    return taken
 
 
 def describe_differences(here: Shapes, there: Shapes) -> dict[str, str]:

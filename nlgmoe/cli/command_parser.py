@@ -17,7 +17,7 @@ class CommandParser(OneLineParser):
     """Options as people type them.
 
     A required list is several words, one that may be left out an option that is given several times, a bool that is false by
-    default a bare flag, and `--two-words` is `--two_words`.
+    default a bare flag, what is required and keyword-only is an option, and `--two-words` is `--two_words`.
     """
 
     @override
@@ -33,6 +33,8 @@ class CommandParser(OneLineParser):
                 self.add_argument(f"--{name}", action="append", type=str, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
                 self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
+            elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+                self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
             else:
                 continue
             ours.add(name)

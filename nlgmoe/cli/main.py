@@ -16,6 +16,7 @@ from nlgmoe.cli.import_checkpoint import import_checkpoint
 from nlgmoe.cli.import_megatron import import_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.student import student
 from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Any] = {
     "import": import_checkpoint,
     "upcycle": upcycle_checkpoint,
     "distill-logits": distill_logits,
+    "student": student,
 }
 
 

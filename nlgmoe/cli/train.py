@@ -269,6 +269,16 @@ def parse_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> d
     return _read(_ParseCLI, path, overrides).config.as_dict()
 
 
+def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`parse_config`'s settings, and the defaults of all that have one.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    cli = _read(_ParseCLI, path, {})
+    return cli.config.as_dict(), cli.parser.get_defaults().as_dict()
+
+
 class _ParseCLI(TrainCLI):
     """Reads and checks the settings, and stops there: a cluster's trainer could not be built where it is planned."""
 

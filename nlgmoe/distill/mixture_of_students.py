@@ -7,6 +7,8 @@ The teacher is no part of the student: no checkpoint, optimizer or engine sees i
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +26,11 @@ from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import check_loss
+from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, Targets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
+from nlgmoe.pyramid import experts_per_layer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,6 +47,10 @@ class MixtureOfStudents:
         beta: weight of the distillation loss.
         temperature: that the logits of both are divided by before they are compared.
         precision: of the teacher, weights and products: `fp32` or `bf16`; null: as the student's.
+        num_layers: blocks that the teacher has to have, or training is refused; null: any number. So are the next three.
+        hidden_size: its width.
+        num_heads: its attention heads.
+        num_experts: its experts: one number for all MoE layers, or one for each; 0: it is dense.
     """
 
     def __init__(
@@ -51,6 +59,10 @@ class MixtureOfStudents:
         beta: float = 1.0,
         temperature: float = 1.0,
         precision: Literal["fp32", "bf16"] | None = None,
+        num_layers: int | None = None,
+        hidden_size: int | None = None,
+        num_heads: int | None = None,
+        num_experts: int | list[int] | None = None,
     ) -> None:
         check_loss(beta, temperature)
         if precision not in (None, *_DTYPES):
@@ -59,6 +71,12 @@ class MixtureOfStudents:
         self.beta = beta
         self.temperature = temperature
         self.precision = precision
+        self.expected = {
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_experts": num_experts,
+        }
         self.stage = 1.0  # of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self.model: GPT | None = None  # this rank's part of the teacher, while it is needed
 
@@ -94,12 +112,13 @@ class MixtureOfStudents:
         with all_or_none():
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
+            _check_shape(config, self.expected, path)
             _check(config, student, path)
             _check_tokenizer(document, data, path)
-        placed = strategy.expert_placements(config) if isinstance(strategy, PlacesExperts) else {}
+        placed = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
         with all_or_none():
             self.model = _load(path, config, placed, like.device, _DTYPES.get(self.precision or "", like.dtype))
-        rank_zero_info(f"the teacher is {path}: {config.num_layers} blocks, {config.hidden_size} wide")
+        rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
@@ -114,13 +133,16 @@ class MixtureOfStudents:
             ) from error
 
     def release(self) -> bool:
-        """Free the teacher's memory; whether there was any."""
+        """Free the teacher's memory, so that others than this process can have it too; whether there was any."""
         if self.model is None:
             return False
         on_gpu = self.model.token_embedding.weight.is_cuda
         self.model = None
+        gc.collect()
         if on_gpu:
-            torch.cuda.empty_cache()  # so that others than this process's tensors can have it, once a run
+            torch.cuda.empty_cache()
+        elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what is freed; train.py tells it to
+            trim(0)
         return True
 
     @torch.no_grad()
@@ -151,6 +173,34 @@ class MixtureOfStudents:
         assert self.model is not None
         device = self.model.token_embedding.weight.device.type
         return nullcontext() if self.precision is None else torch.autocast(device, enabled=False)
+
+
+def _describe(teacher: GPT) -> str:
+    """Shape, precision and place of this rank's part of a teacher."""
+    config, parameters = teacher.config, list(teacher.parameters())
+    held = sum(len(module.expand_weight) for module in teacher.modules() if isinstance(module, Experts))
+    size = sum(parameter.numel() for parameter in parameters)
+    return (
+        f"{config.num_layers} blocks, {config.hidden_size} wide; a rank holds {held} of its {sum(experts_per_layer(config))} "
+        f"experts, in all {size / 1e6:,.1f}M parameters of {parameters[0].dtype} on {parameters[0].device}"
+    )
+
+
+def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> None:
+    """Hold the checkpoint against what the settings say it is, where they do."""
+    counts = [count for count in experts_per_layer(teacher) if count]
+    for name, value in expected.items():
+        if name != "num_experts":
+            found = getattr(teacher, name)
+            same = value == found
+        else:
+            found = counts or 0
+            same = value == counts or (isinstance(value, int) and set(counts) == {value} - {0})
+        if value is not None and not same:
+            raise ValueError(
+                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {found}; use the teacher that is meant, "
+                f"or set {name} to null to take what it has"
+            )
 
 
 def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:

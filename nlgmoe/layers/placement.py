@@ -31,6 +31,6 @@ class ExpertPlacement:
 class PlacesExperts(Protocol):
     """A strategy that spreads experts over ranks; `MoEGPTModule` builds its model as it says."""
 
-    def expert_placements(self, config: GPTConfig) -> Mapping[int, ExpertPlacement]:
-        """This rank's share of every MoE block, by block number."""
+    def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
+        """This rank's share of every MoE block, by block number; `of` says whose, in the log and in errors."""
         ...

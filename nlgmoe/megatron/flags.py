@@ -26,6 +26,7 @@ class Flag:
         default: Megatron-DeepSpeed's; None where it has none.
         setting: the setting that takes the value as it is, by its dotted path; "" where it is derived.
         allowed: the only values that work here; empty: any.
+        optional: there is no default, and without it the setting is left out.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Flag:
     default: Any = None
     setting: str = ""
     allowed: tuple[Any, ...] = ()
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,12 @@ def word(text: str) -> str:
     return text
 
 
-def _same(setting: str, name: str, parse: Parse | None, default: Any = None, note: str = "") -> Row:
+def _same(
+    setting: str, name: str, parse: Parse | None, default: Any = None, note: str = "", optional: bool = False
+) -> Row:
     """One flag that is one setting."""
-    return Row((Flag(name, parse, default=default, setting=setting),), "setting", f"`{setting}`", note)
+    flag = Flag(name, parse, default=default, setting=setting, optional=optional)
+    return Row((flag,), "setting", f"`{setting}`", note)
 
 
 def _derived(here: str, flags: Sequence[Flag], note: str = "") -> Row:
@@ -92,7 +97,13 @@ def _switches(*names: str) -> list[Flag]:
 _MODEL = (
     _same("model.config.num_layers", "--num-layers", whole),
     _same("model.config.hidden_size", "--hidden-size", whole),
-    _same("model.config.ffn_hidden_size", "--ffn-hidden-size", whole, note="4 x hidden size in both if not given"),
+    _same(
+        "model.config.ffn_hidden_size",
+        "--ffn-hidden-size",
+        whole,
+        note="4 x hidden size in both if not given",
+        optional=True,
+    ),
     _same("model.config.num_heads", "--num-attention-heads", whole),
     _derived(
         "`model.config.seq_len`",
@@ -312,6 +323,20 @@ _DISTILLATION = (
         "model.distiller.init_args.beta", "--kd-beta-ce", number, 1.0, "over counted tokens here, `seq_length` there"
     ),
     _same("model.distiller.init_args.temperature", "--kd-temp", number, 1.0),
+    _same(
+        "model.distiller.init_args.num_layers",
+        "--num-layers-teacher",
+        whole,
+        note="a check, as the next three are: the checkpoint says what the teacher is",
+        optional=True,
+    ),
+    _same("model.distiller.init_args.hidden_size", "--hidden-size-teacher", whole, optional=True),
+    _same("model.distiller.init_args.num_heads", "--num-attention-heads-teacher", whole, optional=True),
+    _derived(
+        "`model.distiller.init_args.num_experts`",
+        [Flag("--num-experts-teacher", whole, many=True)],
+        "1 is a dense teacher, `0`",
+    ),
 )
 
 _IGNORED = (
@@ -366,13 +391,6 @@ _IGNORED = (
             "--use-cpu-initialization",
             "--no-scatter-gather-tensors-in-pipeline",
         ),
-    ),
-    _ignored(
-        "the teacher's checkpoint says it",
-        Flag("--num-layers-teacher", whole),
-        Flag("--num-experts-teacher", whole, many=True),
-        Flag("--hidden-size-teacher", whole),
-        Flag("--num-attention-heads-teacher", whole),
     ),
     _ignored("read there and never used", Flag("--kd-alpha-ce", number)),
 )

@@ -75,7 +75,7 @@ class Job:
             for flag in row.flags:
                 if not flag.setting.startswith(prefix):
                     continue
-                required = flag.default is None and flag.name != "--ffn-hidden-size"
+                required = flag.default is None and not flag.optional
                 value = self.arguments.required(flag.name) if required else self.arguments.value(flag.name)
                 if value is not None:
                     self.set(flag.setting, value, self.default(flag.name))

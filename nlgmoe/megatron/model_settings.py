@@ -32,6 +32,10 @@ def model_settings(job: Job) -> None:
             "model.distiller.class_path", "nlgmoe.MixtureOfStudents", "to the end; StagedDistillation ends it earlier"
         )
         job.direct("Distillation", "model.distiller.")
+        experts = job.arguments.value("--num-experts-teacher")
+        if experts is not None:
+            one = 0 if experts == [1] else experts[0]  # one expert there is a dense layer
+            job.set("model.distiller.init_args.num_experts", experts if len(experts) > 1 else one)
 
 
 def _moe_settings(job: Job) -> None:

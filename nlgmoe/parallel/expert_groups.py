@@ -38,8 +38,14 @@ class ExpertGroups:
         return f"ep_size_{self.degree}"
 
 
-def layer_degrees(config: GPTConfig, world_size: int, limit: int) -> dict[int, int]:
+def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "model") -> dict[int, int]:
     """The degree of each MoE block, by block number; empty for a dense model, which has nothing to spread.
+
+    Args:
+        config: of the model.
+        world_size: ranks of the run.
+        limit: the run's `expert_parallel_size`.
+        of: what the model is called in errors.
 
     Raises:
         ValueError: `limit` is more than there are ranks, or no layer's experts can be spread over them.
@@ -54,8 +60,8 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int) -> dict[int, i
     if limit > 1 and degrees and max(degrees.values()) == 1:
         counts = ", ".join(map(str, sorted(set(experts.values()))))
         raise ValueError(
-            f"trainer.strategy.expert_parallel_size={limit} can spread no layer: nothing from 2 to {limit} divides both its "
-            f"number of experts ({counts}) and the number of ranks ({world_size}); change one of them, or set it to 1"
+            f"trainer.strategy.expert_parallel_size={limit} can spread no layer of the {of}: nothing from 2 to {limit} divides "
+            f"both its number of experts ({counts}) and the number of ranks ({world_size}); change one of them, or set it to 1"
         )
     return degrees
 
@@ -89,7 +95,7 @@ def place(config: GPTConfig, degrees: dict[int, int], groups: dict[int, ExpertGr
     return placements
 
 
-def describe(config: GPTConfig, degrees: dict[int, int], world_size: int) -> str:
+def describe(config: GPTConfig, degrees: dict[int, int], world_size: int, of: str = "model") -> str:
     """One line per kind of layer (blocks counted from 1): degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     lines = []
@@ -99,7 +105,7 @@ def describe(config: GPTConfig, degrees: dict[int, int], world_size: int) -> str
         size = here * expert_parameters(config) * len(layers)
         blocks = ", ".join(str(layer + 1) for layer in layers)
         lines.append(
-            f"blocks {blocks}: {count} experts, expert-parallel degree {degree}, {here} a rank "
+            f"blocks {blocks} of the {of}: {count} experts, expert-parallel degree {degree}, {here} a rank "
             f"({size / 1e6:,.1f}M parameters), each on {world_size // degree}"
         )
     return "\n".join(lines)

@@ -142,21 +142,25 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         register_world(self._patience)
         look_up_collectives_late()
 
-    def expert_placements(self, config: GPTConfig) -> Mapping[int, ExpertPlacement]:
+    def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
         """This rank's share of every MoE block; makes the process groups.
+
+        Args:
+            config: of the model that is to be spread.
+            of: what it is called in the log and in errors: "model", or "teacher".
 
         Raises:
             ValueError: `expert_parallel_size` does not suit the model and the number of ranks.
         """
         from nlgmoe.parallel.deepspeed_moe import register_groups
 
-        degrees = layer_degrees(config, self.world_size, self.expert_parallel_size)
+        degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, of)
         for degree in sorted(set(degrees.values()) - {1}):
             if degree not in self._groups:
                 self._groups[degree] = make_groups(degree, self._patience)
                 register_groups(self._groups[degree])
         if degrees:
-            rank_zero_info(describe(config, degrees, self.world_size))
+            rank_zero_info(describe(config, degrees, self.world_size, of))
         return place(config, degrees, self._groups)
 
     @property

@@ -165,3 +165,51 @@ def test_weights_alone_are_evaluated_but_not_resumed(trained: Path, tmp_path: Pa
         ValueError, match=r"holds weights only: start a new run from it with model.warm_start.checkpoint="
     ):
         trainer(tmp_path, max_steps=9).fit(module(None), SyntheticData(), ckpt_path=path)
+
+
+def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
+    """A student of three blocks, whose one MoE block is the teacher's last; and of a rank, its own experts alone."""
+    config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4]))
+    start, stored = (
+        WarmStart(str(trained / "whole.ckpt"), layers=[2, 3, 2]),
+        TensorFiles(trained / "whole.ckpt", "model"),
+    )
+    for placements in ({}, {1: ExpertPlacement(first=2, count=2)}):
+        model = GPT(config, placements=placements)
+        report = load_initial_weights(model, start).report
+        assert "blocks 2, 3, 2 (counted from 0): loaded" in report and "\n" not in report
+        for name, value in model.state_dict().items():
+            source = name
+            for block, layer in enumerate([2, 3, 2]):
+                if name.startswith(f"blocks.{block}."):
+                    source = name.replace(f"blocks.{block}.", f"blocks.{layer}.")
+            if ".moe.experts." in name:
+                experts = (2, 3) if placements else range(4)
+                names = [source.replace(".experts.", f".experts.{expert}.") for expert in experts]
+                assert torch.equal(value, torch.stack([stored.read(one) for one in names]))
+            else:
+                assert torch.equal(value, stored.read(source))
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([0, 1], r"layers=\[0, 1\] has 2 blocks, the model has 3; name one of .* for each, or set it to null"),
+        ([0, 3, 4], r"there is no block 4 in .*; its blocks are 0 to 3"),
+        ([0, 3, -1], r"there is no block -1 in"),
+        ([1, 3, 2], r"block 0 of the model is dense, block 1 of .* MoE with 2 experts; use one of 0, 2"),
+        ([0, 1, 2], r"block 1 of the model is MoE with 4 experts, block 1 of .* MoE with 2 experts; use one of 3"),
+        ([0, 2, 2], r"block 1 of the model is MoE with 4 experts, block 2 of .* dense; use one of 3"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_blocks_that_do_not_suit_are_refused(layers: list[int], words: str, strict: bool, trained: Path) -> None:
+    config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4]))
+    with pytest.raises(ValueError, match=f"^model.warm_start.{words}|^model.warm_start.layers.*{words}"):
+        load_initial_weights(GPT(config), WarmStart(str(trained / "whole.ckpt"), strict, layers))
+
+
+def test_what_a_named_block_has_too_much_is_refused(trained: Path) -> None:
+    config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4], mlp_type="standard"))
+    with pytest.raises(ValueError, match=r"blocks.1.moe.coefficient.* \(not in the model, left out\)|blocks.1.moe.mlp"):
+        load_initial_weights(GPT(config), WarmStart(str(trained / "whole.ckpt"), layers=[2, 3, 2]))

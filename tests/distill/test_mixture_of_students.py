@@ -1,8 +1,12 @@
 """A run with a teacher: what the teacher says, that it stays what it was, when it goes, and that such runs resume."""
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,11 @@ from nlgmoe.checkpoint.layout import entry_shapes
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.pyramid import student_config
+from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -85,12 +90,16 @@ def fit(
     return watch, module
 
 
-def test_the_teacher_says_to_the_end_what_its_checkpoint_says(teacher: Path, tmp_path: Path) -> None:
-    """Every token of every batch, bit for bit, in evaluation and dropless; the student's checkpoint knows nothing of it."""
-    alone = load_model(teacher)
-    for block in alone.blocks:
+def dropless(model: GPT) -> GPT:
+    for block in model.blocks:
         if block.moe is not None:
             block.moe.router.config = replace(block.moe.router.config, eval_token_dropping=False)
+    return model
+
+
+def test_the_teacher_says_to_the_end_what_its_checkpoint_says(teacher: Path, tmp_path: Path) -> None:
+    """Every token of every batch, bit for bit, in evaluation and dropless; the student's checkpoint knows nothing of it."""
+    alone = dropless(load_model(teacher))
     watch, module = fit(tmp_path, teacher, SaveAt(8, tmp_path / "end.ckpt"))
     assert len(watch.said) == 8
     for tokens, logits in watch.said:
@@ -139,6 +148,29 @@ def test_a_run_goes_on_before_at_and_after_the_end(saved: int, teacher: Path, tm
     resumed = run(tmp_path / "resumed", file, resume=path)
     assert resumed.losses == whole.losses[2 * saved :]
     assert len(resumed.said) == max(0, 6 - 2 * saved)
+
+
+GIVES_BACK = """
+import os
+from nlgmoe import GPT, GPTConfig, MixtureOfStudents
+from nlgmoe.cli.memory import keep_freed_memory
+assert keep_freed_memory()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+distiller = MixtureOfStudents("loaded")
+distiller.model = GPT(GPTConfig(61, 16, 5, 512, 2))  # 63 MB
+above = GPT(GPTConfig(61, 16, 1, 64, 2))  # what comes later keeps the heap's end in use
+held = resident()
+distiller.release()
+print((held - resident()) / 63e6)
+"""
+
+
+def test_the_kernel_gets_the_teachers_memory_back() -> None:
+    """Also where the C library is told to keep what is freed, as train.py does."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", GIVES_BACK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.9
 
 
 def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path) -> None:
@@ -202,12 +234,93 @@ def test_a_dense_teacher_in_bf16(tmp_path: Path) -> None:
     torch.testing.assert_close(logits.float(), alone.logits(alone(tokens).hidden), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        (
+            {"num_layers": 3},
+            r"num_layers=3, but model.distiller.teacher=.*teacher.ckpt has 4; use the teacher that is meant, or",
+        ),
+        ({"hidden_size": 32}, "hidden_size=32, .* has 48"),
+        ({"num_heads": 4}, "num_heads=4, .* has 3"),
+        ({"num_experts": 4}, r"num_experts=4, .* has \[2, 4\]"),
+        ({"num_experts": [4, 2]}, r"num_experts=\[4, 2\], .* has \[2, 4\]"),
+        ({"num_experts": 0}, r"num_experts=0, .* has \[2, 4\]"),
+        ({"num_layers": 4, "hidden_size": 48, "num_heads": 3, "num_experts": [2, 4]}, None),
+    ],
+)
+def test_a_teacher_is_what_the_settings_say(
+    expected: dict[str, Any], message: str | None, teacher: Path, tmp_path: Path
+) -> None:
+    distiller = MixtureOfStudents(str(teacher), **expected)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=f"model.distiller.{message}"):
+        fit(tmp_path, teacher, steps=1, distiller=distiller)
+
+
+def test_a_dense_teacher_has_no_experts(tmp_path: Path) -> None:
+    path = trained(replace(TEACHER, moe=None), tmp_path)
+    fit(tmp_path, path, steps=1, distiller=MixtureOfStudents(str(path), num_experts=0))
+    with pytest.raises(ValueError, match=r"num_experts=4, .* has 0"):
+        fit(tmp_path, path, steps=1, distiller=MixtureOfStudents(str(path), num_experts=4))
+
+
+def test_a_teacher_in_fp32_under_bf16(teacher: Path, tmp_path: Path) -> None:
+    """Its logits are the checkpoint's in fp32, bit for bit, where the student computes in bf16."""
+    watch = Watch()
+    module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(teacher), precision="fp32"))
+    trainer(tmp_path, watch, max_steps=1, precision="bf16-mixed").fit(module, SyntheticData())
+    ((tokens, logits),) = watch.said
+    alone = dropless(load_model(teacher))
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, alone.logits(alone(tokens).hidden))
+
+
+class Spelled(SyntheticData):
+    """Data that say whose ids they hold."""
+
+    def __init__(self, tokenizer: str) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "fingerprint": {"tokenizer": self.tokenizer}}
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """As large a vocabulary is not the same one."""
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(MoEGPTModule(STUDENT), Spelled("one"))
+    run.save_checkpoint(tmp_path / "teacher.ckpt")
+
+    def learn(data: SyntheticData) -> None:
+        module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(tmp_path / "teacher.ckpt")))
+        trainer(tmp_path, max_steps=1).fit(module, data)
+
+    learn(Spelled("one"))
+    with pytest.raises(ValueError, match=r"trained with another tokenizer \(one, here other\); use a teacher with the"):
+        learn(Spelled("other"))
+
+
+def test_the_log_says_what_the_teacher_is_and_where(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, teacher, steps=1)
+    assert f"the teacher is {teacher}: 4 blocks, 48 wide; a rank holds 6 of its 6 experts, in all 0." in caplog.text
+    assert "M parameters of torch.float32 on cpu" in caplog.text
+
+
 def test_a_student_keeps_the_top_of_the_pyramid() -> None:
     paper = GPTConfig(50_257, moe=MoEConfig([32] * 10 + [64] * 2, mlp_type="residual"))
     student = student_config(paper, 21)
     assert student.moe is not None and student.moe.num_experts == [32] * 8 + [64] * 2
     assert replace(student, num_layers=24, moe=paper.moe) == paper
     assert student_config(replace(paper, moe=None), 21).num_layers == 21
+    theirs, ours = experts_per_layer(paper), experts_per_layer(student)
+    taken = student_layers(paper, 21)
+    assert taken == [*range(4, 24), 22] and [theirs[layer] for layer in taken] == ours
+    assert student_layers(paper, 20) == list(range(4, 24))
+    assert student_layers(replace(paper, moe=None), 21) == list(range(3, 24))
     for layers in (0, 24):
         with pytest.raises(ValueError, match=f"num_layers={layers} must be at least 1 and below the teacher's 24"):
             student_config(paper, layers)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Trainer
@@ -73,6 +73,7 @@ class Cell:
     steps: int = 20
     hidden: int = 32
     strategy: str = "expert_parallel"
+    teacher_precision: Literal["fp32", "bf16"] | None = None
     non_finite: NonFinite = field(default_factory=NonFinite)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -471,7 +472,7 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
 
 
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
-    """What is said of a folder that lacks one rank's file, and of a module whose model was built before."""
+    """What is said of a folder that lacks a rank's file, a module built before, and a teacher that cannot be spread."""
     messages = []
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
@@ -487,6 +488,12 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
     assert module.gpt is not None
     try:
         make_trainer(cell, ranks, folder, strategy=strategy_of(cell)).fit(module, SyntheticData())
+    except ValueError as error:
+        messages.append(str(error))
+    three = replace(cell, name="three experts", degree=1, experts=3, steps=1)
+    on_ranks(three, ranks, folder)
+    try:
+        learn(cell, ranks, folder, folder / "three experts at the end.ckpt")
     except ValueError as error:
         messages.append(str(error))
     return messages
@@ -528,56 +535,90 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
 
 
 class Hears(Callback):
-    """What the teacher says of each of this rank's micro-batches: tokens and logits."""
+    """What the teacher says of each of this rank's micro-batches, tokens and logits, and of the same tokens before each."""
 
     def __init__(self) -> None:
         self.said: list[tuple[Tensor, Tensor]] = []
+        self.asked: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if (model := pl_module.distiller.model) is not None and not model._forward_hooks:
+        model = pl_module.distiller.model
+        if model is None:
+            return
+        with torch.no_grad():
+            self.asked.append(model.logits(model(QUESTION).hidden))
+        if not model._forward_hooks:
             model.register_forward_hook(self.hear)
 
     def hear(self, model: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        self.said.append((inputs[0], model.logits(output.hidden)))
+        if inputs[0] is not QUESTION:
+            self.said.append((inputs[0], model.logits(output.hidden)))
+
+
+QUESTION = torch.arange(48).view(3, 16)
 
 
 @dataclass
 class Taught:
-    """What `taught` returns: losses of each micro-batch, what the teacher said here, its experts here, those after the end."""
+    """What `taught` returns: losses of each micro-batch, what `Hears` heard, the teacher's experts here, whether it is gone."""
 
     losses: list[float]
     said: list[tuple[Tensor, Tensor]]
+    asked: list[Tensor]
     experts: list[int]
     freed: bool
-    resumed: list[float]
+
+
+class SavesAroundTheEnd(Callback):
+    """Saves `FOLDER/CELL before.ckpt`, a step before the teacher goes, and `at.ckpt`; notes how many experts it has here."""
+
+    def __init__(self, cell: Cell, folder: Path) -> None:
+        self.cell, self.folder = cell, folder
+        self.experts: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        for when, steps in AROUND_THE_END.items():
+            if trainer.global_step == self.cell.steps - steps:
+                trainer.save_checkpoint(self.folder / f"{self.cell.name} {when}.ckpt")
+        if trainer.global_step == 1:
+            stacks = [part for part in pl_module.distiller.model.modules() if isinstance(part, Experts)]
+            self.experts = [len(stack.expand_weight) for stack in stacks]
+
+
+AROUND_THE_END = {"before": 3, "at": 2}  # steps left
+
+
+def learn(
+    cell: Cell, ranks: int, folder: Path, teacher: Path, *callbacks: Callback, resume: Path | None = None
+) -> tuple[Recorder, Hears, MoEGPTModule]:
+    """Train on growing sequences with a teacher for all but the last two steps."""
+    recorder, hears, module = Recorder(), Hears(), cell.module()
+    module.distiller = MixtureOfStudents(str(teacher), temperature=2.0, precision=cell.teacher_precision)
+    module.curriculum = SequenceCurriculum(400, 4, 4)
+    strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
+    staged = StagedDistillation(step=cell.steps - 2)
+    fit = make_trainer(cell, ranks, folder, staged, hears, recorder, *callbacks, **strategy)
+    fit.fit(module, SyntheticData(micro_batch_size=SAMPLES // ranks), ckpt_path=resume)
+    return recorder, hears, module
 
 
 def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
-    """A run that learns from a checkpoint for all but its last two steps, and its end once more from before the last three."""
-
-    def learn(*callbacks: Callback, resume: Path | None = None) -> tuple[Recorder, Hears, MoEGPTModule]:
-        recorder, hears, module = Recorder(), Hears(), cell.module()
-        module.distiller = MixtureOfStudents(str(checkpoint), temperature=2.0)
-        strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-        staged = StagedDistillation(step=cell.steps - 2)
-        fit = make_trainer(cell, ranks, folder, staged, hears, recorder, *callbacks, **strategy)
-        fit.fit(module, SyntheticData(micro_batch_size=SAMPLES // ranks), ckpt_path=resume)
-        return recorder, hears, module
-
-    class Looks(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-            if trainer.global_step == cell.steps - 3:
-                experts.extend(
-                    len(m.expand_weight) for m in pl_module.distiller.model.modules() if isinstance(m, Experts)
-                )
-                trainer.save_checkpoint(path)
-
-    experts: list[int] = []
-    path = folder / f"{cell.name} taught on {ranks}.ckpt"
-    recorder, hears, module = learn(Looks())
+    """A run that learns from a checkpoint for all but its last two steps."""
+    saves = SavesAroundTheEnd(cell, folder)
+    recorder, hears, module = learn(cell, ranks, folder, checkpoint, saves)
     assert module.distiller is not None
-    resumed = learn(resume=path)[0].micro_losses
-    return Taught(recorder.micro_losses, hears.said, experts, module.distiller.model is None, resumed)
+    return Taught(recorder.micro_losses, hears.said, hears.asked, saves.experts, module.distiller.model is None)
+
+
+def taught_on(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, list[float]]:
+    """Losses after what `taught` saved here, and after what one process saved: `checkpoint`'s folder has that."""
+    return {
+        f"{when}, saved by {whose}": learn(cell, ranks, where, checkpoint, resume=where / f"{cell.name} {when}.ckpt")[
+            0
+        ].micro_losses
+        for when in AROUND_THE_END
+        for whose, where in {"ranks": folder, "one process": checkpoint.parent}.items()
+    }
 
 
 def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[float]:
@@ -694,7 +735,7 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
-    loads = (evaluate, resume, resume_halves, refused, warm_start, taught, taught_offline)
+    loads = (evaluate, resume, resume_halves, refused, warm_start, taught, taught_on, taught_offline)
     return [job(cell, ranks, folder, *(args if job in loads else ())) for job, cell in jobs]
 
 

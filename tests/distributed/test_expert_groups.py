@@ -43,13 +43,20 @@ def test_a_size_that_nothing_can_use_is_refused(experts: list[int], ranks: int, 
         layer_degrees(pyramid(*experts), ranks, limit)
 
 
+def test_the_error_says_whose_experts_cannot_be_spread() -> None:
+    with pytest.raises(
+        ValueError, match=r"expert_parallel_size=2 can spread no layer of the teacher: .* experts \(3\)"
+    ):
+        layer_degrees(pyramid(3), 2, 2, of="teacher")
+
+
 def test_a_dense_model_has_nothing_to_spread() -> None:
     assert layer_degrees(GPTConfig(61, 16, 2, 32, 2), 8, 8) == {}
 
 
 def test_the_layout_is_told() -> None:
     config = pyramid(4, 4, 8)
-    assert describe(config, layer_degrees(config, 4, 8 // 2), 4).splitlines() == [
-        "blocks 2, 4: 4 experts, expert-parallel degree 4, 1 a rank (0.0M parameters), each on 1",
-        "blocks 6: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), each on 1",
+    assert describe(config, layer_degrees(config, 4, 8 // 2), 4, "teacher").splitlines() == [
+        "blocks 2, 4 of the teacher: 4 experts, expert-parallel degree 4, 1 a rank (0.0M parameters), each on 1",
+        "blocks 6 of the teacher: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), each on 1",
     ]

@@ -26,11 +26,13 @@ from tests.distributed.cells import (
     SAMPLES,
     Cell,
     Spoils,
+    Taught,
     alone,
     evaluate,
     evaluate_text,
     growing,
     interrupted,
+    learn,
     lowest_scale,
     make_trainer,
     on_ranks,
@@ -44,6 +46,7 @@ from tests.distributed.cells import (
     spoilt,
     taught,
     taught_offline,
+    taught_on,
     traffic,
     train,
     warm_start,
@@ -136,6 +139,13 @@ WARM = [
 ]
 LARGE = Cell("large", 2, 1, steps=1, hidden=128, moe=DROPLESS)
 TAUGHT = Cell("taught", 2, 2, moe=DROPLESS, steps=6)  # 4 blocks; the teacher is ALONE, of 6 with 2, 4 and 6 experts
+TAUGHT_TOO = [
+    replace(TAUGHT, name="taught, ddp", strategy="ddp"),
+    replace(TAUGHT, name="taught in bf16", teacher_precision="bf16"),
+    replace(TAUGHT, name="taught, bf16-mixed", precision="bf16-mixed"),
+    replace(TAUGHT, name="taught in fp32, bf16-mixed", precision="bf16-mixed", teacher_precision="fp32"),
+]
+TAUGHT_ON_FOUR = Cell("taught on 4 ranks", 4, 1, moe=DROPLESS, steps=6)
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
 
@@ -153,7 +163,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pile: Path) -> Found:
+def taught_alone(checkpoint: Path) -> Taught:
+    """One process that learns from `checkpoint`, and saves around the end of that beside it."""
+    return taught(TAUGHT, 1, checkpoint.parent, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alone: Taught, pocket_pile: Path) -> Found:
     """What every job returned, by rank; one spawn per number of ranks."""
     results: Found = {}
     for ranks, cells in CELLS.items():
@@ -167,7 +183,10 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
-            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED] + [(taught, TAUGHT), (taught_offline, TAUGHT)]
+            jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
+            jobs += [(taught, cell) for cell in (TAUGHT, *TAUGHT_TOO)] + [(taught_on, TAUGHT), (taught_offline, TAUGHT)]
+        if ranks == 4:
+            jobs += [(taught, TAUGHT_ON_FOUR)]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -288,18 +307,45 @@ def test_all_ranks_end_after_the_same_step_where_one_is_told_to(cell: Cell, step
         assert resumed == pytest.approx(found[on_ranks, cell.name][rank].losses[step:], rel=1e-6)
 
 
-def test_a_teacher_with_its_experts_on_two_ranks_teaches_as_on_one(
-    found: Found, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("cell", "experts"),
+    [(TAUGHT, [1, 2, 3]), (TAUGHT_ON_FOUR, [1, 1, 3]), *((cell, [1, 2, 3]) for cell in TAUGHT_TOO)],
+    ids=lambda value: value.name if isinstance(value, Cell) else "",
+)
+def test_a_teacher_says_on_ranks_what_its_checkpoint_says(
+    cell: Cell, experts: list[int], found: Found, taught_alone: Taught, checkpoint: Path
 ) -> None:
-    expected, teacher = taught(TAUGHT, 1, tmp_path, checkpoint), load_model(checkpoint)
-    assert expected.experts == [2, 4, 6] and expected.resumed == expected.losses[3:]
-    for rank in found[taught, TAUGHT.name]:
-        assert rank.experts == [1, 2, 3] and rank.freed
-        assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert rank.resumed == pytest.approx(expected.losses[3:], rel=1e-5)
-        assert len(rank.said) == 4  # of 6 steps
+    """From the first step to the last the same, bit for bit; and the student learns from it what it learns on one process."""
+    teacher = load_model(checkpoint)
+    half = cell.teacher_precision == "bf16" or (cell.precision != "32-true" and cell.teacher_precision is None)
+    near = {"rtol": 0.05, "atol": 0.05} if half else {"rtol": 1e-5, "atol": 1e-5}
+    exact = not half and cell.precision == "32-true"
+    for rank in found[taught, cell.name]:
+        assert rank.experts == ([2, 4, 6] if cell.strategy == "ddp" else experts) and rank.freed
+        assert rank.losses == pytest.approx(taught_alone.losses, rel=1e-5 if exact else 2e-2)
+        assert len(rank.said) == len(rank.asked) == 4  # of 6 steps
+        assert all(torch.equal(answer, rank.asked[0]) for answer in rank.asked)
         for tokens, logits in rank.said:
-            torch.testing.assert_close(logits, teacher.logits(teacher(tokens).hidden), rtol=1e-5, atol=1e-5)
+            assert logits.dtype == (torch.bfloat16 if half else torch.float32)
+            torch.testing.assert_close(logits.float(), teacher.logits(teacher(tokens).hidden), **near)
+
+
+def test_the_end_of_distillation_is_passed_on_other_ranks_too(
+    found: Found, taught_alone: Taught, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A step before, and at it; saved by one process and by two, and gone on with on either."""
+    left = {"before": taught_alone.losses[3:], "at": taught_alone.losses[4:]}
+    lengths = {tokens.shape[1] for tokens, _ in taught_alone.said}
+    assert len(lengths) > 1  # sequences grow
+    for rank in found[taught_on, TAUGHT.name]:
+        assert len(rank) == 4
+        for name, losses in rank.items():
+            assert losses == pytest.approx(left[name.partition(",")[0]], rel=1e-5), name
+    for when, expected in left.items():
+        for folder in (checkpoint.parent, checkpoint.parent / "2"):
+            recorder, hears, _ = learn(TAUGHT, 1, tmp_path, checkpoint, resume=folder / f"{TAUGHT.name} {when}.ckpt")
+            assert recorder.micro_losses == pytest.approx(expected, rel=1e-5)
+            assert len(hears.said) == (when == "before")
 
 
 def test_recorded_logits_teach_two_ranks_as_one(found: Found, checkpoint: Path, tmp_path: Path) -> None:
@@ -366,9 +412,10 @@ def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path)
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
     for messages in found[refused, REFUSED.name]:
-        lacks, built = messages
+        lacks, built, spread = messages
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
+        assert "expert_parallel_size=2 can spread no layer of the teacher: nothing" in spread
 
 
 @cases(TOPOLOGIES)

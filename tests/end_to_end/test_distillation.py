@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.cli.main import main as nlgmoe
 from nlgmoe.cli.train import main
 from tests.end_to_end.test_train_cli import ROOT, TINY
@@ -23,8 +24,18 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     A second student learns from what the teacher has said, when it is gone.
     """
     runs = [f"--data.data_dir={pocket_pile}", *TINY, *QUIET, "--model.train_tokens=512"]
+    deep = ["--model.config.num_layers=4", "--model.config.moe.num_experts=[2,4]"]
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    main(["fit", "--config", str(ROOT / "configs/pr_moe/laptop.yaml"), *runs, f"--trainer.default_root_dir={teacher}"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(ROOT / "configs/pr_moe/laptop.yaml"),
+            *runs,
+            *deep,
+            f"--trainer.default_root_dir={teacher}",
+        ]
+    )
     command = ["fit", "--config", str(ROOT / "configs/mos/laptop.yaml"), *runs]
     command += [f"--trainer.default_root_dir={student}", f"--model.distiller.init_args.teacher={teacher}"]
     main(command)
@@ -40,6 +51,11 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     nlgmoe(["distill-logits", str(config), "--output", str(logits), "--top-k", "32"])
     assert "12 of 32 tokens" in capsys.readouterr().out
     assert json.loads((logits / "header.json").read_text())["samples"] == 12
+    written = tmp_path / "student.yaml"
+    nlgmoe(["student", f"{teacher}/checkpoints/last.ckpt", "--num-layers=3", "--from-teacher", f"--output={written}"])
+    main(["fit", "--config", str(written)])
+    document = read_document(tmp_path / "teacher_student_3/checkpoints/last.ckpt")
+    assert document["model_config"]["moe"]["num_experts"] == [4] and document["tokens_seen"] == 512
     shutil.rmtree(teacher)
     main([*command, "--ckpt_path=last", "--model.train_tokens=640"])
     offline = ["--model.distiller=nlgmoe.OfflineTeacher", f"--model.distiller.init_args.logits={logits}"]

@@ -121,6 +121,12 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--mos --load-teacher a", {"model.distiller.init_args": {"teacher": "a", "beta": 1.0, "temperature": 1.0}}),
     ("--kd --load-teacher a --kd-beta-ce 0.5", {"model.distiller.init_args.beta": 0.5}),
     ("--mos --load-teacher a --kd-temp 2", {"model.distiller.init_args.temperature": 2.0}),
+    ("--mos --load-teacher a --num-layers-teacher 24", {"model.distiller.init_args.num_layers": 24}),
+    ("--mos --load-teacher a --hidden-size-teacher 64", {"model.distiller.init_args.hidden_size": 64}),
+    ("--mos --load-teacher a --num-attention-heads-teacher 4", {"model.distiller.init_args.num_heads": 4}),
+    ("--mos --load-teacher a --num-experts-teacher 8", {"model.distiller.init_args.num_experts": 8}),
+    ("--mos --load-teacher a --num-experts-teacher 4 8", {"model.distiller.init_args.num_experts": [4, 8]}),
+    ("--mos --load-teacher a --num-experts-teacher 1", {"model.distiller.init_args.num_experts": 0}),
     ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout_seconds": 5400.0}),
 ]
 

@@ -1,0 +1,94 @@
+"""`nlgmoe student`: the paper's students come out of the paper's teachers; what cannot be is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nlgmoe.cli.main import main
+from nlgmoe.cli.train import parse_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def written(tmp_path: Path, source: Path, *options: str) -> dict[str, Any]:
+    output = tmp_path / "student.yaml"
+    main(["student", str(source), *options, f"--output={output}"])
+    return parse_config(output)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "options"),
+    [
+        ("pr_moe/350m_pr_moe_32_64", "mos/350m_mos_32_64", ["--num-layers=21", "--step=400000"]),
+        ("pr_moe/laptop", "mos/laptop", ["--num-layers=5"]),
+    ],
+)
+def test_the_shipped_students_are_those_of_their_teachers(
+    teacher: str, student: str, options: list[str], tmp_path: Path
+) -> None:
+    found = written(tmp_path, CONFIGS / f"{teacher}.yaml", *options)
+    shipped = parse_config(CONFIGS / f"{student}.yaml")
+    assert found["trainer"].pop(
+        "default_root_dir"
+    ) == f"runs/{Path(teacher).name.replace('laptop', 'laptop_pr_moe')}" + (
+        f"_student_{found['model']['config']['num_layers']}"
+    )
+    del shipped["trainer"]["default_root_dir"]
+    for settings in (found, shipped):
+        del settings["config"]  # the files
+    assert found == shipped
+
+
+def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
+    """A teacher that was itself a student, started from another run, and saved to a place of its own."""
+    text = yaml.safe_load((CONFIGS / "mos/laptop.yaml").read_text())
+    text["model"]["warm_start"] = {"checkpoint": "elsewhere"}
+    text["trainer"]["callbacks"][1]["init_args"]["dirpath"] = "runs/its_own"
+    source = tmp_path / "teacher.yaml"
+    source.write_text(yaml.safe_dump(text))
+    found = written(tmp_path, source, "--num-layers=4", "--from-teacher", "--teacher=other.ckpt", "--fraction=0.5")
+    assert found["model"]["warm_start"] == {"checkpoint": "other.ckpt", "strict": True, "layers": [0, 1, 2, 3]}
+    assert found["model"]["config"]["moe"]["num_experts"] == [16, 32]
+    assert found["model"]["distiller"]["init_args"]["teacher"] == "other.ckpt"
+    callbacks = found["trainer"]["callbacks"]
+    assert [one["class_path"].rpartition(".")[2] for one in callbacks] == ["StagedDistillation"] + [
+        "ModelCheckpoint"
+    ] * 2
+    assert callbacks[0]["init_args"]["fraction"] == 0.5
+    assert callbacks[1]["init_args"]["dirpath"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("pr_moe/laptop.yaml", ["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
+        ("pr_moe/laptop.yaml", ["--num-layers=1"], "leaves no MoE layer among num_layers=1"),
+        ("pr_moe/laptop.yaml", [], "missing setting num_layers (blocks of the student"),
+        ("pr_moe/laptop.yaml", ["--num-layers=5", f"--output={CONFIGS}/mos/laptop.yaml"], "laptop.yaml exists already"),
+        ("pr_moe/laptop.yaml", ["--num-layers=5", "--fraction=1.5"], "fraction=1.5 must be above 0 and at most 1"),
+        ("pr_moe/laptop.yaml", ["--num-layers=5", "--step=0"], "step=0 must be at least 1"),
+        ("nothing.yaml", ["--num-layers=5"], "nothing.yaml is not there; give the teacher's YAML, its run's folder"),
+        ("pr_moe", ["--num-layers=5"], "is in no run's folder: there is no config.yaml above it"),
+    ],
+)
+def test_what_makes_no_student_is_named(
+    source: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["student", str(CONFIGS / source), *options])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_fraction_of_an_unknown_length_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = yaml.safe_load((CONFIGS / "pr_moe/laptop.yaml").read_text())
+    del text["model"]["train_tokens"]
+    source = tmp_path / "teacher.yaml"
+    source.write_text(yaml.safe_dump(text))
+    with pytest.raises(SystemExit):
+        main(["student", str(source), "--num-layers=5"])
+    assert "fraction=0.7 is of model.train_tokens" in capsys.readouterr().err
+    main(["student", str(source), "--num-layers=5", "--step=9"])
+    assert "step: 9" in capsys.readouterr().out
