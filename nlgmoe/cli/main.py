@@ -8,9 +8,11 @@ from jsonargparse import auto_cli
 
 from nlgmoe.cli.command_parser import CommandParser
 from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.evaluate import evaluate
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.prepare_eval import prepare_eval
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
 COMMANDS: dict[str, Any] = {
@@ -18,6 +20,8 @@ COMMANDS: dict[str, Any] = {
     "inspect": inspect_config,
     "from-megatron": from_megatron,
     "verify": verify_checkpoint,
+    "evaluate": evaluate,
+    "prepare-eval": prepare_eval,
 }
 
 
