@@ -10,6 +10,7 @@ from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
 
 __all__ = [
     "ExpertLoad",
@@ -22,4 +23,5 @@ __all__ = [
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",
+    "ZeroShotEval",
 ]
