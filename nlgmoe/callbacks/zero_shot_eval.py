@@ -163,4 +163,3 @@ class ZeroShotEval(Callback):
         if name not in self._warned:
             rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(error)}")
         self._warned.add(name)
-

@@ -59,7 +59,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Manner:
-    """How to generate: stop strings, most new tokens, temperature (0: the likeliest token), and how many tokens to choose from."""
+    """How to generate: stop strings, most new tokens, temperature (0: the likeliest token), tokens to choose from."""
 
     until: tuple[str, ...]
     max_new: int

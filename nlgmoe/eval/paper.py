@@ -10,7 +10,14 @@ from typing import Any
 
 from nlgmoe.eval.zero_shot import SHARES, metrics
 
-TASKS = ("lambada_openai", "piqa", "boolq", "race", "triviaqa", "webqs")  # the columns of the paper, as lm-eval names them
+TASKS = (
+    "lambada_openai",
+    "piqa",
+    "boolq",
+    "race",
+    "triviaqa",
+    "webqs",
+)  # the columns of the paper, as lm-eval names them
 METRIC = {"triviaqa": "exact_match", "webqs": "exact_match"}  # else acc
 ROWS: dict[str, tuple[float, ...]] = {
     "350M dense": (52.03, 69.31, 53.64, 31.77, 3.21, 1.57),

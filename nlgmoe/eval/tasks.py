@@ -116,8 +116,8 @@ def _documents_in(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _without_documents(name: str, source: str | None, data_dir: Path | None, error: Exception) -> str:
     where = f"{data_dir}/{name}.jsonl" if data_dir is not None else f"DIR/{name}.jsonl, and set data_dir=DIR"
     return (
-        f"its documents, {source or 'of lm-eval'}, cannot be had from the Hugging Face hub ({describe(error)[:200]}); put them into "
-        f"{where} (`nlgmoe prepare-eval DIR` does so for some tasks), or try again where there is a network"
+        f"its documents, {source or 'of lm-eval'}, cannot be had from the Hugging Face hub ({describe(error)[:200]}); "
+        f"put them into {where} (`nlgmoe prepare-eval DIR` does so for some tasks), or try again where there is a network"
     )
 
 

@@ -37,7 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_is_the_same_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     weights = []
-    for callbacks in ([], [Counting(list(TASKS), limit=2, every_n_steps=1, at_validation=True, include_path=str(folder))]):
+    for callbacks in (
+        [],
+        [Counting(list(TASKS), limit=2, every_n_steps=1, at_validation=True, include_path=str(folder))],
+    ):
         module = MoEGPTModule(DROPOUT)
         torch.manual_seed(7)
         trainer(tmp_path, *callbacks, max_steps=4, **VALIDATES).fit(module, TokenizedData())

