@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -69,7 +70,7 @@ class ZeroShotEval(Callback):
         self.every_n_steps, self.every_n_tokens = every_n_steps, every_n_tokens
         by_clock = every_n_steps is not None or every_n_tokens is not None
         self.at_validation = not by_clock if at_validation is None else at_validation
-        self._clock = {"step": 0, "tokens": 0}  # of the latest evaluation by the clock
+        self._clock = {"step": 0, "tokens": 0}  # of the latest evaluation in `fit`
         self._tasks: Tasks | None = None
         self._warned: set[str] = set()
 
@@ -114,14 +115,16 @@ class ZeroShotEval(Callback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With the other results of this validation."""
-        if trainer.sanity_checking or (trainer.training and not self.at_validation):
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if trainer.sanity_checking or (fits and not self.at_validation):
             return
+        if fits:  # nothing is due any more by the clock
+            self._clock = _now(trainer, pl_module)
         for name, value in self._evaluate(trainer, pl_module).items():
             pl_module.log(name, value, sync_dist=True)  # every rank has the same value; this tells Lightning so
 
     def _evaluate_if_due(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, MoEGPTModule)
-        now = {"step": trainer.global_step, "tokens": module.tokens_seen}
+        now = _now(trainer, module)
         every = {"step": self.every_n_steps, "tokens": self.every_n_tokens}
         if any(n is not None and now[key] // n > self._clock[key] // n for key, n in every.items()):
             self._clock = now
@@ -163,3 +166,8 @@ class ZeroShotEval(Callback):
         if name not in self._warned:
             rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(error)}")
         self._warned.add(name)
+
+
+def _now(trainer: Trainer, module: LightningModule) -> dict[str, int]:
+    assert isinstance(module, MoEGPTModule)
+    return {"step": trainer.global_step, "tokens": module.tokens_seen}

@@ -191,7 +191,10 @@ class EvaluatedGPT(TemplateLM):
         """Of each question: the request's number, nats, and whether every token is the likeliest."""
         with self._precision():
             hidden = self.model(*_padded([read.tokens for read in batch], "right", self._device)).hidden  # [B, T, H]
-            rows, positions, targets, lengths = [], [], [], []
+            rows: list[int] = []
+            positions: list[int] = []
+            targets: list[int] = []
+            lengths: list[int] = []
             for row, read in enumerate(batch):
                 for _, predicted in read.asked:
                     rows += [row] * len(predicted)

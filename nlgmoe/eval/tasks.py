@@ -53,6 +53,7 @@ class Tasks:
         self.names, self.num_fewshot = list(dict.fromkeys(names)), num_fewshot
         self._data_dir = None if data_dir is None else Path(data_dir)
         self._manager = _manager(self.names, include_path)
+        self._loaded: dict[str, dict[str, Any]] = {}
         for name in self.names:
             if name not in self._manager.task_index and not Path(name).is_file():
                 close = difflib.get_close_matches(name, {*self._manager.task_index, *_built_in()}, n=1)
@@ -62,11 +63,19 @@ class Tasks:
                 )
 
     def load(self, name: str) -> dict[str, Any]:
-        """What lm-eval's evaluation takes; a group or tag has several tasks.
+        """What lm-eval's evaluation takes; a group or tag has several tasks. The documents are read once.
 
         Raises:
             ValueError: the documents cannot be had; the message says from where they can.
         """
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        loaded = self._loaded[name]
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)
+        return loaded
+
+    def _load(self, name: str) -> dict[str, Any]:
         entry = self._manager.task_index.get(name)
         settings = (entry.cfg if entry is not None else None) or {}
         file, source = self._file(name), settings.get("dataset_path")
@@ -90,7 +99,6 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=self.num_fewshot)
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=1234)
         return loaded
 
     def _file(self, name: str) -> Path | None:

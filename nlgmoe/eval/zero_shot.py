@@ -54,8 +54,7 @@ def evaluate_task(
             outcome = error
     if isinstance(outcome, OutOfStep | Stranded):
         raise outcome
-    failed = isinstance(outcome, Exception)
-    model.ranks.agree("end a task", outcome if failed else None)  # type: ignore[arg-type]
+    model.ranks.agree("end a task", outcome if isinstance(outcome, Exception) else None)
     assert not isinstance(outcome, Exception)
     return outcome
 
@@ -63,7 +62,7 @@ def evaluate_task(
 def _evaluate(model: EvaluatedGPT, tasks: Tasks, name: str, limit: float | None, bootstrap_iters: int) -> Results:
     loaded = tasks.load(name)
     with quiet_contexts(), one_process_bootstrap():
-        results: Results = run_tasks(  # type: ignore[assignment]
+        results: Results = run_tasks(
             lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False
         )
     results["chance"] = {task: chance(loaded["tasks"][task]) for task in loaded["tasks"]}
