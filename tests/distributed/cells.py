@@ -633,7 +633,7 @@ class Remembers(ZeroShotEval):
 
 def zero_shot(cell: Cell, ranks: int, folder: Path) -> list[dict[str, float]]:
     """What is found on all documents; on one of each task; and in training where the last rank cannot read a task's documents."""
-    rank = distributed.get_rank() if ranks > 1 else 0
+    rank = int(os.environ["RANK"]) if ranks > 1 else 0
     own = write_tasks(folder / f"{cell.name} tasks {rank}")
     (own / "data").mkdir()
     if rank == ranks - 1:

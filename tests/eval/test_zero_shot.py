@@ -5,10 +5,13 @@ import json
 import sys
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pyarrow as pa
 import pytest
 from lightning import Trainer
@@ -93,6 +96,16 @@ def test_what_is_missing_is_named_with_the_remedy(
     ):
         with pytest.raises(ValueError, match=message):
             Tasks(**settings)  # type: ignore[arg-type]
+
+
+def test_whether_the_hub_answers_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers HEAD with 501: there is a way
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert tasks._hub_answers()
+    server.shutdown()
+    server.server_close()
+    assert not tasks._hub_answers()
 
 
 @pytest.fixture(scope="module")
