@@ -1,5 +1,6 @@
 """Log-likelihoods and generated texts against lm-eval's own `hf` model with the same weights, and plain forward passes."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.eval.lm_eval_model import EvaluatedGPT
 from nlgmoe.model.gpt import GPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
-from tests.eval.tiny_tasks import CONFIG, TOKENIZER, text
+from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
 DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
@@ -73,7 +74,9 @@ def test_log_likelihoods_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT
 
 
 def test_whole_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:
-    texts = requests(*((text(n, words),) for n, words in enumerate((1, 8, 40, 77))), ("",))
+    # Not periodic: where two windows read the same and score different numbers of tokens, `hf` takes the wrong positions.
+    draw = random.Random(1)
+    texts = requests(*((" ".join(draw.choices(WORDS, k=words)),) for words in (1, 8, 40, 77)), ("",))
     ours, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in pair)
     assert ours == pytest.approx(expected, rel=1e-5)
     assert len(TOKENIZER.encode(texts[3].args[0])) > 3 * SEQ_LEN
