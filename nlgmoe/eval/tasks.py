@@ -79,12 +79,13 @@ class Tasks:
         entry = self._manager.task_index.get(name)
         settings = (entry.cfg if entry is not None else None) or {}
         file, source = self._file(name), settings.get("dataset_path")
+        local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
         try:
             with _quiet():
                 if file is not None:
                     group = {"group": f"{name} from {file}", "task": [{"task": name} | _documents_in(file, settings)]}
                     loaded = {"tasks": self._manager.load([group])["tasks"], "groups": {}}
-                elif source in set(FORMATS.values()) or (source and Path(source).exists()):
+                elif local:
                     loaded = dict(self._manager.load([name]))
                 else:
                     with _hub():
@@ -92,6 +93,10 @@ class Tasks:
         except Exception as error:
             if file is not None:
                 raise ValueError(f"task {name}: {file} cannot be read: {describe(error)}") from error
+            if local:
+                raise ValueError(
+                    f"task {name}: the files that its YAML names cannot be read: {describe(error)}"
+                ) from error
             raise ValueError(f"task {name}: {_without_documents(name, source, self._data_dir, error)}") from error
         for task in loaded["tasks"].values():
             # A task that is made for no examples stays so, as in lm-eval's own command.

@@ -70,7 +70,7 @@ def write_tasks(folder: Path) -> Path:
         file = folder / f"{name}_documents.jsonl"
         file.write_text("".join(json.dumps(document) + "\n" for document in documents))
         where = (
-            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{file}'}}}}\ntest_split: test\n"
         )
         (folder / f"{name}.yaml").write_text(where + yaml.lstrip())
     return folder
