@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nlgmoe.callbacks.staged_distillation import StagedDistillation
+    from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
     from nlgmoe.checkpoint.portable import load_model
     from nlgmoe.checkpoint.warm_start import WarmStart
     from nlgmoe.cli.train import Experiment, load_config
@@ -41,6 +42,7 @@ _HOMES = {
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "Trained": "nlgmoe.eval.trained",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
+    "ZeroShotEval": "nlgmoe.callbacks.zero_shot_eval",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
@@ -64,6 +66,7 @@ __all__ = [
     "StagedDistillation",
     "Trained",
     "WarmStart",
+    "ZeroShotEval",
     "generate",
     "load_config",
     "load_model",

@@ -276,7 +276,7 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Log `val/loss`, `val/bits_per_byte`, and both by domain."""
+        """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
         self._log_evaluation("val")
 
     @override

@@ -11,6 +11,7 @@ from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
 
 __all__ = [
     "ExpertLoad",
@@ -23,4 +24,5 @@ __all__ = [
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",
+    "ZeroShotEval",
 ]

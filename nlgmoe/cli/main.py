@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 from nlgmoe.cli.command_parser import CommandParser
 from nlgmoe.cli.distill_logits import distill_logits
 from nlgmoe.cli.errors import one_line_errors
+from nlgmoe.cli.evaluate import evaluate
 from nlgmoe.cli.export_checkpoint import export_checkpoint
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.generate_text import generate_text
@@ -16,6 +17,7 @@ from nlgmoe.cli.import_checkpoint import import_checkpoint
 from nlgmoe.cli.import_megatron import import_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.prepare_eval import prepare_eval
 from nlgmoe.cli.student import student
 from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
@@ -32,6 +34,8 @@ COMMANDS: dict[str, Any] = {
     "upcycle": upcycle_checkpoint,
     "distill-logits": distill_logits,
     "student": student,
+    "evaluate": evaluate,
+    "prepare-eval": prepare_eval,
 }
 
 

@@ -48,7 +48,7 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
     if trainer.enable_validation:
         data = getattr(trainer, "datamodule", None)
         domains = [f"/{name}" for name in data.domains] if isinstance(data, SpellsBytes) else ["/all"]
-        metrics = ("loss", "bits_per_byte") if isinstance(data, SpellsBytes) else ("loss",)
+        metrics = ("loss", "perplexity", *(["bits_per_byte"] if isinstance(data, SpellsBytes) else []))
         names |= {f"val/{metric}{domain}" for metric in metrics for domain in ["", *domains]}
         names |= {"val/blend_loss"} if getattr(data, "domain_shares", None) else set()
     return names

@@ -1,4 +1,4 @@
-"""Loss and bits per byte by domain, summed over batches and ranks."""
+"""Loss, perplexity and bits per byte by domain, summed over batches and ranks."""
 
 from __future__ import annotations
 
@@ -55,17 +55,21 @@ class DomainLoss(Metric):
             getattr(self, name).index_add_(0, domain, (per_token * counted).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss` (nats per token), `loss/DOMAIN`, `bits_per_byte`, `bits_per_byte/DOMAIN`; domains not seen are left out.
+        """`loss` (nats per token), `perplexity` (its exponential) and `bits_per_byte`, of all and after a slash of each domain.
+
+        Domains not seen are left out.
 
         Of a blend also `blend_loss`: the domains' losses weighted by their shares, which is what training minimises.
         """
         results = {
             "loss": self.nats.sum() / self.tokens.sum(),
+            "perplexity": (self.nats.sum() / self.tokens.sum()).exp(),
             "bits_per_byte": self.nats.sum() / math.log(2) / self.bytes.sum(),
         }
         for index, name in enumerate(self.domains):
             if self.tokens[index] > 0:
                 results[f"loss/{name}"] = self.nats[index] / self.tokens[index]
+                results[f"perplexity/{name}"] = results[f"loss/{name}"].exp()
                 results[f"bits_per_byte/{name}"] = self.nats[index] / math.log(2) / self.bytes[index]
         if self.shares is not None:
             seen = self.tokens > 0

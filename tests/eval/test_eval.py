@@ -20,10 +20,13 @@ def test_loss_and_bits_per_byte_by_domain() -> None:
     assert results == pytest.approx(
         {
             "loss": 18 / 5,
+            "perplexity": math.exp(18 / 5),
             "bits_per_byte": 18 / math.log(2) / 12,
             "loss/a": 1.5,
+            "perplexity/a": math.exp(1.5),
             "bits_per_byte/a": 3 / math.log(2) / 2,
             "loss/b": 5.0,
+            "perplexity/b": math.exp(5.0),
             "bits_per_byte/b": 15 / math.log(2) / 10,
             "blend_loss": (0.1 * 1.5 + 0.3 * 5.0) / 0.4,
         }

