@@ -108,7 +108,7 @@ class Router(nn.Module):
             if config.noise == "jitter" and training:
                 gate_input = gate_input * (1 - JITTER + 2 * JITTER * draw(gate_input.shape))
             logits = F.linear(gate_input, self.weight.to(dtype))  # [N, E]
-            probs = logits.softmax(dim=-1)
+            probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
             kept = self._within_capacity(expert, probs, token_mask, draw)
