@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test test-faults check format docs compare bench clean
+.PHONY: help install quickstart test test-faults check format docs compare mos bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ docs: install  ## bring the README's table of flags up to date
 compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 25 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.compare
+
+mos: install  ## a teacher; students without it, with it, with it for the first 70%: 3 seeds (about 35 minutes on 2 cores)
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python -m benchmarks.mos
 
 bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading data (30 minutes)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
