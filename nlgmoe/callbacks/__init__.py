@@ -8,11 +8,14 @@ from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
+from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.callbacks.write_report import WriteReport
 
 __all__ = [
     "ExpertLoad",
+    "ExpertSpecialisation",
     "PredictionFile",
     "RunSummary",
     "SampleText",
@@ -22,4 +25,5 @@ __all__ = [
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",
+    "WriteReport",
 ]

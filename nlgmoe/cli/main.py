@@ -11,6 +11,7 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.from_megatron import from_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.cli.report import report
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
 COMMANDS: dict[str, Any] = {
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": inspect_config,
     "from-megatron": from_megatron,
     "verify": verify_checkpoint,
+    "report": report,
 }
 
 
