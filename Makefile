@@ -58,6 +58,7 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.blend
 	$(BIN)/python -m benchmarks.indexed_data
 	$(BIN)/python -m benchmarks.distillation
+	$(BIN)/python -m benchmarks.metrics
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -16,6 +19,38 @@ from typing_extensions import override
 def run_folder_loggers(folder: str | Path) -> list[Logger]:
     """What `train.py` logs to if the configuration names no logger."""
     return [RunCSVLogger(folder), TensorBoardLogger(folder, name="", version="")]
+
+
+def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
+    """The loggers of a configuration, and `metrics.csv` beside them if none of them writes it: reports are made of it."""
+    given = [loggers] if isinstance(loggers, Logger) else list(loggers)
+    there = any(isinstance(one, CSVLogger) and Path(one.log_dir) == Path(folder) for one in given)
+    return given if there else [*given, RunCSVLogger(folder)]
+
+
+def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], np.ndarray], step: int) -> None:
+    """Give a picture to every logger that takes one: TensorBoard's kind, and those with Lightning's `log_image`, such as W&B's.
+
+    Args:
+        loggers: of a trainer, on the process that logs.
+        name: of the picture.
+        draw: makes it, `[height, width, 3]` uint8; only called if it is wanted.
+        step: as the logger counts.
+    """
+    takers: list[Callable[[np.ndarray], Any]] = []
+    for logger in loggers:
+        if callable(add := getattr(getattr(logger, "experiment", None), "add_image", None)):
+            takers.append(partial(add, name, global_step=step, dataformats="HWC"))
+        elif callable(log := getattr(logger, "log_image", None)):
+            takers.append(partial(_log_one, log, name, step))
+    if takers:
+        image = draw()
+        for take in takers:
+            take(image)
+
+
+def _log_one(log: Callable[..., Any], name: str, step: int, image: np.ndarray) -> None:
+    log(key=name, images=[image], step=step)
 
 
 class RunCSVLogger(CSVLogger):

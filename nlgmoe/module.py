@@ -229,7 +229,7 @@ class MoEGPTModule(LightningModule):
         Raises:
             NonFiniteError: the run is to stop.
         """
-        gradients = self._step_gradients()
+        gradients = self.step_gradients()
         if gradients is None:
             return
         norm, step = gradients.norm(), self.trainer.global_step
@@ -251,8 +251,8 @@ class MoEGPTModule(LightningModule):
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
 
-    def _step_gradients(self) -> StepGradients | None:
-        """The gradients of the step that is about to be taken, if one is."""
+    def step_gradients(self) -> StepGradients | None:
+        """The gradients of the step that is about to be taken, if one is; for `on_before_optimizer_step` and what follows."""
         trainer = self.trainer
         if isinstance(trainer.strategy, HoldsGradients):
             return trainer.strategy.step_gradients()

@@ -8,13 +8,14 @@ decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class StepGradients(Protocol):
         """L2 norm of all of them, every expert once, the same on every rank; not finite if one of them is not."""
         ...
 
+    def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+        """Squared L2 norms of parts of the model, `[parts]`: the sum of what all ranks return. No collective."""
+        ...
+
     def full(self, parameter: nn.Parameter) -> Tensor | None:
         """The gradient of one parameter of this rank. All ranks ask together, in the same order."""
         ...
@@ -83,11 +88,19 @@ class LocalGradients:
     def __init__(self, parameters: Iterable[nn.Parameter], scaled: bool) -> None:
         self.scaled = scaled
         self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm([self.full(parameter) for parameter in self._parameters])  # type: ignore[misc]
+
+    @cached_property
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([self.full(parameter) for parameter in self._parameters])  # type: ignore[misc]
 
     def norm(self) -> Tensor:
         """See `StepGradients`."""
         return self._norm
+
+    def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+        """See `StepGradients`."""
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        return torch.stack([square_of((one.grad for one in part), part[0].device) for part in parts]) / ranks
 
     def full(self, parameter: nn.Parameter) -> Tensor | None:
         """See `StepGradients`."""
@@ -104,6 +117,12 @@ class LocalGradients:
         """See `StepGradients`: AdamW passes over parameters without a gradient."""
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def square_of(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    """Squared L2 norm of those that are there, in fp32, a scalar."""
+    there = [gradient.float() for gradient in gradients if gradient is not None]
+    return torch.nn.utils.get_total_norm(there).square() if there else torch.zeros((), device=device)
 
 
 class StepGuard:

@@ -1,6 +1,7 @@
 """NaN and infinity in a step: named, and either the end of the run or a step that never was."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,11 @@ def test_what_a_callback_may_monitor_is_what_a_run_logs(moe: MoEConfig | None, t
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
     run.fit(module, SyntheticData())
-    assert logged_names(run, module) == {*run.callback_metrics, "epoch", "step"}
+    names = logged_names(run, module)
+    assert names == {*run.callback_metrics, "epoch", "step"}
+    documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text()))
+    general = {re.sub(r"/(even|odd)$", "/DOMAIN", re.sub(r"^experts/\d+/", "experts/LAYER/", name)) for name in names}
+    assert general <= documented
 
 
 @pytest.mark.parametrize("settings", [{"action": "ignore"}, {"limit": 0}])

@@ -4,12 +4,13 @@ learned."""
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
-from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
+from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
+from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.callbacks.write_report import WriteReport
 

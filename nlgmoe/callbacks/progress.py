@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
-from nlgmoe.batch import Batch
 from nlgmoe.module import MoEGPTModule
 
 
@@ -65,29 +63,3 @@ class TokenProgressBar(TQDMProgressBar):
 def _module(trainer: Trainer) -> MoEGPTModule:
     assert isinstance(trainer.lightning_module, MoEGPTModule)
     return trainer.lightning_module
-
-
-class Throughput(Callback):
-    """Logs `train/tokens_per_second` over each logging interval, validation and checkpoints left out."""
-
-    def __init__(self) -> None:
-        self._tokens = self._before = 0
-        self._seconds = 0.0
-        self._started = 0.0
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start the clock."""
-        self._before = _module(trainer).tokens_fed
-        self._started = time.perf_counter()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Stop it, and log once per interval."""
-        self._seconds += time.perf_counter() - self._started
-        self._tokens += _module(trainer).tokens_fed - self._before
-        if trainer._logger_connector.should_update_logs:
-            pl_module.log("train/tokens_per_second", self._tokens / self._seconds)
-            self._tokens, self._seconds = 0, 0.0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.callbacks.memory import peak_memory_bytes
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.versions import versions
@@ -128,14 +127,6 @@ class RunSummary(Callback):
 def _finite(value: float) -> float | None:
     """None (JSON's null) for a run that diverged: JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process has held: of the GPU where there is one, resident otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_summary(run_folder: Path, summary: dict[str, Any]) -> None:

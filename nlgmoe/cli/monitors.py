@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from nlgmoe.batch import SpellsBytes
-from nlgmoe.callbacks.expert_load import ExpertLoad, routing_statistics
-from nlgmoe.callbacks.progress import Throughput
+from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.staged_distillation import LOGGED
+from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.pyramid import experts_per_layer
 
 
 def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
@@ -39,18 +37,14 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
 
 def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
     """All that a run of `fit` logs, with Lightning's own `epoch` and `step`."""
-    kinds = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
     names = {"epoch", "step", *(f"train/{name}" for name in ("loss", "lr", "tokens", "grad_norm", "skipped_steps"))}
     if module.config.moe is not None:
         names |= {"train/balance_loss", "train/z_loss"}
-        if ExpertLoad in kinds:
-            layers = sum(count > 0 for count in experts_per_layer(module.config))
-            statistics = routing_statistics(torch.ones(4))
-            names |= {f"experts/{layer}/{name}" for layer in range(layers) for name in statistics}
     if module.distiller is not None:
         names |= set(LOGGED)
-    if Throughput in kinds:
-        names.add("train/tokens_per_second")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ExpertLoad | Throughput):
+            names |= callback.logged_names(trainer, module)
     if trainer.enable_validation:
         data = getattr(trainer, "datamodule", None)
         domains = [f"/{name}" for name in data.domains] if isinstance(data, SpellsBytes) else ["/all"]

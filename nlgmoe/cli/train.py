@@ -24,10 +24,11 @@ from typing_extensions import override
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
-from nlgmoe.callbacks.progress import Throughput, TokenProgressBar
+from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
+from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
@@ -43,7 +44,7 @@ from nlgmoe.cli.run_folder import (
 )
 from nlgmoe.cli.trainer_settings import check_machine, check_trainer
 from nlgmoe.data import PileDataModule
-from nlgmoe.loggers import run_folder_loggers
+from nlgmoe.loggers import run_folder_loggers, with_run_csv
 from nlgmoe.module import MoEGPTModule
 
 _NEWEST = "a checkpoint; a run folder, or last for trainer.default_root_dir: the newest valid checkpoint in it"
@@ -208,14 +209,22 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results."""
+        """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
+
+        A callback that the configuration names takes the place of the one of its class that is there by default.
+        """
         trainer = self._get(self.config_init, "trainer", default={})
+        trains = self.subcommand in (None, "fit")
         if trainer["logger"] is None or trainer["logger"] is True:
-            trains = self.subcommand in (None, "fit")
             kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"]) if trains else False
+        elif trainer["logger"] is not False and trains:
+            kwargs["logger"] = with_run_csv(trainer["logger"], trainer["default_root_dir"])
+        given = trainer["callbacks"] or []
+        replaced = {type(one) for one in (given if isinstance(given, list) else [given])}
         if trainer["enable_progress_bar"] is False:
-            callbacks = self.trainer_defaults["callbacks"]
-            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, TokenProgressBar)]
+            replaced.add(TokenProgressBar)
+        callbacks = self.trainer_defaults["callbacks"]
+        self.trainer_defaults["callbacks"] = [one for one in callbacks if type(one) not in replaced]
         if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
             kwargs["strategy"] = _strategy(trainer["strategy"])
         return super().instantiate_trainer(**kwargs)

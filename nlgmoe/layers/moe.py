@@ -9,6 +9,8 @@ Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts pe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,16 +72,19 @@ class MoELayer(nn.Module):
             mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
             y = journey.back(self.experts(*journey.arrive())) * scale.unsqueeze(-1)
         y = dispatch.combine(y, self.top_k)  # [N, H], at least fp32
-        if mlp is not None:
-            y = self._mix(tokens, y, mlp)
+        if self.coefficient is not None:
+            assert mlp is not None
+            y, share = self._mix(tokens, y, mlp)
+            routing = replace(routing, expert_share=share.detach())
+        elif mlp is not None:
+            y = y + mlp
         return y.to(x.dtype).view_as(x), routing
 
-    def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> Tensor:
-        """Join the experts' correction and the shared MLP, in the dtype of `expert`; all `[N, H]`."""
-        if self.coefficient is None:
-            return expert + mlp
+    def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
+        """Join the experts' correction and the shared MLP, `[N, H]` in the dtype of `expert`; and the experts' share, `[N]`."""
+        assert self.coefficient is not None
         with torch.autocast(x.device.type, enabled=False):
             dtype = expert.dtype
             logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]
-            return expert * share[:, 0:1] + mlp.to(dtype) * share[:, 1:2]
+            return expert * share[:, 0:1] + mlp.to(dtype) * share[:, 1:2], share[:, 0]

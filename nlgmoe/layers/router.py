@@ -38,6 +38,7 @@ class Routing:
         probs: `[N, E]` the gate's distribution, their softmax.
         tokens_per_expert: `[E]` assignments each expert was asked for, before dropping.
         token_mask: `[N]` bool, False at padding; None: there is none.
+        expert_share: `[N]` weight of the experts beside the shared MLP, detached; None where no such mix is learned.
     """
 
     expert: Tensor
@@ -47,6 +48,7 @@ class Routing:
     probs: Tensor
     tokens_per_expert: Tensor
     token_mask: Tensor | None
+    expert_share: Tensor | None = None
 
     @property
     def num_tokens(self) -> Tensor:

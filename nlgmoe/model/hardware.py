@@ -55,3 +55,30 @@ def hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ValueError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
+
+
+BOARDS = {  # parts of the names that GPUs give themselves -> name above; other boards of a chip have other peaks
+    ("V100", "SXM"): "v100-32",
+    ("A100",): "a100-80",
+    ("H100", "HBM3"): "h100",
+    ("H200",): "h200",
+}
+
+
+def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
+    """FLOP/s of the matrix products of a run, by data sheet; None if this is no GPU of those above.
+
+    Args:
+        gpu: what it calls itself.
+        precision: as Lightning writes it, such as `bf16-mixed`.
+        tf32: whether PyTorch computes fp32 products that way.
+    """
+    found = next((name for parts, name in BOARDS.items() if all(part in gpu for part in parts)), None)
+    if found is None or "64" in precision:
+        return None
+    peaks = HARDWARE[found]
+    if "16" in precision:
+        return peaks.half_flops
+    return (
+        peaks.half_flops / 2 if tf32 and found != "v100-32" else peaks.fp32_flops
+    )  # TF32 is half of bf16, since Ampere

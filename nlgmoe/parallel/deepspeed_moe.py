@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from deepspeed import ops
+from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.moe.layer import MoE
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.utils import groups as deepspeed_groups
@@ -53,6 +54,13 @@ def register_groups(groups: ExpertGroups) -> None:
 def use_plain_collectives() -> None:
     """Keep DeepSpeed from compiling a C++ extension at start: an all-reduce for inference that nothing here uses."""
     ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+def look_up_collectives_late() -> None:
+    """Let DeepSpeed find the functions of `torch.distributed` when it calls them, for who times or counts them."""
+    backend = deepspeed_comm.cdb
+    backend.all_gather_function = lambda *args, **kwargs: distributed.all_gather_into_tensor(*args, **kwargs)
+    backend.reduce_scatter_function = lambda *args, **kwargs: distributed.reduce_scatter_tensor(*args, **kwargs)
 
 
 def register_world(timeout: timedelta) -> None:

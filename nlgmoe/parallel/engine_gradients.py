@@ -6,6 +6,8 @@ once, before the step, for whoever decides about it; the engine is told what it 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, distributed, nn
+
+from nlgmoe.non_finite import square_of
 
 
 @torch.no_grad()
@@ -26,12 +30,34 @@ def global_grad_norm(parameters: list[nn.Parameter]) -> Tensor:
             continue
         square = parameter.grad.float().square().sum()
         if is_moe_param(parameter):
-            copies = deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
-            experts += square / distributed.get_world_size(copies)
+            experts += square / _holders(parameter)
         else:
             dense += square
     distributed.all_reduce(experts)
     return (dense + experts).sqrt()
+
+
+def _holders(parameter: nn.Parameter) -> int:
+    """How many ranks hold a parameter."""
+    if not is_moe_param(parameter):
+        return distributed.get_world_size()
+    group = deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+    return distributed.get_world_size(group)
+
+
+def _share(parameter: nn.Parameter) -> Tensor | None:
+    """A gradient that its holders have alike, so that the sum of their squares is its own."""
+    return None if parameter.grad is None else parameter.grad.float() / math.sqrt(_holders(parameter))
+
+
+def _fragment(parameter: nn.Parameter) -> Tensor | None:
+    """What ZeRO has left of a gradient on this rank, as `safe_get_full_grad` reads it; None if nothing."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    place = mapping.lp_fragment_address
+    return fragment.narrow(0, place.start, place.numel) if len(fragment) == parameter.numel() else fragment
 
 
 class EngineGradients:
@@ -45,6 +71,7 @@ class EngineGradients:
         self.scaled: bool = engine.fp16_enabled()
         self._engine = engine
         self._norm = torch.zeros(())  # of the step at hand, times the loss scale; infinite if it was dropped
+        self._measured = False
         self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         if engine.zero_optimization():
             self._set_right_zero()
@@ -56,17 +83,29 @@ class EngineGradients:
         """Whether the last micro-batch of the step has been through the backward pass."""
         return bool(self._engine.is_gradient_accumulation_boundary())
 
-    def measure(self) -> None:
-        """Compute the norm; once a step."""
-        if not self._engine.zero_optimization():
-            self._norm = global_grad_norm(self._parameters)
-            return
-        self._engine.optimizer._wait_for_offload_copies()
-        self._norm = self._zero_norm()
+    def begin(self) -> None:
+        """Forget the last step's; after the backward pass, as often as it is asked for."""
+        self._measured = False
+        if self._engine.zero_optimization():
+            self._engine.optimizer._wait_for_offload_copies()
 
     def norm(self) -> Tensor:
-        """Their L2 norm."""
-        return self._norm / self._engine.optimizer.loss_scale if self.scaled else self._norm
+        """Their L2 norm; computed once a step, which all ranks do together."""
+        if not self._measured:
+            self._norm = self._zero_norm() if self._engine.zero_optimization() else global_grad_norm(self._parameters)
+            self._measured = True
+        return self._norm / self._scale
+
+    def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+        """See `StepGradients`: ZeRO divides every gradient among the ranks that have it; else each of them holds it whole."""
+        own = _fragment if self._engine.zero_optimization() else _share
+        device = self._parameters[0].device  # with `offload_optimizer` the gradients are elsewhere
+        squares = [square_of((own(one) for one in part), device).to(device) for part in parts]
+        return torch.stack(squares) / self._scale**2
+
+    @property
+    def _scale(self) -> float:
+        return float(self._engine.optimizer.loss_scale) if self.scaled else 1.0
 
     def full(self, parameter: nn.Parameter) -> Tensor | None:
         """The gradient of one parameter; a collective."""

@@ -131,7 +131,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         """As the base class does, which only knows GPUs."""
-        from nlgmoe.parallel.deepspeed_moe import register_world, use_plain_collectives
+        from nlgmoe.parallel.deepspeed_moe import look_up_collectives_late, register_world, use_plain_collectives
 
         use_plain_collectives()
         if isinstance(self.accelerator, CUDAAccelerator):
@@ -140,6 +140,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             self.set_world_ranks()
             self._init_deepspeed_distributed()
         register_world(self._patience)
+        look_up_collectives_late()
 
     def expert_placements(self, config: GPTConfig) -> Mapping[int, ExpertPlacement]:
         """This rank's share of every MoE block; makes the process groups.
@@ -210,7 +211,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert self._gradients is not None
         if not self._gradients.complete:
             return None
-        self._gradients.measure()
+        self._gradients.begin()
         return self._gradients
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:

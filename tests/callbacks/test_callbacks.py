@@ -5,33 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
-from nlgmoe.callbacks.expert_load import routing_statistics, routing_sums
-from nlgmoe.layers.router import Routing
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from tests.checkpoint.test_portable import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
-
-
-def test_routing_statistics() -> None:
-    probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    routing = Routing(
-        expert=torch.tensor([[0], [0]]),
-        weight=torch.tensor([[1.0], [0.0]]),
-        kept=torch.tensor([[True], [False]]),
-        probs=probs,
-        logits=probs.log(),
-        tokens_per_expert=torch.tensor([2, 0, 0, 0]),
-        token_mask=None,
-    )
-    assert routing_statistics(routing_sums(routing)) == pytest.approx(
-        {"load_max_over_mean": 4.0, "load_min_over_mean": 0.0, "dropped": 0.5, "entropy": 0.5}
-    )
 
 
 def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
-from nlgmoe.callbacks import SaveOnSignal, StagedDistillation
+from nlgmoe.callbacks import ExpertLoad, SaveOnSignal, StagedDistillation, Throughput
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
@@ -40,6 +40,8 @@ from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.synthetic import SyntheticData
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
+
+LOGGED = 5  # steps between what callbacks log
 
 TINY_ON_RANKS = [  # for train.py
     *("--config", "configs/quickstart.yaml"),
@@ -96,6 +98,7 @@ class Outcome:
         gradients: of the first step.
         clip_norms: the norm by which DeepSpeed clipped each step.
         validation: the loss at the end.
+        metrics: what `ExpertLoad` and `Throughput` log after the fifth step.
     """
 
     losses: list[float]
@@ -103,6 +106,7 @@ class Outcome:
     gradients: dict[str, Tensor]
     clip_norms: list[float]
     validation: float
+    metrics: dict[str, float]
 
 
 class Recorder(Callback):
@@ -113,8 +117,11 @@ class Recorder(Callback):
         self.squares: list[dict[str, float]] = []
         self.clip_norms: list[float] = []
         self.gradients: dict[str, Tensor] = {}
+        self.metrics: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == LOGGED and not self.metrics:
+            self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         loss = trainer.callback_metrics["train/loss"] + 0.01 * trainer.callback_metrics["train/balance_loss"]
         self.micro_losses.append(float(loss))
         engine = trainer.strategy.model
@@ -279,13 +286,14 @@ def train(
     """Train on this process's share; validate after the last step, and save `CELL at the end.ckpt`."""
     recorder, module = Recorder(), cell.module()
     data = SyntheticData(micro_batch_size=micro_batch, padded=cell.padded, documents=cell.documents)
-    trainer = make_trainer(cell, world, folder, recorder, *callbacks, accumulate_grad_batches=accumulate, **settings)
+    settings |= {"accumulate_grad_batches": accumulate, "log_every_n_steps": LOGGED}
+    trainer = make_trainer(cell, world, folder, Throughput(), ExpertLoad(), recorder, *callbacks, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
     groups = [recorder.micro_losses[i : i + accumulate] for i in range(0, len(recorder.micro_losses), accumulate)]
     losses = [sum(group) / accumulate for group in groups]
     validation = float(trainer.callback_metrics["val/loss"])
-    return Outcome(losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation)
+    return Outcome(losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation, recorder.metrics)
 
 
 def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:

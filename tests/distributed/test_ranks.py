@@ -188,6 +188,13 @@ def test_ranks_compute_what_one_process_computes(
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         assert outcome.validation == pytest.approx(expected.validation, rel=1e-5)
+        experts = [name for name in expected.metrics if name.startswith(("experts/", "train/grad_norm"))]
+        assert len(experts) > 2 * 12
+        for name in experts:
+            assert outcome.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-3, abs=1e-6), name
+        assert outcome.metrics.keys() == expected.metrics.keys()
+        assert outcome.metrics["train/flops"] == expected.metrics["train/flops"]
+        assert outcome.metrics["time/communication"] > 0 or ranks == 1
         if cell.strategy == "expert_parallel":
             assert outcome.clip_norms[:5] == pytest.approx(norms[:5], rel=1e-5)
             assert outcome.clip_norms == pytest.approx(norms, rel=1e-3)  # Adam has amplified some rounding by then
@@ -424,6 +431,7 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
     """A checkpoint's `checkpoint.json` without what measures time or memory, and the losses that are in it."""
     document = json.loads((path / "checkpoint.json").read_text().replace(str(path.parent), "FOLDER"))
     summary = document["callbacks"]["RunSummary"]
+    assert document["callbacks"]["Throughput"].pop("elapsed") > 0
     document.pop("saved_at")
     for name in ("wall_seconds", "step_seconds"):
         assert summary.pop(name) > 0

@@ -40,7 +40,7 @@ ON_TWO_RANKS = [
     "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
     "--trainer.strategy.init_args.expert_parallel_size=2",
 ]
-NOT_REPEATABLE = {"train/tokens_per_second"}  # times
+NOT_REPEATABLE = ("train/tokens_per_second", "train/tflops_per_second", "time/", "memory/")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Run:
             return []
         with (self.folder / "metrics.csv").open(newline="") as file:
             return [
-                {key: value for key, value in row.items() if value and key not in NOT_REPEATABLE}
+                {key: value for key, value in row.items() if value and not key.startswith(NOT_REPEATABLE)}
                 for row in csv.DictReader(file)
             ]
 

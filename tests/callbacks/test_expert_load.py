@@ -1,0 +1,291 @@
+"""What is said of routers, against numbers worked out by hand or from the routings themselves; and at what it looks when."""
+
+import csv
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nlgmoe import load_config
+from nlgmoe.callbacks import ExpertLoad, Throughput
+from nlgmoe.callbacks.heat_map import ROW, WIDTH, heat_map
+from nlgmoe.callbacks.routing_statistics import RoutingSums, routing_statistics, routing_sums
+from nlgmoe.layers.router import Router, Routing
+from nlgmoe.loggers import RunCSVLogger, log_image, run_folder_loggers, with_run_csv
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.non_finite import NonFinite
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import CONFIG, trainer
+
+LAPTOP = Path(__file__).parents[2] / "configs/moe/laptop.yaml"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_statistics_by_hand() -> None:
+    """Two tokens and one of padding ask for the first of four experts, which has room for one."""
+    probs = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
+    routing = Routing(
+        expert=torch.tensor([[0], [0], [3]]),
+        weight=torch.tensor([[0.97], [0.0], [0.0]]),
+        kept=torch.tensor([[True], [False], [False]]),
+        logits=probs.log() + 1,
+        probs=probs,
+        tokens_per_expert=torch.tensor([2, 0, 0, 0]),
+        token_mask=torch.tensor([True, True, False]),
+        expert_share=torch.tensor([0.25, 0.75, 0.9]),
+    )
+    entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
+    squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
+    sums = RoutingSums.of(routing_sums(routing).tolist())
+    assert routing_statistics(sums, mixes=True) == pytest.approx(
+        {
+            "load_max_over_mean": 4.0,
+            "load_min_over_mean": 0.0,
+            "load_p10_over_mean": 0.0,
+            "load_p50_over_mean": 0.0,
+            "load_p90_over_mean": 2.8,  # 0.7 of the way from the third to the fourth
+            "load_cv": math.sqrt(3),
+            "dropped": 0.5,
+            "entropy": entropy / 2 / math.log(4),
+            "confidence": (0.97 + 0.25) / 2,
+            "logit_rms": math.sqrt(squares / 8),
+            "expert_share": 0.5,
+        },
+        rel=1e-5,
+    )
+    assert "expert_share" not in routing_statistics(sums, mixes=False)
+
+
+class Routings(Callback):
+    """All routings of a run, and what was logged after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Routing]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(pl_module.routings)
+        if not trainer.fit_loop._should_accumulate():
+            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_an_interval_is_all_of_its_micro_batches(tmp_path: Path) -> None:
+    seen = Routings()
+    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=4, log_every_n_steps=2, accumulate_grad_batches=2)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData(padded=True))
+    rows = rows_of(tmp_path / "expert_load.csv")
+    assert [(row["step"], row["tokens"], row["layer"]) for row in rows] == [
+        (step, tokens, layer) for step, tokens in (("1", "256"), ("3", "512")) for layer in "01"
+    ]
+    for interval, logged in enumerate([seen.logged[1], seen.logged[3]]):
+        for layer in (0, 1):
+            routings = [batch[layer] for batch in seen.seen[4 * interval : 4 * interval + 4]]
+            masks = [routing.token_mask for routing in routings]
+            probs = torch.cat([routing.probs[mask] for routing, mask in zip(routings, masks, strict=True)]).double()
+            chosen = torch.cat([routing.expert[mask] for routing, mask in zip(routings, masks, strict=True)])
+            load = torch.bincount(chosen.flatten(), minlength=probs.shape[1])
+            row = rows[2 * interval + layer]
+            assert [row[f"expert_{e}"] for e in range(4)] == [*map(str, load.tolist()), *[""] * (4 - len(load))]
+            found = {
+                name.split("/")[2]: value for name, value in logged.items() if name.startswith(f"experts/{layer}/")
+            }
+            assert found["load_max_over_mean"] == pytest.approx(float(load.max() / load.double().mean()))
+            assert found["load_cv"] == pytest.approx(float(load.double().std(correction=0) / load.double().mean()))
+            assert found["confidence"] == pytest.approx(float(probs.gather(1, chosen).mean().detach()), rel=1e-5)
+            entropy = torch.special.entr(probs).sum(dim=1).mean() / math.log(probs.shape[1])
+            assert found["entropy"] == pytest.approx(float(entropy.detach()), rel=1e-5)
+            kept = sum(int(routing.kept.sum()) for routing in routings)
+            assert found["dropped"] == pytest.approx(1 - kept / len(chosen), abs=1e-6)
+            assert 0 < found["expert_share"] < 1
+
+
+def test_parts_of_the_gradient_make_the_whole(tmp_path: Path) -> None:
+    seen = Routings()
+    run = trainer(tmp_path, ExpertLoad(), seen, max_steps=2, log_every_n_steps=2, gradient_clip_val=0.1)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    parts = [value for name, value in seen.logged[-1].items() if "/grad_norm_" in name]
+    assert len(parts) == 5 and min(parts) > 0
+    assert math.hypot(*parts) == pytest.approx(seen.logged[-1]["train/grad_norm"], rel=1e-5)
+
+
+def test_a_skipped_step_counts_nowhere(tmp_path: Path) -> None:
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            norm = pl_module.gpt.blocks[0].ffn_norm
+            self.handle = norm.register_forward_hook(
+                lambda module, inputs, out: out * torch.nan if trainer.global_step == 1 else out
+            )
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.handle.remove()
+
+    seen, module = Routings(), MoEGPTModule(CONFIG, non_finite=NonFinite("skip"))
+    run = trainer(tmp_path, Breaks(), ExpertLoad(), seen, max_steps=4, log_every_n_steps=2)
+    with pytest.warns(UserWarning, match="skipped"):
+        run.fit(module, SyntheticData())
+    first, second = seen.logged[1], seen.logged[3]
+    assert math.isfinite(first["experts/0/entropy"]) and math.isnan(first["experts/0/grad_norm_router"])
+    assert all(math.isfinite(value) for name, value in second.items() if name.startswith("experts/"))
+    asked = [sum(int(row[f"expert_{e}"] or 0) for e in range(4)) for row in rows_of(tmp_path / "expert_load.csv")]
+    assert asked == [64, 64, 128, 128]
+
+
+def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(self: Router, logits: Tensor, *_: Any) -> Tensor:
+        return torch.zeros(len(logits), 1, dtype=torch.long)
+
+    monkeypatch.setattr(Router, "_choose", first)
+
+    def fit(steps: int, *callbacks: Callback, **settings: Any) -> list[float]:
+        seen = Routings()
+        run = trainer(tmp_path, ExpertLoad(dead_window=3), seen, *callbacks, max_steps=steps, log_every_n_steps=1)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
+        return [logged["experts/1/dead"] for logged in seen.logged]
+
+    assert fit(4, SaveAt(2, tmp_path / "two.ckpt")) == [0, 0, 3, 3]
+    assert fit(4, ckpt_path=tmp_path / "two.ckpt") == [3, 3]
+
+
+def test_a_run_that_goes_on_repeats_no_row(tmp_path: Path) -> None:
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    for folder in (straight, again):
+        run = trainer(folder, ExpertLoad(), SaveAt(2, folder / "two.ckpt"), max_steps=4, log_every_n_steps=1)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    undisturbed = (straight / "expert_load.csv").read_text()
+    with (again / "expert_load.csv").open("a") as file:
+        file.write("4,320,0,0,1")  # cut off
+    run = trainer(again, ExpertLoad(), max_steps=4, log_every_n_steps=1)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=again / "two.ckpt")
+    assert (again / "expert_load.csv").read_text() == undisturbed
+    assert len(undisturbed.splitlines()) == 1 + 4 * 2
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a device, by step."""
+
+    NAMES = frozenset(
+        {"item", "tolist", "cpu", "numpy", "to", "nonzero", "is_nonzero"}
+        | {"__bool__", "__float__", "__int__", "__index__", "__contains__", "__array__"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+        self.step = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.counts[self.step] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_nothing_between_intervals(tmp_path: Path) -> None:
+    def reads(*callbacks: Callback) -> Counter[int]:
+        with Reads() as mode:
+
+            class Steps(Callback):
+                def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+                    mode.step = trainer.global_step
+
+            run = trainer(tmp_path, Steps(), *callbacks, max_steps=9, log_every_n_steps=4, accumulate_grad_batches=2)
+            run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        return mode.counts
+
+    with_callbacks, without = reads(ExpertLoad(), Throughput()), reads()
+    more = {step: with_callbacks[step] - without[step] for step in range(1, 8)}  # the first prepares, the last ends
+    assert [step for step, count in more.items() if count] == [3, 7]
+
+
+def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> None:
+    image = heat_map([np.array([1.0, 1.0]), np.array([0.0, 0.1, 1.9, 2.0])])
+    assert image.shape[1:] == (WIDTH, 3) and image.dtype == np.uint8
+    top, bottom = image[ROW // 2], image[-ROW // 2]
+    assert len(np.unique(top, axis=0)) == 1 and top[0].min() > 240
+    dead, idle, busy, _ = bottom[WIDTH // 8 :: WIDTH // 4].astype(int)
+    assert dead.max() == 0 and idle[2] > idle[0] and busy[0] > busy[2]
+
+
+class TakesNumbersOnly(Logger):
+    """A logger of somebody's own."""
+
+    name = version = "plain"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.seen += metrics
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_loggers_get_pictures_if_they_take_them(tmp_path: Path) -> None:
+    plain = TakesNumbersOnly()
+    run = trainer(
+        tmp_path, ExpertLoad(), max_steps=2, log_every_n_steps=1, logger=[plain, *run_folder_loggers(tmp_path)]
+    )
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert "experts/1/confidence" in plain.seen
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Images("experts/load")] == [0, 1]
+    assert events.Images("experts/load")[0].width == WIDTH
+    assert {"experts/0/load_cv", "train/grad_norm_dense"} <= set(events.Tags()["scalars"])
+
+
+def test_an_image_is_drawn_once_for_all_who_take_it_and_not_at_all_for_nobody(tmp_path: Path) -> None:
+    class LikeWandb(TakesNumbersOnly):
+        def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+            self.seen.append(f"{key} {len(images)} {step}")
+
+    drawn, wandb = [], LikeWandb()
+
+    def draw() -> np.ndarray:
+        drawn.append(1)
+        return np.zeros((2, 2, 3), np.uint8)
+
+    log_image([TakesNumbersOnly(), RunCSVLogger(tmp_path)], "load", draw, 7)
+    assert not drawn
+    log_image([wandb, TensorBoardLogger(tmp_path)], "load", draw, 7)
+    assert (len(drawn), wandb.seen) == (1, ["load 1 7"])
+
+
+def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
+    own, elsewhere = RunCSVLogger(tmp_path), CSVLogger(tmp_path)
+    assert with_run_csv([own, elsewhere], tmp_path) == [own, elsewhere]
+    assert [type(one) for one in with_run_csv(elsewhere, tmp_path)] == [CSVLogger, RunCSVLogger]
+    plain = load_config(LAPTOP, trainer__logger=f"{__name__}.TakesNumbersOnly", trainer__default_root_dir=str(tmp_path))
+    assert [type(one).__name__ for one in plain.trainer.loggers] == ["TakesNumbersOnly", "RunCSVLogger"]
+    assert plain.trainer.loggers[1].log_dir == str(tmp_path)
+
+
+def test_a_callback_of_the_configuration_replaces_the_default_one() -> None:
+    named = [{"class_path": "nlgmoe.callbacks.ExpertLoad", "init_args": {"dead_window": 7}}]
+    run = load_config(LAPTOP, trainer__callbacks=named)
+    (one,) = [callback for callback in run.trainer.callbacks if isinstance(callback, ExpertLoad)]
+    assert one.dead_window == 7
+    assert sum(isinstance(callback, Throughput) for callback in run.trainer.callbacks) == 1
+
+
+def test_impossible_settings_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^dead_window=0 must be at least 1 step$"):
+        ExpertLoad(dead_window=0)
+    with pytest.raises(ValueError, match=r"^peak_tflops=0 must be above 0, or null$"):
+        Throughput(peak_tflops=0)

@@ -1,0 +1,151 @@
+"""Speed, time and memory: what can be known of them without a clock."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import distributed
+
+from nlgmoe.callbacks import Throughput
+from nlgmoe.callbacks.stopwatch import COLLECTIVES, PARTS, Stopwatch, TimedCollectives, TimedLoop
+from nlgmoe.callbacks.throughput import _over_ranks
+from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.hardware import peak_of
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_curriculum import CLOCKS, LENGTHS
+from tests.test_module import CONFIG, trainer
+
+
+class Logged(Callback):
+    """What was logged after each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.profiler: Any = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.profiler = trainer.profiler
+        if not trainer.fit_loop._should_accumulate():
+            self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_flops_are_those_of_the_lengths_that_were_fed_and_go_on_after_a_restart(tmp_path: Path) -> None:
+    def fit(steps: int, *callbacks: Callback, **settings: Any) -> list[dict[str, float]]:
+        logged = Logged()
+        module = MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=96, start=4, increment=4))
+        run = trainer(
+            tmp_path,
+            Throughput(peak_tflops=0.5),
+            logged,
+            *callbacks,
+            max_steps=steps,
+            log_every_n_steps=1,
+            accumulate_grad_batches=2,
+        )
+        run.fit(module, SyntheticData(micro_batch_size=2), **settings)
+        return logged.steps
+
+    path = tmp_path / "seven.ckpt"  # in the middle of the fourth step, which begins anew
+    straight = fit(6, SaveAt(7, path))
+    fed = [(later - earlier) for earlier, later in pairwise(CLOCKS)]
+    total = 0
+    for tokens, length, logged in zip(fed, LENGTHS, straight, strict=True):
+        total += tokens * flops_per_token(CONFIG, length)
+        assert logged["train/flops"] == total
+        assert logged["train/mfu"] == pytest.approx(logged["train/tflops_per_second"] / 0.5, rel=1e-5)
+        ratio = flops_per_token(CONFIG, length) / 1e12
+        assert logged["train/tflops_per_second"] == pytest.approx(logged["train/tokens_per_second"] * ratio, rel=1e-5)
+    again = fit(6, ckpt_path=path)
+    assert [one["train/flops"] for one in again] == [one["train/flops"] for one in straight[3:]]
+    assert again[0]["time/elapsed"] > straight[2]["time/elapsed"]
+
+
+def test_parts_of_a_step_follow_each_other_and_the_users_profiler_goes_on(tmp_path: Path) -> None:
+    logged, profiler = Logged(), SimpleProfiler()
+    run = trainer(tmp_path, Throughput(), logged, max_steps=4, log_every_n_steps=2, profiler=profiler)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    found = logged.steps[-1]
+    parts = {part: found[f"time/{part}"] for part in PARTS}
+    assert parts.pop("communication") == 0
+    assert min(parts.values()) > 0 and sum(parts.values()) < found["time/step"] < found["time/elapsed"]
+    assert found["memory/process_bytes"] > 50e6
+    assert "train/mfu" not in found  # nobody knows this CPU's
+    assert isinstance(logged.profiler, TimedLoop) and run.profiler is profiler
+    assert len(profiler.recorded_durations["run_training_batch"]) == 4
+
+
+def test_nothing_is_timed_where_nothing_is_logged(tmp_path: Path) -> None:
+    logged, speed = Logged(), Throughput()
+    run = trainer(tmp_path, speed, logged, max_steps=2, log_every_n_steps=0)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert not isinstance(logged.profiler, TimedLoop) and "train/tokens_per_second" not in logged.steps[-1]
+
+
+def test_collectives_are_timed_until_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Work:
+        done = "yes"
+
+        def wait(self) -> str:
+            return "waited"
+
+    class Counts(Stopwatch):
+        spans = 0
+
+        def stop(self, part: str) -> None:
+            super().stop(part)
+            self.spans += part == "communication"
+
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, async_op=False: Work() if async_op else None)
+    before = {name: getattr(distributed, name) for name in COLLECTIVES}
+    watch = Counts(torch.device("cpu"))
+    timed = TimedCollectives(watch)
+    timed.begin()
+    assert distributed.all_reduce(torch.zeros(1)) is None
+    work = distributed.all_reduce(torch.zeros(1), async_op=True)
+    assert (watch.spans, work.done, work.wait(), watch.spans) == (2, "yes", "waited", 3)
+    timed.end()
+    assert before == {name: getattr(distributed, name) for name in COLLECTIVES}
+    assert watch.seconds()["communication"] > 0 and not watch.seconds()
+
+
+def test_ranks_tell_mean_times_and_the_largest_memory() -> None:
+    class Three:
+        """The second of three ranks; the others have 1 and 3 times what it has."""
+
+        world_size, global_rank = 3, 1
+
+        class strategy:
+            root_device = torch.device("cpu")
+
+            @staticmethod
+            def reduce(table: torch.Tensor, reduce_op: str) -> torch.Tensor:
+                own = table[2:].view(3, 2)[1]
+                return torch.cat([table[:2] * (1 + 1 + 3), own, own, 3 * own])
+
+    times, memory = _over_ranks(Three, [0.6, 3.0], [7, 5])  # type: ignore[arg-type]
+    assert times == pytest.approx([1.0, 5.0]) and memory == [21, 15]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "tf32", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", False, 312),
+        ("NVIDIA A100-SXM4-40GB", "32-true", False, 19.5),
+        ("NVIDIA A100-SXM4-40GB", "32-true", True, 156),
+        ("NVIDIA H100 80GB HBM3", "16-mixed", False, 989),
+        ("NVIDIA H100 PCIe", "16-mixed", False, None),
+        ("NVIDIA H200", "bf16-true", True, 989),
+        ("Tesla V100-SXM2-32GB", "32-true", True, 15.7),
+        ("NVIDIA GeForce RTX 4090", "bf16-mixed", False, None),
+        ("NVIDIA H200", "64-true", False, None),
+    ],
+)
+def test_peaks_of_known_gpus(gpu: str, precision: str, tf32: bool, tflops: float | None) -> None:
+    assert peak_of(gpu, precision, tf32) == (None if tflops is None else pytest.approx(tflops * 1e12))
