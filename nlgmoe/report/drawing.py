@@ -61,6 +61,7 @@ class Panel:
         metric: its name in `metrics.csv`; of a MoE layer's, what comes after `experts/LAYER/`.
         title: with units.
         log: a logarithmic y axis.
+        zero: whether the y axis begins at 0.
         form: of the numbers on the y axis, as d3 writes it.
         smooth: whether the page's smoothing is for it.
     """
@@ -68,6 +69,7 @@ class Panel:
     metric: str
     title: str
     log: bool = False
+    zero: bool = False
     form: str = ""
     smooth: bool = True
 
@@ -82,13 +84,17 @@ def dash_of(run: int) -> str:
     return DASHES[run // len(PALETTE) % len(DASHES)]
 
 
-def grid_of_panels(titles: Sequence[str], columns: int, panel: int = PANEL) -> go.Figure:
-    """An empty figure with a panel for each title, in rows of `columns`."""
+def grid_of_panels(titles: Sequence[str], columns: int, panel: int = PANEL, between: float = 0.08) -> go.Figure:
+    """An empty figure with a panel for each title, in rows of `columns`, `between` of the width between them."""
     columns = max(1, min(columns, len(titles)))
     rows = -(-len(titles) // columns)
     inner = rows * panel + (rows - 1) * GAP
     figure = make_subplots(
-        rows, columns, subplot_titles=titles, vertical_spacing=GAP / inner if rows > 1 else 0, horizontal_spacing=0.08
+        rows,
+        columns,
+        subplot_titles=titles,
+        vertical_spacing=GAP / inner if rows > 1 else 0,
+        horizontal_spacing=between,
     )
     figure.update_annotations(font_size=13)
     figure.update_layout(height=inner + 110)
@@ -178,8 +184,14 @@ def metric_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int = 3
             meta = {"smooth": panel.smooth}
             add_line(figure, number, run.name, series, where, meta, number not in shown and len(runs) > 1, mode=mode)
             shown.add(number)
-        figure.update_yaxes(tickformat=panel.form, type="log" if panel.log else "linear", **where)
+        scale_panel(figure, panel, where)
     return on_clock(figure)
+
+
+def scale_panel(figure: go.Figure, panel: Panel, where: dict[str, int]) -> None:
+    """The y axis that a panel asks for."""
+    kind, mode = "log" if panel.log else "linear", "tozero" if panel.zero else "normal"
+    figure.update_yaxes(tickformat=panel.form, type=kind, rangemode=mode, **where)
 
 
 def rounded(values: np.ndarray, digits: int = 5) -> list[float | None]:

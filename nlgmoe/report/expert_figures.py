@@ -19,17 +19,18 @@ from nlgmoe.report.drawing import (
     grid_of_panels,
     on_clock,
     place,
+    scale_panel,
 )
 from nlgmoe.report.metrics import Series
 from nlgmoe.report.runs import Run
 
 CELLS = 60_000  # of all heat maps of a run together
 PANELS = (
-    Panel("dropped", "Dropped assignments (share)", form=".0%"),
-    Panel("dead", "Dead experts (number)", smooth=False),
-    Panel("load_max_over_mean", "Busiest expert's load (times a fair share)"),
-    Panel("load_min_over_mean", "Idlest expert's load (times a fair share)"),
-    Panel("load_cv", "Load imbalance (coefficient of variation)"),
+    Panel("dropped", "Dropped assignments (share)", zero=True, form=".0%"),
+    Panel("dead", "Dead experts (number)", zero=True, smooth=False),
+    Panel("load_max_over_mean", "Busiest expert's load (times a fair share)", zero=True),
+    Panel("load_min_over_mean", "Idlest expert's load (times a fair share)", zero=True),
+    Panel("load_cv", "Load imbalance (coefficient of variation)", zero=True),
     Panel("entropy", "Gate entropy (share of its maximum)"),
     Panel("confidence", "Gate's probability of the experts chosen"),
     Panel("logit_rms", "Router logits (root mean square)"),
@@ -76,9 +77,7 @@ def router(runs: Sequence[Run]) -> Chart | None:
                 meta = {"smooth": panel.smooth, "layer": str(layer)}
                 add_line(figure, number, name, values, where, meta, name not in shown, **look)
                 shown.add(name)
-        figure.update_yaxes(tickformat=panel.form, type="log" if panel.log else "linear", **where)
-        if not panel.log:
-            figure.update_yaxes(rangemode="tozero", **where)
+        scale_panel(figure, panel, where)
     text = (
         "One value a MoE layer. A fair share is 1 where all experts are asked for equally often. Entropy is 1 for a gate that "
         "does not choose, 0 for one that is certain. Dead experts got no token for many steps."
@@ -141,7 +140,7 @@ def heat_map(ratio: np.ndarray, steps: np.ndarray, run: int, bar: bool) -> go.He
 def ratio_bar() -> dict[str, object]:
     """The colours' legend."""
     return {
-        "title": "times a<br>fair share",
+        "title": "times a<br>fair share<br> ",
         "thickness": 14,
         "len": 220,
         "lenmode": "pixels",

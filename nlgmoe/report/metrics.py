@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # what is true once the step that the logger names has been taken
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
 
 
@@ -17,7 +18,7 @@ class Series:
     """A metric over steps.
 
     Attributes:
-        steps: `[N]` rising; the optimizer's, counted from 0.
+        steps: `[N]` rising; how many the optimizer had taken.
         values: `[N]`, NaN and infinity where the run had them.
     """
 
@@ -56,10 +57,11 @@ def read_metrics(path: Path) -> dict[str, Series]:
             value = _number(text)
             if value is None or name in ("step", "epoch"):
                 continue
+            taken = step + name.startswith(AFTER_STEP)
             rows = columns.setdefault(name, [])
-            while rows and rows[-1][0] >= step:
+            while rows and rows[-1][0] >= taken:
                 rows.pop()
-            rows.append((step, value))
+            rows.append((taken, value))
     return {name: Series(*(np.array(values) for values in zip(*rows, strict=True))) for name, rows in columns.items()}
 
 
@@ -68,7 +70,7 @@ class Loads:
     """Load of every expert over time.
 
     Attributes:
-        steps: `[N]` at the end of each interval, rising.
+        steps: `[N]` taken at the end of each interval, rising.
         requests: `[N, E]` of each layer, assignments in that interval, before dropping.
     """
 
@@ -99,7 +101,7 @@ def read_loads(path: Path) -> Loads | None:
     if not whole:
         return None
     requests = [np.array([interval[layer] for interval in whole.values()]) for layer in range(layers)]
-    return Loads(np.array(list(whole), dtype=float), requests)
+    return Loads(np.array(list(whole), dtype=float) + 1, requests)
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, str | None]]:

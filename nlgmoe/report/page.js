@@ -5,10 +5,11 @@ const facts = JSON.parse(document.getElementById("facts").textContent);
 const AXES = {
   steps: { title: "steps", unit: 1 },
   tokens: { title: "tokens", unit: 1 },
-  petaflops: { title: "FLOPs of the model (petaFLOPs)", unit: 1 },
+  flops: { title: "FLOPs of the model, forward and backward (petaFLOPs)", unit: 1e-15 },
   seconds: { title: "time (minutes)", unit: 1 / 60 },
 };
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+// No button that would upload anything.
+const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"] };
 const figures = [...document.querySelectorAll(".chart")].map((div) => {
   const figure = JSON.parse(div.querySelector("script").textContent);
   div.replaceChildren();

@@ -98,7 +98,7 @@ def section(name: str, charts: Sequence[Chart]) -> str:
 
 def controls(layers: int, layer: str) -> str:
     """What the reader can change: the x axis, the smoothing, the layers shown of `layers`; `layer` is what is shown first."""
-    names = {"tokens": "tokens", "steps": "steps", "petaflops": "FLOPs", "seconds": "time"}
+    names = {"tokens": "tokens", "steps": "steps", "flops": "FLOPs", "seconds": "time"}
     axes = "".join(
         f'<label><input type="radio" name="axis" value="{axis}"{" checked" if axis == "tokens" else ""}> {name}</label>'
         for axis, name in names.items()
@@ -117,7 +117,7 @@ def controls(layers: int, layer: str) -> str:
 
 
 def clocks(run: Run) -> dict[str, list[float | None]]:
-    """A run's clocks at some of its steps: `steps` and, where they are known, tokens fed, PFLOPs and seconds until then."""
+    """A run's clocks at some of its steps: `steps` and, where they are known, tokens fed, FLOPs and seconds until then."""
     if "train/tokens" not in run.metrics:
         steps = max((series.steps[-1] for series in run.metrics.values()), default=0.0)
         return {"steps": [0.0, float(steps)]}

@@ -23,7 +23,7 @@ from nlgmoe.report.metrics import LOADS, METRICS, Loads, Series, read_loads, rea
 CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
 CLOCKS = {  # what charts are drawn over -> the metric that says it at a step
     "tokens": "train/tokens",
-    "petaflops": "train/petaflops",
+    "flops": "train/flops",
     "seconds": "time/elapsed",
 }
 

@@ -55,7 +55,7 @@ def preferences(number: int, run: Run) -> Chart | None:
         f"{run.layer(layer)}: {kind}" for layer in range(len(found.experts)) for kind in ("domain", "class of token")
     ]
     groups = max(len(found.domains), _classes_seen(found))
-    figure = grid_of_panels(titles, 2, max(130, 24 * groups))
+    figure = grid_of_panels(titles, 2, max(130, 24 * groups), between=0.15)
     for layer in range(len(found.experts)):
         halves = ((found.domains, found.by_domain(layer)), (found.classes, found.by_class(layer)))
         for column, (names, counts) in enumerate(halves):
@@ -102,8 +102,11 @@ def _add_preferences(figure: go.Figure, names: list[str], counts: np.ndarray, wh
         "group, %{customdata[2]:,} tokens<extra></extra>",
         **where,
     )
+    plain = {"tickangle": 0, "tickfont_size": 9 if len(order) > 20 else 11}
     if len(order) <= NAMED:
-        figure.update_xaxes(tickvals=list(range(len(order))), ticktext=[str(expert) for expert in order], **where)
+        figure.update_xaxes(
+            tickvals=list(range(len(order))), ticktext=[str(expert) for expert in order], **plain, **where
+        )
     else:
         figure.update_xaxes(showticklabels=False, ticks="", **where)
 

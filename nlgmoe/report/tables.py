@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -16,41 +17,33 @@ OWN = ("trainer.default_root_dir", "ckpt_path")  # settings that are another for
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A row for each run."""
+    """What each run came to: a row for each fact, a column for each run."""
     domains = list(
         dict.fromkeys(name for run in runs for name in run.summary.get("bits_per_byte") or {} if name != "all")
     )
-    columns: dict[str, Callable[[Run], str]] = {
-        "parameters": lambda run: _count((run.parameters() or (None, None))[0]),
-        "active": lambda run: _count((run.parameters() or (None, None))[1]),
-        "experts": _experts,
-        "steps": lambda run: _whole(run.summary.get("steps", _last_step(run))),
-        "tokens": lambda run: _count(run.summary.get("tokens", run.last("train/tokens"))),
-        "training loss<br>(nats/token)": lambda run: _decimal(run.summary.get("train_loss", run.last("train/loss")), 3),
-        "validation loss<br>(nats/token)": lambda run: _decimal(run.summary.get("val_loss") or run.last("val/loss"), 3),
-        "bits per byte": lambda run: _decimal(_bits(run, "all"), 3),
-        **{
-            f"bits per byte:<br>{escape(name)}": lambda run, name=name: _decimal(_bits(run, name), 3)
-            for name in domains
-        },  # type: ignore[misc]
-        "tokens/s": lambda run: _whole(run.summary.get("tokens_per_second") or run.last("train/tokens_per_second")),
-        "peak memory<br>(GB)": lambda run: _decimal(_scaled(run.summary.get("peak_memory_bytes"), 1e-9), 2),
-        "time": lambda run: duration(run.summary.get("wall_seconds", run.last("time/elapsed"))),
-        "ended": lambda run: "yes" if run.summary else "not yet",
+    facts: dict[str, Callable[[Run], str]] = {
+        "parameters, active for a token": lambda run: ", ".join(_count(value) for value in run.parameters() or (None,)),
+        "experts of each MoE layer": _experts,
+        "steps, tokens": lambda run: f"{_whole(_steps(run))}, {_count(_either(run, 'tokens', 'train/tokens'))}",
+        "training loss (nats per token)": lambda run: _decimal(_either(run, "train_loss", "train/loss")),
+        "validation loss (nats per token)": lambda run: _decimal(_either(run, "val_loss", "val/loss")),
+        "bits per byte of validation text": lambda run: _decimal(_bits(run, "all")),
+        **{f"bits per byte: {name}": partial(_of_domain, domain=name) for name in domains},
+        "speed (tokens/s)": lambda run: _whole(_either(run, "tokens_per_second", "train/tokens_per_second")),
+        "peak memory (GB)": lambda run: _decimal(_gigabytes(_either(run, "peak_memory_bytes", "memory/process_bytes"))),
+        "time": lambda run: _duration(_either(run, "wall_seconds", "time/elapsed")),
+        "skipped steps": lambda run: _whole(_either(run, "skipped_steps", "train/skipped_steps")),
+        "nlgmoe, torch": lambda run: ", ".join(_versions(run).get(name, UNKNOWN) for name in ("nlgmoe", "torch")),
+        "reached its end": lambda run: "yes" if run.summary else "no, or not yet",
     }
-    head = "".join(f"<th>{name}</th>" for name in ["run", *columns])
-    rows = [
-        f"<tr><th>{label(number, run)}</th>" + "".join(f"<td>{cell(run)}</td>" for cell in columns.values()) + "</tr>"
-        for number, run in enumerate(runs)
-    ]
-    return _table(head, rows)
+    return _by_run(runs, [(name, [fact(run) for run in runs]) for name, fact in facts.items()], "facts")
 
 
 def versions(runs: Sequence[Run]) -> str:
     """Of what the runs were made with, a row for each package."""
-    found = [run.versions or run.summary.get("versions") or {} for run in runs]
+    found = [_versions(run) for run in runs]
     packages = list(dict.fromkeys(package for version in found for package in version))
-    return _by_run(runs, [(package, [version.get(package) for version in found]) for package in packages])
+    return _by_run(runs, [(package, [version.get(package, UNKNOWN) for version in found]) for package in packages])
 
 
 def differences(runs: Sequence[Run]) -> str:
@@ -93,7 +86,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     return {name: leaf for path, item in items for name, leaf in flattened(item, path).items()}
 
 
-def duration(seconds: float | None) -> str:
+def _duration(seconds: float | None) -> str:
     """As people say it."""
     if seconds is None:
         return UNKNOWN
@@ -102,21 +95,13 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def _by_run(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[Any]]]) -> str:
+def _by_run(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[Any]]], kind: str = "settings") -> str:
     head = "<th></th>" + "".join(f"<th>{label(number, run)}</th>" for number, run in enumerate(runs))
-    body = [
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(
-            f"<td>{escape(UNKNOWN if value is None and name == 'version' else _shown(value))}</td>" for value in values
-        )
-        + "</tr>"
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(_shown(value))}</td>' for value in values)}</tr>"
         for name, values in rows
-    ]
-    return _table(head, body, "settings")
-
-
-def _table(head: str, rows: Sequence[str], kind: str = "") -> str:
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _shown(value: Any) -> str:
@@ -130,17 +115,33 @@ def _experts(run: Run) -> str:
     return str(experts) if isinstance(experts, int) else "/".join(map(str, experts))
 
 
+def _versions(run: Run) -> dict[str, str]:
+    return run.versions or run.summary.get("versions") or {}
+
+
+def _either(run: Run, fact: str, metric: str) -> float | None:
+    """What `summary.json` says, or of a run without one the last that was logged."""
+    found: float | None = run.summary.get(fact)
+    return found if found is not None else run.last(metric)
+
+
 def _bits(run: Run, domain: str) -> float | None:
-    found = (run.summary.get("bits_per_byte") or {}).get(domain)
+    found: float | None = (run.summary.get("bits_per_byte") or {}).get(domain)
     return found if found is not None else run.last("val/bits_per_byte" + ("" if domain == "all" else f"/{domain}"))
 
 
-def _last_step(run: Run) -> float | None:
-    return max((float(series.steps[-1]) + 1 for series in run.metrics.values()), default=None)
+def _of_domain(run: Run, domain: str) -> str:
+    return _decimal(_bits(run, domain))
 
 
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
+def _steps(run: Run) -> float | None:
+    if "steps" in run.summary:
+        return float(run.summary["steps"])
+    return float(run.metrics["train/loss"].steps[-1]) + 1 if "train/loss" in run.metrics else None
+
+
+def _gigabytes(value: float | None) -> float | None:
+    return None if value is None else value / 1e9
 
 
 def _count(value: float | None) -> str:
@@ -156,5 +157,5 @@ def _whole(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
-def _decimal(value: float | None, digits: int) -> str:
-    return UNKNOWN if value is None else f"{value:.{digits}f}"
+def _decimal(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.3f}"

@@ -54,7 +54,7 @@ def loss(runs: Sequence[Run]) -> Chart | None:
     for number, run in enumerate(runs):
         if "train/loss" in run.metrics:
             series = run.metrics["train/loss"].thinned(points)
-            look = {"opacity": 0.25, "line": {"width": 1}, "hoverinfo": "skip", "hovertemplate": None}
+            look = {"opacity": 0.45, "line": {"width": 1}, "hoverinfo": "skip", "hovertemplate": None}
             add_line(figure, number, f"{run.name}: training", series, where, **look)
             add_line(figure, number, f"{run.name}: training", series, where, {"smooth": True}, legend=True)
         if "val/loss" in run.metrics:
@@ -138,7 +138,7 @@ def time_split(runs: Sequence[Run]) -> Chart | None:
             marker_color=(*PALETTE[:4], "#9AA5B1")[place_in_bar],
             hovertemplate="%{x:.4~g} ms, %{customdata:.1%} of a step",
         )
-    figure.update_layout(barmode="stack", height=130 + 36 * len(timed))
+    figure.update_layout(barmode="stack", legend_traceorder="normal", height=130 + 36 * len(timed))
     figure.update_xaxes(title="milliseconds per step, mean over the run")
     figure.update_yaxes(autorange="reversed")
     text = "Mean over ranks."
