@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 FILE = "specialisation.safetensors"  # in the run folder
 
@@ -50,7 +50,7 @@ class Specialisation:
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {name: getattr(self, name) for name in ("domains", "classes", "experts", "step")}
         temporary = path.with_name(f".{FILE}.writing")
-        save_file({"counts": np.ascontiguousarray(self.counts)}, temporary, {"facts": json.dumps(facts)})
+        temporary.write_bytes(save({"counts": np.ascontiguousarray(self.counts)}, {"facts": json.dumps(facts)}))
         temporary.rename(path)
         return path
 

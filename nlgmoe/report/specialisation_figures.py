@@ -60,7 +60,7 @@ def preferences(number: int, run: Run) -> Chart | None:
         halves = ((found.domains, found.by_domain(layer)), (found.classes, found.by_class(layer)))
         for column, (names, counts) in enumerate(halves):
             _add_preferences(figure, names, counts, place(2 * layer + column, 2), layer == column == 0)
-    figure.update_xaxes(showgrid=False, title="expert")
+    figure.update_xaxes(showgrid=False, title={"text": "expert", "standoff": 4})
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_layout(plot_bgcolor="#D9DEE4")
     step = "" if found.step is None else f" after {found.step:,} steps"
