@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+    from nlgmoe.eval.expert_counts import count_experts
     from nlgmoe.eval.generation import generate
+    from nlgmoe.eval.specialisation import Specialisation
     from nlgmoe.eval.trained import Trained, load_trained
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.model.gpt import GPT, GPTOutput
@@ -36,9 +38,11 @@ _HOMES = {
     "MixtureOfStudents": "nlgmoe.distill.mixture_of_students",
     "MoELayer": "nlgmoe.layers.moe",
     "PileDataModule": "nlgmoe.data",
+    "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "Trained": "nlgmoe.eval.trained",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
+    "count_experts": "nlgmoe.eval.expert_counts",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
@@ -57,9 +61,11 @@ __all__ = [
     "MoEGPTModule",
     "MoELayer",
     "PileDataModule",
+    "Specialisation",
     "StagedDistillation",
     "Trained",
     "WarmStart",
+    "count_experts",
     "generate",
     "load_config",
     "load_model",

@@ -164,13 +164,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, pocket_pil
         if ranks == 2:
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
-            jobs += [
-                (growing, GROWING),
-                (specialised, SPECIALISED),
-                (refused, REFUSED),
-                (save_large, LARGE),
-                (resume_halves, FROM_HALF),
-            ]
+            jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
+            jobs += [(specialised, SPECIALISED)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
             jobs += [(interrupted, cell) for cell, _ in INTERRUPTED] + [(taught, TAUGHT)]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]

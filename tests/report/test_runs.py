@@ -103,7 +103,7 @@ def test_settings_that_differ(tmp_path: Path) -> None:
         (["empty"], "run=empty is no run folder: there is no metrics.csv, summary.json or config.yaml in it"),
         (["run", "run/summary.json"], "run=run/summary.json is no run folder"),
         ([], "runs"),
-        (["run", "--output", "run"], "run: Is a directory"),
+        (["run", "--output", "run"], "output=run is a folder; give the name of a file"),
     ],
 )
 def test_a_wrong_command_ends_with_one_line(
