@@ -124,7 +124,7 @@ def place(index: int, columns: int) -> dict[str, int]:
 
 def on_clock(figure: go.Figure) -> go.Figure:
     """Let the page write the title of every x axis."""
-    axes = [name for name in figure.layout if name.startswith("xaxis")]  # type: ignore[attr-defined]
+    axes = [name for name in figure.layout if name.startswith("xaxis")]
     figure.update_layout(meta={"clock": axes})
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -64,13 +65,15 @@ def router(runs: Sequence[Run]) -> Chart | None:
         where = place(index, columns)
         for number, run in enumerate(runs):
             found = {layer: run.metrics.get(f"experts/{layer}/{panel.metric}") for layer in layers[number]}
-            series = {layer: each.thinned(max(20, points)) for layer, each in found.items() if each is not None}
-            lines: dict[int | str, Series] = dict(series)
-            if (mean := _mean(list(series.values()))) is not None:
+            lines: dict[int | str, Series] = {
+                layer: series.thinned(max(20, points)) for layer, series in found.items() if series is not None
+            }
+            if (mean := _mean(list(lines.values()))) is not None:
                 lines["mean"] = mean
             for layer, values in lines.items():
+                look: dict[str, Any]
                 if layer == "mean":
-                    name, look = (f"{run.name}: mean of layers", {"line": {"width": 2.5}})
+                    name, look = f"{run.name}: mean of layers", {"line": {"width": 2.5}}
                 else:
                     name = run.layer(int(layer)) if alone else f"{run.name}: {run.layer(int(layer))}"
                     look = {"line": {"color": _shade(int(layer), len(found))}} if alone else {"line": {"width": 1}}

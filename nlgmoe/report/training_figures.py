@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -54,7 +55,7 @@ def loss(runs: Sequence[Run]) -> Chart | None:
     for number, run in enumerate(runs):
         if "train/loss" in run.metrics:
             series = run.metrics["train/loss"].thinned(points)
-            look = {"opacity": 0.45, "line": {"width": 1}, "hoverinfo": "skip", "hovertemplate": None}
+            look: dict[str, Any] = {"opacity": 0.45, "line": {"width": 1}, "hoverinfo": "skip", "hovertemplate": None}
             add_line(figure, number, f"{run.name}: training", series, where, **look)
             add_line(figure, number, f"{run.name}: training", series, where, {"smooth": True}, legend=True)
         if "val/loss" in run.metrics:
