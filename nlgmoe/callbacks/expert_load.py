@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from nlgmoe.callbacks.heat_map import heat_map
 from nlgmoe.callbacks.load_file import LoadFile
-from nlgmoe.callbacks.logging_step import ends_step, is_logged
+from nlgmoe.callbacks.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.callbacks.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
@@ -114,9 +114,7 @@ class ExpertLoad(Callback):
         squares = self._squares
         if squares is None:  # the step was skipped, or nobody knew that it would be the last
             squares = self._interval.new_full((len(self._parts),), torch.nan)
-        total = trainer.strategy.reduce(torch.cat([self._interval, squares.double()]), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        numbers = total.tolist()
+        numbers = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()
         self._squares = None
         layers = self._split(numbers)

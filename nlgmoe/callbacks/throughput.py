@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.logging_step import ends_step, is_logged
+from nlgmoe.callbacks.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.callbacks.memory import MEMORY, memory_bytes
 from nlgmoe.callbacks.stopwatch import PARTS, Stopwatch, TimedCollectives, TimedLoop
 from nlgmoe.model.counting import flops_per_token
@@ -175,7 +174,5 @@ def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tupl
     table[: len(times)] = torch.tensor(times, dtype=torch.float64) / ranks
     first = len(times) + trainer.global_rank * count
     table[first : first + count] = torch.tensor(memory, dtype=torch.float64)
-    total = trainer.strategy.reduce(table.to(trainer.strategy.root_device), reduce_op="sum")
-    assert isinstance(total, Tensor)
-    total = total.cpu()
+    total = sum_over_ranks(table.to(trainer.strategy.root_device)).cpu()
     return total[: len(times)].tolist(), total[len(times) :].view(ranks, count).amax(dim=0).tolist()

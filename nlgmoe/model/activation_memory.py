@@ -60,6 +60,8 @@ def kept_of_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesP
         routing = (
             2 * 4 * experts + 4 + moe.top_k * (8 + 4 + 1)
         )  # logits, probabilities, logsumexp; choice, weight, kept
+        if moe.mlp_type == "residual" and moe.residual_mix == "learned":
+            routing += 2 * 4  # weights of experts and MLP
     return tokens * (config.hidden_size * size.residual + routing)
 
 

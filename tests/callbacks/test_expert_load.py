@@ -273,7 +273,7 @@ def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
     assert [type(one) for one in with_run_csv(elsewhere, tmp_path)] == [CSVLogger, RunCSVLogger]
     plain = load_config(LAPTOP, trainer__logger=f"{__name__}.TakesNumbersOnly", trainer__default_root_dir=str(tmp_path))
     assert [type(one).__name__ for one in plain.trainer.loggers] == ["TakesNumbersOnly", "RunCSVLogger"]
-    assert plain.trainer.loggers[1].log_dir == str(tmp_path)
+    assert Path(str(plain.trainer.loggers[1].log_dir)) == tmp_path
 
 
 def test_a_callback_of_the_configuration_replaces_the_default_one() -> None:
