@@ -176,8 +176,10 @@ class PileDataModule(LightningDataModule):
 
     def batch_size_after(self, samples: int) -> int:
         """Sequences of the optimizer step that follows the first `samples`, over all ranks."""
-        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        whole = self.global_batch_size or self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
+        whole = self.global_batch_size
+        if whole is None:
+            accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+            whole = self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
         return batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -43,7 +43,6 @@ def test_statistics_by_hand() -> None:
         kept=torch.tensor([[True], [False], [False]]),
         logits=probs.log() + 1,
         probs=probs,
-        tokens_per_expert=torch.tensor([2, 0, 0, 0]),
         token_mask=torch.tensor([True, True, False]),
         expert_share=torch.tensor([0.25, 0.75, 0.9]),
     )

@@ -51,7 +51,7 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     nlgmoe(["distill-logits", str(config), "--output", str(logits), "--top-k", "32"])
     assert "12 of 32 tokens" in capsys.readouterr().out
     assert json.loads((logits / "header.json").read_text())["samples"] == 12
-    written = tmp_path / "student.yaml"
+    written = tmp_path / "written.yaml"
     nlgmoe(["student", f"{teacher}/checkpoints/last.ckpt", "--num-layers=3", "--from-teacher", f"--output={written}"])
     main(["fit", "--config", str(written)])
     document = read_document(tmp_path / "teacher_student_3/checkpoints/last.ckpt")
