@@ -48,5 +48,4 @@ def use(folder: str) -> dict:
 
 
 results = {folder: use(folder) for folder in sys.argv[2:]}
-assert not [name for name in OURS if name in sys.modules]
 Path(sys.argv[1]).write_text(json.dumps(results))
