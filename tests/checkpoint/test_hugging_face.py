@@ -97,7 +97,7 @@ def test_folders_work_where_only_transformers_is(
         model = load_model(checkpoints[name])
         for prompt, new in zip(found["prompts"], found["greedy"], strict=True):
             ids = TOKENIZER.encode(prompt)
-            assert generate(model, torch.tensor([ids]), 8, temperature=0)[0].tolist() == ids + new
+            assert generate(model, [ids], 8, temperature=0)[0] == ids + new
         assert found["uncached"] == found["greedy"] != found["beams"]
 
 
