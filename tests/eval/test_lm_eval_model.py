@@ -1,6 +1,8 @@
 """Log-likelihoods and generated texts against lm-eval's own `hf` model with the same weights, and plain forward passes."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +12,18 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nlgmoe.config import GPTConfig
+from nlgmoe.checkpoint.entries import split_experts
+from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.hugging_face.export import export
 from nlgmoe.model.gpt import GPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
 from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
 DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
+PR_MOE = replace(DENSE, moe=MoEConfig([4], mlp_type="residual"))
 UNTIL = {"until": ["e", " q"], "max_gen_toks": 7, "do_sample": False}
 
 
@@ -60,10 +66,21 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[EvaluatedGPT, HFLM]:
-    gpt = randomised(DENSE)
-    return EvaluatedGPT(gpt, TOKENIZER, batch_size=4), theirs(gpt)
+def exported(gpt: GPT, folder: Path) -> HFLM:
+    """As a user evaluates what `nlgmoe export` wrote."""
+    entries = split_experts(gpt.state_dict())
+    write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.to_json())
+    export(folder / "a.ckpt", folder / "exported")
+    return HFLM(
+        pretrained=str(folder / "exported"), trust_remote_code=True, batch_size=3, device="cpu", dtype="float32"
+    )
+
+
+@pytest.fixture(scope="module", params=["GPT-2", "an exported PR-MoE"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluatedGPT, HFLM]:
+    gpt = randomised(DENSE if request.param == "GPT-2" else PR_MOE)
+    expected = theirs(gpt) if request.param == "GPT-2" else exported(gpt, tmp_path_factory.mktemp("exported"))
+    return EvaluatedGPT(gpt, TOKENIZER, batch_size=4), expected
 
 
 def test_log_likelihoods_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:
