@@ -34,4 +34,5 @@ class PredictionFile(BasePredictionWriter):
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = folder / f"predictions{rank}.safetensors"
         save_file({"losses": torch.cat([batch.float().cpu() for batch in predictions])}, path)
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
         rank_zero_info(f"token losses written to {path}")

@@ -24,7 +24,7 @@ class WriteReport(Callback):
             from nlgmoe.report.page import write_report  # plotly
 
             file = write_report(read_runs([trainer.default_root_dir]))
-        except (ImportError, OSError, ValueError) as error:
+        except Exception as error:
             rank_zero_warn(
                 f"there is no report of this run: {error}; nlgmoe report {trainer.default_root_dir} writes it later"
             )

@@ -187,7 +187,10 @@ def opened(file: Path) -> Any:
         ValueError: it cannot be read.
     """
     try:
+        file.open("rb").close()  # of a file that it may not read safetensors says that it is not there
         return safe_open(file, framework="pt")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # safetensors raises its own type, which says neither the file nor what to do
         raise ValueError(f"{file} cannot be read ({error})") from error
 

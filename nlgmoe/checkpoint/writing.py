@@ -50,6 +50,9 @@ def write_tensors(
     file = folder / f"{kind}{part}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
     save_file(entries, file)
+    file.chmod(
+        folder.stat().st_mode & 0o666
+    )  # safetensors lets nobody else read it; a checkpoint on a cluster is shared
     _flush(file)
     return {file.name: {name: record_of(value) for name, value in entries.items()}}
 

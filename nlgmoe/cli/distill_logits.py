@@ -44,6 +44,10 @@ def distill_logits(
     """
     if output is None:
         raise UsageError("missing setting output (folder to make); give it as --output=...")
+    if not Path(output).name:
+        raise UsageError(f"output={output} has no name of its own; name a folder that is not there yet")
+    if temperature is not None and not temperature > 0:
+        raise UsageError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
     if top_k < 1 or (samples is not None and samples < 1):
         name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
         raise UsageError(f"{name}={value} must be at least 1")
@@ -64,7 +68,8 @@ def distill_logits(
     teacher = teacher or distiller.get("teacher")
     if teacher is None:
         raise UsageError("missing setting teacher (its checkpoint); give it as --teacher=...")
-    temperature = temperature or distiller.get("temperature") or 1.0
+    if temperature is None:
+        temperature = distiller.get("temperature", 1.0)
     precision = precision or distiller.get("precision") or "fp32"
 
     # One process reads all samples, in micro-batches, whatever steps and ranks the run will make of them.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.output_files import check_output, write_whole
 
 if TYPE_CHECKING:
     from nlgmoe.eval.trained import Trained
@@ -54,8 +54,8 @@ def evaluate(
         raise UsageError(f"limit={limit} must be a whole number, or below 1 for a share of the documents")
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size} must be at least 1")
-    if output is not None and not Path(output).parent.is_dir():
-        raise UsageError(f"output={output}: there is no folder {Path(output).parent}")
+    if output is not None:
+        check_output(output)
     import torch
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,9 +84,9 @@ def evaluate(
         parts.append(evaluate_task(model, chosen_tasks, name, limit, BOOTSTRAP_ITERS))
     results = merge(parts)
     about = _about(trained, limit)
-    if output is not None:
-        _write(Path(output), results | {"nlgmoe": about})
     print(f"\n{_headline(about)}\n\n{table(results)}")
+    if output is not None:
+        _write(output, results | {"nlgmoe": about})
 
 
 def _about(trained: Trained, limit: float | None) -> dict[str, Any]:
@@ -118,12 +118,12 @@ def _headline(about: dict[str, Any]) -> str:
     )
 
 
-def _write(path: Path, results: dict[str, Any]) -> None:
+def _write(output: str, results: dict[str, Any]) -> None:
     from nlgmoe.eval.lm_eval_model import handle_non_serializable
 
     text = json.dumps(_without_nan(results), indent=2, default=handle_non_serializable)
-    path.write_text(text + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    write_whole(output, text + "\n")
+    print(f"written to {output}")
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json as json_format
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.output_files import check_output, write_whole
 
 if TYPE_CHECKING:
     from nlgmoe.eval.generation import Completion
@@ -68,8 +67,8 @@ def generate_text(
     except ValueError as error:
         raise UsageError(str(error)) from error
     _check_device(device)
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise UsageError(f"output={output}: there is no folder {Path(output).absolute().parent}; make it first")
+    if output is not None:
+        check_output(output)
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
 
     for number, text in enumerate(texts, 1):
@@ -85,7 +84,7 @@ def generate_text(
     found = complete(trained.model, tokens, max_new_tokens, sampling, trained.tokenizer.eod_id, batch_size)
     records = [_record(trained, text, completion) for text, completion in zip(texts, found, strict=True)]
     if output is not None:
-        _write(Path(output), records)
+        write_whole(output, "".join(json_format.dumps(record, ensure_ascii=False) + "\n" for record in records))
         print(f"{len(records):,} completions written to {output}")
     else:
         for record in records:
@@ -135,7 +134,7 @@ def _read_stdin() -> str:
     Raises:
         UsageError: nothing is piped, or no text.
     """
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise UsageError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
     try:
         return sys.stdin.read().removesuffix("\n")
@@ -150,8 +149,12 @@ def _read_prompts(path: str) -> list[str]:
         UsageError: a line is something else, or there is none.
     """
     where = "stdin" if path == "-" else path
+    if path == "-" and sys.stdin is None:
+        raise UsageError("prompts=- is stdin, which is closed; name a file of JSON lines")
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"prompts={where}: {error.strerror}; name a file of JSON lines, or - for stdin") from error
     except UnicodeDecodeError as error:
         raise UsageError(f'prompts={where} is not UTF-8; write JSON lines with a "prompt" each') from error
     found = []
@@ -170,18 +173,6 @@ def _read_prompts(path: str) -> list[str]:
     if not found:
         raise UsageError(f'prompts={where} has no prompt; write a line {{"prompt": "..."}} for each')
     return found
-
-
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """All lines, or none: under another name until they are there."""
-    with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, encoding="utf-8", delete=False) as file:
-        try:
-            file.writelines(json_format.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _check_device(device: str) -> None:

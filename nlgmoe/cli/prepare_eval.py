@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nlgmoe.cli.errors import UsageError
+
 
 def prepare_eval(folder: str) -> None:
     """Write LAMBADA, PIQA, BoolQ, TriviaQA and HellaSwag as local files for `nlgmoe evaluate --data-dir`, with their licences.
@@ -19,6 +21,8 @@ def prepare_eval(folder: str) -> None:
     from nlgmoe.eval.local_sets import lay_out
 
     root = Path(folder)
+    if root.is_file():
+        raise UsageError(f"folder={folder} is a file; name a folder")
     for task, each in lay_out(root).items():
         remark = f"; {each.remark}" if each.remark else ""
         print(f"{task:<15} {each.documents:>6,} documents  {each.licence}{remark}")

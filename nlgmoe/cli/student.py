@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.output_files import check_output, write_whole
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 
@@ -43,6 +44,8 @@ def student(
     """
     if output is not None and Path(output).exists():
         raise UsageError(f"output={output} exists already; name another file, or delete it")
+    if output is not None:
+        check_output(output)
     if not 0 < fraction <= 1:
         raise UsageError(f"fraction={fraction} must be above 0 and at most 1, the whole run")
     if step is not None and step < 1:
@@ -80,7 +83,7 @@ def student(
     if output is None:
         print(written, end="")
     else:
-        Path(output).write_text(written)
+        write_whole(output, written)
 
 
 def _configuration(source: Path) -> tuple[Path, str | None]:

@@ -79,6 +79,8 @@ class Tasks:
         entry = self._manager.task_index.get(name)
         settings = (entry.cfg if entry is not None else None) or {}
         file, source = self._file(name), settings.get("dataset_path")
+        if file is not None and not (file.is_file() and file.stat().st_size):
+            raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
         local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
         try:
             with _quiet():

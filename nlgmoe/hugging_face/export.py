@@ -87,7 +87,9 @@ def export(
         ValueError: there is no such checkpoint, it is damaged, or the folder cannot be written.
     """
     folder, bytes_per_file = Path(folder).resolve(), _bytes(max_shard_size)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
     path = Path(checkpoint) if is_checkpoint(checkpoint) else choose(checkpoint, to_train=False)
     document, stored = read_document(path), read_tokenizer(path)

@@ -114,6 +114,12 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
                 file_of[name] = file
                 shapes[name] = tensors.get_slice(name).get_shape()
 
+    # Before there is an entry of each: a folder may say anything.
+    counts = [] if config.moe is None else config.moe.num_experts
+    largest = max((shape[0] for shape in shapes.values() if shape), default=0)
+    if config.num_layers > len(shapes) or max([counts] if isinstance(counts, int) else counts, default=0) > largest:
+        raise ValueError(f"{folder} holds fewer layers or experts than config.json says; export the model again")
+
     def parameter_of(entry: str) -> tuple[str, int | None]:
         match = EXPERT.fullmatch(entry)
         if match is None:
@@ -150,7 +156,10 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise ValueError(f"{folder} has no model.safetensors; export the model again")
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    named = _read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index} is damaged (its weight_map does not name files); export the model again")
+    names = sorted(set(named.values()))
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, which {index.name} names; export the model again")

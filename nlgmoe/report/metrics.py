@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
     columns: dict[str, list[tuple[float, float]]] = {}
     for row in _rows(path):
         step = _number(row.get("step"))
-        if step is None:
+        if step is None or not np.isfinite(step):
             continue
         for name, text in row.items():
             value = _number(text)
@@ -88,14 +89,18 @@ class Loads:
 def read_loads(path: Path) -> Loads | None:
     """`expert_load.csv`, with repeated steps and cut-off rows as in `read_metrics`; None if there is nothing in it."""
     found: dict[int, dict[int, list[float]]] = {}
+    experts: dict[int, int] = {}  # of each layer
     for row in _rows(path):
         step, layer = _number(row.get("step")), _number(row.get("layer"))
         cells = [_number(text) for name, text in row.items() if name and name.startswith("expert_")]
-        if step is None or layer is None or None in row.values():
+        counts = [cell for cell in cells if cell is not None]
+        if step is None or layer is None or None in row.values() or not np.isfinite([step, layer, *counts]).all():
+            continue
+        if len(counts) != experts.setdefault(int(layer), len(counts)):  # cut off between two commas
             continue
         for later in [known for known in found if known > step or (known == step and int(layer) in found[known])]:
             del found[later]
-        found.setdefault(int(step), {})[int(layer)] = [cell for cell in cells if cell is not None]
+        found.setdefault(int(step), {})[int(layer)] = counts
     layers = max((len(interval) for interval in found.values()), default=0)
     whole = {step: interval for step, interval in found.items() if sorted(interval) == list(range(layers))}
     if not whole:
@@ -105,9 +110,10 @@ def read_loads(path: Path) -> Loads | None:
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, str | None]]:
-    if not path.exists():
+    """A damaged file's are those before the damage."""
+    if not path.is_file():
         return
-    with path.open(newline="", errors="replace") as file:
+    with path.open(newline="", errors="replace") as file, suppress(csv.Error):
         yield from csv.DictReader(file, restkey="")
 
 

@@ -31,16 +31,21 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: `output` is a folder.
-        OSError: the file cannot be written.
+        ValueError: `output` is a folder, or cannot be written.
+        OSError: there is no such folder, and it cannot be made.
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ValueError(f"output={output} is a folder; give the name of a file")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(page(runs), encoding="utf-8")
-    temporary.rename(file)
+    text = page(runs)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"output={file} cannot be written ({error.strerror}); make room, or name another") from error
     return file
 
 

@@ -78,14 +78,25 @@ class Run:
         finite = series.values[np.isfinite(series.values)] if series is not None else []
         return float(finite[-1]) if len(finite) else None
 
+    def mapping(self, fact: str) -> dict[str, Any]:
+        """What the summary says of a fact that has parts; empty if it does not."""
+        found = self.summary.get(fact)
+        return found if isinstance(found, dict) else {}
+
     def parameters(self) -> tuple[int, int] | None:
         """All, and those that a token uses."""
-        if "params_total" in self.summary:
-            return self.summary["params_total"], self.summary["params_active"]
+        total, active = (finite_number(self.summary.get(name)) for name in ("params_total", "params_active"))
+        if total is not None and active is not None:
+            return int(total), int(active)
         if self.model is None:
             return None
         count = count_parameters(self.model)
         return count.total, count.active
+
+
+def finite_number(value: Any) -> float | None:
+    """A finite number as it is; None for anything else that a damaged file may hold."""
+    return value if isinstance(value, int | float) and np.isfinite(value) else None
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

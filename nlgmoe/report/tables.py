@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.report.drawing import colour_of
-from nlgmoe.report.runs import Run
+from nlgmoe.report.runs import Run, finite_number
 
 UNKNOWN = "–"
 OWN = ("trainer.default_root_dir", "ckpt_path")  # settings that are another for every run
@@ -18,9 +18,7 @@ OWN = ("trainer.default_root_dir", "ckpt_path")  # settings that are another for
 
 def summary(runs: Sequence[Run]) -> str:
     """What each run came to: a row for each fact, a column for each run."""
-    domains = list(
-        dict.fromkeys(name for run in runs for name in run.summary.get("bits_per_byte") or {} if name != "all")
-    )
+    domains = list(dict.fromkeys(name for run in runs for name in run.mapping("bits_per_byte") if name != "all"))
     facts: dict[str, Callable[[Run], str]] = {
         "parameters, active for a token": lambda run: ", ".join(_count(value) for value in run.parameters() or (None,)),
         "experts of each MoE layer": _experts,
@@ -116,17 +114,17 @@ def _experts(run: Run) -> str:
 
 
 def _versions(run: Run) -> dict[str, str]:
-    return run.versions or run.summary.get("versions") or {}
+    return run.versions or run.mapping("versions")
 
 
 def _either(run: Run, fact: str, metric: str) -> float | None:
     """What `summary.json` says, or of a run without one the last that was logged."""
-    found: float | None = run.summary.get(fact)
+    found = finite_number(run.summary.get(fact))
     return found if found is not None else run.last(metric)
 
 
 def _bits(run: Run, domain: str) -> float | None:
-    found: float | None = (run.summary.get("bits_per_byte") or {}).get(domain)
+    found = finite_number(run.mapping("bits_per_byte").get(domain))
     return found if found is not None else run.last("val/bits_per_byte" + ("" if domain == "all" else f"/{domain}"))
 
 
@@ -135,8 +133,8 @@ def _of_domain(run: Run, domain: str) -> str:
 
 
 def _steps(run: Run) -> float | None:
-    if "steps" in run.summary:
-        return float(run.summary["steps"])
+    if (found := finite_number(run.summary.get("steps"))) is not None:
+        return found
     return float(run.metrics["train/loss"].steps[-1]) + 1 if "train/loss" in run.metrics else None
 
 

@@ -111,7 +111,9 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
         with safe_open(tmp_path / "folder" / file, "pt") as tensors:
             values = [tensors.get_tensor(name).nbytes for name in tensors.keys()]  # noqa: SIM118
             assert sum(values) <= 40_000 or len(values) == 1
+    modes = {file.stat().st_mode for file in (tmp_path / "folder").iterdir()}
     main(["import", str(tmp_path / "folder"), str(tmp_path / "back.ckpt")])
+    assert modes == {file.stat().st_mode for file in (tmp_path / "back.ckpt").iterdir()}  # weights others can read too
     assert list(problems(tmp_path / "back.ckpt")) == []
     there, back = (TensorFiles(path, "model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt"))
     assert there.keys() == back.keys() and all(torch.equal(there[entry], back[entry]) for entry in there)
@@ -253,6 +255,11 @@ def test_import_says_what_is_wrong(
     folder = tmp_path / "folder"
     shutil.copytree(folders["moe"], folder)
     assert "out.ckpt" in error_of(capsys, "import", folder, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"moe": config["moe"] | {"num_experts": 10**12}}, {"num_layers": 10**9, "moe": None}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert "fewer layers or experts than config.json says" in error_of(capsys, "import", folder, out)
+    (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     save_file({n: v for n, v in weights.items() if "router" not in n}, folder / "model.safetensors")
     assert "lacks model.blocks.1.moe.router.weight" in error_of(capsys, "import", folder, out)
@@ -264,6 +271,8 @@ def test_import_says_what_is_wrong(
     assert "cannot be read" in error_of(capsys, "import", folder, out)
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors" in error_of(capsys, "import", folder, out)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    assert "its weight_map does not name files" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     assert "model_type=llama" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text("{")

@@ -67,6 +67,7 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
         ("pr_moe/laptop.yaml", ["--num-layers=1"], "leaves no MoE layer among num_layers=1"),
         ("pr_moe/laptop.yaml", [], "missing setting num_layers (blocks of the student"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", f"--output={CONFIGS}/mos/laptop.yaml"], "laptop.yaml exists already"),
+        ("pr_moe/laptop.yaml", ["--num-layers=5", "--output=none/s.yaml"], "output=none/s.yaml: there is no folder"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--fraction=1.5"], "fraction=1.5 must be above 0 and at most 1"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--step=0"], "step=0 must be at least 1"),
         ("nothing.yaml", ["--num-layers=5"], "nothing.yaml is not there; give the teacher's YAML, its run's folder"),

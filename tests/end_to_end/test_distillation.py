@@ -97,7 +97,9 @@ def test_a_recording_that_cannot_be_made_says_why(tmp_path: Path, capsys: pytest
     config = str(ROOT / "configs/mos/laptop.yaml")
     for options, message in {
         (): "missing setting output (folder to make); give it as --output=...",
+        ("--output=.",): "output=. has no name of its own; name a folder that is not there yet",
         ("--output=x", "--top_k=0"): "top_k=0 must be at least 1",
+        ("--output=x", "--temperature=0"): "temperature=0.0 must be above 0",
         ("--output=x", "--top-k=4097"): "top_k=4097 is above model.config.vocab_size=4096; lower it",
         ("--output=x", f"--teacher={tmp_path}/none", "--samples=1"): "none: no checkpoint at ",
     }.items():

@@ -88,6 +88,9 @@ def test_what_is_missing_is_named_with_the_remedy(
     (data_dir / "boolq.jsonl").write_text("not json\n")
     with pytest.raises(ValueError, match=r"task boolq: .*boolq\.jsonl cannot be read"):
         Tasks(["boolq"], data_dir).load("boolq")
+    (data_dir / "boolq.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"task boolq: there are no documents in .*boolq\.jsonl; put them into it"):
+        Tasks(["boolq"], data_dir).load("boolq")
     for settings, message in (
         ({"names": ["piqua"]}, r"tasks=piqua: lm-eval has no such task; did you mean piqa\?"),
         ({"names": []}, "name at least one"),
@@ -140,7 +143,8 @@ def test_the_command_writes_results_and_a_table(
         (["--tasks", "piqua"], 2, "did you mean piqa?"),
         (["--limit", "-1"], 2, "limit=-1.0 must be above 0"),
         (["--limit", "1.5"], 2, "must be a whole number"),
-        (["--output", "nowhere/out.json"], 2, "there is no folder nowhere"),
+        (["--output", "nowhere/out.json"], 2, "output=nowhere/out.json: there is no folder"),
+        (["--output", "."], 2, "output=. is a folder; give the name of a file"),
         (["--device", "cuda:77"], 2, "device=cuda:77 cannot be used here"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from nlgmoe.cli.main import main
 from nlgmoe.report.metrics import Series, read_loads, read_metrics
-from nlgmoe.report.page import clocks
+from nlgmoe.report.page import clocks, page
 from nlgmoe.report.runs import read_runs
 from nlgmoe.report.tables import differences, flattened
 
@@ -94,6 +94,24 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     assert "default_root_dir" not in found and "shape" not in found
     assert "the same" in differences(read_runs([tmp_path / "a"]))
     assert flattened({"a": [{"b": 1}, 2], "c": {}}) == {"a[0].b": 1, "a[1]": 2, "c": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("expert_load.csv", "step,tokens,layer,dropped,expert_0,expert_1\n1,1,0,0,1,2\n2,2,0,0,1,"),
+        ("expert_load.csv", "step,tokens,layer,dropped,expert_0\n1,1,nan,0,1\ninf,1,0,0,1\n2,2,0,0,nan\n"),
+        ("metrics.csv", "step,train/loss\n1,2\n2,inf\nnan,1\ninf,3\n"),
+        ("metrics.csv", 'step,train/loss\n1,2\n2,"' + "x" * 200_000),
+        ("summary.json", '{"params_total": 3, "bits_per_byte": [1], "steps": "many", "versions": 7, "val_loss": {}}'),
+        ("config.yaml", "model: 3\ntrainer: [1]\n1: {2: 3}\n"),
+    ],
+)
+def test_a_damaged_file_costs_its_part_of_the_page_alone(name: str, text: str, tmp_path: Path) -> None:
+    files = {"summary.json": '{"steps": 9, "versions": {"torch": "9.9.9"}}', "metrics.csv": METRICS, name: text}
+    path = folder(tmp_path / "run", **{file.replace(".", "__"): content for file, content in files.items()})
+    shown = page(read_runs([path]))
+    assert ("9.9.9" in shown) == (name != "summary.json")
 
 
 @pytest.mark.parametrize(

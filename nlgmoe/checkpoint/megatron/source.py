@@ -60,7 +60,7 @@ def find_folder(path: Path) -> Path:
     if not any(path.glob("*model_states.pt")):
         steps = sorted(one.name for one in path.iterdir() if _STEP.fullmatch(one.name))
         if (path / "latest").is_file():
-            tag = (path / "latest").read_text().strip()
+            tag = (path / "latest").read_text(errors="replace").strip()
             folder = path / tag
             if Path(tag).name != tag or not folder.is_dir():
                 raise ValueError(

@@ -1,0 +1,40 @@
+"""Files that commands write: whole or not at all, and where they could not go is said before the work, not after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nlgmoe.cli.errors import UsageError
+
+
+def check_output(output: str) -> None:
+    """Check that a file can have this name.
+
+    Raises:
+        UsageError: it is a folder's, or in one that is not there.
+    """
+    path = Path(output).absolute()
+    if path.is_dir():
+        raise UsageError(f"output={output} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"output={output}: there is no folder {path.parent}; make it first")
+
+
+def write_whole(output: str, text: str) -> None:
+    """Write a file under another name, then give it its own; what has that name stays if anything goes wrong.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    path = Path(output)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ValueError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error
