@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test test-faults check format docs compare bench clean
+.PHONY: help install quickstart browser test test-faults check format docs compare bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,13 +18,17 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-quickstart: install  ## train a small PR-MoE on real text (about 8 minutes on 2 cores)
+quickstart: install  ## train a small PR-MoE on real text, and write its report (about 8 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
+browser:  ## Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
+	@CHROMIUM=$(CHROMIUM) sh .ci/browser
+
 test: install  ## the whole suite
+	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without
 	$(BIN)/python -m pytest
 
 test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)

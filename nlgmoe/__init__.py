@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.offline_teacher import OfflineTeacher
+    from nlgmoe.eval.expert_counts import count_experts
     from nlgmoe.eval.generation import generate
+    from nlgmoe.eval.specialisation import Specialisation
     from nlgmoe.eval.trained import Trained, load_trained
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.model.gpt import GPT, GPTOutput
@@ -39,10 +41,12 @@ _HOMES = {
     "MoELayer": "nlgmoe.layers.moe",
     "OfflineTeacher": "nlgmoe.distill.offline_teacher",
     "PileDataModule": "nlgmoe.data",
+    "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "Trained": "nlgmoe.eval.trained",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
     "ZeroShotEval": "nlgmoe.callbacks.zero_shot_eval",
+    "count_experts": "nlgmoe.eval.expert_counts",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
@@ -63,10 +67,12 @@ __all__ = [
     "MoELayer",
     "OfflineTeacher",
     "PileDataModule",
+    "Specialisation",
     "StagedDistillation",
     "Trained",
     "WarmStart",
     "ZeroShotEval",
+    "count_experts",
     "generate",
     "load_config",
     "load_model",

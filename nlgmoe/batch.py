@@ -102,6 +102,14 @@ class SpellsBytes(Protocol):
 
 
 @runtime_checkable
+class SpellsTokens(Protocol):
+    """A data module that knows what its token ids stand for."""
+
+    def token_spellings(self) -> list[bytes]:
+        """`[V]` the bytes of text that each token id stands for."""
+
+
+@runtime_checkable
 class HasTokenizer(Protocol):
     """A data module whose checkpoints are to hold the tokenizer, so that others can generate and evaluate with them."""
 

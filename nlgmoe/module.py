@@ -94,7 +94,7 @@ class MoEGPTModule(LightningModule):
         self.distiller = distiller
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
-        self.routings: list[Routing] = []  # of the latest training micro-batch, for callbacks to read
+        self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
         self.guard = StepGuard(non_finite)
         self._window = _Window()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
@@ -417,9 +417,10 @@ class MoEGPTModule(LightningModule):
         return self.seed, trainer.global_step, index * trainer.world_size + trainer.global_rank
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        hidden = self.gpt(batch["tokens"], mask_or_none(batch), documents=batch.get("document")).hidden
+        output = self.gpt(batch["tokens"], mask_or_none(batch), documents=batch.get("document"))
+        self.routings = output.routings
         losses = token_losses(
-            hidden.flatten(0, 1), self.gpt.unembedding, batch["targets"].flatten(), self.loss_chunk_size
+            output.hidden.flatten(0, 1), self.gpt.unembedding, batch["targets"].flatten(), self.loss_chunk_size
         )
         return losses.view_as(batch["targets"])
 

@@ -33,6 +33,7 @@ RANKS = {
     "megatron": 6,
     "callbacks": 7,
     "loggers": 7,
+    "report": 7,
     "cli": 8,
     "__main__": 9,
 }

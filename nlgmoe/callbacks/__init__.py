@@ -8,13 +8,16 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
+from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
+from nlgmoe.callbacks.write_report import WriteReport
 
 __all__ = [
     "ExpertLoad",
+    "ExpertSpecialisation",
     "PredictionFile",
     "RunSummary",
     "SampleText",
@@ -25,4 +28,5 @@ __all__ = [
     "TokenProgressBar",
     "ValidationInterval",
     "ZeroShotEval",
+    "WriteReport",
 ]

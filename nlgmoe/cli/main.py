@@ -20,6 +20,7 @@ from nlgmoe.cli.prepare_data import prepare_data
 from nlgmoe.cli.prepare_eval import prepare_eval
 from nlgmoe.cli.student import student
 from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
+from nlgmoe.cli.report import report
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
 COMMANDS: dict[str, Any] = {
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "student": student,
     "evaluate": evaluate,
     "prepare-eval": prepare_eval,
+    "report": report,
 }
 
 

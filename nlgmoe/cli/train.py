@@ -27,6 +27,7 @@ from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.save_on_signal import SaveOnSignal
+from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.writing import recover
@@ -79,6 +80,7 @@ class TrainCLI(LightningCLI):
                     TokenProgressBar(),
                     Throughput(),
                     ExpertLoad(),
+                    ExpertSpecialisation(),
                     RunSummary(),
                     PredictionFile(),
                     ValidationInterval(),

@@ -286,6 +286,10 @@ class PileDataModule(LightningDataModule):
         """UTF-8 bytes of text that each token id spells, `[V]`; 0 for the end-of-document token."""
         return torch.as_tensor(self._opened().tokenizer.token_bytes)
 
+    def token_spellings(self) -> list[bytes]:
+        """The bytes of text that each token id stands for, `[V]`."""
+        return self._opened().tokenizer.spellings
+
     def unigram_entropy(self) -> float:
         """Loss of the best context-free model on the tokens that evaluation covers, in nats per token."""
         return unigram_entropy(

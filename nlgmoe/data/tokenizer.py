@@ -25,6 +25,11 @@ GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+# The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
+_PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
+}
 PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
 
 
@@ -114,6 +119,17 @@ class Tokenizer:
             lengths[index] = len(added.content.encode())
         lengths[self.eod_id] = 0
         return lengths
+
+    @cached_property
+    def spellings(self) -> list[bytes]:
+        """[vocab_size] the bytes of text that each token stands for; the end of a document is none."""
+        spelt = [b""] * self.vocab_size
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            spelt[index] = bytes(BYTE_OF[character] for character in token)
+        for index, added in self._backend.get_added_tokens_decoder().items():
+            spelt[index] = added.content.encode()
+        spelt[self.eod_id] = b""
+        return spelt
 
     @cached_property
     def fingerprint(self) -> str:

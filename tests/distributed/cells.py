@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
 from nlgmoe.callbacks import ExpertLoad, SaveOnSignal, StagedDistillation, Throughput, ZeroShotEval
+from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, SaveOnSignal, StagedDistillation, Throughput
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
@@ -32,6 +33,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
+from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
@@ -653,6 +655,14 @@ class Counts(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (consumed := trainer.datamodule.samples_consumed) > self.consumed[-1]:  # type: ignore[attr-defined]
             self.consumed.append(consumed)
+
+
+def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
+    """What the experts are used for after training."""
+    place = folder / "specialised"
+    settings = {} if ranks == 1 else {"strategy": strategy_of(cell)}
+    train(cell, ranks, place, SAMPLES // ranks, cell.accumulate, ExpertSpecialisation(), **settings)
+    return Specialisation.load(place)
 
 
 def growing(cell: Cell, ranks: int, folder: Path) -> Grown:

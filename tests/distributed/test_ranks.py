@@ -43,6 +43,7 @@ from tests.distributed.cells import (
     run_all,
     save_large,
     spawn,
+    specialised,
     spoilt,
     taught,
     taught_offline,
@@ -106,6 +107,7 @@ INTERRUPTED = [(CELLS[2][8], 3), (CELLS[2][-1], 4)]  # accumulates: asked after 
 # The tiny tasks have 3 to 9 documents, and texts of several lengths to generate.
 ZERO_SHOT = [Cell("zero-shot, spread", 2, 1, moe=DROPLESS, steps=2), Cell("zero-shot, ddp", strategy="ddp", steps=2)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
+SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
 GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
@@ -185,6 +187,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
+            jobs += [(specialised, SPECIALISED)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
             jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
             jobs += [(taught, cell) for cell in (TAUGHT, *TAUGHT_TOO)] + [(taught_on, TAUGHT), (taught_offline, TAUGHT)]
@@ -422,6 +425,14 @@ def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path)
     for rank in found[growing, GROWING.name]:
         assert (rank.sequences, rank.tokens, rank.rate) == (expected.sequences, expected.tokens, expected.rate)
         assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path: Path) -> None:
+    expected = specialised(SPECIALISED, 1, tmp_path)
+    assert expected.counts.sum() > 100
+    for rank in found[specialised, SPECIALISED.name]:
+        assert (rank.counts == expected.counts).all()
+        assert (rank.domains, rank.experts, rank.step) == (expected.domains, expected.experts, 2)
 
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:

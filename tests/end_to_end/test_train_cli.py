@@ -54,6 +54,8 @@ def test_the_quickstart_from_training_to_resuming_and_validating(pocket_pile: Pa
     assert "tok/s" in done.stdout and "loss=" in done.stdout and "lr=" in done.stdout
     names = {path.name for path in run.iterdir()}
     assert {"summary.json", "config.yaml", "versions.json", "metrics.csv", "samples.txt", "checkpoints"} <= names
+    assert {"expert_load.csv", "specialisation.safetensors", "report.html"} <= names
+    assert f"report of this run: {run / 'report.html'}" in done.stdout + done.stderr
     assert any(name.startswith("events.out.tfevents") for name in names)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (8, 512)

@@ -1,0 +1,63 @@
+"""What the experts are used for, by domain and class of token, in the run folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from nlgmoe.batch import Batch, SpellsBytes, SpellsTokens
+from nlgmoe.eval.expert_counts import ExpertCounts
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.pyramid import experts_per_layer
+
+
+class ExpertSpecialisation(Callback):
+    """Writes `specialisation.safetensors` after each validation of a run: `nlgmoe report` shows it without data or model.
+
+    Every rank counts its windows; the sums are added up once, at the end. Of a dense model nothing is written.
+    """
+
+    def __init__(self) -> None:
+        self._counts: ExpertCounts | None = None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count, in `fit`."""
+        assert isinstance(pl_module, MoEGPTModule)
+        self._counts = None
+        experts = [count for count in experts_per_layer(pl_module.config) if count]
+        if not experts or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        data = getattr(trainer, "datamodule", None)
+        domains = data.domains if isinstance(data, SpellsBytes) else ["all"]
+        spellings = data.token_spellings() if isinstance(data, SpellsTokens) else None
+        self._counts = ExpertCounts(experts, domains, spellings).to(pl_module.device)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch."""
+        assert isinstance(pl_module, MoEGPTModule)
+        if self._counts is not None:
+            self._counts.update(batch["tokens"], batch["domain"], pl_module.routings)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up over ranks, and write on the first."""
+        if self._counts is None:
+            return
+        found = self._counts.specialisation(trainer.global_step)
+        if trainer.is_global_zero:
+            found.save(trainer.default_root_dir)
+        self._counts = None

@@ -1,0 +1,118 @@
+"""`metrics.csv` and `expert_load.csv` of a run folder, as arrays."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # what is true once the step that the logger names has been taken
+METRICS, LOADS = "metrics.csv", "expert_load.csv"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A metric over steps.
+
+    Attributes:
+        steps: `[N]` rising; how many the optimizer had taken.
+        values: `[N]`, NaN and infinity where the run had them.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def thinned(self, points: int) -> Series:
+        """At most `points` points: means of as many neighbours as it takes, those that are not finite left out."""
+        bucket = -(-len(self) // max(1, points))
+        if bucket <= 1:
+            return self
+        starts = np.arange(0, len(self), bucket)
+        finite = np.isfinite(self.values)
+        counts = np.add.reduceat(finite, starts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = np.add.reduceat(np.where(finite, self.values, 0.0), starts) / counts  # [ceil(N / bucket)]
+        sizes = np.diff(np.append(starts, len(self)))
+        return Series(np.add.reduceat(self.steps, starts) / sizes, values)
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Every column of `metrics.csv`.
+
+    A run that went on from a checkpoint may have repeated steps: what it logged last is what counts, and what an earlier part
+    logged from there on is dropped. So is a row that was cut off. A file that is not there is an empty one.
+    """
+    columns: dict[str, list[tuple[float, float]]] = {}
+    for row in _rows(path):
+        step = _number(row.get("step"))
+        if step is None:
+            continue
+        for name, text in row.items():
+            value = _number(text)
+            if value is None or name in ("step", "epoch"):
+                continue
+            taken = step + name.startswith(AFTER_STEP)
+            rows = columns.setdefault(name, [])
+            while rows and rows[-1][0] >= taken:
+                rows.pop()
+            rows.append((taken, value))
+    return {name: Series(*(np.array(values) for values in zip(*rows, strict=True))) for name, rows in columns.items()}
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Load of every expert over time.
+
+    Attributes:
+        steps: `[N]` taken at the end of each interval, rising.
+        requests: `[N, E]` of each layer, assignments in that interval, before dropping.
+    """
+
+    steps: np.ndarray
+    requests: list[np.ndarray]
+
+    def thinned(self, intervals: int) -> Loads:
+        """At most `intervals` intervals: neighbours are added up."""
+        bucket = -(-len(self.steps) // max(1, intervals))
+        starts = np.arange(0, len(self.steps), bucket)
+        ends = np.append(starts[1:], len(self.steps)) - 1
+        return Loads(self.steps[ends], [np.add.reduceat(requests, starts) for requests in self.requests])
+
+
+def read_loads(path: Path) -> Loads | None:
+    """`expert_load.csv`, with repeated steps and cut-off rows as in `read_metrics`; None if there is nothing in it."""
+    found: dict[int, dict[int, list[float]]] = {}
+    for row in _rows(path):
+        step, layer = _number(row.get("step")), _number(row.get("layer"))
+        cells = [_number(text) for name, text in row.items() if name and name.startswith("expert_")]
+        if step is None or layer is None or None in row.values():
+            continue
+        for later in [known for known in found if known > step or (known == step and int(layer) in found[known])]:
+            del found[later]
+        found.setdefault(int(step), {})[int(layer)] = [cell for cell in cells if cell is not None]
+    layers = max((len(interval) for interval in found.values()), default=0)
+    whole = {step: interval for step, interval in found.items() if sorted(interval) == list(range(layers))}
+    if not whole:
+        return None
+    requests = [np.array([interval[layer] for interval in whole.values()]) for layer in range(layers)]
+    return Loads(np.array(list(whole), dtype=float) + 1, requests)
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, str | None]]:
+    if not path.exists():
+        return
+    with path.open(newline="", errors="replace") as file:
+        yield from csv.DictReader(file, restkey="")
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(text) if isinstance(text, str) and text else None
+    except ValueError:
+        return None

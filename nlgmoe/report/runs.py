@@ -1,0 +1,165 @@
+"""What a run folder says of its run. Whatever is missing is named, and does without."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.eval.specialisation import FILE as SPECIALISATION
+from nlgmoe.eval.specialisation import Specialisation
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.report.metrics import LOADS, METRICS, Loads, Series, read_loads, read_metrics
+
+CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
+CLOCKS = {  # what charts are drawn over -> the metric that says it at a step
+    "tokens": "train/tokens",
+    "flops": "train/flops",
+    "seconds": "time/elapsed",
+}
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        name: short, another for each run of a page.
+        path: the run folder.
+        metrics: every column of `metrics.csv`.
+        loads: of each expert over time; None: not there.
+        specialisation: of the last validation; None: not there.
+        config: the resolved configuration, nested; empty: not there.
+        summary: empty: not there.
+        versions: empty: not there.
+        notes: what is missing or odd, a sentence each.
+    """
+
+    name: str
+    path: Path
+    metrics: dict[str, Series]
+    loads: Loads | None
+    specialisation: Specialisation | None
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def model(self) -> GPTConfig | None:
+        """The model's shape, if it is known."""
+        try:
+            return GPTConfig.from_dict(self.config["model"]["config"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Of each MoE layer the block that it is in, counted from 1; empty if that is not known."""
+        counts = experts_per_layer(self.model) if self.model is not None else []
+        return [block for block, count in enumerate(counts, 1) if count]
+
+    def layer(self, index: int) -> str:
+        """What a MoE layer is called on the page."""
+        return f"layer {index}" + (f" (block {self.blocks[index]})" if index < len(self.blocks) else "")
+
+    def last(self, metric: str) -> float | None:
+        """The last finite value of a metric."""
+        series = self.metrics.get(metric)
+        finite = series.values[np.isfinite(series.values)] if series is not None else []
+        return float(finite[-1]) if len(finite) else None
+
+    def parameters(self) -> tuple[int, int] | None:
+        """All, and those that a token uses."""
+        if "params_total" in self.summary:
+            return self.summary["params_total"], self.summary["params_active"]
+        if self.model is None:
+            return None
+        count = count_parameters(self.model)
+        return count.total, count.active
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Read run folders, each once.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    folders = list(dict.fromkeys(Path(os.path.abspath(Path(path).expanduser())) for path in paths))
+    given = {Path(os.path.abspath(Path(path).expanduser())): path for path in paths}
+    for folder in folders:
+        if not folder.exists():
+            raise ValueError(
+                f"run={given[folder]} does not exist; give the folder of a run (its trainer.default_root_dir)"
+            )
+        if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
+            raise ValueError(
+                f"run={given[folder]} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
+                "trainer.default_root_dir"
+            )
+    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The ends of their paths, as short as tells them apart."""
+    for parts in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("folders are different")
+
+
+def _read(folder: Path, name: str) -> Run:
+    notes: list[str] = []
+    config = _document(folder / CONFIG, "no settings, and no names of blocks", notes)
+    summary = _document(folder / SUMMARY, "the run did not reach its end, or has not yet", notes)
+    versions = _document(folder / VERSIONS, "no versions", notes)
+    metrics = read_metrics(folder / METRICS)
+    if not metrics:
+        notes.append(f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.")
+    for metric in ("train/loss", "train/grad_norm"):
+        if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
+            notes.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
+    run = Run(name, folder, metrics, read_loads(folder / LOADS), None, config, summary, versions, notes)
+    if run.model is not None and run.model.moe is None:
+        notes.append("A dense model: it has no experts to show.")
+        return run
+    if run.loads is None:
+        notes.append(f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.")
+    try:
+        run.specialisation = Specialisation.load(folder)
+    except FileNotFoundError:
+        notes.append(f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.")
+    except ValueError as error:
+        notes.append(f"{error}.")
+    return run
+
+
+def _document(path: Path, without: str, notes: list[str]) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping; empty, with a note, if it does not."""
+    try:
+        text = path.read_text()
+        document = (
+            json.loads(text)
+            if path.suffix == ".json"
+            else yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
+    except FileNotFoundError:
+        notes.append(f"No {path.name}: {without}.")
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} cannot be read ({' '.join(str(error).split())}): {without}.")
+        return {}
+    if not isinstance(document, dict):
+        notes.append(f"{path.name} does not hold settings by name: {without}.")
+        return {}
+    return document

@@ -1,0 +1,153 @@
+"""What experts are used for: counted by hand, and against a model read once more."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
+from nlgmoe.callbacks import ExpertSpecialisation
+from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
+from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
+from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, information, preference
+from nlgmoe.eval.token_classes import CLASSES, class_ids, token_class
+from nlgmoe.layers.router import Routing
+from tests.synthetic import SyntheticData
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (" the", "word start"),
+        ("ing", "word part"),
+        ("é", "word part"),
+        (" Ünder", "word start"),
+        (" 1984", "number"),
+        ("7", "number"),
+        (".", "punctuation"),
+        ("),", "punctuation"),
+        ("—", "punctuation"),
+        (" {", "code symbol"),
+        ("==", "code symbol"),
+        ("_name", "code symbol"),
+        ("\n\n   ", "whitespace"),
+        ("🙂", "other"),
+        ("\x00", "other"),
+        ("", "end of document"),
+    ],
+)
+def test_token_classes(text: str, kind: str) -> None:
+    assert token_class(text.encode()) == kind
+
+
+def test_parts_of_a_character_are_other() -> None:
+    assert token_class("é".encode()[:1]) == "other"
+
+
+def test_spellings_are_the_bytes_of_the_text() -> None:
+    tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
+    ids = tokenizer.encode(PROBE)
+    assert b"".join(tokenizer.spellings[index] for index in ids) == PROBE.encode()
+    assert [len(spelling) for spelling in tokenizer.spellings] == tokenizer.token_bytes.tolist()
+    assert sorted(tokenizer.spellings)[1:2] == [b"\x00"]  # after the end of a document: all 256 bytes are there
+    assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.spellings)
+
+
+def routing(expert: list[list[int]], mask: list[bool] | None) -> Routing:
+    chosen, nothing = torch.tensor(expert), torch.zeros(0)
+    return Routing(chosen, nothing, nothing, nothing, nothing, nothing, None if mask is None else torch.tensor(mask))
+
+
+def test_counts_by_hand() -> None:
+    counts = ExpertCounts([2, 3], ["a", "b"], [b"", b" the", b"7"])
+    tokens, domain = torch.tensor([[1, 2], [1, 0]]), torch.tensor([0, 1])
+    first = routing([[0, 1], [0, 1], [1, 0], [0, 1]], [True, True, True, False])
+    second = routing([[2, 0], [2, 1], [2, 0], [0, 1]], [True, True, True, False])
+    counts.update(tokens, domain, [first, second])
+    counts.update(tokens[:1], domain[:1], [routing([[0, 0], [0, 0]], None)] * 2)
+    found = counts.specialisation()
+    start, number = CLASSES.index("word start"), CLASSES.index("number")
+    expected = np.zeros((2, len(CLASSES), 2, 3), dtype=int)
+    expected[0, start, 0] = [1 + 2, 1, 0]
+    expected[0, number, 0] = [1 + 2, 1, 0]
+    expected[1, start, 0] = [1, 1, 0]
+    expected[0, start, 1] = [1 + 2, 0, 1]
+    expected[0, number, 1] = [2, 1, 1]
+    expected[1, start, 1] = [1, 0, 1]
+    assert found.counts.tolist() == expected.tolist()
+    assert found.by_domain(0).tolist() == [[6, 2], [1, 1]]
+    assert found.by_class(1)[start].tolist() == [4, 0, 2]
+
+
+def test_preference_and_information_by_hand() -> None:
+    assert preference(np.array([[3, 1], [1, 3]])).tolist() == [[1.5, 0.5], [0.5, 1.5]]
+    assert information(np.array([[2, 0], [0, 2]])) == entropy(np.array([[2, 0], [0, 2]])) == 1.0
+    assert information(np.array([[2, 4], [1, 2], [0, 0]])) == pytest.approx(0)
+    counts = np.array([[3, 1], [0, 4]])
+    by_hand = 3 / 8 * math.log2(3 / 8 / (1 / 2 * 3 / 8)) + 1 / 8 * math.log2(1 / 8 / (1 / 2 * 5 / 8))
+    by_hand += 4 / 8 * math.log2(4 / 8 / (1 / 2 * 5 / 8))
+    assert information(counts) == pytest.approx(by_hand)
+    assert np.isnan(preference(np.array([[3, 0], [1, 0]]))[:, 1]).all()
+    assert information(np.zeros((2, 2))) == 0
+
+
+class Spelt(SyntheticData):
+    def token_spellings(self) -> list[bytes]:
+        return [b" a", b"7", b"{"] * 20 + [b""]
+
+
+@pytest.mark.parametrize("data", [SyntheticData, Spelt])
+def test_a_run_leaves_what_its_model_says_of_the_validation_data(data: type[SyntheticData], tmp_path: Path) -> None:
+    module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))), data(padded=True)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        max_steps=3,
+        max_epochs=-1,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        callbacks=[ExpertSpecialisation()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, text)
+    written = Specialisation.load(tmp_path)
+    spellings = text.token_spellings() if isinstance(text, Spelt) else None
+    again = count_experts(module.gpt.eval(), text.val_dataloader(), text.domains, spellings)
+    assert (written.counts == again.counts).all()
+    assert written.counts.sum() == 2 * 2 * sum(int(batch["token_mask"].sum()) for batch in text.val_dataloader())
+    assert (written.domains, written.experts, written.step) == (["even", "odd"], [2, 4], 3)
+    assert written.classes == (["all"] if spellings is None else list(CLASSES))
+    if spellings is not None:
+        seen = torch.bincount(
+            torch.cat(
+                [
+                    torch.tensor(class_ids(spellings))[batch["tokens"][batch["token_mask"]]]
+                    for batch in text.val_dataloader()
+                ]
+            ),
+            minlength=len(CLASSES),
+        )
+        assert written.by_class(1).sum(axis=1).tolist() == (2 * seen).tolist()
+    (tmp_path / FILE).unlink()
+    trainer.validate(module, text, verbose=False)  # of whatever model: not the run's
+    assert not (tmp_path / FILE).exists()
+
+
+def test_what_cannot_be_counted_or_read_is_said(tmp_path: Path) -> None:
+    dense = MoEGPTModule(GPTConfig(61, 16, 1, 16, 2)).gpt.eval()
+    with pytest.raises(ValueError, match="no experts"):
+        count_experts(dense, [], ["a"])
+    with pytest.raises(ValueError, match="training mode"):
+        count_experts(MoEGPTModule(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(2))).gpt.train(), [], ["a"])
+    with pytest.raises(FileNotFoundError):
+        Specialisation.load(tmp_path)
+    (tmp_path / FILE).write_bytes(b"\x09\x00")
+    with pytest.raises(ValueError, match="is damaged"):
+        Specialisation.load(tmp_path)

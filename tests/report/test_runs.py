@@ -1,0 +1,124 @@
+"""What is read from a run folder, and what happens if something is missing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlgmoe.cli.main import main
+from nlgmoe.report.metrics import Series, read_loads, read_metrics
+from nlgmoe.report.page import clocks
+from nlgmoe.report.runs import read_runs
+from nlgmoe.report.tables import differences, flattened
+
+METRICS = """step,train/loss,train/tokens,time/elapsed,val/loss
+0,8.0,0,1.0,
+1,7.0,10,2.0,
+1,,,,7.5
+2,6.0,20,3.0,
+3,nan,30,4.0,
+2,5.0,20,3.5,
+3,4.0,30,4.5,
+3,,,,4.5
+4,3.
+"""
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name.replace("__", ".")).write_text(text)
+    return path
+
+
+def test_repeated_steps_count_once_and_validation_comes_after_its_step(tmp_path: Path) -> None:
+    metrics = read_metrics(folder(tmp_path / "a", metrics__csv=METRICS) / "metrics.csv")
+    assert metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4]
+    assert metrics["train/loss"].values.tolist() == [8, 7, 5, 4, 3]
+    assert metrics["val/loss"].steps.tolist() == [2, 4]
+    assert metrics["time/elapsed"].values.tolist() == [1, 2, 3.5, 4.5]
+    (run,) = read_runs([tmp_path / "a"])
+    assert clocks(run) == {"steps": [0, 1, 2, 3], "tokens": [0, 10, 20, 30], "seconds": [1, 1, 2, 3.5]}
+
+
+def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
+    series = Series(np.arange(5.0), np.array([1, 3, np.nan, 5, 9])).thinned(3)
+    assert series.steps.tolist() == [0.5, 2.5, 4]
+    assert series.values.tolist() == [2, 5, 9]
+    assert np.isnan(Series(np.arange(2.0), np.array([np.inf, np.nan])).thinned(1).values).all()
+
+
+def test_loads(tmp_path: Path) -> None:
+    rows = ["step,tokens,layer,dropped,expert_0,expert_1,expert_2"]
+    for step in (9, 19, 29, 19):  # went on from a checkpoint at step 10
+        rows += [f"{step},{step},0,0.5,{step},2,", f"{step},{step},1,0.5,1,{step},3"]
+    rows += ["29,29,0,0.1,1"]  # cut off
+    file = tmp_path / "expert_load.csv"
+    file.write_text("\n".join(rows))
+    loads = read_loads(file)
+    assert loads is not None and loads.steps.tolist() == [10, 20]
+    assert [layer.tolist() for layer in loads.requests] == [[[9, 2], [19, 2]], [[1, 9, 3], [1, 19, 3]]]
+    thin = loads.thinned(1)
+    assert thin.steps.tolist() == [20] and thin.requests[0].tolist() == [[28, 4]]
+    file.write_text(rows[0])
+    assert read_loads(file) is None and read_loads(tmp_path / "none") is None
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    folder(tmp_path / "x/run", config__yaml="model: [", summary__json="[1]")
+    folder(tmp_path / "y/run", metrics__csv="step,train/loss\n0,inf\n")
+    first, second = read_runs([tmp_path / "x/run", str(tmp_path / "y/run"), tmp_path / "y/../x/run"])
+    assert (first.name, second.name) == ("x/run", "y/run")
+    notes = "\n".join(first.notes)
+    for words in (
+        "config.yaml cannot be read",
+        "summary.json does not hold",
+        "No versions.json",
+        "No rows in metrics.csv",
+    ):
+        assert words in notes
+    assert any("No expert_load.csv" in note for note in second.notes)
+    assert any("train/loss is not finite in 1 of 1 rows" in note for note in second.notes)
+    assert second.last("train/loss") is None
+
+
+def test_settings_that_differ(tmp_path: Path) -> None:
+    for name, rate in (("a", 1), ("b", 2)):
+        folder(
+            tmp_path / name,
+            config__yaml=f"trainer: {{default_root_dir: {name}}}\nmodel: {{lr: {rate}, betas: [0.9, {rate}], shape: '<b>'}}\n",
+        )
+    found = differences(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert "model.lr" in found and "[0.9, 2]" in found
+    assert "default_root_dir" not in found and "shape" not in found
+    assert "the same" in differences(read_runs([tmp_path / "a"]))
+    assert flattened({"a": [{"b": 1}, 2], "c": {}}) == {"a[0].b": 1, "a[1]": 2, "c": {}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "run=nowhere does not exist; give the folder of a run"),
+        (["empty"], "run=empty is no run folder: there is no metrics.csv, summary.json or config.yaml in it"),
+        (["run", "run/summary.json"], "run=run/summary.json is no run folder"),
+        ([], "runs"),
+        (["run", "--output", "run"], "output=run is a folder; give the name of a file"),
+    ],
+)
+def test_a_wrong_command_ends_with_one_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "empty")
+    folder(tmp_path / "run", summary__json=json.dumps({"steps": 1}))
+    with pytest.raises(SystemExit) as end:
+        main(["report", *arguments])
+    assert end.value.code in (1, 2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0]
+    assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob(".*writing"))
