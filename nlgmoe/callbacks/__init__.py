@@ -12,8 +12,8 @@ from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
-from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
 from nlgmoe.callbacks.write_report import WriteReport
+from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
 
 __all__ = [
     "ExpertLoad",
@@ -27,6 +27,6 @@ __all__ = [
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",
-    "ZeroShotEval",
     "WriteReport",
+    "ZeroShotEval",
 ]

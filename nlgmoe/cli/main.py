@@ -18,9 +18,9 @@ from nlgmoe.cli.import_megatron import import_megatron
 from nlgmoe.cli.inspect_config import inspect_config
 from nlgmoe.cli.prepare_data import prepare_data
 from nlgmoe.cli.prepare_eval import prepare_eval
+from nlgmoe.cli.report import report
 from nlgmoe.cli.student import student
 from nlgmoe.cli.upcycle_checkpoint import upcycle_checkpoint
-from nlgmoe.cli.report import report
 from nlgmoe.cli.verify_checkpoint import verify_checkpoint
 
 COMMANDS: dict[str, Any] = {

@@ -24,8 +24,14 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
-from nlgmoe.callbacks import ExpertLoad, SaveOnSignal, StagedDistillation, Throughput, ZeroShotEval
-from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, SaveOnSignal, StagedDistillation, Throughput
+from nlgmoe.callbacks import (
+    ExpertLoad,
+    ExpertSpecialisation,
+    SaveOnSignal,
+    StagedDistillation,
+    Throughput,
+    ZeroShotEval,
+)
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
