@@ -60,13 +60,19 @@ def test_it_runs(
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # the package that is tested
     notebook = nbformat.read(path, as_version=4)
     values = parameters(path.stem, pocket_pile, tmp_path)
-    names = {target.id for node in ast.parse(notebook.cells[parameters_cell(notebook)].source).body for target in node.targets}
+    names = {
+        target.id
+        for node in ast.parse(notebook.cells[parameters_cell(notebook)].source).body
+        for target in node.targets
+    }
     assert set(values) <= names
     notebook = with_parameters(notebook, values)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # of the notebook before
     outputs = [output for cell in run(notebook, kernel).cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == sum(cell.source.count("plt.subplots") for cell in notebook.cells) or path.stem == "02_routing"
+    assert (
+        len(pictures) == sum(cell.source.count("plt.subplots") for cell in notebook.cells) or path.stem == "02_routing"
+    )
     assert len(pictures) >= 2
     warned = [output.text for output in outputs if output.get("name") == "stderr" and "Warning" in output.text]
     assert not warned
