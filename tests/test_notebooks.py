@@ -11,12 +11,13 @@ from typing import Any
 import nbformat
 import pytest
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 
 import nlgmoe
 from notebooks.execute import FOLDER, parameters_cell, run, with_parameters
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SHELL = {"matplotlib", "numpy", "pandas", "torch"}
+THIRD_PARTY = {"matplotlib", "numpy", "pandas", "torch"}
 TINY = {
     "model__config__num_layers": 2,
     "model__config__moe__num_experts": [4],
@@ -49,8 +50,7 @@ def kernel() -> Iterator[AsyncKernelManager]:
     manager = AsyncKernelManager(kernel_name="python3")
     yield manager
     if manager.has_kernel:
-        manager.provisioner.process.kill()
-        manager.cleanup_connection_file()
+        run_sync(manager.shutdown_kernel)(now=True)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -70,10 +70,7 @@ def test_it_runs(
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # of the notebook before
     outputs = [output for cell in run(notebook, kernel).cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert (
-        len(pictures) == sum(cell.source.count("plt.subplots") for cell in notebook.cells) or path.stem == "02_routing"
-    )
-    assert len(pictures) >= 2
+    assert len(pictures) >= sum(cell.source.count("plt.subplots") for cell in notebook.cells) >= 2
     warned = [output.text for output in outputs if output.get("name") == "stderr" and "Warning" in output.text]
     assert not warned
     assert list(tmp_path.rglob("summary.json"))
@@ -91,7 +88,7 @@ def test_it_uses_public_names(path: Path) -> None:
     documents = "".join(file.read_text() for file in (FOLDER.parent / "docs").glob("*.md"))
     for node in sources(path):
         if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= SHELL | sys.stdlib_module_names
+            assert {alias.name.split(".")[0] for alias in node.names} <= THIRD_PARTY | sys.stdlib_module_names
         elif isinstance(node, ast.ImportFrom):
             module = str(node.module)
             if module == "nlgmoe":
@@ -100,7 +97,7 @@ def test_it_uses_public_names(path: Path) -> None:
                 assert f"`{module}`" in documents
                 assert all(hasattr(importlib.import_module(module), alias.name) for alias in node.names)
             else:
-                assert module.split(".")[0] in SHELL | sys.stdlib_module_names
+                assert module.split(".")[0] in THIRD_PARTY | sys.stdlib_module_names
         elif isinstance(node, ast.Attribute):
             assert not node.attr.startswith("_")
 
