@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-faults check format docs compare mos bench clean
+.PHONY: help install quickstart browser test test-faults check format docs notebooks compare mos bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ format: install  ## rewrite the sources in the project's format
 
 docs: install  ## bring the README's table of flags up to date
 	$(BIN)/python -m nlgmoe.megatron.flag_table
+
+notebooks: install  ## run the notebooks and keep what they show; trains five small models
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python notebooks/execute.py
 
 compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 25 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

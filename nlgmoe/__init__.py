@@ -7,6 +7,7 @@ that a run does not need is imported.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
     from nlgmoe.pyramid import student_config, student_layers
+
+# In Jupyter without ipywidgets bars are text, which is all there is to say.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _HOMES = {
     "Experiment": "nlgmoe.cli.train",

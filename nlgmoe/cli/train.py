@@ -298,7 +298,10 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
     _mute_advertising()
     with warnings.catch_warnings():  # the caller's own command line is not for us
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return cli_class(args=args, run=False)
+        try:
+            return cli_class(args=args, run=False)
+        except UsageError as error:  # its message says all; a hundred lines of the parser's frames would hide it
+            raise error.with_traceback(None) from None
 
 
 def main(args: ArgsType = None) -> None:

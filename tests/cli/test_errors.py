@@ -836,6 +836,8 @@ def test_load_config_raises_the_same_line(files: list[str], settings: dict, word
         load_config(known, **settings)
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
+    # A notebook shows all frames: this one, load_config, _read.
+    assert len(error.traceback) == 3 and error.value.__cause__ is None and error.value.__suppress_context__
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])

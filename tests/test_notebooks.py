@@ -1,0 +1,112 @@
+"""The notebooks run from top to bottom, use what is public, and can be read anywhere."""
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
+
+import nlgmoe
+from notebooks.execute import FOLDER, parameters_cell, run, with_parameters
+
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+THIRD_PARTY = {"matplotlib", "numpy", "pandas", "torch"}
+TINY = {
+    "model__config__num_layers": 2,
+    "model__config__moe__num_experts": [4],
+    "model__config__hidden_size": 32,
+    "model__config__seq_len": 32,
+    "model__config__num_heads": 2,
+    "data__micro_batch_size": 2,
+    "data__max_eval_windows": 2,
+    "trainer__log_every_n_steps": 1,
+    "trainer__enable_progress_bar": False,
+}
+DEEPER = TINY | {"model__config__num_layers": 4, "model__config__moe__num_experts": [2, 4]}
+
+
+def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
+    """Tiny values for the notebook `name`: 8 steps of 64 tokens."""
+    values = {"DATA": str(data), "TOKENS": 512}
+    if name == "01_first_prmoe":
+        return values | {"RUN": str(runs / "first"), "SETTINGS": DEEPER, "PROMPTS": ["The", "In the year"]}
+    if name == "02_routing":  # its configuration's last callback writes samples
+        settings = DEEPER | {"trainer__callbacks": []}
+        return values | {"RUN": str(runs / "routing"), "SETTINGS": settings, "WINDOWS": 4}
+    students = {"RUNS": str(runs / "students"), "TEACHER_TOKENS": 512, "WINDOWS": 4}
+    return values | students | {"TEACHER_SETTINGS": DEEPER, "SETTINGS": TINY}
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[AsyncKernelManager]:
+    """One process for all: importing torch and Lightning takes longer than the notebooks do."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    yield manager
+    if manager.has_kernel:
+        run_sync(manager.shutdown_kernel)(now=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(
+    path: Path, kernel: AsyncKernelManager, pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # the package that is tested
+    notebook = nbformat.read(path, as_version=4)
+    values = parameters(path.stem, pocket_pile, tmp_path)
+    names = {
+        target.id
+        for node in ast.parse(notebook.cells[parameters_cell(notebook)].source).body
+        for target in node.targets
+    }
+    assert set(values) <= names
+    notebook = with_parameters(notebook, values)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # of the notebook before
+    outputs = [output for cell in run(notebook, kernel).cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= sum(cell.source.count("plt.subplots") for cell in notebook.cells) >= 2
+    warned = [output.text for output in outputs if output.get("name") == "stderr" and "Warning" in output.text]
+    assert not warned
+    assert list(tmp_path.rglob("summary.json"))
+
+
+def sources(path: Path) -> Iterator[ast.AST]:
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            yield from ast.walk(ast.parse(cell.source))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_uses_public_names(path: Path) -> None:
+    """`from nlgmoe import ...`, or from a module that the documents name; nothing that begins with an underscore."""
+    documents = "".join(file.read_text() for file in (FOLDER.parent / "docs").glob("*.md"))
+    for node in sources(path):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= THIRD_PARTY | sys.stdlib_module_names
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module)
+            if module == "nlgmoe":
+                assert {alias.name for alias in node.names} <= set(nlgmoe.__all__)
+            elif module.startswith("nlgmoe."):
+                assert f"`{module}`" in documents
+                assert all(hasattr(importlib.import_module(module), alias.name) for alias in node.names)
+            else:
+                assert module.split(".")[0] in THIRD_PARTY | sys.stdlib_module_names
+        elif isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_can_be_read_anywhere(path: Path) -> None:
+    """No paths of a machine, in sources or outputs; outputs that a forge shows; no error."""
+    text = path.read_text()
+    assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|Users)/", text)
+    assert len(text) < 300_000
+    nbformat.validate(nbformat.read(path, as_version=4))
+    assert '"output_type": "error"' not in text and "\\u001b" not in text
