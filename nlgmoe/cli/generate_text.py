@@ -147,11 +147,13 @@ def _read_prompts(path: str) -> list[str]:
     """The prompts of a file of JSON lines; empty lines are passed over.
 
     Raises:
-        UsageError: a line is something else, or there is none.
+        UsageError: there is no such file, a line is something else, or there is none.
     """
     where = "stdin" if path == "-" else path
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f'prompts={where} is not there; name a file of JSON lines with a "prompt" each') from error
     except UnicodeDecodeError as error:
         raise UsageError(f'prompts={where} is not UTF-8; write JSON lines with a "prompt" each') from error
     found = []

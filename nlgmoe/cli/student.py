@@ -81,6 +81,9 @@ def student(
         print(written, end="")
     else:
         Path(output).write_text(written)
+        print(
+            f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {output}"
+        )
 
 
 def _configuration(source: Path) -> tuple[Path, str | None]:
