@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-quickstart: install  ## train a small PR-MoE on real text, and write its report (about 8 minutes on 2 cores)
+quickstart: install  ## train a small PR-MoE on real text, and write its report (4 to 10 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
@@ -43,7 +43,7 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install  ## bring the README's table of flags up to date
+docs: install  ## bring the tables of flags up to date (README.md, docs/megatron_flags.md)
 	$(BIN)/python -m nlgmoe.megatron.flag_table
 
 notebooks: install  ## run the notebooks and keep what they show; trains five small models

@@ -24,7 +24,7 @@ class ZeroShotEval(Callback):
 
     In `fit` after every so many steps or tokens, or at every validation; in `validate` always. Ranks share the documents, also
     where they share experts. Training goes on as if nothing had been evaluated: no random generator moves, and a task that
-    fails is counted and warned of once. Needs `pip install 'nlgmoe[eval]'`.
+    fails is counted and warned of once. Needs `pip install -e '.[eval]'`.
 
     Args:
         tasks: names of lm-eval's tasks or groups, or YAML files of tasks.

@@ -33,6 +33,8 @@ def from_megatron(
         ValueError: something is not understood or not possible here; one line for each, with the remedy.
     """
     path = Path(script)
+    if not path.is_file():
+        raise UsageError(f"script={script} is not there; give the shell script that launches pretrain_gpt.py")
     text = translated(path, {name: str(value) for name, value in (variables or {}).items()}, skip_unknown)
     if output is None:
         print(text, end="")
@@ -40,6 +42,7 @@ def from_megatron(
         if Path(output).exists():
             raise UsageError(f"output={output} exists already; name another file, or delete it")
         Path(output).write_text(text)
+        print(f"{output}: read what its comments say, then train with python train.py fit --config {output}")
 
 
 def translated(path: Path, variables: dict[str, str], skip_unknown: bool = False) -> str:

@@ -146,7 +146,7 @@ def _read_prompts(path: str) -> list[str]:
     """The prompts of a file of JSON lines; empty lines are passed over.
 
     Raises:
-        UsageError: a line is something else, or there is none.
+        UsageError: there is no such file, a line is something else, or there is none.
     """
     where = "stdin" if path == "-" else path
     if path == "-" and sys.stdin is None:

@@ -44,7 +44,7 @@ COMMANDS: dict[str, Any] = {
 def main(args: list[str] | None = None) -> None:
     """Run one of the subcommands; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
     with one_line_errors():
-        auto_cli(COMMANDS, args=args, parser_class=CommandParser)
+        auto_cli(COMMANDS, args=args, parser_class=CommandParser, prog="nlgmoe")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,9 @@ def student(
         print(written, end="")
     else:
         write_whole(output, written)
+        print(
+            f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {output}"
+        )
 
 
 def _configuration(source: Path) -> tuple[Path, str | None]:

@@ -34,7 +34,7 @@ try:
     from lm_eval.utils import handle_non_serializable
 except ModuleNotFoundError as missing:
     raise ImportError(
-        f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install 'nlgmoe[eval]'"
+        f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install -e '.[eval]' in the project's folder"
     ) from missing
 
 __all__ = ["BUILT_IN", "EvaluatedGPT", "TaskManager", "handle_non_serializable", "quiet_contexts", "run_tasks"]

@@ -1,6 +1,6 @@
 """The documents' tables of flags, from the table that `nlgmoe from-megatron` translates by.
 
-README.md has the flags that become a setting, docs/megatron_flags.md all of them; `make docs` writes both.
+README.md has those of experts and distillation, docs/megatron_flags.md all of them; `make docs` writes both.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ BEGIN = "<!-- flags: written by `make docs` from nlgmoe/megatron/flags.py -->"
 END = "<!-- end of flags -->"
 
 
-DOCUMENTS: dict[str, set[str]] = {
-    "README.md": {"setting"},
-    "docs/megatron_flags.md": {"setting", "ignored", "refused"},
-}  # document -> kinds of rows
+DOCUMENTS: dict[str, list[str]] = {
+    "README.md": ["Experts", "Distillation"],
+    "docs/megatron_flags.md": list(SECTIONS),
+}  # document -> titles of its sections
 
 
-def with_table(document: str, kinds: set[str]) -> str:
+def with_table(document: str, titles: list[str]) -> str:
     """A document with the table between its two markers brought up to date.
 
     Raises:
@@ -29,17 +29,15 @@ def with_table(document: str, kinds: set[str]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the document has no place for the table; put these lines around it:\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n{markdown_table(kinds)}{END}{after}"
+    return f"{before}{BEGIN}\n{markdown_table(titles)}{END}{after}"
 
 
-def markdown_table(kinds: set[str]) -> str:
-    """The rows of some kinds."""
+def markdown_table(titles: list[str]) -> str:
+    """The rows of some sections."""
     lines = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"]
-    for title, rows in SECTIONS.items():
-        shown = [row for row in rows if row.kind in kinds]
-        if shown:
-            lines.append(f"| **{title}** | | |")
-        for row in shown:
+    for title in titles:
+        lines.append(f"| **{title}** | | |")
+        for row in SECTIONS[title]:
             here = {"setting": row.here, "ignored": "not needed", "refused": "refused"}[row.kind]
             names = ", ".join(f"`{flag.name}`" + _exceptions(flag, row) for flag in row.flags)
             lines.append(f"| {names} | {here} | {row.note} |")
@@ -57,9 +55,9 @@ def _exceptions(flag: Flag, row: Row) -> str:
 
 def main() -> None:
     """Bring the documents of the current folder up to date."""
-    for name, kinds in DOCUMENTS.items():
+    for name, titles in DOCUMENTS.items():
         path = Path(name)
-        path.write_text(with_table(path.read_text(), kinds))
+        path.write_text(with_table(path.read_text(), titles))
 
 
 if __name__ == "__main__":

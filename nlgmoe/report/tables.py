@@ -64,7 +64,7 @@ def settings(runs: Sequence[Run]) -> str:
 
 def notes(runs: Sequence[Run]) -> str:
     """What is missing, a list for each run; nothing if nothing is."""
-    parts = [f"<li>{label(number, run)} {escape(note)}</li>" for number, run in enumerate(runs) for note in run.notes]
+    parts = [f"<li>{label(number, run)}: {escape(note)}</li>" for number, run in enumerate(runs) for note in run.notes]
     return f'<ul class="notes">{"".join(parts)}</ul>' if parts else ""
 
 

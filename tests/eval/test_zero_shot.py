@@ -165,7 +165,7 @@ def test_without_lm_eval_the_remedy_is_said(
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
     assert (
-        "error: zero-shot evaluation needs lm-eval (lm_eval is missing): pip install 'nlgmoe[eval]'"
+        "error: zero-shot evaluation needs lm-eval (lm_eval is missing): pip install -e '.[eval]' in the project's folder"
         in capsys.readouterr().err
     )
 
