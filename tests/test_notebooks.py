@@ -106,7 +106,8 @@ def test_it_uses_public_names(path: Path) -> None:
 def test_it_can_be_read_anywhere(path: Path) -> None:
     """No paths of a machine, in sources or outputs; outputs that a forge shows; no error."""
     text = path.read_text()
-    assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|Users)/", text)
+    lines = text.replace("\\n", " ")  # as JSON writes the ends of lines
+    assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|Users)/", lines)
     assert len(text) < 300_000
     nbformat.validate(nbformat.read(path, as_version=4))
     assert '"output_type": "error"' not in text and "\\u001b" not in text
