@@ -15,6 +15,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 
 Shapes = dict[str, torch.Size]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # that a model's weights may be asked for in
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def write_tensors(
     file.chmod(
         folder.stat().st_mode & 0o666
     )  # safetensors lets nobody else read it; a checkpoint on a cluster is shared
-    _flush(file)
+    flush(file)
     return {file.name: {name: record_of(value) for name, value in entries.items()}}
 
 
@@ -78,15 +78,15 @@ def finish(
     texts["manifest.json"] = json.dumps(manifest, indent=None, separators=(",", ":")).encode()
     for name, text in texts.items():
         (temporary / name).write_bytes(text)
-        _flush(temporary / name)
-    _flush(temporary)
+        flush(temporary / name)
+    flush(temporary)
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.is_symlink():
         path.unlink()
     elif path.exists():
         path.rename(replaced)  # killed between this rename and the next: `recover` undoes this one
     temporary.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -157,7 +157,8 @@ def recover(run_folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What has been written to a file or folder is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

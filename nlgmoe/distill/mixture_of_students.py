@@ -21,7 +21,7 @@ from torch import Tensor
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
-from nlgmoe.checkpoint.layout import entry_shapes, local_entries
+from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
@@ -31,8 +31,6 @@ from nlgmoe.layers.losses import SoftTargets, Targets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class MixtureOfStudents:
@@ -65,7 +63,7 @@ class MixtureOfStudents:
         num_experts: int | list[int] | None = None,
     ) -> None:
         check_loss(beta, temperature)
-        if precision not in (None, *_DTYPES):
+        if precision not in (None, *PRECISIONS):
             raise ValueError(f"precision={precision} must be fp32, bf16 or null")
         self.teacher = teacher
         self.beta = beta
@@ -117,7 +115,7 @@ class MixtureOfStudents:
             _check_tokenizer(document, data, path)
         placed = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
         with all_or_none():
-            self.model = _load(path, config, placed, like.device, _DTYPES.get(self.precision or "", like.dtype))
+            self.model = _load(path, config, placed, like.device, PRECISIONS.get(self.precision or "", like.dtype))
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path
 

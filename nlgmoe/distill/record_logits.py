@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nlgmoe.batch import Batch, mask_or_none
 from nlgmoe.checkpoint.folder import checksum_of_manifest
+from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.teacher_logits import (
@@ -97,7 +98,7 @@ def record_logits(
     try:
         header = _record(teacher, data, settings, work, folder, report)
         (work / folder.name).rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         lock.release()
     shutil.rmtree(work, ignore_errors=True)
@@ -146,7 +147,7 @@ def _record(
     }
     header["checksum"] = checksum_of_manifest(header)
     _write_json(parts / HEADER, header)
-    _flush(parts)
+    flush(parts)
     return header
 
 
@@ -233,13 +234,5 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     """All of it or nothing, and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
-    _flush(temporary)
+    flush(temporary)
     temporary.replace(path)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 
 from nlgmoe.checkpoint.folder import read_document, read_tokenizer
+from nlgmoe.checkpoint.layout import PRECISIONS
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.model.gpt import GPT
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,4 +66,4 @@ def load_trained(
             f"tokenizer={found.name} has {found.vocab_size} ids, the model {model.config.vocab_size}; set it to the one that "
             "the model was trained with"
         )
-    return Trained(path, model.to(device, DTYPES.get(precision or "")), found, document)
+    return Trained(path, model.to(device, PRECISIONS.get(precision or "")), found, document)

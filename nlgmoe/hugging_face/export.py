@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest, read_tokenizer
-from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
+from nlgmoe.checkpoint.layout import PRECISIONS, Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import choose, is_checkpoint
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.checkpoint.writing import reason
@@ -40,7 +40,6 @@ from nlgmoe.hugging_face.model_card import model_card
 from nlgmoe.model.gpt import GPT
 
 PREFIX = "model."  # where `NlgmoeForCausalLM` has its GPT
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What an export writes, and what would be loaded in its place if it stayed. The model card, which people complete, stays.
 _REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json|"
@@ -101,7 +100,7 @@ def export(
             f"tokenizer={tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; set it to the one that "
             "the model was trained with"
         )
-    meta, read = _weights(path, config, DTYPES.get(precision or ""))
+    meta, read = _weights(path, config, PRECISIONS.get(precision or ""))
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
