@@ -29,21 +29,24 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait for `on_train_start`: only then is it known under every strategy whether the run is resumed."""
+        """Wait for `on_train_epoch_start`: only then has nothing refused the run, and is it known whether it is resumed."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml` and `versions.json`.
+        """Look before anything is written.
 
         Raises:
             ValueError: the folder holds another run, or a callback monitors what is never logged.
         """
         assert isinstance(pl_module, MoEGPTModule)
         check_monitors(trainer, pl_module)
-        if trainer.is_global_zero:
-            if self.config.get("ckpt_path") != "auto":
-                refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
-            self.save_config(trainer, pl_module, "fit")
+        if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
+            refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `config.yaml` and `versions.json`: whoever could refuse the run, such as a teacher, has not."""
+        self.save_config(trainer, pl_module, "fit")
 
     @override
     @rank_zero_only

@@ -91,6 +91,9 @@ def test_a_teacher_that_is_missing_is_named(
             [*command, f"--trainer.default_root_dir={tmp_path}", f"--model.distiller.init_args.teacher={tmp_path}/none"]
         )
     assert f"model.distiller.teacher={tmp_path}/none" in capsys.readouterr().err
+    corrected = ["--model.distiller=null", "--model.train_tokens=128", f"--trainer.default_root_dir={tmp_path}"]
+    main([*command, *corrected])  # a run that was refused is none: its folder is free
+    assert (tmp_path / "config.yaml").exists()
 
 
 def test_a_recording_that_cannot_be_made_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
