@@ -54,7 +54,7 @@ compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (abo
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.compare
 
-mos: install  ## a teacher; students without it, with it, with it for the first 70%: 3 seeds (about 35 minutes on 2 cores)
+mos: install  ## a teacher; students without it, with it, with it for the first 70%: 3 seeds (about 30 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.mos
 
