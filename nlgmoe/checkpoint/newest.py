@@ -46,6 +46,17 @@ def choose(path: str | Path, to_train: bool = True) -> Path:
     raise ValueError(f"no valid checkpoint in {path}{more}; start the run anew in another folder")
 
 
+def find(place: str | Path) -> Path:
+    """The checkpoint `place`, or the newest valid one of a run's folder, to take weights from.
+
+    One that is named is checked as it is read. Where there are ranks, every rank has to call this.
+
+    Raises:
+        ValueError: there is no valid checkpoint in the folder.
+    """
+    return Path(place) if is_checkpoint(place) else choose(place, to_train=False)
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` names one checkpoint, not a folder of them."""
     path = Path(path)

@@ -27,7 +27,7 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.pyramid import experts_at
@@ -71,7 +71,7 @@ def upcycle(
         raise ValueError(f"noise={noise} must be at least 0; 0 makes exact copies")
     if seed < 0:
         raise ValueError(f"seed={seed} must be at least 0")
-    path = Path(dense) if is_checkpoint(dense) else choose(dense, to_train=False)
+    path = find(dense)
     old = GPTConfig.from_dict(read_document(path)["model_config"])
     if old.moe is not None:
         raise ValueError(f"{path} is no dense model: it has experts already; use the checkpoint of one with moe=null")

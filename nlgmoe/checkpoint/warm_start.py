@@ -19,7 +19,7 @@ from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
 from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries
-from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.newest import find
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
@@ -74,8 +74,7 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
     """
     with all_or_none():
         # Of one checkpoint only the weights are read, and checked; of a run folder the newest valid one is looked for.
-        path = Path(start.checkpoint)
-        path = path if is_checkpoint(path) else choose(path, to_train=False)
+        path = find(start.checkpoint)
         model_config = read_document(path)["model_config"]
         files, here, stored = TensorFiles(path, "model"), entry_shapes(model), stored_shapes(path)
         if start.layers is not None:

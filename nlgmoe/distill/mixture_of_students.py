@@ -22,7 +22,7 @@ from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries
-from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import check_loss
@@ -122,7 +122,7 @@ class MixtureOfStudents:
     def _find(self) -> tuple[Path, dict[str, Any]]:
         """The checkpoint, of a run that is still being trained the newest valid one; and what it says of itself."""
         try:
-            path = Path(self.teacher) if is_checkpoint(self.teacher) else choose(self.teacher, to_train=False)
+            path = find(self.teacher)
             return path, read_document(path)
         except (ValueError, OSError) as error:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from nlgmoe.batch import Batch, NumbersSamples
 from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.newest import find
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Clocks, check_loss, last_of, samples_until
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
@@ -69,8 +68,8 @@ class OfflineTeacher:
         if self.teacher is not None:
             self._check_teacher(found.header, self.teacher)
         self._found = found
-        of, steps = found.header["teacher"], found.header["samples"]
-        rank_zero_info(f"the teacher is {of['checkpoint']}, as recorded in {self.logits}: {steps:,} samples")
+        checkpoint = found.header["teacher"]["checkpoint"]
+        rank_zero_info(f"the teacher is {checkpoint}, as recorded in {self.logits}: {len(found):,} samples")
 
     def release(self) -> bool:
         """Close the folder; whether it was open."""
@@ -144,7 +143,7 @@ class OfflineTeacher:
         """Whether it is of that teacher. Ranks look for the newest checkpoint of a run together."""
         with all_or_none():
             try:
-                path = Path(teacher) if is_checkpoint(teacher) else choose(teacher, to_train=False)
+                path = find(teacher)
                 read_document(path)
                 weights = weights_of(path)
             except (ValueError, OSError) as error:

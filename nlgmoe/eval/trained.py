@@ -10,7 +10,7 @@ import torch
 
 from nlgmoe.checkpoint.folder import read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import PRECISIONS
-from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.model.gpt import GPT
@@ -52,7 +52,7 @@ def load_trained(
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or its tokenizer is missing or has more ids than the model.
     """
-    path = Path(checkpoint) if is_checkpoint(checkpoint) else choose(checkpoint, to_train=False)
+    path = find(checkpoint)
     document, stored = read_document(path), read_tokenizer(path)
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, Path(data_dir))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest, read_tokenizer
 from nlgmoe.checkpoint.layout import PRECISIONS, Entry, entry_shapes, local_entries
-from nlgmoe.checkpoint.newest import choose, is_checkpoint
+from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.checkpoint.writing import reason
 from nlgmoe.config import GPTConfig
@@ -90,7 +90,7 @@ def export(
         raise ValueError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
-    path = Path(checkpoint) if is_checkpoint(checkpoint) else choose(checkpoint, to_train=False)
+    path = find(checkpoint)
     document, stored = read_document(path), read_tokenizer(path)
     if tokenizer is None and stored is not None:
         tokenizer = Tokenizer.from_json(stored, f"of {path}")
