@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nlgmoe.eval.padding import padded
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
@@ -166,7 +167,7 @@ def _stream(
 ) -> Iterator[NewToken]:
     if not prompts:
         return
-    tokens, mask = _padded(prompts, model.token_embedding.weight.device)
+    tokens, mask = padded(prompts, "left", model.token_embedding.weight.device)
     rooms = [min(max_new_tokens, model.config.seq_len - len(prompt)) for prompt in prompts]
     cache = KVCache(tokens.shape[1] + max(rooms) - 1)  # the last token is not read
     going = list(range(len(prompts)))  # the prompts that the batch's rows stand for
@@ -192,16 +193,6 @@ def _stream(
             going, chosen = [going[row] for row in rows], chosen[kept]
             cache.select(kept)
         tokens, mask = chosen[:, None], None  # [B, 1]
-
-
-def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens `[B, T]`, padded on the left, and which of them are none, `[B, T]` bool; None if there is no padding."""
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    if min(map(len, prompts)) == width:
-        return tokens, None
-    return tokens, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
 def _as_lists(prompts: Prompts) -> list[list[int]]:

@@ -8,11 +8,12 @@ Letters: B sequences, T positions, H hidden size, V vocabulary, N predicted toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.in_step import InStep
+from nlgmoe.eval.padding import padded
+from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 
@@ -59,12 +62,11 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Manner:
-    """How to generate: stop strings, most new tokens, temperature (0: the likeliest token), tokens to choose from."""
+    """How to generate: stop strings, most new tokens, and which token comes next."""
 
     until: tuple[str, ...]
     max_new: int
-    temperature: float
-    top_k: int | None
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class EvaluatedGPT(TemplateLM):
     def _score_batch(self, batch: list[_Read]) -> list[tuple[int, float, bool]]:
         """Of each question: the request's number, nats, and whether every token is the likeliest."""
         with self._precision():
-            hidden = self.model(*_padded([read.tokens for read in batch], "right", self._device)).hidden  # [B, T, H]
+            hidden = self.model(*padded([read.tokens for read in batch], "right", self._device)).hidden  # [B, T, H]
             rows: list[int] = []
             positions: list[int] = []
             targets: list[int] = []
@@ -233,7 +235,7 @@ class EvaluatedGPT(TemplateLM):
         if max_new >= self.max_length:
             max_new = self.max_length // 2
         tokens = self.tok_encode(context)[-(self.max_length - max_new) :] or [self.eot_token_id]
-        return _Prompt(number, tokens, _Manner(tuple(until), max_new, temperature if samples else 0.0, top_k))
+        return _Prompt(number, tokens, _Manner(tuple(until), max_new, Sampling(temperature if samples else 0.0, top_k)))
 
     @torch.no_grad()
     def _continue(self, batch: list[_Prompt]) -> list[str]:
@@ -243,16 +245,16 @@ class EvaluatedGPT(TemplateLM):
                 self._idle()
             return []
         manner, texts, finished = batch[0].manner, [""] * len(batch), [False] * len(batch)
-        tokens, mask = _padded([prompt.tokens for prompt in batch], "left", self._device)
+        tokens, mask = padded([prompt.tokens for prompt in batch], "left", self._device)
         cache, new, written = KVCache(tokens.shape[1] + manner.max_new), tokens, [[] for _ in batch]  # type: ignore[var-annotated]
-        draws = [torch.Generator().manual_seed(prompt.number) for prompt in batch]
+        draws = [Random(prompt.number) for prompt in batch]
         while self.ranks.anyone(not all(finished)):
             if all(finished):
                 self._idle()
                 continue
             with self._precision():
                 logits = self.model.logits(self.model(new, mask, cache).hidden[:, -1])  # [B, V]
-            chosen = _choose(_at_least_fp32(logits), manner, draws)
+            chosen = manner.sampling.choose(_at_least_fp32(logits), draws)
             new, mask = chosen[:, None], None
             for row, token in enumerate(chosen.tolist()):
                 if not finished[row]:
@@ -269,27 +271,5 @@ def quiet_contexts() -> AbstractContextManager[Any]:
     return mock.patch.object(lm_eval.api.task, "tqdm", partial(lm_eval.api.task.tqdm, disable=True))
 
 
-def _padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """`[B, T]` tokens, and where they are real; no mask if all are."""
-    longest = max(map(len, sequences))
-    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        real = slice(longest - len(sequence), longest) if side == "left" else slice(len(sequence))
-        tokens[row, real], mask[row, real] = torch.tensor(sequence), True
-    return tokens.to(device), None if bool(mask.all()) else mask.to(device)
-
-
 def _at_least_fp32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _choose(logits: Tensor, manner: _Manner, draws: list[torch.Generator]) -> Tensor:
-    """A token for each row of `[B, V]`; a row's draws depend on nothing but its own logits and generator."""
-    if manner.temperature == 0:
-        return logits.argmax(dim=-1)
-    if manner.top_k is not None and manner.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(manner.top_k, dim=-1).values[:, -1:], float("-inf"))
-    probabilities = (logits / manner.temperature).softmax(dim=-1).cpu()
-    rows = zip(probabilities, draws, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=draw) for row, draw in rows]).to(logits.device)
