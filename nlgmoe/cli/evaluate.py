@@ -7,6 +7,7 @@ import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
+from nlgmoe.cli.device import check_device
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
 
@@ -59,10 +60,7 @@ def evaluate(
     import torch
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device={chosen} cannot be used here; set it to cpu") from error
+    check_device(chosen)
 
     from nlgmoe.eval.lm_eval_model import EvaluatedGPT
     from nlgmoe.eval.paper import table

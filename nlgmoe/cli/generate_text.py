@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nlgmoe.cli.device import check_device
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
 
@@ -66,7 +67,7 @@ def generate_text(
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _check_device(device)
+    check_device(device)
     if output is not None:
         check_output(output)
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
@@ -173,18 +174,3 @@ def _read_prompts(path: str) -> list[str]:
     if not found:
         raise UsageError(f'prompts={where} has no prompt; write a line {{"prompt": "..."}} for each')
     return found
-
-
-def _check_device(device: str) -> None:
-    """Whether tensors can be put there.
-
-    Raises:
-        UsageError: they cannot.
-    """
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UsageError(f"device={device} cannot be used ({reason}); leave it out for the CPU") from error
