@@ -47,7 +47,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
         )
     if not file.is_file():
         raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
-    document = _read_json(file)
+    document = read_json(file)
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
@@ -65,7 +65,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise ValueError(f"{path} has no manifest.json; use another checkpoint")
-    manifest = _read_json(file)
+    manifest = read_json(file)
     if manifest.get("checksum") != checksum_of_manifest(manifest):
         raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
     return manifest
@@ -237,13 +237,18 @@ def everything_under(folder: Path) -> Iterator[Path]:
                 waiting.append(path)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, remedy: str = "use another checkpoint") -> dict[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        ValueError: it is damaged; the message ends with `remedy`.
+    """
     try:
         found = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); use another checkpoint") from error
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (a {type(found).__name__}, not a mapping); use another checkpoint")
+        raise ValueError(f"{file} is damaged (a {type(found).__name__}, not a mapping); {remedy}")
     return found
 
 

@@ -42,9 +42,9 @@ def student(
     Raises:
         ValueError: the files do not say what a teacher is like, or the student cannot be had; the message says what to change.
     """
-    if output is not None and Path(output).exists():
-        raise UsageError(f"output={output} exists already; name another file, or delete it")
     if output is not None:
+        if Path(output).exists():
+            raise UsageError(f"output={output} exists already; name another file, or delete it")
         check_output(output)
     if not 0 < fraction <= 1:
         raise UsageError(f"fraction={fraction} must be above 0 and at most 1, the whole run")

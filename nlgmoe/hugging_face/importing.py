@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import opened
+from nlgmoe.checkpoint.folder import opened, read_json
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
@@ -86,13 +85,7 @@ def _local(source: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}; name a folder of Hugging Face's format")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); export the model again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged (it holds no object); export the model again")
-    return values
+    return read_json(file, "export the model again")
 
 
 def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:

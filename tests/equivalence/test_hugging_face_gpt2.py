@@ -6,19 +6,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.hugging_face.gpt2 import our_name as name_of
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 
 VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER = 67, 24, 3, 32, 4, 80
-OUR_NAME = {  # of each part of a Hugging Face block
-    "ln_1": "attention_norm",
-    "attn.c_attn": "attention.qkv",
-    "attn.c_proj": "attention.project",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn.expand",
-    "mlp.c_proj": "ffn.project",
-}
 
 
 def our_gpt(moe: MoEConfig | None = None) -> GPT:
@@ -48,14 +41,7 @@ def their_gpt(ours: GPT) -> GPT2LMHeadModel:
 
 
 def our_name(theirs: str) -> str:
-    whole = {"transformer.wte.weight": "token_embedding.weight", "transformer.wpe.weight": "position_embedding.weight"}
-    if theirs in whole:
-        return whole[theirs]
-    part, _, leaf = theirs.removeprefix("transformer.").rpartition(".")
-    if part == "ln_f":
-        return f"final_norm.{leaf}"
-    _, layer, part = part.split(".", 2)
-    return f"blocks.{layer}.{OUR_NAME[part]}.{leaf}"
+    return name_of(theirs.removeprefix("transformer."))
 
 
 def as_theirs(name: str, value: Tensor) -> Tensor:
