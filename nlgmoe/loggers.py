@@ -15,6 +15,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from typing_extensions import override
 
+from nlgmoe.whole_file import replacing
+
 
 def run_folder_loggers(folder: str | Path) -> list[Logger]:
     """What `train.py` logs to if the configuration names no logger."""
@@ -87,9 +89,8 @@ class _AppendingWriter(ExperimentWriter):
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """Add columns to the file, whole or not at all: the base class empties it first, and a crash would lose all rows."""
-        temporary = os.path.join(self.log_dir, f".{self.NAME_METRICS_FILE}.writing")
-        with open(self.metrics_file_path, newline="") as file, open(temporary, "w", newline="") as wider:
+        path = Path(self.metrics_file_path)
+        with replacing(path) as temporary, path.open(newline="") as file, temporary.open("w", newline="") as wider:
             writer = csv.DictWriter(wider, fieldnames)
             writer.writeheader()
             writer.writerows(csv.DictReader(file))
-        os.replace(temporary, self.metrics_file_path)

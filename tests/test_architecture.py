@@ -17,6 +17,7 @@ RANKS = {
     "versions": 0,
     "config": 0,
     "batch": 0,
+    "whole_file": 0,
     "pyramid": 1,
     "layers": 2,
     "model": 3,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from nlgmoe.whole_file import replacing
 
 
 class LoadFile:
@@ -34,9 +35,8 @@ class LoadFile:
         header = ["step", "tokens", "layer", "dropped", *(f"expert_{index}" for index in range(self._width))]
         kept = [",".join(header) + "\n", *_rows_before(self._path, first_step)]
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{self.NAME}.writing"
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(kept))
 
     def write(self, step: int, tokens: int, loads: Sequence[np.ndarray], dropped: Sequence[float]) -> None:
         """Append an interval.

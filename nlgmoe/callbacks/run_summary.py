@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from nlgmoe.callbacks.memory import peak_memory_bytes
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.versions import versions
+from nlgmoe.whole_file import write_json
 
 
 class RunSummary(Callback):
@@ -132,9 +132,7 @@ def _finite(value: float) -> float | None:
 def write_summary(run_folder: Path, summary: dict[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    temporary = run_folder / ".summary.json.writing"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.rename(run_folder / "summary.json")
+    write_json(run_folder / "summary.json", summary, indent=2)
 
 
 def describe(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.whole_file import replacing
 
 
 def check_output(output: str) -> None:
@@ -27,14 +27,8 @@ def write_whole(output: str, text: str) -> None:
     Raises:
         ValueError: it cannot be written.
     """
-    path = Path(output)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        try:
+        with replacing(Path(output)) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error

@@ -6,7 +6,6 @@ byte, which do not depend on the tokenizer.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
-from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path, write_json
+from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
+from nlgmoe.whole_file import replacing, write_json
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
@@ -86,18 +86,7 @@ class Tokenizer:
 
     def spell(self, token: int) -> bytes:
         """The bytes of text that a token stands for; the end of a document, and an unknown id, for none."""
-        return b"" if token == self.eod_id else self._spellings.get(token, b"")
-
-    @cached_property
-    def _spellings(self) -> dict[int, bytes]:
-        alphabet = _byte_alphabet()
-        spellings = {
-            index: bytes(map(alphabet.__getitem__, token))
-            for token, index in self._backend.get_vocab(with_added_tokens=False).items()
-            if set(token) <= alphabet.keys()
-        }
-        added = self._backend.get_added_tokens_decoder().items()
-        return spellings | {index: token.content.encode() for index, token in added}
+        return self.spellings[token] if token < len(self.spellings) else b""
 
     def to_json(self) -> str:
         """All of it, in the `tokenizers` library's format."""
@@ -125,7 +114,8 @@ class Tokenizer:
         """[vocab_size] the bytes of text that each token stands for; the end of a document is none."""
         spelt = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
-            spelt[index] = bytes(BYTE_OF[character] for character in token)
+            if BYTE_OF.keys() >= set(token):
+                spelt[index] = bytes(BYTE_OF[character] for character in token)
         for index, added in self._backend.get_added_tokens_decoder().items():
             spelt[index] = added.content.encode()
         spelt[self.eod_id] = b""
@@ -242,15 +232,7 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: itself, or if not printable one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + place): b for place, b in enumerate(others)}
-
-
 def _write_bytes(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
-        handle.write(content)
-    Path(handle.name).chmod(0o644)
-    Path(handle.name).replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        temporary.chmod(0o644)

@@ -40,6 +40,7 @@ from nlgmoe.distill.teacher_logits import (
 )
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.versions import versions
+from nlgmoe.whole_file import replacing
 
 RECORD_SECONDS = 30.0  # between two notes of progress: what a killed process loses
 
@@ -232,7 +233,6 @@ def likeliest(said: SoftTargets, part: slice, top_k: int, temperature: float) ->
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """All of it or nothing, and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    flush(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        flush(temporary)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from nlgmoe.data.pocket.packages import EVALUATION_SETS, fetch, read_members, sha256_of
-from nlgmoe.data.pocket.pocket_pile import write_json
+from nlgmoe.whole_file import replacing, write_json
 
 Document = dict[str, Any]
 
@@ -86,11 +86,10 @@ def lay_out(folder: Path) -> dict[str, LocalSet]:
     for member, content in read_members(archive, wanted.__contains__):
         task = wanted[member]
         path, described = folder / f"{task}.jsonl", SETS[task]
-        temporary = path.with_name(f".{path.name}.writing")
         records = [json.dumps(described.convert(record), ensure_ascii=False) for record in _records(member, content)]
         assert len(records) == described.documents, f"{archive} passed its check, {member} not"
-        temporary.write_text("\n".join(records) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("\n".join(records) + "\n", encoding="utf-8")
         sources["sets"][task] = {
             "documents": described.documents,
             "licence": described.licence,

@@ -13,6 +13,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from nlgmoe.whole_file import replacing
+
 FILE = "specialisation.safetensors"  # in the run folder
 
 
@@ -49,9 +51,8 @@ class Specialisation:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {name: getattr(self, name) for name in ("domains", "classes", "experts", "step")}
-        temporary = path.with_name(f".{FILE}.writing")
-        temporary.write_bytes(save({"counts": np.ascontiguousarray(self.counts)}, {"facts": json.dumps(facts)}))
-        temporary.rename(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({"counts": np.ascontiguousarray(self.counts)}, {"facts": json.dumps(facts)}))
         return path
 
     @classmethod

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from nlgmoe.report import expert_figures, specialisation_figures, tables, training_figures
 from nlgmoe.report.drawing import Chart, rounded
 from nlgmoe.report.runs import CLOCKS, Run
+from nlgmoe.whole_file import replacing
 
 KNOTS = 400  # steps at which the page knows a run's clocks
 
@@ -38,13 +39,11 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
     if file.is_dir():
         raise ValueError(f"output={output} is a folder; give the name of a file")
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.writing")
     text = page(runs)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(file)
+        with replacing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"output={file} cannot be written ({error.strerror}); make room, or name another") from error
     return file
 

