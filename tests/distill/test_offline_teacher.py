@@ -20,7 +20,7 @@ from nlgmoe.distill.distiller import Clocks, Distiller, End, samples_until
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
-from nlgmoe.distill.teacher_logits import HEADER, RECORDS, TeacherLogits, record_type, weights_of
+from nlgmoe.distill.teacher_logits import HEADER, RECORDS, TeacherLogits, read_header, record_type, weights_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -198,11 +198,19 @@ def damage(folder: Path, file: str, place: int) -> None:
         opened.write(bytes([byte[0] ^ 4]))
 
 
+def exchange_records(folder: Path) -> None:
+    """The words about one sample stand where those about the next belong."""
+    size = record_type(read_header(folder)).itemsize
+    content = (folder / RECORDS).read_bytes()
+    (folder / RECORDS).write_bytes(content[size : 2 * size] + content[:size] + content[2 * size :])
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
     "unfinished": (lambda folder: folder.rename(folder.with_name("logits.building")), "is not finished; start the"),
     "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits.bin has 1,000 bytes, not "),
     "header": (lambda folder: damage(folder, HEADER, 60), r"header.json is damaged \(its checksum differs\)"),
+    "exchanged": (exchange_records, r"damaged \(the checksum of sample \d+ differs\)"),
     "record": (lambda folder: damage(folder, RECORDS, 5000), r"damaged \(the checksum of sample \d+ differs\)"),
 }
 
