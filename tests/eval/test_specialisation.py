@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
@@ -16,6 +15,7 @@ from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, informatio
 from nlgmoe.eval.token_classes import CLASSES, class_ids, token_class
 from nlgmoe.layers.router import Routing
 from tests.synthetic import SyntheticData
+from tests.test_module import trainer
 
 
 @pytest.mark.parametrize(
@@ -102,21 +102,9 @@ class Spelt(SyntheticData):
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])
 def test_a_run_leaves_what_its_model_says_of_the_validation_data(data: type[SyntheticData], tmp_path: Path) -> None:
     module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))), data(padded=True)
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        max_steps=3,
-        max_epochs=-1,
-        val_check_interval=3,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
-        callbacks=[ExpertSpecialisation()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, text)
+    validation = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+    run = trainer(tmp_path, ExpertSpecialisation(), max_steps=3, **validation)
+    run.fit(module, text)
     written = Specialisation.load(tmp_path)
     spellings = text.token_spellings() if isinstance(text, Spelt) else None
     again = count_experts(module.gpt.eval(), text.val_dataloader(), text.domains, spellings)
@@ -136,7 +124,7 @@ def test_a_run_leaves_what_its_model_says_of_the_validation_data(data: type[Synt
         )
         assert written.by_class(1).sum(axis=1).tolist() == (2 * seen).tolist()
     (tmp_path / FILE).unlink()
-    trainer.validate(module, text, verbose=False)  # of whatever model: not the run's
+    run.validate(module, text, verbose=False)  # of whatever model: not the run's
     assert not (tmp_path / FILE).exists()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning import Trainer
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput, WriteReport
@@ -17,6 +16,7 @@ from nlgmoe.cli.main import main
 from nlgmoe.loggers import RunCSVLogger
 from tests.eval.test_specialisation import Spelt
 from tests.report.browser import Browser
+from tests.test_module import trainer
 
 # What is drawn in each chart: shapes that plotly made of data, and titles of x axes.
 DRAWN = """Object.fromEntries([...document.querySelectorAll(".chart")].map(chart => [chart.parentElement.id, {
@@ -33,22 +33,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny PR-MoE, with all that writes into its folder."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     config = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], mlp_type="residual"))
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=12,
-        max_epochs=-1,
-        val_check_interval=4,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=2,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
-        logger=RunCSVLogger(folder),
-        callbacks=[WriteReport(), ExpertLoad(), ExpertSpecialisation(), Throughput(), RunSummary()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(MoEGPTModule(config), Spelt())
+    looks = WriteReport(), ExpertLoad(), ExpertSpecialisation(), Throughput(), RunSummary()
+    validation = {"val_check_interval": 4, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+    run = trainer(folder, *looks, max_steps=12, log_every_n_steps=2, logger=RunCSVLogger(folder), **validation)
+    run.fit(MoEGPTModule(config), Spelt())
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"config": config.to_dict(), "note": "</script><b>"}}))
     return folder
 
