@@ -233,8 +233,13 @@ class GPT(nn.Module):
 
 
 def _normal(tensor: Tensor, std: float, seed: int) -> None:
-    """Fill with N(0, std), drawn in fp32 on the CPU so that every device and dtype starts from the same numbers."""
-    draw = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+    """Fill with N(0, std), drawn in fp32 on the CPU so that every device and dtype starts from the same numbers.
+
+    Device and dtype are named because others may be the defaults here: Lightning builds the model under the run's device, and
+    under bf16 with `bf16-true`.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draw = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float32)
     tensor.copy_(draw * std)
 
 

@@ -48,6 +48,22 @@ def test_the_seed_and_the_names_alone_fix_the_weights() -> None:
     assert len(starts) == len(weights), "two tensors start alike"
 
 
+def test_neither_default_device_nor_dtype_changes_the_draws() -> None:
+    reference = GPT(WIDE, seed=3).state_dict()
+    model = GPT(WIDE, seed=4)
+    with torch.device("meta"):  # the run's device, around everything that Lightning lets a module build
+        model.reset_parameters(3)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reference[name]), name
+    torch.set_default_dtype(torch.bfloat16)  # as `bf16-true` does
+    try:
+        half = GPT(WIDE, seed=3).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in half.items():
+        assert torch.equal(value, reference[name].bfloat16()), name
+
+
 @pytest.mark.parametrize("moe", [None, MoEConfig(2), MoEConfig([6, 5]), MoEConfig(4, expert_interval=3)], ids=str)
 def test_the_dense_part_is_the_same_whatever_the_experts(moe: MoEConfig | None) -> None:
     reference, other = GPT(WIDE).state_dict(), GPT(replace(WIDE, moe=moe)).state_dict()
