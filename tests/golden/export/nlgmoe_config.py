@@ -1,0 +1,182 @@
+# nlgmoe/config.py of nlgmoe 0.1.0, copied by `nlgmoe export`; only its imports are others.
+# SPDX-License-Identifier: Apache-2.0
+"""The two configuration objects of the model. They hold numbers, check them against each other and know nothing else.
+
+Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; the README maps each Megatron-DeepSpeed flag to
+a field here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FREE_IN_EVALUATION = frozenset(
+    {
+        *("hidden_dropout", "attention_dropout", "init_std", "train_capacity_factor", "token_dropping"),
+        *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
+        *("eval_token_dropping", "eval_capacity_factor", "min_capacity"),
+    }
+)  # fields below that shape no weight: only training looks at them, or they say how to evaluate
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-experts layers: which blocks have them, how tokens choose experts, what balances the load.
+
+    Attributes:
+        num_experts: experts per MoE layer: one number for all of them, or one number per MoE layer from the first to
+            the last (the pyramid of PR-MoE, such as `[32, 32, 64]`).
+        expert_interval: blocks from one MoE block to the next: 2 makes the 2nd, 4th, ... block MoE.
+        top_k: experts per token.
+        mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
+        residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
+            DeepSpeed's code) or `sum` (the paper's plain sum).
+        train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`.
+        eval_capacity_factor: slots of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
+        min_capacity: slots that an expert has at least.
+        token_dropping: training drops assignments over capacity; if false, every assignment is computed (dropless).
+        eval_token_dropping: evaluation drops too (the tutorial's way). By default evaluation is dropless, so that the
+            output for a sequence never depends on its neighbours in the batch.
+        random_token_selection: with `top_k` 1, a random choice of tokens keeps the slots of an expert that is over
+            capacity; if false, the earlier positions keep them.
+        noise: training noise on the routing: `jitter` multiplies the gate's input by U(0.99, 1.01), `rsample` adds Gumbel
+            noise to the logits for the choice only (`top_k` 1 only).
+        second_expert: with `top_k` 2, the second expert is a `sample` from the gate's distribution without the first
+            (training only) or the `argmax`.
+        loss_coeff: weight of the load-balancing loss, which is summed over the MoE layers.
+        z_loss_coeff: weight of the router z-loss, which is summed over the MoE layers.
+        aux_scope: the load-balancing loss looks at the loads of all data-parallel ranks together (`global`) or of each
+            rank alone (`rank`, as DeepSpeed does).
+    """
+
+    num_experts: int | list[int] = 8
+    expert_interval: int = 2
+    top_k: int = 1
+    mlp_type: Literal["standard", "residual"] = "standard"
+    residual_mix: Literal["learned", "sum"] = "learned"
+    train_capacity_factor: float = 1.0
+    eval_capacity_factor: float = 1.0
+    min_capacity: int = 4
+    token_dropping: bool = True
+    eval_token_dropping: bool = False
+    random_token_selection: bool = True
+    noise: Literal["jitter", "rsample"] | None = None
+    second_expert: Literal["sample", "argmax"] = "sample"
+    loss_coeff: float = 0.01
+    z_loss_coeff: float = 0.0
+    aux_scope: Literal["global", "rank"] = "global"
+
+    def __post_init__(self) -> None:
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        _require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
+        _require(
+            min(counts) >= 1, f"num_experts={self.num_experts} has a value below 1; every MoE layer needs an expert"
+        )
+        _require(self.expert_interval >= 1, f"expert_interval={self.expert_interval} must be at least 1")
+        _require(
+            1 <= self.top_k <= min(counts),
+            f"top_k={self.top_k} must be between 1 and the smallest num_experts ({min(counts)})",
+        )
+        for name in ("train_capacity_factor", "eval_capacity_factor"):
+            _require(
+                getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0; 1.0 is an expert's fair share"
+            )
+        _require(self.min_capacity >= 0, f"min_capacity={self.min_capacity} must be at least 0")
+        for name in ("loss_coeff", "z_loss_coeff"):
+            _require(
+                getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns that loss off"
+            )
+        _require(
+            not (self.noise == "rsample" and self.top_k != 1),
+            f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
+        )
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT-3-shaped decoder: learned positions, pre-LayerNorm, tanh-GELU, tied embeddings.
+
+    Attributes:
+        vocab_size: number of token ids that the model knows; logits exist for exactly these.
+        seq_len: longest sequence, in tokens; the number of learned positions.
+        num_layers: number of transformer blocks.
+        hidden_size: width of the residual stream, in values per token.
+        num_heads: number of attention heads; they divide `hidden_size`.
+        ffn_hidden_size: inner width of the feed-forward layers and of every expert, in values per token; null
+            means `4 * hidden_size`.
+        hidden_dropout: dropout probability on the embeddings and on each branch before it joins the residual stream.
+        attention_dropout: dropout probability on the attention weights.
+        init_std: standard deviation of the initial weights; output projections get `init_std / sqrt(2 * num_layers)`.
+        layer_norm_eps: added to the variance in the LayerNorms.
+        vocab_size_multiple: the embedding table is padded to a multiple of this (for fast GEMMs); padding gets no logits.
+        moe: mixture-of-experts layers, or null for a dense model.
+    """
+
+    vocab_size: int
+    seq_len: int = 2048
+    num_layers: int = 24
+    hidden_size: int = 1024
+    num_heads: int = 16
+    ffn_hidden_size: int | None = None
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.014
+    layer_norm_eps: float = 1e-5
+    vocab_size_multiple: int = 128
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
+        )
+        _require(
+            self.ffn_hidden_size is None or self.ffn_hidden_size >= 1,
+            f"ffn_hidden_size={self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size",
+        )
+        for name in ("hidden_dropout", "attention_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("init_std", "layer_norm_eps"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        if self.moe is None:
+            return
+        moe_layers = self.num_layers // self.moe.expert_interval
+        _require(
+            moe_layers >= 1,
+            f"expert_interval={self.moe.expert_interval} leaves no MoE layer among num_layers={self.num_layers}; "
+            "lower it, or set moe to null for a dense model",
+        )
+        counts = self.moe.num_experts
+        _require(
+            not isinstance(counts, list) or len(counts) == moe_layers,
+            f"num_experts={counts} has {len(counts) if isinstance(counts, list) else 1} entries, but num_layers="
+            f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE layers",
+        )
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of a feed-forward layer or expert."""
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: `vocab_size` rounded up to `vocab_size_multiple`."""
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML; `from_dict` reads them back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> GPTConfig:
+        """Build the configuration from `to_dict`'s values."""
+        moe = values.get("moe")
+        return GPTConfig(**{**values, "moe": None if moe is None else MoEConfig(**moe)})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,109 @@
+# nlgmoe/layers/attention.py of nlgmoe 0.1.0, copied by `nlgmoe export`; only its imports are others.
+# SPDX-License-Identifier: Apache-2.0
+"""Causal self-attention, with a key-value cache for generation.
+
+Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, N heads,
+D = H / N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, of every layer; grown by `GPT.forward`.
+
+    Holds at most `max_len` positions per sequence. Memory is taken layer by layer at the first use.
+    """
+
+    def __init__(self, max_len: int) -> None:
+        self.max_len = max_len
+        self.length = 0  # positions already stored; advanced once per GPT.forward, after all layers wrote
+        self.mask: Tensor | None = None  # [B, length], False where a stored position is padding; None: no padding
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k`, `v` `[B, N, T, D]` of `layer` after the positions held, return those of all `[B, N, S, D]`."""
+        batch, heads, new, width = k.shape
+        end = self.length + new
+        if end > self.max_len:
+            raise ValueError(
+                f"the cache holds {self.max_len} positions, {end} are needed; make KVCache(max_len) larger"
+            )
+        if layer not in self._layers:
+            shape = (batch, heads, self.max_len, width)
+            self._layers[layer] = k.new_empty(shape), v.new_empty(shape)
+        keys, values = self._layers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with the sequences `rows` `[B']` int64 of those held, in that order; one may be taken several times."""
+        self._layers = {
+            layer: (keys.index_select(0, rows), values.index_select(0, rows))
+            for layer, (keys, values) in self._layers.items()
+        }
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before it."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, layer_index: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.layer_index = layer_index
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.project = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: `[B, T, H]`.
+            visible: `[B, 1, T, S]` bool, which keys a query may see; None means the plain causal triangle, or all keys if
+                T is 1.
+            cache: earlier keys and values; the new ones are stored in it.
+        """
+        batch, new, hidden = x.shape
+        q, k, v = self.qkv(x).view(batch, new, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, N, T, D]
+        if cache is not None:
+            k, v = cache.extend(self.layer_index, k, v)  # [B, N, S, D]
+        causal = visible is None and new > 1  # the last position sees all
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
+        )
+        return self.project(y.transpose(1, 2).reshape(batch, new, hidden))
+
+
+def visible_keys(
+    token_mask: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
+) -> Tensor | None:
+    """Which keys each new query may see, `[B or 1, 1, T, S]` bool, or None where `CausalSelfAttention` needs no telling.
+
+    Args:
+        token_mask: `[B, S]`, False at padding; None if there is none.
+        new: number of new positions (T).
+        cached: number of positions in the cache (S - T).
+        device: where the mask lives if `token_mask` is None.
+        documents: `[B, T]`, the document of each position: a query sees its own alone. None: no borders. Not with a cache.
+
+    A padded query sees itself, so that its softmax is defined; nothing reads its output.
+    """
+    if token_mask is None and documents is None and (cached == 0 or new == 1):
+        return None
+    total = cached + new
+    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(diagonal=cached)[None, None]  # [1, 1, T, S]
+    if documents is not None:
+        causal = causal & (documents[:, None, :, None] == documents[:, None, None, :])  # [B, 1, T, T]
+    if token_mask is None:
+        return causal
+    itself = torch.zeros(new, total, dtype=torch.bool, device=device)
+    itself[:, cached:].fill_diagonal_(True)
+    return causal & (token_mask[:, None, None, :] | itself)

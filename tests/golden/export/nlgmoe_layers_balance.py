@@ -1,0 +1,72 @@
+# nlgmoe/layers/balance.py of nlgmoe 0.1.0, copied by `nlgmoe export`; only its imports are others.
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps the experts of all layers busy and the gates' logits small: two losses over a model's routings.
+
+    balance = sum over layers of E * sum_e mean_n(p_e) * fraction_e          GShard, arXiv 2006.16668, algorithm 1
+    z       = sum over layers of mean_n(logsumexp(logits)^2)                 ST-MoE, arXiv 2202.08906, equation 5
+
+They are computed after the forward pass, from all layers at once: ranks that balance together exchange one small tensor a
+micro-batch, nothing is exchanged again where activations are recomputed, and generation does without.
+
+Letters: N tokens of this rank's micro-batch, E experts of a layer, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed
+
+from .nlgmoe_layers_router import Routing, requests_per_expert
+
+
+def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "rank"] = "rank") -> tuple[Tensor, Tensor]:
+    """The load-balancing loss and the z-loss of a micro-batch, two scalars in at least fp32, not yet times coefficients.
+
+    The balance loss of a layer is 1 when balanced, E when all tokens go to one expert. Its fraction counts requests before
+    dropping: first choices for k = 2, all of them over k for k > 2.
+
+    Args:
+        routings: of the MoE layers, one at least.
+        aux_scope: `global` looks at the loads of all ranks together: the mean of the ranks' losses is then the loss, and the
+            gradient, of their whole batch. Every rank has to call this.
+    """
+    dtype = routings[0].probs.dtype
+    loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each
+    tokens = routings[0].num_tokens.to(dtype)
+    if aux_scope == "global" and distributed.is_initialized():
+        # Averaging the ranks' losses, as data parallelism does, gives the loss of the whole batch when each rank puts its own
+        # probabilities against everyone's loads and divides by the mean of everyone's tokens.
+        shared = torch.cat([*loads, tokens[None]])
+        distributed.all_reduce(shared)
+        shared /= distributed.get_world_size()
+        loads, tokens = list(shared[:-1].split([len(load) for load in loads])), shared[-1]
+    tokens = tokens.clamp_min(torch.finfo(dtype).eps)
+    balance, z = [], []
+    for routing, load in zip(routings, loads, strict=True):
+        fraction = load / (_choices_counted(routing) * tokens)
+        mean_prob = _unpadded(routing.probs, routing).sum(dim=0) / tokens
+        balance.append(len(load) * (mean_prob * fraction).sum())
+        z.append(_unpadded(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).sum() / tokens)
+    return torch.stack(balance).sum(), torch.stack(z).sum()
+
+
+def _choices_counted(routing: Routing) -> int:
+    """How many of a token's choices the loads count."""
+    top_k = routing.expert.shape[1]
+    return 1 if top_k <= 2 else top_k
+
+
+def _counted(routing: Routing) -> Tensor:
+    """Choices that count, `[E]` int64."""
+    counted = _choices_counted(routing)
+    if counted == routing.expert.shape[1]:
+        return routing.tokens_per_expert
+    return requests_per_expert(routing.expert[:, :counted], routing.token_mask, routing.probs.shape[1])
+
+
+def _unpadded(values: Tensor, routing: Routing) -> Tensor:
+    """`[N, ...]` with 0 at padding."""
+    return values if routing.token_mask is None else torch.where(routing.token_mask.unsqueeze(-1), values, 0)

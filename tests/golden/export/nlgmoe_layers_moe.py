@@ -1,0 +1,99 @@
+# nlgmoe/layers/moe.py of nlgmoe 0.1.0, copied by `nlgmoe export`; only its imports are others.
+# SPDX-License-Identifier: Apache-2.0
+"""MoELayer = router + dispatch + experts, and the shared MLP of Residual-MoE (paper, sections 3.1 and 4.1.1).
+
+    standard:          y = sum_i weight_i * Expert_i(x)         over the chosen experts i that have room
+    residual, sum:     y = MLP(x) + the above
+    residual, learned: y = c_1 * MLP(x) + c_0 * the above       c = softmax(W x + b)
+
+Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .nlgmoe_config import GPTConfig
+from .nlgmoe_layers_dispatch import Dispatch
+from .nlgmoe_layers_exchange import Journey
+from .nlgmoe_layers_experts import Experts
+from .nlgmoe_layers_feed_forward import FeedForward
+from .nlgmoe_layers_placement import ExpertPlacement
+from .nlgmoe_layers_router import Router, Routing, without_autocast
+from .nlgmoe_pyramid import experts_at
+
+
+class MoELayer(nn.Module):
+    """A feed-forward layer made of experts.
+
+    Args:
+        config: the model's configuration; `config.moe` must be set.
+        layer_index: block number, counted from 0; `pyramid.py` says how many experts it has.
+        placement: which of them live on this rank; None: all of them.
+    """
+
+    def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
+        super().__init__()
+        num_experts = experts_at(config, layer_index)
+        assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
+        self.top_k = config.moe.top_k
+        self.router = Router(config.moe, config.hidden_size, num_experts, layer_index)
+        self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
+        self.experts = Experts(self.placement.count, config.hidden_size, config.ffn_size, self.placement.first)
+        self.mlp = FeedForward(config.hidden_size, config.ffn_size) if config.moe.mlp_type == "residual" else None
+        learned_mix = self.mlp is not None and config.moe.residual_mix == "learned"
+        self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
+
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None = None, noise_key: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Apply the layer.
+
+        Args:
+            x: `[B, T, H]`.
+            token_mask: `[B, T]` bool, False at padding.
+            noise_key: see `Router.forward`.
+
+        Returns:
+            `y` `[B, T, H]` in the dtype of `x`, and the routing. A token that no expert had room for gets zeros (its MLP
+            part in a residual layer).
+        """
+        tokens = x.flatten(0, 1)  # [N, H]
+        routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
+        if self.placement.group is None and self.experts.takes_one_by_one(tokens, routing.expert.numel()):
+            mlp = self.mlp(tokens) if self.mlp is not None else None
+            y = self.experts.one_by_one(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
+        else:
+            y, mlp = self._in_order(tokens, routing)
+        if self.coefficient is not None:
+            assert mlp is not None
+            y, share = self._mix(tokens, y, mlp)
+            routing = replace(routing, expert_share=share.detach())
+        elif mlp is not None:
+            y = y + mlp
+        return y.to(x.dtype).view_as(x), routing
+
+    def _in_order(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The experts' weighted sums in at least fp32, and the shared MLP if there is one, both `[N, H]`."""
+        dispatch = Dispatch.of(routing, self.router.num_experts)
+        source, scale = dispatch.source(self.top_k), dispatch.scale(routing.weight)  # [N * k] each
+        if self.placement.group is None:
+            mlp = self.mlp(tokens) if self.mlp is not None else None
+            y = self.experts(tokens, dispatch.rows_per_expert, source, scale)  # [N * k, H]
+        else:
+            journey = Journey(tokens.index_select(0, source), dispatch.rows_per_expert, self.placement)
+            mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
+            y = journey.back(self.experts(*journey.arrive())) * scale.unsqueeze(-1)
+        return dispatch.combine(y, self.top_k), mlp
+
+    def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
+        """Join the experts' correction and the shared MLP, `[N, H]` in the dtype of `expert`; and the experts' share, `[N]`."""
+        assert self.coefficient is not None
+        with without_autocast(x.device.type):
+            dtype = expert.dtype
+            logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
+            share = F.softmax(logits, dim=-1)  # [N, 2]
+            return expert * share[:, 0:1] + mlp.to(dtype) * share[:, 1:2], share[:, 0]

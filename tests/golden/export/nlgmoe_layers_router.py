@@ -1,0 +1,213 @@
+# nlgmoe/layers/router.py of nlgmoe 0.1.0, copied by `nlgmoe export`; only its imports are others.
+# SPDX-License-Identifier: Apache-2.0
+"""ROUTER: which experts a token visits, with which weight, and what keeps the experts balanced.
+
+    logits = x W                               [N, E]   in at least fp32
+    p      = softmax(logits)                   [N, E]
+    expert = top-k of p (with noise, if asked) [N, k]
+    kept   = the assignments within capacity   [N, k]
+    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1
+
+`balance.py` has the losses that keep the experts busy. Follows GShard (arXiv 2006.16668, algorithm 1), and DeepSpeed's
+`sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter.
+
+Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .nlgmoe_config import MoEConfig
+from .nlgmoe_seeding import derive_seed
+
+JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one MoE layer decided for one micro-batch.
+
+    Attributes:
+        expert: `[N, k]` chosen experts, first choice first.
+        weight: `[N, k]` weight of each choice in the output, in at least fp32; 0 where dropped.
+        kept: `[N, k]` bool; False for assignments over capacity and for padding.
+        logits: `[N, E]` of the gate, in at least fp32.
+        probs: `[N, E]` the gate's distribution, their softmax.
+        token_mask: `[N]` bool, False at padding; None: there is none.
+        expert_share: `[N]` weight of the experts beside the shared MLP, detached; None where no such mix is learned.
+    """
+
+    expert: Tensor
+    weight: Tensor
+    kept: Tensor
+    logits: Tensor
+    probs: Tensor
+    token_mask: Tensor | None
+    expert_share: Tensor | None = None
+
+    @cached_property
+    def tokens_per_expert(self) -> Tensor:
+        """`[E]` assignments each expert was asked for, before dropping."""
+        return requests_per_expert(self.expert, self.token_mask, self.probs.shape[1])
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens that are not padding, a scalar."""
+        if self.token_mask is None:
+            return self.expert.new_full((), len(self.expert))
+        return self.token_mask.sum()
+
+
+def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int) -> int:
+    """Slots of one expert: `max(minimum, ceil(k * tokens / experts * factor))`.
+
+    Computed in float32, as DeepSpeed does: 100 tokens, 2 experts and factor 1.1 make 55, not the 56 of float64.
+    """
+    share = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(
+        factor * top_k, dtype=torch.float32
+    )
+    return max(minimum, int(torch.ceil(share)))
+
+
+class Router(nn.Module):
+    """The gate of one MoE layer.
+
+    Args:
+        config: routing settings.
+        hidden_size: H.
+        num_experts: E of this layer (all of them, wherever they live).
+        layer_index: block number, so that layers draw different random numbers.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: tuple[int, ...] | None = None) -> Routing:
+        """Route.
+
+        Args:
+            x: `[N, H]`.
+            token_mask: `[N]` bool, False at padding: takes no slot, counts in no loss or statistic.
+            noise_key: (seed, step, micro-batch index): fixes every random draw of this call, whatever the rank. None
+                draws from torch's global generator.
+        """
+        config, training = self.config, self.training
+        draw = _Uniform(noise_key, self.layer_index, x.device)
+        with without_autocast(x.device.type):  # which would turn the fp32 matmul into bf16
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            gate_input = x.to(dtype)
+            if config.noise == "jitter" and training:
+                gate_input = gate_input * (1 - JITTER + 2 * JITTER * draw(gate_input.shape))
+            logits = F.linear(gate_input, self.weight.to(dtype))  # [N, E]
+            probs = F.softmax(logits, dim=-1)
+
+            expert = self._choose(logits, probs, draw)  # [N, k]
+            kept = self._within_capacity(expert, probs, token_mask, draw)
+            weight = probs.gather(1, expert)
+            if self._drops or token_mask is not None:
+                weight = torch.where(kept, weight, 0.0)
+            if config.top_k > 1:
+                weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+        return Routing(expert, weight, kept, logits, probs, token_mask)
+
+    @property
+    def _drops(self) -> bool:
+        """Whether experts have a capacity."""
+        return self.config.token_dropping if self.training else self.config.eval_token_dropping
+
+    def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
+        """The k experts of each token, `[N, k]`, first choice first."""
+        config, training = self.config, self.training
+        if config.top_k == 1:
+            if config.noise == "rsample" and training:
+                logits = logits + draw.gumbel(logits.shape)
+            return logits.argmax(dim=-1, keepdim=True)
+        logits = logits.detach()
+        if config.top_k == 2:
+            first = logits.argmax(dim=-1, keepdim=True)
+            if config.second_expert == "sample" and training:
+                # The Gumbel-max trick: the argmax of logits + Gumbel noise is a sample of their softmax.
+                logits = logits + draw.gumbel(logits.shape)
+            second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
+            return torch.cat([first, second], dim=-1)
+        return probs.detach().topk(config.top_k, dim=-1).indices
+
+    def _within_capacity(self, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: _Uniform) -> Tensor:
+        """Which assignments find a slot, `[N, k]` bool: each expert serves its queue until its slots are taken."""
+        config = self.config
+        requested = torch.ones_like(expert, dtype=torch.bool)
+        if token_mask is not None:
+            requested = requested & token_mask.unsqueeze(-1)
+        if not self._drops:
+            return requested
+        factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
+        num_tokens, top_k = expert.shape
+        slots = capacity(num_tokens, self.num_experts, top_k, factor, config.min_capacity)
+        # The queue: assignments in the order in which they may take a slot. Ties keep token order (stable sort).
+        if top_k == 1:
+            queue = torch.arange(num_tokens, device=expert.device)
+            if config.random_token_selection and self.training:
+                queue = draw((num_tokens,)).argsort(descending=True)  # the highest random priorities stay
+        elif top_k == 2:
+            # All first choices before any second one, each in token order.
+            queue = torch.arange(num_tokens * 2, device=expert.device).view(num_tokens, 2).t().flatten()
+        else:
+            queue = probs.detach().gather(1, expert).flatten().argsort(descending=True, stable=True)
+        wanted = torch.where(requested, expert, self.num_experts).flatten()[queue]  # padding queues at no expert
+        by_expert = wanted.argsort(stable=True)  # each expert's queue becomes one run
+        sorted_expert = wanted[by_expert]
+        lengths = count(wanted, self.num_experts + 1)
+        run_start = lengths.cumsum(0) - lengths
+        place_in_run = torch.arange(len(queue), device=expert.device) - run_start[sorted_expert]
+        kept = torch.empty_like(requested).flatten()
+        kept[queue[by_expert]] = place_in_run < slots
+        return kept.view_as(requested) & requested
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off, at no cost where it is not on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: int) -> Tensor:
+    """How often each expert is among the choices `expert` `[N, k]` of tokens that are no padding, `[E]` int64."""
+    if token_mask is None:
+        return count(expert, num_experts)
+    return count(torch.where(token_mask.unsqueeze(-1), expert, num_experts), num_experts + 1)[:num_experts]
+
+
+def count(values: Tensor, kinds: int) -> Tensor:
+    """How often each of 0, ..., `kinds` - 1 is among `values`, int64; unlike `bincount`, which waits for the GPU."""
+    return values.new_zeros(kinds).scatter_add_(0, values.flatten(), values.new_ones(()).expand(values.numel()))
+
+
+class _Uniform:
+    """Uniform draws that depend on the key alone; from torch's global generator if there is no key."""
+
+    def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
+        self.device = device
+        self.generator: torch.Generator | None = None
+        if key is not None:
+            self._seed = derive_seed("routing", *key, layer_index)
+        self._keyed = key is not None
+
+    def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        if self._keyed and self.generator is None:
+            self.generator = torch.Generator(self.device).manual_seed(self._seed)
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """Standard Gumbel noise, `-log(-log(u))`."""
+        uniform = self(shape).clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+        return -torch.log(-torch.log(uniform))

@@ -1,0 +1,201 @@
+"""What is recorded of the code, and compared with the record: runs, initial weights, batches and noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from nlgmoe import load_config
+from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.checkpoint.entries import split_experts
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.data import Blend, MegatronIndexed, PileDataModule
+from nlgmoe.data.blend import BlendPart
+from nlgmoe.distill.distiller import Distiller
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.distill.offline_teacher import OfflineTeacher
+from nlgmoe.layers.router import Router
+from nlgmoe.model.gpt import GPT
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.param_groups import AdamWConfig
+
+GOLDEN = Path("tests/golden")  # from the repository's root: the run's configuration names its corpus so
+CONFIG, CORPUS, EXPORT, TEACHER_LOGITS = (GOLDEN / name for name in ("config.yaml", "corpus", "export", "logits"))
+CHECKPOINTS = {"1 process": GOLDEN / "one_process.ckpt", "2 ranks": GOLDEN / "two_ranks.ckpt"}
+TEACHER = CHECKPOINTS["1 process"]
+TOKENS = torch.arange(24).view(2, 12)  # read by the exported model
+STEPS, OFFLINE_STEPS, TAUGHT_STEPS = 20, 6, 14
+NOISE_KEY = (1234, 3, 1)
+
+_SHAPE: dict[str, Any] = {"vocab_size": 300, "seq_len": 16, "hidden_size": 16, "num_heads": 2, "init_std": 0.05}
+FAMILIES = {
+    "dense": GPTConfig(**_SHAPE, num_layers=2, hidden_dropout=0.1, attention_dropout=0.1),
+    "moe": GPTConfig(**_SHAPE, num_layers=4, moe=MoEConfig(4, noise="rsample")),
+    "pr_moe": GPTConfig(
+        **_SHAPE, num_layers=4, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter")
+    ),
+    "top_2": GPTConfig(**_SHAPE, num_layers=2, moe=MoEConfig(4, top_k=2, z_loss_coeff=0.001)),
+    "mos": GPTConfig(**_SHAPE, num_layers=3, moe=MoEConfig(4, mlp_type="residual")),
+}
+
+
+class Losses(Callback):
+    """The loss of every micro-batch."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.found.append(float(outputs["loss"]))
+
+
+def family_losses(name: str, config: GPTConfig, folder: Path) -> list[float]:
+    """Losses of 20 steps; a student learns from the teacher for 14 of them."""
+    if name != "mos":
+        return train(config, folder, STEPS)
+    distiller = MixtureOfStudents(str(TEACHER), beta=0.5, temperature=2.0)
+    return train(config, folder, STEPS, StagedDistillation(step=TAUGHT_STEPS), distiller=distiller)
+
+
+def offline_losses(config: GPTConfig, folder: Path) -> list[float]:
+    """Losses of a student of the recorded logits."""
+    distiller = OfflineTeacher(str(TEACHER_LOGITS), temperature=2.0, teacher=str(TEACHER))
+    return train(config, folder, OFFLINE_STEPS, distiller=distiller)
+
+
+def train(
+    config: GPTConfig, folder: Path, steps: int, *callbacks: Callback, distiller: Distiller | None = None
+) -> list[float]:
+    """Losses of the micro-batches of a run, one a step."""
+    losses = Losses()
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=[losses, *callbacks],
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(MoEGPTModule(config, AdamWConfig(lr=3e-3), distiller=distiller), blend(folder))
+    return losses.found
+
+
+def resumed_losses(checkpoint: Path, folder: Path) -> list[float]:
+    """Losses of the run's other 6 steps, of two micro-batches each, by one process, as the saved configuration says."""
+    experiment = load_config(CONFIG, trainer__default_root_dir=str(folder), data__data_dir=str(folder))
+    losses = Losses()
+    experiment.trainer.callbacks.append(losses)  # type: ignore[attr-defined]
+    experiment.trainer.fit(experiment.module, experiment.data, ckpt_path=checkpoint)
+    return losses.found
+
+
+def blend(folder: Path, **settings: Any) -> PileDataModule:
+    """Both parts of the corpus, three samples of prose for one of verse."""
+    corpus = Blend(
+        [
+            BlendPart(weight, name, MegatronIndexed(str(CORPUS / name), [80, 20, 0]))
+            for name, weight in {"prose": 3, "verse": 1}.items()
+        ]
+    )
+    return data(folder, corpus, **settings)
+
+
+def data(folder: Path, corpus: Any, **settings: Any) -> PileDataModule:
+    """A data module of the golden corpus; `folder` may be written to."""
+    defaults: dict[str, Any] = {"micro_batch_size": 8, "seq_len": 16}
+    return PileDataModule(str(folder), str(CORPUS / "tokenizer"), corpus, **(defaults | settings))
+
+
+def batches(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """Hashes of the first four training batches: of the blend, and of a part of it with its documents' borders."""
+    modules = {
+        "blend": blend(folder),
+        "documents": data(
+            folder,
+            MegatronIndexed(str(CORPUS / "prose"), [80, 20, 0]),
+            document_attention=True,
+            mask_eod_loss=True,
+            seed=7,
+        ),
+    }
+    found: dict[str, list[dict[str, str]]] = {}
+    for name, module in modules.items():
+        module.prepare_data()
+        module.setup()
+        loader = iter(module.train_dataloader())
+        found[name] = [
+            {key: digest(value) for key, value in next(loader).items() if isinstance(value, Tensor)} for _ in range(4)
+        ]
+    return found
+
+
+def initial_weights(config: GPTConfig) -> dict[str, dict[str, Any]]:
+    """Hash and sum of every entry of a new model.
+
+    Torch draws normal values by other instructions on CPUs without AVX2: there the last bits differ.
+    """
+    entries = split_experts(GPT(config, seed=1234).state_dict())
+    return {name: {"digest": digest(value), "sum": float(value.double().sum())} for name, value in entries.items()}
+
+
+def noise() -> dict[str, str]:
+    """Hashes of what routers draw: seen through gates whose weights are 0, or the identity."""
+
+    def route(width: int, experts: int, **settings: Any) -> Any:
+        router = Router(MoEConfig(experts, **settings), width, experts, layer_index=5)
+        torch.nn.init.zeros_(router.weight)
+        if settings.get("noise") == "jitter":
+            torch.nn.init.eye_(router.weight)
+        with torch.no_grad():
+            return router(torch.ones(64, width), noise_key=NOISE_KEY)
+
+    return {
+        "jitter": digest(route(8, 8, noise="jitter", token_dropping=False).logits),
+        "rsample": digest(route(8, 4, noise="rsample", token_dropping=False).expert),
+        "random_token_selection": digest(route(8, 4, train_capacity_factor=2.0).kept),
+        "second_expert": digest(route(8, 4, top_k=2, token_dropping=False).expert),
+    }
+
+
+def digest(value: Tensor) -> str:
+    """Of shape, type and bits."""
+    array = value.detach().cpu().contiguous().numpy()
+    return hashlib.blake2b(f"{array.dtype}{array.shape}".encode() + array.tobytes(), digest_size=8).hexdigest()
+
+
+def exported_logits(model: Any) -> Tensor:
+    """Of a model that `transformers` has loaded."""
+    with torch.no_grad():
+        logits: Tensor = model(TOKENS).logits
+    return logits
+
+
+def record(folder: Path) -> Mapping[str, Any]:
+    """All that a JSON file holds."""
+    return {
+        "families": {
+            name: {
+                "config": config.to_dict(),
+                "initial_weights": initial_weights(config),
+                "losses": family_losses(name, config, folder),
+            }
+            for name, config in FAMILIES.items()
+        },
+        "resumed": {name: resumed_losses(path, folder / name) for name, path in CHECKPOINTS.items()},
+        "offline": offline_losses(FAMILIES["mos"], folder),
+        "batches": batches(folder),
+        "noise": noise(),
+    }
