@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py
 
-Prints them and writes docs/results/scaling.json. Every model runs as its file says, under ZeRO 1 with expert parallelism over
-all GPUs and fp16; the micro-batch is the file's, or the largest divisor of it that the global batch allows.
+Prints them and writes docs/results/scaling.json. Every model runs under ZeRO 1 with expert parallelism over all GPUs, and with
+fp16 and recomputed activations, as the paper's scripts have it; the micro-batch is the file's, or the largest divisor of it that
+the global batch allows.
 """
 
 import json
@@ -31,6 +32,7 @@ def spread(settings: dict, gpus: int) -> Topology:
     data = settings["data"]
     micro_batch = math.gcd(data["micro_batch_size"], data["global_batch_size"] // gpus)
     given = {"gpus": gpus, "expert_parallel_size": gpus, "zero_stage": 1, "micro_batch_size": micro_batch}
+    given["activation_checkpointing"] = True
     trainer = settings["trainer"] | {"precision": "16-mixed"}
     return layout(settings | {"trainer": trainer}, given)
 

@@ -1,6 +1,8 @@
 """The YAML files against the paper: sizes, hyper-parameters, and every model on every machine."""
 
 import warnings
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +11,17 @@ import torch
 import yaml
 
 from nlgmoe import load_config, student_config
+from nlgmoe.cli.inspect_config import layout
 from nlgmoe.cli.train import TrainCLI
+from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.streaming.streamed_source import readings
+from nlgmoe.model.cost import estimate
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
+from nlgmoe.model.hardware import RESERVED, hardware
+from nlgmoe.model.topology import Topology
 
 ROOT = Path(__file__).parents[1] / "configs"
 GPUS = {"cpu": 1, "gpu": 1, "gpus_8": 8, "gpus_64": 64, "gpus_128": 128}
@@ -117,7 +124,7 @@ def test_the_recipes_have_the_published_values(name: str) -> None:
     assert (schedule.decay_tokens, module.train_tokens) == (row.decay, 300e9)
     assert (config.vocab_size, config.seq_len, config.init_std) == (50257, 2048, row.init_std)
     assert (config.hidden_dropout, config.attention_dropout) == (0.1, 0.1)
-    assert module.activation_checkpointing
+    assert not module.activation_checkpointing
     assert (data.global_batch_size, data.micro_batch_size, data.max_eval_windows) == (
         row.batch,
         row.micro,
@@ -160,6 +167,44 @@ def test_every_model_runs_on_every_machine(overlay: str) -> None:
             sizes = {batch_size_after(samples, 2048, row.batch, ramp_up) for samples in range(0, 6_000_000, 10_000)}
             assert sizes == {row.batch // 2, row.batch}
             assert all(size % (steps * GPUS[overlay]) == 0 for size in sizes)
+
+
+RECOMPUTED = {  # (model, machine) where it does not fit without
+    ("pr_moe/350m_pr_moe_32_64", "gpu"),
+    ("pr_moe/1.3b_pr_moe_64_128", "gpus_8"),
+    ("mos/1.3b_mos_64_128", "gpus_8"),
+}
+
+
+def test_activations_are_recomputed_only_where_the_run_does_not_fit_without() -> None:
+    """By the cost model, on GPUs of 80 GB. The files leave it off, and say where it has to be on."""
+    gpu, needed = hardware("h100"), set()
+    settings = {name: parse(name).as_dict() for name in PAPER}
+    for name, overlay in product(PAPER, set(GPUS) - {"cpu"}):
+        machine = read(f"hardware/{overlay}")
+        run = {part: settings[name][part] | machine.get(part, {}) for part in ("model", "data", "trainer")}
+        topology = layout(run, {})
+        config = GPTConfig.from_dict(settings[name]["model"]["config"])
+        teacher = 0  # its weights, in half precision as the student's
+        if name.startswith("mos/"):
+            taught_by = GPTConfig.from_dict(settings[name.replace("mos", "pr_moe")]["model"]["config"])
+            teacher = held_weights(taught_by, topology)
+        fits = [
+            estimate(config, replace(topology, activation_checkpointing=recomputed), gpu).memory.total + teacher
+            <= gpu.memory - RESERVED
+            for recomputed in (False, True)
+        ]
+        if fits == [False, True]:
+            needed.add((name, overlay))
+            (line,) = [line for line in (ROOT / f"{name}.yaml").read_text().splitlines() if "activation_check" in line]
+            assert line.startswith("  activation_checkpointing: false  # ") and line.endswith(": true")
+            assert f"hardware/{overlay}.yaml" in line
+    assert needed == RECOMPUTED
+
+
+def held_weights(config: GPTConfig, topology: Topology) -> int:
+    """Bytes of a model's weights on one rank, in half precision."""
+    return estimate(config, replace(topology, deepspeed=True, precision="bf16-true"), hardware("h100")).memory.weights
 
 
 BLEND = {  # file, as the scripts' internal branch names it -> weight there
@@ -269,6 +314,7 @@ def test_a_student_is_its_teacher_with_fewer_blocks(teacher: str, student: str) 
     other = (
         "model.config.num_layers",
         "model.config.moe.num_experts",
+        "model.activation_checkpointing",
         "trainer.default_root_dir",
         "data.micro_batch_size",
     )

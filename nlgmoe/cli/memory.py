@@ -1,15 +1,29 @@
-"""How the C library deals with memory that a training step gives back and the next one wants again."""
+"""Settings of the memory allocators, made before a run begins: of the C library on CPUs, of PyTorch's on accelerators."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
+import torch
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 
 
+def configure_allocator(device: torch.device) -> None:
+    """Set what suits the tensors of a run on `device`, unless the environment has settings of its own.
+
+    On an accelerator host memory stays as it is, and PyTorch's allocator grows its segments instead of adding new ones: batches
+    and rows of an expert come in many sizes, which would leave gaps. PyTorch reads the setting when it first allocates there.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which PyTorch prefers
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def keep_freed_memory() -> bool:
-    """Keep it, whatever its size, in place of handing large blocks back to the kernel; whether that could be said.
+    """Make glibc keep freed blocks of any size. Returns whether `mallopt` accepted it.
 
     Activations, logits and gradients of one step are as large as those of the next. By default glibc unmaps each of them, and the
     kernel then clears it page by page when it is asked for again: a third of a step on CPUs (docs/performance.md). Nothing is

@@ -32,7 +32,7 @@ from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
-from nlgmoe.cli.memory import keep_freed_memory
+from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.run_folder import (
     RunFolder,
@@ -190,6 +190,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
+        configure_allocator(self.trainer.strategy.root_device)
         with ExitStack() as self._while_running:
             super()._run_subcommand(subcommand)
 
@@ -309,7 +310,6 @@ def main(args: ArgsType = None) -> None:
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
-        keep_freed_memory()
         _mute_advertising()
         TrainCLI(args)
 

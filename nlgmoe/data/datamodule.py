@@ -359,6 +359,8 @@ class PileDataModule(LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=heed_only_the_parent,
             persistent_workers=self.num_workers > 0,
+            # A copy from pinned memory to an accelerator need not be waited for.
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type != "cpu",
             **batching,
         )
 

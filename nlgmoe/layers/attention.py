@@ -73,7 +73,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(batch, new, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, N, T, D]
         if cache is not None:
             k, v = cache.extend(self.layer_index, k, v)  # [B, N, S, D]
-        causal = visible is None and new > 1  # the last position sees all
+        # The last position sees all. A compiled `new > 1` is symbolic once lengths differ, and this takes a bool alone.
+        causal = True if visible is None and new > 1 else False  # noqa: SIM210
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
         )

@@ -11,7 +11,6 @@ from datetime import timedelta
 from deepspeed import ops
 from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.moe.layer import MoE
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.utils import groups as deepspeed_groups
 from torch import distributed
 
@@ -52,8 +51,12 @@ def register_groups(groups: ExpertGroups) -> None:
 
 
 def use_plain_collectives() -> None:
-    """Keep DeepSpeed from compiling a C++ extension at start: an all-reduce for inference that nothing here uses."""
-    ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    """Declare all of DeepSpeed's extensions unavailable: nothing here uses one.
+
+    Otherwise DeepSpeed tries at start which of them it could compile, with a warning for each where there is no CUDA toolkit,
+    and on CPUs compiles one, an all-reduce for inference.
+    """
+    ops.__compatible_ops__ = {}
 
 
 def look_up_collectives_late() -> None:

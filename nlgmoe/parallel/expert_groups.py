@@ -67,7 +67,10 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
 
 
 def make_groups(degree: int, timeout: timedelta) -> ExpertGroups:
-    """Make the groups of a degree; every rank has to call this, in the same order of degrees."""
+    """Make the groups of a degree; every rank has to call this, in the same order of degrees.
+
+    Only groups of several ranks get a communicator.
+    """
     world, rank = distributed.get_world_size(), distributed.get_rank()
     mine: dict[str, ProcessGroup] = {}
     families = {
@@ -75,11 +78,25 @@ def make_groups(degree: int, timeout: timedelta) -> ExpertGroups:
         "data_parallel": [range(first, world, degree) for first in range(degree)],
     }
     for family, members in families.items():
+        if len(members[0]) == 1:
+            mine[family] = _group_of_one(rank)
+            continue
         for ranks in members:
             group = distributed.new_group(list(ranks), timeout=timeout)
             if rank in ranks:
                 mine[family] = group
     return ExpertGroups(degree, **mine)
+
+
+def _group_of_one(rank: int) -> ProcessGroup:
+    """A group of this rank alone, made without the others.
+
+    It is of PyTorch's fake backend, whose collectives return their input: with one rank that is their result.
+    """
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
+
+    group: ProcessGroup = distributed.new_group([rank], backend="fake", use_local_synchronization=True)
+    return group
 
 
 def place(config: GPTConfig, degrees: dict[int, int], groups: dict[int, ExpertGroups]) -> dict[int, ExpertPlacement]:

@@ -112,6 +112,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self.expert_parallel_size = expert_parallel_size
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # our AdamW steps offloaded states too
+        self.config["timers"] = {"throughput": {"enabled": False}}  # it waits for the device in every micro-batch
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint that is being loaded
         self._engine: Any = None  # of training; evaluation afterwards keeps it

@@ -1,14 +1,18 @@
-"""Freed memory is kept where nobody has said otherwise."""
+"""Freed memory is kept on CPUs, and segments grow on accelerators, where nobody has said otherwise."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from nlgmoe.cli.memory import configure_allocator
 
 # Faults of a page while 64 MB are asked for and given back eight times, the first time apart.
 COUNT = """
 import resource, torch
-from nlgmoe.cli.memory import keep_freed_memory
+from nlgmoe.cli.memory import configure_allocator, keep_freed_memory
 {call}
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(16_000_000)
@@ -26,9 +30,30 @@ def faults(call: str, **environment: str) -> int:
 
 
 def test_memory_is_not_asked_for_again() -> None:
-    assert faults("assert keep_freed_memory()") < 1000 < 50_000 < faults("")
+    assert faults("configure_allocator(torch.device('cpu'))") < 1000
+    assert faults("configure_allocator(torch.device('cuda'))") > 50_000
 
 
 @pytest.mark.parametrize("environment", [{"MALLOC_ARENA_MAX": "2"}, {"LD_PRELOAD": ""}], ids=str)
 def test_the_environments_own_settings_win(environment: dict[str, str]) -> None:
     assert faults("assert not keep_freed_memory()", **environment) > 50_000
+
+
+GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "then"),
+    [
+        ("cpu", {}, {}),
+        ("cuda", {}, GROWS),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
+        ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),
+    ],
+)
+def test_segments_grow_on_accelerators_alone(
+    device: str, given: dict[str, str], then: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"MALLOC_ARENA_MAX": "2"} | given)  # keeps this process's memory as it is
+    configure_allocator(torch.device(device))
+    assert os.environ == {"MALLOC_ARENA_MAX": "2"} | then

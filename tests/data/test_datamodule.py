@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -24,8 +25,9 @@ Make = Callable[..., PileDataModule]
 class Ranks:
     """Stands for a trainer: all that the data module asks of it."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
         self.global_rank, self.world_size = rank, world_size
+        self.strategy = SimpleNamespace(root_device=torch.device(device))
 
 
 def batches(data: PileDataModule, count: int, rank: int = 0, world_size: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -56,6 +58,14 @@ def test_batch_layout(make_data: Make) -> None:
 def test_a_batch_says_whether_it_is_padded(make_data: Make) -> None:
     for batch in make_data().val_dataloader():
         assert batch["padded"] is (not bool(batch["token_mask"].all()))
+
+
+def test_batches_for_an_accelerator_are_pinned(make_data: Make) -> None:
+    data = make_data()
+    for device, pinned in {"cpu": False, "cuda": True, "xpu": True}.items():
+        data.trainer = Ranks(device=device)  # type: ignore[assignment]
+        loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
+        assert [loader.pin_memory for loader in loaders] == [pinned] * 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

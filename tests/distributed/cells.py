@@ -509,6 +509,37 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
     return messages
 
 
+def engine_facts(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:
+    """The engine's throughput timer, the extensions that DeepSpeed found, and the backends of the experts' groups.
+
+    Of the group of one rank also what each of the collectives makes of 1, 2, which DeepSpeed and checkpoints use.
+    """
+    from deepspeed import ops
+
+    strategy = strategy_of(cell)
+    make_trainer(replace(cell, steps=1), ranks, folder, strategy=strategy).fit(cell.module(), SyntheticData())
+    groups = strategy._groups[ranks]
+    alone, given = groups.data_parallel, torch.tensor([1.0, 2.0])
+    collectives: dict[str, Callable[[Tensor], Any]] = {
+        "all_reduce": lambda result: distributed.all_reduce(result.copy_(given), group=alone),
+        "reduce": lambda result: distributed.reduce(result.copy_(given), distributed.get_rank(), group=alone),
+        "broadcast": lambda result: distributed.broadcast(result.copy_(given), distributed.get_rank(), group=alone),
+        "all_gather": lambda result: distributed.all_gather([result], given, group=alone),
+        "all_gather_into_tensor": lambda result: distributed.all_gather_into_tensor(result, given, group=alone),
+        "reduce_scatter_tensor": lambda result: distributed.reduce_scatter_tensor(result, given, group=alone),
+    }
+    results = {name: torch.zeros(2) for name in collectives}
+    for name, collective in collectives.items():
+        collective(results[name])
+    return {
+        "timed": strategy.deepspeed_engine.tput_timer.config.enabled,
+        "extensions": ops.__compatible_ops__,
+        "backends": [distributed.get_backend(group) for group in (groups.parallel, alone)],
+        "members": distributed.get_process_group_ranks(alone),
+        "collectives": {name: result.tolist() for name, result in results.items()},
+    }
+
+
 def lowest_scale(cell: Cell, ranks: int, folder: Path) -> str:
     """What a run says whose gradients overflow when its loss scale cannot fall any further; after `overflow`."""
     try:

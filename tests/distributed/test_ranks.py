@@ -28,6 +28,7 @@ from tests.distributed.cells import (
     Spoils,
     Taught,
     alone,
+    engine_facts,
     evaluate,
     evaluate_text,
     growing,
@@ -187,7 +188,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
             jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
-            jobs += [(specialised, SPECIALISED)]
+            jobs += [(specialised, SPECIALISED), (engine_facts, REFUSED)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
             jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
             jobs += [(taught, cell) for cell in (TAUGHT, *TAUGHT_TOO)] + [(taught_on, TAUGHT), (taught_offline, TAUGHT)]
@@ -281,6 +282,14 @@ def test_a_bad_expert_of_one_rank_stops_or_skips_all_ranks(cell: Cell, found: Fo
         assert rank.error.startswith(
             "step 2: the loss is nan; first not finite: the output of blocks.1.moe.experts on rank 1;"
         )
+
+
+def test_the_engine_neither_waits_nor_compiles_and_a_group_of_one_rank_has_no_communicator(found: Found) -> None:
+    for rank, facts in enumerate(found[engine_facts, REFUSED.name]):
+        assert (facts["timed"], facts["extensions"]) == (False, {})
+        assert facts["backends"] == ["gloo", "fake"] and facts["members"] == [rank]
+        assert len(facts["collectives"]) == 6
+        assert all(result == [1.0, 2.0] for result in facts["collectives"].values()), facts["collectives"]
 
 
 @pytest.mark.parametrize("cell", TRAFFIC, ids=lambda cell: cell.name)
