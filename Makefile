@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-faults check format docs notebooks compare mos bench clean
+.PHONY: help install quickstart browser test test-faults check format docs notebooks compare mos convergence bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,10 @@ compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (abo
 mos: install  ## a teacher; students without it, with it, with it for the first 70%: 3 seeds (about 30 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.mos
+
+convergence: install  ## does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python -m benchmarks.convergence --against $(or $(AGAINST),338e1af)
 
 bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading data (30 minutes)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

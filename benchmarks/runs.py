@@ -1,4 +1,4 @@
-"""Runs of train.py that a comparison is made of: each in its folder, one thread each, kept once they are finished."""
+"""Runs of train.py that a comparison is made of: each in its folder, kept once they are finished."""
 
 from __future__ import annotations
 
@@ -14,26 +14,35 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def train(config: str, folder: Path, settings: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
+def train(
+    config: str | Path,
+    folder: Path,
+    settings: Mapping[str, Any],
+    resume: bool = False,
+    root: Path = ROOT,
+    threads: int = 1,
+) -> dict[str, Any]:
     """Train unless the run's summary is there.
 
     Args:
-        config: a YAML file, from the root of the repository.
+        config: a YAML file, from `root`.
         folder: of the run, which becomes `trainer.default_root_dir`.
         settings: that override the file's, by name.
         resume: go on from the newest checkpoint in the folder, if there is one.
+        root: of the tree whose code trains.
+        threads: of the process.
 
     Returns:
         What `summary.json` says.
     """
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "train.py", "fit", "--config", config, f"--trainer.default_root_dir={folder}"]
+        command = [sys.executable, "train.py", "fit", "--config", str(config), f"--trainer.default_root_dir={folder}"]
         command += [f"--{name}={value}" for name, value in settings.items()]
         command += ["--ckpt_path=auto"] if resume else []
         with (folder / "log.txt").open("a") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            code = subprocess.run(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             last = (folder / "log.txt").read_text().rstrip().rpartition("\n")[2]
             raise RuntimeError(f"{folder.name} ended with exit code {code}: {last} ({folder / 'log.txt'})")
