@@ -56,7 +56,7 @@ def main() -> None:
     def step(learns_from: Distiller | None) -> None:
         teacher = None if learns_from is None else learns_from.read(batch, None)
         hidden = student(batch["tokens"], noise_key=(0, 0, 0)).hidden.flatten(0, 1)
-        rest = hidden, student.unembedding, batch["targets"].flatten(), None, CHUNK
+        rest = hidden, student.unembedding, student.config.vocab_size, batch["targets"].flatten(), None, CHUNK
         loss = cross_entropy(*rest) if teacher is None else distilled_cross_entropy(*rest, None, teacher).loss
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

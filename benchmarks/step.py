@@ -89,23 +89,23 @@ def assembled(config: GPTConfig, attention: type[CausalSelfAttention]) -> GPT:
     return model
 
 
-def whole_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def whole_loss(hidden: Tensor, table: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
     """All logits at once, in fp32."""
-    return F.cross_entropy((hidden @ table.t()).float(), targets)
+    return F.cross_entropy((hidden @ table[:vocab_size].t()).float(), targets)
 
 
-def recomputed_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def recomputed_loss(hidden: Tensor, table: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
     """Logits in chunks that the backward pass computes again."""
     chunks = [
-        checkpoint(whole_loss, h, table, t, use_reentrant=False)
+        checkpoint(whole_loss, h, table, vocab_size, t, use_reentrant=False)
         for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return torch.stack(chunks).mean()
 
 
-def our_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def our_loss(hidden: Tensor, table: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
     """`layers/losses.py`."""
-    return cross_entropy(hidden, table, targets, None, CHUNK)
+    return cross_entropy(hidden, table, vocab_size, targets, None, CHUNK)
 
 
 def balance(routings: list[Any]) -> Tensor:
@@ -115,7 +115,7 @@ def balance(routings: list[Any]) -> Tensor:
 
 def step(
     model: GPT,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor, int, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     batch: Tensor,
     half: bool,
@@ -126,7 +126,7 @@ def step(
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             output = model(tokens)
-            value = loss(output.hidden.flatten(0, 1), model.unembedding, targets)
+            value = loss(output.hidden.flatten(0, 1), model.unembedding, model.config.vocab_size, targets)
         if output.routings:
             value = value + 0.01 * balance(output.routings)
         value.backward()

@@ -196,6 +196,7 @@ class MoEGPTModule(LightningModule):
         arguments = (
             output.hidden.flatten(0, 1),
             self.gpt.unembedding,
+            self.config.vocab_size,
             batch["targets"].flatten(),
             counted.flatten(),
             self.loss_chunk_size,
@@ -420,7 +421,11 @@ class MoEGPTModule(LightningModule):
         output = self.gpt(batch["tokens"], mask_or_none(batch), documents=batch.get("document"))
         self.routings = output.routings
         losses = token_losses(
-            output.hidden.flatten(0, 1), self.gpt.unembedding, batch["targets"].flatten(), self.loss_chunk_size
+            output.hidden.flatten(0, 1),
+            self.gpt.unembedding,
+            self.config.vocab_size,
+            batch["targets"].flatten(),
+            self.loss_chunk_size,
         )
         return losses.view_as(batch["targets"])
 

@@ -163,7 +163,7 @@ class MixtureOfStudents:
 
         def logits(part: slice) -> Tensor:
             with torch.no_grad(), self._own_precision():
-                return hidden[part] @ unembedding.to(hidden.dtype).t()
+                return (hidden[part] @ unembedding.to(hidden.dtype).t())[:, : model.config.vocab_size]
 
         return SoftTargets(logits, self.beta * self.stage, self.temperature)
 

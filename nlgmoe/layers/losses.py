@@ -1,7 +1,8 @@
 """Cross-entropy from hidden states, with or without a teacher, in chunks of tokens, so that the logits of a whole batch never
 exist.
 
-Letters: N tokens, H hidden size, V vocabulary, C tokens of a chunk, K classes that a teacher's distribution was cut to.
+Letters: N tokens, H hidden size, V vocabulary, P rows of the padded table, C tokens of a chunk, K classes that a teacher's
+distribution was cut to.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class DistilledLoss(NamedTuple):
 def cross_entropy(
     hidden: Tensor,
     unembedding: Tensor,
+    vocab_size: int,
     targets: Tensor,
     mask: Tensor | None,
     chunk_size: int,
@@ -134,24 +136,29 @@ def cross_entropy(
 
     Args:
         hidden: `[N, H]`.
-        unembedding: `[V, H]`; pass exactly the rows of real tokens.
-        targets: `[N]` int64.
+        unembedding: `[P, H]`, P at least `vocab_size`; the rows from `vocab_size` on are padding that aligns the products'
+            rows: they have no probability and no gradient.
+        vocab_size: V.
+        targets: `[N]` int64, below `vocab_size`.
         mask: `[N]` bool, False where a token counts for nothing; None counts all.
-        chunk_size: tokens per chunk; memory is `chunk_size * V` values.
+        chunk_size: tokens per chunk; memory is `chunk_size * P` values.
         divisor: scalar, what the sum over unmasked tokens is divided by; None: their number. With the mean of all ranks'
             numbers, the mean of the ranks' losses is the loss of all their tokens.
 
     Returns:
         A scalar; 0 if the mask is empty.
     """
-    arguments = _prepared(hidden, unembedding, targets, mask, divisor)
-    loss: Tensor = _ChunkedCrossEntropy.apply(*arguments, chunk_size, None)[0]
+    counted, factor = _weights(hidden, targets, mask, divisor)
+    loss: Tensor = _ChunkedCrossEntropy.apply(
+        hidden, unembedding, vocab_size, targets, counted, factor, chunk_size, None
+    )[0]
     return loss
 
 
 def distilled_cross_entropy(
     hidden: Tensor,
     unembedding: Tensor,
+    vocab_size: int,
     targets: Tensor,
     mask: Tensor | None,
     chunk_size: int,
@@ -162,51 +169,64 @@ def distilled_cross_entropy(
 
     The teacher's logits too exist for `chunk_size` tokens at a time.
     """
-    arguments = _prepared(hidden, unembedding, targets, mask, divisor)
-    return DistilledLoss(*_ChunkedCrossEntropy.apply(*arguments, chunk_size, teacher))
+    counted, factor = _weights(hidden, targets, mask, divisor)
+    return DistilledLoss(
+        *_ChunkedCrossEntropy.apply(hidden, unembedding, vocab_size, targets, counted, factor, chunk_size, teacher)
+    )
 
 
-def _prepared(
-    hidden: Tensor, unembedding: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states and unembedding in the type of their product, the targets, and each token's weight."""
+def _weights(hidden: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """0 or 1 for each token, `[N]`, and the factor that the sum over tokens is multiplied by, a scalar; at least fp32."""
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    weight = counted.to(torch.promote_types(hidden.dtype, torch.float32))
-    divisor = weight.sum() if divisor is None else divisor.to(weight.dtype)
-    weight = weight / divisor.clamp_min(torch.finfo(weight.dtype).eps)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden, unembedding = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, unembedding))
-    unembedding = unembedding.to(hidden.dtype)
-    return hidden, unembedding, targets, weight
+    counted = counted.to(torch.promote_types(hidden.dtype, torch.float32))
+    divisor = counted.sum() if divisor is None else divisor.to(counted.dtype)
+    return counted, divisor.clamp_min(torch.finfo(counted.dtype).eps).reciprocal()
 
 
-def token_losses(hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+def padded_logits(hidden: Tensor, unembedding: Tensor, vocab_size: int) -> Tensor:
+    """`hidden @ unembedding.T` in at least fp32, `[C, P]`; -inf from column `vocab_size` on."""
+    logits = (hidden @ unembedding.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits[:, vocab_size:] = -torch.inf
+    return logits
+
+
+def token_losses(hidden: Tensor, unembedding: Tensor, vocab_size: int, targets: Tensor, chunk_size: int) -> Tensor:
     """The cross-entropy of each token, `[N]`, in at least fp32 and without gradient; for evaluation."""
     with torch.no_grad():
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         return torch.cat(
             [
-                F.cross_entropy((h @ unembedding.to(h.dtype).t()).to(dtype), t, reduction="none")
+                F.cross_entropy(padded_logits(h, unembedding.to(h.dtype), vocab_size), t, reduction="none")
                 for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
             ]
         )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradients of `sum_n weight_n * CE_n`, chunk by chunk; with a teacher also of what `DistilledLoss` adds."""
+    """Loss and gradients of `factor * sum_n counted_n * CE_n`, chunk by chunk; with a teacher also of what `DistilledLoss` adds.
+
+    The 16-bit factors of the gradients' products hold probabilities and the mask. `factor`, about 1 / N, and the gradient
+    from above, which carries fp16's loss scale, meet the products' results in fp32, in the backward pass: in fp16 a probability
+    times 1 / N rounds to 0, and no loss scale can bring it back.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         unembedding: Tensor,
+        vocab_size: int,
         targets: Tensor,
-        weight: Tensor,
+        counted: Tensor,
+        factor: Tensor,
         chunk_size: int,
         teacher: Targets | None,
     ) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.dtypes = hidden.dtype, unembedding.dtype
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        unembedding = unembedding.to(hidden.dtype)
+        dtype = counted.dtype
         needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_unembedding = torch.zeros_like(unembedding, dtype=dtype) if needs_unembedding else None
@@ -214,50 +234,48 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         distillation, agreement = torch.zeros_like(loss), torch.zeros_like(loss)
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
-            h, target, w = hidden[part], targets[part, None], weight[part, None].to(dtype)  # [C, H], [C, 1], [C, 1]
-            log_probs = (
-                (h @ unembedding.t()).to(dtype).log_softmax(dim=-1)
-            )  # [C, V]; two such exist at a time, never three; five with a teacher
+            h, target, one = hidden[part], targets[part, None], counted[part, None]  # [C, H], [C, 1], [C, 1]
+            log_probs = padded_logits(h, unembedding, vocab_size).log_softmax(
+                dim=-1
+            )  # [C, P]; two such exist at a time, never three; five with a teacher
             towards = None
             if teacher is not None:
-                divergence, agrees, towards = teacher.compare(log_probs, part)
-                distillation += (w * divergence).sum()
-                agreement += (w * agrees).sum()
+                divergence, agrees, towards = teacher.compare(log_probs[:, :vocab_size], part)
+                distillation += (one * divergence).sum()
+                agreement += (one * agrees).sum()
             picked = log_probs.gather(1, target)
-            loss -= (w * picked).sum()
+            loss -= (one * picked).sum()
             if not (needs_hidden or needs_unembedding):
                 continue
-            grad = log_probs.exp_().scatter_(1, target, picked.expm1())  # d loss / d logits = w * (probs - onehot)
+            grad = log_probs.exp_().scatter_(1, target, picked.expm1())  # d loss / d logits: probs - onehot
             if teacher is not None and towards is not None:
-                grad.add_(towards, alpha=teacher.weight * teacher.temperature)
-            if hidden.dtype == dtype:  # w goes to the narrower factor of each product
-                if grad_hidden is not None:
-                    torch.mm(grad, unembedding, out=grad_hidden[part])
-                    grad_hidden[part] *= w
-                if grad_unembedding is not None:
-                    grad_unembedding.addmm_(grad.t(), h * w)
-            else:  # where every rounding counts, there is one
-                grad = grad.mul_(w).to(hidden.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad, unembedding, out=grad_hidden[part])
-                if grad_unembedding is not None:
+                grad[:, :vocab_size].add_(towards, alpha=teacher.weight * teacher.temperature)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:  # the mask, 0 or 1, goes to the narrower factor of each product
+                torch.mm(grad, unembedding, out=grad_hidden[part])
+                grad_hidden[part] *= one
+            if grad_unembedding is not None:
+                h = h * one.to(h.dtype)
+                if hidden.dtype == dtype:
+                    grad_unembedding.addmm_(grad.t(), h)
+                else:
                     grad_unembedding += grad.t() @ h
             del log_probs, grad, towards
-        ctx.save_for_backward(grad_hidden, grad_unembedding)
-        ctx.unembedding_dtype = unembedding.dtype
+        ctx.save_for_backward(grad_hidden, grad_unembedding, factor)
+        loss *= factor
         if teacher is None:
             return (loss,)
-        distillation *= teacher.temperature**2
-        parts = loss, distillation, agreement
+        distillation *= factor * teacher.temperature**2
+        parts = loss, distillation, agreement * factor
         ctx.mark_non_differentiable(*parts)
         return loss + teacher.weight * distillation, *parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_hidden, grad_unembedding = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
-        if grad_unembedding is not None:
-            grad_unembedding = (grad_unembedding * grad).to(ctx.unembedding_dtype)
-        return grad_hidden, grad_unembedding, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *sums, factor = ctx.saved_tensors
+        scaled = (
+            None if total is None else (total.to(factor.dtype) * (grad * factor)).to(dtype)
+            for total, dtype in zip(sums, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None, None, None

@@ -1,8 +1,8 @@
 """Bytes of activations: what the forward pass of THIS model keeps for its backward pass.
 
 Read off the layers, tensor by tensor; `tests/model/test_activation_memory.py` compares with what autograd really saves.
-Letters: N tokens of a rank's micro-batch, H hidden size, F inner size, E experts, k experts per token, A heads, V
-vocabulary; r and c are the bytes of a value in the residual stream and inside a layer (`topology.BytesPer`).
+Letters: N tokens of a rank's micro-batch, H hidden size, F inner size, E experts, k experts per token, A heads, P rows of the
+padded table; r and c are the bytes of a value in the residual stream and inside a layer (`topology.BytesPer`).
 
 Assumed: a fused attention kernel (no T x T matrix is kept), a balanced routing (a rank receives as many rows as it sends),
 CUDA's dropout (one byte per mask entry).
@@ -68,13 +68,13 @@ def kept_of_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesP
 def head_bytes(config: GPTConfig, tokens: int, topology: Topology) -> tuple[int, int]:
     """(kept until the loss's backward pass, needed while the loss is computed) of the chunked head.
 
-    Kept: the gradients of hidden states and unembedding (fp32, `[V, H]`), which the loss forms on its way. While it runs: the
+    Kept: the gradients of hidden states and unembedding (fp32, `[P, H]`), which the loss forms on its way. While it runs: the
     hidden states, and of a chunk of C tokens two fp32 values per logit (the logit and its probability), or under half precision
-    the probability, the gradient and the product `[V, H]` where that is more.
+    the probability, the gradient and the product `[P, H]` where that is more.
     """
-    size, table = topology.bytes_per, config.vocab_size * config.hidden_size
+    size, table = topology.bytes_per, config.padded_vocab_size * config.hidden_size
     hidden = tokens * config.hidden_size * size.compute
-    logits = min(topology.loss_chunk_size, tokens) * config.vocab_size
+    logits = min(topology.loss_chunk_size, tokens) * config.padded_vocab_size
     running = 2 * 4 * logits
     if size.compute == 2:
         running = max(running, (4 + 2) * logits + 2 * table)

@@ -1,6 +1,7 @@
 """The decoder: embeddings, blocks, final norm, and a head tied to the token embedding.
 
-Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, V vocabulary.
+Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, V vocabulary,
+P rows of the padded table.
 """
 
 from __future__ import annotations
@@ -194,12 +195,16 @@ class GPT(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """`[V, H]`: the rows of the tied embedding that stand for real tokens."""
-        return self.token_embedding.weight[: self.config.vocab_size]
+        """`[P, H]`: the tied embedding table. The rows from `config.vocab_size` on are padding: no token, no logit, no gradient.
+
+        Products take them all, because P is a multiple of `config.vocab_size_multiple`: fast GEMMs need rows of logits aligned to
+        16 bytes, which rows of 50,257 values are not.
+        """
+        return self.token_embedding.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., H] -> [..., V]`. Training uses `layers/losses.py` instead, which never holds all of them."""
-        return hidden @ self.unembedding.to(hidden.dtype).t()
+        """`[..., H] -> [..., V]`, a view without the padding. Training uses `layers/losses.py` instead, which never holds all."""
+        return (hidden @ self.unembedding.to(hidden.dtype).t())[..., : self.config.vocab_size]
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

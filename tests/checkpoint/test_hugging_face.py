@@ -142,7 +142,9 @@ def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -
 
     def language(hidden: torch.Tensor) -> torch.Tensor:
         counted = targets != -100
-        return cross_entropy(hidden[:, :-1].flatten(0, 1), ours.unembedding, targets.clamp_min(0), counted, 10)
+        return cross_entropy(
+            hidden[:, :-1].flatten(0, 1), ours.unembedding, ours.config.vocab_size, targets.clamp_min(0), counted, 10
+        )
 
     torch.testing.assert_close(model(tokens, labels=labels).loss, language(ours(tokens).hidden), rtol=1e-6, atol=0)
     model.train()

@@ -8,18 +8,18 @@ from torch.nn import functional as F
 from nlgmoe.distill.record_logits import likeliest
 from nlgmoe.layers.losses import DistilledLoss, SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
 
-TOKENS, VOCABULARY = 7, 11
+TOKENS, VOCABULARY, ROWS = 7, 11, 13  # of the table two rows are padding
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, unembedding, targets, mask, and the logits of a teacher that agrees at the first three tokens."""
     draw = torch.Generator().manual_seed(1)
     hidden = torch.randn(TOKENS, 5, generator=draw).to(dtype).requires_grad_()
-    unembedding = torch.randn(VOCABULARY, 5, generator=draw).to(dtype).requires_grad_()
+    unembedding = torch.randn(ROWS, 5, generator=draw).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=draw)
     mask = torch.tensor([True, True, False, True, True, False, True])
     teacher = torch.randn(TOKENS, VOCABULARY, generator=draw).to(dtype)
-    likeliest = (hidden @ unembedding.t()).argmax(dim=-1)
+    likeliest = (hidden @ unembedding[:VOCABULARY].t()).argmax(dim=-1)
     for token in range(TOKENS):
         teacher[token, (likeliest[token] + (token > 2)) % VOCABULARY] = 9.0
     return hidden, unembedding, targets, mask, teacher
@@ -27,7 +27,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
 
 def distilled(h: Tensor, u: Tensor, t: Tensor, m: Tensor | None, teacher: Tensor, **settings: float) -> DistilledLoss:
     soft = SoftTargets(lambda part: teacher[part], settings["beta"], settings["temperature"])
-    return distilled_cross_entropy(h, u, t, m, 3, None, soft)
+    return distilled_cross_entropy(h, u, VOCABULARY, t, m, 3, None, soft)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -38,7 +38,7 @@ def test_the_loss_is_its_formula(temperature: float, masked: bool) -> None:
     found = distilled(
         hidden, unembedding, targets, mask if masked else None, teacher, beta=0.7, temperature=temperature
     )
-    logits = hidden @ unembedding.t()
+    logits = hidden @ unembedding[:VOCABULARY].t()
     p = (teacher / temperature).softmax(-1)
     divergence = (p * (p.log() - (logits / temperature).log_softmax(-1))).sum(-1)
     language = F.cross_entropy(logits[counted], targets[counted])
@@ -62,9 +62,9 @@ def test_the_gradient_is_the_losses() -> None:
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:
     hidden, unembedding, targets, mask, _ = inputs()
-    same = (hidden @ unembedding.t()).detach()
+    same = (hidden @ unembedding[:VOCABULARY].t()).detach()
     found = distilled(hidden, unembedding, targets, mask, same, beta=5.0, temperature=3.0)
-    alone = cross_entropy(hidden, unembedding, targets, mask, 3)
+    alone = cross_entropy(hidden, unembedding, VOCABULARY, targets, mask, 3)
     assert float(found.distillation.detach()) == pytest.approx(0, abs=1e-12) and float(found.agreement) == 1
     both = [torch.autograd.grad(loss, (hidden, unembedding)) for loss in (found.loss, alone)]
     torch.testing.assert_close(*both)
@@ -106,7 +106,7 @@ def offline(
         ids, log_probs = likeliest(said, part, top_k, temperature)
         return ids, log_probs.half() if half else log_probs
 
-    return distilled_cross_entropy(h, u, t, m, 3, None, TopTargets(top, beta, temperature))
+    return distilled_cross_entropy(h, u, min(len(u), VOCABULARY), t, m, 3, None, TopTargets(top, beta, temperature))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

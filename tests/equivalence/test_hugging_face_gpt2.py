@@ -59,7 +59,12 @@ def test_logits_loss_and_every_gradient_equal_hugging_faces() -> None:
 
     hidden = ours(tokens).hidden
     loss = cross_entropy(
-        hidden[:, :-1].flatten(0, 1), ours.unembedding, tokens[:, 1:].flatten(), counted[:, 1:].flatten(), chunk_size=10
+        hidden[:, :-1].flatten(0, 1),
+        ours.unembedding,
+        VOCAB,
+        tokens[:, 1:].flatten(),
+        counted[:, 1:].flatten(),
+        chunk_size=10,
     )
     expected = theirs(tokens, labels=tokens.masked_fill(~counted, -100))
     logits = ours.logits(hidden)

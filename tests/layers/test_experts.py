@@ -75,7 +75,7 @@ def test_the_way_of_gpus_never_waits_for_the_host(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.Tensor, method, waits)
     with NoWaiting():
         output = model(tokens, noise_key=(0, 0, 0))
-        loss = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, tokens.flatten(), None, 16)
+        loss = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, 64, tokens.flatten(), None, 16)
         (loss + sum(router_losses(output.routings))).backward()
     monkeypatch.undo()
     assert model.blocks[1].moe.router.weight.grad.any()
@@ -95,7 +95,7 @@ def test_compiled_parts_compute_the_same() -> None:
         for step, length in enumerate((16, 16, 12, 9)):  # other loads, other shapes; a second length makes it symbolic
             part = tokens.roll(step)[:, :length]
             output = model(part, noise_key=(0, step, 0))
-            cross_entropy(output.hidden.flatten(0, 1), model.unembedding, part.flatten(), None, 16).backward()
+            cross_entropy(output.hidden.flatten(0, 1), model.unembedding, 64, part.flatten(), None, 16).backward()
         results.append([output.hidden, *(parameter.grad for parameter in model.parameters())])
         cache = KVCache(16)
         results[-1] += [model.eval()(part, cache=cache).hidden for part in tokens.split([3, 1, 12], dim=1)]

@@ -224,24 +224,29 @@ def _only(function: Callable[[], Tensor], leaves: list[Tensor], leaf: Tensor) ->
 
 @properties
 @given(
-    st.integers(1, 12), st.integers(1, 9), st.integers(1, 14), st.sampled_from([None, 0.0, 0.6]), st.integers(0, 2**32)
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.integers(1, 14),
+    st.sampled_from([None, 0.0, 0.6]),
+    st.integers(0, 2**32),
 )
-def test_chunked_cross_entropy_equals_the_plain_formula_for_any_chunk_size_and_mask(
-    num_tokens: int, vocab: int, chunk_size: int, density: float | None, seed: int
+def test_chunked_cross_entropy_equals_the_plain_formula_for_any_chunk_size_mask_and_padding(
+    num_tokens: int, vocab: int, padding: int, chunk_size: int, density: float | None, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_tokens, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    table = torch.randn(vocab, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    table = torch.randn(vocab + padding, 5, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(vocab, (num_tokens,), generator=generator)
     mask = None if density is None else torch.rand(num_tokens, generator=generator) < density
     counted = range(num_tokens) if mask is None else mask.nonzero().flatten().tolist()
 
-    per_token = -(hidden @ table.t()).log_softmax(-1)[torch.arange(num_tokens), targets]
+    per_token = -(hidden @ table[:vocab].t()).log_softmax(-1)[torch.arange(num_tokens), targets]
     expected = sum((per_token[n] for n in counted), torch.zeros(())) / max(len(counted), 1)
-    loss = cross_entropy(hidden, table, targets, mask, chunk_size)
+    loss = cross_entropy(hidden, table, vocab, targets, mask, chunk_size)
     torch.testing.assert_close(loss, expected.double(), **EXACT)
     assert loss != 0 or not counted or vocab == 1
-    torch.testing.assert_close(token_losses(hidden, table, targets, chunk_size), per_token.detach(), **EXACT)
+    torch.testing.assert_close(token_losses(hidden, table, vocab, targets, chunk_size), per_token.detach(), **EXACT)
     if counted:
         expected = torch.autograd.grad(3 * expected, (hidden, table))
         for ours, reference in zip(torch.autograd.grad(3 * loss, (hidden, table)), expected, strict=True):
@@ -252,7 +257,7 @@ def test_chunked_cross_entropy_equals_the_plain_formula_for_any_chunk_size_and_m
 
 def test_cross_entropy_passes_gradcheck_and_is_log_vocabulary_for_uniform_logits() -> None:
     torch.manual_seed(0)
-    hidden, table = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (7, 9))
+    hidden, table = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (7, 11))
     targets, mask = torch.randint(9, (7,)), torch.tensor([True, False, True, True, False, True, True])
-    assert torch.autograd.gradcheck(lambda h, t: cross_entropy(h, t, targets, mask, 3), (hidden, table))
-    assert cross_entropy(torch.zeros(7, 4), table.float(), targets, mask, 3).item() == pytest.approx(math.log(9))
+    assert torch.autograd.gradcheck(lambda h, t: cross_entropy(h, t, 9, targets, mask, 3), (hidden, table))
+    assert cross_entropy(torch.zeros(7, 4), table.float(), 9, targets, mask, 3).item() == pytest.approx(math.log(9))

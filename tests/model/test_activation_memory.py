@@ -58,7 +58,7 @@ def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
     ):
         output = model(tokens, noise_key=(0, 0, 0))
-        cross_entropy(output.hidden.flatten(0, 1), model.unembedding, tokens.flatten(), None, CHUNK)
+        cross_entropy(output.hidden.flatten(0, 1), model.unembedding, config.vocab_size, tokens.flatten(), None, CHUNK)
         if output.routings:
             router_losses(output.routings)
     kept += [value for routing in output.routings for value in vars(routing).values() if value is not None]
@@ -121,7 +121,9 @@ def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
     tokens = torch.zeros(topology.micro_batch_size, config.seq_len, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         hidden = model(tokens, noise_key=(0, 0, 0)).hidden.flatten(0, 1)
-        loss = cross_entropy(hidden, model.unembedding, tokens.flatten(), None, topology.loss_chunk_size)
+        loss = cross_entropy(
+            hidden, model.unembedding, config.vocab_size, tokens.flatten(), None, topology.loss_chunk_size
+        )
         del hidden
         loss.backward()
     now = peak = 0
