@@ -3,8 +3,7 @@
     python -m benchmarks.layer [--rounds 9] [--only training|inference]
 
 Training is forward and backward, gradients freed before each. `floor` is a dense FFN that does the same FLOPs per token (k
-FFNs' width). DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the dropless ones compute every assignment. `compiled` is
-ours, dropless, as `model.compile: true` trains it.
+FFNs' width). DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the dropless ones compute every assignment.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.activation import compiled_gelu_backward, gelu
-from nlgmoe.layers.feed_forward import FeedForward
+from nlgmoe.layers.feed_forward import FeedForward, gelu
 from nlgmoe.layers.moe import MoELayer
 
 TRAINING = [(2048, 256, 8, 1), (2048, 256, 32, 1), (2048, 512, 16, 2), (8192, 256, 64, 1), (4096, 512, 64, 1)]
@@ -46,13 +44,6 @@ def ours(hidden: int, experts: int, k: int, dropping: bool) -> nn.Module:
     layer = MoELayer(GPTConfig(64, 16, 1, hidden, 1, moe=moe), 0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return layer
-
-
-def compiled(layer: nn.Module) -> nn.Module:
-    """What `GPT.compile_dense_parts` makes of a layer."""
-    assert isinstance(layer, MoELayer)
-    layer.experts.back_through_gelu = compiled_gelu_backward()
     return layer
 
 
@@ -138,7 +129,6 @@ def measure(shape: tuple[int, int, int, int], name: str, train: bool, rounds: in
     }
     if train:
         layers |= {
-            "ours, compiled": compiled(ours(hidden, experts, k, False)),
             "ours, capacity 1.0": ours(hidden, experts, k, True),
             "DeepSpeed, capacity 1.0": deepspeed(hidden, experts, k, True),
         }

@@ -1,6 +1,7 @@
-"""Tokens -> expert order -> back. Pure bookkeeping: no parameters, no decisions (the router made them).
+"""Tokens -> expert order -> back. No parameters and no decisions: the router has made them.
 
-Letters: N tokens, k experts per token, H hidden size. An assignment is one (token, choice) pair; there are N * k.
+Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
+M rows are the assignments that experts compute, sorted by expert; on accelerators, the others follow them.
 """
 
 from __future__ import annotations
@@ -18,42 +19,46 @@ class Dispatch:
     """The order in which assignments visit the experts.
 
     Attributes:
-        order: `[N * k]` assignment indices sorted by expert, each expert's in token order; dropped ones last.
-        rows_per_expert: `[E]` how many of them each expert computes.
+        order: `[M]` assignment indices sorted by expert, each expert's in token order. On accelerators M is N * k and dropped
+            ones come last, because the host would have to wait for their number.
+        tokens_per_expert: `[E]` number of rows of each expert.
+        all_used: no row is a dropped one.
+        top_k: k.
     """
 
     order: Tensor
-    rows_per_expert: Tensor
+    tokens_per_expert: Tensor
+    all_used: bool
+    top_k: int
 
     @staticmethod
-    def of(routing: Routing, num_experts: int) -> Dispatch:
-        """Sort the assignments of `routing` by expert."""
-        expert = torch.where(
-            routing.kept, routing.expert, num_experts
-        ).flatten()  # [N * k], dropped -> one past the last
+    def from_routing(routing: Routing, num_experts: int, all_kept: bool = False) -> Dispatch:
+        """Sort the assignments of `routing` by expert; `all_kept`: it is known that none is dropped."""
+        expert = torch.where(routing.kept, routing.expert, num_experts).flatten()  # [N * k], dropped -> one past the last
         order = torch.sort(expert, stable=True).indices
         rows = count(expert, num_experts + 1)[:num_experts]
-        return Dispatch(order, rows)
+        if expert.device.type == "cpu" and not all_kept:
+            used = int(rows.sum())
+            order, all_kept = order[: max(used, 1)], used > 0  # `combine` needs a row to read
+        return Dispatch(order, rows, all_kept, routing.expert.shape[1])
 
-    def source(self, top_k: int) -> Tensor:
-        """`[N * k]` the token of each row, in `order`."""
-        return self.order // top_k
+    def gather(self, tokens: Tensor) -> Tensor:
+        """`[N, H] -> [M, H]`: the token of each row."""
+        return tokens.index_select(0, self.order // self.top_k)
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """`[N * k]` the gate weight of each row, from `[N, k]`; 0 where dropped."""
-        return weight.flatten().index_select(0, self.order)
-
-    def combine(self, y: Tensor, top_k: int) -> Tensor:
+    def combine(self, y: Tensor, weight: Tensor) -> Tensor:
         """Sum of each token's weighted expert outputs.
 
         Args:
-            y: `[N * k, H]` expert outputs in `order`, times their gate weights, in at least fp32.
-            top_k: k.
+            y: `[M, H]` expert outputs.
+            weight: `[N, k]` gate weights in at least fp32; 0 where dropped.
 
         Returns:
-            `[N, H]`.
+            `[N, H]` in the dtype of `weight`.
         """
-        place = torch.empty_like(self.order)
-        place[self.order] = torch.arange(len(self.order), device=place.device)  # where each assignment went
-        by_token = y.index_select(0, place)
-        return by_token if top_k == 1 else by_token.view(-1, top_k, y.shape[-1]).sum(dim=1)
+        rows = torch.arange(len(self.order), device=self.order.device)
+        place = self.order.new_zeros(weight.numel()).index_copy_(0, self.order, rows)  # a dropped one: any row, times 0
+        by_choice = y.index_select(0, place)  # [N * k, H]
+        if self.top_k == 1:
+            return by_choice * weight
+        return (by_choice.unflatten(0, weight.shape) * weight.unsqueeze(-1)).sum(dim=1)

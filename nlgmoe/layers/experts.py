@@ -1,35 +1,60 @@
-"""EXPERTS: the feed-forward networks of one MoE layer, stacked, applied to tokens sorted by expert.
+"""EXPERTS: the feed-forward networks of one MoE layer, stacked, applied to rows sorted by expert.
 
-    y = s * (gelu(x W_1 + b_1) W_2 + b_2)      for each row x, with the weights of its expert and its own scale s
+    y = gelu(x W_1 + b_1) W_2 + b_2        for each row x, with the weights of its expert
 
-Kept for the backward pass: the layer's input, which is there anyway, and x W_1 + b_1. The rest is cheaper to compute again than
-to keep, and y is never needed: the gradient of s is <dy W_2^T, gelu(.)> + <dy, b_2>, and dy W_2^T is on the way to that of x. The
-scale goes to dy before anything else, while that is narrow, and the gradient of s is divided by it at the end; where a gate's
-weight is 0, so is its gradient (a softmax that has come to 0 passes none on).
+An expert network is a declaration of its weights and a `forward(x, linear)`; `linear` applies one of its stacks to all rows, by
+one of two computations: a grouped matrix product, or one product per expert.
 
-Letters: E experts held here, N tokens, M rows (assignments sorted by expert), H hidden size, F inner size.
+Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k experts per token, H hidden size, F inner size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from nlgmoe.layers.activation import Backward, gelu, gelu_backward
-from nlgmoe.layers.expert_kernel import KernelExperts
-from nlgmoe.layers.expert_loop import LoopExperts
+from nlgmoe.layers.feed_forward import gelu
 
-FEW = 8  # assignments at most that are quicker one by one than in order
+MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
+BIAS_WIDTH = 8  # inner width of the product that adds biases: 16 bytes in half precision, which grouped_mm asks of a row
+
+Function = Callable[..., Tensor]
+
+
+class Linear(Protocol):
+    """Apply one stack of weights to rows, each row with its expert's weights."""
+
+    def __call__(self, name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
+        """`through(*inputs) @ weight + bias` of the stack `name`, `[M, in] -> [M, out]`.
+
+        `through` is an elementwise function, by default the identity. The grouped product recomputes its value in the backward
+        pass instead of keeping it.
+        """
+        ...
+
+
+class GELUNetwork:
+    """The paper's expert, the same as `FeedForward`: `x -> project(gelu(expand(x)))`."""
+
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, tuple[int, int]]:
+        """The stacks: name -> (in, out)."""
+        return {"expand": (hidden_size, ffn_size), "project": (ffn_size, hidden_size)}
+
+    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        """`[M, H] -> [M, H]`."""
+        return linear("project", linear("expand", x), through=gelu)
 
 
 class Experts(nn.Module):
-    """`count` networks `x -> gelu(x @ expand + b) @ project + b`, each with weights of its own.
+    """`count` networks, each with weights of its own.
 
-    One stacked parameter per weight instead of thousands of small ones: the optimizer and the collectives see few large
-    tensors. Checkpoints store one entry per expert (`checkpoint/portable.py`).
+    A weight of all experts is one parameter, `{name}_weight` `[E, in, out]` or `{name}_bias` `[E, out]`: the optimizer and the
+    collectives see a few large tensors. Checkpoints store one entry per expert (`checkpoint/portable.py`).
 
     Args:
         count: E.
@@ -41,41 +66,39 @@ class Experts(nn.Module):
     def __init__(self, count: int, hidden_size: int, ffn_size: int, first: int = 0) -> None:
         super().__init__()
         self.first = first
-        self.back_through_gelu: Backward = gelu_backward
-        self.expand_weight = nn.Parameter(torch.empty(count, hidden_size, ffn_size))
-        self.expand_bias = nn.Parameter(torch.empty(count, ffn_size))
-        self.project_weight = nn.Parameter(torch.empty(count, ffn_size, hidden_size))
-        self.project_bias = nn.Parameter(torch.empty(count, hidden_size))
+        self.network = GELUNetwork()
+        self.widths = (hidden_size, ffn_size)
+        for name, (inputs, outputs) in self.network.weights(hidden_size, ffn_size).items():
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(count, inputs, outputs)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)))
 
-    def forward(
-        self, x: Tensor, rows_per_expert: Tensor, source: Tensor | None = None, scale: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, tokens_per_expert: Tensor, all_used: bool = False) -> Tensor:
         """Apply expert e to its rows.
 
         Args:
-            x: `[N, H]`, or `[M, H]` if there is no `source`.
-            rows_per_expert: `[E]` int64: the first `rows_per_expert[0]` rows are for expert 0 and so on; rows past the sum
-                belong to none.
-            source: `[M]` int64, which row of `x` each row is; None: they are those of `x` in order.
-            scale: `[M]`, what each row's output is multiplied by, in at least fp32; None: by nothing.
+            x: `[M, H]`: the first `tokens_per_expert[0]` rows are for expert 0 and so on.
+            tokens_per_expert: `[E]` int64.
+            all_used: every row belongs to an expert. If False, rows past the sum belong to none.
 
         Returns:
-            `[M, H]`, in the dtype of the computation, or of `scale` if there is one; rows that belong to no expert are zero.
+            `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
         """
-        x = _as_autocast(x)
-        weights = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
-        y: Tensor = _ExpertFFN.apply(x, *weights, source, scale, rows_per_expert, self.back_through_gelu)
-        return y
+        x = _cast_by_autocast(x)
+        if select_backend(x.device.type, x.dtype, self.widths, _capability(x.device)) == "loop":
+            return self._loop(x, tokens_per_expert)
+        linear = self._grouped(x, tokens_per_expert)
+        if all_used:
+            return self.network.forward(x, linear)
+        # grouped_mm leaves rows of no expert uninitialised, in its output and in the gradient of its input.
+        unused = (torch.arange(len(x), device=x.device) >= tokens_per_expert.sum()).unsqueeze(-1)  # [M, 1]
+        return self.network.forward(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
-    def takes_one_by_one(self, x: Tensor, assignments: int) -> bool:
-        """Whether `one_by_one` is the quicker way for `x`, such as the token of a sequence that is being generated.
+    def can_decode(self, x: Tensor, assignments: int) -> bool:
+        """True for a few rows on a CPU without gradients, such as the next token of a sequence that is being generated."""
+        return assignments <= MAX_DECODE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
-        It is where nothing goes back through it and the host need not wait for a GPU to say who goes where.
-        """
-        return assignments <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled()
-
-    def one_by_one(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        """What `forward` and `Dispatch` do together, without putting rows in order: only weights of experts hit are touched.
+    def decode(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        """Apply experts to a few tokens without sorting them; reads the weights of the chosen experts only.
 
         Args:
             x: `[N, H]`.
@@ -85,63 +108,97 @@ class Experts(nn.Module):
         Returns:
             `[N, H]` weighted sums, in the dtype of `weight`.
         """
-        x, rows = _as_autocast(x), []
-        stacks = self.expand_weight, self.expand_bias, self.project_weight, self.project_bias
-        same = stacks[0].dtype == x.dtype
+        x = _cast_by_autocast(x)
         tokens = x.split(1) if len(x) > 1 else (x,)  # [1, H] each
-        for token, chosen in zip(tokens, expert.tolist(), strict=True):
-            for e in chosen:
-                w1, b1, w2, b2 = [stack[e] if same else stack[e].to(x.dtype) for stack in stacks]
-                rows.append(torch.addmm(b2, gelu(torch.addmm(b1, token, w1)), w2))
+        rows = [
+            self.network.forward(token, _dense(lambda name, e=e: getattr(self, name)[e]))  # type: ignore[misc]
+            for token, chosen in zip(tokens, expert.tolist(), strict=True)
+            for e in chosen
+        ]
         y = torch.cat(rows) if len(rows) > 1 else rows[0]  # [N * k, H]
         if expert.shape[1] == 1:
             return y * weight
         return (y.unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
 
+    def _grouped(self, x: Tensor, tokens_per_expert: Tensor) -> Linear:
+        """All experts in one product; the host does not read the numbers of rows."""
+        ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
+        ones = F.pad(x.new_ones(len(x), 1), (0, BIAS_WIDTH - 1))  # [M, 8]: 1, 0, 0, ...
 
-def _as_autocast(x: Tensor) -> Tensor:
+        def linear(name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
+            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+
+            def product(*inputs: Tensor) -> Tensor:
+                rows = inputs[0] if through is None else through(*inputs)
+                return F.grouped_mm(rows, weight.to(rows.dtype), offs=ends)
+
+            # The recomputation ends before the product itself: it repeats `through` and the cast of the weight.
+            repeats = torch.is_grad_enabled() and (through is not None or weight.dtype != x.dtype)
+            y = _recomputed(product, *inputs) if repeats else product(*inputs)
+            # As a product, the sum of each expert's rows in the bias's gradient needs no atomic additions.
+            padded = F.pad(bias.to(x.dtype).unsqueeze(1), (0, 0, 0, BIAS_WIDTH - 1))  # [E, 8, out]
+            return y.add_(F.grouped_mm(ones, padded, offs=ends))
+
+        return linear
+
+    def _loop(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """One product per expert; the host reads the numbers of rows."""
+        counts = tokens_per_expert.tolist()
+        *rows, rest = x.split([*counts, len(x) - sum(counts)])
+        # `unbind`: its gradient is one stack, where indexing would add up E of them.
+        stacks = {name: stack.unbind() for name, stack in self.named_parameters(recurse=False)}
+        parts = [
+            self.network.forward(part, _dense(lambda name, e=e: stacks[name][e]))  # type: ignore[misc]
+            for e, part in enumerate(rows)
+        ]
+        return torch.cat([*parts, torch.zeros_like(rest)])
+
+
+def select_backend(
+    device_type: str, dtype: torch.dtype, widths: tuple[int, ...], capability: tuple[int, int] | None
+) -> Literal["grouped", "loop"]:
+    """Choose how experts are computed: `grouped` is `F.grouped_mm`, `loop` one product per expert.
+
+    Args:
+        device_type: of the rows.
+        dtype: of the computation.
+        widths: of the weights' dimensions, in values.
+        capability: of a CUDA device; None elsewhere.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "loop"  # grouped_mm refuses fp64
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return "loop"  # grouped_mm refuses rows that are not multiples of 16 bytes
+    if device_type != "cuda":
+        return "grouped"
+    # On other GPUs grouped_mm is a loop too, and the host waits in each of its calls. On sm_100 it leaves the weight gradients of
+    # empty experts uninitialised (pytorch#172439).
+    return "grouped" if dtype == torch.bfloat16 and capability is not None and capability[0] == 9 else "loop"
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _dense(parameter: Callable[[str], Tensor]) -> Linear:
+    """`Linear` with the weights of one expert, `parameter(name)`."""
+
+    def linear(name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
+        rows = inputs[0] if through is None else through(*inputs)
+        weight, bias = parameter(f"{name}_weight"), parameter(f"{name}_bias")
+        return torch.addmm(bias.to(rows.dtype), rows, weight.to(rows.dtype))
+
+    return linear
+
+
+def _recomputed(function: Function, *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`, of which the backward pass keeps the inputs only."""
+    y: Tensor = checkpoint(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+    return y
+
+
+def _cast_by_autocast(x: Tensor) -> Tensor:
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def way_to_compute(
-    x: Tensor, rows_per_expert: Tensor, back_through_gelu: Backward = gelu_backward
-) -> LoopExperts | KernelExperts:
-    """PyTorch's grouped kernel where it has one for `x`, else expert by expert.
-
-    The kernel takes the numbers of rows from the GPU's memory; the loop needs them on the host.
-    """
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        return KernelExperts(rows_per_expert, back_through_gelu)
-    return LoopExperts(rows_per_expert.tolist(), x.dtype, back_through_gelu)
-
-
-class _ExpertFFN(torch.autograd.Function):
-    """All experts' networks in one node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        source: Tensor | None,
-        scale: Tensor | None,
-        rows_per_expert: Tensor,
-        back_through_gelu: Backward,
-    ) -> Tensor:
-        way = way_to_compute(x, rows_per_expert, back_through_gelu)
-        y, inner = way.forward(x, source, w1, b1, w2, b2)
-        ctx.way = way
-        ctx.save_for_backward(x, w1, w2, b2, source, scale, inner)
-        return y if scale is None else y * scale.unsqueeze(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, b2, source, scale, inner = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        *gradients, grad_scale = ctx.way.backward(grad.contiguous(), x, source, w1, w2, b2, inner, scale, needed[:5])
-        return *gradients, None, grad_scale if needed[6] else None, None, None

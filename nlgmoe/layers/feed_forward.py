@@ -1,8 +1,12 @@
 """The dense feed-forward layer; an expert has the same body (`experts.py`)."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nlgmoe.layers.activation import gelu
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, as GPT-2 and the paper's models use it: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`."""
+    return F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):

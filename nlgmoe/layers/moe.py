@@ -61,9 +61,9 @@ class MoELayer(nn.Module):
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
-        if self.placement.group is None and self.experts.takes_one_by_one(tokens, routing.expert.numel()):
+        if self.placement.group is None and self.experts.can_decode(tokens, routing.expert.numel()):
             mlp = self.mlp(tokens) if self.mlp is not None else None
-            y = self.experts.one_by_one(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
+            y = self.experts.decode(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
         else:
             y, mlp = self._in_order(tokens, routing)
         if self.coefficient is not None:
@@ -76,16 +76,14 @@ class MoELayer(nn.Module):
 
     def _in_order(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """The experts' weighted sums in at least fp32, and the shared MLP if there is one, both `[N, H]`."""
-        dispatch = Dispatch.of(routing, self.router.num_experts)
-        source, scale = dispatch.source(self.top_k), dispatch.scale(routing.weight)  # [N * k] each
-        if self.placement.group is None:
-            mlp = self.mlp(tokens) if self.mlp is not None else None
-            y = self.experts(tokens, dispatch.rows_per_expert, source, scale)  # [N * k, H]
-        else:
-            journey = Journey(tokens.index_select(0, source), dispatch.rows_per_expert, self.placement)
-            mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
-            y = journey.back(self.experts(*journey.arrive())) * scale.unsqueeze(-1)
-        return dispatch.combine(y, self.top_k), mlp
+        dispatch = Dispatch.from_routing(
+            routing, self.router.num_experts, all_kept=not self.router.drops and routing.token_mask is None
+        )
+        journey = Journey(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement)
+        mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
+        all_used = dispatch.all_used or self.placement.group is not None
+        y = journey.back(self.experts(*journey.arrive(), all_used))  # [M, H]
+        return dispatch.combine(y, routing.weight), mlp
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
         """Join the experts' correction and the shared MLP, `[N, H]` in the dtype of `expert`; and the experts' share, `[N]`."""

@@ -113,15 +113,15 @@ class Router(nn.Module):
             expert = self._choose(logits, probs, draw)  # [N, k]
             kept = self._within_capacity(expert, probs, token_mask, draw)
             weight = probs.gather(1, expert)
-            if self._drops or token_mask is not None:
+            if self.drops or token_mask is not None:
                 weight = torch.where(kept, weight, 0.0)
             if config.top_k > 1:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
         return Routing(expert, weight, kept, logits, probs, token_mask)
 
     @property
-    def _drops(self) -> bool:
-        """Whether experts have a capacity."""
+    def drops(self) -> bool:
+        """True if experts have a capacity, in training or in evaluation, whichever it is now."""
         return self.config.token_dropping if self.training else self.config.eval_token_dropping
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
@@ -147,7 +147,7 @@ class Router(nn.Module):
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
             requested = requested & token_mask.unsqueeze(-1)
-        if not self._drops:
+        if not self.drops:
             return requested
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         num_tokens, top_k = expert.shape

@@ -11,12 +11,13 @@ CUDA's dropout (one byte per mask entry).
 from __future__ import annotations
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.experts import BIAS_WIDTH
 from nlgmoe.model.topology import BytesPer, Topology
-from nlgmoe.pyramid import expert_parallel_degree, experts_at, experts_per_layer
+from nlgmoe.pyramid import experts_at
 
 
-def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer, spread: bool = False) -> int:
-    """Bytes that one block keeps for its backward pass, its input included; `spread`: its experts are on several ranks."""
+def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
+    """Bytes that one block keeps for its backward pass, its input included."""
     width, ffn, r, c = config.hidden_size, config.ffn_size, size.residual, size.compute
     norms = 2 * (width * r + 2 * r)  # what each norm reads, and mean and 1/std of a row
     attention = width * c * (1 + 3 + 1) + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp in fp32
@@ -35,18 +36,13 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     separate = copies or c != r or jitter  # what the experts and the MLP read is not the tensor that the gate has kept
     gate = 4 * width * (2 if jitter else 1)  # its input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
-    rows = moe.top_k * ffn * c  # the experts' inner values before the GELU
-    if spread:
-        rows += moe.top_k * (width * c + width * c)  # rows from all ranks; what came home, before it is weighted
-    elif separate:
-        rows += width * c  # what the experts read; else the gate keeps the same tensor
-    indices = (
-        moe.top_k * (3 * 8 + 4 + 4 + 1) + 2
-    )  # chosen expert, row's token, row's place; weight and scale; two masks
+    # The experts' input, values before the GELU, and output, which the gradient of the gate's weight needs; a row of ones.
+    rows = moe.top_k * (width + ffn + width + BIAS_WIDTH) * c
+    # Chosen expert, row's token, row's assignment; weight and scale; a mask.
+    indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices
     if residual:
-        shared = not spread and c == r  # with the experts; autocast makes each of them a copy
-        per_token += network + (width * c if separate and not shared else 0)
+        per_token += network + (width * c if separate else 0)  # else it reads what the gate has kept
         if moe.residual_mix == "learned":
             per_token += 2 * 4 * width + 8 + (4 * width if copies or (jitter and c != r) else 0)  # both branches; input
     return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
@@ -93,8 +89,7 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; what the final norm reads
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
     blocks = [
-        saved_by_block(config, layer, tokens, size, _is_spread(experts, topology))
-        for layer, experts in enumerate(experts_per_layer(config))
+        saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)
     ]
     networks = 1 if config.moe is None else config.moe.top_k + (config.moe.mlp_type == "residual")
     working = tokens * networks * 2 * (config.ffn_size + config.hidden_size) * size.compute
@@ -107,7 +102,3 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
     inputs = sum(kept_of_block(config, layer, tokens, size) for layer in range(config.num_layers))
     return ends + inputs + max(kept + transient, max(blocks) + working)
 
-
-def _is_spread(experts: int, topology: Topology) -> bool:
-    """Whether a block's experts are on several ranks."""
-    return experts > 0 and expert_parallel_degree(experts, topology.gpus, topology.expert_parallel_size) > 1

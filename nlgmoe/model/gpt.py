@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.activation import Backward, compiled_gelu_backward
 from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
@@ -83,8 +82,8 @@ class Block(nn.Module):
         assert self.ffn is not None
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def compile_dense_parts(self, back_through_gelu: Backward) -> None:
-        """See `GPT.compile_dense_parts`; `back_through_gelu` is the experts'."""
+    def compile_dense_parts(self) -> None:
+        """See `GPT.compile_dense_parts`."""
         attend, compiled = self.attend, torch.compile(self.attend)
 
         def attend_compiled(x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -93,8 +92,6 @@ class Block(nn.Module):
         self.__dict__["attend"] = attend_compiled
         if self.moe is None:
             self.__dict__["feed_forward"] = torch.compile(self.feed_forward)
-        else:
-            self.moe.experts.back_through_gelu = back_through_gelu
 
 
 class GPT(nn.Module):
@@ -175,14 +172,13 @@ class GPT(nn.Module):
         return GPTOutput(self.final_norm(x), routings)
 
     def compile_dense_parts(self) -> None:
-        """Let `torch.compile` make kernels of all but routing, dispatch and the experts' products, at their first use.
+        """Compile attention and the dense feed-forward layers with `torch.compile`, at their first use.
 
         Generation, whose shapes change with every token, goes on as it was. Dropout draws other numbers than without.
         """
-        back_through_gelu = compiled_gelu_backward()
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.compile_dense_parts(back_through_gelu)
+            block.compile_dense_parts()
 
     def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
         """Whether the experts are those of `placements`; blocks not named have all of theirs here."""

@@ -1,4 +1,6 @@
-"""The two ways to compute experts agree: one after the other, and all in PyTorch's grouped kernel, which GPUs use."""
+"""The two computations of experts agree with each other and with a loop over rows; which is chosen; what is never read."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,56 +9,91 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import experts as experts_module
-from nlgmoe.layers.activation import Backward
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.expert_kernel import KernelExperts
-from nlgmoe.layers.expert_loop import LoopExperts
-from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.experts import Experts, select_backend
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.seeding import derive_seed
 
 
-def _loop(x: torch.Tensor, rows: torch.Tensor, back_through_gelu: Backward) -> LoopExperts:
-    return LoopExperts(rows.tolist(), x.dtype, back_through_gelu)
+@pytest.fixture
+def memory_full_of_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # new memory is then filled with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
-def _kernel(x: torch.Tensor, rows: torch.Tensor, back_through_gelu: Backward) -> KernelExperts:
-    return KernelExperts(rows, back_through_gelu)
+def backward(layer: Experts, x: torch.Tensor, rows: list[int], all_used: bool, autocast: bool) -> list[torch.Tensor]:
+    """The output and all gradients."""
+    leaf, seed = x.clone().requires_grad_(), torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(leaf, torch.tensor(rows), all_used)
+    y.backward(seed.to(y.dtype))
+    return [y, leaf.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
+@pytest.mark.usefixtures("memory_full_of_nan")
 @pytest.mark.parametrize("rows", [[5, 0, 16, 3], [0, 0, 0, 24], [24, 0, 0, 0], [8, 8, 0, 0], [0, 0, 0, 0]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_grouped_kernel_computes_the_same(
+def test_the_grouped_product_equals_the_loop(
     rows: list[int], dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    layer, x = Experts(4, 16, 32).to(dtype), torch.randn(12, 16).to(dtype)
+    layer, x = Experts(4, 16, 32), torch.randn(24, 16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    source, scale, seed = torch.randint(12, (24,)), torch.rand(24), torch.randn(24, 16)
-    counts = torch.tensor(rows)
+    layer, x = layer.to(dtype), x.to(dtype)
+    used = sum(rows)
     results = []
-    for way in (_loop, _kernel):
-        monkeypatch.setattr(experts_module, "way_to_compute", way)
-        inputs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
-        layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = layer(inputs[0], counts, source, inputs[1])
-        out.backward(seed)
-        results.append([out, *(tensor.grad for tensor in (*inputs, *layer.parameters()))])
-    half = autocast or dtype == torch.bfloat16
-    tolerance = {"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5}
-    for one, other in zip(*results, strict=True):
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, **tolerance)
-    assert not results[0][0][sum(rows) :].any() and not results[1][0][sum(rows) :].any()
+    for backend in ("grouped", "loop"):
+        monkeypatch.setattr(experts_module, "select_backend", lambda *_, backend=backend: backend)
+        results.append(backward(layer, x, rows, False, autocast))
+        exact = backward(layer, x[:used], rows, True, autocast)  # without the rows of no expert
+        for whole, part in zip(results[-1], exact, strict=True):
+            assert torch.equal(whole[:used] if whole.shape == x.shape else whole, part)
+    half = autocast or dtype != torch.float32
+    for grouped, loop in zip(*results, strict=True):
+        assert grouped.dtype == loop.dtype
+        torch.testing.assert_close(grouped, loop, **({"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5}))
+        if grouped.shape == x.shape:
+            assert not grouped[used:].any(), "a row of no expert is not zero"
+        else:
+            idle = [expert for expert, number in enumerate(rows) if not number]
+            assert not grouped[idle].any() and not loop[idle].any(), "an expert without rows has a gradient"
 
 
-def test_the_way_of_gpus_never_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, dropless: nothing asks for a number, and no kernel is used that does on CUDA."""
+@pytest.mark.parametrize(
+    "expected, device, dtype, widths, capability",
+    [
+        ("grouped", "cpu", torch.float32, (256, 1024), None),
+        ("grouped", "cpu", torch.bfloat16, (256, 1024), None),
+        ("grouped", "cpu", torch.float16, (8, 16), None),
+        ("loop", "cpu", torch.float64, (256, 1024), None),  # grouped_mm refuses it
+        ("loop", "cpu", torch.float32, (6, 16), None),  # rows of 24 bytes
+        ("loop", "cpu", torch.bfloat16, (16, 20), None),  # rows of 40 bytes
+        ("grouped", "cpu", torch.float32, (16, 20), None),  # rows of 80 bytes
+        ("grouped", "privateuseone", torch.float32, (256, 1024), None),
+        ("grouped", "cuda", torch.bfloat16, (256, 1024), (9, 0)),
+        ("loop", "cuda", torch.bfloat16, (256, 1020), (9, 0)),
+        ("loop", "cuda", torch.float16, (256, 1024), (9, 0)),
+        ("loop", "cuda", torch.float32, (256, 1024), (9, 0)),
+        ("loop", "cuda", torch.bfloat16, (256, 1024), (8, 0)),
+        ("loop", "cuda", torch.bfloat16, (256, 1024), (10, 0)),
+    ],
+)
+def test_the_backend_follows_from_device_type_and_widths(
+    expected: str, device: str, dtype: torch.dtype, widths: tuple[int, int], capability: tuple[int, int] | None
+) -> None:
+    assert select_backend(device, dtype, widths, capability) == expected
+    if device == "cpu" and expected == "grouped":  # grouped_mm takes what is sent to it
+        assert Experts(2, *widths).to(dtype)(torch.zeros(3, widths[0], dtype=dtype), torch.tensor([1, 2])).shape[0] == 3
+
+
+def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, dropless: the host asks for no number, and no kernel is used that makes it wait on CUDA."""
 
     class NoWaiting(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -70,7 +107,6 @@ def test_the_way_of_gpus_never_waits_for_the_host(monkeypatch: pytest.MonkeyPatc
 
     config = GPTConfig(64, 16, 2, 16, 2, moe=MoEConfig(4, mlp_type="residual", token_dropping=False))
     model, tokens = GPT(config).to(torch.bfloat16), torch.randint(64, (2, 16))
-    monkeypatch.setattr(experts_module, "way_to_compute", _kernel)
     for method in ("item", "tolist", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(torch.Tensor, method, waits)
     with NoWaiting():

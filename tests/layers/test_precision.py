@@ -73,7 +73,7 @@ def test_only_the_gemms_of_experts_and_mlp_are_bf16_the_mix_is_fp32(name: str) -
         y, routing = moe(x)
     assert softmaxes.dtypes == [torch.float32, torch.float32]  # the router's, the coefficient's
 
-    # The same layer by hand: expert and MLP outputs rounded to bf16 as the GEMMs leave them, all else in fp32.
+    # The same layer by hand: products, sums with biases and MLP outputs rounded to bf16, all else in fp32.
     exact, tokens = layer(torch.bfloat16).float(), x.flatten(0, 1).to(torch.bfloat16)
     low = layer(torch.bfloat16)
     mixed = torch.zeros(len(tokens), 16)
@@ -87,8 +87,8 @@ def test_only_the_gemms_of_experts_and_mlp_are_bf16_the_mix_is_fp32(name: str) -
 
 
 def expert(experts: Experts, e: int, x: Tensor) -> Tensor:
-    inner = F.gelu(torch.addmm(experts.expand_bias[e], x, experts.expand_weight[e]), approximate="tanh")
-    return torch.addmm(experts.project_bias[e], inner, experts.project_weight[e])
+    inner = F.gelu(x @ experts.expand_weight[e] + experts.expand_bias[e], approximate="tanh")
+    return inner @ experts.project_weight[e] + experts.project_bias[e]
 
 
 def test_fp64_stays_fp64() -> None:

@@ -1,4 +1,4 @@
-"""The way that a few tokens take through a MoE layer against the way of many."""
+"""A few tokens, decoded without sorting, against the same tokens sorted by expert."""
 
 import pytest
 import torch
@@ -30,18 +30,18 @@ def layer(moe: MoEConfig) -> MoELayer:
 @torch.no_grad()
 def test_few_tokens_get_what_they_get_among_many(moe: MoEConfig, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    one_by_one = experts.Experts.one_by_one
-    monkeypatch.setattr(experts.Experts, "one_by_one", lambda *args: (taken.append(1), one_by_one(*args))[1])
+    decode = experts.Experts.decode
+    monkeypatch.setattr(experts.Experts, "decode", lambda *args: (taken.append(1), decode(*args))[1])
     x, mask = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([[True], [False]])
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         results = []
         for few in (8, 0):
-            monkeypatch.setattr(experts, "FEW", few)
+            monkeypatch.setattr(experts, "MAX_DECODE", few)
             results += [layer(moe)(x)[0], layer(moe)(x, mask)[0]]
     assert len(taken) == 2
     for one, other in zip(results[:2], results[2:], strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, rtol=1e-2 if half else 1e-6, atol=1e-2 if half else 1e-6)
+        torch.testing.assert_close(one, other, rtol=2e-2 if half else 1e-6, atol=2e-2 if half else 1e-6)
 
 
 @torch.no_grad()
