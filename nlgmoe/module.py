@@ -47,8 +47,8 @@ class MoEGPTModule(LightningModule):
             the trainer (`max_steps`, `max_time`).
         curriculum: train on short sequences first; null: on whole ones from the start. Evaluation is always on whole ones.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        compile: compile attention, dense layers and what lies between the experts' products with `torch.compile`, at the first
-            step; needs a C++ compiler on CPUs. Worth it on GPUs, and on CPUs in half precision (docs/performance.md).
+        compile: compile attention and dense layers with `torch.compile`, at the first step; for GPUs. Needs a C++ compiler on
+            CPUs, where it gains nothing (docs/performance.md).
         loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
         seed: seed of the initial weights and of all that is random in training.
         warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`

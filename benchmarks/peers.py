@@ -1,0 +1,102 @@
+"""A whole training step beside Hugging Face's MoE models of the same FLOPs per token.
+
+    python -m benchmarks.peers [--rounds 5] [--threads 2]
+
+6 blocks of width 256, 16 experts in each, top-1, 2,048 tokens, GPT-2's vocabulary, fused AdamW, gradient clipping. Candidates:
+
+    ours          `GPT` with an MoE in every block, dropless, chunked cross-entropy
+    olmoe, qwen3  `OlmoeForCausalLM` and `Qwen3MoeForCausalLM` with `grouped_mm` experts, fused attention, and their own loss
+
+Their experts are SwiGLU networks of three matrices, ours GELU networks of two, so that theirs are two thirds as wide: the same FLOPs
+and parameters. Types: fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.step import DENSE, TOKENS, batch_of, our_loss, step
+from benchmarks.timing import command_line, interleaved, settings
+from nlgmoe.config import MoEConfig
+from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+
+EXPERTS = 16
+TYPES = {"fp32": (torch.float32, False), "bf16 weights": (torch.bfloat16, False), "bf16 autocast": (torch.float32, True)}
+
+
+def ours(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
+    """Our model's step."""
+    config = replace(DENSE, moe=MoEConfig(EXPERTS, expert_interval=1, token_dropping=False))
+    model = GPT(config).to(dtype)
+    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batch_of(config), autocast)
+
+
+def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
+    """The step of a model of `transformers` with random weights."""
+    import transformers
+
+    wide = DENSE.ffn_size * 2 // 3 // 16 * 16
+    shape: dict[str, Any] = {
+        "vocab_size": DENSE.padded_vocab_size,
+        "hidden_size": DENSE.hidden_size,
+        "num_hidden_layers": DENSE.num_layers,
+        "num_attention_heads": DENSE.num_heads,
+        "num_key_value_heads": DENSE.num_heads,
+        "max_position_embeddings": DENSE.seq_len,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "output_router_logits": True,
+    }
+    if name == "olmoe":
+        config = transformers.OlmoeConfig(intermediate_size=wide, **shape)
+    else:
+        head = DENSE.hidden_size // DENSE.num_heads
+        config = transformers.Qwen3MoeConfig(moe_intermediate_size=wide, head_dim=head, **shape)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    ).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = batch_of(DENSE)[:, :-1]
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            value = model(input_ids=tokens, labels=tokens).loss
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def main() -> None:
+    arguments = command_line(__doc__.splitlines()[0], "peers", 5, [])
+    results: dict[str, Any] = {
+        "settings": settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds, tokens=TOKENS)
+    }
+    print(json.dumps(results["settings"], indent=1))
+    for label, kind in TYPES.items():
+        candidates = {"ours": ours(*kind)} | {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")}
+        found = interleaved(candidates, arguments.rounds, warm_up=2)
+        results[label] = found
+        print(
+            f"{label}: ours {1000 * found['ours']:.0f} ms; "
+            + ", ".join(f"{name} / ours {found[name] / found['ours']:.2f}" for name in ("olmoe", "qwen3")),
+            flush=True,
+        )
+    with open(arguments.output, "w") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
