@@ -7,8 +7,8 @@
     ours          `GPT` with an MoE in every block, dropless, chunked cross-entropy
     olmoe, qwen3  `OlmoeForCausalLM` and `Qwen3MoeForCausalLM` with `grouped_mm` experts, fused attention, and their own loss
 
-Their experts are SwiGLU networks of three matrices, ours GELU networks of two, so that theirs are two thirds as wide: the same FLOPs
-and parameters. Types: fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
+Their experts are SwiGLU networks of three matrices, ours GELU networks of two; theirs are two thirds as wide, for equal FLOPs and
+parameters. Types: fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 
 EXPERTS = 16
-TYPES = {"fp32": (torch.float32, False), "bf16 weights": (torch.bfloat16, False), "bf16 autocast": (torch.float32, True)}
+TYPES = {
+    "fp32": (torch.float32, False),
+    "bf16 weights": (torch.bfloat16, False),
+    "bf16 autocast": (torch.float32, True),
+}
 
 
 def ours(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:

@@ -176,7 +176,7 @@ class MixtureOfStudents:
 def _describe(teacher: GPT) -> str:
     """Shape, precision and place of this rank's part of a teacher."""
     config, parameters = teacher.config, list(teacher.parameters())
-    held = sum(len(module.expand_weight) for module in teacher.modules() if isinstance(module, Experts))
+    held = sum(module.count for module in teacher.modules() if isinstance(module, Experts))
     size = sum(parameter.numel() for parameter in parameters)
     return (
         f"{config.num_layers} blocks, {config.hidden_size} wide; a rank holds {held} of its {sum(experts_per_layer(config))} "

@@ -34,7 +34,9 @@ class Dispatch:
     @staticmethod
     def from_routing(routing: Routing, num_experts: int, all_kept: bool = False) -> Dispatch:
         """Sort the assignments of `routing` by expert; `all_kept`: it is known that none is dropped."""
-        expert = torch.where(routing.kept, routing.expert, num_experts).flatten()  # [N * k], dropped -> one past the last
+        expert = torch.where(
+            routing.kept, routing.expert, num_experts
+        ).flatten()  # [N * k], dropped -> one past the last
         order = torch.sort(expert, stable=True).indices
         rows = count(expert, num_experts + 1)[:num_experts]
         if expert.device.type == "cpu" and not all_kept:

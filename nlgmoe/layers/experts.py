@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from nlgmoe.layers.feed_forward import gelu
 
 MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
-BIAS_WIDTH = 8  # inner width of the product that adds biases: 16 bytes in half precision, which grouped_mm asks of a row
+BIAS_WIDTH = (
+    8  # inner width of the product that adds biases: 16 bytes in half precision, which grouped_mm asks of a row
+)
 
 Function = Callable[..., Tensor]
 
@@ -65,7 +67,7 @@ class Experts(nn.Module):
 
     def __init__(self, count: int, hidden_size: int, ffn_size: int, first: int = 0) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.count = first, count
         self.network = GELUNetwork()
         self.widths = (hidden_size, ffn_size)
         for name, (inputs, outputs) in self.network.weights(hidden_size, ffn_size).items():
@@ -193,9 +195,7 @@ def _dense(parameter: Callable[[str], Tensor]) -> Linear:
 
 def _recomputed(function: Function, *inputs: Tensor) -> Tensor:
     """`function(*inputs)`, of which the backward pass keeps the inputs only."""
-    y: Tensor = checkpoint(
-        function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
+    y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     return y
 
 

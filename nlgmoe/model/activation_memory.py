@@ -88,9 +88,7 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
     kept, transient = head_bytes(config, tokens, topology)
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; what the final norm reads
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
-    blocks = [
-        saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)
-    ]
+    blocks = [saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)]
     networks = 1 if config.moe is None else config.moe.top_k + (config.moe.mlp_type == "residual")
     working = tokens * networks * 2 * (config.ffn_size + config.hidden_size) * size.compute
     if config.moe is not None and size.compute == 2:
@@ -101,4 +99,3 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
         return ends + sum(blocks) + max(kept + transient, working)
     inputs = sum(kept_of_block(config, layer, tokens, size) for layer in range(config.num_layers))
     return ends + inputs + max(kept + transient, max(blocks) + working)
-

@@ -57,7 +57,9 @@ def test_the_grouped_product_equals_the_loop(
     half = autocast or dtype != torch.float32
     for grouped, loop in zip(*results, strict=True):
         assert grouped.dtype == loop.dtype
-        torch.testing.assert_close(grouped, loop, **({"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5}))
+        torch.testing.assert_close(
+            grouped, loop, **({"rtol": 3e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5})
+        )
         if grouped.shape == x.shape:
             assert not grouped[used:].any(), "a row of no expert is not zero"
         else:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.dispatch import Dispatch
 from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import capacity
