@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.dispatch import Dispatch
-from nlgmoe.layers.exchange import Journey
+from nlgmoe.layers.exchange import Journey, fixed_slots
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.placement import ExpertPlacement
@@ -77,11 +77,14 @@ class MoELayer(nn.Module):
     def _in_order(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """The experts' weighted sums in at least fp32, and the shared MLP if there is one, both `[N, H]`."""
         dispatch = Dispatch.from_routing(
-            routing, self.router.num_experts, all_kept=not self.router.drops and routing.token_mask is None
+            routing, self.router.num_experts, all_kept=routing.capacity is None and routing.token_mask is None
         )
-        journey = Journey(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement)
+        spread = self.placement.group is not None
+        # In evaluation the last micro-batches of ranks may differ in size.
+        slots = fixed_slots(routing) if spread and self.training else None
+        journey = Journey(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement, slots)
         mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
-        all_used = dispatch.all_used or self.placement.group is not None
+        all_used = slots is None if spread else dispatch.all_used
         y = journey.back(self.experts(*journey.arrive(), all_used))  # [M, H]
         return dispatch.combine(y, routing.weight), mlp
 

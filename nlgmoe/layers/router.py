@@ -39,6 +39,7 @@ class Routing:
         logits: `[N, E]` of the gate, in at least fp32.
         probs: `[N, E]` the gate's distribution, their softmax.
         token_mask: `[N]` bool, False at padding; None: there is none.
+        capacity: most kept assignments of an expert, as the host knows it; None: there is no such number.
         expert_share: `[N]` weight of the experts beside the shared MLP, detached; None where no such mix is learned.
     """
 
@@ -48,6 +49,7 @@ class Routing:
     logits: Tensor
     probs: Tensor
     token_mask: Tensor | None
+    capacity: int | None = None
     expert_share: Tensor | None = None
 
     @cached_property
@@ -111,18 +113,22 @@ class Router(nn.Module):
             probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
-            kept = self._within_capacity(expert, probs, token_mask, draw)
+            slots = self._slots(len(x))
+            kept = self._within_capacity(slots, expert, probs, token_mask, draw)
             weight = probs.gather(1, expert)
-            if self.drops or token_mask is not None:
+            if slots is not None or token_mask is not None:
                 weight = torch.where(kept, weight, 0.0)
             if config.top_k > 1:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-        return Routing(expert, weight, kept, logits, probs, token_mask)
+        return Routing(expert, weight, kept, logits, probs, token_mask, slots)
 
-    @property
-    def drops(self) -> bool:
-        """True if experts have a capacity, in training or in evaluation, whichever it is now."""
-        return self.config.token_dropping if self.training else self.config.eval_token_dropping
+    def _slots(self, num_tokens: int) -> int | None:
+        """The capacity of an expert; None where nothing is dropped."""
+        config = self.config
+        if not (config.token_dropping if self.training else config.eval_token_dropping):
+            return None
+        factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
+        return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
         """The k experts of each token, `[N, k]`, first choice first."""
@@ -141,17 +147,17 @@ class Router(nn.Module):
             return torch.cat([first, second], dim=-1)
         return probs.detach().topk(config.top_k, dim=-1).indices
 
-    def _within_capacity(self, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: _Uniform) -> Tensor:
+    def _within_capacity(
+        self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: _Uniform
+    ) -> Tensor:
         """Which assignments find a slot, `[N, k]` bool: each expert serves its queue until its slots are taken."""
         config = self.config
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
             requested = requested & token_mask.unsqueeze(-1)
-        if not self.drops:
+        if slots is None:
             return requested
-        factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         num_tokens, top_k = expert.shape
-        slots = capacity(num_tokens, self.num_experts, top_k, factor, config.min_capacity)
         # The queue: assignments in the order in which they may take a slot. Ties keep token order (stable sort).
         if top_k == 1:
             queue = torch.arange(num_tokens, device=expert.device)

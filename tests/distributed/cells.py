@@ -10,6 +10,7 @@ import pickle
 import shutil
 import signal
 import socket
+import sys
 import time
 import traceback
 import warnings
@@ -40,6 +41,7 @@ from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.eval.specialisation import Specialisation
+from nlgmoe.layers import exchange
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
@@ -233,6 +235,9 @@ class Spoils(Callback):
         self.clocks.append((module.tokens_seen, weight))
 
 
+READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+
+
 class Traffic(Callback):
     """Counts what this rank sends in the last training step.
 
@@ -241,20 +246,25 @@ class Traffic(Callback):
         elsewhere: assignments to experts of other ranks.
         assignments: all of them.
         reduced: bytes of the largest all-reduce over all ranks, times the ring's 2 (W - 1) / W.
+        waits: times that the exchange has read a tensor's values.
     """
 
     def __init__(self, last_step: int) -> None:
         self.last_step = last_step
-        self.rows = self.elsewhere = self.assignments = self.reduced = 0
+        self.rows = self.elsewhere = self.assignments = self.reduced = self.waits = 0
         self._originals = {name: getattr(distributed, name) for name in ("all_to_all_single", "all_reduce")}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.last_step:
             distributed.all_to_all_single, distributed.all_reduce = self._exchange, self._reduce
+            for name in READS:
+                setattr(Tensor, name, self._counted(getattr(Tensor, name)))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         for name, function in self._originals.items():
             setattr(distributed, name, function)
+        for name in READS:
+            vars(Tensor).get(name) and delattr(Tensor, name)
         layers = [block.moe for block in pl_module.gpt.blocks if block.moe is not None]
         for layer, routing in zip(layers, pl_module.routings, strict=True):
             if batch_idx == self.last_step and layer.placement.group is not None:
@@ -267,6 +277,13 @@ class Traffic(Callback):
         if splits:  # rows; without splits it is their numbers
             self.rows += (len(sent) - splits[1][distributed.get_rank(group)]) * sent.shape[1] * sent.element_size()
         return self._originals["all_to_all_single"](output, sent, *splits, group=group, **kwargs)
+
+    def _counted(self, read: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: Tensor, *args: Any) -> Any:
+            self.waits += sys._getframe(1).f_code.co_filename == exchange.__file__
+            return read(tensor, *args)
+
+        return counted
 
     def _reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         ranks = distributed.get_world_size(kwargs.get("group"))
@@ -553,7 +570,7 @@ def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
     """What `Traffic` counted."""
     callback = Traffic(cell.steps - 1)
     on_ranks(cell, ranks, folder, callback)
-    return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced")}
+    return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced", "waits")}
 
 
 TEXT = Path(__file__).parents[2] / "data" / "pocket_pile"  # where the fixture `pocket_pile` builds it
