@@ -7,8 +7,8 @@ loss, and has to be at most 0.005 nats in either precision.
 
 The standard error over the seeds says what that is worth. `false alarm` is the probability of a mean difference above the limit
 where there is none; if it is above 5%, give more `--seeds`. `--control` measures the noise: the older commit against itself, with
-two threads. Each commit is checked out into a temporary worktree, so that uncommitted changes do not count. Runs that are
-finished are kept in `--out` and not repeated.
+the head's gradient summed in another order. Each commit is checked out into a temporary worktree, so that uncommitted changes do
+not count. Runs that are finished are kept in `--out` and not repeated.
 
     python -m benchmarks.convergence [--against 338e1af] [--revision HEAD] [--seeds 3] [--jobs 2] [--control] [--tiny]
 """
@@ -35,6 +35,7 @@ LIMIT = 0.005  # nats
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 LAST = 200  # steps whose mean training loss is reported too
 CONFIG = ROOT / "benchmarks" / "convergence.yaml"
+CONTROL = {"model.loss_chunk_size": 384}  # tokens, of the 512 of a step: changes the order of sums and nothing else
 TINY = budget(1024) | {"model.schedule.warmup_tokens": 512, "data.max_eval_windows": 1}  # two steps
 
 
@@ -54,10 +55,11 @@ def checked_out(commit: str) -> Iterator[Path]:
         git("worktree", "remove", "--force", str(folder))
 
 
-def run(commit: str, tree: Path, precision: str, seed: int, threads: int, args: argparse.Namespace) -> dict[str, float]:
+def run(
+    commit: str, tree: Path, precision: str, seed: int, control: bool, args: argparse.Namespace
+) -> dict[str, float]:
     """Train once: the validation loss at the end, and the mean training loss of the last steps."""
-    name = f"{commit[:10]}-{precision}-{seed}" + (f"-{threads}-threads" if threads > 1 else "")
-    folder = args.out.resolve() / name
+    folder = args.out.resolve() / f"{commit[:10]}-{precision}-{seed}{'-control' if control else ''}"
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
     settings = {
@@ -66,8 +68,9 @@ def run(commit: str, tree: Path, precision: str, seed: int, threads: int, args: 
         "data.data_dir": args.data_dir.resolve(),
         "trainer.precision": PRECISIONS[precision],
         **(TINY if args.tiny else {}),
+        **(CONTROL if control else {}),
     }
-    summary = train(CONFIG, folder, settings, root=tree, threads=threads)
+    summary = train(CONFIG, folder, settings, root=tree)
     with (folder / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     return {"validation": summary["val_loss"], "training": statistics.mean(losses[-LAST:])}
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--control", action="store_true", help="the older commit against itself, with two threads")
+    parser.add_argument("--control", action="store_true", help="the older commit against itself, for the noise")
     parser.add_argument("--tiny", action="store_true", help="two steps of one seed, to see that it runs")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/pocket_pile")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/convergence", help="folder of the runs")
@@ -106,7 +109,6 @@ def main() -> None:
 
     commits = {"old": git("rev-parse", "--verify", f"{args.against}^{{commit}}")}
     commits["new"] = commits["old"] if args.control else git("rev-parse", "--verify", f"{args.revision}^{{commit}}")
-    threads = {"old": 1, "new": 2 if args.control else 1}
     if not args.control and git("status", "--porcelain", "--", "nlgmoe", "train.py"):
         print(f"uncommitted changes are not in {args.revision}", file=sys.stderr)
     seeds = range(1 if args.tiny else args.seeds)
@@ -118,17 +120,20 @@ def main() -> None:
         trees = {"old": old, "new": new}
         pending = {
             (precision, which, seed): pool.submit(
-                run, commits[which], trees[which], precision, seed, threads[which], args
+                run, commits[which], trees[which], precision, seed, args.control and which == "new", args
             )
             for precision in args.precisions
             for seed in seeds
             for which in trees
         }
-        runs = {key: one.result() for key, one in pending.items()}
+        try:
+            runs = {key: one.result() for key, one in pending.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that have not begun
+            raise
 
     comparison = {
         **commits,
-        "threads": threads,
         "precisions": {
             precision: compare(*([runs[precision, which, seed] for seed in seeds] for which in ("old", "new")))
             for precision in args.precisions

@@ -1,4 +1,4 @@
-"""Runs of train.py that a comparison is made of: each in its folder, kept once they are finished."""
+"""Runs of train.py that a comparison is made of: each in its folder, one thread each, kept once they are finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def train(
     settings: Mapping[str, Any],
     resume: bool = False,
     root: Path = ROOT,
-    threads: int = 1,
 ) -> dict[str, Any]:
     """Train unless the run's summary is there.
 
@@ -30,7 +29,6 @@ def train(
         settings: that override the file's, by name.
         resume: go on from the newest checkpoint in the folder, if there is one.
         root: of the tree whose code trains.
-        threads: of the process.
 
     Returns:
         What `summary.json` says.
@@ -41,7 +39,7 @@ def train(
         command += [f"--{name}={value}" for name, value in settings.items()]
         command += ["--ckpt_path=auto"] if resume else []
         with (folder / "log.txt").open("a") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             code = subprocess.run(command, cwd=root, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             last = (folder / "log.txt").read_text().rstrip().rpartition("\n")[2]
