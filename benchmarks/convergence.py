@@ -45,9 +45,9 @@ def git(*words: str) -> str:
 
 
 @contextmanager
-def checked_out(commit: str) -> Iterator[Path]:
+def checked_out(commit: str, out: Path) -> Iterator[Path]:
     """A temporary worktree of a commit."""
-    folder = Path(tempfile.mkdtemp(prefix="convergence-"))
+    folder = Path(tempfile.mkdtemp(prefix="tree-", dir=out))
     git("worktree", "add", "--detach", str(folder), commit)
     try:
         yield folder
@@ -59,7 +59,7 @@ def run(
     commit: str, tree: Path, precision: str, seed: int, control: bool, args: argparse.Namespace
 ) -> dict[str, float]:
     """Train once: the validation loss at the end, and the mean training loss of the last steps."""
-    folder = args.out.resolve() / f"{commit[:10]}-{precision}-{seed}{'-control' if control else ''}"
+    folder = args.out / f"{commit[:10]}-{precision}-{seed}{'-control' if control else ''}"
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
     settings = {
@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/convergence", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results/convergence.json")
     args = parser.parse_args()
+    args.out = args.out.resolve()  # git runs in the repository's root
+    args.out.mkdir(parents=True, exist_ok=True)
 
     commits = {"old": git("rev-parse", "--verify", f"{args.against}^{{commit}}")}
     commits["new"] = commits["old"] if args.control else git("rev-parse", "--verify", f"{args.revision}^{{commit}}")
@@ -113,8 +115,8 @@ def main() -> None:
         print(f"uncommitted changes are not in {args.revision}", file=sys.stderr)
     seeds = range(1 if args.tiny else args.seeds)
     with (
-        checked_out(commits["old"]) as old,
-        checked_out(commits["new"]) as new,
+        checked_out(commits["old"], args.out) as old,
+        checked_out(commits["new"], args.out) as new,
         ThreadPoolExecutor(args.jobs) as pool,
     ):
         trees = {"old": old, "new": new}

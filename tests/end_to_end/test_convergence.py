@@ -30,7 +30,7 @@ def test_a_difference_between_two_commits_is_judged(
         compare()
     assert end.value.code == 1 and "above 0.005 nats" in capsys.readouterr().err
     worktrees = subprocess.run(["git", "worktree", "list"], cwd=convergence.ROOT, capture_output=True, text=True).stdout
-    assert "/convergence-" not in worktrees
+    assert str(tmp_path) not in worktrees and not list((tmp_path / "out").glob("tree-*"))
 
 
 def test_what_three_seeds_are_worth_by_hand() -> None:
