@@ -197,7 +197,11 @@ def count(values: Tensor, kinds: int) -> Tensor:
 
 
 class _Uniform:
-    """Uniform draws that depend on the key alone; from torch's global generator if there is no key."""
+    """Uniform draws in fp32 that depend on the key alone; from torch's global generator if there is no key.
+
+    The dtype is named: under `bf16-true` Lightning sets another default, in the forward pass only, and a block that is computed
+    again in the backward pass has to draw the same.
+    """
 
     def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
         self.device = device
@@ -209,7 +213,7 @@ class _Uniform:
     def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
         if self._keyed and self.generator is None:
             self.generator = torch.Generator(self.device).manual_seed(self._seed)
-        return torch.rand(shape, generator=self.generator, device=self.device)
+        return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float32)
 
     def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """Standard Gumbel noise, `-log(-log(u))`."""

@@ -54,6 +54,21 @@ def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPat
     assert routing.kept.tolist() == [[True], [False], [True], [True]]
 
 
+@pytest.mark.parametrize("settings", [{}, {"noise": "jitter"}, {"noise": "rsample"}], ids=str)
+def test_the_default_dtype_changes_no_draw(settings: dict[str, Any]) -> None:
+    """`bf16-true` sets it in the forward pass, not where the backward pass computes a block again."""
+    router, x = Router(MoEConfig(4, min_capacity=0, **settings), 8, 4, layer_index=0), torch.randn(1024, 8)
+    torch.nn.init.normal_(router.weight)
+    expected = router(x, noise_key=(1, 2, 3))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = router(x, noise_key=(1, 2, 3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.kept, expected.kept) and torch.equal(found.expert, expected.expert)
+    assert torch.equal(found.weight, expected.weight)
+
+
 def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_the_kept() -> None:
     probs = [[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]
     routing = route(replace(PLAIN, top_k=2), probs)  # 2 * 3 / 3 = 2 slots each
