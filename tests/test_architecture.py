@@ -14,6 +14,7 @@ ROOT = Path(nlgmoe.__file__).parent
 # A module may import modules of its own rank or below. `data` and `optim` stand beside `model`.
 RANKS = {
     "seeding": 0,
+    "device": 0,
     "versions": 0,
     "config": 0,
     "batch": 0,

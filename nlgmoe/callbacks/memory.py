@@ -7,15 +7,14 @@ import sys
 
 import torch
 
+from nlgmoe.device import peak_memory
+
 MEMORY = ("process_bytes", "gpu_bytes", "gpu_reserved_bytes")
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
     """The most held so far, by name of `MEMORY`: resident in the process; of a GPU, by tensors and by PyTorch's allocator."""
-    values = [resident_bytes()]
-    if device.type == "cuda":
-        values += [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
-    return dict(zip(MEMORY, values, strict=False))
+    return dict(zip(MEMORY, [resident_bytes(), *peak_memory(device)], strict=False))
 
 
 def resident_bytes() -> int:
@@ -24,6 +23,6 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_memory_bytes() -> int:
-    """Most memory this process has held: of the GPU where there is one, resident otherwise."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes()
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU that it computes on, resident otherwise."""
+    return next(iter(peak_memory(device)), resident_bytes())

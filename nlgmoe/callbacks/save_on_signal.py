@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from nlgmoe.callbacks.last_checkpoint import save_last
 from nlgmoe.callbacks.slurm import queue_again, requeue_signal
+from nlgmoe.device import side_stream
 
 # torchrun and other launchers pass on the Ctrl+C that the terminal has sent to every process already.
 SAME_PRESS_SECONDS = 1.0
@@ -209,13 +210,13 @@ class _LargestOfAllRanks:
 
     def __init__(self, value: int, device: torch.device) -> None:
         self._value = torch.full((), value, dtype=torch.int32, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device)
         work = distributed.all_reduce(self._value, distributed.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._work = work
 
     def answer(self) -> int:
-        with torch.cuda.stream(self._stream):
+        with self._stream:
             self._work.wait()
             return int(self._value)
 

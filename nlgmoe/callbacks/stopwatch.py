@@ -12,6 +12,8 @@ from lightning.pytorch.profilers import Profiler
 from torch import distributed
 from typing_extensions import override
 
+from nlgmoe.device import time_stamp
+
 PARTS = ("data", "forward", "backward", "optimizer", "communication")
 HOST = "data"  # of the parts, the one in which the host is waited for, not the GPU
 
@@ -24,14 +26,14 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stamp: Callable[[], Any] = _event if device.type == "cuda" else time.perf_counter
+        self._device = device
         self._begun: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
-        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # that the GPU may not have reached yet
+        self._spans: list[tuple[str, torch.Event, Any]] = []  # that the accelerator may not have reached yet
 
     def start(self, part: str) -> None:
         """The part begins."""
-        self._begun[part] = time.perf_counter() if part == HOST else self._stamp()
+        self._begun[part] = time.perf_counter() if part == HOST else time_stamp(self._device)
 
     def stop(self, part: str) -> None:
         """It ends, if it has begun."""
@@ -39,7 +41,7 @@ class Stopwatch:
         if isinstance(begun, float):
             self._add(part, time.perf_counter() - begun)
         elif begun is not None:
-            self._spans.append((part, begun, self._stamp()))
+            self._spans.append((part, begun, time_stamp(self._device)))
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -61,12 +63,6 @@ class Stopwatch:
 
     def _add(self, part: str, seconds: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + seconds
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 class TimedLoop(Profiler):

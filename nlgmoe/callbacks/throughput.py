@@ -14,6 +14,7 @@ from nlgmoe.batch import Batch
 from nlgmoe.callbacks.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.callbacks.memory import MEMORY, memory_bytes
 from nlgmoe.callbacks.stopwatch import PARTS, Stopwatch, TimedCollectives, TimedLoop
+from nlgmoe.device import product_name
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.hardware import peak_of
 from nlgmoe.module import MoEGPTModule
@@ -160,9 +161,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         device: the run's.
         precision: as Lightning writes it, such as `bf16-mixed`. fp32 counts as TF32 where PyTorch is told to use that.
     """
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device), precision, torch.get_float32_matmul_precision() != "highest")
+    name = product_name(device)
+    return None if name is None else peak_of(name, precision, torch.get_float32_matmul_precision() != "highest")
 
 
 def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tuple[list[float], list[float]]:

@@ -57,9 +57,10 @@ def evaluate(
         raise UsageError(f"batch_size={batch_size} must be at least 1")
     if output is not None:
         check_output(output)
-    import torch
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from nlgmoe.device import default_device
+
+    chosen = device or default_device()
     check_device(chosen)
 
     from nlgmoe.eval.lm_eval_model import EvaluatedGPT

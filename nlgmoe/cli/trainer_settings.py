@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from nlgmoe.device import lacks_gpu
 
 
 def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
@@ -31,12 +31,11 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         ValueError: there is no GPU.
     """
     accelerator = trainer["accelerator"]
-    no_gpu = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
     why = (
         "but PyTorch finds no GPU here; add --config configs/hardware/cpu.yaml to run without one, or check the driver with "
         "nvidia-smi"
     )
-    _require(not no_gpu, "accelerator", accelerator, why)
+    _require(not lacks_gpu(accelerator), "accelerator", accelerator, why)
 
 
 def _check_counts(trainer: Mapping[str, Any]) -> None:

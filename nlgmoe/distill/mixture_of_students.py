@@ -25,6 +25,7 @@ from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
+from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import check_loss
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, Targets
@@ -134,12 +135,11 @@ class MixtureOfStudents:
         """Free the teacher's memory, so that others than this process can have it too; whether there was any."""
         if self.model is None:
             return False
-        on_gpu = self.model.token_embedding.weight.is_cuda
+        device = self.model.token_embedding.weight.device
         self.model = None
         gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
-        elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what is freed; train.py tells it to
+        # glibc keeps what is freed; train.py tells it to
+        if not free_cached_memory(device) and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
             trim(0)
         return True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,6 +14,7 @@ from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.config import GPTConfig
+from nlgmoe.device import to_device
 from nlgmoe.distill.distiller import Clocks, check_loss, last_of, samples_until
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
 from nlgmoe.layers.losses import Targets, TopTargets
@@ -90,7 +90,8 @@ class OfflineTeacher:
             return None
         tokens = batch["tokens"]
         ids, log_probs = (
-            _to(part, tokens.device).flatten(0, 1) for part in self._found.read(batch["samples"], tokens.shape[1])
+            to_device(torch.from_numpy(part), tokens.device).flatten(0, 1)
+            for part in self._found.read(batch["samples"], tokens.shape[1])
         )
 
         def top(part: slice) -> tuple[Tensor, Tensor]:
@@ -156,9 +157,3 @@ class OfflineTeacher:
                     f"{header['teacher']['checkpoint']} (weights {weights} and {header['teacher']['weights']}); record its "
                     "logits, or set it to null"
                 )
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device; a GPU does not make the process wait."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

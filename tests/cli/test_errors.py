@@ -603,7 +603,7 @@ def only_line(stderr: str) -> str:
 def test_a_wrong_command_is_refused_before_anything_runs(
     mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args, words = WRONG[mistake]
     code, line = says(args(place))
     assert words.replace("{folder}", str(place.folder)) in line
