@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from nlgmoe.batch import Batch, CountsSamples, HasTokenizer, PlansBatches, Spell
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.device import fork_rng
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
@@ -173,11 +175,9 @@ class MoEGPTModule(LightningModule):
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
         loss, losses, self.routings = self._losses(batch, len(self._window.batches))
         of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
-        for name, value in zip(losses, of_all_ranks, strict=True):
-            self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
-        self._window.add(batch, of_all_ranks.sum())
+        self._window.add(batch, list(losses), of_all_ranks)
         return loss
 
     def _losses(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
@@ -188,8 +188,7 @@ class MoEGPTModule(LightningModule):
         key, mask = self._noise_key(index), mask_or_none(batch)
         # Before the student, so that the teacher's activations are gone when the student's are there.
         teacher = self.distiller.read(batch, mask) if self.distiller is not None else None
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # dropout draws from torch's generator: seed it for this micro-batch alone
+        with fork_rng(self.device):  # dropout draws from torch's generator: seed it for this micro-batch alone
             torch.manual_seed(derive_seed("dropout", *key))
             output = self.gpt(batch["tokens"], mask, noise_key=key, documents=batch.get("document"))
         counted = loss_mask(batch)
@@ -223,7 +222,9 @@ class MoEGPTModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`).
+        """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`), and log the step.
+
+        What decides is on the device, and the host has to read it; all that is logged of the step comes in the same copy.
 
         Lightning calls this between the backward pass and the optimizer's step, DeepSpeed's after every micro-batch.
 
@@ -233,24 +234,32 @@ class MoEGPTModule(LightningModule):
         gradients = self.step_gradients()
         if gradients is None:
             return
-        norm, step = gradients.norm(), self.trainer.global_step
+        window, step = self._window, self.trainer.global_step
+        *losses, norm = torch.cat([window.mean_losses(), gradients.norm().to(window.losses)[None]]).tolist()
+        for name, value in zip(window.names, losses, strict=True):
+            self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/grad_norm", norm)
+        loss = sum(losses)
 
         def find_source() -> str:
-            window = self._window
-
             def losses_of(index: int) -> Iterable[Tensor]:
                 with self.trainer.precision_plugin.train_step_context():
                     return self._losses(window.batches[index], index)[1].values()
 
-            finite = bool(window.loss.isfinite())
-            return first_non_finite(self.gpt, len(window.batches), losses_of, finite, gradients.full)
+            return first_non_finite(self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full)
 
-        if not self.guard.allows(step, self._window.loss, None if gradients.scaled else norm, find_source):
+        if not self.guard.allows(step, loss, None if gradients.scaled else norm, find_source):
             gradients.drop()
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but a number stays on the host: loggers read it there, and Lightning would copy it to the device."""
+        if isinstance(value, float | int) and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+        super().log(name, value, *args, **kwargs)
 
     def step_gradients(self) -> StepGradients | None:
         """The gradients of the step that is about to be taken, if one is; for `on_before_optimizer_step` and what follows."""
@@ -448,19 +457,25 @@ class MoEGPTModule(LightningModule):
 
 
 class _Window:
-    """What has been fed since the last optimizer step, on this rank, and its loss over all ranks."""
+    """What has been fed since the last optimizer step, on this rank, and its losses over all ranks, on the device."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.samples = self.tokens = 0
-        self.loss = torch.zeros(())
+        self.names: list[str] = []  # that the losses are logged under
+        self.losses = torch.zeros(0)  # [names], sum over micro-batches
 
-    def add(self, batch: Batch, loss: Tensor) -> None:
+    def add(self, batch: Batch, names: list[str], losses: Tensor) -> None:
         """Count one micro-batch."""
+        self.losses = self.losses + losses if self.batches else losses
+        self.names = names
         self.batches.append(batch)
         self.samples += batch["tokens"].shape[0]
         self.tokens += batch["tokens"].numel()
-        self.loss = self.loss.to(loss.device) + loss
+
+    def mean_losses(self) -> Tensor:
+        """`[names]`, over micro-batches."""
+        return self.losses / len(self.batches)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

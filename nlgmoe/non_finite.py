@@ -140,24 +140,23 @@ class StepGuard:
         self.settings = settings
         self.skipped = self.in_a_row = 0
 
-    def allows(self, step: int, loss: Tensor, norm: Tensor | None, find_source: Callable[[], str]) -> bool:
-        """Whether the step may be taken; reads one number from the device.
+    def allows(self, step: int, loss: float, norm: float | None, find_source: Callable[[], str]) -> bool:
+        """Whether the step may be taken.
 
         Args:
             step: its number, as in the logger.
-            loss: scalar, of its micro-batches and all ranks.
-            norm: scalar, of its gradients; None if they do not count.
+            loss: of its micro-batches and all ranks.
+            norm: of its gradients; None if they do not count.
             find_source: says what was not finite first; called only when it is needed, by all ranks.
 
         Raises:
             NonFiniteError: it may not, and the run is to stop; on every rank.
         """
-        deciding = loss if norm is None else norm + 0 * loss  # 0 times NaN or infinity is NaN
-        if math.isfinite(float(deciding)):
+        name, value = ("loss", loss) if norm is None or not math.isfinite(loss) else ("gradient norm", norm)
+        if math.isfinite(value):
             self.in_a_row = 0
             return True
-        name, value = ("loss", loss) if norm is None or not loss.isfinite() else ("gradient norm", norm)
-        what = f"step {step}: the {name} is {float(value)}; first not finite: {find_source()}"
+        what = f"step {step}: the {name} is {value}; first not finite: {find_source()}"
         if self.settings.action == "stop":
             raise NonFiniteError(
                 f"{what}; nothing was updated. Go on from the last checkpoint, or one before it, with a lower "

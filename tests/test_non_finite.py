@@ -157,10 +157,9 @@ def test_the_first_bad_value_is_named_before_anything_changes(source: str, tmp_p
 @pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (torch.inf, 1.0), (1.0, torch.nan), (torch.nan, None)])
 def test_either_of_loss_and_norm_is_enough(loss: float, norm: float | None) -> None:
     guard = StepGuard(NonFinite("skip"))
-    value = None if norm is None else torch.tensor(norm)
     with pytest.warns(UserWarning, match="^step 7: the (loss|gradient norm) is (nan|inf); first not finite: here;"):
-        assert not guard.allows(7, torch.tensor(loss), value, lambda: "here")
-    assert guard.allows(8, torch.tensor(1.0), torch.tensor(1.0), lambda: "nowhere")
+        assert not guard.allows(7, loss, norm, lambda: "here")
+    assert guard.allows(8, 1.0, 1.0, lambda: "nowhere")
     assert guard.state_dict() == {"skipped": 1, "in_a_row": 0}
 
 

@@ -22,6 +22,7 @@ class TokenProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self._validation: dict[str, str] = {}  # what the bar shows of the latest one
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,12 +53,22 @@ class TokenProgressBar(TQDMProgressBar):
             bar.update(module.tokens_seen - bar.n)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read its loss from the device, once and not at every update."""
+        if (loss := trainer.callback_metrics.get("val/loss")) is not None:
+            self._validation = {"val_loss": f"{float(loss):.3f}"}
+        super().on_validation_end(trainer, pl_module)
+
+    @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Loss, validation loss once there is one, learning rate."""
-        shown = {"loss": "train/loss", "val_loss": "val/loss"}
-        metrics = trainer.callback_metrics
-        found = {label: f"{float(metrics[name]):.3f}" for label, name in shown.items() if name in metrics}
-        return found | {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""}
+        """Loss of the latest step, validation loss once there is one, learning rate."""
+        loss = trainer.callback_metrics.get("train/loss")
+        found = {} if loss is None else {"loss": f"{float(loss):.3f}"}
+        return (
+            found
+            | self._validation
+            | {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""}
+        )
 
 
 def _module(trainer: Trainer) -> MoEGPTModule:

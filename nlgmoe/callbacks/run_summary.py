@@ -8,14 +8,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.callbacks.logging_step import ends_step
 from nlgmoe.callbacks.memory import peak_memory_bytes
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
@@ -26,13 +25,13 @@ from nlgmoe.whole_file import write_json
 class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends.
 
-    `train_loss` is the mean over the last 50 micro-batches, those that were not finite left out. Times and token rates add up
+    `train_loss` is the mean over the last 50 steps, those that were not finite left out. Times and token rates add up
     over resumed parts of a run. `tokens_per_second` is over training steps alone; `wall_seconds` counts validation and
     checkpoints too.
     """
 
     def __init__(self) -> None:
-        self._losses: deque[Tensor] = deque(maxlen=50)
+        self._losses: deque[float] = deque(maxlen=50)
         self._wall_seconds = 0.0
         self._step_seconds = 0.0
         self._fed_tokens = 0
@@ -51,7 +50,7 @@ class RunSummary(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self._losses.extend(torch.tensor(loss) for loss in state_dict["losses"])
+        self._losses.extend(state_dict["losses"])
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
         self._fed_tokens = state_dict["fed_tokens"]
@@ -76,8 +75,8 @@ class RunSummary(Callback):
         """Add the micro-batch."""
         self._step_seconds += time.perf_counter() - self._batch_started
         self._fed_tokens += batch["tokens"].numel() * trainer.world_size
-        # Kept as a tensor: reading its value would wait for the GPU.
-        self._losses.append(trainer.callback_metrics["train/loss"])
+        if ends_step(trainer):
+            self._losses.append(float(trainer.callback_metrics["train/loss"]))  # on the host already
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,7 +95,7 @@ class RunSummary(Callback):
         return self._wall_seconds + running
 
     def _finite_losses(self) -> list[float]:
-        return [value for value in map(float, self._losses) if math.isfinite(value)]
+        return [loss for loss in self._losses if math.isfinite(loss)]
 
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
@@ -116,7 +115,7 @@ class RunSummary(Callback):
                 **{name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
             },
             "tokens_per_second": self._fed_tokens / self._step_seconds if self._step_seconds else None,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
             "params_total": parameters.total,
             "params_active": parameters.active,
             "wall_seconds": self._wall_seconds,

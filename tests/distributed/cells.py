@@ -127,7 +127,7 @@ class Recorder(Callback):
     """Collects an `Outcome` on every rank."""
 
     def __init__(self) -> None:
-        self.micro_losses: list[float] = []
+        self.losses: list[float] = []
         self.squares: list[dict[str, float]] = []
         self.clip_norms: list[float] = []
         self.gradients: dict[str, Tensor] = {}
@@ -136,10 +136,12 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == LOGGED and not self.metrics:
             self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         loss = trainer.callback_metrics["train/loss"] + 0.01 * trainer.callback_metrics["train/balance_loss"]
-        self.micro_losses.append(float(loss))
+        self.losses.append(float(loss))
         engine = trainer.strategy.model
-        if hasattr(engine, "get_global_grad_norm") and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if hasattr(engine, "get_global_grad_norm"):
             self.clip_norms.append(float(engine.get_global_grad_norm()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -319,10 +321,10 @@ def train(
     trainer = make_trainer(cell, world, folder, Throughput(), ExpertLoad(), recorder, *callbacks, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
-    groups = [recorder.micro_losses[i : i + accumulate] for i in range(0, len(recorder.micro_losses), accumulate)]
-    losses = [sum(group) / accumulate for group in groups]
     validation = float(trainer.callback_metrics["val/loss"])
-    return Outcome(losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation, recorder.metrics)
+    return Outcome(
+        recorder.losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation, recorder.metrics
+    )
 
 
 def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -665,7 +667,7 @@ def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
     saves = SavesAroundTheEnd(cell, folder)
     recorder, hears, module = learn(cell, ranks, folder, checkpoint, saves)
     assert module.distiller is not None
-    return Taught(recorder.micro_losses, hears.said, hears.asked, saves.experts, module.distiller.model is None)
+    return Taught(recorder.losses, hears.said, hears.asked, saves.experts, module.distiller.model is None)
 
 
 def taught_on(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, list[float]]:
@@ -673,7 +675,7 @@ def taught_on(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[st
     return {
         f"{when}, saved by {whose}": learn(cell, ranks, where, checkpoint, resume=where / f"{cell.name} {when}.ckpt")[
             0
-        ].micro_losses
+        ].losses
         for when in AROUND_THE_END
         for whose, where in {"ranks": folder, "one process": checkpoint.parent}.items()
     }
@@ -687,12 +689,12 @@ def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> li
     strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
     fit = make_trainer(cell, ranks, folder, recorder, **strategy)
     fit.fit(module, NumberedData(micro_batch_size=SAMPLES // ranks))
-    return recorder.micro_losses
+    return recorder.losses
 
 
 @dataclass
 class Grown:
-    """What `growing` returns: losses of each micro-batch, sequences in each step, and the clock and the rate at the end."""
+    """What `growing` returns: losses of each step, sequences in each step, and the clock and the rate at the end."""
 
     losses: list[float]
     sequences: list[int]
@@ -738,7 +740,7 @@ def growing(cell: Cell, ranks: int, folder: Path) -> Grown:
     trainer = make_trainer(cell, ranks, folder, recorder, counts, accumulate_grad_batches=2, **strategy)
     trainer.fit(module, data)
     sequences = [later - earlier for earlier, later in pairwise(counts.consumed)]
-    return Grown(recorder.micro_losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
+    return Grown(recorder.losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:

@@ -367,7 +367,7 @@ def test_the_end_of_distillation_is_passed_on_other_ranks_too(
     for when, expected in left.items():
         for folder in (checkpoint.parent, checkpoint.parent / "2"):
             recorder, hears, _ = learn(TAUGHT, 1, tmp_path, checkpoint, resume=folder / f"{TAUGHT.name} {when}.ckpt")
-            assert recorder.micro_losses == pytest.approx(expected, rel=1e-5)
+            assert recorder.losses == pytest.approx(expected, rel=1e-5)
             assert len(hears.said) == (when == "before")
 
 
