@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from nlgmoe.data.datamodule import collate
 from nlgmoe.seeding import derive_seed
 
 
@@ -76,12 +77,13 @@ class SyntheticData(LightningDataModule):
         samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded, self.documents)
         rank, world = self._rank_and_world()
         batches = _Endless(self.micro_batch_size, rank, world)
-        return DataLoader(samples, batch_sampler=batches, generator=torch.Generator())
+        return DataLoader(samples, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
         windows = _Samples(self.vocab_size, self.seq_len, 10**9, 12, self.padded, self.documents)
-        return DataLoader(windows, batch_size=4, sampler=range(rank, 12, world), generator=torch.Generator())
+        sampler = range(rank, 12, world)
+        return DataLoader(windows, batch_size=4, sampler=sampler, collate_fn=collate, generator=torch.Generator())
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -128,4 +130,4 @@ class _Numbered(_Samples):
 
 def _with_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
     numbers = [sample.pop("samples") for sample in samples]
-    return default_collate(samples) | {"samples": numbers}
+    return collate(samples) | {"samples": numbers}

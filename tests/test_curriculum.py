@@ -76,7 +76,7 @@ def test_a_cut_batch_is_a_batch_of_short_sequences(tmp_path: Path) -> None:
     class Short(SyntheticData):
         def train_dataloader(self) -> Any:
             for batch in super().train_dataloader():
-                yield {name: value[:, :4] if value.dim() == 2 else value for name, value in batch.items()}
+                yield {name: value[:, :4] if getattr(value, "ndim", 0) == 2 else value for name, value in batch.items()}
 
     weights = []
     for data, curriculum in (

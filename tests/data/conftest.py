@@ -44,14 +44,18 @@ def tokens_of(data: PileDataModule, split: str) -> Sequence[np.ndarray]:
     return tokens
 
 
-@pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
+def write_tiny_corpus(root: Path) -> None:
     documents = make_documents(40, "prose", 1) + make_documents(25, "verse", 2)
     write_corpus(root, "tiny", documents, {"made up": "none"})
     backend = train_byte_level_bpe(iter([document.text for document in documents]), vocab_size=400)
     (root / "tokenizer").mkdir()
     backend.save(str(root / "tokenizer" / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    write_tiny_corpus(root)
     return root
 
 

@@ -1,0 +1,389 @@
+"""What runs on the fake accelerator, beside the same on the CPU; `python -m tests.accelerator.cells FILE` writes what happened.
+
+Each cell is a function of `CELLS`; its result is JSON: what it returns, or the traceback that it ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from torch import Tensor
+
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, generate, load_config
+from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.checkpoint.warm_start import WarmStart
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.distill.offline_teacher import OfflineTeacher
+from nlgmoe.distill.record_logits import record_logits
+from nlgmoe.distill.teacher_logits import weights_of
+from nlgmoe.model.gpt import GPT
+from nlgmoe.non_finite import NonFinite, NonFiniteError
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+from tests.accelerator import fake
+from tests.data.conftest import write_tiny_corpus
+from tests.synthetic import NumberedData
+
+ROOT = Path(__file__).parents[2]
+CPU, FAKE = torch.device("cpu"), torch.device("privateuseone", 0)  # the name before `fake.install`
+DROPLESS = {"token_dropping": False}
+VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense model
+    "dense": {"moe": None},
+    "top-1, capacity, random selection": {"moe": {"min_capacity": 0}},
+    "top-1, capacity, in order": {"moe": {"min_capacity": 0, "random_token_selection": False}},
+    "top-1, jitter": {"moe": {"noise": "jitter"}},
+    "top-1, rsample": {"moe": {"noise": "rsample"}},
+    "top-1, dropless": {"moe": DROPLESS},
+    "top-2, sampled": {"moe": {"top_k": 2, "min_capacity": 0}},
+    "top-2, argmax": {"moe": {"top_k": 2, "second_expert": "argmax"}},
+    "top-2, dropless": {"moe": {"top_k": 2, **DROPLESS}},
+    "top-4": {"moe": {"top_k": 4, "min_capacity": 0, "z_loss_coeff": 0.001}},
+    "residual, learned": {"moe": {"mlp_type": "residual"}},
+    "residual, sum, drops in evaluation": {
+        "moe": {"mlp_type": "residual", "residual_mix": "sum", "eval_token_dropping": True}
+    },
+    "pyramid, padding": {"moe": {"num_experts": [4, 8]}, "data": {"padded": True}},
+    "documents, padding": {"moe": {"top_k": 2}, "data": {"padded": True, "documents": True}},
+    "activation checkpointing": {"moe": {"noise": "jitter"}, "module": {"activation_checkpointing": True}},
+    "curriculum, accumulated": {
+        "moe": {},
+        "module": {"curriculum": SequenceCurriculum(200, 8, 4)},
+        "trainer": {"accumulate_grad_batches": 2},
+    },
+}
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+
+
+def config(moe: dict[str, Any] | None, **settings: Any) -> GPTConfig:
+    experts = None if moe is None else MoEConfig(**({"num_experts": 4} | moe))
+    return GPTConfig(61, 16, 4, 32, 2, init_std=0.05, moe=experts, **settings)
+
+
+# ---- training, watched
+
+
+class Watched(SingleDeviceStrategy):
+    """All is on the device, and the host does not read it in model, loss and backward."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._assert_there(args)
+        with fake.no_reads():
+            return super().training_step(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        with fake.no_reads():
+            return super().backward(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._assert_there(args)
+        with fake.no_reads():
+            return super().validation_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._assert_there(args)
+        with fake.no_reads():
+            return super().predict_step(*args, **kwargs)
+
+    def _assert_there(self, args: Any) -> None:
+        assert self.model is not None
+        values = [*self.model.parameters(), *args[0].values()]
+        if self.model.training:
+            values += [value for state in self.optimizers[0].state.values() for value in state.values()]
+        for value in values:
+            assert not isinstance(value, Tensor) or value.device == self.root_device, value.device
+
+
+class Steps(Callback):
+    """Losses by micro-batch, and what the host has read of the device from one optimizer step to the next."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.reads: list[list[str]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fake.take_reads()
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._end_step(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step:
+            self._end_step(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fake.take_reads()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_step(trainer)
+
+    def _end_step(self, trainer: Trainer) -> None:
+        if trainer.global_step > self._step:  # else within an accumulation window
+            self._step = trainer.global_step
+            self.reads.append(fake.take_reads())
+
+
+def make_trainer(device: torch.device, precision: str, root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    if device == CPU:
+        place: dict[str, Any] = {"accelerator": "cpu"}
+    else:
+        place = {"strategy": Watched(device, fake.FakeAccelerator())}
+    if precision.endswith("mixed"):  # Lightning would name another accelerator in its autocast
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10) if precision == "16-mixed" else None
+        place["plugins"] = [MixedPrecision(precision, device.type, scaler)]
+    else:
+        place["precision"] = precision
+    defaults = {
+        "max_epochs": -1,
+        "max_steps": 3,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "gradient_clip_val": 1.0,
+        "devices": 1,
+    }
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**defaults, **place, **settings})
+
+
+def train(
+    device: torch.device,
+    precision: str,
+    root: Path,
+    model: GPTConfig,
+    data: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    *callbacks: Callback,
+    **module: Any,
+) -> tuple[dict[str, Any], Trainer, MoEGPTModule]:
+    """`fit` with its validation, then `predict`: losses, and what was read."""
+    steps, settings = Steps(), {"val_check_interval": 3, "check_val_every_n_epoch": None} | (trainer or {})
+    run = make_trainer(device, precision, root, steps, *callbacks, **settings)
+    made = MoEGPTModule(model, AdamWConfig(lr=1e-2), loss_chunk_size=24, **module)
+    feed = NumberedData(**(data or {}))
+    run.fit(made, feed)
+    found = {
+        "losses": torch.stack(steps.losses).tolist(),
+        "validation": float(run.callback_metrics["val/loss"]),
+        "reads": steps.reads,
+    }
+    batches = run.predict(made, feed)
+    assert batches is not None
+    return found | {"predicted": torch.cat(batches).mean(dim=1).tolist()}, run, made
+
+
+def on_both(precision: str, root: Path, model: GPTConfig, *args: Any, **module: Any) -> dict[str, Any]:
+    """The run on the accelerator, and what the CPU makes of it."""
+    found, *_ = train(FAKE, precision, root / "fake", model, *args, **module)
+    return found | {"expected": train(CPU, precision, root / "cpu", model, *args, **module)[0]}
+
+
+def variant(name: str, precision: str, root: Path) -> dict[str, Any]:
+    settings = VARIANTS[name]
+    return on_both(
+        precision,
+        root,
+        config(settings["moe"]),
+        settings.get("data"),
+        settings.get("trainer"),
+        **settings.get("module", {}),
+    )
+
+
+# ---- what else a run consists of
+
+
+def half_with_a_loss_scale(root: Path) -> dict[str, Any]:
+    """fp16."""
+    return on_both("16-mixed", root, config({"mlp_type": "residual"}))
+
+
+def dropout(root: Path) -> dict[str, Any]:
+    """It draws from the device's generator, and again where blocks are recomputed."""
+    model = config({}, hidden_dropout=0.2, attention_dropout=0.1)
+    found, *_ = train(FAKE, "32-true", root, model)
+    again, *_ = train(FAKE, "32-true", root, model, activation_checkpointing=True)
+    without, *_ = train(FAKE, "32-true", root, config({}))
+    return found | {"expected": again, "without": without["losses"]}
+
+
+def teacher(root: Path) -> Path:
+    *_, run, _ = train(CPU, "32-true", root, config({"num_experts": [2, 4], "mlp_type": "residual"}))
+    run.save_checkpoint(root / "teacher.ckpt")
+    return root / "teacher.ckpt"
+
+
+def online_teacher(precision: str, of_teacher: str | None, root: Path) -> dict[str, Any]:
+    """Its lesson ends after two steps."""
+    distiller = MixtureOfStudents(str(teacher(root)), temperature=2.0, precision=of_teacher)  # type: ignore[arg-type]
+    return on_both(precision, root, config({}), None, None, StagedDistillation(step=2), distiller=distiller)
+
+
+def recorded_logits(root: Path) -> dict[str, Any]:
+    """Recorded on the accelerator, learnt from on both."""
+    path, data, folder = teacher(root), NumberedData(), root / "logits"
+    spoken = MixtureOfStudents(str(path))
+    spoken.load(config({}), torch.empty(0, device=FAKE), data)
+    settings = {
+        "teacher": {"checkpoint": str(path), "weights": weights_of(path)},
+        "data": data.fingerprint(),
+        "document_attention": False,
+        **{"vocab_size": 61, "seq_len": 16, "top_k": 8, "temperature": 2.0},
+        **{"samples": 12, "micro_batch_size": 4, "loss_chunk_size": 24},
+    }
+    record_logits(spoken, data, settings, folder, lambda progress: None)  # type: ignore[arg-type]
+    distiller = OfflineTeacher(str(folder), temperature=2.0, teacher=str(path))
+    return on_both("32-true", root, config({}), distiller=distiller)
+
+
+def generation(root: Path) -> dict[str, Any]:
+    """The most likely tokens, and drawn ones; prompts of several lengths."""
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    found = {}
+    for device in (CPU, FAKE):
+        model = GPT(config({"top_k": 2, "mlp_type": "residual"}), seed=3).to(device).eval()
+        greedy = generate(model, prompts, 8, temperature=0.0)
+        found[device.type] = [*greedy, *generate(model, prompts, 8, temperature=1.5, top_k=20, top_p=0.9, stop_id=7)]
+    return {"tokens": found[FAKE.type], "expected": {"tokens": found[CPU.type]}}
+
+
+def checkpoints(root: Path) -> dict[str, Any]:
+    """Saved on the accelerator; then resumed and started from, on both."""
+    model = config({"mlp_type": "residual"})
+    *_, run, _ = train(FAKE, "32-true", root, model)
+    run.save_checkpoint(root / "saved.ckpt")
+    found: dict[str, Any] = {}
+    for device in (CPU, FAKE):
+        resumed = make_trainer(device, "32-true", root, steps := Steps(), max_steps=5)
+        resumed.fit(MoEGPTModule(model, AdamWConfig(lr=1e-2)), NumberedData(), ckpt_path=root / "saved.ckpt")
+        warm, *_ = train(device, "32-true", root, model, warm_start=WarmStart(str(root / "saved.ckpt")))
+        found[device.type] = {"losses": [*torch.stack(steps.losses).tolist(), *warm["losses"]]}
+    return found[FAKE.type] | {"expected": found[CPU.type]}
+
+
+class Spoil(Callback):
+    """NaN in one gradient of the second step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            weight = pl_module.get_parameter("model.blocks.1.moe.router.weight")
+            handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * torch.nan)[1])
+
+
+def non_finite(root: Path) -> dict[str, Any]:
+    """Skipped, and named."""
+    found = on_both("32-true", root, config({}), None, None, Spoil(), non_finite=NonFinite("skip"))
+    try:
+        train(FAKE, "32-true", root, config({}), None, None, Spoil())
+    except NonFiniteError as error:
+        return found | {"message": str(error)}
+    raise AssertionError("the run went on")
+
+
+WRITTEN = {
+    "summary.json",
+    "metrics.csv",
+    "expert_load.csv",
+    "specialisation.safetensors",
+    "samples.txt",
+    "report.html",
+} | {"predictions.safetensors"}
+
+
+def quickstart(root: Path) -> dict[str, Any]:
+    """`train.py fit`, `validate` and `predict` as `configs/quickstart.yaml` has them, with a smaller model and less data."""
+    (root / "corpus").mkdir()
+    write_tiny_corpus(root / "corpus")
+    settings: dict[str, Any] = {
+        "trainer__accelerator": fake.DEVICE,
+        "trainer__strategy": fake.DEVICE,
+        "trainer__default_root_dir": str(root / "run"),
+        "trainer__log_every_n_steps": 2,
+        "trainer__val_check_interval": 3,
+        "model__config__num_layers": 2,
+        "model__config__moe__num_experts": [4],
+        "model__config__hidden_size": 32,
+        "model__config__seq_len": 32,
+        "model__train_tokens": 7 * 2 * 32,
+        "model__schedule__warmup_tokens": 64,
+        "data__data_dir": str(root / "corpus"),
+        "data__tokenizer": str(root / "corpus" / "tokenizer"),
+        "data__micro_batch_size": 2,
+        "data__max_eval_windows": 4,
+        "trainer__callbacks__init_args__max_new_tokens": 8,  # of the last one in the file
+    }
+    experiment, steps = load_config(ROOT / "configs" / "quickstart.yaml", **settings), Steps()
+    experiment.trainer.callbacks.append(steps)  # type: ignore[attr-defined]
+    experiment.trainer.fit(experiment.module, experiment.data)
+    summary = json.loads((root / "run" / "summary.json").read_text())
+    again = load_config(ROOT / "configs" / "quickstart.yaml", **settings)
+    checkpoint = root / "run" / "checkpoints" / "last.ckpt"
+    (validated,) = again.trainer.validate(again.module, again.data, ckpt_path=checkpoint, verbose=False)
+    again.trainer.predict(again.module, again.data, ckpt_path=checkpoint)
+    return {
+        "reads": steps.reads,
+        "validation": validated["val/loss"],
+        "expected": {"validation": summary["val_loss"]},
+        "missing": sorted(WRITTEN - {path.name for path in (root / "run").iterdir()}),
+    }
+
+
+CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    **{f"{name} in {precision}": partial(variant, name, precision) for precision in PRECISIONS for name in VARIANTS},
+    "fp16": half_with_a_loss_scale,
+    "dropout": dropout,
+    "online teacher in fp32": partial(online_teacher, "32-true", None),
+    "online teacher in bf16 of a student in fp32": partial(online_teacher, "32-true", "bf16"),
+    "online teacher in bf16-true": partial(online_teacher, "bf16-true", None),
+    "online teacher in bf16-mixed": partial(online_teacher, "bf16-mixed", None),
+    "recorded logits": recorded_logits,
+    "generation": generation,
+    "checkpoints": checkpoints,
+    "steps that are not finite": non_finite,
+    "quickstart": quickstart,
+}
+
+
+def main(file: str, *names: str) -> None:
+    fake.install()
+    AcceleratorRegistry.register(fake.DEVICE, fake.FakeAccelerator)
+    StrategyRegistry.register(fake.DEVICE, Watched, device=FAKE, accelerator=fake.FakeAccelerator())
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    for name, cell in CELLS.items():
+        if names and not any(part in name for part in names):
+            continue
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found[name] = cell(Path(folder))
+            except Exception:
+                found[name] = {"error": traceback.format_exc()}
+        found[name]["seconds"] = time.perf_counter() - begun
+    Path(file).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

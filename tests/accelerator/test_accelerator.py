@@ -1,0 +1,67 @@
+"""Everything that trains, on an accelerator that is none: it fails where a GPU would, and where the host would wait for one.
+
+A process can have one such device and keeps it, so that all of it runs in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.accelerator.cells import CELLS, PRECISIONS, ROOT
+from tests.accelerator.fake import missing_compiler
+
+READS = 2  # of the device by the host in an optimizer step, at most
+Found = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    reason = missing_compiler()
+    if reason is not None and os.environ.get("CI") != "true":
+        pytest.skip(f"the fake accelerator is compiled, and {reason}")
+    file = tmp_path_factory.mktemp("accelerator") / "found.json"
+    command = [sys.executable, "-m", "tests.accelerator.cells", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_it_runs_reads_little_and_comes_to_what_the_cpu_comes_to(name: str, found: Found) -> None:
+    """That all is on the device, and that model, loss and backward read nothing, `cells.Watched` checks as it runs."""
+    cell = found[name]
+    assert "error" not in cell, cell["error"]
+    half = "16" in name or "half" in name
+    for what, expected in cell["expected"].items():
+        if what == "reads":
+            continue
+        off = {"rel": 5e-2, "abs": 5e-2} if half else {"rel": 1e-5}
+        near = expected if what == "tokens" else pytest.approx(expected, **off)
+        assert cell[what] == near, what
+    if name != "steps that are not finite":  # whoever looks for the source may read
+        assert all(0 < len(reads) <= READS for reads in cell.get("reads", [])), cell["reads"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_block_that_is_computed_again_draws_the_same(precision: str, found: Found) -> None:
+    again, once = (found[f"{name} in {precision}"] for name in ("activation checkpointing", "top-1, jitter"))
+    assert again["losses"] == once["losses"]
+    assert found["dropout"]["losses"] == found["dropout"]["expected"]["losses"] != found["dropout"]["without"]
+
+
+def test_a_step_that_is_not_finite_is_named(found: Found) -> None:
+    message = found["steps that are not finite"]["message"]
+    assert message.startswith("step 1: the gradient norm is nan; first not finite: the gradient of blocks.1.moe.router")
+
+
+def test_a_whole_run_writes_its_files(found: Found) -> None:
+    quickstart = found["quickstart"]
+    assert quickstart["missing"] == [] and len(quickstart["reads"]) == 7
+
+
+def test_ci_has_a_compiler() -> None:
+    assert os.environ.get("CI") != "true" or missing_compiler() is None
