@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,29 @@ def test_only_parallel_imports_deepspeed() -> None:
         if "import deepspeed" in file.read_text() or "from deepspeed" in file.read_text()
     }
     assert users <= {"parallel"}
+
+
+def names_an_accelerator(file: Path) -> Iterator[int]:
+    """Lines whose code, not its documentation, is about one kind of accelerator."""
+    tree = ast.parse(file.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = {
+        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        text = isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts
+        if (text and "cuda" in node.value) or (isinstance(node, ast.Attribute) and "cuda" in node.attr):
+            yield node.lineno
+
+
+def test_one_file_knows_devices() -> None:
+    """A branch on a device's name would not run in `tests/accelerator/`. Beside it the experts ask which kernel their GPU has."""
+    known = {ROOT / "device.py", ROOT / "layers" / "experts.py"}
+    found = {
+        f"{file.relative_to(ROOT)}:{line}" for file in FILES if file not in known for line in names_an_accelerator(file)
+    }
+    assert not found
+    assert all(list(names_an_accelerator(file)) for file in known)
 
 
 def test_layers_need_torch_alone() -> None:

@@ -90,7 +90,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             raise ValueError(f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
         if offload_optimizer and stage == 0:
             raise ValueError("trainer.strategy.offload_optimizer=true needs stage 1 or 2")
-        if not torch.cuda.is_available():
+        if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out itself, with a warning
         super().__init__(
             accelerator=accelerator,
@@ -354,4 +354,4 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
         if distributed.is_initialized():
-            distributed.barrier(device_ids=[self.root_device.index] if self.root_device.type == "cuda" else None)
+            distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])

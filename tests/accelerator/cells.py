@@ -180,7 +180,7 @@ def train(
     """`fit` with its validation, then `predict`: losses, and what was read."""
     steps, settings = Steps(), {"val_check_interval": 3, "check_val_every_n_epoch": None} | (trainer or {})
     run = make_trainer(device, precision, root, steps, *callbacks, **settings)
-    made = MoEGPTModule(model, AdamWConfig(lr=1e-2), loss_chunk_size=24, **module)
+    made = MoEGPTModule(model, AdamWConfig(lr=1e-3), loss_chunk_size=24, **module)
     feed = NumberedData(**(data or {}))
     run.fit(made, feed)
     found = {
@@ -276,7 +276,7 @@ def checkpoints(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for device in (CPU, FAKE):
         resumed = make_trainer(device, "32-true", root, steps := Steps(), max_steps=5)
-        resumed.fit(MoEGPTModule(model, AdamWConfig(lr=1e-2)), NumberedData(), ckpt_path=root / "saved.ckpt")
+        resumed.fit(MoEGPTModule(model, AdamWConfig(lr=1e-3)), NumberedData(), ckpt_path=root / "saved.ckpt")
         warm, *_ = train(device, "32-true", root, model, warm_start=WarmStart(str(root / "saved.ckpt")))
         found[device.type] = {"losses": [*torch.stack(steps.losses).tolist(), *warm["losses"]]}
     return found[FAKE.type] | {"expected": found[CPU.type]}
