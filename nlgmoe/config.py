@@ -6,7 +6,8 @@ a field here.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 FREE_IN_EVALUATION = frozenset(
@@ -66,6 +67,7 @@ class MoEConfig:
     aux_scope: Literal["global", "rank"] = "global"
 
     def __post_init__(self) -> None:
+        require_finite(self)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         _require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
         _require(
@@ -125,6 +127,7 @@ class GPTConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         _require(
@@ -173,6 +176,29 @@ class GPTConfig:
         """Build the configuration from `to_dict`'s values."""
         moe = values.get("moe")
         return GPTConfig(**{**values, "moe": None if moe is None else MoEConfig(**moe)})
+
+
+def require_finite(settings: Any) -> None:
+    """Check a dataclass of settings.
+
+    Raises:
+        ValueError: a number among its fields is NaN or infinite.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        numbers = value if isinstance(value, tuple | list) else [value]
+        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        _require(finite, f"{field.name}={value} must be finite")
+
+
+def unknown_fields(values: dict[str, Any]) -> list[str]:
+    """Names in `GPTConfig.to_dict`'s values that the configuration does not have, such as those of a later version."""
+    moe = values.get("moe") or {}
+    known = {field.name for field in fields(MoEConfig)}
+    return [
+        *(name for name in values if name not in {field.name for field in fields(GPTConfig)}),
+        *(f"moe.{name}" for name in moe if name not in known),
+    ]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -81,6 +81,8 @@ class MoEGPTModule(LightningModule):
             raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
+        if schedule.min_lr > optimizer.lr:
+            raise ValueError(f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it")
         if curriculum is not None and curriculum.start > config.seq_len:
             raise ValueError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
         self.config = config

@@ -99,6 +99,10 @@ class StagedDistillation(Callback):
             # Lightning would go on logging the last values: to it the run is one epoch.
             for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
                 del trainer.fit_loop.epoch_loop._results[key]
+            connector = trainer._logger_connector
+            for metrics in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
+                for key in [key for key in metrics if key in LOGGED]:
+                    del metrics[key]
             rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is gone")
 
     def distillation_end(self, train_tokens: int | None) -> End:

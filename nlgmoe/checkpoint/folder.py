@@ -26,6 +26,8 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from nlgmoe.config import unknown_fields
+
 FORMAT = "nlgmoe-portable"
 VERSION = 2
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
@@ -53,6 +55,12 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
     if xxhash.xxh3_64_hexdigest(file.read_bytes()) != read_manifest(path)["checkpoint.json"]:
         raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
+    config = document.get("model_config")
+    if isinstance(config, dict) and (unknown := unknown_fields(config)):
+        author = document.get("versions", {}).get("nlgmoe", "unknown")
+        raise ValueError(
+            f"{path}: model_config.{unknown[0]} is not a setting of this nlgmoe; read it with nlgmoe {author}, which wrote it"
+        )
     return document
 
 

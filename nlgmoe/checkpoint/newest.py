@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -32,13 +32,18 @@ def choose(path: str | Path, to_train: bool = True) -> Path:
             raise ValueError(f"{_summary(found)}; use another checkpoint")
         return Path(path)
     skipped = []
-    for candidate in _agreed_candidates(Path(path), to_train):
+    all_of_them = _agreed_candidates(Path(path), to_train)
+    for candidate in all_of_them:
         found = agreed_problems(candidate)
         if not found and to_train and "optimizer_groups" not in read_document(candidate):
             found = [f"{candidate} holds weights only"]
         if not found:
-            document = read_document(candidate)
-            rank_zero_info(f"newest checkpoint: {candidate}, step {document['global_step']}")
+            step = read_document(candidate)["global_step"]
+            rank_zero_info(f"newest checkpoint: {candidate}, step {step}")
+            further = {one: other for one in all_of_them if (other := _step(one)) is not None and other > step}
+            if further:
+                last = max(further, key=further.__getitem__)
+                rank_zero_warn(f"{last} is of step {further[last]}, but was saved earlier; name it to take that one")
             return candidate
         rank_zero_warn(f"skipping a checkpoint that cannot be used: {_summary(found)}")
         skipped.append(candidate.name)
@@ -75,6 +80,25 @@ def candidates(folder: Path) -> list[Path]:
         if path.suffix == ".ckpt" and not path.name.startswith("."):
             found.setdefault(os.path.realpath(path), path)
     return sorted(found.values(), key=_saved_at, reverse=True)
+
+
+def time_of_save(folder: Path) -> str:
+    """Time stamp of a checkpoint that is saved now, in ISO format: checkpoints of a folder are ordered by it.
+
+    Where the clock was set back, it is the moment after the newest one's.
+    """
+    now = datetime.now(UTC)
+    found = candidates(folder)
+    if found and (latest := _saved_at(found[0])) >= now.isoformat(timespec="microseconds"):
+        now = datetime.fromisoformat(latest) + timedelta(microseconds=1)
+    return now.isoformat(timespec="microseconds")
+
+
+def _step(path: Path) -> int | None:
+    try:
+        return int(read_document(path)["global_step"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
 
 
 def _saved_at(path: Path) -> str:

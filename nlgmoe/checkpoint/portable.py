@@ -12,7 +12,6 @@ Lightning's `CheckpointIO`, here; ranks of DeepSpeed through their strategy (`pa
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from nlgmoe.checkpoint.entries import (
     split_experts,
 )
 from nlgmoe.checkpoint.folder import FORMAT, VERSION, Contents, TensorFiles, read_document
-from nlgmoe.checkpoint.newest import choose
+from nlgmoe.checkpoint.newest import choose, time_of_save
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.versions import versions
@@ -63,7 +62,7 @@ class PortableCheckpointIO(CheckpointIO):
         if rest.get("optimizer_states"):
             (state,) = rest.pop("optimizer_states")
             entries["optimizer"], rest["optimizer_groups"] = optimizer_to_entries(state)
-        document, entries["state"] = make_document(rest)
+        document, entries["state"] = make_document(rest, Path(path).parent)
         with writing.explained(Path(path)):
             temporary = writing.begin(Path(path))
             try:
@@ -101,16 +100,20 @@ class PortableCheckpointIO(CheckpointIO):
             rank_zero_warn(f"{path} is kept: no other checkpoint beside it is whole")
 
 
-def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def make_document(checkpoint: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `checkpoint.json` holds of Lightning's dictionary, weights and optimizer aside, and the tensors it refers to.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        folder: that the checkpoint is saved in.
 
     Raises:
         ValueError: an entry is neither plain data nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)
-    saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
-    return {"format": FORMAT, "version": VERSION, "saved_at": saved_at, "versions": versions(), **plain}, tensors
+    head = {"format": FORMAT, "version": VERSION, "saved_at": time_of_save(folder), "versions": versions()}
+    return head | plain, tensors
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -79,8 +79,13 @@ def _damaged_tensors(folder: Path, files: dict[str, Contents], rank: int, ranks:
             with opened(folder / file) as tensors:
                 held = set(tensors.keys())
                 for name in wanted:
-                    if name in held and (found := difference(tensors.get_tensor(name), files[file][name])):
+                    if name not in held:
+                        continue
+                    tensor = tensors.get_tensor(name)
+                    if found := difference(tensor, files[file][name]):
                         yield f"{folder / file}: {name} is damaged ({found})"
+                    elif kind_of(file) != "state" and (bad := int((~tensor.isfinite()).sum())):
+                        yield f"{folder / file}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite"
         except ValueError:
             continue  # `file_problems` has said it
 

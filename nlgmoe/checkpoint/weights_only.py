@@ -53,7 +53,8 @@ def write_weights(
             "step_samples": None,
             "non_finite": {"skipped": 0, "in_a_row": 0},
             "seed": 0,
-        }
+        },
+        path.parent,
     )
     with writing.explained(path):
         temporary = writing.begin(path)

@@ -49,6 +49,8 @@ def write_tensors(
     part = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
     file = folder / f"{kind}{part}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
+    if kind == "model" and (bad := [name for name, value in entries.items() if not value.isfinite().all()]):
+        raise ValueError(f"the weight {bad[0]} is NaN or infinite; the checkpoint is not written")
     save_file(entries, file)
     file.chmod(
         folder.stat().st_mode & 0o666

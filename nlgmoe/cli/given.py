@@ -7,7 +7,7 @@ that its messages cannot say which line to change; this reading is for the messa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Given:
         name: dotted, list items in brackets: `trainer.callbacks[0].class_path`.
         value: as YAML reads it.
         origin: `FILE, line N`, or empty for the command line.
+        appends: it, or the list it lies in, is written with `+`: it adds to what is there.
     """
 
     name: str
     value: Any
     origin: str = ""
+    appends: bool = False
 
     @property
     def leaf(self) -> str:
@@ -57,7 +59,7 @@ def from_argument(name: str, text: str) -> Given:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    return Given(name, value)
+    return Given(name, value, appends=name.endswith("+"))
 
 
 def read_file(path: str) -> list[Given]:
@@ -126,7 +128,8 @@ def _walk(node: yaml.MappingNode, prefix: str, path: str) -> Iterator[Given]:
         if name in seen:
             raise UsageError(f"{path}, line {line}: {name} stands here again, after line {seen[name]}; remove one")
         seen[name] = line
-        yield from _walk_value(value, name, path, line)
+        for given in _walk_value(value, name.removesuffix("+"), path, line):
+            yield replace(given, appends=True) if name.endswith("+") else given
 
 
 def _walk_value(value: yaml.Node, name: str, path: str, line: int) -> Iterator[Given]:

@@ -84,6 +84,26 @@ class OneLineParser(ArgumentParser):
                 raise cause from None  # as it was raised, without jsonargparse's dump around it
             raise UsageError(self._explain_refusal(cause)) from error
 
+    def replaced_classes(self, setting: str) -> list[str]:
+        """What a list of classes has lost to a later file or option: `NAME (FILE, line N)` each.
+
+        A list that is written again, without `+`, takes the place of the earlier one.
+        """
+        written: list[Given] = []
+        lost: list[Given] = []
+        origin: str | None = None  # of the list that is being read
+        for given in self.given:
+            if given.name != setting and not given.name.startswith(f"{setting}["):
+                continue
+            source = given.origin.rpartition(", line ")[0]
+            if source != origin and not given.appends:
+                lost, written = [*lost, *written], []
+            origin = source
+            if given.leaf == "class_path":
+                written.append(given)
+        names = {str(given.value).rpartition(".")[2] for given in written}
+        return [f"{name}{one.place}" for one in lost if (name := str(one.value).rpartition(".")[2]) not in names]
+
     # ---- names
 
     def _is_outermost(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.versions import versions
+from nlgmoe.whole_file import replacing, write_json
 
 
 class RunFolder(SaveConfigCallback):
@@ -44,21 +47,50 @@ class RunFolder(SaveConfigCallback):
             refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml` and `versions.json`: whoever could refuse the run, such as a teacher, has not."""
-        self.save_config(trainer, pl_module, "fit")
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Record the configuration once, before the first step: by then nothing, such as a teacher, has refused the run.
+
+        Lightning calls no hook between `on_train_start` and this one when a run is resumed.
+        """
+        if not self.already_saved:
+            self.already_saved = True
+            self.save_config(trainer, pl_module, "fit")
 
     @override
     @rank_zero_only
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from."""
+        """Write `config.yaml` and `versions.json`, and record a start whose settings or versions are others than before.
+
+        The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from.
+        `starts.json` lists the starts in the order of time, each with the step from which its settings held.
+        """
         folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(self.config)
+        (folder / "starts").mkdir(parents=True, exist_ok=True)
+        config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         if "ckpt_path" in config:
             config["ckpt_path"] = None
-        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
-        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        with replacing(folder / "config.yaml") as new:
+            self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
+            text = new.read_bytes()
+        made = versions()
+        if not starts or starts[-1]["versions"] != made or (folder / starts[-1]["config"]).read_bytes() != text:
+            name = f"starts/{len(starts)}-step-{trainer.global_step}.yaml"
+            (folder / name).write_bytes(text)
+            write_json(
+                folder / "starts.json", [*starts, {"step": trainer.global_step, "config": name, "versions": made}]
+            )
+        write_json(folder / "versions.json", made)
+
+
+def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
+    """What `starts.json` holds. A run of an older version has none: its `config.yaml` and `versions.json` become the first."""
+    if (folder / "starts.json").exists():
+        return list(json.loads((folder / "starts.json").read_text()))
+    if not (folder / "config.yaml").exists() or not (folder / "versions.json").exists():
+        return []
+    name = "starts/0-step-0.yaml"
+    shutil.copy(folder / "config.yaml", folder / name)
+    return [{"step": 0, "config": name, "versions": json.loads((folder / "versions.json").read_text())}]
 
 
 def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
@@ -97,7 +129,9 @@ def require_checkpoint(path: Path) -> None:
         raise ValueError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
 
 
-def resolve_checkpoint(name: Any, folder: Path, remedy: str, may_start: bool, elsewhere: Sequence[str] = ()) -> Any:
+def resolve_checkpoint(
+    name: Any, folder: Path, remedy: str, may_start: bool, elsewhere: Sequence[str] = (), first_save: int = 1
+) -> Any:
     """`last` and `auto` mean the run folder: its newest valid checkpoint; `auto` is content with none where a run may start.
 
     Which one that is, all ranks decide together once they know each other (`checkpoint/newest.py`).
@@ -108,9 +142,11 @@ def resolve_checkpoint(name: Any, folder: Path, remedy: str, may_start: bool, el
         remedy: what to do if there is none.
         may_start: whether a new run is the alternative.
         elsewhere: where else the run saves checkpoints.
+        first_save: step at which a run has saved its first checkpoint; one that was killed before is started again.
 
     Raises:
-        ValueError: there is no checkpoint, or the run does not save them in its folder.
+        ValueError: there is no checkpoint, or the run does not save them in its folder; or `auto` would start a run again
+            that has ended or must have saved a checkpoint.
     """
     if name not in ("last", "auto"):
         return name
@@ -123,7 +159,23 @@ def resolve_checkpoint(name: Any, folder: Path, remedy: str, may_start: bool, el
     found = has_checkpoints(folder)
     if not found and not (name == "auto" and may_start):
         raise ValueError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
+    step = _last_logged_step(folder)
+    if not found and (step >= first_save or (step and (folder / "summary.json").exists())):
+        raise ValueError(
+            f"ckpt_path={name}: {folder} has logged {step} steps but holds no checkpoint, and the run would start again at "
+            "step 0; bring its checkpoints back, or choose another trainer.default_root_dir"
+        )
     return str(folder) if found else None
+
+
+def _last_logged_step(folder: Path) -> int:
+    """The highest step of `metrics.csv`; 0 if there is none."""
+    try:
+        with (folder / "metrics.csv").open(newline="") as file:
+            steps = [row["step"] or "" for row in csv.DictReader(file) if row.get("step")]
+    except OSError:
+        return 0
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from datetime import timedelta
@@ -100,6 +101,8 @@ class Settings:
         if holder := self.holder(name):
             if name.endswith(".help"):
                 return
+            if isinstance(given.value, float) and not math.isfinite(given.value):
+                raise UsageError(f"{given}: must be finite")
             check_inside(given, holder, self.types[holder], earlier)
         elif name in self.sections and not any(dataclasses.is_dataclass(k) for k in parts_of(self.types.get(name))):
             self._check_section(given, name)
@@ -112,6 +115,8 @@ class Settings:
         elif given.value is None and not self._takes_null(name):
             raise UsageError(f"{given}: expected {in_words(self.types[name])}")
         for value in given.value if isinstance(given.value, list) else [given.value]:
+            if _is_number(value, self.types.get(name)) and not math.isfinite(float(value)):
+                raise UsageError(f"{given}: must be finite")
             if self.bases(name) and is_path(value, dotted=True) and not Path(value).is_file():
                 find_class(given, value, ())
 
@@ -144,6 +149,17 @@ class Settings:
             return
         inside = [known for known in self.names() if known.startswith(f"{name}.")]
         raise UsageError(f"{given}: {name} is a section with settings such as {inside[0]}; give those")
+
+
+def _is_number(value: Any, hint: Any) -> bool:
+    """True for a float, and for text that a setting of this type takes for one, such as `nan`."""
+    if isinstance(value, str) and any(kind is float or typing.get_origin(kind) is tuple for kind in parts_of(hint)):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, float)
 
 
 def _is_mapping(hint: Any) -> bool:

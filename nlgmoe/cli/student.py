@@ -21,7 +21,7 @@ def student(
     num_layers: int,
     output: str | None = None,
     teacher: str | None = None,
-    fraction: float = 0.7,
+    fraction: float | None = None,
     step: int | None = None,
     from_teacher: bool = False,
 ) -> None:
@@ -35,7 +35,7 @@ def student(
         num_layers: blocks of the student; the paper's has 21 of 24.
         output: file to write; the standard output if it is not given.
         teacher: checkpoint or run's folder that the student learns from; by default that of `source`.
-        fraction: share of model.train_tokens after which distillation ends.
+        fraction: share of model.train_tokens after which distillation ends; 0.7 if neither it nor `step` is given.
         step: optimizer step after which it ends, in place of `fraction`.
         from_teacher: start from the teacher's blocks, as `model.warm_start.layers` lists them, not from random weights.
 
@@ -46,6 +46,9 @@ def student(
         if Path(output).exists():
             raise UsageError(f"output={output} exists already; name another file, or delete it")
         check_output(output)
+    if fraction is not None and step is not None:
+        raise UsageError(f"step={step} and fraction={fraction} are two ends of distillation; give one of them")
+    fraction = 0.7 if fraction is None else fraction
     if not 0 < fraction <= 1:
         raise UsageError(f"fraction={fraction} must be above 0 and at most 1, the whole run")
     if step is not None and step < 1:

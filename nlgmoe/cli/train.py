@@ -128,6 +128,11 @@ class TrainCLI(LightningCLI):
         assert isinstance(parser, TrainParser)
         with parser.blaming_settings():
             check_trainer(config["trainer"], has_experts=config["model"]["config"]["moe"] is not None)
+        if replaced := parser.replaced_classes("trainer.callbacks"):
+            rank_zero_warn(
+                f"a later trainer.callbacks takes the place of the earlier one, without {', '.join(replaced)}; write "
+                "`callbacks+:` to add to the list"
+            )
         if config.get("weights_only") is not None:
             raise UsageError(
                 "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights "
@@ -185,7 +190,10 @@ class TrainCLI(LightningCLI):
         name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
         keepers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         places = [str(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None]
-        found = resolve_checkpoint(name, folder, remedy, self.subcommand == "fit", places)
+        intervals = [keeper._every_n_train_steps for keeper in keepers if keeper._every_n_train_steps]
+        found = resolve_checkpoint(
+            name, folder, remedy, self.subcommand == "fit", places, first_save=min(intervals, default=0) + 1
+        )
         self.config_init[self.subcommand]["ckpt_path"] = found
 
     @override
@@ -221,14 +229,33 @@ class TrainCLI(LightningCLI):
         elif trainer["logger"] is not False and trains:
             kwargs["logger"] = with_run_csv(trainer["logger"], trainer["default_root_dir"])
         given = trainer["callbacks"] or []
-        replaced = {type(one) for one in (given if isinstance(given, list) else [given])}
+        given = given if isinstance(given, list) else [given]
+        replaced = {type(one) for one in given}
         if trainer["enable_progress_bar"] is False:
             replaced.add(TokenProgressBar)
         callbacks = self.trainer_defaults["callbacks"]
         self.trainer_defaults["callbacks"] = [one for one in callbacks if type(one) not in replaced]
+        if not any(isinstance(one, ModelCheckpoint) for one in given) and trainer["enable_checkpointing"] is not False:
+            self.trainer_defaults["callbacks"].append(_checkpoint())
         if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
             kwargs["strategy"] = _strategy(trainer["strategy"])
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        for keeper in made.checkpoint_callbacks:
+            # Lightning would take the folder of the first logger, wherever that writes.
+            if isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:
+                keeper.dirpath = os.path.abspath(Path(made.default_root_dir, "checkpoints"))
+        return made
+
+
+def _checkpoint() -> ModelCheckpoint:
+    """The latest of every 1,000 steps, for a configuration that names no `ModelCheckpoint`."""
+    return ModelCheckpoint(
+        filename="step-{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=1000,
+        save_last=True,
+        enable_version_counter=False,
+    )
 
 
 def _strategy(class_path: str) -> Strategy:
@@ -323,3 +350,7 @@ def _mute_advertising() -> None:
     # A run that goes on finds its own checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+if __name__ == "__main__":
+    main()

@@ -72,6 +72,7 @@ def _check_fractions(trainer: Mapping[str, Any]) -> None:
     partial = isinstance(train, float) and train not in (0.0, 1.0)
     why = "is a fraction of training data that have no end; give a whole number of batches"
     _require(not partial, "limit_train_batches", train, why)
+    _require(train is None or train > 0, "limit_train_batches", train, "trains on nothing; leave it out")
     overfit = trainer["overfit_batches"]
     why = "must stay 0: which sequences come follows from data.seed and the samples trained on; give a small data.data_dir"
     _require(not overfit, "overfit_batches", overfit, why)

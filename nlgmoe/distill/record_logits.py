@@ -39,6 +39,7 @@ from nlgmoe.distill.teacher_logits import (
     record_type,
 )
 from nlgmoe.layers.losses import SoftTargets
+from nlgmoe.model.first_non_finite import require_finite_logits
 from nlgmoe.versions import versions
 from nlgmoe.whole_file import replacing
 
@@ -204,6 +205,7 @@ def _records(
         likeliest(said, slice(start, start + chunk), settings["top_k"], settings["temperature"])
         for start in range(0, count * length, chunk)
     ]
+    require_finite_logits(teacher.model, torch.cat([log_probs[:, 0] for _, log_probs in parts]))
     ids, log_probs = (torch.cat(column).view(count, length, -1).cpu() for column in zip(*parts, strict=True))
     records = np.zeros(wanted, record_type(settings))
     records["ids"], records["log_probs"] = ids[:wanted].numpy(), log_probs[:wanted].half().numpy()

@@ -19,6 +19,7 @@ from torch import Tensor
 from nlgmoe.eval.padding import padded
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
+from nlgmoe.model.first_non_finite import require_finite_logits
 from nlgmoe.model.gpt import GPT
 
 Prompts = Sequence[Sequence[int]] | Tensor
@@ -175,6 +176,7 @@ def _stream(
     while going:
         hidden = model(tokens, mask, cache=cache).hidden[:, -1]  # [B, H]
         logits = model.logits(hidden).float()  # [B, V]
+        require_finite_logits(model, logits)
         chosen = sampling.choose(logits, [generators[number] for number in going])  # [B]
         log_probs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
         made += 1

@@ -56,6 +56,19 @@ def first_non_finite(
     return "no single value, but their squares are too large for float32"
 
 
+def require_finite_logits(model: GPT, logits: Tensor) -> None:
+    """Check what a model says before text is made of it, or a file.
+
+    Raises:
+        ValueError: a logit is NaN or infinite; the message names the first weight that is, if one is.
+    """
+    if _finite(logits):
+        return
+    bad = next((name for name, value in model.named_parameters() if not _finite(value)), None)
+    cause = f"the weight {bad} is not finite; use another checkpoint" if bad else "all weights are finite; use float32"
+    raise ValueError(f"the model's logits are NaN or infinite: {cause}")
+
+
 def _in_order(model: nn.Module) -> list[str]:
     """Names of the model's modules, each after those inside it: about the order in which they finish."""
     names: list[str] = []

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nlgmoe.config import require_finite
+
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
@@ -31,6 +33,7 @@ class LearningRateSchedule:
     cooldown_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("warmup_tokens", "min_lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")

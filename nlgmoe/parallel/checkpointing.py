@@ -69,7 +69,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
         moments = {}
     temporary: list[Path | None] = [None]
     with all_or_none(), writing.explained(path):
-        document, tensors = make_document(rest)
+        document, tensors = make_document(rest, path.parent)
         if rank == 0:
             temporary = [writing.begin(path)]
     distributed.broadcast_object_list(temporary)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
 from nlgmoe.checkpoint.verify import problems
@@ -167,6 +169,47 @@ def test_a_checkpoint_that_lacks_a_part_of_its_model_is_found_though_its_files_a
         load_model(tmp_path / "b.ckpt")
 
 
+def test_weights_that_are_not_finite_are_not_written_and_found(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.ckpt"
+    shutil.copytree(good, bad)
+    checkpoint = PortableCheckpointIO().load_checkpoint(bad)
+    checkpoint["state_dict"]["model.final_norm.bias"][3] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"the weight final_norm.bias is NaN or infinite; the checkpoint is not written"
+    ):
+        PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
+    assert list(problems(bad)) == []  # what was there is as it was
+    with monkeypatch.context() as older:  # as an older version wrote it
+        older.setattr(Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
+        PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
+    assert list(problems(bad)) == [
+        f"{bad / 'model.safetensors'}: final_norm.bias has 1 of 32 values that are NaN or infinite"
+    ]
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_and_one_of_a_newer_refused(tmp_path: Path) -> None:
+    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+    for name, change in {
+        "older": lambda moe: moe.pop("z_loss_coeff"),
+        "newer": lambda moe: moe.update(gate_scale=2.0),
+    }.items():
+        shutil.copytree(tmp_path / "a.ckpt", tmp_path / f"{name}.ckpt")
+        document = json.loads((tmp_path / "a.ckpt" / "checkpoint.json").read_text())
+        change(document["model_config"]["moe"])
+        document["versions"]["nlgmoe"] = "9.9"
+        text = json.dumps(document)
+        (tmp_path / f"{name}.ckpt" / "checkpoint.json").write_text(text)
+        manifest = json.loads((tmp_path / f"{name}.ckpt" / "manifest.json").read_text())
+        manifest["checkpoint.json"] = xxhash.xxh3_64_hexdigest(text.encode())
+        manifest["checksum"] = checksum_of_manifest(manifest)
+        (tmp_path / f"{name}.ckpt" / "manifest.json").write_text(json.dumps(manifest))
+    assert fit(tmp_path, steps=2, resume=tmp_path / "older.ckpt").global_step == 2
+    with pytest.raises(ValueError, match=r"moe.gate_scale is not a setting of this nlgmoe; read it with nlgmoe 9.9"):
+        fit(tmp_path, steps=2, resume=tmp_path / "newer.ckpt")
+
+
 def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", str(good)])
     said = capsys.readouterr().out
@@ -204,7 +247,7 @@ def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, tmp
     trainer = fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
     checkpoint = trainer._checkpoint_connector.dump_checkpoint()
     document, tensors = make_document(
-        {k: v for k, v in checkpoint.items() if k != "state_dict"} | {"optimizer_states": []}
+        {k: v for k, v in checkpoint.items() if k != "state_dict"} | {"optimizer_states": []}, tmp_path
     )
     temporary = writing.begin(tmp_path / "b.ckpt")
     files = writing.write_tensors(temporary, "model", {"x": torch.ones(1)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint import writing
+from nlgmoe.checkpoint import newest, writing
 from nlgmoe.checkpoint.folder import is_whole
 from nlgmoe.checkpoint.newest import candidates, choose, has_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
@@ -180,3 +181,20 @@ def test_an_evaluation_leaves_a_run_alone_that_is_writing(tmp_path: Path) -> Non
     assert leftover.exists()
     choose(tmp_path)
     assert not leftover.exists()
+
+
+def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(year: int) -> None:
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, zone: datetime(year, 1, 1, tzinfo=zone))})
+        monkeypatch.setattr(newest, "datetime", clock)
+
+    for year, step in ((2030, 9), (2020, 5), (2020, 6)):
+        at(year)
+        checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
+        PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / f"step-{step}.ckpt")
+    assert [path.name for path in candidates(tmp_path)] == ["step-6.ckpt", "step-5.ckpt", "step-9.ckpt"]
+    monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
+    with pytest.warns(UserWarning, match=r"step-9.ckpt is of step 9, but was saved earlier"):
+        assert choose(tmp_path) == tmp_path / "step-6.ckpt"

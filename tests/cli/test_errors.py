@@ -253,6 +253,24 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "dropout above 1": (flag("--model.config.hidden_dropout=1.5"), "model.config.hidden_dropout=1.5 must be in [0, 1)"),
     "negative learning rate": (flag("--model.optimizer.lr=-1"), "model.optimizer.lr=-1.0 must be above 0"),
+    "infinite learning rate": (flag("--model.optimizer.lr=.inf"), "model.optimizer.lr=.inf: must be finite"),
+    "NaN as text": (flag("--model.optimizer.eps=nan"), "model.optimizer.eps=nan: must be finite"),
+    "NaN in a list": (flag("--model.optimizer.betas=[0.9,.nan]"), "model.optimizer.betas=[0.9, .nan]: must be finite"),
+    "NaN in a file": (
+        file("model:\n  config:\n    layer_norm_eps: .nan"),
+        "model.config.layer_norm_eps=.nan ({folder}/bad.yaml, line 3): must be finite",
+    ),
+    "NaN inside a class": (
+        file(CALLBACK.format(SAMPLE, "prompts: [a], temperature: .nan")),
+        "temperature=.nan ({folder}/bad.yaml, line 1): must be finite",
+    ),
+    "lowest rate above the highest": (
+        lambda place: place.args(
+            "--model.schedule.shape=cosine", "--model.schedule.decay_tokens=99", "--model.schedule.min_lr=9"
+        ),
+        "model.schedule.min_lr=9.0 is above the peak, model.optimizer.lr=",
+    ),
+    "training on nothing": (flag("--trainer.limit_train_batches=0"), "trainer.limit_train_batches=0 trains on nothing"),
     "schedule without end": (flag("--model.schedule.shape=cosine"), "model.schedule.shape=cosine needs decay_tokens"),
     "negative model seed": (flag("--model.seed=-5"), "model.seed=-5 must be at least 0"),
     "negative data seed": (flag("--data.seed=-5"), "data.seed=-5 must be at least 0"),
@@ -686,6 +704,7 @@ def test_the_real_commands_end_the_same_way(place: Place) -> None:
         ([*train, *place.args("--model.config.moe.top_k=9")], 2, "model.config.moe.top_k=9 must be between 1 and"),
         ([*train, *place.args("--ckpt_path=nowhere.ckpt", command="validate")], 1, "no checkpoint at nowhere.ckpt"),
         ([*nlgmoe, "prepare-dta"], 2, "did you mean prepare-data?"),
+        ([sys.executable, "-m", "nlgmoe.cli.train", "fitt"], 2, "did you mean fit?"),
         ([*nlgmoe, "prepare-data", "--tokenizr=x"], 2, "unknown setting tokenizr; did you mean tokenizer?"),
     ]
     started = [

@@ -69,6 +69,11 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
         ("pr_moe/laptop.yaml", ["--num-layers=5", f"--output={CONFIGS}/mos/laptop.yaml"], "laptop.yaml exists already"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--output=none/s.yaml"], "output=none/s.yaml: there is no folder"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--fraction=1.5"], "fraction=1.5 must be above 0 and at most 1"),
+        (
+            "pr_moe/laptop.yaml",
+            ["--num-layers=5", "--step=5", "--fraction=0.5"],
+            "step=5 and fraction=0.5 are two ends",
+        ),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--step=0"], "step=0 must be at least 1"),
         ("nothing.yaml", ["--num-layers=5"], "nothing.yaml is not there; give the teacher's YAML, its run's folder"),
         ("pr_moe", ["--num-layers=5"], "is in no run's folder: there is no config.yaml above it"),

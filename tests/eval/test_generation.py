@@ -1,5 +1,6 @@
 """Generation against plain re-reading of each sequence alone, and sampling against its distribution."""
 
+import copy
 import math
 from collections.abc import Sequence
 from random import Random
@@ -152,6 +153,16 @@ def test_the_ends_of_the_ranges() -> None:
 def test_impossible_requests_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(**({"model": MODEL, "prompts": PROMPTS, "max_new_tokens": 1} | wrong))
+
+
+def test_logits_that_are_not_finite_end_it_and_name_the_weight() -> None:
+    broken = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        broken.blocks[1].moe.experts.project_bias[:, 3] = math.nan
+    with pytest.raises(
+        ValueError, match=r"logits are NaN or infinite: the weight blocks.1.moe.experts.project_bias is not"
+    ):
+        generate(broken, PROMPTS, 1)
 
 
 def test_refused_before_the_first_token_and_nothing_is_nothing() -> None:

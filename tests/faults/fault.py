@@ -84,7 +84,7 @@ class _Bomb:
         path = paths[0] if paths else ""
         words = f"{event.removeprefix('os.').removeprefix('shutil.')} {' -> '.join(map(_short, paths))}"
         if event == "open":
-            if path.endswith("/versions.json") and args[1] == "w":
+            if "/.versions.json.writing-" in path and args[1] == "w":
                 return "training", "training"
             return ("writing", f"open {_short(path)}") if ".ckpt.writing-" in path else None
         if event == "os.mkdir" and ".ckpt.writing-" in path:

@@ -1,0 +1,88 @@
+"""What a run records of its starts, and where its checkpoints go, whatever loggers and callbacks a configuration names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nlgmoe import load_config
+from nlgmoe.cli.run_folder import resolve_checkpoint
+from nlgmoe.cli.train import main
+from tests.end_to_end.test_train_cli import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(pocket_pile: Path, tmp_path: Path) -> list[str]:
+    """`fit` of a tiny quickstart, whose `extra.yaml` names another logger, and callbacks without `ModelCheckpoint`."""
+    (tmp_path / "extra.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "logger": {
+                        "class_path": "lightning.pytorch.loggers.CSVLogger",
+                        "init_args": {"save_dir": str(tmp_path / "elsewhere")},
+                    },
+                    "callbacks": [{"class_path": "nlgmoe.callbacks.WriteReport"}],
+                }
+            }
+        )
+    )
+    config = ["--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(tmp_path / "extra.yaml")]
+    run = [f"--trainer.default_root_dir={tmp_path / 'run'}", f"--data.data_dir={pocket_pile}"]
+    return ["fit", *config, *TINY, *run]
+
+
+def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are(
+    command: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main([*command, "--model.train_tokens=256"])
+    assert any(
+        "takes the place of the earlier one, without ModelCheckpoint" in str(warning.message)
+        and "SampleText" in str(warning.message)
+        and "WriteReport (" not in str(warning.message)
+        for warning in recwarn
+    )
+    assert (run / "checkpoints" / "last.ckpt").exists() and not list((tmp_path / "elsewhere").rglob("*.ckpt"))
+
+    main([*command, "--model.train_tokens=512", "--ckpt_path=auto"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (8, 512)
+    starts = json.loads((run / "starts.json").read_text())
+    assert [start["step"] for start in starts] == [0, 4]
+    tokens = [yaml.safe_load((run / start["config"]).read_text())["model"]["train_tokens"] for start in starts]
+    assert tokens == [256, 512]
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["train_tokens"] == 512
+
+    (run / "checkpoints").rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        main([*command, "--model.train_tokens=768", "--ckpt_path=auto"])
+    assert "has logged 7 steps but holds no checkpoint" in capsys.readouterr().err
+
+
+def test_auto_starts_a_run_again_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n9,4.0\n19,3.0\n")
+    assert resolve_checkpoint("auto", tmp_path, "", True, first_save=21) is None
+    with pytest.raises(ValueError, match="has logged 19 steps but holds no checkpoint"):
+        resolve_checkpoint("auto", tmp_path, "", True, first_save=19)
+
+
+def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReport\n")
+    (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReprt\n")
+    quickstart = ROOT / "configs/dense/laptop.yaml"
+    here = {"trainer__default_root_dir": str(tmp_path / "run")}
+    plain, more = (
+        load_config(files, **here).trainer.callbacks for files in (quickstart, [quickstart, tmp_path / "more.yaml"])
+    )
+    added = sorted(type(one).__name__ for one in more)
+    for one in plain:
+        added.remove(type(one).__name__)
+    assert added == ["WriteReport"]
+    with pytest.raises(ValueError, match=r"wrong.yaml, line 3\).*did you mean WriteReport"):
+        load_config([quickstart, tmp_path / "wrong.yaml"], **here)
