@@ -197,9 +197,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 // ---- all other operators run on the CPU, on copies of their arguments
 
-const std::set<std::string> READING{  // the size of what they return, or what they return, depends on values
+const std::set<std::string> READING{  // the size of their result, or the result, is made of values that the host waits for
     "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::_unique", "aten::_unique2", "aten::unique_dim",
-    "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::equal", "aten::histc", "aten::is_set_to"};
+    "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::equal"};
 
 template <class Visit>
 void visit_tensors(const c10::IValue& value, const Visit& visit) {
