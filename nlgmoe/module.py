@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
@@ -33,6 +34,11 @@ from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.resuming import check_same_run, differences, set_loop_counters, validate_now
 from nlgmoe.seeding import derive_seed
+
+FSDP_REFUSED = (
+    "divides the weights, which gradient norms, named optimizer groups and checkpoints here do not support; use "
+    "nlgmoe.ExpertParallelStrategy, whose stage 2 divides optimizer states and gradients, or ddp"
+)
 
 
 class MoEGPTModule(LightningModule):
@@ -150,8 +156,14 @@ class MoEGPTModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Make the portable checkpoint the trainer's format, and check that model and data fit together."""
+        """Make the portable checkpoint the trainer's format, and check that strategy, model and data fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
         strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = PortableCheckpointIO()
         if isinstance(strategy.checkpoint_io, PortableCheckpointIO):

@@ -3,12 +3,14 @@
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -218,6 +220,14 @@ def test_test_and_predict(tmp_path: Path) -> None:
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer has 80 ids but model.config.vocab_size is 61; set it to 80"):
         trainer(tmp_path, max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData(vocab_size=80))
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_divide_the_weights_are_refused(strategy: type[Strategy]) -> None:
+    module = MoEGPTModule(CONFIG)
+    module._trainer = SimpleNamespace(strategy=strategy())  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=f"trainer.strategy={strategy.__name__} divides the weights, which"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize("settings", [{"train_tokens": 0}, {"loss_chunk_size": 0}])

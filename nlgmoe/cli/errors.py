@@ -29,6 +29,7 @@ _OF_ANOTHER_RANK = (
     "Timeout(ms)",
     "pair closure",
     "waiting for clients",
+    "communicator was aborted",
 )
 # The innermost frame and the message of the traceback that a data-loading process sends.
 _OF_A_WORKER = re.compile(

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
+from nlgmoe.callbacks.explain_abort import ExplainAbort
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import TokenProgressBar
@@ -85,6 +86,7 @@ class TrainCLI(LightningCLI):
                     PredictionFile(),
                     ValidationInterval(),
                     SaveOnSignal(),
+                    ExplainAbort(),
                     SaveAtEnd(),
                 ],
             },

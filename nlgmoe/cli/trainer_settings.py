@@ -7,6 +7,8 @@ from typing import Any
 
 from nlgmoe.device import lacks_gpu
 
+from nlgmoe.module import FSDP_REFUSED
+
 
 def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
     """Check the `trainer` section.
@@ -98,10 +100,10 @@ def _check_validation(trainer: Mapping[str, Any]) -> None:
 
 def _check_strategy(trainer: Mapping[str, Any], has_experts: bool) -> None:
     strategy = trainer["strategy"]
-    plain = (
-        strategy.startswith("deepspeed") if isinstance(strategy, str) else _class_name(strategy) == "DeepSpeedStrategy"
-    )
-    shown = strategy if isinstance(strategy, str) else "DeepSpeedStrategy"
+    shown = strategy if isinstance(strategy, str) else _class_name(strategy)
+    fsdp = shown.startswith("fsdp") or shown.endswith(("FSDPStrategy", "ModelParallelStrategy"))
+    _require(not fsdp, "strategy", shown, FSDP_REFUSED)
+    plain = shown.startswith("deepspeed") or shown.endswith("DeepSpeedStrategy")
     why = (
         "is Lightning's plain DeepSpeed, which knows no experts; write "
         "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2, expert_parallel_size: 8}}"

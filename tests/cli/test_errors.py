@@ -383,6 +383,11 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.strategy=deepspeed_stage_2"),
         "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {",
     ),
+    "FSDP": (flag("--trainer.strategy=fsdp"), "trainer.strategy=fsdp divides the weights, which gradient norms, named"),
+    "FSDP by its class": (
+        flag("--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"),
+        "ModelParallelStrategy divides the weights, which gradient norms, named optimizer groups",
+    ),
     "unknown strategy": (flag("--trainer.strategy=dpp"), "trainer.strategy=dpp: You selected an invalid strategy name"),
     "unreadable duration": (
         flag("--trainer.max_time=1h"),
@@ -821,6 +826,11 @@ def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str
 def test_a_full_gpu_says_what_to_lower() -> None:
     line = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
     assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
+
+
+def test_an_aborted_communicator_is_the_error_of_another_rank() -> None:
+    error = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1. Original reason: timeout")
+    assert describe(error).startswith("rank 0 stops because another rank has stopped or does not answer")
 
 
 @pytest.mark.parametrize("hook", ["before_validate", "configure_model"])

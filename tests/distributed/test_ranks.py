@@ -79,6 +79,10 @@ CELLS: dict[int, list[Cell]] = {
         Cell("uneven masks", 2, moe=DROPLESS | {"z_loss_coeff": 0.01}, padded=True, documents=True),
         Cell("statistics of each rank", 2, moe=DROPLESS | {"aux_scope": "rank"}),
         Cell("offload", 2, options={"offload_optimizer": True}),
+        Cell(
+            "ddp, accumulation, masks", strategy="ddp", moe=DROPLESS, accumulate=2, padded=True, documents=True, steps=5
+        ),
+        Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
         Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}),
     ],
     3: [Cell("six experts", 3, experts=6), Cell("4 and 6 experts", 3, 1, experts=[4, 6])],
