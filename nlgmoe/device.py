@@ -20,6 +20,11 @@ def default_device() -> str:
     return "cpu" if found is None else found.type
 
 
+def is_accelerator(device: torch.device) -> bool:
+    """True if tensors of the host have to be copied to `device`."""
+    return device.type != "cpu"
+
+
 def lacks_gpu(accelerator: Any) -> bool:
     """Whether `trainer.accelerator` asks for a GPU where there is none."""
     return accelerator in ("gpu", "cuda") and not torch.accelerator.is_available()

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from nlgmoe.device import is_accelerator
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 
 
@@ -16,7 +18,7 @@ def configure_allocator(device: torch.device) -> None:
     On an accelerator host memory stays as it is, and PyTorch's allocator grows its segments instead of adding new ones: batches
     and rows of an expert come in many sizes, which would leave gaps. PyTorch reads the setting when it first allocates there.
     """
-    if device.type == "cpu":
+    if not is_accelerator(device):
         keep_freed_memory()
     elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which PyTorch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

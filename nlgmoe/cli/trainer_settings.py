@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from nlgmoe.device import lacks_gpu
-
 from nlgmoe.module import FSDP_REFUSED
 
 

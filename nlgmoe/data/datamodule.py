@@ -24,6 +24,7 @@ from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset,
 from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource
 from nlgmoe.data.streaming.cursors import Cursors
 from nlgmoe.data.worker_signals import heed_only_the_parent
+from nlgmoe.device import is_accelerator
 
 
 class PileDataModule(LightningDataModule):
@@ -360,7 +361,7 @@ class PileDataModule(LightningDataModule):
             worker_init_fn=heed_only_the_parent,
             persistent_workers=self.num_workers > 0,
             # A copy from pinned memory to an accelerator need not be waited for.
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type != "cpu",
+            pin_memory=self.trainer is not None and is_accelerator(self.trainer.strategy.root_device),
             **batching,
         )
 
