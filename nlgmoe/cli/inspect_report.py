@@ -42,6 +42,9 @@ def as_json(
         "communication": asdict(communication) | {"total": communication.total},
         "step_seconds": cost.time.total,
         "step_seconds_by_part": asdict(cost.time),
+        "roofline_seconds": cost.roofline.total,
+        "roofline_seconds_by_part": asdict(cost.roofline),
+        "roofline_mfu": cost.roofline.utilisation(config, topology, gpu),
         "samples_per_second": cost.samples_per_second,
         "tokens_per_second": cost.tokens_per_second,
         "fits": cost.fits,
@@ -72,6 +75,8 @@ def as_text(
     sent_parts |= {"expert gradients": sent.expert_gradients, "gathered weights": sent.gathered_weights}
     time_parts = {"compute": time.compute, "all-to-all": time.all_to_all, "gradients": time.gradients}
     time_parts |= {"gathered weights": time.gathered_weights, "optimizer": time.optimizer}
+    mfu = cost.roofline.utilisation(config, topology, gpu)
+    roofline_parts = {name.replace("_", " "): seconds for name, seconds in asdict(cost.roofline).items()}
     lines = [
         ("model", describe_model(config)),
         ("run", describe_run(topology, str(inputs["hardware"]))),
@@ -81,6 +86,13 @@ def as_text(
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
         *_table("sent per rank and step", sent.total, sent_parts, _bytes),
         *_table("step time", time.total, time_parts, _seconds, f"at {inputs['utilisation']:.0%} of peak"),
+        *_table(
+            "roofline",
+            cost.roofline.total,
+            roofline_parts,
+            _seconds,
+            f"a micro-batch, forward and backward; MFU {mfu:.2f}",
+        ),
         ("speed", f"{_si(cost.tokens_per_second)}tokens/s, {cost.samples_per_second:,.1f} samples/s on all GPUs"),
         ("verdict", verdict(cost, gpu, str(inputs["hardware"]))),
         *(("" if index else "to make it fit", describe_change(way)) for index, way in enumerate(ways)),

@@ -15,6 +15,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.model.activation_memory import activation_bytes
 from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per_token
 from nlgmoe.model.hardware import RESERVED, Hardware
+from nlgmoe.model.roofline import Roofline, roofline
 from nlgmoe.model.topology import Topology
 from nlgmoe.pyramid import experts_per_layer
 
@@ -93,11 +94,12 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs. `samples_per_second` and `tokens_per_second` are of all ranks together."""
+    """What a step costs. `samples_per_second` and `tokens_per_second` are of all ranks, `roofline` is of a micro-batch."""
 
     memory: Memory
     communication: Communication
     time: StepTime
+    roofline: Roofline
     samples_per_second: float
     tokens_per_second: float
     fits: bool
@@ -132,7 +134,8 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
     time = _time(config, topology, gpu, utilisation, shares)
     samples = topology.global_batch_size / time.total
     fits = memory.total <= gpu.memory - RESERVED
-    return Cost(memory, communication, time, samples, samples * config.seq_len, fits)
+    parts = roofline(config, topology, gpu, time.all_to_all / topology.accumulation)
+    return Cost(memory, communication, time, parts, samples, samples * config.seq_len, fits)
 
 
 def _shares(config: GPTConfig, topology: Topology, gpu: Hardware) -> list[_Share]:

@@ -45,7 +45,8 @@ def test_a_configuration_is_read_as_train_py_reads_it(capsys: pytest.CaptureFixt
     assert found["fits"] is True and found["suggestions"] == []
     parts = ("weights", "gradients", "optimizer", "activations")
     assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
-    assert found["step_seconds"] == pytest.approx(sum(found["step_seconds_by_part"].values()))
+    for time in ("step_seconds", "roofline_seconds"):
+        assert found[time] == pytest.approx(sum(found[f"{time}_by_part"].values()))
 
 
 def test_options_override_the_files_and_later_files_the_earlier(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
