@@ -28,7 +28,9 @@ from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
-PR_MOE = GPTConfig(TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", loss_coeff=0.1))
+PR_MOE = GPTConfig(
+    TOKENIZER.vocab_size, 24, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", loss_coeff=0.1, z_loss_coeff=0.2)
+)
 CONFIGS = {
     "moe": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, top_k=2)),
     "pr_moe": PR_MOE,
@@ -154,7 +156,9 @@ def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -
     output = ours(tokens)
     expected = language(output.hidden)
     if output.routings:
-        expected = expected + 0.1 * router_losses(output.routings)[0]
+        balance, z = router_losses(output.routings)
+        expected = expected + 0.1 * balance + 0.2 * z
+        torch.testing.assert_close(found.aux_loss, 0.1 * balance + 0.2 * z, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.loss, expected, rtol=1e-6, atol=0)
     found.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]

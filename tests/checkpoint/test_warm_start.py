@@ -55,6 +55,14 @@ def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tm
     assert recorder.losses == first.losses  # the same optimizer, data and noise as a new run with these weights
 
 
+def test_a_tensor_of_another_shape_with_as_many_values_is_not_loaded(trained: Path) -> None:
+    other = replace(CONFIG, seq_len=32, hidden_size=16)  # positions: [16, 32] in the checkpoint, [32, 16] here
+    start = WarmStart(str(trained / "whole.ckpt"), strict=False)
+    assert torch.equal(
+        module(start, other).gpt.position_embedding.weight, module(None, other).gpt.position_embedding.weight
+    )
+
+
 def warm_weights(start: WarmStart) -> dict[str, torch.Tensor]:
     return module(start).gpt.state_dict()
 

@@ -22,6 +22,7 @@ from nlgmoe.checkpoint.layout import entry_shapes
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -119,6 +120,37 @@ def test_the_loss_is_that_of_both_models_and_its_parts_are_logged(teacher: Path,
     total = one["train/loss"] + 0.5 * one["train/distillation_loss"] + balance
     assert sum(watch.losses) == pytest.approx(total, rel=1e-6)
     assert one["train/distillation_loss"] > 0 and 0 <= one["train/teacher_agreement"] <= 1
+
+
+def test_the_weight_falls_along_the_ramp_and_the_loss_with_it(teacher: Path, tmp_path: Path) -> None:
+    """Over the two steps before the end, of which the first begins at half of the ramp."""
+    ramp = StagedDistillation(tokens=3 * TOKENS, ramp_tokens=2 * TOKENS)
+    watch, _ = fit(tmp_path, teacher, ramp, train_tokens=4 * TOKENS)
+    for step, weight in enumerate((1.0, 1.0, 0.5)):
+        logged = watch.logged[2 * step + 1]
+        total = logged["train/loss"] + 0.5 * weight * logged["train/distillation_loss"]
+        assert sum(watch.losses[2 * step : 2 * step + 2]) == pytest.approx(
+            total + 0.01 * logged["train/balance_loss"], rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("ids", ["left padding", "padding in the middle", "documents"])
+def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None:
+    """Its logits for a text are those for the text alone, whatever stands around it; its weight is that of the stage."""
+    distiller, alone = MixtureOfStudents(str(teacher), beta=0.5), dropless(load_model(teacher))
+    distiller.load(STUDENT, torch.empty(0), None)
+    distiller.stage = 0.25
+    tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(0))
+    place = torch.arange(12)
+    text = {"left padding": place >= 4, "padding in the middle": (place < 4) | (place >= 7), "documents": place >= 5}[
+        ids
+    ]
+    batch = {"tokens": tokens} | ({"document": text[None].long()} if ids == "documents" else {})
+    said = distiller.read(batch, None if ids == "documents" else text[None])  # type: ignore[arg-type]
+    assert isinstance(said, SoftTargets) and said.weight == 0.5 * 0.25
+    with torch.no_grad():
+        expected = alone.logits(alone(tokens[:, text]).hidden)[0]
+    torch.testing.assert_close(said.logits(slice(0, 12))[text], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("end", [{"step": 2}, {"tokens": 2 * TOKENS - 5}, {"fraction": 0.5}])

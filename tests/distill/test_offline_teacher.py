@@ -112,6 +112,24 @@ def test_with_every_token_kept_it_is_the_teacher(teacher: Path, tmp_path: Path) 
     assert offline.distilled == pytest.approx(online.distilled, rel=2e-2)
 
 
+def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher: Path, tmp_path: Path) -> None:
+    data, folder = NumberedData(padded=True), tmp_path / "logits"
+    header = record(teacher, folder, data, top_k=8)
+    run = trainer(tmp_path, max_steps=4, accumulate_grad_batches=2)
+    distiller = OfflineTeacher(str(folder), 0.5, 2.0)
+    run.fit(MoEGPTModule(STUDENT, AdamWConfig(), distiller=distiller), NumberedData(padded=True))
+    found, tails = TeacherLogits(str(folder)), []
+    for sample in range(SAMPLES):
+        mask = torch.arange(16) < sample * 5 % 16 + 1  # as `tests/synthetic.py` pads
+        tails.append(torch.from_numpy(found.read([sample], 16)[1])[0, mask, -1].double().exp())
+    assert header["tail_mass"] == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
+
+    distiller.stage = 0.25
+    distiller._found = found
+    said = distiller.read({"tokens": torch.zeros(1, 16, dtype=torch.long), "samples": [0]}, None)  # type: ignore[typeddict-item]
+    assert said is not None and said.weight == 0.5 * 0.25
+
+
 def test_fewer_tokens_kept_make_a_smaller_loss(teacher: Path, logits: Path, tmp_path: Path) -> None:
     online = fit(tmp_path, MixtureOfStudents(str(teacher), 1.0, 2.0)).distilled[0]
     assert 0.2 * online < fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0)).distilled[0] < online

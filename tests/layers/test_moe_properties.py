@@ -252,3 +252,19 @@ def test_cross_entropy_passes_gradcheck_and_is_log_vocabulary_for_uniform_logits
     targets, mask = torch.randint(9, (7,)), torch.tensor([True, False, True, True, False, True, True])
     assert torch.autograd.gradcheck(lambda h, t: cross_entropy(h, t, 9, targets, mask, 3), (hidden, table))
     assert cross_entropy(torch.zeros(7, 4), table.float(), 9, targets, mask, 3).item() == pytest.approx(math.log(9))
+
+
+def test_rows_of_an_expert_are_in_token_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a sort that turns ties round where it may."""
+    sort = torch.sort
+
+    def turning(values: Tensor, stable: bool = False) -> object:
+        found = sort(values.flip(0), stable=True)
+        return sort(values, stable=True) if stable else type(found)((found.values, len(values) - 1 - found.indices))
+
+    monkeypatch.setattr(torch, "sort", turning)
+    layer, x = MoELayer(GPTConfig(8, 16, 1, 4, 1, moe=MoEConfig(2, 1)), 0), torch.randn(1, 16, 4)
+    nn.init.normal_(layer.router.weight)
+    dispatch = Dispatch.from_routing(layer.router(x[0]), 2)
+    for rows in dispatch.order.split(dispatch.tokens_per_expert.tolist()):
+        assert torch.equal(rows, rows.sort().values)
