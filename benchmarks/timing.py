@@ -36,8 +36,8 @@ def interleaved(
             for name, candidate in candidates.items():
                 started = clock()
                 candidate()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
                 if turn >= warm_up:
                     seconds[name].append(clock() - started)
     finally:
