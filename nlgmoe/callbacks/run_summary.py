@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
@@ -59,8 +59,13 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
-        count = count_parameters(pl_module.config)
-        rank_zero_info(f"{count.total:,} parameters, {count.active:,} of them active for a token")
+        (total, active), formula = pl_module.gpt.parameter_counts(), count_parameters(pl_module.config).total
+        rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token")
+        if total != formula:
+            rank_zero_warn(
+                f"the model has {total:,} parameters where model.config describes {formula:,}: it was changed in code; FLOPs and "
+                "MFU are those of model.config"
+            )
         self._fit_started = time.perf_counter()
 
     @override
@@ -99,7 +104,7 @@ class RunSummary(Callback):
 
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
-        parameters = count_parameters(module.config)
+        total, active = module.gpt.parameter_counts()
         losses = self._finite_losses()
         entropy = getattr(trainer.datamodule, "unigram_entropy", None)  # type: ignore[attr-defined]
         prefix = "val/bits_per_byte/"
@@ -116,8 +121,8 @@ class RunSummary(Callback):
             },
             "tokens_per_second": self._fed_tokens / self._step_seconds if self._step_seconds else None,
             "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
-            "params_total": parameters.total,
-            "params_active": parameters.active,
+            "params_total": total,
+            "params_active": active,
             "wall_seconds": self._wall_seconds,
             "versions": versions(),
         }

@@ -189,6 +189,15 @@ class GPT(nn.Module):
                 return False
         return True
 
+    def parameter_counts(self) -> tuple[int, int]:
+        """All parameters of the model, experts of other ranks included, and those that one token uses."""
+        total = active = sum(parameter.numel() for parameter in self.parameters())
+        for moe in [module for module in self.modules() if isinstance(module, MoELayer)]:
+            one = sum(stack[0].numel() for stack in moe.experts.parameters())
+            total += (moe.router.num_experts - moe.experts.count) * one
+            active += (moe.top_k - moe.experts.count) * one
+        return total, active
+
     @property
     def unembedding(self) -> Tensor:
         """`[P, H]`: the tied embedding table. The rows from `config.vocab_size` on are padding: no token, no logit, no gradient.

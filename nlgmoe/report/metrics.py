@@ -66,6 +66,14 @@ def read_metrics(path: Path) -> dict[str, Series]:
     return {name: Series(*(np.array(values) for values in zip(*rows, strict=True))) for name, rows in columns.items()}
 
 
+def damaged_rows(path: Path) -> int:
+    """Rows of `metrics.csv` with too few or too many cells, or one that is no number, which `read_metrics` leaves out."""
+    return sum(
+        None in row.values() or "" in row or any(text and _number(text) is None for text in row.values())
+        for row in _rows(path)
+    )
+
+
 @dataclass(frozen=True)
 class Loads:
     """Load of every expert over time.

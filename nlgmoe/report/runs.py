@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.report.metrics import LOADS, METRICS, Loads, Series, read_loads, read_metrics
+from nlgmoe.report.metrics import LOADS, METRICS, Loads, Series, damaged_rows, read_loads, read_metrics
 
-CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
+CONFIG, SUMMARY, VERSIONS, STARTS = "config.yaml", "summary.json", "versions.json", "starts.json"
 CLOCKS = {  # what charts are drawn over -> the metric that says it at a step
     "tokens": "train/tokens",
     "flops": "train/flops",
@@ -137,6 +138,9 @@ def _read(folder: Path, name: str) -> Run:
     metrics = read_metrics(folder / METRICS)
     if not metrics:
         notes.append(f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.")
+    if bad := damaged_rows(folder / METRICS):
+        notes.append(f"{METRICS} has {bad:,} damaged rows: what cannot be read of them is left out.")
+    notes += _changes(folder)
     for metric in ("train/loss", "train/grad_norm"):
         if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
             notes.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
@@ -153,6 +157,38 @@ def _read(folder: Path, name: str) -> Run:
     except ValueError as error:
         notes.append(f"{error}.")
     return run
+
+
+def _changes(folder: Path) -> list[str]:
+    """What each start of a run had other than the start before it."""
+    try:
+        starts = json.loads((folder / STARTS).read_text())
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        settings = [flattened(yaml.load((folder / start["config"]).read_text(), loader)) for start in starts]
+        found = []
+        for (before, after), (old, new) in zip(pairwise(starts), pairwise(settings), strict=True):
+            made = [{f"version of {name}": text for name, text in one["versions"].items()} for one in (before, after)]
+            old, new = old | made[0], new | made[1]
+            changed = [
+                f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)
+            ]
+            found.append(f"From step {after['step']:,} on: {', '.join(changed)}.")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        return [f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings."]
+    return found
+
+
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; lists of plain values stay whole."""
+    if isinstance(value, dict) and value:
+        items = [(f"{prefix}.{name}" if prefix else str(name), item) for name, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value} if prefix else {}
+    return {name: leaf for path, item in items for name, leaf in flattened(item, path).items()}
 
 
 def _document(path: Path, without: str, notes: list[str]) -> dict[str, Any]:

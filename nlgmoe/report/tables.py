@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.report.drawing import colour_of
-from nlgmoe.report.runs import Run, finite_number
+from nlgmoe.report.runs import Run, finite_number, flattened
 
 UNKNOWN = "–"
 OWN = ("trainer.default_root_dir", "ckpt_path")  # settings that are another for every run
@@ -71,17 +71,6 @@ def notes(runs: Sequence[Run]) -> str:
 def label(number: int, run: Run) -> str:
     """A run's name with its colour."""
     return f'<span class="run" style="--colour: {colour_of(number)}" title="{escape(str(run.path))}">{escape(run.name)}</span>'
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; lists of plain values stay whole."""
-    if isinstance(value, dict) and value:
-        items = [(f"{prefix}.{name}" if prefix else str(name), item) for name, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
-    else:
-        return {prefix: value} if prefix else {}
-    return {name: leaf for path, item in items for name, leaf in flattened(item, path).items()}
 
 
 def _duration(seconds: float | None) -> str:

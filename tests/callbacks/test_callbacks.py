@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
@@ -40,6 +41,17 @@ def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_
     assert math.isfinite(summary["train_loss"]) and summary["tokens_per_second"] > 0
     assert summary["peak_memory_bytes"] > 50e6 and summary["wall_seconds"] > 0
     assert summary["versions"]["torch"]
+
+
+def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:
+    module = MoEGPTModule(CONFIG)
+    block, width = module.gpt.blocks[0], CONFIG.hidden_size
+    block.ffn_norm = torch.nn.Sequential(block.ffn_norm, torch.nn.Linear(width, width))
+    with pytest.warns(UserWarning, match=r"parameters where model.config describes [\d,]+: it was changed in code"):
+        trainer(tmp_path, RunSummary(), max_steps=1).fit(module, SyntheticData())
+    summary, count = json.loads((tmp_path / "summary.json").read_text()), count_parameters(CONFIG)
+    more = width * (width + 1)
+    assert (summary["params_total"], summary["params_active"]) == (count.total + more, count.active + more)
 
 
 def test_the_summary_has_the_validation_loss_and_goes_on_after_a_restart(tmp_path: Path) -> None:

@@ -83,6 +83,23 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert second.last("train/loss") is None
 
 
+def test_damaged_rows_and_changed_settings_are_told(tmp_path: Path) -> None:
+    folder(tmp_path / "run", metrics__csv="step,train/loss\n0,1.5\n1\n2,x\n3,1.0,9\n4,0.5\n")
+    for name, tokens in (("0-step-0", 256), ("1-step-4", 512)):
+        (tmp_path / "run/starts").mkdir(exist_ok=True)
+        (tmp_path / f"run/starts/{name}.yaml").write_text(f"model: {{train_tokens: {tokens}, seed: 1}}\n")
+    starts = [
+        {"step": 0, "config": "starts/0-step-0.yaml", "versions": {"torch": "2.12"}},
+        {"step": 4, "config": "starts/1-step-4.yaml", "versions": {"torch": "2.13"}},
+    ]
+    (tmp_path / "run/starts.json").write_text(json.dumps(starts))
+    (run,) = read_runs([tmp_path / "run"])
+    assert "metrics.csv has 3 damaged rows: what cannot be read of them is left out." in run.notes
+    assert "From step 4 on: model.train_tokens 256 -> 512, version of torch 2.12 -> 2.13." in run.notes
+    (tmp_path / "run/starts/1-step-4.yaml").write_text("model: [")
+    assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].notes)
+
+
 def test_settings_that_differ(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
         folder(
