@@ -1,0 +1,136 @@
+"""Step `shapes`: training steps of the 350M models, dense and with 16 experts: speed, memory and what takes the time.
+
+Each is built once and trained through the strategy: eager, recomputed, compiled, each a step of warm-up and a measured one of 8
+micro-batches, which is what 8 GPUs have. 16 experts a layer are what a GPU holds where 8 share 128.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.run import ROOT, Run, quiet_trainer, synchronize
+from nlgmoe.config import GPTConfig
+from nlgmoe.model.cost import estimate
+from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.hardware import hardware, peak_of
+from nlgmoe.model.topology import Topology
+from nlgmoe.module import MoEGPTModule
+from nlgmoe.parallel.strategy import ExpertParallelStrategy
+from tests.synthetic import SyntheticData
+
+MODES = ("eager", "recomputed", "compiled")
+SEQUENCES, ACCUMULATED, EXPERTS, SHOWN = 4, 8, 16, 15
+
+
+class Modes(Callback):
+    """Switches the model through the modes, and measures the second step of each.
+
+    Attributes:
+        seconds: of a micro-batch, a share of the optimizer's step included, by mode.
+        peak: bytes of tensors at most in those steps, by mode; none on a CPU.
+        kernels: milliseconds by kernel, of the last micro-batch of the first step and the optimizer's step after it.
+    """
+
+    def __init__(self, modes: tuple[str, ...], accumulated: int) -> None:
+        self.modes, self.accumulated = modes, accumulated
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, int] = {}
+        self.kernels: dict[str, float] = {}
+        self.error: Exception | None = None  # that ended the run early
+        self._started = 0.0
+        self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Switch, or start measuring."""
+        mode, position = divmod(batch_idx, 2 * self.accumulated)
+        if position == 0:
+            pl_module.gpt.activation_checkpointing = self.modes[mode] == "recomputed"
+            if self.modes[mode] == "compiled":
+                pl_module.gpt.compile_dense_parts()
+        if batch_idx == self.accumulated - 1:
+            self._profile.start()
+        if position == self.accumulated:
+            synchronize(pl_module.device)
+            if pl_module.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write down."""
+        mode, position = divmod(batch_idx, 2 * self.accumulated)
+        if batch_idx == self.accumulated - 1:
+            self._profile.stop()
+            taken = {event.key: event.self_device_time_total / 1e3 for event in self._profile.key_averages()}
+            self.kernels = dict(sorted(taken.items(), key=lambda item: -item[1])[:SHOWN])
+        if position == 2 * self.accumulated - 1:
+            synchronize(pl_module.device)
+            self.seconds[self.modes[mode]] = (time.perf_counter() - self._started) / self.accumulated
+            if pl_module.device.type == "cuda":
+                self.peak[self.modes[mode]] = torch.cuda.max_memory_allocated()
+
+
+def shapes(run: Run, folder: Path) -> None:
+    """Measure the dense model, then the one with experts."""
+    dense = measure(run, folder, "dense", config_of("dense/350m_dense", run.dry))
+    experts = measure(run, folder, f"MoE-{EXPERTS}", config_of("moe/350m_moe_128", run.dry))
+    for mode in dense.seconds.keys() & experts.seconds.keys():
+        run.aim(f"MoE over dense, {mode}", experts.seconds[mode] / dense.seconds[mode], at_most=1.3)
+    for modes in (dense, experts):
+        if modes.error is not None:
+            raise modes.error
+
+
+def config_of(name: str, dry: bool) -> GPTConfig:
+    """The model of a configuration of the paper, with `EXPERTS` experts where it has any; tiny in a dry run."""
+    values = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]["config"]
+    if values.get("moe"):
+        values["moe"]["num_experts"] = EXPERTS
+    tiny = {"vocab_size": 257, "seq_len": 32, "num_layers": 2, "hidden_size": 32, "num_heads": 2} if dry else {}
+    return GPTConfig.from_dict(values | tiny)
+
+
+def measure(run: Run, folder: Path, name: str, config: GPTConfig) -> Modes:
+    """Train a model through the modes."""
+    # Compiling takes longer than the rest of a dry run.
+    modes = Modes(MODES[:2], 2) if run.dry else Modes(MODES, ACCUMULATED)
+    trainer = quiet_trainer(
+        run,
+        folder,
+        strategy=ExpertParallelStrategy(stage=1),
+        precision="bf16-mixed",
+        max_steps=2 * len(modes.modes),
+        accumulate_grad_batches=modes.accumulated,
+        log_every_n_steps=1000,
+        callbacks=[modes],
+    )
+    try:
+        trainer.fit(MoEGPTModule(config), SyntheticData(config.vocab_size, config.seq_len, SEQUENCES))
+    except Exception as error:  # what was measured before it counts, and so does the other model
+        modes.error = error
+    report(run, name, config, modes)
+    return modes
+
+
+def report(run: Run, name: str, config: GPTConfig, modes: Modes) -> None:
+    """Figures of a model."""
+    tokens, peak = SEQUENCES * config.seq_len, peak_of(run.card, "bf16-mixed", tf32=False)
+    topology = Topology(1, 1, 1, SEQUENCES, SEQUENCES * modes.accumulated)
+    for mode, seconds in modes.seconds.items():
+        run.note(f"ms a micro-batch, {name}, {mode}", 1e3 * seconds)
+        if peak is not None:
+            mfu = tokens * flops_per_token(config) / seconds / peak
+            run.aim(f"MFU, {name}, {mode}", mfu, at_least=0.33 if mode == "compiled" else 0.20)
+        again = replace(topology, activation_checkpointing=mode == "recomputed")
+        if mode in modes.peak:
+            expected = estimate(config, again, hardware("h100")).memory.total
+            run.aim(f"peak memory over nlgmoe inspect, {name}, {mode}", modes.peak[mode] / expected, 0.8, 1.0)
+    run.note(f"ms by kernel of an eager micro-batch and the optimizer, {name}", modes.kernels)

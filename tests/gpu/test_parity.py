@@ -1,0 +1,304 @@
+"""Layers, losses and the whole model on a GPU against the same code on the CPU in fp32. `make gpu` runs this as a step.
+
+A GPU draws other random numbers than a CPU: the routing's are drawn on the CPU here. Memory is full of NaN beforehand
+(conftest.py).
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from benchmarks.gpu.run import draw, error
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers import router as router_module
+from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
+from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
+from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.layers.router import Router
+from nlgmoe.model.gpt import GPT
+from tests.gpu.conftest import DRY
+
+Near = Callable[[str, float, float], None]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OUTPUT = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
+GRADIENT = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routing's random numbers are the CPU's."""
+    here = router_module._Uniform.__call__
+
+    def draw_there(self: Any, shape: tuple[int, ...]) -> Tensor:
+        device, self.device = self.device, torch.device("cpu")
+        drawn = here(self, shape).to(device)
+        self.device = device
+        return drawn
+
+    monkeypatch.setattr(router_module._Uniform, "__call__", draw_there)
+
+
+def on(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of it there."""
+    return copy.deepcopy(module).to(device, dtype)
+
+
+def tensor(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal, the same everywhere."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compare(
+    near: Near,
+    module: nn.Module,
+    device: torch.device,
+    name: str,
+    x: Tensor,
+    forward: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    """Output, and the gradients of the input and of every weight."""
+    results = []
+    for where, dtype in ((torch.device("cpu"), torch.float32), (device, TYPES[name])):
+        there, given = on(module, where, dtype), x.to(where, dtype, copy=True).requires_grad_()
+        y = forward(there, given)
+        y.backward(tensor(*y.shape, seed=1).to(where, dtype))
+        results.append([y, given.grad, *(parameter.grad for parameter in there.parameters())])
+    (expected, *gradients), (found, *others) = results
+    near(f"output, {name}", error(found, expected), OUTPUT[name])
+    near(f"gradients, {name}", max(map(error, others, gradients)), GRADIENT[name])
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize("sees", ["causal", "padding", "documents", "cache"])
+def test_attention(name: str, sees: str, device: torch.device, near: Near) -> None:
+    batch, length, width, heads = (2, 16, 32, 2) if DRY else (4, 512, 512, 8)
+    layer = CausalSelfAttention(width, heads, 0.0, 0)
+    draw(layer, std=0.1)
+    positions = torch.arange(length)
+
+    def forward(there: nn.Module, x: Tensor) -> Tensor:
+        mask = (positions >= 5).expand(batch, -1).to(x.device) if sees == "padding" else None
+        documents = (positions // 7).expand(batch, -1).to(x.device) if sees == "documents" else None
+        if sees != "cache":
+            y = there(x, visible_keys(mask, length, 0, x.device, documents))
+            return y if mask is None else y[:, 5:]
+        cache, parts = KVCache(length), []
+        for part in x.split([length - 5, 4, 1], dim=1):
+            parts.append(there(part, visible_keys(None, part.shape[1], cache.length, x.device), cache))
+            cache.length += part.shape[1]
+        return torch.cat(parts, dim=1)
+
+    x = tensor(batch, length, width)
+    if sees != "cache":
+        compare(near, layer, device, name, x, forward)
+        return
+    with torch.no_grad():
+        found, expected = forward(on(layer, device, TYPES[name]), x.to(device, TYPES[name])), forward(layer, x)
+    near(f"output, {name}", error(found, expected), OUTPUT[name])
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "capacity": {},
+    "capacity by position": {"random_token_selection": False},
+    "dropless": {"token_dropping": False},
+    "jitter": {"noise": "jitter"},
+    "rsample": {"noise": "rsample"},
+    "top-2, sampled": {"top_k": 2},
+    "top-2, argmax": {"top_k": 2, "second_expert": "argmax"},
+    "top-4": {"top_k": 4, "train_capacity_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("variant", ROUTERS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_router(variant: str, padded: bool, device: torch.device, near: Near) -> None:
+    tokens, width = (64, 32) if DRY else (4096, 512)
+    router = Router(MoEConfig(16, **ROUTERS[variant]), width, 16, 0)
+    draw(router)
+    x, mask = tensor(tokens, width), torch.arange(tokens) % 5 > 0
+    expected, found = (
+        on(router, where)(x.to(where), mask.to(where) if padded else None, (0, 1, 2))
+        for where in (torch.device("cpu"), device)
+    )
+    other = (found.expert.cpu() != expected.expert).any(dim=1) | (found.kept.cpu() != expected.kept).any(dim=1)
+    near("tokens with another expert", float(other.float().mean()), 0.0)
+    for part in ("weight", "probs", "logits"):
+        near(part, error(getattr(found, part), getattr(expected, part)), 1e-5)
+
+
+LOADS = ("balanced", "some empty", "one gets all", "no rows", "one row", "unused tail")
+
+
+def rows_of(load: str, rows: int, experts: int) -> Tensor:
+    """How many of the rows each expert gets."""
+    counts = torch.zeros(experts, dtype=torch.long)
+    if load in ("balanced", "unused tail"):
+        counts += (rows if load == "balanced" else rows // 2) // experts
+    elif load == "some empty":
+        counts[::2] = rows // (experts // 2)
+    elif load == "one gets all":
+        counts[experts // 3] = rows
+    elif load == "one row":
+        counts[-1] = 1
+    return counts
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("experts", [16, 128])
+@pytest.mark.parametrize("load", LOADS)
+def test_experts(load: str, experts: int, name: str, device: torch.device, near: Near) -> None:
+    rows, width = (2 * experts, 16) if DRY else (16 * experts, 256)
+    layer, counts = Experts(experts, width, 4 * width), rows_of(load, rows, experts)
+    draw(layer, std=0.1)
+    x = tensor({"no rows": 0, "one row": 1}.get(load, rows), width)
+    used = int(counts.sum())
+
+    def forward(there: nn.Module, given: Tensor) -> Tensor:
+        y = there(given, counts.to(given.device))
+        near("rows of no expert", float(y.detach()[used:].abs().sum()), 0.0)
+        y.sum().backward(retain_graph=True)
+        for weight, parameter in there.named_parameters():
+            near(
+                f"gradient of empty experts, {weight}", float(parameter.grad[counts.to(y.device) == 0].abs().sum()), 0.0
+            )
+            parameter.grad = None
+        given.grad = None
+        return y
+
+    compare(near, layer, device, name, x, forward)
+
+
+VOCABULARY = 257 if DRY else 50_257
+
+
+def head(device: torch.device, name: str, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, unembedding with rows of padding, and targets."""
+    width = 16 if DRY else 1024
+    hidden = tensor(tokens, width).to(device, TYPES[name])
+    table = (0.05 * tensor(-(-VOCABULARY // 128) * 128, width, seed=1)).to(device, TYPES[name])
+    return hidden, table, torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(2)).to(device)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_loss(name: str, device: torch.device, near: Near) -> None:
+    """At the head's real size, with its gradient; against fp64 on the device itself, without our code. fp16 is scaled."""
+    hidden, table, targets = head(device, name, 64 if DRY else 8192)
+    scale, limit = 2.0**11 if name == "fp16" else 1.0, {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}[name]
+    given = [hidden.clone().requires_grad_(), table.clone().requires_grad_()]
+    loss = cross_entropy(given[0], given[1], VOCABULARY, targets, None, 1024)
+    (loss * scale).backward()
+    exact = [hidden.double().requires_grad_(), table[:VOCABULARY].double().requires_grad_()]
+    total = 0.0
+    for part in range(0, len(targets), 1024):
+        here = slice(part, part + 1024)
+        logits = exact[0][here] @ exact[1].t()
+        value = nn.functional.cross_entropy(logits, targets[here], reduction="sum") / len(targets)
+        value.backward()
+        total += float(value)
+    near(f"off fp64, {name}", abs(float(loss) - total) / total, limit)
+    for part, found, expected in zip(("hidden states", "unembedding"), given, exact, strict=True):
+        gradient = found.grad[: len(expected)].double() / scale
+        near(f"gradient of {part} off fp64, {name}", error(gradient, expected.grad), limit)
+        norms = expected.grad.norm(dim=1)
+        rows = (gradient - expected.grad).norm(dim=1) / norms.clamp_min(1e-3 * norms.max())
+        near(f"gradient of {part}, worst row, {name}", float(rows.max()), 0.1)
+    near(f"gradient of padding, {name}", float(given[1].grad[VOCABULARY:].abs().sum()), 0.0)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "top-k"])
+def test_distillation(cut: bool, device: torch.device, near: Near) -> None:
+    results = []
+    for where in (torch.device("cpu"), device):
+        hidden, table, targets = (part.to(where) for part in head(torch.device("cpu"), "fp32", 64 if DRY else 1024))
+        teacher = (hidden.roll(1, 0) @ table[:VOCABULARY].t()) / 2
+        ids = teacher.topk(8).indices
+        top = torch.cat([teacher.log_softmax(-1).gather(1, ids), torch.full((len(ids), 1), -1.0, device=where)], dim=1)
+        whole = SoftTargets(teacher.__getitem__, 0.7, 2.0)
+        said = TopTargets(partial(_parts, ids, top), 0.7, 2.0) if cut else whole
+        given = [hidden.requires_grad_(), table.requires_grad_()]
+        found = distilled_cross_entropy(given[0], given[1], VOCABULARY, targets, None, 256, None, said)
+        found.loss.backward()
+        results.append([*found, *(part.grad for part in given)])
+    names = ("loss", "language", "distillation", "agreement", "gradient of hidden states", "gradient of unembedding")
+    for name, expected, other in zip(names, *results, strict=True):
+        near(name, error(other, expected), 1e-5)
+
+
+def _parts(ids: Tensor, top: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    return ids[part], top[part]
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "capacity": {"num_experts": 8},
+    "dropless, residual": {"num_experts": [8, 16], "token_dropping": False, "mlp_type": "residual"},
+    "top-2": {"num_experts": 8, "top_k": 2, "second_expert": "argmax", "token_dropping": False},
+}
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("variant", MODELS)
+def test_model(variant: str, recomputed: bool, device: torch.device, near: Near) -> None:
+    length, width = (16, 32) if DRY else (256, 256)
+    moe = MoEConfig(**MODELS[variant]) if MODELS[variant] else None
+    model = GPT(GPTConfig(257, length, 4, width, 4, init_std=0.05, moe=moe), activation_checkpointing=recomputed)
+    tokens = torch.randint(257, (4, length + 1), generator=torch.Generator().manual_seed(0))
+    results = []
+    for where in (torch.device("cpu"), device):
+        there, batch = on(model, where), tokens.to(where)
+        output = there(batch[:, :-1], noise_key=(0, 0, 0))
+        hidden, targets = output.hidden.flatten(0, 1), batch[:, 1:].flatten()
+        loss = cross_entropy(hidden, there.unembedding, 257, targets, None, 256)
+        if moe is not None:
+            loss = loss + 0.01 * router_losses(output.routings)[0]
+        loss.backward()
+        results.append((loss, {name: parameter.grad for name, parameter in there.named_parameters()}))
+    (expected, gradients), (found, others) = results
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    near("loss", error(found, expected), 1e-5)
+    worst = max(
+        float((others[name].cpu() - gradient).norm() / max(gradient.norm(), 1e-3 * total))
+        for name, gradient in gradients.items()
+    )
+    near("gradients", worst, 1e-4)
+
+
+@pytest.fixture
+def one_rank(device: torch.device, tmp_path: Path) -> Any:
+    """A process group of this process alone."""
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield distributed.new_group([0])
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("variant", ["capacity", "dropless, residual", "top-2"])
+def test_a_group_of_one_rank_changes_nothing(
+    variant: str, recomputed: bool, device: torch.device, one_rank: Any, near: Near
+) -> None:
+    width, settings = (32, dict(MODELS[variant])) if DRY else (512, dict(MODELS[variant]))
+    config = GPTConfig(257, 64, 2, width, 4, moe=MoEConfig(**settings | {"num_experts": 8}))
+    alone = MoELayer(config, 1)
+    draw(alone, std=0.1)
+    spread = MoELayer(config, 1, ExpertPlacement(0, 8, one_rank))
+    spread.load_state_dict(alone.state_dict())
+    results = []
+    for layer in (alone.to(device), spread.to(device)):
+        x = tensor(4, 64, width).to(device).requires_grad_()
+        if recomputed:
+            y, _ = torch.utils.checkpoint.checkpoint(layer, x, None, (0, 0, 0), use_reentrant=False)
+        else:
+            y, _ = layer(x, None, (0, 0, 0))
+        y.square().sum().backward()
+        results.append([y, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    near("output and gradients", max(map(error, *results)), 1e-6)
