@@ -70,6 +70,7 @@ class Modes(Callback):
         if batch_idx == self.accumulated - 1:
             self._profile.stop()
             taken = {event.key: event.self_device_time_total / 1e3 for event in self._profile.key_averages()}
+            taken = {name: value for name, value in taken.items() if value > 0}
             self.kernels = dict(sorted(taken.items(), key=lambda item: -item[1])[:SHOWN])
         if position == 2 * self.accumulated - 1:
             synchronize(pl_module.device)

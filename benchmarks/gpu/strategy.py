@@ -82,7 +82,7 @@ def strategy(run: Run, folder: Path) -> None:
     for name, (precision, options) in CELLS.items():
         cell, figure = Cell(run, folder, precision, options), f"losses off fp32 without the strategy, {name}"
         if run.dry and precision == "16-mixed":
-            run.correct(figure, None)  # DeepSpeed has no fp16 on a CPU
+            run.correct(figure, None, at_most=1e-2)  # DeepSpeed has no fp16 on a CPU
             continue
         losses, trainer = cell.fit()
         run.correct(figure, off(losses, expected), at_most=1e-2)

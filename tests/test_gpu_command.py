@@ -1,0 +1,105 @@
+"""`make gpu`: a dry run of all of its steps, how it judges figures, and what ends a step. The rest needs a GPU."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, main, one, parse
+from benchmarks.gpu.run import ROOT, Results, Run
+
+NEEDS_A_GPU = ("waits", "losses off fp32 without the strategy, ZeRO 1, fp16")
+
+
+def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--output", str(output), "--data", str(pocket_pile)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = json.loads(output.read_text())
+    assert {"card", "driver", "torch", "commit", "command", "versions"} <= run.keys()
+    assert list(run["steps"]) == list(STEPS)
+    for name, step in run["steps"].items():
+        assert step["status"] == "done" and step["figures"], name
+        for figure in step["figures"]:
+            if figure["kind"] == "correct":
+                expected = None if figure["name"].startswith(NEEDS_A_GPU) else True
+                assert figure["met"] is expected, figure
+            else:
+                assert figure["met"] is None, "no speed is judged on a CPU"
+    assert sum(figure["met"] is True for step in run["steps"].values() for figure in step["figures"]) > 50
+
+
+def test_all_limits_fit_into_the_whole() -> None:
+    assert sum(step.limit for step in STEPS.values()) <= SECONDS
+
+
+def test_without_a_gpu_it_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no CUDA GPU here")
+
+
+def test_a_step_in_a_process_of_its_own_adds_to_the_results(tmp_path: Path) -> None:
+    arguments = parse(["--dry-run", "--output", str(tmp_path / "gpu.json")])
+    results = Results(tmp_path / "gpu.json")
+    results.begin({})
+    results.begin({"missing": {"deepspeed": "ImportError"}})
+    for name in ("layers", "decoding"):  # the first needs DeepSpeed
+        results = one(name, arguments, results, time.monotonic() + SECONDS, processes=True)
+    assert one("shapes", arguments, results, time.monotonic()).step("shapes")["status"] == "not run: deepspeed missing"
+    old, new = json.loads((tmp_path / "gpu.json").read_text())
+    assert old["steps"] == {} and new["steps"]["layers"]["status"] == "not run: deepspeed missing"
+    assert new["steps"]["decoding"]["status"] == "done" and len(new["steps"]["decoding"]["figures"]) == 8
+    assert conclude(results) == 0
+
+
+def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
+    mark = tmp_path / "still here"
+    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert limited([sys.executable, "-c", code], 0.5).startswith("failed: not done after")
+    time.sleep(2)
+    assert not mark.exists()
+    assert limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == "failed: exit code 3"
+    assert limited([sys.executable, "-c", ""], 60) == "done"
+    assert limited([sys.executable, "-c", ""], -1) == "failed: no time was left"
+
+
+@pytest.mark.parametrize(
+    ("card", "figures", "judged", "code"),
+    [
+        ("NVIDIA H100 80GB HBM3", [("correct", 1e-6, None, 1e-5), ("aim", 0.25, 0.2, None)], [True, True], 0),
+        ("NVIDIA H100 80GB HBM3", [("aim", 0.1, 0.2, None), ("aim", 1.1, 0.8, 1.0)], [False, False], 0),
+        ("NVIDIA A100-SXM4-80GB", [("aim", 0.1, 0.2, None), ("correct", 2e-5, None, 1e-5)], [None, False], 1),
+        ("NVIDIA H200", [("correct", float("nan"), None, 1.0)], [False], 1),
+        ("NVIDIA H200", [("correct", None, None, 1.0)], [False], 1),  # only a dry run may leave a figure open
+    ],
+)
+def test_figures_are_judged(
+    card: str, figures: list[Any], judged: list[Any], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "card", card)
+    results = Results(None)
+    results.begin({})
+    run = Run("step", None, False, Path(), results)  # type: ignore[arg-type]
+    for kind, value, at_least, at_most in figures:
+        if kind == "correct":
+            run.correct("a figure", value, at_most)
+        else:
+            run.aim("a figure", value, at_least, at_most)
+    results.step("step")["status"] = "done"
+    assert [figure["met"] for figure in results.step("step")["figures"]] == judged
+    assert conclude(results) == code
+
+
+def test_a_step_that_fails_fails_the_run() -> None:
+    results = Results(None)
+    results.begin({})
+    results.step("parity")["status"] = "failed: exit code 1"
+    assert conclude(results) == 1
