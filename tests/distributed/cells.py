@@ -25,6 +25,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, distributed, multiprocessing
 
+from benchmarks.gpu_ranks import measure
 from nlgmoe.callbacks import (
     ExpertLoad,
     ExpertSpecialisation,
@@ -573,6 +574,11 @@ def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
     callback = Traffic(cell.steps - 1)
     on_ranks(cell, ranks, folder, callback)
     return {name: getattr(callback, name) for name in ("rows", "elsewhere", "assignments", "reduced", "waits")}
+
+
+def gpu_ranks(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
+    """What `benchmarks/gpu_ranks.py` measures, at its tiny shapes."""
+    return measure(torch.device("cpu"), tiny=True)
 
 
 TEXT = Path(__file__).parents[2] / "data" / "pocket_pile"  # where the fixture `pocket_pile` builds it

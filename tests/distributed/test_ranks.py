@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu_ranks import wrong
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.model.cost import estimate
@@ -31,6 +32,7 @@ from tests.distributed.cells import (
     engine_facts,
     evaluate,
     evaluate_text,
+    gpu_ranks,
     growing,
     interrupted,
     learn,
@@ -156,6 +158,7 @@ TAUGHT_TOO = [
     replace(TAUGHT, name="taught, bf16-mixed", precision="bf16-mixed"),
     replace(TAUGHT, name="taught in fp32, bf16-mixed", precision="bf16-mixed", teacher_precision="fp32"),
 ]
+GPU_RANKS = {ranks: Cell(f"gpu_ranks.py on {ranks}") for ranks in (2, 4)}
 TAUGHT_ON_FOUR = Cell("taught on 4 ranks", 4, 1, moe=DROPLESS, steps=6)
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
@@ -200,6 +203,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
             jobs += [(zero_shot, cell) for cell in ZERO_SHOT]
         if ranks == 4:
             jobs += [(taught, TAUGHT_ON_FOUR)]
+        if ranks in GPU_RANKS:
+            jobs += [(gpu_ranks, GPU_RANKS[ranks])]
         jobs += [(job, cell) for cell in topologies for job in (evaluate, resume)]
         by_rank = spawn(ranks, run_all, jobs, ranks, folder, checkpoint, folder=folder)
         for index, (job, cell) in enumerate(jobs):
@@ -324,6 +329,13 @@ def test_bytes_sent_are_those_of_the_cost_model(cell: Cell, found: Found) -> Non
         assert [rank["rows"] for rank in counted] == [predicted.all_to_all] * 2
         assert [rank["waits"] for rank in counted] == [0] * 2
     assert [rank["reduced"] for rank in counted] == [predicted.dense_gradients] * 2
+
+
+@pytest.mark.parametrize("cell", GPU_RANKS.values(), ids=lambda cell: cell.name)
+def test_what_users_run_on_their_gpus_first(cell: Cell, found: Found) -> None:
+    for figures in found[gpu_ranks, cell.name]:
+        assert len(figures) == 4 and all(value > 0 for value in figures.values())
+        assert wrong(figures) == []
 
 
 @pytest.mark.parametrize(("cell", "step"), INTERRUPTED, ids=[cell.name for cell, _ in INTERRUPTED])
