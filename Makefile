@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-faults check format docs notebooks compare mos convergence bench clean
+.PHONY: help install quickstart browser test test-faults check format docs notebooks compare mos convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.teacher_memory
+
+gpu: install  ## shows on a machine with one GPU that results are the CPU's, and how fast (8 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
+	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

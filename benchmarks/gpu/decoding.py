@@ -31,7 +31,7 @@ def decoding(run: Run, folder: Path) -> None:
     config = GPTConfig.from_dict(values | tiny)
     prompt, new = (8, 6) if run.dry else (512, 128)
     model, dense = built(config, run.device), built(replace(config, moe=None), run.device)
-    there = built(config, torch.device("cpu"))
+    there = empty(config, torch.device("cpu"))
     there.load_state_dict(model.state_dict())
     for batch in BATCHES:
         tokens = torch.randint(config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch))
@@ -54,11 +54,16 @@ def decoding(run: Run, folder: Path) -> None:
 
 def built(config: GPTConfig, device: torch.device) -> GPT:
     """A model drawn on the device, with logits further apart than untrained ones."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model = model.to_empty(device=device).eval()
+    model = empty(config, device)
     draw(model, std=0.05)
     return model
+
+
+def empty(config: GPTConfig, device: torch.device) -> GPT:
+    """A model without values."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.to_empty(device=device).eval()
 
 
 @torch.no_grad()
