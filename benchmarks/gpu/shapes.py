@@ -83,7 +83,7 @@ def shapes(run: Run, folder: Path) -> None:
     """Measure the dense model, then the one with experts."""
     dense = measure(run, folder, "dense", config_of("dense/350m_dense", run.dry))
     experts = measure(run, folder, f"MoE-{EXPERTS}", config_of("moe/350m_moe_128", run.dry))
-    for mode in dense.seconds.keys() & experts.seconds.keys():
+    for mode in [mode for mode in MODES if mode in dense.seconds and mode in experts.seconds]:
         run.aim(f"MoE over dense, {mode}", experts.seconds[mode] / dense.seconds[mode], at_most=1.3)
     for modes in (dense, experts):
         if modes.error is not None:
