@@ -262,7 +262,7 @@ class MoEGPTModule(LightningModule):
 
             return first_non_finite(self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full)
 
-        if not self.guard.allows(step, loss, None if gradients.scaled else norm, find_source):
+        if not self.guard.allows(step, loss, norm, gradients.scale_can_fall, find_source):
             gradients.drop()
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
@@ -280,8 +280,7 @@ class MoEGPTModule(LightningModule):
         trainer = self.trainer
         if isinstance(trainer.strategy, HoldsGradients):
             return trainer.strategy.step_gradients()
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # fp16's
-        return LocalGradients(self.gpt.parameters(), scaled=scaler is not None)
+        return LocalGradients(self.gpt.parameters(), getattr(trainer.precision_plugin, "scaler", None))
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,8 +1,8 @@
 """NaN or infinity in a step's loss or gradients: noticed before weights change, then the run stops or the step is skipped.
 
 One number decides, the same on every rank: the norm of the whole model's gradient, which clipping needs anyway, or the loss.
-Where a dynamic loss scale is at work (fp16) gradients overflow now and then, and the scale takes care of it: there the loss
-decides.
+Where a dynamic loss scale is at work (fp16) gradients overflow now and then: such a step is skipped and counted, and the scale
+falls. Only at the lowest scale do gradients decide as elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
+from torch.amp import GradScaler
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class NonFiniteError(ValueError):
 class StepGradients(Protocol):
     """The gradients of a step that is about to be taken, summed over its micro-batches and averaged over ranks."""
 
-    scaled: bool  # whether a dynamic loss scale deals with those that overflow
-
     def norm(self) -> Tensor:
         """L2 norm of all of them, every expert once, the same on every rank; not finite if one of them is not."""
+        ...
+
+    def scale_can_fall(self) -> bool | None:
+        """Whether the dynamic loss scale, read from the device, is above its lowest; None where there is none."""
         ...
 
     def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
@@ -82,11 +85,11 @@ class LocalGradients:
 
     Args:
         parameters: of the model.
-        scaled: see `StepGradients`.
+        scaler: of fp16's loss scale, whose lowest value is taken to be 1; it has no bound of its own.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], scaled: bool) -> None:
-        self.scaled = scaled
+    def __init__(self, parameters: Iterable[nn.Parameter], scaler: GradScaler | None = None) -> None:
+        self._scaler = scaler
         self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
 
     @cached_property
@@ -96,6 +99,10 @@ class LocalGradients:
     def norm(self) -> Tensor:
         """See `StepGradients`."""
         return self._norm
+
+    def scale_can_fall(self) -> bool | None:
+        """See `StepGradients`."""
+        return None if self._scaler is None else self._scaler.get_scale() > 1
 
     def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """See `StepGradients`."""
@@ -132,40 +139,53 @@ class StepGuard:
         settings: what to do.
 
     Attributes:
-        skipped: steps left out since the run began.
-        in_a_row: of them, those since the last step that was taken.
+        skipped: steps left out since the run began, those among them whose gradients overflowed under fp16's loss scale.
+        in_a_row: of them, those since the last step that was taken; without overflows.
     """
 
     def __init__(self, settings: NonFinite) -> None:
         self.settings = settings
         self.skipped = self.in_a_row = 0
 
-    def allows(self, step: int, loss: float, norm: float | None, find_source: Callable[[], str]) -> bool:
+    def allows(
+        self,
+        step: int,
+        loss: float,
+        norm: float,
+        scale_can_fall: Callable[[], bool | None],
+        find_source: Callable[[], str],
+    ) -> bool:
         """Whether the step may be taken.
 
         Args:
             step: its number, as in the logger.
             loss: of its micro-batches and all ranks.
-            norm: of its gradients; None if they do not count.
+            norm: of its gradients.
+            scale_can_fall: see `StepGradients`; asked only where one of the two is not finite.
             find_source: says what was not finite first; called only when it is needed, by all ranks.
 
         Raises:
             NonFiniteError: it may not, and the run is to stop; on every rank.
         """
-        name, value = ("loss", loss) if norm is None or not math.isfinite(loss) else ("gradient norm", norm)
+        name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):
             self.in_a_row = 0
             return True
+        can_fall = scale_can_fall()
+        if can_fall and math.isfinite(loss):
+            self.skipped += 1
+            return False
+        fp16 = "" if can_fall is None else "trainer.precision=bf16-mixed, "
         what = f"step {step}: the {name} is {value}; first not finite: {find_source()}"
         if self.settings.action == "stop":
             raise NonFiniteError(
-                f"{what}; nothing was updated. Go on from the last checkpoint, or one before it, with a lower "
+                f"{what}; nothing was updated. Go on from the last checkpoint, or one before it, with {fp16}a lower "
                 "model.optimizer.lr, or with model.non_finite.action set to skip"
             )
         if self.in_a_row == self.settings.limit:
             raise NonFiniteError(
                 f"{what}; {self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit. Go on from an "
-                "earlier checkpoint with a lower model.optimizer.lr"
+                f"earlier checkpoint with {fp16}a lower model.optimizer.lr"
             )
         self.skipped += 1
         self.in_a_row += 1

@@ -159,13 +159,14 @@ def _memory(config: GPTConfig, topology: Topology, shares: list[_Share]) -> Memo
     count = count_parameters(config)
     uncast = count.norms + count.router + config.seq_len * config.hidden_size  # what autocast leaves in fp32
     optimizer = (divided if topology.zero_stage else held) * (size.master + size.moments)
+    in_fp32 = size.accumulated > size.gradient  # the step needs no copy
     return Memory(
         weights=held * size.weight + (held - uncast) * size.cast,
-        gradients=(divided if topology.zero_stage == 2 else held) * size.gradient,
+        gradients=(divided if topology.zero_stage == 2 else held) * size.accumulated,
         optimizer=0 if topology.offload_optimizer else optimizer,
         activations=activation_bytes(config, topology),
         buckets=2 * BUCKET * size.gradient if topology.zero_stage and topology.gpus > 1 else 0,
-        step=4 * divided if topology.zero_stage and not topology.offload_optimizer else 0,
+        step=4 * divided if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
         host=optimizer if topology.offload_optimizer else 0,
     )
 

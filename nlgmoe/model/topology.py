@@ -17,7 +17,8 @@ class BytesPer:
 
     Attributes:
         weight: the weights the model computes with.
-        gradient: their gradients.
+        gradient: their gradients, as ranks exchange them.
+        accumulated: their gradients, as they are kept from micro-batch to micro-batch.
         master: the optimizer's own fp32 copy of the weights; 0 where it updates the weights themselves.
         moments: Adam's two.
         cast: half-precision copies of the weight matrices that autocast makes and keeps for the backward pass.
@@ -27,6 +28,7 @@ class BytesPer:
 
     weight: int
     gradient: int
+    accumulated: int
     master: int
     moments: int
     cast: int
@@ -93,12 +95,13 @@ class Topology:
         """What a parameter and an activation weigh under this precision and engine."""
         zero = self.zero_stage > 0
         if self.precision == "32-true":
-            return BytesPer(4, 4, 4 if zero else 0, 8, 0, 4, 4)  # ZeRO copies its shard of fp32 weights too
+            return BytesPer(4, 4, 4, 4 if zero else 0, 8, 0, 4, 4)  # ZeRO copies its shard of fp32 weights too
         if self.deepspeed:
-            return BytesPer(2, 2, 4, 8, 0, 2, 2)
+            in_fp32 = self.zero_stage == 2 and not self.offload_optimizer  # see ExpertParallelStrategy
+            return BytesPer(2, 2, 4 if in_fp32 else 2, 4, 8, 0, 2, 2)
         if self.precision.endswith("-mixed"):
-            return BytesPer(4, 4, 0, 8, 2, 4, 2)
-        return BytesPer(2, 2, 0, 4, 0, 2, 2)
+            return BytesPer(4, 4, 4, 0, 8, 2, 4, 2)
+        return BytesPer(2, 2, 2, 0, 4, 0, 2, 2)
 
     def degrees(self, config: GPTConfig) -> list[int]:
         """Expert-parallel degree of every block, from the first to the last; 0 for a dense one."""

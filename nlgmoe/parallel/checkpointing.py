@@ -7,11 +7,9 @@ one by one and keeps its part. No rank ever holds the model or the optimizer who
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
@@ -21,6 +19,7 @@ from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.optim.param_groups import decays
+from nlgmoe.parallel.engine_gradients import loss_scaler
 from nlgmoe.parallel.engine_state import EngineState
 
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -113,20 +112,14 @@ def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
 
 def loss_scale(engine: Any) -> dict[str, Any]:
     """The state of fp16's dynamic loss scale; empty in other precisions."""
-    state = vars(_loss_scaler(engine))
-    return {key: state[key] for key in SCALE_STATE if key in state}
+    scaler = loss_scaler(engine)
+    return {} if scaler is None else {key: getattr(scaler, key) for key in SCALE_STATE}
 
 
 def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
     """Go on with it; its window and bounds are the configuration's."""
-    vars(_loss_scaler(engine)).update(state)
-
-
-def _loss_scaler(engine: Any) -> Any:
-    if not engine.fp16_enabled():
-        return SimpleNamespace()
-    zero = isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
-    return engine.optimizer.loss_scaler if zero else engine.optimizer.loss_scale_config
+    if (scaler := loss_scaler(engine)) is not None:
+        vars(scaler).update(state)
 
 
 @torch.no_grad()

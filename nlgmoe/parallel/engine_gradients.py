@@ -60,6 +60,11 @@ def _fragment(parameter: nn.Parameter) -> Tensor | None:
     return fragment.narrow(0, place.start, place.numel) if len(fragment) == parameter.numel() else fragment
 
 
+def loss_scaler(engine: Any) -> Any:
+    """fp16's dynamic loss scale, which needs ZeRO 1 or 2 here; None in other precisions."""
+    return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
+
+
 class EngineGradients:
     """`StepGradients` (`nlgmoe/non_finite.py`) of an engine, for all of its steps.
 
@@ -68,7 +73,7 @@ class EngineGradients:
     """
 
     def __init__(self, engine: Any) -> None:
-        self.scaled: bool = engine.fp16_enabled()
+        self._scaler = loss_scaler(engine)
         self._engine = engine
         self._norm = torch.zeros(())  # of the step at hand, times the loss scale; infinite if it was dropped
         self._measured = False
@@ -96,6 +101,10 @@ class EngineGradients:
             self._measured = True
         return self._norm / self._scale
 
+    def scale_can_fall(self) -> bool | None:
+        """See `StepGradients`; the host knows it."""
+        return None if self._scaler is None else bool(self._scaler.cur_scale > self._scaler.min_scale)
+
     def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """See `StepGradients`: ZeRO divides every gradient among the ranks that have it; else each of them holds it whole."""
         own = _fragment if self._engine.zero_optimization() else _share
@@ -105,7 +114,7 @@ class EngineGradients:
 
     @property
     def _scale(self) -> float:
-        return float(self._engine.optimizer.loss_scale) if self.scaled else 1.0
+        return 1.0 if self._scaler is None else float(self._scaler.cur_scale)
 
     def full(self, parameter: nn.Parameter) -> Tensor | None:
         """The gradient of one parameter; a collective."""
@@ -127,7 +136,11 @@ class EngineGradients:
         optimizer = self._engine.optimizer
         self._zero_norm = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._norm
-        if not self.scaled:
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = (
+                False  # `scale_can_fall` says so before the step, to who decides about it
+            )
+        else:
             optimizer.check_grad_overflow = True  # in bf16 the norm is looked at only then
             optimizer.check_overflow = lambda partition_gradients=True: None
             optimizer._update_scale = lambda overflow: None  # a constant 1; it would only warn, a second time

@@ -113,6 +113,9 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # our AdamW steps offloaded states too
         self.config["timers"] = {"throughput": {"enabled": False}}  # it waits for the device in every micro-batch
+        if stage == 2 and not offload_optimizer:
+            # At stage 0 DeepSpeed refuses it; at stage 1 it holds all of it on every rank, in bf16 with another optimizer.
+            self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint that is being loaded
         self._engine: Any = None  # of training; evaluation afterwards keeps it
@@ -255,24 +258,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Lightning has divided the loss by the accumulated micro-batches; the engine must not do it again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class does.
-
-        Raises:
-            ValueError: fp16 only: gradients overflow at the lowest loss scale too.
-        """
-        try:
-            return super().optimizer_step(*args, **kwargs)
-        except Exception as error:
-            if "loss scale already at minimum" not in str(error):
-                raise
-            raise ValueError(
-                f"step {self.lightning_module.trainer.global_step}: gradients overflow at the lowest loss scale too; nothing "  # type: ignore[union-attr]
-                "was updated. Go on from an earlier checkpoint with trainer.precision=bf16-mixed, or with a lower "
-                "model.optimizer.lr"
-            ) from error
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, distributed, multiprocessing
 
 from benchmarks.gpu_ranks import measure
@@ -81,7 +82,7 @@ class Cell:
     clip: float = 0.5  # bites: the gradient's norm is about 1
     padded: bool = False
     documents: bool = False
-    precision: str = "32-true"
+    precision: str | None = "32-true"
     checkpointing: bool = False
     steps: int = 20
     hidden: int = 32
@@ -177,6 +178,8 @@ class Overflow(Callback):
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, int, float]] = []
+        self.skipped = 0
+        self.states: list[dict[str, Any]] = []  # of the loss scale, at start and at the end
         self.remove_hook: Callable[[], None] = lambda: None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -192,6 +195,14 @@ class Overflow(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.remove_hook()
+        self.skipped = int(trainer.callback_metrics["train/skipped_steps"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        from nlgmoe.parallel.checkpointing import loss_scale
+
+        self.states.append(loss_scale(trainer.strategy.model))
+
+    on_train_end = on_train_start
 
 
 class Spoils(Callback):
@@ -293,6 +304,63 @@ class Traffic(Callback):
         size = tensor.numel() * tensor.element_size() * 2 * (ranks - 1) // ranks
         self.reduced = max(self.reduced, size)
         return self._originals["all_reduce"](tensor, *args, **kwargs)
+
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Types(Callback):
+    """Notes in which types a run computes and keeps what.
+
+    Attributes:
+        found: by the columns of the table in docs/numerics.md: weights, matrix products, gradients summed over micro-batches,
+            their largest reduction over ranks (not of `ddp`), what the optimizer steps on, and the moments.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+        self._reduced = 0
+        self._all_reduce = distributed.all_reduce
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        linear = pl_module.gpt.blocks[0].ffn.expand
+        linear.register_forward_hook(lambda module, inputs, output: self._note("products", output))
+        distributed.all_reduce = self._reduce
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        zero = getattr(trainer.strategy.model, "optimizer", None)
+        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if not hasattr(zero, "averaged_gradients"):
+            self._note("sums", pl_module.gpt.token_embedding.weight.grad)
+        elif zero.cpu_offload:
+            self._note("sums", next(iter(zero.accumulated_grads_in_cpu.values())))
+        else:
+            self._note("sums", next(iter(zero.averaged_gradients.values()))[0])
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        distributed.all_reduce = self._all_reduce
+        weight = pl_module.gpt.token_embedding.weight
+        self._note("weights", weight)
+        if not hasattr(trainer.strategy.model, "optimizer"):
+            self._note("stepped on", weight)
+            self._note("moments", trainer.optimizers[0].state[weight]["exp_avg"])
+            return
+        from nlgmoe.parallel.engine_state import EngineState
+
+        state = EngineState(trainer.strategy.model)
+        for name, key in (("stepped on", None), ("moments", "exp_avg")):
+            if (fragment := state.fragment(weight, key)) is not None:  # ZeRO gives some ranks none of it
+                self._note(name, fragment[1])
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        self.found[name] = NAMES[tensor.dtype]
+
+    def _reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() > self._reduced:
+            self._reduced = tensor.numel()
+            self._note("reduced", tensor)
+        return self._all_reduce(tensor, *args, **kwargs)
 
 
 class SavesAtStart(Callback):
@@ -463,19 +531,33 @@ def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[list[Any], list[i
     return codes, steps, on_ranks(cell, ranks, where, checkpoint=where / "last.ckpt").losses
 
 
-def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, int, float]], float]:
-    """What `Overflow` saw in four steps of fp16, and the loss scale with which its checkpoint goes on.
+def typed(cell: Cell, ranks: int, folder: Path) -> tuple[Outcome, dict[str, str]]:
+    """Train, and what `Types` found."""
+    allow_fp16()
+    types = Types()
+    if ranks > 1:
+        return on_ranks(cell, ranks, folder, types), types.found
+    plugin: dict[str, Any] = {}
+    if cell.precision == "16-mixed":  # Lightning itself takes bf16 on CPUs
+        cell, plugin = replace(cell, precision=None), {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    return train(cell, 1, folder, SAMPLES, cell.accumulate, types, **plugin), types.found
 
-    DeepSpeed says that this CPU has no fp16; it has it, slowly.
-    """
+
+def allow_fp16() -> None:
+    """DeepSpeed says that this CPU has no fp16; it has it, slowly."""
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: True  # type: ignore[method-assign]
+
+
+def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, int, float]], int, list[dict[str, Any]]]:
+    """What `Overflow` saw and counted in four steps of fp16, and the loss scale's state then and where its checkpoint goes on."""
+    allow_fp16()
     callback, resumed = Overflow(), Overflow()
     on_ranks(cell, ranks, folder, callback)
     again = replace(cell, steps=cell.steps + 1)
     on_ranks(again, ranks, folder, resumed, checkpoint=folder / f"{cell.name} at the end.ckpt")
-    return callback.seen, resumed.seen[0][0]
+    return callback.seen, callback.skipped, [callback.states[-1], resumed.states[0]]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from nlgmoe.model.cost import estimate
 from nlgmoe.model.hardware import hardware
 from nlgmoe.model.topology import Topology
 from nlgmoe.non_finite import NonFinite
+from nlgmoe.parallel.checkpointing import SCALE_STATE
 from tests.distill.test_offline_teacher import record
 from tests.distributed.cells import (
     SAMPLES,
@@ -53,6 +54,7 @@ from tests.distributed.cells import (
     taught_on,
     traffic,
     train,
+    typed,
     warm_start,
     with_state,
     zero_shot,
@@ -96,8 +98,17 @@ CELLS: dict[int, list[Cell]] = {
     ],
 }
 HALF = [
-    *(Cell(f"bf16-mixed, ZeRO {stage}", 2, stage, precision="bf16-mixed", moe=DROPLESS) for stage in (0, 1, 2)),
+    *(Cell(f"bf16-mixed, ZeRO {stage}", 2, stage, precision="bf16-mixed", moe=DROPLESS) for stage in (0, 1)),
+    Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
+]
+ONE_STEP: dict[str, Any] = {"moe": DROPLESS, "steps": 1, "accumulate": 2}
+TYPED = [
+    Cell("types, fp32", 2, 2, **ONE_STEP),
+    Cell("types, bf16-true, ZeRO 2", 2, 2, precision="bf16-true", **ONE_STEP),
+    Cell("types, offloaded", 2, 2, precision="bf16-mixed", options={"offload_optimizer": True}, **ONE_STEP),
+    Cell("types, fp16, ZeRO 1", 2, 1, precision="16-mixed", **ONE_STEP),
+    Cell("types, fp16, ZeRO 2", 2, 2, precision="16-mixed", **ONE_STEP),
 ]
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
 SKIPS: dict[str, Any] = {"moe": DROPLESS, "steps": 10, "non_finite": NonFinite("skip")}
@@ -193,7 +204,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
         if ranks == 3:
             jobs += [(evaluate_text, UNEVEN)]
         if ranks == 2:
-            jobs += [*((on_ranks, cell) for cell in HALF), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
+            jobs += [*((typed, cell) for cell in [*HALF, *TYPED]), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(specialised, SPECIALISED), (engine_facts, REFUSED)]
@@ -252,7 +263,7 @@ def test_ranks_compute_what_one_process_computes(
 @pytest.mark.parametrize("cell", HALF, ids=lambda cell: cell.name)
 def test_half_precision_follows_single(cell: Cell, found: Found, tmp_path: Path) -> None:
     expected = alone(replace(cell, precision="32-true"), 2, tmp_path)
-    for outcome in found[on_ranks, cell.name]:
+    for outcome, _ in found[typed, cell.name]:
         assert outcome.losses == pytest.approx(expected.losses, rel=2e-2)
         norms = [sum(squares.values()) ** 0.5 for squares in expected.squares]
         assert outcome.clip_norms == pytest.approx(norms, rel=5e-2)
@@ -261,9 +272,49 @@ def test_half_precision_follows_single(cell: Cell, found: Found, tmp_path: Path)
         assert outcome.losses[:4] == pytest.approx(expected.losses[:4], rel=1e-3)
 
 
+COLUMNS = ("weights", "products", "sums", "reduced", "stepped on", "moments")
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[tuple[str, str], dict[str, str]]:
+    """Types by run and precision, of the table in docs/numerics.md."""
+    text = (Path(__file__).parents[2] / "docs/numerics.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.count(" | ") == len(COLUMNS) + 1]
+    return {
+        (run, precision): dict(zip(COLUMNS, types, strict=True))
+        for run, precisions, *types in rows
+        for precision in precisions.replace("`", "").split(", ")
+    }
+
+
+@pytest.mark.parametrize("cell", [*HALF, *TYPED], ids=lambda cell: cell.name)
+def test_types_on_ranks_are_the_documented_ones(
+    cell: Cell, found: Found, documented: dict[tuple[str, str], dict[str, str]]
+) -> None:
+    runs = (
+        ["ZeRO 0, 1, 2"] if cell.precision == "32-true" else ["ZeRO 0, 1", "ZeRO 1"] if cell.stage < 2 else ["ZeRO 2"]
+    )
+    run = "offloaded" if cell.options else next(run for run in runs if (run, cell.precision) in documented)
+    types: dict[str, str] = {}
+    for _, of_rank in found[typed, cell.name]:
+        types |= of_rank
+    assert types == documented[run, cell.precision]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_types_on_one_process_are_the_documented_ones(
+    precision: str, documented: dict[tuple[str, str], dict[str, str]], tmp_path: Path
+) -> None:
+    _, types = typed(Cell(precision, precision=precision, **ONE_STEP), 1, tmp_path)
+    expected = documented["one process, `ddp`", precision]
+    assert types | {"reduced": types["sums"]} == expected
+
+
 def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
-    for rank, (seen, resumed_with) in enumerate(found[overflow, OVERFLOW.name]):
-        assert resumed_with == seen[-1][0]
+    for rank, (seen, skipped, states) in enumerate(found[overflow, OVERFLOW.name]):
+        assert skipped == 1
+        assert states[0] == states[1] and states[0]["last_overflow_iter"] == 2
+        assert set(states[0]) == set(SCALE_STATE)
         scales, tokens, weights = zip(*seen, strict=True)
         assert scales == (2.0**11, 2.0**11, 2.0**11, 2.0**10), rank
         assert tokens == tuple(SAMPLES * 16 * step for step in range(4))
@@ -272,7 +323,10 @@ def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
 
 def test_an_overflow_at_the_lowest_scale_is_an_error_of_one_line(found: Found) -> None:
     for said in found[lowest_scale, OVERFLOW.name]:
-        assert said.startswith("step 2: gradients overflow at the lowest loss scale too; nothing was updated.")
+        assert said.startswith(
+            "step 2: the gradient norm is inf; first not finite: the gradient of blocks.1.moe.experts.project_weight on rank 1"
+        )
+        assert "trainer.precision=bf16-mixed" in said
 
 
 @pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
