@@ -85,9 +85,9 @@ class OneLineParser(ArgumentParser):
             raise UsageError(self._explain_refusal(cause)) from error
 
     def replaced_classes(self, setting: str) -> list[str]:
-        """What a list of classes has lost to a later file or option: `NAME (FILE, line N)` each.
+        """What a list of classes has lost to a later file: `NAME (FILE, line N)` each.
 
-        A list that is written again, without `+`, takes the place of the earlier one.
+        A list that is written again, without `+`, takes the place of the earlier one. On the command line that is plain to see.
         """
         written: list[Given] = []
         lost: list[Given] = []
@@ -97,7 +97,7 @@ class OneLineParser(ArgumentParser):
                 continue
             source = given.origin.rpartition(", line ")[0]
             if source != origin and not given.appends:
-                lost, written = [*lost, *written], []
+                lost, written = [*lost, *written] if source else lost, []
             origin = source
             if given.leaf == "class_path":
                 written.append(given)
