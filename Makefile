@@ -2,10 +2,11 @@
 # Python 3.11 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-faults check format docs notebooks compare mos convergence bench gpu clean
+.PHONY: help install quickstart browser test test-oldest test-faults check format docs notebooks compare mos convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +31,12 @@ browser:  ## Chromium, which the tests of reports look at them with; from Debian
 test: install  ## the whole suite
 	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without
 	$(BIN)/python -m pytest
+
+test-oldest:  ## the suite with the oldest releases that pyproject.toml admits, in an environment of its own (6 GB)
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^  "([A-Za-z]+)[^>]*>=([0-9.]+).*/\1==\2/p' pyproject.toml >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pytest
 
 test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
@@ -82,4 +89,4 @@ gpu: install  ## shows on a machine with one GPU that results are the CPU's, and
 	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)
 
 clean:  ## remove the virtual environment and caches; data and runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

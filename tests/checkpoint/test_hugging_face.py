@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.cli.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
-from nlgmoe.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
+from nlgmoe.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
@@ -180,9 +180,9 @@ def test_what_transformers_asks_of_a_model(folders: dict[str, Path], tmp_path: P
     with torch.no_grad():
         block = model.model.blocks[0](output.hidden_states[0])[0]
     torch.testing.assert_close(block, output.hidden_states[1])
-    assert not model(tokens).hidden_states and not model(tokens).cache
+    assert not model(tokens).hidden_states and not model(tokens).get(CACHE)
     assert torch.equal(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:])
-    following = model(tokens[:, :1], cache=output.cache).logits
+    following = model(tokens[:, :1], **{CACHE: output[CACHE]}).logits
     torch.testing.assert_close(
         following, model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1:], rtol=1e-4, atol=1e-5
     )

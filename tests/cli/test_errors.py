@@ -270,7 +270,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         ),
         "model.schedule.min_lr=9.0 is above the peak, model.optimizer.lr=",
     ),
-    "training on nothing": (flag("--trainer.limit_train_batches=0"), "trainer.limit_train_batches=0 trains on nothing"),
+    "training on nothing": (
+        flag("--trainer.limit_train_batches=0.0"),
+        "trainer.limit_train_batches=0.0 trains on nothing",
+    ),
     "schedule without end": (flag("--model.schedule.shape=cosine"), "model.schedule.shape=cosine needs decay_tokens"),
     "negative model seed": (flag("--model.seed=-5"), "model.seed=-5 must be at least 0"),
     "negative data seed": (flag("--data.seed=-5"), "data.seed=-5 must be at least 0"),
@@ -365,7 +368,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.val_check_interval=0.5"),
         "trainer.val_check_interval=0.5 is a fraction of",
     ),
-    "negative clipping": (flag("--trainer.gradient_clip_val=-1"), "trainer.gradient_clip_val=-1 must be at least 0"),
+    "negative clipping": (
+        flag("--trainer.gradient_clip_val=-1.5"),
+        "trainer.gradient_clip_val=-1.5 must be at least 0",
+    ),
     "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),
     "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
     "fraction of endless data": (
