@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -331,7 +332,10 @@ class MoEGPTModule(LightningModule):
             data.advance(self._window.samples * world)
         self._warn_of_another_batch(self._window.samples * world, planned)
         self._window = _Window()
-        scheduler.step()
+        with warnings.catch_warnings():
+            # PyTorch's warning where the first step was skipped, as fp16's often is: this schedule follows the clock.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            scheduler.step()
         if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
             self.trainer.should_stop = True
 

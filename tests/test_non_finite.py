@@ -286,6 +286,7 @@ def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_surv
     assert again[0].losses + again[1].losses == spoils.losses
 
 
+@pytest.mark.filterwarnings("error:Detected call of")
 def test_a_run_in_fp16_that_finds_no_scale_ends(tmp_path: Path) -> None:
     always = Spoils(set(range(40)), gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     with pytest.raises(
