@@ -159,20 +159,22 @@ def resolve_checkpoint(
     found = has_checkpoints(folder)
     if not found and not (name == "auto" and may_start):
         raise ValueError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
+    if found:
+        return str(folder)
     step = _last_logged_step(folder)
-    if not found and (step >= first_save or (step and (folder / "summary.json").exists())):
+    if step >= first_save or (step and (folder / "summary.json").exists()):
         raise ValueError(
             f"ckpt_path={name}: {folder} has logged {step} steps but holds no checkpoint, and the run would start again at "
             "step 0; bring its checkpoints back, or choose another trainer.default_root_dir"
         )
-    return str(folder) if found else None
+    return None
 
 
 def _last_logged_step(folder: Path) -> int:
     """The highest step of `metrics.csv`; 0 if there is none."""
     try:
         with (folder / "metrics.csv").open(newline="") as file:
-            steps = [row["step"] or "" for row in csv.DictReader(file) if row.get("step")]
+            steps = [row.get("step") or "" for row in csv.DictReader(file)]
     except OSError:
         return 0
     return max((int(step) for step in steps if step.isdecimal()), default=0)
