@@ -6,6 +6,7 @@
 
     ours          `GPT` with an MoE in every block, dropless, chunked cross-entropy
     olmoe, qwen3  `OlmoeForCausalLM` and `Qwen3MoeForCausalLM` with `grouped_mm` experts, fused attention, and their own loss
+    head          our logits, loss and their gradients alone: three products that every candidate has to compute
 
 Their experts are SwiGLU networks of three matrices, ours GELU networks of two; theirs are two thirds as wide, for equal FLOPs and
 parameters. Types: fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.step import DENSE, TOKENS, batch_of, our_loss, step
+from benchmarks.step import CHUNK, DENSE, TOKENS, batches_of, our_loss, step
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import MoEConfig
+from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 
@@ -40,7 +42,22 @@ def ours(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
     """Our model's step."""
     config = replace(DENSE, moe=MoEConfig(EXPERTS, expert_interval=1, token_dropping=False))
     model = GPT(config).to(dtype)
-    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batch_of(config), autocast)
+    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batches_of(config), autocast)
+
+
+def head(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
+    """The part of our step from the last hidden states to their gradient."""
+    hidden = torch.randn(TOKENS, DENSE.hidden_size, dtype=dtype, requires_grad=True)
+    table = (0.02 * torch.randn(DENSE.padded_vocab_size, DENSE.hidden_size)).to(dtype).requires_grad_()
+    targets = next(batches_of(DENSE))[:, 1:].flatten()
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            loss = cross_entropy(hidden, table, DENSE.vocab_size, targets, None, CHUNK)
+        loss.backward()
+        hidden.grad = table.grad = None
+
+    return run
 
 
 def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
@@ -70,9 +87,10 @@ def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], 
         config, attn_implementation="sdpa", experts_implementation="grouped_mm"
     ).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = batch_of(DENSE)[:, :-1]
+    batches = batches_of(DENSE)
 
     def run() -> None:
+        tokens = next(batches)[:, :-1]
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             value = model(input_ids=tokens, labels=tokens).loss
         value.backward()
@@ -90,12 +108,19 @@ def main() -> None:
     }
     print(json.dumps(results["settings"], indent=1))
     for label, kind in TYPES.items():
-        candidates = {"ours": ours(*kind)} | {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")}
-        found = interleaved(candidates, arguments.rounds, warm_up=2)
+        candidates = {"ours": ours(*kind), "head": head(*kind)}
+        candidates |= {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")}
+        found = interleaved(candidates, arguments.rounds, warm_up=4)  # until the heap has grown to its size
         results[label] = found
+        ratios = {
+            name: (found[name] / found["ours"], (found[name] - found["head"]) / (found["ours"] - found["head"]))
+            for name in ("olmoe", "qwen3")
+        }
         print(
-            f"{label}: ours {1000 * found['ours']:.0f} ms; "
-            + ", ".join(f"{name} / ours {found[name] / found['ours']:.2f}" for name in ("olmoe", "qwen3")),
+            f"{label}: ours {1000 * found['ours']:.0f} ms, of which the head {1000 * found['head']:.0f}; "
+            + ", ".join(
+                f"{name} / ours {whole:.2f}, without head {rest:.2f}" for name, (whole, rest) in ratios.items()
+            ),
             flush=True,
         )
     with open(arguments.output, "w") as file:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -117,13 +117,14 @@ def step(
     model: GPT,
     loss: Callable[[Tensor, Tensor, int, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    batch: Tensor,
+    batches: Iterator[Tensor],
     half: bool,
 ) -> Callable[[], None]:
     """A training step."""
-    tokens, targets = batch[:, :-1], batch[:, 1:].flatten()
 
     def run() -> None:
+        batch = next(batches)
+        tokens, targets = batch[:, :-1], batch[:, 1:].flatten()
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             output = model(tokens)
             value = loss(output.hidden.flatten(0, 1), model.unembedding, model.config.vocab_size, targets)
@@ -137,7 +138,7 @@ def step(
     return run
 
 
-def hugging_face(config: GPTConfig, batch: Tensor, half: bool) -> Callable[[], None]:
+def hugging_face(config: GPTConfig, batches: Iterator[Tensor], half: bool) -> Callable[[], None]:
     """GPT-2 of the same size, as `transformers` trains it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -152,9 +153,9 @@ def hugging_face(config: GPTConfig, batch: Tensor, half: bool) -> Callable[[], N
         GPT2Config(vocab_size=config.padded_vocab_size, attn_implementation="sdpa", use_cache=False, **shape, **drops)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = batch[:, :-1]
 
     def run() -> None:
+        tokens = next(batches)[:, :-1]
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             value = model(input_ids=tokens, labels=tokens).loss
         value.backward()
@@ -165,29 +166,32 @@ def hugging_face(config: GPTConfig, batch: Tensor, half: bool) -> Callable[[], N
     return run
 
 
-def batch_of(config: GPTConfig) -> Tensor:
-    """`[B, T + 1]` ids."""
-    torch.manual_seed(0)
-    return torch.randint(config.vocab_size, (TOKENS // config.seq_len, config.seq_len + 1))
+def batches_of(config: GPTConfig) -> Iterator[Tensor]:
+    """`[B, T + 1]` ids, others each time: the experts' numbers of rows change, and the CPU's kernels are made for numbers."""
+    random = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(config.vocab_size, (TOKENS // config.seq_len, config.seq_len + 1), generator=random)
 
 
 def our_step(config: GPTConfig, half: bool) -> Callable[[], None]:
     """The step that `train.py` takes."""
     model = GPT(config)
-    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batch_of(config), half)
+    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batches_of(config), half)
 
 
 def assemblies(experts: int, half: bool, rounds: int) -> dict[str, float]:
     """Seconds of each candidate."""
-    config, batch = moe(DENSE, experts), batch_of(DENSE)
+    config, batches = moe(DENSE, experts), batches_of(DENSE)
     usual, good = assembled(config, PlainAttention), assembled(config, CausalSelfAttention)
     return interleaved(
         {
             "ours": our_step(config, half),
-            "usual": step(usual, whole_loss, torch.optim.AdamW(usual.parameters(), lr=1e-4), batch, half),
-            "good": step(good, recomputed_loss, torch.optim.AdamW(good.parameters(), lr=1e-4, fused=True), batch, half),
+            "usual": step(usual, whole_loss, torch.optim.AdamW(usual.parameters(), lr=1e-4), batches, half),
+            "good": step(
+                good, recomputed_loss, torch.optim.AdamW(good.parameters(), lr=1e-4, fused=True), batches, half
+            ),
             "dense": our_step(DENSE, half),
-            "hugging face": hugging_face(DENSE, batch, half),
+            "hugging face": hugging_face(DENSE, batches, half),
         },
         rounds,
         warm_up=2,

@@ -2,8 +2,8 @@
 
     y = gelu(x W_1 + b_1) W_2 + b_2        for each row x, with the weights of its expert
 
-An expert network is a declaration of its weights and a `forward(x, linear)`; `linear` applies one of its stacks to all rows, by
-one of two computations: a grouped matrix product, or one product per expert.
+An expert network declares its weights and has a `forward(x, linear)`; `linear` applies one of its stacks to all rows, by a
+grouped matrix product or by one product per expert.
 
 Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k experts per token, H hidden size, F inner size.
 """
@@ -21,9 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nlgmoe.layers.feed_forward import gelu
 
 MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
-BIAS_WIDTH = (
-    8  # inner width of the product that adds biases: 16 bytes in half precision, which grouped_mm asks of a row
-)
+BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
 
 Function = Callable[..., Tensor]
 
@@ -86,7 +84,8 @@ class Experts(nn.Module):
             `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
         """
         x = _cast_by_autocast(x)
-        if select_backend(x.device.type, x.dtype, self.widths, _capability(x.device)) == "loop":
+        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+        if select_backend(x.device.type, x.dtype, self.widths, capability) == "loop":
             return self._loop(x, tokens_per_expert)
         linear = self._grouped(x, tokens_per_expert)
         if all_used:
@@ -111,21 +110,17 @@ class Experts(nn.Module):
             `[N, H]` weighted sums, in the dtype of `weight`.
         """
         x = _cast_by_autocast(x)
-        tokens = x.split(1) if len(x) > 1 else (x,)  # [1, H] each
         rows = [
             self.network.forward(token, _dense(lambda name, e=e: getattr(self, name)[e]))  # type: ignore[misc]
-            for token, chosen in zip(tokens, expert.tolist(), strict=True)
+            for token, chosen in zip(x.split(1), expert.tolist(), strict=True)  # [1, H]
             for e in chosen
         ]
-        y = torch.cat(rows) if len(rows) > 1 else rows[0]  # [N * k, H]
-        if expert.shape[1] == 1:
-            return y * weight
-        return (y.unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
+        return (torch.cat(rows).unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
 
     def _grouped(self, x: Tensor, tokens_per_expert: Tensor) -> Linear:
         """All experts in one product; the host does not read the numbers of rows."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
-        ones = F.pad(x.new_ones(len(x), 1), (0, BIAS_WIDTH - 1))  # [M, 8]: 1, 0, 0, ...
+        add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(ends, x)
 
         def linear(name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -136,12 +131,20 @@ class Experts(nn.Module):
 
             # The recomputation ends before the product itself: it repeats `through` and the cast of the weight.
             repeats = torch.is_grad_enabled() and (through is not None or weight.dtype != x.dtype)
-            y = _recomputed(product, *inputs) if repeats else product(*inputs)
-            # As a product, the sum of each expert's rows in the bias's gradient needs no atomic additions.
-            padded = F.pad(bias.to(x.dtype).unsqueeze(1), (0, 0, 0, BIAS_WIDTH - 1))  # [E, 8, out]
-            return y.add_(F.grouped_mm(ones, padded, offs=ends))
+            return add_bias(_recomputed(product, *inputs) if repeats else product(*inputs), bias)
 
         return linear
+
+    def _gather_bias(self, ends: Tensor, x: Tensor) -> Function:
+        """Add each row's bias, gathered in fp32; for CPUs, where E small products cost up to a third of a layer in bf16."""
+        expert = torch.bucketize(torch.arange(len(x)), ends, right=True)  # [M], E where a row belongs to none
+        return lambda y, bias: y.add_(F.pad(bias.float(), (0, 0, 0, 1)).index_select(0, expert))
+
+    def _multiply_bias(self, ends: Tensor, x: Tensor) -> Function:
+        """Add each row's bias as a product with ones: the sum over rows in its gradient needs no atomic additions."""
+        ones = F.pad(x.new_ones(len(x), 1), (0, BIAS_WIDTH - 1))  # [M, 8]: 1, 0, 0, ...
+        below = (0, 0, 0, BIAS_WIDTH - 1)  # [E, out] -> [E, 8, out]
+        return lambda y, bias: y.add_(F.grouped_mm(ones, F.pad(bias.to(y.dtype).unsqueeze(1), below), offs=ends))
 
     def _loop(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """One product per expert; the host reads the numbers of rows."""
@@ -167,19 +170,13 @@ def select_backend(
         widths: of the weights' dimensions, in values.
         capability: of a CUDA device; None elsewhere.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "loop"  # grouped_mm refuses fp64
-    if any(width * dtype.itemsize % 16 for width in widths):
-        return "loop"  # grouped_mm refuses rows that are not multiples of 16 bytes
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or any(w * dtype.itemsize % 16 for w in widths):
+        return "loop"  # grouped_mm refuses fp64, and rows that are not multiples of 16 bytes
     if device_type != "cuda":
         return "grouped"
     # On other GPUs grouped_mm is a loop too, and the host waits in each of its calls. On sm_100 it leaves the weight gradients of
     # empty experts uninitialised (pytorch#172439).
     return "grouped" if dtype == torch.bfloat16 and capability is not None and capability[0] == 9 else "loop"
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _dense(parameter: Callable[[str], Tensor]) -> Linear:
