@@ -1,6 +1,6 @@
 """A whole training step beside Hugging Face's MoE models of the same FLOPs per token.
 
-    python -m benchmarks.peers [--rounds 5] [--threads 2]
+    python -m benchmarks.peers [--rounds 7] [--threads 2]
 
 6 blocks of width 256, 16 experts in each, top-1, 2,048 tokens, GPT-2's vocabulary, fused AdamW, gradient clipping. Candidates:
 
@@ -102,29 +102,32 @@ def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], 
 
 
 def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], "peers", 5, [])
-    results: dict[str, Any] = {
-        "settings": settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds, tokens=TOKENS)
-    }
-    print(json.dumps(results["settings"], indent=1))
-    for label, kind in TYPES.items():
-        candidates = {"ours": ours(*kind), "head": head(*kind)}
-        candidates |= {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")}
-        found = interleaved(candidates, arguments.rounds, warm_up=4)  # until the heap has grown to its size
-        results[label] = found
-        ratios = {
-            name: (found[name] / found["ours"], (found[name] - found["head"]) / (found["ours"] - found["head"]))
-            for name in ("olmoe", "qwen3")
-        }
-        print(
-            f"{label}: ours {1000 * found['ours']:.0f} ms, of which the head {1000 * found['head']:.0f}; "
-            + ", ".join(
-                f"{name} / ours {whole:.2f}, without head {rest:.2f}" for name, (whole, rest) in ratios.items()
-            ),
-            flush=True,
-        )
+    arguments = command_line(__doc__.splitlines()[0], "peers", 7, [])
+    results: dict[str, Any] = {}
+    for threads in (arguments.threads, 1):
+        torch.set_num_threads(threads)
+        found = {"settings": settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds)}
+        results[f"{threads} threads"] = found | {label: measure(label, arguments.rounds) for label in TYPES}
     with open(arguments.output, "w") as file:
         file.write(json.dumps(results, indent=1) + "\n")
+
+
+def measure(label: str, rounds: int) -> dict[str, float]:
+    """Seconds of each candidate."""
+    kind = TYPES[label]
+    candidates = {"ours": ours(*kind), "head": head(*kind)}
+    candidates |= {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")}
+    found = interleaved(candidates, rounds, warm_up=4)  # until the heap has grown to its size
+    whole, loss = found["ours"], found["head"]
+    ratios = ", ".join(
+        f"{name} / ours {found[name] / whole:.2f}, without head {(found[name] - loss) / (whole - loss):.2f}"
+        for name in ("olmoe", "qwen3")
+    )
+    print(
+        f"{torch.get_num_threads()} threads, {label}: ours {1000 * whole:.0f} ms, head {1000 * loss:.0f}; {ratios}",
+        flush=True,
+    )
+    return found
 
 
 if __name__ == "__main__":
