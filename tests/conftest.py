@@ -1,6 +1,7 @@
 """Settings that every test runs under."""
 
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from nlgmoe.data.pocket.prepare import prepare
 # Tensors here are tiny: more threads only wait for each other, and the suite runs one process per core.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# Programs that pip has brought, such as ninja, are found without activating the environment.
+os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
 
 # No deadlines: the machine decides how long an example takes, not the code. Derandomised: CI repeats itself.
 settings.register_profile("suite", deadline=None, derandomize=True)

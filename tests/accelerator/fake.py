@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,12 +19,6 @@ from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("fake_accelerator.cpp")
 DEVICE = "fake"
-
-
-def missing_compiler() -> str | None:
-    """Why the extension cannot be built here; None: it can."""
-    compiler = cpp_extension.get_cxx_compiler()
-    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
 
 
 def build() -> Path:

@@ -4,7 +4,6 @@ A process can have one such device and keeps it, so that all of it runs in a pro
 """
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.accelerator.cells import CELLS, PRECISIONS, ROOT
-from tests.accelerator.fake import missing_compiler
+from tests.tools import needs
 
 READS = 2  # of the device by the host in an optimizer step, at most
 Found = dict[str, dict[str, Any]]
@@ -20,9 +19,7 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    reason = missing_compiler()
-    if reason is not None and os.environ.get("CI") != "true":
-        pytest.skip(f"the fake accelerator is compiled, and {reason}")
+    needs("c++", "ninja")  # with which it is compiled
     file = tmp_path_factory.mktemp("accelerator") / "found.json"
     command = [sys.executable, "-m", "tests.accelerator.cells", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

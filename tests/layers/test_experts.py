@@ -15,6 +15,7 @@ from nlgmoe.layers.experts import Experts, select_backend
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.seeding import derive_seed
+from tests.tools import needs
 
 
 @pytest.fixture
@@ -120,6 +121,7 @@ def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_compiled_parts_compute_the_same() -> None:
+    needs("g++")
     config = GPTConfig(64, 16, 2, 16, 2, moe=MoEConfig(4, mlp_type="residual"))
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
     results = []

@@ -4,20 +4,20 @@ import base64
 import json
 import os
 import select
-import shutil
 import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+from tests.tools import find
+
 PATIENCE = 120  # seconds for an answer; the suite's processes share the cores
 
 
 def chromium() -> str:
     """The program; the environment variable CHROMIUM names another."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    found = find("chromium")
     assert found, "no Chromium for the tests of reports: run `make browser`, or set CHROMIUM to where it is"
     return found
 

@@ -17,6 +17,7 @@ from nlgmoe.loggers import RunCSVLogger
 from tests.eval.test_specialisation import Spelt
 from tests.report.browser import Browser
 from tests.test_module import trainer
+from tests.tools import needs
 
 # What is drawn in each chart: shapes that plotly made of data, and titles of x axes.
 DRAWN = """Object.fromEntries([...document.querySelectorAll(".chart")].map(chart => [chart.parentElement.id, {
@@ -43,6 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    needs("chromium")
     with Browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
