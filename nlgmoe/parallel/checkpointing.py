@@ -26,10 +26,15 @@ SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @torch.no_grad()
-def gather_owned(model: nn.Module, engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gather_owned(model: nn.Module, engine: Any, with_moments: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's share of the checkpoint's `model` and `optimizer` entries; the ranks' shares are disjoint and complete.
 
     Every rank has to call this. Among the ranks that share a parameter, entries go to the one with the least so far.
+
+    Args:
+        model: the GPT.
+        engine: that trains it.
+        with_moments: false leaves `optimizer` empty.
     """
     state = EngineState(engine)
     weights: dict[str, Tensor] = {}
@@ -42,7 +47,7 @@ def gather_owned(model: nn.Module, engine: Any) -> tuple[dict[str, Tensor], dict
         load[owner] += entry.shape.numel()
         if (weight := state.collect(entry, None, owner)) is not None:
             weights[entry.name] = weight
-        if not state.has_moments:
+        if not (with_moments and state.has_moments):
             continue
         for key in MOMENTS:
             if (moment := state.collect(entry, key, owner)) is not None:
@@ -61,11 +66,10 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     tokenizer = rest.pop("tokenizer", None)
-    weights, moments = gather_owned(model, engine)
-    if "optimizer_states" in checkpoint:
+    trains = "optimizer_states" in checkpoint  # else ModelCheckpoint(save_weights_only=True) asks
+    weights, moments = gather_owned(model, engine, with_moments=trains)
+    if trains:
         rest |= {"optimizer_groups": optimizer_groups(model, engine), "loss_scale": loss_scale(engine)}
-    else:
-        moments = {}
     temporary: list[Path | None] = [None]
     with all_or_none(), writing.explained(path):
         document, tensors = make_document(rest, path.parent)

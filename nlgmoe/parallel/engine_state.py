@@ -76,7 +76,9 @@ class EngineState:
         found = self.fragment(entry.parameter, key)
         if not self._zero:  # every rank has all of it
             assert found is not None
-            return found[1][entry.start : entry.stop].float().cpu().view(entry.shape).clone() if here == to else None
+            if here != to:
+                return None
+            return found[1][entry.start : entry.stop].to("cpu", torch.float32, copy=True).view(entry.shape)
         whole = torch.zeros(entry.shape.numel(), device=entry.parameter.device)
         if found is not None:
             start, values = found

@@ -18,6 +18,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.checkpoint.runs import ACCUMULATE, CONFIG, SaveAt, fit
+from tests.memory import peak_bytes
 from tests.synthetic import SyntheticData
 from tests.test_module import Recorder
 
@@ -41,6 +42,15 @@ def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(saved_after: in
         first.global_step,
         first.fit_loop.epoch_loop.total_batch_idx,
     )
+
+
+def test_saving_copies_nothing(tmp_path: Path) -> None:
+    config = GPTConfig(61, 16, 4, 128, 2, moe=MoEConfig([2, 4]))
+    module = MoEGPTModule(config)
+    run = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    run.fit(module, SyntheticData())
+    weights = sum(value.numel() * 4 for value in module.parameters())
+    assert peak_bytes(lambda: run.save_checkpoint(tmp_path / "a.ckpt")) < 0.2 * weights
 
 
 def test_resuming_twice_is_resuming_once(tmp_path: Path) -> None:

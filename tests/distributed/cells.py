@@ -52,6 +52,7 @@ from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.eval.tiny_tasks import CONFIG as TINY
 from tests.eval.tiny_tasks import TASKS, TokenizedData, write_tasks
+from tests.memory import peak_bytes
 from tests.synthetic import NumberedData, SyntheticData
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
@@ -459,11 +460,24 @@ def resume_halves(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Out
     return resume(cell, ranks, folder, checkpoint.with_name("bf16-true.ckpt"))
 
 
-def save_large(cell: Cell, ranks: int, folder: Path) -> int:
-    """Save `CELL at the end.ckpt` after a step; bytes of its tensors."""
-    on_ranks(cell, ranks, folder)
+class SavesMeasured(Callback):
+    """Saves after the first step, everything and weights alone; the most memory that this rank held of its own for each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.peaks = folder, list[int]()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for alone in (False, True):
+            path = self._folder / f"weights only {alone}.ckpt"
+            self.peaks.append(peak_bytes(lambda path=path, alone=alone: trainer.save_checkpoint(path, alone)))  # type: ignore[misc]
+
+
+def save_large(cell: Cell, ranks: int, folder: Path) -> tuple[int, list[int]]:
+    """Save `CELL at the end.ckpt` after a step; bytes of its tensors, and `SavesMeasured.peaks`."""
+    measured = SavesMeasured(folder / cell.name)
+    on_ranks(cell, ranks, folder, measured)
     counted = count_parameters(cell.module().config).total
-    return 3 * 4 * counted  # weights and two moments, fp32
+    return 3 * 4 * counted, measured.peaks  # weights and two moments, fp32
 
 
 def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, Any]:

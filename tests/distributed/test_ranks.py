@@ -609,11 +609,14 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
 
 def test_a_checkpoint_is_as_large_as_its_tensors(found: Found, checkpoint: Path) -> None:
     path = checkpoint.parent / "2" / f"{LARGE.name} at the end.ckpt"
-    (expected,) = set(found[save_large, LARGE.name])
+    (expected,) = {expected for expected, _ in found[save_large, LARGE.name]}
     assert expected < sum(file.stat().st_size for file in path.iterdir()) < 1.02 * expected
     for kind in ("model", "optimizer"):
         shares = [file.stat().st_size for file in path.glob(f"{kind}*")]
         assert max(shares) < 1.05 * sum(shares) / 2  # what a rank holds of it at once
+    for _, (whole, weights) in found[save_large, LARGE.name]:
+        assert whole < 1.2 * expected / 2  # beside its share, the entry that is being gathered or looked at
+        assert weights < 1.2 * expected / 2 / 3
 
 
 @pytest.mark.parametrize("cell", WARM, ids=lambda cell: cell.name)

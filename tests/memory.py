@@ -1,0 +1,22 @@
+"""How much memory a piece of code holds at once."""
+
+import tracemalloc
+from collections.abc import Callable
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(job: Callable[[], object]) -> int:
+    """Most that `job` allocated at once: tensors on the CPU, and objects of Python such as `bytes`."""
+    tracemalloc.start()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        job()
+    _, objects = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    live = tensors = 0
+    for event in sorted(found.profiler.kineto_results.events(), key=lambda one: one.start_ns()):  # type: ignore[union-attr]
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            live += event.nbytes()
+            tensors = max(tensors, live)
+    return tensors + objects
