@@ -186,9 +186,13 @@ def require_finite(settings: Any) -> None:
     """
     for field in fields(settings):
         value = getattr(settings, field.name)
-        numbers = value if isinstance(value, tuple | list) else [value]
-        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
-        _require(finite, f"{field.name}={value} must be finite")
+        _require(is_finite(value), f"{field.name}={value} must be finite")
+
+
+def is_finite(value: Any) -> bool:
+    """False for a setting that is a NaN or infinite number, or a list with one."""
+    values = value if isinstance(value, tuple | list) else [value]
+    return all(math.isfinite(number) for number in values if isinstance(number, float))
 
 
 def unknown_fields(values: dict[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import Any, Literal, Union
 from nlgmoe.cli.classes import check_inside, classes_in, find_class, is_path, parts_of
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.given import Given
+from nlgmoe.config import is_finite
 
 _WORDS = {
     bool: "true or false",
@@ -101,7 +101,7 @@ class Settings:
         if holder := self.holder(name):
             if name.endswith(".help"):
                 return
-            if isinstance(given.value, float) and not math.isfinite(given.value):
+            if not is_finite(given.value):
                 raise UsageError(f"{given}: must be finite")
             check_inside(given, holder, self.types[holder], earlier)
         elif name in self.sections and not any(dataclasses.is_dataclass(k) for k in parts_of(self.types.get(name))):
@@ -115,7 +115,7 @@ class Settings:
         elif given.value is None and not self._takes_null(name):
             raise UsageError(f"{given}: expected {in_words(self.types[name])}")
         for value in given.value if isinstance(given.value, list) else [given.value]:
-            if _is_number(value, self.types.get(name)) and not math.isfinite(float(value)):
+            if not is_finite(_as_number(value, self.types.get(name))):
                 raise UsageError(f"{given}: must be finite")
             if self.bases(name) and is_path(value, dotted=True) and not Path(value).is_file():
                 find_class(given, value, ())
@@ -151,15 +151,14 @@ class Settings:
         raise UsageError(f"{given}: {name} is a section with settings such as {inside[0]}; give those")
 
 
-def _is_number(value: Any, hint: Any) -> bool:
-    """True for a float, and for text that a setting of this type takes for one, such as `nan`."""
+def _as_number(value: Any, hint: Any) -> Any:
+    """The number for text that a setting of this type takes for one, such as `nan`; anything else as it is."""
     if isinstance(value, str) and any(kind is float or typing.get_origin(kind) is tuple for kind in parts_of(hint)):
         try:
-            float(value)
+            return float(value)
         except ValueError:
-            return False
-        return True
-    return isinstance(value, float)
+            return value
+    return value
 
 
 def _is_mapping(hint: Any) -> bool:
