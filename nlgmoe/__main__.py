@@ -1,5 +1,5 @@
 """`python -m nlgmoe` is the `nlgmoe` command."""
 
-from nlgmoe.cli.main import main
+from nlgmoe.cli.start import nlgmoe
 
-main()
+nlgmoe()

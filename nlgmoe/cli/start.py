@@ -1,0 +1,30 @@
+"""Where `train.py` and `nlgmoe` begin: they import what they need, which takes seconds, and Ctrl+C ends them then too."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+
+from nlgmoe.cli.errors import INTERRUPTED, one_line_errors
+
+
+def train() -> None:
+    """Run `train.py`."""
+    _run("nlgmoe.cli.train")
+
+
+def nlgmoe() -> None:
+    """Run the `nlgmoe` command."""
+    _run("nlgmoe.cli.main")
+
+
+def _run(module: str) -> None:
+    with one_line_errors():
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is signal.default_int_handler:
+            # Not by KeyboardInterrupt: code of other packages that runs while they are imported may catch it, or print it.
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        main = importlib.import_module(module).main
+        signal.signal(signal.SIGINT, handler)
+        main()
