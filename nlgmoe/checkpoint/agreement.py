@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from torch import distributed
 
 
+class AgreedError(ValueError):
+    """An error that every rank raises alike; the first rank of each machine prints it (`cli/errors.py`)."""
+
+    on_every_rank = True
+
+
 @contextmanager
 def all_or_none() -> Iterator[None]:
     """Go on only if no rank raised. Where there are ranks, every rank has to come here.
 
     Raises:
-        ValueError: a rank raised; all have its message, after its number where not all ranks say the same.
+        AgreedError: a rank raised; all have its message, after its number where not all ranks say the same.
     """
     mine: Exception | None = None
     try:
@@ -28,4 +34,4 @@ def all_or_none() -> Iterator[None]:
     distributed.all_gather_object(found, None if mine is None else f"{mine}")
     for rank, message in enumerate(found):
         if message is not None:
-            raise ValueError(message if len(set(found)) == 1 else f"rank {rank}: {message}") from mine
+            raise AgreedError(message if len(set(found)) == 1 else f"rank {rank}: {message}") from mine

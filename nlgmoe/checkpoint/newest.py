@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
+from nlgmoe.checkpoint.agreement import AgreedError
 from nlgmoe.checkpoint.folder import everything_under, read_document
 from nlgmoe.checkpoint.verify import agreed_problems
 from nlgmoe.checkpoint.writing import recover
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A checkpoint, valid or not, and what its `checkpoint.json` says.
+
+    Attributes:
+        path: of the folder.
+        saved_at: when it was written, in ISO format; of a damaged one, what the file system says.
+        step: of the run; -1 of a damaged one.
+        trains: whether training can go on from it: it holds more than weights.
+    """
+
+    path: Path
+    saved_at: str
+    step: int
+    trains: bool
 
 
 def choose(path: str | Path, to_train: bool = True) -> Path:
@@ -25,30 +44,28 @@ def choose(path: str | Path, to_train: bool = True) -> Path:
         to_train: whether training goes on; a checkpoint that holds weights only is then of no use.
 
     Raises:
-        ValueError: there is no valid checkpoint.
+        AgreedError: there is no valid checkpoint.
     """
     if is_checkpoint(path):
         if distributed.is_initialized() and (found := agreed_problems(path)):
-            raise ValueError(f"{_summary(found)}; use another checkpoint")
+            raise AgreedError(f"{_summary(found)}; use another checkpoint")
         return Path(path)
     skipped = []
     all_of_them = _agreed_candidates(Path(path), to_train)
     for candidate in all_of_them:
-        found = agreed_problems(candidate)
-        if not found and to_train and "optimizer_groups" not in read_document(candidate):
-            found = [f"{candidate} holds weights only"]
+        found = agreed_problems(candidate.path)
+        if not found and to_train and not candidate.trains:
+            found = [f"{candidate.path} holds weights only"]
         if not found:
-            step = read_document(candidate)["global_step"]
-            rank_zero_info(f"newest checkpoint: {candidate}, step {step}")
-            further = {one: other for one in all_of_them if (other := _step(one)) is not None and other > step}
-            if further:
-                last = max(further, key=further.__getitem__)
-                rank_zero_warn(f"{last} is of step {further[last]}, but was saved earlier; name it to take that one")
-            return candidate
+            rank_zero_info(f"newest checkpoint: {candidate.path}, step {candidate.step}")
+            last = max(all_of_them, key=lambda one: one.step)
+            if last.step > candidate.step:
+                rank_zero_warn(f"{last.path} is of step {last.step}, but was saved earlier; name it to take that one")
+            return candidate.path
         rank_zero_warn(f"skipping a checkpoint that cannot be used: {_summary(found)}")
-        skipped.append(candidate.name)
+        skipped.append(candidate.path.name)
     more = f" (skipped {', '.join(skipped)})" if skipped else ""
-    raise ValueError(f"no valid checkpoint in {path}{more}; start the run anew in another folder")
+    raise AgreedError(f"no valid checkpoint in {path}{more}; start the run anew in another folder")
 
 
 def find(place: str | Path) -> Path:
@@ -75,11 +92,7 @@ def has_checkpoints(folder: Path) -> bool:
 
 def candidates(folder: Path) -> list[Path]:
     """All checkpoints under a folder, valid or not, latest first; of links to the same one, one."""
-    found: dict[str, Path] = {}
-    for path in sorted(everything_under(folder)):
-        if path.suffix == ".ckpt" and not path.name.startswith("."):
-            found.setdefault(os.path.realpath(path), path)
-    return sorted(found.values(), key=_saved_at, reverse=True)
+    return [candidate.path for candidate in _candidates(folder)]
 
 
 def time_of_save(folder: Path) -> str:
@@ -88,34 +101,36 @@ def time_of_save(folder: Path) -> str:
     Where the clock was set back, it is the moment after the newest one's.
     """
     now = datetime.now(UTC)
-    found = candidates(folder)
-    if found and (latest := _saved_at(found[0])) >= now.isoformat(timespec="microseconds"):
-        now = datetime.fromisoformat(latest) + timedelta(microseconds=1)
+    found = _candidates(folder)
+    if found and found[0].saved_at >= now.isoformat(timespec="microseconds"):
+        now = datetime.fromisoformat(found[0].saved_at) + timedelta(microseconds=1)
     return now.isoformat(timespec="microseconds")
 
 
-def _step(path: Path) -> int | None:
+def _candidates(folder: Path) -> list[_Candidate]:
+    found: dict[str, Path] = {}
+    for path in sorted(everything_under(folder)):
+        if path.suffix == ".ckpt" and not path.name.startswith("."):
+            found.setdefault(os.path.realpath(path), path)
+    return sorted(map(_read, found.values()), key=lambda one: one.saved_at, reverse=True)
+
+
+def _read(path: Path) -> _Candidate:
     try:
-        return int(read_document(path)["global_step"])
+        document = read_document(path)
+        return _Candidate(path, str(document["saved_at"]), int(document["global_step"]), "optimizer_groups" in document)
     except (ValueError, KeyError, TypeError, OSError):
-        return None
+        written = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        return _Candidate(path, written.isoformat(timespec="microseconds"), -1, False)
 
 
-def _saved_at(path: Path) -> str:
-    """When it was written; of a damaged one, what the file system says."""
-    try:
-        return str(read_document(path)["saved_at"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return datetime.fromtimestamp(path.lstat().st_mtime, UTC).isoformat(timespec="microseconds")
-
-
-def _agreed_candidates(folder: Path, to_train: bool) -> list[Path]:
+def _agreed_candidates(folder: Path, to_train: bool) -> list[_Candidate]:
     """Of rank 0, which first, if training goes on, cleans up after a killed process; a run that is alive may be evaluated."""
-    found: list[list[Path]] = [[]]
+    found: list[list[_Candidate]] = [[]]
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         if to_train:
             recover(folder)
-        found = [candidates(folder)]
+        found = [_candidates(folder)]
     if distributed.is_initialized():
         distributed.broadcast_object_list(found)
     return found[0]

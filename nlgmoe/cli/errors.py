@@ -5,6 +5,9 @@
 Exit code 2: the command line or a configuration is wrong, nothing was run. 1: it failed while running. 0: it ran to its end, or
 was told to stop while training and has saved (`callbacks/save_on_signal.py`). 128 + a signal's number: it was told to stop and
 has not saved, such as 130 for Ctrl+C before training, or pressed twice. `NLGMOE_TRACEBACK=1` shows the traceback before the line.
+
+An error that all ranks have alike (`on_every_rank`: a wrong command, or what they agreed on) is printed by the first rank of each
+machine.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+FIRST_RANK_SECONDS = 10.0  # that other ranks wait for it: longer than ranks started together are apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
 _OF_ANOTHER_RANK = (
@@ -40,6 +45,8 @@ _OF_A_WORKER = re.compile(
 
 class UsageError(ValueError):
     """A command line or configuration that cannot be run; the message is the line that people read."""
+
+    on_every_rank = True  # of a machine, whose files they all read
 
 
 class UsageErrors(UsageError):
@@ -77,11 +84,33 @@ def one_line_errors() -> Iterator[None]:
             raise SystemExit(INTERRUPTED) from None
         raise
     except Exception as error:
+        if getattr(error, "on_every_rank", False):
+            _wait_for_first_rank()
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()
         for line in error.messages if isinstance(error, UsageErrors | Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(USAGE if isinstance(error, UsageError) else FAILURE) from error
+
+
+def _wait_for_first_rank() -> None:
+    """On another rank than the machine's first one, wait for that one to print the same error, and to end this process with it.
+
+    That is the launcher's work; where it started this process itself, its end is seen here. Returns if nothing comes: an error is
+    rather printed twice than never.
+
+    Raises:
+        SystemExit: the process that started this one is gone.
+    """
+    if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    parent, patience = os.getppid(), time.monotonic() + FIRST_RANK_SECONDS
+    while time.monotonic() < patience:
+        if os.getppid() != parent:
+            raise SystemExit(FAILURE)
+        time.sleep(0.1)
 
 
 def describe(error: BaseException) -> str:

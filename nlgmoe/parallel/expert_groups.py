@@ -12,6 +12,7 @@ from datetime import timedelta
 from torch import distributed
 from torch.distributed import ProcessGroup
 
+from nlgmoe.checkpoint.agreement import AgreedError
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import expert_parameters
@@ -48,10 +49,10 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
         of: what the model is called in errors.
 
     Raises:
-        ValueError: `limit` is more than there are ranks, or no layer's experts can be spread over them.
+        AgreedError: `limit` is more than there are ranks, or no layer's experts can be spread over them.
     """
     if limit > world_size:
-        raise ValueError(
+        raise AgreedError(
             f"trainer.strategy.expert_parallel_size={limit} is above the number of ranks, {world_size}; lower it to "
             f"{world_size}, or run on more devices"
         )
@@ -59,7 +60,7 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
     degrees = {layer: expert_parallel_degree(count, world_size, limit) for layer, count in experts.items()}
     if limit > 1 and degrees and max(degrees.values()) == 1:
         counts = ", ".join(map(str, sorted(set(experts.values()))))
-        raise ValueError(
+        raise AgreedError(
             f"trainer.strategy.expert_parallel_size={limit} can spread no layer of the {of}: nothing from 2 to {limit} divides "
             f"both its number of experts ({counts}) and the number of ranks ({world_size}); change one of them, or set it to 1"
         )

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
+from nlgmoe.checkpoint.agreement import AgreedError
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.portable import read_checkpoint
@@ -228,11 +229,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from deepspeed.accelerator import get_accelerator
 
         if not get_accelerator().is_fp16_supported():
-            raise ValueError(
+            raise AgreedError(
                 f"trainer.precision={plugin.precision}: DeepSpeed has no fp16 on this device; use bf16-mixed"
             )
         if self.stage == 0:
-            raise ValueError(
+            raise AgreedError(
                 f"trainer.precision={plugin.precision} needs trainer.strategy.stage 1 or 2: at stage 0 DeepSpeed unscales fp16 "
                 "gradients by the wrong scale whenever the scale grows"
             )
@@ -330,6 +331,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         launcher = self.launcher
         if not isinstance(launcher, _SubprocessScriptLauncher):
             return  # torchrun, srun and the like watch over their processes themselves
+        if isinstance(exception, AgreedError):
+            return  # they fail too, and end with this process (`cli/errors.py`)
         patience = time.monotonic() + 5  # for one that is just telling what went wrong with it
         while time.monotonic() < patience and any(process.poll() is None for process in launcher.procs):
             time.sleep(0.1)

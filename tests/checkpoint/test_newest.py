@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nlgmoe.checkpoint import newest, writing
-from nlgmoe.checkpoint.folder import is_whole
+from nlgmoe.checkpoint.folder import is_whole, read_document
 from nlgmoe.checkpoint.newest import candidates, choose, has_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
@@ -156,6 +156,21 @@ def test_when_it_was_saved_decides_not_its_step(tmp_path: Path) -> None:
     fit(tmp_path, SaveAt(18, tmp_path / "six.ckpt"), SaveAt(9, tmp_path / "three.ckpt"), steps=6)
     fit(tmp_path, SaveAt(12, tmp_path / "four.ckpt"), steps=4, resume=tmp_path / "three.ckpt")
     assert [path.name for path in candidates(tmp_path)] == ["four.ckpt", "six.ckpt", "three.ckpt"]
+
+
+def test_what_a_checkpoint_says_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def reads(path: Path) -> dict[str, Any]:
+        read.append(path.name)
+        return read_document(path)
+
+    save(tmp_path / "a.ckpt", 1.0)
+    save(tmp_path / "b.ckpt", 2.0)
+    monkeypatch.setattr(newest, "read_document", reads)
+    monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
+    assert choose(tmp_path) == tmp_path / "b.ckpt"
+    assert sorted(read) == ["a.ckpt", "b.ckpt"]
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:

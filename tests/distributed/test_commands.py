@@ -24,6 +24,7 @@ SETTINGS = [
     "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
     "--trainer.strategy.init_args.expert_parallel_size=2",
 ]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def train_py(*args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
@@ -43,9 +44,8 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     assert len(list((run / "checkpoints" / "last.ckpt").glob("model-*"))) == 2
     assert (run / "samples.txt").read_text().count("---") == 3
 
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     rest = ("--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=last")
-    done = train_py("fit", *settings, samples, *rest, launcher=torchrun)
+    done = train_py("fit", *settings, samples, *rest, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
@@ -73,6 +73,39 @@ def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> 
     for node in nodes:
         assert node.wait(timeout=200) == 0, node.communicate()[1].decode()[-2000:]
     assert json.loads((run / "summary.json").read_text())["tokens"] == 512
+
+
+SPOILT = [
+    "--model.optimizer.lr=1e39",
+    "--model.non_finite.action=skip",
+    "--trainer.callbacks.init_args.max_new_tokens=4",
+    "--trainer.val_check_interval=100",
+]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "settings", "words"),
+    [
+        (TORCHRUN, ["--model.config.moe.top_k=9"], "model.config.moe.top_k=9 must be between 1 and"),
+        (
+            (sys.executable,),
+            ["--trainer.strategy.init_args.expert_parallel_size=3"],
+            "size=3 is above the number of ranks",
+        ),
+        (TORCHRUN, SPOILT, "first not finite: the weight token_embedding.weight on all ranks; a step before"),
+    ],
+    ids=["a wrong command", "a strategy that does not fit", "weights that are not finite"],
+)
+def test_an_error_of_all_ranks_is_printed_once(
+    launcher: tuple[str, ...], settings: list[str], words: str, pocket_pile: Path, tmp_path: Path
+) -> None:
+    place = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    done = train_py(
+        *("fit", *SETTINGS, *place, "--trainer.devices=2", "--model.train_tokens=4096", *settings), launcher=launcher
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert done.returncode == 1  # torchrun's, whatever its processes' are
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["raises", "hangs"])
