@@ -6,6 +6,8 @@ for one kind are.
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +30,20 @@ def is_accelerator(device: torch.device) -> bool:
 def lacks_gpu(accelerator: Any) -> bool:
     """Whether `trainer.accelerator` asks for a GPU where there is none."""
     return accelerator in ("gpu", "cuda") and not torch.accelerator.is_available()
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What `torch.compile` would not find on this machine to compile for `device`, in words; None: nothing is missing.
+
+    Where it looks: PyTorch for a CPU, Triton for an accelerator.
+    """
+    language, variable, names = ("C", "CC", ["gcc", "clang"]) if is_accelerator(device) else ("C++", "CXX", ["g++"])
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    return (
+        None
+        if any(map(shutil.which, names))
+        else f"a {language} compiler ({' or '.join(names)}; {variable} names another)"
+    )
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:

@@ -18,17 +18,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, CountsSamples, HasTokenizer, PlansBatches, SpellsBytes, cut, loss_mask, mask_or_none
+from nlgmoe.checkpoint.agreement import AgreedError
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.device import fork_rng
+from nlgmoe.device import fork_rng, missing_compiler
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy, token_losses
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
-from nlgmoe.model.first_non_finite import first_non_finite
+from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
@@ -56,8 +57,8 @@ class MoEGPTModule(LightningModule):
             the trainer (`max_steps`, `max_time`).
         curriculum: train on short sequences first; null: on whole ones from the start. Evaluation is always on whole ones.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        compile: compile attention and dense layers with `torch.compile`, at the first step; for GPUs. Needs a C++ compiler on
-            CPUs, where it gains nothing (docs/performance.md).
+        compile: compile attention and dense layers with `torch.compile`, at the first step; for GPUs. Needs a C compiler there,
+            and a C++ compiler on CPUs, where it gains nothing (docs/performance.md).
         loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
         seed: seed of the initial weights and of all that is random in training.
         warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`
@@ -117,13 +118,15 @@ class MoEGPTModule(LightningModule):
 
         Raises:
             ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them; or
-                `warm_start` names no checkpoint that fits.
+                `warm_start` names no checkpoint that fits; or `compile` is set where there is no compiler.
         """
         strategy = self._trainer.strategy if self._trainer is not None else None
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
             placed = strategy.expert_placements(self.config)
         if self.model is None:
+            if self.compile_dense_parts:
+                _require_compiler(self.device if strategy is None else strategy.root_device)
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)
@@ -131,7 +134,7 @@ class MoEGPTModule(LightningModule):
                 model.compile_dense_parts()
             self.model = model
         elif not self.model.has_placements(placed):
-            raise ValueError(
+            raise AgreedError(
                 "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
                 "MoEGPTModule for every trainer, and do not use module.gpt before fit"
             )
@@ -164,7 +167,7 @@ class MoEGPTModule(LightningModule):
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ValueError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
+            raise AgreedError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = PortableCheckpointIO()
         if isinstance(strategy.checkpoint_io, PortableCheckpointIO):
@@ -173,7 +176,7 @@ class MoEGPTModule(LightningModule):
         if not isinstance(data, SpellsBytes):
             return
         if data.vocab_size > self.config.vocab_size:
-            raise ValueError(
+            raise AgreedError(
                 f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {self.config.vocab_size}; "
                 f"set it to {data.vocab_size}"
             )
@@ -263,7 +266,10 @@ class MoEGPTModule(LightningModule):
 
             return first_non_finite(self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full)
 
-        if not self.guard.allows(step, loss, norm, gradients.scale_can_fall, find_source):
+        def bad_weight() -> str | None:
+            return first_non_finite_weight(self.gpt)
+
+        if not self.guard.allows(step, loss, norm, gradients.scale_can_fall, bad_weight, find_source):
             gradients.drop()
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
@@ -376,6 +382,15 @@ class MoEGPTModule(LightningModule):
             scheduler.base_lrs = [peak] * len(optimizer.param_groups)  # the saving ranks may have had other groups
         if self.distiller is not None and not self.trainer.should_stop:
             self.distiller.start(self.gpt, self.trainer)
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Look at the weights that the last step has made, which no loss follows; before a callback calls the run a success.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
+        self.guard.end(self.trainer.global_step, first_non_finite_weight(self.gpt))
 
     @override
     def on_train_end(self) -> None:
@@ -493,6 +508,13 @@ class _Window:
     def mean_losses(self) -> Tensor:
         """`[names]`, over micro-batches."""
         return self.losses / len(self.batches)
+
+
+def _require_compiler(device: torch.device) -> None:
+    if missing := missing_compiler(device):
+        raise ValueError(
+            f"model.compile=true needs {missing}, which this machine lacks; install one, or set model.compile to false"
+        )
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 One number decides, the same on every rank: the norm of the whole model's gradient, which clipping needs anyway, or the loss.
 Where a dynamic loss scale is at work (fp16) gradients overflow now and then: such a step is skipped and counted, and the scale
 falls. Only at the lowest scale do gradients decide as elsewhere.
+
+A finite step can still write weights that are not, such as with a learning rate that is far too high. What they compute then is
+not finite either: the next step finds them, and the end of the run looks for them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
+
+from nlgmoe.checkpoint.agreement import AgreedError
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class NonFinite:
             raise ValueError(f"limit={self.limit} must be at least 1 step; to stop at the first one set action to stop")
 
 
-class NonFiniteError(ValueError):
-    """A step that could not be taken; every rank raises the same one."""
+class NonFiniteError(AgreedError):
+    """A step that could not be taken, or should not have been."""
 
 
 class StepGradients(Protocol):
@@ -132,6 +137,13 @@ def square_of(gradients: Iterable[Tensor | None], device: torch.device) -> Tenso
     return torch.nn.utils.get_total_norm(there).square() if there else torch.zeros((), device=device)
 
 
+def _written_before(fp16: str = "") -> str:
+    return (
+        "a step before has made it so, which skipping steps cannot undo. Go on from the last checkpoint, or one before it, with "
+        f"{fp16}a lower model.optimizer.lr"
+    )
+
+
 class StepGuard:
     """Decides whether a step may be taken, and counts those that may not.
 
@@ -153,6 +165,7 @@ class StepGuard:
         loss: float,
         norm: float,
         scale_can_fall: Callable[[], bool | None],
+        bad_weight: Callable[[], str | None],
         find_source: Callable[[], str],
     ) -> bool:
         """Whether the step may be taken.
@@ -162,7 +175,8 @@ class StepGuard:
             loss: of its micro-batches and all ranks.
             norm: of its gradients.
             scale_can_fall: see `StepGradients`; asked only where one of the two is not finite.
-            find_source: says what was not finite first; called only when it is needed, by all ranks.
+            bad_weight: names a weight that is not finite, if one is; called only when it is needed, by all ranks.
+            find_source: says what else was not finite first; likewise.
 
         Raises:
             NonFiniteError: it may not, and the run is to stop; on every rank.
@@ -176,7 +190,10 @@ class StepGuard:
             self.skipped += 1
             return False
         fp16 = "" if can_fall is None else "trainer.precision=bf16-mixed, "
-        what = f"step {step}: the {name} is {value}; first not finite: {find_source()}"
+        what = f"step {step}: the {name} is {value}; first not finite: "
+        if (weight := bad_weight()) is not None:
+            raise NonFiniteError(f"{what}the weight {weight}; {_written_before(fp16)}")
+        what += find_source()
         if self.settings.action == "stop":
             raise NonFiniteError(
                 f"{what}; nothing was updated. Go on from the last checkpoint, or one before it, with {fp16}a lower "
@@ -191,6 +208,19 @@ class StepGuard:
         self.in_a_row += 1
         rank_zero_warn(f"{what}; the step was skipped, {self.skipped} so far")
         return False
+
+    def end(self, step: int, weight: str | None) -> None:
+        """Look at what the last step has made.
+
+        Args:
+            step: the number of steps that were taken.
+            weight: that is not finite, if one is.
+
+        Raises:
+            NonFiniteError: one is; on every rank.
+        """
+        if weight is not None:
+            raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {_written_before()}")
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""

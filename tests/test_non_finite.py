@@ -111,10 +111,6 @@ def once(gpt: GPT, tokens: Tensor) -> Undo:
 
 
 SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
-    "a weight": (
-        weight_of_one_expert,
-        "loss is nan; first not finite: the weight blocks.1.moe.experts.project_weight on rank 0;",
-    ),
     "an activation": (
         output_of("blocks.2.attention", lambda out: out * torch.inf),
         "loss is nan; first not finite: the output of blocks.2.attention on rank 0;",
@@ -158,9 +154,30 @@ def test_the_first_bad_value_is_named_before_anything_changes(source: str, tmp_p
 def test_either_of_loss_and_norm_is_enough(loss: float, norm: float) -> None:
     guard = StepGuard(NonFinite("skip"))
     with pytest.warns(UserWarning, match="^step 7: the (loss|gradient norm) is (nan|inf); first not finite: here;"):
-        assert not guard.allows(7, loss, norm, lambda: None, lambda: "here")
-    assert guard.allows(8, 1.0, 1.0, lambda: None, lambda: "nowhere")
+        assert not guard.allows(7, loss, norm, lambda: None, lambda: None, lambda: "here")
+    assert guard.allows(8, 1.0, 1.0, lambda: None, lambda: None, lambda: "nowhere")
     assert guard.state_dict() == {"skipped": 1, "in_a_row": 0}
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+@pytest.mark.parametrize("steps", [1, 2], ids=["at the end", "in the next step"])
+def test_weights_that_a_finite_step_has_spoilt_end_the_run(steps: int, action: Any, tmp_path: Path) -> None:
+    module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e39), non_finite=NonFinite(action))
+    run = trainer(tmp_path, RunSummary(), max_steps=steps)
+    with pytest.raises(NonFiniteError) as error:
+        run.fit(module, SyntheticData())
+    what = "the weight" if steps == 1 else "the loss is nan; first not finite: the weight"
+    assert str(error.value).startswith(f"step 1: {what} token_embedding.weight on rank 0")
+    assert "a step before has made it so, which skipping steps cannot undo" in str(error.value)
+    assert module.guard.skipped == 0 and not (tmp_path / "summary.json").exists()
+
+
+def test_one_weight_of_one_expert_is_named(tmp_path: Path) -> None:
+    words = (
+        r"^step 2: .*; first not finite: the weight blocks\.1\.moe\.experts\.project_weight on rank 0; a step before"
+    )
+    with pytest.raises(NonFiniteError, match=words):
+        trainer(tmp_path, Spoils({2}, weight_of_one_expert), max_steps=5).fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
 class TakesBack(Spoils):

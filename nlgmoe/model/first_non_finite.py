@@ -13,6 +13,17 @@ from torch import Tensor, distributed, nn
 from nlgmoe.model.gpt import GPT
 
 
+def first_non_finite_weight(model: GPT) -> str | None:
+    """The first weight that holds NaN or infinity, and where: `blocks.0.ffn.expand.bias on rank 1`; None if there is none.
+
+    All ranks call this together, and get the same answer.
+    """
+    parameters = _parameters_in_order(model)
+    flags = torch.stack([value.detach().isfinite().all() for _, value in parameters]).tolist()
+    found = _agree(_first(not finite for finite in flags), model.token_embedding.weight.device)
+    return None if found is None else f"{parameters[found[0]][0]} {found[1]}"
+
+
 def first_non_finite(
     model: GPT,
     micro_batches: int,
@@ -20,10 +31,10 @@ def first_non_finite(
     loss_is_finite: bool,
     gradient_of: Callable[[nn.Parameter], Tensor | None],
 ) -> str:
-    """Name it. All ranks call this together, and get the same answer.
+    """Name it, in a step with finite weights. All ranks call this together, and get the same answer.
 
-    Weights come first: everything follows from them. Then the outputs of the forward pass, in the order of the model's parts.
-    Then gradients, in the order of the backward pass: the last part's is the first.
+    Outputs of the forward pass come first, in the order of the model's parts. Then gradients, in the order of the backward pass:
+    the last part's is the first.
 
     Args:
         model: as it was in the step: its weights have not changed since.
@@ -34,10 +45,6 @@ def first_non_finite(
     """
     device = model.token_embedding.weight.device
     parts = _in_order(model)
-    parameters = [(name, value) for part in parts for name, value in _own_parameters(model, part)]
-    bad = _first(not _finite(value.detach()) for _, value in parameters)
-    if (found := _agree(bad, device)) is not None:
-        return f"the weight {parameters[found[0]][0]} {found[1]}"
     for index in range(micro_batches):
         with _watching(model, parts) as seen, torch.no_grad():
             losses = losses_of(index)
@@ -49,7 +56,7 @@ def first_non_finite(
             return f"{name} {found[1]}"
     if not loss_is_finite:
         return "nothing when computed again, which points to a fault of the device"
-    parameters.reverse()
+    parameters = _parameters_in_order(model)[::-1]
     bad = _first([not _finite(gradient_of(value)) for _, value in parameters])  # all: ranks ask together
     if (found := _agree(bad, device)) is not None:
         return f"the gradient of {parameters[found[0]][0]} {found[1]}"
@@ -83,8 +90,12 @@ def _in_order(model: nn.Module) -> list[str]:
     return names
 
 
-def _own_parameters(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.get_submodule(part).named_parameters(prefix=part, recurse=False)
+def _parameters_in_order(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        named
+        for part in _in_order(model)
+        for named in model.get_submodule(part).named_parameters(prefix=part, recurse=False)
+    ]
 
 
 @contextmanager

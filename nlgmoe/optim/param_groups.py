@@ -17,7 +17,7 @@ class AdamWConfig:
     Attributes:
         lr: peak learning rate; `schedule` shapes it over tokens.
         betas: decay of the two moments, per optimizer step.
-        eps: added to the denominator of the update.
+        eps: added to the denominator of the update; at least float32's smallest normal number, below which it may be 0 there.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
     """
 
@@ -32,8 +32,10 @@ class AdamWConfig:
             raise ValueError(f"lr={self.lr} must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be in [0, 1)")
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps} must be above 0")
+        if self.eps < torch.finfo(torch.float32).tiny:  # a weight without a gradient would become 0/0
+            raise ValueError(
+                f"eps={self.eps} must be at least 1.2e-38, float32's smallest normal number; 1e-8 is usual"
+            )
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from nlgmoe import load_config, load_model
+from nlgmoe import GPTConfig, load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli import main as nlgmoe_command
 from nlgmoe.cli.errors import describe
@@ -832,6 +833,40 @@ def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str
 def test_a_full_gpu_says_what_to_lower() -> None:
     line = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
     assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cpu", r"a C\+\+ compiler \(g\+\+; CXX"), ("cuda", r"a C compiler \(gcc or clang; CC")]
+)
+def test_compiling_without_a_compiler_is_refused_before_training(
+    device: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = MoEGPTModule(GPTConfig(61, 16, 1, 16, 2), compile=True)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    for name, value in {"PATH": "", "CXX": "", "CC": ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=f"^model.compile=true needs {words} .* or set model.compile to false$"
+    ) as error:
+        module.configure_model()
+    assert describe(error.value) == str(error.value)
+
+
+@pytest.mark.parametrize(
+    "command", [["train.py", "fit", "--help"], ["-m", "nlgmoe", "--help"]], ids=["train.py", "nlgmoe"]
+)
+@pytest.mark.parametrize("seconds", [0, 0.3, 1.0])
+def test_ctrl_c_while_modules_are_imported_is_quiet(command: list[str], seconds: float) -> None:
+    started = [sys.executable, *command]
+    process = subprocess.Popen(started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():  # our first line has run long ago
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (130, "")
 
 
 def test_an_aborted_communicator_is_the_error_of_another_rank() -> None:
