@@ -20,6 +20,8 @@ RANKS = {
     "config": 0,
     "batch": 0,
     "whole_file": 0,
+    "processes": 0,
+    "regular_file": 0,
     "pyramid": 1,
     "layers": 2,
     "model": 3,

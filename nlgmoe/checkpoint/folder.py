@@ -27,9 +27,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nlgmoe.config import unknown_fields
+from nlgmoe.regular_file import require_regular
 
 FORMAT = "nlgmoe-portable"
 VERSION = 2
+OTHER = "use another checkpoint"  # remedy for a folder that is not as it was written
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
 TOKENIZER = "tokenizer.json"
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
@@ -47,7 +49,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
             f"{path} is a file; a checkpoint here is a folder with checkpoint.json in it (Lightning's own .ckpt files hold "
             "pickled objects and are not read)"
         )
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
     document = read_json(file)
     if document.get("format") != FORMAT or document.get("version") != VERSION:
@@ -71,7 +73,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ValueError: it is missing or damaged.
     """
     file = Path(path) / "manifest.json"
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{path} has no manifest.json; use another checkpoint")
     manifest = read_json(file)
     if manifest.get("checksum") != checksum_of_manifest(manifest):
@@ -89,8 +91,9 @@ def read_tokenizer(path: str | Path) -> str | None:
     if recorded is None:
         return None
     file = Path(path) / TOKENIZER
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{path} has no {TOKENIZER}; use another checkpoint")
+    require_regular(file, OTHER)
     text = file.read_bytes()
     if xxhash.xxh3_64_hexdigest(text) != recorded:
         raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
@@ -148,8 +151,8 @@ class TensorFiles:
         return found
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        if problem := difference(tensor, self._contents[name]):
-            raise ValueError(f"{self._file_of[name]}: {name} is damaged ({problem}); use another checkpoint")
+        if problem := entry_problem(self._kind, tensor, self._contents[name]):
+            raise ValueError(f"{self._file_of[name]}: {name} {problem}; use another checkpoint")
         return tensor
 
 
@@ -161,25 +164,33 @@ def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str]
         file = folder / name
         if kind_of(name) not in kinds:
             continue
-        if not file.is_file():
+        if not file.exists():
             yield f"{folder} has no {name}, with {_first_of(contents)}"
             continue
         try:
             with opened(file) as tensors:
                 held = set(tensors.keys())
         except ValueError as error:
-            yield str(error)
+            yield str(error).removesuffix(f"; {OTHER}")
             continue
         for problem, names in {"lacks": contents.keys() - held, "has unknown": held - contents.keys()}.items():
             if names:
                 yield f"{file} {problem} {_first_of(names)}"
 
 
-def difference(tensor: Tensor, recorded: list[Any]) -> str:
-    """How a tensor differs from its record in the manifest; empty if it does not."""
+def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
+    """What is wrong with an entry that was read; empty if nothing is.
+
+    Args:
+        kind: one of `KINDS`. Weights and moments have to be finite, state need not be.
+        tensor: the entry.
+        recorded: of it in the manifest.
+    """
     for what, found, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
         if found != expected:
-            return f"its {what} is {found}, not {expected}"
+            return f"is damaged (its {what} is {found}, not {expected})"
+    if kind != "state" and (bad := int((~tensor.isfinite()).sum())):
+        return f"has {bad} of {tensor.numel()} values that are NaN or infinite"
     return ""
 
 
@@ -194,6 +205,7 @@ def opened(file: Path) -> Any:
     Raises:
         ValueError: it cannot be read.
     """
+    require_regular(file, OTHER)
     try:
         file.open("rb").close()  # of a file that it may not read safetensors says that it is not there
         return safe_open(file, framework="pt")
@@ -245,12 +257,13 @@ def everything_under(folder: Path) -> Iterator[Path]:
                 waiting.append(path)
 
 
-def read_json(file: Path, remedy: str = "use another checkpoint") -> dict[str, Any]:
+def read_json(file: Path, remedy: str = OTHER) -> dict[str, Any]:
     """The mapping in a file.
 
     Raises:
         ValueError: it is damaged; the message ends with `remedy`.
     """
+    require_regular(file, remedy)
     try:
         found = json.loads(file.read_text())
     except ValueError as error:

@@ -12,8 +12,9 @@ from torch import distributed
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import (
     KINDS,
+    OTHER,
     Contents,
-    difference,
+    entry_problem,
     file_problems,
     kind_of,
     opened,
@@ -55,7 +56,7 @@ def problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
         if rank == 0:
             yield from _wrong_names(path, document, files)
     except (ValueError, OSError) as error:
-        yield str(error).removesuffix("; use another checkpoint")
+        yield str(error).removesuffix(f"; {OTHER}")
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # well-formed, but made by something else
         yield f"{path} is no checkpoint of ours ({type(error).__name__}: {error})"
 
@@ -81,11 +82,8 @@ def _damaged_tensors(folder: Path, files: dict[str, Contents], rank: int, ranks:
                 for name in wanted:
                     if name not in held:
                         continue
-                    tensor = tensors.get_tensor(name)
-                    if found := difference(tensor, files[file][name]):
-                        yield f"{folder / file}: {name} is damaged ({found})"
-                    elif kind_of(file) != "state" and (bad := int((~tensor.isfinite()).sum())):
-                        yield f"{folder / file}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite"
+                    if found := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
+                        yield f"{folder / file}: {name} {found}"
         except ValueError:
             continue  # `file_problems` has said it
 

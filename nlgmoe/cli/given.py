@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.cli.errors import UsageError, one_line
+from nlgmoe.regular_file import require_regular
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -80,6 +81,10 @@ def read_file(path: str) -> list[Given]:
         checkpoint = (file / "checkpoint.json").exists()
         remedy = "give a checkpoint to --ckpt_path" if checkpoint else "name a YAML file in it"
         raise UsageError(f"--config {path} is a folder, not a configuration; {remedy}")
+    try:
+        require_regular(file, "it is read more than once: save it as a YAML file")
+    except ValueError as error:
+        raise UsageError(f"--config {error}") from error
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

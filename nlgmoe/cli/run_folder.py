@@ -23,6 +23,7 @@ from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.regular_file import require_regular
 from nlgmoe.versions import versions
 from nlgmoe.whole_file import replacing, write_json
 
@@ -84,6 +85,7 @@ class RunFolder(SaveConfigCallback):
 
 def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
     """What `starts.json` holds. A run of an older version has none: its `config.yaml` and `versions.json` become the first."""
+    require_regular(folder / "starts.json", "remove it")
     if (folder / "starts.json").exists():
         return list(json.loads((folder / "starts.json").read_text()))
     if not (folder / "config.yaml").exists() or not (folder / "versions.json").exists():
@@ -172,6 +174,7 @@ def resolve_checkpoint(
 
 def _last_logged_step(folder: Path) -> int:
     """The highest step of `metrics.csv`; 0 if there is none."""
+    require_regular(folder / "metrics.csv", "remove it")
     try:
         with (folder / "metrics.csv").open(newline="") as file:
             steps = [row.get("step") or "" for row in csv.DictReader(file)]

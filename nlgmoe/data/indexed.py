@@ -26,6 +26,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nlgmoe.regular_file import require_regular
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -170,6 +172,7 @@ class IndexedDataset:
         for path in (self._index_path, bin_path):
             if not path.exists():
                 raise ValueError(f"{path} is missing. An indexed dataset is two files, .bin and .idx: copy both.")
+            require_regular(path, "copy it anew")
         code, sequences, boundaries = self._read_header()
         self.dtype = np.dtype(DTYPES[code])
         self._fields: dict[str, tuple[np.dtype, int, int]] = {

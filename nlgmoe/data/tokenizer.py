@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
 from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
+from nlgmoe.regular_file import require_regular
 from nlgmoe.whole_file import replacing, write_json
 
 EOD = "<|endoftext|>"
@@ -193,6 +194,8 @@ def _load(name: str, *files: Path) -> Tokenizer:
 
     GPT-2's takes a second, and each part of a blend asks for it.
     """
+    for file in files:
+        require_regular(file, "replace it")
     return _load_version(name, tuple((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 

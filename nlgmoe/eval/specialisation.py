@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from nlgmoe.regular_file import require_regular
 from nlgmoe.whole_file import replacing
 
 FILE = "specialisation.safetensors"  # in the run folder
@@ -66,6 +67,7 @@ class Specialisation:
         path = Path(folder) / FILE
         if not path.exists():
             raise FileNotFoundError(2, "No such file or directory", str(path))
+        require_regular(path, "validate the run again")
         try:
             with safe_open(path, "numpy") as file:
                 facts, counts = json.loads(file.metadata()["facts"]), file.get_tensor("counts")

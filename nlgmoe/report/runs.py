@@ -19,6 +19,7 @@ from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.regular_file import require_regular
 from nlgmoe.report.metrics import LOADS, METRICS, Loads, Series, damaged_rows, read_loads, read_metrics
 
 CONFIG, SUMMARY, VERSIONS, STARTS = "config.yaml", "summary.json", "versions.json", "starts.json"
@@ -162,6 +163,7 @@ def _read(folder: Path, name: str) -> Run:
 def _changes(folder: Path) -> list[str]:
     """What each start of a run had other than the start before it."""
     try:
+        require_regular(folder / STARTS, "replace it")
         starts = json.loads((folder / STARTS).read_text())
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         settings = [flattened(yaml.load((folder / start["config"]).read_text(), loader)) for start in starts]
@@ -194,6 +196,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 def _document(path: Path, without: str, notes: list[str]) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping; empty, with a note, if it does not."""
     try:
+        require_regular(path, "replace it")
         text = path.read_text()
         document = (
             json.loads(text)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +23,11 @@ from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
 from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.cli.main import main
-from tests.checkpoint.runs import SaveAt, fit
+from nlgmoe.hugging_face.export import export
+from nlgmoe.model.gpt import GPT
+from tests.checkpoint.runs import CONFIG, SaveAt, fit
 
 EXPERT = "blocks.3.moe.experts.2.expand_weight"
 
@@ -126,6 +131,37 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
         PortableCheckpointIO().load_checkpoint(ckpt)
 
 
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device": lambda file: file.symlink_to("/dev/null"),
+    "a socket": lambda file: socket.socket(socket.AF_UNIX).bind(str(file)),
+}
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("file", ["checkpoint.json", "manifest.json", "model.safetensors", "optimizer.safetensors"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(
+    file: str, kind: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    run, ckpt = Path("run"), Path("run/b.ckpt")
+    shutil.copytree(good, ckpt)
+    (ckpt / file).unlink()
+    SPECIAL[kind](ckpt / file)
+    message = f"{ckpt / file} is {kind}, not a regular file"
+    assert list(problems(ckpt)) == [message]
+    with pytest.raises(ValueError, match=message):
+        PortableCheckpointIO().load_checkpoint(ckpt)
+    with pytest.raises(ValueError, match=r"no valid checkpoint in run \(skipped b.ckpt\)"):
+        choose(run)
+    shutil.copytree(good, run / "linked")
+    (ckpt / file).rmdir() if kind == "a folder" else (ckpt / file).unlink()
+    (ckpt / file).symlink_to(Path("../linked") / file)
+    assert list(problems(ckpt)) == []
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_anywhere_goes_unnoticed(good: Path, data: st.DataObject) -> None:
@@ -184,9 +220,18 @@ def test_weights_that_are_not_finite_are_not_written_and_found(
     with monkeypatch.context() as older:  # as an older version wrote it
         older.setattr(Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
         PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
-    assert list(problems(bad)) == [
-        f"{bad / 'model.safetensors'}: final_norm.bias has 1 of 32 values that are NaN or infinite"
+    message = f"{bad / 'model.safetensors'}: final_norm.bias has 1 of 32 values that are NaN or infinite"
+    assert list(problems(bad)) == [message]
+    readers: list[Callable[[], object]] = [
+        lambda: load_model(bad),
+        lambda: PortableCheckpointIO().load_checkpoint(bad),
+        lambda: load_initial_weights(GPT(CONFIG), WarmStart(str(bad))),
+        lambda: export(bad, tmp_path / "exported"),
     ]
+    for read in readers:
+        with pytest.raises(ValueError, match=f"{message}; use another checkpoint"):
+            read()
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed_and_one_of_a_newer_refused(tmp_path: Path) -> None:

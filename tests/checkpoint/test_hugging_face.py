@@ -273,6 +273,8 @@ def test_import_says_what_is_wrong(
     assert "unknown more" in error_of(capsys, "import", folder, out)
     save_file(weights | {"model.blocks.1.moe.router.weight": torch.zeros(3, 32)}, folder / "model.safetensors")
     assert "is [3, 32]" in error_of(capsys, "import", folder, out)
+    save_file(weights | {"model.final_norm.bias": torch.full((32,), torch.nan)}, folder / "model.safetensors")
+    assert "the weight final_norm.bias is NaN or infinite" in error_of(capsys, "import", folder, out)
     (folder / "model.safetensors").write_bytes(b"cut off")
     assert "cannot be read" in error_of(capsys, "import", folder, out)
     (folder / "model.safetensors").unlink()

@@ -1,6 +1,7 @@
 """What is read from a run folder, and what happens if something is missing."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert any("No expert_load.csv" in note for note in second.notes)
     assert any("train/loss is not finite in 1 of 1 rows" in note for note in second.notes)
     assert second.last("train/loss") is None
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_fifo_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    folder(tmp_path / "run", metrics__csv=METRICS)
+    for name in ("config.yaml", "starts.json", "specialisation.safetensors"):
+        os.mkfifo(tmp_path / "run" / name)
+    notes = "\n".join(read_runs([tmp_path / "run"])[0].notes)
+    assert notes.count("is a FIFO, not a regular file") == 3, notes
 
 
 def test_damaged_rows_and_changed_settings_are_told(tmp_path: Path) -> None:

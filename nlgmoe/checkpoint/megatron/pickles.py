@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from nlgmoe.regular_file import require_regular
+
 # Packages whose objects a Megatron-DeepSpeed script leaves in a checkpoint.
 _PACKAGES = ("apex", "collections", "datetime", "deepspeed", "enum", "megatron", "numpy", "pathlib", "torch", "types")
 _NAMES = ("builtins.getattr", "signal.Signals")  # Python 3.11 pickles a member of an enumeration with the first
@@ -40,6 +42,7 @@ def load(file: Path) -> Any:
     Raises:
         ValueError: it cannot be read, or holds something that could run code.
     """
+    require_regular(file, "copy the checkpoint anew")
     if not zipfile.is_zipfile(file):
         raise ValueError(
             f"{file} cannot be read (no file of torch.save, or cut off, or of PyTorch before 1.6); copy the checkpoint anew, or "

