@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -373,6 +374,7 @@ class MoEGPTModule(LightningModule):
                 f"model.curriculum.tokens={self.curriculum.tokens} is above model.train_tokens={self.train_tokens}: training "
                 f"ends before its sequences are {self.config.seq_len} tokens long; lower it"
             )
+        self._warn_of_unread_domains()
         self._window = _Window()
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
@@ -391,6 +393,22 @@ class MoEGPTModule(LightningModule):
             NonFiniteError: one of them is NaN or infinite.
         """
         self.guard.end(self.trainer.global_step, first_non_finite_weight(self.gpt))
+
+    def _warn_of_unread_domains(self) -> None:
+        """The end of training may come before the first sample of a blend's lightest part."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        shares = getattr(data, "domain_shares", None)
+        if shares is None:
+            return
+        shortest = self.config.seq_len if self.curriculum is None else self.curriculum.start
+        ends = [] if self.train_tokens is None else [self.train_tokens / shortest]
+        ends += [self.trainer.max_steps * data.batch_size_after(sys.maxsize)] if self.trainer.max_steps >= 0 else []
+        for domain, share in zip(data.domains, shares, strict=True):
+            if share * min(ends, default=math.inf) < 1:
+                rank_zero_warn(
+                    f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
+                    "weight of its part, or remove the part"
+                )
 
     @override
     def on_train_end(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.processes import check_processes, usable_cpus
 
 if TYPE_CHECKING:
     from nlgmoe.data.build_indexed import Progress
@@ -82,6 +82,10 @@ def _tokenise_input(
         raise UsageError(f"missing setting {missing}; --input and --output go together")
     if workers is not None and workers < 1:
         raise UsageError(f"workers={workers} must be at least 1")
+    try:
+        check_processes("workers", workers or 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     prefix = Path(output)
     if Path(f"{prefix}.idx").exists():
         raise UsageError(f"output={output}: {prefix}.idx exists already; name another output, or delete it")
@@ -99,7 +103,7 @@ def _tokenise_input(
         loaded = load_tokenizer(tokenizer, Path(data_dir))
     lines = ProgressLines(len(files))
     bad = BadData(on_bad_data, lines.print)
-    built = build_indexed(files, prefix, loaded, Fields(text=text_field), bad, workers or _cores(), lines.report)
+    built = build_indexed(files, prefix, loaded, Fields(text=text_field), bad, workers or usable_cpus(), lines.report)
     _print_built(built, len(files), prefix)
     print(_about(tokenizer, loaded))
 
@@ -117,8 +121,3 @@ def _print_built(built: Progress, files: int, prefix: Path) -> None:
 
 def _about(name: str, tokenizer: Tokenizer) -> str:
     return f"tokenizer  {name}, {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}"
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

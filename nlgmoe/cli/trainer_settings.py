@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nlgmoe.device import lacks_gpu
+from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.module import FSDP_REFUSED
+from nlgmoe.processes import check_processes
 
 
 def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
@@ -29,7 +30,7 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     """Check that this machine has what the `trainer` section asks for.
 
     Raises:
-        ValueError: there is no GPU.
+        ValueError: there is no GPU, or there are far fewer CPUs than `devices`.
     """
     accelerator = trainer["accelerator"]
     why = (
@@ -37,6 +38,8 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         "nvidia-smi"
     )
     _require(not lacks_gpu(accelerator), "accelerator", accelerator, why)
+    if default_device() == "cpu" or accelerator == "cpu":  # each is a process; of GPUs there are as many as there are
+        check_processes("trainer.devices", _number(trainer["devices"]))
 
 
 def _check_counts(trainer: Mapping[str, Any]) -> None:
@@ -54,7 +57,7 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
         value = trainer[name]
         _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
     devices = trainer["devices"]
-    number = int(devices) if str(devices).removeprefix("-").isdigit() else 1  # a flag's number comes as text
+    number = _number(devices)
     wrong = number == 0 or number < -1
     _require(not wrong, "devices", devices, "must be a number of devices above 0, or auto")
     algorithm = trainer["gradient_clip_algorithm"]
@@ -108,6 +111,11 @@ def _check_strategy(trainer: Mapping[str, Any], has_experts: bool) -> None:
         "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2, expert_parallel_size: 8}}"
     )
     _require(not (plain and has_experts), "strategy", shown, why)
+
+
+def _number(devices: Any) -> int:
+    """Of `trainer.devices`, which comes as text from a flag; 1 where it is no number."""
+    return int(devices) if str(devices).removeprefix("-").isdigit() else 1
 
 
 def _class_name(value: Any) -> str:

@@ -20,6 +20,8 @@ from nlgmoe.data.sources import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 
+SMALLEST_SHARE = 1e-9  # 300 billion tokens are 146 million samples of 2,048
+
 
 @dataclass(frozen=True)
 class BlendPart:
@@ -47,7 +49,7 @@ class Blend:
         parts: what to blend, each with its `weight`, its `name` and its `corpus` (class_path and init_args).
 
     Raises:
-        ValueError: there is no part, a weight is not above 0, or a name is missing or used twice.
+        ValueError: there is no part, a weight is not above 0 or below a billionth of all, or a name is missing or used twice.
     """
 
     def __init__(self, parts: list[BlendPart]) -> None:
@@ -60,6 +62,12 @@ class Blend:
                 )
             if sum(other.name == part.name for other in parts) > 1 or not part.name:
                 raise ValueError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
+        lightest = min(parts, key=lambda part: part.weight)
+        if lightest.weight < SMALLEST_SHARE * sum(part.weight for part in parts):
+            raise ValueError(
+                f"weight={lightest.weight} of the part {lightest.name!r} is less than a billionth of all weights, so that no "
+                "run reads it: raise it, or remove the part."
+            )
         self.parts = list(parts)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:

@@ -25,6 +25,7 @@ from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSou
 from nlgmoe.data.streaming.cursors import Cursors
 from nlgmoe.data.worker_signals import heed_only_the_parent
 from nlgmoe.device import is_accelerator
+from nlgmoe.processes import check_processes
 
 
 class PileDataModule(LightningDataModule):
@@ -47,7 +48,7 @@ class PileDataModule(LightningDataModule):
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
         seed: seed of the order in which training sequences come.
-        num_workers: processes that load batches, per rank; 0 loads in the training process.
+        num_workers: processes that load batches, per rank; 0 loads in the training process. At most 8 for each CPU, or 64.
         max_eval_windows: sequences evaluated per domain, the first ones; None: all.
         document_attention: a position sees its own document alone, and its number counts from where that begins, in training
             and evaluation; otherwise a sequence is read as one, across the borders of what is packed into it.
@@ -55,7 +56,8 @@ class PileDataModule(LightningDataModule):
             end-of-document token before it, which knows nothing of it.
 
     Raises:
-        ValueError: a size is not positive, or the ramp-up asks for a batch that micro-batches cannot make up.
+        ValueError: a size is not positive, `num_workers` is above its limit, or the ramp-up asks for a batch that
+            micro-batches cannot make up.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class PileDataModule(LightningDataModule):
         for name, number in {"seed": seed, "num_workers": num_workers}.items():
             if number < 0:
                 raise ValueError(f"{name}={number} must be at least 0")
+        check_processes("num_workers", num_workers)
         if batch_ramp_up is not None:
             check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         self.data_dir = Path(data_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -361,6 +362,22 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt/model.safetensors")],
         "is not a text file; give a checkpoint to --ckpt_path",
     ),
+    "FIFO as config": (
+        lambda place: [*place.args(), f"--config={_fifo(place.folder)}"],
+        "--config {folder}/fifo is a FIFO, not a regular file; it is read more than once: save it as a YAML file",
+    ),
+    "too many workers": (
+        flag("--data.num_workers=100000"),
+        "data.num_workers=100000 is more processes than the",
+    ),
+    "too many ranks": (flag("--trainer.devices=100000"), "trainer.devices=100000 is more processes than the"),
+    "weight of nothing": (
+        blend(
+            "weight: 1, name: b, corpus: nlgmoe.data.PocketPile",
+            "weight: 1e-30, name: c, corpus: nlgmoe.data.PocketPile",
+        ),
+        "data.corpus.init_args.parts[1].weight=1e-30 ({folder}/bad.yaml, line 7) of the part 'c' is less than a billionth",
+    ),
     "no accumulation": (
         flag("--trainer.accumulate_grad_batches=0"),
         "trainer.accumulate_grad_batches=0 must be at least 1",
@@ -427,6 +444,11 @@ def _other_run(folder: Path) -> Path:
 
 
 HELD: list[FileLock] = []
+
+
+def _fifo(folder: Path) -> Path:
+    os.mkfifo(folder / "fifo")
+    return folder / "fifo"
 
 
 def _busy(folder: Path) -> Path:
@@ -697,6 +719,11 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         "prose.train.jsonl is given more than once",
     ),
     "no workers": (["prepare-data", "--input=x", "--output=y", "--workers=0"], 2, "workers=0 must be at least 1"),
+    "too many workers": (
+        ["prepare-data", "--input=x", "--output=y", "--workers=100000"],
+        2,
+        "workers=100000 is more processes than",
+    ),
     "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 1, "Unknown tokenizer 'gpt5'"),
 }
 

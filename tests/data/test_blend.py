@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nlgmoe.cli.train import main
+from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, Streams
 from nlgmoe.data.interleaving import Interleaving, whole_weights
 from nlgmoe.data.pocket.pocket_pile import read_texts, text_path
 from nlgmoe.data.pocket.shards import shard_folder
+from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
 from tests.data.conftest import tokens_of
-from tests.data.test_datamodule import Ranks, batches, rows
+from tests.data.test_datamodule import Ranks, batches, make_trainer, rows
 from tests.data.test_tokenizer import small
 
 PAPER = [
@@ -320,6 +323,30 @@ class Other:
 def test_weights_are_above_0(weight: float) -> None:
     with pytest.raises(ValueError, match=r"weight=.* of the part 'b' must be a number above 0: raise it, or remove"):
         Blend([BlendPart(1, "a", PocketPile()), BlendPart(weight, "b", PocketPile())])
+
+
+def test_a_weight_that_no_run_comes_to_is_refused() -> None:
+    Blend([BlendPart(1e9, "a", PocketPile()), BlendPart(2, "b", PocketPile())])
+    with pytest.raises(ValueError, match=r"weight=1e-30 of the part 'b' is less than a billionth of all weights"):
+        Blend([BlendPart(1, "a", PocketPile()), BlendPart(1e-30, "b", PocketPile())])
+
+
+@pytest.mark.parametrize(("weight", "warned"), [(0.01, True), (0.1, False)])
+@pytest.mark.parametrize("end", ["train_tokens", "max_steps"])
+def test_a_part_that_the_run_does_not_come_to_is_warned_of(
+    weight: float, warned: bool, end: str, make_blend: Make, indexed: MegatronIndexed, tmp_path: Path
+) -> None:
+    data = make_blend((1 - weight, "books", PocketPile(["prose"])), (weight, "poems", indexed))
+    module = MoEGPTModule(
+        GPTConfig(data.vocab_size, 32, 1, 16, 2), train_tokens=5 * 4 * 32 if end == "train_tokens" else None
+    )
+    steps = 5 if end == "max_steps" else -1
+    trainer = make_trainer(tmp_path, max_steps=steps, max_epochs=-1, enable_checkpointing=False, limit_val_batches=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(module, data)
+    words = "poems has 0.01 of the samples, less than one in the 20 of this run; raise the weight of its part"
+    assert any(words in str(one.message) for one in said) == warned
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("a", "")])
