@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from nlgmoe.data.corpus import Corpus, OpenCorpus
+from nlgmoe.data.description import Description
 from nlgmoe.data.interleaving import Interleaving, whole_weights
 from nlgmoe.data.sources import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
@@ -127,6 +129,14 @@ class OpenBlend:
             (name, weight, corpus.fingerprint)
             for name, weight, corpus in zip(self._names, self.weights, opened, strict=True)
         ]
+        self.description: Description = {}
+        for name, weight, corpus in zip(self._names, self.weights, opened, strict=True):
+            share: dict[str, str | int] = {"share": str(Fraction(weight, sum(self.weights)))}
+            if len(corpus.description) == 1:
+                share |= next(iter(corpus.description.values()))
+            else:
+                self.description |= {f"{name}/{inner}": facts for inner, facts in corpus.description.items()}
+            self.description[name] = share
         self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
     @property

@@ -5,12 +5,13 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from nlgmoe.data.description import Description
 from nlgmoe.data.pocket.pocket_pile import SPLITS, read_manifest
 from nlgmoe.data.pocket.prepare import prepare
 from nlgmoe.data.pocket.shards import open_shard, read_shards
@@ -34,6 +35,11 @@ class OpenCorpus(Protocol):
     @property
     def fingerprint(self) -> str:
         """Of everything that decides the training tokens."""
+        ...
+
+    @property
+    def description(self) -> Description:
+        """What the training tokens are made of; a change of the fingerprint is named by what differs here."""
         ...
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
@@ -63,12 +69,20 @@ class Streams:
         tokens: split -> tokens of each domain, as `packing.py` wants them: every document closed by the end-of-document
             token, each [N_d]. Has "train" and "validation"; has "test" where the corpus has one.
         fingerprint: of everything that decides the training tokens.
+        facts: of each domain's training text beside its tokens, for `description`.
     """
 
     tokenizer: Tokenizer
     domains: list[str]
     tokens: Mapping[str, Sequence[np.ndarray]]
     fingerprint: str
+    facts: Description = field(default_factory=dict)
+
+    @property
+    def description(self) -> Description:
+        """Tokens and facts of each domain."""
+        sizes = zip(self.domains, self.tokens["train"], strict=True)
+        return {domain: {"tokens": len(tokens), **self.facts.get(domain, {})} for domain, tokens in sizes}
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """The windows of all domains, in a new random order every epoch."""
@@ -144,5 +158,9 @@ class PocketPile:
                     f"--data_dir {data_dir} --tokenizer {tokenizer}` first."
                 )
         tokens = {split: [open_shard(data_dir, loaded, f"{domain}.{split}") for domain in domains] for split in SPLITS}
-        texts = [manifest.files[f"{domain}.train"].sha256 for domain in domains]
-        return Streams(loaded, list(domains), tokens, hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16])
+        files = {domain: manifest.files[f"{domain}.train"] for domain in domains}
+        fingerprint = hashlib.sha256(" ".join(file.sha256 for file in files.values()).encode()).hexdigest()[:16]
+        facts: Description = {
+            domain: {"documents": file.documents, "text": file.sha256[:16]} for domain, file in files.items()
+        }
+        return Streams(loaded, list(domains), tokens, fingerprint, facts)

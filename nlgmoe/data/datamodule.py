@@ -18,6 +18,7 @@ from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_u
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
+from nlgmoe.data.description import describe_change
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
@@ -206,11 +207,16 @@ class PileDataModule(LightningDataModule):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_consumed`, and the `fingerprint` of everything else that decides which samples those are.
+        """`samples_consumed`, the `fingerprint` of everything else that decides which samples those are, and a description
+        of the `corpus`, to name what has changed in it.
 
         Of a `CursorSource` also the `cursors` of all its streams. As ranks have them in parts, every rank has to call this.
         """
-        state = {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
+        state = {
+            "samples_consumed": self.samples_consumed,
+            "fingerprint": self.fingerprint(),
+            "corpus": self._opened().description,
+        }
         cursors = self._cursors.reached() if self._cursor_source is None else self._cursors.of_all_ranks()
         return state | ({"cursors": cursors} if cursors else {})
 
@@ -230,12 +236,14 @@ class PileDataModule(LightningDataModule):
                 f"{ours['order']} here): resume it with the version of nlgmoe that saved it, or start a new run from its "
                 "weights with model.warm_start.checkpoint."
             )
-        differing = [
-            f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]
-        ]
+        differing = {key: f"{theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]}
         if differing:
+            described = state_dict.get("corpus")  # earlier versions saved none
+            if "corpus" in differing and described is not None:
+                differing["corpus"] = describe_change(described, self._opened().description) or differing["corpus"]
+            shown = ", ".join(f"{key} ({change})" for key, change in differing.items())
             raise ValueError(
-                f"The checkpoint was trained on other data; these differ: {', '.join(differing)}. Set the data "
+                f"The checkpoint was trained on other data; these differ: {shown}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "
                 "model.warm_start.checkpoint."
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nlgmoe.data.corpus import OpenCorpus, Streams
+from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.pocket.prepare import only_builder
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +82,11 @@ class MegatronIndexed:
             )
         loaded = load_tokenizer(tokenizer, data_dir)
         self._check(dataset, loaded)
-        return Streams(loaded, [self.prefix.name], tokens, self._fingerprint(bounds))
+        fingerprint = self._fingerprint(bounds)
+        documents = zip(("documents", "validation documents", "test documents"), pairwise(bounds), strict=True)
+        facts: dict[str, str | int] = {name: end - first for name, (first, end) in documents}
+        described: Description = {self.prefix.name: {**facts, "text": fingerprint}}
+        return Streams(loaded, [self.prefix.name], tokens, fingerprint, described)
 
     def _check(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
         for piece in _pieces(len(dataset.tokens), PIECE_BYTES // dataset.dtype.itemsize):

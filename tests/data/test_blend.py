@@ -185,13 +185,25 @@ def test_a_run_goes_on_with_the_next_sample_but_only_of_the_same_blend(
     same = make_blend((14, books, pile), (6, poems, lines), micro_batch_size=2)
     same.load_state_dict(data.state_dict())
     assert [row for batch in batches(same, 8) for row in rows(batch)] == straight[12:28]
-    for other in (
-        [(0.6, books, pile), (0.3, poems, lines)],
-        [(0.3, poems, lines), (0.7, books, pile)],  # the domains have other ids
-        [(0.7, "novels", pile), (0.3, poems, lines)],  # another order of the part's samples
-        [(0.7, books, PocketPile(["verse"])), (0.3, poems, lines)],
+    for other, words in (
+        (
+            [(0.6, books, pile), (0.3, poems, lines)],
+            "books has share 7/10 there, 2/3 here; poems has share 3/10 there, 1/3",
+        ),
+        (
+            [(0.3, poems, lines), (0.7, books, pile)],
+            "the order is books, poems there, poems, books here",
+        ),  # other domain ids
+        (
+            [(0.7, "novels", pile), (0.3, poems, lines)],
+            "books is missing here; novels is new here",
+        ),  # another order of samples
+        (
+            [(0.7, books, PocketPile(["verse"])), (0.3, poems, lines)],
+            r"books has tokens [\d,]+ there, [\d,]+ here, documents 3",
+        ),
     ):
-        with pytest.raises(ValueError, match="these differ: corpus "):
+        with pytest.raises(ValueError, match=rf"these differ: corpus \({words}"):
             make_blend(*other).load_state_dict(data.state_dict())
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import shutil
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from nlgmoe.data import MegatronIndexed, PileDataModule
-from nlgmoe.data.pocket.pocket_pile import read_texts, text_path
-from tests.data.conftest import tokens_of
+from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
+from nlgmoe.data.pocket.pocket_pile import read_texts, text_path, write_corpus
+from tests.data.conftest import make_documents, tokens_of
 
 Make = Callable[..., PileDataModule]
 
@@ -108,6 +109,33 @@ def test_resume_continues_with_the_next_sample_whatever_the_batch_size(make_data
 def test_state_of_another_run_is_refused(make_data: Make, option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"these differ: {next(iter(option))} "):
         make_data(**option).load_state_dict(make_data().state_dict())
+
+
+def test_a_changed_corpus_says_what_has_changed(make_data: Make, tmp_path: Path, tiny_corpus: Path) -> None:
+    def corpus(folder: str, verses: int, seed: int) -> PileDataModule:
+        root = tmp_path / folder
+        documents = make_documents(20, "prose", 1) + make_documents(verses, "verse", seed)
+        write_corpus(root, "tiny", documents, {"made up": "none"})
+        data = PileDataModule(str(root), str(tiny_corpus / "tokenizer"), seq_len=32)
+        data.prepare_data()
+        return data
+
+    state = json.loads(json.dumps(corpus("first", 9, 2).state_dict()))
+    corpus("same", 9, 2).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"corpus \(verse has tokens [\d,]+ there, [\d,]+ here, documents 6 there, 9 here\)"
+    ):
+        corpus("longer", 12, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"corpus \(prose is missing here\)"):
+        PileDataModule(
+            str(tmp_path / "first"), str(tiny_corpus / "tokenizer"), PocketPile(["verse"]), seq_len=32
+        ).load_state_dict(state)
+    state["corpus"]["verse"]["text"] = state["fingerprint"]["corpus"] = "other"
+    with pytest.raises(ValueError, match=r"corpus \(verse: same tokens and documents, other text\)"):
+        corpus("first", 9, 2).load_state_dict(state)
+    del state["corpus"]  # as earlier versions saved it
+    with pytest.raises(ValueError, match=r"corpus \(other there, \w{16} here\)"):
+        corpus("first", 9, 2).load_state_dict(state)
 
 
 def test_a_run_whose_samples_came_in_another_order_is_refused(make_data: Make) -> None:

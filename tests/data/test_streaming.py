@@ -363,8 +363,11 @@ def test_training_killed_and_resumed_on_other_workers(
     trainer = make_trainer(tmp_path)
     trainer.validate(MoEGPTModule(GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))), data)
     assert {"val/loss/domain 0", "val/loss/domain 1", "val/loss/other"} <= trainer.callback_metrics.keys()
-    with pytest.raises(ValueError, match="these differ: corpus "):
+    with pytest.raises(ValueError, match=r"these differ: corpus \(reading has shuffle_buffer 10 there, 11 here\)"):
         open_corpus(shuffle_buffer=11).load_state_dict(data.state_dict())
+    write(tmp_path / "pile/train/03.jsonl.zst", make_texts(61, "file 3"), domains=3)
+    with pytest.raises(ValueError, match=r"corpus \(03.jsonl.zst has bytes [\d,]+ there, [\d,]+ here\)"):
+        open_corpus().load_state_dict(data.state_dict())
 
 
 def test_a_state_has_what_was_trained_on_and_is_gone_on_from(

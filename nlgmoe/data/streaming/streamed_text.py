@@ -14,17 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from nlgmoe.data.corpus import OpenCorpus
+from nlgmoe.data.description import Description
 from nlgmoe.data.pocket.prepare import only_builder
 from nlgmoe.data.sources import TokenSource
 from nlgmoe.data.streaming.held_text import Held, hold, read_held
 from nlgmoe.data.streaming.logical_stream import Recipe
 from nlgmoe.data.streaming.streamed_source import StreamedSource
-from nlgmoe.data.streaming.text_files import find_files
+from nlgmoe.data.streaming.text_files import TextFile, find_files
 from nlgmoe.data.text.bad_data import Action
 from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 OTHER = "other"
+DESCRIBED_FILES = 100
 
 
 class StreamedText:
@@ -124,7 +126,23 @@ class StreamedText:
             [(os.path.basename(file.path), file.bytes) for file in held.files["train"]],
             (self.fields, self.domains, self.num_streams, self.shuffle_buffer),
         )
-        return OpenStreamedText(loaded, self._names(), _hash(facts), recipe, held)
+        return OpenStreamedText(
+            loaded, self._names(), _hash(facts), self._description(held.files["train"]), recipe, held
+        )
+
+    def _description(self, files: Sequence[TextFile]) -> Description:
+        """Of many files the sum alone: a checkpoint keeps it."""
+        sizes: Description = {os.path.basename(file.path): {"bytes": file.bytes} for file in files}
+        if len(sizes) > DESCRIBED_FILES:
+            sizes = {"training files": {"files": len(files), "bytes": sum(file.bytes for file in files)}}
+        return sizes | {
+            "reading": {
+                "num_streams": self.num_streams,
+                "shuffle_buffer": self.shuffle_buffer,
+                "fields": str(self.fields),
+                "domains": ", ".join(self._names()),
+            }
+        }
 
     def _names(self) -> list[str]:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
@@ -153,6 +171,7 @@ class OpenStreamedText:
         tokenizer: whose ids the tokens are.
         domains: names.
         fingerprint: of the training files' names and sizes, and of how they are read.
+        description: the training files, and how they are read.
         recipe: of the streams.
         held: tokens for statistics and evaluation.
     """
@@ -160,6 +179,7 @@ class OpenStreamedText:
     tokenizer: Tokenizer
     domains: list[str]
     fingerprint: str
+    description: Description
     recipe: Recipe
     held: Held
 
