@@ -69,7 +69,7 @@ def generate_text(
         raise UsageError(str(error)) from error
     check_device(device)
     if output is not None:
-        check_output(output)
+        check_output(output, prompts)
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
 
     for number, text in enumerate(texts, 1):

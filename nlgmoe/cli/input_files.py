@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +31,13 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         if not files:
             raise UsageError(f"input={one} stands for no file; give a path, a folder, or a pattern in quotes")
         found += files
+    seen: set[str] = set()
     for file in found:
         if not is_readable(file):
             endings = ", ".join([*JSON_LINES, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
             raise UsageError(f"input={file} cannot be read; known endings are {endings}")
-        if found.count(file) > 1:
+        itself = file if "://" in file else os.path.realpath(file)  # under whatever name, or behind a link
+        if itself in seen:
             raise UsageError(f"input={file} is given more than once; its documents would be there more than once")
+        seen.add(itself)
     return found

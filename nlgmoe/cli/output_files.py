@@ -8,13 +8,19 @@ from nlgmoe.cli.errors import UsageError
 from nlgmoe.whole_file import replacing
 
 
-def check_output(output: str) -> None:
+def check_output(output: str, source: str | None = None) -> None:
     """Check that a file can have this name.
 
+    Args:
+        output: the name.
+        source: a file that is read for it; None: there is none.
+
     Raises:
-        UsageError: it is a folder's, or in one that is not there.
+        UsageError: it is a folder's, in one that is not there, or that of `source`.
     """
     path = Path(output).absolute()
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+        raise UsageError(f"output={output} is the file that is read, and would be lost; name another")
     if path.is_dir():
         raise UsageError(f"output={output} is a folder; give the name of a file")
     if not path.parent.is_dir():

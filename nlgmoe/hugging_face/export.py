@@ -88,6 +88,8 @@ def export(
     folder, bytes_per_file = Path(folder).resolve(), _bytes(max_shard_size)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder")
+    if (folder / "checkpoint.json").exists():  # files of both have the same names
+        raise ValueError(f"{folder} is a checkpoint, which an export would destroy; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
     path = find(checkpoint)

@@ -32,12 +32,14 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: `output` is a folder, or cannot be written.
+        ValueError: `output` is a folder, does not end in .html, or cannot be written.
         OSError: there is no such folder, and it cannot be made.
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ValueError(f"output={output} is a folder; give the name of a file")
+    if file.suffix not in (".html", ".htm"):  # a run folder holds what cannot be made again
+        raise ValueError(f"output={output} is no name of a page; let it end in .html")
     file.parent.mkdir(parents=True, exist_ok=True)
     text = page(runs)
     try:

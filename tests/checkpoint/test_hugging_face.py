@@ -240,6 +240,9 @@ def test_export_says_what_is_wrong(
     content[-5] ^= 1
     (damaged / "model.safetensors").write_bytes(content)
     assert "is damaged" in error_of(capsys, "export", damaged, tmp_path / "new")
+    before = sorted(checkpoints["moe"].iterdir())
+    assert "would destroy" in error_of(capsys, "export", checkpoints["moe"], checkpoints["moe"], "--overwrite")
+    assert sorted(checkpoints["moe"].iterdir()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.ckpt", "full"], "something was left behind"
 
     main(["export", str(checkpoints["moe"]), str(tmp_path / "full"), "--max_shard_size=20KB", "--overwrite"])

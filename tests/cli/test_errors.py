@@ -718,6 +718,11 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         2,
         "prose.train.jsonl is given more than once",
     ),
+    "input twice, by two names": (
+        ["prepare-data", "--input=[{corpus}/text, {corpus}/tokenizer/../text/prose.train.jsonl]", "--output=y"],
+        2,
+        "prose.train.jsonl is given more than once",
+    ),
     "no workers": (["prepare-data", "--input=x", "--output=y", "--workers=0"], 2, "workers=0 must be at least 1"),
     "too many workers": (
         ["prepare-data", "--input=x", "--output=y", "--workers=100000"],

@@ -149,6 +149,7 @@ def test_a_damaged_file_costs_its_part_of_the_page_alone(name: str, text: str, t
         (["run", "run/summary.json"], "run=run/summary.json is no run folder"),
         ([], "runs"),
         (["run", "--output", "run"], "output=run is a folder; give the name of a file"),
+        (["run", "--output", "run/metrics.csv"], "output=run/metrics.csv is no name of a page; let it end in .html"),
     ],
 )
 def test_a_wrong_command_ends_with_one_line(
