@@ -72,6 +72,14 @@ class PlansBatches(Protocol):
 
 
 @runtime_checkable
+class SizesBatches(Protocol):
+    """A data module that knows how large its micro-batches are before it makes them."""
+
+    def largest_batch(self, stage: str) -> tuple[str, int]:
+        """A setting, and how many sequences the largest micro-batch of a rank has by it; `stage` is Lightning's."""
+
+
+@runtime_checkable
 class NumbersSamples(Protocol):
     """A data module whose training batches say which samples they hold, so that what was stored of one is found again.
 

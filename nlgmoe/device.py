@@ -80,6 +80,14 @@ def peak_memory(device: torch.device) -> list[int]:
     return [module.max_memory_allocated(device), module.max_memory_reserved(device)]
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of an accelerator's memory; of a CPU, of the machine's."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    module: Any = torch.get_device_module(device)
+    return int(module.get_device_properties(device).total_memory)
+
+
 def free_cached_memory(device: torch.device) -> bool:
     """Give the memory that PyTorch's allocator keeps back to the device. Returns whether there is such an allocator."""
     if device.type == "cpu":

@@ -18,12 +18,22 @@ from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, CountsSamples, HasTokenizer, PlansBatches, SpellsBytes, cut, loss_mask, mask_or_none
+from nlgmoe.batch import (
+    Batch,
+    CountsSamples,
+    HasTokenizer,
+    PlansBatches,
+    SizesBatches,
+    SpellsBytes,
+    cut,
+    loss_mask,
+    mask_or_none,
+)
 from nlgmoe.checkpoint.agreement import AgreedError
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.device import fork_rng, missing_compiler
+from nlgmoe.device import fork_rng, missing_compiler, total_memory
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
@@ -32,6 +42,7 @@ from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.model.gpt import GPT
+from nlgmoe.model.least_memory import check_fits
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
@@ -174,6 +185,8 @@ class MoEGPTModule(LightningModule):
         if isinstance(strategy.checkpoint_io, PortableCheckpointIO):
             strategy.checkpoint_io.to_train = stage == "fit"
         data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SizesBatches):
+            self._check_memory(data, stage)
         if not isinstance(data, SpellsBytes):
             return
         if data.vocab_size > self.config.vocab_size:
@@ -183,6 +196,15 @@ class MoEGPTModule(LightningModule):
             )
         shares = getattr(data, "domain_shares", None)
         self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), shares)]
+
+    def _check_memory(self, data: SizesBatches, stage: str) -> None:
+        """Check that the micro-batches can fit at all, before they are made and the system kills the process."""
+        value = 2 if "16" in str(self.trainer.precision) else 4
+        memory = total_memory(self.trainer.strategy.root_device)
+        for part in ("fit", "validate") if stage == "fit" and self.trainer.limit_val_batches else (stage,):
+            trains = part == "fit"
+            length = self.curriculum.start if trains and self.curriculum is not None else self.config.seq_len
+            check_fits(self.config, *data.largest_batch(part), length, value, trains, memory)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

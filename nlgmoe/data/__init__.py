@@ -2,10 +2,10 @@
 
 Reading order: `text/` (documents out of files), `tokenizer.py`, `indexed.py` (tokens on disk), `build_indexed.py` (from the
 one to the other); what there is to train on: `corpus.py` (the seam, and the pocket Pile, with `pocket/`),
-`megatron_indexed.py`, `streaming/`, and `blend.py` with `interleaving.py` (several as one); `packing.py`, `permutation.py`,
-`sources.py` and `sampling.py` (which tokens make up which sample, in what order, and whose it is), `document_masks.py`
-(where documents begin), `accumulation.py` (how large a step is, and how many micro-batches make it up), `baselines.py`
-(what a model has to beat), `datamodule.py` (all of it, for Lightning).
+`megatron_indexed.py`, `streaming/`, `blend.py` with `interleaving.py` (several as one), `description.py` (what a checkpoint
+keeps of it); `packing.py`, `permutation.py`, `sources.py` and `sampling.py` (which tokens make up which sample, in what
+order, and whose it is), `document_masks.py` (where documents begin), `accumulation.py` (how large a step is, and how many
+micro-batches make it up), `baselines.py` (what a model has to beat), `datamodule.py` (all of it, for Lightning).
 """
 
 from nlgmoe.data.accumulation import BatchRampUp

@@ -22,7 +22,7 @@ from nlgmoe.data.description import describe_change
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource
+from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource, windows_of_domains
 from nlgmoe.data.streaming.cursors import Cursors
 from nlgmoe.data.worker_signals import heed_only_the_parent
 from nlgmoe.device import is_accelerator
@@ -186,6 +186,20 @@ class PileDataModule(LightningDataModule):
             accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
             whole = self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
         return batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up)
+
+    def largest_batch(self, stage: str) -> tuple[str, int]:
+        """The setting that decides how many sequences a micro-batch has, and how many the largest one of a rank has.
+
+        Args:
+            stage: "fit" for those of training, "test" for those of the test split, else those of validation.
+        """
+        if stage == "fit":
+            return "data.micro_batch_size", self.micro_batch_size
+        tokens = self._opened().evaluation_tokens("test") if stage == "test" else None
+        tokens = tokens or self._opened().evaluation_tokens("validation") or []
+        windows = sum(windows_of_domains(tokens, self.seq_len, self.max_eval_windows))
+        of_a_rank = -(-windows // self._rank_and_world_size()[1])
+        return "data.eval_micro_batch_size", min(self.eval_micro_batch_size, of_a_rank)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take the cursors out of a batch: the model does not see them."""

@@ -117,9 +117,7 @@ class EvaluationSource:
         self._streams = list(streams)
         self._eod_id = eod_id
         self._windows: list[tuple[int, int]] = []
-        for domain, stream in enumerate(streams):
-            count = count_windows(len(stream), seq_len, keep_tail=True)
-            count = count if max_windows is None else min(count, max_windows)
+        for domain, count in enumerate(windows_of_domains(streams, seq_len, max_windows)):
             self._windows += [(domain, window) for window in range(count)]
 
     def __len__(self) -> int:
@@ -138,6 +136,12 @@ class EvaluationSource:
         """The targets that the domain's windows cover, in order."""
         windows = sum(1 for d, _ in self._windows if d == domain)
         return self._streams[domain][: windows * self.seq_len]
+
+
+def windows_of_domains(streams: Sequence[np.ndarray], seq_len: int, max_windows: int | None) -> list[int]:
+    """How many windows evaluation has of each domain; the arguments are those of `EvaluationSource`."""
+    counts = [count_windows(len(stream), seq_len, keep_tail=True) for stream in streams]
+    return counts if max_windows is None else [min(count, max_windows) for count in counts]
 
 
 def make_sample(stream: np.ndarray, window: int, seq_len: int, eod_id: int, domain: int) -> Sample:

@@ -76,6 +76,7 @@ def _device_module() -> types.ModuleType:
         set_rng_state=lambda state, device=None: ops.set_rng_state(state),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
         get_device_name=lambda device=None: "Fake accelerator",
+        get_device_properties=lambda device=None: types.SimpleNamespace(total_memory=80 << 30),
         max_memory_allocated=lambda device=None: 0,
         max_memory_reserved=lambda device=None: 0,
         empty_cache=lambda: None,

@@ -625,6 +625,14 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
         file(CALLBACK.format("ModelCheckpoint", "monitor: val/los, filename: best")),
         "trainer.callbacks: ModelCheckpoint.monitor=val/los is not logged by this run; did you mean val/loss? It logs epoch, ",
     ),
+    "micro-batch that no machine holds": (
+        flag("--data.micro_batch_size=100000000000"),
+        "data.micro_batch_size=100000000000: the model and a micro-batch of 100,000,000,000 x 16 tokens need at least 435,200 GB",
+    ),
+    "model that no machine holds": (
+        flag("--model.config.seq_len=10000000000000"),
+        "; lower data.micro_batch_size, or use a smaller model.config",
+    ),
     "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
 }
 

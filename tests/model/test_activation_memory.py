@@ -14,6 +14,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.activation_memory import activation_bytes, head_bytes, kept_of_block, saved_by_block
 from nlgmoe.model.gpt import GPT
+from nlgmoe.model.least_memory import least_bytes
 from nlgmoe.model.topology import Topology
 
 SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
@@ -93,6 +94,10 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
         config = replace(config, moe=replace(config.moe, token_dropping=False))
     measured = saved_bytes(config, precision, checkpointing)
     assert predicted_bytes(config, PRECISIONS[precision], checkpointing) == pytest.approx(measured, rel=0.01)
+    # What is refused for want of memory cannot work.
+    value, tokens = 4 if precision == "fp32" else 2, SEQUENCES * config.seq_len
+    least = least_bytes(config, tokens, value, trains=True) - least_bytes(config, 0, value, trains=True)
+    assert measured / 40 < least < measured
 
 
 WIDE = GPTConfig(512, 128, 4, 128, 4)

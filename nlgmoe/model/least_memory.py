@@ -1,0 +1,49 @@
+"""Whether micro-batches can fit at all: refused is what needs more than all the memory there is, which ends in a kill.
+
+`least_bytes` is a lower bound, several times below what `cost.py` estimates: nothing that works is refused.
+"""
+
+from __future__ import annotations
+
+from nlgmoe.config import GPTConfig
+
+
+def least_bytes(config: GPTConfig, tokens: int, value: int, trains: bool) -> int:
+    """Bytes that a rank holds at one time in any case: embeddings, attention weights, a micro-batch and its hidden states.
+
+    Args:
+        config: the model.
+        tokens: of the micro-batch.
+        value: bytes of a weight or activation: 2 in half precision, else 4.
+        trains: the backward pass needs the input of every block, also with activation checkpointing; evaluation has the
+            residual stream and its norm at a time.
+    """
+    width = config.hidden_size
+    weights = (config.padded_vocab_size + config.seq_len) * width + config.num_layers * 4 * width * width
+    hidden = width * (config.num_layers if trains else 2)
+    return value * (weights + tokens * hidden) + 2 * 8 * tokens  # ids and targets
+
+
+def check_fits(
+    config: GPTConfig, setting: str, sequences: int, length: int, value: int, trains: bool, memory: int
+) -> None:
+    """Check a micro-batch.
+
+    Args:
+        config: the model.
+        setting: that decides how many sequences it has, for messages.
+        sequences: how many it has.
+        length: of each, in tokens.
+        value: see `least_bytes`.
+        trains: see `least_bytes`.
+        memory: all there is, in bytes.
+
+    Raises:
+        ValueError: it needs more memory than there is.
+    """
+    if (needed := least_bytes(config, sequences * length, value, trains)) > memory:
+        raise ValueError(
+            f"{setting}={sequences}: the model and a micro-batch of {sequences:,} x {length:,} tokens need at least "
+            f"{needed / 1e9:,.0f} GB, there are {memory / 1e9:,.0f} GB; lower {setting}"
+            + (", or use a smaller model.config" if least_bytes(config, length, value, trains) > memory else "")
+        )
