@@ -103,6 +103,7 @@ def distill_logits(
         },
         "precision": precision,
         "data": data.fingerprint(),
+        "corpus": data.corpus_description,
         "document_attention": data.document_attention,
         "vocab_size": module.config.vocab_size,
         "seq_len": module.config.seq_len,

@@ -18,7 +18,7 @@ from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_u
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
-from nlgmoe.data.description import describe_change
+from nlgmoe.data.description import Description, differing
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
@@ -229,7 +229,7 @@ class PileDataModule(LightningDataModule):
         state = {
             "samples_consumed": self.samples_consumed,
             "fingerprint": self.fingerprint(),
-            "corpus": self._opened().description,
+            "corpus": self.corpus_description,
         }
         cursors = self._cursors.reached() if self._cursor_source is None else self._cursors.of_all_ranks()
         return state | ({"cursors": cursors} if cursors else {})
@@ -250,14 +250,9 @@ class PileDataModule(LightningDataModule):
                 f"{ours['order']} here): resume it with the version of nlgmoe that saved it, or start a new run from its "
                 "weights with model.warm_start.checkpoint."
             )
-        differing = {key: f"{theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]}
-        if differing:
-            described = state_dict.get("corpus")  # earlier versions saved none
-            if "corpus" in differing and described is not None:
-                differing["corpus"] = describe_change(described, self._opened().description) or differing["corpus"]
-            shown = ", ".join(f"{key} ({change})" for key, change in differing.items())
+        if changes := differing(theirs, ours, state_dict.get("corpus"), self.corpus_description):
             raise ValueError(
-                f"The checkpoint was trained on other data; these differ: {shown}. Set the data "
+                f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "
                 "model.warm_start.checkpoint."
             )
@@ -281,6 +276,11 @@ class PileDataModule(LightningDataModule):
     def domains(self) -> list[str]:
         """Names of the domains; a batch's `domain` indexes them."""
         return self._opened().domains
+
+    @property
+    def corpus_description(self) -> Description:
+        """What the training tokens are made of."""
+        return self._opened().description
 
     @property
     def domain_shares(self) -> list[float] | None:

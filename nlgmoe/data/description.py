@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 Description = dict[str, dict[str, str | int]]
 """Domain, part of a blend or file -> fact -> value. The fact `text` is a hash of what the others do not tell."""
 
 SHOWN = 3
+
+
+def differing(
+    there: Mapping[str, object], here: Mapping[str, object], corpus_there: Description | None, corpus_here: Description
+) -> list[str]:
+    """What differs between two fingerprints of data, in words for each of the present one's entries; empty if nothing does.
+
+    Args:
+        there: fingerprint that was saved.
+        here: the present one.
+        corpus_there: description of the corpus that was saved with it; None: an earlier version saved none.
+        corpus_here: the present one.
+    """
+    changes = {key: f"{there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value}
+    if "corpus" in changes and corpus_there is not None:
+        changes["corpus"] = describe_change(corpus_there, corpus_here) or changes["corpus"]
+    return [f"{key} ({change})" for key, change in changes.items()]
 
 
 def describe_change(there: Description, here: Description) -> str:

@@ -14,6 +14,7 @@ from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.description import differing
 from nlgmoe.device import to_device
 from nlgmoe.distill.distiller import Clocks, check_loss, last_of, samples_until
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
@@ -124,9 +125,9 @@ class OfflineTeacher:
             )
         here = {**data.fingerprint(), "document_attention": data.document_attention}
         there = {**header["data"], "document_attention": header["document_attention"]}
-        if differing := [f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v]:
+        if changes := differing(there, here, header.get("corpus"), getattr(data, "corpus_description", {})):
             raise ValueError(
-                f"{where} was recorded from other data; these differ: {', '.join(differing)}; set data as it was, or record the "
+                f"{where} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"
             )
         module: Any = trainer.lightning_module

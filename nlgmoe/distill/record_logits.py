@@ -27,6 +27,7 @@ from nlgmoe.batch import Batch, mask_or_none
 from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
+from nlgmoe.data.description import differing
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.teacher_logits import (
     FORMAT,
@@ -74,8 +75,8 @@ def record_logits(
         teacher: loaded.
         data: at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: all that decides the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
-            fingerprint), `vocab_size`, `seq_len`, `top_k`, `temperature`, `samples`, `micro_batch_size`,
-            `loss_chunk_size` (positions whose logits exist at a time), and more.
+            fingerprint), `corpus` (its description, to name what has changed), `vocab_size`, `seq_len`, `top_k`,
+            `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
         folder: the result.
         report: gets the progress at the start and after every batch.
 
@@ -169,12 +170,12 @@ def _go_on(note: Path, settings: dict[str, Any], data: PileDataModule) -> tuple[
 
 def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) -> None:
     """Whether what is there is what is wanted. The same teacher may be found under another path."""
-    there, here = (one | {"teacher": one["teacher"]["weights"]} for one in (earlier, settings))
-    if differing := [
-        f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
-    ]:
+    there, here = (
+        one | one["data"] | {"teacher": one["teacher"]["weights"], "data": None} for one in (earlier, settings)
+    )
+    if changes := differing(there, here, earlier.get("corpus"), settings.get("corpus", {})):
         raise ValueError(
-            f"{where} was recorded with other settings: {', '.join(differing)}; name another output, or delete it"
+            f"{where} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )
 
 

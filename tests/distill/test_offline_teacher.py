@@ -6,7 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,8 +40,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def logits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "logits"
-    record(teacher, folder, top_k=8)
+    record(teacher, folder, top_k=8, corpus={"walk": {"tokens": 1000}})
     return folder
+
+
+class Longer(NumberedData):
+    """Another corpus."""
+
+    corpus_description: ClassVar = {"walk": {"tokens": 2000}}
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return super().fingerprint() | {"corpus": "a longer walk"}
 
 
 def record(teacher: Path, folder: Path, data: NumberedData | None = None, **changes: Any) -> dict[str, Any]:
@@ -250,6 +259,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's s
         r"was recorded at temperature=2.0, model.distiller.temperature is 1.0; set",
     ),
     "seed": ({}, {"data": NumberedData(seed=2)}, r"other data; these differ: seed \(1 there, 2 here\)"),
+    "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(walk has tokens 1,000 there, 2,000 here\); set"),
     "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(False there, True here\)"),
     "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
     "samples": ({}, {"accumulate": 3}, "holds 32 samples, this run distils 48; record that many with --samples 48"),
@@ -274,6 +284,8 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
         fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))
     with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(\w+ there, \w+ here\)"):
         record(other, logits, top_k=8)
+    with pytest.raises(ValueError, match=r"other settings: corpus \(walk has tokens 1,000 there, 2,000 here\)"):
+        record(teacher, logits, Longer(), top_k=8, corpus=Longer.corpus_description)
     for name in ("vocab_size", "seq_len"):
         header = json.loads((logits / HEADER).read_text()) | {name: 99}
         with pytest.raises(ValueError, match=f"has {name}=99, the student "):
