@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -180,6 +181,12 @@ class MoEGPTModule(LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
             raise AgreedError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
+        plugin = self.trainer.precision_plugin
+        if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
+            raise AgreedError(
+                "trainer.precision=16-true trains in fp16 alone, in which squared gradients and AdamW's eps are 0; use "
+                "bf16-mixed, or 16-mixed"
+            )
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = PortableCheckpointIO()
         if isinstance(strategy.checkpoint_io, PortableCheckpointIO):

@@ -20,8 +20,9 @@ class SaveAtEnd(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless checkpoints are turned off."""
-        if trainer.checkpoint_callbacks and trainer.global_step > 0:
+        """Save, unless checkpoints are turned off, or this only tries a few batches."""
+        tried = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.checkpoint_callbacks and not tried and trainer.global_step > 0:
             save_last(trainer)
 
 

@@ -142,6 +142,8 @@ class TrainCLI(LightningCLI):
             )
         config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
         path = config.get("ckpt_path")
+        if path is not None and not str(path).strip():
+            raise UsageError(f"ckpt_path={path} names no checkpoint; give its path, or leave ckpt_path out")
         if path is not None and path not in ("last", "auto", "best", "hpc"):
             config["ckpt_path"] = os.path.expanduser(path)
             require_checkpoint(Path(config["ckpt_path"]))

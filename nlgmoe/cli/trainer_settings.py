@@ -20,6 +20,8 @@ def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
     Raises:
         ValueError: a setting is out of its range, or does not go with another; the message says what to write.
     """
+    folder = trainer["default_root_dir"]
+    _require(folder is not None and bool(str(folder).strip()), "default_root_dir", folder, "names no folder; give one")
     _check_counts(trainer)
     _check_fractions(trainer)
     _check_validation(trainer)
@@ -56,6 +58,9 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     for name, (lowest, remedy) in at_least.items():
         value = trainer[name]
         _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
+    for name in ("min_steps", "min_epochs"):
+        why = "keeps a run going that is at its end or is told to stop; leave it out"
+        _require(not trainer[name], name, trainer[name], why)
     devices = trainer["devices"]
     number = _number(devices)
     wrong = number == 0 or number < -1
@@ -125,5 +130,5 @@ def _class_name(value: Any) -> str:
 
 def _require(condition: bool, name: str, value: Any, why: str) -> None:
     if not condition:
-        shown = str(value).lower() if isinstance(value, bool) else value
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         raise ValueError(f"trainer.{name}={shown} {why}")

@@ -43,3 +43,8 @@ def test_a_last_checkpoint_that_has_fallen_behind_is_replaced(tmp_path: Path) ->
 def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> None:
     fit(tmp_path, SaveAtEnd(), steps=2)
     assert steps(tmp_path) == {}
+
+
+def test_nothing_is_saved_where_a_few_batches_are_tried(tmp_path: Path) -> None:
+    fit(tmp_path, ModelCheckpoint(tmp_path, "{step}"), SaveAtEnd(), fast_dev_run=4)
+    assert steps(tmp_path) == {}

@@ -390,6 +390,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.gradient_clip_val=-1.5"),
         "trainer.gradient_clip_val=-1.5 must be at least 0",
     ),
+    "steps to take at least": (
+        flag("--trainer.min_steps=12"),
+        "trainer.min_steps=12 keeps a run going that is at its end",
+    ),
+    "epochs to take at least": (flag("--trainer.min_epochs=1"), "trainer.min_epochs=1 keeps a run going"),
+    "no run folder": (file("trainer: {default_root_dir: null}"), "trainer.default_root_dir=null names no folder"),
+    "empty run folder": (file("trainer: {default_root_dir: ''}"), "trainer.default_root_dir= names no folder"),
+    "empty checkpoint": (flag("--ckpt_path="), "ckpt_path= names no checkpoint; give its path"),
     "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),
     "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
     "fraction of endless data": (
@@ -495,6 +503,7 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
         "broken.ckpt holds weights only: start a new run from it with model.warm_start.checkpoint={folder}/broken.ckpt",
     ),
     "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
+    "fp16 alone": (flag("--trainer.precision=16-true"), "trainer.precision=16-true trains in fp16 alone"),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
         broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
