@@ -6,6 +6,7 @@ that its messages cannot say which line to change; this reading is for the messa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from nlgmoe.cli.errors import UsageError, one_line
 from nlgmoe.regular_file import require_regular
 
 _MERGE = "tag:yaml.org,2002:merge"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]+")  # one digit, such as in 07, means the same in base 10
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Given:
         value: as YAML reads it.
         origin: `FILE, line N`, or empty for the command line.
         appends: it, or the list it lies in, is written with `+`: it adds to what is there.
+        misread: a number in it as written, if YAML takes it for another one; empty if there is none.
     """
 
     name: str
     value: Any
     origin: str = ""
     appends: bool = False
+    misread: str = ""
 
     @property
     def leaf(self) -> str:
@@ -57,10 +62,10 @@ def shown(value: Any) -> str:
 def from_argument(name: str, text: str) -> Given:
     """`--name=text` of the command line."""
     try:
-        value = yaml.safe_load(text)
+        value, misread = yaml.safe_load(text), _misread(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError:
-        value = text
-    return Given(name, value, appends=name.endswith("+"))
+        value, misread = text, ""
+    return Given(name, value, appends=name.endswith("+"), misread=misread)
 
 
 def read_file(path: str) -> list[Given]:
@@ -146,12 +151,22 @@ def _walk_value(value: yaml.Node, name: str, path: str, line: int) -> Iterator[G
     else:
         loader = yaml.SafeLoader("")
         try:
-            yield Given(name, loader.construct_object(value, deep=True), f"{path}, line {line}")
+            found = loader.construct_object(value, deep=True)
+            yield Given(name, found, f"{path}, line {line}", misread=_misread(value))
         except (yaml.MarkedYAMLError, ValueError) as error:  # an unknown tag, or an impossible date
             problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
             raise UsageError(f"{path}, line {line}: {name}: {problem}") from error
         finally:
             loader.dispose()
+
+
+def _misread(node: yaml.Node | None) -> str:
+    """A number in a value that YAML reads as octal (`0640` is 416) or in base 60 (`1:30` is 90); empty if there is none."""
+    if isinstance(node, yaml.SequenceNode):
+        return next(filter(None, map(_misread, node.value)), "")
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _NUMBERS:
+        return ""
+    return node.value if ":" in node.value or _OCTAL.fullmatch(node.value) else ""
 
 
 def split_arguments(

@@ -11,7 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from nlgmoe.cli.classes import check_inside, classes_in, find_class, is_path, parts_of
+import yaml
+
+from nlgmoe.cli.classes import arguments, check_inside, classes_in, find_class, is_path, parts_of
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.given import Given
 from nlgmoe.config import is_finite
@@ -93,9 +95,16 @@ class Settings:
             earlier: settings given before it, which say what class `init_args` belong to.
 
         Raises:
-            UsageError: it does not exist, is a section, or names a class that does not exist.
+            UsageError: it does not exist, is a section, names a class that does not exist, or is a number that YAML reads as
+                another one.
         """
         name = given.name.rstrip("+")
+        # On the command line text stands without quotes, and is taken as it stands.
+        if given.misread and (given.origin or self._takes_numbers_alone(given, earlier)):
+            raise UsageError(
+                f"{name}{given.place}: YAML reads {given.misread} as {yaml.safe_load(given.misread)}; write the number without a "
+                "leading 0 and without colons, or text in quotes"
+            )
         if name in self.links:
             raise UsageError(f"{name}{given.place} always equals {self.links[name]}; set that instead")
         if holder := self.holder(name):
@@ -134,6 +143,14 @@ class Settings:
     def bases(self, name: str) -> list[Any]:
         """The classes whose subclasses a setting holds; empty for a plain one."""
         return classes_in(self.types.get(name))
+
+    def _takes_numbers_alone(self, given: Given, earlier: list[Given]) -> bool:
+        hint = self.types.get(given.name.rstrip("+"))
+        if holder := self.holder(given.name):
+            inside = list(arguments(given, holder, self.types[holder], earlier))
+            hint = inside[-1].hint if inside else None
+        kinds = set(parts_of(hint))
+        return bool(kinds & {int, float}) and not kinds & {str, Path}
 
     def _takes_null(self, name: str) -> bool:
         hint = self.types.get(name)

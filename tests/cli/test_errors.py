@@ -386,6 +386,19 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.val_check_interval=0.5"),
         "trainer.val_check_interval=0.5 is a fraction of",
     ),
+    "octal number": (
+        file("model: {train_tokens: 0640}"),
+        "model.train_tokens ({folder}/bad.yaml, line 1): YAML reads 0640 as 416; write the number without a leading 0",
+    ),
+    "octal number in a flag": (flag("--model.config.moe.num_experts=[4, 010]"), "YAML reads 010 as 8; write"),
+    "octal number in a class": (
+        lambda place: place.args(
+            "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=0100"
+        ),
+        "trainer.callbacks.every_n_train_steps: YAML reads 0100 as 64",
+    ),
+    "number in base 60": (file("trainer: {val_check_interval: 1:30}"), "YAML reads 1:30 as 90; write"),
+    "time in base 60": (file("trainer: {max_time: 12:30:10:05}"), "or text in quotes"),
     "negative clipping": (
         flag("--trainer.gradient_clip_val=-1.5"),
         "trainer.gradient_clip_val=-1.5 must be at least 0",
@@ -702,6 +715,8 @@ def test_what_cannot_be_used_is_named(
         ["--trainer.logger", "false", "--model.seed", "3", "--trainer.max_steps", "-1"],
         ["--trainer.strategy={class_path: DDPStrategy, dict_kwargs: {find_unused_parameters: true}}"],
         ["--model.config.moe=null"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=0640", "--trainer.max_time=12:30:10:05"],
+        ["--model.train_tokens=07", "--model.seed=0x10"],
         ["--config={model: {config: {moe: {num_experts: 4}}}}"],
         ["@", "trainer:\n callbacks:\n - init_args: {prompts: [a]}\n   class_path: nlgmoe.callbacks.SampleText"],
         ["@", "model:\n  <<: {seed: 4}\n  train_tokens: 5"],
