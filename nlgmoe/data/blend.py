@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from nlgmoe.data.corpus import Corpus, OpenCorpus
-from nlgmoe.data.description import Description
+from nlgmoe.data.description import Description, description_of
 from nlgmoe.data.interleaving import Interleaving, whole_weights
 from nlgmoe.data.sources import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
@@ -132,10 +132,11 @@ class OpenBlend:
         self.description: Description = {}
         for name, weight, corpus in zip(self._names, self.weights, opened, strict=True):
             share: dict[str, str | int] = {"share": str(Fraction(weight, sum(self.weights)))}
-            if len(corpus.description) == 1:
-                share |= next(iter(corpus.description.values()))
+            facts = description_of(corpus)
+            if len(facts) == 1:
+                share |= next(iter(facts.values()))
             else:
-                self.description |= {f"{name}/{inner}": facts for inner, facts in corpus.description.items()}
+                self.description |= {f"{name}/{inner}": of_inner for inner, of_inner in facts.items()}
             self.description[name] = share
         self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 

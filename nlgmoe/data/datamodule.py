@@ -18,7 +18,7 @@ from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_u
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
-from nlgmoe.data.description import Description, differing
+from nlgmoe.data.description import Description, description_of, differing
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
@@ -280,7 +280,7 @@ class PileDataModule(LightningDataModule):
     @property
     def corpus_description(self) -> Description:
         """What the training tokens are made of."""
-        return self._opened().description
+        return description_of(self._opened())
 
     @property
     def domain_shares(self) -> list[float] | None:

@@ -10,6 +10,12 @@ Description = dict[str, dict[str, str | int]]
 SHOWN = 3
 
 
+def description_of(corpus: object) -> Description:
+    """The description of an open corpus; empty for a user's own class that has none."""
+    found: Description = getattr(corpus, "description", {})
+    return found
+
+
 def differing(
     there: Mapping[str, object], here: Mapping[str, object], corpus_there: Description | None, corpus_here: Description
 ) -> list[str]:

@@ -113,6 +113,15 @@ def test_state_of_another_run_is_refused(make_data: Make, option: dict[str, Any]
         make_data(**option).load_state_dict(make_data().state_dict())
 
 
+def test_a_corpus_of_an_earlier_interface_has_no_description(make_data: Make) -> None:
+    """Users' classes were written before `OpenCorpus` had one: nothing fails at the first checkpoint."""
+    data = make_data()
+    data.setup()
+    opened = data._open_corpus
+    data._open_corpus = SimpleNamespace(tokenizer=opened.tokenizer, fingerprint=opened.fingerprint)  # type: ignore[assignment,union-attr]
+    assert data.state_dict()["corpus"] == {}
+
+
 def test_a_changed_corpus_says_what_has_changed(make_data: Make, tmp_path: Path, tiny_corpus: Path) -> None:
     def corpus(folder: str, verses: int, seed: int) -> PileDataModule:
         root = tmp_path / folder
