@@ -24,10 +24,25 @@ def run_folder_loggers(folder: str | Path) -> list[Logger]:
 
 
 def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
-    """The loggers of a configuration, and `metrics.csv` beside them if none of them writes it: reports are made of it."""
-    given = [loggers] if isinstance(loggers, Logger) else list(loggers)
-    there = any(isinstance(one, CSVLogger) and Path(one.log_dir) == Path(folder) for one in given)
-    return given if there else [*given, RunCSVLogger(folder)]
+    """The loggers of a configuration, and `metrics.csv` of the run folder beside them: reports are made of it.
+
+    Another logger that would write that file gives way to `RunCSVLogger`: it would delete the rows of a run that is resumed.
+    """
+    own = [one for one in _as_list(loggers) if isinstance(one, RunCSVLogger) and _writes_into(folder, one)]
+    return [*without_run_csv(loggers, folder), *(own or [RunCSVLogger(folder)])]
+
+
+def without_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
+    """The loggers of a configuration, but those of `metrics.csv` in the run folder: its rows are the training's."""
+    return [one for one in _as_list(loggers) if not _writes_into(folder, one)]
+
+
+def _as_list(loggers: Logger | Sequence[Logger]) -> list[Logger]:
+    return [loggers] if isinstance(loggers, Logger) else list(loggers)
+
+
+def _writes_into(folder: str | Path, logger: Logger) -> bool:
+    return isinstance(logger, CSVLogger) and os.path.realpath(logger.log_dir) == os.path.realpath(folder)
 
 
 def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], np.ndarray], step: int) -> None:

@@ -122,6 +122,7 @@ class MoEGPTModule(LightningModule):
         self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
         self.guard = StepGuard(non_finite)
         self._window = _Window()
+        self._stops_after_step = False
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
@@ -189,8 +190,10 @@ class MoEGPTModule(LightningModule):
             )
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = PortableCheckpointIO()
-        if isinstance(strategy.checkpoint_io, PortableCheckpointIO):
-            strategy.checkpoint_io.to_train = stage == "fit"
+        if not isinstance(strategy.checkpoint_io, PortableCheckpointIO):
+            kind = type(strategy.checkpoint_io).__name__
+            raise AgreedError(f"trainer.plugins: {kind} writes checkpoints that no run here goes on from; remove it")
+        strategy.checkpoint_io.to_train = stage == "fit"
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SizesBatches):
             self._check_memory(data, stage)
@@ -372,8 +375,16 @@ class MoEGPTModule(LightningModule):
             # PyTorch's warning where the first step was skipped, as fp16's often is: this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             scheduler.step()
-        if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
+        fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
+        # Said now, so that this step is logged, and validated, as a run's last one.
+        if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """A run ends after a step: a callback that stops it within one, such as a `Timer`, waits for that."""
+        if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
+            self.trainer.should_stop, self._stops_after_step = False, True
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
         """A run that was resumed on more ranks may take larger steps than its author thinks, unless they were planned."""
@@ -404,7 +415,7 @@ class MoEGPTModule(LightningModule):
                 f"ends before its sequences are {self.config.seq_len} tokens long; lower it"
             )
         self._warn_of_unread_domains()
-        self._window = _Window()
+        self._window, self._stops_after_step = _Window(), False
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
         for group in optimizer.param_groups:

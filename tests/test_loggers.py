@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.loggers import RunCSVLogger
+from nlgmoe.loggers import RunCSVLogger, with_run_csv, without_run_csv
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:
@@ -34,3 +35,15 @@ def test_a_new_column_is_added_or_the_file_stays_as_it_was(tmp_path: Path, monke
 def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("loss,step\r\n2.0,0\r\n1.")
     assert log(tmp_path, {"loss": 0.5}).split() == ["loss,step", "2.0,0", "0.5,0"]
+
+
+def test_rows_of_a_run_folder_survive_a_logger_that_would_delete_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that names the folder in another way; evaluation writes no rows between those of training."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for same in (tmp_path, tmp_path / "link", "."):
+        (one,) = with_run_csv(CSVLogger(same, name="", version=""), tmp_path)
+        assert isinstance(one, RunCSVLogger)
+        assert without_run_csv([CSVLogger(same, name="", version=""), RunCSVLogger(same)], tmp_path) == []

@@ -1,5 +1,6 @@
 """MoEGPTModule under Lightning: the loss it minimises, the token clock, the learning rate, evaluation by domain."""
 
+import csv
 import math
 import warnings
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.nn import functional as F
 
+from nlgmoe.callbacks import Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
@@ -100,6 +104,33 @@ def test_train_tokens_ends_the_run_at_the_end_of_that_step(tmp_path: Path) -> No
     run = trainer(tmp_path)
     run.fit(module, SyntheticData())  # 64 tokens a step
     assert (run.global_step, module.tokens_seen) == (5, 320)
+
+
+class StopAt(Callback):
+    """Asks for the end at a micro-batch, whether or not that is the last one of its step, as `Timer` does."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 6:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("callbacks", "max_steps"), [((), 3), ((StopAt(),), -1)], ids=["max_steps", "callback"])
+def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
+    callbacks: tuple[Callback, ...], max_steps: int, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    settings = {"logger": logger, "log_every_n_steps": 100, "accumulate_grad_batches": 3, "limit_val_batches": 1.0}
+    run = trainer(tmp_path, Throughput(), *callbacks, max_steps=max_steps, **settings)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    with (tmp_path / "metrics.csv").open() as file:
+        trained, validated = csv.DictReader(file)
+    assert {trained["step"], validated["step"]} == {str(run.global_step - 1)}
+    assert trained["train/loss"] and trained["time/step"] and validated["val/loss"]
+
+
+def test_checkpoints_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="AsyncCheckpointIO writes checkpoints that no run here goes on from"):
+        trainer(tmp_path, max_steps=1, plugins=[AsyncCheckpointIO()]).fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
 def test_a_curriculum_that_training_does_not_reach_the_end_of_is_said(tmp_path: Path) -> None:

@@ -16,5 +16,5 @@ class ValidationInterval(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turn steps into micro-batches; Lightning has just copied the setting to where its loop reads it."""
-        if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
+        if isinstance(trainer.val_check_interval, int):
             trainer.val_check_batch = trainer.val_check_interval * trainer.accumulate_grad_batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.batch import SpellsBytes
 from nlgmoe.callbacks.expert_load import ExpertLoad
@@ -14,7 +15,7 @@ from nlgmoe.module import MoEGPTModule
 
 
 def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
-    """Check every callback's `monitor`, once the data are there.
+    """Check every callback's `monitor`, once the data are there; warn where the run validates too late for it.
 
     Where a callback is of neither this package nor Lightning nothing is known: it may log what it likes.
 
@@ -26,7 +27,14 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
         return
     names = logged_names(trainer, module)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor in (None, *names):
+        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor is None:
+            continue
+        if callback.monitor in names:
+            if callback.monitor.startswith("val/") and not isinstance(trainer.val_check_interval, int):
+                rank_zero_warn(
+                    f"{type(callback).__name__}.monitor={callback.monitor} comes at the end of the run only; set "
+                    "trainer.val_check_interval to validate before"
+                )
             continue
         known = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
         raise ValueError(

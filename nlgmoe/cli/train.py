@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -43,9 +43,9 @@ from nlgmoe.cli.run_folder import (
     require_writable,
     resolve_checkpoint,
 )
-from nlgmoe.cli.trainer_settings import check_machine, check_trainer
+from nlgmoe.cli.trainer_settings import check_callbacks, check_machine, check_trainer
 from nlgmoe.data import PileDataModule
-from nlgmoe.loggers import run_folder_loggers, with_run_csv
+from nlgmoe.loggers import run_folder_loggers, with_run_csv, without_run_csv
 from nlgmoe.module import MoEGPTModule
 
 _NEWEST = "a checkpoint; a run folder, or last for trainer.default_root_dir: the newest valid checkpoint in it"
@@ -230,10 +230,13 @@ class TrainCLI(LightningCLI):
         trains = self.subcommand in (None, "fit")
         if trainer["logger"] is None or trainer["logger"] is True:
             kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"]) if trains else False
-        elif trainer["logger"] is not False and trains:
-            kwargs["logger"] = with_run_csv(trainer["logger"], trainer["default_root_dir"])
+        elif trainer["logger"] is not False:
+            kwargs["logger"] = (with_run_csv if trains else without_run_csv)(
+                trainer["logger"], trainer["default_root_dir"]
+            )
         given = trainer["callbacks"] or []
         given = given if isinstance(given, list) else [given]
+        check_callbacks(given)
         replaced = {type(one) for one in given}
         if trainer["enable_progress_bar"] is False:
             replaced.add(TokenProgressBar)
@@ -244,6 +247,8 @@ class TrainCLI(LightningCLI):
         if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
             kwargs["strategy"] = _strategy(trainer["strategy"])
         made = super().instantiate_trainer(**kwargs)
+        # It may end the run: those after it then log the step.
+        made.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # type: ignore[attr-defined]
         for keeper in made.checkpoint_callbacks:
             # Lightning would take the folder of the first logger, wherever that writes.
             if isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.module import FSDP_REFUSED
@@ -23,9 +32,12 @@ def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
     folder = trainer["default_root_dir"]
     _require(folder is not None and bool(str(folder).strip()), "default_root_dir", folder, "names no folder; give one")
     _check_counts(trainer)
+    _check_epochs(trainer)
     _check_fractions(trainer)
     _check_validation(trainer)
     _check_strategy(trainer, has_experts)
+    folder = str(trainer["default_root_dir"])
+    _require("://" not in folder, "default_root_dir", folder, "must be a folder, which may be a mounted one")
 
 
 def check_machine(trainer: Mapping[str, Any]) -> None:
@@ -48,8 +60,6 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     at_least = {
         "accumulate_grad_batches": (1, "1 takes an optimizer step after every micro-batch"),
         "max_steps": (-1, "-1 leaves the end to model.train_tokens or max_time"),
-        "max_epochs": (-1, "-1 leaves the end to model.train_tokens, max_steps or max_time"),
-        "check_val_every_n_epoch": (1, "null leaves it to val_check_interval alone"),
         "log_every_n_steps": (1, "to log nothing, set trainer.logger to false"),
         "num_nodes": (1, "it counts machines"),
         "num_sanity_val_steps": (-1, "0 turns them off"),
@@ -60,7 +70,7 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
         _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
     for name in ("min_steps", "min_epochs"):
         why = "keeps a run going that is at its end or is told to stop; leave it out"
-        _require(not trainer[name], name, trainer[name], why)
+        _require(trainer[name] is None, name, trainer[name], why)  # Lightning makes min_steps=0 a min_epochs of 1
     devices = trainer["devices"]
     number = _number(devices)
     wrong = number == 0 or number < -1
@@ -69,19 +79,51 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     _require(algorithm in (None, "norm", "value"), "gradient_clip_algorithm", algorithm, "must be norm or value")
 
 
+def _check_epochs(trainer: Mapping[str, Any]) -> None:
+    """Training data have no end: what counts epochs never happens."""
+    why = "counts passes over training data, which have no end"
+    without_effect: dict[str, tuple[tuple[Any, ...], str]] = {
+        "max_epochs": ((None, -1), f"{why}: the end is model.train_tokens, trainer.max_steps or trainer.max_time"),
+        "check_val_every_n_epoch": ((None, 1), f"{why}; set trainer.val_check_interval, in steps"),
+        "reload_dataloaders_every_n_epochs": ((0,), f"{why}; leave it out"),
+    }
+    for name, (values, remedy) in without_effect.items():
+        _require(trainer[name] in values, name, trainer[name], remedy)
+    limit = trainer["limit_train_batches"]
+    whole = limit is None or (isinstance(limit, float) and limit == 1.0)
+    _require(whole, "limit_train_batches", limit, "cuts up training data that have no end; set trainer.max_steps")
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Check that the callbacks of a configuration can do what they are for.
+
+    Raises:
+        ValueError: one counts epochs, which never end here, or changes weights that checkpoints do not hold.
+    """
+    for one in callbacks:
+        why = None
+        if isinstance(one, GradientAccumulationScheduler):
+            why = "counts epochs, and changes the batch that data.global_batch_size gives; use data.batch_ramp_up"
+        elif isinstance(one, StochasticWeightAveraging):
+            why = "counts epochs, which never end here; remove it"
+        elif isinstance(one, WeightAveraging):
+            why = "replaces the weights at the end, so that a run would not go on as it was; remove it"
+        elif isinstance(one, ModelCheckpoint) and one._every_n_epochs > 1:
+            why = f"has every_n_epochs={one._every_n_epochs}, which never comes; set every_n_train_steps"
+        elif isinstance(one, Timer) and one._interval == "epoch":
+            why = "has interval=epoch, which never ends here; set it to step"
+        if why is not None:
+            raise ValueError(f"trainer.callbacks: {type(one).__name__} {why}")
+
+
 def _check_fractions(trainer: Mapping[str, Any]) -> None:
-    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+    for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches"):
         value = trainer[name]
         if value is None:
             continue
         highest = 1 if isinstance(value, float) else float("inf")
         why = "must be a fraction from 0.0 to 1.0, or a whole number of batches"
         _require(0 <= value <= highest, name, value, why)
-    train = trainer["limit_train_batches"]
-    partial = isinstance(train, float) and train not in (0.0, 1.0)
-    why = "is a fraction of training data that have no end; give a whole number of batches"
-    _require(not partial, "limit_train_batches", train, why)
-    _require(train is None or train > 0, "limit_train_batches", train, "trains on nothing; leave it out")
     overfit = trainer["overfit_batches"]
     why = "must stay 0: which sequences come follows from data.seed and the samples trained on; give a small data.data_dir"
     _require(not overfit, "overfit_batches", overfit, why)
@@ -92,6 +134,9 @@ def _check_validation(trainer: Mapping[str, Any]) -> None:
     fraction = isinstance(interval, float) and interval != 1.0
     why = "is a fraction of training data that have no end; give a whole number of steps, such as 500"
     _require(not fraction, "val_check_interval", interval, why)
+    by_clock = not (interval is None or isinstance(interval, int | float))
+    why = "goes by the clock of each rank, and ranks would wait for each other; give a number of steps, such as 500"
+    _require(not by_clock, "val_check_interval", interval, why)
     too_low = isinstance(interval, int) and interval < 1
     _require(not too_low, "val_check_interval", interval, "must be at least 1 step")
     callbacks = trainer["callbacks"] or []

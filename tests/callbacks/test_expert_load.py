@@ -268,7 +268,7 @@ def test_an_image_is_drawn_once_for_all_who_take_it_and_not_at_all_for_nobody(tm
 
 def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
     own, elsewhere = RunCSVLogger(tmp_path), CSVLogger(tmp_path)
-    assert with_run_csv([own, elsewhere], tmp_path) == [own, elsewhere]
+    assert with_run_csv([own, elsewhere], tmp_path) == [elsewhere, own]
     assert [type(one) for one in with_run_csv(elsewhere, tmp_path)] == [CSVLogger, RunCSVLogger]
     plain = load_config(LAPTOP, trainer__logger=f"{__name__}.TakesNumbersOnly", trainer__default_root_dir=str(tmp_path))
     assert [type(one).__name__ for one in plain.trainer.loggers] == ["TakesNumbersOnly", "RunCSVLogger"]

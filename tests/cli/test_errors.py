@@ -272,10 +272,6 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         ),
         "model.schedule.min_lr=9.0 is above the peak, model.optimizer.lr=",
     ),
-    "training on nothing": (
-        flag("--trainer.limit_train_batches=0.0"),
-        "trainer.limit_train_batches=0.0 trains on nothing",
-    ),
     "schedule without end": (flag("--model.schedule.shape=cosine"), "model.schedule.shape=cosine needs decay_tokens"),
     "negative model seed": (flag("--model.seed=-5"), "model.seed=-5 must be at least 0"),
     "negative data seed": (flag("--data.seed=-5"), "data.seed=-5 must be at least 0"),
@@ -413,10 +409,33 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "empty checkpoint": (flag("--ckpt_path="), "ckpt_path= names no checkpoint; give its path"),
     "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),
     "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
-    "fraction of endless data": (
-        flag("--trainer.limit_train_batches=0.5"),
-        "trainer.limit_train_batches=0.5 is a fraction of",
-    ),
+    **{
+        f"without an end of data: {setting}": (flag(f"--trainer.{setting}"), f"trainer.{setting} {why}")
+        for setting, why in {
+            "limit_train_batches=0.0": "cuts up training data that have no end; set trainer.max_steps",
+            "limit_train_batches=1": "cuts up",
+            "max_epochs=1": "counts passes over training data, which have no end: the end is model.train_tokens, ",
+            "min_steps=0": "keeps a run going",
+            "check_val_every_n_epoch=2": "counts passes",
+            "reload_dataloaders_every_n_epochs=1": "counts passes",
+            "val_check_interval=00:00:01:00": "goes by the clock of each rank",
+        }.items()
+    },
+    **{
+        f"callback: {name} {settings}": (file(CALLBACK.format(name, settings)), f"trainer.callbacks: {name} {why}")
+        for name, settings, why in (
+            ("GradientAccumulationScheduler", "scheduling: {0: 2}", "counts epochs"),
+            ("StochasticWeightAveraging", "swa_lrs: 0.1", "counts epochs"),
+            ("EMAWeightAveraging", "", "replaces the weights"),
+            (
+                "ModelCheckpoint",
+                "every_n_train_steps: null, every_n_epochs: 2",
+                "has every_n_epochs=2, which never comes",
+            ),
+            ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
+        )
+    },
+    "run folder that is none": (flag("--trainer.default_root_dir=s3://bucket/run"), "s3://bucket/run must be a folder"),
     "overfitting": (flag("--trainer.overfit_batches=2"), "trainer.overfit_batches=2 must stay 0"),
     "no devices": (flag("--trainer.devices=0"), "trainer.devices=0 must be a number of devices above 0"),
     "GPU that is not there": (

@@ -72,6 +72,26 @@ def test_auto_starts_a_run_again_that_was_killed_before_its_first_checkpoint(tmp
         resolve_checkpoint("auto", tmp_path, "", True, first_save=19)
 
 
+def test_an_evaluation_leaves_the_rows_of_training_alone(command: list[str], tmp_path: Path) -> None:
+    own = json.dumps(
+        {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(tmp_path / "run"), "name": "", "version": ""},
+        }
+    )
+    main([*command, "--model.train_tokens=128", f"--trainer.logger={own}"])
+    rows = (tmp_path / "run/metrics.csv").read_text()
+    main(["validate", *command[1:], f"--trainer.logger={own}", "--ckpt_path=last"])
+    assert (tmp_path / "run/metrics.csv").read_text() == rows
+    main([*command, "--model.train_tokens=256", f"--trainer.logger={own}", "--ckpt_path=last"])
+    assert (tmp_path / "run/metrics.csv").read_text().startswith(rows)
+
+
+def test_what_ends_a_run_by_the_clock_comes_before_what_logs_its_last_step(tmp_path: Path) -> None:
+    run = load_config(ROOT / "configs/dense/laptop.yaml", trainer__max_time="00:01:00:00")
+    assert type(run.trainer.callbacks[0]).__name__ == "Timer"
+
+
 def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReport\n")
     (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReprt\n")

@@ -75,7 +75,7 @@ def test_a_step_takes_the_micro_batches_of_the_global_batch(make_data: Make, tmp
     data = make_data(micro_batch_size=4, global_batch_size=12, max_eval_windows=1)
     interval = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
     first = fit(tmp_path, data, 3, **interval)
-    assert first.steps == [0, 3, 6, 9] and first.validated == [2]
+    assert first.steps == [0, 3, 6, 9] and first.validated == [2, 3]  # and at the end
     assert data.samples_consumed == 36
 
     resumed = make_data(micro_batch_size=2, global_batch_size=12, max_eval_windows=1)
