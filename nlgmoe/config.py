@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FREE_IN_EVALUATION = frozenset(
     {
@@ -67,7 +68,7 @@ class MoEConfig:
     aux_scope: Literal["global", "rank"] = "global"
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         _require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
         _require(
@@ -127,7 +128,7 @@ class GPTConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         for name in ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         _require(
@@ -178,15 +179,32 @@ class GPTConfig:
         return GPTConfig(**{**values, "moe": None if moe is None else MoEConfig(**moe)})
 
 
-def require_finite(settings: Any) -> None:
-    """Check a dataclass of settings.
+def require_valid(settings: Any) -> None:
+    """Check a dataclass of settings, which may come from Python or JSON: `noise="jiter"` would be no noise, and `"false"` true.
 
     Raises:
-        ValueError: a number among its fields is NaN or infinite.
+        ValueError: a field is not of its type, or NaN or infinite.
     """
+    hints = get_type_hints(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
+        _require(_is_of(value, hints[field.name]), f"{field.name}={value} must be of the type {field.type}")
         _require(is_finite(value), f"{field.name}={value} must be finite")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(_is_of(value, kind) for kind in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def is_finite(value: Any) -> bool:

@@ -91,7 +91,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     try:
         return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
-    except TypeError as error:  # a setting is missing or unknown
+    except (TypeError, ValueError) as error:  # a setting is missing, unknown or impossible
         raise ValueError(
             f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
         ) from error
@@ -105,7 +105,12 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 file_of[name] = file
-                shapes[name] = tensors.get_slice(name).get_shape()
+                part = tensors.get_slice(name)
+                shapes[name] = part.get_shape()
+                if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):  # integers would need their scales
+                    raise ValueError(
+                        f"{file}: {name} is of {dtype}, not of floating-point numbers; export the model again"
+                    )
 
     # Before there is an entry of each: a folder may say anything.
     counts = [] if config.moe is None else config.moe.num_experts
@@ -144,9 +149,13 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
 
 def _files(folder: Path) -> list[Path]:
     """The folder's files of weights."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        if index.exists():
+            raise ValueError(
+                f"{folder} has model.safetensors and {index.name}, of two models; remove the one that is not meant"
+            )
+        return [folder / "model.safetensors"]
     if not index.is_file():
         raise ValueError(f"{folder} has no model.safetensors; export the model again")
     named = _read_json(index).get("weight_map")

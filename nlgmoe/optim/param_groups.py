@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nlgmoe.config import require_finite
+from nlgmoe.config import require_valid
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AdamWConfig:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr} must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):

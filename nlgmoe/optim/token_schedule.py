@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nlgmoe.config import require_finite
+from nlgmoe.config import require_valid
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LearningRateSchedule:
     cooldown_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         for name in ("warmup_tokens", "min_lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")

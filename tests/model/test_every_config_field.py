@@ -150,6 +150,9 @@ MODES, COEFFS = ("train", "eval"), ("loss", "z_loss")
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("vocab_size", "seq_len", "num_layers", "hidden_size")),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("num_heads", "vocab_size_multiple")),
+    ({"num_heads": 2.0}, "num_heads=2.0 must be of the type int"),
+    ({"hidden_size": True}, "hidden_size=True must be of the type int"),
+    ({"layer_norm_eps": "1e-5"}, "layer_norm_eps=1e-5 must be of the type float"),
     ({"num_heads": 3}, "hidden_size=16 is not a multiple of num_heads=3"),
     ({"ffn_hidden_size": 0}, "ffn_hidden_size=0 must be at least 1"),
     *(({name: p}, rf"{name}={p} must be in") for name in ("hidden_dropout", "attention_dropout") for p in (1.0, -0.1)),
@@ -172,6 +175,22 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 def build(values: dict[str, Any]) -> GPTConfig:
     return GPTConfig.from_dict({**BASE.to_dict(), **values})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_experts", [4.0]),
+        ("token_dropping", "false"),
+        ("top_k", None),
+        ("mlp_type", "Residual"),
+        ("noise", "jiter"),
+        ("aux_scope", 1),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be of the type "):
+        MoEConfig(**{name: value})
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda value: str(value)[:50])

@@ -42,6 +42,7 @@ def test_constant_and_wsd() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
+        {"shape": "Cosine", "decay_tokens": 100},
         {"shape": "cosine"},
         {"shape": "cosine", "warmup_tokens": 10, "decay_tokens": 10},
         {"shape": "constant", "decay_tokens": 10},
