@@ -6,6 +6,7 @@ that its messages cannot say which line to change; this reading is for the messa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from nlgmoe.cli.errors import UsageError, one_line
 from nlgmoe.regular_file import require_regular
 
 _MERGE = "tag:yaml.org,2002:merge"
+MAX_NODES = 100_000  # of a file; it is walked several times
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]+")  # one digit, such as in 07, means the same in base 10
 
@@ -115,7 +117,24 @@ def _read(text: str, path: str) -> list[Given]:
     if not isinstance(root, yaml.MappingNode):
         kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
         raise UsageError(f"{path} holds {kind}, not settings; write `name: value` lines, such as `trainer:`")
+    if _size(root, {}) > MAX_NODES:
+        raise UsageError(f"{path} has more than {MAX_NODES:,} values, counting what its anchors repeat; write fewer")
     return list(_walk(root, "", path))
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values that a node stands for, what its aliases repeat included; infinite for one that contains itself.
+
+    Args:
+        node: of YAML.
+        known: sizes of the nodes that have been met, by their `id`; is added to.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is left: met again before, it contains itself
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _tab_at(text: str, mark: yaml.Mark | None) -> bool:

@@ -382,6 +382,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.val_check_interval=0.5"),
         "trainer.val_check_interval=0.5 is a fraction of",
     ),
+    "anchor inside itself": (
+        file("model: &model {config: *model}"),
+        "bad.yaml has more than 100,000 values, counting what its anchors repeat; write fewer",
+    ),
+    "anchors of anchors": (
+        file("".join(f"a{i}: &a{i} {[f'*a{i - 1}'] * 9}\n".replace("'", "") for i in range(1, 9)).replace("*a0", "x")),
+        "bad.yaml has more than 100,000 values",
+    ),
     "octal number": (
         file("model: {train_tokens: 0640}"),
         "model.train_tokens ({folder}/bad.yaml, line 1): YAML reads 0640 as 416; write the number without a leading 0",
