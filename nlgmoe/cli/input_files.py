@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, is_readable
+
+ENDINGS = ", ".join([*JSON_LINES, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
 
 
 def input_files(given: str | Sequence[str]) -> list[str]:
@@ -25,7 +28,14 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         if "://" in one:
             files = [one]
         elif Path(one).is_dir():
-            files = sorted(str(path) for path in Path(one).iterdir() if is_readable(path))
+            inside = sorted(Path(one).iterdir())
+            files = [str(path) for path in inside if is_readable(path)]
+            if others := [path.name for path in inside if not is_readable(path) and not path.name.startswith(".")]:
+                print(
+                    f"note: {len(others)} of what is in {one} are left out, such as {others[0]}: known endings are {ENDINGS}; "
+                    f"for folders inside give '{one}/**/*{JSON_LINES[0]}'",
+                    file=sys.stderr,
+                )
         else:
             files = [one] if Path(one).exists() else sorted(glob.glob(one, recursive=True))
         if not files:
@@ -34,8 +44,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     seen: set[str] = set()
     for file in found:
         if not is_readable(file):
-            endings = ", ".join([*JSON_LINES, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
-            raise UsageError(f"input={file} cannot be read; known endings are {endings}")
+            raise UsageError(f"input={file} cannot be read; known endings are {ENDINGS}")
         itself = file if "://" in file else os.path.realpath(file)  # under whatever name, or behind a link
         if itself in seen:
             raise UsageError(f"input={file} is given more than once; its documents would be there more than once")

@@ -11,6 +11,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.model.cost import Cost, estimate
 from nlgmoe.model.hardware import HARDWARE, Hardware
 from nlgmoe.model.topology import Topology
+from nlgmoe.pyramid import experts_per_layer
 
 MORE_GPUS = 1024
 """How far the search for a larger cluster goes."""
@@ -48,7 +49,7 @@ def _by_settings(config: GPTConfig, topology: Topology, gpu: Hardware, utilisati
         "zero_stage": list(range(topology.zero_stage + 1, 3)) if topology.deepspeed and topology.gpus > 1 else [],
         "expert_parallel_size": _larger_degrees(config, topology),
         "activation_checkpointing": [] if topology.activation_checkpointing else [True],
-        "micro_batch_size": [size for size in range(micro - 1, 0, -1) if micro % size == 0],  # the largest wins a tie
+        "micro_batch_size": _divisors_below(micro),
     }
     found = []
     for values in itertools.product(*([None, *values] for values in knobs.values())):
@@ -59,12 +60,19 @@ def _by_settings(config: GPTConfig, topology: Topology, gpu: Hardware, utilisati
     return _smallest(found)
 
 
+def _divisors_below(number: int) -> list[int]:
+    """Divisors of a number but itself, the largest first, which wins a tie; those up to 2^16, and their counterparts."""
+    small = [size for size in range(1, min(math.isqrt(number), 2**16) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)} - {number}, reverse=True)
+
+
 def _larger_degrees(config: GPTConfig, topology: Topology) -> list[int]:
     """Limits above the present one, up to the world, that change some layer's degree."""
     if not topology.deepspeed or config.moe is None:
         return []
     larger, degrees = [], topology.degrees(config)
-    for size in range(topology.expert_parallel_size + 1, topology.gpus + 1):
+    most = min(topology.gpus, max(experts_per_layer(config)))  # no degree is above the number of experts
+    for size in range(topology.expert_parallel_size + 1, most + 1):
         if (changed := replace(topology, expert_parallel_size=size).degrees(config)) != degrees:
             larger.append(size)
             degrees = changed

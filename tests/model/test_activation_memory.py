@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.activation_memory import activation_bytes, head_bytes, kept_of_block, saved_by_block
 from nlgmoe.model.gpt import GPT
@@ -36,6 +35,8 @@ PRECISIONS = {
     "half": Topology(precision="bf16-mixed", deepspeed=True),
     "autocast": Topology(precision="bf16-mixed", deepspeed=False),
 }
+
+pytestmark = pytest.mark.usefixtures("biases_as_on_accelerators")
 
 
 def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:
@@ -108,12 +109,6 @@ PEAKS = {
     "top-2, every block": replace(WIDE, moe=MoEConfig(4, expert_interval=1, top_k=2)),
     "residual, pyramid": replace(WIDE, moe=MoEConfig([4, 8], mlp_type="residual", token_dropping=False)),
 }
-
-
-@pytest.fixture(autouse=True)
-def biases_as_on_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cost model is of accelerators; a CPU gathers the experts' biases, in fp32."""
-    monkeypatch.setattr(Experts, "_gather_bias", Experts._multiply_bias)
 
 
 def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:

@@ -216,3 +216,9 @@ def test_every_layer_has_its_own_degree() -> None:
     assert experts_per_layer(PYRAMID) == [0, 4, 0, 8]
     with pytest.raises(ValueError, match="utilisation"):
         estimate(PYRAMID, Topology(), A100, 1.5)
+
+
+def test_a_search_among_huge_numbers_ends() -> None:
+    topology = Topology(10**9, micro_batch_size=10**11, global_batch_size=10**20)
+    found = suggestions(PYRAMID, topology, A100, UTILISATION)
+    assert all(way.cost.fits for way in found)

@@ -102,6 +102,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
+@pytest.mark.usefixtures("biases_as_on_accelerators")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_of_a_block_are_those_that_its_operations_move(variant: str) -> None:
     """Of two more blocks; within a twentieth, as what depends on the number of experts alone is left out."""
