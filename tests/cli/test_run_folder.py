@@ -106,3 +106,12 @@ def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
     assert added == ["WriteReport"]
     with pytest.raises(ValueError, match=r"wrong.yaml, line 3\).*did you mean WriteReport"):
         load_config([quickstart, tmp_path / "wrong.yaml"], **here)
+
+
+def test_nothing_of_a_run_changes_where_a_few_batches_are_tried(pocket_pile: Path, tmp_path: Path) -> None:
+    command = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *TINY, f"--data.data_dir={pocket_pile}"]
+    command += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
+    main([*command, "--model.train_tokens=64"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    main([*command, "--trainer.fast_dev_run=2", "--ckpt_path=last", "--model.train_tokens=512"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
