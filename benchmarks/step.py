@@ -33,6 +33,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import CausalSelfAttention
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.layers.router import RoutingContext
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
@@ -72,7 +73,7 @@ class DeepSpeedLayer(nn.Module):
         super().__init__()
         self.layer = deepspeed(hidden, experts, 1, dropping=True)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: Any = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """`[B, T, H] -> [B, T, H]` and, in the place of the routing, the balance loss."""
         y, loss, _ = self.layer(x)
         return y, loss

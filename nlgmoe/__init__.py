@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from nlgmoe.eval.specialisation import Specialisation
     from nlgmoe.eval.trained import Trained, load_trained
     from nlgmoe.layers.moe import MoELayer
+    from nlgmoe.layers.router import Router, Routing, RoutingContext
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
-    from nlgmoe.pyramid import student_config, student_layers
+    from nlgmoe.parts import ExpertConfig, RouterConfig
+    from nlgmoe.pyramid import experts_at, student_config, student_layers
 
 # In Jupyter without ipywidgets bars are text, which is all there is to say.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 _HOMES = {
     "Experiment": "nlgmoe.cli.train",
+    "ExpertConfig": "nlgmoe.parts",
     "ExpertParallelStrategy": "nlgmoe.parallel.strategy",
     "GPT": "nlgmoe.model.gpt",
     "GPTConfig": "nlgmoe.config",
@@ -45,12 +48,17 @@ _HOMES = {
     "MoELayer": "nlgmoe.layers.moe",
     "OfflineTeacher": "nlgmoe.distill.offline_teacher",
     "PileDataModule": "nlgmoe.data",
+    "Router": "nlgmoe.layers.router",
+    "RouterConfig": "nlgmoe.parts",
+    "Routing": "nlgmoe.layers.router",
+    "RoutingContext": "nlgmoe.layers.router",
     "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "Trained": "nlgmoe.eval.trained",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
     "ZeroShotEval": "nlgmoe.callbacks.zero_shot_eval",
     "count_experts": "nlgmoe.eval.expert_counts",
+    "experts_at": "nlgmoe.pyramid",
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.cli.train",
     "load_model": "nlgmoe.checkpoint.portable",
@@ -62,6 +70,7 @@ _HOMES = {
 __all__ = [
     "GPT",
     "Experiment",
+    "ExpertConfig",
     "ExpertParallelStrategy",
     "GPTConfig",
     "GPTOutput",
@@ -71,12 +80,17 @@ __all__ = [
     "MoELayer",
     "OfflineTeacher",
     "PileDataModule",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "RoutingContext",
     "Specialisation",
     "StagedDistillation",
     "Trained",
     "WarmStart",
     "ZeroShotEval",
     "count_experts",
+    "experts_at",
     "generate",
     "load_config",
     "load_model",

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from nlgmoe.parts import ExpertConfig, RouterConfig, part_from_dict, part_to_dict
+
 FREE_IN_EVALUATION = frozenset(
     {
         *("hidden_dropout", "attention_dropout", "init_std", "train_capacity_factor", "token_dropping"),
@@ -18,6 +20,8 @@ FREE_IN_EVALUATION = frozenset(
         *("eval_token_dropping", "eval_capacity_factor", "min_capacity"),
     }
 )  # fields below that shape no weight: only training looks at them, or they say how to evaluate
+ROUTER_FIELDS = FREE_IN_EVALUATION - {"hidden_dropout", "attention_dropout", "init_std"}  # what only routers read
+PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class MoEConfig:
         z_loss_coeff: weight of the router z-loss, which is summed over the MoE layers.
         aux_scope: the load-balancing loss looks at the loads of all data-parallel ranks together (`global`) or of each
             rank alone (`rank`, as DeepSpeed does).
+        router: another router than the paper's, by class_path (docs/extending.md); it says which of the fields from
+            `train_capacity_factor` on it reads. null: the paper's, which reads all of them.
+        expert: another expert network than the paper's, by class_path; null: the paper's, two matrices and a GELU.
     """
 
     num_experts: int | list[int] = 8
@@ -66,6 +73,8 @@ class MoEConfig:
     loss_coeff: float = 0.01
     z_loss_coeff: float = 0.0
     aux_scope: Literal["global", "rank"] = "global"
+    router: RouterConfig | None = None
+    expert: ExpertConfig | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -92,6 +101,12 @@ class MoEConfig:
             not (self.noise == "rsample" and self.top_k != 1),
             f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
         )
+        for field in fields(self):
+            unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.uses
+            _require(
+                not unread or getattr(self, field.name) == field.default,
+                f"{field.name}={getattr(self, field.name)} is not read by {type(self.router).__name__}; leave it out",
+            )
 
 
 @dataclass(frozen=True)
@@ -169,14 +184,42 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML; `from_dict` reads them back."""
-        return asdict(self)
+        """Plain values, for JSON and YAML; `from_dict` reads them back. Parts that are the paper's are left out."""
+        values = asdict(self)
+        for name in PARTS if self.moe is not None else ():
+            del values["moe"][name]
+            if (part := getattr(self.moe, name)) is not None:
+                values["moe"][name] = part_to_dict(part)
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> GPTConfig:
-        """Build the configuration from `to_dict`'s values."""
+        """Build the configuration from `to_dict`'s values.
+
+        Raises:
+            ForeignCodeError: a part is of a module outside `nlgmoe` that is not imported.
+        """
         moe = values.get("moe")
-        return GPTConfig(**{**values, "moe": None if moe is None else MoEConfig(**moe)})
+        if moe is None:
+            return GPTConfig(**values)
+        own = {name: part_from_dict(moe[name], base) for name, base in PARTS.items() if moe.get(name) is not None}
+        return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
+
+
+def require_paper_parts(config: GPTConfig, what: str) -> None:
+    """Check that no part of the model is a user's own class.
+
+    Args:
+        config: of the model.
+        what: cannot deal with such a part; the subject of the message.
+
+    Raises:
+        ValueError: one is; the message names it.
+    """
+    for name in PARTS if config.moe is not None else ():
+        part = getattr(config.moe, name)
+        if part is not None:
+            raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
 
 
 def require_valid(settings: Any) -> None:

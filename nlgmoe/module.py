@@ -39,8 +39,9 @@ from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy, token_losses
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.router import Router, Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.least_memory import check_fits
@@ -123,6 +124,7 @@ class MoEGPTModule(LightningModule):
         self.guard = StepGuard(non_finite)
         self._window = _Window()
         self._stops_after_step = False
+        self._learning_routers: list[tuple[int, Router]] = []  # number of the MoE layer, and its router
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
@@ -229,6 +231,10 @@ class MoEGPTModule(LightningModule):
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
         self._window.add(batch, list(losses), of_all_ranks)
+        if self._learning_routers:
+            requests = [self.routings[layer].tokens_per_expert for layer, _ in self._learning_routers]
+            earlier = self._window.requests or [torch.zeros_like(one) for one in requests]
+            self._window.requests = [before + one for before, one in zip(earlier, requests, strict=True)]
         return loss
 
     def _losses(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
@@ -267,6 +273,10 @@ class MoEGPTModule(LightningModule):
             balance, z_loss = router_losses(output.routings, self.config.moe.aux_scope)
             loss = loss + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
             losses |= {"train/balance_loss": balance, "train/z_loss": z_loss}
+            for name in {name: None for routing in output.routings for name in routing.losses}:
+                own = [routing.losses[name] for routing in output.routings if name in routing.losses]
+                losses[f"train/{name}"] = torch.stack(own).sum()
+                loss = loss + losses[f"train/{name}"]
         return loss, losses, output.routings
 
     @override
@@ -302,7 +312,8 @@ class MoEGPTModule(LightningModule):
         def bad_weight() -> str | None:
             return first_non_finite_weight(self.gpt)
 
-        if not self.guard.allows(step, loss, norm, gradients.scale_can_fall, bad_weight, find_source):
+        window.taken = self.guard.allows(step, loss, norm, gradients.scale_can_fall, bad_weight, find_source)
+        if not window.taken:
             gradients.drop()
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
@@ -370,6 +381,13 @@ class MoEGPTModule(LightningModule):
         if isinstance(data, CountsSamples):
             data.advance(self._window.samples * world)
         self._warn_of_another_batch(self._window.samples * world, planned)
+        if self._learning_routers and self._window.taken:
+            requests = torch.cat(self._window.requests)
+            if distributed.is_initialized():
+                distributed.all_reduce(requests)
+            routers = [router for _, router in self._learning_routers]
+            for router, own in zip(routers, requests.split([one.num_experts for one in routers]), strict=True):
+                router.after_step(own)
         self._window = _Window()
         with warnings.catch_warnings():
             # PyTorch's warning where the first step was skipped, as fp16's often is: this schedule follows the clock.
@@ -416,6 +434,8 @@ class MoEGPTModule(LightningModule):
             )
         self._warn_of_unread_domains()
         self._window, self._stops_after_step = _Window(), False
+        layers = [module for module in self.gpt.modules() if isinstance(module, MoELayer)]
+        self._learning_routers = [(n, moe.router) for n, moe in enumerate(layers) if moe.router.learns_from_steps]
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
         for group in optimizer.param_groups:
@@ -554,6 +574,8 @@ class _Window:
         self.samples = self.tokens = 0
         self.names: list[str] = []  # that the losses are logged under
         self.losses = torch.zeros(0)  # [names], sum over micro-batches
+        self.requests: list[Tensor] = []  # [E] of this rank, of each router that learns from steps
+        self.taken = False  # the optimizer's step has been, or is about to be, taken
 
     def add(self, batch: Batch, names: list[str], losses: Tensor) -> None:
         """Count one micro-batch."""

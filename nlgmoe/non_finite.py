@@ -112,7 +112,8 @@ class LocalGradients:
     def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """See `StepGradients`."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-        return torch.stack([square_of((one.grad for one in part), part[0].device) for part in parts]) / ranks
+        device = next(one.device for part in parts for one in part)  # a router may have no parameters
+        return torch.stack([square_of((one.grad for one in part), device) for part in parts]) / ranks
 
     def full(self, parameter: nn.Parameter) -> Tensor | None:
         """See `StepGradients`."""

@@ -25,6 +25,8 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
     if trains and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
         raise ValueError(f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}")
     ignored = frozenset() if trains else FREE_IN_EVALUATION
+    if not trains and config.moe is not None and config.moe.router is not None:
+        ignored |= config.moe.router.free_in_evaluation
     saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # a field that came later is at its default
     if different := differences(saved, config.to_dict(), ignore=ignored):
         raise ValueError(

@@ -17,6 +17,7 @@ RANKS = {
     "seeding": 0,
     "device": 0,
     "versions": 0,
+    "parts": 0,
     "config": 0,
     "batch": 0,
     "whole_file": 0,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -50,6 +51,7 @@ class ExpertLoad(Callback):
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._squares: Tensor | None = None  # of the gradients of the step at hand, this rank's share
         self._skipped = 0
+        self._told = False  # that a router has no probabilities
         self._served: list[list[int]] = []  # by layer and expert: the last step known to have brought it a token
         self._file: LoadFile | None = None
 
@@ -145,6 +147,11 @@ class ExpertLoad(Callback):
         found = {"train/grad_norm_dense": norms[-1]}
         for index, (layer, served) in enumerate(zip(layers, self._served, strict=True)):
             values = routing_statistics(layer, mixes(config))
+            if "entropy" not in values and not self._told:
+                self._told = True
+                rank_zero_info(
+                    f"experts/{index}: the router has no probabilities and logits; entropy, confidence and logit_rms are left out"
+                )
             values["dead"] = float(sum(steps - last >= self.dead_window for last in served))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * index : 2 * index + 2]
             found |= {f"experts/{index}/{name}": value for name, value in values.items()}

@@ -52,23 +52,31 @@ class RoutingSums:
 @torch.no_grad()
 def routing_sums(routing: Routing) -> Tensor:
     """What one micro-batch adds, `[E + 6]` fp64: requests of each expert, then `SUMS`."""
-    probs, logits, chosen = routing.probs, routing.logits, routing.probs.gather(1, routing.expert)
-    # -sum p log p = log(sum exp(logits)) - sum p logits: no logarithm but of one probability a token, the largest.
-    log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
-    share = routing.expert_share
-    if (mask := routing.token_mask) is not None:
-        probs, logits, chosen = (torch.where(mask.unsqueeze(1), values, 0) for values in (probs, logits, chosen))
-        log_total = torch.where(mask, log_total, 0)
-        share = None if share is None else torch.where(mask, share, 0)
-    entropy = log_total.sum() - torch.dot(probs.flatten(), logits.flatten())
-    squares = torch.dot(logits.flatten(), logits.flatten())
-    shares = entropy.new_zeros(()) if share is None else share.sum()
-    sums = [routing.num_tokens, routing.kept.sum(), entropy, chosen.sum(), squares, shares]
+    share, mask = routing.expert_share, routing.token_mask
+    if share is not None and mask is not None:
+        share = torch.where(mask, share, 0)
+    shares = routing.weight.new_zeros(()) if share is None else share.sum()
+    sums = [routing.num_tokens, routing.kept.sum(), *_gate_sums(routing), shares]
     return torch.cat([routing.tokens_per_expert.double(), torch.stack([value.double() for value in sums])])
 
 
+def _gate_sums(routing: Routing) -> list[Tensor]:
+    """Entropy, confidence and squares of the logits; NaN where the router has no such thing."""
+    probs, logits, mask = routing.probs, routing.logits, routing.token_mask
+    if probs is None or logits is None:
+        return [routing.weight.new_full((), math.nan)] * 3
+    chosen = probs.gather(1, routing.expert)
+    # -sum p log p = log(sum exp(logits)) - sum p logits: no logarithm but of one probability a token, the largest.
+    log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
+    if mask is not None:
+        probs, logits, chosen = (torch.where(mask.unsqueeze(1), values, 0) for values in (probs, logits, chosen))
+        log_total = torch.where(mask, log_total, 0)
+    entropy = log_total.sum() - torch.dot(probs.flatten(), logits.flatten())
+    return [entropy, chosen.sum(), torch.dot(logits.flatten(), logits.flatten())]
+
+
 def routing_statistics(sums: RoutingSums, mixes: bool) -> dict[str, float]:
-    """The statistics of a layer, by name.
+    """The statistics of a layer, by name; those of the gate are left out where the router has no probabilities and logits.
 
     Args:
         sums: over an interval.
@@ -90,4 +98,4 @@ def routing_statistics(sums: RoutingSums, mixes: bool) -> dict[str, float]:
     }
     if mixes:
         found["expert_share"] = sums.expert_share / tokens
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in found.items() if not math.isnan(value)}

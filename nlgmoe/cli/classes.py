@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from nlgmoe.cli.errors import UsageError, did_you_mean
 from nlgmoe.cli.given import Given
+from nlgmoe.parts import ExpertConfig, RouterConfig
 
+NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses of which a configuration names a subclass
 _PLAIN = (bool, int, float, str, type(None), dict, Path, timedelta, object)
 
 
@@ -64,7 +66,7 @@ def arguments(given: Given, setting: str, hint: Any, earlier: Sequence[Given]) -
         if word == "dict_kwargs":  # whatever the class passes on
             return
         if word not in ("class_path", "init_args"):
-            sections: list[Any] = [kind for kind in parts_of(hint) if dataclasses.is_dataclass(kind)]
+            sections: list[Any] = [kind for kind in parts_of(hint) if is_section(kind)]
             path = sections[0].__name__ if sections else _path_of(section.removesuffix(".init_args"), earlier)
             owner = sections[0] if sections else find_class(given, path, classes_in(hint)) if is_path(path) else None
             if owner is None:
@@ -150,8 +152,25 @@ def parts_of(hint: Any) -> Iterator[Any]:
 
 def classes_in(hint: Any) -> list[Any]:
     """The classes of a type hint whose objects are configured by `class_path` and `init_args`."""
-    return [
-        kind
-        for kind in parts_of(hint)
-        if inspect.isclass(kind) and kind not in _PLAIN and not dataclasses.is_dataclass(kind)
-    ]
+    return [kind for kind in parts_of(hint) if inspect.isclass(kind) and kind not in _PLAIN and not is_section(kind)]
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type is a dataclass whose fields are settings, and not one that is named by `class_path`."""
+    named = inspect.isclass(kind) and issubclass(kind, NAMED_BY_CLASS)
+    return dataclasses.is_dataclass(kind) and not named
+
+
+def import_allowed(modules: Sequence[str] | None) -> None:
+    """Import modules that the user trusts, for checkpoints that name their classes.
+
+    Raises:
+        UsageError: there is no such module.
+    """
+    for module in modules or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(
+                f"allow_code={module} cannot be imported ({error}); start the command where it is"
+            ) from error

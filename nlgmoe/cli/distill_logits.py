@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nlgmoe.cli.classes import import_allowed
 from nlgmoe.cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def distill_logits(
     samples: int | None = None,
     temperature: float | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
+    allow_code: list[str] | None = None,
 ) -> None:
     """Record a teacher's likeliest next tokens for every position that a student will be distilled on.
 
@@ -38,6 +40,7 @@ def distill_logits(
         samples: training samples to record, from the run's first one on; by default as many as the configuration distils.
         temperature: of the distributions; by default that of model.distiller, and 1.
         precision: of the teacher, fp32 or bf16; by default that of model.distiller, and fp32.
+        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
 
     Raises:
         ValueError: the files or the settings do not make a recording; the message says what to change.
@@ -51,6 +54,7 @@ def distill_logits(
     if top_k < 1 or (samples is not None and samples < 1):
         name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
         raise UsageError(f"{name}={value} must be at least 1")
+    import_allowed(allow_code)
     # Here and not above: Lightning comes along, and a typing error should not wait for it.
     import torch
 

@@ -7,6 +7,7 @@ import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
+from nlgmoe.cli.classes import import_allowed
 from nlgmoe.cli.device import check_device
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
@@ -29,6 +30,7 @@ def evaluate(
     tokenizer: str | None = None,
     device: str | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
+    allow_code: list[str] | None = None,
 ) -> None:
     """Evaluate a checkpoint with lm-eval, and print every metric beside chance and the paper's models.
 
@@ -45,6 +47,7 @@ def evaluate(
         tokenizer: as `data.tokenizer`, for a checkpoint that holds none.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         precision: of weights and products; by default as the checkpoint has them.
+        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
 
     Raises:
         ValueError: checkpoint, tokenizer, task or documents cannot be used; the message says what to do.
@@ -58,6 +61,7 @@ def evaluate(
     if output is not None:
         check_output(output)
 
+    import_allowed(allow_code)
     from nlgmoe.device import default_device
 
     chosen = device or default_device()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nlgmoe.cli.classes import import_allowed
 from nlgmoe.cli.device import check_device
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
@@ -32,6 +33,7 @@ def generate_text(
     device: str = "cpu",
     precision: Literal["fp32", "bf16"] | None = None,
     json: bool = False,
+    allow_code: list[str] | None = None,
 ) -> None:
     """Continue texts, until a document ends, `max_new_tokens` are made, or the whole is as long as the model's sequences.
 
@@ -50,10 +52,12 @@ def generate_text(
         device: such as cuda.
         precision: of weights and products, fp32 or bf16; by default as they are stored.
         json: print JSON lines.
+        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
 
     Raises:
         ValueError: a setting or a file is wrong, or a prompt has no room; the message says which.
     """
+    import_allowed(allow_code)
     from nlgmoe.eval.generation import check, complete  # these need torch
     from nlgmoe.eval.sampling import Sampling
     from nlgmoe.eval.trained import load_trained

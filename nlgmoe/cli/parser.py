@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from typing import Any, Literal, NoReturn, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from nlgmoe.cli.classes import Argument, arguments, parts_of
+from nlgmoe.cli.classes import NAMED_BY_CLASS, Argument, arguments, parts_of
 from nlgmoe.cli.errors import UsageError, did_you_mean, is_complaint, one_line, raised_in
 from nlgmoe.cli.given import Given, read_file, split_arguments
 from nlgmoe.cli.settings import Settings, in_words
+
+set_parsing_settings(subclasses_enabled=list(NAMED_BY_CLASS))  # of jsonargparse, which takes dataclasses for sections
 
 _BLAMED = re.compile(r'Parser key "([^"]+)"')  # in jsonargparse's messages, from the outermost setting to the innermost
 _GOT = re.compile(r"Got value: (.*)")

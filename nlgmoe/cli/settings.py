@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from nlgmoe.cli.classes import arguments, check_inside, classes_in, find_class, is_path, parts_of
+from nlgmoe.cli.classes import arguments, check_inside, classes_in, find_class, is_path, is_section, parts_of
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.given import Given
 from nlgmoe.config import is_finite
@@ -72,7 +71,7 @@ class Settings:
         self.types[name] = hint
         self.sentences[name] = sentence or ""
         for kind in parts_of(hint):
-            if dataclasses.is_dataclass(kind) and not name.endswith(".help"):
+            if is_section(kind) and not name.endswith(".help"):
                 for field, field_type in typing.get_type_hints(kind).items():
                     self._add(f"{name}.{field}", field_type, None)
 
@@ -113,7 +112,7 @@ class Settings:
             if not is_finite(given.value):
                 raise UsageError(f"{given}: must be finite")
             check_inside(given, holder, self.types[holder], earlier)
-        elif name in self.sections and not any(dataclasses.is_dataclass(k) for k in parts_of(self.types.get(name))):
+        elif name in self.sections and not any(is_section(k) for k in parts_of(self.types.get(name))):
             self._check_section(given, name)
         elif self._in_mapping(name):
             return  # `max_time: {hours: 1}`
@@ -199,6 +198,6 @@ def in_words(hint: Any) -> str:
         return f"a list, each item {in_words(arguments[0])}" if arguments else "a list"
     if hint is None:
         return "a value"
-    if dataclasses.is_dataclass(hint):
+    if is_section(hint):
         return "a section of settings"
     return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)} by class_path")

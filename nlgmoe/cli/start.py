@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 
 from nlgmoe.cli.errors import INTERRUPTED, one_line_errors
 
@@ -16,6 +17,9 @@ def train() -> None:
 
 def nlgmoe() -> None:
     """Run the `nlgmoe` command."""
+    sys.path.append(
+        os.getcwd()
+    )  # for a configuration's own modules, behind all others; `python train.py` has its folder too
     _run("nlgmoe.cli.main")
 
 

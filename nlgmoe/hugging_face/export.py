@@ -33,7 +33,7 @@ from nlgmoe.checkpoint.layout import PRECISIONS, Entry, entry_shapes, local_entr
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.checkpoint.writing import reason
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, require_paper_parts
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
 from nlgmoe.hugging_face.model_card import model_card
@@ -97,6 +97,7 @@ def export(
     if tokenizer is None and stored is not None:
         tokenizer = Tokenizer.from_json(stored, f"of {path}")
     config = GPTConfig.from_dict(document["model_config"])
+    require_paper_parts(config, "a folder for transformers holds")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer={tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; set it to the one that "

@@ -24,14 +24,15 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "ran
     """The load-balancing loss and the z-loss of a micro-batch, two scalars in at least fp32, not yet times coefficients.
 
     The balance loss of a layer is 1 when balanced, E when all tokens go to one expert. Its fraction counts requests before
-    dropping: first choices for k = 2, all of them over k for k > 2.
+    dropping: first choices for k = 2, all of them over k for k > 2. A router without probabilities has no balance loss, one
+    without logits no z-loss.
 
     Args:
         routings: of the MoE layers, one at least.
         aux_scope: `global` looks at the loads of all ranks together: the mean of the ranks' losses is then the loss, and the
             gradient, of their whole batch. Every rank has to call this.
     """
-    dtype = routings[0].probs.dtype
+    dtype = routings[0].weight.dtype
     loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each
     tokens = routings[0].num_tokens.to(dtype)
     if aux_scope == "global" and distributed.is_initialized():
@@ -42,12 +43,14 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "ran
         shared /= distributed.get_world_size()
         loads, tokens = list(shared[:-1].split([len(load) for load in loads])), shared[-1]
     tokens = tokens.clamp_min(torch.finfo(dtype).eps)
-    balance, z = [], []
+    balance, z = [tokens.new_zeros(())], [tokens.new_zeros(())]
     for routing, load in zip(routings, loads, strict=True):
-        fraction = load / (_choices_counted(routing) * tokens)
-        mean_prob = _unpadded(routing.probs, routing).sum(dim=0) / tokens
-        balance.append(len(load) * (mean_prob * fraction).sum())
-        z.append(_unpadded(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).sum() / tokens)
+        if routing.probs is not None:
+            fraction = load / (_choices_counted(routing) * tokens)
+            mean_prob = _unpadded(routing.probs, routing).sum(dim=0) / tokens
+            balance.append(len(load) * (mean_prob * fraction).sum())
+        if routing.logits is not None:
+            z.append(_unpadded(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).sum() / tokens)
     return torch.stack(balance).sum(), torch.stack(z).sum()
 
 
@@ -62,7 +65,7 @@ def _counted(routing: Routing) -> Tensor:
     counted = _choices_counted(routing)
     if counted == routing.expert.shape[1]:
         return routing.tokens_per_expert
-    return requests_per_expert(routing.expert[:, :counted], routing.token_mask, routing.probs.shape[1])
+    return requests_per_expert(routing.expert[:, :counted], routing.token_mask, routing.num_experts)
 
 
 def _unpadded(values: Tensor, routing: Routing) -> Tensor:

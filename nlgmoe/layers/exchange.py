@@ -32,7 +32,7 @@ def fixed_slots(routing: Routing) -> int | None:
 
     It is the same on all ranks if their micro-batches have equally many tokens.
     """
-    if routing.capacity is None or routing.capacity * routing.probs.shape[1] > MOST_SLOTS * routing.expert.numel():
+    if routing.capacity is None or routing.capacity * routing.num_experts > MOST_SLOTS * routing.expert.numel():
         return None
     return routing.capacity
 

@@ -11,6 +11,7 @@ Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.layers.feed_forward import gelu
+from nlgmoe.parts import ExpertConfig, Stack
 
 MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
 BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
@@ -38,12 +40,13 @@ class Linear(Protocol):
         ...
 
 
-class GELUNetwork:
+@dataclass(frozen=True)
+class GELUExpert(ExpertConfig):
     """The paper's expert, the same as `FeedForward`: `x -> project(gelu(expand(x)))`."""
 
-    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, tuple[int, int]]:
-        """The stacks: name -> (in, out)."""
-        return {"expand": (hidden_size, ffn_size), "project": (ffn_size, hidden_size)}
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
+        """See `ExpertConfig`."""
+        return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """`[M, H] -> [M, H]`."""
@@ -61,14 +64,22 @@ class Experts(nn.Module):
         hidden_size: H.
         ffn_size: F.
         first: number of the first of them within the layer: under expert parallelism a rank holds a slice.
+        network: what each of them computes.
     """
 
-    def __init__(self, count: int, hidden_size: int, ffn_size: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        hidden_size: int,
+        ffn_size: int,
+        first: int = 0,
+        network: ExpertConfig = GELUExpert(),
+    ) -> None:
         super().__init__()
-        self.first, self.count = first, count
-        self.network = GELUNetwork()
-        self.widths = (hidden_size, ffn_size)
-        for name, (inputs, outputs) in self.network.weights(hidden_size, ffn_size).items():
+        self.first, self.count, self.network = first, count, network
+        self.stacks = network.weights(hidden_size, ffn_size)
+        self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
+        for name, (inputs, outputs, _) in self.stacks.items():
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(count, inputs, outputs)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)))
 

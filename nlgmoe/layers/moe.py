@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.dispatch import Dispatch
 from nlgmoe.layers.exchange import Journey, fixed_slots
-from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.experts import Experts, GELUExpert
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Router, Routing, without_autocast
+from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter, without_autocast
 from nlgmoe.pyramid import experts_at
 
 
@@ -38,29 +38,42 @@ class MoELayer(nn.Module):
         num_experts = experts_at(config, layer_index)
         assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
         self.top_k = config.moe.top_k
-        self.router = Router(config.moe, config.hidden_size, num_experts, layer_index)
+        if config.moe.router is None:
+            self.router: Router = TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
+        else:
+            self.router = config.moe.router.build(config, layer_index)
+            if not isinstance(self.router, Router) or self.router.num_experts != num_experts:
+                raise ValueError(
+                    f"{type(config.moe.router).__name__}.build has to return a Router of {num_experts} experts"
+                )
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
-        self.experts = Experts(self.placement.count, config.hidden_size, config.ffn_size, self.placement.first)
+        network = config.moe.expert or GELUExpert()
+        self.experts = Experts(self.placement.count, config.hidden_size, config.ffn_size, self.placement.first, network)
         self.mlp = FeedForward(config.hidden_size, config.ffn_size) if config.moe.mlp_type == "residual" else None
         learned_mix = self.mlp is not None and config.moe.residual_mix == "learned"
         self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
 
-    def forward(
-        self, x: Tensor, token_mask: Tensor | None = None, noise_key: tuple[int, ...] | None = None
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> tuple[Tensor, Routing]:  # noqa: B008 (frozen)
         """Apply the layer.
 
         Args:
             x: `[B, T, H]`.
-            token_mask: `[B, T]` bool, False at padding.
-            noise_key: see `Router.forward`.
+            context: what the router may look at beside `x`.
 
         Returns:
             `y` `[B, T, H]` in the dtype of `x`, and the routing. A token that no expert had room for gets zeros (its MLP
             part in a residual layer).
+
+        Raises:
+            ValueError: the router chose another number of experts a token than `top_k`.
         """
         tokens = x.flatten(0, 1)  # [N, H]
-        routing = self.router(tokens, None if token_mask is None else token_mask.flatten(), noise_key)
+        routing: Routing = self.router(tokens, context)
+        if routing.expert.shape != (len(tokens), self.top_k):
+            raise ValueError(
+                f"{type(self.router).__name__} chose experts {list(routing.expert.shape)}, not [tokens, top_k] = "
+                f"{[len(tokens), self.top_k]}; set model.config.moe.top_k to what it chooses"
+            )
         if self.placement.group is None and self.experts.can_decode(tokens, routing.expert.numel()):
             mlp = self.mlp(tokens) if self.mlp is not None else None
             y = self.experts.decode(tokens, routing.expert, routing.weight)  # [N, H], at least fp32

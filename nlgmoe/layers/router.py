@@ -14,8 +14,9 @@ Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,6 +30,22 @@ JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
 
 @dataclass(frozen=True)
+class RoutingContext:
+    """What a router may look at beside the hidden states; the model makes one for each micro-batch.
+
+    Attributes:
+        tokens: `[B, T]` int64 ids; None where a layer is called by itself.
+        mask: `[B, T]` bool, False at padding: takes no slot, counts in no loss or statistic. None: there is none.
+        noise_key: (seed, step, micro-batch index): fixes every random draw of this call, whatever the rank. None draws from
+            torch's global generator.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    noise_key: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Routing:
     """What one MoE layer decided for one micro-batch.
 
@@ -36,9 +53,11 @@ class Routing:
         expert: `[N, k]` chosen experts, first choice first.
         weight: `[N, k]` weight of each choice in the output, in at least fp32; 0 where dropped.
         kept: `[N, k]` bool; False for assignments over capacity and for padding.
-        logits: `[N, E]` of the gate, in at least fp32.
-        probs: `[N, E]` the gate's distribution, their softmax.
+        num_experts: E.
         token_mask: `[N]` bool, False at padding; None: there is none.
+        logits: `[N, E]` of the gate, in at least fp32; None for a router without a gate, which has no z-loss.
+        probs: `[N, E]` the gate's distribution; None for a router that has none, and so no balance loss.
+        losses: name -> the router's own losses, scalars that are added to the training loss as they are.
         capacity: most kept assignments of an expert, as the host knows it; None: there is no such number.
         expert_share: `[N]` weight of the experts beside the shared MLP, detached; None where no such mix is learned.
     """
@@ -46,16 +65,18 @@ class Routing:
     expert: Tensor
     weight: Tensor
     kept: Tensor
-    logits: Tensor
-    probs: Tensor
-    token_mask: Tensor | None
+    num_experts: int
+    token_mask: Tensor | None = None
+    logits: Tensor | None = None
+    probs: Tensor | None = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
     capacity: int | None = None
     expert_share: Tensor | None = None
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:
         """`[E]` assignments each expert was asked for, before dropping."""
-        return requests_per_expert(self.expert, self.token_mask, self.probs.shape[1])
+        return requests_per_expert(self.expert, self.token_mask, self.num_experts)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -77,7 +98,53 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minim
 
 
 class Router(nn.Module):
-    """The gate of one MoE layer.
+    """Chooses experts: what every router of a MoE layer extends (`parts.RouterConfig` says how a configuration names one).
+
+    Its buffers are entries of the checkpoint, in fp32 or an integer type whatever the precision of the run: bf16 would round
+    1.001 to 1. The same on all ranks, they change in `after_step` alone: `forward` runs twice where activations are recomputed.
+
+    Args:
+        num_experts: E of this layer (all of them, wherever they live).
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Route the tokens `x`, `[N, H]` with N = B * T."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, context)")
+
+    def after_step(self, requests: Tensor) -> None:
+        """Change the buffers after an optimizer step.
+
+        Args:
+            requests: `[E]` int64, assignments each expert was asked for in the step, over all ranks and micro-batches.
+        """
+
+    @property
+    def learns_from_steps(self) -> bool:
+        """Whether the class has an `after_step` of its own."""
+        return type(self).after_step is not Router.after_step
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in PyTorch, in fp32 where the values are not whole."""
+        whole = tensor is None or not tensor.is_floating_point()
+        super().register_buffer(name, tensor if whole else tensor.float(), persistent)  # type: ignore[union-attr]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Move the module to another device or dtype; buffers keep theirs."""
+        types = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
+        originals = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, moved in self.named_buffers(recurse=False):
+            if moved.dtype != types[name]:  # from the original: what was rounded is lost
+                self._buffers[name] = originals[name].to(moved.device)
+        return self
+
+
+class TopKRouter(Router):
+    """The paper's router: a linear gate, its top-k experts, and a capacity.
 
     Args:
         config: routing settings.
@@ -87,23 +154,16 @@ class Router(nn.Module):
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
-        super().__init__()
+        super().__init__(num_experts)
         self.config = config
         self.layer_index = layer_index
-        self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, noise_key: tuple[int, ...] | None = None) -> Routing:
-        """Route.
-
-        Args:
-            x: `[N, H]`.
-            token_mask: `[N]` bool, False at padding: takes no slot, counts in no loss or statistic.
-            noise_key: (seed, step, micro-batch index): fixes every random draw of this call, whatever the rank. None
-                draws from torch's global generator.
-        """
+    def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> Routing:
+        """Route `x`, `[N, H]`."""
         config, training = self.config, self.training
-        draw = _Uniform(noise_key, self.layer_index, x.device)
+        token_mask = None if context.mask is None else context.mask.flatten()  # [N]
+        draw = _Uniform(context.noise_key, self.layer_index, x.device)
         with without_autocast(x.device.type):  # which would turn the fp32 matmul into bf16
             dtype = torch.promote_types(x.dtype, torch.float32)
             gate_input = x.to(dtype)
@@ -120,7 +180,7 @@ class Router(nn.Module):
                 weight = torch.where(kept, weight, 0.0)
             if config.top_k > 1:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-        return Routing(expert, weight, kept, logits, probs, token_mask, slots)
+        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, capacity=slots)
 
     def _slots(self, num_tokens: int) -> int | None:
         """The capacity of an expert; None where nothing is dropped."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, require_paper_parts
 from nlgmoe.model.activation_memory import activation_bytes
 from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per_token
 from nlgmoe.model.hardware import RESERVED, Hardware
@@ -124,8 +124,9 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
         utilisation: share of the peak FLOP/s that the matrix products reach, in (0, 1].
 
     Raises:
-        ValueError: `utilisation` is out of range.
+        ValueError: `utilisation` is out of range, or the model has a router or an expert of a user's own.
     """
+    require_paper_parts(config, "the cost model knows")
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation} must be above 0 and at most 1")
     shares = _shares(config, topology, gpu)

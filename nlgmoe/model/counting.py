@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a configuration, counted from its numbers alone; nothing is built.
+"""Parameters and FLOPs of a configuration, counted from its numbers alone; of the model, only a user's own router is built.
 
 "Active" is what one token passes through: `top_k` experts of each MoE layer instead of all of them.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from nlgmoe.config import GPTConfig
+from nlgmoe.parts import Stack
 from nlgmoe.pyramid import experts_per_layer
 
 
@@ -43,7 +46,7 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     """
     width, layers = config.hidden_size, config.num_layers
     experts = [count for count in experts_per_layer(config) if count]
-    network = expert_parameters(config)
+    network, expert = ffn_parameters(config), expert_parameters(config)
     residual = config.moe is not None and config.moe.mlp_type == "residual"
     coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
     top_k = config.moe.top_k if config.moe is not None else 0
@@ -52,15 +55,38 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
         attention=layers * (4 * width * width + 4 * width),
         norms=(2 * layers + 1) * 2 * width,
         dense_ffn=network * (layers - len(experts) + (len(experts) if residual else 0)),
-        router=sum(experts) * width + len(experts) * coefficient,
-        experts=network * sum(experts),
-        active_experts=network * top_k * len(experts),
+        router=_router_parameters(config) + len(experts) * coefficient,
+        experts=expert * sum(experts),
+        active_experts=expert * top_k * len(experts),
     )
 
 
-def expert_parameters(config: GPTConfig) -> int:
-    """Parameters of one expert, and of a dense feed-forward layer: two matrices and their biases."""
+def ffn_parameters(config: GPTConfig) -> int:
+    """Parameters of a dense feed-forward layer, and of the paper's expert: two matrices and their biases."""
     return 2 * config.hidden_size * config.ffn_size + config.ffn_size + config.hidden_size
+
+
+def expert_parameters(config: GPTConfig) -> int:
+    """Parameters of one expert."""
+    stacks = _expert_stacks(config)
+    return ffn_parameters(config) if stacks is None else sum(inputs * out + out for inputs, out, _ in stacks)
+
+
+def _expert_stacks(config: GPTConfig) -> list[Stack] | None:
+    """Matrices of an expert that the configuration names; None for the paper's."""
+    if config.moe is None or config.moe.expert is None:
+        return None
+    return list(config.moe.expert.weights(config.hidden_size, config.ffn_size).values())
+
+
+def _router_parameters(config: GPTConfig) -> int:
+    """Parameters of all routers; one that the configuration names is built, on the meta device."""
+    layers = [(layer, count) for layer, count in enumerate(experts_per_layer(config)) if count]
+    if config.moe is None or config.moe.router is None:
+        return sum(count for _, count in layers) * config.hidden_size
+    with torch.device("meta"):
+        routers = [config.moe.router.build(config, layer) for layer, _ in layers]
+    return sum(parameter.numel() for router in routers for parameter in router.parameters())
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
@@ -80,8 +106,10 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     forward += (layers - len(experts)) * 4 * width * ffn
     if config.moe is not None:
         residual = config.moe.mlp_type == "residual"
-        forward += len(experts) * (config.moe.top_k + residual) * 4 * width * ffn
-        forward += sum(experts) * 2 * width
+        stacks = _expert_stacks(config)
+        expert = 4 * width * ffn if stacks is None else sum(2 * inputs * out for inputs, out, _ in stacks)
+        forward += len(experts) * (config.moe.top_k * expert + residual * 4 * width * ffn)
+        forward += 2 * _router_parameters(config)
         if residual and config.moe.residual_mix == "learned":
             forward += len(experts) * 4 * width
     forward += 2 * width * config.vocab_size

@@ -21,7 +21,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Routing
+from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.seeding import derive_seed
 
@@ -62,15 +62,14 @@ class Block(nn.Module):
         self,
         x: Tensor,
         visible: Tensor | None = None,
-        token_mask: Tensor | None = None,
+        context: RoutingContext = RoutingContext(),  # noqa: B008 (frozen)
         cache: KVCache | None = None,
-        noise_key: NoiseKey | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """`[B, T, H] -> [B, T, H]`, and the routing if the block is MoE."""
         x = self.attend(x, visible, cache)
         if self.moe is None:
             return self.feed_forward(x), None
-        h, routing = self.moe(self.ffn_norm(x), token_mask, noise_key)
+        h, routing = self.moe(self.ffn_norm(x), context)
         return x + self.dropout(h), routing
 
     def attend(self, x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -159,12 +158,12 @@ class GPT(nn.Module):
         positions = _positions(history, new, cached, tokens.device, documents)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.dropout(x)  # [B, T, H]
-        routings = []
+        context, routings = RoutingContext(tokens, token_mask, noise_key), []
         for block in self.blocks:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, visible, token_mask, None, noise_key, use_reentrant=False)
+                x, routing = checkpoint(block, x, visible, context, use_reentrant=False)
             else:
-                x, routing = block(x, visible, token_mask, cache, noise_key)
+                x, routing = block(x, visible, context, cache)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -233,7 +232,9 @@ class GPT(nn.Module):
                 if leaf.endswith("bias"):
                     parameter.zero_()
                     continue
-                projects = leaf == "project_weight" or name.rpartition(".")[2] == "project"
+                projects = name.rpartition(".")[2] == "project"
+                if isinstance(module, Experts):
+                    projects = module.stacks[leaf.removesuffix("_weight")][2] == "project"
                 scale = std / math.sqrt(2 * self.config.num_layers) if projects else std
                 if isinstance(module, Experts):
                     for index in range(len(parameter)):

@@ -41,6 +41,10 @@ def gather_owned(model: nn.Module, engine: Any, with_moments: bool) -> tuple[dic
     moments: dict[str, Tensor] = {}
     loads: dict[Any, list[int]] = {}
     for entry in local_entries(model):
+        if not entry.trained:
+            if distributed.get_rank() == 0:
+                weights[entry.name] = entry.parameter.cpu().clone()
+            continue
         ranks = state.ranks_of(entry.parameter)
         load = loads.setdefault(ranks, [0] * distributed.get_world_size(ranks))
         owner = load.index(min(load))
@@ -143,7 +147,7 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
     for entry in local_entries(model):
         whole = _shaped(files, entry.name, entry)
         entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
-        if state is not None:
+        if state is not None and entry.trained:
             state.put(entry, None, whole.float())
 
 
@@ -157,6 +161,8 @@ def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
     state = EngineState(engine)
     state.make_moments()
     for entry in local_entries(model):
+        if not entry.trained:
+            continue
         for key in MOMENTS:
             state.put(entry, key, _shaped(files, f"{key}/{entry.name}", entry))
         state.step_of(entry.parameter).copy_(files.read(f"step/{entry.stack}"))

@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.layout import Entry
@@ -30,12 +30,12 @@ class EngineState:
         self._optimizer = engine.optimizer
         self._base = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's AdamW
         self._zero = isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
-        self._master: dict[nn.Parameter, Tensor] = {}
+        self._master: dict[Tensor, Tensor] = {}
         if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
             for half, full in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
                 self._master |= dict(zip(half, full, strict=True))
         # Under ZeRO an AdamW state belongs to a flat group: the flat tensor of each parameter.
-        self._flat: dict[nn.Parameter, Tensor] = {}
+        self._flat: dict[Tensor, Tensor] = {}
         if self._zero:
             for flat, members in zip(
                 self._optimizer.single_partition_of_fp32_groups, self._optimizer.bit16_groups, strict=True
@@ -44,7 +44,7 @@ class EngineState:
             if self.has_moments:
                 self._link_moments()
 
-    def ranks_of(self, parameter: nn.Parameter) -> Any:
+    def ranks_of(self, parameter: Tensor) -> Any:
         """The ranks that share a parameter."""
         name = getattr(parameter, "group_name", None)
         if name is None:
@@ -56,12 +56,12 @@ class EngineState:
         """Whether a step has been taken (or a checkpoint loaded): before that AdamW has no state."""
         return len(self._base.state) > 0
 
-    def step_of(self, parameter: nn.Parameter) -> Tensor:
+    def step_of(self, parameter: Tensor) -> Tensor:
         """AdamW's count of steps."""
         step: Tensor = self._base.state[self._owner(parameter)]["step"]
         return step
 
-    def fragment(self, parameter: nn.Parameter, key: str | None) -> tuple[int, Tensor] | None:
+    def fragment(self, parameter: Tensor, key: str | None) -> tuple[int, Tensor] | None:
         """This rank's part of a parameter's value (`key` None) or moment, and where it starts in the flat parameter."""
         if self._zero:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ class EngineState:
         self._optimizer._hp_optimizer_states_linked = False
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _owner(self, parameter: nn.Parameter) -> Tensor:
+    def _owner(self, parameter: Tensor) -> Tensor:
         """The tensor under which AdamW keeps a parameter's state."""
         if self._zero:
             return self._flat[parameter]

@@ -18,7 +18,7 @@ from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad, Throughput
 from nlgmoe.callbacks.heat_map import ROW, WIDTH, heat_map
 from nlgmoe.callbacks.routing_statistics import RoutingSums, routing_statistics, routing_sums
-from nlgmoe.layers.router import Router, Routing
+from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.loggers import RunCSVLogger, log_image, run_folder_loggers, with_run_csv
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
@@ -41,6 +41,7 @@ def test_statistics_by_hand() -> None:
         expert=torch.tensor([[0], [0], [3]]),
         weight=torch.tensor([[0.97], [0.0], [0.0]]),
         kept=torch.tensor([[True], [False], [False]]),
+        num_experts=4,
         logits=probs.log() + 1,
         probs=probs,
         token_mask=torch.tensor([True, True, False]),
@@ -145,10 +146,10 @@ def test_a_skipped_step_counts_nowhere(tmp_path: Path) -> None:
 def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def first(self: Router, logits: Tensor, *_: Any) -> Tensor:
+    def first(self: TopKRouter, logits: Tensor, *_: Any) -> Tensor:
         return torch.zeros(len(logits), 1, dtype=torch.long)
 
-    monkeypatch.setattr(Router, "_choose", first)
+    monkeypatch.setattr(TopKRouter, "_choose", first)
 
     def fit(steps: int, *callbacks: Callback, **settings: Any) -> list[float]:
         seen = Routings()

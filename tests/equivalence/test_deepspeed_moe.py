@@ -101,7 +101,7 @@ def run(both: Pair, aux_coeff: float = 0.7, token_mask: Tensor | None = None) ->
     x = torch.randn(BATCH, SEQ, WIDTH, generator=generator) + 0.5
     probe = torch.randn(x.shape, generator=generator) if token_mask is None else token_mask[..., None].float()
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, routing = both.ours(x_ours, token_mask)
+    y, routing = both.ours(x_ours, our_router.RoutingContext(mask=token_mask))
     expected, aux_loss, counts = both.theirs(x_theirs, None if token_mask is None else token_mask.flatten().long())
     close("output", y, expected)
     assert torch.equal(routing.tokens_per_expert, counts)

@@ -58,7 +58,7 @@ def test_spellings_are_the_bytes_of_the_text() -> None:
 
 def routing(expert: list[list[int]], mask: list[bool] | None) -> Routing:
     chosen, nothing = torch.tensor(expert), torch.zeros(0)
-    return Routing(chosen, nothing, nothing, nothing, nothing, None if mask is None else torch.tensor(mask))
+    return Routing(chosen, nothing, nothing, 0, None if mask is None else torch.tensor(mask))
 
 
 def test_counts_by_hand() -> None:

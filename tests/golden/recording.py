@@ -21,7 +21,7 @@ from nlgmoe.data.blend import BlendPart
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
-from nlgmoe.layers.router import Router
+from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -155,12 +155,12 @@ def noise() -> dict[str, str]:
     """Hashes of what routers draw: seen through gates whose weights are 0, or the identity."""
 
     def route(width: int, experts: int, **settings: Any) -> Any:
-        router = Router(MoEConfig(experts, **settings), width, experts, layer_index=5)
+        router = TopKRouter(MoEConfig(experts, **settings), width, experts, layer_index=5)
         torch.nn.init.zeros_(router.weight)
         if settings.get("noise") == "jitter":
             torch.nn.init.eye_(router.weight)
         with torch.no_grad():
-            return router(torch.ones(64, width), noise_key=NOISE_KEY)
+            return router(torch.ones(64, width), RoutingContext(noise_key=NOISE_KEY))
 
     return {
         "jitter": digest(route(8, 8, noise="jitter", token_dropping=False).logits),

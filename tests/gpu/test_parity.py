@@ -23,7 +23,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Router
+from nlgmoe.layers.router import RoutingContext, TopKRouter
 from nlgmoe.model.gpt import GPT
 from tests.gpu.conftest import DRY
 
@@ -122,11 +122,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("padded", [False, True])
 def test_router(variant: str, padded: bool, device: torch.device, near: Near) -> None:
     tokens, width = (64, 32) if DRY else (4096, 512)
-    router = Router(MoEConfig(16, **ROUTERS[variant]), width, 16, 0)
+    router = TopKRouter(MoEConfig(16, **ROUTERS[variant]), width, 16, 0)
     draw(router)
     x, mask = tensor(tokens, width), torch.arange(tokens) % 5 > 0
     expected, found = (
-        on(router, where)(x.to(where), mask.to(where) if padded else None, (0, 1, 2))
+        on(router, where)(x.to(where), RoutingContext(mask=mask.to(where) if padded else None, noise_key=(0, 1, 2)))
         for where in (torch.device("cpu"), device)
     )
     other = (found.expert.cpu() != expected.expert).any(dim=1) | (found.kept.cpu() != expected.kept).any(dim=1)
@@ -298,7 +298,7 @@ def test_a_group_of_one_rank_changes_nothing(
         if recomputed:
             y, _ = torch.utils.checkpoint.checkpoint(layer, x, None, (0, 0, 0), use_reentrant=False)
         else:
-            y, _ = layer(x, None, (0, 0, 0))
+            y, _ = layer(x, RoutingContext(noise_key=(0, 0, 0)))
         y.square().sum().backward()
         results.append([y, x.grad, *(parameter.grad for parameter in layer.parameters())])
     near("output and gradients", max(map(error, *results)), 1e-6)

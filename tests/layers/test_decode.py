@@ -6,6 +6,7 @@ import torch
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import experts
 from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.router import RoutingContext
 from nlgmoe.model.gpt import GPT
 
 
@@ -37,7 +38,7 @@ def test_few_tokens_get_what_they_get_among_many(moe: MoEConfig, half: bool, mon
         results = []
         for few in (8, 0):
             monkeypatch.setattr(experts, "MAX_DECODE", few)
-            results += [layer(moe)(x)[0], layer(moe)(x, mask)[0]]
+            results += [layer(moe)(x)[0], layer(moe)(x, RoutingContext(mask=mask))[0]]
     assert len(taken) == 2
     for one, other in zip(results[:2], results[2:], strict=True):
         assert one.dtype == other.dtype

@@ -18,7 +18,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import capacity
+from nlgmoe.layers.router import RoutingContext, capacity
 
 WIDTH, INNER = 6, 10
 properties = settings(max_examples=50)
@@ -67,7 +67,7 @@ def cases(draw: st.DrawFn, **fixed: object) -> Case:
 @properties
 @given(cases())
 def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Case) -> None:
-    _, routing = case.layer(case.x, case.mask)
+    _, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     experts, top_k = case.layer.router.num_experts, case.config.top_k
     assert all(len(set(row)) == top_k for row in routing.expert.tolist()), "a token chose an expert twice"
     assert not routing.kept[~case.mask.flatten()].any(), "padding took a slot"
@@ -110,7 +110,7 @@ def one_token_at_a_time(case: Case, x: Tensor, kept: Tensor, expert: Tensor, pro
 @given(cases(noise=None))
 def test_output_and_gradients_equal_a_loop_over_tokens(case: Case) -> None:
     leaves = [case.x.requires_grad_(), *case.layer.parameters()]
-    y, routing = case.layer(case.x, case.mask)
+    y, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     probs = (case.x.flatten(0, 1) @ case.layer.router.weight.t()).softmax(-1)
     expected = one_token_at_a_time(case, case.x, routing.kept, routing.expert, probs)
     torch.testing.assert_close(y, expected, **EXACT)
@@ -125,7 +125,7 @@ def test_output_and_gradients_equal_a_loop_over_tokens(case: Case) -> None:
 @properties
 @given(cases())
 def test_a_dropped_token_gets_zeros_or_its_mlp_part_alone(case: Case) -> None:
-    y, routing = case.layer(case.x, case.mask)
+    y, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     dropped = ~routing.kept.any(dim=1)
     tokens, got = case.x.flatten(0, 1)[dropped], y.flatten(0, 1)[dropped]
     expected = torch.zeros_like(tokens)
@@ -138,11 +138,11 @@ def test_a_dropped_token_gets_zeros_or_its_mlp_part_alone(case: Case) -> None:
 @properties
 @given(cases(token_dropping=False, noise=None, second_expert="argmax"))
 def test_dropless_never_drops_and_commutes_with_any_order_of_tokens(case: Case) -> None:
-    y, routing = case.layer(case.x, case.mask)
+    y, routing = case.layer(case.x, RoutingContext(mask=case.mask))
     assert routing.kept[case.mask.flatten()].all()
     order = torch.randperm(case.mask.numel(), generator=case.generator)
     shuffled = case.x.flatten(0, 1)[order].view_as(case.x)
-    y_shuffled, _ = case.layer(shuffled, case.mask.flatten()[order].view_as(case.mask))
+    y_shuffled, _ = case.layer(shuffled, RoutingContext(mask=case.mask.flatten()[order].view_as(case.mask)))
     torch.testing.assert_close(y_shuffled.flatten(0, 1), y.flatten(0, 1)[order], **EXACT)
 
 
@@ -151,7 +151,7 @@ def test_dropless_never_drops_and_commutes_with_any_order_of_tokens(case: Case) 
 @given(case=cases())
 def test_what_padding_holds_changes_no_real_token_no_loss_and_no_gradient(case: Case, garbage: float) -> None:
     def everything(x: Tensor) -> list[Tensor]:
-        y, routing = case.layer(x, case.mask, noise_key=(0, 1, 2))
+        y, routing = case.layer(x, RoutingContext(mask=case.mask, noise_key=(0, 1, 2)))
         real = y[case.mask]
         losses = router_losses([routing])
         loss = real.sum() + sum(losses)

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, multiprocessing
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers import router as router_module
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.router import Router, Routing, capacity
+from nlgmoe.layers.router import Routing, RoutingContext, TopKRouter, capacity
 
 PLAIN = MoEConfig(min_capacity=0, random_token_selection=False, second_expert="argmax")
 
@@ -22,9 +22,9 @@ def route(
 ) -> Routing:
     """Route tokens with gate probabilities `probs`: the router is the identity, and its input is their logarithm."""
     table = torch.tensor(probs, dtype=torch.float64)
-    router = Router(config, table.shape[1], table.shape[1], layer_index=0).double().train(training)
+    router = TopKRouter(config, table.shape[1], table.shape[1], layer_index=0).double().train(training)
     torch.nn.init.eye_(router.weight)
-    return router(table.log(), None if mask is None else torch.tensor(mask))
+    return router(table.log(), RoutingContext(mask=None if mask is None else torch.tensor(mask)))
 
 
 def balance_loss(routing: Routing) -> Tensor:
@@ -57,12 +57,12 @@ def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("settings", [{}, {"noise": "jitter"}, {"noise": "rsample"}], ids=str)
 def test_the_default_dtype_changes_no_draw(settings: dict[str, Any]) -> None:
     """`bf16-true` sets it in the forward pass, not where the backward pass computes a block again."""
-    router, x = Router(MoEConfig(4, min_capacity=0, **settings), 8, 4, layer_index=0), torch.randn(1024, 8)
+    router, x = TopKRouter(MoEConfig(4, min_capacity=0, **settings), 8, 4, layer_index=0), torch.randn(1024, 8)
     torch.nn.init.normal_(router.weight)
-    expected = router(x, noise_key=(1, 2, 3))
+    expected = router(x, RoutingContext(noise_key=(1, 2, 3)))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = router(x, noise_key=(1, 2, 3))
+        found = router(x, RoutingContext(noise_key=(1, 2, 3)))
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found.kept, expected.kept) and torch.equal(found.expert, expected.expert)
@@ -141,9 +141,9 @@ def test_noise_depends_on_the_key_and_the_layer_alone_and_evaluation_has_none(co
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)) * 0.3
 
     def weights(key: tuple[int, ...] | None, layer: int = 0, training: bool = True) -> list[list[float]]:
-        router = Router(config, 8, 4, layer).train(training)
+        router = TopKRouter(config, 8, 4, layer).train(training)
         router.weight.data = weight
-        routing = router(x, noise_key=key)
+        routing = router(x, RoutingContext(noise_key=key))
         assert training or routing.kept.all(), "evaluation drops"
         order = routing.expert.argsort(1)  # expert numbers and weights
         return torch.cat([routing.expert.gather(1, order), routing.weight.gather(1, order)], dim=1).tolist()
@@ -210,10 +210,10 @@ def test_balance_loss_is_1_when_balanced_and_the_number_of_experts_when_collapse
 
 
 def test_z_loss_is_the_mean_squared_logsumexp_of_unmasked_logits() -> None:
-    router = Router(PLAIN, 2, 2, 0).double()
+    router = TopKRouter(PLAIN, 2, 2, 0).double()
     torch.nn.init.eye_(router.weight)
     logits = torch.tensor([[1.0, 1.0], [3.0, 3.0], [50.0, 0.0]], dtype=torch.float64)
-    _, z_loss = router_losses([router(logits, torch.tensor([True, True, False]))])
+    _, z_loss = router_losses([router(logits, RoutingContext(mask=torch.tensor([True, True, False])))])
     expect(z_loss, (1.6931471805599453**2 + 3.6931471805599453**2) / 2)  # logsumexp(a, a) = a + log 2
 
 
@@ -223,10 +223,10 @@ def _balance_on(rank: int | None, scope: Any, top_k: int) -> tuple[Tensor, Tenso
     x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     x[:20] += 0.8  # the halves prefer different experts
     mask = torch.rand(40, generator=generator) < torch.linspace(0.2, 1, 40)  # and differ in length
-    router = Router(replace(PLAIN, top_k=top_k), 6, 5, 0).double()
+    router = TopKRouter(replace(PLAIN, top_k=top_k), 6, 5, 0).double()
     router.weight.data = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     part = slice(None) if rank is None else slice(20 * rank, 20 * rank + 20)
-    loss, _ = router_losses([router(x[part], mask[part])], scope)
+    loss, _ = router_losses([router(x[part], RoutingContext(mask=mask[part]))], scope)
     loss.backward()
     return loss.detach(), router.weight.grad
 

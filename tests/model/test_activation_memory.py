@@ -63,7 +63,7 @@ def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:
         cross_entropy(output.hidden.flatten(0, 1), model.unembedding, config.vocab_size, tokens.flatten(), None, CHUNK)
         if output.routings:
             router_losses(output.routings)
-    kept += [value for routing in output.routings for value in vars(routing).values() if value is not None]
+    kept += [value for routing in output.routings for value in vars(routing).values() if isinstance(value, Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for address, size in storages.items() if address not in parameters)
 

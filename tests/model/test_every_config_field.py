@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from hash_router import HashRouterConfig
 from lightning import Trainer
+from swiglu_expert import SwiGLUExpert
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -58,6 +60,8 @@ MOE_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "aux_scope": ({}, "rank", {"training"}),
     "loss_coeff": ({}, 1.0, {"loss"}),
     "z_loss_coeff": ({}, 1.0, {"loss"}),
+    "router": ({"min_capacity": 4}, HashRouterConfig(), EVERYWHERE),
+    "expert": ({}, SwiGLUExpert(), EVERYWHERE),
 }
 CASES = [("gpt", name) for name in (f.name for f in fields(GPTConfig))]
 CASES += [("moe", name) for name in (f.name for f in fields(MoEConfig))]
@@ -147,6 +151,7 @@ def trained_weights(config: GPTConfig) -> dict[str, Tensor]:
 
 
 MODES, COEFFS = ("train", "eval"), ("loss", "z_loss")
+HASH = {"class_path": "hash_router.HashRouterConfig"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("vocab_size", "seq_len", "num_layers", "hidden_size")),
     *(({name: 0}, f"{name}=0 must be at least 1") for name in ("num_heads", "vocab_size_multiple")),
@@ -170,6 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"min_capacity": -1}}, "min_capacity=-1 must be at least 0"),
     *(({"moe": {f"{kind}_coeff": -1}}, f"{kind}_coeff=-1 must be at least 0") for kind in COEFFS),
     ({"moe": {"noise": "rsample", "top_k": 2}}, r"noise=rsample works with top_k=1 only \(top_k=2\)"),
+    ({"moe": {"router": HASH, "loss_coeff": 0.5}}, "loss_coeff=0.5 is not read by HashRouterConfig; leave it out"),
 ]
 
 

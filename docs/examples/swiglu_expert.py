@@ -1,0 +1,27 @@
+"""An expert with a gate: `project(silu(gate(x)) * expand(x))` (GLU Variants Improve Transformer, arXiv 2002.05202)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from nlgmoe import ExpertConfig
+
+
+@dataclass(frozen=True)
+class SwiGLUExpert(ExpertConfig):
+    """Attributes:
+    multiple: the inner width is two thirds of the FFN's, for the FLOPs of two matrices, rounded up to a multiple of this.
+    """
+
+    multiple: int = 16
+
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, tuple[int, int, str]]:
+        """See `ExpertConfig`."""
+        inner = -(-ffn_size * 2 // 3 // self.multiple) * self.multiple
+        into, back = (hidden_size, inner, "expand"), (inner, hidden_size, "project")
+        return {"gate": into, "expand": into, "project": back}
+
+    def forward(self, x: Tensor, linear) -> Tensor:
+        """See `ExpertConfig`. `through` is computed again in the backward pass; its value is not kept."""
+        return linear("project", linear("gate", x), linear("expand", x), through=lambda g, up: F.silu(g) * up)

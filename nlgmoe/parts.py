@@ -1,0 +1,104 @@
+"""Parts of a MoE layer that users replace by classes of their own: what such a class extends, and how a configuration names it.
+
+    moe:
+      num_experts: 16
+      router:
+        class_path: hash_router.HashRouterConfig     # in hash_router.py, in the folder that the run is started from
+        init_args:
+          seed: 1
+
+A checkpoint names the class and holds no code. Reading one imports no module outside `nlgmoe`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and which initial scale
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Settings of a router; a subclass adds its fields.
+
+    Attributes:
+        uses: fields among `config.ROUTER_FIELDS` that the router reads; a configuration that sets another one is refused.
+        free_in_evaluation: fields of the subclass that may differ between training and evaluation.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset()
+    free_in_evaluation: ClassVar[frozenset[str]] = frozenset()
+
+    def build(self, config: Any, layer_index: int) -> Any:
+        """Make the router of one block.
+
+        Args:
+            config: the model's `GPTConfig`; `pyramid.experts_at(config, layer_index)` is the number of experts.
+            layer_index: block number, counted from 0.
+
+        Returns:
+            A `layers.router.Router`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build(config, layer_index)")
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Settings of an expert network; a subclass adds its fields."""
+
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
+        """Declare the weight matrices: name -> (inputs, outputs, `expand` or `project`). Each has a bias beside it.
+
+        `project` matrices write to the residual stream: their initial standard deviation is divided by `sqrt(2 * num_layers)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
+
+    def forward(self, x: Any, linear: Any) -> Any:
+        """Apply the network, `[M, H] -> [M, H]`.
+
+        Args:
+            x: rows sorted by expert.
+            linear: `linear(name, x)` multiplies each row by its expert's matrix `name` and adds the bias (`layers/experts.py`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x, linear)")
+
+
+class ForeignCodeError(ValueError):
+    """A checkpoint names a class of a module that is not imported."""
+
+
+def part_to_dict(part: RouterConfig | ExpertConfig) -> dict[str, Any]:
+    """`class_path` and `init_args`, as YAML has them."""
+    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": asdict(part)}
+
+
+def part_from_dict(values: dict[str, Any], base: type) -> Any:
+    """The object that `part_to_dict` has described.
+
+    Raises:
+        ForeignCodeError: its module is outside `nlgmoe` and not imported.
+        ValueError: there is no such class, or it takes other arguments.
+    """
+    path = str(values.get("class_path"))
+    module_name, _, name = path.rpartition(".")
+    if module_name.split(".")[0] == "nlgmoe":
+        importlib.import_module(module_name)
+    if module_name not in sys.modules:
+        raise ForeignCodeError(
+            f"the checkpoint's model has {path}, code outside nlgmoe that is not imported; add --allow-code {module_name}, or in "
+            f"Python import {module_name}, if you trust it"
+        )
+    kind = getattr(sys.modules[module_name], name, None)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ValueError(
+            f"{path} of the checkpoint is no {base.__name__}; use the version of {module_name} that trained it"
+        )
+    try:
+        return kind(**values.get("init_args", {}))
+    except TypeError as error:
+        raise ValueError(
+            f"{path} does not take the checkpoint's settings ({error}); use the version that trained it"
+        ) from error

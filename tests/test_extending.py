@@ -1,0 +1,136 @@
+"""Routers and experts in a user's own files: trained, resumed, read, and refused where they are not known."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hash_router import HashRouterConfig
+from swiglu_expert import SwiGLUExpert
+from torch.nn import functional as F
+
+from nlgmoe import GPT, GPTConfig, MoEConfig
+from nlgmoe.checkpoint.folder import TensorFiles, read_document
+from nlgmoe.checkpoint.verify import problems
+from nlgmoe.cli.main import main as nlgmoe
+from nlgmoe.cli.train import main
+from nlgmoe.model.counting import count_parameters
+from tests.end_to_end.test_train_cli import ROOT, TINY
+from tests.learning_router import BiasRouterConfig
+
+HASH = {"class_path": "hash_router.HashRouterConfig", "init_args": {"seed": 1}}
+BIAS = {"class_path": "tests.learning_router.BiasRouterConfig", "init_args": {"rate": 0.01}}
+SWIGLU = {"class_path": "swiglu_expert.SwiGLUExpert", "init_args": {"multiple": 8}}
+TOP_1 = ["--model.config.moe.top_k=1"]
+CONFIG = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig(1), expert=SwiGLUExpert(8)))
+
+
+@pytest.mark.parametrize("router", [HASH, BIAS], ids=["hash", "bias"])
+def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
+    router: dict, pocket_pile: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "parts.yaml"
+    file.write_text(yaml.safe_dump({"model": {"config": {"moe": {"router": router, "expert": SWIGLU}}}}))
+    command = ["fit", "--config", str(ROOT / "configs/moe/laptop.yaml"), *TINY, *TOP_1, "--config", str(file)]
+    command += [
+        f"--data.data_dir={pocket_pile}",
+        "--trainer.log_every_n_steps=2",
+        "--trainer.enable_progress_bar=false",
+    ]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    main([*command, f"--trainer.default_root_dir={whole}", "--model.train_tokens=256"])
+    main([*command, f"--trainer.default_root_dir={halves}", "--model.train_tokens=128"])
+    main([*command, f"--trainer.default_root_dir={halves}", "--model.train_tokens=256", "--ckpt_path=last"])
+
+    ends = [TensorFiles(run / "checkpoints/last.ckpt", "model").read_all() for run in (whole, halves)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    buffer = ends[0]["blocks.1.moe.router.table" if router is HASH else "blocks.1.moe.router.bias"]
+    assert buffer.dtype == (torch.int64 if router is HASH else torch.float32) and buffer.any()
+    assert "blocks.1.moe.experts.0.gate_weight" in ends[0]
+    document = read_document(whole / "checkpoints/last.ckpt")
+    assert document["model_config"]["moe"]["router"] == router and document["model_config"]["moe"]["expert"] == SWIGLU
+    assert not list(problems(whole / "checkpoints/last.ckpt"))
+    told = "has no probabilities and logits" in caplog.text
+    assert told == (router is HASH)
+    with pytest.raises(SystemExit), pytest.raises(ValueError, match="holds the paper's router alone, not"):
+        nlgmoe(["export", str(whole), str(tmp_path / "export")])
+
+
+def test_commands_import_what_they_are_allowed_to(pocket_pile: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    moe = [f"--model.config.moe.router={yaml.safe_dump(HASH, default_flow_style=True).strip()}"]
+    command = [
+        "fit",
+        "--config",
+        str(ROOT / "configs/moe/laptop.yaml"),
+        *TINY,
+        *moe,
+        "--model.config.moe.top_k=1",
+        "--model.train_tokens=64",
+    ]
+    main([*command, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"])
+
+    def start(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "nlgmoe", *words],
+            cwd=ROOT / "docs/examples",
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+
+    generate = ["generate", str(run), "--prompt", "The", "--max-new-tokens", "2"]
+    refused = start(*generate)
+    assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1] == (
+        "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; add "
+        "--allow-code hash_router, or in Python import hash_router, if you trust it"
+    )
+    assert start(*generate, "--allow-code", "hash_router").returncode == 0
+    verified = start("verify", str(run / "checkpoints/last.ckpt"))
+    assert verified.returncode == 0, verified.stderr
+    assert "parts      moe.router=hash_router.HashRouterConfig: its entries" in verified.stdout
+
+
+def test_a_router_reads_the_settings_that_it_names_and_chooses_top_k_experts() -> None:
+    MoEConfig(4, loss_coeff=0.5, router=BiasRouterConfig())
+    with pytest.raises(ValueError, match=r"HashRouter chose experts \[32, 1\], not \[tokens, top_k\] = \[32, 2\]"):
+        GPT(replace(CONFIG, moe=MoEConfig(4, top_k=2, router=HashRouterConfig())))(torch.zeros(2, 16, dtype=torch.long))
+
+
+def test_the_configuration_comes_back_from_plain_values() -> None:
+    assert GPTConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    assert "router" not in GPTConfig(61, moe=MoEConfig()).to_dict()["moe"]
+    plain = CONFIG.to_dict()
+    plain["moe"]["router"]["class_path"] = "os.path"
+    with pytest.raises(ValueError, match=r"os.path of the checkpoint is no RouterConfig"):
+        GPTConfig.from_dict(plain)
+
+
+def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:
+    model = GPT(CONFIG)
+    moe = model.blocks[1].moe
+    x = torch.randn(2, 16, 16)
+    tokens = torch.randint(61, (2, 16))
+    y, routing = moe(x, type(moe.forward.__defaults__[0])(tokens))
+    for token, expert, out in zip(x.flatten(0, 1), routing.expert.flatten(), y.flatten(0, 1), strict=True):
+        w = {name: value[expert] for name, value in moe.experts.named_parameters()}
+        gate, up = (token @ w[f"{name}_weight"] + w[f"{name}_bias"] for name in ("gate", "expand"))
+        torch.testing.assert_close(out, (F.silu(gate) * up) @ w["project_weight"] + w["project_bias"])
+    total, active = model.parameter_counts()
+    assert (count_parameters(CONFIG).total, count_parameters(CONFIG).active) == (total, active)
+    std = {name: float(value.std()) for name, value in moe.experts.named_parameters() if name.endswith("weight")}
+    assert std["project_weight"] < 0.7 * std["gate_weight"]  # divided by sqrt(2 * 2)
+
+
+def test_buffers_of_a_router_keep_their_types() -> None:
+    moe = GPT(replace(CONFIG, moe=MoEConfig(4, router=BiasRouterConfig()))).blocks[1].moe
+    moe.router.bias += 1.001
+    moe.to(torch.bfloat16)
+    assert moe.router.weight.dtype == torch.bfloat16 and moe.router.bias.dtype == torch.float32
+    assert torch.equal(moe.router.bias, torch.full((4,), 1.001))
