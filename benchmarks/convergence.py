@@ -142,11 +142,16 @@ def main() -> None:
         },
     }
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    kind = "control" if args.control else "comparison"
+    if all(
+        results.get(kind, {}).get(which) == commits[which] for which in commits
+    ):  # of a precision that is not repeated
+        comparison["precisions"] = results[kind]["precisions"] | comparison["precisions"]
     results |= {
         "limit": LIMIT,
         "command": f"python -m benchmarks.convergence {' '.join(sys.argv[1:])}".rstrip(),
     }
-    results["control" if args.control else "comparison"] = comparison
+    results[kind] = comparison
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(results, indent=2) + "\n")
 
