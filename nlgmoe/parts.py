@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and which initial scale
 
@@ -45,6 +49,18 @@ class RouterConfig:
         raise NotImplementedError(f"{type(self).__name__} has no build(config, layer_index)")
 
 
+class Linear(Protocol):
+    """Apply one stack of weights to rows, each row with its expert's weights."""
+
+    def __call__(self, name: str, *inputs: Tensor, through: Callable[..., Tensor] | None = None) -> Tensor:
+        """`through(*inputs) @ weight + bias` of the stack `name`, `[M, in] -> [M, out]`.
+
+        `through` is an elementwise function, by default the identity. The grouped product recomputes its value in the backward
+        pass instead of keeping it.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ExpertConfig:
     """Settings of an expert network; a subclass adds its fields."""
@@ -56,13 +72,8 @@ class ExpertConfig:
         """
         raise NotImplementedError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
 
-    def forward(self, x: Any, linear: Any) -> Any:
-        """Apply the network, `[M, H] -> [M, H]`.
-
-        Args:
-            x: rows sorted by expert.
-            linear: `linear(name, x)` multiplies each row by its expert's matrix `name` and adds the bias (`layers/experts.py`).
-        """
+    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, linear)")
 
 

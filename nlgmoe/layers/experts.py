@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.layers.feed_forward import gelu
-from nlgmoe.parts import ExpertConfig, Stack
+from nlgmoe.parts import ExpertConfig, Linear, Stack
 
 MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
 BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
 
 Function = Callable[..., Tensor]
-
-
-class Linear(Protocol):
-    """Apply one stack of weights to rows, each row with its expert's weights."""
-
-    def __call__(self, name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
-        """`through(*inputs) @ weight + bias` of the stack `name`, `[M, in] -> [M, out]`.
-
-        `through` is an elementwise function, by default the identity. The grouped product recomputes its value in the backward
-        pass instead of keeping it.
-        """
-        ...
 
 
 @dataclass(frozen=True)
