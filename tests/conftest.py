@@ -12,6 +12,10 @@ from hypothesis import settings
 
 from nlgmoe.data.pocket.prepare import prepare
 
+# A shell that starts the suite in the background lets it ignore Ctrl+C, and so the processes that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Tensors here are tiny: more threads only wait for each other, and the suite runs one process per core.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

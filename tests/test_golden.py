@@ -63,14 +63,20 @@ def test_a_student_learns_from_recorded_logits(tmp_path: Path) -> None:
     assert golden.offline_losses(family("mos"), tmp_path) == pytest.approx(RECORD["offline"], rel=1e-5)
 
 
+def forget_loaded_modules() -> None:
+    """Of exports: they name the folder of one test, others have another."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 def test_an_export_is_loaded_by_transformers_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     expected = load_file(golden.GOLDEN / "exported_logits.safetensors")["logits"]
+    forget_loaded_modules()
     model = AutoModelForCausalLM.from_pretrained(golden.EXPORT, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules.")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        del sys.modules[name]  # they name this folder, other tests have another
+    forget_loaded_modules()
     torch.testing.assert_close(golden.exported_logits(model), expected, rtol=1e-5, atol=1e-6)
     main(["import", str(golden.EXPORT), str(tmp_path / "back.ckpt")])
     back = load_model(tmp_path / "back.ckpt")

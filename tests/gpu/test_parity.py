@@ -295,10 +295,11 @@ def test_a_group_of_one_rank_changes_nothing(
     results = []
     for layer in (alone.to(device), spread.to(device)):
         x = tensor(4, 64, width).to(device).requires_grad_()
+        context = RoutingContext(noise_key=(0, 0, 0))
         if recomputed:
-            y, _ = torch.utils.checkpoint.checkpoint(layer, x, None, (0, 0, 0), use_reentrant=False)
+            y, _ = torch.utils.checkpoint.checkpoint(layer, x, context, use_reentrant=False)
         else:
-            y, _ = layer(x, RoutingContext(noise_key=(0, 0, 0)))
+            y, _ = layer(x, context)
         y.square().sum().backward()
         results.append([y, x.grad, *(parameter.grad for parameter in layer.parameters())])
     near("output and gradients", max(map(error, *results)), 1e-6)
