@@ -32,6 +32,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import multiprocessing
 
+from benchmarks.runs import QUIET
 from nlgmoe import ExpertParallelStrategy, GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.versions import versions
@@ -122,15 +123,10 @@ def _worker(rank: int, port: int, size: str, ranks: int, path: str, output: str)
         devices=ranks,
         strategy=ExpertParallelStrategy(2, expert_parallel_size=2) if ranks > 1 else "auto",
         max_steps=done + STEPS,
-        max_epochs=-1,
         callbacks=[meter],
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=output,
+        **QUIET,
     )
     data = SyntheticData(8192, SIZES[size].seq_len, micro_batch_size=4 // ranks)
     trainer.fit(MoEGPTModule(SIZES[size]), data, ckpt_path=path if exists else None)

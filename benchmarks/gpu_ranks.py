@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.run import draw, error, seconds, synchronize  # noqa: E402
+from benchmarks.runs import QUIET  # noqa: E402
 from nlgmoe.config import GPTConfig, MoEConfig  # noqa: E402
 from nlgmoe.layers.moe import MoELayer  # noqa: E402
 from nlgmoe.layers.placement import ExpertPlacement  # noqa: E402
@@ -112,15 +113,10 @@ def speed(device: torch.device, tiny: bool) -> float:
             strategy=ExpertParallelStrategy(stage=1, expert_parallel_size=ranks),
             precision="bf16-mixed",
             max_steps=warm_up + steps,
-            max_epochs=-1,
             gradient_clip_val=1.0,
             callbacks=[clock],
             default_root_dir=folder,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         trainer.fit(MoEGPTModule(config), SyntheticData(config.vocab_size, config.seq_len, 4))
     return 4 * config.seq_len * steps * ranks / _worst(clock.ended - clock.started, device)

@@ -21,6 +21,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from benchmarks.runs import QUIET
 from benchmarks.timing import ROOT, command_line, settings
 from nlgmoe import Experiment, MoEGPTModule, StagedDistillation, load_config
 
@@ -104,14 +105,9 @@ def _trainer(folder: str | Path, steps: int, *callbacks: Callback) -> Trainer:
         default_root_dir=folder,
         accelerator="cpu",
         max_steps=steps,
-        max_epochs=-1,
         limit_val_batches=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
+        **QUIET,
     )
 
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 from nlgmoe.callbacks.heat_map import heat_map
 from nlgmoe.callbacks.load_file import LoadFile
 from nlgmoe.callbacks.logging_step import ends_step, is_logged, sum_over_ranks
-from nlgmoe.callbacks.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
+from nlgmoe.callbacks.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.loggers import log_image
@@ -51,7 +51,7 @@ class ExpertLoad(Callback):
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._squares: Tensor | None = None  # of the gradients of the step at hand, this rank's share
         self._skipped = 0
-        self._told = False  # that a router has no probabilities
+        self._told = False  # that the router has no gate
         self._served: list[list[int]] = []  # by layer and expert: the last step known to have brought it a token
         self._file: LoadFile | None = None
 
@@ -124,7 +124,11 @@ class ExpertLoad(Callback):
             for expert in np.flatnonzero(layer.requests):
                 served[expert] = trainer.global_step
         norms = [math.sqrt(square) for square in numbers[-len(self._parts) :]]
-        metrics = self._metrics(layers, norms, trainer.global_step, module.config)
+        gated = all(map(has_gate, module.routings))
+        if not (gated or self._told):
+            self._told = True
+            rank_zero_info(f"ExpertLoad: the router has no probabilities and logits; {', '.join(GATE)} are left out")
+        metrics = self._metrics(layers, norms, trainer.global_step, module.config, gated)
         module.log_dict(metrics)
         step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [layer.requests for layer in layers]
         if self._file is not None:
@@ -142,16 +146,11 @@ class ExpertLoad(Callback):
         return layers
 
     def _metrics(
-        self, layers: list[RoutingSums], norms: list[float], steps: int, config: GPTConfig
+        self, layers: list[RoutingSums], norms: list[float], steps: int, config: GPTConfig, gated: bool
     ) -> dict[str, float]:
         found = {"train/grad_norm_dense": norms[-1]}
         for index, (layer, served) in enumerate(zip(layers, self._served, strict=True)):
-            values = routing_statistics(layer, mixes(config))
-            if "entropy" not in values and not self._told:
-                self._told = True
-                rank_zero_info(
-                    f"experts/{index}: the router has no probabilities and logits; entropy, confidence and logit_rms are left out"
-                )
+            values = routing_statistics(layer, mixes(config), gated)
             values["dead"] = float(sum(steps - last >= self.dead_window for last in served))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * index : 2 * index + 2]
             found |= {f"experts/{index}/{name}": value for name, value in values.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from nlgmoe.layers.router import Routing
 
 SUMS = ("tokens", "kept", "entropy", "confidence", "logit_squares", "expert_share")
+GATE = ("entropy", "confidence", "logit_rms")  # statistics of a gate's probabilities and logits
 PERCENTILES = (10, 50, 90)
 
 
@@ -61,10 +62,10 @@ def routing_sums(routing: Routing) -> Tensor:
 
 
 def _gate_sums(routing: Routing) -> list[Tensor]:
-    """Entropy, confidence and squares of the logits; NaN where the router has no such thing."""
+    """Entropy, confidence and squares of the logits; 0 where the router has no gate."""
     probs, logits, mask = routing.probs, routing.logits, routing.token_mask
-    if probs is None or logits is None:
-        return [routing.weight.new_full((), math.nan)] * 3
+    if probs is None or logits is None:  # see `has_gate`
+        return [routing.weight.new_zeros(())] * 3
     chosen = probs.gather(1, routing.expert)
     # -sum p log p = log(sum exp(logits)) - sum p logits: no logarithm but of one probability a token, the largest.
     log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
@@ -75,12 +76,18 @@ def _gate_sums(routing: Routing) -> list[Tensor]:
     return [entropy, chosen.sum(), torch.dot(logits.flatten(), logits.flatten())]
 
 
-def routing_statistics(sums: RoutingSums, mixes: bool) -> dict[str, float]:
-    """The statistics of a layer, by name; those of the gate are left out where the router has no probabilities and logits.
+def has_gate(routing: Routing) -> bool:
+    """Whether the router has the probabilities and logits that its statistics are made of."""
+    return routing.probs is not None and routing.logits is not None
+
+
+def routing_statistics(sums: RoutingSums, mixes: bool, gated: bool = True) -> dict[str, float]:
+    """The statistics of a layer, by name.
 
     Args:
         sums: over an interval.
         mixes: whether the layer learns the weight of its experts beside a shared MLP.
+        gated: whether its router has a gate; else `GATE` is left out.
     """
     requests, tokens = sums.requests, max(1.0, sums.tokens)
     experts, asked = len(requests), max(1.0, requests.sum())
@@ -98,4 +105,4 @@ def routing_statistics(sums: RoutingSums, mixes: bool) -> dict[str, float]:
     }
     if mixes:
         found["expert_share"] = sums.expert_share / tokens
-    return {name: float(value) for name, value in found.items() if not math.isnan(value)}
+    return {name: float(value) for name, value in found.items() if gated or name not in GATE}

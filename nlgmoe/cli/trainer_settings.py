@@ -31,13 +31,12 @@ def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
     """
     folder = trainer["default_root_dir"]
     _require(folder is not None and bool(str(folder).strip()), "default_root_dir", folder, "names no folder; give one")
+    _require("://" not in str(folder), "default_root_dir", folder, "must be a folder, which may be a mounted one")
     _check_counts(trainer)
     _check_epochs(trainer)
     _check_fractions(trainer)
     _check_validation(trainer)
     _check_strategy(trainer, has_experts)
-    folder = str(trainer["default_root_dir"])
-    _require("://" not in folder, "default_root_dir", folder, "must be a folder, which may be a mounted one")
 
 
 def check_machine(trainer: Mapping[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
     y = gelu(x W_1 + b_1) W_2 + b_2        for each row x, with the weights of its expert
 
-An expert network declares its weights and has a `forward(x, linear)`; `linear` applies one of its stacks to all rows, by a
-grouped matrix product or by one product per expert.
+A network declares its weights and has a `forward(x, linear)`; `linear` applies a stack, by a grouped product or expert by expert.
 
 Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k experts per token, H hidden size, F inner size.
 """
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nlgmoe.config import MoEConfig
 from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.parts import ExpertConfig, Linear, Stack
 
@@ -41,6 +41,11 @@ class GELUExpert(ExpertConfig):
         return linear("project", linear("expand", x), through=gelu)
 
 
+def expert_network(moe: MoEConfig) -> ExpertConfig:
+    """What each expert computes: the configuration's, or the paper's."""
+    return moe.expert or GELUExpert()
+
+
 class Experts(nn.Module):
     """`count` networks, each with weights of its own.
 
@@ -56,12 +61,7 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self,
-        count: int,
-        hidden_size: int,
-        ffn_size: int,
-        first: int = 0,
-        network: ExpertConfig = GELUExpert(),
+        self, count: int, hidden_size: int, ffn_size: int, first: int = 0, network: ExpertConfig = GELUExpert()
     ) -> None:
         super().__init__()
         self.first, self.count, self.network = first, count, network

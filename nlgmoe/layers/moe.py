@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.dispatch import Dispatch
 from nlgmoe.layers.exchange import Journey, fixed_slots
-from nlgmoe.layers.experts import Experts, GELUExpert
+from nlgmoe.layers.experts import Experts, expert_network
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter, without_autocast
@@ -47,8 +47,8 @@ class MoELayer(nn.Module):
                     f"{type(config.moe.router).__name__}.build has to return a Router of {num_experts} experts"
                 )
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
-        network = config.moe.expert or GELUExpert()
-        self.experts = Experts(self.placement.count, config.hidden_size, config.ffn_size, self.placement.first, network)
+        count, first, network = self.placement.count, self.placement.first, expert_network(config.moe)
+        self.experts = Experts(count, config.hidden_size, config.ffn_size, first, network)
         self.mlp = FeedForward(config.hidden_size, config.ffn_size) if config.moe.mlp_type == "residual" else None
         learned_mix = self.mlp is not None and config.moe.residual_mix == "learned"
         self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None

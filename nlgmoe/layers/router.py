@@ -134,11 +134,10 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move the module to another device or dtype; buffers keep theirs."""
-        types = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
         originals = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, moved in self.named_buffers(recurse=False):
-            if moved.dtype != types[name]:  # from the original: what was rounded is lost
+            if moved.dtype != originals[name].dtype:  # from the original: what was rounded is lost
                 self._buffers[name] = originals[name].to(moved.device)
         return self
 

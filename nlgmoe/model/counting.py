@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.experts import expert_network
 from nlgmoe.parts import Stack
 from nlgmoe.pyramid import experts_per_layer
 
@@ -46,7 +47,7 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     """
     width, layers = config.hidden_size, config.num_layers
     experts = [count for count in experts_per_layer(config) if count]
-    network, expert = ffn_parameters(config), expert_parameters(config)
+    network, expert = 2 * width * config.ffn_size + config.ffn_size + width, expert_parameters(config)
     residual = config.moe is not None and config.moe.mlp_type == "residual"
     coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
     top_k = config.moe.top_k if config.moe is not None else 0
@@ -61,22 +62,16 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     )
 
 
-def ffn_parameters(config: GPTConfig) -> int:
-    """Parameters of a dense feed-forward layer, and of the paper's expert: two matrices and their biases."""
-    return 2 * config.hidden_size * config.ffn_size + config.ffn_size + config.hidden_size
-
-
 def expert_parameters(config: GPTConfig) -> int:
-    """Parameters of one expert."""
-    stacks = _expert_stacks(config)
-    return ffn_parameters(config) if stacks is None else sum(inputs * out + out for inputs, out, _ in stacks)
+    """Parameters of one expert; 0 in a dense model."""
+    return sum(inputs * outputs + outputs for inputs, outputs, _ in _expert_stacks(config))
 
 
-def _expert_stacks(config: GPTConfig) -> list[Stack] | None:
-    """Matrices of an expert that the configuration names; None for the paper's."""
-    if config.moe is None or config.moe.expert is None:
-        return None
-    return list(config.moe.expert.weights(config.hidden_size, config.ffn_size).values())
+def _expert_stacks(config: GPTConfig) -> list[Stack]:
+    """Matrices of an expert; none in a dense model."""
+    if config.moe is None:
+        return []
+    return list(expert_network(config.moe).weights(config.hidden_size, config.ffn_size).values())
 
 
 def _router_parameters(config: GPTConfig) -> int:
@@ -106,8 +101,7 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     forward += (layers - len(experts)) * 4 * width * ffn
     if config.moe is not None:
         residual = config.moe.mlp_type == "residual"
-        stacks = _expert_stacks(config)
-        expert = 4 * width * ffn if stacks is None else sum(2 * inputs * out for inputs, out, _ in stacks)
+        expert = sum(2 * inputs * outputs for inputs, outputs, _ in _expert_stacks(config))
         forward += len(experts) * (config.moe.top_k * expert + residual * 4 * width * ffn)
         forward += 2 * _router_parameters(config)
         if residual and config.moe.residual_mix == "learned":

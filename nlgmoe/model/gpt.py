@@ -232,11 +232,10 @@ class GPT(nn.Module):
                 if leaf.endswith("bias"):
                     parameter.zero_()
                     continue
-                projects = name.rpartition(".")[2] == "project"
-                if isinstance(module, Experts):
-                    projects = module.stacks[leaf.removesuffix("_weight")][2] == "project"
-                scale = std / math.sqrt(2 * self.config.num_layers) if projects else std
-                if isinstance(module, Experts):
+                stacked = isinstance(module, Experts)
+                role = module.stacks[leaf.removesuffix("_weight")][2] if stacked else name.rpartition(".")[2]
+                scale = std / math.sqrt(2 * self.config.num_layers) if role == "project" else std
+                if stacked:
                     for index in range(len(parameter)):
                         _normal(parameter[index], scale, derive_seed(seed, part, module.first + index))
                 else:

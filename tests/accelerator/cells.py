@@ -37,9 +37,14 @@ from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.accelerator import fake
 from tests.data.conftest import write_tiny_corpus
+from tests.learning_router import BiasRouterConfig
 from tests.synthetic import NumberedData
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "docs/examples"))
+from hash_router import HashRouterConfig  # noqa: E402
+from swiglu_expert import SwiGLUExpert  # noqa: E402
+
 CPU, FAKE = torch.device("cpu"), torch.device("privateuseone", 0)  # the name before `fake.install`
 DROPLESS = {"token_dropping": False}
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense model
@@ -60,6 +65,12 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
     "pyramid, padding": {"moe": {"num_experts": [4, 8]}, "data": {"padded": True}},
     "documents, padding": {"moe": {"top_k": 2}, "data": {"padded": True, "documents": True}},
     "activation checkpointing": {"moe": {"noise": "jitter"}, "module": {"activation_checkpointing": True}},
+    "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},
+    "router that learns from steps": {
+        "moe": {"router": BiasRouterConfig(0.01), **DROPLESS},
+        "module": {"activation_checkpointing": True},
+        "trainer": {"accumulate_grad_batches": 2},
+    },
     "curriculum, accumulated": {
         "moe": {},
         "module": {"curriculum": SequenceCurriculum(200, 8, 4)},
@@ -101,7 +112,7 @@ class Watched(SingleDeviceStrategy):
 
     def _assert_there(self, args: Any) -> None:
         assert self.model is not None
-        values = [*self.model.parameters(), *args[0].values()]
+        values = [*self.model.parameters(), *self.model.buffers(), *args[0].values()]
         if self.model.training:
             values += [value for state in self.optimizers[0].state.values() for value in state.values()]
         for value in values:
