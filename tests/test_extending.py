@@ -6,27 +6,33 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from hash_router import HashRouterConfig
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, RoutingContext
+from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, RoutingContext
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import problems
 from nlgmoe.cli.main import main as nlgmoe
 from nlgmoe.cli.train import main
 from nlgmoe.model.counting import count_parameters
+from nlgmoe.non_finite import NonFinite
 from tests.end_to_end.test_train_cli import ROOT, TINY
 from tests.learning_router import BiasRouterConfig
+from tests.synthetic import SyntheticData
 
 HASH = {"class_path": "hash_router.HashRouterConfig", "init_args": {"seed": 1}}
 BIAS = {"class_path": "tests.learning_router.BiasRouterConfig", "init_args": {"rate": 0.01}}
 SWIGLU = {"class_path": "swiglu_expert.SwiGLUExpert", "init_args": {"multiple": 8}}
 TOP_1 = ["--model.config.moe.top_k=1"]
+SILENT = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 CONFIG = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig(1), expert=SwiGLUExpert(8)))
 
 
@@ -56,6 +62,8 @@ def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
     document = read_document(whole / "checkpoints/last.ckpt")
     assert document["model_config"]["moe"]["router"] == router and document["model_config"]["moe"]["expert"] == SWIGLU
     assert not list(problems(whole / "checkpoints/last.ckpt"))
+    columns = (whole / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert ("experts/0/entropy" in columns) == (router is BIAS) and "experts/0/load_cv" in columns
     told = "has no probabilities and logits" in caplog.text
     assert told == (router is HASH)
     with pytest.raises(SystemExit), pytest.raises(ValueError, match="holds the paper's router alone, not"):
@@ -134,3 +142,28 @@ def test_buffers_of_a_router_keep_their_types() -> None:
     moe.to(torch.bfloat16)
     assert moe.router.weight.dtype == torch.bfloat16 and moe.router.bias.dtype == torch.float32
     assert torch.equal(moe.router.bias, torch.full((4,), 1.001))
+
+
+class SpoilsSecondStep(Callback):
+    """Makes a gradient NaN, and remembers a router's biases after each step."""
+
+    def __init__(self) -> None:
+        self.biases: list[torch.Tensor] = []
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 1:
+            pl_module.gpt.unembedding.grad.fill_(torch.nan)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.biases.append(pl_module.gpt.blocks[1].moe.router.bias.clone())
+
+
+def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> None:
+    config = replace(CONFIG, moe=MoEConfig(4, router=BiasRouterConfig(0.01)))
+    spoils = SpoilsSecondStep()
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_steps=3, logger=False, callbacks=[spoils], **SILENT
+    )
+    trainer.fit(MoEGPTModule(config, non_finite=NonFinite("skip")), SyntheticData())
+    first, second, third = spoils.biases
+    assert torch.equal(first, second) and not torch.equal(second, third)

@@ -249,6 +249,9 @@ class TrainCLI(LightningCLI):
         made = super().instantiate_trainer(**kwargs)
         # It may end the run: those after it then log the step.
         made.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # type: ignore[attr-defined]
+        if made.fast_dev_run:  # type: ignore[attr-defined]
+            # `ModelCheckpoint` looks at it everywhere but at the end of training, where it saves `last.ckpt`.
+            made.callbacks = [one for one in made.callbacks if not isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
         for keeper in made.checkpoint_callbacks:
             # Lightning would take the folder of the first logger, wherever that writes.
             if isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:

@@ -108,10 +108,15 @@ def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
         load_config([quickstart, tmp_path / "wrong.yaml"], **here)
 
 
-def test_nothing_of_a_run_changes_where_a_few_batches_are_tried(pocket_pile: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_where_a_few_batches_are_tried(pocket_pile: Path, tmp_path: Path) -> None:
+    """Neither into a new folder, nor into one with a run."""
     command = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *TINY, f"--data.data_dir={pocket_pile}"]
-    command += [f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks=null"]
-    main([*command, "--model.train_tokens=64"])
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    main([*command, "--trainer.fast_dev_run=2", "--ckpt_path=last", "--model.train_tokens=512"])
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    command += ["--trainer.callbacks=null"]
+    new, run = tmp_path / "new", tmp_path / "run"
+    tried = ["--trainer.fast_dev_run=2", "--model.train_tokens=512"]
+    main([*command, *tried, f"--trainer.default_root_dir={new}"])
+    assert [path.name for path in new.rglob("*") if path.is_file()] == [".lock"]
+    main([*command, "--model.train_tokens=64", f"--trainer.default_root_dir={run}"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    main([*command, *tried, f"--trainer.default_root_dir={run}", "--ckpt_path=last"])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
