@@ -53,7 +53,7 @@ class RunFolder(SaveConfigCallback):
 
         Lightning calls no hook between `on_train_start` and this one when a run is resumed.
         """
-        if not self.already_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.already_saved:
             self.already_saved = True
             self.save_config(trainer, pl_module, "fit")
 

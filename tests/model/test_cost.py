@@ -219,6 +219,6 @@ def test_every_layer_has_its_own_degree() -> None:
 
 
 def test_a_search_among_huge_numbers_ends() -> None:
-    topology = Topology(10**9, micro_batch_size=10**11, global_batch_size=10**20)
+    topology = Topology(10**9, micro_batch_size=10**24, global_batch_size=10**33)
     found = suggestions(PYRAMID, topology, A100, UTILISATION)
     assert all(way.cost.fits for way in found)
