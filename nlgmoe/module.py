@@ -48,7 +48,14 @@ from nlgmoe.model.least_memory import check_fits
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.resuming import check_same_run, differences, set_loop_counters, validate_now
+from nlgmoe.resuming import (
+    check_same_run,
+    differences,
+    keep_patience,
+    set_loop_counters,
+    stopped_early,
+    validate_now,
+)
 from nlgmoe.seeding import derive_seed
 
 FSDP_REFUSED = (
@@ -420,11 +427,19 @@ class MoEGPTModule(LightningModule):
         A checkpoint brings the optimizer's state, the configuration its settings: what was changed for the rest of a run
         takes effect. A run that is at its end, perhaps killed before it could say so, is validated and summed up once more.
         """
+        end, stopper = None, stopped_early(self.trainer)
         if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
-            rank_zero_warn(
-                f"the run is at its end: {self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise "
-                "model.train_tokens and model.schedule.decay_tokens"
+            end = (
+                f"{self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise model.train_tokens and "
+                "model.schedule.decay_tokens"
             )
+        elif stopper is not None and self.trainer.ckpt_path is not None:
+            end = (
+                f"{type(stopper).__name__}, monitor={stopper.monitor}, ended it at step {self.trainer.global_step}; to go on, "
+                "raise its patience if that ran out, or remove it from trainer.callbacks"
+            )
+        if end is not None:
+            rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
             validate_now(self.trainer)
         if self.curriculum is not None and self.train_tokens is not None and self.curriculum.tokens > self.train_tokens:
@@ -514,6 +529,8 @@ class MoEGPTModule(LightningModule):
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.guard.load_state_dict(checkpoint["non_finite"])
+        if fits:
+            keep_patience(checkpoint, self.trainer)
         if fits and "loops" in checkpoint:
             # A step may have more or fewer micro-batches from here on.
             set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches)

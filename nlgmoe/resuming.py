@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 
@@ -58,11 +60,31 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int) -> None:
 
 
 def validate_now(trainer: Trainer) -> None:
-    """Validate in the middle of a fit, as the training loop does, if the run validates at all."""
+    """Validate in the middle of a fit, as the training loop does, if the run validates at all; `EarlyStopping` has counted it."""
     if trainer.enable_validation:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [one for one in callbacks if not isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Put the configuration's `EarlyStopping.patience` into a checkpoint about to be loaded, whose own would replace it."""
+    for one in trainer.early_stopping_callbacks:
+        if one is not None and (state := checkpoint.get("callbacks", {}).get(one.state_key)):
+            state["patience"] = one.patience
+
+
+def stopped_early(trainer: Trainer) -> EarlyStopping | None:
+    """The callback that has ended the run; None where its patience has been raised since."""
+    for one in trainer.early_stopping_callbacks:
+        if one is None or one.stopping_reason == EarlyStoppingReason.NOT_STOPPED:
+            continue
+        if one.stopping_reason != EarlyStoppingReason.PATIENCE_EXHAUSTED or one.wait_count >= one.patience:
+            return one
+    return None
 
 
 def differences(

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.resuming import stopped_early
 
 
 class SaveAtEnd(Callback):
@@ -23,7 +24,8 @@ class SaveAtEnd(Callback):
         """Save, unless checkpoints are turned off, or this only tries a few batches."""
         tried = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.checkpoint_callbacks and not tried and trainer.global_step > 0:
-            save_last(trainer)
+            # A checkpoint from before the last validation does not know that `EarlyStopping` ended the run there.
+            save_last(trainer, anew=stopped_early(trainer) is not None)
 
 
 def save_last(trainer: Trainer, anew: bool = False) -> Path:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from nlgmoe.callbacks import SaveAtEnd
 from nlgmoe.checkpoint.folder import read_document
@@ -48,3 +48,18 @@ def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> No
 def test_nothing_is_saved_where_a_few_batches_are_tried(tmp_path: Path) -> None:
     fit(tmp_path, ModelCheckpoint(tmp_path, "{step}"), SaveAtEnd(), fast_dev_run=4)
     assert steps(tmp_path) == {}
+
+
+def test_a_run_that_early_stopping_has_ended_goes_on_with_more_patience_only(tmp_path: Path) -> None:
+    def run(patience: int) -> int:
+        """Validates every 4 steps, where the loss never falls by 100; the last step it came to."""
+        keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+        stopper = EarlyStopping("val/loss", min_delta=100, patience=patience)
+        resume = tmp_path if any(tmp_path.iterdir()) else None
+        return fit(tmp_path, stopper, keeper, SaveAtEnd(), steps=40, resume=resume).global_step
+
+    assert run(patience=1) == 8
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="EarlyStopping, monitor=val/loss, ended it at step 8; to go on, raise"):
+            assert run(patience=1) == 8
+    assert run(patience=2) == 12
