@@ -48,6 +48,7 @@ from nlgmoe.model.least_memory import check_fits
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
+from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
     check_same_run,
     differences,
@@ -407,9 +408,15 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """A run ends after a step: a callback that stops it within one, such as a `Timer`, waits for that."""
+        """A run ends after a step, on all ranks: a callback that stops it within one, such as a `Timer`, waits for that.
+
+        Raises:
+            ValueError: a callback has stopped this rank alone.
+        """
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
             self.trainer.should_stop, self._stops_after_step = False, True
+        elif self.trainer.should_stop:
+            require_same_end(self.trainer.global_step)
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
         """A run that was resumed on more ranks may take larger steps than its author thinks, unless they were planned."""
