@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: written under another name, which becomes theirs at the end."""
+"""Files that are there whole or not at all: written under another name, which becomes theirs at the end; their checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -30,3 +31,9 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
     """Write a value as JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

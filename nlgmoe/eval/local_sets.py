@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from nlgmoe.data.pocket.packages import EVALUATION_SETS, fetch, read_members, sha256_of
-from nlgmoe.whole_file import replacing, write_json
+from nlgmoe.data.pocket.packages import EVALUATION_SETS, fetch, read_members
+from nlgmoe.whole_file import replacing, sha256_of, write_json
 
 Document = dict[str, Any]
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from nlgmoe.config import GPTConfig
 
 FIELDS = tuple(field.name for field in fields(GPTConfig))
+SHA256 = "weights_sha256"  # of each file of weights that was exported with the `config.json`
 
 
 class NlgmoeConfig(PreTrainedConfig):
@@ -31,6 +32,7 @@ class NlgmoeConfig(PreTrainedConfig):
     def __init__(self, **values: Any) -> None:
         for name in FIELDS:
             setattr(self, name, values.pop(name, None))
+        values.pop(SHA256, None)  # `save_pretrained` writes other files
         super().__init__(**values)
 
     def gpt_config(self) -> GPTConfig:

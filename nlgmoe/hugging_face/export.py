@@ -1,6 +1,6 @@
 """A checkpoint as a folder of Hugging Face's format, with the sources that `transformers` needs to load it.
 
-    config.json, generation_config.json        the model's settings; the ids of special tokens
+    config.json, generation_config.json        settings and the sha256 of each file of weights; ids of special tokens
     model.safetensors                          or model-00001-of-00004.safetensors, ... and model.safetensors.index.json
     modeling_nlgmoe.py, ...                    our sources (`bundle.py`)
     tokenizer.json, tokenizer_config.json      as they are in the checkpoint; none if it holds none
@@ -36,8 +36,10 @@ from nlgmoe.checkpoint.writing import reason
 from nlgmoe.config import GPTConfig, require_paper_parts
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
+from nlgmoe.hugging_face.configuration_nlgmoe import SHA256
 from nlgmoe.hugging_face.model_card import model_card
 from nlgmoe.model.gpt import GPT
+from nlgmoe.whole_file import sha256_of
 
 PREFIX = "model."  # where `NlgmoeForCausalLM` has its GPT
 # What an export writes, and what would be loaded in its place if it stayed. The model card, which people complete, stays.
@@ -108,11 +110,11 @@ def export(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        files = _write_weights(temporary, meta, read, bytes_per_file)
+        sha256 = _write_weights(temporary, meta, read, bytes_per_file)
         texts = bundled_sources() | {"README.md": model_card(folder.name, document, tokenizer is not None)}
         dtype = next(iter(meta.values())).dtype
         settings = {
-            "config.json": model_settings(config, dtype),
+            "config.json": model_settings(config, dtype) | {SHA256: sha256},
             "generation_config.json": generation_settings(tokenizer),
         }
         if tokenizer is not None:
@@ -129,7 +131,7 @@ def export(
         raise ValueError(f"{folder} cannot be written ({reason(error)}); make room, or name another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(path, files, size, tokenizer is not None)
+    return Exported(path, len(sha256), size, tokenizer is not None)
 
 
 def model_settings(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -194,8 +196,10 @@ def _weights(
     return meta, read
 
 
-def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], bytes_per_file: int) -> int:
-    """Write the files of weights and, if they are several, their index; how many they are."""
+def _write_weights(
+    folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], bytes_per_file: int
+) -> dict[str, str]:
+    """Write the files of weights and, if they are several, their index; the sha256 of each file of weights."""
     named = {PREFIX + name: value for name, value in meta.items()}
     split = split_torch_state_dict_into_shards(named, max_shard_size=bytes_per_file)
     for file, names in split.filename_to_tensors.items():
@@ -203,7 +207,7 @@ def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], 
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return len(split.filename_to_tensors)
+    return {file: sha256_of(folder / file) for file in split.filename_to_tensors}
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -16,9 +16,10 @@ from nlgmoe.checkpoint.folder import opened, read_json
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
-from nlgmoe.hugging_face.configuration_nlgmoe import FIELDS
+from nlgmoe.hugging_face.configuration_nlgmoe import FIELDS, SHA256
 from nlgmoe.hugging_face.export import PREFIX
 from nlgmoe.hugging_face.gpt2 import gpt2_config, gpt2_weights
+from nlgmoe.whole_file import sha256_of
 
 READABLE = "nlgmoe (what `nlgmoe export` writes) and gpt2"
 _NEEDED = ["*.json", "*.safetensors", "merges.txt"]
@@ -56,6 +57,7 @@ def import_folder(source: str, checkpoint: str | Path) -> Imported:
     model_type = str(values.get("model_type"))
     if model_type == "nlgmoe":
         config = _exported_config(values, folder)
+        _check_sha256(folder, values)
         read = _exported_weights(folder, config)
     elif model_type == "gpt2":
         config = gpt2_config(values, folder)
@@ -95,6 +97,17 @@ def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
         raise ValueError(
             f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
         ) from error
+
+
+def _check_sha256(folder: Path, values: dict[str, Any]) -> None:
+    """Check that the files of weights are those that `config.json` was exported with; older exports do not say."""
+    recorded = values.get(SHA256)
+    for file in _files(folder):
+        if isinstance(recorded, dict) and recorded.get(file.name) != sha256_of(file):
+            raise ValueError(
+                f"{file} is not the file that config.json was exported with (its sha256 differs); export the model again, or "
+                f"remove {SHA256} from config.json if the weights were changed on purpose"
+            )
 
 
 def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:

