@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Of cgroups, version 2 and 1.
+_CONTAINER_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
 def default_device() -> str:
@@ -81,9 +85,13 @@ def peak_memory(device: torch.device) -> list[int]:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of an accelerator's memory; of a CPU, of the machine's."""
+    """Bytes of an accelerator's memory; of a CPU, of the machine's, or of the container's limit if that is less."""
     if device.type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        for file in _CONTAINER_LIMITS:
+            with suppress(OSError, ValueError):  # no such file; `max`
+                found.append(int(file.read_text()))
+        return min(found)
     module: Any = torch.get_device_module(device)
     return int(module.get_device_properties(device).total_memory)
 

@@ -202,7 +202,10 @@ def test_the_largest_batch_is_known_before_it_is_made(make_data: Make, world_siz
 def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made(
     make_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nlgmoe.module.total_memory", lambda device: 100_000)
+    (tmp_path / "memory.max").write_text("100000\n")
+    (tmp_path / "no limit").write_text("max\n")
+    files = [tmp_path / name for name in ("memory.max", "no limit", "no such file")]
+    monkeypatch.setattr("nlgmoe.device._CONTAINER_LIMITS", files)
     data = make_data(micro_batch_size=100)
     module = MoEGPTModule(GPTConfig(data.vocab_size, 32, 2, 16, 2))
     for run, setting in {"fit": "data.micro_batch_size", "validate": "data.eval_micro_batch_size"}.items():

@@ -18,6 +18,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.lm_eval_model import EvaluatedGPT
 from nlgmoe.hugging_face.export import export
 from nlgmoe.model.gpt import GPT
+from nlgmoe.model.least_memory import least_bytes
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
 from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
 
@@ -122,6 +123,15 @@ def test_a_model_with_experts_and_the_likeliest_tokens() -> None:
     other = [likeliest[0], likeliest[1], (likeliest[2] + 1) % TOKENIZER.vocab_size]
     (found, greedy), (_, not_greedy) = EvaluatedGPT(gpt, TOKENIZER)._score([(context, likeliest), (context, other)])
     assert (found, greedy, not_greedy) == (pytest.approx(expected, rel=1e-5), True, False)
+
+
+def test_a_batch_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = EvaluatedGPT(randomised(DENSE), TOKENIZER, batch_size=100)
+    needed = least_bytes(DENSE, 100 * 9, 2, trains=False)
+    monkeypatch.setattr("nlgmoe.eval.lm_eval_model.total_memory", lambda device: needed - 1)
+    lm.loglikelihood(requests(*PAIRS))
+    with pytest.raises(ValueError, match="batch_size=100: the model and a micro-batch of 100 x 9 tokens need at least"):
+        lm._score([([n], [2] * 9) for n in range(100)])
 
 
 def test_nothing_depends_on_the_batch() -> None:
