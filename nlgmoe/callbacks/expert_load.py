@@ -79,7 +79,7 @@ class ExpertLoad(Callback):
         self._squares, self._skipped = None, pl_module.guard.skipped
         if not self._served:
             self._served = [[trainer.global_step] * count for count in self._experts]
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
             self._file = LoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
     @override

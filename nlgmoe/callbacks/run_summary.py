@@ -91,8 +91,7 @@ class RunSummary(Callback):
             return
         assert isinstance(pl_module, MoEGPTModule)
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_summary(folder, summary)
+        write_summary(folder, summary)
         xz = getattr(trainer.datamodule, "xz_bits_per_byte", None)  # type: ignore[attr-defined]
         rank_zero_info(describe(summary, xz() if xz is not None else {}, folder))
 

@@ -58,6 +58,6 @@ class ExpertSpecialisation(Callback):
         if self._counts is None:
             return
         found = self._counts.specialisation(trainer.global_step)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
             found.save(trainer.default_root_dir)
         self._counts = None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning import Trainer
@@ -177,6 +178,7 @@ class TrainCLI(LightningCLI):
             self._while_running.enter_context(held(folder))
             if checkpoint is None:
                 recover(folder)  # killed in its first save: there is a leftover, but no checkpoint to go on from
+        self._spare_run_folder()
 
     def before_validate(self) -> None:
         """Say so where the weights are random.
@@ -187,8 +189,15 @@ class TrainCLI(LightningCLI):
         self._find_checkpoint("give the path of a checkpoint")
         if self._get(self.config, "ckpt_path") is None and self.model.warm_start is None:
             rank_zero_warn("no --ckpt_path: this evaluates an untrained model")
+        self._spare_run_folder()
 
     before_test = before_predict = before_validate
+
+    def _spare_run_folder(self) -> None:
+        """Where only a few batches are tried, callbacks write into a folder that is removed at the end."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = TemporaryDirectory(prefix="fast_dev_run-")
+            self.trainer._default_root_dir = self._while_running.enter_context(folder)  # type: ignore[attr-defined]
 
     def _find_checkpoint(self, remedy: str) -> None:
         name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
