@@ -51,7 +51,7 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 docs: install  ## bring the tables of flags up to date (README.md, docs/megatron_flags.md)
-	$(BIN)/python -m nlgmoe.megatron.flag_table
+	$(BIN)/python -m nlgmoe.tools.megatron.flag_table
 
 notebooks: install  ## run the notebooks and keep what they show; trains five small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

@@ -36,7 +36,6 @@ import pyarrow.parquet as pq
 from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarks.timing import ROOT, command_line, interleaved, settings
-from nlgmoe.cli.train import load_config
 from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
@@ -45,6 +44,7 @@ from nlgmoe.data.streaming.streamed_source import StreamedSource
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields, Share
+from nlgmoe.experiment import load_config
 
 DATA_DIR = Path("data/pocket_pile")
 SEQ_LEN, STREAMS = 2048, 8

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.timing import ROOT, command_line, settings
 from nlgmoe import MoEGPTModule, load_config
 from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput
-from nlgmoe.loggers import run_folder_loggers
+from nlgmoe.monitoring.loggers import run_folder_loggers
 
 INTERVAL, SEQUENCES = 20, 16
 

@@ -11,12 +11,12 @@ import json
 import math
 from pathlib import Path
 
-from nlgmoe.cli.inspect_config import layout, read_settings
 from nlgmoe.config import GPTConfig
-from nlgmoe.model.cost import UTILISATION, Cost, estimate
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.model.hardware import HARDWARE, RESERVED, Hardware
-from nlgmoe.model.topology import Topology
+from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware
+from nlgmoe.tools.planner.cost import UTILISATION, Cost, estimate
+from nlgmoe.tools.planner.inspect_config import layout, read_settings
+from nlgmoe.tools.planner.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("dense", "moe", "pr_moe", "mos")

@@ -10,12 +10,12 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from nlgmoe import moved
+
 if TYPE_CHECKING:
     from nlgmoe.callbacks.staged_distillation import StagedDistillation
-    from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
     from nlgmoe.checkpoint.portable import load_model
     from nlgmoe.checkpoint.warm_start import WarmStart
-    from nlgmoe.cli.train import Experiment, load_config
     from nlgmoe.config import GPTConfig, MoEConfig
     from nlgmoe.data import PileDataModule
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nlgmoe.eval.generation import generate
     from nlgmoe.eval.specialisation import Specialisation
     from nlgmoe.eval.trained import Trained, load_trained
+    from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
     from nlgmoe.model.gpt import GPT, GPTOutput
@@ -31,12 +32,16 @@ if TYPE_CHECKING:
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
     from nlgmoe.parts import ExpertConfig, RouterConfig
     from nlgmoe.pyramid import experts_at, student_config, student_layers
+    from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
+    from nlgmoe.tools.report.write_report import WriteReport
 
 # In Jupyter without ipywidgets bars are text, which is all there is to say.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
+moved.install()
+
 _HOMES = {
-    "Experiment": "nlgmoe.cli.train",
+    "Experiment": "nlgmoe.experiment",
     "ExpertConfig": "nlgmoe.parts",
     "ExpertParallelStrategy": "nlgmoe.parallel.strategy",
     "GPT": "nlgmoe.model.gpt",
@@ -56,11 +61,12 @@ _HOMES = {
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "Trained": "nlgmoe.eval.trained",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
-    "ZeroShotEval": "nlgmoe.callbacks.zero_shot_eval",
+    "WriteReport": "nlgmoe.tools.report.write_report",
+    "ZeroShotEval": "nlgmoe.tools.lm_eval.zero_shot_eval",
     "count_experts": "nlgmoe.eval.expert_counts",
     "experts_at": "nlgmoe.pyramid",
     "generate": "nlgmoe.eval.generation",
-    "load_config": "nlgmoe.cli.train",
+    "load_config": "nlgmoe.experiment",
     "load_model": "nlgmoe.checkpoint.portable",
     "load_trained": "nlgmoe.eval.trained",
     "student_config": "nlgmoe.pyramid",
@@ -88,6 +94,7 @@ __all__ = [
     "StagedDistillation",
     "Trained",
     "WarmStart",
+    "WriteReport",
     "ZeroShotEval",
     "count_experts",
     "experts_at",

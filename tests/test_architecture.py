@@ -1,14 +1,18 @@
 """The shape of the house: imports go downwards, and what is not needed is not imported."""
 
 import ast
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import nlgmoe
+from nlgmoe import moved
 
 ROOT = Path(nlgmoe.__file__).parent
 
@@ -20,9 +24,9 @@ RANKS = {
     "parts": 0,
     "config": 0,
     "batch": 0,
-    "whole_file": 0,
+    "files": 0,
+    "moved": 0,
     "processes": 0,
-    "regular_file": 0,
     "pyramid": 1,
     "layers": 2,
     "model": 3,
@@ -33,15 +37,15 @@ RANKS = {
     "distill": 5,
     "parallel": 5,
     "eval": 5,
-    "hugging_face": 5,
     "resuming": 5,
     "module": 6,
-    "megatron": 6,
-    "callbacks": 7,
-    "loggers": 7,
-    "report": 7,
-    "cli": 8,
-    "__main__": 9,
+    "monitoring": 7,
+    "callbacks": 8,
+    "cli": 9,
+    "experiment": 10,
+    "tools": 11,
+    "commands": 12,
+    "__main__": 13,
 }
 BESIDE = {"optim", "data"}  # know the configuration and the seeds, but none of the model
 
@@ -77,13 +81,14 @@ def test_imports_go_downwards(file: Path) -> None:
             assert RANKS[other] <= RANKS["config"], f"{here} stands beside the model and must not import {other}"
 
 
-def test_only_parallel_imports_deepspeed() -> None:
-    users = {
-        part_of(file)
-        for file in FILES
-        if "import deepspeed" in file.read_text() or "from deepspeed" in file.read_text()
-    }
-    assert users <= {"parallel"}
+# Package -> the parts that may import it.
+USERS = {"deepspeed": {"parallel"}, "plotly": {"tools"}, "lm_eval": {"tools"}}
+
+
+@pytest.mark.parametrize("package", USERS)
+def test_packages_that_the_core_does_not_import(package: str) -> None:
+    pattern = re.compile(rf"^\s*(import|from) {package}\b|import_module\([\"']{package}", re.MULTILINE)
+    assert {part_of(file) for file in FILES if pattern.search(file.read_text())} == USERS[package]
 
 
 def names_an_accelerator(file: Path) -> Iterator[int]:
@@ -153,3 +158,43 @@ def test_public_names_resolve() -> None:
         assert getattr(nlgmoe, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nlgmoe.nothing
+
+
+@pytest.mark.parametrize(("old", "name"), (moved.NAMES | moved.MODULES).items())
+def test_names_of_older_versions_resolve(old: str, name: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(FutureWarning, match=f"{old} is now {name};"):
+        found = pkgutil.resolve_name(old)
+    new = pkgutil.resolve_name(name)
+    if isinstance(new, ModuleType):
+        classes = [name for name, value in vars(new).items() if isinstance(value, type)]
+        assert classes and all(getattr(found, name) is getattr(new, name) for name in classes)
+    else:
+        assert found is new
+
+
+PATHS = re.compile(r"class_path[\"']?: [\"']?(nlgmoe(?:\.\w+)+)")
+
+
+def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
+    files = [
+        *ROOT.parent.glob("configs/**/*.yaml"),
+        *ROOT.parent.glob("docs/**/*.md"),
+        *ROOT.parent.glob("tests/golden/**/*.yaml"),
+    ]
+    found = {path for file in files for path in PATHS.findall(file.read_text())}
+    assert len(found) > 5
+    for path in found:
+        assert isinstance(pkgutil.resolve_name(path), type)
+
+
+def test_an_old_class_path_in_a_yaml_file_is_taken_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(
+        "trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReport\n"
+        "    - class_path: nlgmoe.callbacks.zero_shot_eval.ZeroShotEval\n      init_args: {tasks: [lambada_openai]}\n"
+    )
+    sys.modules.pop("nlgmoe.callbacks.zero_shot_eval", None)
+    with pytest.warns(FutureWarning, match="is now nlgmoe.WriteReport"):
+        made = nlgmoe.load_config([ROOT.parent / "configs" / "quickstart.yaml", tmp_path / "old.yaml"])
+    kinds = {type(callback) for callback in made.trainer.callbacks}
+    assert {nlgmoe.WriteReport, nlgmoe.ZeroShotEval} <= kinds

@@ -11,17 +11,17 @@ import torch
 import yaml
 
 from nlgmoe import load_config, student_config
-from nlgmoe.cli.inspect_config import layout
 from nlgmoe.cli.train import TrainCLI
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.streaming.streamed_source import readings
-from nlgmoe.model.cost import estimate
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.hardware import RESERVED, hardware
-from nlgmoe.model.topology import Topology
+from nlgmoe.monitoring.hardware import RESERVED, hardware
+from nlgmoe.tools.planner.cost import estimate
+from nlgmoe.tools.planner.inspect_config import layout
+from nlgmoe.tools.planner.topology import Topology
 
 ROOT = Path(__file__).parents[1] / "configs"
 GPUS = {"cpu": 1, "gpu": 1, "gpus_8": 8, "gpus_64": 64, "gpus_128": 128}

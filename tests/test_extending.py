@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, RoutingContext
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import problems
-from nlgmoe.cli.main import main as nlgmoe
 from nlgmoe.cli.train import main
+from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.non_finite import NonFinite
 from tests.end_to_end.test_train_cli import ROOT, TINY

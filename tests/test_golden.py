@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nlgmoe import load_model
 from nlgmoe.checkpoint.verify import problems
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig
 from tests.golden import recording as golden
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.loggers import RunCSVLogger, with_run_csv, without_run_csv
+from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv, without_run_csv
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:

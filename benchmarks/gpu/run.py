@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.whole_file import write_json
+from nlgmoe.files import write_json
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,12 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.run import ROOT, Run, quiet_trainer, synchronize
 from nlgmoe.config import GPTConfig
-from nlgmoe.model.cost import estimate
 from nlgmoe.model.counting import flops_per_token
-from nlgmoe.model.hardware import hardware, peak_of
-from nlgmoe.model.topology import Topology
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.hardware import hardware, peak_of
 from nlgmoe.parallel.strategy import ExpertParallelStrategy
+from nlgmoe.tools.planner.cost import estimate
+from nlgmoe.tools.planner.topology import Topology
 from tests.synthetic import SyntheticData
 
 MODES = ("eager", "recomputed", "compiled")

@@ -20,7 +20,7 @@ from benchmarks.gpu.run import ROOT, Run
 from benchmarks.timing import settings
 from nlgmoe import load_config
 from nlgmoe.checkpoint.verify import problems
-from nlgmoe.whole_file import write_json
+from nlgmoe.files import write_json
 
 RECORD = Path(__file__).with_name("quickstart_on_cpu.json")
 PRECISIONS = ("32-true", "bf16-mixed")

@@ -1,5 +1,6 @@
-"""Lightning callbacks, one concern a file. They read the module and the trainer; none but StagedDistillation changes what is
-learned."""
+"""Lightning callbacks, one concern a file. They read the module and the trainer; only StagedDistillation changes training."""
+
+from typing import Any
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
@@ -12,8 +13,7 @@ from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
-from nlgmoe.callbacks.write_report import WriteReport
-from nlgmoe.callbacks.zero_shot_eval import ZeroShotEval
+from nlgmoe.moved import moved_attribute
 
 __all__ = [
     "ExpertLoad",
@@ -27,6 +27,8 @@ __all__ = [
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",
-    "WriteReport",
-    "ZeroShotEval",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_attribute(__name__, name)

@@ -15,14 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nlgmoe.callbacks.heat_map import heat_map
-from nlgmoe.callbacks.load_file import LoadFile
-from nlgmoe.callbacks.logging_step import ends_step, is_logged, sum_over_ranks
-from nlgmoe.callbacks.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.loggers import log_image
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.heat_map import heat_map
+from nlgmoe.monitoring.load_file import LoadFile
+from nlgmoe.monitoring.loggers import log_image
+from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
+from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import experts_per_layer
 
 

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.logging_step import ends_step
-from nlgmoe.callbacks.memory import peak_memory_bytes
+from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.logging_step import ends_step
+from nlgmoe.monitoring.memory import peak_memory_bytes
 from nlgmoe.versions import versions
-from nlgmoe.whole_file import write_json
 
 
 class RunSummary(Callback):

@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.logging_step import ends_step, is_logged, sum_over_ranks
-from nlgmoe.callbacks.memory import MEMORY, memory_bytes
-from nlgmoe.callbacks.stopwatch import PARTS, Stopwatch, TimedCollectives, TimedLoop
 from nlgmoe.device import product_name
 from nlgmoe.model.counting import flops_per_token
-from nlgmoe.model.hardware import peak_of
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.hardware import peak_of
+from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
+from nlgmoe.monitoring.memory import MEMORY, memory_bytes
+from nlgmoe.monitoring.stopwatch import PARTS, Stopwatch, TimedCollectives, TimedLoop
 
 
 class Throughput(Callback):

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nlgmoe.config import unknown_fields
-from nlgmoe.regular_file import require_regular
+from nlgmoe.files import require_regular
 
 FORMAT = "nlgmoe-portable"
 VERSION = 2

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from nlgmoe.cli.errors import UsageError, one_line
-from nlgmoe.regular_file import require_regular
+from nlgmoe.files import require_regular
 
 _MERGE = "tag:yaml.org,2002:merge"
 MAX_NODES = 100_000  # of a file; it is walked several times

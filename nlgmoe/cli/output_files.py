@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
-from nlgmoe.whole_file import replacing
+from nlgmoe.files import atomic_write
 
 
 def check_output(output: str, source: str | None = None) -> None:
@@ -34,7 +34,7 @@ def write_whole(output: str, text: str) -> None:
         ValueError: it cannot be written.
     """
     try:
-        with replacing(Path(output)) as temporary:
+        with atomic_write(Path(output)) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error

@@ -22,10 +22,9 @@ from typing_extensions import override
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
 from nlgmoe.cli.monitors import check_monitors
+from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.regular_file import require_regular
 from nlgmoe.versions import versions
-from nlgmoe.whole_file import replacing, write_json
 
 
 class RunFolder(SaveConfigCallback):
@@ -70,7 +69,7 @@ class RunFolder(SaveConfigCallback):
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         if "ckpt_path" in config:
             config["ckpt_path"] = None
-        with replacing(folder / "config.yaml") as new:
+        with atomic_write(folder / "config.yaml") as new:
             self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
             text = new.read_bytes()
         made = versions()

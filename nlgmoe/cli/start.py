@@ -20,7 +20,7 @@ def nlgmoe() -> None:
     sys.path.append(
         os.getcwd()
     )  # for a configuration's own modules, behind all others; `python train.py` has its folder too
-    _run("nlgmoe.cli.main")
+    _run("nlgmoe.commands.main")
 
 
 def _run(module: str) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,8 +43,8 @@ from nlgmoe.cli.run_folder import (
 )
 from nlgmoe.cli.trainer_settings import check_callbacks, check_machine, check_trainer
 from nlgmoe.data import PileDataModule
-from nlgmoe.loggers import run_folder_loggers, with_run_csv, without_run_csv
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
 
 _NEWEST = "a checkpoint; a run folder, or last for trainer.default_root_dir: the newest valid checkpoint in it"
 _CKPT_PATH_HELP = {
@@ -288,81 +285,16 @@ def _strategy(class_path: str) -> Strategy:
     return made
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What a configuration describes, ready for `experiment.trainer.fit(experiment.module, experiment.data)`."""
-
-    module: MoEGPTModule
-    data: PileDataModule
-    trainer: Trainer
-
-
-def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Experiment:
-    """The objects that `train.py` would make from the same YAML files.
-
-    Args:
-        path: one file, or several of which later ones override earlier ones.
-        overrides: dotted settings with `__` for the dot, such as `trainer__max_steps=10`.
-
-    Raises:
-        ValueError: a file or a setting is wrong; the message names it.
-    """
-    cli = _read(TrainCLI, path, overrides)
-    return Experiment(cli.model, cli.datamodule, cli.trainer)
-
-
-def parse_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
-    """The settings that `load_config` would build its objects from, with every default; nothing is built.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
-    return _read(_ParseCLI, path, overrides).config.as_dict()
-
-
-def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`parse_config`'s settings, and the defaults of all that have one.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
-    cli = _read(_ParseCLI, path, {})
-    return cli.config.as_dict(), cli.parser.get_defaults().as_dict()
-
-
-class _ParseCLI(TrainCLI):
-    """Reads and checks the settings, and stops there: a cluster's trainer could not be built where it is planned."""
-
-    @override
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
-
-
-def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], overrides: dict[str, Any]) -> TrainCLI:
-    """Run `cli_class` over YAML files instead of a command line; what the parser has to say becomes a ValueError."""
-    paths = [path] if isinstance(path, str | Path) else list(path)
-    args = [part for item in paths for part in ("--config", str(item))]
-    for name, value in overrides.items():
-        args.append(f"--{name.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}")
-    _mute_advertising()
-    with warnings.catch_warnings():  # the caller's own command line is not for us
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        try:
-            return cli_class(args=args, run=False)
-        except UsageError as error:  # its message says all; a hundred lines of the parser's frames would hide it
-            raise error.with_traceback(None) from None
-
-
 def main(args: ArgsType = None) -> None:
     """Run `train.py`; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
-        _mute_advertising()
+        mute_advertising()
         TrainCLI(args)
 
 
-def _mute_advertising() -> None:
+def mute_advertising() -> None:
     """Keep the first screen for the run: no product tips, no deprecations inside other packages."""
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())

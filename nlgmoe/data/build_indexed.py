@@ -34,7 +34,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, Place
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.worker_signals import heed_only_the_parent
-from nlgmoe.whole_file import write_json
+from nlgmoe.files import write_json
 
 CHUNK_BYTES = 1 << 18  # of text, tokenised together: a tokenizer holds a hundred times as much for a moment
 WAITING = 3  # chunks on their way for each process

@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nlgmoe.regular_file import require_regular
+from nlgmoe.files import require_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -16,8 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
 from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
-from nlgmoe.regular_file import require_regular
-from nlgmoe.whole_file import replacing, write_json
+from nlgmoe.files import atomic_write, require_regular, write_json
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
@@ -236,6 +235,6 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
         temporary.chmod(0o644)

@@ -39,10 +39,10 @@ from nlgmoe.distill.teacher_logits import (
     read_header,
     record_type,
 )
+from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.first_non_finite import require_finite_logits
 from nlgmoe.versions import versions
-from nlgmoe.whole_file import replacing
 
 RECORD_SECONDS = 30.0  # between two notes of progress: what a killed process loses
 
@@ -236,6 +236,6 @@ def likeliest(said: SoftTargets, part: slice, top_k: int, temperature: float) ->
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """All of it or nothing, and on the disk."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         flush(temporary)

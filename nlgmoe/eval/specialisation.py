@@ -13,8 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from nlgmoe.regular_file import require_regular
-from nlgmoe.whole_file import replacing
+from nlgmoe.files import atomic_write, require_regular
 
 FILE = "specialisation.safetensors"  # in the run folder
 
@@ -52,7 +51,7 @@ class Specialisation:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {name: getattr(self, name) for name in ("domains", "classes", "experts", "step")}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(save({"counts": np.ascontiguousarray(self.counts)}, {"facts": json.dumps(facts)}))
         return path
 

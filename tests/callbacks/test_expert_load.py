@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad, Throughput
-from nlgmoe.callbacks.heat_map import ROW, WIDTH, heat_map
-from nlgmoe.callbacks.routing_statistics import RoutingSums, routing_statistics, routing_sums
 from nlgmoe.layers.router import Routing, TopKRouter
-from nlgmoe.loggers import RunCSVLogger, log_image, run_folder_loggers, with_run_csv
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.heat_map import ROW, WIDTH, heat_map
+from nlgmoe.monitoring.loggers import RunCSVLogger, log_image, run_folder_loggers, with_run_csv
+from nlgmoe.monitoring.routing_statistics import RoutingSums, routing_statistics, routing_sums
 from nlgmoe.non_finite import NonFinite
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData

@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from nlgmoe.callbacks import RunSummary, SaveOnSignal, save_on_signal
 from nlgmoe.checkpoint.portable import read_document
-from nlgmoe.loggers import RunCSVLogger
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.loggers import RunCSVLogger
 from tests.checkpoint.test_portable import ACCUMULATE, CONFIG, weights
 from tests.synthetic import SyntheticData
 

@@ -11,11 +11,11 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import distributed
 
 from nlgmoe.callbacks import Throughput
-from nlgmoe.callbacks.stopwatch import COLLECTIVES, PARTS, Stopwatch, TimedCollectives, TimedLoop
 from nlgmoe.callbacks.throughput import _over_ranks
 from nlgmoe.model.counting import flops_per_token
-from nlgmoe.model.hardware import peak_of
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.hardware import peak_of
+from nlgmoe.monitoring.stopwatch import COLLECTIVES, PARTS, Stopwatch, TimedCollectives, TimedLoop
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData

@@ -24,9 +24,9 @@ from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
 from nlgmoe.checkpoint.verify import problems
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
-from nlgmoe.cli.main import main
-from nlgmoe.hugging_face.export import export
+from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.hugging_face.export import export
 from tests.checkpoint.runs import CONFIG, SaveAt, fit
 
 EXPERT = "blocks.3.moe.experts.2.expand_weight"

@@ -19,13 +19,13 @@ from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import problems
 from nlgmoe.checkpoint.weights_only import write_weights
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
-from nlgmoe.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
 PR_MOE = GPTConfig(

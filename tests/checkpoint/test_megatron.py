@@ -16,12 +16,12 @@ from torch import Tensor
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_trained
 from nlgmoe.checkpoint import weights_only
 from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.megatron.importing import import_checkpoint
-from nlgmoe.checkpoint.megatron.pickles import load
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.verify import problems
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
+from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
+from nlgmoe.tools.megatron.checkpoint.pickles import load
 from tests.checkpoint.megatron_engine import write_from_engine
 from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
 from tests.distributed.cells import spawn

@@ -10,7 +10,7 @@ from nlgmoe import MoEGPTModule, WarmStart, load_model
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.upcycle import upcycle
 from nlgmoe.checkpoint.verify import problems
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.synthetic import SyntheticData

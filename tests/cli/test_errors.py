@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import GPTConfig, load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
-from nlgmoe.cli import main as nlgmoe_command
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, main
+from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.data.pocket.deduplication import Document
 from nlgmoe.data.pocket.pocket_pile import write_corpus
 from nlgmoe.data.sampling import SourceDataset

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from nlgmoe.eval.generation import complete, generate

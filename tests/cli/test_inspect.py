@@ -10,13 +10,13 @@ import yaml
 from lightning import Trainer
 
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
-from nlgmoe.cli.inspect_config import layout
-from nlgmoe.cli.main import main
-from nlgmoe.cli.train import load_config
+from nlgmoe.commands.main import main
 from nlgmoe.data import PileDataModule
+from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.tools.planner.inspect_config import layout
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = str(ROOT / "configs" / "pr_moe" / "laptop.yaml")

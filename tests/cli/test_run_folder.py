@@ -27,7 +27,7 @@ def command(pocket_pile: Path, tmp_path: Path) -> list[str]:
                         "class_path": "lightning.pytorch.loggers.CSVLogger",
                         "init_args": {"save_dir": str(tmp_path / "elsewhere")},
                     },
-                    "callbacks": [{"class_path": "nlgmoe.callbacks.WriteReport"}],
+                    "callbacks": [{"class_path": "nlgmoe.WriteReport"}],
                 }
             }
         )
@@ -93,8 +93,8 @@ def test_what_ends_a_run_by_the_clock_comes_before_what_logs_its_last_step(tmp_p
 
 
 def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
-    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReport\n")
-    (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReprt\n")
+    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReport\n")
+    (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReprt\n")
     quickstart = ROOT / "configs/dense/laptop.yaml"
     here = {"trainer__default_root_dir": str(tmp_path / "run")}
     plain, more = (

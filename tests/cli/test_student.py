@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nlgmoe.cli.main import main
-from nlgmoe.cli.train import parse_config
+from nlgmoe.commands.main import main
+from nlgmoe.experiment import parse_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

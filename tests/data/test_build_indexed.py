@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from filelock import FileLock
 
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.records import Fields, Place, Record

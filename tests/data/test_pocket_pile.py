@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nlgmoe.cli.prepare_data import prepare_data
+from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, build_pocket_pile, load_tokenizer
 from nlgmoe.data.pocket.pocket_pile import SPLITS, read_manifest, text_path
 

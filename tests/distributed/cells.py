@@ -33,7 +33,6 @@ from nlgmoe.callbacks import (
     SaveOnSignal,
     StagedDistillation,
     Throughput,
-    ZeroShotEval,
 )
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
@@ -50,6 +49,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
 from tests.eval.tiny_tasks import CONFIG as TINY
 from tests.eval.tiny_tasks import TASKS, TokenizedData, write_tasks
 from tests.memory import peak_bytes

@@ -20,11 +20,11 @@ from swiglu_expert import SwiGLUExpert
 from benchmarks.gpu_ranks import wrong
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
-from nlgmoe.model.cost import estimate
-from nlgmoe.model.hardware import hardware
-from nlgmoe.model.topology import Topology
+from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.checkpointing import SCALE_STATE
+from nlgmoe.tools.planner.cost import estimate
+from nlgmoe.tools.planner.topology import Topology
 from tests.distill.test_offline_teacher import record
 from tests.distributed.cells import (
     SAMPLES,

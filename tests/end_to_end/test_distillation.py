@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.cli.main import main as nlgmoe
 from nlgmoe.cli.train import main
+from nlgmoe.commands.main import main as nlgmoe
 from tests.end_to_end.test_train_cli import ROOT, TINY
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]

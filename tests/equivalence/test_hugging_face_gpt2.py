@@ -6,10 +6,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.hugging_face.gpt2 import our_name as name_of
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.hugging_face.gpt2 import our_name as name_of
 
 VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER = 67, 24, 3, 32, 4, 80
 

@@ -15,10 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.eval.lm_eval_model import EvaluatedGPT
-from nlgmoe.hugging_face.export import export
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.least_memory import least_bytes
+from nlgmoe.tools.hugging_face.export import export
+from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
 from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
 

@@ -17,13 +17,13 @@ import pytest
 from lightning import Trainer
 
 from nlgmoe import MoEGPTModule
-from nlgmoe.cli.main import main
-from nlgmoe.eval import local_sets, tasks
-from nlgmoe.eval.lm_eval_model import EvaluatedGPT
-from nlgmoe.eval.paper import table
-from nlgmoe.eval.tasks import Tasks
-from nlgmoe.eval.zero_shot import evaluate_task, merge, metrics
+from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.lm_eval import local_sets, tasks
+from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
+from nlgmoe.tools.lm_eval.paper import table
+from nlgmoe.tools.lm_eval.tasks import Tasks
+from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge, metrics
 from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
 PIQA = [{"goal": text(n, 3), "sol1": text(n, 4), "sol2": text(n + 1, 5), "label": int(n > 1)} for n in range(6)]
@@ -161,7 +161,7 @@ def test_without_lm_eval_the_remedy_is_said(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "nlgmoe.eval.lm_eval_model")
+    monkeypatch.delitem(sys.modules, "nlgmoe.tools.lm_eval.lm_eval_model")
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
     assert (

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.golden import recording as golden

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser
 from lightning import Trainer
 
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.cli.from_megatron import translated
-from nlgmoe.megatron.flag_table import DOCUMENTS, with_table
-from nlgmoe.megatron.flags import FLAGS
+from nlgmoe.tools.megatron.flag_table import DOCUMENTS, with_table
+from nlgmoe.tools.megatron.flags import FLAGS
+from nlgmoe.tools.megatron.from_megatron import translated
 from tests.megatron.writing import get, settings_of, write
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nlgmoe.megatron.script import read_launch
-from nlgmoe.megatron.tokens import ScriptError
+from nlgmoe.tools.megatron.script import read_launch
+from nlgmoe.tools.megatron.tokens import ScriptError
 
 
 def launched(script: str, **variables: str) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from nlgmoe import load_config
-from nlgmoe.cli.from_megatron import translated
-from nlgmoe.cli.main import main
+from nlgmoe.commands.main import main
+from nlgmoe.tools.megatron.from_megatron import translated
 from tests.megatron.writing import get, settings_of, write
 
 SCRIPTS = Path(__file__).parent / "scripts"

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from nlgmoe.cli.from_megatron import translated
+from nlgmoe.tools.megatron.from_megatron import translated
 
 NEEDED = {
     "--num-layers": "4",

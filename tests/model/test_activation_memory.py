@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.model.activation_memory import activation_bytes, head_bytes, kept_of_block, saved_by_block
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.least_memory import least_bytes
-from nlgmoe.model.topology import Topology
+from nlgmoe.tools.planner.activation_memory import activation_bytes, head_bytes, kept_of_block, saved_by_block
+from nlgmoe.tools.planner.topology import Topology
 
 SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
 DENSE = GPTConfig(96, 50, 2, 128, 4)

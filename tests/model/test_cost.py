@@ -7,14 +7,14 @@ import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.model.cost import BUCKET, UTILISATION, Cost, estimate
 from nlgmoe.model.counting import flops_per_token
-from nlgmoe.model.fitting import suggestions
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.hardware import HARDWARE, RESERVED, Hardware
-from nlgmoe.model.topology import Topology
+from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, Cost, estimate
+from nlgmoe.tools.planner.fitting import suggestions
+from nlgmoe.tools.planner.topology import Topology
 
 A100 = HARDWARE["a100-40"]
 PYRAMID = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([4, 8], mlp_type="residual"))

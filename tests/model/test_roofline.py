@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.experts import BIAS_WIDTH
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.model.cost import estimate
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.hardware import Hardware
-from nlgmoe.model.roofline import ATTENTION, GROUPED, LOGIT_BYTES, MEMORY, PRODUCTS, block_bytes, head_bytes
-from nlgmoe.model.topology import Topology
+from nlgmoe.monitoring.hardware import Hardware
+from nlgmoe.tools.planner.cost import estimate
+from nlgmoe.tools.planner.roofline import ATTENTION, GROUPED, LOGIT_BYTES, MEMORY, PRODUCTS, block_bytes, head_bytes
+from nlgmoe.tools.planner.topology import Topology
 
 CONFIG = GPTConfig(128, 64, 4, 16, 2, moe=MoEConfig(8, top_k=2, mlp_type="residual", residual_mix="sum"))
 GPU = Hardware(1e12, 1e11, 1e12, 1e10, nvlink=1e9, network=1e8)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
-from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput, WriteReport
-from nlgmoe.cli.main import main
-from nlgmoe.loggers import RunCSVLogger
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WriteReport
+from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput
+from nlgmoe.commands.main import main
+from nlgmoe.monitoring.loggers import RunCSVLogger
 from tests.eval.test_specialisation import Spelt
 from tests.report.browser import Browser
 from tests.test_module import trainer

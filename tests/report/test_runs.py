@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlgmoe.cli.main import main
-from nlgmoe.report.metrics import Series, read_loads, read_metrics
-from nlgmoe.report.page import clocks, page
-from nlgmoe.report.runs import read_runs
-from nlgmoe.report.tables import differences, flattened
+from nlgmoe.commands.main import main
+from nlgmoe.tools.report.metrics import Series, read_loads, read_metrics
+from nlgmoe.tools.report.page import clocks, page
+from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.tools.report.tables import differences, flattened
 
 METRICS = """step,train/loss,train/tokens,time/elapsed,val/loss
 0,8.0,0,1.0,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nlgmoe.whole_file import sha256_of
+from nlgmoe.files import sha256_of
 
 
 @dataclass(frozen=True)

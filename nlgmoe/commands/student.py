@@ -1,0 +1,186 @@
+"""`nlgmoe student`: the configuration of a Mixture-of-Students' student, from that of its teacher (docs/distillation.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typing_extensions import override
+
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.config import GPTConfig
+from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
+
+
+def student(
+    source: str,
+    *,
+    num_layers: int,
+    output: str | None = None,
+    teacher: str | None = None,
+    fraction: float | None = None,
+    step: int | None = None,
+    from_teacher: bool = False,
+) -> None:
+    """Write the YAML of a student for `train.py fit --config`: its teacher's, with fewer blocks and the top of its pyramid.
+
+    The student learns from text and from the teacher until `StagedDistillation` ends that. Everything else is as the teacher
+    was trained.
+
+    Args:
+        source: the YAML that the teacher is trained with, its run's folder, or a checkpoint in that.
+        num_layers: blocks of the student; the paper's has 21 of 24.
+        output: file to write; the standard output if it is not given.
+        teacher: checkpoint or run's folder that the student learns from; by default that of `source`.
+        fraction: share of model.train_tokens after which distillation ends; 0.7 if neither it nor `step` is given.
+        step: optimizer step after which it ends, in place of `fraction`.
+        from_teacher: start from the teacher's blocks, as `model.warm_start.layers` lists them, not from random weights.
+
+    Raises:
+        ValueError: the files do not say what a teacher is like, or the student cannot be had; the message says what to change.
+    """
+    if output is not None:
+        if Path(output).exists():
+            raise UsageError(f"output={output} exists already; name another file, or delete it")
+        check_output(output)
+    if fraction is not None and step is not None:
+        raise UsageError(f"step={step} and fraction={fraction} are two ends of distillation; give one of them")
+    fraction = 0.7 if fraction is None else fraction
+    if not 0 < fraction <= 1:
+        raise UsageError(f"fraction={fraction} must be above 0 and at most 1, the whole run")
+    if step is not None and step < 1:
+        raise UsageError(f"step={step} must be at least 1; a run without a teacher is model.distiller=null")
+    file, run = _configuration(Path(source))
+    settings, text = _settings(file, complete=run is not None)
+    model, trainer = text["model"], text.setdefault("trainer", {})
+    theirs = GPTConfig.from_dict(settings["model"]["config"])
+    if run is not None and (Path(run) / "checkpoint.json").exists():
+        _check_same(theirs, Path(run), file)
+    try:
+        ours = student_config(theirs, num_layers)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if step is None and settings["model"]["train_tokens"] is None:
+        raise UsageError(
+            f"fraction={fraction} is of model.train_tokens, which {file} leaves out; give step in its place"
+        )
+
+    folder = settings["trainer"]["default_root_dir"]
+    teacher = teacher or run or folder
+    model["config"]["num_layers"] = ours.num_layers
+    if ours.moe is not None:
+        model["config"]["moe"]["num_experts"] = ours.moe.num_experts
+    model.pop("warm_start", None)
+    if from_teacher:
+        model["warm_start"] = {"checkpoint": teacher, "layers": student_layers(theirs, num_layers)}
+    model["distiller"] = {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": teacher}}
+    end = {"fraction": fraction} if step is None else {"step": step}
+    staged = {"class_path": "nlgmoe.StagedDistillation", "init_args": end}
+    trainer["callbacks"] = [staged, *_callbacks(trainer.get("callbacks"))]
+    trainer["default_root_dir"] = f"{folder.rstrip('/')}_student_{num_layers}"
+
+    written = _header(source, theirs, ours) + yaml.dump(text, Dumper=_Dumper, sort_keys=False, width=120)
+    if output is None:
+        print(written, end="")
+    else:
+        write_whole(output, written)
+        print(
+            f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {output}"
+        )
+
+
+def _configuration(source: Path) -> tuple[Path, str | None]:
+    """The YAML that `source` stands for, and the checkpoint or run's folder if it is one."""
+    if source.is_file():
+        return source, None
+    for folder in (source, *source.parents):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml", str(source)
+        if folder == source and not folder.is_dir():
+            raise UsageError(f"source={source} is not there; give the teacher's YAML, its run's folder or a checkpoint")
+    raise UsageError(
+        f"source={source} is in no run's folder: there is no config.yaml above it that says how it was trained; give the YAML "
+        f"in its place, and teacher={source}"
+    )
+
+
+def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All of a configuration's settings, and those that its file gives.
+
+    Args:
+        file: of YAML.
+        complete: it was written by a run, and gives every setting there is: those that are as by default are left out.
+
+    Raises:
+        UsageError: it is no configuration of train.py.
+    """
+    # train.py's own parser; it costs seconds of imports.
+    from nlgmoe.experiment import parse_with_defaults
+
+    settings, defaults = parse_with_defaults(file)
+    text = yaml.safe_load(file.read_text())
+    text.pop("ckpt_path", None)  # of the teacher's run
+    for section in ("model", "data", "trainer"):
+        if not isinstance(text.get(section, {}), dict):
+            raise UsageError(f"{section}={text[section]} ({file}) is a file of its own; put its settings in its place")
+    return settings, _without(text, defaults) if complete else text
+
+
+def _without(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`values` without what is as by default."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict) and "class_path" not in value:
+            if inner := _without(value, default):
+                kept[name] = inner
+        elif name not in defaults or value != default:
+            kept[name] = value
+    return kept
+
+
+def _check_same(theirs: GPTConfig, checkpoint: Path, file: Path) -> None:
+    if GPTConfig.from_dict(read_document(checkpoint)["model_config"]) != theirs:
+        raise UsageError(
+            f"source={checkpoint} holds another model than {file} describes; give the YAML that it was trained with, and "
+            f"teacher={checkpoint}"
+        )
+
+
+def _callbacks(given: Any) -> list[Any]:
+    """The teacher's, without the end of a lesson of its own, and without writing where it wrote."""
+    kept = []
+    for callback in given if isinstance(given, list) else [given] * (given is not None):
+        path = callback if isinstance(callback, str) else callback["class_path"]
+        if path.rpartition(".")[2] != "StagedDistillation":
+            if isinstance(callback, dict):
+                callback.get("init_args", {}).pop("dirpath", None)
+            kept.append(callback)
+    return kept
+
+
+def _header(source: str, theirs: GPTConfig, ours: GPTConfig) -> str:
+    experts = ""
+    if ours.moe is not None:
+        counts, kept = ([n for n in experts_per_layer(config) if n] for config in (theirs, ours))
+        experts = f", {len(kept)} of its {len(counts)} MoE layers"
+    return (
+        f"# A student of {source}: {ours.num_layers} of its {theirs.num_layers} blocks{experts}; by `nlgmoe student`.\n"
+        "#   python train.py fit --config THIS_FILE\n"
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Items of a list stand under its name, indented; a list of numbers stands on one line."""
+
+    @override
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+    @override
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        plain = not any(isinstance(item, list | dict) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain)

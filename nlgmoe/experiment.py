@@ -1,0 +1,83 @@
+"""A configuration as objects: what a notebook imports."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from typing_extensions import override
+
+from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.train import TrainCLI, mute_advertising
+from nlgmoe.data import PileDataModule
+from nlgmoe.module import MoEGPTModule
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Module, data and trainer of one configuration, for `experiment.trainer.fit(experiment.module, experiment.data)`."""
+
+    module: MoEGPTModule
+    data: PileDataModule
+    trainer: Trainer
+
+
+def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Experiment:
+    """Make the objects that `train.py` would make from the same YAML files.
+
+    Args:
+        path: one file, or several of which later ones override earlier ones.
+        overrides: dotted settings with `__` for the dot, such as `trainer__max_steps=10`.
+
+    Raises:
+        ValueError: a file or a setting is wrong; the message names it.
+    """
+    cli = _read(TrainCLI, path, overrides)
+    return Experiment(cli.model, cli.datamodule, cli.trainer)
+
+
+def parse_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
+    """Return the settings that `load_config` would use, with every default; build nothing.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    return _read(_ParseCLI, path, overrides).config.as_dict()
+
+
+def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `parse_config`'s settings, and all defaults.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    cli = _read(_ParseCLI, path, {})
+    return cli.config.as_dict(), cli.parser.get_defaults().as_dict()
+
+
+class _ParseCLI(TrainCLI):
+    """Parses and checks the settings only: the trainer of a cluster could not be built on another machine."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], overrides: dict[str, Any]) -> TrainCLI:
+    """Run `cli_class` on YAML files instead of a command line; its usage errors become ValueErrors."""
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    args = [part for item in paths for part in ("--config", str(item))]
+    for name, value in overrides.items():
+        args.append(f"--{name.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}")
+    mute_advertising()
+    with warnings.catch_warnings():  # sys.argv is the notebook's
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        try:
+            return cli_class(args=args, run=False)
+        except UsageError as error:  # without a hundred frames of the parser's
+            raise error.with_traceback(None) from None

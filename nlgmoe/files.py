@@ -1,0 +1,64 @@
+"""Files: atomic writing, checksums, and a check that a path is a regular file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, and rename it to `path` at the end of the block.
+
+    An older `path` stays until then, and stays if the block raises.
+
+    Args:
+        path: of the file; its folder exists.
+    """
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """Write a value as JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_regular(file: str | Path, remedy: str) -> None:
+    """Check that `file` is a regular file or a link to one: to open a FIFO would block. The caller reports a missing file.
+
+    Raises:
+        ValueError: it is a folder, FIFO, socket or device; the message ends with `remedy`.
+    """
+    try:
+        mode = Path(file).stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{file} is {_KINDS[stat.S_IFMT(mode)]}, not a regular file; {remedy}")

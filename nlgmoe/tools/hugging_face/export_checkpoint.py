@@ -1,0 +1,49 @@
+"""`nlgmoe export`: a checkpoint as a folder that `transformers` loads, without this project installed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from nlgmoe.cli.errors import UsageError
+
+
+def export_checkpoint(
+    checkpoint: str,
+    folder: str,
+    max_shard_size: str = "5GB",
+    precision: Literal["fp32", "bf16"] | None = None,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    data_dir: str = "data/pocket_pile",
+) -> None:
+    """Write a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), with tokenizer and model card.
+
+    Args:
+        checkpoint: the folder, `NAME.ckpt`; of a run's folder, the newest valid one.
+        folder: that is written.
+        max_shard_size: of a file of weights; a tensor that is larger has a file of its own.
+        precision: of the weights, fp32 or bf16; as they are stored if it is not given.
+        tokenizer: as data.tokenizer; the one that is in the checkpoint if it is not given.
+        overwrite: write into a folder that has files in it: a model in it is replaced, its model card and other files stay.
+        data_dir: where tokenizers that are given by name are kept.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or the folder cannot be written.
+    """
+    if not Path(checkpoint).exists():
+        raise UsageError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
+    start = time.perf_counter()
+    from nlgmoe.data.tokenizer import load_tokenizer  # these need torch
+    from nlgmoe.tools.hugging_face.export import export
+
+    given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
+    done = export(checkpoint, folder, max_shard_size, precision, overwrite, given)
+    files = "1 file" if done.files == 1 else f"{done.files} files"
+    seconds = time.perf_counter() - start
+    print(f"{folder}: {done.checkpoint} in {done.size / 1e6:,.1f} MB, weights in {files}, {seconds:.1f} s")
+    if not done.tokenizer:
+        print(
+            "without a tokenizer: the checkpoint holds none; --tokenizer adds the one that the model was trained with"
+        )

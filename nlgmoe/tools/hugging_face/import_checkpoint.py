@@ -1,0 +1,45 @@
+"""`nlgmoe import`: a folder of Hugging Face's format as a checkpoint of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nlgmoe.cli.errors import UsageError
+
+
+def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:
+    """Make a checkpoint of a folder that nlgmoe export wrote, or of a GPT-2 in Hugging Face's format.
+
+    Args:
+        source: the folder, or the name of a model on the Hugging Face hub, such as openai-community/gpt2.
+        checkpoint: that is written, `NAME.ckpt`; to be used, exported, or to start runs from with model.warm_start.
+        overwrite: replace the checkpoint if there is one of that name.
+
+    Raises:
+        ValueError: there is no such folder, it is damaged, or its model is one that there is not here.
+    """
+    check_new_checkpoint(checkpoint, overwrite)
+    from nlgmoe.checkpoint.folder import read_manifest  # these need torch
+    from nlgmoe.model.counting import count_parameters
+    from nlgmoe.tools.hugging_face.importing import import_folder
+
+    done = import_folder(source, checkpoint)
+    entries = sum(map(len, read_manifest(checkpoint)["files"].values()))
+    print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters in {entries:,} tensors")
+    if not done.tokenizer:
+        print(f"without a tokenizer: {done.no_tokenizer}")
+
+
+def check_new_checkpoint(checkpoint: str, overwrite: bool) -> None:
+    """Check that a checkpoint can be written under this name.
+
+    Raises:
+        UsageError: it is no checkpoint's name, or is there already.
+    """
+    path = Path(checkpoint)
+    if path.suffix != ".ckpt":
+        raise UsageError(f"checkpoint={checkpoint} is no name of a checkpoint; name it {path.name}.ckpt")
+    if path.is_file():
+        raise UsageError(f"checkpoint={checkpoint} is a file; a checkpoint is a folder: name another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"checkpoint={checkpoint} exists already; name another, or add --overwrite")

@@ -1,0 +1,190 @@
+"""The model as `transformers` wants it: a shell around `GPT`. An exported folder has this file and all that it imports.
+
+Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.router import Router
+from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
+
+# What `transformers` calls a cache in its outputs; the second before 5.24.
+CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
+_FIXED_SIZE = "cache_implementation=static, a cache of fixed size, cannot be used with this model; use one that grows"
+
+
+class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
+    """`GPT`, with the interface of `transformers`: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
+
+    In evaluation mode the loss is the cross-entropy. In training mode the balance losses of the MoE layers are added, as in
+    pre-training, and tokens may be dropped over capacity.
+    """
+
+    config_class = NlgmoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 (declared by `transformers`)
+
+    def __init__(self, config: NlgmoeConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False  # `gradient_checkpointing_enable` sets it
+        self.model = GPT(config.gpt_config(), seed=torch.initial_seed())
+        for parameter in self.model.parameters():
+            if not parameter.is_meta:
+                parameter._is_hf_initialized = True  # it has its initial value
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what a folder lacks; of a new model `GPT` has drawn everything."""
+        super()._init_weights(module)
+        if isinstance(module, Experts | Router):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=self.model.config.init_std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding, which is the head too; its rows past `vocab_size` are padding."""
+        return self.model.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another table in its place."""
+        assert isinstance(value, nn.Embedding)
+        self.model.token_embedding = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Add tokens or take some away, as `transformers` does; afterwards no row of the table is padding."""
+        table = super().resize_token_embeddings(*args, **kwargs)
+        if table.num_embeddings == self.config.vocab_size:
+            self.config.vocab_size_multiple = 1
+            self.model.config = replace(self.model.config, vocab_size=table.num_embeddings, vocab_size_multiple=1)
+        return table
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        past_key_values: Any = None,
+        return_dict: bool | None = None,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """Read tokens.
+
+        Args:
+            input_ids: `[B, T]`; with a cache, those that are not yet in it.
+            attention_mask: `[B, S]`, 0 at padding, wherever it stands; positions are counted from it.
+            cache: a cache of `transformers` that grows, such as `DynamicCache`.
+            labels: `[B, T]`, usually `input_ids` themselves: they are shifted here; -100 counts for nothing.
+            use_cache: return a cache; one is made if none is given.
+            logits_to_keep: of the last so many positions, or of these; 0: of all.
+            output_hidden_states: return what enters the first block and leaves each; of the last, after the final norm.
+            output_router_logits: return the gates' logits, `[B * T, E]` of each MoE layer.
+            output_attentions: cannot be had.
+            past_key_values: the name of `cache` in earlier versions.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: the sequence is longer than `seq_len`, or something is asked for that there is not.
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True cannot be had: attention here never forms its weights; leave it out"
+            )
+        held = cache if cache is not None else past_key_values
+        if held is None and use_cache:
+            held = DynamicCache()
+        mask = _token_mask(attention_mask, input_ids, 0 if held is None else int(held.get_seq_length()))
+        with _block_outputs(self.model, bool(output_hidden_states)) as states:
+            self.model.activation_checkpointing = self.gradient_checkpointing and self.training
+            view = None if held is None else _CacheView(held, mask)
+            new_mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+            output = self.model(input_ids, token_mask=new_mask, cache=view)
+        hidden = (
+            output.hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else output.hidden[:, logits_to_keep]
+        )
+        logits = self.model.logits(hidden.to(self.model.token_embedding.weight.device))  # [B, T or less, V]
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.config.vocab_size)
+            if self.training and self.model.config.moe is not None:
+                balance, z = router_losses(output.routings)
+                aux_loss = self.model.config.moe.loss_coeff * balance + self.model.config.moe.z_loss_coeff * z
+                loss = loss + aux_loss
+        result = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            hidden_states=(*states[:-1], output.hidden) if states else None,
+            router_logits=tuple(routing.logits for routing in output.routings) if output_router_logits else None,
+            **{CACHE: held},
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+class _CacheView(KVCache):
+    """A cache of `transformers` as `GPT` uses one. What it holds stays there: beams are reordered by its owner."""
+
+    def __init__(self, held: Any, mask: Tensor | None) -> None:
+        self._held = held
+        self.length = int(held.get_seq_length())
+        self.mask = None if mask is None else mask[:, : self.length]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVCache`."""
+        keys, values = self._held.update(k, v, layer)
+        if keys.shape[2] != self.length + k.shape[2]:
+            raise ValueError(_FIXED_SIZE)
+        return keys, values
+
+
+def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> Tensor | None:
+    """`[B, S]` bool, False at padding; None if there is none."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        raise ValueError(_FIXED_SIZE)  # for such a cache `generate` makes the mask
+    expected = (tokens.shape[0], cached + tokens.shape[1])
+    if attention_mask.shape != expected:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}, not [sequences, cached + new positions] = {list(expected)}"
+        )
+    mask = attention_mask.bool()
+    return None if mask.all() else mask
+
+
+@contextmanager
+def _block_outputs(model: GPT, wanted: bool) -> Iterator[list[Tensor]]:
+    """What enters the first block and leaves each, `[B, T, H]`, once the model has run; empty if it is not wanted."""
+    states: list[Tensor] = []
+    handles = []
+    if wanted:
+        handles.append(model.dropout.register_forward_hook(lambda module, inputs, output: states.append(output)))
+        for block in model.blocks:
+            handles.append(block.register_forward_hook(lambda module, inputs, output: states.append(output[0])))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

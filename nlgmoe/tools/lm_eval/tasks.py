@@ -1,0 +1,200 @@
+"""Which tasks are evaluated, and where their documents are: on the Hugging Face hub, or in files of a local folder."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import huggingface_hub
+
+from nlgmoe.tools.lm_eval.in_step import describe
+from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+PATIENCE = 5.0  # seconds in which the hub has to answer
+_NAME = re.compile(r"^task:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
+
+
+class Tasks:
+    """lm-eval's tasks, by name.
+
+    Args:
+        names: of tasks, groups or tags of lm-eval, or paths of YAML files.
+        data_dir: a folder with the documents of some tasks, in NAME.jsonl (or .json, .parquet, .csv, .arrow); they take the
+            place of those on the hub. `nlgmoe prepare-eval` makes one.
+        include_path: a folder of further tasks in lm-eval's YAML; one with the name of a built-in task replaces it.
+        num_fewshot: examples before each document; None: what the task says, mostly 0.
+
+    Raises:
+        ValueError: there is no such task or folder, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        data_dir: str | Path | None = None,
+        include_path: str | Path | None = None,
+        num_fewshot: int | None = None,
+    ) -> None:
+        if not names:
+            raise ValueError("tasks= names no task; name at least one, such as lambada_openai")
+        if num_fewshot is not None and num_fewshot < 0:
+            raise ValueError(f"num_fewshot={num_fewshot} must be at least 0")
+        for setting, folder in (("data_dir", data_dir), ("include_path", include_path)):
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"{setting}={folder} is not a folder")
+        self.names, self.num_fewshot = list(dict.fromkeys(names)), num_fewshot
+        self._data_dir = None if data_dir is None else Path(data_dir)
+        self._manager = _manager(self.names, include_path)
+        self._loaded: dict[str, dict[str, Any]] = {}
+        for name in self.names:
+            if name not in self._manager.task_index and not Path(name).is_file():
+                close = difflib.get_close_matches(name, {*self._manager.task_index, *_built_in()}, n=1)
+                raise ValueError(
+                    f"tasks={name}: lm-eval has no such task{f'; did you mean {close[0]}?' if close else ''}"
+                    f"{'' if include_path is not None else '; tasks of your own need include_path'}"
+                )
+
+    def load(self, name: str) -> dict[str, Any]:
+        """What lm-eval's evaluation takes; a group or tag has several tasks. The documents are read once.
+
+        Raises:
+            ValueError: the documents cannot be had; the message says from where they can.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        loaded = self._loaded[name]
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)
+        return loaded
+
+    def _load(self, name: str) -> dict[str, Any]:
+        entry = self._manager.task_index.get(name)
+        settings = (entry.cfg if entry is not None else None) or {}
+        file, source = self._file(name), settings.get("dataset_path")
+        if file is not None and not (file.is_file() and file.stat().st_size):
+            raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
+        local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
+        try:
+            with _quiet():
+                if file is not None:
+                    group = {"group": f"{name} from {file}", "task": [{"task": name} | _documents_in(file, settings)]}
+                    loaded = {"tasks": self._manager.load([group])["tasks"], "groups": {}}
+                elif local:
+                    loaded = dict(self._manager.load([name]))
+                else:
+                    with _hub():
+                        loaded = dict(self._manager.load([name]))
+        except Exception as error:
+            if file is not None:
+                raise ValueError(f"task {name}: {file} cannot be read: {describe(error)}") from error
+            if local:
+                raise ValueError(
+                    f"task {name}: the files that its YAML names cannot be read: {describe(error)}"
+                ) from error
+            raise ValueError(f"task {name}: {_without_documents(name, source, self._data_dir, error)}") from error
+        for task in loaded["tasks"].values():
+            # A task that is made for no examples stays so, as in lm-eval's own command.
+            if self.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=self.num_fewshot)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        return loaded
+
+    def _file(self, name: str) -> Path | None:
+        if self._data_dir is None:
+            return None
+        return next((path for kind in FORMATS if (path := self._data_dir / f"{name}{kind}").exists()), None)
+
+
+def _documents_in(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a task that make it read `file` for the documents it is evaluated on, and nothing else."""
+    split = settings.get("test_split") or settings.get("validation_split") or "test"
+    splits = {f"{each}_split": None for each in ("training", "validation", "test", "fewshot")}
+    kept = "test_split" if settings.get("test_split") else "validation_split"
+    return {
+        "dataset_path": FORMATS[file.suffix],
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file.resolve())}},
+        **splits,
+        kept: split,
+    }
+
+
+def _without_documents(name: str, source: str | None, data_dir: Path | None, error: Exception) -> str:
+    where = f"{data_dir}/{name}.jsonl" if data_dir is not None else f"DIR/{name}.jsonl, and set data_dir=DIR"
+    return (
+        f"its documents, {source or 'of lm-eval'}, cannot be had from the Hugging Face hub ({describe(error)[:200]}); "
+        f"put them into {where} (`nlgmoe prepare-eval DIR` does so for some tasks), or try again where there is a network"
+    )
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Let `datasets` ask the hub if it answers; otherwise only what it has kept. It would try for half a minute itself."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE or _hub_answers():
+        yield
+        return
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+    ):
+        yield
+
+
+def _hub_answers() -> bool:
+    """Whatever the answer is: any means that there is a way."""
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # of whichever HTTP library the hub's client is built on
+        return False
+    return True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of `datasets`, which has one for every split of every file."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    """An index that knows `names`, where there are such tasks; that of all 14,000 takes lm-eval many seconds to make."""
+    own = [] if include_path is None else [Path(include_path)]
+    manager = TaskManager(include_path=list(own), include_defaults=False)
+    missing = [name for name in names if name not in manager.task_index and not Path(name).is_file()]
+    if missing:
+        others = [name for name in missing if name not in _built_in()]
+        folders = {_built_in()[name].parent for name in missing if name in _built_in()}
+        # A group, a tag, or a name that stands in pieces.
+        whole = any(name in text for name in others for text in _texts().values())
+        manager = TaskManager(include_path=[*([] if whole else sorted(folders)), *own], include_defaults=whole)
+    return manager
+
+
+@lru_cache(maxsize=1)
+def _texts() -> dict[Path, str]:
+    """lm-eval's own YAML files."""
+    return {path: path.read_text(encoding="utf-8", errors="replace") for path in sorted(BUILT_IN.rglob("*.yaml"))}
+
+
+@lru_cache(maxsize=1)
+def _built_in() -> dict[str, Path]:
+    """The file of each task that says its name in so many words; of several, lm-eval too takes the first."""
+    found: dict[str, Path] = {}
+    for path, text in _texts().items():
+        for name in _NAME.findall(text):
+            found.setdefault(name, path)
+    return found

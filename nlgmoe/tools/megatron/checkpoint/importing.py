@@ -1,0 +1,181 @@
+"""A Megatron-DeepSpeed checkpoint -> a portable one, read and written entry by entry.
+
+    theirs                                              ours
+    embedding.word_embeddings [rows, H]                 token_embedding, cut to the vocabulary and its padding
+    encoder.layers.N.self_attention.query_key_value     attention.qkv, all queries first (`_QKV`)
+    ...mlp.deepspeed_moe.gate.wg                        moe.router
+    ...deepspeed_experts.E.dense_h_to_4h [F, H]         moe.experts.E.expand_weight [H, F]
+    ...deepspeed_experts.E.dense_4h_to_h.bias           0: DeepSpeed leaves it out of an expert's output
+    ...mlp.mlp.dense_4h_to_h.bias                       0: and of a residual layer's MLP
+
+Letters in shape comments: N heads, D width of a head, H hidden size, F inner size.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nlgmoe.checkpoint.entries import EXPERT
+from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
+from nlgmoe.config import GPTConfig
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.megatron.checkpoint.arguments import check_supported, model_config
+from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
+
+QKV = Literal["auto", "heads", "thirds"]
+
+_WORDS, _POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
+_OUTSIDE = {"token_embedding": "embedding.word_embeddings", "position_embedding": "embedding.position_embeddings",
+            "final_norm": "encoder.final_layernorm"}  # fmt: skip
+_IN_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.qkv": "self_attention.query_key_value",
+    "attention.project": "self_attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.expand": "mlp.dense_h_to_4h",
+    "ffn.project": "mlp.dense_4h_to_h",
+    "moe.router": "mlp.deepspeed_moe.gate.wg",
+    "moe.mlp.expand": "mlp.mlp.dense_h_to_4h",
+    "moe.mlp.project": "mlp.mlp.dense_4h_to_h",
+    "moe.coefficient": "mlp.coefficient",
+}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT_PARTS = {"expand": "dense_h_to_4h", "project": "dense_4h_to_h"}
+# How the rows of query_key_value lie, as the order of (q/k/v, head, row of a head) from the slowest to the fastest.
+_QKV = {"thirds": "QND", "heads": "NQD", "rows": "NDQ"}
+
+
+def import_checkpoint(
+    path: str | Path,
+    output: str | Path,
+    vocab_size: int | None = None,
+    tokenizer: str | None = None,
+    qkv: QKV = "auto",
+    accept_tanh_gelu: bool = False,
+) -> GPTConfig:
+    """Write the weights of a Megatron-DeepSpeed checkpoint as a portable one, in fp32; returns what the model is.
+
+    Args:
+        path: the folder of a step, or the one with the file `latest`.
+        output: the checkpoint to write, `NAME.ckpt`.
+        vocab_size: ids to keep; None: all rows of the embedding, its padding too.
+        tokenizer: for `tokenizer.json`.
+        qkv: how queries, keys and values lie (`docs/megatron_checkpoints.md`).
+        accept_tanh_gelu: take a model with exact GELU, whose logits then differ a little.
+
+    Raises:
+        ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
+    """
+    folder = find_folder(Path(path))
+    dense = read_dense(folder)
+    try:
+        check_supported(dense.args, accept_tanh_gelu)
+        rows, positions = (_rows(dense, name) for name in (_WORDS, _POSITIONS))
+        config = model_config(dense.args, rows, positions, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{error} ({dense.file})") from error
+    counts = {block: count for block, count in enumerate(experts_per_layer(config)) if count}
+    weights = Weights(dense, ExpertFiles(folder, counts), config, _order(dense, qkv))
+    write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens)
+    return config
+
+
+class Weights:
+    """The entries of our model, made from theirs.
+
+    Args:
+        dense: what is not an expert.
+        experts: what is.
+        config: of our model.
+        qkv_order: how queries, keys and values lie, a value of `_QKV`.
+
+    Raises:
+        ValueError: the checkpoint has tensors that the model has no place for.
+    """
+
+    def __init__(self, dense: Dense, experts: ExpertFiles, config: GPTConfig, qkv_order: str) -> None:
+        self._dense, self._experts, self._config, self._qkv_order = dense, experts, config, qkv_order
+        self._shapes = weight_shapes(config)
+        wanted = {their_name(name) for name in self._shapes if EXPERT.fullmatch(name) is None}
+        if unknown := sorted(dense.tensors.keys() - wanted):
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise ValueError(
+                f"{dense.file} has {unknown[0]}{more}, for which nlgmoe's GPT has no place; it is not a model of this kind"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """One entry, in fp32.
+
+        Raises:
+            ValueError: it is not there, or of another shape.
+        """
+        shape = self._shapes[name]
+        if match := EXPERT.fullmatch(name):
+            layer, (part, kind) = match["layer"], match["part"].split("_")
+            their_part = f"{_EXPERT_PARTS[part]}.{kind}"
+            file, found = self._experts.read(int(layer.split(".")[1]), int(match["expert"]), their_part)
+            _check_shape(file, their_part, found, list(reversed(shape)))
+            if part == "project" and kind == "bias":
+                return torch.zeros(shape)
+            return found.t().to(torch.float32, copy=True).contiguous()  # `t` leaves a bias as it is
+        theirs = their_name(name)
+        found = _tensor(self._dense, theirs)
+        if theirs in (_WORDS, _POSITIONS):
+            found = found[: shape[0]]
+        _check_shape(self._dense.file, theirs, found, list(shape))
+        if ".attention.qkv." in name:
+            found = self._queries_keys_values(found)
+        if name.endswith(".moe.mlp.project.bias"):
+            found = torch.zeros(shape)
+        return found.to(torch.float32, copy=True)  # not the file's memory
+
+    def _queries_keys_values(self, found: Tensor) -> Tensor:
+        """`[3 * N * D]` or `[3 * N * D, H]`, in their order -> all queries, all keys, all values."""
+        heads = self._config.num_heads
+        size = {"Q": 3, "N": heads, "D": self._config.hidden_size // heads}
+        apart = found.view(*(size[letter] for letter in self._qkv_order), *found.shape[1:])
+        rest = range(3, apart.dim())
+        return apart.permute(*(self._qkv_order.index(letter) for letter in "QND"), *rest).reshape(found.shape)
+
+
+def their_name(name: str) -> str:
+    """Megatron's name of one of our dense entries."""
+    if match := _BLOCK.fullmatch(name):
+        return f"encoder.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
+    module, _, kind = name.rpartition(".")
+    return f"{_OUTSIDE[module]}.{kind}"
+
+
+def _order(dense: Dense, qkv: QKV) -> str:
+    """`megatron/checkpointing.py`, fix_query_key_value_ordering; and since FPDT `transformer.py` splits by thirds."""
+    if qkv != "auto":
+        return _QKV[qkv]
+    if dense.version not in (0, 1, 2, 3):
+        raise ValueError(
+            f"checkpoint_version={dense.version} is unknown ({dense.file}); say how its attention lies with --qkv"
+        )
+    if dense.version < 2:
+        return _QKV["thirds" if dense.version == 0 else "rows"]
+    return _QKV["thirds" if hasattr(dense.args, "ds_sequence_parallel_fpdt") else "heads"]
+
+
+def _rows(dense: Dense, name: str) -> int:
+    return len(_tensor(dense, name))
+
+
+def _tensor(dense: Dense, name: str) -> Tensor:
+    if name not in dense.tensors:
+        raise ValueError(f"{dense.file} lacks {name}; use another checkpoint")
+    return dense.tensors[name]
+
+
+def _check_shape(file: Path, name: str, found: Tensor, expected: list[int]) -> None:
+    if list(found.shape) != expected:
+        raise ValueError(
+            f"{file}: {name} has shape {list(found.shape)}, its arguments say {expected}; use another checkpoint"
+        )

@@ -1,0 +1,66 @@
+"""Files of `torch.save`, read without running anything that is in them.
+
+PyTorch's restricted reader makes tensors and plain containers. A training script's own objects (an enumeration, the state of
+NumPy's generator) become stand-ins that hold nothing and do nothing: the packages they name are neither needed nor imported.
+What is of no such package is refused by name.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from nlgmoe.files import require_regular
+
+# Packages whose objects a Megatron-DeepSpeed script leaves in a checkpoint.
+_PACKAGES = ("apex", "collections", "datetime", "deepspeed", "enum", "megatron", "numpy", "pathlib", "torch", "types")
+_NAMES = ("builtins.getattr", "signal.Signals")  # Python 3.11 pickles a member of an enumeration with the first
+_NAMESPACE = "argparse.Namespace"
+
+
+class StandIn:
+    """An object that was in the file."""
+
+    def __new__(cls, *_: Any) -> StandIn:
+        """Take whatever it was made of."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def load(file: Path) -> Any:
+    """What is in a file, on the CPU; tensors are read from the disk when they are used.
+
+    Raises:
+        ValueError: it cannot be read, or holds something that could run code.
+    """
+    require_regular(file, "copy the checkpoint anew")
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"{file} cannot be read (no file of torch.save, or cut off, or of PyTorch before 1.6); copy the checkpoint anew, or "
+            "load and save it with a newer PyTorch where it was trained"
+        )
+    try:
+        names = set(get_unsafe_globals_in_checkpoint(file)) - {_NAMESPACE}
+        for name in sorted(names):
+            if name not in _NAMES and name.partition(".")[0] not in _PACKAGES:
+                raise ValueError(
+                    f"{file} holds {name}, which no Megatron-DeepSpeed checkpoint needs and which could run code; nothing "
+                    "was read: get the checkpoint from where it was trained"
+                )
+        stand_ins: list[Any] = [(type(name, (StandIn,), {}), name) for name in names]
+        with safe_globals([Namespace, *stand_ins]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{file} cannot be read ({reason or type(error).__name__}); copy the checkpoint anew"
+        ) from error

@@ -1,0 +1,190 @@
+"""A Megatron-DeepSpeed checkpoint's folder: which files it must have, and its tensors by one set of names.
+
+    global_step1000/
+      mp_rank_00_model_states.pt                            what is not an expert, and the arguments
+      layer_L_expert_E_mp_rank_00_model_states.pt           expert E of the L-th MoE layer, both counted from 0
+      (optimizer files, which are not read)
+
+Names are those that follow `language_model.` in Megatron's own model, such as `encoder.layers.3.mlp.dense_h_to_4h.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlgmoe.tools.megatron.checkpoint.pickles import load
+
+DENSE = "mp_rank_00_model_states.pt"
+_STEP = re.compile(r"global_step\d+")
+_EXPERT = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
+_ANY_EXPERT = ".deepspeed_moe.experts.deepspeed_experts."
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What is in `mp_rank_00_model_states.pt`.
+
+    Attributes:
+        file: its path.
+        args: of the run.
+        tensors: by name; experts are not among them.
+        version: of the checkpoint's layout, which says how queries, keys and values lie.
+        iteration: optimizer steps.
+        tokens: that the run had seen.
+    """
+
+    file: Path
+    args: Namespace
+    tensors: dict[str, Tensor]
+    version: float
+    iteration: int
+    tokens: int
+
+
+def find_folder(path: Path) -> Path:
+    """The folder with the files: `path` itself, or the one in it that `latest` names.
+
+    Raises:
+        ValueError: there is none, or its weights are split in a way that is not read.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; name a Megatron-DeepSpeed checkpoint, such as OUT/global_step1000")
+    folder = path
+    if not any(path.glob("*model_states.pt")):
+        steps = sorted(one.name for one in path.iterdir() if _STEP.fullmatch(one.name))
+        if (path / "latest").is_file():
+            tag = (path / "latest").read_text(errors="replace").strip()
+            folder = path / tag
+            if Path(tag).name != tag or not folder.is_dir():
+                raise ValueError(
+                    f"{path / 'latest'} names {tag}, which is not there; name one of {', '.join(steps) or 'none'}"
+                )
+        elif steps:
+            raise ValueError(f"{path} has no file latest; name one of its folders: {', '.join(steps)}")
+        elif any(path.glob("**/model_optim_rng.pt")):
+            raise ValueError(f"{path} was written without --deepspeed; only checkpoints of Megatron-DeepSpeed are read")
+        else:
+            raise ValueError(f"{path} is no Megatron-DeepSpeed checkpoint: it has neither {DENSE} nor a file latest")
+    _check_undivided(folder)
+    return folder
+
+
+# Name of a file -> why its checkpoint is not read.
+_DIVIDED = {
+    r"(bf16_)?zero_pp_rank_.*_model_states\.pt": "ZeRO stage 3 has split the weights; save it from a run with a lower stage",
+    r"layer_\d+-.*model_states\.pt": "pipeline parallelism has split the model; save it from a run with --no-pipeline-parallel",
+    r".*mp_rank_(?!00_)\d+.*_model_states\.pt": "tensor parallelism has split the weights; save it from a run with "
+    "--tensor-model-parallel-size 1",
+    r"expert_\d+_mp_rank_\d+_model_states\.pt": "an old DeepSpeed has put all layers of an expert into one file; "
+    "load and save it with a newer one",
+}
+
+
+def _check_undivided(folder: Path) -> None:
+    names = sorted(file.name for file in folder.glob("*.pt"))
+    for pattern, reason in _DIVIDED.items():
+        for name in names:
+            if re.fullmatch(pattern, name):
+                raise ValueError(f"{folder / name}: {reason}")
+    if DENSE not in names:
+        raise ValueError(f"{folder} has no {DENSE}; copy the checkpoint anew")
+
+
+def read_dense(folder: Path) -> Dense:
+    """Everything but the experts.
+
+    Raises:
+        ValueError: it cannot be read, or is not what Megatron-DeepSpeed writes.
+    """
+    file = folder / DENSE
+    state = load(file)
+    if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
+        raise ValueError(f"{file} holds no model; use a checkpoint that Megatron-DeepSpeed wrote")
+    if not isinstance(state.get("args"), Namespace):
+        raise ValueError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
+    tensors = {_common_name(name): value for name, value in _flat(state["module"]).items() if _ANY_EXPERT not in name}
+    version, step, tokens = (state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens"))
+    return Dense(file, state["args"], tensors, float(version), int(step), int(tokens))
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Dictionaries in dictionaries -> names with dots."""
+    found: dict[str, Tensor] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            found[prefix + name] = value
+    return found
+
+
+def _common_name(name: str) -> str:
+    """Older versions' names -> newer ones."""
+    name = name.removeprefix("language_model.")
+    if name.startswith("transformer."):
+        name = "encoder." + name.removeprefix("transformer.")
+    return re.sub(r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attention.", name)
+
+
+class ExpertFiles:
+    """The experts, a file each; the last one that was read is kept.
+
+    Args:
+        folder: the checkpoint.
+        counts: block -> its experts, of the blocks with experts.
+
+    Raises:
+        ValueError: files are missing.
+    """
+
+    def __init__(self, folder: Path, counts: dict[int, int]) -> None:
+        self._files = {
+            (block, expert): folder / f"layer_{layer}_expert_{expert}_{DENSE}"
+            for layer, (block, count) in enumerate(counts.items())
+            for expert in range(count)
+        }
+        missing = [file.name for file in self._files.values() if not file.is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more of {len(self._files)}" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{folder} has no {missing[0]}{more}; every rank writes its own experts: copy them from all of its nodes"
+            )
+        self._last: tuple[Path, dict[str, Tensor]] | None = None
+
+    def read(self, block: int, expert: int, part: str) -> tuple[Path, Tensor]:
+        """One tensor, such as `dense_h_to_4h.weight`, and its file.
+
+        Raises:
+            ValueError: it is not there, or the file is another expert's.
+        """
+        file = self._files[block, expert]
+        if self._last is None or self._last[0] != file:
+            self._last = file, self._read_file(file, block, expert)
+        tensors = self._last[1]
+        if part not in tensors:
+            raise ValueError(f"{file} lacks {part}; use another checkpoint")
+        return file, tensors[part]
+
+    @staticmethod
+    def _read_file(file: Path, block: int, expert: int) -> dict[str, Tensor]:
+        found = load(file)
+        tensors: dict[str, Tensor] = {}
+        for name, value in found.items() if isinstance(found, dict) else ():
+            match = _EXPERT.fullmatch(name)
+            if (
+                match is None
+                or (int(match[1]), int(match[2])) != (block, expert)
+                or not isinstance(value, torch.Tensor)
+            ):
+                raise ValueError(
+                    f"{file} holds {name}, not only expert {expert} of layer {block}; use another checkpoint"
+                )
+            tensors[match[3]] = value
+        return tensors

@@ -1,0 +1,64 @@
+"""The documents' tables of flags, from the table that `nlgmoe from-megatron` translates by.
+
+README.md has those of experts and distillation, docs/megatron_flags.md all of them; `make docs` writes both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nlgmoe.tools.megatron.flags import SECTIONS, Flag, Row
+
+BEGIN = "<!-- flags: written by `make docs` from nlgmoe/tools/megatron/flags.py -->"
+END = "<!-- end of flags -->"
+
+
+DOCUMENTS: dict[str, list[str]] = {
+    "README.md": ["Experts", "Distillation"],
+    "docs/megatron_flags.md": list(SECTIONS),
+}  # document -> titles of its sections
+
+
+def with_table(document: str, titles: list[str]) -> str:
+    """A document with the table between its two markers brought up to date.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document has no place for the table; put these lines around it:\n{BEGIN}\n{END}")
+    return f"{before}{BEGIN}\n{markdown_table(titles)}{END}{after}"
+
+
+def markdown_table(titles: list[str]) -> str:
+    """The rows of some sections."""
+    lines = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"]
+    for title in titles:
+        lines.append(f"| **{title}** | | |")
+        for row in SECTIONS[title]:
+            here = {"setting": row.here, "ignored": "not needed", "refused": "refused"}[row.kind]
+            names = ", ".join(f"`{flag.name}`" + _exceptions(flag, row) for flag in row.flags)
+            lines.append(f"| {names} | {here} | {row.note} |")
+    return "\n".join(lines) + "\n"
+
+
+def _exceptions(flag: Flag, row: Row) -> str:
+    """The values of a refused flag that are fine."""
+    return (
+        f" (but {' or '.join(f'`{value}`' for value in flag.allowed)})"
+        if row.kind == "refused" and flag.allowed
+        else ""
+    )
+
+
+def main() -> None:
+    """Bring the documents of the current folder up to date."""
+    for name, titles in DOCUMENTS.items():
+        path = Path(name)
+        path.write_text(with_table(path.read_text(), titles))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What grows during training: the batch and the sequences.
+
+`nlgmoe.data` is imported where a batch grows: with it comes Lightning, which costs seconds that other scripts need not wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nlgmoe.tools.megatron.job import Job
+
+if TYPE_CHECKING:
+    from nlgmoe.data.accumulation import BatchRampUp
+
+
+def ramp_up_settings(job: Job) -> None:
+    """Set `data.batch_ramp_up`."""
+    ramp_up = _ramp_up(job)
+    if ramp_up is None:
+        return
+    from nlgmoe.data.accumulation import check_ramp_up
+
+    micro_batch = job.arguments.value("--micro-batch-size")
+    if micro_batch is not None:
+        try:
+            check_ramp_up(ramp_up, job.global_batch, micro_batch)
+        except ValueError as error:
+            job.arguments.refuse("--rampup-batch-size", f"is not possible here; {error}")
+    job.set("data.batch_ramp_up.start", ramp_up.start)
+    job.set("data.batch_ramp_up.increment", ramp_up.increment)
+    assert job.seq_len is not None
+    job.set("data.batch_ramp_up.tokens", ramp_up.tokens, f"{ramp_up.tokens // job.seq_len} sequences")
+
+
+def curriculum_settings(job: Job) -> None:
+    """Set `model.curriculum`: DeepSpeed counts steps of a batch whose sequences have the mean length on the way."""
+    curriculum = job.deepspeed.curriculum
+    if curriculum is None or job.seq_len is None or job.global_batch is None:
+        return
+    problem = ""
+    if curriculum.kind != ("seqlen", "fixed_linear"):
+        problem = f"has a curriculum {' '.join(curriculum.kind)}; only seqlen fixed_linear can be had here"
+    elif curriculum.end != job.seq_len:
+        problem = f"ends the curriculum at {curriculum.end} tokens, --seq-length is {job.seq_len}; make them agree"
+    elif job.arguments.has("--rampup-batch-size"):
+        problem = (
+            "counts the curriculum in steps, which --rampup-batch-size makes unequal; turn it off, and set model.curriculum "
+            "in the result"
+        )
+    if problem:
+        job.arguments.problem(job.deepspeed.line, "the DeepSpeed configuration", problem)
+        return
+    of_mean_length = f"{curriculum.steps} steps of the mean length; linear in tokens here, in steps there"
+    tokens = curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2
+    job.set("model.curriculum.tokens", tokens, of_mean_length)
+    job.set("model.curriculum.start", curriculum.start)
+    job.set("model.curriculum.increment", curriculum.increment)
+
+
+def samples_of_steps(job: Job, steps: int) -> int | None:
+    """Sequences of the first optimizer steps; None where the batch is a problem."""
+    if job.global_batch is None:
+        return None
+    growing = _growing_batches(job)[:steps]
+    return sum(growing) + (steps - len(growing)) * job.global_batch
+
+
+def whole_steps(job: Job, samples: int) -> int | None:
+    """The sequences that a run trains on which may take `samples`: its last step is a whole one."""
+    if job.global_batch is None:
+        return None
+    trained = 0
+    for batch in _growing_batches(job):
+        if trained + batch > samples:
+            return trained
+        trained += batch
+    return trained + (samples - trained) // job.global_batch * job.global_batch
+
+
+def _growing_batches(job: Job) -> list[int]:
+    """Sequences of each step of the ramp-up; none without one."""
+    ramp_up = _ramp_up(job)
+    if ramp_up is None:
+        return []
+    from nlgmoe.data.accumulation import batch_size_after
+
+    assert job.seq_len is not None and job.global_batch is not None
+    batches, samples = [], 0
+    while samples * job.seq_len < ramp_up.tokens:
+        batches.append(batch_size_after(samples, job.seq_len, job.global_batch, ramp_up))
+        samples += batches[-1]
+    return batches
+
+
+def _ramp_up(job: Job) -> BatchRampUp | None:
+    """The flag's three numbers; None without it, or with a problem."""
+    if not job.arguments.has("--rampup-batch-size") or job.seq_len is None or job.global_batch is None:
+        return None
+    numbers = job.arguments.value("--rampup-batch-size")
+    if numbers is None:
+        return None
+    if len(numbers) != 3 or min(numbers) < 1:
+        job.arguments.refuse("--rampup-batch-size", "takes a start, an increment and a number of sequences; correct it")
+        return None
+    from nlgmoe.data.accumulation import BatchRampUp
+
+    start, increment, samples = numbers
+    if start > job.global_batch:
+        job.arguments.refuse("--rampup-batch-size", f"starts above the global batch of {job.global_batch}; lower it")
+        return None
+    return BatchRampUp(start, increment, samples * job.seq_len)

@@ -1,0 +1,117 @@
+"""What would make a run fit its GPUs: found by trying changes against the cost model, not by rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.monitoring.hardware import HARDWARE, Hardware
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.planner.cost import Cost, estimate
+from nlgmoe.tools.planner.topology import Topology
+
+MORE_GPUS = 1024
+"""How far the search for a larger cluster goes."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that makes the run fit.
+
+    Attributes:
+        changes: setting -> new value; names are `Topology`'s, and `hardware`.
+        cost: the cost after it.
+    """
+
+    changes: dict[str, Any]
+    cost: Cost
+
+
+def suggestions(
+    config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float, limit: int = 4
+) -> list[Suggestion]:
+    """The smallest sets of changes that make `config` fit, fastest first among sets of one size.
+
+    ZeRO stage, expert parallelism, checkpointing and micro-batch are tried together and alone, at the same global batch. A
+    set is left out if a part of it is enough. Only where nothing of that helps, more GPUs and larger ones are tried.
+    """
+    found = _by_settings(config, topology, gpu, utilisation) or _by_hardware(config, topology, gpu, utilisation)
+    return found[:limit]
+
+
+def _by_settings(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> list[Suggestion]:
+    """Changes on the GPUs that there are."""
+    micro = topology.micro_batch_size
+    knobs: dict[str, list[Any]] = {
+        "zero_stage": list(range(topology.zero_stage + 1, 3)) if topology.deepspeed and topology.gpus > 1 else [],
+        "expert_parallel_size": _larger_degrees(config, topology),
+        "activation_checkpointing": [] if topology.activation_checkpointing else [True],
+        "micro_batch_size": _divisors_below(micro),
+    }
+    found = []
+    for values in itertools.product(*([None, *values] for values in knobs.values())):
+        changes = {name: value for name, value in zip(knobs, values, strict=True) if value is not None}
+        cost = estimate(config, replace(topology, **changes), gpu, utilisation)
+        if cost.fits:
+            found.append(Suggestion(changes, cost))
+    return _smallest(found)
+
+
+def _divisors_below(number: int) -> list[int]:
+    """Divisors of a number but itself, the largest first, which wins a tie; those up to 2^16, and their counterparts."""
+    small = [size for size in range(1, min(math.isqrt(number), 2**16) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)} - {number}, reverse=True)
+
+
+def _larger_degrees(config: GPTConfig, topology: Topology) -> list[int]:
+    """Limits above the present one, up to the world, that change some layer's degree."""
+    if not topology.deepspeed or config.moe is None:
+        return []
+    larger, degrees = [], topology.degrees(config)
+    most = min(topology.gpus, max(experts_per_layer(config)))  # no degree is above the number of experts
+    for size in range(topology.expert_parallel_size + 1, most + 1):
+        if (changed := replace(topology, expert_parallel_size=size).degrees(config)) != degrees:
+            larger.append(size)
+            degrees = changed
+    return larger
+
+
+def _smallest(found: list[Suggestion]) -> list[Suggestion]:
+    """One suggestion per set of settings, the fastest; none that contains another's settings; few settings first."""
+    best: dict[frozenset[str], Suggestion] = {}
+    for suggestion in sorted(found, key=lambda s: s.cost.time.total):
+        best.setdefault(frozenset(suggestion.changes), suggestion)
+    kept = [s for names, s in best.items() if not any(other < names for other in best)]
+    return sorted(kept, key=lambda s: (len(s.changes), s.cost.time.total))
+
+
+def _by_hardware(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> list[Suggestion]:
+    """The fewest GPUs of this kind, and of each kind with more memory, on which settings can make it fit; and those settings."""
+    found = []
+    larger = [(name, other) for name, other in HARDWARE.items() if other.memory > gpu.memory]
+    for name, kind in [("", gpu), *sorted(larger, key=lambda item: item[1].memory)]:
+        gpus = topology.gpus if name else topology.gpus * 2
+        while gpus <= MORE_GPUS:
+            moved = _on(topology, gpus)
+            if ways := _by_settings(config, moved, kind, utilisation):
+                changes = {"hardware": name} if name else {}
+                changes |= {key: value for key, value in vars(moved).items() if value != getattr(topology, key)}
+                found.append(Suggestion(changes | ways[0].changes, ways[0].cost))
+                break
+            gpus *= 2
+    return found
+
+
+def _on(topology: Topology, gpus: int) -> Topology:
+    """`topology` on `gpus` ranks: the same global batch if it can be divided among them, else the next that can."""
+    share = -(-topology.global_batch_size // gpus)
+    return replace(
+        topology,
+        gpus=gpus,
+        deepspeed=topology.deepspeed or gpus > 1,
+        global_batch_size=share * gpus,
+        micro_batch_size=math.gcd(share, topology.micro_batch_size),
+    )

@@ -1,0 +1,149 @@
+"""The page: one HTML file that needs nothing else, with plotly.js, the charts' data and tables in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from nlgmoe.files import atomic_write
+from nlgmoe.tools.report import expert_figures, specialisation_figures, tables, training_figures
+from nlgmoe.tools.report.drawing import Chart, rounded
+from nlgmoe.tools.report.runs import CLOCKS, Run
+
+KNOTS = 400  # steps at which the page knows a run's clocks
+
+
+def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
+    """Write the report of one run or several.
+
+    Args:
+        runs: as `read_runs` finds them.
+        output: the file; None: `report.html`, in the run's folder, or of several runs in the working directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: `output` is a folder, does not end in .html, or cannot be written.
+        OSError: there is no such folder, and it cannot be made.
+    """
+    file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    if file.is_dir():
+        raise ValueError(f"output={output} is a folder; give the name of a file")
+    if file.suffix not in (".html", ".htm"):  # a run folder holds what cannot be made again
+        raise ValueError(f"output={output} is no name of a page; let it end in .html")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = page(runs)
+    try:
+        with atomic_write(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"output={file} cannot be written ({error.strerror}); make room, or name another") from error
+    return file
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page's HTML."""
+    title = f"nlgmoe: {', '.join(run.name for run in runs)}"
+    sections = {
+        "Training": training_figures.charts(runs),
+        "Experts": expert_figures.charts(runs),
+        "Specialisation": specialisation_figures.charts(runs),
+    }
+    layers = max((len(expert_figures.layers_of(run)) for run in runs), default=0)
+    facts = {"clocks": [clocks(run) for run in runs], "names": [run.name for run in runs]}
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="made">Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {", ".join(escape(str(run.path)) for run in runs)}</p>',
+        tables.summary(runs),
+        tables.notes(runs),
+        controls(layers, "all" if len(runs) == 1 else "mean"),
+        *(section(name, found) for name, found in sections.items() if found),
+        "<section><h2>Settings</h2>",
+        f"<h3>What differs</h3>{tables.differences(runs)}" if len(runs) > 1 else "",
+        tables.settings(runs),
+        f"<h3>Versions</h3>{tables.versions(runs)}",
+        "</section>",
+    ]
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{_own("page.css")}</style>
+</head>
+<body>
+<main>
+{chr(10).join(body)}
+</main>
+<script id="facts" type="application/json">{_json(facts)}</script>
+<script>{get_plotlyjs()}</script>
+<script>{_own("page.js")}</script>
+</body>
+</html>
+"""
+
+
+def section(name: str, charts: Sequence[Chart]) -> str:
+    """Charts under a heading."""
+    parts = [
+        f'<article id="{chart.name}"><h3>{escape(chart.title)}</h3><p>{escape(chart.text)}</p>'
+        f'<div class="chart" style="height: {chart.figure.layout.height}px">'
+        f'<script type="application/json">{_json(json.loads(chart.figure.to_json()))}</script></div></article>'
+        for chart in charts
+    ]
+    return f"<section><h2>{escape(name)}</h2>{''.join(parts)}</section>"
+
+
+def controls(layers: int, layer: str) -> str:
+    """What the reader can change: the x axis, the smoothing, the layers shown of `layers`; `layer` is what is shown first."""
+    names = {"tokens": "tokens", "steps": "steps", "flops": "FLOPs", "seconds": "time"}
+    axes = "".join(
+        f'<label><input type="radio" name="axis" value="{axis}"{" checked" if axis == "tokens" else ""}> {name}</label>'
+        for axis, name in names.items()
+    )
+    choices = {"all": "each", "mean": "mean"} | {str(index): str(index) for index in range(layers)}
+    options = "".join(
+        f'<option value="{value}"{" selected" if value == layer else ""}>{name}</option>'
+        for value, name in choices.items()
+    )
+    of_layers = f'<label>MoE layers <select id="layer">{options}</select></label>' if layers else ""
+    return (
+        f'<form id="controls"><fieldset><legend>x axis</legend>{axes}</fieldset>'
+        '<label>smoothing <input id="smoothing" type="range" min="0" max="0.99" step="0.01" value="0.6"></label>'
+        f'{of_layers}<output id="hidden"></output></form>'
+    )
+
+
+def clocks(run: Run) -> dict[str, list[float | None]]:
+    """A run's clocks at some of its steps: `steps` and, where they are known, tokens fed, FLOPs and seconds until then."""
+    if "train/tokens" not in run.metrics:
+        steps = max((series.steps[-1] for series in run.metrics.values()), default=0.0)
+        return {"steps": [0.0, float(steps)]}
+    steps = run.metrics["train/tokens"].steps
+    knots = steps[np.unique(np.linspace(0, len(steps) - 1, KNOTS).round().astype(int))]
+    found = {"steps": rounded(knots, 9)}
+    for clock, metric in CLOCKS.items():
+        if metric in run.metrics:
+            series = run.metrics[metric]
+            found[clock] = rounded(np.interp(knots, series.steps, series.values), 9)
+    return found
+
+
+def _json(value: Any) -> str:
+    """For a script element, which would end at its own end tag."""
+    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def _own(name: str) -> str:
+    return files("nlgmoe.tools.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,117 @@
+"""Charts of what experts are used for: by domain and by class of token, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from nlgmoe.eval.specialisation import Specialisation, entropy, information, preference
+from nlgmoe.tools.report.drawing import MOST, RATIO_COLOURS, Chart, colour_of, grid_of_panels, place
+from nlgmoe.tools.report.expert_figures import ratio_bar
+from nlgmoe.tools.report.runs import Run
+
+NAMED = 40  # experts that there is room to name
+
+
+def told(runs: Sequence[Run]) -> Chart | None:
+    """How much an expert tells about domain and class, a bar for each run and layer."""
+    known = [(number, run, run.specialisation) for number, run in enumerate(runs) if run.specialisation is not None]
+    if not known:
+        return None
+    limits = [
+        f"{run.name} {entropy(found.by_domain(0)):.2f} and {entropy(found.by_class(0)):.2f}" for _, run, found in known
+    ]
+    figure = grid_of_panels(["about the domain", "about the class of token"], 2, 230)
+    for number, run, found in known:
+        layers = range(len(found.experts))
+        for column, groups in enumerate((found.by_domain, found.by_class)):
+            bits = [round(information(groups(layer)), 4) for layer in layers]
+            figure.add_bar(
+                x=[run.layer(layer) for layer in layers],
+                y=bits,
+                name=run.name,
+                legendgroup=run.name,
+                showlegend=column == 0 and len(known) > 1,
+                marker_color=colour_of(number),
+                hovertemplate="%{y:.3f} bits",
+                **place(column, 2),
+            )
+    figure.update_yaxes(title="bits", rangemode="tozero")
+    text = (
+        "Mutual information: what the choice of expert tells about where a token is from, and about what kind of token it is. 0 "
+        f"for experts without preferences; there would be this much to tell: {'; '.join(limits)} bits."
+    )
+    return Chart("information", "How specialised experts are (bits)", text, figure)
+
+
+def preferences(number: int, run: Run) -> Chart | None:
+    """Which groups of tokens ask for which expert, a row of panels for each layer of one run."""
+    found = run.specialisation
+    if found is None:
+        return None
+    titles = [
+        f"{run.layer(layer)}: {kind}" for layer in range(len(found.experts)) for kind in ("domain", "class of token")
+    ]
+    groups = max(len(found.domains), _classes_seen(found))
+    figure = grid_of_panels(titles, 2, max(130, 24 * groups), between=0.15)
+    for layer in range(len(found.experts)):
+        halves = ((found.domains, found.by_domain(layer)), (found.classes, found.by_class(layer)))
+        for column, (names, counts) in enumerate(halves):
+            _add_preferences(figure, names, counts, place(2 * layer + column, 2), layer == column == 0)
+    figure.update_xaxes(showgrid=False, title={"text": "expert", "standoff": 4})
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_layout(plot_bgcolor="#D9DEE4")
+    step = "" if found.step is None else f" after {found.step:,} steps"
+    text = (
+        f"Validation text{step}: how many times as often a group asks for an expert as all tokens together do. White is no "
+        f"preference, red more (dark red {MOST:g} times and above), blue less, black never; grey: an expert nobody asks for. "
+        "Experts stand in the order of the group that prefers them."
+    )
+    title = f"What experts are used for (times the share of all tokens): {run.name}"
+    return Chart(f"preference-{number}", title, text, figure)
+
+
+def _classes_seen(found: Specialisation) -> int:
+    return int((found.counts.sum(axis=(0, 2, 3)) > 0).sum())
+
+
+def _add_preferences(figure: go.Figure, names: list[str], counts: np.ndarray, where: dict[str, int], bar: bool) -> None:
+    seen = counts.sum(axis=1) > 0
+    names, counts = [name for name, there in zip(names, seen, strict=True) if there], counts[seen]
+    if not names:
+        return
+    ratio = preference(counts)  # [G, E]
+    known = np.nan_to_num(ratio, nan=-1.0)
+    order = np.lexsort((-known.max(axis=0), known.argmax(axis=0), np.isnan(ratio).all(axis=0)))  # [E]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    figure.add_heatmap(
+        z=[[round(float(cell), 2) if np.isfinite(cell) else None for cell in row] for row in ratio[:, order]],
+        y=names,
+        customdata=[
+            [[int(expert), round(float(row[expert]), 4), int(some[expert])] for expert in order]
+            for row, some in zip(shares, counts, strict=True)
+        ],
+        colorscale=RATIO_COLOURS,
+        zmin=0,
+        zmax=MOST,
+        showscale=bar,
+        colorbar=ratio_bar(),
+        hovertemplate="%{y}, expert %{customdata[0]}: %{z:.2f} times the share of all tokens<br>%{customdata[1]:.1%} of the "
+        "group, %{customdata[2]:,} tokens<extra></extra>",
+        **where,
+    )
+    plain = {"tickangle": 0, "tickfont_size": 9 if len(order) > 20 else 11}
+    if len(order) <= NAMED:
+        figure.update_xaxes(
+            tickvals=list(range(len(order))), ticktext=[str(expert) for expert in order], **plain, **where
+        )
+    else:
+        figure.update_xaxes(showticklabels=False, ticks="", **where)
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """All of the above that the runs have data for."""
+    made = [told(runs), *(preferences(number, run) for number, run in enumerate(runs))]
+    return [chart for chart in made if chart is not None]
