@@ -128,7 +128,7 @@ def test_a_model_with_experts_and_the_likeliest_tokens() -> None:
 def test_a_batch_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = EvaluatedGPT(randomised(DENSE), TOKENIZER, batch_size=100)
     needed = least_bytes(DENSE, 100 * 9, 2, trains=False)
-    monkeypatch.setattr("nlgmoe.eval.lm_eval_model.total_memory", lambda device: needed - 1)
+    monkeypatch.setattr("nlgmoe.tools.lm_eval.lm_eval_model.total_memory", lambda device: needed - 1)
     lm.loglikelihood(requests(*PAIRS))
     with pytest.raises(ValueError, match="batch_size=100: the model and a micro-batch of 100 x 9 tokens need at least"):
         lm._score([([n], [2] * 9) for n in range(100)])
