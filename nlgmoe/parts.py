@@ -78,7 +78,19 @@ class ExpertConfig:
 
 
 class ForeignCodeError(ValueError):
-    """A checkpoint names a class of a module that is not imported."""
+    """A checkpoint names a class of a module that is not imported.
+
+    Args:
+        path: of the class.
+        remedy: that the caller has; None: Python's.
+    """
+
+    def __init__(self, path: str, remedy: str | None = None) -> None:
+        self.path, self.module = path, path.rpartition(".")[0]
+        super().__init__(
+            f"the checkpoint's model has {path}, code outside nlgmoe that is not imported; "
+            + (remedy or f"in Python, import {self.module} first, if you trust it")
+        )
 
 
 def part_to_dict(part: RouterConfig | ExpertConfig) -> dict[str, Any]:
@@ -98,10 +110,7 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
     if module_name.split(".")[0] == "nlgmoe":
         importlib.import_module(module_name)
     if module_name not in sys.modules:
-        raise ForeignCodeError(
-            f"the checkpoint's model has {path}, code outside nlgmoe that is not imported; add --allow-code {module_name}, or in "
-            f"Python import {module_name}, if you trust it"
-        )
+        raise ForeignCodeError(path)
     kind = getattr(sys.modules[module_name], name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ValueError(

@@ -70,7 +70,9 @@ def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
         nlgmoe(["export", str(whole), str(tmp_path / "export")])
 
 
-def test_commands_import_what_they_are_allowed_to(pocket_pile: Path, tmp_path: Path) -> None:
+def test_commands_import_what_they_are_allowed_to(
+    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     moe = [f"--model.config.moe.router={yaml.safe_dump(HASH, default_flow_style=True).strip()}"]
     command = [
@@ -94,15 +96,23 @@ def test_commands_import_what_they_are_allowed_to(pocket_pile: Path, tmp_path: P
         )
 
     generate = ["generate", str(run), "--prompt", "The", "--max-new-tokens", "2"]
-    refused = start(*generate)
-    assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1] == (
-        "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; add "
-        "--allow-code hash_router, or in Python import hash_router, if you trust it"
-    )
     assert start(*generate, "--allow-code", "hash_router").returncode == 0
     verified = start("verify", str(run / "checkpoints/last.ckpt"))
     assert verified.returncode == 0, verified.stderr
     assert "parts      moe.router=hash_router.HashRouterConfig: its entries" in verified.stdout
+
+    monkeypatch.delitem(sys.modules, "hash_router")
+    for words, remedy in {
+        tuple(generate): "add --allow-code hash_router, if you trust it",
+        ("inspect", str(run / "checkpoints/last.ckpt")): "nlgmoe inspect takes no such code",
+    }.items():
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            nlgmoe(list(words))
+        assert capsys.readouterr().err.strip().splitlines()[-1] == (
+            "error: the checkpoint's model has hash_router.HashRouterConfig, code outside nlgmoe that is not imported; "
+            + remedy
+        )
 
 
 def test_a_router_reads_the_settings_that_it_names_and_chooses_top_k_experts() -> None:

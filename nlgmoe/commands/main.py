@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from inspect import signature
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -14,6 +16,7 @@ from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.commands.student import student
 from nlgmoe.commands.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.commands.verify_checkpoint import verify_checkpoint
+from nlgmoe.parts import ForeignCodeError
 from nlgmoe.tools.hugging_face.export_checkpoint import export_checkpoint
 from nlgmoe.tools.hugging_face.import_checkpoint import import_checkpoint
 from nlgmoe.tools.lm_eval.evaluate import evaluate
@@ -44,7 +47,13 @@ COMMANDS: dict[str, Any] = {
 def main(args: list[str] | None = None) -> None:
     """Run one of the subcommands; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
     with one_line_errors():
-        auto_cli(COMMANDS, args=args, parser_class=CommandParser, prog="nlgmoe")
+        try:
+            auto_cli(COMMANDS, args=args, parser_class=CommandParser, prog="nlgmoe")
+        except ForeignCodeError as error:
+            name = next(word for word in (sys.argv if args is None else args) if word in COMMANDS)
+            takes_code = "allow_code" in signature(COMMANDS[name]).parameters
+            allow = f"add --allow-code {error.module}, if you trust it"
+            raise ForeignCodeError(error.path, allow if takes_code else f"nlgmoe {name} takes no such code") from error
 
 
 if __name__ == "__main__":
