@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from nlgmoe.distill.offline_teacher import OfflineTeacher
     from nlgmoe.eval.expert_counts import count_experts
     from nlgmoe.eval.generation import generate
+    from nlgmoe.eval.loaded_model import LoadedModel, load_pretrained
     from nlgmoe.eval.specialisation import Specialisation
-    from nlgmoe.eval.trained import Trained, load_trained
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
 
-# In Jupyter without ipywidgets bars are text, which is all there is to say.
+# Without ipywidgets, Jupyter shows progress bars as text.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 moved.install()
@@ -59,7 +59,7 @@ _HOMES = {
     "RoutingContext": "nlgmoe.layers.router",
     "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
-    "Trained": "nlgmoe.eval.trained",
+    "LoadedModel": "nlgmoe.eval.loaded_model",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
     "WriteReport": "nlgmoe.tools.report.write_report",
     "ZeroShotEval": "nlgmoe.tools.lm_eval.zero_shot_eval",
@@ -68,7 +68,7 @@ _HOMES = {
     "generate": "nlgmoe.eval.generation",
     "load_config": "nlgmoe.experiment",
     "load_model": "nlgmoe.checkpoint.portable",
-    "load_trained": "nlgmoe.eval.trained",
+    "load_pretrained": "nlgmoe.eval.loaded_model",
     "student_config": "nlgmoe.pyramid",
     "student_layers": "nlgmoe.pyramid",
 }
@@ -80,6 +80,7 @@ __all__ = [
     "ExpertParallelStrategy",
     "GPTConfig",
     "GPTOutput",
+    "LoadedModel",
     "MixtureOfStudents",
     "MoEConfig",
     "MoEGPTModule",
@@ -92,7 +93,6 @@ __all__ = [
     "RoutingContext",
     "Specialisation",
     "StagedDistillation",
-    "Trained",
     "WarmStart",
     "WriteReport",
     "ZeroShotEval",
@@ -101,7 +101,7 @@ __all__ = [
     "generate",
     "load_config",
     "load_model",
-    "load_trained",
+    "load_pretrained",
     "student_config",
     "student_layers",
 ]
@@ -109,5 +109,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'nlgmoe' has no attribute {name!r}")
+        return moved.moved_attribute(__name__, name)
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -14,8 +14,10 @@ from typing_extensions import override
 
 # Old name -> new name. An entry stays for one minor version (CONTRIBUTING.md, "Versions"); these are from 0.3.
 NAMES = {
+    "nlgmoe.Trained": "nlgmoe.LoadedModel",
     "nlgmoe.callbacks.WriteReport": "nlgmoe.WriteReport",
     "nlgmoe.callbacks.ZeroShotEval": "nlgmoe.ZeroShotEval",
+    "nlgmoe.load_trained": "nlgmoe.load_pretrained",
 }
 MODULES = {
     "nlgmoe.callbacks.write_report": "nlgmoe.tools.report.write_report",

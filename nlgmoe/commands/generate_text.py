@@ -1,4 +1,4 @@
-"""`nlgmoe generate`: text from a trained model."""
+"""`nlgmoe generate`: text generation from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nlgmoe.cli.output_files import check_output, write_whole
 
 if TYPE_CHECKING:
     from nlgmoe.eval.generation import Completion
+    from nlgmoe.eval.loaded_model import LoadedModel
     from nlgmoe.eval.sampling import Sampling
-    from nlgmoe.eval.trained import Trained
 
 
 def generate_text(
@@ -58,9 +58,9 @@ def generate_text(
         ValueError: a setting or a file is wrong, or a prompt has no room; the message says which.
     """
     import_allowed(allow_code)
-    from nlgmoe.eval.generation import check, complete  # these need torch
+    from nlgmoe.eval.generation import check_prompts, complete  # these need torch
+    from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.eval.sampling import Sampling
-    from nlgmoe.eval.trained import load_trained
 
     if prompt is not None and prompts is not None:
         raise UsageError(f"prompts={prompts} cannot be had beside prompt; leave one of them out")
@@ -80,14 +80,14 @@ def generate_text(
         if not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
             raise UsageError(f"prompt {number} is no text: it has bytes that are not UTF-8, or half a character")
 
-    trained = load_trained(checkpoint, tokenizer, device, precision)
-    tokens = [trained.tokenizer.encode(text) or [trained.tokenizer.eod_id] for text in texts]
-    check(trained.model, tokens, max_new_tokens)
+    loaded = load_pretrained(checkpoint, tokenizer, device, precision)
+    tokens = [loaded.tokenizer.encode(text) or [loaded.tokenizer.eod_id] for text in texts]
+    check_prompts(loaded.model, tokens, max_new_tokens)
     if len(texts) == 1 and output is None and not json:
-        _print_as_it_comes(trained, texts[0], tokens[0], max_new_tokens, sampling)
+        _print_as_it_comes(loaded, texts[0], tokens[0], max_new_tokens, sampling)
         return
-    found = complete(trained.model, tokens, max_new_tokens, sampling, trained.tokenizer.eod_id, batch_size)
-    records = [_record(trained, text, completion) for text, completion in zip(texts, found, strict=True)]
+    found = complete(loaded.model, tokens, max_new_tokens, sampling, loaded.tokenizer.eod_id, batch_size)
+    records = [_record(loaded, text, completion) for text, completion in zip(texts, found, strict=True)]
     if output is not None:
         write_whole(output, "".join(json_format.dumps(record, ensure_ascii=False) + "\n" for record in records))
         print(f"{len(records):,} completions written to {output}")
@@ -95,34 +95,36 @@ def generate_text(
         for record in records:
             print(json_format.dumps(record, ensure_ascii=False) if json else _shown(record))
     if cut := sum(record["end"] == "seq_len" for record in records):
-        _note_of_length(f"{cut:,} of {len(records):,} texts", trained)
+        _note_of_length(f"{cut:,} of {len(records):,} texts", loaded)
 
 
-def _print_as_it_comes(trained: Trained, text: str, tokens: list[int], max_new_tokens: int, sampling: Sampling) -> None:
+def _print_as_it_comes(
+    loaded: LoadedModel, text: str, tokens: list[int], max_new_tokens: int, sampling: Sampling
+) -> None:
+    from nlgmoe.eval.detokenizer import StreamingDetokenizer
     from nlgmoe.eval.generation import stream
-    from nlgmoe.eval.spelling import Spelling
 
     print(text, end="", flush=True)
-    spelling, end = Spelling(trained.tokenizer), None
-    for new in stream(trained.model, [tokens], max_new_tokens, sampling, trained.tokenizer.eod_id):
-        print(spelling.add(new.token), end="", flush=True)
+    detokenizer, end = StreamingDetokenizer(loaded.tokenizer), None
+    for new in stream(loaded.model, [tokens], max_new_tokens, sampling, loaded.tokenizer.eod_id):
+        print(detokenizer.add(new.token), end="", flush=True)
         end = new.end
     print(flush=True)
     if end == "seq_len":
-        _note_of_length("the text", trained)
+        _note_of_length("the text", loaded)
 
 
-def _note_of_length(what: str, trained: Trained) -> None:
-    length = trained.model.config.seq_len
+def _note_of_length(what: str, loaded: LoadedModel) -> None:
+    length = loaded.model.config.seq_len
     print(f"note: {what} ended before max_new_tokens, at the model's seq_len={length}", file=sys.stderr)
 
 
-def _record(trained: Trained, prompt: str, completion: Completion) -> dict[str, Any]:
-    from nlgmoe.eval.spelling import text_of
+def _record(loaded: LoadedModel, prompt: str, completion: Completion) -> dict[str, Any]:
+    from nlgmoe.eval.detokenizer import detokenize
 
     return {
         "prompt": prompt,
-        "completion": text_of(trained.tokenizer, completion.tokens),
+        "completion": detokenize(loaded.tokenizer, completion.tokens),
         "tokens": completion.tokens,
         "log_prob": completion.log_prob,
         "end": completion.end,

@@ -1,1 +1,1 @@
-"""What a trained model is worth: perplexity by domain, and generated text."""
+"""Evaluation of a model: loss and bits per byte by domain, expert specialisation, text generation."""

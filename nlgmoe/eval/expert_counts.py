@@ -1,4 +1,4 @@
-"""Counts for `Specialisation`, from the routings of evaluated batches, added up over ranks."""
+"""Counts of expert assignments by domain and token class, summed over ranks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torchmetrics import Metric
 
 from nlgmoe.batch import Batch
 from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.eval.token_classes import CLASSES, class_ids
+from nlgmoe.eval.token_classes import CLASSES, token_class
 from nlgmoe.layers.router import Routing, count
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
 
 
 class ExpertCounts(Metric):
-    """How often tokens of each domain and class asked for each expert.
+    """Counts assignments to each expert by domain and token class.
 
-    One `scatter_add` a layer and batch, on the device; nothing is read by the host before `compute`.
+    Each update is one `scatter_add` per layer on the device; the host reads nothing before `compute`.
 
     Args:
-        experts: of each MoE layer.
-        domains: names; a batch's domain ids index them.
-        spellings: `[V]` bytes of text that each token id stands for; None: not known, all tokens are of one class.
+        experts: number of experts of each MoE layer.
+        domains: names, indexed by a batch's domain ids.
+        spellings: `[V]` bytes of each token id; None: all tokens form one class.
     """
 
     counts: Tensor
@@ -34,8 +34,8 @@ class ExpertCounts(Metric):
         super().__init__()
         self.experts, self.domains = list(experts), list(domains)
         self.class_names = list(CLASSES) if spellings is not None else ["all"]
-        known = None if spellings is None else torch.tensor(class_ids(spellings))
-        self.register_buffer("classes", known, persistent=False)
+        ids = None if spellings is None else torch.tensor([CLASSES.index(token_class(text)) for text in spellings])
+        self.register_buffer("classes", ids, persistent=False)
         groups = len(self.domains) * len(self.class_names)
         zeros = torch.zeros(len(self.experts), groups, max(self.experts), dtype=torch.int64)
         self.add_state("counts", zeros, dist_reduce_fx="sum")
@@ -44,7 +44,7 @@ class ExpertCounts(Metric):
         """Add a batch.
 
         Args:
-            tokens: `[B, T]` ids that the model read.
+            tokens: `[B, T]` input ids.
             domain: `[B]` domain ids.
             routings: one for each MoE layer.
         """
@@ -59,12 +59,12 @@ class ExpertCounts(Metric):
             self.counts[layer] += count(cell, groups * width + 1)[:-1].view(groups, width)
 
     def compute(self) -> Tensor:
-        """`[D, C, L, E]` of all ranks."""
+        """Return counts `[D, C, L, E]` summed over ranks."""
         by_layer = self.counts.unflatten(1, (len(self.domains), len(self.class_names)))  # [L, D, C, E]
         return by_layer.permute(1, 2, 0, 3)
 
     def specialisation(self, step: int | None = None) -> Specialisation:
-        """What was counted, by all ranks, which have to call this together."""
+        """Return the counts of all ranks; a collective call."""
         counts = self.compute().cpu().numpy()
         return Specialisation(counts, self.domains, self.class_names, self.experts, step)
 
@@ -73,17 +73,17 @@ class ExpertCounts(Metric):
 def count_experts(
     model: GPT, batches: Iterable[Batch], domains: Sequence[str], spellings: Sequence[bytes] | None = None
 ) -> Specialisation:
-    """What a model's experts are used for in some text.
+    """Count expert assignments by domain and token class over batches of text.
 
-        trained = load_trained("runs/quickstart")
+        loaded = load_pretrained("runs/quickstart")
         data.setup()  # a PileDataModule
-        found = count_experts(trained.model, data.val_dataloader(), data.domains, data.token_spellings())
+        found = count_experts(loaded.model, data.val_dataloader(), data.domains, data.token_spellings())
 
     Args:
         model: with MoE layers, in evaluation mode.
-        batches: as a data module yields them.
-        domains: names; a batch's domain ids index them.
-        spellings: bytes of text that each token id stands for; None: do not tell classes of tokens apart.
+        batches: batches of a data module.
+        domains: names, indexed by a batch's domain ids.
+        spellings: `[V]` bytes of each token id; None: all tokens form one class.
 
     Raises:
         ValueError: the model is dense, or in training mode.

@@ -1,9 +1,9 @@
-"""Text from a model, token by token, with a key-value cache: `stream` is the loop, the others collect what it gives.
+"""Text generation with a key-value cache: `stream` yields tokens, `complete` and `generate` collect them.
 
-Prompts of a batch may have different lengths: shorter ones are padded on the left, and padding is seen by nobody, has no
-position and visits no expert. A sequence that has come to its end leaves the batch.
+Shorter prompts of a batch are padded on the left; padding is masked, has no position and is not routed. A finished sequence
+is removed from the batch.
 
-Letters in shape comments: B sequences that still go on, T new positions, H hidden size, V vocabulary.
+Letters in shape comments: B unfinished sequences, T new positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nlgmoe.eval.padding import padded
+from nlgmoe.eval.padding import pad_sequences
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.first_non_finite import require_finite_logits
@@ -28,13 +28,13 @@ End = Literal["end_of_document", "max_new_tokens", "seq_len"]
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token that was just generated.
+    """A generated token.
 
     Attributes:
-        sequence: number of its prompt.
-        token: its id.
-        log_prob: nats, under the model's whole distribution whatever the sampling.
-        end: why it is the last of its sequence; None: it is not.
+        sequence: index of the prompt.
+        token: id.
+        log_prob: nats, under the model's full distribution, before `temperature`, `top_k` and `top_p`.
+        end: reason for which the sequence ends with this token; None: it continues.
     """
 
     sequence: int
@@ -45,12 +45,12 @@ class NewToken:
 
 @dataclass
 class Completion:
-    """What was generated for a prompt.
+    """The tokens generated for one prompt.
 
     Attributes:
-        tokens: ids, with the end-of-document token if it came to that.
-        log_prob: nats of all of them together.
-        end: what ended it.
+        tokens: ids, with the end-of-document token if the sequence ended with it.
+        log_prob: sum over tokens, nats.
+        end: reason for which the sequence ended.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -68,17 +68,17 @@ def generate(
     top_p: float | None = None,
     stop_id: int | None = None,
 ) -> list[list[int]]:
-    """Continue `prompts`: each with what was generated for it, in one batch.
+    """Continue `prompts` in one batch; return each prompt followed by its generated tokens.
 
     Args:
         model: in evaluation mode.
-        prompts: token ids, of one length or of several, each at least one (an end-of-document token begins a text).
-        max_new_tokens: most tokens to add; a sequence ends where it is as long as the model's `seq_len`.
-        temperature: see `Sampling`, as `top_k`, `top_p` and `seed`.
-        stop_id: a sequence ends with this token, the end of a document; None: it goes on.
+        prompts: token ids, at least one per prompt (an end-of-document token begins a text); lengths may differ.
+        max_new_tokens: maximum number of tokens to add; a sequence also ends at the model's `seq_len`.
+        temperature: see `Sampling`, as for `top_k`, `top_p` and `seed`.
+        stop_id: a sequence ends with this token, usually the end of a document; None: no such token.
 
     Raises:
-        ValueError: a prompt leaves no room, or a setting is out of range.
+        ValueError: a prompt is too long, or a setting is out of range.
     """
     texts = _as_lists(prompts)
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -94,23 +94,23 @@ def complete(
     stop_id: int | None = None,
     batch_size: int = 16,
 ) -> list[Completion]:
-    """What the model adds to each of any number of prompts, `batch_size` of about the same length at a time; as `generate`.
+    """Generate a completion of each prompt, in batches of `batch_size` prompts of similar length; arguments as for `generate`.
 
     Raises:
-        ValueError: as `generate`, before anything is generated.
+        ValueError: as for `generate`, before generation starts.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     texts = _as_lists(prompts)
-    check(model, texts, max_new_tokens)
+    check_prompts(model, texts, max_new_tokens)
     generators = sampling.generators(texts)
     completions = [Completion() for _ in texts]
-    by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(texts), batch_size):
-        numbers = by_length[start : start + batch_size]
-        drawn = [generators[number] for number in numbers]
-        for new in _stream(model, [texts[n] for n in numbers], max_new_tokens, sampling, stop_id, drawn):
-            completion = completions[numbers[new.sequence]]
+        batch = by_length[start : start + batch_size]
+        prompt_generators = [generators[index] for index in batch]
+        for new in _stream(model, [texts[i] for i in batch], max_new_tokens, sampling, stop_id, prompt_generators):
+            completion = completions[batch[new.sequence]]
             completion.tokens.append(new.token)
             completion.log_prob += new.log_prob
             completion.end = new.end or completion.end
@@ -124,21 +124,21 @@ def stream(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     stop_id: int | None = None,
 ) -> Iterator[NewToken]:
-    """The tokens of one batch as they come: one of each sequence that goes on, then the next of each; as `generate`.
+    """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`.
 
     Raises:
-        ValueError: as `generate`, at once and not at the first token.
+        ValueError: as for `generate`, at the call and not at the first token.
     """
     texts = _as_lists(prompts)
-    check(model, texts, max_new_tokens)
+    check_prompts(model, texts, max_new_tokens)
     return _stream(model, texts, max_new_tokens, sampling, stop_id, sampling.generators(texts))
 
 
-def check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse what cannot be generated.
+def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Check that the model can continue the prompts.
 
     Raises:
-        ValueError: a prompt is empty, leaves no room or has unknown ids, or `max_new_tokens` is out of range.
+        ValueError: a prompt is empty, too long or has unknown ids, or `max_new_tokens` is out of range.
     """
     config = model.config
     if model.training:
@@ -151,7 +151,7 @@ def check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> 
         if len(prompt) >= config.seq_len:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens, and with seq_len={config.seq_len} the model reads at most "
-                f"{config.seq_len - 1} before it goes on; shorten it"
+                f"{config.seq_len - 1} before the first new token; shorten it"
             )
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"prompt {number} has token ids outside the model's vocabulary of {config.vocab_size}")
@@ -168,33 +168,33 @@ def _stream(
 ) -> Iterator[NewToken]:
     if not prompts:
         return
-    tokens, mask = padded(prompts, "left", model.token_embedding.weight.device)
-    rooms = [min(max_new_tokens, model.config.seq_len - len(prompt)) for prompt in prompts]
-    cache = KVCache(tokens.shape[1] + max(rooms) - 1)  # the last token is not read
-    going = list(range(len(prompts)))  # the prompts that the batch's rows stand for
-    made = 0
-    while going:
+    tokens, mask = pad_sequences(prompts, "left", model.token_embedding.weight.device)
+    limits = [min(max_new_tokens, model.config.seq_len - len(prompt)) for prompt in prompts]
+    cache = KVCache(tokens.shape[1] + max(limits) - 1)  # the last token is not read
+    unfinished = list(range(len(prompts)))  # index of each row's prompt
+    num_new = 0
+    while unfinished:
         hidden = model(tokens, mask, cache=cache).hidden[:, -1]  # [B, H]
         logits = model.logits(hidden).float()  # [B, V]
         require_finite_logits(model, logits)
-        chosen = sampling.choose(logits, [generators[number] for number in going])  # [B]
-        log_probs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        made += 1
-        rows, ids = [], chosen.tolist()
-        for row, (number, token, log_prob) in enumerate(zip(going, ids, log_probs.tolist(), strict=True)):
+        sampled = sampling.sample(logits, [generators[index] for index in unfinished])  # [B]
+        log_probs = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        num_new += 1
+        rows, ids = [], sampled.tolist()
+        for row, (index, token, log_prob) in enumerate(zip(unfinished, ids, log_probs.tolist(), strict=True)):
             end: End | None = None
             if token == stop_id:
                 end = "end_of_document"
-            elif made == rooms[number]:
-                end = "max_new_tokens" if made == max_new_tokens else "seq_len"
+            elif num_new == limits[index]:
+                end = "max_new_tokens" if num_new == max_new_tokens else "seq_len"
             else:
                 rows.append(row)
-            yield NewToken(number, token, log_prob, end)
-        if len(rows) < len(going):
-            kept = torch.tensor(rows, device=chosen.device, dtype=torch.long)
-            going, chosen = [going[row] for row in rows], chosen[kept]
+            yield NewToken(index, token, log_prob, end)
+        if len(rows) < len(unfinished):
+            kept = torch.tensor(rows, device=sampled.device, dtype=torch.long)
+            unfinished, sampled = [unfinished[row] for row in rows], sampled[kept]
             cache.select(kept)
-        tokens, mask = chosen[:, None], None  # [B, 1]
+        tokens, mask = sampled[:, None], None  # [B, 1]
 
 
 def _as_lists(prompts: Prompts) -> list[list[int]]:
@@ -203,5 +203,5 @@ def _as_lists(prompts: Prompts) -> list[list[int]]:
             raise ValueError(
                 f"prompts must be [B, T] int64, or lists of ids, not {list(prompts.shape)} {prompts.dtype}"
             )
-        return [[int(token) for token in row] for row in prompts.tolist()]
+        prompts = prompts.tolist()
     return [[int(token) for token in prompt] for prompt in prompts]

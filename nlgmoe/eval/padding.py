@@ -1,4 +1,4 @@
-"""Sequences of several lengths in one batch."""
+"""Batches of sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
-def padded(
+def pad_sequences(
     sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens `[B, T]`, padded on one side, and where they are none of the padding, `[B, T]` bool; None if there is no padding."""
-    longest = max(map(len, sequences))
-    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        real = slice(longest - len(sequence), longest) if side == "left" else slice(len(sequence))
-        tokens[row, real], mask[row, real] = torch.tensor(sequence), True
+    """Return tokens `[B, T]` padded with 0 on one side, and a bool mask `[B, T]`, False at padding; None without padding."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    tokens = pad_sequence(rows, batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True, padding_side=side)
     return tokens.to(device), None if bool(mask.all()) else mask.to(device)

@@ -11,15 +11,15 @@ from torchmetrics import Metric
 
 
 class DomainLoss(Metric):
-    """Sums of token losses by domain.
+    """Sums token losses by domain.
 
-    Bits per byte divides by the bytes of the *original text* that the evaluated tokens spell, so models with different
-    tokenizers compare. An end-of-document token spells no byte but its loss counts: documents have to end.
+    Bits per byte divides by the bytes of the *original text* of the evaluated tokens, so it compares models with different
+    tokenizers. An end-of-document token has no bytes, but its loss counts.
 
     Args:
-        domains: names; a batch's domain ids index them.
-        token_bytes: `[V]` bytes each token id spells.
-        shares: of each domain in a blend that is trained on; None: there is no blend.
+        domains: names, indexed by a batch's domain ids.
+        token_bytes: `[V]` number of bytes of each token id.
+        shares: weight of each domain in the training blend; None: there is no blend.
     """
 
     nats: Tensor
@@ -32,8 +32,8 @@ class DomainLoss(Metric):
         super().__init__()
         self.domains = domains
         self.register_buffer("token_bytes", token_bytes.double(), persistent=False)
-        of_domains = None if shares is None else torch.tensor(shares, dtype=torch.float64)
-        self.register_buffer("shares", of_domains, persistent=False)
+        weights = None if shares is None else torch.tensor(shares, dtype=torch.float64)
+        self.register_buffer("shares", weights, persistent=False)
         for name in ("nats", "tokens", "bytes"):
             self.add_state(name, torch.zeros(len(domains), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -43,7 +43,7 @@ class DomainLoss(Metric):
         Args:
             losses: `[B, T]` nats.
             targets: `[B, T]` token ids.
-            mask: `[B, T]` bool, False where a token does not count.
+            mask: `[B, T]` bool, False where a token is not counted.
             domain: `[B]` domain ids.
         """
         counted = mask.double()
@@ -55,11 +55,10 @@ class DomainLoss(Metric):
             getattr(self, name).index_add_(0, domain, (per_token * counted).sum(dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss` (nats per token), `perplexity` (its exponential) and `bits_per_byte`, of all and after a slash of each domain.
+        """Return `loss` (nats per token), `perplexity` (its exponential) and `bits_per_byte`, overall and as `NAME/DOMAIN`.
 
-        Domains not seen are left out.
-
-        Of a blend also `blend_loss`: the domains' losses weighted by their shares, which is what training minimises.
+        Domains without tokens are omitted. With a blend, `blend_loss` is the mean of the domains' losses weighted by
+        `shares`: the loss that training minimises.
         """
         results = {
             "loss": self.nats.sum() / self.tokens.sum(),

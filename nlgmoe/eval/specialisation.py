@@ -1,4 +1,4 @@
-"""What the experts of a model are used for: how often tokens of each domain and class ask for each expert.
+"""Expert specialisation: assignments to each expert by domain and token class.
 
 Letters: D domains, C token classes, L MoE layers, E experts of the largest layer, G groups (domains or classes).
 """
@@ -20,14 +20,14 @@ FILE = "specialisation.safetensors"  # in the run folder
 
 @dataclass(frozen=True)
 class Specialisation:
-    """Assignments of evaluated tokens, before dropping; padding left out. A token belongs to the class of what is read there.
+    """Assignments of evaluated tokens before dropping, without padding. The input token decides the class.
 
     Attributes:
-        counts: `[D, C, L, E]` int64; 0 where a layer has fewer experts.
+        counts: `[D, C, L, E]` int64; 0 beyond a layer's number of experts.
         domains: names.
-        classes: names (`token_classes.py`); one for all tokens where the tokenizer is not known.
-        experts: of each MoE layer.
-        step: of the optimizer, when this was counted; None: not in a run.
+        classes: names (`token_classes.py`); a single class if the tokenizer is unknown.
+        experts: number of experts of each MoE layer.
+        step: optimizer steps taken when the assignments were counted; None: outside a run.
     """
 
     counts: np.ndarray
@@ -37,17 +37,17 @@ class Specialisation:
     step: int | None = None
 
     def by_domain(self, layer: int) -> np.ndarray:
-        """`[D, E of the layer]` assignments."""
+        """Return assignments `[D, E of the layer]`."""
         found: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=1)
         return found
 
     def by_class(self, layer: int) -> np.ndarray:
-        """`[C, E of the layer]` assignments."""
+        """Return assignments `[C, E of the layer]`."""
         found: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=0)
         return found
 
     def save(self, folder: str | Path) -> Path:
-        """Write `specialisation.safetensors`, whole or not at all; its path."""
+        """Write `specialisation.safetensors` atomically and return its path."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {name: getattr(self, name) for name in ("domains", "classes", "experts", "step")}
@@ -57,11 +57,11 @@ class Specialisation:
 
     @classmethod
     def load(cls, folder: str | Path) -> Specialisation:
-        """Undo `save`.
+        """Read the file that `save` wrote.
 
         Raises:
-            OSError: there is no such file.
-            ValueError: it is damaged.
+            OSError: the file does not exist.
+            ValueError: the file is damaged.
         """
         path = Path(folder) / FILE
         if not path.exists():
@@ -71,15 +71,17 @@ class Specialisation:
             with safe_open(path, "numpy") as file:
                 facts, counts = json.loads(file.metadata()["facts"]), file.get_tensor("counts")
             return cls(counts, **facts)
-        except Exception as error:  # safetensors raises a class of its own
+        except Exception as error:  # safetensors' own exception class among them
             raise ValueError(f"{path} is damaged ({error}); validate the run again") from error
 
 
 def preference(counts: np.ndarray) -> np.ndarray:
-    """How many times as often as all tokens together a group asks for an expert, `[G, E]`; 1: no preference.
+    """Return a group's share of assignments to each expert over the share of all tokens, `[G, E]`; 1: no preference.
+
+    Groups without tokens and experts without assignments are NaN.
 
     Args:
-        counts: `[G, E]` assignments. NaN for a group without tokens, and for an expert that nobody asks for.
+        counts: `[G, E]` assignments.
     """
     total = counts.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -87,8 +89,8 @@ def preference(counts: np.ndarray) -> np.ndarray:
     return ratio
 
 
-def information(counts: np.ndarray) -> float:
-    """Bits that an assignment's expert tells about its group: their mutual information; 0 for experts without preferences.
+def mutual_information(counts: np.ndarray) -> float:
+    """Return the mutual information, in bits, of an assignment's expert and group; 0: experts have no preferences.
 
     Args:
         counts: `[G, E]` assignments.
@@ -99,7 +101,7 @@ def information(counts: np.ndarray) -> float:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits that there are to know about an assignment's group, the most that `information` can be.
+    """Return the entropy of an assignment's group in bits: the upper bound of `mutual_information`.
 
     Args:
         counts: `[G, E]` assignments.

@@ -1,25 +1,24 @@
-"""Kinds of tokens, told from the bytes of text that a token stands for."""
+"""Classes of tokens, decided from a token's bytes."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 
 CLASSES = (
-    "word start",  # a letter after a space: " the"
-    "word part",  # a letter without one: "ing"; also a word at the beginning of a line
+    "word start",  # a letter after whitespace: " the"
+    "word part",  # a letter without preceding whitespace: "ing"; also a word at the beginning of a line
     "number",
     "punctuation",  # of prose
     "code symbol",  # such as { = _ <
-    "whitespace",  # nothing else
-    "end of document",  # no byte at all
-    "other",  # symbols beyond ASCII, control characters, parts of a character
+    "whitespace",  # only
+    "end of document",  # no bytes
+    "other",  # non-ASCII symbols, control characters, parts of a character
 )
 PROSE = frozenset(".,;:!?'\"()-")
 
 
 def token_class(spelling: bytes) -> str:
-    """One of `CLASSES`, decided by the first character that is no whitespace."""
+    """Return the class, one of `CLASSES`, of a token's bytes; the first character that is not whitespace decides."""
     if not spelling:
         return "end of document"
     try:
@@ -37,8 +36,3 @@ def token_class(spelling: bytes) -> str:
     if first.isascii() and first.isprintable():
         return "punctuation" if first in PROSE else "code symbol"
     return "punctuation" if unicodedata.category(first).startswith("P") else "other"
-
-
-def class_ids(spellings: Sequence[bytes]) -> list[int]:
-    """Index into `CLASSES` of each token id, `[V]`."""
-    return [CLASSES.index(token_class(spelling)) for spelling in spellings]

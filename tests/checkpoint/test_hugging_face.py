@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nlgmoe import generate, load_model, load_trained, student_config
+from nlgmoe import generate, load_model, load_pretrained, student_config
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import problems
@@ -121,7 +121,7 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
     assert there.keys() == back.keys() and all(torch.equal(there[entry], back[entry]) for entry in there)
     assert read_document(tmp_path / "back.ckpt")["model_config"] == CONFIGS[name].to_dict()
     assert read_tokenizer(tmp_path / "back.ckpt") == TOKENIZER.to_json()
-    assert load_trained(tmp_path / "back.ckpt").tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert load_pretrained(tmp_path / "back.ckpt").tokenizer.fingerprint == TOKENIZER.fingerprint
 
 
 def test_bf16_is_written_on_request_and_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_trained
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
 from nlgmoe.checkpoint import weights_only
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import load_model
@@ -163,7 +163,7 @@ def test_the_command_and_all_that_can_be_done_with_a_checkpoint(
     main(["import-megatron", str(tmp_path / "theirs"), ours, *words])
     assert "position   step 7, 336 tokens" in capsys.readouterr().out
 
-    trained = load_trained(ours)
+    trained = load_pretrained(ours)
     assert trained.model.config.vocab_size == tokenizer.vocab_size == 259
     generate(trained.model, torch.tensor([trained.tokenizer.encode("the")]), 4)
 

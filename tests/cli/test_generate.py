@@ -11,9 +11,9 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
+from nlgmoe.eval.detokenizer import detokenize
 from nlgmoe.eval.generation import complete, generate
-from nlgmoe.eval.spelling import text_of
-from nlgmoe.eval.trained import load_trained
+from nlgmoe.eval.loaded_model import load_pretrained
 from nlgmoe.module import MoEGPTModule
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
@@ -38,7 +38,7 @@ def run(capsys: pytest.CaptureFixture, *args: object) -> tuple[str, str]:
 
 
 def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
-    trained = load_trained(checkpoint)
+    trained = load_pretrained(checkpoint)
     tokens = TOKENIZER.encode("the king")
     for options, settings in (
         (("--temperature=0",), {"temperature": 0}),
@@ -48,7 +48,7 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
         ids = generate(trained.model, [tokens], 12, stop_id=TOKENIZER.eod_id, **settings)[0]
         for where in (checkpoint, checkpoint.parent):  # or the run's folder
             out, err = run(capsys, where, "--prompt", "the king", "--max-new-tokens", 12, *options)
-            assert (out, err) == (text_of(TOKENIZER, ids) + "\n", "")
+            assert (out, err) == (detokenize(TOKENIZER, ids) + "\n", "")
 
 
 def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
@@ -72,12 +72,12 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
     written = (tmp_path / "out.jsonl").read_text()
     records = [json.loads(line) for line in written.splitlines()]
     assert [record["prompt"] for record in records] == TEXTS  # in their order
-    model = load_trained(checkpoint).model
+    model = load_pretrained(checkpoint).model
     tokens = [TOKENIZER.encode(text) or [TOKENIZER.eod_id] for text in TEXTS]
     expected = complete(model, tokens, 5, stop_id=TOKENIZER.eod_id)
     assert [record["tokens"] for record in records] == [completion.tokens for completion in expected]
     assert [record["log_prob"] for record in records] == pytest.approx([c.log_prob for c in expected], abs=1e-4)
-    assert [record["completion"] for record in records] == [text_of(TOKENIZER, c.tokens) for c in expected]
+    assert [record["completion"] for record in records] == [detokenize(TOKENIZER, c.tokens) for c in expected]
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert run(capsys, *args, "--prompts", "-", "--json")[0] == written

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
+from nlgmoe.eval.detokenizer import StreamingDetokenizer, detokenize
 from nlgmoe.eval.generation import Completion, complete, generate, stream
 from nlgmoe.eval.sampling import Sampling
-from nlgmoe.eval.spelling import Spelling, text_of
 from nlgmoe.model.gpt import GPT
 
 VOCAB, SEQ_LEN = 61, 24
@@ -108,7 +108,7 @@ def test_sampling_follows_the_distribution() -> None:
     logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)) * 2
     for sampling in (Sampling(), Sampling(0.7), Sampling(1.5, top_k=4), Sampling(top_p=0.8)):
         generators = sampling.generators([[1]] * 8_000)
-        drawn = torch.bincount(sampling.choose(logits.expand(8_000, -1), generators), minlength=9) / 8_000
+        drawn = torch.bincount(sampling.sample(logits.expand(8_000, -1), generators), minlength=9) / 8_000
         scaled = (logits[0] / sampling.temperature).double()
         ordered = sorted(range(9), key=lambda i: -float(scaled[i]))[: sampling.top_k]
         if sampling.top_p is not None:  # the shortest beginning with that much
@@ -127,9 +127,9 @@ def test_sampling_follows_the_distribution() -> None:
 def test_the_ends_of_the_ranges() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.9, -math.inf]]).expand(200, -1)
     for sampling in (GREEDY, Sampling(1e-9), Sampling(top_k=1), Sampling(top_p=1e-9)):
-        assert set(sampling.choose(logits, sampling.generators([[0]] * 200)).tolist()) == {1}
+        assert set(sampling.sample(logits, sampling.generators([[0]] * 200)).tolist()) == {1}
     everything = Sampling(1e6, top_k=99, top_p=1.0)
-    assert set(everything.choose(logits, everything.generators([[0]] * 200)).tolist()) == {0, 1, 2}
+    assert set(everything.sample(logits, everything.generators([[0]] * 200)).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_no_character_is_broken_whatever_the_tokens() -> None:
     ids = tokenizer.encode(PROBE)
     assert b"".join(map(tokenizer.spell, ids)) == PROBE.encode()
     assert [len(tokenizer.spell(i)) for i in range(tokenizer.vocab_size)] == tokenizer.token_bytes.tolist()
-    spelling = Spelling(tokenizer)
-    pieces = [spelling.add(token) for token in ids]
+    detokenizer = StreamingDetokenizer(tokenizer)
+    pieces = [detokenizer.add(token) for token in ids]
     assert "".join(pieces) == PROBE and "" in pieces
     for length in range(len(ids)):  # cut within a character: that one is left out
-        assert PROBE.startswith(text_of(tokenizer, ids[:length]))
-    assert text_of(tokenizer, [tokenizer.eod_id, *tokenizer.encode("a"), 9999]) == "a"
+        assert PROBE.startswith(detokenize(tokenizer, ids[:length]))
+    assert detokenize(tokenizer, [tokenizer.eod_id, *tokenizer.encode("a"), 9999]) == "a"

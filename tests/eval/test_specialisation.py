@@ -11,8 +11,8 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
 from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
-from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, information, preference
-from nlgmoe.eval.token_classes import CLASSES, class_ids, token_class
+from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, mutual_information, preference
+from nlgmoe.eval.token_classes import CLASSES, token_class
 from nlgmoe.layers.router import Routing
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
@@ -84,14 +84,14 @@ def test_counts_by_hand() -> None:
 
 def test_preference_and_information_by_hand() -> None:
     assert preference(np.array([[3, 1], [1, 3]])).tolist() == [[1.5, 0.5], [0.5, 1.5]]
-    assert information(np.array([[2, 0], [0, 2]])) == entropy(np.array([[2, 0], [0, 2]])) == 1.0
-    assert information(np.array([[2, 4], [1, 2], [0, 0]])) == pytest.approx(0)
+    assert mutual_information(np.array([[2, 0], [0, 2]])) == entropy(np.array([[2, 0], [0, 2]])) == 1.0
+    assert mutual_information(np.array([[2, 4], [1, 2], [0, 0]])) == pytest.approx(0)
     counts = np.array([[3, 1], [0, 4]])
     by_hand = 3 / 8 * math.log2(3 / 8 / (1 / 2 * 3 / 8)) + 1 / 8 * math.log2(1 / 8 / (1 / 2 * 5 / 8))
     by_hand += 4 / 8 * math.log2(4 / 8 / (1 / 2 * 5 / 8))
-    assert information(counts) == pytest.approx(by_hand)
+    assert mutual_information(counts) == pytest.approx(by_hand)
     assert np.isnan(preference(np.array([[3, 0], [1, 0]]))[:, 1]).all()
-    assert information(np.zeros((2, 2))) == 0
+    assert mutual_information(np.zeros((2, 2))) == 0
 
 
 class Spelt(SyntheticData):
@@ -116,7 +116,9 @@ def test_a_run_leaves_what_its_model_says_of_the_validation_data(data: type[Synt
         seen = torch.bincount(
             torch.cat(
                 [
-                    torch.tensor(class_ids(spellings))[batch["tokens"][batch["token_mask"]]]
+                    torch.tensor([CLASSES.index(token_class(text)) for text in spellings])[
+                        batch["tokens"][batch["token_mask"]]
+                    ]
                     for batch in text.val_dataloader()
                 ]
             ),

@@ -13,7 +13,7 @@ from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
 
 if TYPE_CHECKING:
-    from nlgmoe.eval.trained import Trained
+    from nlgmoe.eval.loaded_model import LoadedModel
 
 BOOTSTRAP_ITERS = 1000  # for standard errors without a formula: 2% of such an error
 
@@ -67,7 +67,7 @@ def evaluate(
     chosen = device or default_device()
     check_device(chosen)
 
-    from nlgmoe.eval.trained import load_trained
+    from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
     from nlgmoe.tools.lm_eval.paper import table
     from nlgmoe.tools.lm_eval.tasks import Tasks
@@ -77,8 +77,8 @@ def evaluate(
         chosen_tasks = Tasks([name for name in tasks.split(",") if name], data_dir, include_path, num_fewshot)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    trained = load_trained(checkpoint, tokenizer, chosen, precision)
-    model = EvaluatedGPT(trained.model, trained.tokenizer, batch_size)
+    loaded = load_pretrained(checkpoint, tokenizer, chosen, precision)
+    model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
     for name in chosen_tasks.names:  # before hours are spent on the others
         chosen_tasks.load(name)
     parts = []
@@ -86,28 +86,28 @@ def evaluate(
         print(f"{name} ...", flush=True)
         parts.append(evaluate_task(model, chosen_tasks, name, limit, BOOTSTRAP_ITERS))
     results = merge(parts)
-    about = _about(trained, limit)
+    about = _about(loaded, limit)
     print(f"\n{_headline(about)}\n\n{table(results)}")
     if output is not None:
         _write(output, results | {"nlgmoe": about})
 
 
-def _about(trained: Trained, limit: float | None) -> dict[str, Any]:
+def _about(loaded: LoadedModel, limit: float | None) -> dict[str, Any]:
     """What was evaluated."""
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.versions import versions
 
-    count = count_parameters(trained.model.config)
+    count = count_parameters(loaded.model.config)
     return {
-        "checkpoint": str(trained.path),
-        "step": trained.document["global_step"],
-        "tokens": trained.document["tokens_seen"],
+        "checkpoint": str(loaded.path),
+        "step": loaded.document["global_step"],
+        "tokens": loaded.document["tokens_seen"],
         "parameters": count.total,
         "active_parameters": count.active,
-        "model_config": trained.model.config.to_dict(),
-        "tokenizer": trained.tokenizer.fingerprint,
-        "precision": str(trained.model.unembedding.dtype).removeprefix("torch."),
-        "device": str(trained.model.unembedding.device),
+        "model_config": loaded.model.config.to_dict(),
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "precision": str(loaded.model.unembedding.dtype).removeprefix("torch."),
+        "device": str(loaded.model.unembedding.device),
         "limit": limit,
         "versions": versions() | {"lm_eval": version("lm_eval")},
     }

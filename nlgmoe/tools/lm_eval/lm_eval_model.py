@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.device import total_memory
-from nlgmoe.eval.padding import padded
+from nlgmoe.eval.padding import pad_sequences
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
@@ -197,7 +197,9 @@ class EvaluatedGPT(TemplateLM):
     def _score_batch(self, batch: list[_Read]) -> list[tuple[int, float, bool]]:
         """Of each question: the request's number, nats, and whether every token is the likeliest."""
         with self._precision():
-            hidden = self.model(*padded([read.tokens for read in batch], "right", self._device)).hidden  # [B, T, H]
+            hidden = self.model(
+                *pad_sequences([read.tokens for read in batch], "right", self._device)
+            ).hidden  # [B, T, H]
             rows: list[int] = []
             positions: list[int] = []
             targets: list[int] = []
@@ -250,7 +252,7 @@ class EvaluatedGPT(TemplateLM):
                 self._idle()
             return []
         manner, texts, finished = batch[0].manner, [""] * len(batch), [False] * len(batch)
-        tokens, mask = padded([prompt.tokens for prompt in batch], "left", self._device)
+        tokens, mask = pad_sequences([prompt.tokens for prompt in batch], "left", self._device)
         cache, new, written = KVCache(tokens.shape[1] + manner.max_new), tokens, [[] for _ in batch]  # type: ignore[var-annotated]
         draws = [Random(prompt.number) for prompt in batch]
         while self.ranks.anyone(not all(finished)):
@@ -259,7 +261,7 @@ class EvaluatedGPT(TemplateLM):
                 continue
             with self._precision():
                 logits = self.model.logits(self.model(new, mask, cache).hidden[:, -1])  # [B, V]
-            chosen = manner.sampling.choose(_at_least_fp32(logits), draws)
+            chosen = manner.sampling.sample(_at_least_fp32(logits), draws)
             new, mask = chosen[:, None], None
             for row, token in enumerate(chosen.tolist()):
                 if not finished[row]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from nlgmoe.eval.specialisation import Specialisation, entropy, information, preference
+from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, preference
 from nlgmoe.tools.report.drawing import MOST, RATIO_COLOURS, Chart, colour_of, grid_of_panels, place
 from nlgmoe.tools.report.expert_figures import ratio_bar
 from nlgmoe.tools.report.runs import Run
@@ -27,7 +27,7 @@ def told(runs: Sequence[Run]) -> Chart | None:
     for number, run, found in known:
         layers = range(len(found.experts))
         for column, groups in enumerate((found.by_domain, found.by_class)):
-            bits = [round(information(groups(layer)), 4) for layer in layers]
+            bits = [round(mutual_information(groups(layer)), 4) for layer in layers]
             figure.add_bar(
                 x=[run.layer(layer) for layer in layers],
                 y=bits,

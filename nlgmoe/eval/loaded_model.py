@@ -1,4 +1,4 @@
-"""A trained model as its user has it: the weights of a checkpoint, and the tokenizer that goes with them."""
+"""Loading a checkpoint for use: model and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nlgmoe.model.gpt import GPT
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model that can be used.
+class LoadedModel:
+    """A model loaded from a checkpoint.
 
     Attributes:
-        path: the checkpoint.
-        model: in evaluation mode.
-        tokenizer: whose ids it knows.
-        document: what the checkpoint says of itself (`checkpoint.json`).
+        path: the checkpoint folder.
+        model: the model, in evaluation mode.
+        tokenizer: the tokenizer that the model was trained with.
+        document: contents of `checkpoint.json`.
     """
 
     path: Path
@@ -33,24 +33,24 @@ class Trained:
     document: dict[str, Any]
 
 
-def load_trained(
+def load_pretrained(
     checkpoint: str | Path,
     tokenizer: str | None = None,
     device: str | torch.device = "cpu",
     precision: Literal["fp32", "bf16"] | None = None,
     data_dir: str | Path = "data/pocket_pile",
-) -> Trained:
+) -> LoadedModel:
     """Load a checkpoint with its tokenizer.
 
     Args:
-        checkpoint: the folder, `NAME.ckpt`; of a run's folder, the newest valid one.
-        tokenizer: as `data.tokenizer`; None: the one that is in the checkpoint.
-        device: where the model goes.
-        precision: of its weights and products, `fp32` or `bf16`; None: as they are stored.
-        data_dir: where tokenizers that are given by name are kept.
+        checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is loaded.
+        tokenizer: as `data.tokenizer`; None: the tokenizer stored in the checkpoint.
+        device: device of the model.
+        precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
+        data_dir: folder of tokenizers given by name.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or its tokenizer is missing or has more ids than the model.
+        ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing or has more ids than the model.
     """
     path = find(checkpoint)
     document, stored = read_document(path), read_tokenizer(path)
@@ -59,11 +59,11 @@ def load_trained(
     elif stored is not None:
         found = Tokenizer.from_json(stored, f"of {path}")
     else:
-        raise ValueError(f"tokenizer=null: {path} holds none; set it to the one that the model was trained with")
+        raise ValueError(f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with")
     model = load_model(path)
     if found.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"tokenizer={found.name} has {found.vocab_size} ids, the model {model.config.vocab_size}; set it to the one that "
-            "the model was trained with"
+            f"tokenizer={found.name} has {found.vocab_size} ids, the model {model.config.vocab_size}; set it to the tokenizer "
+            "that the model was trained with"
         )
-    return Trained(path, model.to(device, PRECISIONS.get(precision or "")), found, document)
+    return LoadedModel(path, model.to(device, PRECISIONS.get(precision or "")), found, document)

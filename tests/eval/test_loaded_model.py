@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, generate, load_trained
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, generate, load_pretrained
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.verify import problems
@@ -36,13 +36,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "elsewhere.ckpt")
     for path in (tmp_path / "elsewhere.ckpt", tmp_path):  # a checkpoint, or a folder of them
-        trained = load_trained(path)
-        assert trained.path == tmp_path / "elsewhere.ckpt"
-        assert trained.tokenizer.fingerprint == TOKENIZER.fingerprint
-        assert trained.tokenizer.encode(PROBE) == TOKENIZER.encode(PROBE)
-        ids = generate(trained.model, [trained.tokenizer.encode("the ki")], 4)
-        assert trained.tokenizer.decode(ids[0]).startswith("the ki")
-    assert load_trained(checkpoint, precision="bf16").model.unembedding.dtype == torch.bfloat16
+        loaded = load_pretrained(path)
+        assert loaded.path == tmp_path / "elsewhere.ckpt"
+        assert loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
+        assert loaded.tokenizer.encode(PROBE) == TOKENIZER.encode(PROBE)
+        ids = generate(loaded.model, [loaded.tokenizer.encode("the ki")], 4)
+        assert loaded.tokenizer.decode(ids[0]).startswith("the ki")
+    assert load_pretrained(checkpoint, precision="bf16").model.unembedding.dtype == torch.bfloat16
 
 
 def test_a_damaged_or_missing_tokenizer_is_found(checkpoint: Path, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_damaged_or_missing_tokenizer_is_found(checkpoint: Path, tmp_path: Pat
         found = list(problems(folder))
         assert len(found) == 1 and "tokenizer.json" in found[0]
         with pytest.raises(ValueError, match=r"tokenizer\.json.*use another checkpoint"):
-            load_trained(folder)
+            load_pretrained(folder)
         with pytest.raises(ValueError, match="no valid checkpoint"):
             choose(tmp_path)
 
@@ -67,9 +67,9 @@ def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> Non
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert read_tokenizer(tmp_path / "a.ckpt") is None
     with pytest.raises(ValueError, match=r"tokenizer=null: .* holds none; set it"):
-        load_trained(tmp_path / "a.ckpt")
+        load_pretrained(tmp_path / "a.ckpt")
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/tokenizer.json").write_text(TOKENIZER.to_json())
-    assert load_trained(checkpoint, str(tmp_path / "tiny")).tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert load_pretrained(checkpoint, str(tmp_path / "tiny")).tokenizer.fingerprint == TOKENIZER.fingerprint
     with pytest.raises(ValueError, match=f"has {TOKENIZER.vocab_size} ids, the model 260"):
-        load_trained(tmp_path / "a.ckpt", str(tmp_path / "tiny"))
+        load_pretrained(tmp_path / "a.ckpt", str(tmp_path / "tiny"))
