@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from benchmarks.timing import ROOT
-from nlgmoe.data.interleaving import Interleaving, whole_weights
+from nlgmoe.data.interleaving import Interleaving, integer_weights
 
 SAMPLES = 60_000
 
@@ -34,7 +34,7 @@ def main() -> None:
     blend = yaml.safe_load((ROOT / "configs/data/paper_blend.yaml").read_text())
     paper = [part["weight"] for part in blend["data"]["corpus"]["init_args"]["parts"]]
     for name, given in {"the paper's 15": paper, "1,000 and ten of 1": [1000.0] + [1.0] * 10}.items():
-        weights = whole_weights(given)
+        weights = integer_weights(given)
         ours = Interleaving(weights)
         print(
             f"{name}: ours {worst_distance(weights, lambda sample, _, ours=ours: ours.place(sample)[0]):.2f} samples, furthest "

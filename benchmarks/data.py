@@ -39,11 +39,11 @@ from benchmarks.timing import ROOT, command_line, interleaved, settings
 from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
-from nlgmoe.data.streaming.logical_stream import Recipe
+from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.streaming.streamed_source import StreamedSource
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields, Share
+from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields, Shard
 from nlgmoe.experiment import load_config
 
 DATA_DIR = Path("data/pocket_pile")
@@ -81,7 +81,7 @@ def write(folder: Path, name: str, records: list[dict[str, Any]], times: int = 1
 
 def stream(files: list[str], tokenizer: Tokenizer, ids: bool) -> StreamedSource:
     fields = Fields(ids="input_ids" if ids else None, vocab_size=tokenizer.vocab_size)
-    return StreamedSource(Recipe(files, fields, ["text"], tokenizer, STREAMS, BUFFER, "error"), SEQ_LEN, seed=1)
+    return StreamedSource(StreamConfig(files, fields, ["text"], tokenizer, STREAMS, BUFFER, "error"), SEQ_LEN, seed=1)
 
 
 def reader(source: TokenSource) -> Callable[[], None]:
@@ -136,7 +136,7 @@ def passing_over(folder: Path, texts: list[str], rounds: int) -> float:
 
     def read() -> None:
         for path in files:
-            list(read_documents(path, Fields(), BadData(), Share(10**6, 10**6 + 1)))
+            list(read_documents(path, Fields(), BadData(), Shard(10**6, 10**6 + 1)))
 
     return sum(len(text.encode()) for text in texts) / 1e6 / interleaved({"read": read}, rounds)["read"]
 
@@ -154,7 +154,7 @@ def resuming(folder: Path, texts: list[str], tokenizer: Tokenizer) -> dict[str, 
             cursor = fresh.sample(index - STREAMS)["cursor"].tolist()
             for name, cursors in {"with its cursor": [cursor], "without": []}.items():
                 source = stream(files, tokenizer, ids=False)
-                source.go_on_from(cursors)
+                source.seek(cursors)
                 started = time.perf_counter()
                 source.sample(index)
                 seconds[name] = time.perf_counter() - started

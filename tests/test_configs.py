@@ -15,7 +15,7 @@ from nlgmoe.cli.train import TrainCLI
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
-from nlgmoe.data.streaming.streamed_source import readings
+from nlgmoe.data.streaming.streamed_source import reads_per_stream
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.monitoring.hardware import RESERVED, hardware
@@ -259,7 +259,7 @@ def test_the_streamed_pile_goes_over_every_model() -> None:
         corpus = StreamedText(**parsed.corpus.init_args)
         assert parsed.corpus.class_path.rpartition(".")[2] == "StreamedText" and parsed.global_batch_size > 0
         if parsed.micro_batch_size <= 4:
-            assert readings(corpus.num_streams, parsed.micro_batch_size, 8 * parsed.num_workers) == 1
+            assert reads_per_stream(corpus.num_streams, parsed.micro_batch_size, 8 * parsed.num_workers) == 1
 
 
 def without(settings: dict[str, Any], *paths: str) -> dict[str, Any]:

@@ -93,13 +93,13 @@ def _tokenise_input(
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
     from nlgmoe.data.build_indexed import build_indexed
-    from nlgmoe.data.pocket.prepare import only_builder
+    from nlgmoe.data.pocket.prepare import build_lock
     from nlgmoe.data.text.bad_data import BadData
     from nlgmoe.data.text.records import Fields
     from nlgmoe.data.tokenizer import load_tokenizer
 
     files = input_files(input)
-    with only_builder(Path(data_dir)):
+    with build_lock(Path(data_dir)):
         loaded = load_tokenizer(tokenizer, Path(data_dir))
     lines = ProgressLines(len(files))
     bad = BadData(on_bad_data, lines.print)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from nlgmoe.data.corpus import Corpus, OpenCorpus
 from nlgmoe.data.description import Description, description_of
-from nlgmoe.data.interleaving import Interleaving, whole_weights
+from nlgmoe.data.interleaving import Interleaving, integer_weights
 from nlgmoe.data.sources import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
@@ -110,7 +110,7 @@ class OpenBlend:
     def __init__(self, parts: Sequence[BlendPart], opened: Sequence[OpenCorpus]) -> None:
         self._names = [part.name for part in parts]
         self._opened = list(opened)
-        self.weights = whole_weights([part.weight for part in parts])
+        self.weights = integer_weights([part.weight for part in parts])
         self.tokenizer: Tokenizer = opened[0].tokenizer
         for name, corpus in zip(self._names, opened, strict=True):
             if corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
@@ -212,10 +212,10 @@ class BlendedSource:
         }
         self.cursor_length = max((source.cursor_length for source in self._streamed.values()), default=0)
 
-    def go_on_from(self, cursors: Sequence[Sequence[int]]) -> None:
+    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `CursorSource`."""
         for part, source in self._streamed.items():
-            source.go_on_from(self._of_part(part, cursors))
+            source.seek(self._of_part(part, cursors))
 
     def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
         """See `CursorSource`."""
@@ -227,9 +227,9 @@ class BlendedSource:
             "them may need any sample: tokenise these parts once, with `nlgmoe prepare-data --input`"
         )
 
-    def closing_remark(self, cursors: Sequence[Sequence[int]]) -> str | None:
+    def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
         """See `CursorSource`."""
-        found = [source.closing_remark(self._of_part(part, cursors)) for part, source in self._streamed.items()]
+        found = [source.skipped_summary(self._of_part(part, cursors)) for part, source in self._streamed.items()]
         return "; ".join(remark for remark in found if remark) or None
 
     def sample(self, index: int) -> Sample:

@@ -31,9 +31,9 @@ from filelock import FileLock, Timeout
 from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.text.bad_data import BadData, summary
 from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import Fields, Place
+from nlgmoe.data.text.records import Fields, FileOffset
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.data.worker_signals import heed_only_the_parent
+from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.files import write_json
 
 CHUNK_BYTES = 1 << 18  # of text, tokenised together: a tokenizer holds a hundred times as much for a moment
@@ -55,7 +55,7 @@ class Progress:
     """
 
     file: int = 0
-    place: Place = field(default_factory=Place)
+    place: FileOffset = field(default_factory=FileOffset)
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
@@ -132,7 +132,7 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
         return Progress(), None
     try:
         found = json.loads(path.read_text())
-        done = Progress(**found["done"] | {"place": Place(**found["done"]["place"])})
+        done = Progress(**found["done"] | {"place": FileOffset(**found["done"]["place"])})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
     if differing := [name for name in settings if found["settings"].get(name) != settings[name]]:
@@ -153,7 +153,7 @@ def _chunks(files: Sequence[str], fields: Fields, bad: BadData, done: Progress) 
     texts: list[str] = []
     size = 0
     for number in range(done.file, len(files)):
-        start = done.place if number == done.file else Place()
+        start = done.place if number == done.file else FileOffset()
         for record in read_documents(files[number], fields, bad, start=start):
             assert isinstance(record.content, str)
             texts.append(record.content)
@@ -209,7 +209,7 @@ def _begin(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs at once
-    heed_only_the_parent(0)
+    ignore_worker_signals(0)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 

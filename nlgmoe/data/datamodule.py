@@ -22,9 +22,9 @@ from nlgmoe.data.description import Description, description_of, differing
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource, windows_of_domains
+from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource, count_domain_windows
 from nlgmoe.data.streaming.cursors import Cursors
-from nlgmoe.data.worker_signals import heed_only_the_parent
+from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
 
@@ -145,7 +145,7 @@ class PileDataModule(LightningDataModule):
         source = self._opened().training_source(self.seq_len, self.seed)
         if isinstance(source, CursorSource):
             self._cursor_source = source
-            source.go_on_from(self._cursors.reached())
+            source.seek(self._cursors.latest())
             if advice := source.advice(self.micro_batch_size, world_size, self.num_workers):
                 rank_zero_warn(advice)
         micro_batches = 1
@@ -197,7 +197,7 @@ class PileDataModule(LightningDataModule):
             return "data.micro_batch_size", self.micro_batch_size
         tokens = self._opened().evaluation_tokens("test") if stage == "test" else None
         tokens = tokens or self._opened().evaluation_tokens("validation") or []
-        windows = sum(windows_of_domains(tokens, self.seq_len, self.max_eval_windows))
+        windows = sum(count_domain_windows(tokens, self.seq_len, self.max_eval_windows))
         of_a_rank = -(-windows // self._rank_and_world_size()[1])
         return "data.eval_micro_batch_size", min(self.eval_micro_batch_size, of_a_rank)
 
@@ -209,7 +209,7 @@ class PileDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """After a fit, say what there is to say about its data."""
         source = self._cursor_source if stage == "fit" else None
-        if source is not None and (remark := source.closing_remark(self._cursors.reached())):
+        if source is not None and (remark := source.skipped_summary(self._cursors.latest())):
             rank_zero_warn(remark)
 
     # ---- state
@@ -231,7 +231,7 @@ class PileDataModule(LightningDataModule):
             "fingerprint": self.fingerprint(),
             "corpus": self.corpus_description,
         }
-        cursors = self._cursors.reached() if self._cursor_source is None else self._cursors.of_all_ranks()
+        cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -367,7 +367,7 @@ class PileDataModule(LightningDataModule):
 
     def _begin(self) -> int:
         """Where an iteration begins; what an earlier one loaded ahead is loaded again."""
-        self._cursors.forget_waiting()
+        self._cursors.discard_pending()
         return self.samples_consumed
 
     def _dataset(self, source: TokenSource) -> SourceDataset:
@@ -383,7 +383,7 @@ class PileDataModule(LightningDataModule):
             dataset,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=heed_only_the_parent,
+            worker_init_fn=ignore_worker_signals,
             persistent_workers=self.num_workers > 0,
             # A copy from pinned memory to an accelerator need not be waited for.
             pin_memory=self.trainer is not None and is_accelerator(self.trainer.strategy.root_device),

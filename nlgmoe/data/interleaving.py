@@ -70,7 +70,7 @@ class Interleaving:
         return node, index
 
 
-def whole_weights(weights: Sequence[float]) -> list[int]:
+def integer_weights(weights: Sequence[float]) -> list[int]:
     """Weights in the same ratio, as the smallest whole numbers; 0.1 is a tenth, not the nearest binary fraction."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     unit = Fraction(math.gcd(*(one.numerator for one in exact)), math.lcm(*(one.denominator for one in exact)))

@@ -15,7 +15,7 @@ import numpy as np
 from nlgmoe.data.corpus import OpenCorpus, Streams
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.pocket.prepare import only_builder
+from nlgmoe.data.pocket.prepare import build_lock
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 # Evenly spaced over the corpus: each is a random read, which takes a network disk its time.
@@ -60,7 +60,7 @@ class MegatronIndexed:
                     f"{path} is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
                     "tools/preprocess_data.py --append-eod has written, without the .bin."
                 )
-        with only_builder(data_dir):
+        with build_lock(data_dir):
             load_tokenizer(tokenizer, data_dir)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:

@@ -48,7 +48,7 @@ class CursorSource(Protocol):
 
     cursor_length: int
 
-    def go_on_from(self, cursors: Sequence[Sequence[int]]) -> None:
+    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """Take the cursors that a run has got to, one for each stream at most."""
         ...
 
@@ -56,7 +56,7 @@ class CursorSource(Protocol):
         """What to change so that these processes read quickly, if anything."""
         ...
 
-    def closing_remark(self, cursors: Sequence[Sequence[int]]) -> str | None:
+    def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
         """What has to be said about the data that was read up to `cursors`, if anything."""
         ...
 
@@ -117,7 +117,7 @@ class EvaluationSource:
         self._streams = list(streams)
         self._eod_id = eod_id
         self._windows: list[tuple[int, int]] = []
-        for domain, count in enumerate(windows_of_domains(streams, seq_len, max_windows)):
+        for domain, count in enumerate(count_domain_windows(streams, seq_len, max_windows)):
             self._windows += [(domain, window) for window in range(count)]
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class EvaluationSource:
         return self._streams[domain][: windows * self.seq_len]
 
 
-def windows_of_domains(streams: Sequence[np.ndarray], seq_len: int, max_windows: int | None) -> list[int]:
+def count_domain_windows(streams: Sequence[np.ndarray], seq_len: int, max_windows: int | None) -> list[int]:
     """How many windows evaluation has of each domain; the arguments are those of `EvaluationSource`."""
     counts = [count_windows(len(stream), seq_len, keep_tail=True) for stream in streams]
     return counts if max_windows is None else [min(count, max_windows) for count in counts]

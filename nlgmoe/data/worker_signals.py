@@ -7,7 +7,7 @@ import signal
 import threading
 
 
-def heed_only_the_parent(worker: int) -> None:
+def ignore_worker_signals(worker: int) -> None:
     """Ignore Ctrl+C, SIGUSR1 and SIGUSR2, and SIGTERM unless it comes from the process that started this one.
 
     Terminals, Slurm and DeepSpeed's launcher send a signal to every process there is, and training cannot reach its next

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nlgmoe.cli.train import main
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, Streams
-from nlgmoe.data.interleaving import Interleaving, whole_weights
+from nlgmoe.data.interleaving import Interleaving, integer_weights
 from nlgmoe.data.pocket.pocket_pile import read_texts, text_path
 from nlgmoe.data.pocket.shards import shard_folder
 from nlgmoe.module import MoEGPTModule
@@ -97,9 +97,9 @@ def test_turns_by_hand(weights: list[int], turns: str) -> None:
 
 
 def test_weights_are_what_is_written() -> None:
-    assert whole_weights([0.1, 0.2]) == whole_weights([3, 6]) == [1, 2]
-    assert whole_weights([1e-05, 1.5]) == [1, 150_000]
-    assert sum(whole_weights(PAPER)) == 100_000
+    assert integer_weights([0.1, 0.2]) == integer_weights([3, 6]) == [1, 2]
+    assert integer_weights([1e-05, 1.5]) == [1, 150_000]
+    assert sum(integer_weights(PAPER)) == 100_000
 
 
 # ---- corpora

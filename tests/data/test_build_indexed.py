@@ -20,7 +20,7 @@ from filelock import FileLock
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
 from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.records import Fields, Place, Record
+from nlgmoe.data.text.records import Fields, FileOffset, Record
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed
@@ -197,9 +197,9 @@ def test_no_more_text_is_read_than_is_needed(
     """However much there is, and however slow what comes behind the reading."""
     read = count()
 
-    def endless(*arguments: Any, start: Place) -> Iterator[Record]:
+    def endless(*arguments: Any, start: FileOffset) -> Iterator[Record]:
         for number in read:
-            yield Record(number, "x" * 300, None, Place(number + 1))
+            yield Record(number, "x" * 300, None, FileOffset(number + 1))
 
     class EnoughError(Exception):
         pass

@@ -20,7 +20,7 @@ import zstandard
 from nlgmoe.data.text import documents
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import is_readable, read_documents
-from nlgmoe.data.text.records import Fields, Place, Record, Share
+from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 PILE = Fields(domain="meta.pile_set_name")
@@ -63,11 +63,11 @@ def test_every_document_once_from_any_place_in_any_share(tmp_path: Path, ending:
     assert [(r.number, r.content, r.domain) for r in records] == [
         (i, text, f"set {i % 3}") for i, text in enumerate(TEXTS)
     ]
-    shares = [read(path, share=Share(index, 4)) for index in range(4)]
+    shares = [read(path, shard=Shard(index, 4)) for index in range(4)]
     assert sorted((r for share in shares for r in share), key=lambda r: r.number) == records
     for first in (0, 1, 39, 40, 298, 299):
         assert read(path, start=records[first].after) == records[first + 1 :]
-        assert read(path, share=Share(2, 4), start=records[first].after) == [r for r in shares[2] if r.number > first]
+        assert read(path, shard=Shard(2, 4), start=records[first].after) == [r for r in shares[2] if r.number > first]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -140,7 +140,7 @@ def test_a_damaged_file_is_named_or_counted(tmp_path: Path, ending: str) -> None
         ignored = BadData("skip", str)
         for first in range(len(records)):  # it ends where it ended, wherever reading began
             assert list(read_documents(path, PILE, ignored, start=records[first].after)) == records[first + 1 :]
-        shares = [list(read_documents(path, PILE, bad, share=Share(index, 3))) for index in range(3)]
+        shares = [list(read_documents(path, PILE, bad, shard=Shard(index, 3))) for index in range(3)]
         assert sum(map(len, shares)) == len(records) and bad.skipped == {kind: 2}  # one of three counts the file
     path.write_bytes(b"no such format" * 1000)
     with pytest.raises(ValueError, match="damaged file"):
@@ -188,7 +188,7 @@ def test_an_address_is_read_like_a_file(tmp_path: Path, ending: str) -> None:
 
 def test_a_disk_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> Iterator[Record]:
-        yield Record(0, "good", None, Place(1, 10))
+        yield Record(0, "good", None, FileOffset(1, 10))
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = write(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
@@ -205,13 +205,13 @@ def test_what_is_readable() -> None:
 def test_a_last_line_without_its_end_counts(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\n" + GOOD)
-    assert [record.after for record in read(path)] == [Place(1, 17), Place(2, 33)]
+    assert [record.after for record in read(path)] == [FileOffset(1, 17), FileOffset(2, 33)]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD)
-    assert [record.after for record in read(path)] == [Place(1, 20), Place(2, 36)]
+    assert [record.after for record in read(path)] == [FileOffset(1, 20), FileOffset(2, 36)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:

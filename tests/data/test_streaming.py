@@ -25,10 +25,10 @@ from nlgmoe.data import StreamedText
 from nlgmoe.data.blend import BlendedSource
 from nlgmoe.data.sampling import TrainingSampler
 from nlgmoe.data.sources import Sample
-from nlgmoe.data.streaming import held_text, logical_stream
+from nlgmoe.data.streaming import eval_cache, logical_stream
 from nlgmoe.data.streaming.cursors import Cursors
-from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, Recipe
-from nlgmoe.data.streaming.streamed_source import StreamedSource, readings
+from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, StreamConfig
+from nlgmoe.data.streaming.streamed_source import StreamedSource, reads_per_stream
 from nlgmoe.data.text.bad_data import KINDS
 from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
@@ -59,16 +59,16 @@ def write(path: Path, texts: list[str], domains: int = 1) -> str:
 
 
 @pytest.fixture(scope="module")
-def make_recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., Recipe]:
+def make_config(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., StreamConfig]:
     folder = tmp_path_factory.mktemp("files")
 
-    def make(files: int, streams: int, buffer: int = 5, per_file: int = 40) -> Recipe:
+    def make(files: int, streams: int, buffer: int = 5, per_file: int = 40) -> StreamConfig:
         endings = ("jsonl", "jsonl.zst", "parquet")
         names = [folder / f"{i}.{per_file}.{endings[i % 3]}" for i in range(files)]
         for i, name in enumerate(names):
             if not name.exists():
                 write(name, make_texts(per_file, f"file {i}"))
-        return Recipe([str(name) for name in names], Fields(), ["text"], tokenizer, streams, buffer, "error")
+        return StreamConfig([str(name) for name in names], Fields(), ["text"], tokenizer, streams, buffer, "error")
 
     return make
 
@@ -91,12 +91,12 @@ def documents_of(windows: Iterator[logical_stream.Window], tokenizer: Tokenizer,
 
 @pytest.mark.parametrize(("files", "streams"), [(1, 3), (4, 4), (6, 4), (3, 5), (7, 1)])
 def test_an_epoch_of_all_streams_is_the_corpus(
-    make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, files: int, streams: int
+    make_config: Callable[..., StreamConfig], tokenizer: Tokenizer, files: int, streams: int
 ) -> None:
-    recipe = make_recipe(files, streams)
+    config = make_config(files, streams)
     first: list[str] = []
     for stream in range(streams):
-        found = list(documents_of(LogicalStream(recipe, stream, SEQ_LEN, 1).windows(Cursor()), tokenizer, 2))
+        found = list(documents_of(LogicalStream(config, stream, SEQ_LEN, 1).windows(Cursor()), tokenizer, 2))
         length = next(i for i, text in enumerate(found) if text in found[:i])
         assert sorted(found[:length]) == sorted(found[length : 2 * length])  # the second epoch: the same ...
         assert found[:length] != found[length : 2 * length]  # ... in another order
@@ -106,10 +106,10 @@ def test_an_epoch_of_all_streams_is_the_corpus(
 
 
 def test_the_seed_decides_the_order(
-    make_recipe: Callable[..., Recipe], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., StreamConfig], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def order(seed: int, buffer: int) -> list[str]:
-        stream = LogicalStream(make_recipe(1, 1, buffer), 0, SEQ_LEN, seed)
+        stream = LogicalStream(make_config(1, 1, buffer), 0, SEQ_LEN, seed)
         return list(islice(documents_of(stream.windows(Cursor()), tokenizer, 1), 40))
 
     assert order(1, 5) == order(1, 5) and order(1, 5) != order(2, 5) != order(2, 40)
@@ -122,8 +122,10 @@ def test_the_seed_decides_the_order(
     ]
 
 
-def test_files_come_in_another_order_every_epoch(make_recipe: Callable[..., Recipe], tokenizer: Tokenizer) -> None:
-    windows = LogicalStream(make_recipe(6, 1), 0, SEQ_LEN, 1).windows(Cursor())
+def test_files_come_in_another_order_every_epoch(
+    make_config: Callable[..., StreamConfig], tokenizer: Tokenizer
+) -> None:
+    windows = LogicalStream(make_config(6, 1), 0, SEQ_LEN, 1).windows(Cursor())
     order = [text.split(":")[0].split()[1] for text in documents_of(windows, tokenizer, 2)]
     files = [file for i, file in enumerate(order) if i == 0 or order[i - 1] != file]
     first, second = list(dict.fromkeys(files)), list(dict.fromkeys(order[240:]))
@@ -133,12 +135,12 @@ def test_files_come_in_another_order_every_epoch(make_recipe: Callable[..., Reci
 class Run:
     """Ranks with workers that load ahead, in one process: who reads what, what is trained on, what a checkpoint has."""
 
-    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], state: tuple[int, list[list[int]]]) -> None:
+    def __init__(self, config: StreamConfig, shape: tuple[int, int, int], state: tuple[int, list[list[int]]]) -> None:
         self.ranks, self.workers, self.size = shape
         self.consumed, cursors = state
-        self.sources = [[StreamedSource(recipe, SEQ_LEN, 3) for _ in range(self.workers)] for _ in range(self.ranks)]
+        self.sources = [[StreamedSource(config, SEQ_LEN, 3) for _ in range(self.workers)] for _ in range(self.ranks)]
         for source in (source for rank in self.sources for source in rank):
-            source.go_on_from(cursors)
+            source.seek(cursors)
         self.cursors = [Cursors() for _ in range(self.ranks)]
         for rank in self.cursors:
             rank.load(cursors)
@@ -173,8 +175,8 @@ class Run:
     def state(self) -> tuple[int, list[list[int]]]:
         everything = Cursors()
         for rank in self.cursors:
-            everything.load([*everything.reached(), *rank.reached()])
-        return json.loads(json.dumps((self.consumed, everything.reached())))
+            everything.load([*everything.latest(), *rank.latest()])
+        return json.loads(json.dumps((self.consumed, everything.latest())))
 
 
 def seen(sample: Sample) -> list[int]:
@@ -192,39 +194,39 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
     lives=st.lists(st.tuples(SHAPES, st.integers(1, 9), st.integers(0, 4)), min_size=2, max_size=4),
 )
 def test_killed_anywhere_and_resumed_on_other_ranks_and_workers(
-    make_recipe: Callable[..., Recipe], files: int, streams: int, buffer: int, lives: list[Any]
+    make_config: Callable[..., StreamConfig], files: int, streams: int, buffer: int, lives: list[Any]
 ) -> None:
-    recipe = make_recipe(files, streams, buffer, per_file=12)
+    config = make_config(files, streams, buffer, per_file=12)
     state: tuple[int, list[list[int]]] = (0, [])
     trained: list[list[int]] = []
     for shape, steps, ahead in lives:
-        run = Run(recipe, shape, state)
+        run = Run(config, shape, state)
         trained += run.train(steps, ahead)
         state = run.state()
-    undisturbed = StreamedSource(recipe, SEQ_LEN, 3)
+    undisturbed = StreamedSource(config, SEQ_LEN, 3)
     assert trained == [seen(undisturbed.sample(i)) for i in range(len(trained))]
     # The cursors are those of the samples that were trained on, each of them just behind its stream's last one.
     expected = {stream: -(-(len(trained) - stream) // streams) for stream in range(min(streams, len(trained)))}
     assert {stream: window for stream, window, *_ in state[1]} == expected
 
 
-def test_samples_do_not_depend_on_cursors_or_on_the_order_asked_for(make_recipe: Callable[..., Recipe]) -> None:
-    recipe = make_recipe(2, 3)
-    source = StreamedSource(recipe, SEQ_LEN, 3)
+def test_samples_do_not_depend_on_cursors_or_on_the_order_asked_for(make_config: Callable[..., StreamConfig]) -> None:
+    config = make_config(2, 3)
+    source = StreamedSource(config, SEQ_LEN, 3)
     straight = [seen(source.sample(i)) for i in range(60)]
-    backwards = StreamedSource(recipe, SEQ_LEN, 3)
-    backwards.go_on_from([source.sample(31)["cursor"].tolist()])
+    backwards = StreamedSource(config, SEQ_LEN, 3)
+    backwards.seek([source.sample(31)["cursor"].tolist()])
     assert [seen(backwards.sample(i)) for i in reversed(range(60))] == straight[::-1]
 
 
 @pytest.mark.parametrize("file", [0, 1, 2], ids=["jsonl", "zst", "parquet"])
 def test_resuming_reads_a_block_and_tokenises_less(
-    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, file: int
+    make_config: Callable[..., StreamConfig], monkeypatch: pytest.MonkeyPatch, file: int
 ) -> None:
-    recipe = make_recipe(3, 1, 10, 500)
-    recipe = Recipe(recipe.files[file : file + 1], *(getattr(recipe, name) for name in list(vars(recipe))[1:]))
+    config = make_config(3, 1, 10, 500)
+    config = StreamConfig(config.files[file : file + 1], *(getattr(config, name) for name in list(vars(config))[1:]))
     counted: Counter[str] = Counter()
-    read, encode = logical_stream.read_documents, recipe.tokenizer.encode_batch
+    read, encode = logical_stream.read_documents, config.tokenizer.encode_batch
 
     def counting(*args: Any) -> Iterator[Any]:
         for record in read(*args):
@@ -236,15 +238,15 @@ def test_resuming_reads_a_block_and_tokenises_less(
         return encode(texts)
 
     monkeypatch.setattr(logical_stream, "read_documents", counting)
-    monkeypatch.setattr(recipe.tokenizer, "encode_batch", encoding)
-    fresh = StreamedSource(recipe, SEQ_LEN, 3)
+    monkeypatch.setattr(config.tokenizer, "encode_batch", encoding)
+    fresh = StreamedSource(config, SEQ_LEN, 3)
     late = 600
     cursor = fresh.sample(late - 1)["cursor"].tolist()
     wanted = fresh.sample(late)["targets"].tolist()
     assert counted["read"] > 200 and counted["tokenised"] > 200
     counted.clear()
-    resumed = StreamedSource(recipe, SEQ_LEN, 3)
-    resumed.go_on_from([cursor])
+    resumed = StreamedSource(config, SEQ_LEN, 3)
+    resumed.seek([cursor])
     assert resumed.sample(late)["targets"].tolist() == wanted
     assert counted["read"] <= 20 and counted["tokenised"] <= 20  # two blocks, if the window reaches into the next
 
@@ -257,8 +259,12 @@ def test_who_reads_which_stream() -> None:
             micro_batches = iter(TrainingSampler(lambda: 0, lambda _, step=size * ranks: step, 1, rank, ranks))
             for batch in range(streams * workers * 2):
                 touched |= {(rank, batch % workers, i % streams) for i in next(micro_batches)}
-        assert readings(streams, size, ranks * workers) == pytest.approx(len(touched) / streams)
-    assert readings(64, 4, 8) == readings(32, 4, 8) == 1 and readings(16, 4, 8) == 2 and readings(1, 4, 8) == 8
+        assert reads_per_stream(streams, size, ranks * workers) == pytest.approx(len(touched) / streams)
+    assert (
+        reads_per_stream(64, 4, 8) == reads_per_stream(32, 4, 8) == 1
+        and reads_per_stream(16, 4, 8) == 2
+        and reads_per_stream(1, 4, 8) == 8
+    )
 
 
 class NotStreamed:
@@ -272,10 +278,10 @@ class NotStreamed:
 
 
 def test_the_streams_of_a_blend_go_on_from_their_cursors(
-    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., StreamConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def blend() -> BlendedSource:
-        one, other = StreamedSource(make_recipe(2, 3), SEQ_LEN, 1), StreamedSource(make_recipe(3, 2), SEQ_LEN, 2)
+        one, other = StreamedSource(make_config(2, 3), SEQ_LEN, 1), StreamedSource(make_config(3, 2), SEQ_LEN, 2)
         return BlendedSource([one, NotStreamed(), other], [3, 1, 2], [1, 1, 1])
 
     source = blend()
@@ -284,12 +290,12 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(
     cursors = Cursors()
     cursors.take({"cursor": torch.stack([sample["cursor"] for sample in straight[:150]])})
     cursors.commit(150)
-    assert len(cursors.reached()) == 3 + 2
+    assert len(cursors.latest()) == 3 + 2
     starts: list[int] = []
     read = LogicalStream.windows
     monkeypatch.setattr(LogicalStream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
     again = blend()
-    again.go_on_from(json.loads(json.dumps(cursors.reached())))
+    again.seek(json.loads(json.dumps(cursors.latest())))
     assert [seen(again.sample(index)) for index in range(150, 240)] == [seen(sample) for sample in straight[150:]]
     assert starts == [25] * 5
     assert again.advice(4, 1, 1) is None and "each of the 2 processes" in str(again.advice(4, 2, 1))
@@ -300,7 +306,7 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(
 
 @pytest.fixture
 def open_corpus(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PileDataModule]:
-    monkeypatch.setattr(held_text, "TRAINING_DOCUMENTS", 50)
+    monkeypatch.setattr(eval_cache, "TRAINING_DOCUMENTS", 50)
     folder = tmp_path / "pile"
     for i in range(4):
         write(folder / "train" / f"{i:02}.jsonl.zst", make_texts(60, f"file {i}"), domains=3)
@@ -452,8 +458,8 @@ def test_skipped_data_is_counted_where_it_is_passed(tmp_path: Path, tokenizer: T
     path = tmp_path / "data.jsonl"
     lines = [json.dumps({"text": text if i % 4 else ""}) for i, text in enumerate(make_texts(100))]
     path.write_text("\n".join(lines))
-    recipe = Recipe([str(path)], Fields(), ["text"], tokenizer, 1, 6, "skip")
-    windows = list(islice(LogicalStream(recipe, 0, SEQ_LEN, 1).windows(Cursor()), 200))
+    config = StreamConfig([str(path)], Fields(), ["text"], tokenizer, 1, 6, "skip")
+    windows = list(islice(LogicalStream(config, 0, SEQ_LEN, 1).windows(Cursor()), 200))
     kind = KINDS.index("empty document")
     of_epoch = [next(w.after for w in windows if w.after.epoch == epoch) for epoch in (0, 1)]
     assert [after.skipped[kind] for after in of_epoch] == [
@@ -461,7 +467,7 @@ def test_skipped_data_is_counted_where_it_is_passed(tmp_path: Path, tokenizer: T
         27,
     ]  # documents 0 and 4 stand in front of the sixth good one
     for number in (0, 7, 50, 123):
-        again = LogicalStream(recipe, 0, SEQ_LEN, 1).windows(Cursor.of(windows[number].after.numbers()))
+        again = LogicalStream(config, 0, SEQ_LEN, 1).windows(Cursor.of(windows[number].after.numbers()))
         assert [w.after for w in islice(again, 60)] == [w.after for w in windows[number + 1 : number + 61]]
 
 
@@ -469,7 +475,7 @@ def gather(rank: int, folder: Path, results: Any) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     cursors = Cursors()
     cursors.load([[0, 5, 50], [rank + 1, 3 + rank, 30], [9, 7 - rank, rank]])
-    results.put(cursors.of_all_ranks())
+    results.put(cursors.gather())
     distributed.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from nlgmoe.data.pocket.pocket_pile import Manifest, open_corpus
-from nlgmoe.data.pocket.shards import Shard, build_shards
+from nlgmoe.data.pocket.shards import TokenFile, build_shards
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -25,7 +25,7 @@ class Prepared:
 
     manifest: Manifest
     tokenizer: Tokenizer
-    shards: dict[str, Shard]
+    shards: dict[str, TokenFile]
 
 
 def prepare(data_dir: Path, tokenizer: str) -> Prepared:
@@ -36,14 +36,14 @@ def prepare(data_dir: Path, tokenizer: str) -> Prepared:
     Raises:
         ValueError: a download fails, a file is damaged, or the tokenizer is unknown or not usable.
     """
-    with only_builder(data_dir):
+    with build_lock(data_dir):
         manifest = open_corpus(data_dir)
         loaded = load_tokenizer(tokenizer, data_dir)
         return Prepared(manifest, loaded, build_shards(data_dir, manifest, loaded))
 
 
 @contextmanager
-def only_builder(data_dir: Path) -> Iterator[None]:
+def build_lock(data_dir: Path) -> Iterator[None]:
     """Make the folder and be the only process that builds in it.
 
     Who may not write there, such as another user than the one who prepared it, needs no lock either: what is missing

@@ -21,7 +21,7 @@ BATCH_DOCUMENTS = 256  # encoded together: enough for every thread, little enoug
 
 
 @dataclass(frozen=True)
-class Shard:
+class TokenFile:
     """Facts about one tokenised split of one domain.
 
     Args:
@@ -37,7 +37,7 @@ class Shard:
     bytes: int
 
 
-def build_shards(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Shard]:
+def build_shards(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> dict[str, TokenFile]:
     """Tokenise every file of the manifest that is not tokenised yet; `{domain}.{split}` -> facts."""
     folder = shard_folder(data_dir, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def build_shards(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> di
     return known
 
 
-def read_shards(data_dir: Path, tokenizer: Tokenizer) -> dict[str, Shard]:
+def read_shards(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFile]:
     """Facts about what is tokenised already; empty if nothing is.
 
     Raises:
@@ -60,7 +60,7 @@ def read_shards(data_dir: Path, tokenizer: Tokenizer) -> dict[str, Shard]:
     if not path.exists():
         return {}
     try:
-        return {name: Shard(**facts) for name, facts in json.loads(path.read_text()).items()}
+        return {name: TokenFile(**facts) for name, facts in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to tokenise again") from error
 
@@ -79,7 +79,7 @@ def shard_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:
     return data_dir / "tokenized" / tokenizer.fingerprint[:12]
 
 
-def _tokenise(text: Path, prefix: Path, tokenizer: Tokenizer, text_sha256: str) -> Shard:
+def _tokenise(text: Path, prefix: Path, tokenizer: Tokenizer, text_sha256: str) -> TokenFile:
     tokens = documents = num_bytes = 0
     texts = read_texts(text)
     with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
@@ -89,10 +89,10 @@ def _tokenise(text: Path, prefix: Path, tokenizer: Tokenizer, text_sha256: str) 
                 tokens += len(ids) + 1
             documents += len(batch)
             num_bytes += sum(len(document.encode()) for document in batch)
-    return Shard(text_sha256, tokens, documents, num_bytes)
+    return TokenFile(text_sha256, tokens, documents, num_bytes)
 
 
-def _intact(prefix: Path, shard: Shard) -> bool:
+def _intact(prefix: Path, shard: TokenFile) -> bool:
     try:
         return len(IndexedDataset(prefix).tokens) == shard.tokens
     except ValueError:

@@ -21,7 +21,7 @@ import numpy as np
 
 from nlgmoe.data.text.bad_data import KINDS, Action, BadData
 from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import Fields, Place, Record, Share
+from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 
@@ -37,7 +37,7 @@ class Cursor(NamedTuple):
         epoch: passes over the stream's documents that are complete.
         block: of the epoch, that the window begins in.
         file: of the epoch's order, in which the block begins.
-        documents, bytes: `Place` in that file at which the block begins.
+        documents, bytes: `FileOffset` in that file at which the block begins.
         document: of the block's order, that the window begins in or right behind.
         token: of that document, that is the window's first target.
         skipped: what could not be used up to the block's end, by `KINDS`.
@@ -81,7 +81,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StreamConfig:
     """What all streams of a corpus have in common.
 
     Args:
@@ -104,11 +104,11 @@ class Recipe:
     on_bad_data: Action
     reported: set[str] = field(default_factory=set)
 
-    def part(self, stream: int) -> tuple[list[str], Share]:
+    def part(self, stream: int) -> tuple[list[str], Shard]:
         """The files a stream reads, and its share of the documents of each."""
         groups = math.gcd(len(self.files), self.num_streams)
         group, index = stream % groups, stream // groups
-        return list(self.files[group::groups]), Share(index, self.num_streams // groups)
+        return list(self.files[group::groups]), Shard(index, self.num_streams // groups)
 
     def tokens(self, records: Sequence[Record]) -> Iterator[tuple[np.ndarray, int]]:
         """Tokens of each document, closed by the end of document, int64 [N]; and its domain's id."""
@@ -131,18 +131,18 @@ class LogicalStream:
     """The windows of one stream.
 
     Args:
-        recipe: of all streams.
+        config: of all streams.
         stream: which of them.
         seq_len: T, in tokens.
         seed: of the order.
     """
 
-    def __init__(self, recipe: Recipe, stream: int, seq_len: int, seed: int) -> None:
-        self._recipe = recipe
+    def __init__(self, config: StreamConfig, stream: int, seq_len: int, seed: int) -> None:
+        self._config = config
         self._stream = stream
         self._seq_len = seq_len
         self._seed = seed
-        self._files, self._share = recipe.part(stream)
+        self._files, self._shard = config.part(stream)
 
     def windows(self, start: Cursor) -> Iterator[Window]:
         """Windows from `start` on, without end. At most a block is read again to get there.
@@ -151,7 +151,7 @@ class LogicalStream:
             ValueError: data cannot be used, or the stream has no document at all.
         """
         cut = start.token
-        previous = self._recipe.tokenizer.eod_id
+        previous = self._config.tokenizer.eod_id
         targets = np.empty(self._seq_len, dtype=np.int64)
         filled, window, of_domain = 0, start.window, Counter[int]()
         for tokens, domain, here in self._documents(start):
@@ -176,17 +176,17 @@ class LogicalStream:
         """Tokens, domain and place (at token 0) of every document from the one that `start` is in."""
         first = start.document
         for records, block in self._blocks(start):
-            for number, (tokens, domain) in enumerate(self._recipe.tokens(records[first:]), start=first):
+            for number, (tokens, domain) in enumerate(self._config.tokens(records[first:]), start=first):
                 yield tokens, domain, block._replace(document=number)
             first = 0
 
     def _blocks(self, start: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
         """The documents of every block in its order, and where it begins, from the block that `start` is in."""
-        bad = BadData(self._recipe.on_bad_data, reported=self._recipe.reported)
+        bad = BadData(self._config.on_bad_data, reported=self._config.reported)
         here = start._replace(document=0)
         while True:
             records = self._records(here, bad)
-            while block := _take(records, self._recipe.shuffle_buffer):
+            while block := _take(records, self._config.shuffle_buffer):
                 if here.block == start.block and here.epoch == start.epoch and start.window > 0:
                     # What was wrong in this block has been counted when it was first read.
                     bad.skipped = Counter(dict(zip(KINDS, start.skipped, strict=True)))
@@ -199,7 +199,7 @@ class LogicalStream:
                 )
             if here.block == 0:
                 raise ValueError(
-                    f"num_streams={self._recipe.num_streams} leaves stream {self._stream} no document that can be used; "
+                    f"num_streams={self._config.num_streams} leaves stream {self._stream} no document that can be used; "
                     f"lower it, or use a larger corpus"
                 )
             here = here._replace(epoch=here.epoch + 1, block=0, file=0, documents=0, bytes=0)
@@ -207,12 +207,12 @@ class LogicalStream:
     def _records(self, here: Cursor, bad: BadData) -> Iterator[tuple[int, Record]]:
         """The rest of an epoch's documents, each with its file's place in the epoch's order."""
         files = self._permutation("files", len(self._files), here.epoch)
-        place = Place(here.documents, here.bytes)
+        place = FileOffset(here.documents, here.bytes)
         for number in range(here.file, len(files)):
             path = self._files[files[number]]
-            for record in read_documents(path, self._recipe.fields, bad, self._share, place):
+            for record in read_documents(path, self._config.fields, bad, self._shard, place):
                 yield number, record
-            place = Place()
+            place = FileOffset()
 
     def _permutation(self, what: str, length: int, *names: int) -> np.ndarray:
         seed = derive_seed(self._seed, what, self._stream, *names)

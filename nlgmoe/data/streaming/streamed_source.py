@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nlgmoe.data.sources import Sample
-from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, Recipe, Window
+from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, StreamConfig, Window
 from nlgmoe.data.text.bad_data import KINDS, summary
 
 
@@ -18,28 +18,28 @@ class StreamedSource:
     begins at the stream's cursor again.
 
     Args:
-        recipe: of the streams.
+        config: of the streams.
         seq_len: T, in tokens.
         seed: of the order.
     """
 
-    def __init__(self, recipe: Recipe, seq_len: int, seed: int) -> None:
+    def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
         self.seq_len = seq_len
         self.cursor_length = 1 + len(Cursor().numbers())
-        self._recipe = recipe
+        self._config = config
         self._seed = seed
         self._cursors: dict[int, Cursor] = {}
         self._open: dict[int, tuple[int, Iterator[Window]]] = {}  # stream -> number of its next window, and the rest
 
-    def go_on_from(self, cursors: Sequence[Sequence[int]]) -> None:
+    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `CursorSource`."""
         self._cursors = {stream: Cursor.of(numbers) for stream, *numbers in cursors}
         self._open = {}
 
     def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
         """See `CursorSource`."""
-        streams, processes = self._recipe.num_streams, world_size * max(1, num_workers)
-        times = readings(streams, micro_batch_size, processes)
+        streams, processes = self._config.num_streams, world_size * max(1, num_workers)
+        times = reads_per_stream(streams, micro_batch_size, processes)
         if times == 1:
             return None
         return (
@@ -47,7 +47,7 @@ class StreamedSource:
             f"{processes * micro_batch_size} (micro_batch_size x ranks x workers), set before a run begins, has it read once"
         )
 
-    def closing_remark(self, cursors: Sequence[Sequence[int]]) -> str | None:
+    def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
         """See `CursorSource`: what was skipped."""
         skipped = Counter[str]()
         for _, *numbers in cursors:
@@ -60,13 +60,13 @@ class StreamedSource:
         Raises:
             ValueError: data cannot be used, and the policy is to say so.
         """
-        position, stream = divmod(index, self._recipe.num_streams)
+        position, stream = divmod(index, self._config.num_streams)
         number, windows = self._open.pop(stream, (math.inf, iter(())))
         if number > position:
             cursor = self._cursors.get(stream, Cursor())
             cursor = cursor if cursor.window <= position else Cursor()
             number = cursor.window
-            windows = LogicalStream(self._recipe, stream, self.seq_len, self._seed).windows(cursor)
+            windows = LogicalStream(self._config, stream, self.seq_len, self._seed).windows(cursor)
         while number < position:
             next(windows)
             number += 1
@@ -81,7 +81,7 @@ class StreamedSource:
         )
 
 
-def readings(num_streams: int, micro_batch_size: int, processes: int) -> float:
+def reads_per_stream(num_streams: int, micro_batch_size: int, processes: int) -> float:
     """How many processes read the same stream, on average, where each loads `micro_batch_size` samples at a time.
 
     Of P processes, the p-th loads the samples from `(p + P m) B` on, for every m (workers take their rank's micro-batches

@@ -15,10 +15,10 @@ import numpy as np
 
 from nlgmoe.data.corpus import OpenCorpus
 from nlgmoe.data.description import Description
-from nlgmoe.data.pocket.prepare import only_builder
+from nlgmoe.data.pocket.prepare import build_lock
 from nlgmoe.data.sources import TokenSource
-from nlgmoe.data.streaming.held_text import Held, hold, read_held
-from nlgmoe.data.streaming.logical_stream import Recipe
+from nlgmoe.data.streaming.eval_cache import EvalCache, cache_eval_tokens, open_eval_cache
+from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.streaming.streamed_source import StreamedSource
 from nlgmoe.data.streaming.text_files import TextFile, find_files
 from nlgmoe.data.text.bad_data import Action
@@ -103,10 +103,10 @@ class StreamedText:
             ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or data
                 cannot be used and the policy is to say so.
         """
-        with only_builder(data_dir):
+        with build_lock(data_dir):
             loaded = load_tokenizer(tokenizer, data_dir)
             files = find_files(self.path, self.data_files, self.revision)
-            hold(self._folder(data_dir, loaded), files, self._recipe(loaded, []), self.evaluation_tokens)
+            cache_eval_tokens(self._folder(data_dir, loaded), files, self._config(loaded, []), self.evaluation_tokens)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map what `prepare` has kept; the training files are opened when they are read.
@@ -115,19 +115,19 @@ class StreamedText:
             ValueError: `prepare` has not run for this corpus and tokenizer.
         """
         loaded = load_tokenizer(tokenizer, data_dir)
-        held = read_held(self._folder(data_dir, loaded), len(self._names()))
-        if held is None:
+        cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
+        if cache is None:
             raise ValueError(
                 f"path={self.path}: what evaluation needs of it is not in {data_dir} for {tokenizer}; start training, or "
                 "call prepare_data of the data module"
             )
-        recipe = self._recipe(loaded, [file.path for file in held.files["train"]])
+        config = self._config(loaded, [file.path for file in cache.files["train"]])
         facts = (
-            [(os.path.basename(file.path), file.bytes) for file in held.files["train"]],
+            [(os.path.basename(file.path), file.bytes) for file in cache.files["train"]],
             (self.fields, self.domains, self.num_streams, self.shuffle_buffer),
         )
         return OpenStreamedText(
-            loaded, self._names(), _hash(facts), self._description(held.files["train"]), recipe, held
+            loaded, self._names(), _hash(facts), self._description(cache.files["train"]), config, cache
         )
 
     def _description(self, files: Sequence[TextFile]) -> Description:
@@ -147,8 +147,8 @@ class StreamedText:
     def _names(self) -> list[str]:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
 
-    def _recipe(self, tokenizer: Tokenizer, files: Sequence[str]) -> Recipe:
-        return Recipe(
+    def _config(self, tokenizer: Tokenizer, files: Sequence[str]) -> StreamConfig:
+        return StreamConfig(
             files=files,
             fields=replace(self.fields, vocab_size=tokenizer.vocab_size),
             domains=self._names(),
@@ -172,28 +172,28 @@ class OpenStreamedText:
         domains: names.
         fingerprint: of the training files' names and sizes, and of how they are read.
         description: the training files, and how they are read.
-        recipe: of the streams.
-        held: tokens for statistics and evaluation.
+        config: of the streams.
+        cache: tokens for statistics and evaluation.
     """
 
     tokenizer: Tokenizer
     domains: list[str]
     fingerprint: str
     description: Description
-    recipe: Recipe
-    held: Held
+    config: StreamConfig
+    cache: EvalCache
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """The windows of all streams in turn, without end."""
-        return StreamedSource(self.recipe, seq_len, seed)
+        return StreamedSource(self.config, seq_len, seed)
 
     def training_tokens(self) -> Sequence[np.ndarray]:
         """Those of the first training documents."""
-        return self.held.tokens["train"]
+        return self.cache.tokens["train"]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
         """Those of each domain's first documents."""
-        return self.held.tokens.get(split)
+        return self.cache.tokens.get(split)
 
 
 def _hash(facts: object) -> str:

@@ -1,6 +1,6 @@
 """The documents of one file, one after the other: JSON lines (plain, .gz or .zst) and Parquet, in flat memory.
 
-A file is read from front to back, from its beginning or from any `Place` in it, and nothing of it is kept. Decompression
+A file is read from front to back, from its beginning or from any `FileOffset` in it, and nothing of it is kept. Decompression
 is pyarrow's, for .gz and .zst alike: it notices a stream that ends too early, which zstandard's own reader takes for the
 end of the file.
 """
@@ -17,16 +17,16 @@ from fsspec.core import url_to_fs
 
 from nlgmoe.data.text.bad_data import BadData, Unusable
 from nlgmoe.data.text.parquet import read_parquet
-from nlgmoe.data.text.records import Fields, Place, Record, Share, check, decode, too_long
+from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard, check, decode, too_long
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PIECE_BYTES = 1 << 16  # read at a time; in front of the place where a file is cut off, as much is lost
-WHOLE, BEGINNING = Share(), Place()
+WHOLE, BEGINNING = Shard(), FileOffset()
 
 
 def read_documents(
-    path: str | Path, fields: Fields, bad: BadData, share: Share = WHOLE, start: Place = BEGINNING
+    path: str | Path, fields: Fields, bad: BadData, shard: Shard = WHOLE, start: FileOffset = BEGINNING
 ) -> Iterator[Record]:
     """Documents of a file, in its order.
 
@@ -34,7 +34,7 @@ def read_documents(
         path: a local file, or an address that fsspec opens (`hf://datasets/...`); `is_readable` by its ending.
         fields: what is read of each record.
         bad: what becomes of documents and files that cannot be used.
-        share: the documents that are wanted; the others are neither parsed nor checked.
+        shard: the documents that are wanted; the others are neither parsed nor checked.
         start: where to begin: `Record.after` of some document of this file.
 
     Raises:
@@ -47,7 +47,7 @@ def read_documents(
     try:
         file_system, name = url_to_fs(str(path))
         with file_system.open(name, "rb") as opened:
-            for record in read(opened, str(path), fields, bad, share, start):
+            for record in read(opened, str(path), fields, bad, shard, start):
                 number = record.number + 1
                 yield record
     except GeneratorExit:  # at the end of the process the classes below are gone
@@ -64,7 +64,7 @@ def read_documents(
             ) from error
         kind = "file cut off" if "Truncated" in details else "damaged file"
     # Of those who share a file, one counts what is wrong with it.
-    if kind and (share.index == 0 or bad.action == "error"):
+    if kind and (shard.index == 0 or bad.action == "error"):
         bad.found(place, kind, details)
 
 
@@ -81,7 +81,9 @@ def is_readable(path: str | Path) -> bool:
     return name.endswith(JSON_LINES) or str(path).endswith(".parquet")
 
 
-def _read_lines(opened: Any, path: str, fields: Fields, bad: BadData, share: Share, start: Place) -> Iterator[Record]:
+def _read_lines(
+    opened: Any, path: str, fields: Fields, bad: BadData, shard: Shard, start: FileOffset
+) -> Iterator[Record]:
     lines = _at(start.bytes, opened, COMPRESSIONS.get(Path(path).suffix))
     number, position = start.documents, start.bytes
     while line := lines.readline(fields.max_bytes + 1):
@@ -90,12 +92,12 @@ def _read_lines(opened: Any, path: str, fields: Fields, bad: BadData, share: Sha
         while not (whole or line.endswith(b"\n")) and (line := lines.readline(PIECE_BYTES)):
             length += len(line)  # a document too long is passed over, not held
         position += length
-        if number in share:
+        if number in shard:
             try:
                 if not whole:
                     raise too_long(length - line.endswith(b"\n"), fields)
                 content, domain = _parse(line.removeprefix(codecs.BOM_UTF8), fields)  # some editors put it in front
-                yield Record(number, content, domain, Place(number + 1, position))
+                yield Record(number, content, domain, FileOffset(number + 1, position))
             except Unusable as what:
                 bad.found(f"{path}, line {number + 1:,}", what.kind, what.details)
         number += 1

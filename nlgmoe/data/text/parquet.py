@@ -8,12 +8,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nlgmoe.data.text.bad_data import BadData, Unusable
-from nlgmoe.data.text.records import Fields, Place, Record, Share, check, decode
+from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard, check, decode
 
 ROWS = 64  # decoded at a time
 
 
-def read_parquet(opened: Any, path: str, fields: Fields, bad: BadData, share: Share, start: Place) -> Iterator[Record]:
+def read_parquet(
+    opened: Any, path: str, fields: Fields, bad: BadData, shard: Shard, start: FileOffset
+) -> Iterator[Record]:
     """See `read_documents`; what is held at a time is a row group's bytes of two columns."""
     file = pq.ParquetFile(opened)
     known = file.schema_arrow.names
@@ -30,11 +32,11 @@ def read_parquet(opened: Any, path: str, fields: Fields, bad: BadData, share: Sh
             contents = _column(batch, fields.content)
             domains = _column(batch, fields.domain) if fields.domain is not None else None
             for row in range(batch.num_rows):
-                if number >= start.documents and number in share:
+                if number >= start.documents and number in shard:
                     try:
                         domain = domains[row].as_py() if domains is not None else None
                         content = check(_value(contents[row], fields), fields)
-                        yield Record(number, content, None if domain is None else str(domain), Place(number + 1))
+                        yield Record(number, content, None if domain is None else str(domain), FileOffset(number + 1))
                     except Unusable as what:
                         bad.found(f"{path}, row {number + 1:,}", what.kind, what.details)
                     except UnicodeDecodeError:  # pyarrow does not check that text is UTF-8

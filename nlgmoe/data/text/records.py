@@ -36,7 +36,7 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FileOffset:
     """A place between two documents of a file.
 
     Args:
@@ -62,11 +62,11 @@ class Record:
     number: int
     content: str | np.ndarray
     domain: str | None
-    after: Place
+    after: FileOffset
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Shard:
     """Every `count`-th document of a file, from the `index`-th on."""
 
     index: int = 0

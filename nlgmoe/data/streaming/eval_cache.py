@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from nlgmoe.data.streaming.logical_stream import Recipe
+from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.streaming.text_files import TextFile
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
@@ -28,7 +28,7 @@ SAME_TOKENIZER = 0.9  # share of ids that come back from their text; cut documen
 
 
 @dataclass(frozen=True)
-class Held:
+class EvalCache:
     """What is kept.
 
     Args:
@@ -40,13 +40,13 @@ class Held:
     tokens: Mapping[str, Sequence[np.ndarray]]
 
 
-def hold(folder: Path, files: Mapping[str, Sequence[TextFile]], recipe: Recipe, limit: int) -> None:
+def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[TextFile]], config: StreamConfig, limit: int) -> None:
     """Keep the first documents of each split and domain, unless those of the same files are there.
 
     Args:
         folder: where.
         files: of the corpus, by split.
-        recipe: how they are read.
+        config: how they are read.
         limit: of evaluated tokens of a domain; the document that reaches it is kept whole.
 
     Raises:
@@ -56,17 +56,17 @@ def hold(folder: Path, files: Mapping[str, Sequence[TextFile]], recipe: Recipe, 
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").unlink(missing_ok=True)
-    bad = BadData(recipe.on_bad_data)
+    bad = BadData(config.on_bad_data)
 
     def records(split: str) -> Iterator[Record]:
         for file in files[split]:
-            yield from read_documents(file.path, recipe.fields, bad)
+            yield from read_documents(file.path, config.fields, bad)
 
-    if recipe.fields.ids is not None:
-        _check_tokenizer(list(islice(records("train"), CHECKED_DOCUMENTS)), recipe)
+    if config.fields.ids is not None:
+        _check_tokenizer(list(islice(records("train"), CHECKED_DOCUMENTS)), config)
     for split in files:
         chosen = islice(records(split), TRAINING_DOCUMENTS) if split == "train" else records(split)
-        if not _write(folder, split, chosen, recipe, limit):
+        if not _write(folder, split, chosen, config, limit):
             raise ValueError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
     write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
@@ -86,7 +86,7 @@ def read_files(folder: Path) -> dict[str, list[TextFile]] | None:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} to have it made again") from error
 
 
-def read_held(folder: Path, domains: int) -> Held | None:
+def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
     """Map what is kept of so many domains; None if nothing is.
 
     Raises:
@@ -96,43 +96,43 @@ def read_held(folder: Path, domains: int) -> Held | None:
     if files is None:
         return None
     tokens = {split: [IndexedDataset(_prefix(folder, d, split)).tokens for d in range(domains)] for split in files}
-    return Held(files, tokens)
+    return EvalCache(files, tokens)
 
 
-def _write(folder: Path, split: str, records: Iterator[Record], recipe: Recipe, limit: int) -> int:
+def _write(folder: Path, split: str, records: Iterator[Record], config: StreamConfig, limit: int) -> int:
     """Write the domains' first documents; returns how many tokens there are."""
-    kept = [0] * len(recipe.domains)
+    kept = [0] * len(config.domains)
 
     def wanted() -> Iterator[Record]:
         for record in records:
             if min(kept) >= limit:
                 return
-            if kept[recipe.domain(record)] < limit:
+            if kept[config.domain(record)] < limit:
                 yield record
 
-    dtype = token_dtype(recipe.tokenizer.vocab_size)
+    dtype = token_dtype(config.tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in range(len(kept))]
         chosen = wanted()
         while record := next(chosen, None):
-            for tokens, domain in recipe.tokens([record]):
+            for tokens, domain in config.tokens([record]):
                 writers[domain].add_document(tokens)
                 kept[domain] += len(tokens)
     return sum(kept)
 
 
-def _check_tokenizer(records: Sequence[Record], recipe: Recipe) -> None:
+def _check_tokenizer(records: Sequence[Record], config: StreamConfig) -> None:
     """Whether ids are those that their text is tokenised to."""
     came_back = total = 0
     for record in records:
-        ids = [int(token) for token in record.content if token != recipe.tokenizer.eod_id]
-        again = recipe.tokenizer.encode(recipe.tokenizer.decode(ids))
+        ids = [int(token) for token in record.content if token != config.tokenizer.eod_id]
+        again = config.tokenizer.encode(config.tokenizer.decode(ids))
         came_back += (Counter(ids) & Counter(again)).total()
         total += len(ids)
     if came_back < SAME_TOKENIZER * total:
         raise ValueError(
-            f"ids_field={recipe.fields.ids} holds another tokenizer's ids: {came_back / total:.0%} of the first ones come "
-            f"back when their text is tokenised with {recipe.tokenizer.name}; set data.tokenizer to the one they were made with"
+            f"ids_field={config.fields.ids} holds another tokenizer's ids: {came_back / total:.0%} of the first ones come "
+            f"back when their text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
         )
 
 
