@@ -7,7 +7,7 @@ process: index and samples of the tokens are checked, then samples of 2,048 toke
 just been written and come from the page cache. Memory of a process is `anonymous`, which is its own, and `mapped`, pages of
 files that are shared by all processes and given back when memory is short.
 
-Making one: `prepare-data`'s build with so many processes, beside the tokenizer alone on text in memory, on one thread and on
+Making one: `prepare-data`'s build with so many threads, beside the tokenizer alone on text in memory, on one thread and on
 all of them; rounds alternate, numbers are medians. Where other programs run too, tokens for each second of CPU time are what
 counts.
 """
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import ROOT, settings
-from nlgmoe.data.build_indexed import build_indexed
+from nlgmoe.tools.megatron.build_indexed import build_indexed
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.permutation import Permutation
 from nlgmoe.data.pocket.pocket_pile import read_texts
@@ -158,7 +158,7 @@ def cpu_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000_000, 1_000_000_000], help="sizes of corpora")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes that tokenise")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="threads that tokenise")
     parser.add_argument("--rounds", type=int, default=3, help="times each way of making a corpus is run")
     parser.add_argument("--folder", default=None, help="where the corpora go; needs 2 bytes a token")
     parser.add_argument("--output", default=str(ROOT / "docs/results/indexed_data.json"), help="where the JSON goes")

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nlgmoe.data.build_indexed import Progress
+    from nlgmoe.tools.megatron.build_indexed import Progress
 
 SECONDS = 10.0
 

@@ -9,7 +9,7 @@ from nlgmoe.cli.errors import UsageError
 from nlgmoe.processes import check_processes, usable_cpus
 
 if TYPE_CHECKING:
-    from nlgmoe.data.build_indexed import Progress
+    from nlgmoe.tools.megatron.build_indexed import Progress
     from nlgmoe.data.tokenizer import Tokenizer
 
 
@@ -35,7 +35,7 @@ def prepare_data(
         output: where the tokens of `input` go: OUTPUT.bin and OUTPUT.idx.
         text_field: the field of a record that holds its text; dotted inside another one: `content.body`.
         on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
-        workers: processes that tokenise `input`; as many as there are CPU cores if it is not given.
+        workers: threads that tokenise `input`; as many as there are CPU cores if it is not given.
 
     Raises:
         ValueError: a download fails, the tokenizer is unknown or not usable, or data cannot be used.
@@ -92,7 +92,7 @@ def _tokenise_input(
 
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
-    from nlgmoe.data.build_indexed import build_indexed
+    from nlgmoe.tools.megatron.build_indexed import build_indexed
     from nlgmoe.data.pocket.prepare import build_lock
     from nlgmoe.data.text.bad_data import BadData
     from nlgmoe.data.text.records import Fields

@@ -1,7 +1,7 @@
 """Text, tokenizers and batches.
 
-Reading order: `text/` (documents out of files), `tokenizer.py`, `indexed.py` (tokens on disk), `build_indexed.py` (from the
-one to the other); what there is to train on: `corpus.py` (the seam, and the pocket Pile, with `pocket/`),
+Reading order: `text/` (documents out of files), `tokenizer.py`, `indexed.py` (tokens on disk); what there is to train on:
+`corpus.py` (the seam, and the pocket Pile, with `pocket/`),
 `megatron_indexed.py`, `streaming/`, `blend.py` with `interleaving.py` (several as one), `description.py` (what a checkpoint
 keeps of it); `packing.py`, `permutation.py`, `sources.py` and `sampling.py` (which tokens make up which sample, in what
 order, and whose it is), `document_masks.py` (where documents begin), `accumulation.py` (how large a step is, and how many

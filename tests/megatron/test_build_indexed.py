@@ -1,11 +1,11 @@
-"""A corpus of the user's text: the same bytes however many processes made it, however often they were killed."""
+"""A corpus of the user's text: the same bytes however many threads made it, however often they were killed."""
 
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import zstandard
 from filelock import FileLock
 
 from nlgmoe.commands.main import main
-from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
+from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.records import Fields, FileOffset, Record
+from nlgmoe.data.tokenizer import load_tokenizer, train_byte_level_bpe
+from nlgmoe.tools.megatron import build_indexed
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed
@@ -37,9 +39,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_indexed, "RECORD_SECONDS", 0.0)
 
 
-@pytest.fixture
-def tokenizer(make_data: Callable[..., PileDataModule]) -> Tokenizer:
-    return make_data()._opened().tokenizer
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_byte_level_bpe(iter(TEXTS), 400).save(str(folder / "tokenizer.json"))
+    return load_tokenizer(str(folder), folder)
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def skip() -> BadData:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_corpus_does_not_depend_on_the_processes(
+def test_the_corpus_does_not_depend_on_the_threads(
     tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, workers: int
 ) -> None:
     reported: list[Any] = []
@@ -128,32 +132,6 @@ def test_so_does_one_that_was_killed_at_its_end(
         killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), skip(), 2)
     done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, lambda done: None)
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
-
-
-def test_the_processes_of_a_killed_build_end_too(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
-    read, write = os.pipe()  # closed when the last process that was forked is gone
-    killed_after(3, files, tmp_path / "pile", tokenizer, Fields(), skip(), 3)
-    os.close(write)
-    os.set_blocking(read, False)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            assert os.read(read, 1) == b""
-            break
-        except BlockingIOError:
-            time.sleep(0.02)
-    else:
-        pytest.fail("processes are left")
-    os.close(read)
-
-
-def test_a_killed_process_ends_the_build(tokenizer: Tokenizer, files: list[str], tmp_path: Path) -> None:
-    def report(done: Any) -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
-
-    with pytest.raises(ValueError, match=r"A tokenising process was killed, .* give fewer workers"):
-        build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, report)
 
 
 def test_bad_data_end_the_build_with_their_place(
@@ -212,12 +190,12 @@ def test_no_more_text_is_read_than_is_needed(
     monkeypatch.setattr(build_indexed, "read_documents", endless)
     with pytest.raises(EnoughError):
         build(["endless"], tmp_path / "pile", tokenizer, Fields(), skip(), 2, report)
-    assert next(read) <= 100 + build_indexed.WAITING * 2 + 1
+    assert next(read) <= 100 + build_indexed.QUEUED * 2 + 1
 
 
-def test_from_text_to_training(tiny_corpus: Path, files: list[str], tmp_path: Path, capsys: Any) -> None:
-    tokenizer, prefix = str(tiny_corpus / "tokenizer"), str(tmp_path / "built" / "pile_text_document")
-    arguments = ["prepare-data", f"--data-dir={tmp_path}", f"--tokenizer={tokenizer}", f"--output={prefix}"]
+def test_from_text_to_training(tokenizer: Tokenizer, files: list[str], tmp_path: Path, capsys: Any) -> None:
+    prefix = str(tmp_path / "built" / "pile_text_document")
+    arguments = ["prepare-data", f"--data-dir={tmp_path}", f"--tokenizer={tokenizer.name}", f"--output={prefix}"]
     pattern = str(tmp_path / "text" / "*.*")
     main([*arguments, f"--input={pattern}", "--on-bad-data=skip", "--workers=2"])
     out, err = capsys.readouterr()
@@ -225,7 +203,7 @@ def test_from_text_to_training(tiny_corpus: Path, files: list[str], tmp_path: Pa
     assert (table["files"], table["documents"]) == ("3", "90")
     assert "skipped    2 times: not JSON" in out and f"init_args.prefix={prefix}" in table["train"]
     assert "a.jsonl, line 11: not JSON" in err
-    data = PileDataModule(str(tmp_path), tokenizer, MegatronIndexed(prefix, (8, 2, 0)), seq_len=16)
+    data = PileDataModule(str(tmp_path), tokenizer.name, MegatronIndexed(prefix, (8, 2, 0)), seq_len=16)
     data.prepare_data()
     batch = next(iter(data.train_dataloader()))
     assert data.decode(batch["targets"][0].tolist()) in "<|endoftext|>".join([*TEXTS, ""])
