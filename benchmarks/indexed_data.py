@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import ROOT, settings
-from nlgmoe.tools.megatron.build_indexed import build_indexed
 from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.permutation import Permutation
 from nlgmoe.data.pocket.pocket_pile import read_texts
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.tools.megatron.build_indexed import build_indexed
 
 DATA = ROOT / "data" / "pocket_pile"
 SAMPLES = 2_000

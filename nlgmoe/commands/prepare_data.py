@@ -9,8 +9,8 @@ from nlgmoe.cli.errors import UsageError
 from nlgmoe.processes import check_processes, usable_cpus
 
 if TYPE_CHECKING:
-    from nlgmoe.tools.megatron.build_indexed import Progress
     from nlgmoe.data.tokenizer import Tokenizer
+    from nlgmoe.tools.megatron.build_indexed import Progress
 
 
 def prepare_data(
@@ -92,11 +92,11 @@ def _tokenise_input(
 
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
-    from nlgmoe.tools.megatron.build_indexed import build_indexed
     from nlgmoe.data.pocket.prepare import build_lock
     from nlgmoe.data.text.bad_data import BadData
     from nlgmoe.data.text.records import Fields
     from nlgmoe.data.tokenizer import load_tokenizer
+    from nlgmoe.tools.megatron.build_indexed import build_indexed
 
     files = input_files(input)
     with build_lock(Path(data_dir)):

@@ -89,10 +89,11 @@ def build_indexed(
     try:
         with FileLock(folder / ".lock", timeout=0):
             done, sizes = _read_progress(folder, settings)
+            chunks = _tokenise(files, tokenizer, fields, bad, workers, done)
             report(done)
             with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size), folder, sizes) as writer:
                 recorded = time.monotonic()
-                for documents, done in _tokenise(files, tokenizer, fields, bad, workers, done):
+                for documents, done in chunks:
                     for tokens in documents:
                         writer.add_document(tokens)
                     report(done)
