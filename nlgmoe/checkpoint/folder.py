@@ -238,8 +238,23 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run of train.py has started in a folder."""
+    return (folder / "config.yaml").exists()
+
+
+def is_of_run(path: str | Path, folder: str | Path) -> bool:
+    """Whether `path` is in a folder, and not in that of another run below it."""
+    for follow in (os.path.abspath, os.path.realpath):
+        inner, outer = Path(follow(path)), Path(follow(folder))
+        between = [one for one in (inner, *inner.parents) if one != outer and one.is_relative_to(outer)]
+        if inner.is_relative_to(outer) and not any(map(holds_run, between)):
+            return True
+    return False
+
+
 def everything_under(folder: Path) -> Iterator[Path]:
-    """Everything under a folder but what is in checkpoints; behind links too, such as `checkpoints` on another disk.
+    """Everything under a folder but what is in checkpoints and in folders of other runs; behind links too.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -253,7 +268,7 @@ def everything_under(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(here))
         for path in here.iterdir():
             yield path
-            if ".ckpt" not in path.name and path.is_dir():
+            if ".ckpt" not in path.name and path.is_dir() and not holds_run(path):
                 waiting.append(path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
 from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
@@ -100,7 +99,7 @@ def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
     Raises:
         ValueError: `folder` holds a run and there is no checkpoint to resume, or it is of another run.
     """
-    if not (folder / "config.yaml").exists():
+    if not holds_run(folder):
         return
     if checkpoint is None:
         if not has_checkpoints(folder):
@@ -111,7 +110,7 @@ def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
         raise ValueError(
             f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
         )
-    if not any(Path(f(checkpoint)).is_relative_to(f(folder)) for f in (os.path.abspath, os.path.realpath)):
+    if not is_of_run(checkpoint, folder):
         raise ValueError(
             f"{folder} holds a run already, and {checkpoint} is not of it: choose another trainer.default_root_dir to go on "
             "from that checkpoint there"
@@ -152,7 +151,7 @@ def resolve_checkpoint(
     if name not in ("last", "auto"):
         return name
     for place in elsewhere:
-        if not any(Path(f(place)).is_relative_to(f(folder)) for f in (os.path.abspath, os.path.realpath)):
+        if not is_of_run(place, folder):
             raise ValueError(
                 f"ckpt_path={name} looks into trainer.default_root_dir={folder}, but ModelCheckpoint.dirpath={place} is outside: "
                 "leave dirpath out (the folder checkpoints may be a link), or give the path of a checkpoint"

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nlgmoe.checkpoint import newest, writing
-from nlgmoe.checkpoint.folder import is_whole, read_document
+from nlgmoe.checkpoint.folder import is_of_run, is_whole, read_document
 from nlgmoe.checkpoint.newest import candidates, choose, has_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
@@ -186,6 +186,16 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (tmp_path / "scratch" / ".b.ckpt.writing-4194305").mkdir()
     writing.recover(run)
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["a.ckpt"]
+
+
+def test_a_run_in_a_subfolder_keeps_its_checkpoints_to_itself(tmp_path: Path) -> None:
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "lr1e-3"
+    for run in (outer, inner):
+        save(run / "checkpoints" / "last.ckpt", 1.0)
+        (run / "config.yaml").touch()
+    assert candidates(outer) == [outer / "checkpoints" / "last.ckpt"] and not has_checkpoints(tmp_path)
+    assert is_of_run(outer / "checkpoints" / "last.ckpt", outer)
+    assert not is_of_run(inner / "checkpoints" / "last.ckpt", outer) and not is_of_run(inner, outer)
 
 
 def test_an_evaluation_leaves_a_run_alone_that_is_writing(tmp_path: Path) -> None:
