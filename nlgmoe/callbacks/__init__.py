@@ -1,4 +1,4 @@
-"""Lightning callbacks, one concern a file. They read the module and the trainer; only StagedDistillation changes training."""
+"""Lightning callbacks, one concern per file. They read the module and the trainer; only StagedDistillation changes training."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What each MoE layer's router does: in the logger, in `expert_load.csv` and as pictures."""
+"""Routing statistics of each MoE layer: in the logger, in `expert_load.csv` and as images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.heat_map import heat_map
-from nlgmoe.monitoring.load_file import LoadFile
+from nlgmoe.monitoring.load_file import ExpertLoadFile
 from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
@@ -27,16 +27,15 @@ from nlgmoe.pyramid import experts_per_layer
 
 
 class ExpertLoad(Callback):
-    """Logs, per MoE layer and logging interval, over all ranks and micro-batches: load, drops, the gate's entropy, confidence and
-    logits, the residual mix, dead experts and gradient norms, as `experts/LAYER/...` (docs/metrics.md).
+    """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/LAYER/...` (docs/metrics.md).
 
-    `expert_load.csv` in the run folder has the load of every expert over time. Sums stay on the device until the step that is
-    logged; then they are added up over ranks, in one collective, and read. Steps that were skipped are left out. After a restart
-    the first interval begins with it.
+    A value covers a logging interval, all ranks and micro-batches; skipped steps are excluded, and a resumed run starts a new
+    interval. `expert_load.csv` in the run folder has the load of every expert over time. Sums stay on the device until the
+    step is logged; one collective then adds them over ranks.
 
     Args:
-        dead_window: an expert is dead if it got no token in the last so many steps, rounded up to logging intervals.
-        heat_maps: give loggers that take images, such as TensorBoard, one of all loads each interval.
+        dead_window: an expert without tokens in this many last steps, rounded up to logging intervals, is dead.
+        heat_maps: log a heat map of all loads each interval, to loggers that take images, such as TensorBoard.
 
     Raises:
         ValueError: `dead_window` is below 1.
@@ -46,28 +45,28 @@ class ExpertLoad(Callback):
         if dead_window < 1:
             raise ValueError(f"dead_window={dead_window} must be at least 1 step")
         self.dead_window, self.heat_maps = dead_window, heat_maps
-        self._experts: list[int] = []  # of each MoE layer
-        self._parts: list[list[nn.Parameter]] = []  # of each layer its gate and its experts; the rest of the model
+        self._experts: list[int] = []  # number of experts of each MoE layer
+        self._parts: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
-        self._squares: Tensor | None = None  # of the gradients of the step at hand, this rank's share
+        self._squares: Tensor | None = None  # squared gradients of the current step, this rank's part
         self._skipped = 0
-        self._told = False  # that the router has no gate
-        self._served: list[list[int]] = []  # by layer and expert: the last step known to have brought it a token
-        self._file: LoadFile | None = None
+        self._warned = False  # that the router has no gate
+        self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
+        self._file: ExpertLoadFile | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """How long each expert has gone without a token."""
-        return {"served": self._served}
+        """Return the last step in which each expert got a token."""
+        return {"served": self._last_used}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._served = state_dict["served"]
+        """Restore the last step in which each expert got a token."""
+        self._last_used = state_dict["served"]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the first interval, and open the file."""
+        """Start the first interval, and open the file."""
         assert isinstance(pl_module, MoEGPTModule)
         self._experts = [count for count in experts_per_layer(pl_module.config) if count]
         if not self._experts:
@@ -77,14 +76,14 @@ class ExpertLoad(Callback):
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
         self._squares, self._skipped = None, pl_module.guard.skipped
-        if not self._served:
-            self._served = [[trainer.global_step] * count for count in self._experts]
+        if not self._last_used:
+            self._last_used = [[trainer.global_step] * count for count in self._experts]
         if trainer.is_global_zero:
-            self._file = LoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
+            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Measure the gradients of a step that is logged, before they are clipped."""
+        """Measure the gradients of a logged step before clipping."""
         assert isinstance(pl_module, MoEGPTModule)
         if not self._experts or not is_logged(trainer):
             return
@@ -114,20 +113,20 @@ class ExpertLoad(Callback):
 
     def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
         squares = self._squares
-        if squares is None:  # the step was skipped, or nobody knew that it would be the last
+        if squares is None:  # the step was skipped, or became the last one after its gradients were computed
             squares = self._interval.new_full((len(self._parts),), torch.nan)
-        numbers = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
+        sums = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()
         self._squares = None
-        layers = self._split(numbers)
-        for served, layer in zip(self._served, layers, strict=True):
+        layers = self._split(sums)
+        for last_used, layer in zip(self._last_used, layers, strict=True):
             for expert in np.flatnonzero(layer.requests):
-                served[expert] = trainer.global_step
-        norms = [math.sqrt(square) for square in numbers[-len(self._parts) :]]
+                last_used[expert] = trainer.global_step
+        norms = [math.sqrt(square) for square in sums[-len(self._parts) :]]
         gated = all(map(has_gate, module.routings))
-        if not (gated or self._told):
-            self._told = True
-            rank_zero_info(f"ExpertLoad: the router has no probabilities and logits; {', '.join(GATE)} are left out")
+        if not (gated or self._warned):
+            self._warned = True
+            rank_zero_info(f"ExpertLoad: the router has no probabilities and logits; {', '.join(GATE)} are not logged")
         metrics = self._metrics(layers, norms, trainer.global_step, module.config, gated)
         module.log_dict(metrics)
         step, loads = trainer.fit_loop.epoch_loop._batches_that_stepped, [layer.requests for layer in layers]
@@ -137,41 +136,41 @@ class ExpertLoad(Callback):
         if self.heat_maps and trainer.is_global_zero:
             log_image(trainer.loggers, "experts/load", lambda: heat_map(loads), step)
 
-    def _split(self, numbers: Sequence[float]) -> list[RoutingSums]:
+    def _split(self, sums: Sequence[float]) -> list[RoutingSums]:
         layers, begin = [], 0
         for experts in self._experts:
             end = begin + experts + len(SUMS)
-            layers.append(RoutingSums.of(list(numbers[begin:end])))
+            layers.append(RoutingSums.from_vector(sums[begin:end]))
             begin = end
         return layers
 
     def _metrics(
         self, layers: list[RoutingSums], norms: list[float], steps: int, config: GPTConfig, gated: bool
     ) -> dict[str, float]:
-        found = {"train/grad_norm_dense": norms[-1]}
-        for index, (layer, served) in enumerate(zip(layers, self._served, strict=True)):
-            values = routing_statistics(layer, mixes(config), gated)
-            values["dead"] = float(sum(steps - last >= self.dead_window for last in served))
+        metrics = {"train/grad_norm_dense": norms[-1]}
+        for index, (layer, last_used) in enumerate(zip(layers, self._last_used, strict=True)):
+            values = routing_statistics(layer, learns_mix(config), gated)
+            values["dead"] = float(sum(steps - last >= self.dead_window for last in last_used))
             values["grad_norm_router"], values["grad_norm_experts"] = norms[2 * index : 2 * index + 2]
-            found |= {f"experts/{index}/{name}": value for name, value in values.items()}
-        return found
+            metrics |= {f"experts/{index}/{name}": value for name, value in values.items()}
+        return metrics
 
     def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
-        """All that it logs."""
-        experts = [count for count in experts_per_layer(module.config) if count]
-        nothing = RoutingSums(np.zeros(1), *([0.0] * len(SUMS)))
-        names = {*routing_statistics(nothing, mixes(module.config)), "dead", "grad_norm_router", "grad_norm_experts"}
-        found = {f"experts/{layer}/{name}" for layer in range(len(experts)) for name in names}
-        return found | {"train/grad_norm_dense"} if experts else set()
+        """Return the names of all metrics that it logs."""
+        layers = sum(count > 0 for count in experts_per_layer(module.config))
+        zeros = RoutingSums.from_vector([0.0] * (1 + len(SUMS)))
+        names = {*routing_statistics(zeros, learns_mix(module.config)), "dead", "grad_norm_router", "grad_norm_experts"}
+        metrics = {f"experts/{layer}/{name}" for layer in range(layers) for name in names}
+        return metrics | {"train/grad_norm_dense"} if layers else set()
 
 
-def mixes(config: GPTConfig) -> bool:
-    """Whether MoE layers learn the weight of their experts beside a shared MLP."""
+def learns_mix(config: GPTConfig) -> bool:
+    """Return True if MoE layers learn the weights of experts and shared MLP."""
     return config.moe is not None and config.moe.mlp_type == "residual" and config.moe.residual_mix == "learned"
 
 
 def _parts(gpt: nn.Module) -> list[list[nn.Parameter]]:
-    """Of each MoE layer the gate's parameters and the experts'; at last, all others."""
+    """Return the parameters of each MoE layer's router and experts, and last all others."""
     parts: list[list[nn.Parameter]] = []
     for layer in [module for module in gpt.modules() if isinstance(module, MoELayer)]:
         parts += [list(layer.router.parameters()), list(layer.experts.parameters())]

@@ -1,4 +1,4 @@
-"""A collective of NCCL that waits for too long ends the run with one line."""
+"""A one-line explanation of aborts after a collective's timeout."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing_extensions import override
 from nlgmoe.parallel.abort_watch import AbortWatch
 
 REMEDY = (
-    "another rank has stopped or does not answer if a collective's timeout is reported above; what is wrong is its error, not "
-    "this. For a rank that only needs longer, raise timeout_seconds of nlgmoe.ExpertParallelStrategy"
+    "another rank has stopped or does not answer if a collective's timeout is reported above; look for that rank's error. "
+    "If the rank only needs more time, raise timeout_seconds of nlgmoe.ExpertParallelStrategy"
 )
 
 
 class ExplainAbort(Callback):
-    """Prints a line if this rank is aborted while it has partners, and kills those that it has started.
+    """Prints a line if this rank is aborted in a run with several ranks, and kills the ranks that it started.
 
-    Where a rank hangs, PyTorch aborts the others (SIGABRT) after the timeout. The one that hangs would live on if it was started
-    by one of them.
+    If a rank hangs, PyTorch aborts the others (SIGABRT) after the timeout; a hanging rank started by one of them would remain.
     """
 
     def __init__(self) -> None:
@@ -29,8 +28,8 @@ class ExplainAbort(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin; ranks have been started by now."""
-        # Python handles signals in the main thread alone.
+        """Start watching; all ranks have been started."""
+        # Python handles signals only in the main thread.
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             launcher = trainer.strategy.launcher
             ranks = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
@@ -39,12 +38,12 @@ class ExplainAbort(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End."""
+        """Stop watching."""
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise."""
+        """Stop watching."""
         self.teardown(trainer, pl_module, "")

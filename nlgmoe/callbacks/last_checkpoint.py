@@ -1,4 +1,4 @@
-"""`last.ckpt`: where a run that has ended, or was told to, goes on from."""
+"""`last.ckpt`: the checkpoint that a finished or stopped run resumes from."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from nlgmoe.resuming import stopped_early
 
 
 class SaveAtEnd(Callback):
-    """Saves `last.ckpt` at the end of training, if nothing has saved the last step.
+    """Saves `last.ckpt` at the end of training, if no checkpoint of the last step exists.
 
-    `ModelCheckpoint` leaves it out where the end is not the best (`monitor`) and no multiple of its interval; its `save_last` is
-    the last time that it saved anything.
+    `ModelCheckpoint` does not save the last step if it is neither the best (`monitor`) nor a multiple of its interval; its
+    `save_last` copies the latest checkpoint that it saved.
     """
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless checkpoints are turned off, or this only tries a few batches."""
-        tried = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trainer.checkpoint_callbacks and not tried and trainer.global_step > 0:
-            # A checkpoint from before the last validation does not know that `EarlyStopping` ended the run there.
-            save_last(trainer, anew=stopped_early(trainer) is not None)
+        """Save, unless checkpoints are disabled or `fast_dev_run` is set."""
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.checkpoint_callbacks and not fast_dev_run and trainer.global_step > 0:
+            # A checkpoint saved before the last validation lacks the state with which `EarlyStopping` ended the run.
+            save_last(trainer, force=stopped_early(trainer) is not None)
 
 
-def save_last(trainer: Trainer, anew: bool = False) -> Path:
-    """Save `last.ckpt`, unless the run has a checkpoint of this step; every rank has to call this.
+def save_last(trainer: Trainer, force: bool = False) -> Path:
+    """Save `last.ckpt`, unless the run has a checkpoint of this step; a collective call.
 
     Args:
-        trainer: with a `ModelCheckpoint`, whose folder and `last.ckpt` these are.
-        anew: save in any case.
+        trainer: its first `ModelCheckpoint` decides the path of `last.ckpt`.
+        force: save even if the step has a checkpoint.
 
     Returns:
         The checkpoint of this step.
     """
-    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     path = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
-    if keepers:
-        assert keepers[0].dirpath is not None  # since setup
-        path = Path(keepers[0].last_model_path or Path(keepers[0].dirpath, "last.ckpt"))
+    if callbacks:
+        assert callbacks[0].dirpath is not None  # since setup
+        path = Path(callbacks[0].last_model_path or Path(callbacks[0].dirpath, "last.ckpt"))
     saved = [
-        Path(keeper._last_checkpoint_saved)
-        for keeper in keepers
-        if keeper._last_global_step_saved == trainer.global_step and not keeper.save_weights_only
+        Path(callback._last_checkpoint_saved)
+        for callback in callbacks
+        if callback._last_global_step_saved == trainer.global_step and not callback.save_weights_only
     ]
-    there = _step_of(path) == trainer.global_step or bool(saved and not path.exists())
-    if not anew and trainer.strategy.broadcast(there):
+    exists = _step_of(path) == trainer.global_step or bool(saved and not path.exists())
+    if not force and trainer.strategy.broadcast(exists):
         return saved[0] if saved else path
-    if keepers and keepers[0].save_last:
-        keepers[0].last_model_path = str(path)  # so that the resumed run replaces it, in place of adding another
-    trainer.save_checkpoint(path, weights_only=False)  # said, so that Lightning does not remark on its default
+    if callbacks and callbacks[0].save_last:
+        callbacks[0].last_model_path = str(path)  # the resumed run replaces this file instead of adding another
+    trainer.save_checkpoint(path, weights_only=False)  # explicit: Lightning warns about its default
     return path
 
 

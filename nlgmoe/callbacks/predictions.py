@@ -1,4 +1,4 @@
-"""What `train.py predict` finds, in a file."""
+"""Output file of `train.py predict`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing_extensions import override
 
 
 class PredictionFile(BasePredictionWriter):
-    """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats of each token, 0 where none counts.
+    """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked.
 
-    Rows are in the order of the data module's prediction windows; with several ranks each writes its own share, with its
-    rank in the name.
+    Rows are in the order of the data module's prediction windows. With several ranks, each writes its own shard, with its
+    rank in the file name.
     """
 
     def __init__(self) -> None:
@@ -34,5 +34,5 @@ class PredictionFile(BasePredictionWriter):
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = folder / f"predictions{rank}.safetensors"
         save_file({"losses": torch.cat([batch.float().cpu() for batch in predictions])}, path)
-        path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
         rank_zero_info(f"token losses written to {path}")

@@ -12,9 +12,9 @@ from nlgmoe.module import MoEGPTModule
 
 
 class TokenProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting tokens instead of batches, so that its rate and its time left mean what they say.
+    """Lightning's progress bar in tokens instead of batches, whose lengths a curriculum changes.
 
-    Where the run ends at a token count or a step count, the bar knows its end.
+    The bar has a total if the run ends at a token count or a step count.
 
     Args:
         refresh_rate: micro-batches between updates; 0 hides the bar.
@@ -22,11 +22,11 @@ class TokenProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._validation: dict[str, str] = {}  # what the bar shows of the latest one
+        self._validation: dict[str, str] = {}  # metrics of the latest validation
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show how far the run is."""
+        """Show the position in the run."""
         super().on_train_start(trainer, pl_module)
         bar, module = self.train_progress_bar, _module(trainer)
         bar.unit, bar.unit_scale, bar.total = " tok", True, module.train_tokens
@@ -35,40 +35,36 @@ class TokenProgressBar(TQDMProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Leave the bar as it is: it spans the run, not an epoch."""
+        """Keep the bar: it spans the run, not an epoch."""
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
+        """Update the bar."""
         module, bar = _module(trainer), self.train_progress_bar
         if module.train_tokens is None and trainer.max_steps > 0 and trainer.global_step > 0:
             bar.total = module.tokens_seen * trainer.max_steps // trainer.global_step  # steps may grow
         if self._should_update(batch_idx + 1, -1):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             if bar.total is not None:
-                # The last step may overshoot; tqdm would forget the total.
+                # The last step may exceed the total; tqdm would then discard the total.
                 bar.total = max(bar.total, module.tokens_seen)
             bar.update(module.tokens_seen - bar.n)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read its loss from the device, once and not at every update."""
+        """Read the validation loss from the device once, not at every update."""
         if (loss := trainer.callback_metrics.get("val/loss")) is not None:
             self._validation = {"val_loss": f"{float(loss):.3f}"}
         super().on_validation_end(trainer, pl_module)
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Loss of the latest step, validation loss once there is one, learning rate."""
+        """Return the loss of the latest step, the latest validation loss and the learning rate."""
         loss = trainer.callback_metrics.get("train/loss")
-        found = {} if loss is None else {"loss": f"{float(loss):.3f}"}
-        return (
-            found
-            | self._validation
-            | {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""}
-        )
+        lr = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""
+        return ({} if loss is None else {"loss": f"{float(loss):.3f}"}) | self._validation | {"lr": lr}
 
 
 def _module(trainer: Trainer) -> MoEGPTModule:

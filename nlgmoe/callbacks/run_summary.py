@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, in the run folder."""
+"""`summary.json`: the results of a run, in the run folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ from nlgmoe.versions import versions
 class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends.
 
-    `train_loss` is the mean over the last 50 steps, those that were not finite left out. Times and token rates add up
-    over resumed parts of a run. `tokens_per_second` is over training steps alone; `wall_seconds` counts validation and
-    checkpoints too.
+    `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
+    run. `tokens_per_second` covers only training steps; `wall_seconds` includes validation and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class RunSummary(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Return the sums so far, for a resumed run."""
         return {
             "losses": self._finite_losses(),
             "wall_seconds": self._wall_so_far(),
@@ -49,7 +48,7 @@ class RunSummary(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the sums."""
         self._losses.extend(state_dict["losses"])
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
@@ -57,7 +56,7 @@ class RunSummary(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is trained, and start the wall clock."""
+        """Print the parameter count, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
         (total, active), formula = pl_module.gpt.parameter_counts(), count_parameters(pl_module.config).total
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token")
@@ -81,7 +80,7 @@ class RunSummary(Callback):
         self._step_seconds += time.perf_counter() - self._batch_started
         self._fed_tokens += batch["tokens"].numel() * trainer.world_size
         if ends_step(trainer):
-            self._losses.append(float(trainer.callback_metrics["train/loss"]))  # on the host already
+            self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,9 +90,10 @@ class RunSummary(Callback):
             return
         assert isinstance(pl_module, MoEGPTModule)
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
-        write_summary(folder, summary)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "summary.json", summary, indent=2)
         xz = getattr(trainer.datamodule, "xz_bits_per_byte", None)  # type: ignore[attr-defined]
-        rank_zero_info(describe(summary, xz() if xz is not None else {}, folder))
+        rank_zero_info(format_summary(summary, xz() if xz is not None else {}, folder))
 
     def _wall_so_far(self) -> float:
         running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
@@ -129,18 +129,12 @@ class RunSummary(Callback):
 
 
 def _finite(value: float) -> float | None:
-    """None (JSON's null) for a run that diverged: JSON has no NaN."""
+    """Return None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
-def write_summary(run_folder: Path, summary: dict[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    write_json(run_folder / "summary.json", summary, indent=2)
-
-
-def describe(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:
-    """The summary as a person reads it, beside a general-purpose compressor."""
+def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], folder: Path) -> str:
+    """Format the summary for the terminal, with the bits per byte of `xz -9` for comparison."""
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
     lines = [
         "",

@@ -1,4 +1,4 @@
-"""Slurm's queue: which signal asks for another turn, and how to get it."""
+"""Requeueing of Slurm jobs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 def requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """After which Slurm is asked to queue the job again."""
+    """Return the signal after which the job is requeued; None without Slurm or `auto_requeue`."""
     environment = trainer._accelerator_connector.cluster_environment
     return (
         environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
     )
 
 
-def queue_again() -> None:
-    """Give the job back to Slurm, as Lightning would; the run is saved, so that failing to is no failure."""
+def requeue() -> None:
+    """Requeue the job with `scontrol`, as Lightning does; warn if that fails, since the run is saved."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -30,4 +30,4 @@ def queue_again() -> None:
         reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
         rank_zero_warn(f"scontrol requeue {job} failed ({reason}); submit the job again")
     else:
-        rank_zero_info(f"Slurm job {job} is queued again")
+        rank_zero_info(f"Slurm job {job} is requeued")

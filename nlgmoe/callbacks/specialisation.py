@@ -1,4 +1,4 @@
-"""What the experts are used for, by domain and class of token, in the run folder."""
+"""Expert specialisation by domain and token class, written at validation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nlgmoe.pyramid import experts_per_layer
 
 
 class ExpertSpecialisation(Callback):
-    """Writes `specialisation.safetensors` after each validation of a run: `nlgmoe report` shows it without data or model.
+    """Writes `specialisation.safetensors` after each validation in `fit`; `nlgmoe report` reads it.
 
-    Every rank counts its windows; the sums are added up once, at the end. Of a dense model nothing is written.
+    Every rank counts its own windows; one collective sums the counts at the end. A dense model has no such file.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class ExpertSpecialisation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count, in `fit`."""
+        """Start counting, in `fit`."""
         assert isinstance(pl_module, MoEGPTModule)
         self._counts = None
         experts = [count for count in experts_per_layer(pl_module.config) if count]
@@ -54,7 +54,7 @@ class ExpertSpecialisation(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up over ranks, and write on the first."""
+        """Sum over ranks, and write on rank 0."""
         if self._counts is None:
             return
         found = self._counts.specialisation(trainer.global_step)

@@ -1,4 +1,4 @@
-"""When a student has learnt enough from its teacher."""
+"""Staged distillation: the teacher is dropped before the run ends."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
 
-LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # while there is a teacher
+LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while distilling
 
 
 class StagedDistillation(Callback):
     """Ends distillation before the run ends: it helps early and hurts late (paper, section 4.2.1).
 
-    From the end on there is no teacher: its memory is free, and the steps are those of training on text alone. The weight of a
-    step is a function of the clock at its beginning, so that a resumed run needs nothing to go on as it would have.
+    The teacher is then freed, and training continues on text alone. A step's loss weight is a function of the step or token
+    count at its beginning, so resuming needs no state.
 
     Args:
         step: distillation ends after this many optimizer steps.
-        tokens: ends with the first step that begins at or after this many tokens.
-        fraction: ends with the first step that begins at or after this share of `model.train_tokens`, in tokens.
+        tokens: distillation ends with the first step that begins at or after this many tokens.
+        fraction: distillation ends with the first step that begins at or after this fraction of `model.train_tokens`.
         ramp_tokens: the weight falls linearly to 0 over this many tokens before the end; 0: at once. Not with `step`.
 
     Raises:
-        ValueError: not one of `step`, `tokens` and `fraction` is given, or a value is out of range.
+        ValueError: not exactly one of `step`, `tokens` and `fraction` is given, or a value is out of range.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class StagedDistillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is something to end, and an end.
+        """Check the settings against the module's.
 
         Raises:
-            ValueError: `fraction` is given, and `model.train_tokens` is not.
+            ValueError: `fraction` needs `model.train_tokens`, or `ramp_tokens` is above `fraction` of it.
         """
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
@@ -83,31 +83,31 @@ class StagedDistillation(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the module loads its teacher: past the end there is none to load."""
+        """Set the weight before the module loads its teacher: at weight 0 no teacher is loaded."""
         assert isinstance(pl_module, MoEGPTModule)
         if pl_module.distiller is not None:
             pl_module.distiller.stage = self._weight(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """The clocks stand still within an accumulation window, and so does the weight."""
+        """Set the weight, which is constant within an accumulation window; free the teacher at weight 0."""
         assert isinstance(pl_module, MoEGPTModule)
         distiller = pl_module.distiller
         if distiller is None:
             return
         distiller.stage = self._weight(trainer, pl_module)
         if distiller.stage == 0 and distiller.release():
-            # Lightning would go on logging the last values: to it the run is one epoch.
+            # The run is one epoch to Lightning, which would keep logging the last values.
             for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
                 del trainer.fit_loop.epoch_loop._results[key]
             connector = trainer._logger_connector
             for metrics in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
                 for key in [key for key in metrics if key in LOGGED]:
                     del metrics[key]
-            rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is gone")
+            rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is freed")
 
     def distillation_end(self, train_tokens: int | None) -> End:
-        """When distillation ends in a run of so many tokens."""
+        """Return the end of distillation in a run of `train_tokens`."""
         if self.fraction is None:
             return End(self.tokens, self.step)
         assert train_tokens is not None

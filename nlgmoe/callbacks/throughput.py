@@ -1,4 +1,4 @@
-"""How fast a run is, what its time goes to, and the memory that it takes."""
+"""Throughput, step time by part, and memory of a run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.memory import MEMORY, memory_bytes
-from nlgmoe.monitoring.stopwatch import PARTS, Stopwatch, TimedCollectives, TimedLoop
+from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCollectives
 
 
 class Throughput(Callback):
-    """Logs, per logging interval, the speed of all ranks together (`train/tokens_per_second`, `train/tflops_per_second`,
-    `train/mfu`), the seconds of a step by part (`time/...`, mean over ranks), and memory (`memory/...`, largest of all ranks).
-    docs/metrics.md says what each of them counts. Validation and checkpoints are in `time/elapsed` alone.
+    """Logs throughput, step time by part and memory once per logging interval (docs/metrics.md).
 
-    FLOPs are the model's, by arithmetic (`model/counting.py`): what a token passes through, forward and backward, at the
-    length of its sequence, dropped or not; not what is computed again, nor what a teacher computes.
+    `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` are of all ranks together, `time/...` is seconds per
+    step, the mean over ranks, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.
+
+    FLOPs are computed from the configuration (`model/counting.py`): forward and backward pass of every token at its sequence
+    length, dropped or not, without recomputation and without a teacher.
 
     Args:
-        peak_tflops: what one device can do at best, in TFLOPs a second, for `train/mfu`; null: what the data sheet of its GPU
-            says, where it is known. Without a peak there is no `train/mfu`.
+        peak_tflops: peak TFLOP/s of one device, for `train/mfu`; null: the GPU's data sheet, if known. Without a peak,
+            `train/mfu` is not logged.
 
     Raises:
         ValueError: `peak_tflops` is not above 0.
@@ -41,10 +42,10 @@ class Throughput(Callback):
             raise ValueError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
-        self._flops = self._step_flops = 0  # since the run began, up to the last step; of the step at hand
-        self._elapsed, self._fit_started = 0.0, 0.0  # seconds: before this start; the clock at it
+        self._flops = self._step_flops = 0  # of all finished steps of the run; of the current step
+        self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
-        self._before, self._started = 0, 0.0
+        self._tokens_before, self._started = 0, 0.0
 
     def _begin_interval(self) -> None:
         self._tokens = self._steps = 0
@@ -52,12 +53,12 @@ class Throughput(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What counts from the beginning of the run."""
+        """Return the totals since the beginning of the run."""
         return {"flops": self._flops, "elapsed": self._elapsed_so_far()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the totals."""
         self._flops, self._elapsed = state_dict["flops"], state_dict["elapsed"]
 
     @override
@@ -67,33 +68,33 @@ class Throughput(Callback):
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else peak_flops(device, trainer.precision)
         self._stopwatch = Stopwatch(device)
         self._collectives = TimedCollectives(self._stopwatch)
-        self._watches = bool(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # nobody would read it otherwise
-        if self._watches:
-            trainer.profiler = TimedLoop(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
+        self._is_timed = bool(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self._is_timed:
+            trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
         self._fit_started = time.perf_counter()
         self._step_flops = 0
         self._begin_interval()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """A micro-batch begins."""
+        """Start timing a micro-batch."""
         assert isinstance(pl_module, MoEGPTModule)
-        self._before = pl_module.tokens_fed
+        self._tokens_before = pl_module.tokens_fed
         self._started = time.perf_counter()
-        if trainer.world_size > 1 and self._watches:
-            self._collectives.begin()
+        if trainer.world_size > 1 and self._is_timed:
+            self._collectives.start()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """It ends; log once per interval."""
+        """Add the micro-batch; log once per interval."""
         assert isinstance(pl_module, MoEGPTModule)
-        self._collectives.end()
+        self._collectives.stop()
         self._seconds += time.perf_counter() - self._started
-        tokens = pl_module.tokens_fed - self._before
+        tokens = pl_module.tokens_fed - self._tokens_before
         self._tokens += tokens
-        length = tokens // (trainer.world_size * batch["tokens"].shape[0])  # a curriculum has cut them
+        length = tokens // (trainer.world_size * batch["tokens"].shape[0])  # after truncation by a curriculum
         self._step_flops += tokens * flops_per_token(pl_module.config, length)
         if not ends_step(trainer):
             return
@@ -111,7 +112,7 @@ class Throughput(Callback):
         seconds["optimizer"] = seconds.get("batch", 0.0) - seconds.get("forward", 0.0) - seconds.get("backward", 0.0)
         parts = [seconds.get(part, 0.0) / self._steps for part in PARTS] + [total / self._steps]
         memory = memory_bytes(trainer.strategy.root_device)
-        times, most = _over_ranks(trainer, parts, list(memory.values()))
+        times, largest = _over_ranks(trainer, parts, list(memory.values()))
         speed = self._interval_flops / total
         metrics = {
             "train/tokens_per_second": self._tokens / total,
@@ -119,7 +120,7 @@ class Throughput(Callback):
             "train/flops": float(self._flops),
             **{f"time/{part}": value for part, value in zip((*PARTS, "step"), times, strict=True)},
             "time/elapsed": self._elapsed_so_far(),
-            **{f"memory/{name}": value for name, value in zip(memory, most, strict=True)},
+            **{f"memory/{name}": value for name, value in zip(memory, largest, strict=True)},
         }
         if self._peak is not None:
             metrics["train/mfu"] = speed / trainer.world_size / self._peak
@@ -133,21 +134,21 @@ class Throughput(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As at the end: a micro-batch may be under way."""
+        """Stop the clocks, within a micro-batch too."""
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
         self._elapsed, self._fit_started = self._elapsed_so_far(), 0.0
         profiler = trainer.profiler  # type: ignore[attr-defined]
-        if isinstance(profiler, TimedLoop):
-            self._collectives.end()
+        if isinstance(profiler, StepProfiler):
+            self._collectives.stop()
             trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
 
     def _elapsed_so_far(self) -> float:
         return self._elapsed + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
 
     def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
-        """All that it logs, once training has started."""
+        """Return the names of all metrics that it logs, once training has started."""
         names = {"train/tokens_per_second", "train/tflops_per_second", "train/flops"}
         names |= {f"time/{part}" for part in (*PARTS, "step", "elapsed")}
         names |= {f"memory/{name}" for name in MEMORY[: len(memory_bytes(trainer.strategy.root_device))]}
@@ -155,22 +156,22 @@ class Throughput(Callback):
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that a GPU's data sheet promises for a run's matrix products; None if nothing is known of it.
+    """Return the peak FLOP/s of a device's matrix products by its data sheet; None if unknown.
 
     Args:
-        device: the run's.
-        precision: as Lightning writes it, such as `bf16-mixed`. fp32 counts as TF32 where PyTorch is told to use that.
+        device: device of the run.
+        precision: Lightning's name, such as `bf16-mixed`. fp32 means TF32 if PyTorch is set to use it.
     """
     name = product_name(device)
     return None if name is None else peak_of(name, precision, torch.get_float32_matmul_precision() != "highest")
 
 
 def _over_ranks(trainer: Trainer, times: list[float], memory: list[int]) -> tuple[list[float], list[float]]:
-    """Mean over ranks of `times`, and the largest of each number of `memory`: one sum, where each rank has places of its own."""
+    """Return the mean over ranks of `times` and the maximum of each value of `memory`, in one all-reduce."""
     ranks, count = trainer.world_size, len(memory)
     if ranks == 1:
         return times, [float(value) for value in memory]
-    table = torch.zeros(len(times) + ranks * count, dtype=torch.float64)
+    table = torch.zeros(len(times) + ranks * count, dtype=torch.float64)  # each rank's memory has its own cells
     table[: len(times)] = torch.tensor(times, dtype=torch.float64) / ranks
     first = len(times) + trainer.global_rank * count
     table[first : first + count] = torch.tensor(memory, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""What callbacks measure with: routing statistics, a stopwatch, memory, heat maps, load files, loggers, peak rates of devices."""
+"""Measuring and logging for callbacks: routing statistics, step time, memory, heat maps, loggers, peak rates of GPUs."""

@@ -1,8 +1,8 @@
-"""What a GPU can do: the published peaks that `cost.py` divides by.
+"""Published peak rates of GPUs, for `cost.py` and MFU.
 
-Numbers are the vendor's data sheets' for the SXM boards (NVIDIA V100, A100, H100 and H200 Tensor Core GPU data sheets), dense
-rates without sparsity, one direction of a link. A network card per GPU is the vendor's own 8-GPU server: DGX-1 4 x 100
-Gbit/s for 8 GPUs, DGX A100 8 x 200, DGX H100 and H200 8 x 400. Your cluster's network may be slower.
+Source: NVIDIA's data sheets of the SXM boards (V100, A100, H100 and H200 Tensor Core GPU): dense rates without sparsity, one
+direction of a link. Network rates are those of NVIDIA's 8-GPU servers: DGX-1 4 x 100 Gbit/s, DGX A100 8 x 200, DGX H100 and
+H200 8 x 400. Other clusters may be slower.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of GPU in its usual server.
+    """A GPU in its usual server.
 
     Attributes:
         half_flops: peak FLOP/s of fp16 and bf16 matrix products.
-        fp32_flops: peak FLOP/s of fp32 ones (not TF32, which PyTorch does not use unless told to).
+        fp32_flops: peak FLOP/s of fp32 matrix products (not TF32, which is off in PyTorch by default).
         memory: bytes.
-        memory_bandwidth: bytes/s of the GPU's own memory.
-        nvlink: bytes/s that one GPU sends to the others of its node.
-        network: bytes/s that one GPU sends to other nodes while all GPUs of the node do.
+        memory_bandwidth: bytes/s of the GPU's memory.
+        nvlink: bytes/s that one GPU sends within its node.
+        network: bytes/s that one GPU sends to other nodes while all GPUs of the node send.
         gpus_per_node: GPUs joined by NVLink.
     """
 
@@ -43,21 +43,21 @@ HARDWARE = {
 }
 
 RESERVED = 2 * 2**30
-"""Bytes of a GPU that tensors cannot have: CUDA context, cuBLAS workspace, NCCL buffers, fragmentation. A rule of thumb."""
+"""Bytes of a GPU unavailable to tensors: CUDA context, cuBLAS workspace, NCCL buffers, fragmentation. An estimate."""
 
 
 def hardware(name: str) -> Hardware:
-    """The GPU called `name`.
+    """Return the GPU called `name`.
 
     Raises:
-        ValueError: there is none of that name; the message lists those there are.
+        ValueError: the name is unknown; the message lists the known names.
     """
     if name not in HARDWARE:
         raise ValueError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 
-BOARDS = {  # parts of the names that GPUs give themselves -> name above; other boards of a chip have other peaks
+BOARDS = {  # parts of CUDA's device name -> name in `HARDWARE`; other boards of a chip have other peaks
     ("V100", "SXM"): "v100-32",
     ("A100",): "a100-80",
     ("H100", "HBM3"): "h100",
@@ -66,12 +66,12 @@ BOARDS = {  # parts of the names that GPUs give themselves -> name above; other 
 
 
 def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
-    """FLOP/s of the matrix products of a run, by data sheet; None if this is no GPU of those above.
+    """Return the peak FLOP/s of matrix products in a precision; None for a GPU that is not in `BOARDS`.
 
     Args:
-        gpu: what it calls itself.
-        precision: as Lightning writes it, such as `bf16-mixed`.
-        tf32: whether PyTorch computes fp32 products that way.
+        gpu: CUDA's device name.
+        precision: Lightning's name, such as `bf16-mixed`.
+        tf32: PyTorch computes fp32 products in TF32.
     """
     found = next((name for parts, name in BOARDS.items() if all(part in gpu for part in parts)), None)
     if found is None or "64" in precision:
@@ -79,6 +79,5 @@ def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
     peaks = HARDWARE[found]
     if "16" in precision:
         return peaks.half_flops
-    return (
-        peaks.half_flops / 2 if tf32 and found != "v100-32" else peaks.fp32_flops
-    )  # TF32 is half of bf16, since Ampere
+    has_tf32 = found != "v100-32"  # since Ampere, at half the rate of bf16
+    return peaks.half_flops / 2 if tf32 and has_tf32 else peaks.fp32_flops

@@ -1,4 +1,4 @@
-"""`expert_load.csv`: how often every expert of every layer was asked for, over time."""
+"""`expert_load.csv`: the load of every expert of every layer over time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from nlgmoe.files import atomic_write
 
 
-class LoadFile:
-    """A row for each MoE layer and logging interval; written by one process, whole intervals at a time.
+class ExpertLoadFile:
+    """Writes a row for each MoE layer and logging interval, from one process.
 
         step,tokens,layer,dropped,expert_0,expert_1,...
 
-    `step` is that of `metrics.csv`, `tokens` the clock at its end, `layer` the number in `experts/LAYER/...`; then the share
-    of assignments that were dropped, and how many asked for each expert, over all ranks, since the row before. Cells are
-    empty where a layer has fewer experts.
+    `step` is the step of `metrics.csv`, `tokens` the tokens seen after it, `layer` the number in `experts/LAYER/...`,
+    `dropped` the fraction of dropped assignments, `expert_I` the assignments to an expert before dropping, over all ranks,
+    since the previous row. Cells are empty where a layer has fewer experts.
 
     Args:
         folder: the run folder.
-        experts: of each MoE layer.
-        first_step: the first that is going to be logged: what a run wrote from there on, before it went on from a checkpoint, is
-            dropped, and so is a row that was cut off.
+        experts: number of experts of each MoE layer.
+        first_step: the first step that will be logged; existing rows from this step on (a resumed run repeats them) and an
+            incomplete last row are discarded.
     """
 
     NAME = "expert_load.csv"
@@ -42,21 +42,21 @@ class LoadFile:
         """Append an interval.
 
         Args:
-            step: as the logger counts.
-            tokens: the clock.
-            loads: `[E]` of each layer.
-            dropped: share of each layer's assignments.
+            step: the logger's step.
+            tokens: tokens seen.
+            loads: `[E]` for each layer.
+            dropped: fraction of each layer's assignments.
         """
         rows = [
-            [step, tokens, layer, f"{lost:.6g}", *(int(count) for count in load), *[""] * (self._width - len(load))]
-            for layer, (load, lost) in enumerate(zip(loads, dropped, strict=True))
+            [step, tokens, layer, f"{share:.6g}", *(int(count) for count in load), *[""] * (self._width - len(load))]
+            for layer, (load, share) in enumerate(zip(loads, dropped, strict=True))
         ]
         with self._path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _rows_before(path: Path, step: int) -> list[str]:
-    """Whole lines of earlier steps, without the header."""
+    """Return complete lines of earlier steps, without the header."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)[1:]

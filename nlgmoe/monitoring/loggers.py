@@ -1,11 +1,10 @@
-"""The loggers of a run folder: `metrics.csv` and TensorBoard's event files, side by side, kept when a run is resumed."""
+"""The loggers of a run folder: `metrics.csv` and TensorBoard's event files, both continued by a resumed run."""
 
 from __future__ import annotations
 
 import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,21 @@ from nlgmoe.files import atomic_write
 
 
 def run_folder_loggers(folder: str | Path) -> list[Logger]:
-    """What `train.py` logs to if the configuration names no logger."""
+    """Return the loggers that `train.py` uses if the configuration names none."""
     return [RunCSVLogger(folder), TensorBoardLogger(folder, name="", version="")]
 
 
 def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
-    """The loggers of a configuration, and `metrics.csv` of the run folder beside them: reports are made of it.
+    """Add `metrics.csv` of the run folder, which reports read, to the loggers of a configuration.
 
-    Another logger that would write that file gives way to `RunCSVLogger`: it would delete the rows of a run that is resumed.
+    `RunCSVLogger` replaces another logger of the same file, which would delete the rows of a resumed run.
     """
     own = [one for one in _as_list(loggers) if isinstance(one, RunCSVLogger) and _writes_into(folder, one)]
     return [*without_run_csv(loggers, folder), *(own or [RunCSVLogger(folder)])]
 
 
 def without_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
-    """The loggers of a configuration, but those of `metrics.csv` in the run folder: its rows are the training's."""
+    """Remove loggers that write `metrics.csv` of the run folder, whose rows belong to training."""
     return [one for one in _as_list(loggers) if not _writes_into(folder, one)]
 
 
@@ -46,32 +45,28 @@ def _writes_into(folder: str | Path, logger: Logger) -> bool:
 
 
 def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], np.ndarray], step: int) -> None:
-    """Give a picture to every logger that takes one: TensorBoard's kind, and those with Lightning's `log_image`, such as W&B's.
+    """Log an image to every logger that takes images: TensorBoard, and loggers with `log_image`, such as W&B's.
 
     Args:
-        loggers: of a trainer, on the process that logs.
-        name: of the picture.
-        draw: makes it, `[height, width, 3]` uint8; only called if it is wanted.
-        step: as the logger counts.
+        loggers: the trainer's loggers, on the process that logs.
+        name: name of the image.
+        draw: returns the image, `[height, width, 3]` uint8; not called if no logger takes images.
+        step: the logger's step.
     """
-    takers: list[Callable[[np.ndarray], Any]] = []
+    image: np.ndarray | None = None
     for logger in loggers:
-        if callable(add := getattr(getattr(logger, "experiment", None), "add_image", None)):
-            takers.append(partial(add, name, global_step=step, dataformats="HWC"))
-        elif callable(log := getattr(logger, "log_image", None)):
-            takers.append(partial(_log_one, log, name, step))
-    if takers:
-        image = draw()
-        for take in takers:
-            take(image)
-
-
-def _log_one(log: Callable[..., Any], name: str, step: int, image: np.ndarray) -> None:
-    log(key=name, images=[image], step=step)
+        add = getattr(getattr(logger, "experiment", None), "add_image", None)  # TensorBoard's SummaryWriter
+        log = getattr(logger, "log_image", None)
+        if image is None and (callable(add) or callable(log)):
+            image = draw()
+        if callable(add):
+            add(name, image, global_step=step, dataformats="HWC")
+        elif callable(log):
+            log(key=name, images=[image], step=step)
 
 
 class RunCSVLogger(CSVLogger):
-    """Writes `metrics.csv` into `folder`; a file that is there goes on (Lightning's own logger deletes it).
+    """Writes `metrics.csv` into `folder` and continues an existing file (Lightning's own logger deletes it).
 
     Args:
         folder: the run folder.
@@ -84,7 +79,7 @@ class RunCSVLogger(CSVLogger):
     @override
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer, made at first use."""
+        """Return the writer, created at first use."""
         if self._experiment is None:
             os.makedirs(self.log_dir, exist_ok=True)
             self._experiment = _AppendingWriter(self.log_dir)
@@ -94,7 +89,7 @@ class RunCSVLogger(CSVLogger):
 class _AppendingWriter(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
-        """Take over the columns of an earlier part of the run, and drop a last row that a full disk has cut off."""
+        """Read the columns of an existing file, and discard an incomplete last row."""
         if os.path.exists(self.metrics_file_path):
             with open(self.metrics_file_path, "rb+") as rows:
                 rows.truncate(rows.read().rfind(b"\n") + 1)
@@ -103,7 +98,7 @@ class _AppendingWriter(ExperimentWriter):
 
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Add columns to the file, whole or not at all: the base class empties it first, and a crash would lose all rows."""
+        """Add columns atomically: the base class empties the file first, so a crash would lose all rows."""
         path = Path(self.metrics_file_path)
         with atomic_write(path) as temporary, path.open(newline="") as file, temporary.open("w", newline="") as wider:
             writer = csv.DictWriter(wider, fieldnames)

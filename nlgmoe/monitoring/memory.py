@@ -1,4 +1,4 @@
-"""Memory of a process and of its GPU."""
+"""Peak memory of a process and of its GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MEMORY = ("process_bytes", "gpu_bytes", "gpu_reserved_bytes")
 
 
 def memory_bytes(device: torch.device) -> dict[str, int]:
-    """The most held so far, by name of `MEMORY`: resident in the process; of a GPU, by tensors and by PyTorch's allocator."""
+    """Return peak bytes by name of `MEMORY`: resident in the process, and on a GPU of tensors and of PyTorch's allocator."""
     return dict(zip(MEMORY, [resident_bytes(), *peak_memory(device)], strict=False))
 
 
 def resident_bytes() -> int:
-    """Most memory this process has had resident."""
+    """Return the peak resident memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: of the GPU that it computes on, resident otherwise."""
+    """Return the peak memory of the GPU that this process uses; without a GPU, of the process."""
     return next(iter(peak_memory(device)), resident_bytes())

@@ -1,14 +1,15 @@
-"""What a router did, in numbers: sums that add up over micro-batches and ranks, and the statistics that come of them.
+"""Routing statistics: sums over micro-batches and ranks, and the metrics computed from them.
 
-    sums        [E + 6] of one layer: what a micro-batch adds on the device, with nothing read by the host
-    statistics  a few numbers a person looks at, from sums that the host has read
+    sums        [E + 6] for one layer, computed on the device without a host read
+    statistics  the metrics of docs/metrics.md, computed on the host
 
-docs/metrics.md explains each of them. Letters: N tokens of a micro-batch, E experts of a layer, k experts per token.
+Letters: N tokens of a micro-batch, E experts of a layer, k experts per token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,22 +19,22 @@ from torch import Tensor
 from nlgmoe.layers.router import Routing
 
 SUMS = ("tokens", "kept", "entropy", "confidence", "logit_squares", "expert_share")
-GATE = ("entropy", "confidence", "logit_rms")  # statistics of a gate's probabilities and logits
+GATE = ("entropy", "confidence", "logit_rms")  # statistics that need the gate's probabilities and logits
 PERCENTILES = (10, 50, 90)
 
 
 @dataclass(frozen=True)
 class RoutingSums:
-    """What one layer's micro-batches, of all ranks, add up to.
+    """Sums of one layer over micro-batches and ranks.
 
     Attributes:
-        requests: `[E]` assignments each expert was asked for, before dropping.
-        tokens: that are no padding.
-        kept: assignments that found a slot.
-        entropy: of the gate's distribution, nats.
-        confidence: the gate's probability of the experts chosen, over all assignments.
+        requests: `[E]` assignments to each expert before dropping.
+        tokens: tokens without padding.
+        kept: assignments within capacity.
+        entropy: entropy of the gate's distribution, nats.
+        confidence: gate probability of the chosen experts, over all assignments.
         logit_squares: squares of the gate's logits.
-        expert_share: weight of the experts beside the shared MLP; 0 where no mix is learned.
+        expert_share: weight of the experts beside the shared MLP; 0 if no mix is learned.
     """
 
     requests: np.ndarray
@@ -45,14 +46,14 @@ class RoutingSums:
     expert_share: float
 
     @staticmethod
-    def of(sums: list[float]) -> RoutingSums:
-        """From `[E + 6]`, as `routing_sums` orders them."""
+    def from_vector(sums: Sequence[float]) -> RoutingSums:
+        """Build from `[E + 6]` in the order of `routing_sums`."""
         return RoutingSums(np.asarray(sums[: -len(SUMS)]), *sums[-len(SUMS) :])
 
 
 @torch.no_grad()
 def routing_sums(routing: Routing) -> Tensor:
-    """What one micro-batch adds, `[E + 6]` fp64: requests of each expert, then `SUMS`."""
+    """Return the sums of one micro-batch, `[E + 6]` fp64: requests of each expert, then `SUMS`."""
     share, mask = routing.expert_share, routing.token_mask
     if share is not None and mask is not None:
         share = torch.where(mask, share, 0)
@@ -62,12 +63,12 @@ def routing_sums(routing: Routing) -> Tensor:
 
 
 def _gate_sums(routing: Routing) -> list[Tensor]:
-    """Entropy, confidence and squares of the logits; 0 where the router has no gate."""
+    """Return entropy, confidence and squared logits; 0 if the router has no gate."""
     probs, logits, mask = routing.probs, routing.logits, routing.token_mask
     if probs is None or logits is None:  # see `has_gate`
         return [routing.weight.new_zeros(())] * 3
     chosen = probs.gather(1, routing.expert)
-    # -sum p log p = log(sum exp(logits)) - sum p logits: no logarithm but of one probability a token, the largest.
+    # -sum p log p = log(sum exp(logits)) - sum p logits: one logarithm per token, of the largest probability.
     log_total = logits.amax(dim=1) - probs.amax(dim=1).log()  # [N]
     if mask is not None:
         probs, logits, chosen = (torch.where(mask.unsqueeze(1), values, 0) for values in (probs, logits, chosen))
@@ -77,32 +78,32 @@ def _gate_sums(routing: Routing) -> list[Tensor]:
 
 
 def has_gate(routing: Routing) -> bool:
-    """Whether the router has the probabilities and logits that its statistics are made of."""
+    """Return True if the router has probabilities and logits."""
     return routing.probs is not None and routing.logits is not None
 
 
-def routing_statistics(sums: RoutingSums, mixes: bool, gated: bool = True) -> dict[str, float]:
-    """The statistics of a layer, by name.
+def routing_statistics(sums: RoutingSums, learned_mix: bool, gated: bool = True) -> dict[str, float]:
+    """Compute the statistics of a layer by name.
 
     Args:
-        sums: over an interval.
-        mixes: whether the layer learns the weight of its experts beside a shared MLP.
-        gated: whether its router has a gate; else `GATE` is left out.
+        sums: sums over an interval.
+        learned_mix: the layer learns the weights of experts and shared MLP.
+        gated: the router has a gate; else the statistics of `GATE` are omitted.
     """
     requests, tokens = sums.requests, max(1.0, sums.tokens)
-    experts, asked = len(requests), max(1.0, requests.sum())
-    load = requests * experts / asked  # [E], 1 is a fair share
+    experts, assignments = len(requests), max(1.0, requests.sum())
+    load = requests * experts / assignments  # [E], 1 is the fair share
     percentiles = np.percentile(load, PERCENTILES)
-    found = {
+    statistics = {
         "load_max_over_mean": load.max(),
         "load_min_over_mean": load.min(),
         **{f"load_p{rank}_over_mean": value for rank, value in zip(PERCENTILES, percentiles, strict=True)},
         "load_cv": load.std(),
-        "dropped": 1 - sums.kept / asked,
+        "dropped": 1 - sums.kept / assignments,
         "entropy": sums.entropy / tokens / math.log(max(2, experts)),
-        "confidence": sums.confidence / asked,
+        "confidence": sums.confidence / assignments,
         "logit_rms": math.sqrt(sums.logit_squares / tokens / experts),
     }
-    if mixes:
-        found["expert_share"] = sums.expert_share / tokens
-    return {name: float(value) for name, value in found.items() if gated or name not in GATE}
+    if learned_mix:
+        statistics["expert_share"] = sums.expert_share / tokens
+    return {name: float(value) for name, value in statistics.items() if gated or name not in GATE}

@@ -1,8 +1,9 @@
-"""Where the seconds of a training step go, without waiting for the device while it computes."""
+"""Time of a training step by part, measured without synchronising with the device."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,37 +16,37 @@ from typing_extensions import override
 from nlgmoe.device import time_stamp
 
 PARTS = ("data", "forward", "backward", "optimizer", "communication")
-HOST = "data"  # of the parts, the one in which the host is waited for, not the GPU
+HOST = "data"  # the part that is timed on the host, not on the GPU
 
 
 class Stopwatch:
-    """Adds up seconds by part. On a GPU it is the GPU's time between two points of its queue, read when `seconds` is called.
+    """Sums seconds by part. On a GPU, time is measured between events in its queue and read by `seconds`.
 
     Args:
-        device: that computes.
+        device: the device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._begun: dict[str, Any] = {}
-        self._seconds: dict[str, float] = {}
-        self._spans: list[tuple[str, torch.Event, Any]] = []  # that the accelerator may not have reached yet
+        self._started: dict[str, Any] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._spans: list[tuple[str, torch.Event, Any]] = []  # events that the accelerator may not have reached yet
 
     def start(self, part: str) -> None:
-        """The part begins."""
-        self._begun[part] = time.perf_counter() if part == HOST else time_stamp(self._device)
+        """Start a part."""
+        self._started[part] = time.perf_counter() if part == HOST else time_stamp(self._device)
 
     def stop(self, part: str) -> None:
-        """It ends, if it has begun."""
-        begun = self._begun.pop(part, None)
-        if isinstance(begun, float):
-            self._add(part, time.perf_counter() - begun)
-        elif begun is not None:
-            self._spans.append((part, begun, time_stamp(self._device)))
+        """Stop a part, if it was started."""
+        started = self._started.pop(part, None)
+        if isinstance(started, float):
+            self._seconds[part] += time.perf_counter() - started
+        elif started is not None:
+            self._spans.append((part, started, time_stamp(self._device)))
 
     @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """A part, as a context."""
+    def measure(self, part: str) -> Iterator[None]:
+        """Time a part as a context."""
         self.start(part)
         try:
             yield
@@ -53,24 +54,21 @@ class Stopwatch:
             self.stop(part)
 
     def seconds(self) -> dict[str, float]:
-        """Of each part since the last call; waits for the GPU."""
+        """Return the seconds of each part since the last call; waits for the GPU."""
         for part, begin, end in self._spans:
             end.synchronize()
-            self._add(part, begin.elapsed_time(end) / 1e3)
+            self._seconds[part] += begin.elapsed_time(end) / 1e3
         self._spans.clear()
-        found, self._seconds = self._seconds, {}
-        return found
-
-    def _add(self, part: str, seconds: float) -> None:
-        self._seconds[part] = self._seconds.get(part, 0.0) + seconds
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
 
 
-class TimedLoop(Profiler):
-    """Lightning tells its profiler when anything begins and ends; this one times the parts of a step, and passes all of it on.
+class StepProfiler(Profiler):
+    """Times the parts of a step from Lightning's profiler calls, and forwards the calls to another profiler.
 
     Args:
-        profiler: the trainer's own.
-        stopwatch: of the parts; `batch` is the whole of a micro-batch, with the optimizer's step.
+        profiler: the trainer's own profiler.
+        stopwatch: gets the parts; `batch` is a whole micro-batch, with the optimizer's step.
     """
 
     def __init__(self, profiler: Profiler, stopwatch: Stopwatch) -> None:
@@ -79,14 +77,14 @@ class TimedLoop(Profiler):
 
     @override
     def start(self, action_name: str) -> None:
-        """An action begins."""
+        """Start an action."""
         self.profiler.start(action_name)
         if (part := _part_of(action_name)) is not None:
             self._stopwatch.start(part)
 
     @override
     def stop(self, action_name: str) -> None:
-        """It ends."""
+        """Stop an action."""
         if (part := _part_of(action_name)) is not None:
             self._stopwatch.stop(part)
         self.profiler.stop(action_name)
@@ -116,34 +114,34 @@ COLLECTIVES = (
 
 
 class TimedCollectives:
-    """Times what this rank spends in collectives of `torch.distributed`, DeepSpeed's included, between `begin` and `end`.
+    """Times this rank's collectives of `torch.distributed`, DeepSpeed's included, between `start` and `stop`.
 
-    It is the time that nothing hides: until a collective, or the wait for one that ran beside something else, returns; on a
-    GPU, until its queue goes on. `ddp` reduces gradients in C++, within the backward pass, where nobody sees it from here.
+    Counted is the time that does not overlap with computation: until a collective, or the wait for an asynchronous one,
+    returns; on a GPU, until its queue continues. `ddp` reduces gradients in C++ during the backward pass; that is not counted.
 
     Args:
-        stopwatch: of the part `communication`.
+        stopwatch: gets the part `communication`.
     """
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
         self._originals: dict[str, Any] = {}
 
-    def begin(self) -> None:
-        """Take the functions' places."""
+    def start(self) -> None:
+        """Replace the functions of `torch.distributed` by timed ones."""
         for name in COLLECTIVES:
             self._originals[name] = original = getattr(distributed, name)
             setattr(distributed, name, self._timed(original))
 
-    def end(self) -> None:
-        """Give them back."""
+    def stop(self) -> None:
+        """Restore the functions."""
         for name, original in self._originals.items():
             setattr(distributed, name, original)
         self._originals.clear()
 
     def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self._stopwatch.of("communication"):
+            with self._stopwatch.measure("communication"):
                 work = collective(*args, **kwargs)
             return work if work is None else _TimedWork(work, self._stopwatch)
 
@@ -151,13 +149,13 @@ class TimedCollectives:
 
 
 class _TimedWork:
-    """A collective under way."""
+    """An asynchronous collective."""
 
     def __init__(self, work: Any, stopwatch: Stopwatch) -> None:
         self._work, self._stopwatch = work, stopwatch
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
-        with self._stopwatch.of("communication"):
+        with self._stopwatch.measure("communication"):
             return self._work.wait(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -49,8 +49,8 @@ def test_statistics_by_hand() -> None:
     )
     entropy = -0.97 * math.log(0.97) - 0.03 * math.log(0.01) + math.log(4)
     squares = (math.log(0.97) + 1) ** 2 + 3 * (math.log(0.01) + 1) ** 2 + 4 * (math.log(0.25) + 1) ** 2
-    sums = RoutingSums.of(routing_sums(routing).tolist())
-    assert routing_statistics(sums, mixes=True) == pytest.approx(
+    sums = RoutingSums.from_vector(routing_sums(routing).tolist())
+    assert routing_statistics(sums, learned_mix=True) == pytest.approx(
         {
             "load_max_over_mean": 4.0,
             "load_min_over_mean": 0.0,
@@ -66,7 +66,7 @@ def test_statistics_by_hand() -> None:
         },
         rel=1e-5,
     )
-    assert "expert_share" not in routing_statistics(sums, mixes=False)
+    assert "expert_share" not in routing_statistics(sums, learned_mix=False)
 
 
 class Routings(Callback):

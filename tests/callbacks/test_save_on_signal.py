@@ -193,7 +193,7 @@ def test_what_a_model_checkpoint_has_just_saved_is_not_saved_again(
     assert stopped(tmp_path, keeper(tmp_path, **every), goes_on, resume=newest) == 0
     assert read_document(tmp_path / "kept" / "last.ckpt")["global_step"] == 3
     assert read_document(newest)["global_step"] == 2
-    assert "go on with --ckpt_path last" in caplog.text
+    assert "resume with --ckpt_path last" in caplog.text
 
 
 @pytest.mark.parametrize("succeeds", [True, False])

@@ -15,7 +15,7 @@ from nlgmoe.callbacks.throughput import _over_ranks
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
-from nlgmoe.monitoring.stopwatch import COLLECTIVES, PARTS, Stopwatch, TimedCollectives, TimedLoop
+from nlgmoe.monitoring.stopwatch import COLLECTIVES, PARTS, StepProfiler, Stopwatch, TimedCollectives
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
@@ -77,7 +77,7 @@ def test_parts_of_a_step_follow_each_other_and_the_users_profiler_goes_on(tmp_pa
     assert min(parts.values()) > 0 and sum(parts.values()) < found["time/step"] < found["time/elapsed"]
     assert found["memory/process_bytes"] > 50e6
     assert "train/mfu" not in found  # nobody knows this CPU's
-    assert isinstance(logged.profiler, TimedLoop) and run.profiler is profiler
+    assert isinstance(logged.profiler, StepProfiler) and run.profiler is profiler
     assert len(profiler.recorded_durations["run_training_batch"]) == 4
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_timed_where_nothing_is_logged(tmp_path: Path) -> None:
     logged, speed = Logged(), Throughput()
     run = trainer(tmp_path, speed, logged, max_steps=2, log_every_n_steps=0)
     run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    assert not isinstance(logged.profiler, TimedLoop) and "train/tokens_per_second" not in logged.steps[-1]
+    assert not isinstance(logged.profiler, StepProfiler) and "train/tokens_per_second" not in logged.steps[-1]
 
 
 def test_collectives_are_timed_until_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +106,11 @@ def test_collectives_are_timed_until_they_are_waited_for(monkeypatch: pytest.Mon
     before = {name: getattr(distributed, name) for name in COLLECTIVES}
     watch = Counts(torch.device("cpu"))
     timed = TimedCollectives(watch)
-    timed.begin()
+    timed.start()
     assert distributed.all_reduce(torch.zeros(1)) is None
     work = distributed.all_reduce(torch.zeros(1), async_op=True)
     assert (watch.spans, work.done, work.wait(), watch.spans) == (2, "yes", "waited", 3)
-    timed.end()
+    timed.stop()
     assert before == {name: getattr(distributed, name) for name in COLLECTIVES}
     assert watch.seconds()["communication"] > 0 and not watch.seconds()
 
