@@ -74,7 +74,7 @@ class Watch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the module load no teacher yet."""
         assert isinstance(pl_module, MoEGPTModule) and pl_module.distiller is not None
-        pl_module.distiller.stage = 0.0
+        pl_module.distiller.loss_weight = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Load it when its time has come."""

@@ -1,4 +1,4 @@
-"""The two configuration objects of the model. They hold numbers, check them against each other and know nothing else.
+"""The model's configuration: two frozen dataclasses that check their fields.
 
 Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; the README maps each Megatron-DeepSpeed flag to
 a field here.
@@ -6,12 +6,11 @@ a field here.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from nlgmoe.parts import ExpertConfig, RouterConfig, part_from_dict, part_to_dict
+from nlgmoe.validation import require, require_valid
 
 FREE_IN_EVALUATION = frozenset(
     {
@@ -19,14 +18,14 @@ FREE_IN_EVALUATION = frozenset(
         *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
         *("eval_token_dropping", "eval_capacity_factor", "min_capacity"),
     }
-)  # fields below that shape no weight: only training looks at them, or they say how to evaluate
-ROUTER_FIELDS = FREE_IN_EVALUATION - {"hidden_dropout", "attention_dropout", "init_std"}  # what only routers read
+)  # fields that shape no weight: a checkpoint may be evaluated with others
+ROUTER_FIELDS = FREE_IN_EVALUATION - {"hidden_dropout", "attention_dropout", "init_std"}  # read by routers only
 PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture-of-experts layers: which blocks have them, how tokens choose experts, what balances the load.
+    """Mixture-of-experts layers.
 
     Attributes:
         num_experts: experts per MoE layer: one number for all of them, or one number per MoE layer from the first to
@@ -79,31 +78,29 @@ class MoEConfig:
     def __post_init__(self) -> None:
         require_valid(self)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        _require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
-        _require(
+        require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
+        require(
             min(counts) >= 1, f"num_experts={self.num_experts} has a value below 1; every MoE layer needs an expert"
         )
-        _require(self.expert_interval >= 1, f"expert_interval={self.expert_interval} must be at least 1")
-        _require(
+        require(self.expert_interval >= 1, f"expert_interval={self.expert_interval} must be at least 1")
+        require(
             1 <= self.top_k <= min(counts),
             f"top_k={self.top_k} must be between 1 and the smallest num_experts ({min(counts)})",
         )
         for name in ("train_capacity_factor", "eval_capacity_factor"):
-            _require(
+            require(
                 getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0; 1.0 is an expert's fair share"
             )
-        _require(self.min_capacity >= 0, f"min_capacity={self.min_capacity} must be at least 0")
+        require(self.min_capacity >= 0, f"min_capacity={self.min_capacity} must be at least 0")
         for name in ("loss_coeff", "z_loss_coeff"):
-            _require(
-                getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns that loss off"
-            )
-        _require(
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns that loss off")
+        require(
             not (self.noise == "rsample" and self.top_k != 1),
             f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
         )
         for field in fields(self):
             unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.uses
-            _require(
+            require(
                 not unread or getattr(self, field.name) == field.default,
                 f"{field.name}={getattr(self, field.name)} is not read by {type(self.router).__name__}; leave it out",
             )
@@ -145,29 +142,29 @@ class GPTConfig:
     def __post_init__(self) -> None:
         require_valid(self)
         for name in ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
         )
-        _require(
+        require(
             self.ffn_hidden_size is None or self.ffn_hidden_size >= 1,
             f"ffn_hidden_size={self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size",
         )
         for name in ("hidden_dropout", "attention_dropout"):
-            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("init_std", "layer_norm_eps"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         if self.moe is None:
             return
         moe_layers = self.num_layers // self.moe.expert_interval
-        _require(
+        require(
             moe_layers >= 1,
             f"expert_interval={self.moe.expert_interval} leaves no MoE layer among num_layers={self.num_layers}; "
             "lower it, or set moe to null for a dense model",
         )
         counts = self.moe.num_experts
-        _require(
+        require(
             not isinstance(counts, list) or len(counts) == moe_layers,
             f"num_experts={counts} has {len(counts) if isinstance(counts, list) else 1} entries, but num_layers="
             f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE layers",
@@ -184,7 +181,7 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML; `from_dict` reads them back. Parts that are the paper's are left out."""
+        """Return plain values for JSON and YAML, of which `from_dict` is the inverse. Parts that are the paper's are left out."""
         values = asdict(self)
         for name in PARTS if self.moe is not None else ():
             del values["moe"][name]
@@ -211,7 +208,7 @@ def require_paper_parts(config: GPTConfig, what: str) -> None:
 
     Args:
         config: of the model.
-        what: cannot deal with such a part; the subject of the message.
+        what: subject and verb of the message, such as `the cost model knows`.
 
     Raises:
         ValueError: one is; the message names it.
@@ -222,50 +219,11 @@ def require_paper_parts(config: GPTConfig, what: str) -> None:
             raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
 
 
-def require_valid(settings: Any) -> None:
-    """Check a dataclass of settings, which may come from Python or JSON: `noise="jiter"` would be no noise, and `"false"` true.
-
-    Raises:
-        ValueError: a field is not of its type, or NaN or infinite.
-    """
-    hints = get_type_hints(type(settings))
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        _require(_is_of(value, hints[field.name]), f"{field.name}={value} must be of the type {field.type}")
-        _require(is_finite(value), f"{field.name}={value} must be finite")
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_of(item, get_args(hint)[0]) for item in value)
-    if get_args(hint):
-        return any(_is_of(value, kind) for kind in get_args(hint))
-    if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def is_finite(value: Any) -> bool:
-    """False for a setting that is a NaN or infinite number, or a list with one."""
-    values = value if isinstance(value, tuple | list) else [value]
-    return all(math.isfinite(number) for number in values if isinstance(number, float))
-
-
 def unknown_fields(values: dict[str, Any]) -> list[str]:
-    """Names in `GPTConfig.to_dict`'s values that the configuration does not have, such as those of a later version."""
+    """Return names in `to_dict`'s values that are no fields, such as those of a later version."""
     moe = values.get("moe") or {}
     known = {field.name for field in fields(MoEConfig)}
     return [
         *(name for name in values if name not in {field.name for field in fields(GPTConfig)}),
         *(f"moe.{name}" for name in moe if name not in known),
     ]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

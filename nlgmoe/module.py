@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.precision import HalfPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
@@ -31,10 +27,10 @@ from nlgmoe.batch import (
     mask_or_none,
 )
 from nlgmoe.checkpoint.agreement import AgreedError
-from nlgmoe.checkpoint.portable import PortableCheckpointIO, describe_mismatch
+from nlgmoe.checkpoint.portable import describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.device import fork_rng, missing_compiler, total_memory
+from nlgmoe.device import fork_rng
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
@@ -44,7 +40,6 @@ from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Router, Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.least_memory import check_fits
 from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
@@ -57,16 +52,12 @@ from nlgmoe.resuming import (
     stopped_early,
     validate_now,
 )
+from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler, warn_of_early_end
 from nlgmoe.seeding import derive_seed
-
-FSDP_REFUSED = (
-    "divides the weights, which gradient norms, named optimizer groups and checkpoints here do not support; use "
-    "nlgmoe.ExpertParallelStrategy, whose stage 2 divides optimizer states and gradients, or ddp"
-)
 
 
 class MoEGPTModule(LightningModule):
-    """Trains a GPT: cross-entropy plus the balance losses of its MoE layers, and a teacher's loss if there is one.
+    """Train a GPT: cross-entropy, the balance losses of its MoE layers, and the distillation loss if there is a teacher.
 
     Everything random in a step (dropout, routing noise, token selection) is a function of `seed`, the step and the
     micro-batch's index over all ranks, so that a resumed run, or another number of ranks, draws the same numbers.
@@ -83,10 +74,9 @@ class MoEGPTModule(LightningModule):
             and a C++ compiler on CPUs, where it gains nothing (docs/performance.md).
         loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
         seed: seed of the initial weights and of all that is random in training.
-        warm_start: the initial weights are those of a checkpoint; null draws them. Not for going on with a run: `train.py`
-            leaves it out where `--ckpt_path` brings the weights.
-        non_finite: what to do about a step whose loss or gradients are NaN or infinite.
-        distiller: a teacher to learn from beside the text, until `StagedDistillation` ends that; null: from text alone.
+        warm_start: initial weights from a checkpoint; null draws them. `train.py` ignores it where `--ckpt_path` resumes a run.
+        non_finite: stop or skip, for a step whose loss or gradients are NaN or infinite.
+        distiller: a teacher, until `StagedDistillation` ends distillation; null: train on text alone.
     """
 
     def __init__(
@@ -150,7 +140,7 @@ class MoEGPTModule(LightningModule):
             placed = strategy.expert_placements(self.config)
         if self.model is None:
             if self.compile_dense_parts:
-                _require_compiler(self.device if strategy is None else strategy.root_device)
+                require_compiler(self.device if strategy is None else strategy.root_device)
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)
@@ -164,14 +154,14 @@ class MoEGPTModule(LightningModule):
             )
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
-        """Load the initial weights, and say what differs: also where no shape tells, such as another `top_k`."""
+        """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
         loaded = load_initial_weights(model, start)
         changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
 
     @property
     def gpt(self) -> GPT:
-        """The model; built if it is not yet."""
+        """The model; the first access builds it."""
         if self.model is None:
             self.configure_model()
         assert self.model is not None
@@ -179,59 +169,31 @@ class MoEGPTModule(LightningModule):
 
     @property
     def tokens_fed(self) -> int:
-        """Positions fed so far, over all ranks: the token clock, and what has been fed since it last moved."""
+        """Positions fed so far, over all ranks: the token clock, and the micro-batches since the last optimizer step."""
         return self.tokens_seen + self._window.tokens * self.trainer.world_size
 
     @override
     def setup(self, stage: str) -> None:
-        """Make the portable checkpoint the trainer's format, and check that strategy, model and data fit together.
+        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format.
 
         Raises:
             ValueError: they do not.
         """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-            raise AgreedError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
-        plugin = self.trainer.precision_plugin
-        if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
-            raise AgreedError(
-                "trainer.precision=16-true trains in fp16 alone, in which squared gradients and AdamW's eps are 0; use "
-                "bf16-mixed, or 16-mixed"
-            )
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = PortableCheckpointIO()
-        if not isinstance(strategy.checkpoint_io, PortableCheckpointIO):
-            kind = type(strategy.checkpoint_io).__name__
-            raise AgreedError(f"trainer.plugins: {kind} writes checkpoints that no run here goes on from; remove it")
-        strategy.checkpoint_io.to_train = stage == "fit"
+        check_trainer(self.trainer, stage)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SizesBatches):
-            self._check_memory(data, stage)
+            check_memory(self.config, self.curriculum, data, self.trainer, stage)
         if not isinstance(data, SpellsBytes):
             return
-        if data.vocab_size > self.config.vocab_size:
-            raise AgreedError(
-                f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {self.config.vocab_size}; "
-                f"set it to {data.vocab_size}"
-            )
+        check_vocabulary(self.config, data)
         shares = getattr(data, "domain_shares", None)
         self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), shares)]
 
-    def _check_memory(self, data: SizesBatches, stage: str) -> None:
-        """Check that the micro-batches can fit at all, before they are made and the system kills the process."""
-        value = 2 if "16" in str(self.trainer.precision) else 4
-        memory = total_memory(self.trainer.strategy.root_device)
-        for part in ("fit", "validate") if stage == "fit" and self.trainer.limit_val_batches else (stage,):
-            trains = part == "fit"
-            length = self.curriculum.start if trains and self.curriculum is not None else self.config.seq_len
-            check_fits(self.config, *data.largest_batch(part), length, value, trains, memory)
-
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch."""
+        """Compute the loss of one micro-batch."""
         if self.curriculum is not None:
-            # Here alone, so that whatever looks at the batch sees the same. The clock stands still within an accumulation
-            # window and is the same on every rank, and so is the length.
+            # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
             batch = cut(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
         loss, losses, self.routings = self._losses(batch, len(self._window.batches))
@@ -246,12 +208,12 @@ class MoEGPTModule(LightningModule):
         return loss
 
     def _losses(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
-        """The loss of micro-batch `index` of the step, its parts as they are logged, and the routings.
+        """Compute the loss of micro-batch `index` of the step, its parts by logged name, and the routings.
 
-        Until the step is taken, another call computes the same again.
+        A second call in the same step computes the same.
         """
         key, mask = self._noise_key(index), mask_or_none(batch)
-        # Before the student, so that the teacher's activations are gone when the student's are there.
+        # The teacher first: its activations are freed before the student's are allocated.
         teacher = self.distiller.read(batch, mask) if self.distiller is not None else None
         with fork_rng(self.device):  # dropout draws from torch's generator: seed it for this micro-batch alone
             torch.manual_seed(derive_seed("dropout", *key))
@@ -293,7 +255,7 @@ class MoEGPTModule(LightningModule):
     ) -> None:
         """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`), and log the step.
 
-        What decides is on the device, and the host has to read it; all that is logged of the step comes in the same copy.
+        The host reads losses and gradient norm from the device in one copy.
 
         Lightning calls this between the backward pass and the optimizer's step, DeepSpeed's after every micro-batch.
 
@@ -329,13 +291,13 @@ class MoEGPTModule(LightningModule):
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but a number stays on the host: loggers read it there, and Lightning would copy it to the device."""
+        """Log as Lightning does, but keep numbers on the host: Lightning would copy them to the device and back."""
         if isinstance(value, float | int) and not kwargs.get("sync_dist"):
             value = torch.tensor(value, dtype=torch.float64, device="cpu")
         super().log(name, value, *args, **kwargs)
 
     def step_gradients(self) -> StepGradients | None:
-        """The gradients of the step that is about to be taken, if one is; for `on_before_optimizer_step` and what follows."""
+        """Return the gradients of the coming optimizer step, for `on_before_optimizer_step` and later; None if none is due."""
         trainer = self.trainer
         if isinstance(trainer.strategy, HoldsGradients):
             return trainer.strategy.step_gradients()
@@ -348,12 +310,12 @@ class MoEGPTModule(LightningModule):
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As validation, on the test data."""
+        """Add one micro-batch to the loss by domain."""
         self._evaluate(batch)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of every token, `[B, T]` nats; 0 at padding, and where else no loss is taken."""
+        """Compute the loss of every token, `[B, T]` nats; 0 where the loss is masked."""
         return self._token_losses(batch) * loss_mask(batch)
 
     @override
@@ -368,7 +330,7 @@ class MoEGPTModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """AdamW with named groups; its learning rate follows the token clock."""
+        """Build AdamW with named groups, and a learning rate that follows the token clock."""
         optimizer = build_adamw(self.gpt, self.optimizer_config)
         peak = self.optimizer_config.lr
         scheduler = LambdaLR(optimizer, lambda _: learning_rate(self.tokens_seen, peak, self.schedule) / peak)
@@ -378,9 +340,8 @@ class MoEGPTModule(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Advance the clocks, then the learning rate.
 
-        Lightning calls this once after every optimizer step and before any callback can save a checkpoint: the one place
-        where "trained on" becomes true. A checkpoint taken inside an accumulation window therefore holds the position at
-        the window's start, which is where its weights are.
+        Lightning calls this once after every optimizer step, before a callback can save a checkpoint. A checkpoint that is
+        saved within an accumulation window therefore holds the position of the window's start, like its weights.
         """
         world = self.trainer.world_size
         self.tokens_seen += self._window.tokens * world
@@ -398,17 +359,17 @@ class MoEGPTModule(LightningModule):
                 router.after_step(own)
         self._window = _Window()
         with warnings.catch_warnings():
-            # PyTorch's warning where the first step was skipped, as fp16's often is: this schedule follows the clock.
+            # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             scheduler.step()
         fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
-        # Said now, so that this step is logged, and validated, as a run's last one.
+        # Set now, so that this step is logged and validated as the last one.
         if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """A run ends after a step, on all ranks: a callback that stops it within one, such as a `Timer`, waits for that.
+        """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step.
 
         Raises:
             ValueError: a callback has stopped this rank alone.
@@ -419,7 +380,7 @@ class MoEGPTModule(LightningModule):
             require_same_end(self.trainer.global_step)
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
-        """A run that was resumed on more ranks may take larger steps than its author thinks, unless they were planned."""
+        """Warn if a resumed run takes steps of another size, which the data module has not planned."""
         if self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(
                 f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
@@ -429,10 +390,10 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Begin the first window.
+        """Begin the first accumulation window.
 
-        A checkpoint brings the optimizer's state, the configuration its settings: what was changed for the rest of a run
-        takes effect. A run that is at its end, perhaps killed before it could say so, is validated and summed up once more.
+        Optimizer settings are the configuration's, not the checkpoint's: a change takes effect on resume. A run that is
+        resumed at its end is validated once more.
         """
         end, stopper = None, stopped_early(self.trainer)
         if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
@@ -449,12 +410,7 @@ class MoEGPTModule(LightningModule):
             rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
             validate_now(self.trainer)
-        if self.curriculum is not None and self.train_tokens is not None and self.curriculum.tokens > self.train_tokens:
-            rank_zero_warn(
-                f"model.curriculum.tokens={self.curriculum.tokens} is above model.train_tokens={self.train_tokens}: training "
-                f"ends before its sequences are {self.config.seq_len} tokens long; lower it"
-            )
-        self._warn_of_unread_domains()
+        warn_of_early_end(self.config, self.curriculum, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = _Window(), False
         layers = [module for module in self.gpt.modules() if isinstance(module, MoELayer)]
         self._learning_routers = [(n, moe.router) for n, moe in enumerate(layers) if moe.router.learns_from_steps]
@@ -469,38 +425,22 @@ class MoEGPTModule(LightningModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Look at the weights that the last step has made, which no loss follows; before a callback calls the run a success.
+        """Check the weights after the last step, which no loss follows.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
         self.guard.end(self.trainer.global_step, first_non_finite_weight(self.gpt))
 
-    def _warn_of_unread_domains(self) -> None:
-        """The end of training may come before the first sample of a blend's lightest part."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        shares = getattr(data, "domain_shares", None)
-        if shares is None:
-            return
-        shortest = self.config.seq_len if self.curriculum is None else self.curriculum.start
-        ends = [] if self.train_tokens is None else [self.train_tokens / shortest]
-        ends += [self.trainer.max_steps * data.batch_size_after(sys.maxsize)] if self.trainer.max_steps >= 0 else []
-        for domain, share in zip(data.domains, shares, strict=True):
-            if share * min(ends, default=math.inf) < 1:
-                rank_zero_warn(
-                    f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
-                    "weight of its part, or remove the part"
-                )
-
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not ask."""
+        """Free the teacher, which evaluation does not need."""
         if self.distiller is not None:
             self.distiller.release()
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Log at the number of the step, also where Lightning has lost count over a restart."""
+        """Log at the step's number, which Lightning loses over a restart."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
@@ -612,13 +552,6 @@ class _Window:
     def mean_losses(self) -> Tensor:
         """`[names]`, over micro-batches."""
         return self.losses / len(self.batches)
-
-
-def _require_compiler(device: torch.device) -> None:
-    if missing := missing_compiler(device):
-        raise ValueError(
-            f"model.compile=true needs {missing}, which this machine lacks; install one, or set model.compile to false"
-        )
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

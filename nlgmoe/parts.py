@@ -1,4 +1,4 @@
-"""Parts of a MoE layer that users replace by classes of their own: what such a class extends, and how a configuration names it.
+"""Base classes of the parts of a MoE layer that users replace by classes of their own, named in the configuration.
 
     moe:
       num_experts: 16
@@ -7,7 +7,7 @@
         init_args:
           seed: 1
 
-A checkpoint names the class and holds no code. Reading one imports no module outside `nlgmoe`.
+A checkpoint names the class and holds no code; reading one imports no module outside `nlgmoe`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and which initial scale
+Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and role of the weight (`roles.py`)
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class ForeignCodeError(ValueError):
 
 
 def part_to_dict(part: RouterConfig | ExpertConfig) -> dict[str, Any]:
-    """`class_path` and `init_args`, as YAML has them."""
+    """Return `class_path` and `init_args`, as in YAML."""
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": asdict(part)}
 
 
 def part_from_dict(values: dict[str, Any], base: type) -> Any:
-    """The object that `part_to_dict` has described.
+    """Build the object of `part_to_dict`'s values.
 
     Raises:
         ForeignCodeError: its module is outside `nlgmoe` and not imported.

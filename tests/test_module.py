@@ -129,7 +129,7 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="AsyncCheckpointIO writes checkpoints that no run here goes on from"):
+    with pytest.raises(ValueError, match="AsyncCheckpointIO writes checkpoints that no run here resumes"):
         trainer(tmp_path, max_steps=1, plugins=[AsyncCheckpointIO()]).fit(MoEGPTModule(CONFIG), SyntheticData())
 
 

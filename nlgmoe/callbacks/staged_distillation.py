@@ -86,7 +86,7 @@ class StagedDistillation(Callback):
         """Set the weight before the module loads its teacher: at weight 0 no teacher is loaded."""
         assert isinstance(pl_module, MoEGPTModule)
         if pl_module.distiller is not None:
-            pl_module.distiller.stage = self._weight(trainer, pl_module)
+            pl_module.distiller.loss_weight = self._weight(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
@@ -95,8 +95,8 @@ class StagedDistillation(Callback):
         distiller = pl_module.distiller
         if distiller is None:
             return
-        distiller.stage = self._weight(trainer, pl_module)
-        if distiller.stage == 0 and distiller.release():
+        distiller.loss_weight = self._weight(trainer, pl_module)
+        if distiller.loss_weight == 0 and distiller.release():
             # The run is one epoch to Lightning, which would keep logging the last values.
             for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
                 del trainer.fit_loop.epoch_loop._results[key]

@@ -83,11 +83,19 @@ def entry_shapes(model: nn.Module, buffers: bool = True) -> Shapes:
 
 
 def _buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Names and tensors of a router's own buffers, those aside that are registered as not persistent."""
-    if not isinstance(module, Router):
-        return []
-    return [
+    """Return names and tensors of a router's own persistent buffers.
+
+    Raises:
+        ValueError: another module has one.
+    """
+    found = [
         (f"{prefix}.{name}", buffer)
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     ]
+    if found and not isinstance(module, Router):
+        raise ValueError(
+            f"{found[0][0]}: checkpoints hold buffers of routers alone, and {type(module).__name__} is none; register it on the "
+            "Router itself, or with persistent=False"
+        )
+    return found

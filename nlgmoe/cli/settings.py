@@ -15,7 +15,7 @@ import yaml
 from nlgmoe.cli.classes import arguments, check_inside, classes_in, find_class, is_path, is_section, parts_of
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.given import Given
-from nlgmoe.config import is_finite
+from nlgmoe.validation import is_finite
 
 _WORDS = {
     bool: "true or false",

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import (
 )
 
 from nlgmoe.device import default_device, lacks_gpu
-from nlgmoe.module import FSDP_REFUSED
 from nlgmoe.processes import check_processes
+from nlgmoe.run_checks import FSDP_REFUSED
 
 
 def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:

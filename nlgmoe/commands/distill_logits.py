@@ -132,10 +132,10 @@ def distill_logits(
 
 def _distilled(experiment: Experiment, batch_size_after: Any) -> int:
     """Samples that the run takes until it ends, or its distillation."""
-    from nlgmoe.distill.distiller import last_of, samples_until
+    from nlgmoe.distill.distiller import distillation_end, samples_until
 
     module = experiment.module
-    end = last_of(module.train_tokens, experiment.trainer)
+    end = distillation_end(module.train_tokens, experiment.trainer)
     found = samples_until(end, batch_size_after, module.config.seq_len, module.curriculum)
     if found is None:
         raise UsageError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")

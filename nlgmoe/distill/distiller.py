@@ -1,4 +1,4 @@
-"""The seam between training and what a student learns from beside the text: a teacher in memory, or what one said on disk."""
+"""The interface between training and a teacher: one in memory, or the recorded logits of one; and when distillation ends."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe.batch import Batch
-from nlgmoe.layers.losses import Targets
+from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
 
 
 class Distiller(Protocol):
-    """What `MoEGPTModule` asks about its batches.
+    """A source of teacher targets for `MoEGPTModule`.
 
     Attributes:
-        stage: of the distillation loss's weight, from 1 to 0; `StagedDistillation` lowers it before a step.
+        loss_weight: factor of `beta`, from 1 to 0; `StagedDistillation` lowers it before a step.
     """
 
-    stage: float
+    loss_weight: float
 
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Get ready for training, unless the lesson is over. Where there are ranks, all have to call this.
+        """Prepare for training, unless `loss_weight` is 0. A collective: all ranks call this.
 
         Raises:
-            ValueError: what there is to learn from is missing, damaged, or does not suit the run. Every rank raises.
+            ValueError: the teacher is missing, damaged, or does not suit the run. Every rank raises.
         """
         ...
 
-    def read(self, batch: Batch, mask: Tensor | None) -> Targets | None:
-        """What to learn about a batch, as the student sees it, with its token mask; None if the lesson is over."""
+    def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
+        """Return the targets of a batch, as the student reads it, with its token mask; None once distillation has ended."""
         ...
 
     def release(self) -> bool:
-        """Free what `start` took; whether there was anything."""
+        """Free what `start` loaded. Returns whether there was anything."""
         ...
 
 
 class End(NamedTuple):
-    """The first step that begins at or after either is not taken, or not distilled; None: no such end."""
+    """The end of training or distillation: no step begins at or after either number; None: no such end."""
 
     tokens: int | None
     steps: int | None
 
     def earlier(self, other: End) -> End:
-        """Whichever comes first."""
+        """Return the earlier end."""
         pairs = zip(self, other, strict=True)
         return End(*(min((n for n in pair if n is not None), default=None) for pair in pairs))
 
@@ -58,12 +58,12 @@ class EndsDistillation(Protocol):
     """A callback that ends distillation."""
 
     def distillation_end(self, train_tokens: int | None) -> End:
-        """When, in a run of so many tokens."""
+        """Return the end, in a run of `train_tokens` tokens."""
         ...
 
 
-def last_of(train_tokens: int | None, trainer: Trainer) -> End:
-    """When distillation ends in a run of so many tokens: with the run, or where a callback of its trainer says so."""
+def distillation_end(train_tokens: int | None, trainer: Trainer) -> End:
+    """Return the end of distillation in a run of `train_tokens` tokens: the run's, or that of a callback of its trainer."""
     end = End(train_tokens, trainer.max_steps if trainer.max_steps >= 0 else None)
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, EndsDistillation):
@@ -71,8 +71,8 @@ def last_of(train_tokens: int | None, trainer: Trainer) -> End:
     return end
 
 
-class Clocks(NamedTuple):
-    """How far a run is: tokens fed, optimizer steps taken, and samples that these took."""
+class RunPosition(NamedTuple):
+    """The position of a run: tokens trained on, optimizer steps taken, samples consumed."""
 
     tokens: int = 0
     steps: int = 0
@@ -84,16 +84,16 @@ def samples_until(
     batch_size_after: Callable[[int], int],
     seq_len: int,
     curriculum: SequenceCurriculum | None,
-    begin: Clocks = Clocks(),  # noqa: B008 (immutable)
+    begin: RunPosition = RunPosition(),  # noqa: B008 (immutable)
 ) -> int | None:
-    """Samples that a run has taken when it ends, counted from its first one; None if it has no end in tokens or steps.
+    """Return the samples consumed when a run ends, counted from its first; None if it has no end in tokens or steps.
 
     Args:
         end: of the run.
-        batch_size_after: sequences of the step that follows so many samples, over all ranks.
+        batch_size_after: sequences of the step that follows that many samples, over all ranks.
         seq_len: length of whole sequences.
-        curriculum: shorter ones at first; the samples are as many, cut.
-        begin: where it stands.
+        curriculum: shorter sequences at first, which are cut samples.
+        begin: position to start from.
     """
     if end == End(None, None):
         return None

@@ -1,8 +1,8 @@
-"""MIXTURE-OF-STUDENTS: a PR-MoE with fewer blocks learns from a trained one beside the text (paper, section 4.2).
+"""MIXTURE-OF-STUDENTS: distil a trained PR-MoE into one with fewer blocks (paper, section 4.2).
 
     loss = cross-entropy + beta * T^2 * KL(teacher || student at temperature T) + the balance losses
 
-The teacher is no part of the student: no checkpoint, optimizer or engine sees it. `StagedDistillation` ends its lesson.
+The teacher is outside the student's module tree: no checkpoint, optimizer or engine holds it. `StagedDistillation` ends it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import check_loss
 from nlgmoe.layers.experts import Experts
-from nlgmoe.layers.losses import SoftTargets, Targets
+from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
 
 
 class MixtureOfStudents:
-    """A frozen teacher, and how much its student learns from it.
+    """A frozen teacher and its distillation loss.
 
     The teacher's architecture is read from its checkpoint: dense or MoE, of any size, with the student's vocabulary. It reads
-    what the student reads, without dropout, dropped tokens or noise.
+    the student's batches, without dropout, token dropping or noise.
 
     Args:
         teacher: folder of a checkpoint, such as runs/laptop_pr_moe/checkpoints/last.ckpt; of a run's folder, the newest valid
-            one. Looked for when training begins, and only if there is something left to learn from it.
+            one. Loaded when training begins, unless distillation has ended.
         beta: weight of the distillation loss.
         temperature: that the logits of both are divided by before they are compared.
         precision: of the teacher, weights and products: `fp32` or `bf16`; null: as the student's.
@@ -76,11 +76,11 @@ class MixtureOfStudents:
             "num_heads": num_heads,
             "num_experts": num_experts,
         }
-        self.stage = 1.0  # of beta, from 1 to 0: `StagedDistillation` lowers it before a step
-        self.model: GPT | None = None  # this rank's part of the teacher, while it is needed
+        self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
+        self.model: GPT | None = None  # this rank's part of the teacher, until `release`
 
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Load the teacher to where the student is, unless its lesson is over. Where there are ranks, all have to call this.
+        """Load the teacher to the student's device, unless `loss_weight` is 0. A collective: all ranks call this.
 
         Args:
             student: the model that learns, on its device.
@@ -90,19 +90,19 @@ class MixtureOfStudents:
             ValueError: there is no such checkpoint, it is damaged, or it does not suit the student. Every rank raises.
         """
         self.release()
-        if self.stage == 0:
+        if self.loss_weight == 0:
             return
         self.load(
             student.config, student.token_embedding.weight, getattr(trainer, "datamodule", None), trainer.strategy
         )
 
     def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> Path:
-        """Load the teacher of such a student to where `like` is, in its type; returns the checkpoint.
+        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint.
 
         Args:
             student: the model that learns.
-            like: one of its weights.
-            data: the data module that it learns from, or None.
+            like: one of the student's weights.
+            data: the student's data module, or None.
             strategy: of its trainer, which may spread experts over ranks.
 
         Raises:
@@ -121,7 +121,7 @@ class MixtureOfStudents:
         return path
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint, of a run that is still being trained the newest valid one; and what it says of itself."""
+        """Return the checkpoint, of a run the newest valid one, and its document."""
         try:
             path = find(self.teacher)
             return path, read_document(path)
@@ -132,23 +132,23 @@ class MixtureOfStudents:
             ) from error
 
     def release(self) -> bool:
-        """Free the teacher's memory, so that others than this process can have it too; whether there was any."""
+        """Free the teacher's memory, also to other processes. Returns whether one was loaded."""
         if self.model is None:
             return False
         device = self.model.token_embedding.weight.device
         self.model = None
         gc.collect()
-        # glibc keeps what is freed; train.py tells it to
+        # train.py makes glibc keep freed memory
         if not free_cached_memory(device) and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
             trim(0)
         return True
 
     @torch.no_grad()
-    def read(self, batch: Batch, mask: Tensor | None) -> Targets | None:
-        """What the teacher says of a batch; None if its lesson is over.
+    def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
+        """Return the teacher's targets for a batch; None once distillation has ended.
 
         Args:
-            batch: as the student sees it.
+            batch: as the student reads it.
             mask: its token mask; None if nothing is masked.
         """
         model = self.model
@@ -165,7 +165,7 @@ class MixtureOfStudents:
             with torch.no_grad(), self._own_precision():
                 return (hidden[part] @ unembedding.to(hidden.dtype).t())[:, : model.config.vocab_size]
 
-        return SoftTargets(logits, self.beta * self.stage, self.temperature)
+        return SoftTargets(logits, self.beta * self.loss_weight, self.temperature)
 
     def _own_precision(self) -> AbstractContextManager[Any]:
         assert self.model is not None
@@ -174,7 +174,7 @@ class MixtureOfStudents:
 
 
 def _describe(teacher: GPT) -> str:
-    """Shape, precision and place of this rank's part of a teacher."""
+    """Describe shape, precision and device of this rank's part of the teacher."""
     config, parameters = teacher.config, list(teacher.parameters())
     held = sum(module.count for module in teacher.modules() if isinstance(module, Experts))
     size = sum(parameter.numel() for parameter in parameters)
@@ -185,7 +185,7 @@ def _describe(teacher: GPT) -> str:
 
 
 def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> None:
-    """Hold the checkpoint against what the settings say it is, where they do."""
+    """Compare the checkpoint with the settings that are not null."""
     counts = [count for count in experts_per_layer(teacher) if count]
     for name, value in expected.items():
         if name != "num_experts":
@@ -215,7 +215,7 @@ def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
 
 
 def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
-    """Compare what the data modules of both runs say of their tokenizers, where they do."""
+    """Compare the tokenizers of both runs, if both data modules recorded theirs."""
     if data is None:
         return
     theirs, ours = (
@@ -231,7 +231,7 @@ def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
 
 @torch.no_grad()
 def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtype: torch.dtype) -> GPT:
-    """This rank's part of the teacher, frozen; read entry by entry."""
+    """Load this rank's part of the teacher, frozen, entry by entry."""
     with torch.device("meta"):
         model = GPT(_without_dropping(config), placements=placed)
     files, here = TensorFiles(path, "model"), entry_shapes(model)
@@ -247,7 +247,7 @@ def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtyp
 
 
 def _without_dropping(config: GPTConfig) -> GPTConfig:
-    """Evaluation drops tokens only where it is told to; a teacher is not."""
+    """Return the configuration with dropless evaluation."""
     values = config.to_dict()
     if values["moe"] is not None:
         values["moe"] |= {"eval_token_dropping": False}

@@ -1,4 +1,4 @@
-"""A teacher that has said everything beforehand: `nlgmoe distill-logits` wrote it down, and training needs none beside it."""
+"""Distillation from precomputed teacher logits, which `nlgmoe distill-logits` records."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from nlgmoe.checkpoint.newest import find
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.description import differing
 from nlgmoe.device import to_device
-from nlgmoe.distill.distiller import Clocks, check_loss, last_of, samples_until
+from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, samples_until
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
-from nlgmoe.layers.losses import Targets, TopTargets
+from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
 
 
 class OfflineTeacher:
-    """A teacher's logits on disk, and how much a student learns from them.
+    """Recorded logits of a teacher and their distillation loss.
 
-    Each rank reads those of its own samples. Shorter sequences of a curriculum read the beginning of a sample's: no position
-    depends on later ones.
+    Each rank reads those of its own samples. Shorter sequences of a curriculum read a prefix of a sample's logits, which do not
+    depend on later positions.
 
     Args:
-        logits: folder that `nlgmoe distill-logits` has made. Looked for when training begins, and only if there is something
-            left to learn.
+        logits: folder that `nlgmoe distill-logits` has made. Opened when training begins, unless distillation has ended.
         beta: weight of the distillation loss.
         temperature: of both distributions; the one that the logits were recorded at.
-        teacher: a checkpoint, or a run's folder: refuse logits that are not of its weights; null: take those that are there.
+        teacher: a checkpoint, or a run's folder: refuse logits of other weights; null: accept any.
     """
 
     def __init__(self, logits: str, beta: float = 1.0, temperature: float = 1.0, teacher: str | None = None) -> None:
@@ -42,22 +41,22 @@ class OfflineTeacher:
         self.beta = beta
         self.temperature = temperature
         self.teacher = teacher
-        self.stage = 1.0  # of beta, from 1 to 0: `StagedDistillation` lowers it before a step
+        self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self._found: TeacherLogits | None = None
 
     def start(self, student: GPT, trainer: Trainer) -> None:
-        """Open the folder, unless the lesson is over. Where there are ranks, all have to call this.
+        """Open the folder, unless `loss_weight` is 0. A collective: all ranks call this.
 
         Args:
             student: the model that learns.
-            trainer: its trainer, whose data the folder has to be of.
+            trainer: its trainer; the logits have to be of its data.
 
         Raises:
             ValueError: there is no such folder, it is not finished, it is damaged, or it does not suit the run. Every rank
                 raises.
         """
         self.release()
-        if self.stage == 0:
+        if self.loss_weight == 0:
             return
         with all_or_none():
             try:
@@ -73,16 +72,16 @@ class OfflineTeacher:
         rank_zero_info(f"the teacher is {checkpoint}, as recorded in {self.logits}: {len(found):,} samples")
 
     def release(self) -> bool:
-        """Close the folder; whether it was open."""
+        """Close the folder. Returns whether it was open."""
         was_open, self._found = self._found is not None, None
         return was_open
 
-    def read(self, batch: Batch, mask: Tensor | None) -> Targets | None:
-        """What the teacher has said of a batch; None if its lesson is over.
+    def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
+        """Return the teacher's targets for a batch; None once distillation has ended.
 
         Args:
-            batch: as the student sees it.
-            mask: its token mask, which the teacher has seen.
+            batch: as the student reads it.
+            mask: its token mask.
 
         Raises:
             ValueError: a sample is not there, or damaged.
@@ -98,10 +97,10 @@ class OfflineTeacher:
         def top(part: slice) -> tuple[Tensor, Tensor]:
             return ids[part].long(), log_probs[part]
 
-        return TopTargets(top, self.beta * self.stage, self.temperature)
+        return TopTargets(top, self.beta * self.loss_weight, self.temperature)
 
     def _check(self, header: dict[str, Any], student: GPTConfig) -> None:
-        """Whether it was recorded for such a student, at this temperature."""
+        """Check vocabulary, length and temperature."""
         where = f"model.distiller.logits={self.logits}"
         for name in ("vocab_size", "seq_len"):
             if header[name] != getattr(student, name):
@@ -116,7 +115,7 @@ class OfflineTeacher:
             )
 
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
-        """Whether it is about the samples that this run trains on, and about all that it will distil."""
+        """Check that the logits are of this run's data, and cover every sample that it distils."""
         where, data = f"model.distiller.logits={self.logits}", getattr(trainer, "datamodule", None)
         if not isinstance(data, NumbersSamples):
             raise ValueError(
@@ -131,9 +130,13 @@ class OfflineTeacher:
                 "teacher's logits for this configuration"
             )
         module: Any = trainer.lightning_module
-        begin = Clocks(module.tokens_seen, trainer.global_step, data.samples_consumed)
+        begin = RunPosition(module.tokens_seen, trainer.global_step, data.samples_consumed)
         needed = samples_until(
-            last_of(module.train_tokens, trainer), data.batch_size_after, header["seq_len"], module.curriculum, begin
+            distillation_end(module.train_tokens, trainer),
+            data.batch_size_after,
+            header["seq_len"],
+            module.curriculum,
+            begin,
         )
         if needed is not None and needed > header["samples"]:
             raise ValueError(
@@ -142,7 +145,7 @@ class OfflineTeacher:
             )
 
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
-        """Whether it is of that teacher. Ranks look for the newest checkpoint of a run together."""
+        """Check that the logits are of the weights of `teacher`. A collective: all ranks have to find the same checkpoint."""
         with all_or_none():
             try:
                 path = find(teacher)

@@ -44,17 +44,17 @@ from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.first_non_finite import require_finite_logits
 from nlgmoe.versions import versions
 
-RECORD_SECONDS = 30.0  # between two notes of progress: what a killed process loses
+RECORD_SECONDS = 30.0  # between two writes of the progress, which is what a killed process loses
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a recording is.
+    """The progress of a recording.
 
     Attributes:
         samples: written.
-        positions: of these, those that are no padding.
-        tail_mass: sum over these of the probability outside the K likeliest tokens.
+        positions: of these samples, without padding.
+        tail_mass: sum over positions of the probability outside the K likeliest tokens.
     """
 
     samples: int = 0
@@ -69,19 +69,19 @@ def record_logits(
     folder: Path,
     report: Callable[[Progress], object],
 ) -> dict[str, Any]:
-    """Write a folder for `TeacherLogits`, or go on with it; returns its header.
+    """Write a folder for `TeacherLogits`, or resume writing it. Returns its header.
 
     Args:
         teacher: loaded.
         data: at its first sample; its batches are `settings["micro_batch_size"]` sequences.
-        settings: all that decides the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
-            fingerprint), `corpus` (its description, to name what has changed), `vocab_size`, `seq_len`, `top_k`,
+        settings: everything that determines the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
+            fingerprint), `corpus` (its description, to name a change), `vocab_size`, `seq_len`, `top_k`,
             `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
         folder: the result.
-        report: gets the progress at the start and after every batch.
+        report: called with the progress at the start and after every batch.
 
     Raises:
-        ValueError: the folder is there with other settings, another process writes it, or there is no room for it.
+        ValueError: the folder exists with other settings, another process writes it, or the disk is too full.
     """
     work = building(folder)
     if folder.exists():
@@ -89,7 +89,7 @@ def record_logits(
             raise ValueError(f"output={folder} exists already, and holds no teacher's logits; name another output")
         header = read_header(folder)
         _check_same(header, settings, folder)
-        shutil.rmtree(work, ignore_errors=True)  # killed just before it would have done that
+        shutil.rmtree(work, ignore_errors=True)  # an earlier process was killed before it removed it
         report(Progress(header["samples"]))
         return header
     work.mkdir(parents=True, exist_ok=True)
@@ -116,15 +116,15 @@ def _record(
     folder: Path,
     report: Callable[[Progress], object],
 ) -> dict[str, Any]:
-    """Write all of the folder, under its name in `work`."""
+    """Write the folder, under its name in `work`."""
     parts, note = work / folder.name, work / "progress.json"
-    done, settings = _go_on(note, settings, data)
+    done, settings = _resume(note, settings, data)
     dtype, total = record_type(settings), settings["samples"]
     parts.mkdir(exist_ok=True)
     for stray in parts.iterdir():
         if stray.name != RECORDS:
             stray.unlink()
-    _make_room(parts / RECORDS, done.samples * dtype.itemsize, (total - done.samples) * dtype.itemsize, work)
+    _truncate(parts / RECORDS, done.samples * dtype.itemsize, (total - done.samples) * dtype.itemsize, work)
     report(done)
     with (parts / RECORDS).open("r+b") as file:
         file.seek(done.samples * dtype.itemsize)
@@ -154,22 +154,22 @@ def _record(
     return header
 
 
-def _go_on(note: Path, settings: dict[str, Any], data: PileDataModule) -> tuple[Progress, dict[str, Any]]:
-    """How far an earlier process came, and its settings; the data goes on from there."""
+def _resume(note: Path, settings: dict[str, Any], data: PileDataModule) -> tuple[Progress, dict[str, Any]]:
+    """Return the progress and settings of an earlier process, and set the data to its position."""
     if not note.exists():
         return Progress(), settings
     try:
         found = json.loads(note.read_text())
         done, earlier, state = Progress(**found["done"]), found["settings"], found["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{note} is damaged ({error!r}); delete {note.parent} to begin again") from error
+        raise ValueError(f"{note} is damaged ({error!r}); delete {note.parent} to start again") from error
     _check_same(earlier, settings, note.parent)
     data.load_state_dict(state)
     return done, earlier
 
 
 def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) -> None:
-    """Whether what is there is what is wanted. The same teacher may be found under another path."""
+    """Check that an earlier recording has the same settings; the path of the teacher may differ."""
     there, here = (
         one | one["data"] | {"teacher": one["teacher"]["weights"], "data": None} for one in (earlier, settings)
     )
@@ -179,11 +179,11 @@ def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) 
         )
 
 
-def _make_room(file: Path, kept: int, needed: int, work: Path) -> None:
-    """Cut off what is behind the last note of progress, and see whether the rest will fit."""
+def _truncate(file: Path, kept: int, needed: int, work: Path) -> None:
+    """Truncate the records to the last progress, and check that the rest fits on the disk."""
     file.touch()
     if file.stat().st_size < kept:
-        raise ValueError(f"{file} is shorter than was recorded; delete {work} to begin again")
+        raise ValueError(f"{file} is shorter than was recorded; delete {work} to start again")
     os.truncate(file, kept)
     if (free := shutil.disk_usage(work).free) < needed:
         raise ValueError(
@@ -195,15 +195,15 @@ def _make_room(file: Path, kept: int, needed: int, work: Path) -> None:
 def _records(
     teacher: MixtureOfStudents, batch: dict[str, Any], settings: dict[str, Any], done: Progress
 ) -> tuple[np.ndarray, Progress]:
-    """A batch's records, as far as they are wanted, and the progress with them."""
+    """Compute the records of a batch, up to the last sample wanted. Returns the progress too."""
     assert teacher.model is not None
     moved = cast(Batch, move_data_to_device(batch, teacher.model.token_embedding.weight.device))
-    said = teacher.read(moved, mask_or_none(moved))
-    assert isinstance(said, SoftTargets)
+    targets = teacher.read(moved, mask_or_none(moved))
+    assert isinstance(targets, SoftTargets)
     (count, length), chunk = batch["tokens"].shape, settings["loss_chunk_size"]
     wanted = min(count, settings["samples"] - done.samples)
     parts = [
-        likeliest(said, slice(start, start + chunk), settings["top_k"], settings["temperature"])
+        likeliest(targets, slice(start, start + chunk), settings["top_k"], settings["temperature"])
         for start in range(0, count * length, chunk)
     ]
     require_finite_logits(teacher.model, torch.cat([log_probs[:, 0] for _, log_probs in parts]))
@@ -219,14 +219,14 @@ def _records(
 
 
 @torch.no_grad()
-def likeliest(said: SoftTargets, part: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """What a teacher says of C positions, cut to K tokens.
+def likeliest(targets: SoftTargets, part: slice, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cut a teacher's distribution at C positions to its K likeliest tokens.
 
     Returns:
         int64 `[C, K]`, the likeliest tokens first; and in at least fp32 `[C, K + 1]`, their log-probabilities at the temperature
-        and the log of what is left, -inf if nothing is.
+        and the log of the remaining probability, -inf if that is 0.
     """
-    logits = said.logits(part)
+    logits = targets.logits(part)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = (logits / temperature).log_softmax(dim=-1)  # [C, V]
     top, ids = log_probs.topk(top_k, dim=-1)
@@ -235,7 +235,7 @@ def likeliest(said: SoftTargets, part: slice, top_k: int, temperature: float) ->
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """All of it or nothing, and on the disk."""
+    """Write JSON atomically, and flush it to the disk."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         flush(temporary)

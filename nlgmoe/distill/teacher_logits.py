@@ -1,14 +1,14 @@
-"""What a teacher said, on disk: of every position its K likeliest next tokens, their log-probabilities, and the rest's.
+"""Recorded teacher logits: of every position the K likeliest next tokens, their log-probabilities, and that of all others.
 
-    FOLDER/header.json   whose words they are, about what, and how they were written; a checksum of that
+    FOLDER/header.json   teacher, data and settings of the recording, and a checksum of them
     FOLDER/logits.bin    a record for each training sample, in the order of the run
 
     record   checksum     uint64, XXH3 of what follows, seeded with the sample's number
              ids          [T, K] uint16 (uint32 if there are more than 65,536 tokens), the likeliest first
              log_probs    [T, K + 1] float16; the last one is the tail's: the log of all other tokens' probability
 
-T positions of a sample. A token costs K * (2 or 4) + 2 * (K + 1) + 8 / T bytes. A sample's number and the data's fingerprint say
-which tokens it has, so they are the key. `record_logits.py` is how the folder comes to be, `offline_teacher.py` learns from it.
+T positions of a sample. A token takes K * (2 or 4) + 2 * (K + 1) + 8 / T bytes. A sample's number and the data's fingerprint
+determine its tokens, so they are the key. `record_logits.py` writes the folder, `offline_teacher.py` reads it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TeacherLogits:
         folder: its path.
 
     Attributes:
-        header: what `header.json` says.
+        header: the content of `header.json`.
 
     Raises:
         ValueError: there is none, it is not finished, or it is damaged.
@@ -56,10 +56,10 @@ class TeacherLogits:
         return len(self._records)
 
     def read(self, samples: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`.
+        """Return the first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`.
 
         Raises:
-            ValueError: a sample is not there, or its record is damaged.
+            ValueError: a sample is missing, or its record is damaged.
         """
         if (last := max(samples)) >= len(self):
             raise ValueError(
@@ -76,7 +76,7 @@ class TeacherLogits:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """The `header.json` of a folder.
+    """Read the `header.json` of a folder.
 
     Raises:
         ValueError: it is not there, or damaged.
@@ -102,12 +102,12 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def building(folder: Path) -> Path:
-    """Where a folder is written until it is whole."""
+    """Return the folder that is written to until it is complete."""
     return folder.with_name(f"{folder.name}.building")
 
 
 def record_type(header: dict[str, Any]) -> np.dtype:
-    """Of a sample's record; `header` has `vocab_size`, `seq_len` and `top_k`."""
+    """Return the dtype of a sample's record; `header` has `vocab_size`, `seq_len` and `top_k`."""
     length, top = header["seq_len"], header["top_k"]
     ids = "<u2" if header["vocab_size"] <= 1 << 16 else "<u4"
     return np.dtype(
@@ -116,12 +116,12 @@ def record_type(header: dict[str, Any]) -> np.dtype:
 
 
 def checksum(record: np.ndarray, sample: int) -> int:
-    """Of a record's bytes `[N]` uint8: of all but the checksum itself."""
+    """Compute the checksum of a record's bytes `[N]` uint8, the stored checksum excluded."""
     return xxhash.xxh3_64_intdigest(record[_CHECKSUM_BYTES:].data, seed=sample)
 
 
 def weights_of(checkpoint: str | Path) -> str:
-    """Which weights a checkpoint holds, by their checksums: however many files they are in, and whatever else is saved."""
+    """Return a hash of a checkpoint's weights, which does not depend on the number of files and on what else they hold."""
     files: dict[str, Any] = read_manifest(checkpoint)["files"]
     entries = {
         entry: record for name, held in files.items() if kind_of(name) == "model" for entry, record in held.items()

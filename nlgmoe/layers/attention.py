@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, of every layer; grown by `GPT.forward`.
+    """Keys and values of earlier positions, of every layer; `GPT.forward` extends it.
 
-    Holds at most `max_len` positions per sequence. Memory is taken layer by layer at the first use.
+    Holds at most `max_len` positions per sequence. Memory is allocated layer by layer at the first use.
     """
 
     def __init__(self, max_len: int) -> None:
@@ -24,7 +24,7 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k`, `v` `[B, N, T, D]` of `layer` after the positions held, return those of all `[B, N, S, D]`."""
+        """Append `k`, `v` `[B, N, T, D]` of `layer`. Returns the keys and values of all positions, `[B, N, S, D]`."""
         batch, heads, new, width = k.shape
         end = self.length + new
         if end > self.max_len:
@@ -40,7 +40,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with the sequences `rows` `[B']` int64 of those held, in that order; one may be taken several times."""
+        """Keep the sequences `rows` `[B']` int64, in that order; a row may be repeated."""
         self._layers = {
             layer: (keys.index_select(0, rows), values.index_select(0, rows))
             for layer, (keys, values) in self._layers.items()
@@ -50,7 +50,7 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before it."""
+    """Multi-head attention to a position itself and earlier ones."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float, layer_index: int) -> None:
         super().__init__()
@@ -65,15 +65,15 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             x: `[B, T, H]`.
-            visible: `[B, 1, T, S]` bool, which keys a query may see; None means the plain causal triangle, or all keys if
-                T is 1.
+            visible: `[B, 1, T, S]` bool, True where a query may attend to a key; None: the causal triangle, or all keys if T
+                is 1.
             cache: earlier keys and values; the new ones are stored in it.
         """
         batch, new, hidden = x.shape
         q, k, v = self.qkv(x).view(batch, new, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, N, T, D]
         if cache is not None:
             k, v = cache.extend(self.layer_index, k, v)  # [B, N, S, D]
-        # The last position sees all. A compiled `new > 1` is symbolic once lengths differ, and this takes a bool alone.
+        # A compiled `new > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
         causal = True if visible is None and new > 1 else False  # noqa: SIM210
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
@@ -84,16 +84,16 @@ class CausalSelfAttention(nn.Module):
 def visible_keys(
     token_mask: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
 ) -> Tensor | None:
-    """Which keys each new query may see, `[B or 1, 1, T, S]` bool, or None where `CausalSelfAttention` needs no telling.
+    """Return the attention mask, `[B or 1, 1, T, S]` bool; None where `CausalSelfAttention` needs none.
 
     Args:
         token_mask: `[B, S]`, False at padding; None if there is none.
         new: number of new positions (T).
         cached: number of positions in the cache (S - T).
-        device: where the mask lives if `token_mask` is None.
-        documents: `[B, T]`, the document of each position: a query sees its own alone. None: no borders. Not with a cache.
+        device: of the mask.
+        documents: `[B, T]`, the document of each position; attention ends at its borders. None: one document. Not with a cache.
 
-    A padded query sees itself, so that its softmax is defined; nothing reads its output.
+    A padded query attends to itself, so that its softmax is defined; its output is not used.
     """
     if token_mask is None and documents is None and (cached == 0 or new == 1):
         return None

@@ -1,10 +1,10 @@
-"""What keeps the experts of all layers busy and the gates' logits small: two losses over a model's routings.
+"""Load-balancing loss and router z-loss, over the routings of all MoE layers.
 
     balance = sum over layers of E * sum_e mean_n(p_e) * fraction_e          GShard, arXiv 2006.16668, algorithm 1
     z       = sum over layers of mean_n(logsumexp(logits)^2)                 ST-MoE, arXiv 2202.08906, equation 5
 
-They are computed after the forward pass, from all layers at once: ranks that balance together exchange one small tensor a
-micro-batch, nothing is exchanged again where activations are recomputed, and generation does without.
+They are computed after the forward pass, from all layers at once: with `aux_scope` global, ranks all-reduce one small tensor a
+micro-batch, and activation checkpointing does not repeat that.
 
 Letters: N tokens of this rank's micro-batch, E experts of a layer, k experts per token.
 """
@@ -21,23 +21,23 @@ from nlgmoe.layers.router import Routing, requests_per_expert
 
 
 def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "rank"] = "rank") -> tuple[Tensor, Tensor]:
-    """The load-balancing loss and the z-loss of a micro-batch, two scalars in at least fp32, not yet times coefficients.
+    """Compute the load-balancing loss and the z-loss of a micro-batch, two scalars in at least fp32, without coefficients.
 
-    The balance loss of a layer is 1 when balanced, E when all tokens go to one expert. Its fraction counts requests before
+    The balance loss of a layer is 1 when balanced, E when all tokens choose one expert. Its fraction counts assignments before
     dropping: first choices for k = 2, all of them over k for k > 2. A router without probabilities has no balance loss, one
     without logits no z-loss.
 
     Args:
         routings: of the MoE layers, one at least.
-        aux_scope: `global` looks at the loads of all ranks together: the mean of the ranks' losses is then the loss, and the
-            gradient, of their whole batch. Every rank has to call this.
+        aux_scope: `global` uses the loads of all ranks together: the mean of the ranks' losses is then the loss of their whole
+            batch, and so is its gradient. A collective.
     """
     dtype = routings[0].weight.dtype
     loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each
     tokens = routings[0].num_tokens.to(dtype)
     if aux_scope == "global" and distributed.is_initialized():
-        # Averaging the ranks' losses, as data parallelism does, gives the loss of the whole batch when each rank puts its own
-        # probabilities against everyone's loads and divides by the mean of everyone's tokens.
+        # Data parallelism averages the ranks' losses. That is the loss of the whole batch if each rank multiplies its own
+        # probabilities by all ranks' loads, and divides by the mean number of tokens.
         shared = torch.cat([*loads, tokens[None]])
         distributed.all_reduce(shared)
         shared /= distributed.get_world_size()
@@ -55,13 +55,13 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "ran
 
 
 def _choices_counted(routing: Routing) -> int:
-    """How many of a token's choices the loads count."""
+    """Return how many of a token's choices the loads count."""
     top_k = routing.expert.shape[1]
     return 1 if top_k <= 2 else top_k
 
 
 def _counted(routing: Routing) -> Tensor:
-    """Choices that count, `[E]` int64."""
+    """Count those choices, `[E]` int64."""
     counted = _choices_counted(routing)
     if counted == routing.expert.shape[1]:
         return routing.tokens_per_expert
@@ -69,5 +69,5 @@ def _counted(routing: Routing) -> Tensor:
 
 
 def _unpadded(values: Tensor, routing: Routing) -> Tensor:
-    """`[N, ...]` with 0 at padding."""
+    """Set padding to 0, `[N, ...]`."""
     return values if routing.token_mask is None else torch.where(routing.token_mask.unsqueeze(-1), values, 0)

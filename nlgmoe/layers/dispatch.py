@@ -1,4 +1,4 @@
-"""Tokens -> expert order -> back. No parameters and no decisions: the router has made them.
+"""Dispatch and combine: sort assignments by expert, and sum the experts' outputs by token. No parameters.
 
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
 M rows are the assignments that experts compute, sorted by expert; on accelerators, the others follow them.
@@ -16,13 +16,13 @@ from nlgmoe.layers.router import Routing, count
 
 @dataclass(frozen=True)
 class Dispatch:
-    """The order in which assignments visit the experts.
+    """Assignments sorted by expert.
 
     Attributes:
         order: `[M]` assignment indices sorted by expert, each expert's in token order. On accelerators M is N * k and dropped
-            ones come last, because the host would have to wait for their number.
+            ones come last: to leave them out, the host would have to wait for their number.
         tokens_per_expert: `[E]` number of rows of each expert.
-        all_used: no row is a dropped one.
+        all_used: no row is a dropped assignment.
         top_k: k.
     """
 
@@ -33,7 +33,7 @@ class Dispatch:
 
     @staticmethod
     def from_routing(routing: Routing, num_experts: int, all_kept: bool = False) -> Dispatch:
-        """Sort the assignments of `routing` by expert; `all_kept`: it is known that none is dropped."""
+        """Sort the assignments of `routing` by expert; `all_kept`: the caller knows that none is dropped."""
         expert = torch.where(
             routing.kept, routing.expert, num_experts
         ).flatten()  # [N * k], dropped -> one past the last
@@ -45,11 +45,11 @@ class Dispatch:
         return Dispatch(order, rows, all_kept, routing.expert.shape[1])
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """`[N, H] -> [M, H]`: the token of each row."""
+        """Return the token of each row, `[N, H] -> [M, H]`."""
         return tokens.index_select(0, self.order // self.top_k)
 
     def combine(self, y: Tensor, weight: Tensor) -> Tensor:
-        """Sum of each token's weighted expert outputs.
+        """Sum each token's weighted expert outputs.
 
         Args:
             y: `[M, H]` expert outputs.
@@ -59,7 +59,7 @@ class Dispatch:
             `[N, H]` in the dtype of `weight`.
         """
         rows = torch.arange(len(self.order), device=self.order.device)
-        place = self.order.new_zeros(weight.numel()).index_copy_(0, self.order, rows)  # a dropped one: any row, times 0
+        place = self.order.new_zeros(weight.numel()).index_copy_(0, self.order, rows)  # dropped: any row, with weight 0
         by_choice = y.index_select(0, place)  # [N * k, H]
         if self.top_k == 1:
             return by_choice * weight

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.parts import ExpertConfig, Linear, Stack
+from nlgmoe.roles import Role
 
 MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
 BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
@@ -33,31 +34,31 @@ class GELUExpert(ExpertConfig):
     """The paper's expert, the same as `FeedForward`: `x -> project(gelu(expand(x)))`."""
 
     def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
-        """See `ExpertConfig`."""
+        """Declare the two matrices."""
         return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        """`[M, H] -> [M, H]`."""
+        """Apply the network, `[M, H] -> [M, H]`."""
         return linear("project", linear("expand", x), through=gelu)
 
 
 def expert_network(moe: MoEConfig) -> ExpertConfig:
-    """What each expert computes: the configuration's, or the paper's."""
+    """Return the configuration's expert network, or the paper's."""
     return moe.expert or GELUExpert()
 
 
 class Experts(nn.Module):
-    """`count` networks, each with weights of its own.
+    """The experts of one layer that this rank holds.
 
-    A weight of all experts is one parameter, `{name}_weight` `[E, in, out]` or `{name}_bias` `[E, out]`: the optimizer and the
-    collectives see a few large tensors. Checkpoints store one entry per expert (`checkpoint/portable.py`).
+    All experts' matrices of one name are one parameter, `{name}_weight` `[E, in, out]`, and so are their biases, `{name}_bias`
+    `[E, out]`: optimizer and collectives work on few large tensors. Checkpoints store one entry per expert.
 
     Args:
         count: E.
         hidden_size: H.
         ffn_size: F.
-        first: number of the first of them within the layer: under expert parallelism a rank holds a slice.
-        network: what each of them computes.
+        first: number of the first of them in the layer; under expert parallelism a rank holds a slice.
+        network: of each expert.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Experts(nn.Module):
         self.first, self.count, self.network = first, count, network
         self.stacks = network.weights(hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
-        for name, (inputs, outputs, _) in self.stacks.items():
+        self.roles: dict[str, Role] = {}
+        for name, (inputs, outputs, kind) in self.stacks.items():
+            self.roles |= {f"{name}_weight": "project" if kind == "project" else "weight", f"{name}_bias": "bias"}
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(count, inputs, outputs)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)))
 
@@ -77,7 +80,7 @@ class Experts(nn.Module):
         Args:
             x: `[M, H]`: the first `tokens_per_expert[0]` rows are for expert 0 and so on.
             tokens_per_expert: `[E]` int64.
-            all_used: every row belongs to an expert. If False, rows past the sum belong to none.
+            all_used: no row is past their sum. If False, rows past it belong to no expert.
 
         Returns:
             `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
@@ -94,11 +97,11 @@ class Experts(nn.Module):
         return self.network.forward(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
     def can_decode(self, x: Tensor, assignments: int) -> bool:
-        """True for a few rows on a CPU without gradients, such as the next token of a sequence that is being generated."""
+        """Return True for few rows on a CPU without gradients (generation)."""
         return assignments <= MAX_DECODE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
     def decode(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        """Apply experts to a few tokens without sorting them; reads the weights of the chosen experts only.
+        """Apply experts to a few tokens without sorting; reads the weights of the chosen experts only.
 
         Args:
             x: `[N, H]`.
@@ -117,7 +120,7 @@ class Experts(nn.Module):
         return (torch.cat(rows).unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
 
     def _grouped(self, x: Tensor, tokens_per_expert: Tensor) -> Linear:
-        """All experts in one product; the host does not read the numbers of rows."""
+        """Return `linear` as one grouped product; the host does not read the numbers of rows."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
         add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(ends, x)
 
@@ -135,18 +138,18 @@ class Experts(nn.Module):
         return linear
 
     def _gather_bias(self, ends: Tensor, x: Tensor) -> Function:
-        """Add each row's bias, gathered in fp32; for CPUs, where E small products cost up to a third of a layer in bf16."""
+        """Return a function that adds biases gathered in fp32; on CPUs a product is slower, by a third of a bf16 layer."""
         expert = torch.bucketize(torch.arange(len(x)), ends, right=True)  # [M], E where a row belongs to none
         return lambda y, bias: y.add_(F.pad(bias.float(), (0, 0, 0, 1)).index_select(0, expert))
 
     def _multiply_bias(self, ends: Tensor, x: Tensor) -> Function:
-        """Add each row's bias as a product with ones: the sum over rows in its gradient needs no atomic additions."""
+        """Return a function that adds biases as a product with ones: its gradient needs no atomic additions."""
         ones = F.pad(x.new_ones(len(x), 1), (0, BIAS_WIDTH - 1))  # [M, 8]: 1, 0, 0, ...
         below = (0, 0, 0, BIAS_WIDTH - 1)  # [E, out] -> [E, 8, out]
         return lambda y, bias: y.add_(F.grouped_mm(ones, F.pad(bias.to(y.dtype).unsqueeze(1), below), offs=ends))
 
     def _loop(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """One product per expert; the host reads the numbers of rows."""
+        """Apply the experts one by one; the host reads the numbers of rows."""
         counts = tokens_per_expert.tolist()
         *rows, rest = x.split([*counts, len(x) - sum(counts)])
         # `unbind`: its gradient is one stack, where indexing would add up E of them.
@@ -161,7 +164,7 @@ class Experts(nn.Module):
 def select_backend(
     device_type: str, dtype: torch.dtype, widths: tuple[int, ...], capability: tuple[int, int] | None
 ) -> Literal["grouped", "loop"]:
-    """Choose how experts are computed: `grouped` is `F.grouped_mm`, `loop` one product per expert.
+    """Choose between `grouped`, which is `F.grouped_mm`, and `loop`, one product per expert.
 
     Args:
         device_type: of the rows.
@@ -170,7 +173,7 @@ def select_backend(
         capability: of a CUDA device; None elsewhere.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or any(w * dtype.itemsize % 16 for w in widths):
-        return "loop"  # grouped_mm refuses fp64, and rows that are not multiples of 16 bytes
+        return "loop"  # grouped_mm takes no fp64, and needs rows of a multiple of 16 bytes
     if device_type != "cuda":
         return "grouped"
     # On other GPUs grouped_mm is a loop too, and the host waits in each of its calls. On sm_100 it leaves the weight gradients of
@@ -179,7 +182,7 @@ def select_backend(
 
 
 def _dense(parameter: Callable[[str], Tensor]) -> Linear:
-    """`Linear` with the weights of one expert, `parameter(name)`."""
+    """Return `linear` for one expert, whose weights are `parameter(name)`."""
 
     def linear(name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
         rows = inputs[0] if through is None else through(*inputs)
@@ -190,7 +193,7 @@ def _dense(parameter: Callable[[str], Tensor]) -> Linear:
 
 
 def _recomputed(function: Function, *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`, of which the backward pass keeps the inputs only."""
+    """Compute `function(*inputs)`; keep only the inputs for the backward pass."""
     y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     return y
 

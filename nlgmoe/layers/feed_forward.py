@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as GPT-2 and the paper's models use it: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`."""
+    """Compute GELU in its tanh form, as GPT-2 and the paper's models do: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -18,5 +18,5 @@ class FeedForward(nn.Module):
         self.project = nn.Linear(ffn_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to each position alone."""
+        """Apply the layer to each position."""
         return self.project(gelu(self.expand(x)))

@@ -1,5 +1,4 @@
-"""Cross-entropy from hidden states, with or without a teacher, in chunks of tokens, so that the logits of a whole batch never
-exist.
+"""Cross-entropy from hidden states, with or without a teacher, in chunks of tokens: a batch's logits never exist at once.
 
 Letters: N tokens, H hidden size, V vocabulary, P rows of the padded table, C tokens of a chunk, K classes that a teacher's
 distribution was cut to.
@@ -17,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class Targets(Protocol):
-    """What a teacher says of the tokens of a batch.
+class TeacherTargets(Protocol):
+    """A teacher's targets for the tokens of a batch.
 
     Attributes:
         weight: of the distillation loss.
@@ -32,7 +31,7 @@ class Targets(Protocol):
     def temperature(self) -> float: ...  # noqa: D102
 
     def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's log-probabilities of the tokens of a slice, `[C, V]`, against the teacher.
+        """Compare the student's log-probabilities of a slice of tokens, `[C, V]`, with the teacher's.
 
         Returns:
             `KL(teacher || student)` `[C, 1]` at the temperature; whether their argmax is the same, `[C, 1]`; and the difference
@@ -43,7 +42,7 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """`Targets` of whole distributions.
+    """`TeacherTargets` of whole distributions.
 
     Attributes:
         logits: of the tokens of a slice, `[C, V]`, without gradient.
@@ -56,7 +55,7 @@ class SoftTargets:
     temperature: float
 
     def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Targets`."""
+        """See `TeacherTargets`."""
         teacher = self.logits(part).to(student.dtype)
         agrees = student.argmax(dim=-1, keepdim=True) == teacher.argmax(dim=-1, keepdim=True)
         if self.temperature != 1:
@@ -69,7 +68,7 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class TopTargets:
-    """`Targets` of the teacher's K likeliest tokens; all others are one class, the tail.
+    """`TeacherTargets` of the teacher's K likeliest tokens; all others are one class, the tail.
 
     The divergence is that of distributions over K + 1 classes, at most that over all tokens: what it lacks is the tail's mass
     times the divergence within the tail. Its gradient leaves the odds within the tail as the student has them; it differs
@@ -87,21 +86,21 @@ class TopTargets:
     temperature: float
 
     def compare(self, student: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Targets`."""
+        """See `TeacherTargets`."""
         ids, teacher = self.top(part)
         agrees = student.argmax(dim=-1, keepdim=True) == ids[:, :1]
         if self.temperature != 1:
             student = (student / self.temperature).log_softmax(dim=-1)
         limits = torch.finfo(student.dtype)
-        # An empty tail has log-probability -inf: as the lowest number, so that 0 times it is 0.
+        # An empty tail has log-probability -inf; 0 times the lowest finite number is 0.
         teacher = teacher.to(student.dtype).log_softmax(dim=-1).clamp_min(limits.min)  # [C, K + 1]
         probs = teacher.exp()
         picked = student.gather(1, ids)  # [C, K]
-        towards = student.exp().scatter_(1, ids, 0)  # the tail's, summed without the others: no cancellation
-        tail = towards.sum(dim=-1, keepdim=True).clamp_min(limits.tiny)  # [C, 1]
+        difference = student.exp().scatter_(1, ids, 0)  # the tail's, summed without the others: no cancellation
+        tail = difference.sum(dim=-1, keepdim=True).clamp_min(limits.tiny)  # [C, 1]
         divergence = (teacher - torch.cat([picked, tail.log()], dim=1)).mul_(probs).sum(dim=-1, keepdim=True)
-        towards.mul_(1 - probs[:, -1:] / tail).scatter_(1, ids, picked.exp() - probs[:, :-1])
-        return divergence, agrees, towards
+        difference.mul_(1 - probs[:, -1:] / tail).scatter_(1, ids, picked.exp() - probs[:, :-1])
+        return divergence, agrees, difference
 
 
 class DistilledLoss(NamedTuple):
@@ -129,7 +128,7 @@ def cross_entropy(
     chunk_size: int,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Mean over unmasked tokens of `-log softmax(hidden @ unembedding.T)[target]`, in at least fp32.
+    """Compute the mean over unmasked tokens of `-log softmax(hidden @ unembedding.T)[target]`, in at least fp32.
 
     The logits of `chunk_size` tokens exist at a time. Their gradient is formed while they do (it needs nothing from
     above but a scale), so the backward pass recomputes no logits. Under autocast the GEMMs run in its dtype.
@@ -140,7 +139,7 @@ def cross_entropy(
             rows: they have no probability and no gradient.
         vocab_size: V.
         targets: `[N]` int64, below `vocab_size`.
-        mask: `[N]` bool, False where a token counts for nothing; None counts all.
+        mask: `[N]` bool, False where a token is left out; None: none is.
         chunk_size: tokens per chunk; memory is `chunk_size * P` values.
         divisor: scalar, what the sum over unmasked tokens is divided by; None: their number. With the mean of all ranks'
             numbers, the mean of the ranks' losses is the loss of all their tokens.
@@ -163,11 +162,11 @@ def distilled_cross_entropy(
     mask: Tensor | None,
     chunk_size: int,
     divisor: Tensor | None,
-    teacher: Targets,
+    teacher: TeacherTargets,
 ) -> DistilledLoss:
-    """`cross_entropy` and the distillation loss, over the same tokens and with the same divisor; the arguments are its own.
+    """Compute `cross_entropy` and the distillation loss, over the same tokens and with the same divisor.
 
-    The teacher's logits too exist for `chunk_size` tokens at a time.
+    Arguments as in `cross_entropy`. The teacher's logits too exist for `chunk_size` tokens at a time.
     """
     counted, factor = _weights(hidden, targets, mask, divisor)
     return DistilledLoss(
@@ -176,7 +175,7 @@ def distilled_cross_entropy(
 
 
 def _weights(hidden: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """0 or 1 for each token, `[N]`, and the factor that the sum over tokens is multiplied by, a scalar; at least fp32."""
+    """Return 0 or 1 for each token, `[N]`, and the factor of the sum over tokens, a scalar; at least fp32."""
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     counted = counted.to(torch.promote_types(hidden.dtype, torch.float32))
     divisor = counted.sum() if divisor is None else divisor.to(counted.dtype)
@@ -184,14 +183,14 @@ def _weights(hidden: Tensor, targets: Tensor, mask: Tensor | None, divisor: Tens
 
 
 def padded_logits(hidden: Tensor, unembedding: Tensor, vocab_size: int) -> Tensor:
-    """`hidden @ unembedding.T` in at least fp32, `[C, P]`; -inf from column `vocab_size` on."""
+    """Return `hidden @ unembedding.T` in at least fp32, `[C, P]`; -inf from column `vocab_size` on."""
     logits = (hidden @ unembedding.t()).to(torch.promote_types(hidden.dtype, torch.float32))
     logits[:, vocab_size:] = -torch.inf
     return logits
 
 
 def token_losses(hidden: Tensor, unembedding: Tensor, vocab_size: int, targets: Tensor, chunk_size: int) -> Tensor:
-    """The cross-entropy of each token, `[N]`, in at least fp32 and without gradient; for evaluation."""
+    """Return the cross-entropy of each token, `[N]`, in at least fp32 and without gradient; for evaluation."""
     with torch.no_grad():
         return torch.cat(
             [
@@ -219,7 +218,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         counted: Tensor,
         factor: Tensor,
         chunk_size: int,
-        teacher: Targets | None,
+        teacher: TeacherTargets | None,
     ) -> tuple[Tensor, ...]:
         ctx.dtypes = hidden.dtype, unembedding.dtype
         device = hidden.device.type
@@ -238,9 +237,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_probs = padded_logits(h, unembedding, vocab_size).log_softmax(
                 dim=-1
             )  # [C, P]; two such exist at a time, never three; five with a teacher
-            towards = None
+            difference = None
             if teacher is not None:
-                divergence, agrees, towards = teacher.compare(log_probs[:, :vocab_size], part)
+                divergence, agrees, difference = teacher.compare(log_probs[:, :vocab_size], part)
                 distillation += (one * divergence).sum()
                 agreement += (one * agrees).sum()
             picked = log_probs.gather(1, target)
@@ -248,8 +247,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not (needs_hidden or needs_unembedding):
                 continue
             grad = log_probs.exp_().scatter_(1, target, picked.expm1())  # d loss / d logits: probs - onehot
-            if teacher is not None and towards is not None:
-                grad[:, :vocab_size].add_(towards, alpha=teacher.weight * teacher.temperature)
+            if teacher is not None and difference is not None:
+                grad[:, :vocab_size].add_(difference, alpha=teacher.weight * teacher.temperature)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:  # the mask, 0 or 1, goes to the narrower factor of each product
                 torch.mm(grad, unembedding, out=grad_hidden[part])
@@ -260,7 +259,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_unembedding.addmm_(grad.t(), h)
                 else:
                     grad_unembedding += grad.t() @ h
-            del log_probs, grad, towards
+            del log_probs, grad, difference
         ctx.save_for_backward(grad_hidden, grad_unembedding, factor)
         loss *= factor
         if teacher is None:

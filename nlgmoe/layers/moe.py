@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.all_to_all import AllToAllDispatch, fixed_slots
 from nlgmoe.layers.dispatch import Dispatch
-from nlgmoe.layers.exchange import Journey, fixed_slots
 from nlgmoe.layers.experts import Experts, expert_network
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.placement import ExpertPlacement
@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
     Args:
         config: the model's configuration; `config.moe` must be set.
         layer_index: block number, counted from 0; `pyramid.py` says how many experts it has.
-        placement: which of them live on this rank; None: all of them.
+        placement: the experts that this rank holds; None: all.
     """
 
     def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
@@ -58,11 +58,10 @@ class MoELayer(nn.Module):
 
         Args:
             x: `[B, T, H]`.
-            context: what the router may look at beside `x`.
+            context: the router's other inputs.
 
         Returns:
-            `y` `[B, T, H]` in the dtype of `x`, and the routing. A token that no expert had room for gets zeros (its MLP
-            part in a residual layer).
+            `y` `[B, T, H]` in the dtype of `x`, and the routing. A dropped token gets zeros (in a residual layer its MLP part).
 
         Raises:
             ValueError: the router chose another number of experts a token than `top_k`.
@@ -78,7 +77,7 @@ class MoELayer(nn.Module):
             mlp = self.mlp(tokens) if self.mlp is not None else None
             y = self.experts.decode(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
         else:
-            y, mlp = self._in_order(tokens, routing)
+            y, mlp = self._sorted_by_expert(tokens, routing)
         if self.coefficient is not None:
             assert mlp is not None
             y, share = self._mix(tokens, y, mlp)
@@ -87,22 +86,22 @@ class MoELayer(nn.Module):
             y = y + mlp
         return y.to(x.dtype).view_as(x), routing
 
-    def _in_order(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-        """The experts' weighted sums in at least fp32, and the shared MLP if there is one, both `[N, H]`."""
+    def _sorted_by_expert(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Return the experts' weighted sums in at least fp32, and the shared MLP's output if there is one, both `[N, H]`."""
         dispatch = Dispatch.from_routing(
             routing, self.router.num_experts, all_kept=routing.capacity is None and routing.token_mask is None
         )
         spread = self.placement.group is not None
-        # In evaluation the last micro-batches of ranks may differ in size.
+        # In evaluation the ranks' last micro-batches may differ in size.
         slots = fixed_slots(routing) if spread and self.training else None
-        journey = Journey(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement, slots)
-        mlp = self.mlp(tokens) if self.mlp is not None else None  # while rows travel to the ranks of their experts
+        exchange = AllToAllDispatch(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement, slots)
+        mlp = self.mlp(tokens) if self.mlp is not None else None  # overlaps with the all-to-all
         all_used = slots is None if spread else dispatch.all_used
-        y = journey.back(self.experts(*journey.arrive(), all_used))  # [M, H]
+        y = exchange.combine(self.experts(*exchange.dispatch(), all_used))  # [M, H]
         return dispatch.combine(y, routing.weight), mlp
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
-        """Join the experts' correction and the shared MLP, `[N, H]` in the dtype of `expert`; and the experts' share, `[N]`."""
+        """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and the experts' weight, `[N]`."""
         assert self.coefficient is not None
         with without_autocast(x.device.type):
             dtype = expert.dtype

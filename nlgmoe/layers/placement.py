@@ -1,4 +1,4 @@
-"""Where the experts of one MoE layer live."""
+"""The ranks that hold the experts of one MoE layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nlgmoe.config import GPTConfig
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Which experts of a layer this rank holds.
+    """The experts of a layer that this rank holds.
 
-    The ranks of `group` hold the layer's experts together: the first rank the first `count` experts, the next rank the
-    next ones, and so on. Their number is the layer's expert-parallel degree.
+    The ranks of `group` divide the layer's experts: the first rank holds the first `count`, the next rank the next, and so on.
+    The number of ranks is the layer's expert-parallel degree.
 
     Attributes:
         first: number of the first expert held here.
@@ -29,8 +29,8 @@ class ExpertPlacement:
 
 @runtime_checkable
 class PlacesExperts(Protocol):
-    """A strategy that spreads experts over ranks; `MoEGPTModule` builds its model as it says."""
+    """A strategy that divides experts over ranks; `MoEGPTModule` builds its model accordingly."""
 
     def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
-        """This rank's share of every MoE block, by block number; `of` says whose, in the log and in errors."""
+        """Return this rank's placement of every MoE block, by block number; `of` names the model in logs and errors."""
         ...

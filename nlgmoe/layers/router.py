@@ -1,4 +1,4 @@
-"""ROUTER: which experts a token visits, with which weight, and what keeps the experts balanced.
+"""ROUTER: chooses the experts of each token, and their weights.
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
@@ -6,7 +6,7 @@
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1
 
-`balance.py` has the losses that keep the experts busy. Follows GShard (arXiv 2006.16668, algorithm 1), and DeepSpeed's
+`balance.py` has the load-balancing losses. Follows GShard (arXiv 2006.16668, algorithm 1), and DeepSpeed's
 `sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter.
 
 Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
@@ -18,12 +18,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import MoEConfig
+from nlgmoe.roles import Role
 from nlgmoe.seeding import derive_seed
 
 JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
@@ -31,13 +33,12 @@ JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a router may look at beside the hidden states; the model makes one for each micro-batch.
+    """Inputs of a router beside the hidden states; the model makes one for each micro-batch.
 
     Attributes:
         tokens: `[B, T]` int64 ids; None where a layer is called by itself.
-        mask: `[B, T]` bool, False at padding: takes no slot, counts in no loss or statistic. None: there is none.
-        noise_key: (seed, step, micro-batch index): fixes every random draw of this call, whatever the rank. None draws from
-            torch's global generator.
+        mask: `[B, T]` bool, False at padding, which takes no slot and counts in no loss or statistic; None: no padding.
+        noise_key: (seed, step, micro-batch index): determines every random draw, on any rank. None: torch's global generator.
     """
 
     tokens: Tensor | None = None
@@ -47,19 +48,19 @@ class RoutingContext:
 
 @dataclass(frozen=True)
 class Routing:
-    """What one MoE layer decided for one micro-batch.
+    """The routing of one micro-batch in one MoE layer.
 
     Attributes:
         expert: `[N, k]` chosen experts, first choice first.
         weight: `[N, k]` weight of each choice in the output, in at least fp32; 0 where dropped.
         kept: `[N, k]` bool; False for assignments over capacity and for padding.
         num_experts: E.
-        token_mask: `[N]` bool, False at padding; None: there is none.
+        token_mask: `[N]` bool, False at padding; None: no padding.
         logits: `[N, E]` of the gate, in at least fp32; None for a router without a gate, which has no z-loss.
         probs: `[N, E]` the gate's distribution; None for a router that has none, and so no balance loss.
-        losses: name -> the router's own losses, scalars that are added to the training loss as they are.
-        capacity: most kept assignments of an expert, as the host knows it; None: there is no such number.
-        expert_share: `[N]` weight of the experts beside the shared MLP, detached; None where no such mix is learned.
+        losses: name -> scalar; losses of the router's own, coefficients applied.
+        capacity: most kept assignments of an expert, if the host knows it; else None.
+        expert_share: `[N]` weight of the experts in a learned residual mix, detached; else None.
     """
 
     expert: Tensor
@@ -75,7 +76,7 @@ class Routing:
 
     @cached_property
     def tokens_per_expert(self) -> Tensor:
-        """`[E]` assignments each expert was asked for, before dropping."""
+        """Assignments requested of each expert, before dropping, `[E]`."""
         return requests_per_expert(self.expert, self.token_mask, self.num_experts)
 
     @property
@@ -98,13 +99,13 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minim
 
 
 class Router(nn.Module):
-    """Chooses experts: what every router of a MoE layer extends (`parts.RouterConfig` says how a configuration names one).
+    """Base class of routers (`parts.RouterConfig` says how a configuration names one).
 
-    Its buffers are entries of the checkpoint, in fp32 or an integer type whatever the precision of the run: bf16 would round
-    1.001 to 1. The same on all ranks, they change in `after_step` alone: `forward` runs twice where activations are recomputed.
+    Its buffers are entries of the checkpoint, in fp32 or an integer type at any precision of the run: bf16 would round 1.001
+    to 1. They are the same on all ranks and change in `after_step` only: activation checkpointing runs `forward` twice.
 
     Args:
-        num_experts: E of this layer (all of them, wherever they live).
+        num_experts: E of the layer, over all ranks.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -116,28 +117,28 @@ class Router(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, context)")
 
     def after_step(self, requests: Tensor) -> None:
-        """Change the buffers after an optimizer step.
+        """Update the buffers after an optimizer step.
 
         Args:
-            requests: `[E]` int64, assignments each expert was asked for in the step, over all ranks and micro-batches.
+            requests: `[E]` int64, assignments requested of each expert in the step, over all ranks and micro-batches.
         """
 
     @property
     def learns_from_steps(self) -> bool:
-        """Whether the class has an `after_step` of its own."""
+        """True if the class overrides `after_step`."""
         return type(self).after_step is not Router.after_step
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As in PyTorch, in fp32 where the values are not whole."""
+        """Register a buffer as in PyTorch, in fp32 if it is of a floating-point type."""
         whole = tensor is None or not tensor.is_floating_point()
         super().register_buffer(name, tensor if whole else tensor.float(), persistent)  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move the module to another device or dtype; buffers keep theirs."""
+        """Move the module to another device or dtype; buffers keep their dtype."""
         originals = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, moved in self.named_buffers(recurse=False):
-            if moved.dtype != originals[name].dtype:  # from the original: what was rounded is lost
+            if moved.dtype != originals[name].dtype:  # from the original, because rounding cannot be undone
                 self._buffers[name] = originals[name].to(moved.device)
         return self
 
@@ -148,9 +149,11 @@ class TopKRouter(Router):
     Args:
         config: routing settings.
         hidden_size: H.
-        num_experts: E of this layer (all of them, wherever they live).
+        num_experts: E of the layer, over all ranks.
         layer_index: block number, so that layers draw different random numbers.
     """
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
     def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
         super().__init__(num_experts)
@@ -163,7 +166,7 @@ class TopKRouter(Router):
         config, training = self.config, self.training
         token_mask = None if context.mask is None else context.mask.flatten()  # [N]
         draw = _Uniform(context.noise_key, self.layer_index, x.device)
-        with without_autocast(x.device.type):  # which would turn the fp32 matmul into bf16
+        with without_autocast(x.device.type):  # keeps the product in fp32
             dtype = torch.promote_types(x.dtype, torch.float32)
             gate_input = x.to(dtype)
             if config.noise == "jitter" and training:
@@ -182,7 +185,7 @@ class TopKRouter(Router):
         return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, capacity=slots)
 
     def _slots(self, num_tokens: int) -> int | None:
-        """The capacity of an expert; None where nothing is dropped."""
+        """Return the capacity of an expert; None where nothing is dropped."""
         config = self.config
         if not (config.token_dropping if self.training else config.eval_token_dropping):
             return None
@@ -190,7 +193,7 @@ class TopKRouter(Router):
         return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
     def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
-        """The k experts of each token, `[N, k]`, first choice first."""
+        """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
         if config.top_k == 1:
             if config.noise == "rsample" and training:
@@ -209,7 +212,7 @@ class TopKRouter(Router):
     def _within_capacity(
         self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: _Uniform
     ) -> Tensor:
-        """Which assignments find a slot, `[N, k]` bool: each expert serves its queue until its slots are taken."""
+        """Return which assignments are kept, `[N, k]` bool: each expert takes its queue in order, up to its capacity."""
         config = self.config
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
@@ -217,7 +220,7 @@ class TopKRouter(Router):
         if slots is None:
             return requested
         num_tokens, top_k = expert.shape
-        # The queue: assignments in the order in which they may take a slot. Ties keep token order (stable sort).
+        # The queue: assignments in order of priority. Ties keep token order (stable sort).
         if top_k == 1:
             queue = torch.arange(num_tokens, device=expert.device)
             if config.random_token_selection and self.training:
@@ -227,8 +230,8 @@ class TopKRouter(Router):
             queue = torch.arange(num_tokens * 2, device=expert.device).view(num_tokens, 2).t().flatten()
         else:
             queue = probs.detach().gather(1, expert).flatten().argsort(descending=True, stable=True)
-        wanted = torch.where(requested, expert, self.num_experts).flatten()[queue]  # padding queues at no expert
-        by_expert = wanted.argsort(stable=True)  # each expert's queue becomes one run
+        wanted = torch.where(requested, expert, self.num_experts).flatten()[queue]  # padding: no expert
+        by_expert = wanted.argsort(stable=True)  # each expert's queue becomes contiguous
         sorted_expert = wanted[by_expert]
         lengths = count(wanted, self.num_experts + 1)
         run_start = lengths.cumsum(0) - lengths
@@ -239,27 +242,27 @@ class TopKRouter(Router):
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast off, at no cost where it is not on."""
+    """Return a context without autocast; a null context if it is off, which costs less."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: int) -> Tensor:
-    """How often each expert is among the choices `expert` `[N, k]` of tokens that are no padding, `[E]` int64."""
+    """Count each expert among the choices `expert` `[N, k]` of tokens that are not padding, `[E]` int64."""
     if token_mask is None:
         return count(expert, num_experts)
     return count(torch.where(token_mask.unsqueeze(-1), expert, num_experts), num_experts + 1)[:num_experts]
 
 
 def count(values: Tensor, kinds: int) -> Tensor:
-    """How often each of 0, ..., `kinds` - 1 is among `values`, int64; unlike `bincount`, which waits for the GPU."""
+    """Count each of 0, ..., `kinds` - 1 in `values`, int64, without the synchronisation of `bincount`."""
     return values.new_zeros(kinds).scatter_add_(0, values.flatten(), values.new_ones(()).expand(values.numel()))
 
 
 class _Uniform:
-    """Uniform draws in fp32 that depend on the key alone; from torch's global generator if there is no key.
+    """Uniform draws in fp32, from a generator seeded by the key, or from torch's global generator without one.
 
-    The dtype is named: under `bf16-true` Lightning sets another default, in the forward pass only, and a block that is computed
-    again in the backward pass has to draw the same.
+    The dtype is explicit: under `bf16-true` Lightning sets another default in the forward pass only, and a recomputed block
+    has to draw the same numbers.
     """
 
     def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
@@ -275,6 +278,6 @@ class _Uniform:
         return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float32)
 
     def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
-        """Standard Gumbel noise, `-log(-log(u))`."""
+        """Draw standard Gumbel noise, `-log(-log(u))`."""
         uniform = self(shape).clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
         return -torch.log(-torch.log(uniform))

@@ -1,6 +1,6 @@
-"""Parameters and FLOPs of a configuration, counted from its numbers alone; of the model, only a user's own router is built.
+"""Parameters and FLOPs of a configuration, by formula; of the model, only a user's own router is built.
 
-"Active" is what one token passes through: `top_k` experts of each MoE layer instead of all of them.
+Active parameters are those that one token uses: `top_k` experts of each MoE layer instead of all.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
 
 
 def expert_parameters(config: GPTConfig) -> int:
-    """Parameters of one expert; 0 in a dense model."""
+    """Return the parameters of one expert; 0 in a dense model."""
     return sum(inputs * outputs + outputs for inputs, outputs, _ in _expert_stacks(config))
 
 
 def _expert_stacks(config: GPTConfig) -> list[Stack]:
-    """Matrices of an expert; none in a dense model."""
+    """Return the matrices of an expert; none in a dense model."""
     if config.moe is None:
         return []
     return list(expert_network(config.moe).weights(config.hidden_size, config.ffn_size).values())
 
 
 def _router_parameters(config: GPTConfig) -> int:
-    """Parameters of all routers; one that the configuration names is built, on the meta device."""
+    """Count the parameters of all routers; a user's own is built, on the meta device."""
     layers = [(layer, count) for layer, count in enumerate(experts_per_layer(config)) if count]
     if config.moe is None or config.moe.router is None:
         return sum(count for _, count in layers) * config.hidden_size
@@ -85,10 +85,9 @@ def _router_parameters(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
-    """Matrix-multiplication FLOPs of one token, forward and backward (3 times the forward), logits included.
+    """Count the matrix-multiplication FLOPs of one token, forward and backward (3 times the forward), logits included.
 
-    Attention counts the causal half of the score matrix. A multiply-add is two FLOPs; assignments that a capacity would
-    drop count as computed.
+    Attention counts the causal half of the score matrix. A multiply-add is two FLOPs; dropped assignments count as computed.
 
     Args:
         config: the model.

@@ -1,4 +1,4 @@
-"""Which part of the model was the first to hold NaN or infinity, and on which rank. Slow, and called only when one is there."""
+"""Find the first part of the model that holds NaN or infinity, and its rank. Slow; called only when one has occurred."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nlgmoe.model.gpt import GPT
 
 
 def first_non_finite_weight(model: GPT) -> str | None:
-    """The first weight that holds NaN or infinity, and where: `blocks.0.ffn.expand.bias on rank 1`; None if there is none.
+    """Return the first weight that holds NaN or infinity: `blocks.0.ffn.expand.bias on rank 1`; None if there is none.
 
-    All ranks call this together, and get the same answer.
+    A collective; all ranks get the same answer.
     """
     parameters = _parameters_in_order(model)
     flags = torch.stack([value.detach().isfinite().all() for _, value in parameters]).tolist()
@@ -31,16 +31,15 @@ def first_non_finite(
     loss_is_finite: bool,
     gradient_of: Callable[[nn.Parameter], Tensor | None],
 ) -> str:
-    """Name it, in a step with finite weights. All ranks call this together, and get the same answer.
+    """Return the first non-finite output or gradient of a step with finite weights; the same on all ranks. A collective.
 
-    Outputs of the forward pass come first, in the order of the model's parts. Then gradients, in the order of the backward pass:
-    the last part's is the first.
+    Outputs of the forward pass come first, in the order of the model's parts; then gradients, in the order of the backward pass.
 
     Args:
-        model: as it was in the step: its weights have not changed since.
+        model: with the weights of the step.
         micro_batches: of the step, on every rank.
-        losses_of: computes one of them again, with the same random draws.
-        loss_is_finite: whether the loss was, in the step.
+        losses_of: recomputes the losses of one micro-batch, with the same random draws.
+        loss_is_finite: of the step.
         gradient_of: the gradient of a parameter.
     """
     device = model.token_embedding.weight.device
@@ -55,7 +54,7 @@ def first_non_finite(
             name = f"the output of {parts[found[0]]}" if found[0] < len(parts) else "the loss of finite outputs"
             return f"{name} {found[1]}"
     if not loss_is_finite:
-        return "nothing when computed again, which points to a fault of the device"
+        return "nothing when recomputed, which points to a fault of the device"
     parameters = _parameters_in_order(model)[::-1]
     bad = _first([not _finite(gradient_of(value)) for _, value in parameters])  # all: ranks ask together
     if (found := _agree(bad, device)) is not None:
@@ -64,7 +63,7 @@ def first_non_finite(
 
 
 def require_finite_logits(model: GPT, logits: Tensor) -> None:
-    """Check what a model says before text is made of it, or a file.
+    """Check logits before they are used for text or a file.
 
     Raises:
         ValueError: a logit is NaN or infinite; the message names the first weight that is, if one is.
@@ -77,7 +76,7 @@ def require_finite_logits(model: GPT, logits: Tensor) -> None:
 
 
 def _in_order(model: nn.Module) -> list[str]:
-    """Names of the model's modules, each after those inside it: about the order in which they finish."""
+    """Return the names of the model's modules, each after those inside it: about the order in which they finish."""
     names: list[str] = []
 
     def visit(module: nn.Module, name: str) -> None:
@@ -119,7 +118,7 @@ def _watching(model: nn.Module, parts: list[str]) -> Iterator[list[int]]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a part returns."""
+    """Yield the tensors in the output of a module."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | Mapping):
@@ -139,7 +138,7 @@ def _first(flags: Iterable[bool]) -> int | None:
 
 
 def _agree(found: int | None, device: torch.device) -> tuple[int, str] | None:
-    """The lowest of the ranks' findings and who has it: `on rank 3`; None if no rank has found anything."""
+    """Return the lowest of the ranks' findings and its ranks: `on rank 3`; None if no rank has found anything. A collective."""
     here = torch.tensor([-1 if found is None else found], device=device)
     everywhere = [here]
     if distributed.is_initialized():

@@ -6,7 +6,6 @@ P rows of the padded table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,23 +16,22 @@ from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
-from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext
+from nlgmoe.model.initialisation import initialise
 from nlgmoe.pyramid import experts_at, experts_per_layer
-from nlgmoe.seeding import derive_seed
 
 NoiseKey = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class GPTOutput:
-    """What the model says about a batch.
+    """The output for a batch.
 
     Attributes:
-        hidden: `[B, T, H]`, after the final norm; `GPT.logits` and the losses take it from here.
+        hidden: `[B, T, H]`, after the final norm; the input of `GPT.logits` and of the losses.
         routings: one `Routing` per MoE block, from the first to the last.
     """
 
@@ -65,7 +63,7 @@ class Block(nn.Module):
         context: RoutingContext = RoutingContext(),  # noqa: B008 (frozen)
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """`[B, T, H] -> [B, T, H]`, and the routing if the block is MoE."""
+        """Apply the block, `[B, T, H] -> [B, T, H]`. Returns the routing too if the block is MoE."""
         x = self.attend(x, visible, cache)
         if self.moe is None:
             return self.feed_forward(x), None
@@ -73,11 +71,11 @@ class Block(nn.Module):
         return x + self.dropout(h), routing
 
     def attend(self, x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
-        """The block's first half."""
+        """Apply the first half of the block."""
         return x + self.dropout(self.attention(self.attention_norm(x), visible, cache))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half of a block without experts."""
+        """Apply the second half of a block without experts."""
         assert self.ffn is not None
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
@@ -98,9 +96,9 @@ class GPT(nn.Module):
 
     Args:
         config: its shape.
-        seed: of the initial weights (`reset_parameters`).
-        activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
-        placements: where the experts of each MoE block live, by block number; blocks not named have all of theirs here.
+        seed: of the initial weights (`initialisation.py`).
+        activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
+        placements: the experts that this rank holds, by block number; of a block not named, all.
     """
 
     def __init__(
@@ -118,7 +116,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.blocks = nn.ModuleList(Block(config, layer, placements.get(layer)) for layer in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.reset_parameters(seed)
+        if not self.token_embedding.weight.is_meta:
+            initialise(self, config, seed)
 
     def forward(
         self,
@@ -128,17 +127,16 @@ class GPT(nn.Module):
         noise_key: NoiseKey | None = None,
         documents: Tensor | None = None,
     ) -> GPTOutput:
-        """Read `tokens`.
+        """Compute hidden states and routings.
 
         Args:
             tokens: `[B, T]` int64.
-            token_mask: `[B, T]` bool, False at padding, wherever it stands: real tokens see neither it nor its position
-                number, and it takes no expert slot. None if there is none.
-            cache: keys and values of earlier calls; `tokens` continue them, and are added.
-            noise_key: (seed, step, micro-batch index) of the routing's random draws; None draws from torch's global
-                generator.
-            documents: `[B, T]` int64, which document each position belongs to; those of one stand in a row. A position then
-                sees its own document alone, and its number counts from where that begins. None: the sequence is one.
+            token_mask: `[B, T]` bool, False at padding, at any place: other tokens do not attend to it, positions do not count
+                it, and it takes no expert slot. None: no padding.
+            cache: keys and values of earlier calls, which `tokens` continue and extend.
+            noise_key: (seed, step, micro-batch index) of the routing's random draws; None: torch's global generator.
+            documents: `[B, T]` int64, the document of each position; a document is contiguous. Attention ends at its borders,
+                and positions count from its beginning. None: one document.
 
         Raises:
             ValueError: a sequence is longer than `config.seq_len`, padding not counted.
@@ -173,14 +171,14 @@ class GPT(nn.Module):
     def compile_dense_parts(self) -> None:
         """Compile attention and the dense feed-forward layers with `torch.compile`, at their first use.
 
-        Generation, whose shapes change with every token, goes on as it was. Dropout draws other numbers than without.
+        Generation stays uncompiled: its shapes change with every token. Dropout draws other numbers than uncompiled.
         """
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compile_dense_parts()
 
     def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
-        """Whether the experts are those of `placements`; blocks not named have all of theirs here."""
+        """Return whether this rank holds the experts of `placements`; of a block not named, all."""
         for layer, count in enumerate(experts_per_layer(self.config)):
             wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
             moe = self.blocks[layer].moe
@@ -189,7 +187,7 @@ class GPT(nn.Module):
         return True
 
     def parameter_counts(self) -> tuple[int, int]:
-        """All parameters of the model, experts of other ranks included, and those that one token uses."""
+        """Return the number of all parameters, experts of other ranks included, and of those active for one token."""
         total = active = sum(parameter.numel() for parameter in self.parameters())
         for moe in [module for module in self.modules() if isinstance(module, MoELayer)]:
             one = sum(stack[0].numel() for stack in moe.experts.parameters())
@@ -199,62 +197,20 @@ class GPT(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """`[P, H]`: the tied embedding table. The rows from `config.vocab_size` on are padding: no token, no logit, no gradient.
+        """The tied embedding table, `[P, H]`. Rows from `config.vocab_size` on are padding, without token, logit and gradient.
 
-        Products take them all, because P is a multiple of `config.vocab_size_multiple`: fast GEMMs need rows of logits aligned to
+        Products include them, because P is a multiple of `config.vocab_size_multiple`: fast GEMMs need rows of logits aligned to
         16 bytes, which rows of 50,257 values are not.
         """
         return self.token_embedding.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., H] -> [..., V]`, a view without the padding. Training uses `layers/losses.py` instead, which never holds all."""
+        """Compute logits, `[..., H] -> [..., V]`. Training uses `layers/losses.py` instead, which never holds them all."""
         return (hidden @ self.unembedding.to(hidden.dtype).t())[..., : self.config.vocab_size]
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """Draw the initial weights.
-
-        Every linear and embedding weight is N(0, `init_std`), output projections of attention, FFN and experts N(0,
-        `init_std / sqrt(2 * num_layers)`), biases are 0 and norms 1. Each tensor, and each expert of a stack, has a
-        generator of its own, seeded by its name: the same model on any number of ranks, and the same dense part
-        whatever the experts.
-        """
-        if self.token_embedding.weight.is_meta:
-            return
-        std = self.config.init_std
-        for name, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-                continue
-            for part, parameter in module.named_parameters(prefix=name, recurse=False):
-                leaf = part.rpartition(".")[2]
-                if leaf.endswith("bias"):
-                    parameter.zero_()
-                    continue
-                stacked = isinstance(module, Experts)
-                role = module.stacks[leaf.removesuffix("_weight")][2] if stacked else name.rpartition(".")[2]
-                scale = std / math.sqrt(2 * self.config.num_layers) if role == "project" else std
-                if stacked:
-                    for index in range(len(parameter)):
-                        _normal(parameter[index], scale, derive_seed(seed, part, module.first + index))
-                else:
-                    _normal(parameter, scale, derive_seed(seed, part))
-
-
-def _normal(tensor: Tensor, std: float, seed: int) -> None:
-    """Fill with N(0, std), drawn in fp32 on the CPU so that every device and dtype starts from the same numbers.
-
-    Device and dtype are named because others may be the defaults here: Lightning builds the model under the run's device, and
-    under bf16 with `bf16-true`.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    draw = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float32)
-    tensor.copy_(draw * std)
 
 
 def _extend_mask(token_mask: Tensor | None, cache: KVCache | None, tokens: Tensor) -> Tensor | None:
-    """The mask of cached and new positions together, `[B, S]`; None if no position is padding."""
+    """Return the mask of cached and new positions, `[B, S]`; None if no position is padding."""
     if cache is None or cache.length == 0 or (token_mask is None and cache.mask is None):
         return token_mask
     new = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
@@ -265,7 +221,7 @@ def _extend_mask(token_mask: Tensor | None, cache: KVCache | None, tokens: Tenso
 def _positions(
     history: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
 ) -> Tensor:
-    """Position numbers of the new tokens, `[1 or B, T]`: padding is not counted, and every document begins at 0."""
+    """Return position numbers of the new tokens, `[1 or B, T]`; padding is not counted, and every document begins at 0."""
     if history is None:
         numbers = torch.arange(cached, cached + new, device=device)[None]
     else:

@@ -1,6 +1,6 @@
-"""Whether micro-batches can fit at all: refused is what needs more than all the memory there is, which ends in a kill.
+"""Refuse micro-batches that need more than all memory, before the system kills the process.
 
-`least_bytes` is a lower bound, several times below what `cost.py` estimates: nothing that works is refused.
+`least_bytes` is a lower bound, several times below the planner's estimate: no run that works is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from nlgmoe.config import GPTConfig
 
 
 def least_bytes(config: GPTConfig, tokens: int, value: int, trains: bool) -> int:
-    """Bytes that a rank holds at one time in any case: embeddings, attention weights, a micro-batch and its hidden states.
+    """Return the fewest bytes that a rank holds at one time: embeddings, attention weights, a micro-batch, its hidden states.
 
     Args:
         config: the model.
@@ -31,15 +31,15 @@ def check_fits(
 
     Args:
         config: the model.
-        setting: that decides how many sequences it has, for messages.
-        sequences: how many it has.
-        length: of each, in tokens.
+        setting: the setting of its size, for messages.
+        sequences: its size.
+        length: of each sequence, in tokens.
         value: see `least_bytes`.
         trains: see `least_bytes`.
-        memory: all there is, in bytes.
+        memory: of the device, in bytes.
 
     Raises:
-        ValueError: it needs more memory than there is.
+        ValueError: it needs more than `memory`.
     """
     if (needed := least_bytes(config, sequences * length, value, trains)) > memory:
         raise ValueError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nlgmoe.config import require_valid
+from nlgmoe.roles import DECAYED, role_of
+from nlgmoe.validation import require_valid
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,6 @@ class AdamWConfig:
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
 
 
-def decays(module: nn.Module, leaf: str) -> bool:
-    """Whether weight decay applies to the parameter `leaf` of `module`.
-
-    By name and owner, not by shape: the stacked biases of the experts are 2-D.
-    """
-    return not (isinstance(module, nn.LayerNorm) or leaf == "bias" or leaf.endswith("_bias"))
-
-
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """AdamW with the groups `decay` and `no_decay`; parameters keep their names, so that checkpoints can too.
 
@@ -57,7 +50,7 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {("", True): [], ("", False): []}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            key = getattr(parameter, "group_name", ""), decays(module, name.rpartition(".")[2])
+            key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
             groups.setdefault(key, []).append((name, parameter))
     optimizer = torch.optim.AdamW(
         [

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nlgmoe.config import require_valid
+from nlgmoe.validation import require_valid
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.portable import make_document
-from nlgmoe.optim.param_groups import decays
 from nlgmoe.parallel.engine_gradients import loss_scaler
 from nlgmoe.parallel.engine_state import EngineState
+from nlgmoe.roles import DECAYED, role_of
 
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -111,7 +111,7 @@ def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
             name
             for prefix, module in model.named_modules()
             for name, _ in module.named_parameters(prefix=prefix, recurse=False)
-            if decays(module, name.rpartition(".")[2]) == decay
+            if (role_of(name, module) in DECAYED) == decay
         ]
         kept = {key: value for key, value in settings.items() if key not in ("params", "param_names")}
         groups.append(kept | {"name": "decay" if decay else "no_decay", "moe": False, "param_names": names})

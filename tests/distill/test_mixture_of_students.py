@@ -139,7 +139,7 @@ def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None
     """Its logits for a text are those for the text alone, whatever stands around it; its weight is that of the stage."""
     distiller, alone = MixtureOfStudents(str(teacher), beta=0.5), dropless(load_model(teacher))
     distiller.load(STUDENT, torch.empty(0), None)
-    distiller.stage = 0.25
+    distiller.loss_weight = 0.25
     tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(0))
     place = torch.arange(12)
     text = {"left padding": place >= 4, "padding in the middle": (place < 4) | (place >= 7), "documents": place >= 5}[

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
-from nlgmoe.distill.distiller import Clocks, Distiller, End, samples_until
+from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_until
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
@@ -133,7 +133,7 @@ def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher:
         tails.append(torch.from_numpy(found.read([sample], 16)[1])[0, mask, -1].double().exp())
     assert header["tail_mass"] == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
 
-    distiller.stage = 0.25
+    distiller.loss_weight = 0.25
     distiller._found = found
     said = distiller.read({"tokens": torch.zeros(1, 16, dtype=torch.long), "samples": [0]}, None)  # type: ignore[typeddict-item]
     assert said is not None and said.weight == 0.5 * 0.25
@@ -311,8 +311,8 @@ def test_samples_of_a_run_by_hand() -> None:
     ]
     assert samples_until(End(None, 3), batch, 8, grown) == 16
     assert samples_until(End(1000, 3).earlier(End(33, None)), batch, 8, grown) == 16
-    assert samples_until(End(97, None), batch, 8, grown, Clocks(32, 2, 8)) == 24
-    assert samples_until(End(20, None), batch, 8, grown, Clocks(32, 2, 8)) == 8
+    assert samples_until(End(97, None), batch, 8, grown, RunPosition(32, 2, 8)) == 24
+    assert samples_until(End(20, None), batch, 8, grown, RunPosition(32, 2, 8)) == 8
     assert StagedDistillation(fraction=0.7).distillation_end(1000) == End(700, None)
 
 

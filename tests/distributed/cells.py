@@ -42,7 +42,7 @@ from nlgmoe.data import BatchRampUp, PileDataModule
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.layers import exchange
+from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
@@ -295,7 +295,7 @@ class Traffic(Callback):
 
     def _counted(self, read: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: Tensor, *args: Any) -> Any:
-            self.waits += sys._getframe(1).f_code.co_filename == exchange.__file__
+            self.waits += sys._getframe(1).f_code.co_filename == all_to_all.__file__
             return read(tensor, *args)
 
         return counted

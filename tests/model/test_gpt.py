@@ -12,6 +12,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT, GPTOutput
+from nlgmoe.model.initialisation import initialise
 from nlgmoe.pyramid import experts_per_layer
 
 WIDE = GPTConfig(  # wide enough for a standard deviation to be measured to a few percent
@@ -37,9 +38,9 @@ def test_the_seed_and_the_names_alone_fix_the_weights() -> None:
     reference = GPT(WIDE, seed=3).state_dict()
     torch.manual_seed(99)  # the global generator plays no part
     again = GPT(WIDE, seed=3)
-    again.reset_parameters(4)
+    initialise(again, WIDE, 4)
     other_seed = {name: value.clone() for name, value in again.state_dict().items()}
-    again.reset_parameters(3)
+    initialise(again, WIDE, 3)
     for name, value in again.state_dict().items():
         assert torch.equal(value, reference[name]), name
         assert torch.equal(value, other_seed[name]) == (value.unique().numel() == 1), name
@@ -52,7 +53,7 @@ def test_neither_default_device_nor_dtype_changes_the_draws() -> None:
     reference = GPT(WIDE, seed=3).state_dict()
     model = GPT(WIDE, seed=4)
     with torch.device("meta"):  # the run's device, around everything that Lightning lets a module build
-        model.reset_parameters(3)
+        initialise(model, WIDE, 3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, reference[name]), name
     torch.set_default_dtype(torch.bfloat16)  # as `bf16-true` does

@@ -1,0 +1,194 @@
+"""Expert parallelism: send rows to the ranks that hold their experts, and the outputs back, by one all-to-all each.
+
+    AllToAllDispatch(...)   starts to send rows, sorted by expert; the caller may compute something else meanwhile
+    dispatch                waits for the rows of all ranks, and sorts them by the experts held here
+    combine                 sends the experts' outputs back to the ranks of their rows
+
+The host has to know the sizes of the messages. If experts have a capacity, every rank sends as many slots to every expert, and
+pads them. Otherwise the host waits for the device to count the rows, once a layer, and exactly those are sent. Each all-to-all
+has the opposite one as its backward pass, which overlaps with what ran between the constructor and `dispatch`.
+
+Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
+rows of one rank, R rows of this rank, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.layers.router import Routing
+
+MAX_SLOTS = 1.25  # per assignment; with more, to send the padding costs more than to wait
+
+
+def fixed_slots(routing: Routing) -> int | None:
+    """Return C where experts have a capacity and few slots can stay empty; None: rows have to be counted.
+
+    It is the same on all ranks if their micro-batches have equally many tokens.
+    """
+    if routing.capacity is None or routing.capacity * routing.num_experts > MAX_SLOTS * routing.expert.numel():
+        return None
+    return routing.capacity
+
+
+class AllToAllDispatch:
+    """The exchange of one micro-batch's rows with the experts of one layer.
+
+    Args:
+        rows: `[R, H]` sorted by expert; rows past the sum of `tokens_per_expert` belong to none and are not sent.
+        tokens_per_expert: `[E]` int64.
+        placement: of the layer's experts.
+        slots: C, which no expert's rows exceed on any rank of the group, the same on all of them; None: rows are counted.
+    """
+
+    def __init__(
+        self, rows: Tensor, tokens_per_expert: Tensor, placement: ExpertPlacement, slots: int | None = None
+    ) -> None:
+        self._placement = placement
+        self._total = len(rows)
+        self._slot_of_row: Tensor | None = None  # [R]; None: rows were sent without padding
+        if placement.group is None:
+            self._rows, self._tokens_here = rows, tokens_per_expert
+            return
+        ranks = distributed.get_world_size(placement.group)
+        sent_counts = tokens_per_expert.view(ranks, placement.count)  # [W, e] rows for each rank
+        received_counts = torch.empty_like(sent_counts)  # [W, e] rows from each rank
+        distributed.all_to_all_single(received_counts, sent_counts, group=placement.group)
+        self._tokens_here = received_counts.sum(dim=0)  # [e]
+        expert = torch.arange(placement.count, device=rows.device)
+        if slots is not None:
+            sent = received = [placement.count * slots] * ranks
+            used = torch.arange(slots, device=rows.device) < received_counts.unsqueeze(-1)  # [W, e, C]
+            expert_of_row = torch.where(used, expert.unsqueeze(-1), placement.count).flatten()
+            row_of_slot, self._slot_of_row = _pad_to_slots(tokens_per_expert, slots, len(rows))
+            rows = rows.index_select(0, row_of_slot)  # [E * C, H]
+        else:
+            sent, received = torch.stack(
+                [sent_counts.sum(dim=1), received_counts.sum(dim=1)]
+            ).tolist()  # the host waits
+            expert_of_row = torch.repeat_interleave(
+                expert.repeat(ranks), received_counts.flatten(), output_size=sum(received)
+            )
+            rows = _first(rows, sum(sent))
+        self._order = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
+        self._exchange = _Exchange(placement.group, sent, received)
+        self._num_sent = tokens_per_expert.sum()
+        self._rows = _Start.apply(rows, self._exchange)
+
+    def dispatch(self) -> tuple[Tensor, Tensor]:
+        """Return rows for the experts held here, sorted by expert, and their numbers, `[e]`; rows past the sum are padding."""
+        if self._placement.group is None:
+            return self._rows, self._tokens_here
+        received = _Wait.apply(self._rows, self._exchange)
+        del self._rows  # not needed while the experts run
+        return received.index_select(0, self._order), self._tokens_here
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Return the experts' outputs in the order of the rows that were sent, `[R, H]`; 0 for rows of no expert.
+
+        Args:
+            y: in the order of `dispatch`.
+        """
+        if self._placement.group is None:
+            return y
+        inverse = torch.empty_like(self._order)
+        inverse[self._order] = torch.arange(len(inverse), device=inverse.device)
+        exchange = self._exchange.reversed()
+        outputs = _Wait.apply(_Start.apply(y.index_select(0, inverse), exchange), exchange)
+        if self._slot_of_row is not None:
+            unsent = torch.arange(self._total, device=y.device) >= self._num_sent
+            return outputs.index_select(0, self._slot_of_row).masked_fill(unsent.unsqueeze(-1), 0)
+        count = self._total - len(outputs)
+        return torch.cat([outputs, outputs.new_zeros(count, outputs.shape[1])]) if count else outputs
+
+
+def _pad_to_slots(tokens_per_expert: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the row of each slot, `[E * C]`, and the slot of each row, `[R]`.
+
+    A slot without a row gets any row, spread over them: many gradients added to one row would be slow.
+    """
+    ends = tokens_per_expert.cumsum(0)
+    first = ends - tokens_per_expert  # [E]
+    slot = torch.arange(slots, device=ends.device)
+    row_of_slot = (first.unsqueeze(-1) + slot).clamp_max(rows - 1).flatten()
+    row = torch.arange(rows, device=ends.device)
+    expert = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
+    slot_of_row = (expert * slots + row - first[expert]) % len(row_of_slot)
+    return row_of_slot, slot_of_row
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """Return `rows[:count]`, without the copy in its gradient where that is all of them."""
+    return rows if count == len(rows) else rows[:count]
+
+
+class _Exchange:
+    """An asynchronous all-to-all of rows, and its reverse in the backward pass.
+
+    Args:
+        group: W ranks.
+        sent: number of rows for each rank.
+        received: number of rows from each rank.
+    """
+
+    def __init__(self, group: Any, sent: list[int], received: list[int]) -> None:
+        self.group, self.sent, self.received = group, sent, received
+        self._work: Any = None
+        self._result: Tensor | None = None
+
+    def reversed(self) -> _Exchange:
+        """Return the exchange in the other direction."""
+        return _Exchange(self.group, self.received, self.sent)
+
+    def start(self, rows: Tensor, *, backward: bool = False) -> Tensor:
+        """Send `rows`; the result must not be read before `wait`."""
+        sent, received = (self.received, self.sent) if backward else (self.sent, self.received)
+        self._result = rows.new_empty(sum(received), rows.shape[1])
+        self._work = distributed.all_to_all_single(
+            self._result, rows.contiguous(), received, sent, group=self.group, async_op=True
+        )
+        return self._result
+
+    def wait(self) -> Tensor:
+        """Return the rows received."""
+        assert self._work is not None and self._result is not None
+        self._work.wait()
+        result, self._work, self._result = self._result, None, None
+        return result
+
+
+class _Start(torch.autograd.Function):
+    """Start an exchange. Backward: wait for the reverse one, which `_Wait` started."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(), None
+
+
+class _Wait(torch.autograd.Function):
+    """Wait for an exchange. Backward: start the reverse one with the gradient.
+
+    The gradient that this returns to `_Start` only orders the two; the values are those that the exchange has sent.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.wait().view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start(grad, backward=True)
+        return grad, None

@@ -1,0 +1,115 @@
+"""Checks of a run before its first step: trainer, memory, tokenizer, and ends that come too early."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from nlgmoe.batch import SizesBatches, SpellsBytes
+from nlgmoe.checkpoint.agreement import AgreedError
+from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.config import GPTConfig
+from nlgmoe.device import missing_compiler, total_memory
+from nlgmoe.model.least_memory import check_fits
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+
+FSDP_REFUSED = (
+    "divides the weights, which gradient norms, named optimizer groups and checkpoints here do not support; use "
+    "nlgmoe.ExpertParallelStrategy, whose stage 2 divides optimizer states and gradients, or ddp"
+)
+
+
+def check_trainer(trainer: Trainer, stage: str) -> None:
+    """Check strategy and precision, and make the portable checkpoint the trainer's format.
+
+    Raises:
+        ValueError: one of them is not supported.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise AgreedError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
+    plugin = trainer.precision_plugin
+    if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
+        raise AgreedError(
+            "trainer.precision=16-true trains in fp16 alone, in which squared gradients and AdamW's eps are 0; use "
+            "bf16-mixed, or 16-mixed"
+        )
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = PortableCheckpointIO()
+    if not isinstance(strategy.checkpoint_io, PortableCheckpointIO):
+        kind = type(strategy.checkpoint_io).__name__
+        raise AgreedError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
+    strategy.checkpoint_io.to_train = stage == "fit"
+
+
+def check_memory(
+    config: GPTConfig, curriculum: SequenceCurriculum | None, data: SizesBatches, trainer: Trainer, stage: str
+) -> None:
+    """Check that micro-batches can fit, before they are made and the system kills the process.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    value = 2 if "16" in str(trainer.precision) else 4
+    memory = total_memory(trainer.strategy.root_device)
+    for part in ("fit", "validate") if stage == "fit" and trainer.limit_val_batches else (stage,):
+        trains = part == "fit"
+        length = curriculum.start if trains and curriculum is not None else config.seq_len
+        check_fits(config, *data.largest_batch(part), length, value, trains, memory)
+
+
+def check_vocabulary(config: GPTConfig, data: SpellsBytes) -> None:
+    """Check that the model knows every token id of the data.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if data.vocab_size > config.vocab_size:
+        raise AgreedError(
+            f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
+            f"set it to {data.vocab_size}"
+        )
+
+
+def require_compiler(device: torch.device) -> None:
+    """Check that `torch.compile` can compile for `device`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if missing := missing_compiler(device):
+        raise ValueError(
+            f"model.compile=true needs {missing}, which this machine lacks; install one, or set model.compile to false"
+        )
+
+
+def warn_of_early_end(
+    config: GPTConfig, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
+) -> None:
+    """Warn if training ends before the curriculum does, or before the first sample of a part of a blend."""
+    if curriculum is not None and train_tokens is not None and curriculum.tokens > train_tokens:
+        rank_zero_warn(
+            f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "
+            f"ends before its sequences are {config.seq_len} tokens long; lower it"
+        )
+    data: Any = getattr(trainer, "datamodule", None)
+    shares = getattr(data, "domain_shares", None)
+    if shares is None:
+        return
+    shortest = config.seq_len if curriculum is None else curriculum.start
+    ends = [] if train_tokens is None else [train_tokens / shortest]
+    ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
+    for domain, share in zip(data.domains, shares, strict=True):
+        if share * min(ends, default=math.inf) < 1:
+            rank_zero_warn(
+                f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
+                "weight of its part, or remove the part"
+            )

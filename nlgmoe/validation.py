@@ -1,0 +1,48 @@
+"""Checks of settings by their type hints: `noise="jiter"` would be no noise, and `"false"` true."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def require_valid(settings: Any) -> None:
+    """Check the fields of a dataclass, whose values may come from Python or JSON.
+
+    Raises:
+        ValueError: a field is not of its type, or NaN or infinite.
+    """
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        require(_has_type(value, hints[field.name]), f"{field.name}={value} must be of the type {field.type}")
+        require(is_finite(value), f"{field.name}={value} must be finite")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with `message` unless `condition` is true."""
+    if not condition:
+        raise ValueError(message)
+
+
+def is_finite(value: Any) -> bool:
+    """Return False for a number that is NaN or infinite, or a list with one."""
+    values = value if isinstance(value, tuple | list) else [value]
+    return all(math.isfinite(number) for number in values if isinstance(number, float))
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_has_type, value, kinds))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(_has_type(value, kind) for kind in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
