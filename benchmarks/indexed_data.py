@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import ROOT, settings
-from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
+from nlgmoe.data.indexed import IndexedDataset
+from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.permutation import Permutation
 from nlgmoe.data.pocket.pocket_pile import read_texts
 from nlgmoe.data.text.bad_data import BadData

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlgmoe.data.indexed import DTYPES, IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.indexed import DTYPES, IndexedDataset, token_dtype
+from nlgmoe.data.indexed_writer import IndexedWriter
 from tests.data.oracles import IndexedDatasetBuilder, MegatronDataset
 
 DOCUMENTS = [[1, 2, 300], [], [65000]]
@@ -146,7 +147,7 @@ def damaged(start: int, dtype: str, values: list[int]) -> Callable[[bytes], byte
         ("data.idx", lambda content: b"X" + content[1:], "does not start with"),
         ("data.idx", damaged(9, "<u1", [2]), "version 2"),
         ("data.idx", damaged(17, "<u1", [9]), "type code 9"),
-        ("data.idx", damaged(17, "<u1", [7]), "is the index of float32 numbers; token ids are integers"),
+        ("data.idx", damaged(17, "<u1", [7]), "type code 7; known are version 1 and integers"),
         (
             "data.idx",
             damaged(17, "<u1", [4]),
@@ -164,11 +165,11 @@ def damaged(start: int, dtype: str, values: list[int]) -> Callable[[bytes], byte
         ("data.idx", damaged(42, "<i4", [2]), r"data\.bin has 8 bytes, .*data\.idx says 10"),
         ("data.idx", damaged(46, "<i8", [0, 6, 0]), "sequence 2 has 1 tokens from byte 0 on, .* at byte 6"),
         ("data.idx", damaged(46, "<i8", [0, 6, 1 << 62]), "sequence 2 has 1 tokens"),
-        ("data.idx", damaged(70, "<i8", [1, 1, 2, 3]), "its first document starts at sequence 1"),
-        ("data.idx", damaged(70, "<i8", [0, 2, 1, 3]), "document 2 starts at sequence 1, the one before it at 2"),
-        ("data.idx", damaged(70, "<i8", [0, 1, 2, 2]), "its documents end at sequence 2 of 3"),
-        ("data.idx", damaged(70, "<i8", [0, 1, 9, 3]), "document 3 starts at sequence 3, the one before it at 9"),
-        ("data.idx", lambda content: damaged(26, "<i8", [0])(content)[:70], "its documents end at sequence 0 of 3"),
+        ("data.idx", damaged(70, "<i8", [1, 1, 2, 3]), "documents do not rise from sequence 0 to 3"),
+        ("data.idx", damaged(70, "<i8", [0, 2, 1, 3]), "documents do not rise"),
+        ("data.idx", damaged(70, "<i8", [0, 1, 2, 2]), "documents do not rise"),
+        ("data.idx", damaged(70, "<i8", [0, 1, 9, 3]), "documents do not rise"),
+        ("data.idx", lambda content: damaged(26, "<i8", [0])(content)[:70], "documents do not rise"),
         ("data.bin", None, "data.bin is missing"),
     ],
 )
@@ -196,7 +197,8 @@ def test_nothing_but_empty_documents(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 million sequences have an index of 24 MB; neither writing nor opening it holds a tenth of that."""
-    monkeypatch.setattr("nlgmoe.data.indexed.CHUNK", 1 << 14)
+    for module in ("indexed", "indexed_writer"):
+        monkeypatch.setattr(f"nlgmoe.data.{module}.CHUNK", 1 << 14)
     tracemalloc.start()
     try:
         with IndexedWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from nlgmoe.commands.main import main
-from nlgmoe.data.indexed import IndexedWriter, token_dtype
+from nlgmoe.data.indexed import token_dtype
+from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.golden import recording as golden
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.indexed import IndexedDataset, token_dtype
+from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.pocket.pocket_pile import Manifest, read_texts, text_path
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.indexed import IndexedDataset, token_dtype
+from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.streaming.text_files import TextFile
 from nlgmoe.data.text.bad_data import BadData

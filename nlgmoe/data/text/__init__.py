@@ -1,1 +1,1 @@
-"""Text out of files: JSON lines and Parquet. Reading order: `records.py`, `bad_data.py`, `documents.py`, `parquet.py`."""
+"""Documents from files: JSON lines and Parquet. Reading order: `records.py`, `bad_data.py`, `documents.py`."""

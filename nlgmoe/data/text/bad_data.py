@@ -1,4 +1,4 @@
-"""Data that cannot be used: it ends the run with its place and the reason, or is skipped, counted and reported."""
+"""Policy for unusable data: end the run with its place and the reason, or skip it, count it and report it."""
 
 import warnings
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Literal
 
 Action = Literal["error", "skip"]
 
-# Their order is that of the counts in a cursor, and so in checkpoints: new ones go to the end.
+# The order is that of the counts in a cursor, hence in checkpoints: append new kinds at the end.
 KINDS = (
     "missing file",
     "empty file",
@@ -26,30 +26,32 @@ KINDS = (
 )
 
 
-class Unusable(Exception):
-    """A document or file cannot be used; whoever knows where it stands passes this to `BadData`.
+class UnusableError(Exception):
+    """A document or file is unusable; the caller that knows its place passes this to `BadData.handle`.
 
     Args:
-        kind: what is wrong, one of `KINDS`.
+        kind: one of `KINDS`.
         details: of this case.
     """
 
     def __init__(self, kind: str, details: str = "") -> None:
+        assert kind in KINDS, kind
         super().__init__(kind, details)
-        self.kind, self.details = kind, details
+        self.kind = kind
+        self.message = f"{kind} ({details})" if details else kind
 
 
 @dataclass
 class BadData:
-    """What becomes of data that cannot be used.
+    """Policy for unusable data.
 
     Args:
-        action: "error" ends the run; "skip" leaves the document out, or of a damaged file the rest, and counts it.
+        action: "error" ends the run; "skip" leaves out the document, or the rest of a damaged file, and counts it.
         report: gets a line for the first of each kind that is skipped.
-        reported: kinds that it has got one for; may be shared.
+        reported: kinds that were reported; may be shared.
 
     Attributes:
-        skipped: how many of each kind.
+        skipped: count by kind.
     """
 
     action: Action = "error"
@@ -57,27 +59,20 @@ class BadData:
     reported: set[str] = field(default_factory=set)
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def found(self, place: str, kind: str, details: str = "") -> None:
-        """Deal with one thing that cannot be used, see `Unusable`.
-
-        Args:
-            place: file and line.
-            kind: what is wrong.
-            details: of this case.
+    def handle(self, place: str, error: UnusableError) -> None:
+        """Raise or count an error; `place` is its file and line.
 
         Raises:
             ValueError: the action is "error".
         """
-        assert kind in KINDS, kind
-        what = f"{place}: {kind}{f' ({details})' if details else ''}"
         if self.action == "error":
-            raise ValueError(f"{what}; repair the data, or set on_bad_data to skip")
-        self.skipped[kind] += 1
-        if kind not in self.reported:
-            self.reported.add(kind)
-            self.report(f"{what}; it is skipped, and so is what else is wrong in this way")
+            raise ValueError(f"{place}: {error.message}; repair the data, or set on_bad_data to skip")
+        self.skipped[error.kind] += 1
+        if error.kind not in self.reported:
+            self.reported.add(error.kind)
+            self.report(f"{place}: {error.message}; it is skipped, and so is what else is wrong in this way")
 
 
 def summary(skipped: Mapping[str, int]) -> str:
-    """Counts by kind in a line; empty if nothing was skipped."""
+    """Return the counts by kind in a line; empty if nothing was skipped."""
     return ", ".join(f"{kind}: {skipped[kind]:,}" for kind in KINDS if skipped.get(kind))

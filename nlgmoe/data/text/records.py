@@ -1,26 +1,26 @@
-"""What is read of a record, and what makes it a document: text or token ids that can be trained on."""
+"""Records of a file, and the checks that make one a document: text or token ids to train on."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nlgmoe.data.text.bad_data import Unusable
+from nlgmoe.data.text.bad_data import UnusableError
 
-# Tokenising holds some 130 bytes for a byte of text: 2.6 GB for a document of this size.
+# Tokenising takes some 130 bytes for a byte of text: 2.6 GB for a document of this size.
 MAX_DOCUMENT_BYTES = 20_000_000
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record has what is wanted. Names may be dotted: `meta.pile_set_name`.
+    """Fields of a record. Names may be dotted: `meta.pile_set_name`.
 
     Args:
         text: a string.
-        ids: a list of token ids, read in place of `text`; None: the text is.
+        ids: a list of token ids, read in place of `text`; None: read the text.
         domain: the document's domain; None: there is none.
         vocab_size: ids must be below it; None: unchecked.
-        max_bytes: of a document's line, or of its text in Parquet; what is longer cannot be used.
+        max_bytes: longest line of a document, or text in Parquet.
     """
 
     text: str = "text"
@@ -37,11 +37,11 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class FileOffset:
-    """A place between two documents of a file.
+    """A position between two documents of a file.
 
     Args:
-        documents: in front of it, unusable ones included.
-        bytes: in front of it, uncompressed; 0 in Parquet.
+        documents: before it, unusable ones included.
+        bytes: before it, uncompressed; 0 in Parquet.
     """
 
     documents: int = 0
@@ -56,7 +56,7 @@ class Record:
         number: of the document in its file, from 0, unusable ones counted.
         content: its text, or its token ids as int64 [N].
         domain: as the file says it; None if it does not.
-        after: the place behind it.
+        after: offset of the next document.
     """
 
     number: int
@@ -76,43 +76,42 @@ class Shard:
         return number % self.count == self.index
 
 
-def decode(text: bytes, fields: Fields) -> str:
-    """Text of bytes, if there are not too many.
+def parse(record: Any, fields: Fields) -> tuple[str | np.ndarray, str | None]:
+    """Return content and domain of a record.
 
     Raises:
-        Unusable: there are, or they are not UTF-8.
+        UnusableError: the content is missing, empty, too long, or not what `fields` says.
     """
-    if len(text) > fields.max_bytes:
-        raise too_long(len(text), fields)
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Unusable("not UTF-8", f"from byte {error.start} on") from error
+    domain = None if fields.domain is None else _look_up(record, fields.domain)
+    content = _look_up(record, fields.content)
+    if content is None:
+        raise UnusableError("no such field", fields.content)
+    checked = _check_text(content, fields) if fields.ids is None else _check_ids(content, fields)
+    return checked, None if domain is None else str(domain)
 
 
-def too_long(length: int, fields: Fields) -> Unusable:
-    """A document of too many bytes."""
-    return Unusable("document too long", f"{length:,} bytes; at most {fields.max_bytes:,} are allowed")
+def too_long(length: int, fields: Fields) -> UnusableError:
+    """Return the error for a document of too many bytes."""
+    return UnusableError("document too long", f"{length:,} bytes; at most {fields.max_bytes:,} are allowed")
 
 
-def check(value: Any, fields: Fields) -> str | np.ndarray:
-    """The content of a record, once it is known to be usable.
+def _look_up(record: Any, name: str) -> Any:
+    for part in name.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
 
-    Raises:
-        Unusable: it is missing, empty, or not what `fields` says.
-    """
-    if value is None:
-        raise Unusable("no such field", fields.content)
-    if fields.ids is not None:
-        return _check_ids(value, fields)
+
+def _check_text(value: Any, fields: Fields) -> str:
     if not isinstance(value, str):
-        raise Unusable("not text", f"{fields.content} is of type {type(value).__name__}")
+        raise UnusableError("not text", f"{fields.content} is of type {type(value).__name__}")
     if not value:
-        raise Unusable("empty document")
+        raise UnusableError("empty document")
     try:
-        value.encode()
+        length = len(value.encode())
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud800"
-        raise Unusable("not UTF-8", "half of a surrogate pair") from error
+        raise UnusableError("not UTF-8", "half of a surrogate pair") from error
+    if length > fields.max_bytes:
+        raise too_long(length, fields)
     return value
 
 
@@ -122,10 +121,10 @@ def _check_ids(value: Any, fields: Fields) -> np.ndarray:
     except ValueError:  # lists of different lengths
         ids = np.asarray(None)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise Unusable("not token ids", f"{fields.content} is no list of whole numbers")
+        raise UnusableError("not token ids", f"{fields.content} is no list of whole numbers")
     if ids.size == 0:
-        raise Unusable("empty document")
+        raise UnusableError("empty document")
     if ids.min() < 0 or (fields.vocab_size is not None and ids.max() >= fields.vocab_size):
         known = "" if fields.vocab_size is None else f"; the tokenizer has {fields.vocab_size:,}"
-        raise Unusable("token ids of another tokenizer", f"from {ids.min()} to {ids.max()}{known}")
+        raise UnusableError("token ids of another tokenizer", f"from {ids.min()} to {ids.max()}{known}")
     return ids.astype(np.int64)

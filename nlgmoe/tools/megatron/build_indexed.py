@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from nlgmoe.data.indexed import IndexedWriter, token_dtype
+from nlgmoe.data.indexed import token_dtype
+from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.text.bad_data import BadData, summary
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, FileOffset
