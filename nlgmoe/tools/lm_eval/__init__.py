@@ -1,1 +1,1 @@
-"""Zero-shot tasks through lm-eval: `nlgmoe evaluate`, and the callback that runs them while a model trains."""
+"""Zero-shot tasks with lm-eval: `nlgmoe evaluate`, and a callback for training."""

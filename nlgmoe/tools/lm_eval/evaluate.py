@@ -1,4 +1,4 @@
-"""`nlgmoe evaluate`: a checkpoint on lm-eval's tasks."""
+"""`nlgmoe evaluate`: evaluation of a checkpoint on lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nlgmoe.cli.output_files import check_output, write_whole
 if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel
 
-BOOTSTRAP_ITERS = 1000  # for standard errors without a formula: 2% of such an error
+BOOTSTRAP_ITERS = 1000  # for standard errors without a formula; their relative error is then about 2%
 
 
 def evaluate(
@@ -32,25 +32,25 @@ def evaluate(
     precision: Literal["fp32", "bf16"] | None = None,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Evaluate a checkpoint with lm-eval, and print every metric beside chance and the paper's models.
+    """Evaluate a checkpoint with lm-eval, and print every metric beside the chance level and the paper's models.
 
     Args:
-        checkpoint: the folder, `NAME.ckpt`; of a run's folder, the newest valid one.
-        tasks: names of lm-eval's tasks or groups, or YAML files of tasks, with commas between them.
-        limit: documents of each task at most; below 1, that share of them.
-        num_fewshot: examples before each document; by default what the task says, 0 for the paper's.
-        batch_size: sequences read at a time.
-        data_dir: folder with documents in TASK.jsonl (or .json, .parquet, .csv, .arrow), such as `nlgmoe prepare-eval` writes;
-            what it lacks is fetched from the Hugging Face hub.
-        include_path: folder with further tasks in lm-eval's YAML; one with the name of a built-in task replaces it.
-        output: JSON file for lm-eval's results and what was evaluated.
-        tokenizer: as `data.tokenizer`, for a checkpoint that holds none.
-        device: cpu, cuda or cuda:N; by default a GPU if there is one.
-        precision: of weights and products; by default as the checkpoint has them.
-        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
+        checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is evaluated.
+        tasks: names of lm-eval's tasks or groups, or YAML files of tasks, separated by commas.
+        limit: maximum number of documents per task; below 1, a fraction of them.
+        num_fewshot: examples before each document; default: the task's setting, which is 0 for the paper's tasks.
+        batch_size: sequences per batch.
+        data_dir: folder with documents in TASK.jsonl (or .json, .parquet, .csv, .arrow), as `nlgmoe prepare-eval` writes them;
+            other tasks are downloaded from the Hugging Face hub.
+        include_path: folder with further tasks in lm-eval's YAML; a task with the name of a built-in one replaces it.
+        output: JSON file for lm-eval's results and a description of the model.
+        tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
+        device: cpu, cuda or cuda:N; default: a GPU if there is one.
+        precision: precision of weights and matrix products; default: the checkpoint's.
+        allow_code: module of the checkpoint's router or expert to import; may be given several times.
 
     Raises:
-        ValueError: checkpoint, tokenizer, task or documents cannot be used; the message says what to do.
+        ValueError: checkpoint, tokenizer, task or documents cannot be used; the message names the remedy.
     """
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"limit={limit} must be above 0")
@@ -64,36 +64,41 @@ def evaluate(
     import_allowed(allow_code)
     from nlgmoe.device import default_device
 
-    chosen = device or default_device()
-    check_device(chosen)
+    device = device or default_device()
+    check_device(device)
 
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
-    from nlgmoe.tools.lm_eval.paper import table
+    from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, handle_non_serializable
+    from nlgmoe.tools.lm_eval.paper import results_table
     from nlgmoe.tools.lm_eval.tasks import Tasks
-    from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge
+    from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge_results
 
     try:
-        chosen_tasks = Tasks([name for name in tasks.split(",") if name], data_dir, include_path, num_fewshot)
+        selected = Tasks([name for name in tasks.split(",") if name], data_dir, include_path, num_fewshot)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    loaded = load_pretrained(checkpoint, tokenizer, chosen, precision)
+    loaded = load_pretrained(checkpoint, tokenizer, device, precision)
     model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
-    for name in chosen_tasks.names:  # before hours are spent on the others
-        chosen_tasks.load(name)
+    for name in selected.names:  # fail before any task is evaluated
+        selected.load(name)
     parts = []
-    for name in chosen_tasks.names:
+    for name in selected.names:
         print(f"{name} ...", flush=True)
-        parts.append(evaluate_task(model, chosen_tasks, name, limit, BOOTSTRAP_ITERS))
-    results = merge(parts)
-    about = _about(loaded, limit)
-    print(f"\n{_headline(about)}\n\n{table(results)}")
+        parts.append(evaluate_task(model, selected, name, limit, BOOTSTRAP_ITERS))
+    results = merge_results(parts)
+    about = _describe_model(loaded, limit)
+    limited = "" if limit is None else f"; limit {limit:g}: a part of each task"
+    print(
+        f"\n{about['checkpoint']}, step {about['step']:,}, {about['tokens']:,} tokens; {about['parameters']:,} parameters, "
+        f"{about['active_parameters']:,} active for a token{limited}\n\n{results_table(results)}"
+    )
     if output is not None:
-        _write(output, results | {"nlgmoe": about})
+        document = _without_nan(results | {"nlgmoe": about})
+        write_whole(output, json.dumps(document, indent=2, default=handle_non_serializable) + "\n")
+        print(f"written to {output}")
 
 
-def _about(loaded: LoadedModel, limit: float | None) -> dict[str, Any]:
-    """What was evaluated."""
+def _describe_model(loaded: LoadedModel, limit: float | None) -> dict[str, Any]:
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.versions import versions
 
@@ -113,26 +118,10 @@ def _about(loaded: LoadedModel, limit: float | None) -> dict[str, Any]:
     }
 
 
-def _headline(about: dict[str, Any]) -> str:
-    limited = "" if about["limit"] is None else f"; limit {about['limit']:g}: a part of each task"
-    return (
-        f"{about['checkpoint']}, step {about['step']:,}, {about['tokens']:,} tokens; {about['parameters']:,} parameters, "
-        f"{about['active_parameters']:,} active for a token{limited}"
-    )
-
-
-def _write(output: str, results: dict[str, Any]) -> None:
-    from nlgmoe.tools.lm_eval.lm_eval_model import handle_non_serializable
-
-    text = json.dumps(_without_nan(results), indent=2, default=handle_non_serializable)
-    write_whole(output, text + "\n")
-    print(f"written to {output}")
-
-
 def _without_nan(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

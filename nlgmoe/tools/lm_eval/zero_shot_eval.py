@@ -1,4 +1,4 @@
-"""lm-eval's tasks during training and validation."""
+"""Evaluation on lm-eval's tasks during training and validation."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from nlgmoe.batch import HasTokenizer
 from nlgmoe.checkpoint.agreement import AgreedError
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.tools.lm_eval.in_step import Stranded, describe
+from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, describe
 
 if TYPE_CHECKING:
     from nlgmoe.tools.lm_eval.tasks import Tasks
 
 
 class ZeroShotEval(Callback):
-    """Evaluates the model on lm-eval's tasks and logs `zero_shot/TASK/METRIC`, and `zero_shot/failed_tasks` where one fails.
+    """Evaluates the model on lm-eval's tasks and logs `zero_shot/TASK/METRIC`, and `zero_shot/failed_tasks` if one fails.
 
-    In `fit` after every so many steps or tokens, or at every validation; in `validate` always. Ranks share the documents, also
-    where they share experts. Training goes on as if nothing had been evaluated: no random generator moves, and a task that
-    fails is counted and warned of once. Needs `pip install -e '.[eval]'`.
+    Evaluates in `fit` at intervals of steps or tokens or at every validation, and in every `validate`. Documents are divided
+    among ranks, with expert parallelism too. Evaluation does not change training: random generators are restored, and a
+    failed task is counted, with one warning. Needs `pip install -e '.[eval]'`.
 
     Args:
         tasks: names of lm-eval's tasks or groups, or YAML files of tasks.
-        limit: documents of each task at most; below 1, that share of its documents; null: all documents.
+        limit: maximum number of documents per task; below 1, a fraction of them; null: all documents.
         every_n_steps: optimizer steps between evaluations in `fit`; null: not by steps.
-        every_n_tokens: tokens between evaluations in `fit`, at the end of the step that reaches a multiple; null: not by tokens.
-        at_validation: evaluate at every validation of `fit`; null: if neither of the other two is given.
-        num_fewshot: example documents before each document; null: what the task says.
-        data_dir: folder with documents in TASK.jsonl, such as `nlgmoe prepare-eval` writes; null: all are from the hub.
-        include_path: folder with further tasks in lm-eval's YAML; null: there are none.
-        batch_size: sequences that a rank reads at a time.
+        every_n_tokens: tokens between evaluations in `fit`, after the step that reaches a multiple; null: not by tokens.
+        at_validation: evaluate at every validation of `fit`; null: only if neither of the other two is given.
+        num_fewshot: example documents before each document; null: the task's setting.
+        data_dir: folder with documents in TASK.jsonl, as `nlgmoe prepare-eval` writes them; null: all from the hub.
+        include_path: folder with further tasks in lm-eval's YAML; null: none.
+        batch_size: sequences per batch on a rank.
 
     Raises:
         ValueError: a setting is out of range.
@@ -69,29 +69,29 @@ class ZeroShotEval(Callback):
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
         self.data_dir, self.include_path = data_dir, include_path
         self.every_n_steps, self.every_n_tokens = every_n_steps, every_n_tokens
-        by_clock = every_n_steps is not None or every_n_tokens is not None
-        self.at_validation = not by_clock if at_validation is None else at_validation
-        self._clock = {"step": 0, "tokens": 0}  # of the latest evaluation in `fit`
+        by_interval = every_n_steps is not None or every_n_tokens is not None
+        self.at_validation = not by_interval if at_validation is None else at_validation
+        self._latest = {"step": 0, "tokens": 0}  # at the latest evaluation in `fit`
         self._tasks: Tasks | None = None
         self._warned: set[str] = set()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """When the latest evaluation was, so that a resumed run makes the ones that are due and no other."""
-        return dict(self._clock)
+        """Return the position of the latest evaluation, from which a resumed run continues the intervals."""
+        return dict(self._latest)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._clock = dict(state_dict)
+        """Restore the position of the latest evaluation."""
+        self._latest = dict(state_dict)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the tasks; their documents are fetched at their first evaluation.
+        """Find the tasks; their documents are loaded at the first evaluation.
 
         Raises:
             ImportError: lm-eval is not installed.
-            ValueError: there is no such task or folder, or the data module has no tokenizer.
+            ValueError: a task or folder does not exist, or the data module has no tokenizer.
         """
         if stage not in ("fit", "validate"):
             return
@@ -101,44 +101,40 @@ class ZeroShotEval(Callback):
             raise AgreedError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         self._tasks = Tasks(self.names, self.data_dir, self.include_path, self.num_fewshot)
 
-    # ---- when
-
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Here, and not at the end of the batch before, so that callbacks that come after this one do not time it."""
+        """Evaluate before the next step, not after the last, so that later callbacks do not time it."""
         self._evaluate_if_due(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last step."""
+        """Evaluate after the last step, if due."""
         self._evaluate_if_due(trainer, pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With the other results of this validation."""
-        fits = trainer.state.fn == TrainerFn.FITTING
-        if trainer.sanity_checking or (fits and not self.at_validation):
+        """Evaluate, and log with the validation's metrics."""
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        if trainer.sanity_checking or (is_fit and not self.at_validation):
             return
-        if fits:  # nothing is due any more by the clock
-            self._clock = _now(trainer, pl_module)
+        if is_fit:  # this evaluation counts for the intervals too
+            self._latest = _position(trainer, pl_module)
         for name, value in self._evaluate(trainer, pl_module).items():
-            pl_module.log(name, value, sync_dist=True)  # every rank has the same value; this tells Lightning so
+            pl_module.log(name, value, sync_dist=True)  # equal on all ranks; without it Lightning warns
 
     def _evaluate_if_due(self, trainer: Trainer, module: LightningModule) -> None:
-        now = _now(trainer, module)
+        now = _position(trainer, module)
         every = {"step": self.every_n_steps, "tokens": self.every_n_tokens}
-        if any(n is not None and now[key] // n > self._clock[key] // n for key, n in every.items()):
-            self._clock = now
-            found = self._evaluate(trainer, module)
+        if any(n is not None and now[key] // n > self._latest[key] // n for key, n in every.items()):
+            self._latest = now
+            metrics = self._evaluate(trainer, module)
             for logger in trainer.loggers:
-                # A validation after this step would be logged at the same number.
-                logger.log_metrics(found, step=trainer.global_step - 1)
+                # Lightning logs a validation after this step at the same number.
+                logger.log_metrics(metrics, step=trainer.global_step - 1)
                 logger.save()
 
-    # ---- what
-
     def _evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """Every task's metrics; of one that fails, nothing."""
+        """Return the metrics of all tasks that do not fail."""
         from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
         from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, metrics
 
@@ -148,27 +144,24 @@ class ZeroShotEval(Callback):
         module.gpt.eval()
         precision = trainer.precision_plugin.val_step_context
         model = EvaluatedGPT(module.gpt, tokenizer, self.batch_size, precision)
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         failed = 0
         for name in self._tasks.names:
             try:
                 results = evaluate_task(model, self._tasks, name, self.limit)
-                found |= {f"zero_shot/{task}/{metric}": value for task, metric, value, _ in metrics(results)}
-            except Stranded:  # nothing can be agreed on any more: it ends the run, as in training
+                values |= {f"zero_shot/{task}/{metric}": value for task, metric, value, _ in metrics(results)}
+            except BrokenCollectiveError:  # ends the run, as in training
                 raise
-            except Exception as error:  # of several ranks, all are here: `in_step.py`
+            except Exception as error:  # all ranks raise together: `lockstep.py`
                 failed += 1
-                self._warn(name, error)
+                if name not in self._warned:
+                    rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(error)}")
+                self._warned.add(name)
         for part, training in modes.items():
             part.training = training
-        return found | ({"zero_shot/failed_tasks": float(failed)} if failed or self._warned else {})
-
-    def _warn(self, name: str, error: Exception) -> None:
-        if name not in self._warned:
-            rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(error)}")
-        self._warned.add(name)
+        return values | ({"zero_shot/failed_tasks": float(failed)} if failed or self._warned else {})
 
 
-def _now(trainer: Trainer, module: LightningModule) -> dict[str, int]:
+def _position(trainer: Trainer, module: LightningModule) -> dict[str, int]:
     assert isinstance(module, MoEGPTModule)
     return {"step": trainer.global_step, "tokens": module.tokens_seen}

