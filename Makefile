@@ -54,8 +54,9 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install  ## bring the tables of flags up to date (README.md, docs/megatron_flags.md)
+docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md) and the README's figure
 	$(BIN)/python -m nlgmoe.tools.megatron.flag_table
+	$(BIN)/python -m benchmarks.overview
 
 notebooks: install  ## run the notebooks and keep what they show; trains five small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
