@@ -51,6 +51,7 @@ from nlgmoe.resuming import (
     set_loop_counters,
     stopped_early,
     validate_now,
+    was_validated,
 )
 from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler, warn_of_early_end
 from nlgmoe.seeding import derive_seed
@@ -122,6 +123,8 @@ class MoEGPTModule(LightningModule):
         self.guard = StepGuard(non_finite)
         self._window = _Window()
         self._stops_after_step = False
+        self._validated_step = 0  # optimizer steps taken when the latest validation ended
+        self._given_max_steps: int | None = None  # where a resumed run has taken so many
         self._learning_routers: list[tuple[int, Router]] = []  # number of the MoE layer, and its router
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
@@ -321,6 +324,7 @@ class MoEGPTModule(LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
+        self._validated_step = self.trainer.global_step
         self._log_evaluation("val")
 
     @override
@@ -396,7 +400,10 @@ class MoEGPTModule(LightningModule):
         resumed at its end is validated once more.
         """
         end, stopper = None, stopped_early(self.trainer)
-        if self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
+        if self._given_max_steps is not None:
+            self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps
+            end = f"it has taken trainer.max_steps={self._given_max_steps}; to go on, raise it"
+        elif self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
             end = (
                 f"{self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise model.train_tokens and "
                 "model.schedule.decay_tokens"
@@ -409,7 +416,7 @@ class MoEGPTModule(LightningModule):
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
-            validate_now(self.trainer)
+            validate_now(self.trainer, again=self._validated_step == self.trainer.global_step)
         warn_of_early_end(self.config, self.curriculum, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = _Window(), False
         layers = [module for module in self.gpt.modules() if isinstance(module, MoELayer)]
@@ -462,7 +469,8 @@ class MoEGPTModule(LightningModule):
         if checkpoint["global_step"] == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
         else:
-            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches)
+            validated = self._validated_step == checkpoint["global_step"]
+            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -479,8 +487,13 @@ class MoEGPTModule(LightningModule):
         if fits:
             keep_patience(checkpoint, self.trainer)
         if fits and "loops" in checkpoint:
+            step, validated = checkpoint["global_step"], was_validated(checkpoint)
+            self._validated_step = step if validated else 0
             # A step may have more or fewer micro-batches from here on.
-            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches)
+            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
+            if 0 <= self.trainer.max_steps <= step:
+                self._given_max_steps = self.trainer.max_steps
+                self.trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning ends before `on_train_start`
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -38,32 +38,46 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         raise ValueError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to go on")
 
 
-def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Set Lightning's loops to the last optimizer step, and to the beginning of a validation.
+def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated: bool) -> None:
+    """Set Lightning's loops to the last optimizer step, before or after the validation of that step.
 
     The training loop gets the state that it has in `on_train_batch_end` of the step's last micro-batch, where Lightning's own
-    checkpoints are taken: that batch is processed but not yet completed. A validation that is under way is begun anew by the
-    resumed run (Lightning does so where one batch is ready and none processed); one that has ended is not.
+    checkpoints are taken: that batch is processed but not yet completed. Lightning begins a validation anew where one is due
+    at that step, and its counters say that one batch is ready and none processed.
 
     Args:
         checkpoint: Lightning's dictionary, about to be saved or just loaded.
         micro_batches: of a step, today.
+        validated: a validation has ended at this step.
     """
-    loop = checkpoint["loops"]["fit_loop"]
-    batches = checkpoint["global_step"] * micro_batches
+    loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+    batches = step * micro_batches
     for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
         counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
-    validation = loop["epoch_loop.val_loop.batch_progress"]
-    under_way = int(validation["current"]["ready"] > validation["current"]["completed"])
-    for key in ("total", "current"):
-        validation[key] = {"ready": under_way, "started": under_way, "processed": 0, "completed": 0}
+    for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
+        counts |= {"ready": int(not validated), "started": int(not validated), "processed": 0, "completed": 0}
+    # A validation logs at one less than the steps taken; resuming adds one.
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 2
 
 
-def validate_now(trainer: Trainer) -> None:
-    """Validate in the middle of a fit, as the training loop does, if the run validates at all; `EarlyStopping` has counted it."""
+def was_validated(checkpoint: dict[str, Any]) -> bool:
+    """What `set_loop_counters` was told when the checkpoint was saved."""
+    counts = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
+    return bool(counts["ready"] == counts["completed"])
+
+
+def validate_now(trainer: Trainer, again: bool) -> None:
+    """Validate in the middle of a fit, as the training loop does, if the run validates at all.
+
+    Args:
+        trainer: of the fit.
+        again: `EarlyStopping` has counted this validation.
+    """
     if trainer.enable_validation:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [one for one in callbacks if not isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+        kept = [one for one in callbacks if not (again and isinstance(one, EarlyStopping))]
+        trainer.callbacks = kept  # type: ignore[attr-defined]
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step - 1  # where the training loop logs it
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True

@@ -32,13 +32,14 @@ def save_last(trainer: Trainer, force: bool = False) -> Path:
     """Save `last.ckpt`, unless the run has a checkpoint of this step; a collective call.
 
     Args:
-        trainer: its first `ModelCheckpoint` decides the path of `last.ckpt`.
+        trainer: its first `ModelCheckpoint`, of those without `monitor` if there are any, decides the path of `last.ckpt`.
         force: save even if the step has a checkpoint.
 
     Returns:
         The checkpoint of this step.
     """
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callbacks.sort(key=lambda callback: callback.monitor is not None)
     path = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
     if callbacks:
         assert callbacks[0].dirpath is not None  # since setup

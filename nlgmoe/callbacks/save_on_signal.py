@@ -39,7 +39,7 @@ class SaveOnSignal(Callback):
     all ranks end after the same step. A validation is interrupted; the resumed run repeats it. A run that has taken its last
     step is saved, and then finishes.
 
-    The checkpoint is the `last.ckpt` of the run's first `ModelCheckpoint`. With `trainer.enable_checkpointing=false` nothing
+    The checkpoint is the run's `last.ckpt`, see `save_last`. With `trainer.enable_checkpointing=false` nothing
     is saved, and the exit code is 128 + the signal's number. A signal that is ignored when training starts remains ignored.
 
     On Slurm the job is requeued after its requeue signal (SIGUSR1), if `SLURMEnvironment(auto_requeue=True)`, the default.
@@ -58,7 +58,6 @@ class SaveOnSignal(Callback):
         self._agreed = 0  # signal number, on all ranks
         self._pending: _AsyncMax | None = None
         self._training = False
-        self._validation_is_due = False
 
     # ---- the handler only sets a flag
 
@@ -164,9 +163,8 @@ class SaveOnSignal(Callback):
 
     def _interrupt_validation(self, trainer: Trainer) -> None:
         if not trainer.should_stop and not trainer.fit_loop.epoch_loop._is_training_done:
-            self._validation_is_due = True
             self._stop(trainer)
-        # A finished run cannot be resumed for its last validation and summary: save, then let them run.
+        # All that is left is one validation and the summary: save, then let them run.
         where = f", and saved in {save_last(trainer)}" if trainer.checkpoint_callbacks else ""
         name = signal.Signals(self._agreed).name
         rank_zero_info(f"\n{name}: the run is at its end{where}; it finishes with this validation")
@@ -175,7 +173,7 @@ class SaveOnSignal(Callback):
     def _stop(self, trainer: Trainer) -> NoReturn:
         name, code, done = signal.Signals(self._agreed).name, 0, f"ended after step {trainer.global_step:,}"
         if trainer.checkpoint_callbacks:
-            path = save_last(trainer, force=self._validation_is_due)
+            path = save_last(trainer)
             rank_zero_info(f"\n{name}: {done}, saved in {path}; resume with --ckpt_path last")
         else:
             rank_zero_info(f"\n{name}: {done}; nothing was saved, because trainer.enable_checkpointing is false")
@@ -189,15 +187,6 @@ class SaveOnSignal(Callback):
         if self._agreed == requeue_signal(trainer) and trainer.is_global_zero and code == 0:
             requeue()  # last: Slurm may end the job at once
         raise SystemExit(code)
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record an interrupted validation, which the resumed run has to repeat first (`resuming.py`)."""
-        if self._validation_is_due:
-            loop = checkpoint["loops"]["fit_loop"]
-            loop["epoch_loop.val_loop.batch_progress"]["current"] |= {"ready": 1, "completed": 0}
-            # Lightning logs at one less than the steps taken, and resuming adds one.
-            loop["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 2
 
 
 class _AsyncMax:

@@ -255,6 +255,8 @@ class TrainCLI(LightningCLI):
         made = super().instantiate_trainer(**kwargs)
         # It may end the run: those after it then log the step.
         made.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # type: ignore[attr-defined]
+        # Those without `monitor` save `last.ckpt` after a validation: once the others know its score.
+        made.callbacks.sort(key=lambda one: isinstance(one, ModelCheckpoint) and one.monitor is None)  # type: ignore[attr-defined]
         if made.fast_dev_run:  # type: ignore[attr-defined]
             # `ModelCheckpoint` looks at it everywhere but at the end of training, where it saves `last.ckpt`.
             made.callbacks = [one for one in made.callbacks if not isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]

@@ -89,12 +89,21 @@ class RunCSVLogger(CSVLogger):
 class _AppendingWriter(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
-        """Read the columns of an existing file, and discard an incomplete last row."""
+        """Read the columns and validations of an existing file, and discard an incomplete last row."""
+        self._validated: set[tuple[str, str]] = set()
         if os.path.exists(self.metrics_file_path):
-            with open(self.metrics_file_path, "rb+") as rows:
-                rows.truncate(rows.read().rfind(b"\n") + 1)
+            with open(self.metrics_file_path, "rb+") as whole:
+                whole.truncate(whole.read().rfind(b"\n") + 1)
             with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+                rows = csv.DictReader(file)
+                self._validated = {(row["step"], row["val/loss"]) for row in rows if row.get("val/loss")}
+                self.metrics_keys = list(rows.fieldnames or [])
+
+    @override
+    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
+        """Record a row, unless a resumed run has repeated its validation."""
+        if (str(step), str(metrics_dict.get("val/loss"))) not in self._validated:
+            super().log_metrics(metrics_dict, step)
 
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -1,6 +1,7 @@
 """SaveOnSignal on one process: what is saved, how the run ends, and that the resumed run is the undisturbed one."""
 
 import csv
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from nlgmoe.callbacks import RunSummary, SaveOnSignal, save_on_signal
@@ -119,6 +120,37 @@ def test_a_validation_is_begun_anew_once(settings: dict[str, Any], undisturbed: 
         fit(tmp_path, keeper(tmp_path, **settings), steps=steps, resume=tmp_path / "kept" / "last.ckpt")
     assert logged(tmp_path)[:-2] == undisturbed[0]
     assert [row["step"] for row in logged(tmp_path)[-2:]] == ["8", "8"]  # trained, and validated as its end
+
+
+class Crash(Callback):
+    """Ends the process in the validation of a step, as SIGKILL does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError(f"killed at {self.step}")
+
+
+def test_a_validation_that_a_crash_broke_off_is_begun_anew(undisturbed: Any, tmp_path: Path) -> None:
+    """Also the last one of a run by `max_steps`. It counts once, also where it had ended after the checkpoint was saved."""
+
+    def go_on(*callbacks: Callback, resume: bool = True) -> tuple[ModelCheckpoint, EarlyStopping]:
+        best, stopper = keeper(tmp_path, save_last=False), EarlyStopping("val/loss", min_delta=100, patience=9)
+        every = ModelCheckpoint(tmp_path, "all", every_n_train_steps=4, save_on_exception=True)
+        every._enable_version_counter = False
+        fit(tmp_path, stopper, best, every, RunSummary(), *callbacks, resume=tmp_path / "all.ckpt" if resume else None)
+        return best, stopper
+
+    for step in (4, 8):
+        with pytest.raises(KeyError, match=f"killed at {step}"):
+            go_on(Crash(step), resume=step > 4)
+    for _ in range(2):  # the checkpoint of step 8 is from before its validation
+        best, stopper = go_on()
+        assert logged(tmp_path) == undisturbed[0]
+        assert (best.best_model_path, stopper.wait_count) == (str(tmp_path / "kept" / "epoch=0-step=8.ckpt"), 1)
+    assert float(undisturbed[0][-1]["val/loss"]) == json.loads((tmp_path / "summary.json").read_text())["val_loss"]
 
 
 def test_a_run_at_its_end_is_saved_and_finishes(undisturbed: Any, tmp_path: Path) -> None:

@@ -92,6 +92,15 @@ def test_what_ends_a_run_by_the_clock_comes_before_what_logs_its_last_step(tmp_p
     assert type(run.trainer.callbacks[0]).__name__ == "Timer"
 
 
+def test_the_last_checkpoint_is_saved_once_the_best_one_is_known(tmp_path: Path) -> None:
+    keeper = "class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args"
+    (tmp_path / "more.yaml").write_text(
+        f"trainer: {{callbacks: [{{{keeper}: {{every_n_train_steps: 5}}}}, {{{keeper}: {{monitor: val/loss}}}}]}}"
+    )
+    run = load_config([ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"])
+    assert [one.monitor for one in run.trainer.checkpoint_callbacks] == ["val/loss", None]
+
+
 def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReport\n")
     (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReprt\n")
