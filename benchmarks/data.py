@@ -38,7 +38,8 @@ from lightning.pytorch.profilers import SimpleProfiler
 from benchmarks.timing import ROOT, command_line, interleaved, settings
 from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
 from nlgmoe.data.indexed import token_dtype
-from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
+from nlgmoe.data.pocket.build import open_corpus
+from nlgmoe.data.pocket_pile import read_texts, text_path
 from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.streaming.streamed_source import StreamedSource
 from nlgmoe.data.text.bad_data import BadData

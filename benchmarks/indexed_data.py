@@ -34,7 +34,7 @@ from benchmarks.timing import ROOT, settings
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.permutation import Permutation
-from nlgmoe.data.pocket.pocket_pile import read_texts
+from nlgmoe.data.pocket_pile import read_texts
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nlgmoe.data.pocket.prepare import prepare
+from nlgmoe.data.pocket.build import prepare
 
 # A shell that starts the suite in the background lets it ignore Ctrl+C, and so the processes that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

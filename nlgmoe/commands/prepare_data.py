@@ -44,13 +44,15 @@ def prepare_data(
         _tokenise_input(data_dir, tokenizer, input, output, text_field, on_bad_data, workers)
         return
     # Here and not above: Lightning comes along, and a typing error should not wait for it.
-    from nlgmoe.data.pocket.pocket_pile import SPLITS
-    from nlgmoe.data.pocket.prepare import prepare
-    from nlgmoe.data.pocket.shards import shard_folder
+    from nlgmoe.data.pocket.build import prepare
+    from nlgmoe.data.pocket_pile import SPLITS, read_manifest, read_token_files, token_folder
+    from nlgmoe.data.tokenizer import load_tokenizer
 
     root = Path(data_dir)
-    prepared = prepare(root, tokenizer)
-    manifest, loaded, shards = prepared.manifest, prepared.tokenizer, prepared.shards
+    prepare(root, tokenizer)
+    manifest, loaded = read_manifest(root), load_tokenizer(tokenizer, root)
+    assert manifest is not None
+    shards = {name: facts for name, facts in read_token_files(root, loaded).items() if name in manifest.files}
 
     print(f"{'domain':<12} {'split':<10} {'documents':>9} {'MB':>7} {'tokens':>10} {'bytes/token':>11}")
     for domain in manifest.domains:
@@ -64,7 +66,7 @@ def prepare_data(
     print(f"{'total':<12} {'':<10} {total[0]:>9,} {total[1] / 1e6:>7.2f} {total[2]:>10,} {total[1] / total[2]:>11.2f}")
     print(f"text       {root / 'text'}")
     print(_about(tokenizer, loaded))
-    print(f"shards     {shard_folder(root, loaded)}")
+    print(f"shards     {token_folder(root, loaded)}")
     print(f"licences   {root / 'manifest.json'}")
 
 
@@ -92,7 +94,7 @@ def _tokenise_input(
 
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
-    from nlgmoe.data.pocket.prepare import build_lock
+    from nlgmoe.data.corpus import build_lock
     from nlgmoe.data.text.bad_data import BadData
     from nlgmoe.data.text.records import Fields
     from nlgmoe.data.tokenizer import load_tokenizer

@@ -1,22 +1,21 @@
-"""The seam between a corpus and what is done with it: training samples by their number, and tokens to evaluate on.
+"""The seam between a corpus and its users: training samples by index, and tokens to evaluate on.
 
-`PileDataModule` reads any `Corpus`. Here is the pocket Pile's; `megatron_indexed.py` has Megatron's indexed format.
+`PileDataModule` reads any `Corpus`; `pocket_pile.py`, `megatron_indexed.py`, `streaming/` and `blend.py` have one each.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from filelock import FileLock
 
 from nlgmoe.data.description import Description
-from nlgmoe.data.pocket.pocket_pile import SPLITS, read_manifest
-from nlgmoe.data.pocket.prepare import prepare
-from nlgmoe.data.pocket.shards import open_shard, read_shards
 from nlgmoe.data.sources import PackedSource, TokenSource
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import Tokenizer
 
 
 class OpenCorpus(Protocol):
@@ -116,51 +115,20 @@ class Corpus(Protocol):
         ...
 
 
-class PocketPile:
-    """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one that `write_corpus` put there.
+@contextmanager
+def build_lock(data_dir: Path) -> Iterator[None]:
+    """Make the folder, and let one process at a time build in it.
 
-    Args:
-        domains: which of its domains to read, in this order; None: all.
-
-    Raises:
-        ValueError: `domains` is empty, or names one twice.
+    A user who may not write there needs no lock: if something is missing, writing it raises the error.
     """
-
-    def __init__(self, domains: list[str] | None = None) -> None:
-        if domains is not None and (not domains or len(set(domains)) < len(domains)):
-            raise ValueError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
-        self._domains = domains
-
-    def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Build what is missing of text, tokenizer and shards, of all domains."""
-        prepare(data_dir, tokenizer)
-
-    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the shards of a tokenizer.
-
-        Raises:
-            ValueError: there is no corpus, it is not tokenised with this tokenizer, or it has no such domain.
-        """
-        manifest = read_manifest(data_dir)
-        if manifest is None:
-            raise ValueError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
-        domains = manifest.domains if self._domains is None else self._domains
-        if unknown := sorted(set(domains) - set(manifest.domains)):
-            raise ValueError(
-                f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {', '.join(manifest.domains)}."
-            )
-        loaded = load_tokenizer(tokenizer, data_dir)
-        shards = read_shards(data_dir, loaded)
-        for name, file in manifest.files.items():
-            if name not in shards or shards[name].text_sha256 != file.sha256:
-                raise ValueError(
-                    f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
-                    f"--data_dir {data_dir} --tokenizer {tokenizer}` first."
-                )
-        tokens = {split: [open_shard(data_dir, loaded, f"{domain}.{split}") for domain in domains] for split in SPLITS}
-        files = {domain: manifest.files[f"{domain}.train"] for domain in domains}
-        fingerprint = hashlib.sha256(" ".join(file.sha256 for file in files.values()).encode()).hexdigest()[:16]
-        facts: Description = {
-            domain: {"documents": file.documents, "text": file.sha256[:16]} for domain, file in files.items()
-        }
-        return Streams(loaded, list(domains), tokens, fingerprint, facts)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(data_dir / ".lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()

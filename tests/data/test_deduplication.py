@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlgmoe.data.pocket import deduplication
+from nlgmoe.data.pocket.build import open_corpus, write_corpus
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, normalise, split
 from nlgmoe.data.pocket.extraction import clean_wiki_markup
-from nlgmoe.data.pocket.pocket_pile import open_corpus, text_path, write_corpus
+from nlgmoe.data.pocket_pile import text_path
 from tests.data.conftest import make_documents
 
 
@@ -85,7 +86,7 @@ def test_corpus_is_reproducible_verified_and_never_half_built(tmp_path: Path, mo
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nlgmoe.data.pocket.pocket_pile._write_jsonl", full_disk)
+        patch.setattr("nlgmoe.data.pocket.build._write_jsonl", full_disk)
         with pytest.raises(OSError):
             write_corpus(tmp_path, "tiny", documents[:40], {})
     assert open_corpus(tmp_path) == first

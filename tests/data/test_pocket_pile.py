@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from nlgmoe.commands.prepare_data import prepare_data
-from nlgmoe.data import PileDataModule, build_pocket_pile, load_tokenizer
-from nlgmoe.data.pocket.pocket_pile import SPLITS, read_manifest, text_path
+from nlgmoe.data import PileDataModule, load_tokenizer
+from nlgmoe.data.pocket.build import build_pocket_pile
+from nlgmoe.data.pocket_pile import SPLITS, read_manifest, text_path
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
 

@@ -10,7 +10,7 @@ import pytest
 from nlgmoe import load_model
 from nlgmoe.cli.train import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, load_tokenizer
-from nlgmoe.data.pocket.shards import shard_folder
+from nlgmoe.data.pocket_pile import token_folder
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [str(ROOT / "configs" / name) for name in ("pr_moe/350m_pr_moe_32_64.yaml", "hardware/cpu.yaml")]
@@ -32,7 +32,7 @@ STEP = 8 * 32  # tokens
 
 
 def test_a_published_recipe_from_training_to_resuming(pocket_pile: Path, tmp_path: Path) -> None:
-    source = IndexedDataset(shard_folder(pocket_pile, load_tokenizer("pocket-4k", pocket_pile)) / "code.validation")
+    source = IndexedDataset(token_folder(pocket_pile, load_tokenizer("pocket-4k", pocket_pile)) / "code.validation")
     with IndexedWriter(tmp_path / "pile_text_document", np.dtype(np.uint16)) as writer:
         for document in range(len(source)):
             writer.add_document(source[document])

@@ -1,5 +1,4 @@
-"""The pocket Pile, from packages to tokens.
+"""Builder of the pocket Pile, imported on first use only.
 
-Reading order: `packages.py` (what is downloaded), `extraction.py` (text out of it), `deduplication.py`, `pocket_pile.py` (what is
-kept), `shards.py` (tokenised), `prepare.py` (these steps in a row).
+Reading order: `packages.py` (downloads), `extraction.py` (text), `deduplication.py`, `build.py`, `tokenizers.py`.
 """

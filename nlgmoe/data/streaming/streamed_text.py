@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import OpenCorpus
+from nlgmoe.data.corpus import OpenCorpus, build_lock
 from nlgmoe.data.description import Description
-from nlgmoe.data.pocket.prepare import build_lock
 from nlgmoe.data.sources import TokenSource
 from nlgmoe.data.streaming.eval_cache import EvalCache, cache_eval_tokens, open_eval_cache
 from nlgmoe.data.streaming.logical_stream import StreamConfig

