@@ -166,7 +166,7 @@ def test_advice_is_spelled_as_options(capsys: pytest.CaptureFixture, tmp_path: P
     ("args", "message"),
     [
         ((LAPTOP, "--hardware", "a1000"), "hardware=a1000 is not known; choose one of v100-32"),
-        ((LAPTOP, "--gpus", "4", "--expert-parallel", "8"), "more than the 4 GPUs"),
+        ((LAPTOP, "--gpus", "4", "--expert-parallel", "8"), "is above gpus=4; lower it"),
         ((LAPTOP, "--utilisation", "2"), "utilisation=2"),
         ((LAPTOP, "--precision", "64-true"), "precision=64-true"),
         (("nothing.yaml",), "nothing.yaml"),

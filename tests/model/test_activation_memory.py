@@ -13,7 +13,12 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.least_memory import least_bytes
-from nlgmoe.tools.planner.activation_memory import activation_bytes, head_bytes, kept_of_block, saved_by_block
+from nlgmoe.tools.planner.activation_memory import (
+    activation_bytes,
+    head_bytes,
+    saved_by_block,
+    saved_by_checkpointed_block,
+)
 from nlgmoe.tools.planner.topology import Topology
 
 SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
@@ -73,7 +78,7 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
     stream = tokens * config.hidden_size * size.residual
     kept, _ = head_bytes(config, tokens, topology)
     if checkpointing:
-        blocks = sum(kept_of_block(config, layer, tokens, size) for layer in range(config.num_layers))
+        blocks = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in range(config.num_layers))
     else:
         blocks = sum(saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers))
     embedding_mask = tokens * config.hidden_size if config.hidden_dropout else 0

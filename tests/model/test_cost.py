@@ -200,7 +200,7 @@ def test_where_nothing_helps_more_gpus_or_larger_ones_are_suggested() -> None:
     ("values", "message"),
     [
         ({"zero_stage": 3}, "choose 0, 1 or 2"),
-        ({"expert_parallel_size": 2}, "more than the 1 GPUs"),
+        ({"expert_parallel_size": 2}, "is above gpus=1; lower it"),
         ({"gpus": 3}, "not a multiple"),
         ({"micro_batch_size": 0}, "at least 1"),
         ({"zero_stage": 1, "deepspeed": False}, "ExpertParallelStrategy"),

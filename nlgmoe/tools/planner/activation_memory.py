@@ -1,10 +1,10 @@
-"""Bytes of activations: what the forward pass of THIS model keeps for its backward pass.
+"""Bytes of activations that this model's forward pass saves for its backward pass.
 
-Read off the layers, tensor by tensor; `tests/model/test_activation_memory.py` compares with what autograd really saves.
+Counted tensor by tensor; `tests/model/test_activation_memory.py` compares with the tensors that autograd saves.
 Letters: N tokens of a rank's micro-batch, H hidden size, F inner size, E experts, k experts per token, A heads, P rows of the
 padded table; r and c are the bytes of a value in the residual stream and inside a layer (`topology.BytesPer`).
 
-Assumed: a fused attention kernel (no T x T matrix is kept), a balanced routing (a rank receives as many rows as it sends),
+Assumptions: a fused attention kernel (no T x T matrix is saved), balanced routing (a rank receives as many rows as it sends),
 CUDA's dropout (one byte per mask entry).
 """
 
@@ -17,9 +17,9 @@ from nlgmoe.tools.planner.topology import BytesPer, Topology
 
 
 def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
-    """Bytes that one block keeps for its backward pass, its input included."""
+    """Return the bytes that one block saves, its input included."""
     width, ffn, r, c = config.hidden_size, config.ffn_size, size.residual, size.compute
-    norms = 2 * (width * r + 2 * r)  # what each norm reads, and mean and 1/std of a row
+    norms = 2 * (width * r + 2 * r)  # input of each norm; mean and 1/std of a row
     attention = width * c * (1 + 3 + 1) + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp in fp32
     dropout = 2 * width if config.hidden_dropout else 0
     network = 2 * ffn * c  # before and after the GELU
@@ -31,42 +31,41 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     moe = config.moe
     assert moe is not None
     residual, jitter = moe.mlp_type == "residual", moe.noise == "jitter"
-    # The gate, the coefficient and the combination work in fp32. Where the norm's output is fp32 already, they share it.
+    # Gate, residual mix and combination compute in fp32. If the norm's output is fp32, they share it.
     copies = r != 4
-    separate = copies or c != r or jitter  # what the experts and the MLP read is not the tensor that the gate has kept
-    gate = 4 * width * (2 if jitter else 1)  # its input in fp32, and the noise
+    separate = copies or c != r or jitter  # experts and MLP read another tensor than the one saved by the gate
+    gate = 4 * width * (2 if jitter else 1)  # input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
-    # The experts' input, values before the GELU, and output, which the gradient of the gate's weight needs; a row of ones.
+    # The experts' input, values before the GELU, and output (for the gradient of the gate's weight); a row of ones.
     rows = moe.top_k * (width + ffn + width + BIAS_WIDTH) * c
-    # Chosen expert, row's token, row's assignment; weight and scale; a mask.
+    # Chosen expert, token and assignment of a row; weight and scale; a mask.
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices
     if residual:
-        per_token += network + (width * c if separate else 0)  # else it reads what the gate has kept
+        per_token += network + (width * c if separate else 0)  # else it shares the gate's input
         if moe.residual_mix == "learned":
             per_token += 2 * 4 * width + 8 + (4 * width if copies or (jitter and c != r) else 0)  # both branches; input
     return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
 
 
-def kept_of_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
-    """Bytes of a block that stay where its activations are recomputed: its input, and what its router decided."""
+def saved_by_checkpointed_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
+    """Return the bytes that a recomputed block saves: its input and its routing."""
     moe, experts = config.moe, experts_at(config, layer_index)
     routing = 0
     if moe is not None and experts:
-        routing = (
-            2 * 4 * experts + 4 + moe.top_k * (8 + 4 + 1)
-        )  # logits, probabilities, logsumexp; choice, weight, kept
+        # Logits, probabilities and logsumexp; choice, weight and kept of each assignment.
+        routing = 2 * 4 * experts + 4 + moe.top_k * (8 + 4 + 1)
         if moe.mlp_type == "residual" and moe.residual_mix == "learned":
             routing += 2 * 4  # weights of experts and MLP
     return tokens * (config.hidden_size * size.residual + routing)
 
 
 def head_bytes(config: GPTConfig, tokens: int, topology: Topology) -> tuple[int, int]:
-    """(kept until the loss's backward pass, needed while the loss is computed) of the chunked head.
+    """Return the bytes of the chunked head that are (saved for the loss's backward pass, temporary while it is computed).
 
-    Kept: the gradients of hidden states and unembedding (fp32, `[P, H]`), which the loss forms on its way. While it runs: the
-    hidden states, and of a chunk of C tokens two fp32 values per logit (the logit and its probability), or under half precision
-    the probability, the gradient and the product `[P, H]` where that is more.
+    Saved: the gradients of hidden states and unembedding (fp32, `[P, H]`), which the forward pass computes. Temporary: the
+    hidden states, and for a chunk of tokens two fp32 values per logit (logit and probability), or in half precision the
+    probability, the gradient and the product `[P, H]` if that is more.
     """
     size, table = topology.bytes_per, config.padded_vocab_size * config.hidden_size
     hidden = tokens * config.hidden_size * size.compute
@@ -78,24 +77,22 @@ def head_bytes(config: GPTConfig, tokens: int, topology: Topology) -> tuple[int,
 
 
 def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None = None) -> int:
-    """The most that one rank's activations take at a time: at the end of the forward pass, or, with checkpointing, when the
-    largest block is there again in full.
+    """Return the peak bytes of one rank's activations.
 
-    The backward pass adds the gradients it is working on: two inner and two outer values per network that a token passes.
+    The peak is at the end of the forward pass or, with checkpointing, when the largest block is recomputed. The backward pass
+    adds temporary gradients: two inner and two outer values per network that a token passes.
     """
     size, length = topology.bytes_per, config.seq_len if seq_len is None else seq_len
     tokens = topology.micro_batch_size * length
     kept, transient = head_bytes(config, tokens, topology)
-    ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; what the final norm reads
+    ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; input of the final norm
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
     blocks = [saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)]
     networks = 1 if config.moe is None else config.moe.top_k + (config.moe.mlp_type == "residual")
     working = tokens * networks * 2 * (config.ffn_size + config.hidden_size) * size.compute
     if config.moe is not None and size.compute == 2:
-        working += (
-            tokens * config.moe.top_k * 2 * config.hidden_size * 4
-        )  # experts' outputs and their gradients are in fp32
+        working += tokens * config.moe.top_k * 2 * config.hidden_size * 4  # experts' outputs and gradients in fp32
     if not topology.activation_checkpointing:
         return ends + sum(blocks) + max(kept + transient, working)
-    inputs = sum(kept_of_block(config, layer, tokens, size) for layer in range(config.num_layers))
+    inputs = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in range(config.num_layers))
     return ends + inputs + max(kept + transient, max(blocks) + working)

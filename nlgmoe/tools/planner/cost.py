@@ -1,10 +1,10 @@
-"""The cost model: what a training step takes in memory, communication and time, by arithmetic. Nothing is built or run.
+"""The cost model: memory, communication and time of a training step, by arithmetic; no model is built.
 
-    memory         weights + gradients + optimizer + activations + ZeRO's buckets, of one rank
+    memory         weights + gradients + optimizer + activations + ZeRO's buckets, on one rank
     communication  bytes that one rank sends in one optimizer step
     step time      compute + all-to-all + gradient reduction beyond the last backward pass + weight gathering + optimizer
 
-docs/scaling.md has every formula with its source and its assumptions, and how the model was checked.
+docs/scaling.md documents the formulas, sources, assumptions and checks.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per
 from nlgmoe.monitoring.hardware import RESERVED, Hardware
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.activation_memory import activation_bytes
-from nlgmoe.tools.planner.roofline import Roofline, roofline
+from nlgmoe.tools.planner.roofline import Parts, Roofline, roofline
 from nlgmoe.tools.planner.topology import Topology
 
 UTILISATION = 0.44
-"""Share of the peak that matrix products reach: Megatron-LM's 1.7B model on 32 A100s, 137 TFLOP/s (arXiv 2104.04473, table 1)."""
+"""Achieved fraction of peak FLOP/s: Megatron-LM's 1.7B model on 32 A100s, 137 TFLOP/s (arXiv 2104.04473, table 1)."""
 
 BUCKET = 200_000_000
-"""Elements of a ZeRO reduction bucket: Lightning's default. Two exist, since reducing one overlaps with filling the other."""
+"""Elements of a ZeRO reduction bucket: Lightning's default. There are two: reducing one overlaps with filling the other."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. Gradients and activations are added, although they are largest at different moments.
+    """Bytes on one rank. Gradients and activations are added, although their peaks are at different times.
 
     Attributes:
-        weights: what the model computes with (and autocast's copies).
-        gradients: of the weights.
+        weights: weights used in computation, and autocast's copies.
+        gradients: gradients of the weights.
         optimizer: Adam's moments and fp32 master weights.
         activations: see `activation_memory.py`.
         buckets: ZeRO's reduction buffers.
-        step: fp32 copies of the gradients that ZeRO's step makes, when activations and buckets are gone.
-        host: optimizer state in the host's memory, if offloaded; not part of `total`.
+        step: fp32 copies of gradients in ZeRO's optimizer step, after activations and buckets are freed.
+        host: offloaded optimizer state in host memory; not part of `total`.
     """
 
     weights: int
@@ -50,13 +50,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes of the GPU's memory."""
+        """Bytes of GPU memory."""
         return self.weights + self.gradients + self.optimizer + max(self.activations + self.buckets, self.step)
 
 
 @dataclass(frozen=True)
-class Communication:
-    """Bytes that one rank sends to others in one optimizer step.
+class Communication(Parts):
+    """Bytes that one rank sends in one optimizer step.
 
     Attributes:
         all_to_all: tokens to their experts and back, forward and backward.
@@ -70,15 +70,10 @@ class Communication:
     expert_gradients: int
     gathered_weights: int
 
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.all_to_all + self.dense_gradients + self.expert_gradients + self.gathered_weights
-
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of one optimizer step, by what they are spent on; the parts follow each other."""
+class StepTime(Parts):
+    """Seconds of one optimizer step by part; parts do not overlap."""
 
     compute: float
     all_to_all: float
@@ -86,15 +81,10 @@ class StepTime:
     gathered_weights: float
     optimizer: float
 
-    @property
-    def total(self) -> float:
-        """The whole step."""
-        return self.compute + self.all_to_all + self.gradients + self.gathered_weights + self.optimizer
-
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs. `samples_per_second` and `tokens_per_second` are of all ranks, `roofline` is of a micro-batch."""
+    """Cost of an optimizer step; rates are of all ranks, `roofline` is of a micro-batch."""
 
     memory: Memory
     communication: Communication
@@ -106,85 +96,90 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class _Share:
-    """Parameters that live on a rank and are replicated on `copies` ranks, of which `near` are on one node."""
+class _ParameterGroup:
+    """Parameters on one rank, replicated on `copies` ranks, `copies_per_node` of them on one node."""
 
     parameters: int
     copies: int
-    near: int
+    copies_per_node: int
 
 
 def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float = UTILISATION) -> Cost:
-    """The cost of one optimizer step of `config` laid out as `topology`.
+    """Estimate the cost of one optimizer step.
 
     Args:
-        config: the model; sequences are as long as `config.seq_len`.
-        topology: the ranks.
-        gpu: what a rank runs on.
-        utilisation: share of the peak FLOP/s that the matrix products reach, in (0, 1].
+        config: the model; sequences have `config.seq_len` tokens.
+        topology: layout over ranks.
+        gpu: GPU of a rank.
+        utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
 
     Raises:
-        ValueError: `utilisation` is out of range, or the model has a router or an expert of a user's own.
+        ValueError: `utilisation` is out of range, or the model has a custom router or expert.
     """
     require_paper_parts(config, "the cost model knows")
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation} must be above 0 and at most 1")
-    shares = _shares(config, topology, gpu)
-    memory = _memory(config, topology, shares)
-    communication = _communication(config, topology, shares)
-    time = _time(config, topology, gpu, utilisation, shares)
+    groups = _parameter_groups(config, topology, gpu)
+    memory = _memory(config, topology, groups)
+    communication = _communication(config, topology, groups)
+    time = _time(config, topology, gpu, utilisation, groups)
     samples = topology.global_batch_size / time.total
     fits = memory.total <= gpu.memory - RESERVED
     parts = roofline(config, topology, gpu, time.all_to_all / topology.accumulation)
     return Cost(memory, communication, time, parts, samples, samples * config.seq_len, fits)
 
 
-def _shares(config: GPTConfig, topology: Topology, gpu: Hardware) -> list[_Share]:
-    """The dense part, then the experts of every MoE layer. Ranks of an expert-parallel group are neighbours, as DeepSpeed
-    numbers them; copies of an expert are `degree` ranks apart."""
+def _parameter_groups(config: GPTConfig, topology: Topology, gpu: Hardware) -> list[_ParameterGroup]:
+    """Return the dense parameters, then the experts of every MoE layer.
+
+    As in DeepSpeed, an expert-parallel group is `degree` consecutive ranks, and copies of an expert are `degree` ranks apart.
+    """
     count = count_parameters(config)
-    shares = [_Share(count.total - count.experts, topology.gpus, min(topology.gpus, gpu.gpus_per_node))]
+    groups = [_ParameterGroup(count.total - count.experts, topology.gpus, min(topology.gpus, gpu.gpus_per_node))]
     for experts, degree in zip(experts_per_layer(config), topology.degrees(config), strict=True):
         if experts:
             copies = topology.gpus // degree
-            near = min(copies, max(1, gpu.gpus_per_node // degree))
-            shares.append(_Share(experts // degree * expert_parameters(config), copies, near))
-    return shares
+            per_node = min(copies, max(1, gpu.gpus_per_node // degree))
+            groups.append(_ParameterGroup(experts // degree * expert_parameters(config), copies, per_node))
+    return groups
 
 
-def _memory(config: GPTConfig, topology: Topology, shares: list[_Share]) -> Memory:
-    """ZeRO 1 and 2 divide an optimizer state over the ranks that replicate its weights; ZeRO 2 the gradients too."""
+def _memory(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]) -> Memory:
+    """ZeRO 1 and 2 shard the optimizer state over the ranks that replicate its weights; ZeRO 2 the gradients too."""
     size = topology.bytes_per
-    held = sum(share.parameters for share in shares)
-    divided = sum(-(-share.parameters // share.copies) for share in shares)  # rounded up: ZeRO pads
+    full = sum(group.parameters for group in groups)
+    sharded = sum(-(-group.parameters // group.copies) for group in groups)  # rounded up: ZeRO pads
     count = count_parameters(config)
-    uncast = count.norms + count.router + config.seq_len * config.hidden_size  # what autocast leaves in fp32
-    optimizer = (divided if topology.zero_stage else held) * (size.master + size.moments)
+    uncast = count.norms + count.router + config.seq_len * config.hidden_size  # parameters that autocast leaves in fp32
+    optimizer = (sharded if topology.zero_stage else full) * (size.master + size.moments)
     in_fp32 = size.accumulated > size.gradient  # the step needs no copy
     return Memory(
-        weights=held * size.weight + (held - uncast) * size.cast,
-        gradients=(divided if topology.zero_stage == 2 else held) * size.accumulated,
+        weights=full * size.weight + (full - uncast) * size.cast,
+        gradients=(sharded if topology.zero_stage == 2 else full) * size.accumulated,
         optimizer=0 if topology.offload_optimizer else optimizer,
         activations=activation_bytes(config, topology),
         buckets=2 * BUCKET * size.gradient if topology.zero_stage and topology.gpus > 1 else 0,
-        step=4 * divided if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
+        step=4 * sharded if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
         host=optimizer if topology.offload_optimizer else 0,
     )
 
 
-def _communication(config: GPTConfig, topology: Topology, shares: list[_Share]) -> Communication:
-    dense, *experts = [_gradient_bytes(share, topology) for share in shares]
+def _communication(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]) -> Communication:
+    dense, *experts = [_all_reduce_bytes(group, topology) for group in groups]
     return Communication(
-        all_to_all=sum(_exchanged(config, topology, degree) for degree in topology.degrees(config)),
+        all_to_all=sum(_all_to_all_bytes(config, topology, degree) for degree in topology.degrees(config)),
         dense_gradients=dense,
         expert_gradients=sum(experts),
-        gathered_weights=sum(_gathered_bytes(share, topology) for share in shares),
+        gathered_weights=sum(_all_gather_bytes(group, topology) for group in groups),
     )
 
 
-def _exchanged(config: GPTConfig, topology: Topology, degree: int) -> int:
-    """Bytes of one MoE layer's all-to-alls: every assignment's row goes out and comes back, forward and backward, and once
-    more where the block is computed again. `1 / degree` of them stays on the rank."""
+def _all_to_all_bytes(config: GPTConfig, topology: Topology, degree: int) -> int:
+    """Return the bytes of one MoE layer's all-to-alls.
+
+    The row of every assignment is sent and returned, forward and backward, and again if the block is recomputed. `1 / degree`
+    of the rows remain on the rank.
+    """
     if degree < 2:
         return 0
     assert config.moe is not None
@@ -193,45 +188,52 @@ def _exchanged(config: GPTConfig, topology: Topology, degree: int) -> int:
     return passes * rows * config.hidden_size * topology.bytes_per.compute * (degree - 1) // degree
 
 
-def _gradient_bytes(share: _Share, topology: Topology) -> int:
-    """A ring all-reduce sends `2 (n - 1) / n` of the bytes. ZeRO 2 reduces after every micro-batch; DeepSpeed's buckets are
-    all-reduced under ZeRO too (`use_multi_rank_bucket_allreduce`, on by default)."""
+def _all_reduce_bytes(group: _ParameterGroup, topology: Topology) -> int:
+    """Return the bytes of gradients that a rank sends.
+
+    A ring all-reduce sends `2 (n - 1) / n` of the bytes. ZeRO 2 reduces after every micro-batch; DeepSpeed all-reduces its
+    buckets under ZeRO too (`use_multi_rank_bucket_allreduce`, on by default).
+    """
     times = topology.accumulation if topology.zero_stage == 2 else 1
-    return 2 * share.parameters * topology.bytes_per.gradient * (share.copies - 1) // share.copies * times
+    return 2 * group.parameters * topology.bytes_per.gradient * (group.copies - 1) // group.copies * times
 
 
-def _gathered_bytes(share: _Share, topology: Topology) -> int:
+def _all_gather_bytes(group: _ParameterGroup, topology: Topology) -> int:
     if not topology.zero_stage:
         return 0
-    return share.parameters * topology.bytes_per.weight * (share.copies - 1) // share.copies
+    return group.parameters * topology.bytes_per.weight * (group.copies - 1) // group.copies
 
 
-def _time(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float, shares: list[_Share]) -> StepTime:
+def _time(
+    config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float, groups: list[_ParameterGroup]
+) -> StepTime:
     size = topology.bytes_per
     tokens = topology.micro_batch_size * config.seq_len * topology.accumulation  # of one rank
     peak = (gpu.fp32_flops if size.compute == 4 else gpu.half_flops) * utilisation
     forward = flops_per_token(config) / 3
-    again = forward - 2 * config.hidden_size * config.vocab_size if topology.activation_checkpointing else 0.0
-    compute = tokens * (3 * forward + again) / peak
+    recomputed = forward - 2 * config.hidden_size * config.vocab_size if topology.activation_checkpointing else 0.0
+    compute = tokens * (3 * forward + recomputed) / peak
 
-    exchange = 0.0
+    all_to_all = 0.0
     for degree in topology.degrees(config):
-        sent = _exchanged(config, topology, degree)
-        far = max(0, degree - gpu.gpus_per_node) / max(1, degree - 1)  # share of what is sent that leaves the node
-        exchange += max(sent * (1 - far) / gpu.nvlink, sent * far / gpu.network)
+        sent = _all_to_all_bytes(config, topology, degree)
+        remote = max(0, degree - gpu.gpus_per_node) / max(1, degree - 1)  # fraction that leaves the node
+        all_to_all += max(sent * (1 - remote) / gpu.nvlink, sent * remote / gpu.network)
 
-    reduction = sum(_gradient_bytes(share, topology) / _bandwidth(share, gpu) for share in shares)
-    # Reducing overlaps with the backward pass: of every micro-batch under ZeRO 2, else of the last.
-    backward = compute * (2 * forward + again) / (3 * forward + again)
-    hidden = backward if topology.zero_stage == 2 else backward / topology.accumulation
-    gathering = sum(_gathered_bytes(share, topology) / _bandwidth(share, gpu) for share in shares)
+    reduction = sum(_all_reduce_bytes(group, topology) / _bandwidth(group, gpu) for group in groups)
+    # The reduction overlaps with the backward pass: of every micro-batch under ZeRO 2, else of the last.
+    backward = compute * (2 * forward + recomputed) / (3 * forward + recomputed)
+    overlapped = backward if topology.zero_stage == 2 else backward / topology.accumulation
+    gathering = sum(_all_gather_bytes(group, topology) / _bandwidth(group, gpu) for group in groups)
 
-    updated = sum(share.parameters / (share.copies if topology.zero_stage else 1) for share in shares)
+    updated = sum(group.parameters / (group.copies if topology.zero_stage else 1) for group in groups)
     # Read and write the state; read the gradient, write the working weight.
     moved = 2 * (size.moments + (size.master or size.weight)) + size.gradient + (size.weight if size.master else 0)
-    return StepTime(compute, exchange, max(0.0, reduction - hidden), gathering, updated * moved / gpu.memory_bandwidth)
+    optimizer = updated * moved / gpu.memory_bandwidth
+    return StepTime(compute, all_to_all, max(0.0, reduction - overlapped), gathering, optimizer)
 
 
-def _bandwidth(share: _Share, gpu: Hardware) -> float:
-    """Bytes/s of a ring over a share's copies: each of the `near` members on a node brings its network card."""
-    return gpu.nvlink if share.near == share.copies else min(gpu.nvlink, share.near * gpu.network)
+def _bandwidth(group: _ParameterGroup, gpu: Hardware) -> float:
+    """Return bytes/s of a ring over a group's copies, which uses the network card of every copy on a node."""
+    per_node = group.copies_per_node
+    return gpu.nvlink if per_node == group.copies else min(gpu.nvlink, per_node * gpu.network)

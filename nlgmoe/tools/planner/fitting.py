@@ -1,4 +1,4 @@
-"""What would make a run fit its GPUs: found by trying changes against the cost model, not by rules."""
+"""Search for settings with which a run fits its GPUs, by evaluating the cost model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nlgmoe.tools.planner.cost import Cost, estimate
 from nlgmoe.tools.planner.topology import Topology
 
 MORE_GPUS = 1024
-"""How far the search for a larger cluster goes."""
+"""Maximum number of GPUs in the search for a larger cluster."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Suggestion:
 
     Attributes:
         changes: setting -> new value; names are `Topology`'s, and `hardware`.
-        cost: the cost after it.
+        cost: cost with the changes.
     """
 
     changes: dict[str, Any]
@@ -33,27 +33,26 @@ class Suggestion:
 def suggestions(
     config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float, limit: int = 4
 ) -> list[Suggestion]:
-    """The smallest sets of changes that make `config` fit, fastest first among sets of one size.
+    """Return the smallest sets of changes with which `config` fits, ordered by size and then by step time.
 
-    ZeRO stage, expert parallelism, checkpointing and micro-batch are tried together and alone, at the same global batch. A
-    set is left out if a part of it is enough. Only where nothing of that helps, more GPUs and larger ones are tried.
+    All combinations of ZeRO stage, expert parallelism, checkpointing and micro-batch are tried at the same global batch. A set
+    is omitted if a subset of it suffices. If no combination fits, more and larger GPUs are tried.
     """
     found = _by_settings(config, topology, gpu, utilisation) or _by_hardware(config, topology, gpu, utilisation)
     return found[:limit]
 
 
 def _by_settings(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> list[Suggestion]:
-    """Changes on the GPUs that there are."""
-    micro = topology.micro_batch_size
-    knobs: dict[str, list[Any]] = {
+    """Return changes on the given GPUs."""
+    options: dict[str, list[Any]] = {
         "zero_stage": list(range(topology.zero_stage + 1, 3)) if topology.deepspeed and topology.gpus > 1 else [],
         "expert_parallel_size": _larger_degrees(config, topology),
         "activation_checkpointing": [] if topology.activation_checkpointing else [True],
-        "micro_batch_size": _divisors_below(micro),
+        "micro_batch_size": _divisors_below(topology.micro_batch_size),
     }
     found = []
-    for values in itertools.product(*([None, *values] for values in knobs.values())):
-        changes = {name: value for name, value in zip(knobs, values, strict=True) if value is not None}
+    for values in itertools.product(*([None, *values] for values in options.values())):
+        changes = {name: value for name, value in zip(options, values, strict=True) if value is not None}
         cost = estimate(config, replace(topology, **changes), gpu, utilisation)
         if cost.fits:
             found.append(Suggestion(changes, cost))
@@ -61,13 +60,13 @@ def _by_settings(config: GPTConfig, topology: Topology, gpu: Hardware, utilisati
 
 
 def _divisors_below(number: int) -> list[int]:
-    """Divisors of a number but itself, the largest first, which wins a tie; those up to 2^16, and their counterparts."""
+    """Return the divisors of `number` below it, the largest first, found from those up to 2^16."""
     small = [size for size in range(1, min(math.isqrt(number), 2**16) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)} - {number}, reverse=True)
 
 
 def _larger_degrees(config: GPTConfig, topology: Topology) -> list[int]:
-    """Limits above the present one, up to the world, that change some layer's degree."""
+    """Return larger expert-parallel sizes that change some layer's degree."""
     if not topology.deepspeed or config.moe is None:
         return []
     larger, degrees = [], topology.degrees(config)
@@ -80,7 +79,7 @@ def _larger_degrees(config: GPTConfig, topology: Topology) -> list[int]:
 
 
 def _smallest(found: list[Suggestion]) -> list[Suggestion]:
-    """One suggestion per set of settings, the fastest; none that contains another's settings; few settings first."""
+    """Keep the fastest suggestion per set of settings and no supersets; sort by the number of settings."""
     best: dict[frozenset[str], Suggestion] = {}
     for suggestion in sorted(found, key=lambda s: s.cost.time.total):
         best.setdefault(frozenset(suggestion.changes), suggestion)
@@ -89,24 +88,24 @@ def _smallest(found: list[Suggestion]) -> list[Suggestion]:
 
 
 def _by_hardware(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: float) -> list[Suggestion]:
-    """The fewest GPUs of this kind, and of each kind with more memory, on which settings can make it fit; and those settings."""
+    """Return the fewest GPUs of this kind, and of each kind with more memory, with settings that fit."""
     found = []
     larger = [(name, other) for name, other in HARDWARE.items() if other.memory > gpu.memory]
     for name, kind in [("", gpu), *sorted(larger, key=lambda item: item[1].memory)]:
         gpus = topology.gpus if name else topology.gpus * 2
         while gpus <= MORE_GPUS:
-            moved = _on(topology, gpus)
-            if ways := _by_settings(config, moved, kind, utilisation):
+            larger_topology = _with_gpus(topology, gpus)
+            if fitting := _by_settings(config, larger_topology, kind, utilisation):
                 changes = {"hardware": name} if name else {}
-                changes |= {key: value for key, value in vars(moved).items() if value != getattr(topology, key)}
-                found.append(Suggestion(changes | ways[0].changes, ways[0].cost))
+                changes |= {key: new for key, new in vars(larger_topology).items() if new != getattr(topology, key)}
+                found.append(Suggestion(changes | fitting[0].changes, fitting[0].cost))
                 break
             gpus *= 2
     return found
 
 
-def _on(topology: Topology, gpus: int) -> Topology:
-    """`topology` on `gpus` ranks: the same global batch if it can be divided among them, else the next that can."""
+def _with_gpus(topology: Topology, gpus: int) -> Topology:
+    """Return `topology` on `gpus` ranks, with the global batch rounded up to a multiple of `gpus`."""
     share = -(-topology.global_batch_size // gpus)
     return replace(
         topology,

@@ -1,4 +1,4 @@
-"""`nlgmoe inspect`: what a configuration costs, before anything is built or bought."""
+"""`nlgmoe inspect`: the cost of a configuration, predicted without building the model."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def inspect_config(
     """Predict parameters, memory, communication and speed of a run, and whether it fits; builds and downloads nothing.
 
     Args:
-        files: YAML files as train.py takes them, later ones override earlier ones; or one checkpoint folder.
-        gpus: ranks; by default what the files say, and 1 where they leave it to the machine.
-        expert_parallel: upper bound of the expert-parallel degree; by default what the files' strategy says.
-        zero: ZeRO stage, 0 to 2; by default what the files' strategy says.
-        micro_batch: sequences per rank and forward pass; by default data.micro_batch_size.
-        global_batch: sequences per optimizer step; by default what the files say.
-        precision: Lightning's name, such as bf16-mixed; by default what the files say, and bf16-mixed where they leave both
-            trainer.precision and trainer.accelerator open.
-        activation_checkpointing: recompute blocks in the backward pass, whatever the files say.
+        files: YAML files of train.py, later ones override earlier ones; or one checkpoint folder.
+        gpus: ranks; default: the files' setting, and 1 if they leave it to the machine.
+        expert_parallel: upper bound of the expert-parallel degree; default: the files' strategy.
+        zero: ZeRO stage, 0 to 2; default: the files' strategy.
+        micro_batch: sequences per rank and forward pass; default: data.micro_batch_size.
+        global_batch: sequences per optimizer step; default: the files' setting.
+        precision: Lightning's name, such as bf16-mixed; default: the files' setting, and bf16-mixed if they set neither
+            trainer.precision nor trainer.accelerator.
+        activation_checkpointing: recompute blocks in the backward pass, whatever the files set.
         hardware: v100-32, a100-40, a100-80, h100 or h200.
-        utilisation: share of the peak FLOP/s that matrix products reach; docs/scaling.md says where the default is from.
+        utilisation: achieved fraction of peak FLOP/s in matrix products; docs/scaling.md documents the default.
         json: print one JSON object instead of a table.
 
     Raises:
-        ValueError: the files or the settings do not make a run; the message says what to change.
+        ValueError: the settings are inconsistent or a file cannot be read; the message names the remedy.
     """
     gpu = find_hardware(hardware)
     model, settings = read_settings(files)
@@ -62,25 +62,25 @@ def inspect_config(
     }
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
     cost = estimate(model, topology, gpu, utilisation)
-    ways = [] if cost.fits else suggestions(model, topology, gpu, utilisation)
-    if settings.get("trainer", {}).get("accelerator") == "cpu" and not json:
-        print(f"note                   the files name a CPU; speed and memory below are those of {hardware}")
+    changes = [] if cost.fits else suggestions(model, topology, gpu, utilisation)
     inputs = {"files": files, "hardware": hardware, "utilisation": utilisation}
     if json:
-        print(json_format.dumps(as_json(model, topology, gpu, cost, ways, inputs), indent=2))
-    else:
-        print(as_text(model, topology, gpu, cost, ways, inputs))
+        print(json_format.dumps(as_json(model, topology, gpu, cost, changes, inputs), indent=2))
+        return
+    if settings.get("trainer", {}).get("accelerator") == "cpu":
+        print(f"note                   the files set a CPU; speed and memory below are those of {hardware}")
+    print(as_text(model, topology, gpu, cost, changes, inputs))
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
-    """The model, and train.py's settings; a checkpoint folder has no settings, so they are empty.
+    """Read the model and train.py's settings; a checkpoint folder has no settings.
 
     Raises:
         ValueError: a file or folder cannot be read.
     """
     if len(paths) == 1 and Path(paths[0]).is_dir():
         return GPTConfig.from_dict(read_document(paths[0])["model_config"]), {}
-    # train.py's own parser, so that defaults and complaints are the same; it costs seconds of imports.
+    # train.py's parser, for the same defaults and errors; its imports take seconds.
     from nlgmoe.experiment import parse_config
 
     settings = parse_config(paths)
@@ -88,43 +88,43 @@ def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
 
 
 def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
-    """The topology of train.py's `settings`, with what was `given` on the command line in place of theirs.
+    """Return the topology of train.py's `settings`, overridden by the options `given` on the command line.
 
     Raises:
-        ValueError: the numbers do not fit together, or the precision is one that the cost model does not know.
+        ValueError: the numbers are inconsistent, or the cost model does not know the precision.
     """
     trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
     strategy = trainer.get("strategy") or "auto"
-    named = strategy["class_path"] if isinstance(strategy, dict) else strategy
+    name = strategy["class_path"] if isinstance(strategy, dict) else strategy
     init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
-    short = re.fullmatch(r"deepspeed(?:_stage_(\d))?(_offload)?", named)  # Lightning's names; a bare one is its stage 2
-    # A model's file without an overlay for the machine: Lightning's fp32 is not what it would be trained in.
-    open_machine = trainer.get("accelerator", "auto") == "auto"
+    alias = re.fullmatch(r"deepspeed(?:_stage_(\d))?(_offload)?", name)  # Lightning's aliases; the default is stage 2
+    # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
+    no_hardware = trainer.get("accelerator", "auto") == "auto"
 
     values: dict[str, Any] = {
         "gpus": _devices(trainer.get("devices")) * (trainer.get("num_nodes") or 1),
         "expert_parallel_size": init.get("expert_parallel_size", 1),
-        "zero_stage": init.get("stage", int(short[1] or 2) if short else 0),
-        "offload_optimizer": init.get("offload_optimizer", bool(short and short[2])),
+        "zero_stage": init.get("stage", int(alias[1] or 2) if alias else 0),
+        "offload_optimizer": init.get("offload_optimizer", bool(alias and alias[2])),
         "micro_batch_size": data.get("micro_batch_size", 1),
         "activation_checkpointing": module.get("activation_checkpointing", False),
         "loss_chunk_size": module.get("loss_chunk_size", 1024),
-        "precision": _precision(trainer.get("precision") or ("bf16-mixed" if open_machine else "32-true")),
+        "precision": _precision(trainer.get("precision") or ("bf16-mixed" if no_hardware else "32-true")),
     } | given
     if "gpus" in given and "expert_parallel_size" not in given:
-        # Files for a larger cluster, looked at on a smaller one: the strategy's bound, as far as there are ranks.
+        # Files for a larger cluster than --gpus: limit the strategy's bound.
         values["expert_parallel_size"] = min(values["expert_parallel_size"], given["gpus"])
-    at_once = values["micro_batch_size"] * values["gpus"]
-    whole = data.get("global_batch_size") or at_once * (trainer.get("accumulate_grad_batches") or 1)
-    values.setdefault("global_batch_size", whole)
-    # Several GPUs and no word on the strategy: the one of this project is meant, not Lightning's choice.
-    engine = "deepspeed" in named.lower() or "ExpertParallel" in named or (named == "auto" and values["gpus"] > 1)
+    accumulation = trainer.get("accumulate_grad_batches") or 1
+    global_batch = data.get("global_batch_size") or values["micro_batch_size"] * values["gpus"] * accumulation
+    values.setdefault("global_batch_size", global_batch)
+    # Several GPUs without a strategy: assume this project's strategy, not Lightning's default.
+    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or (name == "auto" and values["gpus"] > 1)
     values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
     return Topology(**values)
 
 
 def _devices(devices: Any) -> int:
-    """Ranks of a node by Lightning's `devices`: a number, a list of indices, or text of either; "auto" and -1 mean one here."""
+    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; 1 for "auto" and -1."""
     text = str(devices if devices is not None else "auto").strip("[] ")
     if "," in text:
         return len([index for index in text.split(",") if index.strip()])
@@ -134,9 +134,8 @@ def _devices(devices: Any) -> int:
 
 
 def _precision(name: Any) -> Precision:
-    """Lightning's name of a precision in its long form."""
-    long = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))
-    for known in get_args(Precision):
-        if long == known:
-            return known
-    raise ValueError(f"precision={name}: the cost model knows {', '.join(get_args(Precision))}")
+    """Expand Lightning's short names of precisions."""
+    precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={name}: the cost model knows {', '.join(get_args(Precision))}")
+    return precision

@@ -1,4 +1,4 @@
-"""The two ways `nlgmoe inspect` answers: a table for people, one JSON object for programs."""
+"""Output of `nlgmoe inspect`: a table, or one JSON object."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nlgmoe.monitoring.hardware import RESERVED, Hardware
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.cost import Cost
 from nlgmoe.tools.planner.fitting import Suggestion
+from nlgmoe.tools.planner.roofline import Parts
 from nlgmoe.tools.planner.topology import Topology
 
 OPTIONS = {
@@ -22,13 +23,13 @@ OPTIONS = {
     "hardware": "--hardware",
     "activation_checkpointing": "--activation-checkpointing",
 }
-"""The option for each change that `fitting.py` suggests; that several GPUs need DeepSpeed goes without saying."""
+"""The option for each change that `fitting.py` suggests; `deepspeed` follows from the others."""
 
 
 def as_json(
-    config: GPTConfig, topology: Topology, gpu: Hardware, cost: Cost, ways: list[Suggestion], inputs: dict[str, Any]
+    config: GPTConfig, topology: Topology, gpu: Hardware, cost: Cost, changes: list[Suggestion], inputs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything, in bytes, seconds, FLOPs and counts."""
+    """Return all results, in bytes, seconds, FLOPs and counts."""
     count, memory, communication = count_parameters(config), cost.memory, cost.communication
     return {
         "inputs": inputs | {"model": config.to_dict(), "topology": asdict(topology)},
@@ -50,19 +51,19 @@ def as_json(
         "fits": cost.fits,
         "suggestions": [
             {
-                "changes": way.changes,
-                "memory_total": way.cost.memory.total,
-                "tokens_per_second": way.cost.tokens_per_second,
+                "changes": suggestion.changes,
+                "memory_total": suggestion.cost.memory.total,
+                "tokens_per_second": suggestion.cost.tokens_per_second,
             }
-            for way in ways
+            for suggestion in changes
         ],
     }
 
 
 def as_text(
-    config: GPTConfig, topology: Topology, gpu: Hardware, cost: Cost, ways: list[Suggestion], inputs: dict[str, Any]
+    config: GPTConfig, topology: Topology, gpu: Hardware, cost: Cost, changes: list[Suggestion], inputs: dict[str, Any]
 ) -> str:
-    """A table to be read in ten seconds."""
+    """Format the results as a table."""
     memory, sent, time, count = cost.memory, cost.communication, cost.time, count_parameters(config)
     parts = {"embedding": count.embedding, "attention": count.attention, "norms": count.norms}
     parts |= {"dense FFN": count.dense_ffn, "router": count.router, "experts": count.experts}
@@ -71,12 +72,7 @@ def as_text(
         memory_parts |= {"fp32 gradients in the step": memory.step}
     else:
         memory_parts |= {"activations": memory.activations, "ZeRO buckets": memory.buckets}
-    sent_parts = {"all-to-all": sent.all_to_all, "dense gradients": sent.dense_gradients}
-    sent_parts |= {"expert gradients": sent.expert_gradients, "gathered weights": sent.gathered_weights}
-    time_parts = {"compute": time.compute, "all-to-all": time.all_to_all, "gradients": time.gradients}
-    time_parts |= {"gathered weights": time.gathered_weights, "optimizer": time.optimizer}
     mfu = cost.roofline.utilisation(config, topology, gpu)
-    roofline_parts = {name.replace("_", " "): seconds for name, seconds in asdict(cost.roofline).items()}
     lines = [
         ("model", describe_model(config)),
         ("run", describe_run(topology, str(inputs["hardware"]))),
@@ -84,24 +80,29 @@ def as_text(
         ("FLOPs per token", f"{_si(flops_per_token(config))}FLOP, forward and backward"),
         *_table("memory per rank", memory.total, memory_parts, _bytes),
         *([("", f"and {_bytes(memory.host)} of optimizer in the host's memory")] if memory.host else []),
-        *_table("sent per rank and step", sent.total, sent_parts, _bytes),
-        *_table("step time", time.total, time_parts, _seconds, f"at {inputs['utilisation']:.0%} of peak"),
+        *_table("sent per rank and step", sent.total, _named(sent), _bytes),
+        *_table("step time", time.total, _named(time), _seconds, f"at {inputs['utilisation']:.0%} of peak"),
         *_table(
             "roofline",
             cost.roofline.total,
-            roofline_parts,
+            _named(cost.roofline),
             _seconds,
             f"a micro-batch, forward and backward; MFU {mfu:.2f}",
         ),
         ("speed", f"{_si(cost.tokens_per_second)}tokens/s, {cost.samples_per_second:,.1f} samples/s on all GPUs"),
-        ("verdict", verdict(cost, gpu, str(inputs["hardware"]))),
-        *(("" if index else "to make it fit", describe_change(way)) for index, way in enumerate(ways)),
+        ("result", describe_fit(cost, gpu, str(inputs["hardware"]))),
+        *(("" if index else "to make it fit", describe_change(change)) for index, change in enumerate(changes)),
     ]
-    return "\n".join(f"{label:<23}{text}" for label, text in lines)
+    return "\n".join(f"{title:<23}{text}" for title, text in lines)
+
+
+def _named(parts: Parts) -> dict[str, float]:
+    names = {"all_to_all": "all-to-all"}
+    return {names.get(name, name.replace("_", " ")): value for name, value in asdict(parts).items()}
 
 
 def describe_model(config: GPTConfig) -> str:
-    """One line: shape, and experts of the MoE layers as `2 x 64`."""
+    """Describe the model in one line: shape and experts."""
     shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {config.seq_len}"
     moe, counts = config.moe, [experts for experts in experts_per_layer(config) if experts]
     if moe is None:
@@ -111,7 +112,7 @@ def describe_model(config: GPTConfig) -> str:
 
 
 def describe_run(topology: Topology, hardware: str) -> str:
-    """One line: ranks and what is shared among them."""
+    """Describe the layout in one line."""
     batch = (
         f"batch {topology.global_batch_size} = {topology.gpus} x {topology.micro_batch_size} x {topology.accumulation}"
     )
@@ -121,30 +122,29 @@ def describe_run(topology: Topology, hardware: str) -> str:
     return f"{topology.gpus} x {hardware}, {parallel}{topology.precision}, {batch} (GPUs x micro-batch x accumulation){flags}"
 
 
-def verdict(cost: Cost, gpu: Hardware, hardware: str) -> str:
-    """Whether it fits, in a sentence."""
-    room = gpu.memory - RESERVED
+def describe_fit(cost: Cost, gpu: Hardware, hardware: str) -> str:
+    """Compare the predicted with the available memory."""
+    available = gpu.memory - RESERVED
     if cost.fits:
-        return f"fits: uses {cost.memory.total / room:.0%} of the {_bytes(room)} that tensors can have on {hardware}"
-    return f"does not fit: needs {_bytes(cost.memory.total)} of the {_bytes(room)} that tensors can have on {hardware}"
+        return f"fits: uses {cost.memory.total / available:.0%} of the {_bytes(available)} available on {hardware}"
+    return f"does not fit: needs {_bytes(cost.memory.total)} of the {_bytes(available)} available on {hardware}"
 
 
-def describe_change(way: Suggestion) -> str:
-    """The options to set, and what then comes out."""
-    named = {OPTIONS[name]: value for name, value in way.changes.items() if name in OPTIONS}
+def describe_change(change: Suggestion) -> str:
+    """Format the options to set, with the memory and speed that result."""
+    named = {OPTIONS[name]: value for name, value in change.changes.items() if name in OPTIONS}
     options = " ".join(option if value is True else f"{option} {value}" for option, value in named.items())
-    return f"{options}  ({_bytes(way.cost.memory.total)}, {_si(way.cost.tokens_per_second)}tokens/s)"
+    return f"{options}  ({_bytes(change.cost.memory.total)}, {_si(change.cost.tokens_per_second)}tokens/s)"
 
 
-def _table(title: str, total: float, parts: dict[str, Any], show: Any, note: str = "") -> list[tuple[str, str]]:
-    """`title  total  note`, then a line for each part that is not 0."""
-    rows = [(title, f"{show(total):>10}  {note}".rstrip())]
-    shares = {name: value / total for name, value in parts.items() if total and value}
-    return rows + [("", f"{show(parts[name]):>10}  {share:>4.0%}  {name}") for name, share in shares.items()]
+def _table(title: str, total: float, parts: dict[str, Any], form: Any, note: str = "") -> list[tuple[str, str]]:
+    """Return a row `title  total  note` and a row for each part that is not 0."""
+    rows = [(title, f"{form(total):>10}  {note}".rstrip())]
+    return rows + [("", f"{form(value):>10}  {value / total:>4.0%}  {name}") for name, value in parts.items() if value]
 
 
 def _si(value: float) -> str:
-    """`12.3 G`: three digits and a decimal prefix, ready for a unit."""
+    """Format three digits and a decimal prefix, such as `12.3 G`, to be followed by a unit."""
     power = next((power for power in range(4) if abs(value) < 999.5 * 1000**power), 4)
     return f"{value / 1000**power:.3g} {' kMGT'[power].strip()}"
 

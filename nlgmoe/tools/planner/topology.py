@@ -1,4 +1,4 @@
-"""How a run is laid out over ranks, and what its numbers weigh: the second input of the cost model, beside `GPTConfig`."""
+"""The layout of a run over ranks and the bytes per value: with `GPTConfig`, the input of the cost model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
 @dataclass(frozen=True)
 class BytesPer:
-    """Bytes per parameter of what training keeps, and per value of what passes through the model.
+    """Bytes per parameter of training state, and per value of activations.
 
     Attributes:
-        weight: the weights the model computes with.
-        gradient: their gradients, as ranks exchange them.
-        accumulated: their gradients, as they are kept from micro-batch to micro-batch.
-        master: the optimizer's own fp32 copy of the weights; 0 where it updates the weights themselves.
-        moments: Adam's two.
-        cast: half-precision copies of the weight matrices that autocast makes and keeps for the backward pass.
+        weight: weights used in computation.
+        gradient: gradients, as reduced over ranks.
+        accumulated: gradients, as accumulated over micro-batches.
+        master: the optimizer's fp32 copy of the weights; 0 if it updates the weights themselves.
+        moments: Adam's two moments.
+        cast: autocast's half-precision copies of weight matrices, saved for the backward pass.
         residual: values of the residual stream.
         compute: values inside attention, feed-forward layers and experts.
     """
@@ -38,7 +38,7 @@ class BytesPer:
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks, and what each of them does.
+    """The layout of a run over ranks.
 
     Attributes:
         gpus: ranks; all are data-parallel.
@@ -46,12 +46,12 @@ class Topology:
         zero_stage: 0, 1 or 2.
         micro_batch_size: sequences per rank and forward pass.
         global_batch_size: sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`.
-        activation_checkpointing: each block is computed again in the backward pass.
+        activation_checkpointing: each block is recomputed in the backward pass.
         precision: Lightning's name.
-        deepspeed: the run goes through DeepSpeed's engine, which computes with half-precision weights under `*-mixed` too.
-            Without it `*-mixed` is autocast over fp32 weights.
-        offload_optimizer: master weights and moments live in the host's memory (ZeRO-Offload).
-        loss_chunk_size: tokens whose logits exist at a time.
+        deepspeed: the run uses DeepSpeed's engine, which computes with half-precision weights under `*-mixed` too. Without it
+            `*-mixed` is autocast over fp32 weights.
+        offload_optimizer: master weights and moments are in host memory (ZeRO-Offload).
+        loss_chunk_size: tokens whose logits are computed at a time.
     """
 
     gpus: int = 1
@@ -74,9 +74,7 @@ class Topology:
                 f"zero_stage={self.zero_stage}: choose 0, 1 or 2 (DeepSpeed's stage 3 has no expert parallelism)"
             )
         if self.expert_parallel_size > self.gpus:
-            raise ValueError(
-                f"expert_parallel_size={self.expert_parallel_size} is more than the {self.gpus} GPUs there are"
-            )
+            raise ValueError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size} "
@@ -92,10 +90,11 @@ class Topology:
 
     @property
     def bytes_per(self) -> BytesPer:
-        """What a parameter and an activation weigh under this precision and engine."""
-        zero = self.zero_stage > 0
+        """Bytes per parameter and per activation for this precision and engine."""
         if self.precision == "32-true":
-            return BytesPer(4, 4, 4, 4 if zero else 0, 8, 0, 4, 4)  # ZeRO copies its shard of fp32 weights too
+            return BytesPer(
+                4, 4, 4, 4 if self.zero_stage else 0, 8, 0, 4, 4
+            )  # ZeRO copies its shard of fp32 weights too
         if self.deepspeed:
             in_fp32 = self.zero_stage == 2 and not self.offload_optimizer  # see ExpertParallelStrategy
             return BytesPer(2, 2, 4 if in_fp32 else 2, 4, 8, 0, 2, 2)
@@ -104,7 +103,7 @@ class Topology:
         return BytesPer(2, 2, 2, 0, 4, 0, 2, 2)
 
     def degrees(self, config: GPTConfig) -> list[int]:
-        """Expert-parallel degree of every block, from the first to the last; 0 for a dense one."""
+        """Return the expert-parallel degree of every block, in order; 0 for a dense block."""
         return [
             expert_parallel_degree(experts, self.gpus, self.expert_parallel_size) if experts else 0
             for experts in experts_per_layer(config)
