@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
@@ -43,7 +44,7 @@ class RunFolder(SaveConfigCallback):
         assert isinstance(pl_module, MoEGPTModule)
         check_monitors(trainer, pl_module)
         if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
-            refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path)
+            refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path, checkpoint_folders(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -93,12 +94,31 @@ def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
     return [{"step": 0, "config": name, "versions": json.loads((folder / "versions.json").read_text())}]
 
 
-def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Where each `ModelCheckpoint` saves."""
+    keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    return [Path(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None]
+
+
+def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Path] = ()) -> None:
     """A folder holds one run, which may be resumed.
 
+    Args:
+        folder: the run folder.
+        checkpoint: to resume.
+        places: where the run saves checkpoints.
+
     Raises:
-        ValueError: `folder` holds a run and there is no checkpoint to resume, or it is of another run.
+        ValueError: `folder` holds a run, or one of `places` checkpoints, and there is none to resume, or it is of another run.
     """
+    if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
+        return
+    for place in places:
+        if not is_of_run(place, folder) and has_checkpoints(place):
+            raise ValueError(
+                f"ModelCheckpoint.dirpath={place} holds checkpoints of another run, which this one would replace: set it to a "
+                "folder of its own, or leave it out; to go on with the other run, give the path of a checkpoint in it"
+            )
     if not holds_run(folder):
         return
     if checkpoint is None:
@@ -110,11 +130,10 @@ def refuse_second_run(folder: Path, checkpoint: Any = None) -> None:
         raise ValueError(
             f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
         )
-    if not is_of_run(checkpoint, folder):
-        raise ValueError(
-            f"{folder} holds a run already, and {checkpoint} is not of it: choose another trainer.default_root_dir to go on "
-            "from that checkpoint there"
-        )
+    raise ValueError(
+        f"{folder} holds a run already, and {checkpoint} is not of it: choose another trainer.default_root_dir to go on "
+        "from that checkpoint there"
+    )
 
 
 def require_checkpoint(path: Path) -> None:
@@ -130,7 +149,7 @@ def require_checkpoint(path: Path) -> None:
 
 
 def resolve_checkpoint(
-    name: Any, folder: Path, remedy: str, may_start: bool, elsewhere: Sequence[str] = (), first_save: int = 1
+    name: Any, folder: Path, remedy: str, may_start: bool, places: Sequence[Path] = (), first_save: int = 1
 ) -> Any:
     """`last` and `auto` mean the run folder: its newest valid checkpoint; `auto` is content with none where a run may start.
 
@@ -141,7 +160,7 @@ def resolve_checkpoint(
         folder: the run folder.
         remedy: what to do if there is none.
         may_start: whether a new run is the alternative.
-        elsewhere: where else the run saves checkpoints.
+        places: where the run saves checkpoints.
         first_save: step at which a run has saved its first checkpoint; one that was killed before is started again.
 
     Raises:
@@ -150,7 +169,7 @@ def resolve_checkpoint(
     """
     if name not in ("last", "auto"):
         return name
-    for place in elsewhere:
+    for place in places:
         if not is_of_run(place, folder):
             raise ValueError(
                 f"ckpt_path={name} looks into trainer.default_root_dir={folder}, but ModelCheckpoint.dirpath={place} is outside: "

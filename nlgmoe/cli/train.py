@@ -35,6 +35,7 @@ from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.run_folder import (
     RunFolder,
+    checkpoint_folders,
     held,
     refuse_second_run,
     require_checkpoint,
@@ -169,7 +170,7 @@ class TrainCLI(LightningCLI):
         self._find_checkpoint("leave ckpt_path out to start a run, or set it to auto")
         name, checkpoint = self._get(self.config, "ckpt_path"), self._get(self.config_init, "ckpt_path")
         if self.trainer.is_global_zero and name != "auto":
-            refuse_second_run(folder, checkpoint)
+            refuse_second_run(folder, checkpoint, checkpoint_folders(self.trainer))
         require_writable(folder)
         if self.trainer.is_global_zero:
             self._while_running.enter_context(held(folder))
@@ -199,11 +200,9 @@ class TrainCLI(LightningCLI):
     def _find_checkpoint(self, remedy: str) -> None:
         name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
         keepers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        places = [str(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None]
         intervals = [keeper._every_n_train_steps for keeper in keepers if keeper._every_n_train_steps]
-        found = resolve_checkpoint(
-            name, folder, remedy, self.subcommand == "fit", places, first_save=min(intervals, default=0) + 1
-        )
+        places, first_save = checkpoint_folders(self.trainer), min(intervals, default=0) + 1
+        found = resolve_checkpoint(name, folder, remedy, self.subcommand == "fit", places, first_save)
         self.config_init[self.subcommand]["ckpt_path"] = found
 
     @override
@@ -302,7 +301,7 @@ def mute_advertising() -> None:
     lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # DeepSpeed's
-    # A run that goes on finds its own checkpoints.
+    # A run that goes on finds its own checkpoints; `refuse_second_run` sees to it that they are.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nlgmoe import load_config
-from nlgmoe.cli.run_folder import resolve_checkpoint
+from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
 from tests.end_to_end.test_train_cli import TINY
 
@@ -70,6 +70,22 @@ def test_auto_starts_a_run_again_that_was_killed_before_its_first_checkpoint(tmp
     assert resolve_checkpoint("auto", tmp_path, "", True, first_save=21) is None
     with pytest.raises(ValueError, match="has logged 19 steps but holds no checkpoint"):
         resolve_checkpoint("auto", tmp_path, "", True, first_save=19)
+
+
+def test_checkpoints_of_another_run_are_not_replaced(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, place = tmp_path / "run", tmp_path / "scratch"
+    (place / "step-4.ckpt").mkdir(parents=True)
+    keeper = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={place}"]
+    with pytest.raises(SystemExit):
+        main([*command, *keeper])
+    assert f"ModelCheckpoint.dirpath={place} holds checkpoints of another run" in capsys.readouterr().err
+    run.mkdir()
+    (run / "config.yaml").touch()  # a run that saves there is continued
+    refuse_second_run(run, place / "step-4.ckpt", [place])
+    with pytest.raises(ValueError, match="is not of it"):
+        refuse_second_run(run, place / "step-4.ckpt")
 
 
 def test_an_evaluation_leaves_the_rows_of_training_alone(command: list[str], tmp_path: Path) -> None:
