@@ -117,10 +117,10 @@ def make_document(checkpoint: dict[str, Any], folder: Path) -> tuple[dict[str, A
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Undo `make_document`: Lightning's dictionary without weights and optimizer."""
+    """Undo `make_document`: Lightning's dictionary without weights and optimizer, and the `path` it is from."""
     document = read_document(path)
     found: dict[str, Any] = _from_json(document, TensorFiles(path, "state", required=False).read_all())
-    return found
+    return found | {"path": str(path)}
 
 
 def load_model(path: str | Path) -> GPT:

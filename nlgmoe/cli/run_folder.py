@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,19 @@ from nlgmoe.versions import versions
 
 class RunFolder(SaveConfigCallback):
     """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
+
+    _resumed: str | None = None  # the checkpoint that this start goes on from
+    _start: int | None = None  # place of this start in `starts.json`; until it is there, that of the resumed one
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember which one it is, also where a run's folder was given."""
+        self._resumed, self._start = checkpoint["path"], checkpoint.get("start")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say which start of the run saved it."""
+        checkpoint["start"] = self._start
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -59,27 +73,31 @@ class RunFolder(SaveConfigCallback):
     @override
     @rank_zero_only
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` and `versions.json`, and record a start whose settings or versions are others than before.
+        """Write `config.yaml` and `versions.json`, and record the start.
 
         The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from.
-        `starts.json` lists the starts in the order of time, each with the step from which its settings held.
+        `starts.json` lists the starts in the order of time, each with the step from which its settings held, and the
+        checkpoint it went on from.
         """
         folder = Path(trainer.default_root_dir)
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
+        self._start = len(starts)
         if "ckpt_path" in config:
             config["ckpt_path"] = None
         with atomic_write(folder / "config.yaml") as new:
             self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
             text = new.read_bytes()
-        made = versions()
-        if not starts or starts[-1]["versions"] != made or (folder / starts[-1]["config"]).read_bytes() != text:
+        name = starts[-1]["config"] if starts else ""
+        if not starts or (folder / name).read_bytes() != text:
             name = f"starts/{len(starts)}-step-{trainer.global_step}.yaml"
             (folder / name).write_bytes(text)
-            write_json(
-                folder / "starts.json", [*starts, {"step": trainer.global_step, "config": name, "versions": made}]
-            )
-        write_json(folder / "versions.json", made)
+        resumed = None if self._resumed is None else os.path.abspath(self._resumed)
+        if resumed is not None and Path(resumed).is_relative_to(os.path.abspath(folder)):
+            resumed = os.path.relpath(resumed, folder)  # the folder may be moved
+        start = {"step": trainer.global_step, "config": name, "versions": versions(), "checkpoint": resumed}
+        write_json(folder / "starts.json", [*starts, start])
+        write_json(folder / "versions.json", start["versions"])
 
 
 def _recorded_starts(folder: Path) -> list[dict[str, Any]]:

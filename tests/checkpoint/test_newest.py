@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -12,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint import newest, writing
+from nlgmoe.checkpoint import newest, portable, writing
 from nlgmoe.checkpoint.folder import is_of_run, is_whole, read_document
 from nlgmoe.checkpoint.newest import candidates, choose, has_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
@@ -211,6 +212,8 @@ def test_an_evaluation_leaves_a_run_alone_that_is_writing(tmp_path: Path) -> Non
 def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(newest, "_saved_last", "")
+
     def at(year: int) -> None:
         clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, zone: datetime(year, 1, 1, tzinfo=zone))})
         monkeypatch.setattr(newest, "datetime", clock)
@@ -218,8 +221,33 @@ def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
     for year, step in ((2030, 9), (2020, 5), (2020, 6)):
         at(year)
         checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
-        PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / f"step-{step}.ckpt")
+        PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / str(step % 2) / f"step-{step}.ckpt")
     assert [path.name for path in candidates(tmp_path)] == ["step-6.ckpt", "step-5.ckpt", "step-9.ckpt"]
     monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
-    with pytest.warns(UserWarning, match=r"step-9.ckpt is of step 9, but was saved earlier"):
-        assert choose(tmp_path) == tmp_path / "step-6.ckpt"
+    with pytest.warns(UserWarning, match=r"step-9.ckpt is of step 9, but the run went back since"):
+        assert choose(tmp_path) == tmp_path / "0/step-6.ckpt"
+
+
+def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it was killed before it saved anything; in another folder, which has none of its own yet, too."""
+    monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
+
+    def saved(step: int, start: int) -> None:
+        checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
+        PortableCheckpointIO().save_checkpoint(checkpoint | {"start": start}, tmp_path / f"run/step-{step}.ckpt")
+
+    saved(8, start=0)
+    saved(20, start=0)
+    starts: list[dict[str, Any]] = [{"checkpoint": None}]
+    (tmp_path / "run/starts.json").write_text(json.dumps(starts))
+    assert choose(tmp_path / "run").name == "step-20.ckpt"
+    (tmp_path / "run/starts.json").write_text(json.dumps([*starts, {"checkpoint": "step-8.ckpt"}]))
+    with pytest.warns(UserWarning, match=r"step-20.ckpt is of step 20, but the run went back since"):
+        assert choose(tmp_path / "run").name == "step-8.ckpt"
+    monkeypatch.setattr(portable, "time_of_save", lambda folder: "2020")  # a clock that was set back
+    saved(12, start=1)
+    with pytest.warns(UserWarning, match=r"step-20.ckpt is of step 20"):
+        assert choose(tmp_path / "run").name == "step-12.ckpt"
+    (tmp_path / "branch").mkdir()
+    (tmp_path / "branch/starts.json").write_text(json.dumps([{"checkpoint": str(tmp_path / "run/step-8.ckpt")}]))
+    assert has_checkpoints(tmp_path / "branch") and choose(tmp_path / "branch").name == "step-8.ckpt"

@@ -174,7 +174,8 @@ def _changes(folder: Path) -> list[str]:
             changed = [
                 f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)
             ]
-            found.append(f"From step {after['step']:,} on: {', '.join(changed)}.")
+            if changed:
+                found.append(f"From step {after['step']:,} on: {', '.join(changed)}.")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
