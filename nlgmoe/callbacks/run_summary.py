@@ -23,7 +23,7 @@ from nlgmoe.versions import versions
 
 
 class RunSummary(Callback):
-    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends.
+    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that goes on removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
     run. `tokens_per_second` covers only training steps; `wall_seconds` includes validation and checkpoints.
@@ -65,11 +65,13 @@ class RunSummary(Callback):
                 f"the model has {total:,} parameters where model.config describes {formula:,}: it was changed in code; FLOPs and "
                 "MFU are those of model.config"
             )
-        self._fit_started = time.perf_counter()
+        self._fit_started, self._batch_started = time.perf_counter(), 0.0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start the step clock."""
+        """Start the step clock; at the first step remove the summary of an earlier end."""
+        if not self._batch_started and trainer.is_global_zero:
+            Path(trainer.default_root_dir, "summary.json").unlink(missing_ok=True)
         self._batch_started = time.perf_counter()
 
     @override

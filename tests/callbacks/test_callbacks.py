@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
@@ -61,8 +62,11 @@ def test_the_summary_has_the_validation_loss_and_goes_on_after_a_restart(tmp_pat
         MoEGPTModule(CONFIG), SyntheticData()
     )
     second, module = RunSummary(), MoEGPTModule(CONFIG)
-    run = trainer(tmp_path, second, max_steps=4, **validation)
+    there: list[bool] = []
+    look = LambdaCallback(on_train_batch_end=lambda *_: there.append((tmp_path / "summary.json").exists()))
+    run = trainer(tmp_path, second, look, max_steps=4, **validation)
     run.fit(module, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+    assert there == [False]  # that of the first part is gone until the second one ends
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["tokens"] == 4 * 64
     assert summary["val_loss"] == float(run.callback_metrics["val/loss"])
