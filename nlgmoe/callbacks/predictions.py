@@ -18,11 +18,22 @@ class PredictionFile(BasePredictionWriter):
     """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked.
 
     Rows are in the order of the data module's prediction windows. With several ranks, each writes its own shard, with its
-    rank in the file name.
+    rank in the file name; files of an earlier prediction are removed. The files' metadata name the `checkpoint` and its `step`.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
+        self._metadata: dict[str, str] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the checkpoint of an earlier call of the trainer."""
+        self._metadata = {}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember which one it is, also where a run's folder was given."""
+        self._metadata = {"checkpoint": checkpoint["path"], "step": str(checkpoint["global_step"])}
 
     @override
     def write_on_epoch_end(
@@ -31,8 +42,14 @@ class PredictionFile(BasePredictionWriter):
         """Write the file."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = folder / f"predictions{rank}.safetensors"
-        save_file({"losses": torch.cat([batch.float().cpu() for batch in predictions])}, path)
+        ranks = [f"-{rank}" for rank in range(trainer.world_size)] if trainer.world_size > 1 else [""]
+        paths = [folder / f"predictions{rank}.safetensors" for rank in ranks]
+        if trainer.is_global_zero:
+            for earlier in {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {
+                *paths
+            }:
+                earlier.unlink()
+        path = paths[trainer.global_rank]
+        save_file({"losses": torch.cat([batch.float().cpu() for batch in predictions])}, path, self._metadata)
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
         rank_zero_info(f"token losses written to {path}")

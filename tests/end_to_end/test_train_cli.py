@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from nlgmoe import Experiment, load_config, load_model
 from nlgmoe.cli.train import main
@@ -72,8 +72,12 @@ def test_the_quickstart_from_training_to_resuming_and_validating(pocket_pile: Pa
     assert logged == [1, 3, 5, 7, 9, 10]  # the first part's rows are still there; the last step is always logged
     assert sorted(path.name for path in (run / "checkpoints").glob("last*")) == ["last.ckpt"]
     assert load_model(run / "checkpoints" / "last.ckpt").config.num_layers == 2
-    main(["predict", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
-    assert load_file(run / "predictions.safetensors")["losses"].shape == (16, 32)
+    (run / "predictions-1.safetensors").touch()  # of an earlier prediction on two ranks
+    main(["predict", *quickstart(run, data), "--ckpt_path=last"])
+    assert [path.name for path in run.glob("predictions*")] == ["predictions.safetensors"]
+    with safe_open(run / "predictions.safetensors", "pt") as predicted:
+        assert predicted.get_tensor("losses").shape == (16, 32)
+        assert predicted.metadata() == {"checkpoint": str(run / "checkpoints/last.ckpt"), "step": "11"}
     rows = (run / "metrics.csv").read_text()
     main(["validate", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
     assert (run / "metrics.csv").read_text() == rows
