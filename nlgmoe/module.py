@@ -31,7 +31,7 @@ from nlgmoe.checkpoint.portable import describe_mismatch
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.device import fork_rng
-from nlgmoe.distill.distiller import Distiller
+from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.eval.perplexity import DomainLoss
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy, token_losses
@@ -463,6 +463,8 @@ class MoEGPTModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, HasTokenizer):
             checkpoint["tokenizer"] = data.tokenizer_json()
+        if isinstance(self.distiller, KeepsState):
+            checkpoint["distiller"] = self.distiller.state_dict()
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
@@ -486,6 +488,8 @@ class MoEGPTModule(LightningModule):
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             keep_patience(checkpoint, self.trainer)
+            if isinstance(self.distiller, KeepsState):
+                self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         if fits and "loops" in checkpoint:
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
             self._validated_step = step if validated else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lightning import Trainer
 from torch import Tensor
@@ -38,6 +38,19 @@ class Distiller(Protocol):
 
     def release(self) -> bool:
         """Free what `start` loaded. Returns whether there was anything."""
+        ...
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """A distiller with state in the student's checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it, before `start`."""
         ...
 
 

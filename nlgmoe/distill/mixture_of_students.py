@@ -20,13 +20,14 @@ from torch import Tensor
 
 from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import all_or_none
-from nlgmoe.checkpoint.folder import TensorFiles, read_document
+from nlgmoe.checkpoint.folder import TensorFiles, is_whole, read_document
 from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries
-from nlgmoe.checkpoint.newest import find
+from nlgmoe.checkpoint.newest import candidates, find, is_checkpoint
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import check_loss
+from nlgmoe.distill.teacher_logits import weights_of
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
@@ -42,7 +43,8 @@ class MixtureOfStudents:
 
     Args:
         teacher: folder of a checkpoint, such as runs/laptop_pr_moe/checkpoints/last.ckpt; of a run's folder, the newest valid
-            one. Loaded when training begins, unless distillation has ended.
+            one. Loaded when training begins, unless distillation has ended. A run that is resumed keeps the same one, or ends
+            if its weights are gone.
         beta: weight of the distillation loss.
         temperature: that the logits of both are divided by before they are compared.
         precision: of the teacher, weights and products: `fp32` or `bf16`; null: as the student's.
@@ -78,6 +80,15 @@ class MixtureOfStudents:
         }
         self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self.model: GPT | None = None  # this rank's part of the teacher, until `release`
+        self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights` of the teacher, also in the resumed run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which teacher the run has learned from."""
+        return self._used
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep that teacher, unless `teacher` is another setting now."""
+        self._used = state_dict
 
     def start(self, student: GPT, trainer: Trainer) -> None:
         """Load the teacher to the student's device, unless `loss_weight` is 0. A collective: all ranks call this.
@@ -121,15 +132,37 @@ class MixtureOfStudents:
         return path
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
-        """Return the checkpoint, of a run the newest valid one, and its document."""
+        """Return the checkpoint (the one already learned from; of a run, the newest valid one) and its document."""
+        if self._used and self._used["setting"] != self.teacher:
+            rank_zero_info(f"model.distiller.teacher was {self._used['setting']}, now it is {self.teacher}")
+            self._used = {}
+        path = self._find_again() if self._used else None
         try:
-            path = find(self.teacher)
-            return path, read_document(path)
+            path = path or find(self.teacher)
+            document, weights = read_document(path), weights_of(path)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"model.distiller.teacher={self.teacher}: {error}; set it to a trained checkpoint, or model.distiller=null "
                 "to train on text alone"
             ) from error
+        self._used = {"setting": self.teacher, "checkpoint": str(path), "weights": weights}
+        return path, document
+
+    def _find_again(self) -> Path:
+        """Return the checkpoint with the weights that the run has learned from, under whatever name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        there = [Path(self.teacher)] if is_checkpoint(self.teacher) else candidates(Path(self.teacher))
+        for path in [Path(self._used["checkpoint"]), *there]:
+            if is_whole(path) and weights_of(path) == self._used["weights"]:
+                return path
+        raise ValueError(
+            f"model.distiller.teacher={self.teacher}: this run has learned from {self._used['checkpoint']}, whose weights "
+            f"are gone or were replaced, not from {there[0] if there else 'what is there'}; bring them back, or set it to the "
+            "path of another checkpoint to learn from that"
+        )
 
     def release(self) -> bool:
         """Free the teacher's memory, also to other processes. Returns whether one was loaded."""
