@@ -1,8 +1,8 @@
 """A corpus in Megatron's indexed format: one pair of files, split by document into training, validation and test.
 
 The public-Pile runs of the tutorial read `pile_text_document.bin` and `.idx`, written by Megatron's
-`tools/preprocess_data.py`; `nlgmoe prepare-data --input` writes the same. On opening, the index is checked whole, the
-tokens by samples; ids are checked again whenever a window is read (`sampling.py`).
+`tools/preprocess_data.py`; `nlgmoe prepare-data --input` writes the same. Opening checks the whole
+index and samples of the tokens; `sampling.py` checks the ids of every window that is read.
 """
 
 import hashlib
@@ -15,13 +15,11 @@ import numpy as np
 from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import SAME_TOKENIZER, Tokenizer, load_tokenizer
 
 # Evenly spaced over the corpus: each is a random read, which takes a network disk its time.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
-PIECES = 64  # for ids beyond the vocabulary, and for the fingerprint
-PIECE_BYTES = 1 << 15
-COMPARED_TOKENS = 256  # of a sampled document
+PIECES, PIECE_BYTES = 64, 1 << 15  # for the fingerprint
 
 
 class MegatronIndexed:
@@ -88,34 +86,26 @@ class MegatronIndexed:
         return Streams(loaded, [self.prefix.name], tokens, fingerprint, described)
 
     def _check(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
-        for piece in _pieces(len(dataset.tokens), PIECE_BYTES // dataset.dtype.itemsize):
-            ids = dataset.tokens[piece]
-            if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-                raise ValueError(
-                    f"{self.prefix}.bin holds token ids from {ids.min()} to {ids.max()}, but the tokenizer {tokenizer.name} "
-                    f"has {tokenizer.vocab_size}: set data.tokenizer to the one it was made with."
-                )
         documents = len(dataset.document_indices) - 1
-        sampled = np.unique(np.linspace(0, documents - 1, min(documents, SAMPLED_DOCUMENTS), dtype=np.int64))
-        ends = [(dataset.first_token(int(i)), dataset.first_token(int(i) + 1)) for i in sampled]
-        closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in ends if end > first]
+        sampled = np.unique(np.linspace(0, documents - 1, min(documents, SAMPLED_DOCUMENTS), dtype=np.int64)).tolist()
+        bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
+        closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in bounds if end > first]
         if not all(closed):
             raise ValueError(
                 f"{closed.count(False)} of {len(closed)} sampled documents in {self.prefix}.bin do not end with "
                 f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
                 "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
             )
-        # First sequences, because Megatron can tokenise each sentence by itself. Some may differ: not every text is clean.
+        # First sequences, because Megatron can tokenise each sentence by itself.
         texts = [
             dataset[int(dataset.document_indices[number])]
-            for number, (first, end) in zip(sampled.tolist(), ends, strict=True)
+            for number, (first, end) in zip(sampled, bounds, strict=True)
             if end > first
         ]
-        same = [_is_made_by(tokenizer, ids) for ids in texts]
-        if same.count(False) > len(same) / 2:
+        if (same := tokenizer.share_reproduced(texts)) < SAME_TOKENIZER:
             raise ValueError(
-                f"{same.count(False)} of {len(same)} sampled documents in {self.prefix}.bin are not as {tokenizer.name} "
-                "tokenises their text: set data.tokenizer to the one they were made with."
+                f"{self.prefix}.bin holds another tokenizer's ids: {same:.0%} of those in {len(texts)} sampled documents come "
+                f"back when their text is tokenised with {tokenizer.name}: set data.tokenizer to the one they were made with."
             )
 
     def _fingerprint(self, bounds: list[int]) -> str:
@@ -125,29 +115,12 @@ class MegatronIndexed:
             path = Path(f"{self.prefix}.{kind}")
             size = path.stat().st_size
             digest.update(size.to_bytes(8, "little"))
+            length = min(PIECE_BYTES, size)
             with path.open("rb") as handle:
-                for piece in _pieces(size, PIECE_BYTES):
-                    handle.seek(piece.start)
-                    digest.update(handle.read(piece.stop - piece.start))
+                for start in np.unique(np.linspace(0, size - length, PIECES, dtype=np.int64)).tolist():
+                    handle.seek(start)
+                    digest.update(handle.read(length))
         return digest.hexdigest()[:16]
-
-
-def _pieces(total: int, length: int) -> list[slice]:
-    """Evenly spaced parts of [0, total), its beginning and end among them."""
-    length = min(length, total)
-    starts = np.unique(np.linspace(0, total - length, PIECES, dtype=np.int64)).tolist()
-    return [slice(start, start + length) for start in starts]
-
-
-def _is_made_by(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
-    """Whether tokens of a document are what the tokenizer makes of their text."""
-    # Where a text is cut its last words may become other tokens, so that more are encoded than compared.
-    ids = tokens[: 2 * COMPARED_TOKENS]
-    ids = ids[ids != tokenizer.eod_id]
-    if len(ids) and ids.min() < 0:
-        return False
-    compared = len(ids) if len(tokens) <= 2 * COMPARED_TOKENS else COMPARED_TOKENS
-    return tokenizer.encode(tokenizer.decode(ids.tolist()))[:compared] == ids[:compared].tolist()
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:

@@ -6,7 +6,8 @@ byte, which do not depend on the tokenizer.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from nlgmoe.files import require_regular
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
 BUILT = ("gpt2", "pocket-4k", "pocket-8k")  # by `pocket/tokenizers.py`
+COMPARED_TOKENS = 512  # of a document, by `share_reproduced`
+SAME_TOKENIZER = 0.9  # least share of ids that are reproduced by the tokenizer they are from
 # The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
 _PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
@@ -81,6 +84,19 @@ class Tokenizer:
     def spell(self, token: int) -> bytes:
         """The bytes of text that a token stands for; the end of a document, and an unknown id, for none."""
         return self.spellings[token] if token < len(self.spellings) else b""
+
+    def share_reproduced(self, documents: Iterable[np.ndarray]) -> float:
+        """Return the share of ids that come back when their text is tokenised again: near 1 for this tokenizer's own ids.
+
+        Cut documents lose a few; a document with ids outside the vocabulary counts as lost.
+        """
+        kept = total = 0
+        for document in documents:
+            ids = [int(token) for token in document[:COMPARED_TOKENS] if token != self.eod_id]
+            total += len(ids)
+            if ids and min(ids) >= 0 and max(ids) < self.vocab_size:
+                kept += (Counter(ids) & Counter(self.encode(self.decode(ids)))).total()
+        return kept / total if total else 1.0
 
     def to_json(self) -> str:
         """All of it, in the `tokenizers` library's format."""

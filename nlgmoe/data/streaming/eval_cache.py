@@ -5,7 +5,6 @@ FOLDER/files.json                                the corpus's files by split; wr
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,11 +20,11 @@ from nlgmoe.data.streaming.text_files import TextFile
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Record
+from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 
 TRAINING_DOCUMENTS = 2000  # looked at for statistics
 CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
-SAME_TOKENIZER = 0.9  # share of ids that come back from their text; cut documents lose a few, other tokenizers most
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,12 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[TextFile]], con
             yield from read_documents(file.path, config.fields, bad)
 
     if config.fields.ids is not None:
-        _check_tokenizer(list(islice(records("train"), CHECKED_DOCUMENTS)), config)
+        first = [np.asarray(record.content) for record in islice(records("train"), CHECKED_DOCUMENTS)]
+        if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
+            raise ValueError(
+                f"ids_field={config.fields.ids} holds another tokenizer's ids: {same:.0%} of the first ones come back when their "
+                f"text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
+            )
     for split in files:
         chosen = islice(records(split), TRAINING_DOCUMENTS) if split == "train" else records(split)
         if not _write(folder, split, chosen, config, limit):
@@ -120,21 +124,6 @@ def _write(folder: Path, split: str, records: Iterator[Record], config: StreamCo
                 writers[domain].add_document(tokens)
                 kept[domain] += len(tokens)
     return sum(kept)
-
-
-def _check_tokenizer(records: Sequence[Record], config: StreamConfig) -> None:
-    """Whether ids are those that their text is tokenised to."""
-    came_back = total = 0
-    for record in records:
-        ids = [int(token) for token in record.content if token != config.tokenizer.eod_id]
-        again = config.tokenizer.encode(config.tokenizer.decode(ids))
-        came_back += (Counter(ids) & Counter(again)).total()
-        total += len(ids)
-    if came_back < SAME_TOKENIZER * total:
-        raise ValueError(
-            f"ids_field={config.fields.ids} holds another tokenizer's ids: {came_back / total:.0%} of the first ones come "
-            f"back when their text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
-        )
 
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:
