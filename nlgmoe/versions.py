@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+__version__ = "0.2.0"  # pyproject.toml reads it, without importing this file
 PACKAGES = (
-    "nlgmoe",
     "torch",
     "lightning",
     "deepspeed",
@@ -19,8 +19,8 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Installed version by package, and Python's; looked up without importing anything."""
-    found = {"python": platform.python_version()}
+    """Version of this code, of Python and of each installed package; looked up without importing anything."""
+    found = {"python": platform.python_version(), "nlgmoe": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -9,6 +9,7 @@ import pytest
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
+from nlgmoe.versions import versions
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -35,3 +36,9 @@ def test_settings_in_the_table_of_flags_exist() -> None:
     for row in rows:
         for setting in re.findall(r"`model\.(?:config|optimizer|schedule)\.(?:moe\.)?(\w+)", row):
             assert setting in known
+
+
+def test_the_version_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nlgmoe.versions.version", lambda package: "of the last pip install")
+    released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released is not None and versions()["nlgmoe"] == released[1]
