@@ -360,9 +360,22 @@ def test_a_gpt2_that_is_another_model_is_refused(
     assert f"{setting}={value}" in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "out.ckpt")
 
 
-def test_a_gpt2_that_lacks_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp.c_fc.weight": None}, "lacks transformer.h.0.mlp.c_fc.weight"),
+        (
+            {"attn.bias": torch.ones(1), "attn.masked_bias": torch.ones(1), "mlp.extra": torch.ones(1)},
+            "has transformer.h.0.mlp.extra",
+        ),
+    ],
+)
+def test_a_gpt2_with_other_weights_is_refused(
+    change: dict[str, torch.Tensor | None], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpt2(tmp_path / "gpt2", n_layer=1)
     weights = load_file(tmp_path / "gpt2/model.safetensors")
-    del weights["transformer.h.0.mlp.c_fc.weight"]
-    save_file(weights, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
-    assert "lacks transformer.h.0.mlp.c_fc.weight" in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "o.ckpt")
+    weights |= {f"transformer.h.0.{name}": value for name, value in change.items()}
+    kept = {name: value for name, value in weights.items() if value is not None}
+    save_file(kept, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
+    assert message in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "o.ckpt")

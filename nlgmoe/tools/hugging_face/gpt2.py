@@ -73,7 +73,7 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
     """Reads the entries of our model from a GPT-2's folder, in the type that they are stored in.
 
     Raises:
-        ValueError: the folder lacks weights, or its head is not its embedding.
+        ValueError: the folder lacks weights, has others than its configuration says, or its head is not its embedding.
     """
     try:
         with _quiet():
@@ -83,6 +83,11 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {missing[0]}; download or save the model again")
+    # Old files hold buffers too; transformers leaves out attn.bias itself.
+    if unknown := sorted(name for name in info["unexpected_keys"] if not name.endswith("attn.masked_bias")):
+        raise ValueError(
+            f"{folder} has {unknown[0]}, which its config.json does not describe; download or save the model again"
+        )
     if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
         raise ValueError(
             f"{folder} cannot be imported: its lm_head is not its embedding, the model here has not a head of its own"
