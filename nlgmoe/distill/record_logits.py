@@ -34,9 +34,9 @@ from nlgmoe.distill.teacher_logits import (
     HEADER,
     RECORDS,
     VERSION,
+    TeacherLogits,
     building,
     checksum,
-    read_header,
     record_type,
 )
 from nlgmoe.files import atomic_write
@@ -87,7 +87,7 @@ def record_logits(
     if folder.exists():
         if not (folder / HEADER).exists():
             raise ValueError(f"output={folder} exists already, and holds no teacher's logits; name another output")
-        header = read_header(folder)
+        header = TeacherLogits(folder).header
         _check_same(header, settings, folder)
         shutil.rmtree(work, ignore_errors=True)  # an earlier process was killed before it removed it
         report(Progress(header["samples"]))

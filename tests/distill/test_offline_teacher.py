@@ -216,6 +216,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         if not killed:
             break
     assert call > 15
+    os.truncate(tmp_path / "whole" / RECORDS, 1000)
+    with pytest.raises(ValueError, match=r"logits\.bin has 1,000 bytes"):
+        record(teacher, tmp_path / "whole", top_k=5, samples=10)
 
 
 def damage(folder: Path, file: str, place: int) -> None:
