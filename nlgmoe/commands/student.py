@@ -81,8 +81,12 @@ def student(
     staged = {"class_path": "nlgmoe.StagedDistillation", "init_args": end}
     trainer["callbacks"] = [staged, *_callbacks(trainer.get("callbacks"))]
     trainer["default_root_dir"] = f"{folder.rstrip('/')}_student_{num_layers}"
+    note = ""
+    if not isinstance(trainer.get("logger", True), bool | None):
+        del trainer["logger"]
+        note = "trainer.logger is left out: it may write where the teacher's run wrote; give the student one of its own"
 
-    written = _header(source, theirs, ours) + yaml.dump(text, Dumper=_Dumper, sort_keys=False, width=120)
+    written = _header(source, theirs, ours, note) + yaml.dump(text, Dumper=_Dumper, sort_keys=False, width=120)
     if output is None:
         print(written, end="")
     else:
@@ -90,6 +94,8 @@ def student(
         print(
             f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {output}"
         )
+        if note:
+            print(note)
 
 
 def _configuration(source: Path) -> tuple[Path, str | None]:
@@ -162,14 +168,14 @@ def _callbacks(given: Any) -> list[Any]:
     return kept
 
 
-def _header(source: str, theirs: GPTConfig, ours: GPTConfig) -> str:
+def _header(source: str, theirs: GPTConfig, ours: GPTConfig, note: str) -> str:
     experts = ""
     if ours.moe is not None:
         counts, kept = ([n for n in experts_per_layer(config) if n] for config in (theirs, ours))
         experts = f", {len(kept)} of its {len(counts)} MoE layers"
     return (
         f"# A student of {source}: {ours.num_layers} of its {theirs.num_layers} blocks{experts}; by `nlgmoe student`.\n"
-        "#   python train.py fit --config THIS_FILE\n"
+        "#   python train.py fit --config THIS_FILE\n" + (f"# {note}\n" if note else "")
     )
 
 

@@ -41,17 +41,19 @@ def test_the_shipped_students_are_those_of_their_teachers(
     assert found == shipped
 
 
-def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path) -> None:
+def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher that was itself a student, started from another run, and saved to a place of its own."""
     text = yaml.safe_load((CONFIGS / "mos/laptop.yaml").read_text())
     text["model"]["warm_start"] = {"checkpoint": "elsewhere"}
     text["trainer"]["callbacks"][1]["init_args"]["dirpath"] = "runs/its_own"
+    text["trainer"]["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs/its_own"}}
     source = tmp_path / "teacher.yaml"
     source.write_text(yaml.safe_dump(text))
     found = written(tmp_path, source, "--num-layers=4", "--from-teacher", "--teacher=other.ckpt", "--fraction=0.5")
     assert found["model"]["warm_start"] == {"checkpoint": "other.ckpt", "strict": True, "layers": [0, 1, 2, 3]}
     assert found["model"]["config"]["moe"]["num_experts"] == [16, 32]
     assert found["model"]["distiller"]["init_args"]["teacher"] == "other.ckpt"
+    assert found["trainer"]["logger"] is None and "trainer.logger is left out" in capsys.readouterr().out
     callbacks = found["trainer"]["callbacks"]
     assert [one["class_path"].rpartition(".")[2] for one in callbacks] == ["StagedDistillation"] + [
         "ModelCheckpoint"
