@@ -412,6 +412,13 @@ def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Callable
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
 
 
+def test_changed_files_are_evaluated_anew(open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:
+    for name in ("before", "behind"):  # as many bytes
+        write(tmp_path / "pile" / "val.jsonl", make_texts(30, name))
+        data = open_corpus(data_files={"train": "train/*.jsonl.zst", "validation": "val.jsonl"})
+        assert name in data.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
+
+
 def append(path: Path, *lines: bytes) -> None:
     content = zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
     path.write_bytes(zstandard.ZstdCompressor().compress(content + b"".join(line + b"\n" for line in lines)))

@@ -159,7 +159,7 @@ def test_what_was_begun_is_not_mixed_with_something_else(
     ]:
         with pytest.raises(ValueError, match=rf"begun with other settings \({differing}\): give the same ones"):
             build(*arguments, 1, lambda done: None)
-    Path(files[2]).write_bytes(b"")
+    Path(files[2]).write_bytes(Path(files[2]).read_bytes()[::-1])  # as many bytes
     with pytest.raises(ValueError, match=r"other settings \(files\)"):
         build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
     with FileLock(tmp_path / "pile.building" / ".lock"), pytest.raises(ValueError, match="another process builds pile"):

@@ -15,10 +15,12 @@ class TextFile:
     Args:
         path: local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`.
         bytes: its size.
+        modified: when a local file was written, in seconds; None on the hub, where the path holds the commit.
     """
 
     path: str
     bytes: int
+    modified: float | None = None
 
 
 def find_files(
@@ -52,9 +54,11 @@ def find_files(
             f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
             "with data_files"
         )
-    return {split: [TextFile(file, _size(file)) for file in files] for split, files in found.items()}
+    return {split: [describe_file(file) for file in files] for split, files in found.items()}
 
 
-def _size(path: str) -> int:
+def describe_file(path: str) -> TextFile:
+    """Look up size and time of a file, which tell whether it has changed."""
     file_system, name = url_to_fs(path)
-    return int(file_system.info(name)["size"])
+    info = file_system.info(name)
+    return TextFile(path, int(info["size"]), info.get("mtime"))

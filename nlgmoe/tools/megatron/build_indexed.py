@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.indexed_writer import IndexedWriter
+from nlgmoe.data.streaming.text_files import describe_file
 from nlgmoe.data.text.bad_data import BadData, summary
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, FileOffset
@@ -83,7 +84,7 @@ def build_indexed(
     folder = prefix.with_name(f"{prefix.name}.building")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "files": [[file, os.path.getsize(file) if os.path.exists(file) else None] for file in files],
+        "files": [asdict(describe_file(file)) if os.path.exists(file) else file for file in files],
         "tokenizer": tokenizer.fingerprint,
         "fields": asdict(fields),
     }
