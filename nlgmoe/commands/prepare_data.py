@@ -89,9 +89,6 @@ def _tokenise_input(
     except ValueError as error:
         raise UsageError(str(error)) from error
     prefix = Path(output)
-    if Path(f"{prefix}.idx").exists():
-        raise UsageError(f"output={output}: {prefix}.idx exists already; name another output, or delete it")
-
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
     from nlgmoe.data.corpus import build_lock

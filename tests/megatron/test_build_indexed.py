@@ -119,16 +119,29 @@ def test_a_killed_build_goes_on(
     assert begun[0].documents > 30  # it did not begin again
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("moved", [True, False])
 def test_so_does_one_that_was_killed_at_its_end(
-    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer,
+    files: list[str],
+    wanted: tuple[bytes, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moved: bool,
+    recorded: bool,
 ) -> None:
-    """All tokens are written, the index is not."""
+    """All tokens are written, and the .bin moved to its place or the index not written; with and without a record of progress."""
 
-    def die(writer: IndexedWriter) -> None:
+    def die(victim: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    replace = Path.replace
     with monkeypatch.context() as patch:
-        patch.setattr(IndexedWriter, "_write_index", die)
+        patch.setattr(build_indexed, "RECORD_SECONDS", 0.0 if recorded else 1e9)
+        if moved:
+            patch.setattr(Path, "replace", lambda path, to: die(path) if path.name == "idx" else replace(path, to))
+        else:
+            patch.setattr(IndexedWriter, "_write_index", die)
         killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), skip(), 2)
     done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, lambda done: None)
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
@@ -211,3 +224,8 @@ def test_from_text_to_training(tokenizer: Tokenizer, files: list[str], tmp_path:
     with pytest.raises(SystemExit):
         main([*arguments, f"--input={tmp_path / 'text'}"])
     assert f"error: output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err
+    Path(f"{prefix}.idx").unlink()
+    with pytest.raises(SystemExit):
+        main([*arguments, f"--input={tmp_path / 'text'}"])
+    assert f"error: output={prefix}: {prefix}.bin exists already; name another output" in capsys.readouterr().err
+    assert [path.name for path in Path(prefix).parent.iterdir()] == ["pile_text_document.bin"]

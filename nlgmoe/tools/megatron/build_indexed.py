@@ -71,7 +71,7 @@ def build_indexed(
 
     Args:
         files: what `read_documents` can read, in the order of the result.
-        prefix: path without `.bin` / `.idx`, neither of which exists.
+        prefix: path without `.bin` / `.idx`.
         tokenizer: of the tokens.
         fields: of a record that are read.
         bad: policy for unusable documents and files.
@@ -79,7 +79,8 @@ def build_indexed(
         report: gets the progress at the start and after each chunk.
 
     Raises:
-        ValueError: data is unusable and `bad` says "error"; something else was being built there, or still is.
+        ValueError: data is unusable and `bad` says "error"; a corpus is there, or something else was being built there, or
+            still is.
     """
     folder = prefix.with_name(f"{prefix.name}.building")
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +91,7 @@ def build_indexed(
     }
     try:
         with FileLock(folder / ".lock", timeout=0):
+            _check_new(prefix)
             done, sizes = _read_progress(folder, settings)
             chunks = _tokenise(files, tokenizer, fields, bad, workers, done)
             report(done)
@@ -117,6 +119,19 @@ def build_indexed(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return done
+
+
+def _check_new(prefix: Path) -> None:
+    """Check that no corpus of this name exists, but for a .bin that a killed build has moved there before its .idx.
+
+    Raises:
+        ValueError: there is one.
+    """
+    parts = prefix.with_name(f"{prefix.name}.building")
+    moved = (parts / "idx").exists() and not (parts / "bin").exists()
+    for kind in ("idx",) if moved else ("idx", "bin"):
+        if Path(f"{prefix}.{kind}").exists():
+            raise ValueError(f"output={prefix}: {prefix}.{kind} exists already; name another output, or delete it")
 
 
 def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, dict[str, int] | None]:
