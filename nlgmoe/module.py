@@ -158,7 +158,9 @@ class MoEGPTModule(LightningModule):
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
-        loaded = load_initial_weights(model, start)
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = data.tokenizer_json() if isinstance(data, HasTokenizer) else None
+        loaded = load_initial_weights(model, start, tokenizer=tokenizer)
         changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
 

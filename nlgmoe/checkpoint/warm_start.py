@@ -17,10 +17,11 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.agreement import all_or_none
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest
+from nlgmoe.checkpoint.folder import TensorFiles, kind_of, read_document, read_manifest, read_tokenizer
 from nlgmoe.checkpoint.layout import Entry, Shapes, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
 
@@ -34,8 +35,9 @@ class WarmStart:
     Attributes:
         checkpoint: folder of the checkpoint, such as runs/quickstart/checkpoints/last.ckpt; of a run's folder, the newest
             valid one.
-        strict: refuse a checkpoint that lacks a tensor of the model, has one that is unknown or one of another shape; if
-            false, what fits is loaded, the rest keeps its initial values, and what differs is listed.
+        strict: refuse a checkpoint that lacks a tensor of the model, has one that is unknown or one of another shape, or holds
+            another tokenizer than the data's; if false, what fits is loaded, the rest keeps its initial values, and what
+            differs is listed.
         layers: the checkpoint's block, counted from 0, that each block of the model starts from, such as a student's that
             starts from its teacher's (`nlgmoe student --from-teacher` writes them); dense ones from dense ones, MoE ones from
             those with as many experts. null: from the block of the same number.
@@ -60,13 +62,19 @@ class Loaded:
 
 
 @torch.no_grad()
-def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Tensor], None] | None = None) -> Loaded:
+def load_initial_weights(
+    model: GPT,
+    start: WarmStart,
+    keep: Callable[[Entry, Tensor], None] | None = None,
+    tokenizer: str | None = None,
+) -> Loaded:
     """Put the checkpoint's weights into `model`. Where there are ranks, every rank has to call this.
 
     Args:
         model: the GPT, or a rank's part of it.
         start: from what.
         keep: what else to do with each entry that is loaded, in the type it is stored in.
+        tokenizer: the data's, as JSON; None: the checkpoint's is not compared with it.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, it does not fit (see `WarmStart.strict`), or nothing of it
@@ -83,6 +91,8 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
         there = {name: stored[source] for name, source in taken.items()}
         fitting = {name for name, shape in here.items() if there.get(name) == shape}
         different = describe_differences(here, there)
+        if tokenizer is not None and not _same_ids(tokenizer, read_tokenizer(path)):
+            different = {"token_embedding.weight": "of another tokenizer than data.tokenizer"} | different
         if not fitting:
             raise ValueError(
                 f"{start.checkpoint} has nothing that fits the model: {first_few(different)}; use another one"
@@ -102,6 +112,13 @@ def load_initial_weights(model: GPT, start: WarmStart, keep: Callable[[Entry, Te
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     lines = [f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values"]
     return Loaded(model_config, "\n  ".join(lines + grouped(different)))
+
+
+def _same_ids(ours: str, theirs: str | None) -> bool:
+    """Compare two tokenizers; a checkpoint may hold none."""
+    if theirs is None or theirs == ours:
+        return True
+    return Tokenizer.from_json(ours, "of the run").has_same_ids(Tokenizer.from_json(theirs, "of the checkpoint"))
 
 
 def check_layers(layers: list[int], theirs: GPTConfig, ours: GPTConfig, path: Path) -> None:

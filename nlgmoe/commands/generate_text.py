@@ -48,7 +48,7 @@ def generate_text(
         top_p: draw among the fewest most likely tokens that have this much of the probability together.
         seed: of the draws; what one prompt gives does not depend on the others.
         batch_size: prompts at a time.
-        tokenizer: as data.tokenizer; by default the one in the checkpoint.
+        tokenizer: as data.tokenizer, for a checkpoint that holds none.
         device: such as cuda.
         precision: of weights and products, fp32 or bf16; by default as they are stored.
         json: print JSON lines.

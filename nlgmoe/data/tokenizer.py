@@ -98,6 +98,10 @@ class Tokenizer:
                 kept += (Counter(ids) & Counter(self.encode(self.decode(ids)))).total()
         return kept / total if total else 1.0
 
+    def has_same_ids(self, other: "Tokenizer") -> bool:
+        """Whether each token id stands for the same bytes of text in both."""
+        return (self.eod_id, self.spellings) == (other.eod_id, other.spellings)
+
     def to_json(self) -> str:
         """All of it, in the `tokenizers` library's format."""
         text: str = self._backend.to_str()

@@ -12,6 +12,7 @@ from nlgmoe.checkpoint.folder import read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import PRECISIONS
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.model.gpt import GPT
 
@@ -44,26 +45,39 @@ def load_pretrained(
 
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is loaded.
-        tokenizer: as `data.tokenizer`; None: the tokenizer stored in the checkpoint.
+        tokenizer: as `data.tokenizer`, for a checkpoint that holds none.
         device: device of the model.
         precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
         data_dir: folder of tokenizers given by name.
 
     Raises:
-        ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing or has more ids than the model.
+        ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, another than the one given, or
+            has more ids than the model.
     """
     path = find(checkpoint)
-    document, stored = read_document(path), read_tokenizer(path)
-    if tokenizer is not None:
-        found = load_tokenizer(tokenizer, Path(data_dir))
-    elif stored is not None:
-        found = Tokenizer.from_json(stored, f"of {path}")
-    else:
+    document = read_document(path)
+    given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
+    found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
+    if found is None:
         raise ValueError(f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with")
-    model = load_model(path)
-    if found.vocab_size > model.config.vocab_size:
+    return LoadedModel(path, load_model(path).to(device, PRECISIONS.get(precision or "")), found, document)
+
+
+def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
+    """Return the tokenizer of a checkpoint; `given`, where the checkpoint holds none.
+
+    Raises:
+        ValueError: the checkpoint holds another one than `given`, or the tokenizer has more ids than the model.
+    """
+    stored = read_tokenizer(path)
+    found = given if stored is None else Tokenizer.from_json(stored, f"of {path}")
+    if found is None:
+        return None
+    if given is not None and not given.has_same_ids(found):
+        raise ValueError(f"tokenizer={given.name} is not the one that {path} holds and was trained with; leave it out")
+    if found.vocab_size > config.vocab_size:
         raise ValueError(
-            f"tokenizer={found.name} has {found.vocab_size} ids, the model {model.config.vocab_size}; set it to the tokenizer "
-            "that the model was trained with"
+            f"tokenizer={found.name} has {found.vocab_size} ids, the model {config.vocab_size}; set it to the tokenizer that the "
+            "model was trained with"
         )
-    return LoadedModel(path, model.to(device, PRECISIONS.get(precision or "")), found, document)
+    return found

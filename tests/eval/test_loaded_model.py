@@ -2,19 +2,22 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, generate, load_pretrained
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.newest import choose
 from nlgmoe.checkpoint.verify import problems
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
+from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
+OTHER = Tokenizer(train_byte_level_bpe(iter(["THE KING AND THE QUEEN"] * 3), 300), "other")
 CONFIG = GPTConfig(TOKENIZER.vocab_size, 16, 2, 16, 2, moe=MoEConfig(4))
 
 
@@ -73,3 +76,30 @@ def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> Non
     assert load_pretrained(checkpoint, str(tmp_path / "tiny")).tokenizer.fingerprint == TOKENIZER.fingerprint
     with pytest.raises(ValueError, match=f"has {TOKENIZER.vocab_size} ids, the model 260"):
         load_pretrained(tmp_path / "a.ckpt", str(tmp_path / "tiny"))
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whatever takes a tokenizer beside a checkpoint; a warm start that is not strict loads the weights and says so."""
+    (tmp_path / "tokenizer.json").write_text(OTHER.to_json())
+    with pytest.raises(ValueError, match=f"tokenizer={tmp_path} is not the one that .* leave it out"):
+        load_pretrained(checkpoint, str(tmp_path))
+    with pytest.raises(ValueError, match=r"tokenizer=other is not the one that .* leave it out"):
+        export(checkpoint, tmp_path / "exported", tokenizer=OTHER)
+
+    def start(**options: Any) -> None:
+        module = MoEGPTModule(CONFIG, warm_start=WarmStart(str(checkpoint), **options))
+        Trainer(accelerator="cpu", logger=False, limit_val_batches=1).validate(module, data, verbose=False)
+
+    data = WithTokenizer()
+    assert OTHER.vocab_size == TOKENIZER.vocab_size
+    start()
+    data.tokenizer_json = OTHER.to_json  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"token_embedding.weight .of another tokenizer than data.tokenizer.*strict=false"
+    ):
+        start()
+    with caplog.at_level("INFO"):
+        start(strict=False)
+    assert "token_embedding.weight: of another tokenizer than data.tokenizer" in caplog.text

@@ -28,13 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest, read_tokenizer
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.layout import PRECISIONS, Entry, entry_shapes, local_entries
 from nlgmoe.checkpoint.newest import find
 from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
 from nlgmoe.checkpoint.writing import reason
 from nlgmoe.config import GPTConfig, require_paper_parts
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.files import sha256_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
@@ -82,10 +83,10 @@ def export(
         max_shard_size: of a file of weights, such as `5GB`; a tensor that is larger has a file of its own.
         precision: of the weights; None: as they are stored.
         overwrite: write into a folder that has files in it: a model in it is replaced, its model card and other files stay.
-        tokenizer: in place of the one in the checkpoint.
+        tokenizer: for a checkpoint that holds none.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or the folder cannot be written.
+        ValueError: there is no such checkpoint, it is damaged or holds another tokenizer, or the folder cannot be written.
     """
     folder, bytes_per_file = Path(folder).resolve(), _bytes(max_shard_size)
     if folder.is_file():
@@ -95,16 +96,10 @@ def export(
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
     path = find(checkpoint)
-    document, stored = read_document(path), read_tokenizer(path)
-    if tokenizer is None and stored is not None:
-        tokenizer = Tokenizer.from_json(stored, f"of {path}")
+    document = read_document(path)
     config = GPTConfig.from_dict(document["model_config"])
     require_paper_parts(config, "a folder for transformers holds")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"tokenizer={tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; set it to the one that "
-            "the model was trained with"
-        )
+    tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, PRECISIONS.get(precision or ""))
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
@@ -118,7 +113,7 @@ def export(
             "generation_config.json": generation_settings(tokenizer),
         }
         if tokenizer is not None:
-            texts["tokenizer.json"] = tokenizer.to_json() if stored is None else stored
+            texts["tokenizer.json"] = tokenizer.to_json()
             settings["tokenizer_config.json"] = tokenizer_settings(tokenizer, config)
         texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
         for name, text in texts.items():

@@ -25,7 +25,7 @@ def export_checkpoint(
         folder: that is written.
         max_shard_size: of a file of weights; a tensor that is larger has a file of its own.
         precision: of the weights, fp32 or bf16; as they are stored if it is not given.
-        tokenizer: as data.tokenizer; the one that is in the checkpoint if it is not given.
+        tokenizer: as data.tokenizer, for a checkpoint that holds none.
         overwrite: write into a folder that has files in it: a model in it is replaced, its model card and other files stay.
         data_dir: where tokenizers that are given by name are kept.
 
