@@ -16,8 +16,9 @@ from nlgmoe.cli.parser import OneLineParser
 class CommandParser(OneLineParser):
     """Options as people type them.
 
-    A required list is several words, one that may be left out an option that is given several times, a bool that is false by
-    default a bare flag, what is required and keyword-only is an option, and `--two-words` is `--two_words`.
+    A required list is several words, a tuple is words that may be left out, a list that may be left out an option that is given
+    several times, a bool that is false by default a bare flag, what is required and keyword-only is an option, `--two-words` is
+    `--two_words`, and words after a bare `--` are values of `--flags`.
     """
 
     @override
@@ -29,6 +30,8 @@ class CommandParser(OneLineParser):
         for name, parameter in inspect.signature(function).parameters.items():
             if types[name] == list[str] and parameter.default is parameter.empty:
                 self.add_argument(name, nargs="+", type=str, help=texts.get(name))
+            elif types[name] == tuple[str, ...]:
+                self.add_argument(name, nargs="*", type=str, default=[], help=texts.get(name))
             elif types[name] == list[str] | None:
                 self.add_argument(f"--{name}", action="append", type=str, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
@@ -43,9 +46,12 @@ class CommandParser(OneLineParser):
     @override
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse, with dashes inside an option's name taken for underscores."""
-        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        options = [word.partition("=") for word in words[:end]]
         return super().parse_args(
-            [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in words],
+            [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
+            + [f"--flags={word}" for word in words[end + 1 :]],
             *rest,
             **kwargs,
         )

@@ -16,11 +16,12 @@ from nlgmoe import MoEGPTModule, PileDataModule
 from nlgmoe.tools.megatron.flag_table import DOCUMENTS, with_table
 from nlgmoe.tools.megatron.flags import FLAGS
 from nlgmoe.tools.megatron.from_megatron import translated
-from tests.megatron.writing import get, settings_of, write
+from nlgmoe.tools.megatron.launch import Launch
+from tests.megatron.writing import get, launched, settings_of
 
 ROOT = Path(__file__).parents[2]
 
-# One line for every flag that becomes a setting: what is added to the script, and what that changes.
+# One line for every flag that becomes a setting: what is added to the launch, and what that changes.
 EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--num-layers 6", {"model.config.num_layers": 6}),
     ("--hidden-size 32", {"model.config.hidden_size": 32}),
@@ -132,8 +133,8 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("flags", "expected"), EFFECTS, ids=[flags for flags, _ in EFFECTS])
-def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    settings = settings_of(write(tmp_path, flags))
+def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, Any]) -> None:
+    settings = settings_of(launched(flags))
     if "trainer.callbacks.0.init_args.every_n_train_steps" in expected:
         settings["trainer"]["callbacks"] = {"0": settings["trainer"]["callbacks"][0]}
     assert {path: get(settings, path) for path in expected} == expected
@@ -141,39 +142,39 @@ def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, 
 
 def test_no_flag_of_the_table_is_without_its_line_above() -> None:
     tried = {word for flags, _ in EFFECTS for word in flags.split() if word.startswith("--")}
-    tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_machines
+    tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_nodes_and_gpus
     tried = tried - {"--deepspeed"} | {"--deepspeed_config"}  # test_the_curriculum_of_the_deepspeed_configuration
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
     assert {name for name, (_, row) in FLAGS.items() if row.kind == "setting"} == tried
 
 
 @pytest.mark.parametrize(
-    ("launcher", "before", "devices", "nodes"),
+    ("launcher", "variables", "devices", "nodes"),
     [
-        ("deepspeed --num_nodes 2 --num_gpus 4", "", 4, 2),
-        ("torchrun --nproc_per_node=2 --nnodes 3", "", 2, 3),
-        ("torchrun --nproc-per-node 2", "", 2, 1),
-        ("python -m torch.distributed.launch --nproc_per_node 2", "", 2, 1),
-        ("python3", "", 1, 1),
-        ("deepspeed", "NUM_GPUS=16; NUM_GPUS_PERNODE=4", 4, 4),
-        ("deepspeed", "NUM_GPUS=16", 8, 2),
-        ("deepspeed --num_nodes 4", "NUM_GPUS=16", 4, 4),
-        ("srun", "NUM_GPUS=2", 2, 1),
+        ("deepspeed --num_nodes 2 --num_gpus 4", {}, 4, 2),
+        ("torchrun --nproc_per_node=2 --nnodes 3", {}, 2, 3),
+        ("torchrun --nproc-per-node 2", {}, 2, 1),
+        ("python -m torch.distributed.launch --nproc_per_node 2", {}, 2, 1),
+        ("python3", {}, 1, 1),
+        ("deepspeed", {"NUM_GPUS": "16", "NUM_GPUS_PERNODE": "4"}, 4, 4),
+        ("deepspeed", {"NUM_GPUS": "16"}, 8, 2),
+        ("deepspeed --num_nodes 4", {"NUM_GPUS": "16"}, 4, 4),
+        ("srun", {"NUM_GPUS": "2"}, 2, 1),
+        ("nohup /opt/bin/torchrun --nproc_per_node 2", {}, 2, 1),
     ],
 )
-def test_machines(launcher: str, before: str, devices: int, nodes: int, tmp_path: Path) -> None:
-    trainer = settings_of(write(tmp_path, "", launcher, before))["trainer"]
+def test_nodes_and_gpus(launcher: str, variables: dict[str, str], devices: int, nodes: int) -> None:
+    launch = launched("", launcher)
+    launch.variables = variables
+    trainer = settings_of(launch)["trainer"]
     assert (trainer["devices"], trainer["num_nodes"]) == (devices, nodes)
 
 
-def test_a_teacher_is_nothing_without_the_switch(tmp_path: Path) -> None:
+def test_a_teacher_is_nothing_without_the_switch() -> None:
     teacher = "--load-teacher /teachers/big --num-layers-teacher 24 --kd-alpha-ce 3 --kd-temp 2"
-    assert "distiller" not in settings_of(write(tmp_path, teacher))["model"]
-    distilled = settings_of(write(tmp_path, f"--mos {teacher}"))["model"]["distiller"]
+    assert "distiller" not in settings_of(launched(teacher))["model"]
+    distilled = settings_of(launched(f"--mos {teacher}"))["model"]["distiller"]
     assert distilled["class_path"] == "nlgmoe.MixtureOfStudents"
-
-
-SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFIG_CL_ENABLED/{}/" > c.json'
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,6 @@ SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFI
         ("--data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: is not a list of weight and prefix in turn"),
         ("--data-path 0.3 a -0.7 b", "--data-path 0.3 a -0.7 b: is not a list of weight and prefix in turn"),
         ("--data-path 0.3 a 0.7 a", "--data-path 0.3 a 0.7 a: names a twice; add up its weights"),
-        ("--data-path 0.3 a 0.7 $MORE", "depends on MORE, which the script does not set"),
         ("--data-impl lazy", "--data-impl lazy: only mmap, infer can be had here"),
         ("--tokenizer-type HFTokenizer", "--tokenizer-type HFTokenizer: only GPT2BPETokenizer"),
         ("--vocab-file my.json", "put vocab.json and merges.txt into one folder"),
@@ -220,87 +220,87 @@ SED = 'sed "s/ZERO_STAGE/{}/" t | sed "s/CONFIG_FP16_ENABLED/{}/" | sed "s/CONFI
         ),
         ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
         ("--fp16 yes", "--fp16 yes: takes no value"),
-        (
-            "--lr $RATE",
-            "--lr $RATE: depends on RATE, which the script does not set (line 2); give it with --variables.RATE",
-        ),
-        ("$MORE", "$MORE: depends on MORE, which the script does not set"),
+        ("--lr", "--lr: has no value; give it"),
+        ("--moe-expert-parallel-size -2", "--moe-expert-parallel-size -2: is below 1"),
+        ("--num_gpus 0", "--num_gpus 0: is 0, not a count; correct it"),
     ],
 )
-def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: str, tmp_path: Path) -> None:
+def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        translated(write(tmp_path, flags), {})
+        translated(launched(flags))
     assert message in str(error.value)
     assert len(set(str(error.value).splitlines())) == len(str(error.value).splitlines())
-    assert re.match(r"run\.sh:2: [^\n]*; ?[^\n]+|run\.sh:2: [^\n]*fit together", str(error.value))
+    assert re.match(r"the command line: [^\n]*(; ?[^\n]+|fit together)", str(error.value))
 
 
-CURRICULUM = (
-    'sed "s/CONFIG_CL_ENABLED/true/" t | sed "s/CONFIG_CL_MIN/{}/" | sed "s/CONFIG_CL_MAX/{}/" '
-    '| sed "s/CONFIG_CL_DURATION/{}/" > c.json'
-)
-SECTION = """cat <<E > c.json
-{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen", "min_difficulty": 16, "max_difficulty": 32,
- "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": $((5 * 2)), "difficulty_step": 16}}}
-E"""
+def filled(stage: int | str = "", fp16: str = "false", curriculum: tuple[int | str, ...] = ()) -> dict[str, str]:
+    """What `sed` puts into the tutorial's template."""
+    values = {"ZERO_STAGE": stage, "CONFIG_FP16_ENABLED": fp16, "CONFIG_CL_ENABLED": "true" if curriculum else "false"}
+    values |= zip(("CONFIG_CL_MIN", "CONFIG_CL_MAX", "CONFIG_CL_DURATION"), curriculum, strict=False)
+    return {name: str(value) for name, value in values.items()}
+
+
+SECTION = """{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen", "min_difficulty": 16,
+ "max_difficulty": 32, "schedule_type": "fixed_linear",
+ "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 16}}}"""
 
 
 @pytest.mark.parametrize(
-    ("before", "expected"),
+    ("config", "expected"),
     [
-        (CURRICULUM.format(8, 32, 10), {"tokens": 10 * 8 * 20, "start": 8, "increment": 8}),
+        (filled(curriculum=(8, 32, 10)), {"tokens": 10 * 8 * 20, "start": 8, "increment": 8}),
         (SECTION, {"tokens": 10 * 8 * 24, "start": 16, "increment": 16}),
         (SECTION.replace("true", "false"), None),
-        (CURRICULUM.format(8, "$NOBODY", "$KNOWS").replace("true", "false"), None),
+        (filled(), None),
     ],
 )
 def test_the_curriculum_of_the_deepspeed_configuration(
-    before: str, expected: dict[str, int] | None, tmp_path: Path
+    config: str | dict[str, str], expected: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    settings = settings_of(write(tmp_path, "--deepspeed_config c.json", before=before))
-    assert settings["model"].get("curriculum") == expected
+    assert settings_of(configured("", config, tmp_path))["model"].get("curriculum") == expected
 
 
-def test_train_samples_are_whole_steps_of_a_batch_that_grows(tmp_path: Path) -> None:
+def configured(flags: str, config: str | dict[str, str], folder: Path) -> Launch:
+    """A launch with a DeepSpeed configuration: its text, or the values that `sed` puts into a template."""
+    file = folder / "c.json"
+    if isinstance(config, str):
+        file.write_text(config)
+    launch = launched(f"{flags} --deepspeed_config {file}")
+    if isinstance(config, dict):
+        launch.substitutions = config
+    return launch
+
+
+def test_train_samples_are_whole_steps_of_a_batch_that_grows() -> None:
     """13 steps of 8 sequences up to 104, then of 16: six more fit into 200 and make 200."""
     for samples, trained in ((200, 200), (215, 200), (103, 96)):
         flags = f"--global-batch-size 16 --rampup-batch-size 8 8 100 --train-samples {samples}"
-        assert settings_of(write(tmp_path, flags))["model"]["train_tokens"] == trained * 32
+        assert settings_of(launched(flags))["model"]["train_tokens"] == trained * 32
 
 
 @pytest.mark.parametrize(
-    ("before", "flags", "message"),
+    ("config", "flags", "message"),
     [
+        (filled(1, "true", ("",)), "--fp16", "turns the curriculum on, and its min_difficulty is None; give a number"),
+        (filled(curriculum=(8, 64, 10)), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
+        (filled(curriculum=(9, 32, 10)), "", "does not fit together: start=9 must be a multiple of increment=8"),
+        (filled(curriculum=(8, 32, 10)), "--rampup-batch-size 8 8 9", "steps, which --rampup-batch-size makes unequal"),
         (
-            SED.format(1, "true", "true"),
-            "--fp16",
-            "turns the curriculum on, and its min_difficulty is None; give a number",
+            SECTION.replace("fixed_linear", "fixed_root"),
+            "",
+            "has a curriculum seqlen fixed_root; only seqlen fixed_linear can be had here",
         ),
-        (CURRICULUM.format(8, 64, 10), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
-        (CURRICULUM.format(9, 32, 10), "", "does not fit together: start=9 must be a multiple of increment=8"),
-        (CURRICULUM.format(8, 32, "$STEPS"), "", "CONFIG_CL_DURATION: depends on STEPS, which the script does not set"),
-        (CURRICULUM.format(8, 32, 10), "--rampup-batch-size 8 8 9", "steps, which --rampup-batch-size makes unequal"),
-        (
-            'cat <<E > c.json\n{"curriculum_learning": {"enabled": true, "schedule_type": "fixed_root", "min_difficulty": 8, '
-            '"max_difficulty": 32, "schedule_config": {"total_curriculum_step": 9, "difficulty_step": 8}}}\nE',
-            "--deepspeed_config c.json",
-            "has a curriculum None fixed_root; only seqlen fixed_linear can be had here",
-        ),
-        (SED.format(3, "true", "false"), "--fp16", "ZeRO stage 3: is not possible with experts"),
-        (SED.format(1, "true", "false"), "", "has fp16 on, --fp16 is off; make them agree"),
-        (
-            SED.format(1, "false", "false"),
-            "--zero-stage 2",
-            "--zero-stage 2: is 1 in the DeepSpeed configuration (line 1)",
-        ),
-        ("cat <<E > c.json\n{oops}\nE", "--deepspeed_config c.json", "the DeepSpeed configuration: is no JSON"),
+        (filled(3, "true"), "--fp16", "ZeRO stage 3: is not possible with experts"),
+        (filled(1, "true"), "", "has fp16 on, --fp16 is off; make them agree"),
+        (filled(1), "--zero-stage 2", "--zero-stage 2: is 1 in the DeepSpeed configuration; make them agree"),
+        ("{oops}", "", "the DeepSpeed configuration: is no JSON"),
     ],
 )
-def test_the_deepspeed_configuration_is_held_against_the_flags(
-    before: str, flags: str, message: str, tmp_path: Path
+def test_the_deepspeed_configuration_must_agree_with_the_flags(
+    config: str | dict[str, str], flags: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError) as error:
-        translated(write(tmp_path, flags, before=before), {})
+        translated(configured(flags, config, tmp_path))
     assert message in str(error.value)
 
 
@@ -319,14 +319,11 @@ ALONE = [flags for flags, _ in EFFECTS if not flags.startswith(("--num-experts 8
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.lists(st.sampled_from(ALONE), unique=True, max_size=12))
-def test_any_flags_together_parse_or_are_refused_by_name(
-    chosen: Sequence[str], parser: ArgumentParser, tmp_path: Path
-) -> None:
-    path = write(tmp_path, " ".join(chosen))
+def test_any_flags_together_parse_or_are_refused_by_name(chosen: Sequence[str], parser: ArgumentParser) -> None:
     try:
-        text = translated(path, {})
+        text = translated(launched(" ".join(chosen)))
     except ValueError as error:
-        assert all(re.match(r"run\.sh:\d+: (--|the launch)", line) for line in str(error).splitlines())
+        assert all(re.match(r"the command line: (--|the launch)", line) for line in str(error).splitlines())
         return
     parser.parse_object(yaml.safe_load(text))
 

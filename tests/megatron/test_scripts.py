@@ -1,4 +1,4 @@
-"""Whole scripts in the tutorial's style become the settings that they mean; the command around it."""
+"""Whole scripts in the tutorial's style become their settings; the command and its inputs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 
 from nlgmoe import load_config
 from nlgmoe.commands.main import main
-from nlgmoe.tools.megatron.from_megatron import translated
-from tests.megatron.writing import get, settings_of, write
+from nlgmoe.tools.megatron.from_megatron import read_launch, translated
+from tests.megatron.writing import command, get, launched, settings_of, settings_of_script, write
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -162,7 +162,7 @@ DENSE = {
     ],
 )
 def test_scripts_in_the_tutorials_style(script: str, variables: dict[str, str], expected: dict[str, Any]) -> None:
-    settings = settings_of(SCRIPTS / script, **variables)
+    settings = settings_of_script(SCRIPTS / script, **variables)
     assert {path: get(settings, path) for path in expected} == expected
 
 
@@ -177,7 +177,7 @@ def test_scripts_in_the_tutorials_style(script: str, variables: dict[str, str], 
 )
 def test_the_yaml_makes_an_experiment(script: str, variables: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "translated.yaml"
-    path.write_text(translated(SCRIPTS / script, variables))
+    path.write_text(translated(read_launch([str(SCRIPTS / script)], (), run_script=True, variables=variables)))
     experiment = load_config(
         path,
         trainer__accelerator="cpu",
@@ -191,35 +191,30 @@ def test_the_yaml_makes_an_experiment(script: str, variables: dict[str, str], tm
     assert experiment.data.seq_len == experiment.module.config.seq_len
 
 
-def test_all_refusals_are_told_at_once_and_without_a_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path, "--use-tutel \\\n --swiglu \\\n --lr nothing")
+def test_all_refusals_are_told_at_once_and_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(["from-megatron", str(path)])
+        main(["from-megatron", "--", *command("--use-tutel --swiglu --lr nothing").split()])
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 2
     assert [line.split(": ")[2] for line in lines] == ["--use-tutel", "--swiglu", "--lr nothing"]
-    assert lines[0].startswith("error: run.sh:2:") and lines[2].startswith("error: run.sh:4:")
+    assert all(line.startswith("error: the command line: ") for line in lines)
 
 
 def test_a_folder_tokenizer_is_counted(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "<|endoftext|>": 2}')
-    path = write(tmp_path, f"--vocab-file {tmp_path}/vocab.json --merge-file {tmp_path}/merges.txt")
-    settings = settings_of(path)
+    settings = settings_of(launched(f"--vocab-file {tmp_path}/vocab.json --merge-file {tmp_path}/merges.txt"))
     assert (settings["data"]["tokenizer"], settings["model"]["config"]["vocab_size"]) == (str(tmp_path), 3)
 
 
 def test_the_command_writes_comments_notes_and_skipped_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, output = (
-        write(tmp_path, "--no-such-flag 3 --lr $RATE --deepspeed", before="RATE=$(compute)"),
-        tmp_path / "o.yaml",
-    )
-    options = ["--variables.RATE", "3e-4", "--skip-unknown"]
+    path = write(tmp_path, "--no-such-flag 3 --lr $RATE --deepspeed", before="RATE=$(compute)")
+    output = tmp_path / "o.yaml"
+    options = ["--run-script", "--variables.RATE", "3e-4", "--skip-unknown"]
     main(["from-megatron", str(path), *options])
-    printed = capsys.readouterr().out
+    printed, announced = capsys.readouterr()
+    assert announced.startswith("run.sh runs under bash in an empty temporary folder")
     main(["from-megatron", str(path), *options, "--output", str(output)])
     assert output.read_text() == printed
     with pytest.raises(SystemExit):  # nothing is overwritten, least of all the script
@@ -227,7 +222,37 @@ def test_the_command_writes_comments_notes_and_skipped_flags(
     assert "exists already; name another file" in capsys.readouterr().err
     assert path.read_text().startswith("RATE=")
     assert printed.startswith("# run.sh, translated by")
-    assert "# NOT TRANSLATED, unknown: --no-such-flag 3 (line 2).\n" in printed
+    assert "# NOT TRANSLATED, unknown: --no-such-flag 3.\n" in printed
+    assert "# Empty in this run: the output of compute. Give values with --variables.NAME VALUE.\n" in printed
     assert "# --deepspeed: the strategy does that.\n" in printed
     assert "    lr: 3.0e-4\n" in printed
     assert "      loss_coeff: 0.1  # Megatron-DeepSpeed's default\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give one of these: a log, a checkpoint's folder, a launch script with --run-script, flags after --"),
+        (["run.sh", "--", "--lr", "1"], "give one of these"),
+        (
+            ["run.sh"],
+            "--run-script runs it under bash and records what it launches. Otherwise give the log of a run, a",
+        ),
+        (["nothing.sh"], "nothing.sh is not there; give a log"),
+        (["run.sh", "--variables.LR", "3"], "--variables are those of a script that is run; add --run-script"),
+        (["--run-script", "--", "--lr", "1"], "--run-script takes a script, not flags"),
+    ],
+)
+def test_a_wrong_input_is_refused_with_the_right_ones(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path, "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(["from-megatron", *words])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""Short launch scripts, and what they come to."""
+"""Short launches, as flags and as scripts, and their settings."""
 
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nlgmoe.tools.megatron.from_megatron import translated
+from nlgmoe.tools.megatron.from_megatron import read_launch, translated
+from nlgmoe.tools.megatron.launch import Launch
 
 NEEDED = {
     "--num-layers": "4",
@@ -29,15 +30,28 @@ def get(settings: dict[str, Any], path: str) -> Any:
     return settings
 
 
-def write(folder: Path, flags: str, launcher: str = "deepspeed --num_gpus 4", before: str = "", **needed: str) -> Path:
-    """A script with the flags that every run needs, and more; `needed` changes the former, "" leaves one out."""
+def command(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str) -> str:
+    """A launch with the flags that every run needs, and more; `needed` changes the former, "" leaves one out."""
     changes = {f"--{name.replace('_', '-')}": value for name, value in needed.items()}
     words = " ".join(f"{name} {value}" for name, value in {**NEEDED, **changes}.items() if value)
+    return f"{launcher} pretrain_gpt.py {words} {flags}"
+
+
+def launched(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str) -> Launch:
+    return read_launch((), command(flags, launcher, **needed).split())
+
+
+def write(folder: Path, flags: str, launcher: str = "deepspeed --num_gpus 4", before: str = "") -> Path:
+    """A script with that launch."""
     path = folder / "run.sh"
-    path.write_text(f"{before}\n{launcher} pretrain_gpt.py {words} {flags}\n")
+    path.write_text(f"{before}\n{command(flags, launcher)}\n")
     return path
 
 
-def settings_of(path: Path, **variables: str) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load(translated(path, variables))
+def settings_of(launch: Launch) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(translated(launch))
     return settings
+
+
+def settings_of_script(path: Path, **variables: str) -> dict[str, Any]:
+    return settings_of(read_launch([str(path)], (), run_script=True, variables=variables))

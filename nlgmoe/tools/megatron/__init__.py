@@ -1,1 +1,1 @@
-"""Megatron-DeepSpeed's launch scripts, read without running them, and what their flags are called here."""
+"""Megatron-DeepSpeed: its flags as our configurations, its checkpoints as ours."""

@@ -1,39 +1,35 @@
-"""The words of a launch -> values of flags, with every mistake collected instead of the first one raised."""
+"""The words of a launch -> values of flags. Mistakes are collected, so that all are reported at once."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nlgmoe.tools.megatron.expand import Expander
 from nlgmoe.tools.megatron.flags import FLAGS, Flag, Row
-from nlgmoe.tools.megatron.launch import Launch, Word, explain
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What stands in the way of a translation.
+    """A reason why a launch is not translated.
 
     Attributes:
-        line: in the script.
         subject: the flag with its values, or the variable.
         message: the reason, a semicolon, the remedy.
     """
 
-    line: int
     subject: str
     message: str
 
 
 @dataclass(frozen=True)
 class Use:
-    """A flag as the script gives it."""
+    """A flag with its values, and both as one text."""
 
     flag: Flag
     row: Row
-    values: list[Word]
-    line: int
+    values: list[str]
     text: str
 
 
@@ -41,43 +37,29 @@ class Arguments:
     """The flags of a launch.
 
     Args:
-        launch: the launch.
-        expander: explains what is unknown in them.
+        words: the flags and their values.
         skip_unknown: pass over flags that are in no table instead of refusing them.
 
     Attributes:
-        uses: name -> its last use, as Megatron's parser has it.
-        problems: what was found wrong; grows while values are asked for.
+        uses: name -> its last use, as in argparse.
+        problems: grows while values are asked for.
         skipped: flags in no table, with `skip_unknown`.
-        complete: whether all flags are seen; not if a word that is unknown may hold some.
     """
 
-    def __init__(self, launch: Launch, expander: Expander, skip_unknown: bool = False) -> None:
-        words = launch.arguments
-        self.launch_line = launch.line
-        self.expander = expander
+    def __init__(self, words: Sequence[str], skip_unknown: bool = False) -> None:
         self.uses: dict[str, Use] = {}
         self.problems: list[Problem] = []
         self.skipped: list[str] = []
-        self.complete = True
-        index = 0
-        while index < len(words):
-            name, equals, attached = words[index].text.partition("=")
-            line = words[index].line
-            values = [Word(attached, line)] if equals else []
-            index += 1
-            while index < len(words) and not _is_flag(words[index].text):
-                values.append(words[index])
-                index += 1
-            self._add(name, values, line, skip_unknown)
+        starts = [index for index, word in enumerate(words) if index == 0 or _is_flag(word)]
+        for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+            name, equals, attached = words[start].partition("=")
+            self._add(
+                name, [attached, *words[start + 1 : end]] if equals else list(words[start + 1 : end]), skip_unknown
+            )
 
     def has(self, *names: str) -> bool:
-        """Whether any of the flags is given."""
+        """Return True if any of the flags is given."""
         return any(name in self.uses for name in names)
-
-    def line(self, name: str) -> int:
-        """Where a flag is given; the launch if it is not."""
-        return self.uses[name].line if name in self.uses else self.launch_line
 
     def value(self, name: str) -> Any:
         """A flag's value, Megatron's default where it is not given, None where it is not usable."""
@@ -92,67 +74,61 @@ class Arguments:
             return parsed
         if flag.allowed and parsed[0] not in flag.allowed:
             allowed = ", ".join(map(str, flag.allowed))
-            reason = row.note if row.kind == "refused" else f"only {allowed} can be had here; change it"
-            self.refuse(name, reason)
+            self.refuse(name, row.note if row.kind == "refused" else f"only {allowed} can be had here; change it")
             return None
         return parsed[0]
 
     def required(self, name: str) -> Any:
-        """A flag's value; that it is missing is a problem."""
+        """A flag's value; a missing flag is a problem."""
         if name not in self.uses:
-            self.problem(self.launch_line, name, "is not given, and there is no default for it; add it to the script")
+            if all(problem.subject.split()[0] != name for problem in self.problems):
+                self.problem(name, "is not given, and there is no default for it; add it")
             return None
         return self.value(name)
 
-    def problem(self, line: int, subject: str, message: str) -> None:
-        """Note what stands in the way, once."""
-        problem = Problem(line, subject, message)
+    def problem(self, subject: str, message: str) -> None:
+        """Add a problem, once."""
+        problem = Problem(subject, message)
         if problem not in self.problems:
             self.problems.append(problem)
 
     def refuse(self, name: str, message: str) -> None:
-        """Note that a flag, as it is given, cannot be had."""
+        """Add the problem of a flag."""
         use = self.uses.get(name)
-        self.problem(self.line(name), use.text if use else name, message)
+        self.problem(use.text if use else name, message)
 
-    def _add(self, name: str, values: list[Word], line: int, skip_unknown: bool) -> None:
-        text = self.expander.readable(" ".join([name, *(value.text for value in values)]))
+    def _add(self, name: str, values: list[str], skip_unknown: bool) -> None:
+        text = " ".join([name, *values])
         if not name.startswith("-"):
-            self._stray(values=[Word(name, line), *values], line=line, text=text)
-        elif name not in FLAGS:
+            self.problem(text, "is no flag; remove it")
+            return
+        if name not in FLAGS:
             if skip_unknown:
-                self.skipped.append(f"{text} (line {line})")
+                self.skipped.append(text)
             else:
-                self.problem(line, text, "is not known here; remove it, or pass over such flags with --skip-unknown")
+                self.problem(text, "is not known here; remove it, or pass over such flags with --skip-unknown")
+            return
+        flag, row = FLAGS[name]
+        if flag.parse is None and values:
+            self.problem(text, "takes no value; correct it")
+        elif flag.parse is not None and not values:
+            self.problem(text, "has no value; give it (a script's unset variable is empty: --variables.NAME VALUE)")
+        elif len(values) > 1 and not flag.many:
+            self.problem(text, "takes one value; correct it")
         else:
-            flag, row = FLAGS[name]
-            wanted = "no value" if flag.parse is None else "one value" if not flag.many else "a value"
-            fits = len(values) == (flag.parse is not None) if not flag.many else bool(values)
-            if not fits:
-                self._stray(values, line, text, f"takes {wanted}; correct it")
-                return
-            self.uses[name] = Use(flag, row, values, line, text)
+            self.uses[name] = Use(flag, row, values, text)
             if row.kind == "refused" and not flag.allowed:
                 self.refuse(name, row.note)
             elif row.kind == "refused" or (row.kind == "ignored" and flag.allowed):
                 self.value(name)
 
-    def _stray(self, values: list[Word], line: int, text: str, otherwise: str = "is no flag; remove it") -> None:
-        """Words too many: where one is unknown, flags may be in it."""
-        unknown = next(filter(None, (self.expander.first_unknown(value.text) for value in values)), None)
-        self.complete = self.complete and unknown is None
-        self.problem(line, text, f"depends on {explain(unknown)}" if unknown else otherwise)
-
-    def _parsed(self, use: Use, value: Word) -> Any:
-        if unknown := self.expander.first_unknown(value.text):
-            self.problem(use.line, use.text, f"depends on {explain(unknown)}")
-            return None
+    def _parsed(self, use: Use, value: str) -> Any:
         assert use.flag.parse is not None
         try:
-            return use.flag.parse(value.text)
+            return use.flag.parse(value)
         except ValueError:
-            kind = "an integer" if use.flag.parse.__name__ == "whole" else "a number"
-            self.problem(use.line, use.text, f"{value.text!r} is not {kind}; correct it")
+            kind = "an integer" if use.flag.parse is int else "a number"
+            self.problem(use.text, f"{value!r} is not {kind}; correct it")
             return None
 
 

@@ -1,4 +1,4 @@
-"""The documents' tables of flags, from the table that `nlgmoe from-megatron` translates by.
+"""Write the documents' tables of flags, from the table that `nlgmoe from-megatron` translates by.
 
 README.md has those of experts and distillation, docs/megatron_flags.md all of them; `make docs` writes both.
 """
@@ -20,7 +20,7 @@ DOCUMENTS: dict[str, list[str]] = {
 
 
 def with_table(document: str, titles: list[str]) -> str:
-    """A document with the table between its two markers brought up to date.
+    """Return a document with a new table between its two markers.
 
     Raises:
         ValueError: a marker is missing.
@@ -45,7 +45,7 @@ def markdown_table(titles: list[str]) -> str:
 
 
 def _exceptions(flag: Flag, row: Row) -> str:
-    """The values of a refused flag that are fine."""
+    """The values with which a refused flag is accepted."""
     return (
         f" (but {' or '.join(f'`{value}`' for value in flag.allowed)})"
         if row.kind == "refused" and flag.allowed
@@ -54,7 +54,7 @@ def _exceptions(flag: Flag, row: Row) -> str:
 
 
 def main() -> None:
-    """Bring the documents of the current folder up to date."""
+    """Write the tables into the documents of the current folder."""
     for name, titles in DOCUMENTS.items():
         path = Path(name)
         path.write_text(with_table(path.read_text(), titles))

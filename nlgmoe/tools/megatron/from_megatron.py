@@ -1,41 +1,51 @@
-"""`nlgmoe from-megatron`: a Megatron-DeepSpeed launch script as one of our configurations."""
+"""`nlgmoe from-megatron`: flags of Megatron-DeepSpeed as one of our configurations."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError, UsageErrors
-from nlgmoe.tools.megatron.arguments import Arguments, Problem
-from nlgmoe.tools.megatron.script import read_launch
-from nlgmoe.tools.megatron.tokens import ScriptError
+from nlgmoe.tools.megatron.arguments import Arguments
+from nlgmoe.tools.megatron.launch import Launch, split_command
+from nlgmoe.tools.megatron.run_script import run_script as run
+from nlgmoe.tools.megatron.saved_arguments import read_checkpoint, read_log
 from nlgmoe.tools.megatron.translate import translate
 from nlgmoe.tools.megatron.yaml_text import yaml_text
 
 
 def from_megatron(
-    script: str,
+    source: tuple[str, ...] = (),
+    flags: list[str] | None = None,
+    run_script: bool = False,
     output: str | None = None,
     variables: dict[str, str | int | float] | None = None,
     skip_unknown: bool = False,
 ) -> None:
-    """Translate a Megatron-DeepSpeed launch script into YAML for `train.py fit --config`.
+    """Translate a launch of Megatron-DeepSpeed into YAML for `train.py fit --config`.
 
-    The script is parsed, never run. Every flag becomes a setting, or is named in the header with the reason why it needs
-    none, or stops the translation; settings that the script leaves to Megatron's defaults are written out.
+    Every flag becomes a setting, or is named in the header with the reason why it needs none, or stops the translation;
+    settings that are left to Megatron's defaults are written out.
+
+        nlgmoe from-megatron -- --num_gpus 8 --num-layers 24 ...
+        nlgmoe from-megatron train.log
+        nlgmoe from-megatron checkpoints/global_step1000
+        nlgmoe from-megatron pretrain.sh --run-script
 
     Args:
-        script: the shell script that launches pretrain_gpt.py.
+        source: a log with the arguments that Megatron prints, a checkpoint's folder, or with --run-script a launch script.
+        flags: Megatron's flags, or the whole command from deepspeed on: written after a bare --, not with this option.
+        run_script: run the script under bash in an empty temporary folder; echo, sed, grep and the like are run, other commands,
+            such as deepspeed, are recorded. It is no sandbox: give it scripts that you trust.
         output: file to write; the standard output if it is not given.
-        variables: values for what the text does not tell, such as `--variables.NUM_GPUS 64` where the script counts them.
+        variables: of the script, such as `--variables.NUM_GPUS 64`; they win over its own assignments.
         skip_unknown: name flags that are in no table in the header instead of refusing them.
 
     Raises:
         ValueError: something is not understood or not possible here; one line for each, with the remedy.
     """
-    path = Path(script)
-    if not path.is_file():
-        raise UsageError(f"script={script} is not there; give the shell script that launches pretrain_gpt.py")
-    text = translated(path, {name: str(value) for name, value in (variables or {}).items()}, skip_unknown)
+    given = {name: str(value) for name, value in (variables or {}).items()}
+    text = translated(read_launch(source, flags or [], run_script, given), skip_unknown)
     if output is None:
         print(text, end="")
     else:
@@ -45,23 +55,40 @@ def from_megatron(
         print(f"{output}: read what its comments say, then train with python train.py fit --config {output}")
 
 
-def translated(path: Path, variables: dict[str, str], skip_unknown: bool = False) -> str:
-    """The YAML for a script; arguments and errors are those of `from_megatron`."""
-    source = path.read_text()
-    try:
-        launch, expander = read_launch(source, variables)
-        arguments = Arguments(launch, expander, skip_unknown)
-        translation = translate(launch, arguments, path.stem)
-    except ScriptError as error:
-        raise UsageError(f"{path.name}:{error.line}: {error}") from error
+def read_launch(
+    source: Sequence[str], flags: Sequence[str], run_script: bool = False, variables: Mapping[str, str] | None = None
+) -> Launch:
+    """Read a launch from one of the four inputs; arguments and errors are those of `from_megatron`."""
+    if len(source) + bool(flags) != 1:
+        raise UsageError(
+            "give one of these: a log, a checkpoint's folder, a launch script with --run-script, flags after --"
+        )
+    if variables and not run_script:
+        raise UsageError("--variables are those of a script that is run; add --run-script, or leave them out")
+    if flags:
+        if run_script:
+            raise UsageError("--run-script takes a script, not flags; leave it out")
+        launcher, words = split_command(flags) or ([], list(flags))
+        launch = Launch("the command line", "megatron", launcher, words)
+    else:
+        path = Path(source[0])
+        if not path.exists():
+            raise UsageError(
+                f"{path} is not there; give a log, a checkpoint's folder, or a launch script with --run-script"
+            )
+        if run_script:
+            if path.is_dir():
+                raise UsageError(f"{path} is a folder; --run-script takes a script")
+            return run(path, variables or {})
+        launch = read_checkpoint(path) if path.is_dir() else read_log(path)
+    launch.read_deepspeed_config(Path())
+    return launch
+
+
+def translated(launch: Launch, skip_unknown: bool = False) -> str:
+    """The YAML for a launch; errors are those of `from_megatron`."""
+    arguments = Arguments(launch.flags, skip_unknown)
+    translation = translate(launch, arguments)
     if arguments.problems:
-        raise UsageErrors([_one_line(path, problem) for problem in sorted(arguments.problems, key=_line)])
-    return yaml_text(translation, path.name)
-
-
-def _one_line(path: Path, problem: Problem) -> str:
-    return f"{path.name}:{problem.line}: {problem.subject}: {problem.message}"
-
-
-def _line(problem: Problem) -> int:
-    return problem.line
+        raise UsageErrors([f"{launch.source}: {problem.subject}: {problem.message}" for problem in arguments.problems])
+    return yaml_text(translation, launch.source)

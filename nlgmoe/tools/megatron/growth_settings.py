@@ -1,6 +1,6 @@
-"""What grows during training: the batch and the sequences.
+"""Settings of growing batches and sequences.
 
-`nlgmoe.data` is imported where a batch grows: with it comes Lightning, which costs seconds that other scripts need not wait.
+`nlgmoe.data` is imported only where a batch grows: it imports Lightning, which takes seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def curriculum_settings(job: Job) -> None:
             "in the result"
         )
     if problem:
-        job.arguments.problem(job.deepspeed.line, "the DeepSpeed configuration", problem)
+        job.arguments.problem("the DeepSpeed configuration", problem)
         return
     of_mean_length = f"{curriculum.steps} steps of the mean length; linear in tokens here, in steps there"
     tokens = curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2

@@ -1,4 +1,4 @@
-"""One translation under way: the launch, what several settings need, and the settings found so far."""
+"""The state of a translation: the launch, values that several settings need, and the settings found so far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nlgmoe.tools.megatron.arguments import Arguments
-from nlgmoe.tools.megatron.cluster import machines, read_deepspeed_config
+from nlgmoe.tools.megatron.cluster import read_cluster, read_deepspeed_config
 from nlgmoe.tools.megatron.flags import SECTIONS
 from nlgmoe.tools.megatron.launch import Launch
 
@@ -19,8 +19,8 @@ class Translation:
 
     Attributes:
         settings: dotted path -> value, in the order of the YAML.
-        comments: dotted path -> what stands beside it.
-        notes: what else there is to know, one sentence each.
+        comments: dotted path -> comment on its line.
+        notes: sentences for the header.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -29,25 +29,24 @@ class Translation:
 
 
 class Job:
-    """What the derivations share.
+    """A translation in progress.
 
     Args:
         launch: the launch.
         arguments: its flags; what cannot be translated is added to their problems.
-        name: what the run folder is called where the script does not say.
 
     Attributes:
-        machines: devices and nodes; None where that is a problem.
-        deepspeed: what is seen of DeepSpeed's configuration.
+        cluster: devices and nodes; None where that is a problem.
+        deepspeed: DeepSpeed's configuration, as far as it is known.
         experts: experts of each MoE layer, or one number for all; None where that is a problem.
         seq_len: tokens of a sequence; None where that is a problem.
         global_batch: sequences a step; None where that is a problem.
     """
 
-    def __init__(self, launch: Launch, arguments: Arguments, name: str) -> None:
-        self.launch, self.arguments, self.name = launch, arguments, name
-        self.result = Translation()
-        self.machines = machines(launch, arguments)
+    def __init__(self, launch: Launch, arguments: Arguments) -> None:
+        self.launch, self.arguments = launch, arguments
+        self.result = Translation(notes=list(launch.notes))
+        self.cluster = read_cluster(launch, arguments)
         self.deepspeed = read_deepspeed_config(launch, arguments)
         self.experts: list[int] | None = arguments.value("--num-experts")
         self.seq_len: int | None = arguments.required("--seq-length")
@@ -55,12 +54,12 @@ class Job:
 
     @property
     def is_moe(self) -> bool:
-        """Whether there are MoE layers; `--num-experts 1` means none."""
+        """True if there are MoE layers; `--num-experts 1` means none."""
         return self.experts is not None and self.experts != [1]
 
     @property
-    def distils(self) -> bool:
-        """Whether there is a teacher."""
+    def has_teacher(self) -> bool:
+        """True if a teacher is distilled."""
         return self.arguments.has("--mos") or self.arguments.has("--kd")
 
     def set(self, path: str, value: Any, comment: str = "") -> None:
@@ -69,8 +68,8 @@ class Job:
         if comment:
             self.result.comments[path] = comment
 
-    def direct(self, section: str, prefix: str) -> None:
-        """The settings of a section of the table that take one flag's value as it is."""
+    def set_from_flags(self, section: str, prefix: str) -> None:
+        """Set the settings of a section of the table that take one flag's value as it is."""
         for row in SECTIONS[section]:
             for flag in row.flags:
                 if not flag.setting.startswith(prefix):
@@ -81,20 +80,20 @@ class Job:
                     self.set(flag.setting, value, self.default(flag.name))
 
     def default(self, name: str) -> str:
-        """The comment beside a value that the script leaves to Megatron."""
+        """The comment beside a value that is Megatron's default; empty if the flag is given."""
         return "" if name in self.arguments.uses else DEFAULT
 
     def _global_batch(self) -> int | None:
         """Sequences a step; a multiple of what all ranks feed at a time."""
         given = self.arguments.value("--global-batch-size")
         micro_batch = self.arguments.required("--micro-batch-size")
-        if self.machines is None or micro_batch is None:
+        if self.cluster is None or micro_batch is None:
             return None if given is None else int(given)
-        one = int(micro_batch) * self.machines.world
+        one = int(micro_batch) * self.cluster.world_size
         batch = int(given) if given is not None else one
         if batch % one:
             self.arguments.refuse(
                 "--global-batch-size",
-                f"is no multiple of {micro_batch} sequences x {self.machines.world} GPUs; change one of them",
+                f"is no multiple of {micro_batch} sequences x {self.cluster.world_size} GPUs; change one of them",
             )
         return batch

@@ -22,16 +22,16 @@ def model_settings(job: Job) -> None:
         positions = job.arguments.required("--max-position-embeddings")
         if positions is not None and positions < job.seq_len:
             job.arguments.refuse("--max-position-embeddings", f"is below --seq-length {job.seq_len}; make it as long")
-    job.direct("Model", "model.config.")
+    job.set_from_flags("Model", "model.config.")
     if job.is_moe:
         _moe_settings(job)
     else:
         job.set("model.config.moe", None, "one expert: a dense model")
-    if job.distils:
+    if job.has_teacher:
         job.set(
             "model.distiller.class_path", "nlgmoe.MixtureOfStudents", "to the end; StagedDistillation ends it earlier"
         )
-        job.direct("Distillation", "model.distiller.")
+        job.set_from_flags("Distillation", "model.distiller.")
         experts = job.arguments.value("--num-experts-teacher")
         if experts is not None:
             one = 0 if experts == [1] else experts[0]  # one expert there is a dense layer
@@ -44,7 +44,7 @@ def _moe_settings(job: Job) -> None:
     if 1 in experts and len(experts) > 1:
         job.arguments.refuse("--num-experts", "makes a layer dense; a layer is MoE or not by --expert-interval here")
     job.set("model.config.moe.num_experts", experts if len(experts) > 1 else experts[0])
-    job.direct("Experts", "model.config.moe.")
+    job.set_from_flags("Experts", "model.config.moe.")
     moe = "model.config.moe."
     dropless = job.arguments.has("--disable-moe-token-dropping")
     job.set(f"{moe}token_dropping", not dropless)

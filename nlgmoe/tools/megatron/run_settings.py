@@ -12,10 +12,10 @@ from nlgmoe.tools.megatron.job import DEFAULT, Job
 def run_settings(job: Job) -> None:
     """Set `trainer.*`."""
     _run_folder(job)
-    if job.machines is not None:
+    if job.cluster is not None:
         job.set("trainer.accelerator", "gpu")
-        job.set("trainer.devices", job.machines.devices, job.machines.comment)
-        job.set("trainer.num_nodes", job.machines.nodes)
+        job.set("trainer.devices", job.cluster.devices, job.cluster.comment)
+        job.set("trainer.num_nodes", job.cluster.nodes)
     precision = _precision(job)
     job.set("trainer.precision", precision)
     _strategy(job, precision)
@@ -29,22 +29,20 @@ def run_settings(job: Job) -> None:
         job.set("trainer.max_time", text, "days:hours:minutes:seconds, over all restarts")
     clipping = job.deepspeed.gradient_clipping
     if clipping is None:
-        job.direct("Optimisation", "trainer.gradient_clip_val")
+        job.set_from_flags("Optimisation", "trainer.gradient_clip_val")
     else:
         job.set("trainer.gradient_clip_val", clipping, job.deepspeed.source)
     _evaluation(job)
-    job.direct("Run and cluster", "trainer.log_every_n_steps")
+    job.set_from_flags("Run and cluster", "trainer.log_every_n_steps")
     _checkpoints(job)
 
 
 def _run_folder(job: Job) -> None:
     for name in ("--save", "--tensorboard-dir"):
-        use = job.arguments.uses.get(name)
-        if use is not None and job.arguments.expander.first_unknown(use.values[0].text) is None:
-            job.set("trainer.default_root_dir", posixpath.normpath(use.values[0].text), f"of {name}")
+        if job.arguments.has(name):
+            job.set("trainer.default_root_dir", posixpath.normpath(job.arguments.value(name)), f"of {name}")
             return
-    reason = "the script's own is only known when it runs" if job.arguments.has("--save") else "not in the script"
-    job.set("trainer.default_root_dir", f"runs/{job.name}", reason)
+    job.set("trainer.default_root_dir", f"runs/{job.launch.name}", "no --save")
 
 
 def _precision(job: Job) -> str:
@@ -56,7 +54,6 @@ def _precision(job: Job) -> str:
         if configured is not None and configured != given:
             there, here = ("on", "off") if configured else ("off", "on")
             job.arguments.problem(
-                job.deepspeed.line,
                 "the DeepSpeed configuration",
                 f"has {flag} {there}, --{flag} is {here}; make them agree",
             )
@@ -79,8 +76,10 @@ def _strategy(job: Job, precision: str) -> None:
         job.set(f"{path}stage", stage, comment)
     degree = job.arguments.value("--moe-expert-parallel-size")
     if job.is_moe and degree is not None:
-        if job.machines is not None and degree > job.machines.world:
-            job.arguments.refuse("--moe-expert-parallel-size", f"is above the {job.machines.world} GPUs; lower it")
+        if job.cluster is not None and degree > job.cluster.world_size:
+            job.arguments.refuse("--moe-expert-parallel-size", f"is above the {job.cluster.world_size} GPUs; lower it")
+        if degree < 1:
+            job.arguments.refuse("--moe-expert-parallel-size", "is below 1; correct it")
         job.set(
             f"{path}expert_parallel_size",
             degree,
@@ -98,23 +97,18 @@ def _stage(job: Job) -> tuple[int | None, str]:
     """ZeRO's stage, and how it is known."""
     flag = job.arguments.value("--zero-stage")
     seen = job.deepspeed.stage
-    variable = job.launch.variables.get("ZERO_STAGE")
+    variable = job.launch.variables.get("ZERO_STAGE", "")
     if flag is not None and seen is not None and flag != seen:
-        job.arguments.refuse(
-            "--zero-stage",
-            f"is {seen} in the DeepSpeed configuration (line {job.deepspeed.line}); make them agree",
-        )
+        job.arguments.refuse("--zero-stage", f"is {seen} in the DeepSpeed configuration; make them agree")
     if seen is not None:
         if seen not in (0, 1, 2):
-            job.arguments.problem(
-                job.deepspeed.line, f"ZeRO stage {seen}", "is not possible with experts; use 0, 1 or 2"
-            )
+            job.arguments.problem(f"ZeRO stage {seen}", "is not possible with experts; use 0, 1 or 2")
         return seen, job.deepspeed.source
     if flag is not None or job.arguments.has("--zero-stage"):
         return flag, ""
-    if isinstance(variable, str) and variable in ("0", "1", "2"):
+    if variable in ("0", "1", "2"):
         return int(variable), "of the variable ZERO_STAGE"
-    unseen = "not seen in the script: what does its DeepSpeed configuration say?"
+    unseen = "an assumption: DeepSpeed's configuration is not known"
     return 0, unseen if job.arguments.has("--deepspeed") else "no --deepspeed"
 
 
@@ -183,10 +177,9 @@ def _checkpoints(job: Job) -> None:
 
 
 def _check_load(job: Job) -> None:
-    load, save = job.arguments.uses.get("--load"), job.arguments.uses.get("--save")
-    if load is None:
+    if not job.arguments.has("--load"):
         return
-    if save is not None and load.values[0].text == save.values[0].text:
+    if job.arguments.value("--load") == job.arguments.value("--save"):
         job.result.notes.append("--load: to go on after an interruption, add --ckpt_path last to the command.")
     else:
         job.arguments.refuse("--load", "starts from another run's checkpoint, which is not read here; remove it")

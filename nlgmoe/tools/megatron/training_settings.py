@@ -1,4 +1,4 @@
-"""Settings of the optimizer, the schedule, the length of training, and the data: whatever is counted in tokens."""
+"""Settings of the optimizer, the schedule, the length of training, and the data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nlgmoe.tools.megatron.model_settings import tokenizer
 
 def optimisation_settings(job: Job) -> None:
     """Set `model.optimizer.*` and `model.schedule.*`."""
-    job.direct("Optimisation", "model.optimizer.lr")
+    job.set_from_flags("Optimisation", "model.optimizer.lr")
     betas = [job.arguments.value(name) for name in ("--adam-beta1", "--adam-beta2")]
     if None not in betas:
         left = [name for name in ("--adam-beta1", "--adam-beta2") if name not in job.arguments.uses]
         job.set("model.optimizer.betas", betas, f"{' and '.join(left)}: {DEFAULT}" if left else "")
-    job.direct("Optimisation", "model.optimizer.eps")
-    job.direct("Optimisation", "model.optimizer.weight_decay")
+    job.set_from_flags("Optimisation", "model.optimizer.eps")
+    job.set_from_flags("Optimisation", "model.optimizer.weight_decay")
     _schedule(job)
 
 
@@ -38,11 +38,7 @@ def _schedule(job: Job) -> None:
     if minimum is not None:
         job.set(f"{path}min_lr", minimum, job.default("--min-lr"))
     if decay is None:
-        job.arguments.problem(
-            job.arguments.line("--lr-decay-style"),
-            f"--lr-decay-style {shape}",
-            "has no length: add --lr-decay-tokens",
-        )
+        job.arguments.problem(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
         return
     given = job.arguments.has("--lr-decay-tokens", "--lr-decay-samples", "--lr-decay-iters")
     job.set(f"{path}decay_tokens", decay, "" if given else "the length of training")
@@ -125,13 +121,13 @@ def data_settings(job: Job) -> None:
     corpora, split = _corpora(job), _split(job)
     if corpora is not None and split is not None:
         _corpus(job, corpora, split)
-    job.direct("Batch and data", "data.micro_batch_size")
+    job.set_from_flags("Batch and data", "data.micro_batch_size")
     if job.global_batch is not None:
         comment = "" if job.arguments.has("--global-batch-size") else "micro-batch x ranks"
         job.set("data.global_batch_size", job.global_batch, comment)
     ramp_up_settings(job)
     _document_settings(job)
-    job.direct("Batch and data", "data.num_workers")
+    job.set_from_flags("Batch and data", "data.num_workers")
     if "model.seed" in job.result.settings:
         job.set("data.seed", job.result.settings["model.seed"], job.default("--seed"))
 
@@ -205,8 +201,6 @@ def _split(job: Job) -> list[float] | None:
         shares = [float(part) for part in text.replace("/", ",").split(",")]
     except ValueError:
         job.arguments.refuse("--split", "is not a list of numbers; correct it")
-        return None
-    except AttributeError:  # unknown, and noted as such
         return None
     shares = [*shares, 0.0, 0.0][:3]
     if shares[1] == 0:

@@ -20,29 +20,26 @@ from nlgmoe.tools.megatron.run_settings import run_settings
 from nlgmoe.tools.megatron.training_settings import data_settings, length_settings, optimisation_settings
 
 
-def translate(launch: Launch, arguments: Arguments, name: str) -> Translation:
+def translate(launch: Launch, arguments: Arguments) -> Translation:
     """Translate a launch; what cannot be is added to `arguments.problems`.
 
     Args:
         launch: the launch.
         arguments: its flags.
-        name: what the run folder is called where the script does not say.
     """
-    if not arguments.complete:
-        return Translation()  # what is missing may be in the words that are unknown
-    job = Job(launch, arguments, name)
+    job = Job(launch, arguments)
     model_settings(job)
     optimisation_settings(job)
     length_settings(job)
     data_settings(job)
     run_settings(job)
-    _note_what_has_no_setting(job)
+    _note_flags_without_setting(job)
     if not arguments.problems:
         _check_together(job)
     return job.result
 
 
-def _note_what_has_no_setting(job: Job) -> None:
+def _note_flags_without_setting(job: Job) -> None:
     reasons: dict[str, list[str]] = {}
     for use in job.arguments.uses.values():
         if use.row.kind == "ignored":
@@ -51,7 +48,7 @@ def _note_what_has_no_setting(job: Job) -> None:
     if dense and not job.is_moe:
         reasons["no effect: the model is dense"] = dense
     idle = [name for name in job.arguments.uses if FLAGS[name][1] in SECTIONS["Distillation"]]
-    if idle and not job.distils:
+    if idle and not job.has_teacher:
         reasons["no effect without --mos or --kd"] = idle
     if job.arguments.has("--save") and job.arguments.has("--tensorboard-dir"):
         reasons["logs go into trainer.default_root_dir"] = ["--tensorboard-dir"]
@@ -61,7 +58,7 @@ def _note_what_has_no_setting(job: Job) -> None:
 
 
 def _check_together(job: Job) -> None:
-    """What the settings' own checks say about the values together."""
+    """Run the checks of our configuration classes on the settings."""
     tree: dict[str, Any] = {}
     for path, value in job.result.settings.items():
         *parents, leaf = path.split(".")
@@ -78,4 +75,4 @@ def _check_together(job: Job) -> None:
         if "curriculum" in model:
             SequenceCurriculum(**model["curriculum"])
     except ValueError as error:
-        job.arguments.problem(job.launch.line, "the launch", f"does not fit together: {error}")
+        job.arguments.problem("the launch", f"does not fit together: {error}")
