@@ -338,9 +338,12 @@ class MoEGPTModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build AdamW with named groups, and a learning rate that follows the token clock."""
         optimizer = build_adamw(self.gpt, self.optimizer_config)
-        peak = self.optimizer_config.lr
-        scheduler = LambdaLR(optimizer, lambda _: learning_rate(self.tokens_seen, peak, self.schedule) / peak)
+        scheduler = LambdaLR(optimizer, lambda _: self._lr_factor())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+    def _lr_factor(self) -> float:
+        """Learning rate of the next step, as a factor of the peak."""
+        return learning_rate(self.tokens_seen, self.optimizer_config.lr, self.schedule) / self.optimizer_config.lr
 
     @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -426,7 +429,7 @@ class MoEGPTModule(LightningModule):
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.tokens_seen, peak, self.schedule)
+            group["lr"] = peak * self._lr_factor()  # the scheduler's formula, to the last bit
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             scheduler.base_lrs = [peak] * len(optimizer.param_groups)  # the saving ranks may have had other groups
         if self.distiller is not None and not self.trainer.should_stop:

@@ -17,6 +17,7 @@ from nlgmoe.callbacks import RunSummary, SaveOnSignal, save_on_signal
 from nlgmoe.checkpoint.portable import read_document
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import RunCSVLogger
+from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.checkpoint.test_portable import ACCUMULATE, CONFIG, weights
 from tests.synthetic import SyntheticData
 
@@ -55,7 +56,8 @@ def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | None = 
         check_val_every_n_epoch=None,
         **settings,
     )
-    trainer.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
+    schedule = LearningRateSchedule("cosine", min_lr=1e-5, decay_tokens=1950)  # rounding matters here
+    trainer.fit(MoEGPTModule(CONFIG, schedule=schedule), SyntheticData(), ckpt_path=resume)
     return trainer
 
 
