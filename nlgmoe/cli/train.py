@@ -241,7 +241,7 @@ class TrainCLI(LightningCLI):
             )
         given = trainer["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        check_callbacks(given)
+        check_callbacks(given, trainer["limit_val_batches"])
         replaced = {type(one) for one in given}
         if trainer["enable_progress_bar"] is False:
             replaced.add(TokenProgressBar)

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -93,7 +95,7 @@ def _check_epochs(trainer: Mapping[str, Any]) -> None:
     _require(whole, "limit_train_batches", limit, "cuts up training data that have no end; set trainer.max_steps")
 
 
-def check_callbacks(callbacks: Iterable[Callback]) -> None:
+def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | float | None) -> None:
     """Check that the callbacks of a configuration can do what they are for.
 
     Raises:
@@ -107,6 +109,14 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
             why = "counts epochs, which never end here; remove it"
         elif isinstance(one, WeightAveraging):
             why = "replaces the weights at the end, so that a run would not go on as it was; remove it"
+        elif isinstance(one, BatchSizeFinder):
+            why = "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size"
+        elif isinstance(one, EarlyStopping) and one._check_on_train_epoch_end:
+            why = "has check_on_train_epoch_end=true, and the epoch is the whole run; leave it out"
+        elif isinstance(one, ModelCheckpoint) and one._every_n_epochs and one._save_on_train_epoch_end:
+            why = "has save_on_train_epoch_end=true, and the epoch is the whole run; leave it out"
+        elif isinstance(one, ModelCheckpoint) and one._every_n_epochs and limit_val_batches == 0:
+            why = "saves after validations, which trainer.limit_val_batches=0 turns off; set every_n_train_steps"
         elif isinstance(one, ModelCheckpoint) and one._every_n_epochs > 1:
             why = f"has every_n_epochs={one._every_n_epochs}, which never comes; set every_n_train_steps"
         elif isinstance(one, Timer) and one._interval == "epoch":

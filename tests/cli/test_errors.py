@@ -440,9 +440,22 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
                 "every_n_train_steps: null, every_n_epochs: 2",
                 "has every_n_epochs=2, which never comes",
             ),
+            (
+                "ModelCheckpoint",
+                "every_n_train_steps: null, save_on_train_epoch_end: true",
+                "has save_on_train_epoch_end=true, and the epoch is the whole run",
+            ),
+            ("EarlyStopping", "monitor: val/loss, check_on_train_epoch_end: true", "has check_on_train_epoch_end=true"),
+            ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
             ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
         )
     },
+    "callback: ModelCheckpoint without validation": (
+        file(
+            "trainer: {limit_val_batches: 0, callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: null}}]}"
+        ),
+        "trainer.callbacks: ModelCheckpoint saves after validations, which trainer.limit_val_batches=0 turns off",
+    ),
     "run folder that is none": (flag("--trainer.default_root_dir=s3://bucket/run"), "s3://bucket/run must be a folder"),
     "overfitting": (flag("--trainer.overfit_batches=2"), "trainer.overfit_batches=2 must stay 0"),
     "no devices": (flag("--trainer.devices=0"), "trainer.devices=0 must be a number of devices above 0"),
