@@ -65,6 +65,11 @@ class RunSummary(Callback):
                 f"the model has {total:,} parameters where model.config describes {formula:,}: it was changed in code; FLOPs and "
                 "MFU are those of model.config"
             )
+        if _leaves_out_domains(trainer):
+            rank_zero_warn(
+                f"trainer.limit_val_batches={trainer.limit_val_batches} validates on the first domains alone, so summary.json "
+                "compares nothing with other models; remove it and set data.max_eval_windows, which counts for every domain"
+            )
         self._fit_started, self._batch_started = time.perf_counter(), 0.0
 
     @override
@@ -94,8 +99,7 @@ class RunSummary(Callback):
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary, indent=2)
-        xz = getattr(trainer.datamodule, "xz_bits_per_byte", None)  # type: ignore[attr-defined]
-        rank_zero_info(format_summary(summary, xz() if xz is not None else {}, folder))
+        rank_zero_info(format_summary(summary, _baseline(trainer, "xz_bits_per_byte") or {}, folder))
 
     def _wall_so_far(self) -> float:
         running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
@@ -108,7 +112,6 @@ class RunSummary(Callback):
         metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
         total, active = module.gpt.parameter_counts()
         losses = self._finite_losses()
-        entropy = getattr(trainer.datamodule, "unigram_entropy", None)  # type: ignore[attr-defined]
         prefix = "val/bits_per_byte/"
         return {
             "steps": trainer.global_step,
@@ -116,7 +119,7 @@ class RunSummary(Callback):
             "skipped_steps": module.guard.skipped,
             "train_loss": sum(losses) / len(losses) if losses else None,
             "val_loss": metrics.get("val/loss"),
-            "unigram_entropy": entropy() if entropy is not None else None,
+            "unigram_entropy": _baseline(trainer, "unigram_entropy"),
             "bits_per_byte": {
                 "all": metrics.get("val/bits_per_byte"),
                 **{name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
@@ -128,6 +131,18 @@ class RunSummary(Callback):
             "wall_seconds": self._wall_seconds,
             "versions": versions(),
         }
+
+
+def _leaves_out_domains(trainer: Trainer) -> bool:
+    """Whether `trainer.limit_val_batches` cuts the validation, whose windows are in the order of their domains."""
+    loader, fast_dev_run = trainer.val_dataloaders, trainer.fast_dev_run  # type: ignore[attr-defined]
+    return loader is not None and not fast_dev_run and sum(trainer.num_val_batches) < len(loader)
+
+
+def _baseline(trainer: Trainer, name: str) -> Any:
+    """The baseline of that name on the data's evaluated tokens; None if there is none, or validation covers fewer tokens."""
+    known = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
+    return known() if known is not None and not _leaves_out_domains(trainer) else None
 
 
 def _finite(value: float) -> float | None:

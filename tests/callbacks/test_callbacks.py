@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_the_summary_has_the_validation_loss_and_goes_on_after_a_restart(tmp_pat
     assert set(summary["bits_per_byte"]) == {"all", "even", "odd"}
     assert len(second._losses) == 4  # three of the first part, one of the second
     assert second._fed_tokens == summary["tokens"]
+
+
+@pytest.mark.parametrize("limit", [1, 1.0])
+def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float, tmp_path: Path) -> None:
+    data = SyntheticData()
+    data.unigram_entropy = lambda: 4.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, RunSummary(), max_steps=1, limit_val_batches=limit).fit(MoEGPTModule(CONFIG), data)
+    assert sum("set data.max_eval_windows" in str(one.message) for one in caught) == isinstance(limit, int)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["val_loss"] and summary["unigram_entropy"] == (None if isinstance(limit, int) else 4.0)
 
 
 def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:
