@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -86,6 +87,11 @@ def finish(
     if path.is_symlink():
         path.unlink()
     elif path.exists():
+        if "optimizer_groups" not in document and _is_needed(path) and "optimizer_groups" in read_document(path):
+            rank_zero_warn(
+                f"{path} is kept, and not replaced by weights alone: no other checkpoint beside it can be resumed"
+            )
+            return
         path.rename(replaced)  # killed between this rename and the next: `recover` undoes this one
     temporary.rename(path)
     flush(path.parent)
@@ -127,13 +133,18 @@ def remove(path: Path) -> bool:
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        others = {other.resolve() for other in path.parent.glob("*.ckpt")} - {path.resolve()}
-        if is_whole(path) and not any(_replaces(other, path) for other in sorted(others)):
+        if _is_needed(path):
             return False
         doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
         path.rename(doomed)  # in one step: a folder with the final name is whole, also while one is deleted
         shutil.rmtree(doomed)
     return True
+
+
+def _is_needed(path: Path) -> bool:
+    """Whether `path` is whole, and no other checkpoint of its folder replaces it."""
+    others = {other.resolve() for other in path.parent.glob("*.ckpt")} - {path.resolve()}
+    return is_whole(path) and not any(_replaces(other, path) for other in sorted(others))
 
 
 def _replaces(other: Path, path: Path) -> bool:

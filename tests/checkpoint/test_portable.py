@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, split_experts
+from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
@@ -132,6 +133,17 @@ def test_overwriting_and_removing(tmp_path: Path) -> None:
     io.save_checkpoint({"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "b.ckpt")
     io.remove_checkpoint(path)
     assert [p.name for p in tmp_path.iterdir()] == ["b.ckpt"]
+
+
+def test_weights_alone_do_not_replace_the_only_checkpoint_that_can_be_resumed(tmp_path: Path) -> None:
+    weights_only, path = (
+        {"every_n_train_steps": 6, "save_weights_only": True, "save_last": True},
+        tmp_path / "last.ckpt",
+    )
+    fit(tmp_path, SaveAt(4 * ACCUMULATE, path), steps=4)
+    with pytest.warns(UserWarning, match="last.ckpt is kept, and not replaced by weights alone"):
+        fit(tmp_path, ModelCheckpoint(tmp_path, enable_version_counter=False, **weights_only), steps=7, resume=path)
+    assert "optimizer_groups" in read_document(path)
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3, 4}}])
