@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import zipfile
 from dataclasses import replace
@@ -73,6 +74,24 @@ def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path
     assert results["chance"]["tiny_choice"]["guess"] == pytest.approx(1 / 3)
     assert {samples["effective"] for samples in results["n-samples"].values()} == {3}
     assert set(results["n-shot"].values()) == {1}
+
+
+def test_a_local_file_counts_for_groups_and_tags_and_is_read_anew(tmp_path: Path) -> None:
+    """Of two tasks one has documents in the folder; these change, the file's size and time do not."""
+    (tmp_path / "data").mkdir()
+    folder, file = write_tasks(tmp_path / "tasks"), tmp_path / "data/tiny_word.jsonl"
+    (folder / "group.yaml").write_text("group: pair\ntask: [tiny_text, one_tag]\n")
+    (folder / "tiny_word.yaml").write_text((folder / "tiny_word.yaml").read_text() + "tag: one_tag\n")
+    for word in ("king", "blue"):
+        file.write_text(f'{{"text": "the {word}"}}\n')
+        os.utime(file, (1e9, 1e9))
+        for name, others in (("tiny_word", 0), ("one_tag", 0), ("pair", 3)):
+            found = Tasks([name], tmp_path / "data", folder).load(name)["tasks"]
+            assert list(found.pop("tiny_word").eval_docs) == [{"text": f"the {word}"}]
+            assert sum(len(task.eval_docs) for task in found.values()) == others
+    (tmp_path / "data/pair.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"task pair: it is a group, .*pair\.jsonl cannot be its documents"):
+        Tasks(["pair"], tmp_path / "data", folder).load("pair")
 
 
 def test_what_is_missing_is_named_with_the_remedy(

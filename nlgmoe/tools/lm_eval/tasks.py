@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from unittest import mock
 import datasets
 import huggingface_hub
 
-from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager
+from nlgmoe.files import sha256_of
+from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager, load_yaml
 from nlgmoe.tools.lm_eval.lockstep import describe
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -53,6 +55,7 @@ class Tasks:
         self.names, self.num_fewshot = list(dict.fromkeys(names)), num_fewshot
         self._data_dir = None if data_dir is None else Path(data_dir)
         self._manager = _manager(self.names, include_path)
+        self._files = {} if data_dir is None else _read_from_files(self._manager.task_index, Path(data_dir))
         self._loaded: dict[str, dict[str, Any]] = {}
         for name in self.names:
             if name not in self._manager.task_index and not Path(name).is_file():
@@ -78,28 +81,23 @@ class Tasks:
     def _load(self, name: str) -> dict[str, Any]:
         entry = self._manager.task_index.get(name)
         settings = (entry.cfg if entry is not None else None) or {}
-        file, source = self._file(name), settings.get("dataset_path")
+        file, source = self._files.get(name), settings.get("dataset_path")
+        group = entry is not None and entry.kind.name in ("GROUP", "TAG")
+        if file is not None and group:
+            raise ValueError(f"task {name}: it is a group, {file} cannot be its documents; name files after its tasks")
         if file is not None and not (file.is_file() and file.stat().st_size):
             raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
         local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
         try:
-            with _quiet():
-                if file is not None:
-                    group = {"group": f"{name} from {file}", "task": [{"task": name} | _documents_in(file, settings)]}
-                    loaded = {"tasks": self._manager.load([group])["tasks"], "groups": {}}
-                elif local:
-                    loaded = dict(self._manager.load([name]))
-                else:
-                    with _hub():
-                        loaded = dict(self._manager.load([name]))
+            with _quiet(), nullcontext() if local else _hub():
+                loaded = dict(self._manager.load([name]))
         except Exception as error:
-            if file is not None:
-                raise ValueError(f"task {name}: {file} cannot be read: {describe(error)}") from error
             if local:
-                raise ValueError(
-                    f"task {name}: the files that its YAML names cannot be read: {describe(error)}"
-                ) from error
-            raise ValueError(f"task {name}: {_without_documents(name, source, self._data_dir, error)}") from error
+                where = file or "the files that its YAML names"
+                raise ValueError(f"task {name}: {where} cannot be read: {describe(error)}") from error
+            raise ValueError(
+                f"task {name}: {_without_documents('TASK' if group else name, source, self._data_dir, error)}"
+            ) from error
         for task in loaded["tasks"].values():
             # A task that sets 0 examples keeps 0, as in lm-eval's own command.
             if self.num_fewshot is not None and task.get_config("num_fewshot") != 0:
@@ -108,10 +106,17 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=0)
         return loaded
 
-    def _file(self, name: str) -> Path | None:
-        if self._data_dir is None:
-            return None
-        return next((path for kind in FORMATS if (path := self._data_dir / f"{name}{kind}").exists()), None)
+
+def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Let the tasks of an index read the documents in `folder`, whether chosen by name, group or tag; the file of each."""
+    files: dict[str, Path] = {}
+    for suffix in FORMATS:
+        files = {file.stem: file for file in folder.glob(f"*{suffix}") if file.stem in index} | files
+    for name, file in files.items():
+        if index[name].kind.name == "TASK" and file.is_file():
+            settings = load_yaml(index[name].yaml_path)
+            index[name] = replace(index[name], yaml_path=None, cfg=settings | _documents_in(file, settings))
+    return files
 
 
 def _documents_in(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def _documents_in(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     evaluated = "test_split" if settings.get("test_split") else "validation_split"
     return {
         "dataset_path": FORMATS[file.suffix],
-        "dataset_name": None,
+        "dataset_name": sha256_of(file),  # `datasets` keeps what it has read by this name, and by the file's time
         "dataset_kwargs": {"data_files": {split: str(file.resolve())}},
         **splits,
         evaluated: split,
