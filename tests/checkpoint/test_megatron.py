@@ -60,7 +60,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any], name: str = "mp_
     """Write a file of `folder/global_step7` again, changed."""
     file = folder / "global_step7" / name
     state = load(file)
-    if "args" in state:  # stand-ins cannot be written
+    if "args" in state:  # placeholders cannot be written
         state.pop("rng_state", None)
         state["args"].model_type = None
     change(state)

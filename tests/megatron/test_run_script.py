@@ -25,7 +25,7 @@ def test_nothing_outside_the_folder_is_changed(tmp_path: Path) -> None:
     launch = run(
         script,
         f"""
-export PATH=/bin:/usr/bin:$PATH
+export PATH=/bin:/usr/bin:$PATH HOME={tmp_path}
 rm -rf $HOME/x {victim}
 /bin/rm -rf {victim}
 RM=/bin/rm

@@ -11,19 +11,6 @@ from nlgmoe.tools.megatron.flags import FLAGS, Flag, Row
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A reason why a launch is not translated.
-
-    Attributes:
-        subject: the flag with its values, or the variable.
-        message: the reason, a semicolon, the remedy.
-    """
-
-    subject: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Use:
     """A flag with its values, and both as one text."""
 
@@ -42,13 +29,13 @@ class Arguments:
 
     Attributes:
         uses: name -> its last use, as in argparse.
-        problems: grows while values are asked for.
+        problems: reasons why the launch is not translated, `SUBJECT: REASON; REMEDY`; grows while values are asked for.
         skipped: flags in no table, with `skip_unknown`.
     """
 
     def __init__(self, words: Sequence[str], skip_unknown: bool = False) -> None:
         self.uses: dict[str, Use] = {}
-        self.problems: list[Problem] = []
+        self.problems: list[str] = []
         self.skipped: list[str] = []
         starts = [index for index, word in enumerate(words) if index == 0 or _is_flag(word)]
         for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
@@ -81,16 +68,16 @@ class Arguments:
     def required(self, name: str) -> Any:
         """A flag's value; a missing flag is a problem."""
         if name not in self.uses:
-            if all(problem.subject.split()[0] != name for problem in self.problems):
+            if not any(problem.startswith((f"{name} ", f"{name}:")) for problem in self.problems):
                 self.problem(name, "is not given, and there is no default for it; add it")
             return None
         return self.value(name)
 
     def problem(self, subject: str, message: str) -> None:
         """Add a problem, once."""
-        problem = Problem(subject, message)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        text = f"{subject}: {message}"
+        if text not in self.problems:
+            self.problems.append(text)
 
     def refuse(self, name: str, message: str) -> None:
         """Add the problem of a flag."""

@@ -86,9 +86,9 @@ def read_launch(
 
 
 def translated(launch: Launch, skip_unknown: bool = False) -> str:
-    """The YAML for a launch; errors are those of `from_megatron`."""
+    """Translate a launch into YAML; errors are those of `from_megatron`."""
     arguments = Arguments(launch.flags, skip_unknown)
     translation = translate(launch, arguments)
     if arguments.problems:
-        raise UsageErrors([f"{launch.source}: {problem.subject}: {problem.message}" for problem in arguments.problems])
+        raise UsageErrors([f"{launch.source}: {problem}" for problem in arguments.problems])
     return yaml_text(translation, launch.source)

@@ -33,7 +33,7 @@ def ramp_up_settings(job: Job) -> None:
 
 
 def curriculum_settings(job: Job) -> None:
-    """Set `model.curriculum`: DeepSpeed counts steps of a batch whose sequences have the mean length on the way."""
+    """Set `model.curriculum`; DeepSpeed's steps become tokens by the mean length of sequences during the curriculum."""
     curriculum = job.deepspeed.curriculum
     if curriculum is None or job.seq_len is None or job.global_batch is None:
         return
@@ -61,23 +61,23 @@ def samples_of_steps(job: Job, steps: int) -> int | None:
     """Sequences of the first optimizer steps; None where the batch is a problem."""
     if job.global_batch is None:
         return None
-    growing = _growing_batches(job)[:steps]
-    return sum(growing) + (steps - len(growing)) * job.global_batch
+    ramp_up = _ramp_up_batches(job)[:steps]
+    return sum(ramp_up) + (steps - len(ramp_up)) * job.global_batch
 
 
 def whole_steps(job: Job, samples: int) -> int | None:
-    """The sequences that a run trains on which may take `samples`: its last step is a whole one."""
+    """Sequences of the whole steps that fit into `samples`; None where the batch is a problem."""
     if job.global_batch is None:
         return None
     trained = 0
-    for batch in _growing_batches(job):
+    for batch in _ramp_up_batches(job):
         if trained + batch > samples:
             return trained
         trained += batch
     return trained + (samples - trained) // job.global_batch * job.global_batch
 
 
-def _growing_batches(job: Job) -> list[int]:
+def _ramp_up_batches(job: Job) -> list[int]:
     """Sequences of each step of the ramp-up; none without one."""
     ramp_up = _ramp_up(job)
     if ramp_up is None:

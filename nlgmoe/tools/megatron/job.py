@@ -15,7 +15,7 @@ DEFAULT = "Megatron-DeepSpeed's default"
 
 @dataclass
 class Translation:
-    """The result.
+    """Settings, comments and notes for the YAML.
 
     Attributes:
         settings: dotted path -> value, in the order of the YAML.
@@ -84,7 +84,7 @@ class Job:
         return "" if name in self.arguments.uses else DEFAULT
 
     def _global_batch(self) -> int | None:
-        """Sequences a step; a multiple of what all ranks feed at a time."""
+        """Sequences of a step: a multiple of micro-batch size x ranks."""
         given = self.arguments.value("--global-batch-size")
         micro_batch = self.arguments.required("--micro-batch-size")
         if self.cluster is None or micro_batch is None:

@@ -1,6 +1,6 @@
 # Read by every bash of `from-megatron --run-script` before its script (BASH_ENV). Commands are recorded in place of being run,
-# but for bash's own and those of PATH; mkdir, cp, touch, tee and sed may write inside HOME, the script's folder. The
-# environment has FROM_MEGATRON: a folder with bin/ (PATH), guarded/ (the commands that may write here) and records/.
+# but for bash's own and those of PATH. The environment has FROM_MEGATRON: a folder with work/ (the script's folder), bin/ (PATH),
+# guarded/ (commands that may write inside work/) and records/.
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || exit 99 # `local -`
 
@@ -17,7 +17,7 @@ for _name in deepspeed torchrun python python3 srun mpirun mpiexec nohup kill cd
     eval "$_name() { _record $_name \"\$@\"; }"
 done
 
-_is_inside() { [[ $("$FROM_MEGATRON/guarded/realpath" -m -- "$1") == "$HOME"/* ]]; }
+_is_inside() { [[ $("$FROM_MEGATRON/guarded/realpath" -m -- "$1") == "$FROM_MEGATRON"/work/* ]]; }
 
 _guarded() {
     local _word
@@ -47,8 +47,8 @@ hostname() { echo localhost; }
 _before_each_command() { # its arguments are the script's or function's, for the `eval` below
     local -
     set +eu
-    PATH=$FROM_MEGATRON/bin
     eval "$FROM_MEGATRON_VARIABLES"
+    PATH=$FROM_MEGATRON/bin
     local _rest=$BASH_COMMAND _word
     while [[ $_rest =~ ^[A-Za-z_][A-Za-z0-9_]*\+?=[^[:space:]]*[[:space:]]+(.*)$ ]]; do _rest=${BASH_REMATCH[1]}; done
     _word=${_rest%%[[:space:]]*}

@@ -1,4 +1,4 @@
-"""Settings of the trainer: machines, precision, strategy, when to stop, validate and save."""
+"""Settings of the trainer: nodes and GPUs, precision, strategy, when to stop, validate and save."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _strategy(job: Job, precision: str) -> None:
 
 
 def _stage(job: Job) -> tuple[int | None, str]:
-    """ZeRO's stage, and how it is known."""
+    """ZeRO's stage, and a comment on its origin."""
     flag = job.arguments.value("--zero-stage")
     seen = job.deepspeed.stage
     variable = job.launch.variables.get("ZERO_STAGE", "")

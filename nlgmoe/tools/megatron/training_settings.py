@@ -47,7 +47,7 @@ def _schedule(job: Job) -> None:
 
 
 def _warmup_tokens(job: Job) -> int | None:
-    """Length of the warm-up; a fraction is of the decay that is counted in steps or sequences, as there."""
+    """Length of the warm-up; a fraction is one of the decay in steps or sequences, as in Megatron."""
     if job.arguments.has("--lr-warmup-tokens"):
         tokens: int | None = job.arguments.value("--lr-warmup-tokens")
         return tokens

@@ -1,4 +1,4 @@
-"""A launch -> our settings, each with the comment that stands beside it in the YAML.
+"""Translate a launch into our settings, each with a comment for its line in the YAML.
 
 Settings that take one flag's value as it is come from the table in `flags.py`; the others are derived in
 `model_settings.py`, `training_settings.py` and `run_settings.py`.
@@ -21,7 +21,7 @@ from nlgmoe.tools.megatron.training_settings import data_settings, length_settin
 
 
 def translate(launch: Launch, arguments: Arguments) -> Translation:
-    """Translate a launch; what cannot be is added to `arguments.problems`.
+    """Translate a launch; add what cannot be translated to `arguments.problems`.
 
     Args:
         launch: the launch.

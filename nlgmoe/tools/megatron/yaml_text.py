@@ -1,4 +1,4 @@
-"""Settings and their comments as a YAML file that reads like one written by hand."""
+"""Settings and their comments as a commented YAML file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SPECIAL = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "nan", 
 
 
 def yaml_text(translation: Translation, source: str) -> str:
-    """The file.
+    """Return the text of the file.
 
     Args:
         translation: settings, comments and notes.
-        source: the script's name, for the header.
+        source: of the launch, for the header.
     """
     lines = [
         f"# {source}, translated by `nlgmoe from-megatron`.",
@@ -52,7 +52,7 @@ def yaml_text(translation: Translation, source: str) -> str:
 
 
 def scalar(value: Any) -> str:
-    """A value on one line; text is quoted where YAML would take it for something else."""
+    """Format a value on one line; quote text that YAML would read as another type."""
     if isinstance(value, list):
         return f"[{', '.join(scalar(item) for item in value)}]"
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
@@ -71,7 +71,7 @@ def _wrapped(note: str) -> list[str]:
 
 
 def _block(item: dict[str, Any], indent: str) -> list[str]:
-    """A mapping, a line for each value in it."""
+    """Format a mapping, one line for each value."""
     lines = []
     for name, value in item.items():
         if isinstance(value, dict):

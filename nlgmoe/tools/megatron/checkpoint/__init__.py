@@ -1,1 +1,1 @@
-"""Megatron-DeepSpeed's checkpoints, read and never run: `docs/megatron_checkpoints.md` has their layout with its sources."""
+"""Import Megatron-DeepSpeed's checkpoints: `docs/megatron_checkpoints.md` has their layout and its sources."""

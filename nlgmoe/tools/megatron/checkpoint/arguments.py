@@ -1,4 +1,4 @@
-"""The arguments of the run that wrote a checkpoint -> our configuration, or why there is none."""
+"""Make our configuration from the arguments in a checkpoint, or refuse them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MISSING = object()
 _NOT_HERE = "nlgmoe's GPT has none of it: this checkpoint stays with Megatron-DeepSpeed"
 _WHOLE = "the slices are not joined here: load the checkpoint where it was trained with size 1, and save it again"
 
-# Argument -> whether a value of it is refused, and what to say. One that the run did not know is fine.
+# Argument -> test of a value that is refused, and the reason. Arguments that the run did not have are accepted.
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tensor_model_parallel_size": (lambda size: size > 1, f"is tensor parallelism; {_WHOLE}"),
     "model_parallel_size": (lambda size: size is not None and size > 1, f"is tensor parallelism; {_WHOLE}"),
@@ -32,14 +32,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def check_supported(args: Namespace, accept_tanh_gelu: bool) -> None:
-    """Refuse what our model cannot be.
+    """Refuse arguments of models that nlgmoe does not have.
 
     Args:
         args: of the checkpoint.
-        accept_tanh_gelu: whether exact GELU may become its tanh form.
+        accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
 
     Raises:
-        ValueError: it cannot; the message names the argument.
+        ValueError: an argument is refused; the message names it.
     """
     for name, (refused, reason) in REFUSED.items():
         value = getattr(args, name, _MISSING)
@@ -62,7 +62,7 @@ def check_supported(args: Namespace, accept_tanh_gelu: bool) -> None:
 
 
 def experts_of(args: Namespace) -> int | list[int] | None:
-    """Experts per MoE layer, as `MoEConfig.num_experts`; None of a dense model.
+    """Return experts per MoE layer, as `MoEConfig.num_experts`; None for a dense model.
 
     Raises:
         ValueError: some layers of the list have one expert, which Megatron builds as dense layers.
@@ -80,7 +80,7 @@ def experts_of(args: Namespace) -> int | list[int] | None:
 
 
 def model_config(args: Namespace, rows: int, positions: int, vocab_size: int | None) -> GPTConfig:
-    """Our configuration of the checkpoint's model; what only training looks at is as the run had it.
+    """Make the configuration of the checkpoint's model; settings of training are those of the run.
 
     Args:
         args: of the checkpoint.

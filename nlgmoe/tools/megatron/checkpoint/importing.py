@@ -1,4 +1,4 @@
-"""A Megatron-DeepSpeed checkpoint -> a portable one, read and written entry by entry.
+"""Convert a Megatron-DeepSpeed checkpoint into a portable one, entry by entry.
 
     theirs                                              ours
     embedding.word_embeddings [rows, H]                 token_embedding, cut to the vocabulary and its padding
@@ -58,14 +58,14 @@ def import_checkpoint(
     qkv: QKV = "auto",
     accept_tanh_gelu: bool = False,
 ) -> GPTConfig:
-    """Write the weights of a Megatron-DeepSpeed checkpoint as a portable one, in fp32; returns what the model is.
+    """Write the weights of a Megatron-DeepSpeed checkpoint as a portable one, in fp32; return the model's configuration.
 
     Args:
         path: the folder of a step, or the one with the file `latest`.
         output: the checkpoint to write, `NAME.ckpt`.
         vocab_size: ids to keep; None: all rows of the embedding, its padding too.
         tokenizer: for `tokenizer.json`.
-        qkv: how queries, keys and values lie (`docs/megatron_checkpoints.md`).
+        qkv: order of queries, keys and values (`docs/megatron_checkpoints.md`).
         accept_tanh_gelu: take a model with exact GELU, whose logits then differ a little.
 
     Raises:
@@ -80,19 +80,19 @@ def import_checkpoint(
     except ValueError as error:
         raise ValueError(f"{error} ({dense.file})") from error
     counts = {block: count for block, count in enumerate(experts_per_layer(config)) if count}
-    weights = Weights(dense, ExpertFiles(folder, counts), config, _order(dense, qkv))
+    weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens)
     return config
 
 
 class Weights:
-    """The entries of our model, made from theirs.
+    """Entries of our model, made from Megatron's tensors.
 
     Args:
-        dense: what is not an expert.
-        experts: what is.
+        dense: all tensors but the experts'.
+        experts: the experts' files.
         config: of our model.
-        qkv_order: how queries, keys and values lie, a value of `_QKV`.
+        qkv_order: order of queries, keys and values, a value of `_QKV`.
 
     Raises:
         ValueError: the checkpoint has tensors that the model has no place for.
@@ -101,7 +101,7 @@ class Weights:
     def __init__(self, dense: Dense, experts: ExpertFiles, config: GPTConfig, qkv_order: str) -> None:
         self._dense, self._experts, self._config, self._qkv_order = dense, experts, config, qkv_order
         self._shapes = weight_shapes(config)
-        wanted = {their_name(name) for name in self._shapes if EXPERT.fullmatch(name) is None}
+        wanted = {megatron_name(name) for name in self._shapes if EXPERT.fullmatch(name) is None}
         if unknown := sorted(dense.tensors.keys() - wanted):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise ValueError(
@@ -109,7 +109,7 @@ class Weights:
             )
 
     def read(self, name: str) -> Tensor:
-        """One entry, in fp32.
+        """Read one entry, in fp32.
 
         Raises:
             ValueError: it is not there, or of another shape.
@@ -123,36 +123,36 @@ class Weights:
             if part == "project" and kind == "bias":
                 return torch.zeros(shape)
             return found.t().to(torch.float32, copy=True).contiguous()  # `t` leaves a bias as it is
-        theirs = their_name(name)
+        theirs = megatron_name(name)
         found = _tensor(self._dense, theirs)
         if theirs in (_WORDS, _POSITIONS):
             found = found[: shape[0]]
         _check_shape(self._dense.file, theirs, found, list(shape))
         if ".attention.qkv." in name:
-            found = self._queries_keys_values(found)
+            found = self._reorder_qkv(found)
         if name.endswith(".moe.mlp.project.bias"):
             found = torch.zeros(shape)
         return found.to(torch.float32, copy=True)  # not the file's memory
 
-    def _queries_keys_values(self, found: Tensor) -> Tensor:
-        """`[3 * N * D]` or `[3 * N * D, H]`, in their order -> all queries, all keys, all values."""
+    def _reorder_qkv(self, found: Tensor) -> Tensor:
+        """Reorder `[3 * N * D]` or `[3 * N * D, H]` to all queries, all keys, all values."""
         heads = self._config.num_heads
         size = {"Q": 3, "N": heads, "D": self._config.hidden_size // heads}
-        apart = found.view(*(size[letter] for letter in self._qkv_order), *found.shape[1:])
-        rest = range(3, apart.dim())
-        return apart.permute(*(self._qkv_order.index(letter) for letter in "QND"), *rest).reshape(found.shape)
+        split = found.view(*(size[letter] for letter in self._qkv_order), *found.shape[1:])
+        rest = range(3, split.dim())
+        return split.permute(*(self._qkv_order.index(letter) for letter in "QND"), *rest).reshape(found.shape)
 
 
-def their_name(name: str) -> str:
-    """Megatron's name of one of our dense entries."""
+def megatron_name(name: str) -> str:
+    """Return Megatron's name of one of our dense entries."""
     if match := _BLOCK.fullmatch(name):
         return f"encoder.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
     module, _, kind = name.rpartition(".")
     return f"{_OUTSIDE[module]}.{kind}"
 
 
-def _order(dense: Dense, qkv: QKV) -> str:
-    """`megatron/checkpointing.py`, fix_query_key_value_ordering; and since FPDT `transformer.py` splits by thirds."""
+def _find_qkv_order(dense: Dense, qkv: QKV) -> str:
+    """By version, as fix_query_key_value_ordering in `megatron/checkpointing.py`; thirds since FPDT (`transformer.py`)."""
     if qkv != "auto":
         return _QKV[qkv]
     if dense.version not in (0, 1, 2, 3):

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, read without running anything that is in them.
+"""Load files of `torch.save` without running code from them.
 
-PyTorch's restricted reader makes tensors and plain containers. A training script's own objects (an enumeration, the state of
-NumPy's generator) become stand-ins that hold nothing and do nothing: the packages they name are neither needed nor imported.
-What is of no such package is refused by name.
+PyTorch's restricted unpickler makes tensors and plain containers. A training script's own objects (an enumeration, the state of
+NumPy's generator) become empty placeholders: their packages are neither needed nor imported. Objects of other packages are
+refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _NAMES = ("builtins.getattr", "signal.Signals")  # Python 3.11 pickles a member 
 _NAMESPACE = "argparse.Namespace"
 
 
-class StandIn:
-    """An object that was in the file."""
+class Placeholder:
+    """An object of the file, without its content."""
 
-    def __new__(cls, *_: Any) -> StandIn:
-        """Take whatever it was made of."""
+    def __new__(cls, *_: Any) -> Placeholder:
+        """Accept and ignore any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None: ...
@@ -37,7 +37,7 @@ class StandIn:
 
 
 def load(file: Path) -> Any:
-    """What is in a file, on the CPU; tensors are read from the disk when they are used.
+    """Load a file to the CPU; tensors are memory-mapped.
 
     Raises:
         ValueError: it cannot be read, or holds something that could run code.
@@ -56,8 +56,8 @@ def load(file: Path) -> Any:
                     f"{file} holds {name}, which no Megatron-DeepSpeed checkpoint needs and which could run code; nothing "
                     "was read: get the checkpoint from where it was trained"
                 )
-        stand_ins: list[Any] = [(type(name, (StandIn,), {}), name) for name in names]
-        with safe_globals([Namespace, *stand_ins]):
+        placeholders: list[Any] = [(type(name, (Placeholder,), {}), name) for name in names]
+        with safe_globals([Namespace, *placeholders]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]

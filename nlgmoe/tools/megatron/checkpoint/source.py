@@ -1,7 +1,7 @@
-"""A Megatron-DeepSpeed checkpoint's folder: which files it must have, and its tensors by one set of names.
+"""Read a Megatron-DeepSpeed checkpoint's folder: check its files, and give tensors the names of the newest version.
 
     global_step1000/
-      mp_rank_00_model_states.pt                            what is not an expert, and the arguments
+      mp_rank_00_model_states.pt                            all but the experts, and the arguments
       layer_L_expert_E_mp_rank_00_model_states.pt           expert E of the L-th MoE layer, both counted from 0
       (optimizer files, which are not read)
 
@@ -29,15 +29,15 @@ _ANY_EXPERT = ".deepspeed_moe.experts.deepspeed_experts."
 
 @dataclass(frozen=True)
 class Dense:
-    """What is in `mp_rank_00_model_states.pt`.
+    """Content of `mp_rank_00_model_states.pt`.
 
     Attributes:
         file: its path.
         args: of the run.
-        tensors: by name; experts are not among them.
-        version: of the checkpoint's layout, which says how queries, keys and values lie.
+        tensors: by name, without experts.
+        version: of the checkpoint's layout, which decides the order of queries, keys and values.
         iteration: optimizer steps.
-        tokens: that the run had seen.
+        tokens: trained on.
     """
 
     file: Path
@@ -49,10 +49,10 @@ class Dense:
 
 
 def find_folder(path: Path) -> Path:
-    """The folder with the files: `path` itself, or the one in it that `latest` names.
+    """Find the folder with the files: `path` itself, or the one in it that `latest` names.
 
     Raises:
-        ValueError: there is none, or its weights are split in a way that is not read.
+        ValueError: there is none, or its weights are sharded in a way that is not supported.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; name a Megatron-DeepSpeed checkpoint, such as OUT/global_step1000")
@@ -72,12 +72,12 @@ def find_folder(path: Path) -> Path:
             raise ValueError(f"{path} was written without --deepspeed; only checkpoints of Megatron-DeepSpeed are read")
         else:
             raise ValueError(f"{path} is no Megatron-DeepSpeed checkpoint: it has neither {DENSE} nor a file latest")
-    _check_undivided(folder)
+    _check_unsharded(folder)
     return folder
 
 
 # Name of a file -> why its checkpoint is not read.
-_DIVIDED = {
+_SHARDED = {
     r"(bf16_)?zero_pp_rank_.*_model_states\.pt": "ZeRO stage 3 has split the weights; save it from a run with a lower stage",
     r"layer_\d+-.*model_states\.pt": "pipeline parallelism has split the model; save it from a run with --no-pipeline-parallel",
     r".*mp_rank_(?!00_)\d+.*_model_states\.pt": "tensor parallelism has split the weights; save it from a run with "
@@ -87,9 +87,9 @@ _DIVIDED = {
 }
 
 
-def _check_undivided(folder: Path) -> None:
+def _check_unsharded(folder: Path) -> None:
     names = sorted(file.name for file in folder.glob("*.pt"))
-    for pattern, reason in _DIVIDED.items():
+    for pattern, reason in _SHARDED.items():
         for name in names:
             if re.fullmatch(pattern, name):
                 raise ValueError(f"{folder / name}: {reason}")
@@ -98,7 +98,7 @@ def _check_undivided(folder: Path) -> None:
 
 
 def read_dense(folder: Path) -> Dense:
-    """Everything but the experts.
+    """Read everything but the experts.
 
     Raises:
         ValueError: it cannot be read, or is not what Megatron-DeepSpeed writes.
@@ -109,24 +109,26 @@ def read_dense(folder: Path) -> Dense:
         raise ValueError(f"{file} holds no model; use a checkpoint that Megatron-DeepSpeed wrote")
     if not isinstance(state.get("args"), Namespace):
         raise ValueError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
-    tensors = {_common_name(name): value for name, value in _flat(state["module"]).items() if _ANY_EXPERT not in name}
+    tensors = {
+        _current_name(name): value for name, value in _flatten(state["module"]).items() if _ANY_EXPERT not in name
+    }
     version, step, tokens = (state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens"))
     return Dense(file, state["args"], tensors, float(version), int(step), int(tokens))
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Dictionaries in dictionaries -> names with dots."""
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Flatten nested dictionaries to dotted names."""
     found: dict[str, Tensor] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, Tensor):
             found[prefix + name] = value
     return found
 
 
-def _common_name(name: str) -> str:
-    """Older versions' names -> newer ones."""
+def _current_name(name: str) -> str:
+    """Rename a tensor of an older version."""
     name = name.removeprefix("language_model.")
     if name.startswith("transformer."):
         name = "encoder." + name.removeprefix("transformer.")
@@ -134,7 +136,7 @@ def _common_name(name: str) -> str:
 
 
 class ExpertFiles:
-    """The experts, a file each; the last one that was read is kept.
+    """Files of the experts, one each; the last one read is cached.
 
     Args:
         folder: the checkpoint.
@@ -159,7 +161,7 @@ class ExpertFiles:
         self._last: tuple[Path, dict[str, Tensor]] | None = None
 
     def read(self, block: int, expert: int, part: str) -> tuple[Path, Tensor]:
-        """One tensor, such as `dense_h_to_4h.weight`, and its file.
+        """Read one tensor, such as `dense_h_to_4h.weight`; return its file too.
 
         Raises:
             ValueError: it is not there, or the file is another expert's.
