@@ -1,1 +1,1 @@
-"""Folders of Hugging Face's format: written, with the model's own sources in them, and read."""
+"""Export to and import from Hugging Face's format; an export includes the model's source files."""

@@ -1,11 +1,10 @@
-"""Our sources as `transformers` loads a model's own code: flat files beside the weights that import each other relatively.
+"""Source files of an exported model, in the form that `transformers` loads: flat files with relative imports.
 
     nlgmoe/layers/router.py           nlgmoe_layers_router.py
     from nlgmoe.config import X       from .nlgmoe_config import X
 
-`transformers` copies `modeling_nlgmoe.py` and, looking for `from .x import`, what that imports, into a package of its own; it
-follows no folders (`dynamic_module_utils.py`, 5.24). Which files are needed is read off their imports. They need torch and
-`transformers` alone.
+`transformers` copies `modeling_nlgmoe.py` and the files that it imports by `from .x import` into a package; it does not follow
+folders (`dynamic_module_utils.py`, 5.24). The files are found by their imports, and need only torch and `transformers`.
 """
 
 from __future__ import annotations
@@ -24,35 +23,30 @@ _IMPORT = re.compile(r"^(\s*)from (nlgmoe\.[\w.]+) import\b", re.MULTILINE)
 
 
 def bundled_sources() -> dict[str, str]:
-    """File -> text of everything that the exported model imports of ours."""
-    found: dict[str, str] = {}
-    waiting = [f"{HERE}.{MODEL}"]
-    while waiting:
-        module = waiting.pop()
+    """Return file names and texts of the exported model's module and of all project modules that it imports."""
+    sources: dict[str, str] = {}
+    queue = [f"{HERE}.{MODEL}"]
+    while queue:
+        module = queue.pop()
         name = f"{flat_name(module)}.py"
-        if name not in found:
-            text = (_ROOT / f"{module.replace('.', '/')}.py").read_text()
-            needed = _imports_of_ours(text, module)
-            waiting += needed
-            found[name] = _header(module) + _IMPORT.sub(lambda m: f"{m[1]}from .{flat_name(m[2])} import", text)
-    return found
+        if name not in sources:
+            file = f"{module.replace('.', '/')}.py"
+            text = (_ROOT / file).read_text()
+            queue += _project_imports(text, module)
+            sources[name] = (
+                f"# {file} of nlgmoe {versions()['nlgmoe']}, copied by `nlgmoe export`; only its imports differ.\n"
+                "# SPDX-License-Identifier: Apache-2.0\n"
+            ) + _IMPORT.sub(lambda m: f"{m[1]}from .{flat_name(m[2])} import", text)
+    return sources
 
 
 def flat_name(module: str) -> str:
-    """Name of a module of ours in an exported folder; those that are made for it keep theirs."""
+    """Return a module's name in an exported folder; modules of this package keep their own name."""
     return module.rpartition(".")[2] if module.startswith(f"{HERE}.") else module.replace(".", "_")
 
 
-def _header(module: str) -> str:
-    file, version = f"{module.replace('.', '/')}.py", versions()["nlgmoe"]
-    return (
-        f"# {file} of nlgmoe {version}, copied by `nlgmoe export`; only its imports are others.\n"
-        "# SPDX-License-Identifier: Apache-2.0\n"
-    )
-
-
-def _imports_of_ours(text: str, module: str) -> list[str]:
-    """Modules of ours that a source imports, all of which `_IMPORT` finds."""
+def _project_imports(text: str, module: str) -> list[str]:
+    """Return the project modules that a source imports; asserts that `_IMPORT` matches all of them."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "nlgmoe":

@@ -1,4 +1,4 @@
-"""`GPTConfig` as `transformers` keeps it, in `config.json`."""
+"""`GPTConfig` as a configuration class of `transformers`, stored in `config.json`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers import PreTrainedConfig
 from nlgmoe.config import GPTConfig
 
 FIELDS = tuple(field.name for field in fields(GPTConfig))
-SHA256 = "weights_sha256"  # of each file of weights that was exported with the `config.json`
+SHA256 = "weights_sha256"  # key of the sha256 of each exported file of weights
 
 
 class NlgmoeConfig(PreTrainedConfig):
-    """Every setting of `GPTConfig` under its own name, and under the names that other models of `transformers` give it.
+    """Every setting of `GPTConfig` under its own name, with the usual names of `transformers` as aliases.
 
     Args:
-        values: settings of `GPTConfig`, `moe` as a dictionary; what is not given, or None, has `GPTConfig`'s default.
-            Other settings are those of `transformers`.
+        values: settings of `GPTConfig`, `moe` as a dictionary; a missing setting or None means `GPTConfig`'s default. Other
+            settings are passed to `transformers`.
     """
 
     model_type = "nlgmoe"
@@ -32,14 +32,14 @@ class NlgmoeConfig(PreTrainedConfig):
     def __init__(self, **values: Any) -> None:
         for name in FIELDS:
             setattr(self, name, values.pop(name, None))
-        values.pop(SHA256, None)  # `save_pretrained` writes other files
+        values.pop(SHA256, None)  # `save_pretrained` writes new files of weights
         super().__init__(**values)
 
     def gpt_config(self) -> GPTConfig:
-        """The settings as our model takes them.
+        """Return the settings as a `GPTConfig`.
 
         Raises:
-            ValueError: one of them is out of range.
+            ValueError: a setting is out of range.
         """
         given = {name: getattr(self, name) for name in FIELDS}
         return GPTConfig.from_dict({name: value for name, value in given.items() if value is not None})

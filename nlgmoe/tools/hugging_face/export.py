@@ -1,13 +1,13 @@
-"""A checkpoint as a folder of Hugging Face's format, with the sources that `transformers` needs to load it.
+"""Export of a checkpoint to a folder of Hugging Face's format, with the source files that `transformers` needs to load it.
 
     config.json, generation_config.json        settings and the sha256 of each file of weights; ids of special tokens
     model.safetensors                          or model-00001-of-00004.safetensors, ... and model.safetensors.index.json
-    modeling_nlgmoe.py, ...                    our sources (`bundle.py`)
-    tokenizer.json, tokenizer_config.json      as they are in the checkpoint; none if it holds none
+    modeling_nlgmoe.py, ...                    the model's sources (`bundle.py`)
+    tokenizer.json, tokenizer_config.json      if the checkpoint has a tokenizer
     README.md                                  the model card
 
-Weights keep their names and shapes in `GPT` under `model.`: a layer's experts are one tensor. They are read and written file
-by file: no more than one file of them is in memory.
+Weights keep their names and shapes in `GPT`, with the prefix `model.`; a layer's experts are one tensor. At most one file of
+weights is in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sourc
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import SHA256
 from nlgmoe.tools.hugging_face.model_card import model_card
 
-PREFIX = "model."  # where `NlgmoeForCausalLM` has its GPT
-# What an export writes, and what would be loaded in its place if it stayed. The model card, which people complete, stays.
+PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
+# Files of an earlier export, and files that `transformers` would load instead. The model card is kept: users complete it.
 _REPLACED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json|"
     r"tokenizer\.json|special_tokens_map\.json|vocab\.json|merges\.txt|(modeling|configuration)_nlgmoe\.py|nlgmoe_\w+\.py"
@@ -52,13 +52,13 @@ _REPLACED = re.compile(
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
-        checkpoint: that was exported.
-        files: of weights.
+        checkpoint: the exported checkpoint.
+        files: number of files of weights.
         size: bytes of all files.
-        tokenizer: whether there is one.
+        tokenizer: True if the folder has a tokenizer.
     """
 
     checkpoint: Path
@@ -75,23 +75,23 @@ def export(
     overwrite: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> Exported:
-    """Write `folder`, whole or not at all.
+    """Write `folder` atomically.
 
     Args:
-        checkpoint: the folder, `NAME.ckpt`; of a run's folder, the newest valid one.
-        folder: that is new or empty.
-        max_shard_size: of a file of weights, such as `5GB`; a tensor that is larger has a file of its own.
-        precision: of the weights; None: as they are stored.
-        overwrite: write into a folder that has files in it: a model in it is replaced, its model card and other files stay.
-        tokenizer: for a checkpoint that holds none.
+        checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is exported.
+        folder: a new or empty folder.
+        max_shard_size: maximum size of a file of weights, such as `5GB`; a larger tensor gets its own file.
+        precision: precision of the weights; None: the stored precision.
+        overwrite: write into a folder with files: a model in it is replaced, its model card and other files are kept.
+        tokenizer: tokenizer of a checkpoint without one.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged or holds another tokenizer, or the folder cannot be written.
+        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, or the folder cannot be written.
     """
-    folder, bytes_per_file = Path(folder).resolve(), _bytes(max_shard_size)
+    folder = Path(folder).resolve()
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder")
-    if (folder / "checkpoint.json").exists():  # files of both have the same names
+    if (folder / "checkpoint.json").exists():  # both formats use the same file names
         raise ValueError(f"{folder} is a checkpoint, which an export would destroy; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
@@ -105,7 +105,7 @@ def export(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        sha256 = _write_weights(temporary, meta, read, bytes_per_file)
+        sha256 = _write_weights(temporary, meta, read, max_shard_size)
         texts = bundled_sources() | {"README.md": model_card(folder.name, document, tokenizer is not None)}
         dtype = next(iter(meta.values())).dtype
         settings = {
@@ -118,7 +118,7 @@ def export(
         texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
         for name, text in texts.items():
             (temporary / name).write_text(text)
-        for file in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read
+        for file in temporary.glob("*.safetensors"):  # safetensors creates files with mode 600
             file.chmod((temporary / "config.json").stat().st_mode)
         size = sum(file.stat().st_size for file in temporary.iterdir())
         _put_in_place(temporary, folder)
@@ -130,7 +130,7 @@ def export(
 
 
 def model_settings(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json`: every setting, so that it means the same under other defaults."""
+    """Return `config.json` with every setting, so that it does not depend on defaults."""
     return {
         "architectures": ["NlgmoeForCausalLM"],
         "auto_map": {
@@ -145,13 +145,13 @@ def model_settings(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def generation_settings(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """`generation_config.json`: the end-of-document token begins and ends texts, and pads them."""
+    """Return `generation_config.json`: the end-of-document token begins, ends and pads texts."""
     ids = {} if tokenizer is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eod_id)
     return {**ids, "transformers_version": transformers.__version__}
 
 
 def tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any]:
-    """`tokenizer_config.json`. Padding stands on the left, where generation needs it."""
+    """Return `tokenizer_config.json`, with padding on the left, for generation."""
     end = tokenizer.decode([tokenizer.eod_id])
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -166,7 +166,7 @@ def tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any
 def _weights(
     path: Path, config: GPTConfig, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-    """Type and shape of each parameter, as tensors without values, and what reads one."""
+    """Return the parameters as meta tensors, and a function that reads one."""
     with torch.device("meta"):
         model = GPT(config)
     if different := describe_differences(entry_shapes(model), stored_shapes(path)):
@@ -175,7 +175,7 @@ def _weights(
         )
     files = TensorFiles(path, "model")
     types = {name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()}
-    entries: dict[str, list[Entry]] = {}  # of each parameter: one, or one for each expert
+    entries: dict[str, list[Entry]] = {}  # of each parameter: one, or one per expert
     for entry in local_entries(model):
         entries.setdefault(entry.stack, []).append(entry)
     meta = {
@@ -192,11 +192,14 @@ def _weights(
 
 
 def _write_weights(
-    folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], bytes_per_file: int
+    folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str
 ) -> dict[str, str]:
-    """Write the files of weights and, if they are several, their index; the sha256 of each file of weights."""
+    """Write the files of weights and, if there are several, their index; return the sha256 of each file of weights."""
     named = {PREFIX + name: value for name, value in meta.items()}
-    split = split_torch_state_dict_into_shards(named, max_shard_size=bytes_per_file)
+    try:
+        split = split_torch_state_dict_into_shards(named, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"max_shard_size={max_shard_size} is not a size; write it such as 5GB or 300MB") from error
     for file, names in split.filename_to_tensors.items():
         save_file({name: read(name.removeprefix(PREFIX)) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
@@ -206,7 +209,7 @@ def _write_weights(
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Give the folder its name; if there is one, replace in it what an export writes."""
+    """Rename the folder; if the target exists, replace the files of an earlier export in it."""
     if not folder.is_dir():
         temporary.rename(folder)
         return
@@ -215,16 +218,6 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
             file.unlink()
     if (folder / "README.md").exists():
         (temporary / "README.md").unlink()
-    for file in sorted(
-        temporary.iterdir(), key=lambda file: file.name == "config.json"
-    ):  # without it nothing is loaded
+    # config.json last: without it an incomplete folder cannot be loaded.
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(folder / file.name)
-
-
-def _bytes(size: str) -> int:
-    """`5GB`, `300MB` in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", size.strip().upper())
-    number = float(match[1]) * 1000 ** (1 + ("KB", "MB", "GB", "TB").index(match[2])) if match else 0
-    if number < 1:
-        raise ValueError(f"max_shard_size={size} is no size; write it such as 5GB or 300MB")
-    return int(number)

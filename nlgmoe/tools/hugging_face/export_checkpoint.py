@@ -1,4 +1,4 @@
-"""`nlgmoe export`: a checkpoint as a folder that `transformers` loads, without this project installed."""
+"""`nlgmoe export`: a folder that `transformers` loads without this project installed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def export_checkpoint(
     """Write a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), with tokenizer and model card.
 
     Args:
-        checkpoint: the folder, `NAME.ckpt`; of a run's folder, the newest valid one.
-        folder: that is written.
-        max_shard_size: of a file of weights; a tensor that is larger has a file of its own.
-        precision: of the weights, fp32 or bf16; as they are stored if it is not given.
-        tokenizer: as data.tokenizer, for a checkpoint that holds none.
-        overwrite: write into a folder that has files in it: a model in it is replaced, its model card and other files stay.
-        data_dir: where tokenizers that are given by name are kept.
+        checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is exported.
+        folder: output folder.
+        max_shard_size: maximum size of a file of weights; a larger tensor gets its own file.
+        precision: precision of the weights, fp32 or bf16; default: the stored precision.
+        tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
+        overwrite: write into a folder with files: a model in it is replaced, its model card and other files are kept.
+        data_dir: folder of tokenizers given by name.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or the folder cannot be written.
+        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, or the folder cannot be written.
     """
     if not Path(checkpoint).exists():
         raise UsageError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
@@ -45,5 +45,5 @@ def export_checkpoint(
     print(f"{folder}: {done.checkpoint} in {done.size / 1e6:,.1f} MB, weights in {files}, {seconds:.1f} s")
     if not done.tokenizer:
         print(
-            "without a tokenizer: the checkpoint holds none; --tokenizer adds the one that the model was trained with"
+            "without a tokenizer: the checkpoint holds none; add the one that the model was trained with by --tokenizer"
         )

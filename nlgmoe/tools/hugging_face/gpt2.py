@@ -1,7 +1,7 @@
-"""Hugging Face's GPT-2 as our dense GPT: the same function of other names.
+"""Conversion of Hugging Face's GPT-2 to the dense `GPT`, which computes the same function.
 
-`Conv1D` stores `[in, out]`, a linear layer `[out, in]`. Rows that pad the vocabulary are 0: nothing reads them.
-`tests/equivalence/test_hugging_face_gpt2.py` holds the two models against each other.
+`Conv1D` stores `[in, out]`, a linear layer `[out, in]`. Padding rows of the vocabulary are 0.
+`tests/equivalence/test_hugging_face_gpt2.py` compares the two models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from nlgmoe.config import GPTConfig
 
-OURS = {  # of each part of a Hugging Face block
+OURS = {  # module of a Hugging Face block -> module of a `GPT` block
     "ln_1": "attention_norm",
     "attn.c_attn": "attention.qkv",
     "attn.c_proj": "attention.project",
@@ -27,33 +27,33 @@ OURS = {  # of each part of a Hugging Face block
     "mlp.c_proj": "ffn.project",
 }
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two implementations of one formula
-_HAS_TO_BE = {  # setting -> its value, and what the other would be
+_REQUIRED = {  # setting -> required value, and the feature that another value needs
     "scale_attn_weights": (True, "attention without a scale"),
-    "scale_attn_by_inverse_layer_idx": (False, "attention with another scale in each layer"),
+    "scale_attn_by_inverse_layer_idx": (False, "an attention scale per layer"),
     "add_cross_attention": (False, "attention to an encoder"),
-    "tie_word_embeddings": (True, "a head of its own"),
+    "tie_word_embeddings": (True, "an untied head"),
 }
 
 
 def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
-    """Our configuration for the contents of a GPT-2's `config.json`.
+    """Convert the contents of a GPT-2's `config.json`.
 
     Raises:
-        ValueError: it describes what our model does not have.
+        ValueError: a setting is not supported by `GPT`.
     """
     try:
         theirs = GPT2Config.from_dict(values)
-    except Exception as error:  # of the library's own types
+    except Exception as error:  # the library's exceptions have many types
         raise ValueError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
     if theirs.activation_function not in _TANH_GELU:
         raise ValueError(
-            f"activation_function={theirs.activation_function} of {folder} cannot be imported: the model here has "
-            f"{' or '.join(_TANH_GELU)}"
+            f"activation_function={theirs.activation_function} of {folder} cannot be imported: nlgmoe supports only "
+            f"{' and '.join(_TANH_GELU)}"
         )
-    for name, (expected, other) in _HAS_TO_BE.items():
-        if getattr(theirs, name) != expected:
+    for name, (required, feature) in _REQUIRED.items():
+        if getattr(theirs, name) != required:
             raise ValueError(
-                f"{name}={getattr(theirs, name)} of {folder} cannot be imported: the model here has not {other}"
+                f"{name}={getattr(theirs, name)} of {folder} cannot be imported: nlgmoe does not support {feature}"
             )
     return GPTConfig(
         vocab_size=theirs.vocab_size,
@@ -70,15 +70,15 @@ def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
 
 
 def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
-    """Reads the entries of our model from a GPT-2's folder, in the type that they are stored in.
+    """Return a function that reads an entry of `GPT` from a GPT-2's folder, in the stored type.
 
     Raises:
-        ValueError: the folder lacks weights, has others than its configuration says, or its head is not its embedding.
+        ValueError: the folder lacks weights or has unknown ones, or its head is not tied to its embedding.
     """
     try:
         with _quiet():
             loaded: Any = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # of many types, for as many formats
+    except Exception as error:  # each file format has its own exceptions
         raise ValueError(f"{folder} cannot be read ({error}); download or save the model again") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -90,7 +90,7 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
         )
     if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
         raise ValueError(
-            f"{folder} cannot be imported: its lm_head is not its embedding, the model here has not a head of its own"
+            f"{folder} cannot be imported: its lm_head differs from its embedding; nlgmoe does not support an untied head"
         )
     theirs = {our_name(name): (name, value.detach()) for name, value in model.transformer.named_parameters()}
 
@@ -105,7 +105,7 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and reports: what is wrong ends as one line."""
+    """Disable progress bars and load reports; errors are raised as one line."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -118,7 +118,7 @@ def _quiet() -> Iterator[None]:
 
 
 def our_name(theirs: str) -> str:
-    """The entry for a parameter of `GPT2Model`."""
+    """Return the entry of `GPT` for a parameter of `GPT2Model`."""
     part, _, leaf = theirs.rpartition(".")
     if part in ("wte", "wpe", "ln_f"):
         return {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm"}[part] + f".{leaf}"

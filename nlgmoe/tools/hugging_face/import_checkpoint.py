@@ -1,4 +1,4 @@
-"""`nlgmoe import`: a folder of Hugging Face's format as a checkpoint of weights."""
+"""`nlgmoe import`: conversion of a folder of Hugging Face's format to a checkpoint of weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
 
     Args:
         source: the folder, or the name of a model on the Hugging Face hub, such as openai-community/gpt2.
-        checkpoint: that is written, `NAME.ckpt`; to be used, exported, or to start runs from with model.warm_start.
-        overwrite: replace the checkpoint if there is one of that name.
+        checkpoint: output folder, `NAME.ckpt`; use it, export it, or start runs from it with model.warm_start.
+        overwrite: replace an existing checkpoint.
 
     Raises:
-        ValueError: there is no such folder, it is damaged, or its model is one that there is not here.
+        ValueError: the folder does not exist or is damaged, or its model is not supported.
     """
     check_new_checkpoint(checkpoint, overwrite)
     from nlgmoe.checkpoint.folder import read_manifest  # these need torch
@@ -34,11 +34,11 @@ def check_new_checkpoint(checkpoint: str, overwrite: bool) -> None:
     """Check that a checkpoint can be written under this name.
 
     Raises:
-        UsageError: it is no checkpoint's name, or is there already.
+        UsageError: the name does not end in .ckpt, or exists.
     """
     path = Path(checkpoint)
     if path.suffix != ".ckpt":
-        raise UsageError(f"checkpoint={checkpoint} is no name of a checkpoint; name it {path.name}.ckpt")
+        raise UsageError(f"checkpoint={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
     if path.is_file():
         raise UsageError(f"checkpoint={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:

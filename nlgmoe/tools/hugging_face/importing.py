@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's format as a checkpoint of weights: one that `nlgmoe export` wrote, or a GPT-2."""
+"""Conversion of a folder of Hugging Face's format to a checkpoint: an export of `nlgmoe export`, or a GPT-2."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _NEEDED = ["*.json", "*.safetensors", "merges.txt"]
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import found.
+    """The result of an import.
 
     Attributes:
-        config: of the model.
-        model_type: of the folder: nlgmoe or gpt2.
-        tokenizer: whether there is one in the checkpoint.
-        no_tokenizer: why there is none.
+        config: configuration of the model.
+        model_type: nlgmoe or gpt2.
+        tokenizer: True if the checkpoint has a tokenizer.
+        no_tokenizer: reason for which it has none.
     """
 
     config: GPTConfig
@@ -43,14 +43,14 @@ class Imported:
 
 
 def import_folder(source: str, checkpoint: str | Path) -> Imported:
-    """Write the checkpoint, whole or not at all; what is there is replaced.
+    """Write or replace the checkpoint atomically.
 
     Args:
         source: the folder, or the name of a model on the Hugging Face hub, such as `openai-community/gpt2`.
-        checkpoint: `NAME.ckpt`.
+        checkpoint: output folder, `NAME.ckpt`.
 
     Raises:
-        ValueError: there is no such folder, it is damaged, or its model is one that this project does not have.
+        ValueError: the folder does not exist or is damaged, or its model is not supported.
     """
     folder = _local(source)
     values = _read_json(folder / "config.json")
@@ -63,14 +63,14 @@ def import_folder(source: str, checkpoint: str | Path) -> Imported:
         config = gpt2_config(values, folder)
         read = gpt2_weights(folder, config)
     else:
-        raise ValueError(f"model_type={model_type} of {folder} cannot be imported; what can is {READABLE}")
+        raise ValueError(f"model_type={model_type} of {folder} cannot be imported; supported are {READABLE}")
     tokenizer, missing = _tokenizer(folder, config)
     write_weights(checkpoint, read, config, tokenizer)
     return Imported(config, model_type, tokenizer is not None, missing)
 
 
 def _local(source: str) -> Path:
-    """The folder itself, or a copy of the hub's."""
+    """Return the folder, or a download from the hub."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -80,7 +80,7 @@ def _local(source: str) -> Path:
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{source} is neither a folder nor a model that the Hugging Face hub gives ({error})"
+            f"{source} is neither a folder nor a model that the Hugging Face hub provides ({error}); name another source"
         ) from error
 
 
@@ -93,14 +93,14 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     try:
         return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
-    except (TypeError, ValueError) as error:  # a setting is missing, unknown or impossible
+    except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
         raise ValueError(
             f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
         ) from error
 
 
 def _check_sha256(folder: Path, values: dict[str, Any]) -> None:
-    """Check that the files of weights are those that `config.json` was exported with; older exports do not say."""
+    """Check the files of weights against the sha256 in `config.json`; older exports have none."""
     recorded = values.get(SHA256)
     for file in _files(folder):
         if isinstance(recorded, dict) and recorded.get(file.name) != sha256_of(file):
@@ -111,7 +111,7 @@ def _check_sha256(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
-    """Reads an entry of the checkpoint from the folder's files of weights; all of them are there, in their shapes."""
+    """Check names and shapes of all weights, and return a function that reads an entry of the checkpoint."""
     file_of: dict[str, Path] = {}
     shapes: dict[str, list[int]] = {}
     for file in _files(folder):
@@ -125,7 +125,7 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
                         f"{file}: {name} is of {dtype}, not of floating-point numbers; export the model again"
                     )
 
-    # Before there is an entry of each: a folder may say anything.
+    # Before entries are enumerated: config.json may contain any number.
     counts = [] if config.moe is None else config.moe.num_experts
     largest = max((shape[0] for shape in shapes.values() if shape), default=0)
     if config.num_layers > len(shapes) or max([counts] if isinstance(counts, int) else counts, default=0) > largest:
@@ -161,7 +161,7 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
 
 
 def _files(folder: Path) -> list[Path]:
-    """The folder's files of weights."""
+    """Return the folder's files of weights."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         if index.exists():
@@ -182,7 +182,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _tokenizer(folder: Path, config: GPTConfig) -> tuple[str | None, str]:
-    """The folder's tokenizer as it goes into a checkpoint, or why there is none."""
+    """Return the folder's tokenizer as JSON, or None and the reason."""
     file = folder / "tokenizer.json"
     if not file.exists() and not (folder / "vocab.json").exists():
         return None, f"{folder} has no tokenizer.json"

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, in numbers, and how it is used."""
+"""The model card (README.md) of an exported folder: facts and usage."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ tags: [{tags}]
 |---|---|
 {rows}
 
-The model's code is in this folder: files of nlgmoe (Apache-2.0) that need `torch` and `transformers` alone, and that
-`trust_remote_code=True` allows to run.
+The model's code is in this folder: files of nlgmoe (Apache-2.0) that need only `torch` and `transformers`.
+`trust_remote_code=True` allows them to run.
 
 ```python
 from transformers import AutoModelForCausalLM{import_tokenizer}
@@ -33,38 +33,37 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 {use}
 ```
 
-`nlgmoe import {name} {name}.ckpt` makes a checkpoint of it that nlgmoe evaluates, exports and starts new runs from.
+`nlgmoe import {name} {name}.ckpt` converts it to a checkpoint of nlgmoe.
 
-Nobody has said yet on which text the model was trained, what it is good for, or under which licence its weights are: add it
-here before you pass it on.
+Before you publish the model, add its training data, intended use and the licence of its weights here.
 """
 _WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 prompts = tokenizer(["The king", "It was a dark night, and"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=40, do_sample=True, top_k=40)))"""
-_WITHOUT = "# The checkpoint held no tokenizer, so there is none here: the model reads and writes token ids."
+_WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token ids."
 
 
 def model_card(name: str, document: dict[str, Any], with_tokenizer: bool) -> str:
-    """The card.
+    """Format the model card.
 
     Args:
-        name: of the folder.
+        name: name of the folder.
         document: the checkpoint's `checkpoint.json`.
-        with_tokenizer: whether a tokenizer is beside it.
+        with_tokenizer: True if the folder has a tokenizer.
     """
     config = GPTConfig.from_dict(document["model_config"])
     count, moe = count_parameters(config), config.moe
     rows = {
         "parameters": f"{count.total:,}",
-        "of them used for a token": f"{count.active:,}",
+        "active parameters per token": f"{count.active:,}",
         "blocks, width, heads": f"{config.num_layers}, {config.hidden_size}, {config.num_heads}",
         "longest sequence": f"{config.seq_len:,} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens",
     }
     if moe is not None:
         residual = ", each beside a shared MLP" if moe.mlp_type == "residual" else ""
-        rows["experts of each block (0: dense)"] = ", ".join(map(str, experts_per_layer(config)))
-        rows["experts of a token"] = f"{moe.top_k}{residual}"
+        rows["experts per block (0: dense)"] = ", ".join(map(str, experts_per_layer(config)))
+        rows["experts per token"] = f"{moe.top_k}{residual}"
     if document["tokens_seen"]:
         rows["trained on"] = f"{document['tokens_seen']:,} tokens, {document['global_step']:,} steps"
     return _CARD.format(
@@ -72,7 +71,7 @@ def model_card(name: str, document: dict[str, Any], with_tokenizer: bool) -> str
         kind="A mixture-of-experts language model" if moe is not None else "A GPT",
         tags="nlgmoe, mixture-of-experts" if moe is not None else "nlgmoe",
         version=versions()["nlgmoe"],
-        rows="\n".join(f"| {what} | {value} |" for what, value in rows.items()),
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         import_tokenizer=", AutoTokenizer" if with_tokenizer else "",
         use=_WITH_TOKENIZER.format(name=name) if with_tokenizer else _WITHOUT,
     )

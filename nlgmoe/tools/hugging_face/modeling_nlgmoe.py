@@ -1,4 +1,4 @@
-"""The model as `transformers` wants it: a shell around `GPT`. An exported folder has this file and all that it imports.
+"""`GPT` with the interface of `transformers`. An exported folder contains this file and all that it imports.
 
 Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, V vocabulary.
 """
@@ -22,16 +22,18 @@ from nlgmoe.layers.router import Router
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 
-# What `transformers` calls a cache in its outputs; the second before 5.24.
+# The field of the cache in the outputs of `transformers`: the second name before 5.24.
 CACHE = next(f.name for f in fields(MoeCausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
-_FIXED_SIZE = "cache_implementation=static, a cache of fixed size, cannot be used with this model; use one that grows"
+_FIXED_SIZE = (
+    "cache_implementation=static, a cache of fixed size, is not supported; use a growing cache such as DynamicCache"
+)
 
 
 class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """`GPT`, with the interface of `transformers`: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
+    """`GPT` with the interface of `transformers`: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
 
-    In evaluation mode the loss is the cross-entropy. In training mode the balance losses of the MoE layers are added, as in
-    pre-training, and tokens may be dropped over capacity.
+    In evaluation mode the loss is the cross-entropy. In training mode, as in pre-training, the balance losses of the MoE
+    layers are added, and tokens over capacity may be dropped.
     """
 
     config_class = NlgmoeConfig
@@ -46,11 +48,11 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = GPT(config.gpt_config(), seed=torch.initial_seed())
         for parameter in self.model.parameters():
             if not parameter.is_meta:
-                parameter._is_hf_initialized = True  # it has its initial value
+                parameter._is_hf_initialized = True  # by GPT
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a folder lacks; of a new model `GPT` has drawn everything."""
+        """Initialise parameters that a folder lacks; `GPT` has initialised those of a new model."""
         super()._init_weights(module)
         if isinstance(module, Experts | Router):
             for name, parameter in module.named_parameters(recurse=False):
@@ -60,16 +62,16 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
                     nn.init.normal_(parameter, std=self.model.config.init_std)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding, which is the head too; its rows past `vocab_size` are padding."""
+        """Return the token embedding, which is tied to the head; its rows from `vocab_size` on are padding."""
         return self.model.token_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another table in its place."""
+        """Replace the token embedding."""
         assert isinstance(value, nn.Embedding)
         self.model.token_embedding = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Add tokens or take some away, as `transformers` does; afterwards no row of the table is padding."""
+        """Resize the token embedding as `transformers` does; afterwards it has no padding rows."""
         table = super().resize_token_embeddings(*args, **kwargs)
         if table.num_embeddings == self.config.vocab_size:
             self.config.vocab_size_multiple = 1
@@ -90,35 +92,35 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         return_dict: bool | None = None,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
-        """Read tokens.
+        """Run the model.
 
         Args:
-            input_ids: `[B, T]`; with a cache, those that are not yet in it.
-            attention_mask: `[B, S]`, 0 at padding, wherever it stands; positions are counted from it.
-            cache: a cache of `transformers` that grows, such as `DynamicCache`.
-            labels: `[B, T]`, usually `input_ids` themselves: they are shifted here; -100 counts for nothing.
-            use_cache: return a cache; one is made if none is given.
-            logits_to_keep: of the last so many positions, or of these; 0: of all.
-            output_hidden_states: return what enters the first block and leaves each; of the last, after the final norm.
-            output_router_logits: return the gates' logits, `[B * T, E]` of each MoE layer.
-            output_attentions: cannot be had.
+            input_ids: `[B, T]`; with a cache, only the new tokens.
+            attention_mask: `[B, S]`, 0 at padding, which may be anywhere; positions are counted from it.
+            cache: a growing cache of `transformers`, such as `DynamicCache`.
+            labels: `[B, T]`, usually `input_ids` (they are shifted here); -100 is ignored.
+            use_cache: return a cache; a new one if none is given.
+            logits_to_keep: number of last positions, or indices of positions, to compute logits of; 0: all.
+            output_hidden_states: return the input of the first block and the output of each, the last after the final norm.
+            output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer.
+            output_attentions: not supported.
             past_key_values: the name of `cache` in earlier versions.
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: the sequence is longer than `seq_len`, or something is asked for that there is not.
+            ValueError: the sequence is longer than `seq_len`, or an option is not supported.
         """
         if output_attentions:
             raise ValueError(
-                "output_attentions=True cannot be had: attention here never forms its weights; leave it out"
+                "output_attentions=True is not supported: fused attention does not compute weights; leave it out"
             )
-        held = cache if cache is not None else past_key_values
-        if held is None and use_cache:
-            held = DynamicCache()
-        mask = _token_mask(attention_mask, input_ids, 0 if held is None else int(held.get_seq_length()))
+        cache = cache if cache is not None else past_key_values
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        mask = _token_mask(attention_mask, input_ids, 0 if cache is None else int(cache.get_seq_length()))
         with _block_outputs(self.model, bool(output_hidden_states)) as states:
             self.model.activation_checkpointing = self.gradient_checkpointing and self.training
-            view = None if held is None else _CacheView(held, mask)
+            view = None if cache is None else _CacheView(cache, mask)
             new_mask = None if mask is None else mask[:, -input_ids.shape[1] :]
             output = self.model(input_ids, token_mask=new_mask, cache=view)
         hidden = (
@@ -138,33 +140,33 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=(*states[:-1], output.hidden) if states else None,
             router_logits=tuple(routing.logits for routing in output.routings) if output_router_logits else None,
-            **{CACHE: held},
+            **{CACHE: cache},
         )
         return result.to_tuple() if return_dict is False else result
 
 
 class _CacheView(KVCache):
-    """A cache of `transformers` as `GPT` uses one. What it holds stays there: beams are reordered by its owner."""
+    """Adapter of a cache of `transformers`, which keeps the tensors and reorders beams, to `KVCache`."""
 
-    def __init__(self, held: Any, mask: Tensor | None) -> None:
-        self._held = held
-        self.length = int(held.get_seq_length())
+    def __init__(self, cache: Any, mask: Tensor | None) -> None:
+        self._cache = cache
+        self.length = int(cache.get_seq_length())
         self.mask = None if mask is None else mask[:, : self.length]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `KVCache`."""
-        keys, values = self._held.update(k, v, layer)
+        """Extend a layer's cache; see `KVCache`."""
+        keys, values = self._cache.update(k, v, layer)
         if keys.shape[2] != self.length + k.shape[2]:
             raise ValueError(_FIXED_SIZE)
         return keys, values
 
 
 def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> Tensor | None:
-    """`[B, S]` bool, False at padding; None if there is none."""
+    """Return a bool mask `[B, S]`, False at padding; None without padding."""
     if attention_mask is None:
         return None
     if attention_mask.dim() == 4:
-        raise ValueError(_FIXED_SIZE)  # for such a cache `generate` makes the mask
+        raise ValueError(_FIXED_SIZE)  # `generate` makes 4-dimensional masks for caches of fixed size
     expected = (tokens.shape[0], cached + tokens.shape[1])
     if attention_mask.shape != expected:
         raise ValueError(
@@ -176,7 +178,7 @@ def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cached: int) -> T
 
 @contextmanager
 def _block_outputs(model: GPT, wanted: bool) -> Iterator[list[Tensor]]:
-    """What enters the first block and leaves each, `[B, T, H]`, once the model has run; empty if it is not wanted."""
+    """Collect the input of the first block and the output of each, `[B, T, H]`, while the model runs; nothing if not wanted."""
     states: list[Tensor] = []
     handles = []
     if wanted:
