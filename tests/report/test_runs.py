@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nlgmoe.commands.main import main
-from nlgmoe.tools.report.metrics import Series, read_loads, read_metrics
-from nlgmoe.tools.report.page import clocks, page
+from nlgmoe.tools.report.metrics import Series, read_expert_loads, read_metrics
+from nlgmoe.tools.report.page import clock_values, page
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.report.tables import differences, flattened
 
@@ -40,7 +40,7 @@ def test_repeated_steps_count_once_and_validation_comes_after_its_step(tmp_path:
     assert metrics["val/loss"].steps.tolist() == [2, 4]
     assert metrics["time/elapsed"].values.tolist() == [1, 2, 3.5, 4.5]
     (run,) = read_runs([tmp_path / "a"])
-    assert clocks(run) == {"steps": [0, 1, 2, 3], "tokens": [0, 10, 20, 30], "seconds": [1, 1, 2, 3.5]}
+    assert clock_values(run) == {"steps": [0, 1, 2, 3], "tokens": [0, 10, 20, 30], "seconds": [1, 1, 2, 3.5]}
 
 
 def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
@@ -57,13 +57,13 @@ def test_loads(tmp_path: Path) -> None:
     rows += ["29,29,0,0.1,1"]  # cut off
     file = tmp_path / "expert_load.csv"
     file.write_text("\n".join(rows))
-    loads = read_loads(file)
+    loads = read_expert_loads(file)
     assert loads is not None and loads.steps.tolist() == [10, 20]
     assert [layer.tolist() for layer in loads.requests] == [[[9, 2], [19, 2]], [[1, 9, 3], [1, 19, 3]]]
     thin = loads.thinned(1)
     assert thin.steps.tolist() == [20] and thin.requests[0].tolist() == [[28, 4]]
     file.write_text(rows[0])
-    assert read_loads(file) is None and read_loads(tmp_path / "none") is None
+    assert read_expert_loads(file) is None and read_expert_loads(tmp_path / "none") is None
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     folder(tmp_path / "y/run", metrics__csv="step,train/loss\n0,inf\n")
     first, second = read_runs([tmp_path / "x/run", str(tmp_path / "y/run"), tmp_path / "y/../x/run"])
     assert (first.name, second.name) == ("x/run", "y/run")
-    notes = "\n".join(first.notes)
+    notes = "\n".join(first.issues)
     for words in (
         "config.yaml cannot be read",
         "summary.json does not hold",
@@ -79,8 +79,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         "No rows in metrics.csv",
     ):
         assert words in notes
-    assert any("No expert_load.csv" in note for note in second.notes)
-    assert any("train/loss is not finite in 1 of 1 rows" in note for note in second.notes)
+    assert any("No expert_load.csv" in note for note in second.issues)
+    assert any("train/loss is not finite in 1 of 1 rows" in note for note in second.issues)
     assert second.last("train/loss") is None
 
 
@@ -89,7 +89,7 @@ def test_a_fifo_is_named_and_not_waited_for(tmp_path: Path) -> None:
     folder(tmp_path / "run", metrics__csv=METRICS)
     for name in ("config.yaml", "starts.json", "specialisation.safetensors"):
         os.mkfifo(tmp_path / "run" / name)
-    notes = "\n".join(read_runs([tmp_path / "run"])[0].notes)
+    notes = "\n".join(read_runs([tmp_path / "run"])[0].issues)
     assert notes.count("is a FIFO, not a regular file") == 3, notes
 
 
@@ -104,10 +104,10 @@ def test_damaged_rows_and_changed_settings_are_told(tmp_path: Path) -> None:
     ]
     (tmp_path / "run/starts.json").write_text(json.dumps(starts))
     (run,) = read_runs([tmp_path / "run"])
-    assert "metrics.csv has 3 damaged rows: what cannot be read of them is left out." in run.notes
-    assert "From step 4 on: model.train_tokens 256 -> 512, version of torch 2.12 -> 2.13." in run.notes
+    assert "metrics.csv has 3 damaged rows: what cannot be read of them is left out." in run.issues
+    assert "From step 4 on: model.train_tokens 256 -> 512, version of torch 2.12 -> 2.13." in run.issues
     (tmp_path / "run/starts/1-step-4.yaml").write_text("model: [")
-    assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].notes)
+    assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
 
 
 def test_settings_that_differ(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_damaged_file_costs_its_part_of_the_page_alone(name: str, text: str, t
         (["run", "run/summary.json"], "run=run/summary.json is no run folder"),
         ([], "runs"),
         (["run", "--output", "run"], "output=run is a folder; give the name of a file"),
-        (["run", "--output", "run/metrics.csv"], "output=run/metrics.csv is no name of a page; let it end in .html"),
+        (["run", "--output", "run/metrics.csv"], "output=run/metrics.csv is not a name of a page; let it end in .html"),
     ],
 )
 def test_a_wrong_command_ends_with_one_line(

@@ -1,4 +1,4 @@
-"""`nlgmoe report`: one page about one run or several. `runs.py` reads run folders, `*_figures.py` draw, `page.py` joins it all.
+"""`nlgmoe report`: an HTML page about one or several runs. `runs.py` reads run folders, `*_figures.py` draw, `page.py` assembles.
 
-Nothing here needs torch, data or a checkpoint: all of it is made of the files in run folders.
+A report needs only the files of run folders, without torch, data or a checkpoint.
 """

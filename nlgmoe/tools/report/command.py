@@ -1,4 +1,4 @@
-"""`nlgmoe report`: one page about runs."""
+"""`nlgmoe report`: an HTML page about runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from nlgmoe.tools.report.runs import read_runs
 
 
 def report(runs: list[str], output: str | None = None) -> None:
-    """Write a page about one run or several: losses, speed, what the routers and experts do, settings; opens without a network.
+    """Write a page about one or several runs: losses, speed, routers, experts, settings; it opens without a network.
 
     Args:
-        runs: their folders, trainer.default_root_dir.
-        output: the file; by default report.html, in the run's folder, or of several runs in the working directory.
+        runs: run folders, trainer.default_root_dir.
+        output: HTML file; default: report.html, in the run folder or, for several runs, in the working directory.
 
     Raises:
-        ValueError: one of them is no run folder.
+        ValueError: a folder is not a run folder.
     """
     from nlgmoe.tools.report.page import write_report  # plotly
 

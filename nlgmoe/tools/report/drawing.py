@@ -1,7 +1,7 @@
-"""What all charts of a page share: colours, layout, and lines whose x axis the page can switch.
+"""Shared parts of all charts: colours, layout, and lines whose x axis the page can switch.
 
-`page.js` finds in a trace's `meta` what it may do with it: `run` the number of its run, `clock` that its x are steps, to be shown
-as tokens, FLOPs or time, `smooth` that its y are to be smoothed, `layer` of which MoE layer it is.
+`page.js` reads a trace's `meta`: `run` is the index of its run, `clock` is true if x is in steps and can be converted to
+tokens, FLOPs or time, `smooth` is true if y is to be smoothed, `layer` is its MoE layer.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from plotly.subplots import make_subplots
 from nlgmoe.tools.report.metrics import Series
 from nlgmoe.tools.report.runs import Run
 
-# Okabe and Ito's palette, which people with any colour vision tell apart; yellow left out, it is too light for lines.
+# Okabe and Ito's colour-blind safe palette, without yellow, which is too light for lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("solid", "dot", "dash")  # once the colours are used up
+DASHES = ("solid", "dot", "dash")  # when all colours are used
 GRID, INK = "#E4E7EB", "#1F2933"
-# How many times a fair share something is: white 1, blue less, red more, black nothing at all. Even steps for doublings.
-MOST = 4.0
+# Ratio to the fair share (uniform load): white 1, blue less, red more, black 0; equal steps for doublings.
+RATIO_MAX = 4.0
 RATIO_COLOURS = [
     (0.0, "#000000"),
     (1e-6, "#053061"),
-    (0.25 / MOST, "#2166AC"),
-    (0.5 / MOST, "#92C5DE"),
-    (1.0 / MOST, "#F7F7F7"),
-    (2.0 / MOST, "#F4A582"),
+    (0.25 / RATIO_MAX, "#2166AC"),
+    (0.5 / RATIO_MAX, "#92C5DE"),
+    (1.0 / RATIO_MAX, "#F7F7F7"),
+    (2.0 / RATIO_MAX, "#F4A582"),
     (1.0, "#B2182B"),
 ]
-POINTS = 30_000  # of all lines of a chart together: the page has to stay small
+MAX_POINTS = 30_000  # of all lines of a chart together, to keep the page small
 PANEL, GAP = 210, 80  # pixels: height of a panel, and between two
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with its words.
+    """A figure with its title and description.
 
     Attributes:
-        name: in the page's address.
-        title: with units.
-        text: how to read it.
-        figure: plotly's.
+        name: anchor in the page.
+        title: title, with units.
+        text: description.
+        figure: plotly figure.
     """
 
     name: str
@@ -55,15 +55,15 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """A metric that gets a panel of its own.
+    """A metric with its own panel.
 
     Attributes:
-        metric: its name in `metrics.csv`; of a MoE layer's, what comes after `experts/LAYER/`.
-        title: with units.
-        log: a logarithmic y axis.
-        zero: whether the y axis begins at 0.
-        form: of the numbers on the y axis, as d3 writes it.
-        smooth: whether the page's smoothing is for it.
+        metric: name in `metrics.csv`, without `experts/LAYER/` for a metric of MoE layers.
+        title: title, with units.
+        log: use a logarithmic y axis.
+        zero: start the y axis at 0.
+        form: d3 format of the numbers on the y axis.
+        smooth: apply the page's smoothing.
     """
 
     metric: str
@@ -74,18 +74,13 @@ class Panel:
     smooth: bool = True
 
 
-def colour_of(run: int) -> str:
-    """Of a run, on every chart."""
+def run_colour(run: int) -> str:
+    """Return the colour of a run, the same in every chart."""
     return PALETTE[run % len(PALETTE)]
 
 
-def dash_of(run: int) -> str:
-    """Of a run, on every chart."""
-    return DASHES[run // len(PALETTE) % len(DASHES)]
-
-
-def grid_of_panels(titles: Sequence[str], columns: int, panel: int = PANEL, between: float = 0.08) -> go.Figure:
-    """An empty figure with a panel for each title, in rows of `columns`, `between` of the width between them."""
+def panel_grid(titles: Sequence[str], columns: int, panel: int = PANEL, between: float = 0.08) -> go.Figure:
+    """Return an empty figure with a panel per title, in rows of `columns`, separated by `between` of the width."""
     columns = max(1, min(columns, len(titles)))
     rows = -(-len(titles) // columns)
     inner = rows * panel + (rows - 1) * GAP
@@ -98,11 +93,11 @@ def grid_of_panels(titles: Sequence[str], columns: int, panel: int = PANEL, betw
     )
     figure.update_annotations(font_size=13)
     figure.update_layout(height=inner + 110)
-    return dressed(figure)
+    return apply_style(figure)
 
 
-def dressed(figure: go.Figure) -> go.Figure:
-    """In the page's style."""
+def apply_style(figure: go.Figure) -> go.Figure:
+    """Apply the page's style."""
     figure.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
@@ -117,15 +112,14 @@ def dressed(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def place(index: int, columns: int) -> dict[str, int]:
-    """Row and column of a panel."""
+def grid_cell(index: int, columns: int) -> dict[str, int]:
+    """Return the row and column of a panel."""
     return {"row": index // columns + 1, "col": index % columns + 1}
 
 
-def on_clock(figure: go.Figure) -> go.Figure:
-    """Let the page write the title of every x axis."""
-    axes = [name for name in figure.layout if name.startswith("xaxis")]
-    figure.update_layout(meta={"clock": axes})
+def with_clock_axis(figure: go.Figure) -> go.Figure:
+    """Mark all x axes as switchable; the page sets their titles."""
+    figure.update_layout(meta={"clock": [name for name in figure.layout if name.startswith("xaxis")]})
     return figure
 
 
@@ -139,19 +133,20 @@ def add_line(
     legend: bool = False,
     **look: Any,
 ) -> None:
-    """A metric of a run over its clock.
+    """Add a metric of a run over its steps.
 
     Args:
-        figure: gets it.
-        run: its number.
-        name: of the line, and of what it is switched on and off with in the legend.
-        series: thinned.
+        figure: the figure.
+        run: index of the run.
+        name: name of the line and of its legend group.
+        series: the thinned series.
         where: `row` and `col`.
-        meta: what else `page.js` has to know.
-        legend: whether the legend shows it.
-        look: as of `go.Scatter`, in place of a line in the run's colour.
+        meta: further entries of `meta`.
+        legend: show the line in the legend.
+        look: arguments of `go.Scatter` that replace the default line.
     """
-    line = {"color": colour_of(run), "width": 1.8, "dash": dash_of(run)} | look.pop("line", {})
+    dash = DASHES[run // len(PALETTE) % len(DASHES)]
+    line = {"color": run_colour(run), "width": 1.8, "dash": dash} | look.pop("line", {})
     trace = go.Scatter(
         x=rounded(series.steps, 7),
         y=rounded(series.values),
@@ -166,16 +161,16 @@ def add_line(
 
 
 def metric_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int = 3) -> go.Figure | None:
-    """A panel for each metric that some run has, all runs in each; None if there is none."""
+    """Return a figure with a panel per metric that any run has, and a line per run; None without metrics."""
     panels = [panel for panel in panels if any(panel.metric in run.metrics for run in runs)]
     if not panels:
         return None
     columns = min(columns, len(panels))
-    figure = grid_of_panels([panel.title for panel in panels], columns)
-    points = POINTS // (len(panels) * len(runs))
+    figure = panel_grid([panel.title for panel in panels], columns)
+    points = MAX_POINTS // (len(panels) * len(runs))
     shown: set[int] = set()
     for index, panel in enumerate(panels):
-        where = place(index, columns)
+        where = grid_cell(index, columns)
         for number, run in enumerate(runs):
             if panel.metric not in run.metrics:
                 continue
@@ -185,15 +180,36 @@ def metric_panels(runs: Sequence[Run], panels: Sequence[Panel], columns: int = 3
             add_line(figure, number, run.name, series, where, meta, number not in shown and len(runs) > 1, mode=mode)
             shown.add(number)
         scale_panel(figure, panel, where)
-    return on_clock(figure)
+    return with_clock_axis(figure)
 
 
 def scale_panel(figure: go.Figure, panel: Panel, where: dict[str, int]) -> None:
-    """The y axis that a panel asks for."""
+    """Format the y axis of a panel."""
     kind, mode = "log" if panel.log else "linear", "tozero" if panel.zero else "normal"
     figure.update_yaxes(tickformat=panel.form, type=kind, rangemode=mode, **where)
 
 
 def rounded(values: np.ndarray, digits: int = 5) -> list[float | None]:
-    """Numbers with so many digits, to keep the page small; None where they are not finite."""
+    """Round to significant digits, to keep the page small; None replaces NaN and infinity."""
     return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]
+
+
+def ratio_heat_map(ratio: np.ndarray, bar: bool) -> dict[str, Any]:
+    """Return the arguments of a plotly heat map of ratios to the fair share, `[rows, columns]`; `bar` adds the colour bar."""
+    return {
+        "z": [[round(float(cell), 2) if np.isfinite(cell) else None for cell in row] for row in ratio],
+        "colorscale": RATIO_COLOURS,
+        "zmin": 0,
+        "zmax": RATIO_MAX,
+        "showscale": bar,
+        "colorbar": {
+            "title": "times a<br>fair share<br> ",
+            "thickness": 14,
+            "len": 220,
+            "lenmode": "pixels",
+            "y": 1,
+            "yanchor": "top",
+            "tickvals": [0, 0.5, 1, 2, 3, 4],
+            "ticktext": ["0", "½", "1", "2", "3", "≥ 4"],
+        },
+    }

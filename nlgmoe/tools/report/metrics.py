@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # what is true once the step that the logger names has been taken
+AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # metrics of the state after the logged step
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
 
 
@@ -19,8 +19,8 @@ class Series:
     """A metric over steps.
 
     Attributes:
-        steps: `[N]` rising; how many the optimizer had taken.
-        values: `[N]`, NaN and infinity where the run had them.
+        steps: `[N]` increasing; optimizer steps taken.
+        values: `[N]`, may contain NaN and infinity.
     """
 
     steps: np.ndarray
@@ -30,7 +30,7 @@ class Series:
         return len(self.steps)
 
     def thinned(self, points: int) -> Series:
-        """At most `points` points: means of as many neighbours as it takes, those that are not finite left out."""
+        """Reduce to at most `points` points by the means of neighbours, without values that are not finite."""
         bucket = -(-len(self) // max(1, points))
         if bucket <= 1:
             return self
@@ -44,10 +44,10 @@ class Series:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Every column of `metrics.csv`.
+    """Read every column of `metrics.csv`; a missing file is empty.
 
-    A run that went on from a checkpoint may have repeated steps: what it logged last is what counts, and what an earlier part
-    logged from there on is dropped. So is a row that was cut off. A file that is not there is an empty one.
+    If a resumed run has repeated steps, the last row of a step counts, and earlier rows from that step on are discarded, as is
+    an incomplete row.
     """
     columns: dict[str, list[tuple[float, float]]] = {}
     for row in _rows(path):
@@ -67,7 +67,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 
 def damaged_rows(path: Path) -> int:
-    """Rows of `metrics.csv` with too few or too many cells, or one that is no number, which `read_metrics` leaves out."""
+    """Count rows of `metrics.csv` with missing, extra or non-numeric cells, which `read_metrics` skips."""
     return sum(
         None in row.values() or "" in row or any(text and _number(text) is None for text in row.values())
         for row in _rows(path)
@@ -75,27 +75,27 @@ def damaged_rows(path: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Loads:
+class ExpertLoads:
     """Load of every expert over time.
 
     Attributes:
-        steps: `[N]` taken at the end of each interval, rising.
-        requests: `[N, E]` of each layer, assignments in that interval, before dropping.
+        steps: `[N]` steps taken at the end of each interval, increasing.
+        requests: `[N, E]` for each layer, assignments per interval before dropping.
     """
 
     steps: np.ndarray
     requests: list[np.ndarray]
 
-    def thinned(self, intervals: int) -> Loads:
-        """At most `intervals` intervals: neighbours are added up."""
+    def thinned(self, intervals: int) -> ExpertLoads:
+        """Reduce to at most `intervals` intervals by adding neighbours."""
         bucket = -(-len(self.steps) // max(1, intervals))
         starts = np.arange(0, len(self.steps), bucket)
         ends = np.append(starts[1:], len(self.steps)) - 1
-        return Loads(self.steps[ends], [np.add.reduceat(requests, starts) for requests in self.requests])
+        return ExpertLoads(self.steps[ends], [np.add.reduceat(requests, starts) for requests in self.requests])
 
 
-def read_loads(path: Path) -> Loads | None:
-    """`expert_load.csv`, with repeated steps and cut-off rows as in `read_metrics`; None if there is nothing in it."""
+def read_expert_loads(path: Path) -> ExpertLoads | None:
+    """Read `expert_load.csv`, with repeated steps and incomplete rows as in `read_metrics`; None if it is empty."""
     found: dict[int, dict[int, list[float]]] = {}
     experts: dict[int, int] = {}  # of each layer
     for row in _rows(path):
@@ -104,7 +104,7 @@ def read_loads(path: Path) -> Loads | None:
         counts = [cell for cell in cells if cell is not None]
         if step is None or layer is None or None in row.values() or not np.isfinite([step, layer, *counts]).all():
             continue
-        if len(counts) != experts.setdefault(int(layer), len(counts)):  # cut off between two commas
+        if len(counts) != experts.setdefault(int(layer), len(counts)):  # an incomplete row
             continue
         for later in [known for known in found if known > step or (known == step and int(layer) in found[known])]:
             del found[later]
@@ -114,11 +114,11 @@ def read_loads(path: Path) -> Loads | None:
     if not whole:
         return None
     requests = [np.array([interval[layer] for interval in whole.values()]) for layer in range(layers)]
-    return Loads(np.array(list(whole), dtype=float) + 1, requests)
+    return ExpertLoads(np.array(list(whole), dtype=float) + 1, requests)
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, str | None]]:
-    """A damaged file's are those before the damage."""
+    """Yield the rows; of a damaged file, those before the damage."""
     if not path.is_file():
         return
     with path.open(newline="", errors="replace") as file, suppress(csv.Error):

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the page's charts as its controls say. A chart's data lie in a script element inside it, as plotly takes them, with x in
-// steps; drawing.py says what a trace's `meta` tells. Nothing here is specific to one chart.
+// Draws the page's charts according to its controls. A chart's plotly data are in a script element inside it, with x in steps;
+// drawing.py documents a trace's `meta`.
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const AXES = {
   steps: { title: "steps", unit: 1 },
@@ -8,7 +8,7 @@ const AXES = {
   flops: { title: "FLOPs of the model, forward and backward (petaFLOPs)", unit: 1e-15 },
   seconds: { title: "time (minutes)", unit: 1 / 60 },
 };
-// No button that would upload anything.
+// No button that uploads data.
 const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"] };
 const figures = [...document.querySelectorAll(".chart")].map((div) => {
   const figure = JSON.parse(div.querySelector("script").textContent);
@@ -16,12 +16,12 @@ const figures = [...document.querySelectorAll(".chart")].map((div) => {
   return { div, ...figure };
 });
 
-function knows(run, axis) {
+function hasAxis(run, axis) {
   return axis in facts.clocks[run] && facts.clocks[run].steps.length > 1;
 }
 
-// What a run's clock showed at a step; straight lines between the steps it is known at, and beyond them.
-function at(run, axis, step) {
+// Convert a step of a run to another axis, by linear interpolation and extrapolation.
+function convert(run, axis, step) {
   const { steps, [axis]: values } = facts.clocks[run];
   let low = 0, high = steps.length - 1;
   while (high - low > 1) {
@@ -32,7 +32,7 @@ function at(run, axis, step) {
   return (values[low] + share * (values[high] - values[low])) * AXES[axis].unit;
 }
 
-// Exponential moving average without the bias of its beginning.
+// Exponential moving average with bias correction.
 function smoothed(values, weight) {
   let sum = 0, total = 0;
   return values.map((value) => {
@@ -48,14 +48,14 @@ function shown(trace, state) {
   const result = { ...trace };
   if (layer !== undefined) result.visible = state.layer === "all" ? layer !== "mean" : layer === state.layer;
   if (clock && state.axis !== "steps") {
-    if (knows(run, state.axis)) result.x = trace.x.map((step) => at(run, state.axis, step));
+    if (hasAxis(run, state.axis)) result.x = trace.x.map((step) => convert(run, state.axis, step));
     else result.visible = false;
   }
   if (smooth) result.y = smoothed(trace.y, state.smoothing);
   return result;
 }
 
-// The legend shows a name once, with the first trace that is seen.
+// The legend shows a name once, with its first visible trace.
 function withLegend(traces) {
   const names = new Set();
   return traces.map((trace) => {
@@ -78,11 +78,11 @@ function draw() {
     );
     Plotly.react(div, withLegend(data.map((trace) => shown(trace, state))), { ...layout, ...clocked, uirevision: state.axis }, config);
   }
-  const without = facts.names.filter((_, run) => state.axis !== "steps" && !knows(run, state.axis));
+  const without = facts.names.filter((_, run) => state.axis !== "steps" && !hasAxis(run, state.axis));
   document.getElementById("hidden").value = without.length ? `not logged by ${without.join(", ")}, whose curves are hidden` : "";
 }
 
-const start = document.querySelector(`input[value=${facts.names.every((_, run) => knows(run, "tokens")) ? "tokens" : "steps"}]`);
+const start = document.querySelector(`input[value=${facts.names.every((_, run) => hasAxis(run, "tokens")) ? "tokens" : "steps"}]`);
 start.checked = true;
 document.getElementById("controls").addEventListener("input", draw);
 document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, with plotly.js, the charts' data and tables in it."""
+"""The page: one self-contained HTML file with plotly.js, data and tables."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from nlgmoe.tools.report import expert_figures, specialisation_figures, tables, 
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
 
-KNOTS = 400  # steps at which the page knows a run's clocks
+MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
 
 
 def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
-    """Write the report of one run or several.
+    """Write the report of one or several runs.
 
     Args:
-        runs: as `read_runs` finds them.
-        output: the file; None: `report.html`, in the run's folder, or of several runs in the working directory.
+        runs: the runs, from `read_runs`.
+        output: HTML file; None: `report.html`, in the run folder or, for several runs, in the working directory.
 
     Returns:
         The file.
 
     Raises:
         ValueError: `output` is a folder, does not end in .html, or cannot be written.
-        OSError: there is no such folder, and it cannot be made.
+        OSError: the folder of `output` cannot be created.
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ValueError(f"output={output} is a folder; give the name of a file")
-    if file.suffix not in (".html", ".htm"):  # a run folder holds what cannot be made again
-        raise ValueError(f"output={output} is no name of a page; let it end in .html")
+    if file.suffix not in (".html", ".htm"):  # protects the files of a run folder
+        raise ValueError(f"output={output} is not a name of a page; let it end in .html")
     file.parent.mkdir(parents=True, exist_ok=True)
     text = page(runs)
     try:
@@ -51,20 +51,20 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     title = f"nlgmoe: {', '.join(run.name for run in runs)}"
     sections = {
         "Training": training_figures.charts(runs),
         "Experts": expert_figures.charts(runs),
         "Specialisation": specialisation_figures.charts(runs),
     }
-    layers = max((len(expert_figures.layers_of(run)) for run in runs), default=0)
-    facts = {"clocks": [clocks(run) for run in runs], "names": [run.name for run in runs]}
+    layers = max((len(expert_figures.logged_layers(run)) for run in runs), default=0)
+    facts = {"clocks": [clock_values(run) for run in runs], "names": [run.name for run in runs]}
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="made">Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {", ".join(escape(str(run.path)) for run in runs)}</p>',
         tables.summary(runs),
-        tables.notes(runs),
+        tables.issue_list(runs),
         controls(layers, "all" if len(runs) == 1 else "mean"),
         *(section(name, found) for name, found in sections.items() if found),
         "<section><h2>Settings</h2>",
@@ -95,7 +95,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def section(name: str, charts: Sequence[Chart]) -> str:
-    """Charts under a heading."""
+    """Return the HTML of charts under a heading."""
     parts = [
         f'<article id="{chart.name}"><h3>{escape(chart.title)}</h3><p>{escape(chart.text)}</p>'
         f'<div class="chart" style="height: {chart.figure.layout.height}px">'
@@ -106,7 +106,7 @@ def section(name: str, charts: Sequence[Chart]) -> str:
 
 
 def controls(layers: int, layer: str) -> str:
-    """What the reader can change: the x axis, the smoothing, the layers shown of `layers`; `layer` is what is shown first."""
+    """Return the controls of x axis, smoothing and layers; `layer` is selected of the `layers` layers."""
     names = {"tokens": "tokens", "steps": "steps", "flops": "FLOPs", "seconds": "time"}
     axes = "".join(
         f'<label><input type="radio" name="axis" value="{axis}"{" checked" if axis == "tokens" else ""}> {name}</label>'
@@ -125,13 +125,13 @@ def controls(layers: int, layer: str) -> str:
     )
 
 
-def clocks(run: Run) -> dict[str, list[float | None]]:
-    """A run's clocks at some of its steps: `steps` and, where they are known, tokens fed, FLOPs and seconds until then."""
+def clock_values(run: Run) -> dict[str, list[float | None]]:
+    """Return some of a run's steps and, where known, the tokens, FLOPs and seconds up to each."""
     if "train/tokens" not in run.metrics:
         steps = max((series.steps[-1] for series in run.metrics.values()), default=0.0)
         return {"steps": [0.0, float(steps)]}
     steps = run.metrics["train/tokens"].steps
-    knots = steps[np.unique(np.linspace(0, len(steps) - 1, KNOTS).round().astype(int))]
+    knots = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_KNOTS).round().astype(int))]
     found = {"steps": rounded(knots, 9)}
     for clock, metric in CLOCKS.items():
         if metric in run.metrics:
@@ -141,7 +141,7 @@ def clocks(run: Run) -> dict[str, list[float | None]]:
 
 
 def _json(value: Any) -> str:
-    """For a script element, which would end at its own end tag."""
+    """Return JSON for a script element, with the end tag escaped."""
     return json.dumps(value, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
 
 

@@ -1,4 +1,4 @@
-"""Charts of what experts are used for: by domain and by class of token, layer by layer."""
+"""Charts of expert specialisation by domain and token class, per layer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import numpy as np
 import plotly.graph_objects as go
 
 from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, preference
-from nlgmoe.tools.report.drawing import MOST, RATIO_COLOURS, Chart, colour_of, grid_of_panels, place
-from nlgmoe.tools.report.expert_figures import ratio_bar
+from nlgmoe.tools.report.drawing import RATIO_MAX, Chart, grid_cell, panel_grid, ratio_heat_map, run_colour
 from nlgmoe.tools.report.runs import Run
 
-NAMED = 40  # experts that there is room to name
+MAX_NAMED = 40  # experts with names on the axis
 
 
-def told(runs: Sequence[Run]) -> Chart | None:
-    """How much an expert tells about domain and class, a bar for each run and layer."""
+def information(runs: Sequence[Run]) -> Chart | None:
+    """Return the mutual information of expert and domain or class, a bar per run and layer."""
     known = [(number, run, run.specialisation) for number, run in enumerate(runs) if run.specialisation is not None]
     if not known:
         return None
     limits = [
         f"{run.name} {entropy(found.by_domain(0)):.2f} and {entropy(found.by_class(0)):.2f}" for _, run, found in known
     ]
-    figure = grid_of_panels(["about the domain", "about the class of token"], 2, 230)
+    figure = panel_grid(["about the domain", "about the class of token"], 2, 230)
     for number, run, found in known:
         layers = range(len(found.experts))
         for column, groups in enumerate((found.by_domain, found.by_class)):
@@ -34,20 +33,20 @@ def told(runs: Sequence[Run]) -> Chart | None:
                 name=run.name,
                 legendgroup=run.name,
                 showlegend=column == 0 and len(known) > 1,
-                marker_color=colour_of(number),
+                marker_color=run_colour(number),
                 hovertemplate="%{y:.3f} bits",
-                **place(column, 2),
+                **grid_cell(column, 2),
             )
     figure.update_yaxes(title="bits", rangemode="tozero")
     text = (
-        "Mutual information: what the choice of expert tells about where a token is from, and about what kind of token it is. 0 "
-        f"for experts without preferences; there would be this much to tell: {'; '.join(limits)} bits."
+        "Mutual information of the chosen expert and the token's domain or class: 0 for experts without preferences; the upper "
+        f"bounds are {'; '.join(limits)} bits."
     )
     return Chart("information", "How specialised experts are (bits)", text, figure)
 
 
 def preferences(number: int, run: Run) -> Chart | None:
-    """Which groups of tokens ask for which expert, a row of panels for each layer of one run."""
+    """Return the heat maps of groups and experts of one run, a row of panels per layer."""
     found = run.specialisation
     if found is None:
         return None
@@ -55,19 +54,19 @@ def preferences(number: int, run: Run) -> Chart | None:
         f"{run.layer(layer)}: {kind}" for layer in range(len(found.experts)) for kind in ("domain", "class of token")
     ]
     groups = max(len(found.domains), _classes_seen(found))
-    figure = grid_of_panels(titles, 2, max(130, 24 * groups), between=0.15)
+    figure = panel_grid(titles, 2, max(130, 24 * groups), between=0.15)
     for layer in range(len(found.experts)):
         halves = ((found.domains, found.by_domain(layer)), (found.classes, found.by_class(layer)))
         for column, (names, counts) in enumerate(halves):
-            _add_preferences(figure, names, counts, place(2 * layer + column, 2), layer == column == 0)
+            _add_preferences(figure, names, counts, grid_cell(2 * layer + column, 2), layer == column == 0)
     figure.update_xaxes(showgrid=False, title={"text": "expert", "standoff": 4})
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_layout(plot_bgcolor="#D9DEE4")
     step = "" if found.step is None else f" after {found.step:,} steps"
     text = (
-        f"Validation text{step}: how many times as often a group asks for an expert as all tokens together do. White is no "
-        f"preference, red more (dark red {MOST:g} times and above), blue less, black never; grey: an expert nobody asks for. "
-        "Experts stand in the order of the group that prefers them."
+        f"Validation text{step}: a group's share of assignments to an expert, relative to the share of all tokens. White is no "
+        f"preference, red more (dark red {RATIO_MAX:g} times and above), blue less, black none; grey: an unused expert. "
+        "Experts are sorted by the group that prefers them."
     )
     title = f"What experts are used for (times the share of all tokens): {run.name}"
     return Chart(f"preference-{number}", title, text, figure)
@@ -87,23 +86,18 @@ def _add_preferences(figure: go.Figure, names: list[str], counts: np.ndarray, wh
     order = np.lexsort((-known.max(axis=0), known.argmax(axis=0), np.isnan(ratio).all(axis=0)))  # [E]
     shares = counts / counts.sum(axis=1, keepdims=True)
     figure.add_heatmap(
-        z=[[round(float(cell), 2) if np.isfinite(cell) else None for cell in row] for row in ratio[:, order]],
+        **ratio_heat_map(ratio[:, order], bar),
         y=names,
         customdata=[
             [[int(expert), round(float(row[expert]), 4), int(some[expert])] for expert in order]
             for row, some in zip(shares, counts, strict=True)
         ],
-        colorscale=RATIO_COLOURS,
-        zmin=0,
-        zmax=MOST,
-        showscale=bar,
-        colorbar=ratio_bar(),
         hovertemplate="%{y}, expert %{customdata[0]}: %{z:.2f} times the share of all tokens<br>%{customdata[1]:.1%} of the "
         "group, %{customdata[2]:,} tokens<extra></extra>",
         **where,
     )
     plain = {"tickangle": 0, "tickfont_size": 9 if len(order) > 20 else 11}
-    if len(order) <= NAMED:
+    if len(order) <= MAX_NAMED:
         figure.update_xaxes(
             tickvals=list(range(len(order))), ticktext=[str(expert) for expert in order], **plain, **where
         )
@@ -112,6 +106,6 @@ def _add_preferences(figure: go.Figure, names: list[str], counts: np.ndarray, wh
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """All of the above that the runs have data for."""
-    made = [told(runs), *(preferences(number, run) for number, run in enumerate(runs))]
+    """Return the charts that the runs have data for."""
+    made = [information(runs), *(preferences(number, run) for number, run in enumerate(runs))]
     return [chart for chart in made if chart is not None]

@@ -1,4 +1,4 @@
-"""Tables of a page, in HTML: what each run came to, how it was set, and in what the runs differ."""
+"""HTML tables of a page: results, settings, and differences between runs."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 import yaml
 
-from nlgmoe.tools.report.drawing import colour_of
+from nlgmoe.tools.report.drawing import run_colour
 from nlgmoe.tools.report.runs import Run, finite_number, flattened
 
 UNKNOWN = "–"
-OWN = ("trainer.default_root_dir", "ckpt_path")  # settings that are another for every run
+PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """What each run came to: a row for each fact, a column for each run."""
+    """Return the results: a row per fact, a column per run."""
     domains = list(dict.fromkeys(name for run in runs for name in run.mapping("bits_per_byte") if name != "all"))
     facts: dict[str, Callable[[Run], str]] = {
         "parameters, active for a token": lambda run: ", ".join(_count(value) for value in run.parameters() or (None,)),
         "experts of each MoE layer": _experts,
-        "steps, tokens": lambda run: f"{_whole(_steps(run))}, {_count(_either(run, 'tokens', 'train/tokens'))}",
-        "training loss (nats per token)": lambda run: _decimal(_either(run, "train_loss", "train/loss")),
-        "validation loss (nats per token)": lambda run: _decimal(_either(run, "val_loss", "val/loss")),
+        "steps, tokens": lambda run: f"{_whole(_steps(run))}, {_count(_fact(run, 'tokens', 'train/tokens'))}",
+        "training loss (nats per token)": lambda run: _decimal(_fact(run, "train_loss", "train/loss")),
+        "validation loss (nats per token)": lambda run: _decimal(_fact(run, "val_loss", "val/loss")),
         "bits per byte of validation text": lambda run: _decimal(_bits(run, "all")),
-        **{f"bits per byte: {name}": partial(_of_domain, domain=name) for name in domains},
-        "speed (tokens/s)": lambda run: _whole(_either(run, "tokens_per_second", "train/tokens_per_second")),
-        "peak memory (GB)": lambda run: _decimal(_gigabytes(_either(run, "peak_memory_bytes", "memory/process_bytes"))),
-        "time": lambda run: _duration(_either(run, "wall_seconds", "time/elapsed")),
-        "skipped steps": lambda run: _whole(_either(run, "skipped_steps", "train/skipped_steps")),
+        **{f"bits per byte: {name}": partial(lambda name, run: _decimal(_bits(run, name)), name) for name in domains},
+        "speed (tokens/s)": lambda run: _whole(_fact(run, "tokens_per_second", "train/tokens_per_second")),
+        "peak memory (GB)": lambda run: _decimal(_fact(run, "peak_memory_bytes", "memory/process_bytes"), 1e9),
+        "time": lambda run: _duration(_fact(run, "wall_seconds", "time/elapsed")),
+        "skipped steps": lambda run: _whole(_fact(run, "skipped_steps", "train/skipped_steps")),
         "nlgmoe, torch": lambda run: ", ".join(_versions(run).get(name, UNKNOWN) for name in ("nlgmoe", "torch")),
         "reached its end": lambda run: "yes" if run.summary else "no, or not yet",
     }
@@ -38,43 +38,44 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def versions(runs: Sequence[Run]) -> str:
-    """Of what the runs were made with, a row for each package."""
+    """Return the package versions of each run, a row per package."""
     found = [_versions(run) for run in runs]
     packages = list(dict.fromkeys(package for version in found for package in version))
     return _by_run(runs, [(package, [version.get(package, UNKNOWN) for version in found]) for package in packages])
 
 
 def differences(runs: Sequence[Run]) -> str:
-    """Settings that are not the same in all runs; a sentence if there are none."""
+    """Return the settings that differ between runs, or a sentence if there are none."""
     flat = [flattened(run.config) for run in runs]
-    names = [name for name in dict.fromkeys(name for settings in flat for name in settings) if name not in OWN]
+    names = [name for name in dict.fromkeys(name for settings in flat for name in settings) if name not in PER_RUN]
     rows = [(name, [settings.get(name, UNKNOWN) for settings in flat]) for name in names]
     rows = [(name, values) for name, values in rows if any(value != values[0] for value in values)]
-    return _by_run(runs, rows) if rows else "<p>They have the same settings.</p>"
+    return _by_run(runs, rows) if rows else "<p>All runs have the same settings.</p>"
 
 
 def settings(runs: Sequence[Run]) -> str:
-    """The whole configuration of each run, folded."""
+    """Return the full configuration of each run, folded."""
     parts = []
     for number, run in enumerate(runs):
         text = escape(yaml.safe_dump(run.config, sort_keys=False)) if run.config else "not known"
-        parts.append(f"<details><summary>{label(number, run)}: all settings</summary><pre>{text}</pre></details>")
+        parts.append(f"<details><summary>{run_label(number, run)}: all settings</summary><pre>{text}</pre></details>")
     return "\n".join(parts)
 
 
-def notes(runs: Sequence[Run]) -> str:
-    """What is missing, a list for each run; nothing if nothing is."""
-    parts = [f"<li>{label(number, run)}: {escape(note)}</li>" for number, run in enumerate(runs) for note in run.notes]
+def issue_list(runs: Sequence[Run]) -> str:
+    """Return the issues of all runs as a list; empty if there are none."""
+    parts = [
+        f"<li>{run_label(number, run)}: {escape(issue)}</li>" for number, run in enumerate(runs) for issue in run.issues
+    ]
     return f'<ul class="notes">{"".join(parts)}</ul>' if parts else ""
 
 
-def label(number: int, run: Run) -> str:
-    """A run's name with its colour."""
-    return f'<span class="run" style="--colour: {colour_of(number)}" title="{escape(str(run.path))}">{escape(run.name)}</span>'
+def run_label(number: int, run: Run) -> str:
+    """Return a run's name with its colour."""
+    return f'<span class="run" style="--colour: {run_colour(number)}" title="{escape(str(run.path))}">{escape(run.name)}</span>'
 
 
 def _duration(seconds: float | None) -> str:
-    """As people say it."""
     if seconds is None:
         return UNKNOWN
     minutes, rest = divmod(round(seconds), 60)
@@ -83,7 +84,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _by_run(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[Any]]], kind: str = "settings") -> str:
-    head = "<th></th>" + "".join(f"<th>{label(number, run)}</th>" for number, run in enumerate(runs))
+    head = "<th></th>" + "".join(f"<th>{run_label(number, run)}</th>" for number, run in enumerate(runs))
     body = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(_shown(value))}</td>' for value in values)}</tr>"
         for name, values in rows
@@ -106,8 +107,8 @@ def _versions(run: Run) -> dict[str, str]:
     return run.versions or run.mapping("versions")
 
 
-def _either(run: Run, fact: str, metric: str) -> float | None:
-    """What `summary.json` says, or of a run without one the last that was logged."""
+def _fact(run: Run, fact: str, metric: str) -> float | None:
+    """Return a fact of `summary.json`; without it, the last logged value of a metric."""
     found = finite_number(run.summary.get(fact))
     return found if found is not None else run.last(metric)
 
@@ -117,18 +118,10 @@ def _bits(run: Run, domain: str) -> float | None:
     return found if found is not None else run.last("val/bits_per_byte" + ("" if domain == "all" else f"/{domain}"))
 
 
-def _of_domain(run: Run, domain: str) -> str:
-    return _decimal(_bits(run, domain))
-
-
 def _steps(run: Run) -> float | None:
     if (found := finite_number(run.summary.get("steps"))) is not None:
         return found
     return float(run.metrics["train/loss"].steps[-1]) + 1 if "train/loss" in run.metrics else None
-
-
-def _gigabytes(value: float | None) -> float | None:
-    return None if value is None else value / 1e9
 
 
 def _count(value: float | None) -> str:
@@ -144,5 +137,5 @@ def _whole(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
-def _decimal(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3f}"
+def _decimal(value: float | None, unit: float = 1) -> str:
+    return UNKNOWN if value is None else f"{value / unit:.3f}"

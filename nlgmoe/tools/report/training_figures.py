@@ -8,16 +8,16 @@ from typing import Any
 import plotly.graph_objects as go
 
 from nlgmoe.tools.report.drawing import (
+    MAX_POINTS,
     PALETTE,
-    POINTS,
     Chart,
     Panel,
     add_line,
-    dressed,
-    grid_of_panels,
+    apply_style,
+    grid_cell,
     metric_panels,
-    on_clock,
-    place,
+    panel_grid,
+    with_clock_axis,
 )
 from nlgmoe.tools.report.metrics import Series
 from nlgmoe.tools.report.runs import Run
@@ -46,12 +46,12 @@ SPEED = (
 
 
 def loss(runs: Sequence[Run]) -> Chart | None:
-    """Training and validation loss."""
+    """Return the chart of training and validation loss."""
     if not any("train/loss" in run.metrics or "val/loss" in run.metrics for run in runs):
         return None
-    figure = grid_of_panels([""], 1, 380)
-    where = place(0, 1)
-    points = min(1000, POINTS // (2 * len(runs)))
+    figure = panel_grid([""], 1, 380)
+    where = grid_cell(0, 1)
+    points = min(1000, MAX_POINTS // (2 * len(runs)))
     for number, run in enumerate(runs):
         if "train/loss" in run.metrics:
             series = run.metrics["train/loss"].thinned(points)
@@ -65,66 +65,68 @@ def loss(runs: Sequence[Run]) -> Chart | None:
             add_line(figure, number, f"{run.name}: validation", series, where, legend=True, **look)
     figure.update_yaxes(title="nats per token")
     text = (
-        "The faint line is what was logged, the firm one smoothed; diamonds are validation, on text that is never trained on. "
-        "Balance and distillation losses are not in it."
+        "The faint line is the logged loss, the solid one is smoothed; diamonds are validation, on text outside the training "
+        "set. Balance and distillation losses are not included."
     )
-    return Chart("loss", "Loss (nats per token)", text, on_clock(figure))
+    return Chart("loss", "Loss (nats per token)", text, with_clock_axis(figure))
 
 
 def bits_per_byte(runs: Sequence[Run]) -> Chart | None:
-    """Of all validation text, and by domain."""
+    """Return the chart of bits per byte, of all validation text and by domain."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics if name.startswith(BITS)))
     names.sort(key=lambda name: name != BITS)
     if not names:
         return None
     titles = [name.removeprefix(f"{BITS}/") if name != BITS else "all text" for name in names]
     columns = min(3, len(names))
-    figure = grid_of_panels(titles, columns)
+    figure = panel_grid(titles, columns)
     shown: set[int] = set()
     for index, name in enumerate(names):
         for number, run in enumerate(runs):
             if name in run.metrics:
                 series = run.metrics[name].thinned(200)
                 legend = number not in shown and len(runs) > 1
-                add_line(figure, number, run.name, series, place(index, columns), None, legend, mode="lines+markers")
+                add_line(
+                    figure, number, run.name, series, grid_cell(index, columns), None, legend, mode="lines+markers"
+                )
                 shown.add(number)
     text = (
-        "Of validation text, by domain: bits that the model needs for a byte of the original text, whatever the tokenizer. "
+        "Bits per byte of the original validation text, by domain, comparable across tokenizers. "
         "Lower is better; every panel has its own scale."
     )
-    return Chart("bits-per-byte", "Validation: bits per byte of text", text, on_clock(figure))
+    return Chart("bits-per-byte", "Validation: bits per byte of text", text, with_clock_axis(figure))
 
 
 def optimisation(runs: Sequence[Run]) -> Chart | None:
-    """Learning rate, gradient norms and the other losses."""
+    """Return the chart of learning rate, gradient norms and auxiliary losses."""
     panels = [panel for panel in OPTIMISATION if panel.metric != "train/skipped_steps" or any_skipped(runs)]
     figure = metric_panels(runs, panels)
-    text = "What the optimizer was given. A gradient norm above trainer.gradient_clip_val is clipped to it."
+    text = "Inputs of the optimizer. A gradient norm above trainer.gradient_clip_val is clipped to it."
     return (
         None if figure is None else Chart("optimisation", "Learning rate, gradient norms, other losses", text, figure)
     )
 
 
 def any_skipped(runs: Sequence[Run]) -> bool:
-    """Whether a run left out a step."""
+    """Return True if a run skipped a step."""
     return any(bool(run.last("train/skipped_steps")) for run in runs)
 
 
 def speed(runs: Sequence[Run]) -> Chart | None:
-    """Throughput and memory."""
+    """Return the chart of throughput and memory."""
     figure = metric_panels(runs, SPEED)
-    text = "Over each logging interval, without validation and checkpoints. FLOPs are the model's, by arithmetic."
+    text = "Per logging interval, without validation and checkpoints. FLOPs are computed from the configuration."
     return None if figure is None else Chart("speed", "Speed and memory", text, figure)
 
 
 def time_split(runs: Sequence[Run]) -> Chart | None:
-    """What a step's time goes to, a bar for each run."""
+    """Return the chart of step time by part, a bar per run."""
     timed = [(number, run) for number, run in enumerate(runs) if "time/step" in run.metrics]
     if not timed:
         return None
     means = {run.name: {part: _mean(run.metrics.get(f"time/{part}")) for part in (*PARTS, "step")} for _, run in timed}
-    figure = dressed(go.Figure())
-    for place_in_bar, part in enumerate((*PARTS, "rest")):
+    figure = apply_style(go.Figure())
+    for index, part in enumerate((*PARTS, "rest")):
         seconds = [
             mean["step"] - sum(mean[known] for known in PARTS) if part == "rest" else mean[part]
             for mean in means.values()
@@ -136,7 +138,7 @@ def time_split(runs: Sequence[Run]) -> Chart | None:
             customdata=shares,
             name=part,
             orientation="h",
-            marker_color=(*PALETTE[:4], "#9AA5B1")[place_in_bar],
+            marker_color=(*PALETTE[:4], "#9AA5B1")[index],
             hovertemplate="%{x:.4~g} ms, %{customdata:.1%} of a step",
         )
     figure.update_layout(barmode="stack", legend_traceorder="normal", height=130 + 36 * len(timed))
@@ -158,6 +160,6 @@ def _mean(series: Series | None) -> float:
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """All of the above that the runs have data for."""
+    """Return the charts that the runs have data for."""
     made = (loss(runs), bits_per_byte(runs), optimisation(runs), speed(runs), time_split(runs))
     return [chart for chart in made if chart is not None]

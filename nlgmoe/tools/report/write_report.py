@@ -1,4 +1,4 @@
-"""The run's report, when it ends."""
+"""The report of a run, written when `fit` ends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nlgmoe.tools.report.runs import read_runs
 
 
 class WriteReport(Callback):
-    """Writes `report.html` into the run folder when `fit` ends, and says where; what `nlgmoe report` would write."""
+    """Writes `report.html` into the run folder when `fit` ends, as `nlgmoe report` does, and prints its path."""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it, once all other callbacks have written theirs; a run that trained well does not fail for it."""
+        """Write the report, after the files of other callbacks; an error is only a warning."""
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -26,7 +26,7 @@ class WriteReport(Callback):
             file = write_report(read_runs([trainer.default_root_dir]))
         except Exception as error:
             rank_zero_warn(
-                f"there is no report of this run: {error}; nlgmoe report {trainer.default_root_dir} writes it later"
+                f"no report of this run was written: {error}; write it with nlgmoe report {trainer.default_root_dir}"
             )
         else:
             rank_zero_info(f"report of this run: {file} (open it in a browser)\n")
