@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import xxhash
+
 from nlgmoe.data.corpus import build_lock
 from nlgmoe.data.indexed import IndexedDataset, token_dtype
 from nlgmoe.data.indexed_writer import IndexedWriter
@@ -181,14 +183,16 @@ def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     done = read_token_files(data_dir, tokenizer)
     for name, file in manifest.files.items():
-        if name in done and done[name].text_sha256 == file.sha256 and _count(folder / name) == done[name].tokens:
+        if name in done and done[name].text_sha256 == file.sha256 and _intact(folder / name, done[name]):
             continue
         texts = read_texts(text_path(data_dir, name))
         with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
             while batch := list(islice(texts, BATCH_DOCUMENTS)):
                 for ids in tokenizer.encode_batch(batch):
                     writer.add_document([*ids, tokenizer.eod_id])
-        done[name] = TokenFile(file.sha256, _count(folder / name), file.documents, file.bytes)
+        tokens = IndexedDataset(folder / name).tokens
+        xxh3 = xxhash.xxh3_64_hexdigest(tokens.data)
+        done[name] = TokenFile(file.sha256, len(tokens), file.documents, file.bytes, xxh3)
         write_json(folder / "meta.json", {key: asdict(facts) for key, facts in done.items()})
 
 
@@ -204,12 +208,12 @@ def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) ->
             )
 
 
-def _count(prefix: Path) -> int:
-    """Return the number of tokens; -1 if the files are missing or damaged."""
+def _intact(prefix: Path, facts: TokenFile) -> bool:
     try:
-        return len(IndexedDataset(prefix).tokens)
+        tokens = IndexedDataset(prefix).tokens
     except ValueError:
-        return -1
+        return False
+    return len(tokens) == facts.tokens and facts.xxh3 in ("", xxhash.xxh3_64_hexdigest(tokens.data))
 
 
 def _write_jsonl(path: Path, documents: list[Document]) -> TextFile:
