@@ -15,7 +15,7 @@ import numpy as np
 from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.tokenizer import SAME_TOKENIZER, Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, load_tokenizer
 
 # Evenly spaced over the corpus: each is a random read, which takes a network disk its time.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
@@ -102,6 +102,12 @@ class MegatronIndexed:
             for number, (first, end) in zip(sampled, bounds, strict=True)
             if end > first
         ]
+        # Two: a text that was the token's name.
+        if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
+            raise ValueError(
+                f"{empty} of {len(texts)} sampled documents in {self.prefix}.bin hold end-of-document tokens alone: parts of the "
+                "file are missing; copy it again, or write the corpus again."
+            )
         if (same := tokenizer.share_reproduced(texts)) < SAME_TOKENIZER:
             raise ValueError(
                 f"{self.prefix}.bin holds another tokenizer's ids: {same:.0%} of those in {len(texts)} sampled documents come "

@@ -160,6 +160,17 @@ def test_one_open_document_is_enough_to_refuse(write: Write, open_corpus: Callab
         open_corpus(prefix, (16, 4, 0))
 
 
+def test_a_hole_in_the_tokens_is_refused(write: Write, open_corpus: Callable[..., PileDataModule]) -> None:
+    """Zeros, which the end-of-document token of this tokenizer is too."""
+    prefix = write(["", *TEXTS])  # an empty document is none
+    open_corpus(prefix, (16, 4, 0))
+    tokens = np.memmap(prefix.with_suffix(".bin"), np.int32, mode="r+")
+    tokens[: len(tokens) // 10] = 0
+    tokens.flush()
+    with pytest.raises(ValueError, match=r"2 of 21 sampled documents in .* hold end-of-document tokens alone"):
+        open_corpus(prefix, (16, 4, 0))
+
+
 def test_an_id_beyond_the_vocabulary_is_found_when_it_is_read(
     write: Write, open_corpus: Callable[..., PileDataModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
