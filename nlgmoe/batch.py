@@ -65,10 +65,10 @@ class CountsSamples(Protocol):
 
 @runtime_checkable
 class PlansBatches(Protocol):
-    """A data module that decides how large a step is."""
+    """A data module whose steps may grow."""
 
     def planned_batch_size(self) -> int | None:
-        """Sequences of the next optimizer step, over all ranks; None if that is the trainer's business."""
+        """Sequences of the next optimizer step, over all ranks; None if steps are to stay alike."""
 
 
 @runtime_checkable

@@ -177,8 +177,8 @@ class PileDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def planned_batch_size(self) -> int | None:
-        """Sequences of the next optimizer step, over all ranks; None if `accumulate_grad_batches` decides that."""
-        return None if self.global_batch_size is None else self.batch_size_after(self.samples_consumed)
+        """Sequences of the next optimizer step, over all ranks; None without `batch_ramp_up`: steps are to stay alike."""
+        return None if self.batch_ramp_up is None else self.batch_size_after(self.samples_consumed)
 
     def batch_size_after(self, samples: int) -> int:
         """Sequences of the optimizer step that follows the first `samples`, over all ranks."""

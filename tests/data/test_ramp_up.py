@@ -87,6 +87,10 @@ def test_training_takes_the_planned_steps_and_its_clocks_follow(make_data: Make,
     assert resumed.samples_consumed == sum(SIZES)
     assert resumed.trainer is not None
     assert resumed.trainer.lightning_module.tokens_seen == sum(SIZES) * 32
+    with pytest.warns(
+        UserWarning, match="a step had 12 sequences .*, now it has 4; data.global_batch_size=12 keeps it"
+    ):
+        fit(tmp_path, make_data(micro_batch_size=4, global_batch_size=4), 9, tmp_path / "end.ckpt")
 
 
 @pytest.mark.parametrize(
