@@ -47,6 +47,7 @@ from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
     check_same_run,
     differences,
+    follow_moved_folder,
     keep_patience,
     set_loop_counters,
     stopped_early,
@@ -393,7 +394,7 @@ class MoEGPTModule(LightningModule):
         if self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(
                 f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
-                "data.global_batch_size keeps it the same on any number of ranks"
+                f"data.global_batch_size={self._step_samples} keeps it the same on any number of ranks"
             )
         self._step_samples = samples
 
@@ -493,6 +494,7 @@ class MoEGPTModule(LightningModule):
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             keep_patience(checkpoint, self.trainer)
+            follow_moved_folder(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         if fits and "loops" in checkpoint:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
@@ -89,6 +90,20 @@ def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     for one in trainer.early_stopping_callbacks:
         if one is not None and (state := checkpoint.get("callbacks", {}).get(one.state_key)):
             state["patience"] = one.patience
+
+
+def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Give `ModelCheckpoint` its scores back if its folder was moved: Lightning forgets them where `dirpath` has changed."""
+    for one in trainer.checkpoint_callbacks:
+        state = checkpoint.get("callbacks", {}).get(one.state_key)
+        if not isinstance(one, ModelCheckpoint) or not state or state["dirpath"] is None:
+            continue
+        old, new = str(state["dirpath"]), str(one.dirpath)
+        if old == new or not Path(state["best_model_path"].replace(old, new, 1)).exists():
+            continue
+        for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key].replace(old, new, 1)
+        state["best_k_models"] = {path.replace(old, new, 1): score for path, score in state["best_k_models"].items()}
 
 
 def stopped_early(trainer: Trainer) -> EarlyStopping | None:

@@ -135,6 +135,19 @@ def test_overwriting_and_removing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["b.ckpt"]
 
 
+def test_the_best_score_survives_when_the_run_folder_is_moved(tmp_path: Path) -> None:
+    def run(folder: Path, **settings: Any) -> ModelCheckpoint:
+        best = ModelCheckpoint(folder, "best", monitor="val/loss")
+        fit(folder, best, **settings)
+        return best
+
+    score = run(tmp_path / "old", steps=4).best_model_score
+    (tmp_path / "old").rename(tmp_path / "new")
+    path = tmp_path / "new" / "best.ckpt"
+    best = run(tmp_path / "new", steps=5, resume=path, limit_val_batches=0)
+    assert best.best_model_score == score and best.best_k_models == {str(path): score}
+
+
 def test_weights_alone_do_not_replace_the_only_checkpoint_that_can_be_resumed(tmp_path: Path) -> None:
     weights_only, path = (
         {"every_n_train_steps": 6, "save_weights_only": True, "save_last": True},
