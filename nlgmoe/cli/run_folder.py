@@ -142,8 +142,8 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
     if checkpoint is None:
         if not has_checkpoints(folder):
             raise ValueError(
-                f"{folder} holds a run that left no checkpoint: start it again with --ckpt_path auto, or choose another "
-                "trainer.default_root_dir"
+                f"{folder} holds a run that left no checkpoint: choose another trainer.default_root_dir, or, if it was killed "
+                "before it saved one, start it again with --ckpt_path auto"
             )
         raise ValueError(
             f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"

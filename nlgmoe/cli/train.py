@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -143,7 +143,7 @@ class TrainCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path is not None and not str(path).strip():
             raise UsageError(f"ckpt_path={path} names no checkpoint; give its path, or leave ckpt_path out")
-        if path is not None and path not in ("last", "auto", "best", "hpc"):
+        if path is not None and path not in ("last", "auto", "hpc"):
             config["ckpt_path"] = os.path.expanduser(path)
             require_checkpoint(Path(config["ckpt_path"]))
 
@@ -229,7 +229,8 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
 
-        A callback that the configuration names takes the place of the one of its class that is there by default.
+        A callback that the configuration names takes the place of a default one of its class or of a base class; any progress
+        bar that of ours.
         """
         trainer = self._get(self.config_init, "trainer", default={})
         trains = self.subcommand in (None, "fit")
@@ -242,8 +243,8 @@ class TrainCLI(LightningCLI):
         given = trainer["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         check_callbacks(given, trainer["limit_val_batches"])
-        replaced = {type(one) for one in given}
-        if trainer["enable_progress_bar"] is False:
+        replaced = {base for one in given for base in type(one).__mro__}
+        if trainer["enable_progress_bar"] is False or ProgressBar in replaced:
             replaced.add(TokenProgressBar)
         callbacks = self.trainer_defaults["callbacks"]
         self.trainer_defaults["callbacks"] = [one for one in callbacks if type(one) not in replaced]

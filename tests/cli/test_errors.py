@@ -1038,7 +1038,7 @@ def test_a_run_that_left_no_checkpoint_says_how_to_start_again(
     (tmp_path / "config.yaml").write_text("model: {}\n")
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--trainer.default_root_dir={tmp_path}"])
-    assert "holds a run that left no checkpoint: start it again with --ckpt_path auto" in capsys.readouterr().err
+    assert "before it saved one, start it again with --ckpt_path auto" in capsys.readouterr().err
 
 
 class Plain(SingleDeviceStrategy):

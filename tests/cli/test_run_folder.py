@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from nlgmoe import load_config
+from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
 from tests.end_to_end.test_train_cli import TINY
@@ -106,6 +108,20 @@ def test_an_evaluation_leaves_the_rows_of_training_alone(command: list[str], tmp
 def test_what_ends_a_run_by_the_clock_comes_before_what_logs_its_last_step(tmp_path: Path) -> None:
     run = load_config(ROOT / "configs/dense/laptop.yaml", trainer__max_time="00:01:00:00")
     assert type(run.trainer.callbacks[0]).__name__ == "Timer"
+
+
+class OwnLoad(ExpertLoad):
+    """A user's variant of a default callback."""
+
+
+def test_a_variant_of_a_default_callback_takes_its_place(tmp_path: Path) -> None:
+    names = ("tests.cli.test_run_folder.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
+    (tmp_path / "more.yaml").write_text(
+        f"trainer: {{callbacks: [{', '.join(f'{{class_path: {one}}}' for one in names)}]}}"
+    )
+    made = load_config([ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"]).trainer.callbacks
+    found = [type(one).__name__ for one in made if isinstance(one, ExpertLoad | TQDMProgressBar)]
+    assert sorted(found) == ["OwnLoad", "TQDMProgressBar"]
 
 
 def test_the_last_checkpoint_is_saved_once_the_best_one_is_known(tmp_path: Path) -> None:
