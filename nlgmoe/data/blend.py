@@ -1,7 +1,4 @@
-"""Weighted blends: any corpora as one, each with its share of the training samples.
-
-Which part a sample comes from, and which of that part's samples it is, is arithmetic on its number: `interleaving.py`.
-"""
+"""Weighted blends: several corpora as one. `interleaving.py` computes part and sample from a sample's index."""
 
 import hashlib
 import math
@@ -43,9 +40,8 @@ class BlendPart:
 class Blend:
     """Several corpora as one: at any point of training each has had its share of the samples, give or take two.
 
-    A part that is used up begins again, in another order: a small one is repeated as often as its weight demands. Domains
-    are named after the parts, `PART/DOMAIN` where a part has several. Validation covers every domain's own text, whatever
-    its weight; the test split is of those parts that have one.
+    A part that is used up begins again, in another order. Domains are named after the parts, `PART/DOMAIN` where a part
+    has several. Validation covers every domain's text, whatever its weight; the test split that of the parts that have one.
 
     Args:
         parts: what to blend, each with its `weight`, its `name` and its `corpus` (class_path and init_args).
@@ -164,11 +160,11 @@ class OpenBlend:
         return BlendedSource(sources, self.weights, [len(corpus.domains) for corpus in self._opened])
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Those of all parts, as many as they have: not in the blend's shares."""
+        """Return those of all parts, not in the blend's shares."""
         return [tokens for corpus in self._opened for tokens in corpus.training_tokens()]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Those of all parts; none for the domains of a part without such a split, None if no part has it."""
+        """Return those of all parts; none for the domains of a part without such a split, None if no part has it."""
         found = [corpus.evaluation_tokens(split) for corpus in self._opened]
         if all(streams is None for streams in found):
             return None
@@ -180,7 +176,7 @@ class OpenBlend:
         ]
 
     def _announce(self, sources: Sequence[TokenSource]) -> None:
-        """Say how often each part will be repeated, where it is known how much there is of it."""
+        """Log how often each part is repeated, where its size is known."""
         for name, weight, source in zip(self._names, self.weights, sources, strict=True):
             share, windows = weight / sum(self.weights), getattr(source, "num_windows", None)
             epoch = (
@@ -217,14 +213,14 @@ class BlendedSource:
         for part, source in self._streamed.items():
             source.seek(self._of_part(part, cursors))
 
-    def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
+    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
         """See `CursorSource`."""
         processes = world_size * max(1, num_workers)
         if not self._streamed or processes == 1:
             return None
         return (
-            f"each of the {processes} processes that load data reads and tokenises all of a blend's streamed parts, as any of "
-            "them may need any sample: tokenise these parts once, with `nlgmoe prepare-data --input`"
+            f"each of the {processes} processes that load data reads and tokenises all streamed parts of a blend: tokenise these "
+            "parts once, with `nlgmoe prepare-data --input`"
         )
 
     def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
@@ -233,7 +229,7 @@ class BlendedSource:
         return "; ".join(remark for remark in found if remark) or None
 
     def sample(self, index: int) -> Sample:
-        """The next sample of whatever part's turn it is."""
+        """Return the next sample of the part that `Interleaving` names."""
         part, own_index = self._interleaving.place(index)
         sample = self._sources[part].sample(own_index).copy()
         sample["domain"] = sample["domain"] + self._first_domains[part]
@@ -246,14 +242,14 @@ class BlendedSource:
         return sample
 
     def _of_part(self, part: int, cursors: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The cursors of a part's streams, as the part gave them."""
+        """Return the cursors of a part's streams, as the part made them."""
         parts, length = len(self._sources), self._streamed[part].cursor_length
         return [[stream // parts, *rest[: length - 1]] for stream, *rest in cursors if stream % parts == part]
 
 
 @contextmanager
 def _naming(part: str) -> Iterator[None]:
-    """Name the part in what is wrong with it."""
+    """Name the part in its errors."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`PileDataModule`: text in, batches out. Its whole state is the number of samples that were trained on."""
+"""`PileDataModule`: batches of a corpus. Its state is the number of samples that were trained on."""
 
 import os
 from collections.abc import Sequence
@@ -34,10 +34,9 @@ class PileDataModule(LightningDataModule):
     """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
-    and `padded`, whether there is any padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention`
-    also `document` int64 [B, T]. Training batches go on without end; set `max_steps` or a token budget on the trainer. They
-    also have `samples`, a list of their samples' numbers. Those of a corpus that is streamed come with a `cursor`, which is
-    taken out before the model sees them.
+    and `padded`, True with padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention` also
+    `document` int64 [B, T]. Training batches are endless; set `max_steps` or a token budget. They also have `samples`, the
+    indices of their samples, and with a streamed corpus a `cursor`, which is removed before the model sees them.
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
@@ -45,7 +44,7 @@ class PileDataModule(LightningDataModule):
         corpus: what to train on; None: the pocket Pile in `data_dir`.
         micro_batch_size: sequences per rank and forward pass in training.
         global_batch_size: sequences per optimizer step, over all ranks; the trainer's `accumulate_grad_batches` then
-            follows from it and the number of ranks. None: `accumulate_grad_batches` is the trainer's business.
+            follows from it and the number of ranks. None: set `accumulate_grad_batches` on the trainer.
         batch_ramp_up: start with smaller steps, which grow up to `global_batch_size`; null: all steps are that large.
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
@@ -147,8 +146,8 @@ class PileDataModule(LightningDataModule):
         if isinstance(source, CursorSource):
             self._cursor_source = source
             source.seek(self._cursors.latest())
-            if advice := source.advice(self.micro_batch_size, world_size, self.num_workers):
-                rank_zero_warn(advice)
+            if warning := source.reading_warning(self.micro_batch_size, world_size, self.num_workers):
+                rank_zero_warn(warning)
         micro_batches = 1
         if self.global_batch_size is not None:
             micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)
@@ -189,7 +188,7 @@ class PileDataModule(LightningDataModule):
         return batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up)
 
     def largest_batch(self, stage: str) -> tuple[str, int]:
-        """The setting that decides how many sequences a micro-batch has, and how many the largest one of a rank has.
+        """Return the setting for the size of a micro-batch, and the number of sequences in a rank's largest one.
 
         Args:
             stage: "fit" for those of training, "test" for those of the test split, else those of validation.
@@ -208,7 +207,7 @@ class PileDataModule(LightningDataModule):
         return batch
 
     def teardown(self, stage: str) -> None:
-        """After a fit, say what there is to say about its data."""
+        """After a fit, warn of skipped data."""
         source = self._cursor_source if stage == "fit" else None
         if source is not None and (remark := source.skipped_summary(self._cursors.latest())):
             rank_zero_warn(remark)
@@ -216,16 +215,15 @@ class PileDataModule(LightningDataModule):
     # ---- state
 
     def advance(self, samples: int) -> None:
-        """Count samples that an optimizer step was taken on, over all ranks (never what was merely loaded)."""
+        """Count samples that an optimizer step was taken on, over all ranks (not those only loaded)."""
         assert samples >= 0
         self.samples_consumed += samples
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """`samples_consumed`, the `fingerprint` of everything else that decides which samples those are, and a description
-        of the `corpus`, to name what has changed in it.
+        """Return `samples_consumed`, the `fingerprint` of what else decides the samples, and a description of the `corpus`.
 
-        Of a `CursorSource` also the `cursors` of all its streams. As ranks have them in parts, every rank has to call this.
+        With a `CursorSource` also the `cursors` of all streams: then it is a collective.
         """
         state = {
             "samples_consumed": self.samples_consumed,
@@ -236,11 +234,10 @@ class PileDataModule(LightningDataModule):
         return state | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint's run stood.
+        """Resume a checkpoint's run.
 
         Raises:
-            ValueError: that run saw other data, or the same in another order. Evaluation, which goes on with nothing, minds
-                another tokenizer alone.
+            ValueError: that run had other data, or another order. Evaluation compares the tokenizer alone.
         """
         ours, theirs = self.fingerprint(), state_dict["fingerprint"]
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
@@ -261,7 +258,7 @@ class PileDataModule(LightningDataModule):
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What, beside `samples_consumed`, decides every training batch: option -> value or hash of what it names."""
+        """Return what beside `samples_consumed` decides every training batch: option -> value or hash."""
         corpus = self._opened()
         return {
             "corpus": corpus.fingerprint,
@@ -367,7 +364,7 @@ class PileDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _begin(self) -> int:
-        """Where an iteration begins; what an earlier one loaded ahead is loaded again."""
+        """Return the first sample of an iteration; discard what an earlier one loaded ahead."""
         self._cursors.discard_pending()
         return self.samples_consumed
 

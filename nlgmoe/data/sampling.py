@@ -1,7 +1,6 @@
-"""Which sample indices a rank reads.
+"""Sample indices of a rank.
 
-Both samplers derive from `DistributedSampler`, which marks them as already divided between ranks: Lightning then
-leaves them alone, whatever `use_distributed_sampler` says.
+Both samplers derive from `DistributedSampler`, so that Lightning does not wrap them in one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,13 @@ from nlgmoe.data.sources import Sample, TokenSource
 class SourceDataset(Dataset[Sample]):
     """A map-style dataset over a source. It has no length: how far to go is the sampler's business.
 
-    Every sample is held against the vocabulary: an id beyond it is a crash in the embedding or, worse, none.
+    Every sample is checked against the vocabulary: the embedding would crash, or read garbage.
 
     Args:
         source: of the samples.
         vocab_size: ids must be below it.
         domains: names, for messages.
-        mark: adds to a sample what follows from it.
+        mark: adds derived entries to a sample.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class SourceDataset(Dataset[Sample]):
 
 
 class MicroBatches(Dataset[Any]):
-    """Whole micro-batches, by the indices of their samples, which they name as `samples`.
+    """Micro-batches by the indices of their samples, which they have as `samples`.
 
     Args:
         samples: one by one.
@@ -65,12 +64,11 @@ class MicroBatches(Dataset[Any]):
 class TrainingSampler(DistributedSampler):
     """Endless micro-batches of one rank, as lists of sample indices, beginning at the samples consumed so far.
 
-    A step takes consecutive samples, each of its micro-batches the next ones of them; rank r owns the r-th slice of a
-    micro-batch. How many a step takes is a function of the samples before it: whatever the number of ranks, the workers
-    that load ahead and the restarts, the steps are made of the same samples.
+    A step takes consecutive samples, each of its micro-batches the next ones; rank r owns the r-th slice of a micro-batch.
+    The size of a step is a function of the samples before it, so ranks, workers and restarts do not change its samples.
 
     Args:
-        samples_consumed: asked whenever an iteration begins, so that a second one goes on where training stands.
+        samples_consumed: called when an iteration begins, so that a second one continues.
         batch_size_after: sequences of the step that follows so many samples, over all ranks.
         micro_batches: A, of a step.
         rank: of this process, 0 <= rank < world_size.
@@ -110,7 +108,7 @@ class TrainingSampler(DistributedSampler):
 
 
 class EvaluationSampler(DistributedSampler):
-    """Every `world_size`-th index of a finite source, filled up with -1 (padding) so that all ranks have equally many.
+    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many.
 
     Args:
         length: of the source, in samples.

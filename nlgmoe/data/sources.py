@@ -1,7 +1,6 @@
-"""Where samples come from. A source maps an index to a sample and remembers nothing.
+"""Sources map an index to a sample and have no state, so a batch is a function of (seed, samples consumed) alone.
 
-That is what makes a run resumable: a batch is a function of (seed, samples consumed), whatever the number of ranks,
-workers or restarts. A new source (blended, streamed, synthetic) only has to fit `TokenSource`.
+Ranks, workers and restarts do not change it. A new source (blended, streamed, synthetic) implements `TokenSource`.
 """
 
 from collections.abc import Sequence
@@ -37,10 +36,10 @@ class TokenSource(Protocol):
 
 @runtime_checkable
 class CursorSource(Protocol):
-    """A source that is read in order, and needs to be told where, so as not to begin at the beginning.
+    """A source that is read in order and can seek.
 
-    Every sample has a `cursor`: a stream's number, the number of the stream's next sample, and whatever it takes to find
-    that quickly. Samples do not depend on cursors; how soon they come does. A sample that is of no stream has -1 for one.
+    Every sample has a `cursor`: a stream's number, the number of the stream's next sample, and what it takes to find that
+    quickly. Samples do not depend on cursors, only the time until the first one. A sample of no stream has -1 in front.
 
     Attributes:
         cursor_length: numbers in a cursor; 0 where samples have none.
@@ -49,23 +48,23 @@ class CursorSource(Protocol):
     cursor_length: int
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
-        """Take the cursors that a run has got to, one for each stream at most."""
+        """Continue at a run's cursors, at most one for each stream."""
         ...
 
-    def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
-        """What to change so that these processes read quickly, if anything."""
+    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
+        """Return what makes these processes read slowly and how to change it, if anything."""
         ...
 
     def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
-        """What has to be said about the data that was read up to `cursors`, if anything."""
+        """Return what was skipped up to `cursors`, if anything."""
         ...
 
 
 class PackedSource:
     """Training samples: the windows of all domains, in a new random order every epoch, without end.
 
-    Domains weigh as many tokens as they have. A window never crosses from one domain into the next; what is left at a
-    domain's end (less than a window) is not trained on.
+    Domains weigh as many tokens as they have. A window never crosses from one domain into the next; the rest of a
+    domain (less than a window) is not trained on.
 
     Args:
         streams: tokens of each domain, without the leading EOD, each [N_d].
@@ -139,13 +138,13 @@ class EvaluationSource:
 
 
 def count_domain_windows(streams: Sequence[np.ndarray], seq_len: int, max_windows: int | None) -> list[int]:
-    """How many windows evaluation has of each domain; the arguments are those of `EvaluationSource`."""
+    """Return the number of evaluation windows of each domain; the arguments are those of `EvaluationSource`."""
     counts = [count_windows(len(stream), seq_len, keep_tail=True) for stream in streams]
     return counts if max_windows is None else [min(count, max_windows) for count in counts]
 
 
 def make_sample(stream: np.ndarray, window: int, seq_len: int, eod_id: int, domain: int) -> Sample:
-    """The `window`-th window of a domain's stream, as tensors."""
+    """Return the `window`-th window of a domain's stream as tensors."""
     tokens, targets, mask = cut_window(stream, window, seq_len, eod_id)
     return Sample(
         tokens=torch.from_numpy(tokens),

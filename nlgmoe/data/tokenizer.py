@@ -21,7 +21,7 @@ EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
 BUILT = ("gpt2", "pocket-4k", "pocket-8k")  # by `pocket/tokenizers.py`
 COMPARED_TOKENS = 512  # of a document, by `share_reproduced`
-SAME_TOKENIZER = 0.9  # least share of ids that are reproduced by the tokenizer they are from
+SAME_TOKENIZER = 0.9  # least share that a tokenizer reproduces of its own ids
 # The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
 _PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
@@ -88,14 +88,17 @@ class Tokenizer:
     def share_reproduced(self, documents: Iterable[np.ndarray]) -> float:
         """Return the share of ids that come back when their text is tokenised again: near 1 for this tokenizer's own ids.
 
-        Cut documents lose a few; a document with ids outside the vocabulary counts as lost.
+        Runs of three ids are counted, as single ones of a small vocabulary often come back from a large one. Cut documents
+        lose a few; one with ids outside the vocabulary loses all.
         """
         kept = total = 0
         for document in documents:
             ids = [int(token) for token in document[:COMPARED_TOKENS] if token != self.eod_id]
-            total += len(ids)
-            if ids and min(ids) >= 0 and max(ids) < self.vocab_size:
-                kept += (Counter(ids) & Counter(self.encode(self.decode(ids)))).total()
+            runs = Counter(zip(ids, ids[1:], ids[2:], strict=False))
+            total += runs.total()
+            if runs and min(ids) >= 0 and max(ids) < self.vocab_size:
+                again = self.encode(self.decode(ids))
+                kept += (runs & Counter(zip(again, again[1:], again[2:], strict=False))).total()
         return kept / total if total else 1.0
 
     def has_same_ids(self, other: "Tokenizer") -> bool:

@@ -298,7 +298,7 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(
     again.seek(json.loads(json.dumps(cursors.latest())))
     assert [seen(again.sample(index)) for index in range(150, 240)] == [seen(sample) for sample in straight[150:]]
     assert starts == [25] * 5
-    assert again.advice(4, 1, 1) is None and "each of the 2 processes" in str(again.advice(4, 2, 1))
+    assert again.reading_warning(4, 1, 1) is None and "each of the 2 processes" in str(again.reading_warning(4, 2, 1))
 
 
 # ---- the corpus
@@ -474,7 +474,7 @@ def test_skipped_data_is_counted_where_it_is_passed(tmp_path: Path, tokenizer: T
         27,
     ]  # documents 0 and 4 stand in front of the sixth good one
     for number in (0, 7, 50, 123):
-        again = LogicalStream(config, 0, SEQ_LEN, 1).windows(Cursor.of(windows[number].after.numbers()))
+        again = LogicalStream(config, 0, SEQ_LEN, 1).windows(Cursor.from_numbers(windows[number].after.to_numbers()))
         assert [w.after for w in islice(again, 60)] == [w.after for w in windows[number + 1 : number + 61]]
 
 

@@ -1,13 +1,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from nlgmoe.data.tokenizer import EOD, Tokenizer, load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import EOD, SAME_TOKENIZER, Tokenizer, load_tokenizer, train_byte_level_bpe
 
 
 def small() -> Tokenizer:
@@ -48,6 +49,15 @@ def test_folder_in_both_layouts(tmp_path: Path) -> None:
     one, two = (load_tokenizer(str(tmp_path / name), tmp_path) for name in ("one", "two"))
     assert one.encode("lowest low") == two.encode("lowest low") and one.eod_id == two.eod_id
     assert one.vocab_size == two.vocab_size == len(json.loads((tmp_path / "two" / "vocab.json").read_text()))
+
+
+def test_a_tokenizer_reproduces_its_own_ids_and_not_a_smaller_ones() -> None:
+    texts = ["low lower lowest", "new newer newest", "slow slower slowest"] * 9
+    few, many = (Tokenizer(train_byte_level_bpe(iter(texts), size), "small") for size in (262, 300))
+    documents = [np.array([*few.encode(text), few.eod_id]) for text in texts]
+    assert few.share_reproduced(documents) == 1
+    assert many.share_reproduced(documents) < SAME_TOKENIZER
+    assert few.share_reproduced([np.array([*documents[0], 262])]) == 0
 
 
 def test_files_are_loaded_again_only_if_they_change(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Text that is read while it is trained on.
+"""Text that is tokenised while training on it.
 
-Reading order: `streamed_text.py` (the corpus), `text_files.py` and `eval_cache.py` (what it is made of), `logical_stream.py`,
-`streamed_source.py` (streams and the samples out of them), `cursors.py` (where training stands in them).
+Reading order: `streamed_text.py` (the corpus), `data_files.py`, `eval_cache.py`, `logical_stream.py` (documents to windows),
+`streamed_source.py` (windows to samples), `cursors.py` (positions that a checkpoint keeps).
 """

@@ -1,4 +1,4 @@
-"""Where training stands in each stream of a `CursorSource`, counted from samples that were trained on."""
+"""Positions of training in the streams of a `CursorSource`, counted from samples that were trained on."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -8,40 +8,40 @@ from torch import distributed
 
 
 class Cursors:
-    """The cursors of a run. Those of loaded batches wait until an optimizer step was taken on the batch."""
+    """Cursors of a run. Those of loaded batches are pending until an optimizer step was taken on the batch."""
 
     def __init__(self) -> None:
-        self._latest: dict[int, list[int]] = {}  # stream -> its whole cursor
+        self._latest: dict[int, list[int]] = {}  # stream -> its cursor
         self._pending: deque[list[list[int]]] = deque()  # of each micro-batch, not trained on yet
 
     def take(self, batch: dict[str, Any]) -> None:
-        """Move the cursors out of a micro-batch that is about to be trained on, if it has any."""
+        """Remove the cursors from a micro-batch, if it has any, and keep them as pending."""
         cursor = batch.pop("cursor", None)
         if cursor is not None:
             self._pending.append(cursor.tolist())
 
     def commit(self, samples: int) -> None:
-        """The first `samples` of the waiting ones, of this rank, have been trained on."""
+        """Count the first `samples` pending ones of this rank as trained on."""
         while self._pending and samples >= len(self._pending[0]):
             samples -= len(self._pending[0])
             self._keep(self._pending.popleft())
 
     def discard_pending(self) -> None:
-        """What waits will be loaded again."""
+        """Discard what will be loaded again."""
         self._pending.clear()
 
     def load(self, cursors: Sequence[Sequence[int]]) -> None:
-        """Go on from a checkpoint's."""
+        """Restore a checkpoint's cursors."""
         self._pending.clear()
         self._latest = {}
         self._keep(cursors)
 
     def latest(self) -> list[list[int]]:
-        """One of each stream that this process knows of, by stream."""
+        """Return a cursor for each stream that this process knows, by stream."""
         return [self._latest[stream] for stream in sorted(self._latest)]
 
     def gather(self) -> list[list[int]]:
-        """One of each stream; where there are ranks, all of them have to call this."""
+        """Return a cursor for each stream of all ranks: a collective."""
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             found: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(found, self.latest())

@@ -1,4 +1,4 @@
-"""What is kept of a streamed corpus: the tokens of its first documents, for evaluation and statistics.
+"""Tokens of a streamed corpus's first documents, kept on disk for evaluation and statistics.
 
 FOLDER/{number of the domain}.{split}.bin, .idx
 FOLDER/files.json                                the corpus's files by split; written last
@@ -15,8 +15,8 @@ import numpy as np
 
 from nlgmoe.data.indexed import IndexedDataset, token_dtype
 from nlgmoe.data.indexed_writer import IndexedWriter
+from nlgmoe.data.streaming.data_files import DataFile
 from nlgmoe.data.streaming.logical_stream import StreamConfig
-from nlgmoe.data.streaming.text_files import TextFile
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Record
@@ -29,28 +29,28 @@ CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
 
 @dataclass(frozen=True)
 class EvalCache:
-    """What is kept.
+    """Contents of the cache.
 
     Args:
-        files: split -> the corpus's files.
+        files: split -> files of the corpus.
         tokens: split -> tokens of each domain, [N_d] each; of "train" a sample.
     """
 
-    files: Mapping[str, Sequence[TextFile]]
+    files: Mapping[str, Sequence[DataFile]]
     tokens: Mapping[str, Sequence[np.ndarray]]
 
 
-def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[TextFile]], config: StreamConfig, limit: int) -> None:
-    """Keep the first documents of each split and domain, unless those of the same files are there.
+def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
+    """Write the first documents of each split and domain, unless the cache has those of the same files.
 
     Args:
-        folder: where.
+        folder: of the cache.
         files: of the corpus, by split.
-        config: how they are read.
+        config: of the streams.
         limit: of evaluated tokens of a domain; the document that reaches it is kept whole.
 
     Raises:
-        ValueError: data cannot be used and the policy is to say so, or the ids are another tokenizer's.
+        ValueError: data is unusable and the policy is "error", or the ids are another tokenizer's.
     """
     if read_files(folder) == files:
         return
@@ -76,8 +76,8 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[TextFile]], con
     write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
 
-def read_files(folder: Path) -> dict[str, list[TextFile]] | None:
-    """The corpus's files by split; None if nothing is kept.
+def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
+    """Return the files of the corpus by split; None without a cache.
 
     Raises:
         ValueError: the list of them is damaged.
@@ -86,13 +86,13 @@ def read_files(folder: Path) -> dict[str, list[TextFile]] | None:
     if not path.exists():
         return None
     try:
-        return {split: [TextFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
+        return {split: [DataFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {folder} to have it made again") from error
 
 
 def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
-    """Map what is kept of so many domains; None if nothing is.
+    """Map the tokens of `domains` domains; None without a cache.
 
     Raises:
         ValueError: it is damaged.
@@ -105,7 +105,7 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
 
 
 def _write(folder: Path, split: str, records: Iterator[Record], config: StreamConfig, limit: int) -> int:
-    """Write the domains' first documents; returns how many tokens there are."""
+    """Write the first documents of each domain; returns the number of tokens."""
     kept = [0] * len(config.domains)
 
     def wanted() -> Iterator[Record]:

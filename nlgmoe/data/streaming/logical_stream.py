@@ -1,11 +1,10 @@
-"""One logical stream: a fixed part of a corpus as an endless row of windows, entered at any cursor.
+"""A logical stream: a fixed part of a corpus as endless windows, resumed at any cursor.
 
-    files -> documents -> blocks of `shuffle_buffer` documents, each in an order of its own -> tokens -> windows of T
+    files -> documents -> blocks of `shuffle_buffer` documents, each shuffled -> tokens -> windows of T
 
-Which documents a stream has, and in which order, follows from its number, the number of streams and the seed alone, not
-from who reads it. Files and streams are dealt out in `gcd(files, streams)` groups: the streams of a group have the
-group's files, of which each takes its share of the documents. All streams are thereby as long as files and documents
-make them, and with as many files as streams, or a multiple of them, nobody reads what another one needs.
+A stream's documents and their order are a function of its number, the number of streams and the seed. Files and streams
+are divided into `gcd(files, streams)` groups; the streams of a group share its files, each reading every n-th document.
+Streams have equally many documents, and no two share a file if the files are a multiple of the streams.
 
 Windows are cut as in `packing.py`: every document is closed by the end-of-document token, each token is a target once,
 and the first input of all is an end of document.
@@ -30,7 +29,7 @@ ENCODED_LENGTH, ENCODED_DOCUMENTS = 1 << 20, 16  # characters and documents that
 
 
 class Cursor(NamedTuple):
-    """Where a window begins: all it takes to go on from there. Plain numbers, for checkpoints.
+    """Start of a window, as plain numbers for checkpoints.
 
     Attributes:
         window: its number in the stream.
@@ -53,13 +52,13 @@ class Cursor(NamedTuple):
     token: int = 0
     skipped: tuple[int, ...] = (0,) * len(KINDS)
 
-    def numbers(self) -> list[int]:
-        """In a row."""
+    def to_numbers(self) -> list[int]:
+        """Return all numbers in a list."""
         return [*self[:-1], *self.skipped]
 
     @classmethod
-    def of(cls, numbers: Sequence[int]) -> "Cursor":
-        """Undo `numbers`; kinds that came later count 0."""
+    def from_numbers(cls, numbers: Sequence[int]) -> "Cursor":
+        """Undo `to_numbers`; kinds that came later count 0."""
         plain, skipped = numbers[: len(cls._fields) - 1], numbers[len(cls._fields) - 1 :]
         return cls._make([*plain, (*skipped, *[0] * (len(KINDS) - len(skipped)))])
 
@@ -82,16 +81,16 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What all streams of a corpus have in common.
+    """Settings that all streams of a corpus share.
 
     Args:
         files: names or addresses, in a fixed order.
-        fields: what is read of each record.
-        domains: names by id; documents of other domains are counted to the last one.
-        tokenizer: makes text to ids, and closes documents.
-        num_streams: how many there are.
+        fields: of each record that are read.
+        domains: names by id; documents of other domains belong to the last one.
+        tokenizer: of the tokens.
+        num_streams: number of streams.
         shuffle_buffer: documents in a block.
-        on_bad_data: what becomes of data that cannot be used.
+        on_bad_data: policy for unusable data.
         reported: kinds of it that this process has warned of.
     """
 
@@ -105,13 +104,13 @@ class StreamConfig:
     reported: set[str] = field(default_factory=set)
 
     def part(self, stream: int) -> tuple[list[str], Shard]:
-        """The files a stream reads, and its share of the documents of each."""
+        """Return the files that a stream reads, and its shard of each."""
         groups = math.gcd(len(self.files), self.num_streams)
         group, index = stream % groups, stream // groups
         return list(self.files[group::groups]), Shard(index, self.num_streams // groups)
 
     def tokens(self, records: Sequence[Record]) -> Iterator[tuple[np.ndarray, int]]:
-        """Tokens of each document, closed by the end of document, int64 [N]; and its domain's id."""
+        """Yield the tokens of each document, closed by the end-of-document token, int64 [N], and its domain's id."""
         eod = self.tokenizer.eod_id
         for group in _groups(records):
             texts = [record.content for record in group if isinstance(record.content, str)]
@@ -123,7 +122,7 @@ class StreamConfig:
                 yield closed, self.domain(record)
 
     def domain(self, record: Record) -> int:
-        """Id of a document's domain."""
+        """Return the id of a document's domain."""
         return self.domains.index(record.domain) if record.domain in self.domains else len(self.domains) - 1
 
 
@@ -145,10 +144,10 @@ class LogicalStream:
         self._files, self._shard = config.part(stream)
 
     def windows(self, start: Cursor) -> Iterator[Window]:
-        """Windows from `start` on, without end. At most a block is read again to get there.
+        """Yield windows from `start` on, without end. At most one block is read again.
 
         Raises:
-            ValueError: data cannot be used, or the stream has no document at all.
+            ValueError: data is unusable, or the stream has no document.
         """
         cut = start.token
         previous = self._config.tokenizer.eod_id
@@ -173,7 +172,7 @@ class LogicalStream:
             cut = 0
 
     def _documents(self, start: Cursor) -> Iterator[tuple[np.ndarray, int, Cursor]]:
-        """Tokens, domain and place (at token 0) of every document from the one that `start` is in."""
+        """Yield tokens, domain and cursor (at token 0) of each document from that of `start` on."""
         first = start.document
         for records, block in self._blocks(start):
             for number, (tokens, domain) in enumerate(self._config.tokens(records[first:]), start=first):
@@ -181,14 +180,14 @@ class LogicalStream:
             first = 0
 
     def _blocks(self, start: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
-        """The documents of every block in its order, and where it begins, from the block that `start` is in."""
+        """Yield the shuffled documents of each block, and its cursor, from that of `start` on."""
         bad = BadData(self._config.on_bad_data, reported=self._config.reported)
         here = start._replace(document=0)
         while True:
             records = self._records(here, bad)
             while block := _take(records, self._config.shuffle_buffer):
                 if here.block == start.block and here.epoch == start.epoch and start.window > 0:
-                    # What was wrong in this block has been counted when it was first read.
+                    # This block's unusable data was counted when it was first read.
                     bad.skipped = Counter(dict(zip(KINDS, start.skipped, strict=True)))
                 here = here._replace(skipped=tuple(bad.skipped[kind] for kind in KINDS))
                 order = self._permutation("block", len(block), here.epoch, here.block)
@@ -205,7 +204,7 @@ class LogicalStream:
             here = here._replace(epoch=here.epoch + 1, block=0, file=0, documents=0, bytes=0)
 
     def _records(self, here: Cursor, bad: BadData) -> Iterator[tuple[int, Record]]:
-        """The rest of an epoch's documents, each with its file's place in the epoch's order."""
+        """Yield the rest of an epoch's documents, each with its file's index in the epoch's order."""
         files = self._permutation("files", len(self._files), here.epoch)
         place = FileOffset(here.documents, here.bytes)
         for number in range(here.file, len(files)):
@@ -220,7 +219,7 @@ class LogicalStream:
 
 
 def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, Record]]:
-    """The next `count` records; fewer if they are long, or if there are no more."""
+    """Return the next `count` records; fewer if they are long, or at the end."""
     taken: list[tuple[int, Record]] = []
     length = 0
     while len(taken) < count and length < BLOCK_LENGTH and (found := next(records, None)) is not None:
@@ -230,7 +229,7 @@ def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, 
 
 
 def _groups(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Neighbours that are tokenised together: little memory, few calls."""
+    """Yield batches to tokenise: bounded in memory, few calls."""
     group: list[Record] = []
     length = 0
     for record in records:

@@ -25,7 +25,7 @@ class StreamedSource:
 
     def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
         self.seq_len = seq_len
-        self.cursor_length = 1 + len(Cursor().numbers())
+        self.cursor_length = 1 + len(Cursor().to_numbers())
         self._config = config
         self._seed = seed
         self._cursors: dict[int, Cursor] = {}
@@ -33,10 +33,10 @@ class StreamedSource:
 
     def seek(self, cursors: Sequence[Sequence[int]]) -> None:
         """See `CursorSource`."""
-        self._cursors = {stream: Cursor.of(numbers) for stream, *numbers in cursors}
+        self._cursors = {stream: Cursor.from_numbers(numbers) for stream, *numbers in cursors}
         self._open = {}
 
-    def advice(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
+    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
         """See `CursorSource`."""
         streams, processes = self._config.num_streams, world_size * max(1, num_workers)
         times = reads_per_stream(streams, micro_batch_size, processes)
@@ -51,7 +51,7 @@ class StreamedSource:
         """See `CursorSource`: what was skipped."""
         skipped = Counter[str]()
         for _, *numbers in cursors:
-            skipped.update(dict(zip(KINDS, Cursor.of(numbers).skipped, strict=True)))
+            skipped.update(dict(zip(KINDS, Cursor.from_numbers(numbers).skipped, strict=True)))
         return f"data that could not be used was skipped: {summary(skipped)}" if skipped.total() else None
 
     def sample(self, index: int) -> Sample:
@@ -77,7 +77,7 @@ class StreamedSource:
             targets=torch.from_numpy(window.targets),
             token_mask=torch.ones(self.seq_len, dtype=torch.bool),
             domain=torch.tensor(window.domain),
-            cursor=torch.tensor([stream, *window.after.numbers()]),
+            cursor=torch.tensor([stream, *window.after.to_numbers()]),
         )
 
 

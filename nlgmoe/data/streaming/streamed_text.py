@@ -1,8 +1,7 @@
-"""`StreamedText`: a corpus that is read while it is trained on, from the Hugging Face hub or from files.
+"""`StreamedText`: a corpus that is tokenised while training on it, from the Hugging Face hub or from files.
 
-`datasets` finds the files, with the patterns, splits and revisions of its `load_dataset`, on the hub and in a folder
-alike; what is in them is read here (`documents.py`). Its own streaming deals out whole files, does not say in which line
-of which file bad data stands, has no way around it, and goes on by reading a file again from its beginning.
+`datasets` finds the files, as in its `load_dataset`; `documents.py` reads them. The streaming of `datasets` shards by whole
+files, neither names nor skips bad lines, and resumes by reading a file again from its beginning.
 """
 
 import hashlib
@@ -16,10 +15,10 @@ import numpy as np
 from nlgmoe.data.corpus import OpenCorpus, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.sources import TokenSource
+from nlgmoe.data.streaming.data_files import DataFile, find_files
 from nlgmoe.data.streaming.eval_cache import EvalCache, cache_eval_tokens, open_eval_cache
 from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.streaming.streamed_source import StreamedSource
-from nlgmoe.data.streaming.text_files import TextFile, find_files
 from nlgmoe.data.text.bad_data import Action
 from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,8 +31,8 @@ class StreamedText:
     """JSON lines (plain, .gz or .zst) or Parquet, tokenised and packed by the data workers, or tokenised already.
 
     Training reads `num_streams` logical streams, which do not depend on ranks and workers, and goes on after an
-    interruption where it stood. `prepare` keeps what evaluation needs, the first documents of each domain's validation
-    and test files, in `data_dir/streamed`.
+    interruption where it stood. `prepare` keeps the first documents of each domain's validation and test files, for
+    evaluation, in `data_dir/streamed`.
 
     Args:
         path: name of a data set on the hub, or a local folder.
@@ -96,7 +95,7 @@ class StreamedText:
         self.evaluation_tokens = evaluation_tokens
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer, find the files, and keep what evaluation needs of them.
+        """Fetch the tokenizer, find the files, and cache the tokens to evaluate on.
 
         Raises:
             ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or data
@@ -108,7 +107,7 @@ class StreamedText:
             cache_eval_tokens(self._folder(data_dir, loaded), files, self._config(loaded, []), self.evaluation_tokens)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map what `prepare` has kept; the training files are opened when they are read.
+        """Map the cached tokens; the training files are opened when they are read.
 
         Raises:
             ValueError: `prepare` has not run for this corpus and tokenizer.
@@ -129,8 +128,8 @@ class StreamedText:
             loaded, self._names(), _hash(facts), self._description(cache.files["train"]), config, cache
         )
 
-    def _description(self, files: Sequence[TextFile]) -> Description:
-        """Of many files the sum alone: a checkpoint keeps it."""
+    def _description(self, files: Sequence[DataFile]) -> Description:
+        """Describe the files, many of them by their sum: a checkpoint keeps it."""
         sizes: Description = {os.path.basename(file.path): {"bytes": file.bytes} for file in files}
         if len(sizes) > DESCRIBED_FILES:
             sizes = {"training files": {"files": len(files), "bytes": sum(file.bytes for file in files)}}

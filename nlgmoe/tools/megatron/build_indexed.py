@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.indexed_writer import IndexedWriter
-from nlgmoe.data.streaming.text_files import describe_file
+from nlgmoe.data.streaming.data_files import describe_file
 from nlgmoe.data.text.bad_data import BadData, summary
 from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, FileOffset

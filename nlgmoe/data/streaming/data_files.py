@@ -9,7 +9,7 @@ from nlgmoe.data.text.documents import is_readable
 
 
 @dataclass(frozen=True)
-class TextFile:
+class DataFile:
     """One file.
 
     Args:
@@ -25,7 +25,7 @@ class TextFile:
 
 def find_files(
     path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
-) -> dict[str, list[TextFile]]:
+) -> dict[str, list[DataFile]]:
     """Split -> its files, by name. The arguments are those of `datasets.load_dataset`.
 
     Raises:
@@ -57,8 +57,8 @@ def find_files(
     return {split: [describe_file(file) for file in files] for split, files in found.items()}
 
 
-def describe_file(path: str) -> TextFile:
+def describe_file(path: str) -> DataFile:
     """Look up size and time of a file, which tell whether it has changed."""
     file_system, name = url_to_fs(path)
     info = file_system.info(name)
-    return TextFile(path, int(info["size"]), info.get("mtime"))
+    return DataFile(path, int(info["size"]), info.get("mtime"))
