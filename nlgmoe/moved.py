@@ -27,10 +27,10 @@ MODULES = {
 
 
 def moved_attribute(module: str, name: str) -> Any:
-    """Return what `module` once exported as `name`, for the module's `__getattr__`.
+    """Return the new attribute for an old name, with a warning; a module's `__getattr__` calls this.
 
     Raises:
-        AttributeError: it has never exported that name.
+        AttributeError: `name` is not in `NAMES`.
     """
     old = f"{module}.{name}"
     if old not in NAMES:
@@ -42,7 +42,7 @@ def moved_attribute(module: str, name: str) -> Any:
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds modules by their old names. Each is an empty module that forwards to the new one."""
+    """Finds modules by their old names: empty modules that forward attributes to the new ones."""
 
     @override
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

@@ -45,14 +45,14 @@ def load_pretrained(
 
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is loaded.
-        tokenizer: as `data.tokenizer`, for a checkpoint that holds none.
+        tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: device of the model.
         precision: `fp32` or `bf16`, for weights and matrix products; None: the stored precision.
         data_dir: folder of tokenizers given by name.
 
     Raises:
-        ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, another than the one given, or
-            has more ids than the model.
+        ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, differs from the given one, or has
+            more ids than the model.
     """
     path = find(checkpoint)
     document = read_document(path)
@@ -64,17 +64,19 @@ def load_pretrained(
 
 
 def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
-    """Return the tokenizer of a checkpoint; `given`, where the checkpoint holds none.
+    """Return the tokenizer of a checkpoint, or `given` if the checkpoint has none.
 
     Raises:
-        ValueError: the checkpoint holds another one than `given`, or the tokenizer has more ids than the model.
+        ValueError: the checkpoint's tokenizer differs from `given`, or the tokenizer has more ids than the model.
     """
     stored = read_tokenizer(path)
     found = given if stored is None else Tokenizer.from_json(stored, f"of {path}")
     if found is None:
         return None
     if given is not None and not given.has_same_ids(found):
-        raise ValueError(f"tokenizer={given.name} is not the one that {path} holds and was trained with; leave it out")
+        raise ValueError(
+            f"tokenizer={given.name} differs from the tokenizer that {path} was trained with; leave it out"
+        )
     if found.vocab_size > config.vocab_size:
         raise ValueError(
             f"tokenizer={found.name} has {found.vocab_size} ids, the model {config.vocab_size}; set it to the tokenizer that the "

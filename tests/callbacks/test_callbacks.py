@@ -1,4 +1,4 @@
-"""What the callbacks say, against numbers worked out by hand."""
+"""Metrics and files of the callbacks, compared with numbers worked out by hand."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) ->
     assert (summary["params_total"], summary["params_active"]) == (count.total + more, count.active + more)
 
 
-def test_the_summary_has_the_validation_loss_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+def test_the_summary_has_the_validation_loss_and_continues_when_resumed(tmp_path: Path) -> None:
     validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     first = RunSummary()
     trainer(tmp_path, first, SaveAt(3, tmp_path / "a.ckpt"), max_steps=3, **validation).fit(

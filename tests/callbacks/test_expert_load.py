@@ -1,4 +1,4 @@
-"""What is said of routers, against numbers worked out by hand or from the routings themselves; and at what it looks when."""
+"""Routing statistics, compared with numbers worked out by hand or from the routings, and the steps at which they are read."""
 
 import csv
 import math
@@ -35,7 +35,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_statistics_by_hand() -> None:
-    """Two tokens and one of padding ask for the first of four experts, which has room for one."""
+    """Two tokens and one padding token choose the first of four experts, which has capacity for one."""
     probs = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
     routing = Routing(
         expert=torch.tensor([[0], [0], [3]]),
@@ -161,7 +161,7 @@ def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
     assert fit(4, ckpt_path=tmp_path / "two.ckpt") == [3, 3]
 
 
-def test_a_run_that_goes_on_repeats_no_row(tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_no_row(tmp_path: Path) -> None:
     straight, again = tmp_path / "straight", tmp_path / "again"
     for folder in (straight, again):
         run = trainer(folder, ExpertLoad(), SaveAt(2, folder / "two.ckpt"), max_steps=4, log_every_n_steps=1)
@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_repeats_no_row(tmp_path: Path) -> None:
 
 
 class Reads(TorchFunctionMode):
-    """Counts what makes the host wait for a device, by step."""
+    """Counts synchronisations of host and device by step."""
 
     NAMES = frozenset(
         {"item", "tolist", "cpu", "numpy", "to", "nonzero", "is_nonzero"}
@@ -221,7 +221,7 @@ def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> Non
 
 
 class TakesNumbersOnly(Logger):
-    """A logger of somebody's own."""
+    """A custom logger."""
 
     name = version = "plain"
 
@@ -235,7 +235,7 @@ class TakesNumbersOnly(Logger):
         pass
 
 
-def test_loggers_get_pictures_if_they_take_them(tmp_path: Path) -> None:
+def test_images_are_logged_to_loggers_that_take_them(tmp_path: Path) -> None:
     plain = TakesNumbersOnly()
     run = trainer(
         tmp_path, ExpertLoad(), max_steps=2, log_every_n_steps=1, logger=[plain, *run_folder_loggers(tmp_path)]
@@ -250,7 +250,7 @@ def test_loggers_get_pictures_if_they_take_them(tmp_path: Path) -> None:
     assert {"experts/0/load_cv", "train/grad_norm_dense"} <= set(events.Tags()["scalars"])
 
 
-def test_an_image_is_drawn_once_for_all_who_take_it_and_not_at_all_for_nobody(tmp_path: Path) -> None:
+def test_an_image_is_drawn_once_for_all_loggers_and_not_at_all_without_one(tmp_path: Path) -> None:
     class LikeWandb(TakesNumbersOnly):
         def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
             self.seen.append(f"{key} {len(images)} {step}")

@@ -1,4 +1,4 @@
-"""The end of a run is kept, whatever its ModelCheckpoints think of it."""
+"""The last step of a run is saved for all settings of ModelCheckpoint."""
 
 from pathlib import Path
 

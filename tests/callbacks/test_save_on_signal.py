@@ -1,4 +1,4 @@
-"""SaveOnSignal on one process: what is saved, how the run ends, and that the resumed run is the undisturbed one."""
+"""SaveOnSignal on one process: the saved checkpoint, the exit code, and that a resumed run equals an uninterrupted one."""
 
 import csv
 import json
@@ -98,7 +98,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str
         ("on_train_batch_end", 12, 5),
     ],
 )
-def test_nothing_is_lost_and_the_resumed_run_is_the_undisturbed_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     hook: str, batch_idx: int, step: int, undisturbed: Any, tmp_path: Path
 ) -> None:
     assert stopped(tmp_path, keeper(tmp_path), RunSummary(), Send(hook, batch_idx, signal.SIGTERM)) == 0
@@ -114,7 +114,7 @@ def test_nothing_is_lost_and_the_resumed_run_is_the_undisturbed_one(
 
 
 @pytest.mark.parametrize("settings", [{}, {"monitor": None, "every_n_train_steps": 4}], ids=["after", "before"])
-def test_a_validation_is_begun_anew_once(settings: dict[str, Any], undisturbed: Any, tmp_path: Path) -> None:
+def test_an_interrupted_validation_is_repeated_once(settings: dict[str, Any], undisturbed: Any, tmp_path: Path) -> None:
     """Also where a ModelCheckpoint has saved just before it."""
     stop = Send("on_validation_batch_start", 1, signal.SIGTERM)
     assert stopped(tmp_path, keeper(tmp_path, **settings), stop) == 0
@@ -135,7 +135,7 @@ class Crash(Callback):
             raise KeyError(f"killed at {self.step}")
 
 
-def test_a_validation_that_a_crash_broke_off_is_begun_anew(undisturbed: Any, tmp_path: Path) -> None:
+def test_a_validation_interrupted_by_a_crash_is_repeated(undisturbed: Any, tmp_path: Path) -> None:
     """Also the last one of a run by `max_steps`. It counts once, also where it had ended after the checkpoint was saved."""
 
     def go_on(*callbacks: Callback, resume: bool = True) -> tuple[ModelCheckpoint, EarlyStopping]:
@@ -178,7 +178,7 @@ def test_a_second_press_of_ctrl_c_ends_at_once_but_one_that_arrives_twice_is_one
     assert not any((tmp_path / "twice").rglob("*.ckpt"))
 
 
-def test_without_checkpointing_the_exit_code_tells_the_signal(tmp_path: Path) -> None:
+def test_without_checkpointing_the_exit_code_is_the_signals(tmp_path: Path) -> None:
     stop = Send("on_train_batch_start", 0, signal.SIGUSR1)
     assert stopped(tmp_path, stop, enable_checkpointing=False) == 128 + signal.SIGUSR1
     assert not any(tmp_path.rglob("*.ckpt"))
@@ -231,7 +231,7 @@ def test_what_a_model_checkpoint_has_just_saved_is_not_saved_again(
 
 
 @pytest.mark.parametrize("succeeds", [True, False])
-def test_slurm_queues_the_job_again_after_its_requeue_signal(
+def test_slurm_requeues_the_job_after_its_requeue_signal(
     succeeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scontrol = tmp_path / "scontrol"

@@ -1,4 +1,4 @@
-"""ZeroShotEval: when it evaluates, that training does not notice, and that a failing task harms nothing."""
+"""ZeroShotEval: the steps at which it evaluates, that it does not change training, and that a failing task is skipped."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Loss by domain against plain arithmetic."""
+"""Loss by domain, compared with plain arithmetic."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Generation against plain re-reading of each sequence alone, and sampling against its distribution."""
+"""Generation, compared with forward passes of each sequence alone, and sampling, compared with its distribution."""
 
 import copy
 import math
@@ -49,7 +49,7 @@ prompts_of_any_length = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1,
 
 @settings(max_examples=12)
 @given(prompts_of_any_length, st.randoms(use_true_random=False), st.integers(0, 3))
-def test_neighbours_order_and_batches_change_nothing(prompts: list[list[int]], random: Random, seed: int) -> None:
+def test_results_do_not_depend_on_batches_or_order(prompts: list[list[int]], random: Random, seed: int) -> None:
     sampling, stop = Sampling(1.2, top_k=30, top_p=0.9, seed=seed), 11
     together = complete(MODEL, prompts, 12, sampling, stop)
     order = random.sample(range(len(prompts)), len(prompts))
@@ -173,7 +173,7 @@ def test_refused_before_the_first_token_and_nothing_is_nothing() -> None:
     assert complete(MODEL, [], 1) == generate(MODEL, [], 1) == []
 
 
-def test_no_character_is_broken_whatever_the_tokens() -> None:
+def test_streamed_text_has_only_complete_characters() -> None:
     tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")  # bytes, mostly
     ids = tokenizer.encode(PROBE)
     assert b"".join(map(tokenizer.spell, ids)) == PROBE.encode()

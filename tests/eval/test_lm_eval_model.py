@@ -1,4 +1,4 @@
-"""Log-likelihoods and generated texts against lm-eval's own `hf` model with the same weights, and plain forward passes."""
+"""Log-likelihoods and generated texts, compared with lm-eval's `hf` model with the same weights and with forward passes."""
 
 import random
 from dataclasses import replace
@@ -68,7 +68,7 @@ PAIRS = [
 
 
 def exported(gpt: GPT, folder: Path) -> HFLM:
-    """As a user evaluates what `nlgmoe export` wrote."""
+    """Return lm-eval's `hf` model of an exported folder."""
     entries = split_experts(gpt.state_dict())
     write_weights(folder / "a.ckpt", entries.__getitem__, gpt.config, TOKENIZER.to_json())
     export(folder / "a.ckpt", folder / "exported")
@@ -125,7 +125,7 @@ def test_a_model_with_experts_and_the_likeliest_tokens() -> None:
     assert (found, greedy, not_greedy) == (pytest.approx(expected, rel=1e-5), True, False)
 
 
-def test_a_batch_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = EvaluatedGPT(randomised(DENSE), TOKENIZER, batch_size=100)
     needed = least_bytes(DENSE, 100 * 9, 2, trains=False)
     monkeypatch.setattr("nlgmoe.tools.lm_eval.lm_eval_model.total_memory", lambda device: needed - 1)
@@ -134,7 +134,7 @@ def test_a_batch_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch
         lm._score([([n], [2] * 9) for n in range(100)])
 
 
-def test_nothing_depends_on_the_batch() -> None:
+def test_results_do_not_depend_on_the_batch_size() -> None:
     gpt = randomised(CONFIG)
     alone, together = EvaluatedGPT(gpt, TOKENIZER, batch_size=1), EvaluatedGPT(gpt, TOKENIZER, batch_size=7)
     for (one, _), (other, _) in zip(*(lm.loglikelihood(requests(*PAIRS)) for lm in (alone, together)), strict=True):
@@ -149,7 +149,7 @@ def test_nothing_depends_on_the_batch() -> None:
     assert long
 
 
-def test_what_cannot_be_done_is_said() -> None:
+def test_unsupported_settings_are_refused() -> None:
     lm = EvaluatedGPT(randomised(CONFIG), TOKENIZER)
     with pytest.raises(ValueError, match="generation_kwargs: num_beams=4 is not known here"):
         lm.generate_until(requests(("a", {"num_beams": 4})))

@@ -1,4 +1,4 @@
-"""A checkpoint holds its tokenizer, and is loaded with it wherever it lies."""
+"""A checkpoint contains its tokenizer, and is loaded with it from any folder."""
 
 import shutil
 from pathlib import Path
@@ -83,9 +83,9 @@ def test_another_tokenizer_of_the_same_size_is_refused(
 ) -> None:
     """By whatever takes a tokenizer beside a checkpoint; a warm start that is not strict loads the weights and says so."""
     (tmp_path / "tokenizer.json").write_text(OTHER.to_json())
-    with pytest.raises(ValueError, match=f"tokenizer={tmp_path} is not the one that .* leave it out"):
+    with pytest.raises(ValueError, match=f"tokenizer={tmp_path} differs from the tokenizer that .* leave it out"):
         load_pretrained(checkpoint, str(tmp_path))
-    with pytest.raises(ValueError, match=r"tokenizer=other is not the one that .* leave it out"):
+    with pytest.raises(ValueError, match=r"tokenizer=other differs from the tokenizer that .* leave it out"):
         export(checkpoint, tmp_path / "exported", tokenizer=OTHER)
 
     def start(**options: Any) -> None:

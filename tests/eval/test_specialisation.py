@@ -1,4 +1,4 @@
-"""What experts are used for: counted by hand, and against a model read once more."""
+"""Expert specialisation, compared with counts by hand and with a second evaluation."""
 
 import math
 from pathlib import Path
@@ -100,7 +100,7 @@ class Spelt(SyntheticData):
 
 
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])
-def test_a_run_leaves_what_its_model_says_of_the_validation_data(data: type[SyntheticData], tmp_path: Path) -> None:
+def test_a_run_writes_the_specialisation_of_its_validation_data(data: type[SyntheticData], tmp_path: Path) -> None:
     module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))), data(padded=True)
     validation = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
     run = trainer(tmp_path, ExpertSpecialisation(), max_steps=3, **validation)
@@ -130,7 +130,7 @@ def test_a_run_leaves_what_its_model_says_of_the_validation_data(data: type[Synt
     assert not (tmp_path / FILE).exists()
 
 
-def test_what_cannot_be_counted_or_read_is_said(tmp_path: Path) -> None:
+def test_dense_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
     dense = MoEGPTModule(GPTConfig(61, 16, 1, 16, 2)).gpt.eval()
     with pytest.raises(ValueError, match="no experts"):
         count_experts(dense, [], ["a"])

@@ -120,7 +120,7 @@ def test_what_is_missing_is_named_with_the_remedy(
             Tasks(**settings)  # type: ignore[arg-type]
 
 
-def test_whether_the_hub_answers_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers HEAD with 501: there is a way
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -176,7 +176,7 @@ def test_a_wrong_command_is_one_line(
     assert end.value.code == code and error.startswith("error: ") and message in error
 
 
-def test_without_lm_eval_the_remedy_is_said(
+def test_without_lm_eval_the_error_names_the_remedy(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -189,7 +189,7 @@ def test_without_lm_eval_the_remedy_is_said(
     )
 
 
-def test_evaluation_sets_are_laid_out(
+def test_evaluation_sets_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = {

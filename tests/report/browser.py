@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools pipe: what a page shows, complains of and asks the network for."""
+"""A headless Chromium, driven through its DevTools pipe: content, errors and network requests of a page."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ PATIENCE = 120  # seconds for an answer; the suite's processes share the cores
 
 
 def chromium() -> str:
-    """The program; the environment variable CHROMIUM names another."""
+    """Return the path of Chromium; the environment variable CHROMIUM overrides it."""
     found = find("chromium")
     assert found, "no Chromium for the tests of reports: run `make browser`, or set CHROMIUM to where it is"
     return found
@@ -79,13 +79,13 @@ class Browser:
             self._hear()
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page; of a promise, what it is resolved to."""
+        """Evaluate an expression in the page, and await a promise."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def screenshot(self, file: Path) -> None:
-        """What a reader sees, as PNG."""
+        """Take a screenshot as PNG."""
         file.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"]))
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Browser:
                 return result
 
     def _hear(self) -> dict[str, Any]:
-        """The next message; events are noted."""
+        """Receive the next message, and record events."""
         end = time.monotonic() + PATIENCE
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._from], [], [], max(0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The page as its reader sees it: opened in Chromium, without a network."""
+"""The page, opened in Chromium without a network."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def opened(browser: Browser, page: Path) -> dict[str, dict]:
-    """What is drawn; nothing is complained of, nothing asked for."""
+    """Return what is drawn; there are no errors and no network requests."""
     browser.open(page)
     drawn: dict[str, dict] = browser.evaluate(DRAWN)
     assert browser.complaints == [] and browser.requests == []
@@ -59,7 +59,7 @@ def opened(browser: Browser, page: Path) -> dict[str, dict]:
 
 
 def choose(browser: Browser, selector: str, value: str) -> dict[str, dict]:
-    """Change a control as a reader does."""
+    """Change a control."""
     browser.evaluate(
         f"(() => {{ const it = document.querySelector('{selector}');"
         f"it.type === 'radio' ? it.checked = true : it.value = '{value}';"
@@ -86,7 +86,7 @@ def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
     assert "No config.yaml" in text and "12, 768" in text and "even" in text
 
 
-def test_two_runs_over_every_clock(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)
     with (other / "metrics.csv").open() as file:
@@ -133,7 +133,7 @@ def test_smoothing_and_layers(browser: Browser, run: Path, tmp_path: Path) -> No
     assert browser.evaluate(script.format(1))[:2] == pytest.approx([raw[0], second])
 
 
-def test_missing_pieces_leave_a_page_that_says_so(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_a_page_lists_what_is_missing(browser: Browser, run: Path, tmp_path: Path) -> None:
     bare, dense, cut = tmp_path / "bare", tmp_path / "dense", tmp_path / "cut"
     for folder in (bare, dense, cut):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""What is read from a run folder, and what happens if something is missing."""
+"""Reading of run folders, complete and incomplete."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_a_fifo_is_named_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
     folder(tmp_path / "run", metrics__csv=METRICS)
     for name in ("config.yaml", "starts.json", "specialisation.safetensors"):
         os.mkfifo(tmp_path / "run" / name)
@@ -93,7 +93,7 @@ def test_a_fifo_is_named_and_not_waited_for(tmp_path: Path) -> None:
     assert notes.count("is a FIFO, not a regular file") == 3, notes
 
 
-def test_damaged_rows_and_changed_settings_are_told(tmp_path: Path) -> None:
+def test_damaged_rows_and_changed_settings_are_listed(tmp_path: Path) -> None:
     folder(tmp_path / "run", metrics__csv="step,train/loss\n0,1.5\n1\n2,x\n3,1.0,9\n4,0.5\n")
     for name, tokens in (("0-step-0", 256), ("1-step-4", 512)):
         (tmp_path / "run/starts").mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def test_settings_that_differ(tmp_path: Path) -> None:
         ("config.yaml", "model: 3\ntrainer: [1]\n1: {2: 3}\n"),
     ],
 )
-def test_a_damaged_file_costs_its_part_of_the_page_alone(name: str, text: str, tmp_path: Path) -> None:
+def test_a_damaged_file_affects_only_its_part_of_the_page(name: str, text: str, tmp_path: Path) -> None:
     files = {"summary.json": '{"steps": 9, "versions": {"torch": "9.9.9"}}', "metrics.csv": METRICS, name: text}
     path = folder(tmp_path / "run", **{file.replace(".", "__"): content for file, content in files.items()})
     shown = page(read_runs([path]))

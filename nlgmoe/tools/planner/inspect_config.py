@@ -30,7 +30,7 @@ def inspect_config(
     utilisation: float = UTILISATION,
     json: bool = False,
 ) -> None:
-    """Predict parameters, memory, communication and speed of a run, and whether it fits; builds and downloads nothing.
+    """Predict parameters, memory, communication and speed of a run, and if it fits, without building the model.
 
     Args:
         files: YAML files of train.py, later ones override earlier ones; or one checkpoint folder.
@@ -137,5 +137,7 @@ def _precision(name: Any) -> Precision:
     """Expand Lightning's short names of precisions."""
     precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
     if precision not in get_args(Precision):
-        raise ValueError(f"precision={name}: the cost model knows {', '.join(get_args(Precision))}")
+        raise ValueError(
+            f"precision={name} is not supported by the cost model; choose one of {', '.join(get_args(Precision))}"
+        )
     return precision
