@@ -24,7 +24,7 @@ class StagedDistillation(Callback):
     Args:
         step: distillation ends after this many optimizer steps.
         tokens: distillation ends with the first step that begins at or after this many tokens.
-        fraction: distillation ends with the first step that begins at or after this fraction of `model.train_tokens`.
+        fraction: distillation ends with the first step that begins at or after this fraction of `model.train_tokens` tokens.
         ramp_tokens: the weight falls linearly to 0 over this many tokens before the end; 0: at once. Not with `step`.
 
     Raises:

@@ -30,7 +30,7 @@ class Throughput(Callback):
     length, dropped or not, without recomputation and without a teacher.
 
     Args:
-        peak_tflops: peak TFLOP/s of one device, for `train/mfu`; null: the GPU's data sheet, if known. Without a peak,
+        peak_tflops: peak TFLOPs per second of one device, for `train/mfu`; null: the data sheet, if known. Without a peak,
             `train/mfu` is not logged.
 
     Raises:
