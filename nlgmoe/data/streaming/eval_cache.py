@@ -107,20 +107,14 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
 def _write(folder: Path, split: str, records: Iterator[Record], config: StreamConfig, limit: int) -> int:
     """Write the first documents of each domain; returns the number of tokens."""
     kept = [0] * len(config.domains)
-
-    def wanted() -> Iterator[Record]:
-        for record in records:
-            if min(kept) >= limit:
-                return
-            if kept[config.domain(record)] < limit:
-                yield record
-
     dtype = token_dtype(config.tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in range(len(kept))]
-        chosen = wanted()
-        while record := next(chosen, None):
-            for tokens, domain in config.tokens([record]):
+        for record in records:
+            if min(kept) >= limit:
+                break
+            if kept[config.domain(record)] < limit:
+                ((tokens, domain),) = config.tokens([record])
                 writers[domain].add_document(tokens)
                 kept[domain] += len(tokens)
     return sum(kept)

@@ -7,7 +7,7 @@ files, neither names nor skips bad lines, and resumes by reading a file again fr
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +119,13 @@ class StreamedText:
                 f"path={self.path}: what evaluation needs of it is not in {data_dir} for {tokenizer}; start training, or "
                 "call prepare_data of the data module"
             )
-        config = self._config(loaded, [file.path for file in cache.files["train"]])
+        files = cache.files["train"]
         facts = (
-            [(os.path.basename(file.path), file.bytes) for file in cache.files["train"]],
+            [(os.path.basename(file.path), file.bytes) for file in files],
             (self.fields, self.domains, self.num_streams, self.shuffle_buffer),
         )
-        return OpenStreamedText(
-            loaded, self._names(), _hash(facts), self._description(cache.files["train"]), config, cache
-        )
+        config = self._config(loaded, [file.path for file in files])
+        return OpenStreamedText(config, cache, _hash(facts), self._description(files))
 
     def _description(self, files: Sequence[DataFile]) -> Description:
         """Describe the files, many of them by their sum: a checkpoint keeps it."""
@@ -161,37 +160,35 @@ class StreamedText:
         return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint))
 
 
-@dataclass(frozen=True)
 class OpenStreamedText:
     """A streamed corpus that can be read, see `OpenCorpus`.
 
     Args:
-        tokenizer: whose ids the tokens are.
-        domains: names.
-        fingerprint: of the training files' names and sizes, and of how they are read.
-        description: the training files, and how they are read.
         config: of the streams.
         cache: tokens for statistics and evaluation.
+        fingerprint: of the training files' names and sizes, and of how they are read.
+        description: the training files, and how they are read.
     """
 
-    tokenizer: Tokenizer
-    domains: list[str]
-    fingerprint: str
-    description: Description
-    config: StreamConfig
-    cache: EvalCache
+    def __init__(self, config: StreamConfig, cache: EvalCache, fingerprint: str, description: Description) -> None:
+        self.tokenizer = config.tokenizer
+        self.domains = list(config.domains)
+        self.fingerprint = fingerprint
+        self.description = description
+        self._config = config
+        self._tokens = cache.tokens
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """The windows of all streams in turn, without end."""
-        return StreamedSource(self.config, seq_len, seed)
+        """Return the windows of all streams in turn, without end."""
+        return StreamedSource(self._config, seq_len, seed)
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Those of the first training documents."""
-        return self.cache.tokens["train"]
+        """Return those of the first training documents."""
+        return self._tokens["train"]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Those of each domain's first documents."""
-        return self.cache.tokens.get(split)
+        """Return those of each domain's first documents."""
+        return self._tokens.get(split)
 
 
 def _hash(facts: object) -> str:
