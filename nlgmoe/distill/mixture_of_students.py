@@ -133,8 +133,8 @@ class MixtureOfStudents:
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
         """Return the checkpoint (the one already learned from; of a run, the newest valid one) and its document."""
-        if self._used and self._used["setting"] != self.teacher:
-            rank_zero_info(f"model.distiller.teacher was {self._used['setting']}, now it is {self.teacher}")
+        if self._used and self._used.get("setting") != self.teacher:
+            rank_zero_info(f"model.distiller.teacher was {self._used.get('setting')}, now it is {self.teacher}")
             self._used = {}
         path = self._find_again() if self._used else None
         try:
