@@ -140,7 +140,7 @@ def _leaves_out_domains(trainer: Trainer) -> bool:
 
 
 def _baseline(trainer: Trainer, name: str) -> Any:
-    """The baseline of that name on the data's evaluated tokens; None if there is none, or validation covers fewer tokens."""
+    """Return a baseline of the evaluated tokens; None if the data module has none or validation covers fewer tokens."""
     known = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
     return known() if known is not None and not _leaves_out_domains(trainer) else None
 
