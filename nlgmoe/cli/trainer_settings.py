@@ -113,8 +113,8 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
             why = "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size"
         elif isinstance(one, EarlyStopping) and one._check_on_train_epoch_end:
             why = "has check_on_train_epoch_end=true, and the epoch is the whole run; leave it out"
-        elif isinstance(one, ModelCheckpoint) and one._every_n_epochs and one._save_on_train_epoch_end:
-            why = "has save_on_train_epoch_end=true, and the epoch is the whole run; leave it out"
+        elif isinstance(one, ModelCheckpoint) and one.monitor and one._every_n_epochs and one._save_on_train_epoch_end:
+            why = "has a monitor and save_on_train_epoch_end=true, and the epoch is the whole run; leave one of them out"
         elif isinstance(one, ModelCheckpoint) and one._every_n_epochs and limit_val_batches == 0:
             why = "saves after validations, which trainer.limit_val_batches=0 turns off; set every_n_train_steps"
         elif isinstance(one, ModelCheckpoint) and one._every_n_epochs > 1:

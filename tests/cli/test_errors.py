@@ -442,8 +442,8 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
             ),
             (
                 "ModelCheckpoint",
-                "every_n_train_steps: null, save_on_train_epoch_end: true",
-                "has save_on_train_epoch_end=true, and the epoch is the whole run",
+                "every_n_train_steps: null, monitor: val/loss, save_on_train_epoch_end: true",
+                "has a monitor and save_on_train_epoch_end=true, and the epoch is the whole run",
             ),
             ("EarlyStopping", "monitor: val/loss, check_on_train_epoch_end: true", "has check_on_train_epoch_end=true"),
             ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
