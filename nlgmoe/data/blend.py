@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,6 +93,12 @@ class Blend:
         return OpenBlend(self.parts, opened)
 
 
+class _Part(NamedTuple):
+    name: str
+    weight: int
+    corpus: OpenCorpus
+
+
 class OpenBlend:
     """A blend that can be read.
 
@@ -104,85 +111,73 @@ class OpenBlend:
     """
 
     def __init__(self, parts: Sequence[BlendPart], opened: Sequence[OpenCorpus]) -> None:
-        self._names = [part.name for part in parts]
-        self._opened = list(opened)
-        self.weights = integer_weights([part.weight for part in parts])
+        names, self.weights = [part.name for part in parts], integer_weights([part.weight for part in parts])
+        self._parts = [_Part(*part) for part in zip(names, self.weights, opened, strict=True)]
         self.tokenizer: Tokenizer = opened[0].tokenizer
-        for name, corpus in zip(self._names, opened, strict=True):
+        self.domains: list[str] = []
+        self.description: Description = {}
+        for name, weight, corpus in self._parts:
             if corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise ValueError(
-                    f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {self._names[0]!r} with "
+                    f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with "
                     f"{self.tokenizer.name}: give the parts of a blend one tokenizer."
                 )
-        self.domains = [
-            f"{name}/{domain}" if len(corpus.domains) > 1 else name
-            for name, corpus in zip(self._names, opened, strict=True)
-            for domain in corpus.domains
-        ]
-        if twice := {name for name in self.domains if self.domains.count(name) > 1}:
-            raise ValueError(f"Two domains of the blend are called {min(twice)}: change the `name` of a part.")
-        described = [
-            (name, weight, corpus.fingerprint)
-            for name, weight, corpus in zip(self._names, self.weights, opened, strict=True)
-        ]
-        self.description: Description = {}
-        for name, weight, corpus in zip(self._names, self.weights, opened, strict=True):
-            share: dict[str, str | int] = {"share": str(Fraction(weight, sum(self.weights)))}
+            self.domains += [f"{name}/{d}" for d in corpus.domains] if len(corpus.domains) > 1 else [name]
             facts = description_of(corpus)
+            share: dict[str, str | int] = {"share": str(Fraction(weight, sum(self.weights)))}
             if len(facts) == 1:
                 share |= next(iter(facts.values()))
             else:
                 self.description |= {f"{name}/{inner}": of_inner for inner, of_inner in facts.items()}
             self.description[name] = share
+        if twice := {name for name in self.domains if self.domains.count(name) > 1}:
+            raise ValueError(f"Two domains of the blend are called {min(twice)}: change the `name` of a part.")
+        described = [(name, weight, corpus.fingerprint) for name, weight, corpus in self._parts]
         self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
     @property
     def shares(self) -> list[float]:
-        """Share of each domain in the training samples, `[D]`; those of one part as its training tokens are."""
+        """Share of each domain in the training samples, `[D]`; within a part as its training tokens."""
         shares: list[float] = []
-        for weight, corpus in zip(self.weights, self._opened, strict=True):
+        for _, weight, corpus in self._parts:
             sizes: Sequence[float]
             sizes = corpus.shares if isinstance(corpus, OpenBlend) else [len(t) for t in corpus.training_tokens()]
             shares += [weight / sum(self.weights) * size / sum(sizes) for size in sizes]
         return shares
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """The parts' samples in turn, each part in the order of a seed of its own.
+        """Return the parts' samples in turn, each part with a seed of its own; log how often each part is repeated.
 
         Raises:
             ValueError: a part has no sample of this length.
         """
         sources = []
-        for name, corpus in zip(self._names, self._opened, strict=True):
+        for name, weight, corpus in self._parts:
             with _naming(name):
-                sources.append(corpus.training_source(seq_len, derive_seed(seed, name)))
-        self._announce(sources)
-        return BlendedSource(sources, self.weights, [len(corpus.domains) for corpus in self._opened])
-
-    def training_tokens(self) -> Sequence[np.ndarray]:
-        """Return those of all parts, not in the blend's shares."""
-        return [tokens for corpus in self._opened for tokens in corpus.training_tokens()]
-
-    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Return those of all parts; none for the domains of a part without such a split, None if no part has it."""
-        found = [corpus.evaluation_tokens(split) for corpus in self._opened]
-        if all(streams is None for streams in found):
-            return None
-        nothing = np.zeros(0, dtype=np.int64)
-        return [
-            stream
-            for streams, corpus in zip(found, self._opened, strict=True)
-            for stream in ([nothing] * len(corpus.domains) if streams is None else streams)
-        ]
-
-    def _announce(self, sources: Sequence[TokenSource]) -> None:
-        """Log how often each part is repeated, where its size is known."""
-        for name, weight, source in zip(self._names, self.weights, sources, strict=True):
+                source = corpus.training_source(seq_len, derive_seed(seed, name))
             share, windows = weight / sum(self.weights), getattr(source, "num_windows", None)
             epoch = (
                 f", used up every {round(windows * source.seq_len / share):,} tokens of the blend" if windows else ""
             )
             rank_zero_info(f"blend: {name} has {share:.2%} of the samples{epoch}")
+            sources.append(source)
+        return BlendedSource(sources, self.weights, [len(part.corpus.domains) for part in self._parts])
+
+    def training_tokens(self) -> Sequence[np.ndarray]:
+        """Return those of all parts, not in the blend's shares."""
+        return [tokens for part in self._parts for tokens in part.corpus.training_tokens()]
+
+    def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
+        """Return those of all parts; none for the domains of a part without such a split, None if no part has it."""
+        found = [part.corpus.evaluation_tokens(split) for part in self._parts]
+        if all(streams is None for streams in found):
+            return None
+        nothing = np.zeros(0, dtype=np.int64)
+        return [
+            stream
+            for streams, part in zip(found, self._parts, strict=True)
+            for stream in ([nothing] * len(part.corpus.domains) if streams is None else streams)
+        ]
 
 
 class BlendedSource:
