@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import warnings
@@ -31,6 +30,7 @@ from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
+from nlgmoe.cli.explain import find_class
 from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser
 from nlgmoe.cli.run_folder import (
@@ -280,8 +280,10 @@ def _checkpoint() -> ModelCheckpoint:
 
 def _strategy(class_path: str) -> Strategy:
     """The strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
-    module, _, name = class_path.rpartition(".")
-    made = getattr(importlib.import_module(module), name)()  # that it exists, the parser has made sure of
+    try:
+        made = find_class(class_path)()
+    except ValueError as error:
+        raise ValueError(f"trainer.strategy={class_path}: {error}") from error
     if not isinstance(made, Strategy):
         raise ValueError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
     return made

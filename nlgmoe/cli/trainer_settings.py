@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,15 +11,28 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
 )
 
+from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.processes import check_processes
 from nlgmoe.run_checks import FSDP_REFUSED
+
+_REFUSED = {
+    GradientAccumulationScheduler: "counts epochs, and changes data.global_batch_size's batch; use data.batch_ramp_up",
+    StochasticWeightAveraging: "counts epochs, which never end here; remove it",
+    WeightAveraging: "replaces the weights at the end, so that a run would not go on as it was; remove it",
+    LearningRateFinder: "sets the learning rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
+    BatchSizeFinder: "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size",
+    ModelPruning: "renames the parameters, which no checkpoint would then hold; remove it",
+}
+_UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
 
 def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
@@ -54,7 +68,10 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     )
     _require(not lacks_gpu(accelerator), "accelerator", accelerator, why)
     if default_device() == "cpu" or accelerator == "cpu":  # each is a process; of GPUs there are as many as there are
-        check_processes("trainer.devices", _number(trainer["devices"]))
+        devices = trainer["devices"]
+        why = "lists GPUs; on a CPU give a number of processes, such as 1"
+        _require(devices == "auto" or str(devices).isdigit() or _number(devices) < 0, "devices", devices, why)
+        check_processes("trainer.devices", _number(devices))
 
 
 def _check_counts(trainer: Mapping[str, Any]) -> None:
@@ -72,6 +89,9 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     for name in ("min_steps", "min_epochs"):
         why = "keeps a run going that is at its end or is told to stop; leave it out"
         _require(trainer[name] is None, name, trainer[name], why)  # Lightning makes min_steps=0 a min_epochs of 1
+    for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
+        if unit not in _UNITS:
+            raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
     devices = trainer["devices"]
     number = _number(devices)
     wrong = number == 0 or number < -1
@@ -101,28 +121,34 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
     Raises:
         ValueError: one counts epochs, which never end here, or changes weights that checkpoints do not hold.
     """
+    states: set[str] = set()
     for one in callbacks:
-        why = None
-        if isinstance(one, GradientAccumulationScheduler):
-            why = "counts epochs, and changes the batch that data.global_batch_size gives; use data.batch_ramp_up"
-        elif isinstance(one, StochasticWeightAveraging):
-            why = "counts epochs, which never end here; remove it"
-        elif isinstance(one, WeightAveraging):
-            why = "replaces the weights at the end, so that a run would not go on as it was; remove it"
-        elif isinstance(one, BatchSizeFinder):
-            why = "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size"
-        elif isinstance(one, EarlyStopping) and one._check_on_train_epoch_end:
+        why = next((reason for kind, reason in _REFUSED.items() if isinstance(one, kind)), None)
+        if isinstance(one, EarlyStopping) and one._check_on_train_epoch_end:
             why = "has check_on_train_epoch_end=true, and the epoch is the whole run; leave it out"
         elif isinstance(one, ModelCheckpoint) and one.monitor and one._every_n_epochs and one._save_on_train_epoch_end:
-            why = "has a monitor and save_on_train_epoch_end=true, and the epoch is the whole run; leave one of them out"
+            why = (
+                "has a monitor and save_on_train_epoch_end=true, and the epoch is the whole run; leave one of them out"
+            )
         elif isinstance(one, ModelCheckpoint) and one._every_n_epochs and limit_val_batches == 0:
             why = "saves after validations, which trainer.limit_val_batches=0 turns off; set every_n_train_steps"
         elif isinstance(one, ModelCheckpoint) and one._every_n_epochs > 1:
             why = f"has every_n_epochs={one._every_n_epochs}, which never comes; set every_n_train_steps"
+        elif (
+            isinstance(one, ModelCheckpoint)
+            and one.auto_insert_metric_name
+            and re.search(r"{[^}]*/", one.filename or "")
+        ):
+            why = (
+                f"has filename={one.filename}, whose metric's name makes folders; set auto_insert_metric_name to false"
+            )
         elif isinstance(one, Timer) and one._interval == "epoch":
             why = "has interval=epoch, which never ends here; set it to step"
+        elif type(one).state_dict is not Callback.state_dict and one.state_key in states:
+            why = "is there twice with the same monitor and intervals, so that a checkpoint cannot tell them apart; remove one"
         if why is not None:
             raise ValueError(f"trainer.callbacks: {type(one).__name__} {why}")
+        states.add(one.state_key)
 
 
 def _check_fractions(trainer: Mapping[str, Any]) -> None:
@@ -162,6 +188,9 @@ def _check_validation(trainer: Mapping[str, Any]) -> None:
 def _check_strategy(trainer: Mapping[str, Any], has_experts: bool) -> None:
     strategy = trainer["strategy"]
     shown = strategy if isinstance(strategy, str) else _class_name(strategy)
+    _require(
+        not shown.startswith("{"), "strategy", shown, "is not understood; give it in a file, where each line is checked"
+    )
     fsdp = shown.startswith("fsdp") or shown.endswith(("FSDPStrategy", "ModelParallelStrategy"))
     _require(not fsdp, "strategy", shown, FSDP_REFUSED)
     plain = shown.startswith("deepspeed") or shown.endswith("DeepSpeedStrategy")

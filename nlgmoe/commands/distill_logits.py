@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.classes import import_allowed
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.model_options import import_allowed
 
 if TYPE_CHECKING:
     from nlgmoe.distill.record_logits import Progress

@@ -34,6 +34,7 @@ from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.deduplication import Document
 from nlgmoe.data.sampling import SourceDataset
 from nlgmoe.data.tokenizer import train_byte_level_bpe
+from nlgmoe.experiment import parse_config
 from nlgmoe.module import MoEGPTModule
 
 ROOT = Path(__file__).parents[2]
@@ -255,16 +256,19 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "dropout above 1": (flag("--model.config.hidden_dropout=1.5"), "model.config.hidden_dropout=1.5 must be in [0, 1)"),
     "negative learning rate": (flag("--model.optimizer.lr=-1"), "model.optimizer.lr=-1.0 must be above 0"),
-    "infinite learning rate": (flag("--model.optimizer.lr=.inf"), "model.optimizer.lr=.inf: must be finite"),
-    "NaN as text": (flag("--model.optimizer.eps=nan"), "model.optimizer.eps=nan: must be finite"),
-    "NaN in a list": (flag("--model.optimizer.betas=[0.9,.nan]"), "model.optimizer.betas=[0.9, .nan]: must be finite"),
+    "infinite learning rate": (flag("--model.optimizer.lr=.inf"), "model.optimizer.lr=.inf: expected a number"),
+    "NaN as text": (flag("--model.optimizer.eps=nan"), "model.optimizer.eps=nan: expected a number"),
+    "NaN in a list": (
+        flag("--model.optimizer.betas=[0.9,.nan]"),
+        "model.optimizer.betas=[0.9, '.nan']: expected a list of 2: a number",
+    ),
     "NaN in a file": (
         file("model:\n  config:\n    layer_norm_eps: .nan"),
-        "model.config.layer_norm_eps=.nan ({folder}/bad.yaml, line 3): must be finite",
+        "model.config.layer_norm_eps=.nan ({folder}/bad.yaml, line 3): expected a number",
     ),
     "NaN inside a class": (
         file(CALLBACK.format(SAMPLE, "prompts: [a], temperature: .nan")),
-        "temperature=.nan ({folder}/bad.yaml, line 1): must be finite",
+        "trainer.callbacks[0].init_args.temperature=.nan ({folder}/bad.yaml, line 1): expected a number",
     ),
     "lowest rate above the highest": (
         lambda place: place.args(
@@ -284,7 +288,8 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "misspelt module": (flag("--trainer.callbacks=nlgmoe.calbacks.SampleText"), "cannot import nlgmoe.calbacks"),
     "misspelt argument of a class": (
         file(CALLBACK.format(SAMPLE, "promts: [a]")),
-        f"of {SAMPLE}; did you mean prompts?",
+        f"unknown setting trainer.callbacks[0].init_args.promts ({{folder}}/bad.yaml, line 1) of {SAMPLE}; did you mean "
+        "trainer.callbacks[0].init_args.prompts?",
     ),
     "wrong argument of a class": (
         file(CALLBACK.format(SAMPLE, "prompts: [a], max_new_tokens: three")),
@@ -296,7 +301,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "misspelt argument without init_args": (
         lambda place: place.args("--trainer.logger=CSVLogger", "--trainer.logger.save_d=x"),
-        "unknown setting trainer.logger.save_d of CSVLogger; did you mean save_dir?",
+        "unknown setting trainer.logger.save_d of lightning.pytorch.loggers.CSVLogger; did you mean trainer.logger.save_dir?",
     ),
     "null for a number": (file("model: {config: {hidden_size: }}"), "line 1): expected a whole number"),
     "strategy that refuses its settings": (  # a union whose first type is text: the constructor's words come second
@@ -309,15 +314,17 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "class without its arguments": (
         flag("--data.corpus=nlgmoe.data.MegatronIndexed"),
-        "missing setting prefix; give it under init_args",
+        "missing setting data.corpus.init_args.prefix; give it beside the others",
     ),
     "misspelt setting of a part": (
         blend("weight: 1, name: b, corpus: nlgmoe.data.PocketPile", "wieght: 1"),
-        "unknown setting data.corpus.init_args.parts[1].wieght ({folder}/bad.yaml, line 7) of BlendPart; did you mean weight?",
+        "unknown setting data.corpus.init_args.parts[1].wieght ({folder}/bad.yaml, line 7); did you mean "
+        "data.corpus.init_args.parts[1].weight?",
     ),
     "misspelt setting of a part's corpus": (
         blend("weight: 1, name: b, corpus: {class_path: nlgmoe.data.PocketPile, init_args: {domain: [a]}}"),
-        "parts[0].corpus.init_args.domain ({folder}/bad.yaml, line 6) of nlgmoe.data.PocketPile; did you mean domains?",
+        "parts[0].corpus.init_args.domain ({folder}/bad.yaml, line 6) of nlgmoe.data.PocketPile; did you mean "
+        "data.corpus.init_args.parts[0].corpus.init_args.domains?",
     ),
     "misspelt corpus of a part": (
         blend("weight: 1, name: b, corpus: {class_path: nlgmoe.data.PocketPie}"),
@@ -390,19 +397,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("".join(f"a{i}: &a{i} {[f'*a{i - 1}'] * 9}\n".replace("'", "") for i in range(1, 9)).replace("*a0", "x")),
         "bad.yaml has more than 100,000 values",
     ),
-    "octal number": (
-        file("model: {train_tokens: 0640}"),
-        "model.train_tokens ({folder}/bad.yaml, line 1): YAML reads 0640 as 416; write the number without a leading 0",
+    "clock in place of steps": (
+        file("trainer: {val_check_interval: 1:30}"),
+        "trainer.val_check_interval=1:30 goes by the clock of each rank",
     ),
-    "octal number in a flag": (flag("--model.config.moe.num_experts=[4, 010]"), "YAML reads 010 as 8; write"),
-    "octal number in a class": (
-        lambda place: place.args(
-            "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=0100"
-        ),
-        "trainer.callbacks.every_n_train_steps: YAML reads 0100 as 64",
-    ),
-    "number in base 60": (file("trainer: {val_check_interval: 1:30}"), "YAML reads 1:30 as 90; write"),
-    "time in base 60": (file("trainer: {max_time: 12:30:10:05}"), "or text in quotes"),
     "negative clipping": (
         flag("--trainer.gradient_clip_val=-1.5"),
         "trainer.gradient_clip_val=-1.5 must be at least 0",
@@ -448,6 +446,13 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
             ("EarlyStopping", "monitor: val/loss, check_on_train_epoch_end: true", "has check_on_train_epoch_end=true"),
             ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
             ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
+            ("LearningRateFinder", "", "sets the learning rate of one optimizer group"),
+            ("ModelPruning", "pruning_fn: l1_unstructured", "renames the parameters"),
+            (
+                "ModelCheckpoint",
+                "filename: '{val/loss:.2f}'",
+                "has filename={val/loss:.2f}, whose metric's name makes folders",
+            ),
         )
     },
     "callback: ModelCheckpoint without validation": (
@@ -455,6 +460,28 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
             "trainer: {limit_val_batches: 0, callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: null}}]}"
         ),
         "trainer.callbacks: ModelCheckpoint saves after validations, which trainer.limit_val_batches=0 turns off",
+    ),
+    "two callbacks that are alike": (
+        file(
+            f"trainer: {{callbacks: [{', '.join(['{class_path: ModelCheckpoint, init_args: {monitor: val/loss}}'] * 2)}]}}"
+        ),
+        "trainer.callbacks: ModelCheckpoint is there twice with the same monitor",
+    ),
+    "misspelt unit of a duration": (
+        file("trainer: {max_time: {minute: 1}}"),
+        "trainer.max_time.minute=1 ({folder}/bad.yaml, line 1) is no unit of trainer.max_time; did you mean minutes?",
+    ),
+    "number of a CPU": (
+        file("trainer: {devices: [0]}"),
+        "trainer.devices=[0] lists GPUs; on a CPU give a number of processes",
+    ),
+    "setting of a class that is not named": (
+        flag("--model.config.moe.router.seed=3"),
+        "unknown setting model.config.moe.router.seed; set model.config.moe.router.class_path first, to a subclass of",
+    ),
+    "mapping that a class refuses": (
+        flag("--trainer.strategy={class_path: nlgmoe.ExpertParallelStrategy, init_args: {stge: 3}}"),
+        "trainer.strategy={class_path: nlgmoe.ExpertParallelStrategy, init_args: {stge: 3}} is not understood; give it in a file",
     ),
     "run folder that is none": (flag("--trainer.default_root_dir=s3://bucket/run"), "s3://bucket/run must be a folder"),
     "overfitting": (flag("--trainer.overfit_batches=2"), "trainer.overfit_batches=2 must stay 0"),
@@ -1012,6 +1039,15 @@ def test_load_config_raises_the_same_line(files: list[str], settings: dict, word
     assert "\n" not in str(error.value)
     # A notebook shows all frames: this one, load_config, _read.
     assert len(error.traceback) == 3 and error.value.__cause__ is None and error.value.__suppress_context__
+
+
+def test_numbers_mean_what_they_look_like(place: Place) -> None:
+    path = place.folder / "numbers.yaml"
+    path.write_text("model: {train_tokens: 0640}\ntrainer: {max_time: 12:30:10:05}")
+    config = parse_config([place.trained / "base.yaml", path], model__config__moe__num_experts="[4, 010]")
+    assert config["model"]["train_tokens"] == 640
+    assert config["model"]["config"]["moe"]["num_experts"] == [4, 10]
+    assert config["trainer"]["max_time"] == "12:30:10:05"
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])

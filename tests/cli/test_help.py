@@ -9,8 +9,7 @@ from jsonargparse import ArgumentParser
 
 import nlgmoe.callbacks
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.cli.classes import parts_of
-from nlgmoe.cli.settings import Settings
+from nlgmoe.cli.explain import parts_of
 from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 
 # What a number of ours counts, or the quantity that it is.
@@ -27,22 +26,16 @@ def our_classes() -> list[type]:
     return found
 
 
-def settings_of(kind: type) -> Settings:
-    parser = ArgumentParser()
-    parser.add_class_arguments(kind, "it", fail_untyped=False)
-    return Settings(parser)
-
-
 @pytest.mark.parametrize("kind", our_classes(), ids=lambda kind: kind.__name__)
 def test_every_setting_has_a_sentence_that_says_what_its_number_is(kind: type) -> None:
-    settings = settings_of(kind)
-    for name in settings.names():
-        field = name.removeprefix("it.")
-        if name == field or "." in field:
-            continue  # the parser's own, or a section that is a class of the list itself
-        sentence = settings.sentences[name]
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "it", fail_untyped=False)
+    for action in parser._actions:
+        field, sentence = action.dest.removeprefix("it."), action.help or ""
+        if field == action.dest or "." in field or not hasattr(action, "_typehint"):
+            continue  # the parser's own, a setting of a section, or a section
         assert len(sentence.split()) >= 3 and sentence.endswith((".", ").")), f"{kind.__name__}.{field}: {sentence!r}"
-        if {int, float} & set(parts_of(settings.types[name])):
+        if {int, float} & set(parts_of(action._typehint)):
             assert re.search(rf"\b({COUNTED}|{QUANTITY})\b", sentence), (
                 f"{kind.__name__}.{field}: {sentence!r} of what?"
             )

@@ -7,9 +7,8 @@ import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.classes import import_allowed
-from nlgmoe.cli.device import check_device
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.model_options import check_device, import_allowed
 from nlgmoe.cli.output_files import check_output, write_whole
 
 if TYPE_CHECKING:

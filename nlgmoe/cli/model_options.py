@@ -1,0 +1,38 @@
+"""Options that commands with a trained model share: `device`, `allow_code`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from nlgmoe.cli.errors import UsageError
+
+
+def check_device(device: str) -> None:
+    """Check that tensors can be put there.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise UsageError(f"device={device} cannot be used here ({reason}); set it to cpu") from error
+
+
+def import_allowed(modules: Sequence[str] | None) -> None:
+    """Import modules that the user trusts, for checkpoints that name their classes.
+
+    Raises:
+        UsageError: there is no such module.
+    """
+    for module in modules or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(
+                f"allow_code={module} cannot be imported ({error}); start the command where it is"
+            ) from error
