@@ -155,6 +155,7 @@ def without_training(folder: Path) -> None:
     checkpoint = PortableCheckpointIO().load_checkpoint(folder)
     for name in ("optimizer_states", "lr_schedulers", "callbacks"):
         del checkpoint[name]
+    shutil.rmtree(folder)  # the only checkpoint that can be resumed would not be replaced
     PortableCheckpointIO().save_checkpoint(checkpoint, folder)
 
 
