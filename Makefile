@@ -45,9 +45,10 @@ test-oldest:  ## the suite with the oldest releases that pyproject.toml admits, 
 test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
 
-check: install  ## format, lint, types
+check: install  ## format, lint, spelling, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: install  ## rewrite the sources in the project's format

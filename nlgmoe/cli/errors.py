@@ -114,7 +114,7 @@ def _wait_for_first_rank() -> None:
 
 
 def describe(error: BaseException) -> str:
-    """The line for an exception; one that nobody meant to raise also names its type and how to see the traceback."""
+    """Return the line for an exception; an unexpected one also names its type and how to see the traceback."""
     if type(error).__name__ == "OutOfMemoryError":
         return (
             f"{one_line(str(error))}; lower data.micro_batch_size or model.loss_chunk_size, or set "

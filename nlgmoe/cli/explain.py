@@ -78,7 +78,7 @@ class Explainer:
             raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
 
     def inside(self, name: str) -> list[str]:
-        """The settings of the section `name`; empty if it is no section, or one that may be null."""
+        """Return the settings of the section `name`; empty if it is no section, or one that may be null."""
         optional = any(is_section(kind) for kind in parts_of(self.known.get(name)))
         return [] if optional else [one for one in self.known if one.startswith(f"{name}.")]
 
@@ -186,7 +186,7 @@ class Explainer:
         return entry.place if entry else ""
 
     def _find(self, path: str, owner: str = "", value: str | None = None) -> ConfigEntry | None:
-        """The last entry of this name, or inside it; one of the class `owner`, or with this value, if there is such a one."""
+        """Return the last entry of this name, or inside it; if possible one of the class `owner`, or with this value."""
         found = [one for one in self.entries if _plain(one.name) == path]
         found = found or [one for one in self.entries if _plain(one.name).startswith(f"{path}.")]
         parent = path.rpartition(".")[0]
@@ -195,19 +195,19 @@ class Explainer:
         return found[-1] if found else None
 
     def _class_of(self, holder: str) -> str | None:
-        """The name of the class that is given for `holder`, without its module."""
+        """Return the name of the class that is given for `holder`, without its module."""
         names = (holder, f"{holder}.class_path")
         paths = [str(one.value) for one in self.entries if one.name in names and isinstance(one.value, str)]
         return _short(paths[-1]) if paths else None
 
 
 def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of its subcommands, by their names."""
+    """Return the parsers of its subcommands, by their names."""
     return next((one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction)), {})
 
 
 def known_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Settings of a parser, sections and those inside them included: dotted name -> type."""
+    """Return settings of a parser, sections and those inside them included: dotted name -> type."""
     known: dict[str, Any] = {}
 
     def add(name: str, hint: Any) -> None:
@@ -225,12 +225,12 @@ def known_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """A name as jsonargparse's messages have it: `trainer.callbacks.monitor` for `trainer.callbacks[0].init_args.monitor`."""
+    """Return a name as in jsonargparse's messages: `trainer.callbacks.monitor` for `trainer.callbacks[0].init_args.monitor`."""
     return re.sub(r"\[\d+\]|\.init_args|\.dict_kwargs", "", name)
 
 
 def _holder(name: str, path: str) -> str:
-    """The beginning of `name` that `path` stands for, such as `trainer.callbacks[0]` for `trainer.callbacks`; or empty."""
+    """Return the beginning of `name` that `path` stands for, such as `trainer.callbacks[0]` for `trainer.callbacks`; or empty."""
     words = name.split(".")
     return next((one for end in range(len(words)) if _plain(one := ".".join(words[: end + 1])) == path), "")
 
@@ -252,7 +252,7 @@ def _same(given: Any, text: str) -> bool:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that `name` may stand for, in words: a typing error in its section, or the right name in another one."""
+    """Return the known name nearest to `name`, in words: of its section, or the same name in another section."""
     pool = [one for one in known if not name.startswith(f"{one}.")]
     siblings = [one for one in pool if one.rpartition(".")[0] == name.rpartition(".")[0]]
     for some in (siblings, pool):
@@ -297,7 +297,7 @@ def _subclasses(base: Any) -> Iterator[Any]:
 
 
 def parts_of(hint: Any) -> Iterator[Any]:
-    """The types that a type hint is made of, `MoEConfig | None` -> MoEConfig, NoneType."""
+    """Return the types that a type hint is made of, `MoEConfig | None` -> MoEConfig, NoneType."""
     arguments = typing.get_args(hint) if typing.get_origin(hint) is not Literal else ()
     for argument in arguments:
         yield from parts_of(argument)
@@ -311,7 +311,7 @@ def is_section(kind: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """A type as its user would say it."""
+    """Describe a type in a user's words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)

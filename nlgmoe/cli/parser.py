@@ -94,7 +94,7 @@ class OneLineParser(ArgumentParser):
             raise UsageError(self._explain_refusal(cause)) from error
 
     def _explain_refusal(self, error: BaseException) -> str:
-        """The line for what a constructor raised: `lr=-1 must be ...` with the setting's full name and place."""
+        """Return the line for what a constructor raised: `lr=-1 must be ...` with the setting's full name and place."""
         text = one_line(str(error))
         text = self._explainer.qualified(text) if self._explainer else text
         if not raised_in(error).startswith("lightning") or text.startswith("trainer."):

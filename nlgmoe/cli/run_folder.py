@@ -101,7 +101,7 @@ class RunFolder(SaveConfigCallback):
 
 
 def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
-    """What `starts.json` holds. A run of an older version has none: its `config.yaml` and `versions.json` become the first."""
+    """Read `starts.json`. A run of an older version has none: its `config.yaml` and `versions.json` become the first start."""
     require_regular(folder / "starts.json", "remove it")
     if (folder / "starts.json").exists():
         return list(json.loads((folder / "starts.json").read_text()))
@@ -119,7 +119,7 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
 
 
 def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Path] = ()) -> None:
-    """A folder holds one run, which may be resumed.
+    """Refuse a second run in a folder; a run may be resumed.
 
     Args:
         folder: the run folder.
@@ -208,7 +208,7 @@ def resolve_checkpoint(
 
 
 def _last_logged_step(folder: Path) -> int:
-    """The highest step of `metrics.csv`; 0 if there is none."""
+    """Return the highest step of `metrics.csv`; 0 if there is none."""
     require_regular(folder / "metrics.csv", "remove it")
     try:
         with (folder / "metrics.csv").open(newline="") as file:

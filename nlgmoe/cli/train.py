@@ -103,7 +103,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data's windows are as long as the model's sequences."""
+        """Link the length of the data's windows to that of the model's sequences."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
         if not self._runs:  # a run's own config.yaml says how it was started too
             parser.add_argument("--ckpt_path", type=Any, default=None, help="of a run; not used where nothing is run")
@@ -213,7 +213,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """A checkpoint that is resumed or evaluated brings the weights itself: then none is needed to start from.
+        """Ignore `warm_start` where a checkpoint is resumed or evaluated.
 
         Raises:
             ValueError: there is no checkpoint to start from; found out now, not after tokenising a corpus.
@@ -268,7 +268,7 @@ class TrainCLI(LightningCLI):
 
 
 def _checkpoint() -> ModelCheckpoint:
-    """The latest of every 1,000 steps, for a configuration that names no `ModelCheckpoint`."""
+    """Return the latest of every 1,000 steps, for a configuration that names no `ModelCheckpoint`."""
     return ModelCheckpoint(
         filename="step-{step}",
         auto_insert_metric_name=False,
@@ -279,7 +279,7 @@ def _checkpoint() -> ModelCheckpoint:
 
 
 def _strategy(class_path: str) -> Strategy:
-    """The strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
+    """Return the strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
     try:
         made = find_class(class_path)()
     except ValueError as error:

@@ -131,7 +131,7 @@ def distill_logits(
 
 
 def _distilled(experiment: Experiment, batch_size_after: Any) -> int:
-    """Samples that the run takes until it ends, or its distillation."""
+    """Return the samples of the run until it or its distillation ends."""
     from nlgmoe.distill.distiller import distillation_end, samples_until
 
     module = experiment.module

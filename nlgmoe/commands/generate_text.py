@@ -149,7 +149,7 @@ def _read_stdin() -> str:
 
 
 def _read_prompts(path: str) -> list[str]:
-    """The prompts of a file of JSON lines; empty lines are passed over.
+    """Read the prompts of a file of JSON lines; skip empty lines.
 
     Raises:
         UsageError: there is no such file, a line is something else, or there is none.

@@ -99,7 +99,7 @@ def student(
 
 
 def _configuration(source: Path) -> tuple[Path, str | None]:
-    """The YAML that `source` stands for, and the checkpoint or run's folder if it is one."""
+    """Return the YAML of `source`, and the checkpoint or run folder if it is one."""
     if source.is_file():
         return source, None
     for folder in (source, *source.parents):
@@ -157,7 +157,7 @@ def _check_same(theirs: GPTConfig, checkpoint: Path, file: Path) -> None:
 
 
 def _callbacks(given: Any) -> list[Any]:
-    """The teacher's, without the end of a lesson of its own, and without writing where it wrote."""
+    """Return the teacher's callbacks, without `StagedDistillation` and without its `dirpath`."""
     kept = []
     for callback in given if isinstance(given, list) else [given] * (given is not None):
         path = callback if isinstance(callback, str) else callback["class_path"]

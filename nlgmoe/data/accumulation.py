@@ -81,7 +81,7 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
 
 
 def _either(*values: int) -> str:
-    """The positive ones of `values`, in words."""
+    """Return the positive ones of `values`, in words."""
     return " or ".join(str(value) for value in values if value > 0)
 
 

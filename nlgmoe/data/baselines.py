@@ -37,7 +37,7 @@ def unigram_entropy(
 def xz_bits_per_byte(
     evaluated: Mapping[str, np.ndarray], tokenizer: Tokenizer, max_bytes: int = MAX_BYTES
 ) -> dict[str, float]:
-    """What `xz -9` needs for the evaluated text: domain -> bits per byte, and "all" for the domains in a row.
+    """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
 
     Domains without text are left out.
 

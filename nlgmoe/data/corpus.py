@@ -84,7 +84,7 @@ class Streams:
         return {domain: {"tokens": len(tokens), **self.facts.get(domain, {})} for domain, tokens in sizes}
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """The windows of all domains, in a new random order every epoch."""
+        """Return the windows of all domains, in a new random order every epoch."""
         return PackedSource(self.tokens["train"], seq_len, self.tokenizer.eod_id, seed)
 
     def training_tokens(self) -> Sequence[np.ndarray]:

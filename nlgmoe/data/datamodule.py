@@ -164,7 +164,7 @@ class PileDataModule(LightningDataModule):
         return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """This rank's share of the validation windows of all domains; equally many batches on every rank."""
+        """Return this rank's share of the validation windows of all domains; every rank has equally many batches."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Sample]:
@@ -305,7 +305,7 @@ class PileDataModule(LightningDataModule):
         return self._opened().tokenizer.decode(ids)
 
     def tokenizer_json(self) -> str:
-        """The tokenizer, for checkpoints to hold."""
+        """Return the tokenizer, for checkpoints."""
         return self._opened().tokenizer.to_json()
 
     def token_byte_lengths(self) -> torch.Tensor:
@@ -313,7 +313,7 @@ class PileDataModule(LightningDataModule):
         return torch.as_tensor(self._opened().tokenizer.token_bytes)
 
     def token_spellings(self) -> list[bytes]:
-        """The bytes of text that each token id stands for, `[V]`."""
+        """Return the bytes of text that each token id stands for, `[V]`."""
         return self._opened().tokenizer.spellings
 
     def unigram_entropy(self) -> float:
@@ -323,7 +323,7 @@ class PileDataModule(LightningDataModule):
         )
 
     def xz_bits_per_byte(self) -> dict[str, float]:
-        """What a general-purpose compressor needs for the text that evaluation covers: domain -> bits per byte, and "all"."""
+        """Compress the evaluated text by a general-purpose compressor: domain -> bits per byte, and "all"."""
         return xz_bits_per_byte(self._evaluated_tokens(), self._opened().tokenizer)
 
     # ---- internals
@@ -390,6 +390,6 @@ class PileDataModule(LightningDataModule):
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples as a batch."""
+    """Collate samples into a batch."""
     batch: dict[str, Any] = default_collate(samples)
     return batch | {"padded": not bool(batch["token_mask"].all())}

@@ -30,7 +30,7 @@ HEADER = struct.Struct("<9sQBQQ")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type Megatron stores tokens of such a vocabulary in."""
+    """Return the type Megatron stores tokens of such a vocabulary in."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 

@@ -20,7 +20,7 @@ class _Fork:
     weight: int
 
     def count_left(self, samples: int) -> int:
-        """The left branch's of the first `samples`: its share, rounded half up."""
+        """Return the left branch's of the first `samples`: its share, rounded half up."""
         return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
 
 
@@ -59,7 +59,7 @@ class Interleaving:
         self._root = queue[0][2]
 
     def place(self, index: int) -> tuple[int, int]:
-        """The part that sample `index` comes from, and the sample's number there."""
+        """Return the part that sample `index` comes from, and the sample's number there."""
         node = self._root
         while isinstance(node, _Fork):
             before = node.count_left(index)

@@ -26,7 +26,7 @@ def count_windows(num_tokens: int, seq_len: int, keep_tail: bool) -> int:
 
 
 def cut_window(tokens: np.ndarray, index: int, seq_len: int, eod_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `index`-th window of a stream.
+    """Return the `index`-th window of a stream.
 
     Args:
         tokens: the stream without its leading EOD, [N].
@@ -51,5 +51,5 @@ def cut_window(tokens: np.ndarray, index: int, seq_len: int, eod_id: int) -> tup
 
 @lru_cache(maxsize=64)  # neighbouring samples share an epoch; workers run ahead into the next one
 def epoch_permutation(num_windows: int, seed: int, epoch: int) -> Permutation:
-    """The order in which an epoch visits the windows, a function of its arguments alone."""
+    """Return the order in which an epoch visits the windows, a function of its arguments alone."""
     return Permutation(num_windows, seed, "epoch", epoch)

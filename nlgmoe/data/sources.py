@@ -30,7 +30,7 @@ class TokenSource(Protocol):
     seq_len: int
 
     def sample(self, index: int) -> Sample:
-        """The `index`-th sample: a pure function of the index and of what the source was made from."""
+        """Return the `index`-th sample: a pure function of the index and of what the source was made from."""
         ...
 
 
@@ -123,7 +123,7 @@ class EvaluationSource:
         return len(self._windows)
 
     def sample(self, index: int) -> Sample:
-        """The `index`-th window over all domains, or padding for -1."""
+        """Return the `index`-th window over all domains, or padding for -1."""
         if index == -1:
             padding = torch.full((self.seq_len,), self._eod_id, dtype=torch.int64)
             mask = torch.zeros(self.seq_len, dtype=torch.bool)
@@ -132,7 +132,7 @@ class EvaluationSource:
         return make_sample(self._streams[domain], window, self.seq_len, self._eod_id, domain)
 
     def evaluated_tokens(self, domain: int) -> np.ndarray:
-        """The targets that the domain's windows cover, in order."""
+        """Return the targets that the domain's windows cover, in order."""
         windows = sum(1 for d, _ in self._windows if d == domain)
         return self._streams[domain][: windows * self.seq_len]
 

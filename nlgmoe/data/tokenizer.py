@@ -82,7 +82,7 @@ class Tokenizer:
         return text
 
     def spell(self, token: int) -> bytes:
-        """The bytes of text that a token stands for; the end of a document, and an unknown id, for none."""
+        """Return the bytes of text that a token stands for; the end of a document, and an unknown id, for none."""
         return self.spellings[token] if token < len(self.spellings) else b""
 
     def share_reproduced(self, documents: Iterable[np.ndarray]) -> float:

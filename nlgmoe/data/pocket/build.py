@@ -91,7 +91,7 @@ def prepare(data_dir: Path, tokenizer: str) -> None:
 
 
 def open_corpus(root: Path) -> Manifest:
-    """The corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first.
+    """Return the corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first.
 
     Raises:
         ValueError: another corpus lies there and a file of it is missing or changed, or see `build_pocket_pile`.

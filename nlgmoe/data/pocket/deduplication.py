@@ -97,7 +97,7 @@ def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
 
 
 def limit_bytes(documents: list[Document], max_bytes: int) -> list[Document]:
-    """A sample of the documents of at most `max_bytes`, drawn by hash, in the order given."""
+    """Return a sample of the documents of at most `max_bytes`, drawn by hash, in the order given."""
     chosen: set[int] = set()
     total = 0
     for i in sorted(range(len(documents)), key=lambda i: _digest(documents[i].text)):

@@ -64,7 +64,7 @@ def django_manual(archive: Path) -> Iterator[Document]:
 
 
 def aws_manual(archive: Path) -> Iterator[Document]:
-    """The reference manual of each AWS service: what every operation and parameter does, each paragraph once."""
+    """Return the reference manual of each AWS service: what every operation and parameter does, each paragraph once."""
     seen: set[str] = set()  # over all services: they share thousands of paragraphs
     for name, content in read_members(archive, lambda name: name.endswith("/service-2.json.gz")):
         model = json.loads(gzip.decompress(content))
@@ -132,7 +132,7 @@ def _remove_nested(pattern: str, text: str) -> str:
 
 
 def _entry(name: str, documentation: str, seen: set[str]) -> list[str]:
-    """A headword and its paragraphs; nothing if all of them were seen before."""
+    """Return a headword and its paragraphs; nothing if all of them were seen before."""
     prose = _prose(documentation, seen)
     return [f"{name}\n{prose[0]}", *prose[1:]] if prose else []
 

@@ -125,7 +125,7 @@ def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
 
 
 def _archive_options(archive: str) -> list[str]:
-    """What makes pip choose this very archive, whichever interpreter and machine it runs on."""
+    """Return options with which pip chooses this archive on any interpreter and machine."""
     if archive.endswith(".tar.gz"):
         return ["--no-binary", ":all:"]
     python, _, platforms = archive.removesuffix(".whl").split("-")[-3:]

@@ -49,7 +49,7 @@ class Arguments:
         return any(name in self.uses for name in names)
 
     def value(self, name: str) -> Any:
-        """A flag's value, Megatron's default where it is not given, None where it is not usable."""
+        """Return a flag's value, Megatron's default where it is not given, None where it is not usable."""
         flag, row = FLAGS[name]
         use = self.uses.get(name)
         if use is None:
@@ -66,7 +66,7 @@ class Arguments:
         return parsed[0]
 
     def required(self, name: str) -> Any:
-        """A flag's value; a missing flag is a problem."""
+        """Return a flag's value; a missing flag is a problem."""
         if name not in self.uses:
             if not any(problem.startswith((f"{name} ", f"{name}:")) for problem in self.problems):
                 self.problem(name, "is not given, and there is no default for it; add it")

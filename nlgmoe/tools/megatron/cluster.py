@@ -35,7 +35,7 @@ class Cluster:
 
 
 def read_cluster(launch: Launch, arguments: Arguments) -> Cluster | None:
-    """The launcher's counts, or those of the variables that the tutorial's scripts keep them in; None with a problem."""
+    """Return the launcher's counts, or those of the variables that the tutorial's scripts keep them in; None with a problem."""
     devices, nodes = (_given(names, launch, arguments) for names in (_DEVICE_FLAGS, _NODE_FLAGS))
     if arguments.problems and 0 in (devices, nodes):
         return None
@@ -67,7 +67,7 @@ def read_cluster(launch: Launch, arguments: Arguments) -> Cluster | None:
 
 
 def _given(names: tuple[str, ...], launch: Launch, arguments: Arguments) -> int | None:
-    """The last of these flags of the launcher, or among Megatron's; 0 with a problem."""
+    """Return the last of these flags of the launcher, or among Megatron's; 0 with a problem."""
     words = [part for word in launch.launcher for part in word.split("=", 1)]
     found = [(name, value) for name, value in pairwise(words) if name in names]
     found += [(name, arguments.uses[name].values[0]) for name in names if name in arguments.uses]
@@ -170,7 +170,7 @@ def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
 
 
 def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum | None:
-    """The values of an enabled section; None with a problem."""
+    """Return the values of an enabled section; None with a problem."""
     values = section | section.get("schedule_config", {})
     names = ("min_difficulty", "max_difficulty", "total_curriculum_step", "difficulty_step")
     unusable = [name for name in names if not str(values.get(name)).isdigit()]

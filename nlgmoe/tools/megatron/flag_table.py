@@ -33,7 +33,7 @@ def with_table(document: str, titles: list[str]) -> str:
 
 
 def markdown_table(titles: list[str]) -> str:
-    """The rows of some sections."""
+    """Return the rows of some sections."""
     lines = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"]
     for title in titles:
         lines.append(f"| **{title}** | | |")
@@ -45,7 +45,7 @@ def markdown_table(titles: list[str]) -> str:
 
 
 def _exceptions(flag: Flag, row: Row) -> str:
-    """The values with which a refused flag is accepted."""
+    """Return the values with which a refused flag is accepted."""
     return (
         f" (but {' or '.join(f'`{value}`' for value in flag.allowed)})"
         if row.kind == "refused" and flag.allowed

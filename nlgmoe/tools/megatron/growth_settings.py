@@ -93,7 +93,7 @@ def _ramp_up_batches(job: Job) -> list[int]:
 
 
 def _ramp_up(job: Job) -> BatchRampUp | None:
-    """The flag's three numbers; None without it, or with a problem."""
+    """Return the flag's three numbers; None without it, or with a problem."""
     if not job.arguments.has("--rampup-batch-size") or job.seq_len is None or job.global_batch is None:
         return None
     numbers = job.arguments.value("--rampup-batch-size")

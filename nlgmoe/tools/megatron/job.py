@@ -80,7 +80,7 @@ class Job:
                     self.set(flag.setting, value, self.default(flag.name))
 
     def default(self, name: str) -> str:
-        """The comment beside a value that is Megatron's default; empty if the flag is given."""
+        """Return the comment beside a value that is Megatron's default; empty if the flag is given."""
         return "" if name in self.arguments.uses else DEFAULT
 
     def _global_batch(self) -> int | None:

@@ -64,7 +64,7 @@ def _launch(values: Mapping[str, str], source: str, name: str) -> Launch:
 
 
 def _valued(flag: Flag, argument: str, values: Mapping[str, str]) -> list[str]:
-    """The words of a flag with values; none if it has Megatron's default, or the value that Megatron derives for it."""
+    """Return the words of a flag with values; none if it has Megatron's default, or the value that Megatron derives for it."""
     value = values.get(argument, "None")
     if value in ("None", "", _DEFAULTS.get(argument), _derived(argument, values)):
         return []
@@ -77,7 +77,7 @@ def _valued(flag: Flag, argument: str, values: Mapping[str, str]) -> list[str]:
 
 
 def _derived(argument: str, values: Mapping[str, str]) -> str | None:
-    """The value that Megatron fills in where an argument is not given (`parse_args`, `validate_args`)."""
+    """Return the value that Megatron fills in where an argument is not given (`parse_args`, `validate_args`)."""
     heads, hidden = values.get("num_attention_heads", ""), values.get("hidden_size", "")
     if argument in ("start_weight_decay", "end_weight_decay"):
         return values.get("weight_decay")

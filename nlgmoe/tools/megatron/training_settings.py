@@ -78,7 +78,7 @@ def _decay_samples(job: Job) -> int | None:
 
 
 def _samples_of(job: Job, samples: str, iterations: str) -> int | None:
-    """A length that is given in sequences or in steps, in sequences."""
+    """Return a length that is given in sequences or in steps, in sequences."""
     if job.arguments.has(iterations):
         steps = job.arguments.value(iterations)
         return None if steps is None else samples_of_steps(job, steps)
