@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import MoEConfig
+from nlgmoe.layers.uniform import Uniform
 from nlgmoe.roles import Role
-from nlgmoe.seeding import derive_seed
 
 JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
@@ -165,7 +165,7 @@ class TopKRouter(Router):
         """Route `x`, `[N, H]`."""
         config, training = self.config, self.training
         token_mask = None if context.mask is None else context.mask.flatten()  # [N]
-        draw = _Uniform(context.noise_key, self.layer_index, x.device)
+        draw = Uniform(context.noise_key, self.layer_index, x.device)
         with without_autocast(x.device.type):  # keeps the product in fp32
             dtype = torch.promote_types(x.dtype, torch.float32)
             gate_input = x.to(dtype)
@@ -192,7 +192,7 @@ class TopKRouter(Router):
         factor = config.train_capacity_factor if self.training else config.eval_capacity_factor
         return capacity(num_tokens, self.num_experts, config.top_k, factor, config.min_capacity)
 
-    def _choose(self, logits: Tensor, probs: Tensor, draw: _Uniform) -> Tensor:
+    def _choose(self, logits: Tensor, probs: Tensor, draw: Uniform) -> Tensor:
         """Choose the k experts of each token, `[N, k]`, first choice first."""
         config, training = self.config, self.training
         if config.top_k == 1:
@@ -210,7 +210,7 @@ class TopKRouter(Router):
         return probs.detach().topk(config.top_k, dim=-1).indices
 
     def _within_capacity(
-        self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: _Uniform
+        self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: Uniform
     ) -> Tensor:
         """Return which assignments are kept, `[N, k]` bool: each expert takes its queue in order, up to its capacity."""
         config = self.config
@@ -256,28 +256,3 @@ def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: 
 def count(values: Tensor, kinds: int) -> Tensor:
     """Count each of 0, ..., `kinds` - 1 in `values`, int64, without the synchronisation of `bincount`."""
     return values.new_zeros(kinds).scatter_add_(0, values.flatten(), values.new_ones(()).expand(values.numel()))
-
-
-class _Uniform:
-    """Uniform draws in fp32, from a generator seeded by the key, or from torch's global generator without one.
-
-    The dtype is explicit: under `bf16-true` Lightning sets another default in the forward pass only, and a recomputed block
-    has to draw the same numbers.
-    """
-
-    def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
-        self.device = device
-        self.generator: torch.Generator | None = None
-        if key is not None:
-            self._seed = derive_seed("routing", *key, layer_index)
-        self._keyed = key is not None
-
-    def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
-        if self._keyed and self.generator is None:
-            self.generator = torch.Generator(self.device).manual_seed(self._seed)
-        return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float32)
-
-    def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
-        """Draw standard Gumbel noise, `-log(-log(u))`."""
-        uniform = self(shape).clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
-        return -torch.log(-torch.log(uniform))

@@ -38,7 +38,7 @@ def same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert tuple(shape) == noise.shape
             return noise
 
-    monkeypatch.setattr(our_router, "_Uniform", OurDraws)
+    monkeypatch.setattr(our_router, "Uniform", OurDraws)
     priorities, jitter = uniform[(TOKENS,)], uniform[(TOKENS, WIDTH)]
     monkeypatch.setitem(sharded_moe.exp_selection_uniform_map, CPU, lambda shape: priorities[:, None].expand(shape))
     monkeypatch.setitem(sharded_moe.uniform_map, CPU, lambda shape: 1 - 1e-2 + 2e-2 * jitter)

@@ -49,7 +49,7 @@ def test_top_1_keeps_the_earliest_tokens_and_weighs_by_probability() -> None:
 
 
 def test_top_1_keeps_the_highest_random_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "_Uniform", lambda *_: lambda shape: torch.tensor([0.2, 0.1, 0.9, 0.0]))
+    monkeypatch.setattr(router_module, "Uniform", lambda *_: lambda shape: torch.tensor([0.2, 0.1, 0.9, 0.0]))
     routing = route(replace(PLAIN, random_token_selection=True), FOUR_TOKENS)
     assert routing.kept.tolist() == [[True], [False], [True], [True]]
 

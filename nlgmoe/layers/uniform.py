@@ -1,0 +1,38 @@
+"""Random numbers of a router that depend on the noise key only: the same on any rank, and in a recomputed block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nlgmoe.seeding import derive_seed
+
+
+class Uniform:
+    """Uniform draws in fp32, from a generator seeded by the key.
+
+    The dtype is explicit: under `bf16-true` Lightning sets another default in the forward pass, but not in the recomputation.
+
+    Args:
+        key: `RoutingContext.noise_key`; None: draw from torch's global generator.
+        layer_index: block number, so that layers draw different numbers.
+        device: of the draws.
+    """
+
+    def __init__(self, key: tuple[int, ...] | None, layer_index: int, device: torch.device) -> None:
+        self.device = device
+        self.generator: torch.Generator | None = None
+        if key is not None:
+            self._seed = derive_seed("routing", *key, layer_index)
+        self._keyed = key is not None
+
+    def __call__(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """Draw from U(0, 1)."""
+        if self._keyed and self.generator is None:
+            self.generator = torch.Generator(self.device).manual_seed(self._seed)
+        return torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+
+    def gumbel(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """Draw standard Gumbel noise, `-log(-log(u))`."""
+        uniform = self(shape).clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+        return -torch.log(-torch.log(uniform))
