@@ -1,4 +1,4 @@
-"""The seam between data and training: what a batch is, and what the module asks of a data module."""
+"""The interface between data and training: the batch, and the protocols of a data module that the module uses."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from torch import Tensor
 
 
 class Batch(TypedDict):
-    """What a data module yields; B sequences of T tokens.
+    """A micro-batch of B sequences of T tokens.
 
     Attributes:
-        tokens: `[B, T]` int64, what the model reads.
-        targets: `[B, T]` int64, what it shall predict at each position.
+        tokens: `[B, T]` int64, the model's input.
+        targets: `[B, T]` int64, the token to predict at each position.
         token_mask: `[B, T]` bool, False at padding.
         domain: `[B]` int64, index into the data module's `domains`.
-        padded: whether `token_mask` has a False; not needed, but to look for one on a GPU is to wait for it.
-        loss_mask: `[B, T]` bool, False where a position's loss does not count, padding included; only if that is more than
-            `token_mask` says. Such positions are read and routed like any other.
-        document: `[B, T]` int64, the number of the document that each position belongs to; only if attention is to end at
-            their borders.
-        samples: B numbers, of the sequences in the run's order, not on a GPU; only in training, and only where the data module
-            `NumbersSamples`.
+        padded: true if `token_mask` contains a False; optional, avoids a wait for the GPU to find out.
+        loss_mask: `[B, T]` bool, False where a position's loss does not count, padding included; absent if it equals
+            `token_mask`. Such positions are read and routed like all others.
+        document: `[B, T]` int64, document number of each position; present if attention is limited to a document.
+        samples: B sample numbers of the run, on the host; present in training with a data module that `HasSampleNumbers`.
     """
 
     tokens: Tensor
@@ -34,92 +32,92 @@ class Batch(TypedDict):
     samples: NotRequired[list[int]]
 
 
-def mask_or_none(batch: Batch) -> Tensor | None:
-    """The token mask, or None where nothing is masked: attention is faster without one."""
+def token_mask_or_none(batch: Batch) -> Tensor | None:
+    """Return the token mask, or None if nothing is masked, which makes attention faster."""
     mask = batch["token_mask"]
     padded = batch.get("padded")
     return mask if (not mask.all() if padded is None else padded) else None
 
 
 def loss_mask(batch: Batch) -> Tensor:
-    """`[B, T]` bool, False where no loss is taken."""
+    """Return the `[B, T]` bool mask that is False where a position's loss does not count."""
     return batch.get("loss_mask", batch["token_mask"])
 
 
-def cut(batch: Batch, length: int) -> Batch:
-    """The first `length` positions of every sequence."""
-    short = {
+def truncate(batch: Batch, length: int) -> Batch:
+    """Truncate every sequence to its first `length` positions."""
+    truncated = {
         name: value[:, :length] if isinstance(value, Tensor) and value.dim() == 2 else value
         for name, value in batch.items()
     }
-    return cast(Batch, short)
+    return cast(Batch, truncated)
 
 
 @runtime_checkable
-class CountsSamples(Protocol):
-    """A data module that resumes: it is told how many samples have been trained on."""
+class TracksSamples(Protocol):
+    """A data module that can resume: it counts the samples trained on."""
 
     def advance(self, samples: int) -> None:
         """Count `samples` more, over all ranks."""
 
 
 @runtime_checkable
-class PlansBatches(Protocol):
+class HasPlannedBatchSize(Protocol):
     """A data module whose steps may grow."""
 
     def planned_batch_size(self) -> int | None:
-        """Sequences of the next optimizer step, over all ranks; None if steps are to stay alike."""
+        """Return the sequences of the next optimizer step over all ranks; None if all steps have the same size."""
 
 
 @runtime_checkable
-class SizesBatches(Protocol):
-    """A data module that knows how large its micro-batches are before it makes them."""
+class HasLargestBatch(Protocol):
+    """A data module that knows the size of its micro-batches in advance."""
 
     def largest_batch(self, stage: str) -> tuple[str, int]:
-        """A setting, and how many sequences the largest micro-batch of a rank has by it; `stage` is Lightning's."""
+        """Return a setting, and the sequences of a rank's largest micro-batch that it leads to, in Lightning's `stage`."""
 
 
 @runtime_checkable
-class NumbersSamples(Protocol):
-    """A data module whose training batches say which samples they hold, so that what was stored of one is found again.
+class HasSampleNumbers(Protocol):
+    """A data module whose training batches contain sample numbers, by which stored teacher logits are looked up.
 
     Attributes:
-        samples_consumed: how many have been trained on.
-        document_attention: whether batches have `document`.
+        samples_consumed: number of samples trained on.
+        document_attention: true if batches contain `document`.
     """
 
     samples_consumed: int
     document_attention: bool
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What decides, with a sample's number, which tokens it has; the names are those of settings."""
+        """Return the settings, by name, that determine a sample's tokens together with its number."""
 
     def batch_size_after(self, samples: int) -> int:
-        """Sequences of the optimizer step that follows the first `samples`, over all ranks."""
+        """Return the sequences of the optimizer step after the first `samples`, over all ranks."""
 
 
 @runtime_checkable
-class SpellsBytes(Protocol):
-    """A data module whose loss can be reported by domain and per byte of text."""
+class HasTokenByteLengths(Protocol):
+    """A data module whose loss can be logged by domain and per byte of text."""
 
     domains: list[str]
     vocab_size: int
 
     def token_byte_lengths(self) -> Tensor:
-        """`[V]` bytes of text each token id spells."""
+        """Return the `[V]` numbers of text bytes of each token id."""
 
 
 @runtime_checkable
-class SpellsTokens(Protocol):
-    """A data module that knows what its token ids stand for."""
+class HasTokenTexts(Protocol):
+    """A data module that knows the text of its token ids."""
 
     def token_spellings(self) -> list[bytes]:
-        """`[V]` the bytes of text that each token id stands for."""
+        """Return the text of each token id, `[V]`, as bytes."""
 
 
 @runtime_checkable
 class HasTokenizer(Protocol):
-    """A data module whose checkpoints are to hold the tokenizer, so that others can generate and evaluate with them."""
+    """A data module whose tokenizer is saved in checkpoints, for generation and evaluation."""
 
     def tokenizer_json(self) -> str:
-        """In the `tokenizers` library's format."""
+        """Return the tokenizer in the format of the `tokenizers` library."""

@@ -1,7 +1,6 @@
-"""What differs between a CPU and an accelerator: the one file that asks which of them a device is.
+"""Differences between a CPU and an accelerator; no other file asks which of them a device is.
 
-Everything else runs the same lines on both. `torch.accelerator` names the kind, so that no kind is named here; Lightning's names
-for one kind are.
+`torch.accelerator` names the type of the accelerator, so that no type is named here, except in Lightning's settings.
 """
 
 from __future__ import annotations
@@ -21,54 +20,52 @@ _CONTAINER_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/mem
 
 
 def default_device() -> str:
-    """The accelerator of this machine if it has one, else the CPU."""
+    """Return the type of this machine's accelerator, or `cpu` if it has none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """True if tensors of the host have to be copied to `device`."""
+    """Return True if host tensors must be copied to `device`."""
     return device.type != "cpu"
 
 
 def lacks_gpu(accelerator: Any) -> bool:
-    """Whether `trainer.accelerator` asks for a GPU where there is none."""
+    """Return True if `trainer.accelerator` requires a GPU and there is none."""
     return accelerator in ("gpu", "cuda") and not torch.accelerator.is_available()
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What `torch.compile` would not find on this machine to compile for `device`, in words; None: nothing is missing.
+    """Describe the compiler that `torch.compile` needs for `device` and this machine lacks; None if it has one.
 
-    Where it looks: PyTorch for a CPU, Triton for an accelerator.
+    PyTorch compiles for a CPU, Triton for an accelerator.
     """
     language, variable, names = ("C", "CC", ["gcc", "clang"]) if is_accelerator(device) else ("C++", "CXX", ["g++"])
     names = [os.environ[variable]] if os.environ.get(variable) else names
-    return (
-        None
-        if any(map(shutil.which, names))
-        else f"a {language} compiler ({' or '.join(names)}; {variable} names another)"
-    )
+    if any(map(shutil.which, names)):
+        return None
+    return f"a {language} compiler ({' or '.join(names)}; {variable} names another)"
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Restore the global generators of the CPU and of `device` when the context ends."""
+    """Restore the global generators of the CPU and of `device` at the end of the context."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host; an accelerator does not make the host wait for it."""
+    """Copy a host tensor to `device`, asynchronously if that is an accelerator."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A queue of its own, in which a wait does not wait for the computation; on a CPU there is one queue."""
+    """Return a new stream, in which waiting does not wait for the computation; a CPU has none."""
     return nullcontext() if device.type == "cpu" else torch.Stream(device)
 
 
 def time_stamp(device: torch.device) -> float | torch.Event:
-    """Now, in seconds; of an accelerator, an event that is reached when all that was asked of it before is done."""
+    """Return the time in seconds; on an accelerator, record an event behind the work submitted so far."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)
@@ -77,7 +74,7 @@ def time_stamp(device: torch.device) -> float | torch.Event:
 
 
 def peak_memory(device: torch.device) -> list[int]:
-    """Most bytes held so far by tensors and by PyTorch's allocator; empty for a CPU, whose memory is the process's."""
+    """Return the peak bytes allocated by tensors and reserved by PyTorch's allocator; empty for a CPU, which counts neither."""
     if device.type == "cpu":
         return []
     module: Any = torch.get_device_module(device)
@@ -85,11 +82,11 @@ def peak_memory(device: torch.device) -> list[int]:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of an accelerator's memory; of a CPU, of the machine's, or of the container's limit if that is less."""
+    """Return the bytes of a device's memory; of a CPU, the smaller of the machine's memory and the container's limit."""
     if device.type == "cpu":
         found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
         for file in _CONTAINER_LIMITS:
-            with suppress(OSError, ValueError):  # no such file; `max`
+            with suppress(OSError, ValueError):  # the file does not exist, or contains `max`
                 found.append(int(file.read_text()))
         return min(found)
     module: Any = torch.get_device_module(device)
@@ -97,7 +94,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def free_cached_memory(device: torch.device) -> bool:
-    """Give the memory that PyTorch's allocator keeps back to the device. Returns whether there is such an allocator."""
+    """Free the memory that PyTorch's allocator caches. Returns False for a CPU, whose allocator caches none."""
     if device.type == "cpu":
         return False
     torch.get_device_module(device).empty_cache()
@@ -105,6 +102,6 @@ def free_cached_memory(device: torch.device) -> bool:
 
 
 def product_name(device: torch.device) -> str | None:
-    """What an accelerator calls itself; None for a CPU."""
+    """Return an accelerator's product name; None for a CPU."""
     name: str | None = None if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
     return name

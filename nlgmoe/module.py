@@ -17,17 +17,17 @@ from typing_extensions import override
 
 from nlgmoe.batch import (
     Batch,
-    CountsSamples,
+    HasLargestBatch,
+    HasPlannedBatchSize,
+    HasTokenByteLengths,
     HasTokenizer,
-    PlansBatches,
-    SizesBatches,
-    SpellsBytes,
-    cut,
+    TracksSamples,
     loss_mask,
-    mask_or_none,
+    token_mask_or_none,
+    truncate,
 )
-from nlgmoe.checkpoint.agreement import AgreedError
-from nlgmoe.checkpoint.portable import describe_mismatch
+from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.device import fork_rng
@@ -40,7 +40,7 @@ from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Router, Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.model.gpt import GPT
-from nlgmoe.non_finite import HoldsGradients, LocalGradients, NonFinite, StepGradients, StepGuard
+from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
@@ -152,7 +152,7 @@ class MoEGPTModule(LightningModule):
                 model.compile_dense_parts()
             self.model = model
         elif not self.model.has_placements(placed):
-            raise AgreedError(
+            raise AllRanksError(
                 "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
                 "MoEGPTModule for every trainer, and do not use module.gpt before fit"
             )
@@ -187,9 +187,9 @@ class MoEGPTModule(LightningModule):
         """
         check_trainer(self.trainer, stage)
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, SizesBatches):
+        if isinstance(data, HasLargestBatch):
             check_memory(self.config, self.curriculum, data, self.trainer, stage)
-        if not isinstance(data, SpellsBytes):
+        if not isinstance(data, HasTokenByteLengths):
             return
         check_vocabulary(self.config, data)
         shares = getattr(data, "domain_shares", None)
@@ -200,7 +200,7 @@ class MoEGPTModule(LightningModule):
         """Compute the loss of one micro-batch."""
         if self.curriculum is not None:
             # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
-            batch = cut(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
+            batch = truncate(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
         loss, losses, self.routings = self._losses(batch, len(self._window.batches))
         of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
@@ -218,7 +218,7 @@ class MoEGPTModule(LightningModule):
 
         A second call in the same step computes the same.
         """
-        key, mask = self._noise_key(index), mask_or_none(batch)
+        key, mask = self._noise_key(index), token_mask_or_none(batch)
         # The teacher first: its activations are freed before the student's are allocated.
         teacher = self.distiller.read(batch, mask) if self.distiller is not None else None
         with fork_rng(self.device):  # dropout draws from torch's generator: seed it for this micro-batch alone
@@ -283,14 +283,16 @@ class MoEGPTModule(LightningModule):
                 with self.trainer.precision_plugin.train_step_context():
                     return self._losses(window.batches[index], index)[1].values()
 
-            return first_non_finite(self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full)
+            return first_non_finite(
+                self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full_gradient
+            )
 
         def bad_weight() -> str | None:
             return first_non_finite_weight(self.gpt)
 
-        window.taken = self.guard.allows(step, loss, norm, gradients.scale_can_fall, bad_weight, find_source)
+        window.taken = self.guard.allows(step, loss, norm, gradients.can_lower_loss_scale, bad_weight, find_source)
         if not window.taken:
-            gradients.drop()
+            gradients.discard()
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
@@ -305,7 +307,7 @@ class MoEGPTModule(LightningModule):
     def step_gradients(self) -> StepGradients | None:
         """Return the gradients of the coming optimizer step, for `on_before_optimizer_step` and later; None if none is due."""
         trainer = self.trainer
-        if isinstance(trainer.strategy, HoldsGradients):
+        if isinstance(trainer.strategy, HasStepGradients):
             return trainer.strategy.step_gradients()
         return LocalGradients(self.gpt.parameters(), getattr(trainer.precision_plugin, "scaler", None))
 
@@ -356,8 +358,8 @@ class MoEGPTModule(LightningModule):
         world = self.trainer.world_size
         self.tokens_seen += self._window.tokens * world
         data = getattr(self.trainer, "datamodule", None)
-        planned = data.planned_batch_size() if isinstance(data, PlansBatches) else None
-        if isinstance(data, CountsSamples):
+        planned = data.planned_batch_size() if isinstance(data, HasPlannedBatchSize) else None
+        if isinstance(data, TracksSamples):
             data.advance(self._window.samples * world)
         self._warn_of_another_batch(self._window.samples * world, planned)
         if self._learning_routers and self._window.taken:
@@ -443,7 +445,7 @@ class MoEGPTModule(LightningModule):
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
-        self.guard.end(self.trainer.global_step, first_non_finite_weight(self.gpt))
+        self.guard.check_weights(self.trainer.global_step, first_non_finite_weight(self.gpt))
 
     @override
     def on_train_end(self) -> None:
@@ -516,8 +518,8 @@ class MoEGPTModule(LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            mismatch = describe_mismatch(self.state_dict(), dict(state_dict))
-            raise ValueError(f"the checkpoint does not fit the model: {mismatch}; use another checkpoint") from error
+            different = summarize_differences(describe_differences(shapes_of(self.state_dict()), shapes_of(state_dict)))
+            raise ValueError(f"the checkpoint does not fit the model: {different}; use another checkpoint") from error
 
     def _noise_key(self, index: int) -> tuple[int, int, int]:
         """(seed, step, index within the step over all ranks), from the index on this rank."""
@@ -525,7 +527,7 @@ class MoEGPTModule(LightningModule):
         return self.seed, trainer.global_step, index * trainer.world_size + trainer.global_rank
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        output = self.gpt(batch["tokens"], mask_or_none(batch), documents=batch.get("document"))
+        output = self.gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
         self.routings = output.routings
         losses = token_losses(
             output.hidden.flatten(0, 1),

@@ -1,11 +1,11 @@
-"""NaN or infinity in a step's loss or gradients: noticed before weights change, then the run stops or the step is skipped.
+"""Detect NaN or infinity in a step's loss or gradients before weights change; then stop the run or skip the step.
 
-One number decides, the same on every rank: the norm of the whole model's gradient, which clipping needs anyway, or the loss.
-Where a dynamic loss scale is at work (fp16) gradients overflow now and then: such a step is skipped and counted, and the scale
-falls. Only at the lowest scale do gradients decide as elsewhere.
+The decision depends on the loss and on the norm of the whole model's gradient, which clipping needs anyway; both are equal on all
+ranks. Under a dynamic loss scale (fp16) gradients overflow now and then: such a step is skipped and counted, and the scale is
+lowered. At the lowest scale an overflow is treated as in other precisions.
 
-A finite step can still write weights that are not, such as with a learning rate that is far too high. What they compute then is
-not finite either: the next step finds them, and the end of the run looks for them.
+A finite step can still write weights that are not finite, for example with a much too high learning rate. The next step detects
+them by its loss; after the last step the weights are checked themselves.
 """
 
 from __future__ import annotations
@@ -21,76 +21,77 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
 
-from nlgmoe.checkpoint.agreement import AgreedError
+from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.validation import require
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What to do about a step whose loss or gradients are NaN or infinite; weights and moments never see them.
+    """Handling of a step whose loss or gradients are NaN or infinite; it never changes weights and moments.
 
     Attributes:
-        action: `stop` ends the run with an error that names step, rank and layer; `skip` leaves weights and moments as they
-            are, warns, and goes on with the next data.
-        limit: most steps in a row that `skip` leaves out; at the next one the run stops all the same.
+        action: `stop` ends the run with an error that names step, rank and layer; `skip` leaves weights and moments
+            unchanged, warns, and continues with the next data.
+        limit: largest number of consecutive steps that `skip` skips; at the next one the run stops.
     """
 
     action: Literal["stop", "skip"] = "stop"
     limit: int = 10
 
     def __post_init__(self) -> None:
-        if self.action not in ("stop", "skip"):
-            raise ValueError(f"action={self.action} must be stop or skip")
-        if self.limit < 1:
-            raise ValueError(f"limit={self.limit} must be at least 1 step; to stop at the first one set action to stop")
+        require(self.action in ("stop", "skip"), f"action={self.action} must be stop or skip")
+        require(
+            self.limit >= 1, f"limit={self.limit} must be at least 1 step; to stop at the first one set action to stop"
+        )
 
 
-class NonFiniteError(AgreedError):
-    """A step that could not be taken, or should not have been."""
+class NonFiniteError(AllRanksError):
+    """A step's loss or gradients, or the weights after it, are NaN or infinite."""
 
 
 class StepGradients(Protocol):
-    """The gradients of a step that is about to be taken, summed over its micro-batches and averaged over ranks."""
+    """The gradients of the coming step, summed over its micro-batches and averaged over ranks."""
 
     def norm(self) -> Tensor:
-        """L2 norm of all of them, every expert once, the same on every rank; not finite if one of them is not."""
+        """Return the L2 norm of the whole model's gradient, in which every expert counts once, on every rank. A collective."""
         ...
 
-    def scale_can_fall(self) -> bool | None:
-        """Whether the dynamic loss scale, read from the device, is above its lowest; None where there is none."""
+    def can_lower_loss_scale(self) -> bool | None:
+        """Return True if the dynamic loss scale is above its lowest value; None if there is no loss scale."""
         ...
 
-    def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-        """Squared L2 norms of parts of the model, `[parts]`: the sum of what all ranks return. No collective."""
+    def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+        """Return terms whose sum over ranks is the squared L2 norm of each part of the model, `[parts]`. No collective."""
         ...
 
-    def full(self, parameter: nn.Parameter) -> Tensor | None:
-        """The gradient of one parameter of this rank. All ranks ask together, in the same order."""
+    def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the gradient of one parameter of this rank. A collective."""
         ...
 
     def clip(self, value: float, algorithm: str | None) -> None:
-        """Clip them as Lightning's `gradient_clip_val` and `gradient_clip_algorithm` say."""
+        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`."""
         ...
 
-    def drop(self) -> None:
-        """Let the step change nothing: no weight, no moment, no count of AdamW's."""
+    def discard(self) -> None:
+        """Make the step change no weight, no moment and no step count of AdamW."""
         ...
 
 
 @runtime_checkable
-class HoldsGradients(Protocol):
+class HasStepGradients(Protocol):
     """A strategy that keeps gradients elsewhere than in `parameter.grad`."""
 
     def step_gradients(self) -> StepGradients | None:
-        """Those of the step about to be taken; None after a micro-batch that does not end a step."""
+        """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
         ...
 
 
 class LocalGradients:
-    """Gradients that every rank holds whole: one process, or `ddp`.
+    """Gradients that every rank holds whole: a single process, or `ddp`.
 
     Args:
         parameters: of the model.
-        scaler: of fp16's loss scale, whose lowest value is taken to be 1; it has no bound of its own.
+        scaler: fp16's gradient scaler, which has no lower bound; a scale of 1 is taken as its lowest.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], scaler: GradScaler | None = None) -> None:
@@ -99,23 +100,23 @@ class LocalGradients:
 
     @cached_property
     def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([self.full(parameter) for parameter in self._parameters])  # type: ignore[misc]
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters])  # type: ignore[misc]
 
     def norm(self) -> Tensor:
         """See `StepGradients`."""
         return self._norm
 
-    def scale_can_fall(self) -> bool | None:
+    def can_lower_loss_scale(self) -> bool | None:
         """See `StepGradients`."""
         return None if self._scaler is None else self._scaler.get_scale() > 1
 
-    def squares(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+    def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """See `StepGradients`."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         device = next(one.device for part in parts for one in part)  # a router may have no parameters
-        return torch.stack([square_of((one.grad for one in part), device) for part in parts]) / ranks
+        return torch.stack([squared_norm((one.grad for one in part), device) for part in parts]) / ranks
 
-    def full(self, parameter: nn.Parameter) -> Tensor | None:
+    def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """See `StepGradients`."""
         return parameter.grad
 
@@ -126,34 +127,27 @@ class LocalGradients:
         else:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, value, self._norm)
 
-    def drop(self) -> None:
-        """See `StepGradients`: AdamW passes over parameters without a gradient."""
+    def discard(self) -> None:
+        """See `StepGradients`: AdamW skips parameters without a gradient."""
         for parameter in self._parameters:
             parameter.grad = None
 
 
-def square_of(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """Squared L2 norm of those that are there, in fp32, a scalar."""
-    there = [gradient.float() for gradient in gradients if gradient is not None]
-    return torch.nn.utils.get_total_norm(there).square() if there else torch.zeros((), device=device)
-
-
-def _written_before(fp16: str = "") -> str:
-    return (
-        "a step before has made it so, which skipping steps cannot undo. Go on from the last checkpoint, or one before it, with "
-        f"{fp16}a lower model.optimizer.lr"
-    )
+def squared_norm(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    """Compute the squared L2 norm of the gradients that are not None, in fp32, as a scalar."""
+    present = [gradient.float() for gradient in gradients if gradient is not None]
+    return torch.nn.utils.get_total_norm(present).square() if present else torch.zeros((), device=device)
 
 
 class StepGuard:
-    """Decides whether a step may be taken, and counts those that may not.
+    """Decide whether a step may be taken, and count skipped steps.
 
     Args:
-        settings: what to do.
+        settings: the action for a step that is not finite.
 
     Attributes:
-        skipped: steps left out since the run began, those among them whose gradients overflowed under fp16's loss scale.
-        in_a_row: of them, those since the last step that was taken; without overflows.
+        skipped: skipped steps since the run began, including those whose gradients overflowed under fp16's loss scale.
+        in_a_row: skipped steps since the last step that was taken, without overflows.
     """
 
     def __init__(self, settings: NonFinite) -> None:
@@ -165,68 +159,77 @@ class StepGuard:
         step: int,
         loss: float,
         norm: float,
-        scale_can_fall: Callable[[], bool | None],
+        can_lower_loss_scale: Callable[[], bool | None],
         bad_weight: Callable[[], str | None],
         find_source: Callable[[], str],
     ) -> bool:
-        """Whether the step may be taken.
+        """Return True if the step may be taken, False if it is to be skipped.
+
+        The functions are called only if the loss or the norm is not finite, on all ranks.
 
         Args:
             step: its number, as in the logger.
-            loss: of its micro-batches and all ranks.
+            loss: mean over its micro-batches and all ranks.
             norm: of its gradients.
-            scale_can_fall: see `StepGradients`; asked only where one of the two is not finite.
-            bad_weight: names a weight that is not finite, if one is; called only when it is needed, by all ranks.
-            find_source: says what else was not finite first; likewise.
+            can_lower_loss_scale: see `StepGradients`.
+            bad_weight: returns the name of a weight that is not finite, or None.
+            find_source: describes what else became non-finite first.
 
         Raises:
-            NonFiniteError: it may not, and the run is to stop; on every rank.
+            NonFiniteError: the run is to stop; on every rank.
         """
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):
             self.in_a_row = 0
             return True
-        can_fall = scale_can_fall()
-        if can_fall and math.isfinite(loss):
+        can_lower = can_lower_loss_scale()
+        if can_lower and math.isfinite(loss):
             self.skipped += 1
             return False
-        fp16 = "" if can_fall is None else "trainer.precision=bf16-mixed, "
-        what = f"step {step}: the {name} is {value}; first not finite: "
+        fp16 = "" if can_lower is None else "trainer.precision=bf16-mixed, "
+        problem = f"step {step}: the {name} is {value}; first not finite: "
         if (weight := bad_weight()) is not None:
-            raise NonFiniteError(f"{what}the weight {weight}; {_written_before(fp16)}")
-        what += find_source()
+            raise NonFiniteError(f"{problem}the weight {weight}; {_weight_remedy(fp16)}")
+        problem += find_source()
         if self.settings.action == "stop":
             raise NonFiniteError(
-                f"{what}; nothing was updated. Go on from the last checkpoint, or one before it, with {fp16}a lower "
+                f"{problem}; nothing was updated. Resume from the last checkpoint, or one before it, with {fp16}a lower "
                 "model.optimizer.lr, or with model.non_finite.action set to skip"
             )
         if self.in_a_row == self.settings.limit:
             raise NonFiniteError(
-                f"{what}; {self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit. Go on from an "
-                f"earlier checkpoint with {fp16}a lower model.optimizer.lr"
+                f"{problem}; {self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit. Resume from "
+                f"an earlier checkpoint with {fp16}a lower model.optimizer.lr"
             )
         self.skipped += 1
         self.in_a_row += 1
-        rank_zero_warn(f"{what}; the step was skipped, {self.skipped} so far")
+        rank_zero_warn(f"{problem}; the step was skipped, {self.skipped} so far")
         return False
 
-    def end(self, step: int, weight: str | None) -> None:
-        """Look at what the last step has made.
+    def check_weights(self, step: int, weight: str | None) -> None:
+        """Check the weights after the last step.
 
         Args:
-            step: the number of steps that were taken.
-            weight: that is not finite, if one is.
+            step: the number of steps taken.
+            weight: name of a weight that is not finite, or None.
 
         Raises:
-            NonFiniteError: one is; on every rank.
+            NonFiniteError: a weight is not finite; on every rank.
         """
         if weight is not None:
-            raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {_written_before()}")
+            raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {_weight_remedy()}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """Return the counts."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the counts."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def _weight_remedy(fp16: str = "") -> str:
+    return (
+        "an earlier step wrote it, which skipping steps cannot undo. Resume from the last checkpoint, or one before it, with "
+        f"{fp16}a lower model.optimizer.lr"
+    )

@@ -1,7 +1,7 @@
-"""The pyramid of PR-MoE: how many experts each block has (paper, section 4.1.1, "Phenomenon-I"; figure 2, left), and over
-how many ranks a layer of so many experts is spread.
+"""The pyramid of PR-MoE: the number of experts of each block, and of ranks that share a layer's experts.
 
-The paper finds that experts pay off more in later layers, so `MoEConfig.num_experts` may grow with depth.
+The paper finds that experts improve later layers more (section 4.1.1, "Phenomenon-I"; figure 2, left), so
+`MoEConfig.num_experts` may grow with depth.
 """
 
 import math
@@ -11,9 +11,9 @@ from nlgmoe.config import GPTConfig
 
 
 def experts_at(config: GPTConfig, layer_index: int) -> int:
-    """Experts of block `layer_index` (counted from 0); 0 for a dense block.
+    """Return the number of experts of block `layer_index` (counted from 0); 0 for a dense block.
 
-    With `expert_interval` 2, blocks 1, 3, 5, ... are MoE; the j-th of them takes `num_experts[j]`.
+    With `expert_interval` 2, blocks 1, 3, 5, ... are MoE; the j-th of them has `num_experts[j]`.
     """
     moe = config.moe
     if moe is None or (layer_index + 1) % moe.expert_interval:
@@ -24,12 +24,12 @@ def experts_at(config: GPTConfig, layer_index: int) -> int:
 
 
 def experts_per_layer(config: GPTConfig) -> list[int]:
-    """`experts_at` of every block, from the first to the last."""
+    """Return `experts_at` of every block, from the first to the last."""
     return [experts_at(config, layer) for layer in range(config.num_layers)]
 
 
 def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
-    """The student of a Mixture-of-Students (paper, section 4.2): its teacher with fewer blocks, and the top of its pyramid.
+    """Return the student of a Mixture-of-Students (paper, section 4.2): fewer blocks, with the top of the teacher's pyramid.
 
     24 blocks with `num_experts` 10 x 32 and 2 x 64 become 21 with 8 x 32 and 2 x 64.
 
@@ -46,28 +46,28 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
 
 
 def student_layers(teacher: GPTConfig, num_layers: int) -> list[int]:
-    """The teacher's block for each block of `student_config`'s student to start from: `model.warm_start.layers`, from 0.
+    """Return the teacher's block, from 0, that each block of its student starts from: `model.warm_start.layers`.
 
-    The lowest blocks go, as many as hold the MoE layers that the student lacks; the others stay in order, so that the expert
-    counts are those of the pyramid's kept top. Dense blocks that the student has above its last MoE block, and the teacher not,
-    start from the teacher's last dense one: 24 blocks become 21 as 4, 5, ..., 23, 22.
+    The student leaves out the lowest blocks, as many as contain the MoE layers that it lacks, and keeps the order of the others,
+    so that the expert counts are those at the top of the pyramid. Dense blocks above the student's last MoE block that the
+    teacher does not have start from the teacher's last dense block: 24 blocks become 21 as 4, 5, ..., 23, 22.
 
     Raises:
-        ValueError: as `student_config`.
+        ValueError: see `student_config`.
     """
     student_config(teacher, num_layers)
     interval = 1 if teacher.moe is None else teacher.moe.expert_interval
-    gone = interval * (teacher.num_layers // interval - num_layers // interval)
+    removed = interval * (teacher.num_layers // interval - num_layers // interval)
     experts = experts_per_layer(teacher)
     last_dense = max((layer for layer, count in enumerate(experts) if count == 0), default=0)
-    return [layer + gone if layer + gone < teacher.num_layers else last_dense for layer in range(num_layers)]
+    return [layer + removed if layer + removed < teacher.num_layers else last_dense for layer in range(num_layers)]
 
 
 def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int:
-    """Over how many ranks a layer spreads its experts: the largest divisor of both counts that is at most `limit`.
+    """Return the number of ranks that share a layer's experts: the largest divisor of both counts that is at most `limit`.
 
-    Layers of a pyramid have their own degrees (paper, section 4.1.3): on 128 ranks with `limit` 128, layers of 32, 64 and
-    128 experts get 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
+    Each layer of a pyramid has its own degree (paper, section 4.1.3): on 128 ranks with `limit` 128, layers of 32, 64 and
+    128 experts get degrees 32, 64 and 128, and so 4, 2 and 1 copies of each expert.
 
     Args:
         num_experts: experts of the layer, over all ranks.

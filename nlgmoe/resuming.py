@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: whether it may, and where Lightning's loops stand."""
+"""Resume a run from a checkpoint: check that it belongs to the run, and set the counters of Lightning's loops."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
-    """Check that a checkpoint is of this model and, to train on, of this run.
+    """Check that a checkpoint is of this model and, in training, of this run.
 
     Args:
         checkpoint: Lightning's dictionary.
         config: of this model.
-        seed: of this run; None in evaluation, which does not mind settings that only training looks at.
+        seed: of this run; None in evaluation, which ignores settings that only affect training.
         path: of the checkpoint, for messages.
 
     Raises:
-        ValueError: it is not, or holds weights only; the message names what differs.
+        ValueError: a setting differs, which the message names, or the checkpoint to resume holds weights only.
     """
-    trains = seed is not None
-    if trains and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+    resumes = seed is not None
+    if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
         raise ValueError(f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}")
-    ignored = frozenset() if trains else FREE_IN_EVALUATION
-    if not trains and config.moe is not None and config.moe.router is not None:
+    ignored = frozenset() if resumes else FREE_IN_EVALUATION
+    if not resumes and config.moe is not None and config.moe.router is not None:
         ignored |= config.moe.router.free_in_evaluation
-    saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # a field that came later is at its default
+    saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
     if different := differences(saved, config.to_dict(), ignore=ignored):
         raise ValueError(
             f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
         )
-    if trains and checkpoint["seed"] != seed:
-        raise ValueError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to go on")
+    if resumes and checkpoint["seed"] != seed:
+        raise ValueError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
 
 
 def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated: bool) -> None:
     """Set Lightning's loops to the last optimizer step, before or after the validation of that step.
 
-    The training loop gets the state that it has in `on_train_batch_end` of the step's last micro-batch, where Lightning's own
-    checkpoints are taken: that batch is processed but not yet completed. Lightning begins a validation anew where one is due
-    at that step, and its counters say that one batch is ready and none processed.
+    The training loop gets its state in `on_train_batch_end` of the step's last micro-batch, where Lightning's own checkpoints are
+    saved: that batch is processed but not yet completed. Lightning restarts a validation that is due at that step if one batch is
+    ready and none processed.
 
     Args:
-        checkpoint: Lightning's dictionary, about to be saved or just loaded.
-        micro_batches: of a step, today.
-        validated: a validation has ended at this step.
+        checkpoint: Lightning's dictionary, before saving or after loading.
+        micro_batches: accumulated micro-batches of a step in this run.
+        validated: true if a validation was completed at this step.
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     batches = step * micro_batches
@@ -62,17 +62,17 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
 
 
 def was_validated(checkpoint: dict[str, Any]) -> bool:
-    """What `set_loop_counters` was told when the checkpoint was saved."""
+    """Return the `validated` that `set_loop_counters` had when the checkpoint was saved."""
     counts = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
     return bool(counts["ready"] == counts["completed"])
 
 
 def validate_now(trainer: Trainer, again: bool) -> None:
-    """Validate in the middle of a fit, as the training loop does, if the run validates at all.
+    """Validate during a fit, as the training loop does, if validation is enabled.
 
     Args:
         trainer: of the fit.
-        again: `EarlyStopping` has counted this validation.
+        again: true if `EarlyStopping` has counted this validation already.
     """
     if trainer.enable_validation:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def validate_now(trainer: Trainer, again: bool) -> None:
 
 
 def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Put the configuration's `EarlyStopping.patience` into a checkpoint about to be loaded, whose own would replace it."""
+    """Replace the saved `EarlyStopping.patience` by the configured one, before the checkpoint is loaded."""
     for one in trainer.early_stopping_callbacks:
         if one is not None and (state := checkpoint.get("callbacks", {}).get(one.state_key)):
             state["patience"] = one.patience
@@ -107,7 +107,7 @@ def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def stopped_early(trainer: Trainer) -> EarlyStopping | None:
-    """The callback that has ended the run; None where its patience has been raised since."""
+    """Return the callback that ended the run; None if there is none, or if its patience has been raised since."""
     for one in trainer.early_stopping_callbacks:
         if one is None or one.stopping_reason == EarlyStoppingReason.NOT_STOPPED:
             continue
@@ -117,14 +117,14 @@ def stopped_early(trainer: Trainer) -> EarlyStopping | None:
 
 
 def differences(
-    theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
+    saved: dict[str, Any], current: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
 ) -> list[str]:
-    """`field theirs -> ours` for every field that differs, nested ones by path; those in `ignore` left out."""
+    """Return `field saved -> current` for every field that differs; nested fields by path, without those in `ignore`."""
     found = []
-    for name in sorted((theirs.keys() | ours.keys()) - ignore):
-        one, other = theirs.get(name), ours.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{prefix}{name}.", ignore)
-        elif one != other:
-            found.append(f"{prefix}{name} {one} -> {other}")
+    for name in sorted((saved.keys() | current.keys()) - ignore):
+        old, new = saved.get(name), current.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.", ignore)
+        elif old != new:
+            found.append(f"{prefix}{name} {old} -> {new}")
     return found

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.batch import SizesBatches, SpellsBytes
-from nlgmoe.checkpoint.agreement import AgreedError
+from nlgmoe.batch import HasLargestBatch, HasTokenByteLengths
+from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import missing_compiler, total_memory
@@ -35,10 +35,10 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     """
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        raise AgreedError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
+        raise AllRanksError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
-        raise AgreedError(
+        raise AllRanksError(
             "trainer.precision=16-true trains in fp16 alone, in which squared gradients and AdamW's eps are 0; use "
             "bf16-mixed, or 16-mixed"
         )
@@ -46,12 +46,12 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         strategy.checkpoint_io = PortableCheckpointIO()
     if not isinstance(strategy.checkpoint_io, PortableCheckpointIO):
         kind = type(strategy.checkpoint_io).__name__
-        raise AgreedError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
+        raise AllRanksError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
     strategy.checkpoint_io.to_train = stage == "fit"
 
 
 def check_memory(
-    config: GPTConfig, curriculum: SequenceCurriculum | None, data: SizesBatches, trainer: Trainer, stage: str
+    config: GPTConfig, curriculum: SequenceCurriculum | None, data: HasLargestBatch, trainer: Trainer, stage: str
 ) -> None:
     """Check that micro-batches can fit, before they are made and the system kills the process.
 
@@ -66,14 +66,14 @@ def check_memory(
         check_fits(config, *data.largest_batch(part), length, value, trains, memory)
 
 
-def check_vocabulary(config: GPTConfig, data: SpellsBytes) -> None:
+def check_vocabulary(config: GPTConfig, data: HasTokenByteLengths) -> None:
     """Check that the model knows every token id of the data.
 
     Raises:
         ValueError: it does not.
     """
     if data.vocab_size > config.vocab_size:
-        raise AgreedError(
+        raise AllRanksError(
             f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
             f"set it to {data.vocab_size}"
         )

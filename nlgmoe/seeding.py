@@ -1,4 +1,4 @@
-"""Seeds as pure functions of names: the same tensor, batch or routing draw is random in the same way wherever it is computed."""
+"""Derive seeds from names, so that a random tensor, batch or routing does not depend on where it is computed."""
 
 import hashlib
 
@@ -6,8 +6,8 @@ import hashlib
 def derive_seed(*parts: int | str) -> int:
     """Map `parts` to a 63-bit seed.
 
-    The result depends on every part and on nothing else (no global generator, no `PYTHONHASHSEED`, no rank), so a
-    weight drawn from `derive_seed(seed, name, expert)` is the same at every expert-parallel degree.
+    The result depends on the parts only, not on a global generator, `PYTHONHASHSEED` or the rank. A weight drawn from
+    `derive_seed(seed, name, expert)` is therefore the same at every expert-parallel degree.
 
     Args:
         parts: integers and strings; their order matters, and `1` differs from `"1"`.

@@ -1,4 +1,4 @@
-"""Versions of what a run was made with, for checkpoints and run folders."""
+"""Versions of Python and the main packages, for checkpoints and run folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Version of this code, of Python and of each installed package; looked up without importing anything."""
+    """Return the version of this code, of Python and of each installed package, without importing a package."""
     found = {"python": platform.python_version(), "nlgmoe": __version__}
     for package in PACKAGES:
         try:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, RoutingContext
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
@@ -61,7 +61,7 @@ def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
     assert "blocks.1.moe.experts.0.gate_weight" in ends[0]
     document = read_document(whole / "checkpoints/last.ckpt")
     assert document["model_config"]["moe"]["router"] == router and document["model_config"]["moe"]["expert"] == SWIGLU
-    assert not list(problems(whole / "checkpoints/last.ckpt"))
+    assert not list(find_problems(whole / "checkpoints/last.ckpt"))
     columns = (whole / "metrics.csv").read_text().splitlines()[0].split(",")
     assert ("experts/0/entropy" in columns) == (router is BIAS) and "experts/0/load_cv" in columns
     told = "has no probabilities and logits" in caplog.text

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nlgmoe import load_model
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig
 from tests.golden import recording as golden
@@ -54,7 +54,7 @@ def test_the_losses_of_20_steps(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", golden.CHECKPOINTS)
 def test_a_checkpoint_is_whole_and_its_run_goes_on(name: str, tmp_path: Path) -> None:
-    assert list(problems(golden.CHECKPOINTS[name])) == []
+    assert list(find_problems(golden.CHECKPOINTS[name])) == []
     found = golden.resumed_losses(golden.CHECKPOINTS[name], tmp_path)
     assert found == pytest.approx(RECORD["resumed"][name], rel=1e-5)
 

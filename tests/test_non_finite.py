@@ -132,7 +132,7 @@ SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
         gradient_of("blocks.0.ffn.expand.weight", 1e30),
         "gradient norm is inf; first not finite: no single value, but their squares are too large",
     ),
-    "a fault": (once, "loss is nan; first not finite: nothing when computed again"),
+    "a fault": (once, "loss is nan; first not finite: nothing when recomputed"),
 }
 
 
@@ -168,13 +168,13 @@ def test_weights_that_a_finite_step_has_spoilt_end_the_run(steps: int, action: A
         run.fit(module, SyntheticData())
     what = "the weight" if steps == 1 else "the loss is nan; first not finite: the weight"
     assert str(error.value).startswith(f"step 1: {what} token_embedding.weight on rank 0")
-    assert "a step before has made it so, which skipping steps cannot undo" in str(error.value)
+    assert "an earlier step wrote it, which skipping steps cannot undo" in str(error.value)
     assert module.guard.skipped == 0 and not (tmp_path / "summary.json").exists()
 
 
 def test_one_weight_of_one_expert_is_named(tmp_path: Path) -> None:
     words = (
-        r"^step 2: .*; first not finite: the weight blocks\.1\.moe\.experts\.project_weight on rank 0; a step before"
+        r"^step 2: .*; first not finite: the weight blocks\.1\.moe\.experts\.project_weight on rank 0; an earlier step"
     )
     with pytest.raises(NonFiniteError, match=words):
         trainer(tmp_path, Spoils({2}, weight_of_one_expert), max_steps=5).fit(MoEGPTModule(CONFIG), SyntheticData())

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from benchmarks.gpu.run import ROOT, Run
 from benchmarks.timing import settings
 from nlgmoe import load_config
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.files import write_json
 
 RECORD = Path(__file__).with_name("quickstart_on_cpu.json")
@@ -88,7 +88,7 @@ def training(run: Run, folder: Path) -> None:
             continue
         checkpoint = folder / "saved.ckpt"
         fitted.trainer.save_checkpoint(checkpoint)
-        run.correct("problems that verify finds", len(list(problems(checkpoint))))
+        run.correct("problems that verify finds", len(list(find_problems(checkpoint))))
         here, there = (
             fit(run.data, folder / name, where, precision, steps + more, windows, checkpoint)
             for name, where in (("resumed", run.accelerator), ("resumed on a CPU", "cpu"))

@@ -89,7 +89,7 @@ class ExpertLoad(Callback):
             return
         gradients = pl_module.step_gradients()
         if gradients is not None:
-            self._squares = gradients.squares(self._parts)
+            self._squares = gradients.squared_norms(self._parts)
 
     @override
     def on_train_batch_end(

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, SpellsBytes, SpellsTokens
+from nlgmoe.batch import Batch, HasTokenByteLengths, HasTokenTexts
 from nlgmoe.eval.expert_counts import ExpertCounts
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import experts_per_layer
@@ -33,8 +33,8 @@ class ExpertSpecialisation(Callback):
         if not experts or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         data = getattr(trainer, "datamodule", None)
-        domains = data.domains if isinstance(data, SpellsBytes) else ["all"]
-        spellings = data.token_spellings() if isinstance(data, SpellsTokens) else None
+        domains = data.domains if isinstance(data, HasTokenByteLengths) else ["all"]
+        spellings = data.token_spellings() if isinstance(data, HasTokenTexts) else None
         self._counts = ExpertCounts(experts, domains, spellings).to(pl_module.device)
 
     @override

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AgreedError
+from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
@@ -71,12 +71,12 @@ class StagedDistillation(Callback):
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:
             if pl_module.train_tokens is None:
-                raise AgreedError(
+                raise AllRanksError(
                     f"StagedDistillation: fraction={self.fraction} is of model.train_tokens, which is null; set it, or use "
                     "step or tokens"
                 )
             if self.ramp_tokens > self.fraction * pl_module.train_tokens:
-                raise AgreedError(
+                raise AllRanksError(
                     f"StagedDistillation: ramp_tokens={self.ramp_tokens} is above fraction={self.fraction} of "
                     f"model.train_tokens={pl_module.train_tokens}; lower it"
                 )

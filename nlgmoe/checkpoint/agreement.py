@@ -1,4 +1,4 @@
-"""Ranks that read or write a checkpoint together succeed or fail together."""
+"""Raise errors on all ranks together, so that no rank waits in a collective for one that has failed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from torch import distributed
 
 
-class AgreedError(ValueError):
-    """An error that every rank raises alike; the first rank of each machine prints it (`cli/errors.py`)."""
+class AllRanksError(ValueError):
+    """An error that every rank raises; the first rank of each machine prints it (`cli/errors.py`)."""
 
     on_every_rank = True
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
-    """Go on only if no rank raised. Where there are ranks, every rank has to come here.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise on every rank if the block raises on one. A collective: every rank must enter the block.
 
     Raises:
-        AgreedError: a rank raised; all have its message, after its number where not all ranks say the same.
+        AllRanksError: a rank raised; the message begins with its number unless all ranks have the same one.
     """
     mine: Exception | None = None
     try:
@@ -34,4 +34,4 @@ def all_or_none() -> Iterator[None]:
     distributed.all_gather_object(found, None if mine is None else f"{mine}")
     for rank, message in enumerate(found):
         if message is not None:
-            raise AgreedError(message if len(set(found)) == 1 else f"rank {rank}: {message}") from mine
+            raise AllRanksError(message if len(set(found)) == 1 else f"rank {rank}: {message}") from mine

@@ -1,4 +1,4 @@
-"""A checkpoint's contents as text, without its tensors."""
+"""Describe a checkpoint's contents as text, without reading its tensors."""
 
 from __future__ import annotations
 
@@ -12,50 +12,45 @@ from nlgmoe.pyramid import experts_per_layer
 
 
 def describe(path: Path) -> str:
-    """What a valid checkpoint holds, a line for each part."""
+    """Describe a valid checkpoint, one line for each part."""
     document, manifest = read_document(path), read_manifest(path)
-    files = manifest["files"]
-    made = document["versions"]
+    files, saved_by = manifest["files"], document["versions"]
+    by_kind: dict[str, Contents] = {}
+    for file, contents in sorted(files.items()):
+        by_kind.setdefault(kind_of(file), {}).update(contents)
     size = sum(file.stat().st_size for file in path.iterdir())
     lines = [
         f"{path}",
-        f"saved      {document['saved_at'][:19].replace('T', ' ')} UTC by nlgmoe {made['nlgmoe']}, torch {made['torch']}",
+        f"saved      {document['saved_at'][:19].replace('T', ' ')} UTC by nlgmoe {saved_by['nlgmoe']}, torch {saved_by['torch']}",
         f"position   step {document['global_step']:,}, {document['tokens_seen']:,} tokens",
-        *(f"{kind:<10} {_held(contents)}" for kind, contents in _by_kind(files).items()),
-        *(f"{what:<10} {text}" for what, text in _model(document["model_config"])),
-        f"tokenizer  {'with it' if TOKENIZER in manifest else 'not with it: commands need --tokenizer'}",
+        *(f"{kind:<10} {_count_values(contents)}" for kind, contents in by_kind.items()),
+        *_describe_model(document["model_config"]),
+        f"tokenizer  {'included' if TOKENIZER in manifest else 'not included: commands need --tokenizer'}",
         f"resumable  {'yes' if 'optimizer_groups' in document else 'no: weights only; start a run with model.warm_start'}",
         f"valid      {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB",
     ]
     return "\n".join(lines)
 
 
-def _by_kind(files: dict[str, Contents]) -> dict[str, Contents]:
-    found: dict[str, Contents] = {}
-    for file, contents in sorted(files.items()):
-        found.setdefault(kind_of(file), {}).update(contents)
-    return found
-
-
-def _held(contents: Contents) -> str:
+def _count_values(contents: Contents) -> str:
     values: dict[str, int] = {}
-    for kind, shape, _ in contents.values():
-        values[kind] = values.get(kind, 0) + math.prod(shape)
-    shown = ", ".join(f"{count:,} values of {kind}" for kind, count in values.items())
-    return f"{shown} in {len(contents):,} entries"
+    for dtype, shape, _ in contents.values():
+        values[dtype] = values.get(dtype, 0) + math.prod(shape)
+    counts = ", ".join(f"{count:,} values of {dtype}" for dtype, count in values.items())
+    return f"{counts} in {len(contents):,} entries"
 
 
-def _model(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """What there is to say of the model; code outside nlgmoe is named and not imported."""
-    foreign = [f"moe.{name}={part['class_path']}" for name in PARTS if (part := (values["moe"] or {}).get(name))]
-    paper = values | {"moe": values["moe"] and {k: v for k, v in values["moe"].items() if k not in PARTS}}
-    found = [("experts", _experts(GPTConfig.from_dict(paper)))]
-    return [*found, *(("parts", f"{one}: its entries are not held against the model") for one in foreign)]
-
-
-def _experts(config: GPTConfig) -> str:
+def _describe_model(values: dict[str, Any]) -> list[str]:
+    """Describe the experts, and name parts from outside nlgmoe, which are not imported."""
+    moe = values["moe"] or {}
+    foreign = [f"moe.{name}={part['class_path']}" for name in PARTS if (part := moe.get(name))]
+    without_parts = {key: value for key, value in moe.items() if key not in PARTS} or None
     blocks: dict[int, list[str]] = {}
-    for block, count in enumerate(experts_per_layer(config), 1):
+    for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(values | {"moe": without_parts})), 1):
         if count:
             blocks.setdefault(count, []).append(str(block))
-    return "; ".join(f"{count} in block {', '.join(where)}" for count, where in blocks.items()) or "none: a dense model"
+    experts = "; ".join(f"{count} in block {', '.join(where)}" for count, where in blocks.items())
+    return [
+        f"experts    {experts or 'none: a dense model'}",
+        *(f"parts      {part}: its entries are not compared with the model" for part in foreign),
+    ]

@@ -1,4 +1,4 @@
-"""Tensors of a model and of AdamW as entries of a checkpoint: by name, one for each expert, and back."""
+"""Convert the tensors of a model and of AdamW to checkpoint entries, which have a name and hold one expert each, and back."""
 
 from __future__ import annotations
 
@@ -8,26 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, for every value; it also counts steps, once a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per value; `step` is one number per parameter
 _STACK = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<part>\w+)")  # a stacked parameter of `layers/experts.py`
 EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")  # its entry for one expert
 
 
-def describe_mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """What keeps `found` from being loaded in place of `expected`; empty if nothing does."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [
-        f"{name} is {list(found[name].shape)}, not {list(value.shape)}"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return ", ".join(problems[:3]) + more
-
-
 def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One entry per expert, `...experts.3.expand_weight`, in place of each stack `...experts.expand_weight`."""
+    """Replace each stack `...experts.expand_weight` by one entry per expert, `...experts.3.expand_weight`."""
     split: dict[str, Tensor] = {}
     for name, value in entries.items():
         if (match := _STACK.fullmatch(name)) and value.dim() > 0:
@@ -52,21 +39,20 @@ def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
             joined[name] = value
     for name, experts in stacks.items():
         if missing := set(range(max(experts) + 1)) - set(experts):
-            raise ValueError(f"the checkpoint lacks expert(s) {sorted(missing)} of {name}")
+            raise ValueError(f"the checkpoint lacks expert(s) {sorted(missing)} of {name}; use another checkpoint")
         joined[name] = torch.stack([experts[index] for index in range(len(experts))])
     return joined
 
 
 def optimizer_to_entries(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Split an optimizer's state into named tensors and groups; parameters go by name, never by number."""
+    """Split an optimizer's state into named tensors and groups, which refer to parameters by name."""
     names = {
         index: name
         for group in state["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
     entries: dict[str, Tensor] = {}
-    moments = sorted({moment for values in state["state"].values() for moment in values})
-    for moment in moments:
+    for moment in sorted({moment for values in state["state"].values() for moment in values}):
         values = {names[index]: values[moment] for index, values in state["state"].items()}
         entries |= {f"{moment}/{name}": value for name, value in split_experts(values).items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
@@ -74,7 +60,11 @@ def optimizer_to_entries(state: dict[str, Any]) -> tuple[dict[str, Tensor], list
 
 
 def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Undo `optimizer_to_entries`; numbers are given in the order of the names."""
+    """Undo `optimizer_to_entries`; parameters are numbered in the order of the groups' names.
+
+    Raises:
+        ValueError: a parameter lacks a moment that others have.
+    """
     by_moment: dict[str, dict[str, Tensor]] = {}
     for key, value in entries.items():
         moment, _, name = key.partition("/")
@@ -86,7 +76,7 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
             found = {moment: values[name] for moment, values in by_moment.items() if name in values}
-            if lacking := sorted(by_moment.keys() - found.keys()):  # AdamW would quietly begin anew with this parameter
+            if lacking := sorted(by_moment.keys() - found.keys()):  # AdamW would restart this parameter at step 0
                 raise ValueError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
             if found:
                 state[index] = found

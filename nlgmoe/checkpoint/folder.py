@@ -1,15 +1,15 @@
-"""A checkpoint's folder on disk, and reading it: every byte is checked.
+"""Read a checkpoint folder and check every byte of it.
 
     name.ckpt/
-      checkpoint.json                                 everything that is not a tensor
-      model.safetensors                               or one file a rank: model-00000-of-00004.safetensors, ...
-      optimizer.safetensors                           likewise; none if only weights were saved
-      state.safetensors                               tensors that checkpoint.json refers to; none if there are none
-      tokenizer.json                                  whose ids the model knows, in the `tokenizers` library's format
-      manifest.json                                   what is in which file: type, shape and checksum of every tensor
+      checkpoint.json                                 everything but tensors
+      model.safetensors                               or one file per rank: model-00000-of-00004.safetensors, ...
+      optimizer.safetensors                           likewise; absent if only weights were saved
+      state.safetensors                               tensors that checkpoint.json refers to; absent if there are none
+      tokenizer.json                                  the run's tokenizer, in the format of the `tokenizers` library
+      manifest.json                                   type, shape and checksum of every tensor, by file
 
-Which file holds an entry means nothing: a reader sees the union. Checksums are xxHash's 64 bits (XXH3), made for damage,
-not for malice. `writing.py` is how the folder comes to be.
+A reader takes the union of the files: which file holds an entry has no meaning. Checksums are 64-bit xxHash (XXH3), which
+detects damage, not tampering. `writing.py` writes the folder.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from nlgmoe.files import require_regular
 
 FORMAT = "nlgmoe-portable"
 VERSION = 2
-OTHER = "use another checkpoint"  # remedy for a folder that is not as it was written
+REMEDY = "use another checkpoint"
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
 TOKENIZER = "tokenizer.json"
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """The `checkpoint.json` of a folder.
+    """Read the `checkpoint.json` of a folder.
 
     Raises:
-        ValueError: there is no checkpoint at `path`, it is not in this format, or the file is damaged.
+        ValueError: there is no checkpoint at `path`, it has another format, or the file is damaged.
     """
     file = Path(path) / "checkpoint.json"
     if Path(path).is_file():
         raise ValueError(
-            f"{path} is a file; a checkpoint here is a folder with checkpoint.json in it (Lightning's own .ckpt files hold "
-            "pickled objects and are not read)"
+            f"{path} is a file, not a checkpoint folder with checkpoint.json in it; Lightning's .ckpt files are not read, "
+            "because they hold pickled objects"
         )
     if not file.exists():
         raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
@@ -55,8 +55,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
-    if xxhash.xxh3_64_hexdigest(file.read_bytes()) != read_manifest(path)["checkpoint.json"]:
-        raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
+    _check_bytes(file, read_manifest(path)["checkpoint.json"])
     config = document.get("model_config")
     if isinstance(config, dict) and (unknown := unknown_fields(config)):
         author = document.get("versions", {}).get("nlgmoe", "unknown")
@@ -67,56 +66,60 @@ def read_document(path: str | Path) -> dict[str, Any]:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The `manifest.json` of a folder: `files`, file -> `Contents`, and the checksum of `checkpoint.json`.
+    """Read the `manifest.json` of a folder: `files`, file -> `Contents`, and the checksums of the other JSON files.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     file = Path(path) / "manifest.json"
     if not file.exists():
-        raise ValueError(f"{path} has no manifest.json; use another checkpoint")
+        raise ValueError(f"{path} has no manifest.json; {REMEDY}")
     manifest = read_json(file)
     if manifest.get("checksum") != checksum_of_manifest(manifest):
-        raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
+        raise ValueError(f"{file} is damaged (its checksum differs); {REMEDY}")
     return manifest
 
 
 def read_tokenizer(path: str | Path) -> str | None:
-    """The `tokenizer.json` of a folder; None where the run's data had no tokenizer, or an older version saved it.
+    """Read the `tokenizer.json` of a folder; None if the checkpoint was saved without one.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     recorded = read_manifest(path).get(TOKENIZER)
     if recorded is None:
         return None
     file = Path(path) / TOKENIZER
     if not file.exists():
-        raise ValueError(f"{path} has no {TOKENIZER}; use another checkpoint")
-    require_regular(file, OTHER)
-    text = file.read_bytes()
-    if xxhash.xxh3_64_hexdigest(text) != recorded:
-        raise ValueError(f"{file} is damaged (its checksum differs); use another checkpoint")
-    return text.decode()
+        raise ValueError(f"{path} has no {TOKENIZER}; {REMEDY}")
+    require_regular(file, REMEDY)
+    return _check_bytes(file, recorded).decode()
+
+
+def _check_bytes(file: Path, checksum: str) -> bytes:
+    content = file.read_bytes()
+    if xxhash.xxh3_64_hexdigest(content) != checksum:
+        raise ValueError(f"{file} is damaged (its checksum differs); {REMEDY}")
+    return content
 
 
 class TensorFiles:
-    """The entries of one kind (`model`, `optimizer`, `state`) in a folder, read when asked for.
+    """The entries of one kind in a folder, each read and checked on request.
 
     Args:
         folder: the checkpoint.
-        kind: first part of the files' names.
-        required: whether it is an error to find no file.
+        kind: one of `KINDS`.
+        required: raise if there is no file.
 
     Raises:
-        ValueError: a file is missing, or does not hold what the manifest says.
+        ValueError: a file is missing, or its entries are not those of the manifest.
     """
 
     def __init__(self, folder: str | Path, kind: str, required: bool = True) -> None:
         self._folder, self._kind = Path(folder), kind
         files: dict[str, Contents] = read_manifest(folder)["files"]
         for problem in file_problems(self._folder, files, [kind]):
-            raise ValueError(f"{problem}; use another checkpoint")
+            raise ValueError(f"{problem}; {REMEDY}")
         self._contents: Contents = {}
         self._file_of: dict[str, Path] = {}
         for name, contents in files.items():
@@ -124,40 +127,40 @@ class TensorFiles:
                 self._contents |= contents
                 self._file_of |= dict.fromkeys(contents, self._folder / name)
         if required and not self._contents:
-            raise ValueError(f"{folder} has no {kind}.safetensors; use another checkpoint")
+            raise ValueError(f"{folder} has no {kind}.safetensors; {REMEDY}")
 
     @property
-    def names(self) -> set[str]:
-        """All entries."""
-        return set(self._contents)
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of every entry."""
+        return {name: torch.Size(shape) for name, (_, shape, _) in self._contents.items()}
 
     def read(self, name: str) -> Tensor:
-        """One entry, on the CPU.
+        """Read one entry to the CPU.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: the entry is missing or damaged.
         """
         if name not in self._contents:
-            raise ValueError(f"the checkpoint {self._folder} lacks {name} ({self._kind}); use another checkpoint")
-        with opened(self._file_of[name]) as tensors:
+            raise ValueError(f"the checkpoint {self._folder} lacks {name} ({self._kind}); {REMEDY}")
+        with open_tensors(self._file_of[name]) as tensors:
             return self._checked(name, tensors.get_tensor(name))
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every entry."""
+        """Read every entry to the CPU."""
         found: dict[str, Tensor] = {}
         for file in sorted(set(self._file_of.values())):
-            with opened(file) as tensors:
+            with open_tensors(file) as tensors:
                 found |= {name: self._checked(name, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
         return found
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if problem := entry_problem(self._kind, tensor, self._contents[name]):
-            raise ValueError(f"{self._file_of[name]}: {name} {problem}; use another checkpoint")
+            raise ValueError(f"{self._file_of[name]}: {name} {problem}; {REMEDY}")
         return tensor
 
 
 def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str] = KINDS) -> Iterator[str]:
-    """What is missing, unknown, cut off or unreadable, from the files' headers alone; the tensors are not read."""
+    """Yield missing, unknown, truncated and unreadable files, and entries that their headers lack. Reads no tensor."""
     for name in sorted({file.name for file in folder.glob("*.safetensors")} - files.keys()):
         yield f"{folder / name} is unknown to manifest.json"
     for name, contents in files.items():
@@ -168,68 +171,68 @@ def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str]
             yield f"{folder} has no {name}, with {_first_of(contents)}"
             continue
         try:
-            with opened(file) as tensors:
-                held = set(tensors.keys())
+            with open_tensors(file) as tensors:
+                found = set(tensors.keys())
         except ValueError as error:
-            yield str(error).removesuffix(f"; {OTHER}")
+            yield str(error).removesuffix(f"; {REMEDY}")
             continue
-        for problem, names in {"lacks": contents.keys() - held, "has unknown": held - contents.keys()}.items():
+        for problem, names in {"lacks": contents.keys() - found, "has unknown": found - contents.keys()}.items():
             if names:
                 yield f"{file} {problem} {_first_of(names)}"
 
 
 def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
-    """What is wrong with an entry that was read; empty if nothing is.
+    """Describe the defect of an entry that was read; empty if it has none.
 
     Args:
-        kind: one of `KINDS`. Weights and moments have to be finite, state need not be.
+        kind: one of `KINDS`; weights and moments must be finite, state need not be.
         tensor: the entry.
-        recorded: of it in the manifest.
+        recorded: its type, shape and checksum in the manifest.
     """
-    for what, found, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
+    for attribute, found, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
         if found != expected:
-            return f"is damaged (its {what} is {found}, not {expected})"
+            return f"is damaged (its {attribute} is {found}, not {expected})"
     if kind != "state" and (bad := int((~tensor.isfinite()).sum())):
         return f"has {bad} of {tensor.numel()} values that are NaN or infinite"
     return ""
 
 
 def kind_of(file: str) -> str:
-    """`optimizer` for `optimizer-00001-of-00004.safetensors`."""
+    """Return `optimizer` for `optimizer-00001-of-00004.safetensors`."""
     return re.split(r"[-.]", file, maxsplit=1)[0]
 
 
-def opened(file: Path) -> Any:
-    """A tensor file, for reading.
+def open_tensors(file: Path) -> Any:
+    """Open a safetensors file for reading.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
-    require_regular(file, OTHER)
+    require_regular(file, REMEDY)
     try:
-        file.open("rb").close()  # of a file that it may not read safetensors says that it is not there
+        file.open("rb").close()  # safetensors reports a file without read permission as missing
         return safe_open(file, framework="pt")
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # safetensors raises its own type, which says neither the file nor what to do
+    except Exception as error:  # safetensors raises a type of its own, without the file's name
         raise ValueError(f"{file} cannot be read ({error})") from error
 
 
 def record_of(tensor: Tensor) -> list[Any]:
-    """What the manifest says of a tensor."""
+    """Return a tensor's type, shape and checksum, for the manifest."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     checksum = xxhash.xxh3_64_hexdigest(flat.view(torch.uint8).numpy().data)
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), checksum]
 
 
 def checksum_of_manifest(manifest: dict[str, Any]) -> str:
-    """Of everything in it but the checksum itself."""
+    """Compute the checksum of a manifest, over everything but its own `checksum`."""
     contents = {key: value for key, value in manifest.items() if key != "checksum"}
     return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
-def is_whole(path: Path) -> bool:
-    """Whether nothing is missing or cut off; the tensors are not read."""
+def is_complete(path: Path) -> bool:
+    """Return True if no file or entry is missing or truncated. Reads no tensor."""
     try:
         read_document(path)
         read_tokenizer(path)
@@ -239,22 +242,24 @@ def is_whole(path: Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run of train.py has started in a folder."""
+    """Return True if a run of train.py has started in a folder."""
     return (folder / "config.yaml").exists()
 
 
 def is_of_run(path: str | Path, folder: str | Path) -> bool:
-    """Whether `path` is in a folder, and not in that of another run below it."""
-    for follow in (os.path.abspath, os.path.realpath):
-        inner, outer = Path(follow(path)), Path(follow(folder))
+    """Return True if `path` is in a run folder, and not in the folder of another run below it."""
+    for resolve in (os.path.abspath, os.path.realpath):
+        inner, outer = Path(resolve(path)), Path(resolve(folder))
         between = [one for one in (inner, *inner.parents) if one != outer and one.is_relative_to(outer)]
         if inner.is_relative_to(outer) and not any(map(holds_run, between)):
             return True
     return False
 
 
-def everything_under(folder: Path) -> Iterator[Path]:
-    """Everything under a folder but what is in checkpoints and in folders of other runs; behind links too.
+def walk_folder(folder: Path) -> Iterator[Path]:
+    """Yield all paths below a folder, without the contents of checkpoints and of other runs' folders.
+
+    Links are followed, such as `checkpoints` to another disk.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -272,11 +277,11 @@ def everything_under(folder: Path) -> Iterator[Path]:
                 waiting.append(path)
 
 
-def read_json(file: Path, remedy: str = OTHER) -> dict[str, Any]:
-    """The mapping in a file.
+def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
 
     Raises:
-        ValueError: it is damaged; the message ends with `remedy`.
+        ValueError: the file is damaged; the message ends with `remedy`.
     """
     require_regular(file, remedy)
     try:

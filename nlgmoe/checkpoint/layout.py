@@ -1,12 +1,12 @@
-"""The entries of a checkpoint's `model`, and where they lie in a model whose experts may be spread over ranks.
+"""Map checkpoint entries to the parameters of a model whose experts may be sharded over ranks.
 
-A dense parameter is one entry; a stack of experts has one for each expert, under the expert's number in the whole layer. So is
-a buffer of a router, which no optimizer changes; it is the same on all ranks.
+A dense parameter is one entry. A stack of experts has one entry per expert, numbered within the whole layer. A router's
+persistent buffer is one entry, equal on all ranks, without optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,44 +17,44 @@ from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
 
 Shapes = dict[str, torch.Size]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # that a model's weights may be asked for in
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtypes that a user may load or export weights in
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint, and where it lies in this rank's model.
+    """One tensor of the checkpoint, as a slice of a flat parameter of this rank's model.
 
     Attributes:
-        name: in the checkpoint.
-        stack: name of the parameter that holds it: itself, or a stack of experts.
-        leads: whether it stands for its whole stack: AdamW counts one number of steps for all of it.
-        parameter: that holds it; or a buffer.
-        start: of its values in the flat parameter.
-        shape: of the entry.
+        name: its name in the checkpoint.
+        stack: name of the parameter that contains it: the same name, or a stack of experts.
+        first_of_stack: true for one entry per stack, which stores AdamW's number of steps for the whole stack.
+        parameter: the parameter or buffer that contains it.
+        start: offset of its first value in the flat parameter.
+        shape: shape of the entry.
     """
 
     name: str
     stack: str
-    leads: bool
+    first_of_stack: bool
     parameter: Tensor
     start: int
     shape: torch.Size
 
     @property
     def trained(self) -> bool:
-        """Whether it belongs to a parameter, which the optimizer has moments of."""
+        """Return True for parameters, which have optimizer state, and False for buffers."""
         return isinstance(self.parameter, nn.Parameter)
 
     @property
     def stop(self) -> int:
-        """End of its values in the flat parameter."""
+        """Return the offset behind its last value in the flat parameter."""
         return self.start + self.shape.numel()
 
 
 def local_entries(model: nn.Module) -> Iterator[Entry]:
-    """The entries whose tensors this rank has: all dense ones, and those of the experts that live here."""
+    """Yield the entries stored on this rank: all dense ones, and those of its own experts."""
     for prefix, module in model.named_modules():
-        for name, buffer in _buffers(prefix, module):
+        for name, buffer in _router_buffers(prefix, module):
             yield Entry(name, name, True, buffer, 0, buffer.shape)
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if not isinstance(module, Experts):
@@ -62,27 +62,54 @@ def local_entries(model: nn.Module) -> Iterator[Entry]:
                 continue
             for index in range(len(parameter)):
                 expert, shape = module.first + index, parameter.shape[1:]
-                one = f"{prefix}.{expert}.{name.rpartition('.')[2]}"
-                yield Entry(one, name, expert == 0, parameter, index * shape.numel(), shape)
+                entry_name = f"{prefix}.{expert}.{name.rpartition('.')[2]}"
+                yield Entry(entry_name, name, expert == 0, parameter, index * shape.numel(), shape)
 
 
 def entry_shapes(model: nn.Module, buffers: bool = True) -> Shapes:
-    """Shape of every entry of the whole model, experts of other ranks included; without `buffers`, of the trained ones."""
+    """Return the shape of every entry of the whole model, experts of other ranks included.
+
+    Args:
+        model: the GPT, or this rank's part of it.
+        buffers: False leaves out the entries without optimizer state.
+    """
     shapes: Shapes = {}
     for prefix, module in model.named_modules():
         if buffers:
-            shapes |= {name: buffer.shape for name, buffer in _buffers(prefix, module)}
+            shapes |= shapes_of(dict(_router_buffers(prefix, module)))
         if isinstance(module, MoELayer):
             for expert in range(module.router.num_experts):
                 for part, stack in module.experts.named_parameters():
                     shapes[f"{prefix}.experts.{expert}.{part}"] = stack.shape[1:]
         if not isinstance(module, Experts):
-            for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-                shapes[name] = parameter.shape
+            shapes |= shapes_of(dict(module.named_parameters(prefix=prefix, recurse=False)))
     return shapes
 
 
-def _buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of each tensor."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def describe_differences(model: Shapes, checkpoint: Shapes) -> dict[str, str]:
+    """Map each entry that model and checkpoint do not share in one shape to the reason; other shapes first."""
+    found = {
+        name: f"{list(checkpoint[name])} in the checkpoint, {list(shape)} in the model"
+        for name, shape in model.items()
+        if name in checkpoint and checkpoint[name] != shape
+    }
+    found |= {name: "not in the checkpoint" for name in model if name not in checkpoint}
+    return found | {name: "not in the model" for name in checkpoint if name not in model}
+
+
+def summarize_differences(differences: dict[str, str]) -> str:
+    """Join the first three of `describe_differences` in one line."""
+    named = ", ".join(f"{name} ({reason})" for name, reason in list(differences.items())[:3])
+    more = len(differences) - 3
+    return f"{named} and {more} more" if more > 0 else named
+
+
+def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return names and tensors of a router's own persistent buffers.
 
     Raises:

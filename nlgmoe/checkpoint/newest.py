@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the one that is named, or the newest valid one of a run folder."""
+"""Choose the checkpoint that a run resumes from: the one given, or the newest valid one of a run folder."""
 
 from __future__ import annotations
 
@@ -11,118 +11,113 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
-from nlgmoe.checkpoint.agreement import AgreedError
-from nlgmoe.checkpoint.folder import everything_under, read_document
-from nlgmoe.checkpoint.verify import agreed_problems
+from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.folder import read_document, walk_folder
+from nlgmoe.checkpoint.verify import gather_problems
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.files import require_regular
 
-_saved_last = ""  # time stamp, of this process, in whatever folder
+_last_timestamp = ""  # of the last checkpoint that this process saved, in any folder
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A checkpoint, valid or not, and what its `checkpoint.json` says.
+    """A checkpoint, valid or not.
 
     Attributes:
-        path: of the folder.
-        saved_at: when it was written, in ISO format; of a damaged one, what the file system says.
-        step: of the run; -1 of a damaged one.
-        trains: whether training can go on from it: it holds more than weights.
-        start: of the run, that saved it: its place in `starts.json`; None where that is not known.
+        path: the folder.
+        saved_at: time of the save, in ISO format; of a damaged checkpoint, the folder's modification time.
+        step: optimizer steps; -1 of a damaged checkpoint.
+        resumable: false if it is damaged or holds weights only.
+        start: index in `starts.json` of the start that saved it; None if unknown.
     """
 
     path: Path
     saved_at: str
     step: int
-    trains: bool
+    resumable: bool
     start: int | None = None
 
 
-def choose(path: str | Path, to_train: bool = True) -> Path:
-    """The checkpoint `path`; of a run folder, its newest valid checkpoint. Every rank has to call this.
+def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
+    """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
-    Ranks check a checkpoint together before any of them uses it, so that all have the same error. One process that is given
-    a checkpoint reads it once, checking as it goes.
+    All ranks verify a checkpoint together before one of them uses it, so that all raise the same error. A single process
+    verifies a checkpoint that was given while it reads it.
 
     Args:
-        path: a checkpoint, or a folder with checkpoints somewhere in it.
-        to_train: whether training goes on; a checkpoint that holds weights only is then of no use.
+        path: a checkpoint, or a folder that contains checkpoints at any depth.
+        to_train: skip checkpoints that hold weights only, from which training cannot resume.
 
     Raises:
-        AgreedError: there is no valid checkpoint.
+        AllRanksError: there is no valid checkpoint.
     """
     if is_checkpoint(path):
-        if distributed.is_initialized() and (found := agreed_problems(path)):
-            raise AgreedError(f"{_summary(found)}; use another checkpoint")
+        if distributed.is_initialized() and (found := gather_problems(path)):
+            raise AllRanksError(f"{_summary(found)}; use another checkpoint")
         return Path(path)
     skipped = []
-    all_of_them = _agreed_candidates(Path(path), to_train)
-    for candidate in all_of_them:
-        found = agreed_problems(candidate.path)
-        if not found and to_train and not candidate.trains:
+    candidates = _broadcast_candidates(Path(path), to_train)
+    for candidate in candidates:
+        found = gather_problems(candidate.path)
+        if not found and to_train and not candidate.resumable:
             found = [f"{candidate.path} holds weights only"]
         if not found:
             rank_zero_info(f"newest checkpoint: {candidate.path}, step {candidate.step}")
-            last = max(all_of_them, key=lambda one: one.step)
+            last = max(candidates, key=lambda one: one.step)
             if last.step > candidate.step:
                 rank_zero_warn(
-                    f"{last.path} is of step {last.step}, but the run went back since; name it to take that one"
+                    f"{last.path} is of step {last.step}, but the run went back since; give its path to use it"
                 )
             return candidate.path
         rank_zero_warn(f"skipping a checkpoint that cannot be used: {_summary(found)}")
         skipped.append(candidate.path.name)
     more = f" (skipped {', '.join(skipped)})" if skipped else ""
-    raise AgreedError(f"no valid checkpoint in {path}{more}; start the run anew in another folder")
+    raise AllRanksError(f"no valid checkpoint in {path}{more}; start a new run in another folder")
 
 
-def find(place: str | Path) -> Path:
-    """The checkpoint `place`, or the newest valid one of a run's folder, to take weights from.
-
-    One that is named is checked as it is read. Where there are ranks, every rank has to call this.
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective.
 
     Raises:
-        ValueError: there is no valid checkpoint in the folder.
+        AllRanksError: there is no valid checkpoint in the folder.
     """
-    return Path(place) if is_checkpoint(place) else choose(place, to_train=False)
+    return Path(path) if is_checkpoint(path) else choose_checkpoint(path, to_train=False)
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether `path` names one checkpoint, not a folder of them."""
+    """Return True if `path` names one checkpoint, False if it is a folder of them."""
     path = Path(path)
     return path.suffix == ".ckpt" or (path / "checkpoint.json").exists() or not path.is_dir()
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether there is any to go on from, valid or not; one that a killed process was replacing counts."""
+    """Return True if a folder has a checkpoint to resume from, valid or not, or one that a killed process was replacing."""
     _, resumed = _last_start(folder)
     return (resumed is not None and resumed.exists()) or any(
-        path.suffix == ".ckpt" or ".ckpt.replaced-" in path.name for path in everything_under(folder)
+        path.suffix == ".ckpt" or ".ckpt.replaced-" in path.name for path in walk_folder(folder)
     )
 
 
-def candidates(folder: Path) -> list[Path]:
-    """All checkpoints under a folder, valid or not, latest first; of links to the same one, one."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return all checkpoints of a folder, valid or not, newest first, each once even if links lead to it."""
     return [candidate.path for candidate in _candidates(folder)]
 
 
-def time_of_save(folder: Path) -> str:
-    """Time stamp of a checkpoint that is saved now, in ISO format: checkpoints of a folder are ordered by it.
-
-    Where the clock was set back, it is the moment after the newest one's, and after the last one that this process saved.
-    """
-    global _saved_last
+def next_timestamp(folder: Path) -> str:
+    """Return the time in ISO format, even if the clock was set back later than any checkpoint in `folder` or of this process."""
+    global _last_timestamp
     now, found = datetime.now(UTC), _candidates(folder)
-    latest = max(_saved_last, found[0].saved_at) if found else _saved_last
+    latest = max(_last_timestamp, found[0].saved_at) if found else _last_timestamp
     if latest >= now.isoformat(timespec="microseconds"):
         now = datetime.fromisoformat(latest) + timedelta(microseconds=1)
-    _saved_last = now.isoformat(timespec="microseconds")
-    return _saved_last
+    _last_timestamp = now.isoformat(timespec="microseconds")
+    return _last_timestamp
 
 
 def _candidates(folder: Path) -> list[_Candidate]:
     found: dict[str, Path] = {}
-    for path in sorted(everything_under(folder)):
+    for path in sorted(walk_folder(folder)):
         if path.suffix == ".ckpt" and not path.name.startswith("."):
             found.setdefault(os.path.realpath(path), path)
     return sorted(map(_read, found.values()), key=lambda one: one.saved_at, reverse=True)
@@ -131,32 +126,36 @@ def _candidates(folder: Path) -> list[_Candidate]:
 def _read(path: Path) -> _Candidate:
     try:
         document = read_document(path)
-        saved_at, step, trains = str(document["saved_at"]), int(document["global_step"]), "optimizer_groups" in document
-        return _Candidate(path, saved_at, step, trains, document.get("start"))
+        saved_at, step, resumable = (
+            str(document["saved_at"]),
+            int(document["global_step"]),
+            "optimizer_groups" in document,
+        )
+        return _Candidate(path, saved_at, step, resumable, document.get("start"))
     except (ValueError, KeyError, TypeError, OSError):
-        written = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
-        return _Candidate(path, written.isoformat(timespec="microseconds"), -1, False)
+        modified = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        return _Candidate(path, modified.isoformat(timespec="microseconds"), -1, False)
 
 
-def _agreed_candidates(folder: Path, to_train: bool) -> list[_Candidate]:
-    """Of rank 0, which first, if training goes on, cleans up after a killed process; a run that is alive may be evaluated."""
+def _broadcast_candidates(folder: Path, to_train: bool) -> list[_Candidate]:
+    """Return rank 0's candidates; before training, clean up first. An evaluated run may still be training: leave its files."""
     found: list[list[_Candidate]] = [[]]
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         if to_train:
             recover(folder)
-        found = [_of_last_start_first(folder, _candidates(folder))]
+        found = [_sort_last_start_first(folder, _candidates(folder))]
     if distributed.is_initialized():
         distributed.broadcast_object_list(found)
     return found[0]
 
 
-def _of_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candidate]:
-    """Before all others what the run's last start has saved, then what it went on from.
+def _sort_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candidate]:
+    """Move the checkpoints of the run's last start to the front, followed by the one it resumed from.
 
-    A run that went back to an earlier checkpoint, and was killed before it saved another, stays on that branch.
+    So a run that went back to an earlier checkpoint stays on that branch, even if it was killed before it saved another.
     """
     number, resumed = _last_start(folder)
-    first = [one for one in found if one.start == number]
+    first = [candidate for candidate in found if candidate.start == number]
     if resumed is not None and resumed.exists():
         if not first and found and os.path.realpath(resumed) != os.path.realpath(found[0].path):
             rank_zero_info(f"the last start of the run went on from {resumed} and saved nothing")
@@ -165,7 +164,7 @@ def _of_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candida
 
 
 def _last_start(folder: Path) -> tuple[int, Path | None]:
-    """Number of the last start that `starts.json` lists, and the checkpoint it went on from, if any; -1 if there is none."""
+    """Return index and resumed checkpoint, if any, of the last start in `starts.json`; -1 and None if there is none."""
     try:
         require_regular(folder / "starts.json", "remove it")
         starts = json.loads((folder / "starts.json").read_text())

@@ -1,13 +1,13 @@
-"""The portable checkpoint: a folder of safetensors and JSON that knows no topology. Nothing is pickled.
+"""The portable checkpoint: a folder of safetensors and JSON, independent of the number of ranks. Nothing is pickled.
 
     checkpoint.json   format, model configuration, step and token clock, loops, callbacks, data position, versions
     model             GPT's parameters by name, one entry per expert
-    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, again one entry per expert
-    state             tensors of callbacks and others that `checkpoint.json` refers to
-    tokenizer.json    whose ids the model knows
+    optimizer         `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`, likewise
+    state             tensors that `checkpoint.json` refers to, such as a callback's
+    tokenizer.json    the run's tokenizer
 
-`folder.py` and `writing.py` know the files, `verify.py` and `newest.py` which one is good. One process writes and reads through
-Lightning's `CheckpointIO`, here; ranks of DeepSpeed through their strategy (`parallel/checkpointing.py`), each what it owns.
+`folder.py` and `writing.py` read and write the files, `verify.py` and `newest.py` find a valid checkpoint. A single process uses
+Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their own entries (`parallel/checkpointing.py`).
 """
 
 from __future__ import annotations
@@ -22,27 +22,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.entries import (
-    describe_mismatch,
-    join_experts,
-    optimizer_from_entries,
-    optimizer_to_entries,
-    split_experts,
-)
+from nlgmoe.checkpoint.entries import join_experts, optimizer_from_entries, optimizer_to_entries, split_experts
 from nlgmoe.checkpoint.folder import FORMAT, VERSION, Contents, TensorFiles, read_document
-from nlgmoe.checkpoint.newest import choose, time_of_save
+from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
+from nlgmoe.checkpoint.newest import choose_checkpoint, next_timestamp
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.versions import versions
 
-PREFIX = "model."  # where MoEGPTModule keeps its GPT
+PREFIX = "model."  # name of the GPT in MoEGPTModule
 
 
 class PortableCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints, as portable folders. `MoEGPTModule` puts it into the trainer.
+    """Write and read Lightning's checkpoints as portable folders. `MoEGPTModule` sets it in the trainer.
 
     Attributes:
-        to_train: whether what is loaded is to be trained on: only then is the optimizer's state read.
+        to_train: read the optimizer's state too.
     """
 
     def __init__(self) -> None:
@@ -50,10 +45,10 @@ class PortableCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write Lightning's `checkpoint` dictionary to the folder `path`, replacing what is there only when done.
+        """Write Lightning's `checkpoint` dictionary to the folder `path`, which replaces an older one when complete.
 
         Raises:
-            ValueError: the disk is full, or the folder cannot be written; what was there before is untouched.
+            ValueError: the folder cannot be written, for example because the disk is full; an older one is unchanged.
         """
         rest = dict(checkpoint)
         tokenizer = rest.pop("tokenizer", None)
@@ -63,27 +58,23 @@ class PortableCheckpointIO(CheckpointIO):
             (state,) = rest.pop("optimizer_states")
             entries["optimizer"], rest["optimizer_groups"] = optimizer_to_entries(state)
         document, entries["state"] = make_document(rest, Path(path).parent)
-        with writing.explained(Path(path)):
-            temporary = writing.begin(Path(path))
-            try:
-                files: dict[str, Contents] = {}
-                for kind, tensors in entries.items():
-                    if tensors:
-                        files |= writing.write_tensors(temporary, kind, tensors)
-                writing.finish(temporary, Path(path), document, files, tokenizer)
-            finally:
-                writing.abandon(temporary)
+        with writing.new_folder(Path(path)) as temporary:
+            files: dict[str, Contents] = {}
+            for kind, tensors in entries.items():
+                if tensors:
+                    files |= writing.write_tensors(temporary, kind, tensors)
+            writing.finish(temporary, Path(path), document, files, tokenizer)
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the folder `path`, or the newest valid one in a run folder, into Lightning's dictionary; tensors are on the CPU.
+        """Read the checkpoint `path`, or the newest valid one of a run folder, into Lightning's dictionary, on the CPU.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: there is no checkpoint, or it is damaged.
         """
-        path = choose(path, self.to_train)
+        path = choose_checkpoint(path, self.to_train)
         checkpoint = read_checkpoint(path)
         model = join_experts(TensorFiles(path, "model").read_all())
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in model.items()}
@@ -95,52 +86,54 @@ class PortableCheckpointIO(CheckpointIO):
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete the folder, or the link to one; never the last whole one of its folder."""
+        """Delete the folder, or the link to one, unless it is the last complete one beside others."""
         if not writing.remove(Path(path)):
-            rank_zero_warn(f"{path} is kept: no other checkpoint beside it is whole")
+            rank_zero_warn(f"{path} is kept: no other checkpoint beside it is complete")
 
 
 def make_document(checkpoint: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `checkpoint.json` holds of Lightning's dictionary, weights and optimizer aside, and the tensors it refers to.
+    """Convert Lightning's dictionary to the content of `checkpoint.json` and the tensors that it refers to.
 
     Args:
-        checkpoint: Lightning's dictionary.
-        folder: that the checkpoint is saved in.
+        checkpoint: Lightning's dictionary, without weights and optimizer.
+        folder: parent folder of the checkpoint.
 
     Raises:
-        ValueError: an entry is neither plain data nor a tensor.
+        ValueError: a value is neither plain data nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)
-    head = {"format": FORMAT, "version": VERSION, "saved_at": time_of_save(folder), "versions": versions()}
+    head = {"format": FORMAT, "version": VERSION, "saved_at": next_timestamp(folder), "versions": versions()}
     return head | plain, tensors
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Undo `make_document`: Lightning's dictionary without weights and optimizer, and the `path` it is from."""
+    """Undo `make_document`: return Lightning's dictionary without weights and optimizer, and the checkpoint's `path`."""
     document = read_document(path)
     found: dict[str, Any] = _from_json(document, TensorFiles(path, "state", required=False).read_all())
     return found | {"path": str(path)}
 
 
 def load_model(path: str | Path) -> GPT:
-    """The trained GPT of a checkpoint folder, on the CPU, in evaluation mode.
+    """Load the trained GPT of a checkpoint folder, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: there is no checkpoint at `path`, or it is damaged or lacks something.
+        ValueError: there is no checkpoint at `path`, it is damaged, or its weights do not fit its configuration.
     """
     config = GPTConfig.from_dict(read_document(path)["model_config"])
     with torch.device("meta"):
         model = GPT(config)
     entries = join_experts(TensorFiles(path, "model").read_all())
-    if mismatch := describe_mismatch(model.state_dict(), entries):
-        raise ValueError(f"{path} does not hold the model that it describes: {mismatch}; use another checkpoint")
+    if differences := describe_differences(shapes_of(model.state_dict()), shapes_of(entries)):
+        raise ValueError(
+            f"{path} does not hold the model that it describes: {summarize_differences(differences)}; use another checkpoint"
+        )
     model.load_state_dict(entries, assign=True)
     return model.eval()
 
 
 def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """Plain JSON for `value`; tensors move to `tensors` and leave a reference. Anything else is refused by name."""
+    """Convert `value` to plain JSON; tensors are collected in `tensors` and replaced by a reference."""
     if isinstance(value, Tensor):
         tensors[where] = value.detach().clone()
         return {"$tensor": where}
@@ -161,10 +154,8 @@ def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict) and "$tensor" in value:
+        return tensors[value["$tensor"]]
     if isinstance(value, dict):
-        return (
-            tensors[value["$tensor"]] if "$tensor" in value else {k: _from_json(v, tensors) for k, v in value.items()}
-        )
-    if isinstance(value, list):
-        return [_from_json(item, tensors) for item in value]
-    return value
+        return {key: _from_json(item, tensors) for key, item in value.items()}
+    return [_from_json(item, tensors) for item in value] if isinstance(value, list) else value

@@ -1,18 +1,18 @@
-"""UPCYCLING: a mixture of experts from a trained dense model, which computes what that did (arXiv 2212.05055).
+"""UPCYCLING: initialise a mixture of experts from a trained dense model so that it computes the same (arXiv 2212.05055).
 
-Every expert is a copy of its block's feed-forward layer f, the rest of the model is taken over. Then, dropless and without noise,
+Every expert is a copy of its block's feed-forward layer f; all other weights are copied unchanged. Without dropping and noise,
 
     standard, k > 1     y = sum_i w_i f(x), and the renormalised weights w sum to 1            nothing is scaled
     standard, k = 1     y = p E f(x), and the gate's probability p is 1 / E                    output projections times E
     residual, learned   y = c_1 f(x) + c_0 (as above), and the coefficients c sum to 1         as above
     residual, sum       y = f(x) / 2 + (as above) / 2, of the shared MLP and the experts       as above, and both halved
 
-In floating point that is the dense model's output up to rounding; with top-1 and 2^n experts the factors themselves are exact.
+This equals the dense model's output up to rounding; with top-1 and 2^n experts the factors themselves are exact.
 
-Top-1 weights are not renormalised, so p has to be the same for every token: the gate's weights are so small (`TINY`) that the
-softmax rounds to 1 / E, while their signs still spread the tokens over the experts; the first optimizer step gives them their
-size. Scaling for a softmax before the top-k: He et al., arXiv 2410.07524. With k > 1 gates begin as in a new
-model.
+Top-1 weights are not renormalised, so p must be the same for every token. The gate's weights are therefore so small (`TINY`) that
+the softmax rounds to 1 / E, while their signs still distribute the tokens over the experts; the first optimizer step brings them
+to their usual size. Scaling for a softmax before the top-k: He et al., arXiv 2410.07524. With k > 1 gates are initialised as in a
+new model.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.newest import find
+from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import require
 
-TINY = 1e-12  # times a normed input of thousands of values, far below half the last bit of 1 in fp32
+TINY = 1e-12  # times a normed input of thousands of values: far below half the last bit of 1 in fp32
 
 
 @dataclass(frozen=True)
 class Upcycled:
-    """What upcycling made.
+    """The result of upcycling.
 
     Attributes:
-        dense: the checkpoint that it began with.
-        dense_config: of its model.
-        config: of the new model.
+        dense: checkpoint of the dense model.
+        dense_config: configuration of the dense model.
+        config: configuration of the new model.
     """
 
     dense: Path
@@ -54,72 +55,67 @@ class Upcycled:
 def upcycle(
     dense: str | Path, checkpoint: str | Path, moe: MoEConfig, noise: float = 0.0, seed: int = 1234
 ) -> Upcycled:
-    """Write the checkpoint, whole or not at all; what is there is replaced. No more than one file of it is in memory.
+    """Write the checkpoint, replacing an older one when complete. At most one of its files is in memory at a time.
 
     Args:
         dense: checkpoint of a dense model; of a run's folder, the newest valid one.
         checkpoint: `NAME.ckpt`.
         moe: the experts.
-        noise: added to each expert's matrices: independent normal values whose standard deviation is this multiple of the
-            matrix's own. 0: experts are equal, and differ as soon as they have learned from different tokens.
+        noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
+            own. 0: experts are equal at first, and diverge as they learn from different tokens.
         seed: of the noise and the gates.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, its model is not dense, or the experts do not fit it.
     """
-    if noise < 0:
-        raise ValueError(f"noise={noise} must be at least 0; 0 makes exact copies")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0")
-    path = find(dense)
-    old = GPTConfig.from_dict(read_document(path)["model_config"])
-    if old.moe is not None:
-        raise ValueError(f"{path} is no dense model: it has experts already; use the checkpoint of one with moe=null")
-    config = replace(old, moe=moe)
-    read = _entries(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
+    require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
+    require(seed >= 0, f"seed={seed} must be at least 0")
+    path = find_checkpoint(dense)
+    dense_config = GPTConfig.from_dict(read_document(path)["model_config"])
+    require(
+        dense_config.moe is None, f"{path} is no dense model: it has experts; use the checkpoint of one with moe=null"
+    )
+    config = replace(dense_config, moe=moe)
+    read = _entry_reader(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
     write_weights(checkpoint, read, config, read_tokenizer(path))
-    return Upcycled(path, old, config)
+    return Upcycled(path, dense_config, config)
 
 
-def expert_scale(moe: MoEConfig, num_experts: int) -> float:
-    """What an expert's output projection is multiplied by."""
-    shared = 0.5 if moe.mlp_type == "residual" and moe.residual_mix == "sum" else 1.0
-    return shared * (num_experts if moe.top_k == 1 else 1)
-
-
-def _entries(files: TensorFiles, config: GPTConfig, shapes: Shapes, noise: float, seed: int) -> Callable[[str], Tensor]:
-    """Reads an entry of the new model."""
+def _entry_reader(
+    files: TensorFiles, config: GPTConfig, shapes: Shapes, noise: float, seed: int
+) -> Callable[[str], Tensor]:
+    """Return a function that makes an entry of the new model from those of the dense one."""
     moe = config.moe
     assert moe is not None
+    halved = moe.mlp_type == "residual" and moe.residual_mix == "sum"
 
     def read(name: str) -> Tensor:
         if ".moe." not in name:
             return files.read(name)
         block, _, part = name.partition(".moe.")
-        like = files.read(f"{block}.ffn.project.bias")  # for its type
         if match := EXPERT.fullmatch(name):
             return expert(name, block, match["part"])
         if part.startswith("mlp."):
             value = files.read(f"{block}.ffn.{part.removeprefix('mlp.')}")
-            halved = moe.residual_mix == "sum" and part.startswith("mlp.project")
-            return value / 2 if halved else value
+            return value / 2 if halved and part.startswith("mlp.project") else value
         std = TINY if moe.top_k == 1 and part.startswith("router") else config.init_std
         value = torch.zeros(shapes[name]) if part.endswith("bias") else _normal(shapes[name], seed, name) * std
-        return value.to(like.dtype)
+        return value.to(files.read(f"{block}.ffn.project.bias").dtype)
 
     def expert(name: str, block: str, part: str) -> Tensor:
         layer, leaf = part.rsplit("_", 1)  # expand or project, weight or bias
         value = files.read(f"{block}.ffn.{layer}.{leaf}")
-        value = value.t() if leaf == "weight" else value  # ours is [in, out], a linear layer's [out, in]
+        value = value.t() if leaf == "weight" else value  # expert stacks are [in, out], nn.Linear's weight [out, in]
         if noise and leaf == "weight":
             value = value + (_normal(value.shape, seed, name) * (noise * value.float().std())).to(value.dtype)
         if layer == "project":
-            value = value * expert_scale(moe, experts_at(config, int(block.rpartition(".")[2])))
+            experts = experts_at(config, int(block.rpartition(".")[2]))
+            value = value * ((0.5 if halved else 1.0) * (experts if moe.top_k == 1 else 1))
         return value.contiguous()
 
     return read
 
 
 def _normal(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """N(0, 1), the same wherever it is drawn."""
+    """Draw from N(0, 1), as a function of `seed` and `name`."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed("upcycle", seed, name)))

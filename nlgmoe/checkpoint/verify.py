@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint: alone, or found by all ranks together, each reading its share."""
+"""Verify a checkpoint: on one process, or on all ranks together, each of which reads a part of the tensors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from torch import distributed
 
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import (
-    KINDS,
-    OTHER,
+    REMEDY,
     Contents,
     entry_problem,
     file_problems,
     kind_of,
-    opened,
+    open_tensors,
     read_document,
     read_manifest,
     read_tokenizer,
 )
-from nlgmoe.checkpoint.layout import entry_shapes
+from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import ForeignCodeError
 
-# What everyone who reads a checkpoint relies on.
+# Values of `checkpoint.json` that every reader needs.
 DOCUMENT = {
     "saved_at": str,
     "versions": dict,
@@ -38,13 +37,13 @@ DOCUMENT = {
 }
 
 
-def problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
-    """Everything that keeps a folder from being a whole checkpoint, a line each.
+def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
+    """Yield each defect of a checkpoint folder as a line.
 
     Args:
         path: the folder.
-        rank: which share of the tensors to read; rank 0 also holds the names against the model's.
-        ranks: number of shares.
+        rank: part of the tensors to read; rank 0 also compares names and shapes with the model's.
+        ranks: number of parts.
     """
     try:
         document, files = read_document(path), read_manifest(path)["files"]
@@ -55,19 +54,19 @@ def problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
         yield from file_problems(Path(path), files)
         yield from _damaged_tensors(Path(path), files, rank, ranks)
         if rank == 0:
-            yield from _wrong_names(path, document, files)
+            yield from _model_differences(path, document, files)
     except (ValueError, OSError) as error:
-        yield str(error).removesuffix(f"; {OTHER}")
-    except (TypeError, KeyError, AttributeError, IndexError) as error:  # well-formed, but made by something else
-        yield f"{path} is no checkpoint of ours ({type(error).__name__}: {error})"
+        yield str(error).removesuffix(f"; {REMEDY}")
+    except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write
+        yield f"{path} is not an nlgmoe checkpoint ({type(error).__name__}: {error})"
 
 
-def agreed_problems(path: str | Path) -> list[str]:
-    """`problems`, each found once and known to every rank; every rank has to call this."""
+def gather_problems(path: str | Path) -> list[str]:
+    """Verify a checkpoint on all ranks and return each defect once, on every rank. A collective."""
     if not distributed.is_initialized():
-        return list(problems(path))
+        return list(find_problems(path))
     found: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(found, list(problems(path, distributed.get_rank(), len(found))))
+    distributed.all_gather_object(found, list(find_problems(path, distributed.get_rank(), len(found))))
     return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
 
 
@@ -78,42 +77,35 @@ def _damaged_tensors(folder: Path, files: dict[str, Contents], rank: int, ranks:
         mine.setdefault(file, []).append(name)
     for file, wanted in mine.items():
         try:
-            with opened(folder / file) as tensors:
-                held = set(tensors.keys())
-                for name in wanted:
-                    if name not in held:
-                        continue
+            with open_tensors(folder / file) as tensors:
+                for name in sorted(set(wanted) & set(tensors.keys())):
                     if found := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
                         yield f"{folder / file}: {name} {found}"
         except ValueError:
-            continue  # `file_problems` has said it
+            continue  # `file_problems` has reported it
 
 
-def _wrong_names(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:
-    """What the model that `checkpoint.json` describes has and the files have not, or the other way round."""
-    held = {
-        kind: {n: r for f, contents in files.items() if kind_of(f) == kind for n, r in contents.items()}
-        for kind in KINDS
-    }
+def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:
+    """Compare the files' entries with those of the model that `checkpoint.json` describes."""
     try:
         with torch.device("meta"):
             model = GPT(GPTConfig.from_dict(document["model_config"]))
     except ForeignCodeError:
-        return  # only that code knows the names
+        return  # the names are unknown without that code
     except (KeyError, TypeError, ValueError) as error:
         yield f"{path}/checkpoint.json describes no model ({type(error).__name__}: {error})"
         return
-    shapes = {name: list(shape) for name, shape in entry_shapes(model).items()}
-    expected = {"model": shapes}
+    expected = {"model": entry_shapes(model)}
     if "optimizer_groups" in document and document.get("global_step", 0) > 0:
-        trained = {name: list(shape) for name, shape in entry_shapes(model, buffers=False).items()}
-        moments = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in trained.items()}
-        expected["optimizer"] = moments | {f"step/{name}": [] for name, _ in model.named_parameters()}
+        trained = entry_shapes(model, buffers=False).items()
+        expected["optimizer"] = {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in trained}
+        expected["optimizer"] |= {f"step/{name}": torch.Size() for name, _ in model.named_parameters()}
     for kind, shapes in expected.items():
-        for name in sorted(shapes.keys() - held[kind].keys()):
-            yield f"{path} lacks {name} ({kind})"
-        for name in sorted(held[kind].keys() - shapes.keys()):
-            yield f"{path} has unknown {name} ({kind})"
-        for name in sorted(shapes.keys() & held[kind].keys()):
-            if held[kind][name][1] != shapes[name]:
-                yield f"{path}: {name} has shape {held[kind][name][1]}, not the model's {shapes[name]}"
+        stored: Shapes = {
+            name: torch.Size(shape)
+            for file, contents in files.items()
+            if kind_of(file) == kind
+            for name, (_, shape, _) in contents.items()
+        }
+        for name, reason in describe_differences(shapes, stored).items():
+            yield f"{path}: {kind} entry {name} is {reason}"

@@ -1,4 +1,4 @@
-"""A checkpoint of weights that come from elsewhere: a model to use, or to start a run from with `model.warm_start`."""
+"""Write a checkpoint of weights from another source, to evaluate, or to start a run from with `model.warm_start`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.folder import Contents
-from nlgmoe.checkpoint.layout import entry_shapes
+from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 
-SHARD_VALUES = 2**28  # of a file, unless one entry has more; what is held in memory at once
+SHARD_VALUES = 2**28  # most values of a file with several entries, and so of the entries in memory at once
 
 
 def write_weights(
@@ -27,24 +27,24 @@ def write_weights(
     global_step: int = 0,
     tokens_seen: int = 0,
 ) -> None:
-    """Write the folder `path`, whole or not at all, file by file.
+    """Write the folder `path`, file by file, in place of an older one once it is complete.
 
     Args:
-        path: the checkpoint, `NAME.ckpt`; what is there is replaced.
-        read: gives an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; asked once for each, those of an
-            expert one after the other.
+        path: the checkpoint, `NAME.ckpt`.
+        read: returns an entry by its name, such as `blocks.1.moe.experts.3.expand_weight`; called once for each, and
+            consecutively for those of one expert.
         config: of the model.
-        tokenizer: whose ids it knows, as JSON of the `tokenizers` library; None: none goes with it.
-        global_step: optimizer steps behind the weights.
-        tokens_seen: tokens behind the weights.
+        tokenizer: JSON of the `tokenizers` library; None writes no tokenizer.
+        global_step: optimizer steps that the weights were trained for.
+        tokens_seen: tokens that the weights were trained on.
 
     Raises:
-        ValueError: it cannot be written, or `read` raised.
+        ValueError: the folder cannot be written, or `read` raised.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     document, _ = make_document(
         {
-            # What Lightning and `MoEGPTModule` read of a checkpoint that is evaluated.
+            # Read by Lightning and `MoEGPTModule` in evaluation.
             "epoch": 0,
             "global_step": global_step,
             "pytorch-lightning_version": lightning.__version__,
@@ -56,26 +56,22 @@ def write_weights(
         },
         path.parent,
     )
-    with writing.explained(path):
-        temporary = writing.begin(path)
-        try:
-            files: dict[str, Contents] = {}
-            for number, names in enumerate(shards):
-                entries = {name: read(name) for name in names}
-                files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
-            writing.finish(temporary, path, document, files, tokenizer)
-        finally:
-            writing.abandon(temporary)
+    with writing.new_folder(path) as temporary:
+        files: dict[str, Contents] = {}
+        for number, names in enumerate(shards):
+            entries = {name: read(name) for name in names}
+            files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
+        writing.finish(temporary, path, document, files, tokenizer)
 
 
-def weight_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Shape of every entry of a model."""
+def weight_shapes(config: GPTConfig) -> Shapes:
+    """Return the shape of every entry of a model."""
     with torch.device("meta"):
         return entry_shapes(GPT(config))
 
 
-def _shards(shapes: dict[str, torch.Size]) -> list[list[str]]:
-    """Entries by file, in order."""
+def _shards(shapes: Shapes) -> list[list[str]]:
+    """Divide the entries into files, in order."""
     shards: list[list[str]] = [[]]
     values = 0
     for name, shape in shapes.items():

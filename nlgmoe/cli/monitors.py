@@ -6,7 +6,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.batch import SpellsBytes
+from nlgmoe.batch import HasTokenByteLengths
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.staged_distillation import LOGGED
 from nlgmoe.callbacks.throughput import Throughput
@@ -55,8 +55,8 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
             names |= callback.logged_names(trainer, module)
     if trainer.enable_validation:
         data = getattr(trainer, "datamodule", None)
-        domains = [f"/{name}" for name in data.domains] if isinstance(data, SpellsBytes) else ["/all"]
-        metrics = ("loss", "perplexity", *(["bits_per_byte"] if isinstance(data, SpellsBytes) else []))
+        domains = [f"/{name}" for name in data.domains] if isinstance(data, HasTokenByteLengths) else ["/all"]
+        metrics = ("loss", "perplexity", *(["bits_per_byte"] if isinstance(data, HasTokenByteLengths) else []))
         names |= {f"val/{metric}{domain}" for metric in metrics for domain in ["", *domains]}
         names |= {"val/blend_loss"} if getattr(data, "domain_shares", None) else set()
     return names

@@ -17,15 +17,15 @@ def verify_checkpoint(checkpoint: str) -> None:
     Raises:
         ValueError: something is missing, unknown or damaged; a line for each.
     """
-    from nlgmoe.checkpoint.newest import candidates, is_checkpoint  # these need torch, and the model
-    from nlgmoe.checkpoint.verify import problems
+    from nlgmoe.checkpoint.newest import is_checkpoint, list_checkpoints  # these need torch, and the model
+    from nlgmoe.checkpoint.verify import find_problems
 
     if not is_checkpoint(checkpoint):
-        names = ", ".join(str(path) for path in candidates(Path(checkpoint))[:3])
+        names = ", ".join(str(path) for path in list_checkpoints(Path(checkpoint))[:3])
         raise UsageError(
             f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")
         )
 
-    if found := [problem.replace("\n", " ") for problem in problems(checkpoint)]:
+    if found := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
         raise Failures([*found, f"{checkpoint} is not valid: use another checkpoint"])
     print(describe(Path(checkpoint)))

@@ -19,11 +19,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.agreement import all_or_none
-from nlgmoe.checkpoint.folder import TensorFiles, is_whole, read_document
-from nlgmoe.checkpoint.layout import PRECISIONS, entry_shapes, local_entries
-from nlgmoe.checkpoint.newest import candidates, find, is_checkpoint
-from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
+from nlgmoe.checkpoint.agreement import raise_on_all_ranks
+from nlgmoe.checkpoint.folder import TensorFiles, is_complete, read_document
+from nlgmoe.checkpoint.layout import (
+    PRECISIONS,
+    describe_differences,
+    entry_shapes,
+    local_entries,
+    summarize_differences,
+)
+from nlgmoe.checkpoint.newest import find_checkpoint, is_checkpoint, list_checkpoints
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import check_loss
@@ -119,14 +124,14 @@ class MixtureOfStudents:
         Raises:
             ValueError: as `start`.
         """
-        with all_or_none():
+        with raise_on_all_ranks():
             path, document = self._find()
             config = GPTConfig.from_dict(document["model_config"])
             _check_shape(config, self.expected, path)
             _check(config, student, path)
             _check_tokenizer(document, data, path)
         placed = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
-        with all_or_none():
+        with raise_on_all_ranks():
             self.model = _load(path, config, placed, like.device, PRECISIONS.get(self.precision or "", like.dtype))
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path
@@ -138,7 +143,7 @@ class MixtureOfStudents:
             self._used = {}
         path = self._find_again() if self._used else None
         try:
-            path = path or find(self.teacher)
+            path = path or find_checkpoint(self.teacher)
             document, weights = read_document(path), weights_of(path)
         except (ValueError, OSError) as error:
             raise ValueError(
@@ -154,9 +159,9 @@ class MixtureOfStudents:
         Raises:
             ValueError: there is none.
         """
-        there = [Path(self.teacher)] if is_checkpoint(self.teacher) else candidates(Path(self.teacher))
+        there = [Path(self.teacher)] if is_checkpoint(self.teacher) else list_checkpoints(Path(self.teacher))
         for path in [Path(self._used["checkpoint"]), *there]:
-            if is_whole(path) and weights_of(path) == self._used["weights"]:
+            if is_complete(path) and weights_of(path) == self._used["weights"]:
                 return path
         raise ValueError(
             f"model.distiller.teacher={self.teacher}: this run has learned from {self._used['checkpoint']}, whose weights "
@@ -267,10 +272,11 @@ def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtyp
     """Load this rank's part of the teacher, frozen, entry by entry."""
     with torch.device("meta"):
         model = GPT(_without_dropping(config), placements=placed)
-    files, here = TensorFiles(path, "model"), entry_shapes(model)
-    if different := describe_differences(here, stored_shapes(path)):
+    files = TensorFiles(path, "model")
+    if different := describe_differences(entry_shapes(model), files.shapes):
         raise ValueError(
-            f"model.distiller.teacher={path} does not hold the model that it describes: {first_few(different)}; use another"
+            f"model.distiller.teacher={path} does not hold the model that it describes: {summarize_differences(different)}; "
+            "use another checkpoint"
         )
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):

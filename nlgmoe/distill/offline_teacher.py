@@ -9,10 +9,10 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nlgmoe.batch import Batch, NumbersSamples
-from nlgmoe.checkpoint.agreement import all_or_none
+from nlgmoe.batch import Batch, HasSampleNumbers
+from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.folder import read_document
-from nlgmoe.checkpoint.newest import find
+from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.description import differing
 from nlgmoe.device import to_device
@@ -58,7 +58,7 @@ class OfflineTeacher:
         self.release()
         if self.loss_weight == 0:
             return
-        with all_or_none():
+        with raise_on_all_ranks():
             try:
                 found = TeacherLogits(self.logits)
             except ValueError as error:
@@ -117,7 +117,7 @@ class OfflineTeacher:
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
         """Check that the logits are of this run's data, and cover every sample that it distils."""
         where, data = f"model.distiller.logits={self.logits}", getattr(trainer, "datamodule", None)
-        if not isinstance(data, NumbersSamples):
+        if not isinstance(data, HasSampleNumbers):
             raise ValueError(
                 f"{where}: the data module does not number its samples, so that nothing can be looked up; use "
                 "nlgmoe.PileDataModule, or nlgmoe.MixtureOfStudents"
@@ -146,9 +146,9 @@ class OfflineTeacher:
 
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
         """Check that the logits are of the weights of `teacher`. A collective: all ranks have to find the same checkpoint."""
-        with all_or_none():
+        with raise_on_all_ranks():
             try:
-                path = find(teacher)
+                path = find_checkpoint(teacher)
                 read_document(path)
                 weights = weights_of(path)
             except (ValueError, OSError) as error:

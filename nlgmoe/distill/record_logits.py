@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from nlgmoe.batch import Batch, mask_or_none
+from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
@@ -198,7 +198,7 @@ def _records(
     """Compute the records of a batch, up to the last sample wanted. Returns the progress too."""
     assert teacher.model is not None
     moved = cast(Batch, move_data_to_device(batch, teacher.model.token_embedding.weight.device))
-    targets = teacher.read(moved, mask_or_none(moved))
+    targets = teacher.read(moved, token_mask_or_none(moved))
     assert isinstance(targets, SoftTargets)
     (count, length), chunk = batch["tokens"].shape, settings["loss_chunk_size"]
     wanted = min(count, settings["samples"] - done.samples)

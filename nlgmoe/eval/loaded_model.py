@@ -10,7 +10,7 @@ import torch
 
 from nlgmoe.checkpoint.folder import read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import PRECISIONS
-from nlgmoe.checkpoint.newest import find
+from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ def load_pretrained(
         ValueError: the checkpoint does not exist or is damaged, or its tokenizer is missing, differs from the given one, or has
             more ids than the model.
     """
-    path = find(checkpoint)
+    path = find_checkpoint(checkpoint)
     document = read_document(path)
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
     found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))

@@ -1,1 +1,1 @@
-"""How weights change: the optimizer's parameter groups and the schedules that follow the token clock."""
+"""The optimizer's parameter groups, and schedules over the token clock."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nlgmoe.roles import DECAYED, role_of
-from nlgmoe.validation import require_valid
+from nlgmoe.validation import require, require_valid
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class AdamWConfig:
     """AdamW, with the paper's values as defaults.
 
     Attributes:
-        lr: peak learning rate; `schedule` shapes it over tokens.
+        lr: peak of the learning rate, which follows `schedule` over tokens.
         betas: decay of the two moments, per optimizer step.
-        eps: added to the denominator of the update; at least float32's smallest normal number, below which it may be 0 there.
+        eps: added to the denominator of the update; at least float32's smallest normal number, below which it may round to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
     """
 
@@ -29,23 +29,21 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        if self.lr <= 0:
-            raise ValueError(f"lr={self.lr} must be above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must both be in [0, 1)")
-        if self.eps < torch.finfo(torch.float32).tiny:  # a weight without a gradient would become 0/0
-            raise ValueError(
-                f"eps={self.eps} must be at least 1.2e-38, float32's smallest normal number; 1e-8 is usual"
-            )
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
+        require(self.lr > 0, f"lr={self.lr} must be above 0")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas={self.betas} must both be in [0, 1)")
+        tiny = torch.finfo(torch.float32).tiny  # below it, a weight without a gradient becomes 0/0
+        require(
+            self.eps >= tiny,
+            f"eps={self.eps} must be at least {tiny:.1e}, float32's smallest normal number; 1e-8 is usual",
+        )
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must be at least 0; 0 turns it off")
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW with the groups `decay` and `no_decay`; parameters keep their names, so that checkpoints can too.
+    """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
 
-    Experts that only some ranks hold carry the name of those ranks' group (`group_name`, DeepSpeed's convention) and form
-    groups of their own, because their gradients and states are divided between other ranks than the rest's.
+    Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their gradients
+    and states are shared by other ranks than those of dense parameters.
     """
     groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {("", True): [], ("", False): []}
     for prefix, module in model.named_modules():
@@ -54,7 +52,7 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
             groups.setdefault(key, []).append((name, parameter))
     optimizer = torch.optim.AdamW(
         [
-            # DeepSpeed finds the ranks of a group of experts by its name.
+            # DeepSpeed looks up the ranks of a group of experts by its name.
             {"params": parameters, "decays": decay, "moe": bool(ranks)}
             | {"name": ranks or ("decay" if decay else "no_decay")}
             for (ranks, decay), parameters in groups.items()
@@ -63,14 +61,14 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         fused=True,
     )
     apply_settings(optimizer, config)
-    # A fused step could unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Let the
-    # gradient scaler do it, as for any other optimizer.
+    # A fused step can unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Disable this:
+    # the gradient scaler unscales them, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
-    """Give the groups of `build_adamw` the settings of `config`, whatever a loaded state brought; not the current rate."""
+    """Replace the settings that the groups have from a checkpoint by those of `config`, except the current learning rate."""
     for group in optimizer.param_groups:
         weight_decay = config.weight_decay if group["decays"] else 0.0
         group |= {"initial_lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}

@@ -1,6 +1,6 @@
-"""Schedules as pure functions of the tokens trained on (the token clock); nothing here counts steps.
+"""Schedules as pure functions of the tokens trained on (the token clock), not of steps.
 
-The paper's runs warm up over 375M tokens and decay on a cosine to the minimum over 260B or 300B tokens.
+The paper's runs warm up over 375M tokens and follow a cosine to the minimum over 260B or 300B tokens.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nlgmoe.validation import require_valid
+from nlgmoe.validation import require, require_valid
 
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """Shape of the learning rate over tokens.
+    """The learning rate over tokens.
 
     Attributes:
         shape: after the warm-up: `cosine` falls to `min_lr` at `decay_tokens` and stays there, `constant` stays at the
@@ -35,32 +35,28 @@ class LearningRateSchedule:
     def __post_init__(self) -> None:
         require_valid(self)
         for name in ("warmup_tokens", "min_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        if self.shape == "constant":
-            if self.decay_tokens is not None or self.min_lr:
-                raise ValueError("shape=constant never decays; remove decay_tokens and min_lr, or use cosine or wsd")
-        elif self.decay_tokens is None or self.decay_tokens <= self.warmup_tokens:
-            raise ValueError(
-                f"shape={self.shape} needs decay_tokens above warmup_tokens={self.warmup_tokens}, "
-                f"got decay_tokens={self.decay_tokens}"
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
+        shape, warmup, decay, cooldown = self.shape, self.warmup_tokens, self.decay_tokens, self.cooldown_tokens
+        require(
+            (cooldown is not None) == (shape == "wsd"),
+            f"cooldown_tokens={cooldown} does not fit shape={shape}; set it with shape=wsd, and only then",
+        )
+        if shape == "constant":
+            require(
+                decay is None and not self.min_lr,
+                "shape=constant never decays; remove decay_tokens and min_lr, or use cosine or wsd",
             )
-        if (self.cooldown_tokens is not None) != (self.shape == "wsd"):
-            raise ValueError(
-                f"cooldown_tokens={self.cooldown_tokens} does not go with shape={self.shape}: it goes with shape=wsd, and "
-                "only with it"
-            )
-        if self.cooldown_tokens is not None:
-            assert self.decay_tokens is not None
-            if not 0 < self.cooldown_tokens <= self.decay_tokens - self.warmup_tokens:
-                raise ValueError(
-                    f"cooldown_tokens={self.cooldown_tokens} must be above 0 and fit between "
-                    f"warmup_tokens={self.warmup_tokens} and decay_tokens={self.decay_tokens}"
-                )
+            return
+        if decay is None or decay <= warmup:
+            raise ValueError(f"shape={shape} needs decay_tokens above warmup_tokens={warmup}, got decay_tokens={decay}")
+        require(
+            cooldown is None or 0 < cooldown <= decay - warmup,
+            f"cooldown_tokens={cooldown} must be above 0 and fit between warmup_tokens={warmup} and decay_tokens={decay}",
+        )
 
 
 def learning_rate(tokens: int, peak: float, schedule: LearningRateSchedule) -> float:
-    """Learning rate of the step that follows the first `tokens` tokens of training.
+    """Return the learning rate of the step after the first `tokens` tokens of training.
 
     Args:
         tokens: tokens trained on so far.
@@ -84,12 +80,12 @@ def learning_rate(tokens: int, peak: float, schedule: LearningRateSchedule) -> f
 
 @dataclass(frozen=True)
 class SequenceCurriculum:
-    """Short sequences first: training batches are cut to a length that grows; what lies past the cut is not trained on.
+    """Train on short sequences first: batches are truncated to a growing length; the remaining tokens are not trained on.
 
     Attributes:
-        tokens: after this many tokens, on the token clock, sequences are whole; until then their length grows linearly.
+        tokens: sequences have full length after this many tokens of training; until then their length grows linearly.
         start: length of the first sequences, in tokens; a multiple of `increment`.
-        increment: the length is rounded down to a multiple of this many tokens; GPUs like multiples of 8.
+        increment: the length is rounded down to a multiple of this many tokens; multiples of 8 are fast on GPUs.
     """
 
     tokens: int
@@ -98,8 +94,7 @@ class SequenceCurriculum:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "start", "increment"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         if self.start % self.increment:
             below = self.start // self.increment * self.increment
             nearest = " or ".join(str(value) for value in (below, below + self.increment) if value)
@@ -109,14 +104,14 @@ class SequenceCurriculum:
 
 
 def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -> int:
-    """Length of the sequences of the step that follows the first `tokens` tokens of training, in tokens.
+    """Return the sequence length of the step after the first `tokens` tokens of training.
 
     DeepSpeed's `fixed_linear` schedule (`curriculum_scheduler.py`), on the token clock instead of a count of steps.
 
     Args:
-        tokens: tokens trained on so far: positions fed, so those of shorter sequences count as they are.
-        seq_len: length of whole sequences, at least `curriculum.start`.
-        curriculum: the growth.
+        tokens: tokens trained on so far; a truncated sequence counts with its truncated length.
+        seq_len: full length of sequences, at least `curriculum.start`.
+        curriculum: the settings.
     """
     if tokens >= curriculum.tokens:
         return seq_len
@@ -125,12 +120,12 @@ def sequence_length(tokens: int, seq_len: int, curriculum: SequenceCurriculum) -
 
 
 def distillation_weight(clock: int, end: int, ramp: int = 0) -> float:
-    """Weight of the distillation loss, from 1 to 0, in the step that follows the first `clock` tokens (or steps) of training.
+    """Return the weight of the distillation loss, from 1 to 0, in the step after the first `clock` tokens (or steps).
 
     Args:
-        clock: trained on so far.
+        clock: tokens (or steps) trained on so far.
         end: the weight is 0 from here on.
-        ramp: over so many before the end it falls linearly from 1; 0: at once.
+        ramp: the weight falls linearly from 1 over this many before `end`; 0: at once.
     """
     if clock >= end:
         return 0.0

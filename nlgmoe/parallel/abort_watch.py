@@ -1,10 +1,10 @@
-"""A process that is aborted (SIGABRT) ends with one line that says why, and takes the processes it has started along.
+"""When this process is aborted (SIGABRT), print one line with the reason and kill the processes that it started.
 
-NCCL's collectives time out in a thread of PyTorch, which aborts the process: no Python code runs after that. But the signal
-handler that Python installs first writes the signal's number into a pipe, in C. Another process reads it: this file, run as a
-program. It uses the standard library alone.
+If one of NCCL's collectives times out, a thread of PyTorch aborts the process, and no Python code runs after that. But the signal
+handler that Python installs first writes the signal's number to a pipe, in C. Another process reads it: this file, run as a
+program that needs the standard library only.
 
-    python abort_watch.py LINE PID ...     print LINE and kill the PIDs once a SIGABRT is read from standard input
+    python abort_watch.py LINE PID ...     print LINE and kill the PIDs when a SIGABRT is read from standard input
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from typing import Any
 
 
 class AbortWatch:
-    """Watches this process until `stop`; made in the main thread.
+    """Watch this process until `stop`; create it in the main thread.
 
     Args:
-        line: what is printed to standard error if this process is aborted.
-        children: processes that are killed then.
+        line: printed to standard error if this process is aborted.
+        children: processes to kill in that case.
     """
 
     def __init__(self, line: str, children: Sequence[int] = ()) -> None:
         read, self._write = os.pipe()
-        os.set_blocking(self._write, False)  # Python asks for that
+        os.set_blocking(self._write, False)  # required by `set_wakeup_fd`
         command = [sys.executable, "-I", __file__, line, *map(str, children)]
-        # In a session of its own: Ctrl+C in the terminal is not meant for it.
+        # A new session, so that Ctrl+C in the terminal does not end it.
         self._process: subprocess.Popen[bytes] = subprocess.Popen(command, stdin=read, start_new_session=True)
         os.close(read)
-        self._handler_before: Any = signal.signal(signal.SIGABRT, _abort)
-        self._pipe_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._previous_handler: Any = signal.signal(signal.SIGABRT, _abort)
+        self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
     def stop(self) -> None:
-        """Let the other process end."""
-        signal.set_wakeup_fd(self._pipe_before)
-        signal.signal(signal.SIGABRT, self._handler_before)
+        """End the other process."""
+        signal.set_wakeup_fd(self._previous_pipe)
+        signal.signal(signal.SIGABRT, self._previous_handler)
         os.close(self._write)
         self._process.wait()
 
 
 def _abort(number: int, frame: FrameType | None) -> None:
-    """Die of a SIGABRT that came from outside; after one of this process's own, Python never comes to call this."""
+    """Die of a SIGABRT sent by another process; after this process's own abort, Python never calls the handler."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
 def _watch(line: str, *children: str) -> None:
-    while number := os.read(0, 1):  # one byte for each signal that Python handles; nothing at the process's end
+    while number := os.read(0, 1):  # one byte for each signal that Python handles; empty when the process has ended
         if number[0] == signal.SIGABRT:
             print(line, file=sys.stderr, flush=True)
             for child in children:

@@ -1,11 +1,12 @@
-"""The portable checkpoint under DeepSpeed: every rank writes and reads what it owns.
+"""Save and load the portable checkpoint under DeepSpeed: every rank writes and reads its own entries.
 
-To save, each entry is brought together on one of the ranks that share it, which writes it; to load, each rank reads entries
-one by one and keeps its part. No rank ever holds the model or the optimizer whole.
+To save, each entry is gathered on one of the ranks that share it, which writes it; to load, each rank reads entries one by one
+and keeps its part. No rank ever holds the whole model or optimizer.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +14,41 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.agreement import all_or_none
+from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
-from nlgmoe.checkpoint.layout import Entry, entry_shapes, local_entries
+from nlgmoe.checkpoint.layout import (
+    Shapes,
+    describe_differences,
+    entry_shapes,
+    local_entries,
+    summarize_differences,
+)
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.parallel.engine_gradients import loss_scaler
 from nlgmoe.parallel.engine_state import EngineState
 from nlgmoe.roles import DECAYED, role_of
 
-SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @torch.no_grad()
-def gather_owned(model: nn.Module, engine: Any, with_moments: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """This rank's share of the checkpoint's `model` and `optimizer` entries; the ranks' shares are disjoint and complete.
+def gather_owned_entries(
+    model: nn.Module, engine: Any, with_moments: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the `model` and `optimizer` entries that this rank writes; each entry has one writer. A collective.
 
-    Every rank has to call this. Among the ranks that share a parameter, entries go to the one with the least so far.
+    Among the ranks that share a parameter, entries go to the one with the fewest values so far.
 
     Args:
         model: the GPT.
-        engine: that trains it.
-        with_moments: false leaves `optimizer` empty.
+        engine: DeepSpeed's engine.
+        with_moments: False leaves `optimizer` empty.
     """
     state = EngineState(engine)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    loads: dict[Any, list[int]] = {}
+    loads: dict[Any, list[int]] = {}  # group of ranks -> values that each writes
     for entry in local_entries(model):
         if not entry.trained:
             if distributed.get_rank() == 0:
@@ -49,60 +58,60 @@ def gather_owned(model: nn.Module, engine: Any, with_moments: bool) -> tuple[dic
         load = loads.setdefault(ranks, [0] * distributed.get_world_size(ranks))
         owner = load.index(min(load))
         load[owner] += entry.shape.numel()
-        if (weight := state.collect(entry, None, owner)) is not None:
+        if (weight := state.gather(entry, None, owner)) is not None:
             weights[entry.name] = weight
         if not (with_moments and state.has_moments):
             continue
         for key in MOMENTS:
-            if (moment := state.collect(entry, key, owner)) is not None:
+            if (moment := state.gather(entry, key, owner)) is not None:
                 moments[f"{key}/{entry.name}"] = moment
-        if weight is not None and entry.leads:
+        if weight is not None and entry.first_of_stack:
             moments[f"step/{entry.stack}"] = state.step_of(entry.parameter).detach().float().cpu().clone()
     return weights, moments
 
 
 def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) -> None:
-    """Write the folder `path`: every rank its entries, rank 0 the rest. Every rank has to call this.
+    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective.
 
     Raises:
-        ValueError: a rank could not write. Every rank raises, and what had the name before still has it.
+        ValueError: a rank could not write. Every rank raises, and an older checkpoint at `path` is unchanged.
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     tokenizer = rest.pop("tokenizer", None)
-    trains = "optimizer_states" in checkpoint  # else ModelCheckpoint(save_weights_only=True) asks
-    weights, moments = gather_owned(model, engine, with_moments=trains)
-    if trains:
+    resumable = "optimizer_states" in checkpoint  # absent with ModelCheckpoint(save_weights_only=True)
+    weights, moments = gather_owned_entries(model, engine, with_moments=resumable)
+    if resumable:
         rest |= {"optimizer_groups": optimizer_groups(model, engine), "loss_scale": loss_scale(engine)}
     temporary: list[Path | None] = [None]
-    with all_or_none(), writing.explained(path):
+    with raise_on_all_ranks(), writing.explain_write_errors(path):
         document, tensors = make_document(rest, path.parent)
         if rank == 0:
             temporary = [writing.begin(path)]
     distributed.broadcast_object_list(temporary)
-    (where,) = temporary
-    assert where is not None
+    (folder,) = temporary
+    assert folder is not None
     try:
         files: dict[str, Contents] = {}
-        with all_or_none(), writing.explained(path):
+        with raise_on_all_ranks(), writing.explain_write_errors(path):
             for kind, entries in {"model": weights, "optimizer": moments}.items():
                 if entries:
-                    files |= writing.write_tensors(where, kind, entries, rank, ranks)
+                    files |= writing.write_tensors(folder, kind, entries, rank, ranks)
             if tensors and rank == 0:
-                files |= writing.write_tensors(where, "state", tensors)
-        of_ranks: list[dict[str, Contents]] = [{}] * ranks
-        distributed.gather_object(files, of_ranks if rank == 0 else None)
-        with all_or_none(), writing.explained(path):
+                files |= writing.write_tensors(folder, "state", tensors)
+        files_of_ranks: list[dict[str, Contents]] = [{}] * ranks
+        distributed.gather_object(files, files_of_ranks if rank == 0 else None)
+        with raise_on_all_ranks(), writing.explain_write_errors(path):
             if rank == 0:
-                files = {name: contents for one in of_ranks for name, contents in one.items()}
-                writing.finish(where, path, document, files, tokenizer)
+                files = {name: contents for one in files_of_ranks for name, contents in one.items()}
+                writing.finish(folder, path, document, files, tokenizer)
     finally:
         if rank == 0:
-            writing.abandon(where)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
-    """AdamW's settings and the names they apply to, in two groups as on one process (`optim/param_groups.py`)."""
+    """Return AdamW's settings and parameter names, in the two groups of a single process (`optim/param_groups.py`)."""
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     groups = []
     for decay in (True, False):
@@ -119,20 +128,20 @@ def optimizer_groups(model: nn.Module, engine: Any) -> list[dict[str, Any]]:
 
 
 def loss_scale(engine: Any) -> dict[str, Any]:
-    """The state of fp16's dynamic loss scale; empty in other precisions."""
+    """Return the state of fp16's dynamic loss scale; empty in other precisions."""
     scaler = loss_scaler(engine)
-    return {} if scaler is None else {key: getattr(scaler, key) for key in SCALE_STATE}
+    return {} if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE_KEYS}
 
 
 def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
-    """Go on with it; its window and bounds are the configuration's."""
+    """Restore the state of the loss scale; window and bounds remain those of the configuration."""
     if (scaler := loss_scaler(engine)) is not None:
         vars(scaler).update(state)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> None:
-    """Read this rank's weights: those it computes with, and its part of the fp32 ones the optimizer steps on.
+    """Read this rank's weights, and its part of the engine's fp32 copies.
 
     Args:
         model: the GPT.
@@ -142,13 +151,13 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
     Raises:
         ValueError: an entry is missing, unknown or of another shape.
     """
-    check_names(model, files)
+    _check_shapes(entry_shapes(model), files)
     state = EngineState(engine) if engine is not None else None
     for entry in local_entries(model):
-        whole = _shaped(files, entry.name, entry)
+        whole = files.read(entry.name)
         entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
         if state is not None and entry.trained:
-            state.put(entry, None, whole.float())
+            state.load(entry, None, whole.float())
 
 
 @torch.no_grad()
@@ -156,33 +165,22 @@ def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
     """Read this rank's part of AdamW's state.
 
     Raises:
-        ValueError: an entry is missing or of another shape.
+        ValueError: an entry is missing, unknown or of another shape.
     """
+    trained = entry_shapes(model, buffers=False).items()
+    moments = {f"{key}/{name}": shape for key in MOMENTS for name, shape in trained}
+    _check_shapes(moments | {f"step/{name}": torch.Size() for name, _ in model.named_parameters()}, files)
     state = EngineState(engine)
-    state.make_moments()
+    state.init_moments()
     for entry in local_entries(model):
-        if not entry.trained:
-            continue
-        for key in MOMENTS:
-            state.put(entry, key, _shaped(files, f"{key}/{entry.name}", entry))
-        state.step_of(entry.parameter).copy_(files.read(f"step/{entry.stack}"))
+        if entry.trained:
+            for key in MOMENTS:
+                state.load(entry, key, files.read(f"{key}/{entry.name}"))
+            state.step_of(entry.parameter).copy_(files.read(f"step/{entry.stack}"))
 
 
-def _shaped(files: TensorFiles, name: str, entry: Entry) -> Tensor:
-    whole = files.read(name)
-    if whole.shape != entry.shape:
-        raise ValueError(f"{name} of the checkpoint has shape {list(whole.shape)}, not {list(entry.shape)}")
-    return whole
-
-
-def check_names(model: nn.Module, files: TensorFiles) -> None:
-    """Whether the files hold exactly the model's entries, those of experts elsewhere included.
-
-    Raises:
-        ValueError: they do not; the message names the first that is too few or too many.
-    """
-    expected = entry_shapes(model).keys()
-    for problem, names in {"lacks": expected - files.names, "has unknown": files.names - expected}.items():
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"the checkpoint {problem} {min(names)}{more}; use a checkpoint of this model")
+def _check_shapes(expected: Shapes, files: TensorFiles) -> None:
+    if different := describe_differences(expected, files.shapes):
+        raise ValueError(
+            f"the checkpoint does not fit the model: {summarize_differences(different)}; use a checkpoint of this model"
+        )

@@ -1,7 +1,7 @@
-"""What the DeepSpeed engine needs to see of our experts.
+"""Present our experts and process groups to the DeepSpeed engine.
 
-The engine finds experts by `isinstance(module, deepspeed.moe.layer.MoE)` and by two attributes of their parameters. It keeps
-its process groups in tables of `deepspeed.utils.groups`, which are filled here with groups that have a timeout.
+The engine recognises experts by `isinstance(module, deepspeed.moe.layer.MoE)` and by two attributes of their parameters. It looks
+up process groups in tables of `deepspeed.utils.groups`; here they are filled with groups that have a timeout.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from nlgmoe.parallel.expert_groups import ExpertGroups
 
 
 class EngineMoELayer(MoELayer, MoE):
-    """An `MoELayer` whose experts are spread over ranks, as the engine recognises one.
+    """An `MoELayer` with sharded experts, as the engine recognises one.
 
-    Nothing of `MoE` runs: its `__init__` is never called, and these are all the attributes the engine reads.
+    `MoE.__init__` is never called; the engine reads the members below only.
     """
 
     @property
     def num_experts(self) -> int:
-        """Experts of the layer on all ranks."""
+        """Return the number of experts of the layer on all ranks."""
         return self.router.num_experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Nothing: the groups were made before the model."""
+        """Do nothing: the groups exist already."""
 
 
-def present_to_engine(layer: MoELayer, groups: ExpertGroups) -> None:
-    """Let the engine see `layer` as one of its own, and its experts as shared by the ranks of `groups` only."""
+def mark_as_deepspeed_moe(layer: MoELayer, groups: ExpertGroups) -> None:
+    """Make the engine treat `layer` as its own MoE layer, whose experts are replicated within `groups` only."""
     layer.__class__ = EngineMoELayer
     for parameter in layer.experts.parameters():
-        parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's marks
+        parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's attributes
         parameter.group_name = groups.name  # type: ignore[attr-defined]
 
 
 def register_groups(groups: ExpertGroups) -> None:
-    """Enter `groups` into DeepSpeed's tables (its own carry no timeout, so that a lost rank would hang the others)."""
+    """Add `groups` to DeepSpeed's tables; DeepSpeed's own have no timeout, so that ranks would wait for a lost one forever."""
     name, ranks_of = groups.name, distributed.get_process_group_ranks
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = groups.parallel
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = groups.data_parallel
@@ -50,24 +50,24 @@ def register_groups(groups: ExpertGroups) -> None:
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks_of(groups.data_parallel)
 
 
-def use_plain_collectives() -> None:
-    """Declare all of DeepSpeed's extensions unavailable: nothing here uses one.
+def register_world(timeout: timedelta) -> None:
+    """Set DeepSpeed's copy of the world group to one with a timeout."""
+    if deepspeed_groups._WORLD_GROUP is None:
+        ranks = list(range(distributed.get_world_size()))
+        deepspeed_groups._WORLD_GROUP = distributed.new_group(ranks, timeout=timeout)
 
-    Otherwise DeepSpeed tries at start which of them it could compile, with a warning for each where there is no CUDA toolkit,
-    and on CPUs compiles one, an all-reduce for inference.
+
+def disable_deepspeed_extensions() -> None:
+    """Declare all of DeepSpeed's compiled extensions unavailable: none is used here.
+
+    Otherwise DeepSpeed checks at start which of them it could compile, with a warning for each if there is no CUDA toolkit, and
+    on CPUs compiles one, an all-reduce for inference.
     """
     ops.__compatible_ops__ = {}
 
 
-def look_up_collectives_late() -> None:
-    """Let DeepSpeed find the functions of `torch.distributed` when it calls them, for who times or counts them."""
+def resolve_collectives_at_call() -> None:
+    """Let DeepSpeed look up functions of `torch.distributed` at each call, so that `monitoring/stopwatch.py` can wrap them."""
     backend = deepspeed_comm.cdb
     backend.all_gather_function = lambda *args, **kwargs: distributed.all_gather_into_tensor(*args, **kwargs)
     backend.reduce_scatter_function = lambda *args, **kwargs: distributed.reduce_scatter_tensor(*args, **kwargs)
-
-
-def register_world(timeout: timedelta) -> None:
-    """DeepSpeed's copy of the world group, with a timeout."""
-    if deepspeed_groups._WORLD_GROUP is None:
-        ranks = list(range(distributed.get_world_size()))
-        deepspeed_groups._WORLD_GROUP = distributed.new_group(ranks, timeout=timeout)

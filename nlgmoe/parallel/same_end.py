@@ -1,4 +1,4 @@
-"""Ranks end training after the same step: a callback that stops one rank alone would leave the others waiting in a collective."""
+"""Check that all ranks end training after the same step; otherwise the others would wait in a collective."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from datetime import timedelta
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-WAIT_SECONDS = 300.0  # ranks come here together but for what callbacks of one rank do after the step
+WAIT_SECONDS = 300.0  # longest that a callback of a single rank may run after the last step
 
 
 def require_same_end(step: int) -> None:
-    """Wait for the other ranks to end training after this step too; a rank that ends has to call this.
+    """Wait until all ranks have called this for `step`; every rank must call it when it ends training.
 
     Raises:
-        ValueError: not all of them do.
+        ValueError: not all ranks do.
     """
     if not distributed.is_initialized():
         return
@@ -26,6 +26,6 @@ def require_same_end(step: int) -> None:
     except distributed.DistStoreError as error:
         others = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
         raise ValueError(
-            f"rank {rank} ends training after step {step}, but not rank {others}: a callback that sets trainer.should_stop has "
-            "to decide on all ranks alike; use trainer.should_stop = trainer.strategy.reduce_boolean_decision(..., all=False)"
+            f"rank {rank} ends training after step {step}, but not rank {others}: a callback must set trainer.should_stop on all "
+            "ranks alike; use trainer.should_stop = trainer.strategy.reduce_boolean_decision(..., all=False)"
         ) from error

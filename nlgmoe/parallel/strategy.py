@@ -1,4 +1,4 @@
-"""ExpertParallelStrategy: Lightning's DeepSpeedStrategy with experts spread over ranks, on GPUs and on CPUs."""
+"""ExpertParallelStrategy: Lightning's DeepSpeedStrategy with expert parallelism, on GPUs and CPUs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AgreedError
+from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.folder import TensorFiles
-from nlgmoe.checkpoint.newest import choose
+from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
-from nlgmoe.parallel.expert_groups import ExpertGroups, describe, layer_degrees, make_groups, place
+from nlgmoe.parallel.expert_groups import (
+    ExpertGroups,
+    describe_degrees,
+    expert_placements,
+    layer_degrees,
+    make_groups,
+)
+from nlgmoe.validation import require
 
 if TYPE_CHECKING:
     from nlgmoe.parallel.engine_gradients import EngineGradients
@@ -41,19 +48,19 @@ if TYPE_CHECKING:
 class ExpertParallelStrategy(DeepSpeedStrategy):
     """Data parallelism with ZeRO for the dense part, expert parallelism for the experts.
 
-    Every MoE layer has a degree of its own: the largest divisor of its number of experts and of the number of ranks up to
-    `expert_parallel_size`. A checkpoint knows nothing of it.
+    Every MoE layer has its own degree: the largest divisor of its number of experts and of the number of ranks up to
+    `expert_parallel_size`. Checkpoints do not depend on it.
 
     Args:
-        stage: what ZeRO divides between ranks: 0 nothing (not with fp16), 1 the optimizer's states, 2 the gradients too.
-            (3, the weights too, is refused by DeepSpeed for experts spread over ranks.)
-        expert_parallel_size: most ranks that hold one layer's experts together; 1 keeps all experts on every rank.
+        stage: what ZeRO shards over ranks: 0 nothing (not with fp16), 1 the optimizer's states, 2 the gradients too.
+            (DeepSpeed does not support 3, the weights too, with expert parallelism.)
+        expert_parallel_size: largest number of ranks that hold one layer's experts together; 1 keeps all experts on every rank.
         offload_optimizer: keep the optimizer's states in the host's memory and step there; stage 1 or 2.
         initial_scale_power: fp16 only: the loss scale starts at 2 to this power.
         loss_scale_window: fp16 only: steps without overflow after which the loss scale doubles.
         hysteresis: fp16 only: overflows after which the loss scale halves.
         min_loss_scale: fp16 only: the loss scale never falls below this.
-        timeout_seconds: a rank that waits longer for another one gives up, and the run ends.
+        timeout_seconds: the run ends if a rank waits longer than this for another one.
         bucket_size: values per collective of ZeRO's reductions and gathers.
         accelerator: set by the trainer.
         parallel_devices: set by the trainer.
@@ -80,19 +87,16 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         cluster_environment: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        if stage not in (0, 1, 2):
-            raise ValueError(
-                f"trainer.strategy.stage={stage}: DeepSpeed cannot divide the weights of experts spread over ranks (ZeRO 3); "
-                "use 0, 1 or 2"
-            )
-        if expert_parallel_size < 1:
-            raise ValueError(f"trainer.strategy.expert_parallel_size={expert_parallel_size} must be at least 1")
-        if timeout_seconds <= 0:
-            raise ValueError(f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
-        if offload_optimizer and stage == 0:
-            raise ValueError("trainer.strategy.offload_optimizer=true needs stage 1 or 2")
+        require(
+            stage in (0, 1, 2),
+            f"trainer.strategy.stage={stage}: DeepSpeed cannot shard the weights of sharded experts (ZeRO 3); use 0, 1 or 2",
+        )
+        size = expert_parallel_size
+        require(size >= 1, f"trainer.strategy.expert_parallel_size={size} must be at least 1")
+        require(timeout_seconds > 0, f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
+        require(stage > 0 or not offload_optimizer, "trainer.strategy.offload_optimizer=true needs stage 1 or 2")
         if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out itself, with a warning
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed detects it, with a warning
         super().__init__(
             accelerator=accelerator,
             zero_optimization=stage > 0,
@@ -112,21 +116,23 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self.stage = stage
         self.expert_parallel_size = expert_parallel_size
         assert isinstance(self.config, dict)
-        self.config["zero_force_ds_cpu_optimizer"] = False  # our AdamW steps offloaded states too
-        self.config["timers"] = {"throughput": {"enabled": False}}  # it waits for the device in every micro-batch
+        self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW also steps offloaded states
+        self.config["timers"] = {
+            "throughput": {"enabled": False}
+        }  # it synchronises with the device in every micro-batch
         if stage == 2 and not offload_optimizer:
-            # At stage 0 DeepSpeed refuses it; at stage 1 it holds all of it on every rank, in bf16 with another optimizer.
+            # DeepSpeed refuses this at stage 0; at stage 1 every rank would keep the whole sum, in bf16 with another optimizer.
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         self._groups: dict[int, ExpertGroups] = {}
-        self._loading: Path | None = None  # the checkpoint that is being loaded
-        self._engine: Any = None  # of training; evaluation afterwards keeps it
+        self._loading: Path | None = None  # the checkpoint being loaded
+        self._engine: Any = None  # the engine of training, also during evaluation afterwards
         self._gradients: EngineGradients | None = None
 
     # ---- processes and groups
 
     @override
     def setup_environment(self) -> None:
-        """Start the process group; unlike the base class, on CPUs too."""
+        """Start the process group, which the base class does on GPUs only."""
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
@@ -135,38 +141,42 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        """As the base class does, which only knows GPUs."""
-        from nlgmoe.parallel.deepspeed_moe import look_up_collectives_late, register_world, use_plain_collectives
+        """Initialise DeepSpeed's communication, which the base class does on GPUs only."""
+        from nlgmoe.parallel.deepspeed_moe import (
+            disable_deepspeed_extensions,
+            register_world,
+            resolve_collectives_at_call,
+        )
 
-        use_plain_collectives()
+        disable_deepspeed_extensions()
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_distributed()
         else:
             self.set_world_ranks()
             self._init_deepspeed_distributed()
-        register_world(self._patience)
-        look_up_collectives_late()
+        register_world(self._collective_timeout)
+        resolve_collectives_at_call()
 
     def expert_placements(self, config: GPTConfig, of: str = "model") -> Mapping[int, ExpertPlacement]:
-        """This rank's share of every MoE block; makes the process groups.
+        """Make the process groups and return this rank's experts in every MoE block, by block number. A collective.
 
         Args:
-            config: of the model that is to be spread.
-            of: what it is called in the log and in errors: "model", or "teacher".
+            config: of the model to shard.
+            of: its name in the log and in errors: "model", or "teacher".
 
         Raises:
-            ValueError: `expert_parallel_size` does not suit the model and the number of ranks.
+            ValueError: `expert_parallel_size` does not fit the model and the number of ranks.
         """
         from nlgmoe.parallel.deepspeed_moe import register_groups
 
         degrees = layer_degrees(config, self.world_size, self.expert_parallel_size, of)
         for degree in sorted(set(degrees.values()) - {1}):
             if degree not in self._groups:
-                self._groups[degree] = make_groups(degree, self._patience)
+                self._groups[degree] = make_groups(degree, self._collective_timeout)
                 register_groups(self._groups[degree])
         if degrees:
-            rank_zero_info(describe(config, degrees, self.world_size, of))
-        return place(config, degrees, self._groups)
+            rank_zero_info(describe_degrees(config, degrees, self.world_size, of))
+        return expert_placements(config, degrees, self._groups)
 
     @property
     def _gpt(self) -> nn.Module:
@@ -174,7 +184,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         return gpt
 
     @property
-    def _patience(self) -> timedelta:
+    def _collective_timeout(self) -> timedelta:
         assert self._timeout is not None
         return self._timeout
 
@@ -182,15 +192,15 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def init_deepspeed(self) -> None:
-        """As the base class does, which takes our `configure_gradient_clipping` for an attempt to clip here."""
+        """Start the engine without a warning: the module's `configure_gradient_clipping` does not clip under DeepSpeed."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
             super().init_deepspeed()
 
     @override
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        """Show the engine which parameters are experts, before the optimizer's groups are made."""
-        from nlgmoe.parallel.deepspeed_moe import present_to_engine
+        """Mark the sharded experts for the engine, then start it: it groups the optimizer's parameters by these marks."""
+        from nlgmoe.parallel.deepspeed_moe import mark_as_deepspeed_moe
         from nlgmoe.parallel.engine_gradients import EngineGradients
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
@@ -198,14 +208,14 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
             degree = layer.router.num_experts // layer.placement.count
             if degree > 1:
-                present_to_engine(layer, self._groups[degree])
+                mark_as_deepspeed_moe(layer, self._groups[degree])
         super()._initialize_deepspeed_train(model)
         self._engine = self.model
         self._gradients = EngineGradients(self._engine)
-        self._start_exactly()
+        self._restore_fp32_warm_start()
 
-    def _start_exactly(self) -> None:
-        """Let a warm start in half precision step on the checkpoint's fp32 weights, not on what the engine made of halves."""
+    def _restore_fp32_warm_start(self) -> None:
+        """Load a warm start's fp32 weights into the engine, which in half precision has copied rounded ones."""
         start = getattr(self.lightning_module, "warm_start", None)
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         if start is None or self.precision_plugin._desired_dtype == torch.float32:
@@ -213,15 +223,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.engine_state import EngineState
 
         state = EngineState(self._engine)
-        load_initial_weights(self._gpt, start, lambda entry, whole: state.put(entry, None, whole.float()))  # type: ignore[arg-type]
+        load_initial_weights(self._gpt, start, lambda entry, whole: state.load(entry, None, whole.float()))  # type: ignore[arg-type]
 
     def step_gradients(self) -> StepGradients | None:
-        """The gradients of the step about to be taken; None after a micro-batch that does not end a step."""
+        """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
         assert self._gradients is not None
-        if not self._gradients.complete:
-            return None
-        self._gradients.begin()
-        return self._gradients
+        return self._gradients.of_step()
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
         if plugin._desired_dtype != torch.float16:
@@ -229,18 +236,18 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from deepspeed.accelerator import get_accelerator
 
         if not get_accelerator().is_fp16_supported():
-            raise AgreedError(
+            raise AllRanksError(
                 f"trainer.precision={plugin.precision}: DeepSpeed has no fp16 on this device; use bf16-mixed"
             )
         if self.stage == 0:
-            raise AgreedError(
+            raise AllRanksError(
                 f"trainer.precision={plugin.precision} needs trainer.strategy.stage 1 or 2: at stage 0 DeepSpeed unscales fp16 "
                 "gradients by the wrong scale whenever the scale grows"
             )
 
     @override
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
-        """As the base class does, but where a device has no index too."""
+        """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
         index = self.root_device.index
@@ -257,12 +264,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Lightning has divided the loss by the accumulated micro-batches; the engine must not do it again."""
+        """Run the backward pass; Lightning has divided the loss by the accumulated micro-batches, so the engine must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        """Evaluation needs no engine: the weights, in the type they have in training."""
+        """Move the model to the device in its training dtype; evaluation needs no engine."""
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         self.model = model.to(self.root_device, dtype=self.precision_plugin._desired_dtype)
 
@@ -270,40 +277,38 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: `save_checkpoint` gathers the weights, entry by entry."""
+        """Return nothing: `save_checkpoint` gathers the weights by entry."""
         return {}
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing: likewise."""
+        """Return nothing: `save_checkpoint` gathers the optimizer's state by entry."""
         return {}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the portable checkpoint, each rank what it owns.
+        """Write the portable checkpoint, each rank its own entries.
 
         Raises:
-            ValueError: a rank could not write; every rank raises, and what was there before is untouched. Or nothing is
-                being trained.
+            ValueError: nothing has been trained, or a rank could not write; every rank raises, and an older checkpoint is
+                unchanged.
         """
         from nlgmoe.parallel.checkpointing import save
 
         if self._engine is None:
-            raise ValueError(
-                f"{filepath}: there is nothing to save without training; copy the checkpoint that was evaluated"
-            )
+            raise ValueError(f"{filepath}: nothing to save without training; copy the checkpoint that was evaluated")
         save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self._engine)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read everything but weights and optimizer, which follow once the module has agreed to the rest."""
-        self._loading = choose(checkpoint_path, self.lightning_module.trainer.state.fn == TrainerFn.FITTING)  # type: ignore[union-attr]
+        """Read everything but weights and optimizer, which are read after the module has checked the rest."""
+        self._loading = choose_checkpoint(checkpoint_path, self.lightning_module.trainer.state.fn == TrainerFn.FITTING)  # type: ignore[union-attr]
         return read_checkpoint(self._loading) | {"optimizer_states": []}
 
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        """Let Lightning ask for the optimizer's state in its turn."""
+        """Return True, so that Lightning calls `load_optimizer_state_dict`."""
         return True
 
     @override
@@ -327,14 +332,14 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """A rank that fails brings the others down, one that hangs too: those that this process has started."""
+        """Kill the ranks that this process has started, which may hang, unless all ranks raise this error."""
         launcher = self.launcher
         if not isinstance(launcher, _SubprocessScriptLauncher):
-            return  # torchrun, srun and the like watch over their processes themselves
-        if isinstance(exception, AgreedError):
-            return  # they fail too, and end with this process (`cli/errors.py`)
-        patience = time.monotonic() + 5  # for one that is just telling what went wrong with it
-        while time.monotonic() < patience and any(process.poll() is None for process in launcher.procs):
+            return  # torchrun, srun and others kill their processes themselves
+        if isinstance(exception, AllRanksError):
+            return  # the others raise too, and end with this process (`cli/errors.py`)
+        deadline = time.monotonic() + 5  # time for the other ranks to print their own errors
+        while time.monotonic() < deadline and any(process.poll() is None for process in launcher.procs):
             time.sleep(0.1)
         launcher.kill(signal.SIGKILL)
 

@@ -7,13 +7,13 @@ import deepspeed
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from nlgmoe.parallel.deepspeed_moe import use_plain_collectives
+from nlgmoe.parallel.deepspeed_moe import disable_deepspeed_extensions
 from tests.checkpoint.megatron_model import GPTModel, arguments, model_type, random_states
 
 
 def write_from_engine(folder: Path, changes: dict[str, Any]) -> None:
     """Save the model of `GPTModel(arguments(**changes))`, its experts spread over all ranks, under ZeRO 1."""
-    use_plain_collectives()
+    disable_deepspeed_extensions()
     deepspeed.init_distributed("gloo", verbose=False)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     whole = GPTModel(arguments(**changes)).state_dict()

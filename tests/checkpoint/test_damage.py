@@ -20,9 +20,9 @@ from torch import Tensor
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.folder import checksum_of_manifest
-from nlgmoe.checkpoint.newest import choose
+from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
@@ -126,7 +126,7 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
     ckpt = tmp_path / "b.ckpt"
     shutil.copytree(good, ckpt)
     damage(ckpt)
-    assert any(re.search(message, problem) for problem in problems(ckpt)), list(problems(ckpt))
+    assert any(re.search(message, problem) for problem in find_problems(ckpt)), list(find_problems(ckpt))
     with pytest.raises(ValueError, match=message):
         PortableCheckpointIO().load_checkpoint(ckpt)
 
@@ -151,15 +151,15 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(
     (ckpt / file).unlink()
     SPECIAL[kind](ckpt / file)
     message = f"{ckpt / file} is {kind}, not a regular file"
-    assert list(problems(ckpt)) == [message]
+    assert list(find_problems(ckpt)) == [message]
     with pytest.raises(ValueError, match=message):
         PortableCheckpointIO().load_checkpoint(ckpt)
     with pytest.raises(ValueError, match=r"no valid checkpoint in run \(skipped b.ckpt\)"):
-        choose(run)
+        choose_checkpoint(run)
     shutil.copytree(good, run / "linked")
     (ckpt / file).rmdir() if kind == "a folder" else (ckpt / file).unlink()
     (ckpt / file).symlink_to(Path("../linked") / file)
-    assert list(problems(ckpt)) == []
+    assert list(find_problems(ckpt)) == []
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -173,17 +173,17 @@ def test_no_flipped_bit_anywhere_goes_unnoticed(good: Path, data: st.DataObject)
     flipped[position] ^= 1 << data.draw(st.integers(0, 7))
     try:
         file.write_bytes(flipped)
-        assert list(problems(good))
+        assert list(find_problems(good))
     finally:
         file.write_bytes(original)
-    assert not list(problems(good))
+    assert not list(find_problems(good))
 
 
 def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) -> None:
     ckpt = tmp_path / "b.ckpt"
     shutil.copytree(good, ckpt)
     flip(ckpt / "model.safetensors", EXPERT)
-    found = [list(problems(ckpt, rank, 3)) for rank in range(3)]
+    found = [list(find_problems(ckpt, rank, 3)) for rank in range(3)]
     assert sorted(map(len, found)) == [0, 0, 1]
 
 
@@ -194,13 +194,14 @@ def test_a_checkpoint_that_lacks_a_part_of_its_model_is_found_though_its_files_a
     checkpoint["state_dict"]["model.stray"] = torch.ones(2)
     checkpoint["state_dict"]["model.final_norm.bias"] = torch.ones(3)
     PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / "b.ckpt")
-    assert list(problems(tmp_path / "b.ckpt")) == [
-        f"{tmp_path}/b.ckpt lacks blocks.1.moe.router.weight (model)",
-        f"{tmp_path}/b.ckpt has unknown stray (model)",
-        f"{tmp_path}/b.ckpt: final_norm.bias has shape [3], not the model's [32]",
+    assert list(find_problems(tmp_path / "b.ckpt")) == [
+        f"{tmp_path}/b.ckpt: model entry final_norm.bias is [3] in the checkpoint, [32] in the model",
+        f"{tmp_path}/b.ckpt: model entry blocks.1.moe.router.weight is not in the checkpoint",
+        f"{tmp_path}/b.ckpt: model entry stray is not in the model",
     ]
     with pytest.raises(
-        ValueError, match=r"does not hold the model that it describes: blocks\.1\.moe\.router\.weight is missing"
+        ValueError,
+        match=r"does not hold the model that it describes: final_norm\.bias .*router\.weight \(not in the checkpoint\)",
     ):
         load_model(tmp_path / "b.ckpt")
 
@@ -216,12 +217,12 @@ def test_weights_that_are_not_finite_are_not_written_and_found(
         ValueError, match=r"the weight final_norm.bias is NaN or infinite; the checkpoint is not written"
     ):
         PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
-    assert list(problems(bad)) == []  # what was there is as it was
+    assert list(find_problems(bad)) == []  # what was there is as it was
     with monkeypatch.context() as older:  # as an older version wrote it
         older.setattr(Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
         PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
     message = f"{bad / 'model.safetensors'}: final_norm.bias has 1 of 32 values that are NaN or infinite"
-    assert list(problems(bad)) == [message]
+    assert list(find_problems(bad)) == [message]
     readers: list[Callable[[], object]] = [
         lambda: load_model(bad),
         lambda: PortableCheckpointIO().load_checkpoint(bad),
@@ -298,7 +299,8 @@ def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, tmp
     files = writing.write_tensors(temporary, "model", {"x": torch.ones(1)})
     writing.finish(temporary, tmp_path / "b.ckpt", document | changes, files)
     assert any(
-        next(iter(changes)) in problem or "describes no model" in problem for problem in problems(tmp_path / "b.ckpt")
+        next(iter(changes)) in problem or "describes no model" in problem
+        for problem in find_problems(tmp_path / "b.ckpt")
     )
-    assert choose(tmp_path) == tmp_path / "a.ckpt"
+    assert choose_checkpoint(tmp_path) == tmp_path / "a.ckpt"
     assert tensors == {}

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from nlgmoe import generate, load_model, load_pretrained, student_config
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -116,7 +116,7 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
     modes = {file.stat().st_mode for file in (tmp_path / "folder").iterdir()}
     main(["import", str(tmp_path / "folder"), str(tmp_path / "back.ckpt")])
     assert modes == {file.stat().st_mode for file in (tmp_path / "back.ckpt").iterdir()}  # weights others can read too
-    assert list(problems(tmp_path / "back.ckpt")) == []
+    assert list(find_problems(tmp_path / "back.ckpt")) == []
     there, back = (TensorFiles(path, "model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt"))
     assert there.keys() == back.keys() and all(torch.equal(there[entry], back[entry]) for entry in there)
     assert read_document(tmp_path / "back.ckpt")["model_config"] == CONFIGS[name].to_dict()

@@ -17,7 +17,7 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load
 from nlgmoe.checkpoint import weights_only
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import load_model
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
@@ -47,7 +47,7 @@ def logits(checkpoint: Path, tokens: Tensor = TOKENS) -> Tensor:
 
 def imported(folder: Path, **options: Any) -> Tensor:
     import_checkpoint(folder / "theirs", folder / "ours.ckpt", **options)
-    assert list(problems(folder / "ours.ckpt")) == []
+    assert list(find_problems(folder / "ours.ckpt")) == []
     return logits(folder / "ours.ckpt")
 
 

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nlgmoe.checkpoint import newest, portable, writing
-from nlgmoe.checkpoint.folder import is_of_run, is_whole, read_document
-from nlgmoe.checkpoint.newest import candidates, choose, has_checkpoints
+from nlgmoe.checkpoint.folder import is_complete, is_of_run, read_document
+from nlgmoe.checkpoint.newest import choose_checkpoint, has_checkpoints, list_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
 from tests.test_module import Recorder
@@ -76,10 +76,10 @@ def test_a_kill_at_any_moment_of_writing_leaves_the_old_or_the_new_one(before: s
         if not killed_at(moment, lambda run=run: save(run / "last.ckpt", 2.0)):  # type: ignore[misc]
             break
         for path in run.iterdir():  # a name without a dot in front means a whole checkpoint
-            assert path.name.startswith(".last.ckpt.") or is_whole(path)
+            assert path.name.startswith(".last.ckpt.") or is_complete(path)
         writing.recover(run)
         assert not [path for path in run.iterdir() if path.name.startswith(".")]
-        seen.add(value_of(candidates(run)[0]))
+        seen.add(value_of(list_checkpoints(run)[0]))
     assert seen == {1.0, 2.0}
     assert moment > 8
     assert value_of(run / "last.ckpt") == 2.0
@@ -96,8 +96,8 @@ def test_a_kill_at_any_moment_of_deleting_leaves_all_or_nothing(tmp_path: Path) 
         if not killed_at(moment, lambda run=run: PortableCheckpointIO().remove_checkpoint(run / "a.ckpt")):  # type: ignore[misc]
             break
         writing.recover(run)
-        assert all(is_whole(path) for path in run.iterdir())
-        assert value_of(candidates(run)[0]) == 2.0
+        assert all(is_complete(path) for path in run.iterdir())
+        assert value_of(list_checkpoints(run)[0]) == 2.0
     assert moment > 3
     assert [path.name for path in run.iterdir()] == ["b.ckpt"]
 
@@ -108,9 +108,9 @@ def test_the_last_whole_checkpoint_is_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").symlink_to("a.ckpt")
     file = tmp_path / "b.ckpt" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"a\.ckpt is kept: no other checkpoint beside it is whole"):
+    with pytest.warns(UserWarning, match=r"a\.ckpt is kept: no other checkpoint beside it is complete"):
         PortableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
-    assert is_whole(tmp_path / "a.ckpt")
+    assert is_complete(tmp_path / "a.ckpt")
     weights_only = {"state_dict": {"model.x": torch.ones(1)}, "global_step": 1}
     PortableCheckpointIO().save_checkpoint(weights_only, tmp_path / "b.ckpt")
     with pytest.warns(UserWarning, match=r"a\.ckpt is kept"):  # nothing could be trained on from b
@@ -148,15 +148,15 @@ def test_weights_alone_are_no_way_to_go_on(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="holds weights only"),
         pytest.raises(ValueError, match=r"no valid checkpoint in .* \(skipped step=1\.ckpt\)"),
     ):
-        choose(tmp_path)
-    assert choose(tmp_path, to_train=False) == tmp_path / "step=1.ckpt"
+        choose_checkpoint(tmp_path)
+    assert choose_checkpoint(tmp_path, to_train=False) == tmp_path / "step=1.ckpt"
 
 
 def test_when_it_was_saved_decides_not_its_step(tmp_path: Path) -> None:
     """A run that went back to an earlier step has left later steps behind."""
     fit(tmp_path, SaveAt(18, tmp_path / "six.ckpt"), SaveAt(9, tmp_path / "three.ckpt"), steps=6)
     fit(tmp_path, SaveAt(12, tmp_path / "four.ckpt"), steps=4, resume=tmp_path / "three.ckpt")
-    assert [path.name for path in candidates(tmp_path)] == ["four.ckpt", "six.ckpt", "three.ckpt"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["four.ckpt", "six.ckpt", "three.ckpt"]
 
 
 def test_what_a_checkpoint_says_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,8 +169,8 @@ def test_what_a_checkpoint_says_is_read_once(tmp_path: Path, monkeypatch: pytest
     save(tmp_path / "a.ckpt", 1.0)
     save(tmp_path / "b.ckpt", 2.0)
     monkeypatch.setattr(newest, "read_document", reads)
-    monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
-    assert choose(tmp_path) == tmp_path / "b.ckpt"
+    monkeypatch.setattr(newest, "gather_problems", lambda path: [])
+    assert choose_checkpoint(tmp_path) == tmp_path / "b.ckpt"
     assert sorted(read) == ["a.ckpt", "b.ckpt"]
 
 
@@ -182,7 +182,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (run / "again").symlink_to(run)
     (run / "loop.ckpt").symlink_to(run / "loop.ckpt")
     assert has_checkpoints(run)
-    assert [path.name for path in candidates(run)] == ["loop.ckpt", "a.ckpt"]
+    assert [path.name for path in list_checkpoints(run)] == ["loop.ckpt", "a.ckpt"]
     (run / "loop.ckpt").unlink()
     (tmp_path / "scratch" / ".b.ckpt.writing-4194305").mkdir()
     writing.recover(run)
@@ -194,7 +194,7 @@ def test_a_run_in_a_subfolder_keeps_its_checkpoints_to_itself(tmp_path: Path) ->
     for run in (outer, inner):
         save(run / "checkpoints" / "last.ckpt", 1.0)
         (run / "config.yaml").touch()
-    assert candidates(outer) == [outer / "checkpoints" / "last.ckpt"] and not has_checkpoints(tmp_path)
+    assert list_checkpoints(outer) == [outer / "checkpoints" / "last.ckpt"] and not has_checkpoints(tmp_path)
     assert is_of_run(outer / "checkpoints" / "last.ckpt", outer)
     assert not is_of_run(inner / "checkpoints" / "last.ckpt", outer) and not is_of_run(inner, outer)
 
@@ -203,16 +203,16 @@ def test_an_evaluation_leaves_a_run_alone_that_is_writing(tmp_path: Path) -> Non
     fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
     leftover = tmp_path / ".a.ckpt.writing-4194305"  # of another host, for all that this one knows
     leftover.mkdir()
-    choose(tmp_path, to_train=False)
+    choose_checkpoint(tmp_path, to_train=False)
     assert leftover.exists()
-    choose(tmp_path)
+    choose_checkpoint(tmp_path)
     assert not leftover.exists()
 
 
 def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(newest, "_saved_last", "")
+    monkeypatch.setattr(newest, "_last_timestamp", "")
 
     def at(year: int) -> None:
         clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, zone: datetime(year, 1, 1, tzinfo=zone))})
@@ -222,15 +222,15 @@ def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
         at(year)
         checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
         PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / str(step % 2) / f"step-{step}.ckpt")
-    assert [path.name for path in candidates(tmp_path)] == ["step-6.ckpt", "step-5.ckpt", "step-9.ckpt"]
-    monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-6.ckpt", "step-5.ckpt", "step-9.ckpt"]
+    monkeypatch.setattr(newest, "gather_problems", lambda path: [])
     with pytest.warns(UserWarning, match=r"step-9.ckpt is of step 9, but the run went back since"):
-        assert choose(tmp_path) == tmp_path / "0/step-6.ckpt"
+        assert choose_checkpoint(tmp_path) == tmp_path / "0/step-6.ckpt"
 
 
 def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if it was killed before it saved anything; in another folder, which has none of its own yet, too."""
-    monkeypatch.setattr(newest, "agreed_problems", lambda path: [])
+    monkeypatch.setattr(newest, "gather_problems", lambda path: [])
 
     def saved(step: int, start: int) -> None:
         checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
@@ -240,14 +240,14 @@ def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: py
     saved(20, start=0)
     starts: list[dict[str, Any]] = [{"checkpoint": None}]
     (tmp_path / "run/starts.json").write_text(json.dumps(starts))
-    assert choose(tmp_path / "run").name == "step-20.ckpt"
+    assert choose_checkpoint(tmp_path / "run").name == "step-20.ckpt"
     (tmp_path / "run/starts.json").write_text(json.dumps([*starts, {"checkpoint": "step-8.ckpt"}]))
     with pytest.warns(UserWarning, match=r"step-20.ckpt is of step 20, but the run went back since"):
-        assert choose(tmp_path / "run").name == "step-8.ckpt"
-    monkeypatch.setattr(portable, "time_of_save", lambda folder: "2020")  # a clock that was set back
+        assert choose_checkpoint(tmp_path / "run").name == "step-8.ckpt"
+    monkeypatch.setattr(portable, "next_timestamp", lambda folder: "2020")  # a clock that was set back
     saved(12, start=1)
     with pytest.warns(UserWarning, match=r"step-20.ckpt is of step 20"):
-        assert choose(tmp_path / "run").name == "step-12.ckpt"
+        assert choose_checkpoint(tmp_path / "run").name == "step-12.ckpt"
     (tmp_path / "branch").mkdir()
     (tmp_path / "branch/starts.json").write_text(json.dumps([{"checkpoint": str(tmp_path / "run/step-8.ckpt")}]))
-    assert has_checkpoints(tmp_path / "branch") and choose(tmp_path / "branch").name == "step-8.ckpt"
+    assert has_checkpoints(tmp_path / "branch") and choose_checkpoint(tmp_path / "branch").name == "step-8.ckpt"

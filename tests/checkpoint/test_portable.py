@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(writing, "save_file", full)
     with pytest.raises(
-        ValueError, match=r"a.ckpt cannot be written \(No space left on device\); earlier checkpoints are as they were"
+        ValueError, match=r"a.ckpt cannot be written \(No space left on device\); earlier checkpoints are unchanged"
     ):
         io.save_checkpoint({"state_dict": {"model.x": torch.zeros(2)}, "model_config": {}}, path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["model.x"], torch.ones(2))

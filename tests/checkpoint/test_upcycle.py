@@ -9,7 +9,7 @@ from lightning import Trainer
 from nlgmoe import MoEGPTModule, WarmStart, load_model
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.upcycle import upcycle
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
@@ -44,7 +44,7 @@ def logits_of(path: Path) -> torch.Tensor:
 def test_the_mixture_computes_what_the_dense_model_does(kind: str, dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "moe.ckpt"
     assert upcycle(dense, out, KINDS[kind]).config.moe == KINDS[kind]
-    assert list(problems(out)) == [] and read_tokenizer(out) == TOKENIZER.to_json()
+    assert list(find_problems(out)) == [] and read_tokenizer(out) == TOKENIZER.to_json()
     expected = logits_of(dense)
     torch.testing.assert_close(logits_of(out), expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
     model = load_model(out)

@@ -559,7 +559,7 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
     ),
     "file as checkpoint": (
         validate(lambda place: f"--ckpt_path={place.trained / 'base.yaml'}"),
-        "base.yaml is a file; a checkpoint here is a folder",
+        "base.yaml is a file, not a checkpoint folder",
     ),
     "nothing to start from": (
         lambda place: place.args("--model.warm_start.checkpoint=nowhere.ckpt", f"--data.data_dir={place.folder}"),
@@ -567,7 +567,7 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
     ),
     "start from another model": (
         lambda place: place.args(place.start, "--model.config.hidden_size=32"),
-        "token_embedding.weight ([512, 16] in the checkpoint, [512, 32] here), position_embedding.weight",
+        "token_embedding.weight ([512, 16] in the checkpoint, [512, 32] in the model), position_embedding.weight",
     ),
     "start from truncated weights": (
         lambda place: place.args(
@@ -642,7 +642,7 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
     ),
     "another seed to go on": (
         lambda place: place.args(place.whole, "--model.seed=7", "--model.train_tokens=128"),
-        "the checkpoint's run has model.seed 1234, not 7; set it to go on",
+        "the checkpoint's run has model.seed 1234, not 7; set it to resume",
     ),
     "other data to go on": (
         lambda place: place.args(place.whole, "--data.seed=7", "--model.train_tokens=128"),

@@ -92,7 +92,7 @@ SPOILT = [
             ["--trainer.strategy.init_args.expert_parallel_size=3"],
             "size=3 is above the number of ranks",
         ),
-        (TORCHRUN, SPOILT, "first not finite: the weight token_embedding.weight on all ranks; a step before"),
+        (TORCHRUN, SPOILT, "first not finite: the weight token_embedding.weight on all ranks; an earlier step"),
     ],
     ids=["a wrong command", "a strategy that does not fit", "weights that are not finite"],
 )

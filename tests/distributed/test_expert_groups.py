@@ -5,7 +5,7 @@ import re
 import pytest
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.parallel.expert_groups import describe, layer_degrees
+from nlgmoe.parallel.expert_groups import describe_degrees, layer_degrees
 
 
 def pyramid(*experts: int) -> GPTConfig:
@@ -35,7 +35,7 @@ def test_a_layers_degree_divides_its_experts_and_the_ranks(
     ("experts", "ranks", "limit", "message"),
     [
         ([8], 2, 4, "expert_parallel_size=4 is above the number of ranks, 2; lower it to 2, or run on more devices"),
-        ([5], 4, 4, "nothing from 2 to 4 divides both its number of experts (5) and the number of ranks (4)"),
+        ([5], 4, 4, "no number from 2 to 4 divides both its number of experts (5) and the number of ranks (4)"),
     ],
 )
 def test_a_size_that_nothing_can_use_is_refused(experts: list[int], ranks: int, limit: int, message: str) -> None:
@@ -45,7 +45,7 @@ def test_a_size_that_nothing_can_use_is_refused(experts: list[int], ranks: int, 
 
 def test_the_error_says_whose_experts_cannot_be_spread() -> None:
     with pytest.raises(
-        ValueError, match=r"expert_parallel_size=2 can spread no layer of the teacher: .* experts \(3\)"
+        ValueError, match=r"expert_parallel_size=2 cannot shard a layer of the teacher: .* experts \(3\)"
     ):
         layer_degrees(pyramid(3), 2, 2, of="teacher")
 
@@ -56,7 +56,7 @@ def test_a_dense_model_has_nothing_to_spread() -> None:
 
 def test_the_layout_is_told() -> None:
     config = pyramid(4, 4, 8)
-    assert describe(config, layer_degrees(config, 4, 8 // 2), 4, "teacher").splitlines() == [
+    assert describe_degrees(config, layer_degrees(config, 4, 8 // 2), 4, "teacher").splitlines() == [
         "blocks 2, 4 of the teacher: 4 experts, expert-parallel degree 4, 1 a rank (0.0M parameters), each on 1",
         "blocks 6 of the teacher: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), each on 1",
     ]

@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.parallel.checkpointing import SCALE_STATE
+from nlgmoe.parallel.checkpointing import LOSS_SCALE_KEYS
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
 from tests.distill.test_offline_teacher import record
@@ -260,11 +260,11 @@ def test_ranks_compute_what_one_process_computes(
     assert_close(gradients, expected.gradients, 1e-5)
     ends = [folder / f"{cell.name} at the end.ckpt" for folder in (tmp_path, checkpoint.parent / str(ranks))]
     first, other = (
-        {name: files.read(name) for name in files.names if not name.startswith("step")}
+        {name: files.read(name) for name in files.shapes if not name.startswith("step")}
         for files in map(optimizer_of, ends)
     )
     buffers = [
-        {name: files.read(name) for name in files.names if ".router." in name and not name.endswith("weight")}
+        {name: files.read(name) for name in files.shapes if ".router." in name and not name.endswith("weight")}
         for files in (TensorFiles(end, "model") for end in ends)
     ]
     assert buffers[0].keys() == buffers[1].keys() and bool(buffers[0]) == ("router" in cell.moe)
@@ -327,7 +327,7 @@ def test_an_overflow_changes_the_scale_and_the_clock_only(found: Found) -> None:
     for rank, (seen, skipped, states) in enumerate(found[overflow, OVERFLOW.name]):
         assert skipped == 1
         assert states[0] == states[1] and states[0]["last_overflow_iter"] == 2
-        assert set(states[0]) == set(SCALE_STATE)
+        assert set(states[0]) == set(LOSS_SCALE_KEYS)
         scales, tokens, weights = zip(*seen, strict=True)
         assert scales == (2.0**11, 2.0**11, 2.0**11, 2.0**10), rank
         assert tokens == tuple(SAMPLES * 16 * step for step in range(4))
@@ -539,7 +539,7 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
         lacks, built, spread = messages
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
-        assert "expert_parallel_size=2 can spread no layer of the teacher: nothing" in spread
+        assert "expert_parallel_size=2 cannot shard a layer of the teacher: no number" in spread
 
 
 @cases(TOPOLOGIES)
@@ -566,15 +566,15 @@ def test_bf16_weights_of_one_process_go_on_in_fp32(found: Found, checkpoint: Pat
     halves = checkpoint.with_name("bf16-true.ckpt")
     assert_equal(checkpoint.parent / "2" / f"{FROM_HALF.name}.ckpt", halves)
     weights = TensorFiles(halves, "model")
-    assert {weights.read(name).dtype for name in weights.names} == {torch.bfloat16}
+    assert {weights.read(name).dtype for name in weights.shapes} == {torch.bfloat16}
 
 
 def assert_equal(found: Path, expected: Path) -> None:
     """Both hold the same entries, of the same values, in fp32 at least."""
     for kind in ("model", "optimizer"):
         copy, original = TensorFiles(found, kind), TensorFiles(expected, kind)
-        assert copy.names == original.names
-        for name in original.names:
+        assert copy.shapes == original.shapes
+        for name in original.shapes:
             assert torch.equal(copy.read(name).float(), original.read(name).float()), name
 
 
@@ -590,8 +590,8 @@ def test_every_topology_saves_the_same_after_steps_of_its_own(
         ("optimizer", "exp_avg_sq/", 2e-6),
     ):
         copy, original = TensorFiles(ours, kind), TensorFiles(theirs, kind)
-        assert copy.names == original.names
-        names = [name for name in original.names if name.startswith(moment)]
+        assert copy.shapes == original.shapes
+        names = [name for name in original.shapes if name.startswith(moment)]
         assert_close(
             *({name: without_noise(name, files.read(name)) for name in names} for files in (copy, original)), tolerance
         )
@@ -642,15 +642,15 @@ def test_a_new_run_on_ranks_from_the_weights_of_one_process(
     new, original = (
         TensorFiles(path, "model") for path in (checkpoint.parent / "2" / f"{cell.name} warm.ckpt", checkpoint)
     )
-    assert new.names == original.names
-    assert all(torch.equal(new.read(name), original.read(name)) for name in original.names)
+    assert new.shapes == original.shapes
+    assert all(torch.equal(new.read(name), original.read(name)) for name in original.shapes)
     weights = checkpoint.parent / "2" / f"{cell.name} weights.ckpt"
     assert len(list(weights.glob("model-*"))) == 2 and not list(weights.glob("optimizer*"))
     for rank in found[warm_start, cell.name]:
         assert rank["loss"] == pytest.approx(expected["val/loss"], rel=1e-2 if half else 1e-5)
         assert rank["from weights"] == pytest.approx(rank["trained"], rel=1e-6)
         assert "holds weights only: start a new run from it with model.warm_start.checkpoint=" in rank["resumed"]
-        assert "blocks.1.moe.router.weight ([2, 32] in the checkpoint, [8, 32] here)" in rank["larger"]
+        assert "blocks.1.moe.router.weight ([2, 32] in the checkpoint, [8, 32] in the model)" in rank["larger"]
 
 
 @cases(TOPOLOGIES)

@@ -10,8 +10,8 @@ from lightning import Trainer
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
 from nlgmoe.checkpoint.folder import read_tokenizer
-from nlgmoe.checkpoint.newest import choose
-from nlgmoe.checkpoint.verify import problems
+from nlgmoe.checkpoint.newest import choose_checkpoint
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
@@ -51,17 +51,17 @@ def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path
 def test_a_damaged_or_missing_tokenizer_is_found(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a.ckpt"
     shutil.copytree(checkpoint, folder)
-    assert list(problems(folder)) == []
+    assert list(find_problems(folder)) == []
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace("king", "knig", 1) + " ")
     for damage in (lambda: None, file.unlink):
         damage()
-        found = list(problems(folder))
+        found = list(find_problems(folder))
         assert len(found) == 1 and "tokenizer.json" in found[0]
         with pytest.raises(ValueError, match=r"tokenizer\.json.*use another checkpoint"):
             load_pretrained(folder)
         with pytest.raises(ValueError, match="no valid checkpoint"):
-            choose(tmp_path)
+            choose_checkpoint(tmp_path)
 
 
 def test_without_one_it_has_to_be_given(checkpoint: Path, tmp_path: Path) -> None:

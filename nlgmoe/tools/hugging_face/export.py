@@ -29,10 +29,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest
-from nlgmoe.checkpoint.layout import PRECISIONS, Entry, entry_shapes, local_entries
-from nlgmoe.checkpoint.newest import find
-from nlgmoe.checkpoint.warm_start import describe_differences, first_few, stored_shapes
-from nlgmoe.checkpoint.writing import reason
+from nlgmoe.checkpoint.layout import (
+    PRECISIONS,
+    Entry,
+    describe_differences,
+    entry_shapes,
+    local_entries,
+    summarize_differences,
+)
+from nlgmoe.checkpoint.newest import find_checkpoint
+from nlgmoe.checkpoint.writing import write_error_reason
 from nlgmoe.config import GPTConfig, require_paper_parts
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
@@ -95,7 +101,7 @@ def export(
         raise ValueError(f"{folder} is a checkpoint, which an export would destroy; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
-    path = find(checkpoint)
+    path = find_checkpoint(checkpoint)
     document = read_document(path)
     config = GPTConfig.from_dict(document["model_config"])
     require_paper_parts(config, "a folder for transformers holds")
@@ -123,7 +129,9 @@ def export(
         size = sum(file.stat().st_size for file in temporary.iterdir())
         _put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be written ({reason(error)}); make room, or name another folder") from error
+        raise ValueError(
+            f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(path, len(sha256), size, tokenizer is not None)
@@ -169,11 +177,11 @@ def _weights(
     """Return the parameters as meta tensors, and a function that reads one."""
     with torch.device("meta"):
         model = GPT(config)
-    if different := describe_differences(entry_shapes(model), stored_shapes(path)):
-        raise ValueError(
-            f"{path} does not hold the model that it describes: {first_few(different)}; use another checkpoint"
-        )
     files = TensorFiles(path, "model")
+    if different := describe_differences(entry_shapes(model), files.shapes):
+        raise ValueError(
+            f"{path} does not hold the model that it describes: {summarize_differences(different)}; use another checkpoint"
+        )
     types = {name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()}
     entries: dict[str, list[Entry]] = {}  # of each parameter: one, or one per expert
     for entry in local_entries(model):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import opened, read_json
+from nlgmoe.checkpoint.folder import open_tensors, read_json
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
@@ -115,7 +115,7 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
     file_of: dict[str, Path] = {}
     shapes: dict[str, list[int]] = {}
     for file in _files(folder):
-        with opened(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 file_of[name] = file
                 part = tensors.get_slice(name)
@@ -153,7 +153,7 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
 
     def read(entry: str) -> Tensor:
         name, expert = parameter_of(entry)
-        with opened(file_of[name]) as tensors:
+        with open_tensors(file_of[name]) as tensors:
             value: Tensor = tensors.get_tensor(name) if expert is None else tensors.get_slice(name)[expert]
             return value
 

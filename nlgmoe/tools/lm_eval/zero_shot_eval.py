@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import HasTokenizer
-from nlgmoe.checkpoint.agreement import AgreedError
+from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, describe
@@ -98,7 +98,7 @@ class ZeroShotEval(Callback):
         from nlgmoe.tools.lm_eval.tasks import Tasks
 
         if not isinstance(getattr(trainer, "datamodule", None), HasTokenizer):
-            raise AgreedError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
+            raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         self._tasks = Tasks(self.names, self.data_dir, self.include_path, self.num_fewshot)
 
     @override
