@@ -10,8 +10,10 @@ from nlgmoe import GPTConfig, Router, RouterConfig, Routing, RoutingContext, exp
 
 @dataclass(frozen=True)
 class HashRouterConfig(RouterConfig):
-    """Attributes:
-    seed: of the table from token ids to experts.
+    """Settings of a hash router.
+
+    Attributes:
+        seed: of the table from token ids to experts.
     """
 
     seed: int = 0

@@ -10,8 +10,10 @@ from nlgmoe import ExpertConfig
 
 @dataclass(frozen=True)
 class SwiGLUExpert(ExpertConfig):
-    """Attributes:
-    multiple: the inner width is two thirds of the FFN's, for the FLOPs of two matrices, rounded up to a multiple of this.
+    """A SwiGLU expert.
+
+    Attributes:
+        multiple: the inner width is two thirds of the FFN's, for the FLOPs of two matrices, rounded up to a multiple of this.
     """
 
     multiple: int = 16
