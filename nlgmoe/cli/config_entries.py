@@ -88,7 +88,7 @@ def read_arguments(args: Sequence[str], config_options: Collection[str]) -> list
         elif equals:
             try:
                 node = yaml.compose(text, Loader=ConfigLoader)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, UnicodeEncodeError):  # plain text
                 node = None
             node = node or yaml.ScalarNode(f"{_TAG}str", text)
             entries += _walk(node, ConfigEntry(option.lstrip("-").rstrip("+"), None, appends=option.endswith("+")))

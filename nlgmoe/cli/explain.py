@@ -74,6 +74,8 @@ class Explainer:
             if entry.value != {} and not (isinstance(entry.value, str) and Path(entry.value).is_file()):
                 example = next(one for one in inside if not self.inside(one))
                 raise UsageError(f"{entry}: {entry.name} is a section with settings such as {example}; give those")
+        elif not entry.file and self.known.get(entry.name) == list[str]:  # an option with a text, which may be `null`
+            return
         elif entry.value is None and not {Any, None, type(None)} & set(parts_of(self.known.get(entry.name))):
             raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
 
