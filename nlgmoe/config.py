@@ -35,14 +35,16 @@ class MoEConfig:
         mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
         residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
             DeepSpeed's code) or `sum` (the paper's plain sum).
-        train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`.
+        train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`; the
+            tokens of one rank's micro-batch, padding included.
         eval_capacity_factor: slots of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
         min_capacity: slots that an expert has at least.
-        token_dropping: training drops assignments over capacity; if false, every assignment is computed (dropless).
+        token_dropping: training drops assignments over capacity; if false, every assignment is computed (dropless). With `top_k`
+            2 first choices are kept before second ones, in token order; above 2 the most probable assignments are.
         eval_token_dropping: evaluation drops too (the tutorial's way). By default evaluation is dropless, so that the
             output for a sequence never depends on its neighbours in the batch.
         random_token_selection: with `top_k` 1, a random choice of tokens keeps the slots of an expert that is over
-            capacity; if false, the earlier positions keep them.
+            capacity; if false, the first tokens of the micro-batch do, sequence by sequence.
         noise: training noise on the routing: `jitter` multiplies the gate's input by U(0.99, 1.01), `rsample` adds Gumbel
             noise to the logits for the choice only (`top_k` 1 only).
         second_expert: with `top_k` 2, the second expert is a `sample` from the gate's distribution without the first
@@ -102,7 +104,7 @@ class MoEConfig:
             unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.uses
             require(
                 not unread or getattr(self, field.name) == field.default,
-                f"{field.name}={getattr(self, field.name)} is not read by {type(self.router).__name__}; leave it out",
+                f"{field.name}={getattr(self, field.name)} has no effect with {type(self.router).__name__}; leave it out",
             )
 
 

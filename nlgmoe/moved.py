@@ -20,6 +20,7 @@ NAMES = {
     "nlgmoe.load_trained": "nlgmoe.load_pretrained",
 }
 MODULES = {
+    "nlgmoe.cli.main": "nlgmoe.commands.main",
     "nlgmoe.callbacks.write_report": "nlgmoe.tools.report.write_report",
     "nlgmoe.callbacks.zero_shot_eval": "nlgmoe.tools.lm_eval.zero_shot_eval",
     "nlgmoe.loggers": "nlgmoe.monitoring.loggers",

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, RoutingContext
+from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, Router, Routing, RoutingContext
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
@@ -144,6 +144,34 @@ def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:
     assert (count_parameters(CONFIG).total, count_parameters(CONFIG).active) == (total, active)
     std = {name: float(value.std()) for name, value in moe.experts.named_parameters() if name.endswith("weight")}
     assert std["project_weight"] < 0.7 * std["gate_weight"]  # divided by sqrt(2 * 2)
+
+
+class DropsOddTokens(Router):
+    """Declares nothing but what it drops."""
+
+    def forward(self, x: torch.Tensor, context: RoutingContext) -> Routing:
+        token = torch.arange(len(x)).unsqueeze(-1)
+        kept = token % 2 == 0
+        return Routing(token % self.num_experts, kept.to(x.dtype), kept, self.num_experts)
+
+
+def test_a_router_may_drop_tokens_without_a_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of no expert, which `grouped_mm` leaves uninitialised, are not read."""
+    grouped_mm = F.grouped_mm
+
+    def poisoned(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        unused = torch.arange(len(rows)) >= offs[-1]
+        return grouped_mm(rows, weight, offs=offs).masked_fill(unused.unsqueeze(-1), torch.nan)
+
+    monkeypatch.setattr(F, "grouped_mm", poisoned)
+    moe = GPT(CONFIG).blocks[1].moe
+    moe.router = DropsOddTokens(4)
+    x = torch.randn(2, 16, 16, requires_grad=True)
+    y, _ = moe(x, RoutingContext())
+    y.square().sum().backward()
+    even, odd = y.flatten(0, 1)[::2], y.flatten(0, 1)[1::2]
+    assert torch.isfinite(even).all() and even.abs().min() > 0 and torch.equal(odd, torch.zeros_like(odd))
+    assert all(torch.isfinite(value.grad).all() for value in (x, *moe.experts.parameters()))
 
 
 def test_buffers_of_a_router_keep_their_types() -> None:

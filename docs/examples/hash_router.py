@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe import GPTConfig, Router, RouterConfig, Routing, RoutingContext, experts_at
+from nlgmoe.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,12 @@ class HashRouterConfig(RouterConfig):
 
     def build(self, config: GPTConfig, layer_index: int) -> Router:
         """See `RouterConfig`."""
-        return HashRouter(config.vocab_size, experts_at(config, layer_index), self.seed + layer_index)
+        seed = derive_seed("hash router", self.seed, layer_index)
+        return HashRouter(config.vocab_size, experts_at(config, layer_index), seed)
 
 
 class HashRouter(Router):
-    """Looks the expert of a token up; every assignment is kept, with weight 1."""
+    """Looks up the expert of a token. Every assignment but padding is kept, with weight 1."""
 
     def __init__(self, vocab_size: int, num_experts: int, seed: int) -> None:
         super().__init__(num_experts)
@@ -34,6 +36,9 @@ class HashRouter(Router):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """See `Router`."""
+        assert context.tokens is not None, "a hash router needs token ids"
         expert = self.table[context.tokens].view(-1, 1)  # [N, 1]
-        weight = torch.ones_like(expert, dtype=torch.promote_types(x.dtype, torch.float32))
-        return Routing(expert, weight, torch.ones_like(expert, dtype=torch.bool), self.num_experts)
+        mask = None if context.mask is None else context.mask.flatten()  # [N]
+        kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)  # [N, 1]
+        weight = kept.to(torch.promote_types(x.dtype, torch.float32))
+        return Routing(expert, weight, kept, self.num_experts, mask, all_kept=mask is None)

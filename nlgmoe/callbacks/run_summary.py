@@ -162,7 +162,7 @@ def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], 
         lines += [f"validation loss {summary['val_loss']:.3f} nats per token"]
     if summary["val_loss"] is not None and summary["unigram_entropy"] is not None:
         share = summary["val_loss"] / summary["unigram_entropy"]
-        lines[-1] += f", {share:.2f} of the {summary['unigram_entropy']:.3f} of the best model without context"
+        lines[-1] += f", {share:.2f} times the {summary['unigram_entropy']:.3f} of the best model without context"
     measured = {name: value for name, value in summary["bits_per_byte"].items() if value is not None}
     if measured:
         lines += ["", f"bits per byte of text   {'model':>6}" + (f" {'xz -9':>6}" if xz_bits_per_byte else "")]

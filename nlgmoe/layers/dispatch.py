@@ -32,17 +32,18 @@ class Dispatch:
     top_k: int
 
     @staticmethod
-    def from_routing(routing: Routing, num_experts: int, all_kept: bool = False) -> Dispatch:
-        """Sort the assignments of `routing` by expert; `all_kept`: the caller knows that none is dropped."""
+    def from_routing(routing: Routing, num_experts: int) -> Dispatch:
+        """Sort the assignments of `routing` by expert."""
         expert = torch.where(
             routing.kept, routing.expert, num_experts
         ).flatten()  # [N * k], dropped -> one past the last
         order = torch.sort(expert, stable=True).indices
         rows = count(expert, num_experts + 1)[:num_experts]
-        if expert.device.type == "cpu" and not all_kept:
+        all_used = routing.all_kept
+        if expert.device.type == "cpu" and not all_used:
             used = int(rows.sum())
-            order, all_kept = order[: max(used, 1)], used > 0  # `combine` needs a row to read
-        return Dispatch(order, rows, all_kept, routing.expert.shape[1])
+            order, all_used = order[: max(used, 1)], used > 0  # `combine` needs a row to read
+        return Dispatch(order, rows, all_used, routing.expert.shape[1])
 
     def gather(self, tokens: Tensor) -> Tensor:
         """Return the token of each row, `[N, H] -> [M, H]`."""

@@ -1,8 +1,10 @@
 """MoELayer = router + dispatch + experts, and the shared MLP of Residual-MoE (paper, sections 3.1 and 4.1.1).
 
-    standard:          y = sum_i weight_i * Expert_i(x)         over the chosen experts i that have room
-    residual, sum:     y = MLP(x) + the above
-    residual, learned: y = c_1 * MLP(x) + c_0 * the above       c = softmax(W x + b)
+    E(x) = sum_i weight_i * Expert_i(x)        over the chosen experts i that kept the token
+
+    standard:          y = E(x)
+    residual, sum:     y = E(x) + MLP(x)
+    residual, learned: y = c_0 * E(x) + c_1 * MLP(x)       c = softmax(W x + b)
 
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
@@ -88,15 +90,13 @@ class MoELayer(nn.Module):
 
     def _sorted_by_expert(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """Return the experts' weighted sums in at least fp32, and the shared MLP's output if there is one, both `[N, H]`."""
-        dispatch = Dispatch.from_routing(
-            routing, self.router.num_experts, all_kept=routing.capacity is None and routing.token_mask is None
-        )
-        spread = self.placement.group is not None
+        dispatch = Dispatch.from_routing(routing, self.router.num_experts)
+        expert_parallel = self.placement.group is not None
         # In evaluation the ranks' last micro-batches may differ in size.
-        slots = fixed_slots(routing) if spread and self.training else None
+        slots = fixed_slots(routing) if expert_parallel and self.training else None
         exchange = AllToAllDispatch(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement, slots)
         mlp = self.mlp(tokens) if self.mlp is not None else None  # overlaps with the all-to-all
-        all_used = slots is None if spread else dispatch.all_used
+        all_used = slots is None if expert_parallel else dispatch.all_used
         y = exchange.combine(self.experts(*exchange.dispatch(), all_used))  # [M, H]
         return dispatch.combine(y, routing.weight), mlp
 

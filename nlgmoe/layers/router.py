@@ -2,7 +2,7 @@
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
-    expert = top-k of p (with noise, if asked) [N, k]
+    expert = the top k of p                    [N, k]   k = 2, training: the second one is sampled (`second_expert`)
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1
 
@@ -59,7 +59,8 @@ class Routing:
         logits: `[N, E]` of the gate, in at least fp32; None for a router without a gate, which has no z-loss.
         probs: `[N, E]` the gate's distribution; None for a router that has none, and so no balance loss.
         losses: name -> scalar; losses of the router's own, coefficients applied.
-        capacity: most kept assignments of an expert, if the host knows it; else None.
+        capacity: an upper bound on the kept assignments of each expert, the same on all ranks; None: none is known.
+        all_kept: True only if `kept` has no False, so that rows need not be checked for dropped ones.
         expert_share: `[N]` weight of the experts in a learned residual mix, detached; else None.
     """
 
@@ -72,6 +73,7 @@ class Routing:
     probs: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     capacity: int | None = None
+    all_kept: bool = False
     expert_share: Tensor | None = None
 
     @cached_property
@@ -182,7 +184,8 @@ class TopKRouter(Router):
                 weight = torch.where(kept, weight, 0.0)
             if config.top_k > 1:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
-        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, capacity=slots)
+        all_kept = slots is None and token_mask is None
+        return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, slots, all_kept)
 
     def _slots(self, num_tokens: int) -> int | None:
         """Return the capacity of an expert; None where nothing is dropped."""

@@ -98,7 +98,7 @@ class GPT(nn.Module):
         config: its shape.
         seed: of the initial weights (`initialisation.py`).
         activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
-        placements: the experts that this rank holds, by block number; of a block not named, all.
+        placements: the experts that this rank holds, by block number; a block that is not named holds all of its experts.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class GPT(nn.Module):
             block.compile_dense_parts()
 
     def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
-        """Return whether this rank holds the experts of `placements`; of a block not named, all."""
+        """Return whether this rank holds the experts of `placements`; a block that is not named holds all of its experts."""
         for layer, count in enumerate(experts_per_layer(self.config)):
             wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
             moe = self.blocks[layer].moe

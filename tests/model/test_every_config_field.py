@@ -175,7 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"min_capacity": -1}}, "min_capacity=-1 must be at least 0"),
     *(({"moe": {f"{kind}_coeff": -1}}, f"{kind}_coeff=-1 must be at least 0") for kind in COEFFS),
     ({"moe": {"noise": "rsample", "top_k": 2}}, r"noise=rsample works with top_k=1 only \(top_k=2\)"),
-    ({"moe": {"router": HASH, "loss_coeff": 0.5}}, "loss_coeff=0.5 is not read by HashRouterConfig; leave it out"),
+    ({"moe": {"router": HASH, "loss_coeff": 0.5}}, "loss_coeff=0.5 has no effect with HashRouterConfig; leave it out"),
 ]
 
 
