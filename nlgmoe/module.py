@@ -345,7 +345,7 @@ class MoEGPTModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
     def _lr_factor(self) -> float:
-        """Learning rate of the next step, as a factor of the peak."""
+        """Return the learning rate of the next step as a factor of the peak."""
         return learning_rate(self.tokens_seen, self.optimizer_config.lr, self.schedule) / self.optimizer_config.lr
 
     @override
@@ -487,8 +487,8 @@ class MoEGPTModule(LightningModule):
         """Restore the clock.
 
         Raises:
-            ValueError: the checkpoint's model is not this one, or a run would go on in another way; the message names what
-                differs. Evaluation does not mind settings that only training looks at. Or a run would go on from weights alone.
+            ValueError: the checkpoint is of another model or run, whose differences the message names, or the run to resume
+                has weights only. Evaluation ignores settings that only affect training.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
@@ -510,7 +510,7 @@ class MoEGPTModule(LightningModule):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch, with an error that can be read.
+        """Load as PyTorch does, with an error of one line.
 
         Raises:
             ValueError: parameters are missing, unknown or of another shape.
@@ -557,7 +557,7 @@ class MoEGPTModule(LightningModule):
 
 
 class _Window:
-    """What has been fed since the last optimizer step, on this rank, and its losses over all ranks, on the device."""
+    """The micro-batches of this rank since the last optimizer step, and their losses over all ranks, on the device."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -576,12 +576,12 @@ class _Window:
         self.tokens += batch["tokens"].numel()
 
     def mean_losses(self) -> Tensor:
-        """`[names]`, over micro-batches."""
+        """Return the mean over micro-batches, `[names]`."""
         return self.losses / len(self.batches)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of every rank's `value`, which is overwritten."""
+    """Average `value` over ranks, in place."""
     if distributed.is_initialized():
         distributed.all_reduce(value)
         value /= distributed.get_world_size()

@@ -37,9 +37,13 @@ def moved_attribute(module: str, name: str) -> Any:
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     new = NAMES[old]
-    warnings.warn(f"{old} is now {new}; the old name works until the next minor version", FutureWarning, stacklevel=3)
+    _warn(old, new)
     home, _, attribute = new.rpartition(".")
     return getattr(importlib.import_module(home), attribute)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}; the old name works until the next minor version", FutureWarning, stacklevel=4)
 
 
 class MovedModules(MetaPathFinder, Loader):
@@ -54,9 +58,7 @@ class MovedModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Warn, and forward attributes."""
         old, new = module.__name__, MODULES[module.__name__]
-        warnings.warn(
-            f"{old} is now {new}; the old name works until the next minor version", FutureWarning, stacklevel=2
-        )
+        _warn(old, new)
         module.__getattr__ = lambda name: getattr(importlib.import_module(new), name)  # type: ignore[method-assign]
 
 

@@ -134,7 +134,7 @@ class RunSummary(Callback):
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:
-    """Whether `trainer.limit_val_batches` cuts the validation, whose windows are in the order of their domains."""
+    """Return whether `trainer.limit_val_batches` cuts the validation, whose windows are in the order of their domains."""
     loader, fast_dev_run = trainer.val_dataloaders, trainer.fast_dev_run  # type: ignore[attr-defined]
     return loader is not None and not fast_dev_run and sum(trainer.num_val_batches) < len(loader)
 

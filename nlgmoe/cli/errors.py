@@ -139,7 +139,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_complaint(error: BaseException) -> bool:
-    """Whether an exception was raised to tell the user something, by this project or by Lightning's own checks."""
+    """Return whether an exception is a message to the user, from this project or from Lightning's checks."""
     if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
         return True
     return isinstance(error, ValueError | ImportError) and raised_in(error).split(".")[0] in ("nlgmoe", "lightning")

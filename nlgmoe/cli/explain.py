@@ -254,7 +254,7 @@ def _same(given: Any, text: str) -> bool:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name nearest to `name`, in words: of its section, or the same name in another section."""
+    """Suggest the known name nearest to `name`: one of its section, or the same name in another section."""
     pool = [one for one in known if not name.startswith(f"{one}.")]
     siblings = [one for one in pool if one.rpartition(".")[0] == name.rpartition(".")[0]]
     for some in (siblings, pool):
@@ -308,7 +308,7 @@ def parts_of(hint: Any) -> Iterator[Any]:
 
 
 def is_section(kind: Any) -> bool:
-    """Whether a type is a dataclass whose fields are settings, and not one that is named by `class_path`."""
+    """Return whether a type is a dataclass whose fields are settings, and not one that is named by `class_path`."""
     return dataclasses.is_dataclass(kind) and not (inspect.isclass(kind) and issubclass(kind, NAMED_BY_CLASS))
 
 

@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a pattern stands for."""
+"""Expand a path, a folder or a pattern into files."""
 
 from __future__ import annotations
 

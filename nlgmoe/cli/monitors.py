@@ -1,4 +1,4 @@
-"""What callbacks monitor has to be logged: Lightning finds out at the first validation only, and ends the run there."""
+"""Check that callbacks monitor logged metrics; Lightning would end the run at the first validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder, `trainer.default_root_dir`: one run, its resolved configuration, and the checkpoints it goes on from."""
+"""The run folder, `trainer.default_root_dir`: one run, its resolved configuration, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from nlgmoe.versions import versions
 class RunFolder(SaveConfigCallback):
     """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
 
-    _resumed: str | None = None  # the checkpoint that this start goes on from
-    _start: int | None = None  # place of this start in `starts.json`; until it is there, that of the resumed one
+    _resumed: str | None = None  # the checkpoint that this start resumes
+    _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember which one it is, also where a run's folder was given."""
+        """Remember the path of the checkpoint, also where a run folder was given."""
         self._resumed, self._start = checkpoint["path"], checkpoint.get("start")
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say which start of the run saved it."""
+        """Record the start of the run that saved the checkpoint."""
         checkpoint["start"] = self._start
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait for `on_train_epoch_start`: only then has nothing refused the run, and is it known whether it is resumed."""
+        """Do nothing: `on_train_batch_start` records the configuration, once nothing has refused the run."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before anything is written.
+        """Check the run before anything is written.
 
         Raises:
             ValueError: the folder holds another run, or a callback monitors what is never logged.
@@ -77,7 +77,7 @@ class RunFolder(SaveConfigCallback):
 
         The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from.
         `starts.json` lists the starts in the order of time, each with the step from which its settings held, and the
-        checkpoint it went on from.
+        checkpoint that it resumed.
         """
         folder = Path(trainer.default_root_dir)
         (folder / "starts").mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Where each `ModelCheckpoint` saves."""
+    """Return the folder of each `ModelCheckpoint`."""
     keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     return [Path(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None]
 
@@ -155,10 +155,10 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
 
 
 def require_checkpoint(path: Path) -> None:
-    """Whether there is anything to load at `ckpt_path`; whether it is sound is found out when it is read.
+    """Check that there is a checkpoint at `ckpt_path`; reading it verifies it.
 
     Raises:
-        ValueError: there is not.
+        ValueError: there is none.
     """
     if is_checkpoint(path):
         read_document(path)
@@ -169,9 +169,9 @@ def require_checkpoint(path: Path) -> None:
 def resolve_checkpoint(
     name: Any, folder: Path, remedy: str, may_start: bool, places: Sequence[Path] = (), first_save: int = 1
 ) -> Any:
-    """`last` and `auto` mean the run folder: its newest valid checkpoint; `auto` is content with none where a run may start.
+    """Replace `last` and `auto` by the run folder, or `auto` by None where a run may start and there is no checkpoint.
 
-    Which one that is, all ranks decide together once they know each other (`checkpoint/newest.py`).
+    All ranks choose the checkpoint together later (`checkpoint/newest.py`).
 
     Args:
         name: `ckpt_path` as it was given.
@@ -220,9 +220,9 @@ def _last_logged_step(folder: Path) -> int:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Be the only process that trains in `folder`: a second one would replace the first one's checkpoints.
+    """Lock `folder` against a second process that trains in it and would replace checkpoints.
 
-    The operating system lets go when the process ends, however it does.
+    The operating system releases the lock when the process ends.
 
     Raises:
         ValueError: another process has the folder, and keeps it for ten seconds.
@@ -241,7 +241,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """Find out now, not after tokenising a corpus.
+    """Check that the run folder can be written, before a corpus is tokenised.
 
     Raises:
         ValueError: the run folder cannot be written.

@@ -1,4 +1,4 @@
-"""Where `train.py` and `nlgmoe` begin: they import what they need, which takes seconds, and Ctrl+C ends them then too."""
+"""Entry points of `train.py` and `nlgmoe`. Ctrl+C also ends them during their imports, which take seconds."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class TrainCLI(LightningCLI):
             super().instantiate_classes()
 
     def before_fit(self) -> None:
-        """Neither mix two runs in one folder nor start one where the user meant to go on.
+        """Refuse two runs in one folder, and a new run where one was to be resumed.
 
         Raises:
             ValueError: the run folder holds a run already, or none to resume.
@@ -175,11 +175,11 @@ class TrainCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self._while_running.enter_context(held(folder))
             if checkpoint is None:
-                recover(folder)  # killed in its first save: there is a leftover, but no checkpoint to go on from
+                recover(folder)  # the run was killed in its first save, and left an unfinished folder
         self._spare_run_folder()
 
     def before_validate(self) -> None:
-        """Say so where the weights are random.
+        """Warn if the weights are random.
 
         Raises:
             ValueError: there is no checkpoint to evaluate.
@@ -192,7 +192,7 @@ class TrainCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     def _spare_run_folder(self) -> None:
-        """Where only a few batches are tried, callbacks write into a folder that is removed at the end."""
+        """Under `fast_dev_run`, give callbacks a temporary run folder."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = TemporaryDirectory(prefix="fast_dev_run-")
             self.trainer._default_root_dir = self._while_running.enter_context(folder)  # type: ignore[attr-defined]
@@ -304,7 +304,7 @@ def mute_advertising() -> None:
     lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # DeepSpeed's
-    # A run that goes on finds its own checkpoints; `refuse_second_run` sees to it that they are.
+    # A resumed run finds its own checkpoints; `refuse_second_run` checks that they are.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 

@@ -86,7 +86,7 @@ def _either(*values: int) -> str:
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """How many micro-batches every rank feeds in an optimizer step (`--global-batch-size` of Megatron-DeepSpeed).
+    """Return the micro-batches of each rank in an optimizer step (`--global-batch-size` of Megatron-DeepSpeed).
 
     Args:
         global_batch_size: sequences per optimizer step, over all ranks.

@@ -1,4 +1,4 @@
-"""What a model of text has to beat: the best loss without context, and a general-purpose compressor.
+"""Baselines of a model of text: the best loss without context, and a general-purpose compressor.
 
 Both are bounded in time and memory, whatever the size of the corpus.
 """

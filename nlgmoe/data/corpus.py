@@ -38,7 +38,7 @@ class OpenCorpus(Protocol):
 
     @property
     def description(self) -> Description:
-        """What the training tokens are made of; a change of the fingerprint is named by what differs here."""
+        """Description of the training tokens' sources; messages about a changed fingerprint name what differs here."""
         ...
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:

@@ -277,7 +277,7 @@ class PileDataModule(LightningDataModule):
 
     @property
     def corpus_description(self) -> Description:
-        """What the training tokens are made of."""
+        """Description of the training tokens' sources."""
         return description_of(self._opened())
 
     @property

@@ -1,4 +1,4 @@
-"""What a sample says of the documents that are packed into it."""
+"""Masks of the documents that are packed into a sample."""
 
 from nlgmoe.data.sources import Sample
 

@@ -115,7 +115,7 @@ class MegatronIndexed:
             )
 
     def _fingerprint(self, bounds: list[int]) -> str:
-        """Of the split, the files' sizes and pieces of them: a copy elsewhere has the same one."""
+        """Hash the split, the files' sizes and pieces of them; a copy of the files has the same fingerprint."""
         digest = hashlib.sha256(repr(bounds).encode())
         for kind in ("idx", "bin"):
             path = Path(f"{self.prefix}.{kind}")

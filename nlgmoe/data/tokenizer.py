@@ -102,7 +102,7 @@ class Tokenizer:
         return kept / total if total else 1.0
 
     def has_same_ids(self, other: "Tokenizer") -> bool:
-        """Whether each token id stands for the same bytes of text in both."""
+        """Return whether each token id stands for the same bytes of text in both."""
         return (self.eod_id, self.spellings) == (other.eod_id, other.spellings)
 
     def to_json(self) -> str:

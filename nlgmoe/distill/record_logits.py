@@ -1,4 +1,4 @@
-"""Writing what a teacher says of a run's training samples: whole or not at all, and going on after a kill with the same bytes.
+"""Record a teacher's logits for a run's training samples, atomically and resumable after a kill with the same bytes.
 
     FOLDER.building/FOLDER/        what becomes FOLDER, by renaming, when it is whole
     FOLDER.building/progress.json  up to where its records are whole, where the data stands, and what they are made from

@@ -82,7 +82,7 @@ class StreamedSource:
 
 
 def reads_per_stream(num_streams: int, micro_batch_size: int, processes: int) -> float:
-    """How many processes read the same stream, on average, where each loads `micro_batch_size` samples at a time.
+    """Return the mean number of processes that read a stream, if each loads `micro_batch_size` samples at a time.
 
     Of P processes, the p-th loads the samples from `(p + P m) B` on, for every m (workers take their rank's micro-batches
     in turn). Modulo the number of streams S, these are `S / q * min(B, q)` streams with `q = gcd(P B, S)`.
