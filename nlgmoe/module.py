@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import (
-    Batch,
-    HasLargestBatch,
-    HasPlannedBatchSize,
-    HasTokenByteLengths,
-    HasTokenizer,
-    TracksSamples,
-    loss_mask,
-    token_mask_or_none,
-    truncate,
-)
-from nlgmoe.checkpoint.agreement import AllRanksError
-from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
-from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
-from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.device import fork_rng
+from nlgmoe.batch import Batch, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
+from nlgmoe.checkpoint.warm_start import WarmStart
+from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
-from nlgmoe.eval.perplexity import DomainLoss
-from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy, token_losses
+from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Router, Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
-from nlgmoe.model.gpt import GPT
 from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
+from nlgmoe.objective import Window, mean_over_ranks, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
     check_same_run,
-    differences,
     follow_moved_folder,
     keep_patience,
     set_loop_counters,
@@ -54,11 +36,10 @@ from nlgmoe.resuming import (
     validate_now,
     was_validated,
 )
-from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler, warn_of_early_end
-from nlgmoe.seeding import derive_seed
+from nlgmoe.run_checks import warn_of_early_end
 
 
-class MoEGPTModule(LightningModule):
+class MoEGPTModule(GPTModule):
     """Train a GPT: cross-entropy, the balance losses of its MoE layers, and the distillation loss if there is a teacher.
 
     Everything random in a step (dropout, routing noise, token selection) is a function of `seed`, the step and the
@@ -96,104 +77,27 @@ class MoEGPTModule(LightningModule):
         non_finite: NonFinite = NonFinite(),  # noqa: B008 (frozen)
         distiller: Distiller | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(config, seed, activation_checkpointing, compile, loss_chunk_size, warm_start, curriculum)
         if train_tokens is not None and train_tokens < 1:
             raise ValueError(f"train_tokens={train_tokens} must be at least 1, or null")
-        if loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
         if schedule.min_lr > optimizer.lr:
             raise ValueError(f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it")
-        if curriculum is not None and curriculum.start > config.seq_len:
-            raise ValueError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
-        self.config = config
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.train_tokens = train_tokens
-        self.curriculum = curriculum
-        self.activation_checkpointing = activation_checkpointing
-        self.compile_dense_parts = compile
-        self.loss_chunk_size = loss_chunk_size
-        self.seed = seed
-        self.warm_start = warm_start
         self.distiller = distiller
-        self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
-        self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
         self.guard = StepGuard(non_finite)
-        self._window = _Window()
+        self._window = Window()
         self._stops_after_step = False
-        self._validated_step = 0  # optimizer steps taken when the latest validation ended
         self._given_max_steps: int | None = None  # where a resumed run has taken so many
         self._learning_routers: list[tuple[int, Router]] = []  # number of the MoE layer, and its router
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
-        self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
-
-    @override
-    def configure_model(self) -> None:
-        """Build the GPT, once.
-
-        Raises:
-            ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them; or
-                `warm_start` names no checkpoint that fits; or `compile` is set where there is no compiler.
-        """
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        placed: Mapping[int, ExpertPlacement] = {}
-        if isinstance(strategy, PlacesExperts):
-            placed = strategy.expert_placements(self.config)
-        if self.model is None:
-            if self.compile_dense_parts:
-                require_compiler(self.device if strategy is None else strategy.root_device)
-            model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
-            if self.warm_start is not None:
-                self._start_from(model, self.warm_start)
-            if self.compile_dense_parts:
-                model.compile_dense_parts()
-            self.model = model
-        elif not self.model.has_placements(placed):
-            raise AllRanksError(
-                "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
-                "MoEGPTModule for every trainer, and do not use module.gpt before fit"
-            )
-
-    def _start_from(self, model: GPT, start: WarmStart) -> None:
-        """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
-        data = getattr(self._trainer, "datamodule", None)
-        tokenizer = data.tokenizer_json() if isinstance(data, HasTokenizer) else None
-        loaded = load_initial_weights(model, start, tokenizer=tokenizer)
-        changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
-        rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
-
-    @property
-    def gpt(self) -> GPT:
-        """The model; the first access builds it."""
-        if self.model is None:
-            self.configure_model()
-        assert self.model is not None
-        return self.model
 
     @property
     def tokens_fed(self) -> int:
         """Positions fed so far, over all ranks: the token clock, and the micro-batches since the last optimizer step."""
         return self.tokens_seen + self._window.tokens * self.trainer.world_size
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format.
-
-        Raises:
-            ValueError: they do not.
-        """
-        check_trainer(self.trainer, stage)
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, HasLargestBatch):
-            check_memory(self.config, self.curriculum, data, self.trainer, stage)
-        if not isinstance(data, HasTokenByteLengths):
-            return
-        check_vocabulary(self.config, data)
-        shares = getattr(data, "domain_shares", None)
-        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), shares)]
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -202,8 +106,8 @@ class MoEGPTModule(LightningModule):
             # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
             batch = truncate(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
-        loss, losses, self.routings = self._losses(batch, len(self._window.batches))
-        of_all_ranks = _mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
+        loss, losses, self.routings = self._loss(batch, len(self._window.batches))
+        of_all_ranks = mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
         self._window.add(batch, list(losses), of_all_ranks)
@@ -213,47 +117,11 @@ class MoEGPTModule(LightningModule):
             self._window.requests = [before + one for before, one in zip(earlier, requests, strict=True)]
         return loss
 
-    def _losses(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
-        """Compute the loss of micro-batch `index` of the step, its parts by logged name, and the routings.
-
-        A second call in the same step computes the same.
-        """
-        key, mask = self._noise_key(index), token_mask_or_none(batch)
-        # The teacher first: its activations are freed before the student's are allocated.
-        teacher = self.distiller.read(batch, mask) if self.distiller is not None else None
-        with fork_rng(self.device):  # dropout draws from torch's generator: seed it for this micro-batch alone
-            torch.manual_seed(derive_seed("dropout", *key))
-            output = self.gpt(batch["tokens"], mask, noise_key=key, documents=batch.get("document"))
-        counted = loss_mask(batch)
-        arguments = (
-            output.hidden.flatten(0, 1),
-            self.gpt.unembedding,
-            self.config.vocab_size,
-            batch["targets"].flatten(),
-            counted.flatten(),
-            self.loss_chunk_size,
-            _mean_over_ranks(counted.sum().float()),
-        )
-        if teacher is None:
-            loss = cross_entropy(*arguments)
-            losses = {"train/loss": loss}
-        else:
-            distilled = distilled_cross_entropy(*arguments, teacher)
-            loss = distilled.loss
-            losses = {
-                "train/loss": distilled.language,
-                "train/distillation_loss": distilled.distillation,
-                "train/teacher_agreement": distilled.agreement,
-            }
-        if self.config.moe is not None:
-            balance, z_loss = router_losses(output.routings, self.config.moe.aux_scope)
-            loss = loss + self.config.moe.loss_coeff * balance + self.config.moe.z_loss_coeff * z_loss
-            losses |= {"train/balance_loss": balance, "train/z_loss": z_loss}
-            for name in {name: None for routing in output.routings for name in routing.losses}:
-                own = [routing.losses[name] for routing in output.routings if name in routing.losses]
-                losses[f"train/{name}"] = torch.stack(own).sum()
-                loss = loss + losses[f"train/{name}"]
-        return loss, losses, output.routings
+    def _loss(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
+        """Compute the loss of micro-batch `index` of the step; see `training_loss`."""
+        ranks = self.trainer.world_size
+        key = (self.seed, self.trainer.global_step, index * ranks + self.trainer.global_rank)
+        return training_loss(self.gpt, batch, key, self.loss_chunk_size, self.distiller)
 
     @override
     def configure_gradient_clipping(
@@ -281,7 +149,7 @@ class MoEGPTModule(LightningModule):
         def find_source() -> str:
             def losses_of(index: int) -> Iterable[Tensor]:
                 with self.trainer.precision_plugin.train_step_context():
-                    return self._losses(window.batches[index], index)[1].values()
+                    return self._loss(window.batches[index], index)[1].values()
 
             return first_non_finite(
                 self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full_gradient
@@ -297,45 +165,12 @@ class MoEGPTModule(LightningModule):
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
 
-    @override
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Log as Lightning does, but keep numbers on the host: Lightning would copy them to the device and back."""
-        if isinstance(value, float | int) and not kwargs.get("sync_dist"):
-            value = torch.tensor(value, dtype=torch.float64, device="cpu")
-        super().log(name, value, *args, **kwargs)
-
     def step_gradients(self) -> StepGradients | None:
         """Return the gradients of the coming optimizer step, for `on_before_optimizer_step` and later; None if none is due."""
         trainer = self.trainer
         if isinstance(trainer.strategy, HasStepGradients):
             return trainer.strategy.step_gradients()
         return LocalGradients(self.gpt.parameters(), getattr(trainer.precision_plugin, "scaler", None))
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one micro-batch to the loss by domain."""
-        self._evaluate(batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one micro-batch to the loss by domain."""
-        self._evaluate(batch)
-
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of every token, `[B, T]` nats; 0 where the loss is masked."""
-        return self._token_losses(batch) * loss_mask(batch)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
-        self._validated_step = self.trainer.global_step
-        self._log_evaluation("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        """Log the same under `test/`."""
-        self._log_evaluation("test")
 
     @override
     def configure_optimizers(self) -> Any:
@@ -369,7 +204,7 @@ class MoEGPTModule(LightningModule):
             routers = [router for _, router in self._learning_routers]
             for router, own in zip(routers, requests.split([one.num_experts for one in routers]), strict=True):
                 router.after_step(own)
-        self._window = _Window()
+        self._window = Window()
         with warnings.catch_warnings():
             # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -424,9 +259,9 @@ class MoEGPTModule(LightningModule):
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
-            validate_now(self.trainer, again=self._validated_step == self.trainer.global_step)
+            validate_now(self.trainer, again=self.validated_step == self.trainer.global_step)
         warn_of_early_end(self.config, self.curriculum, self.train_tokens, self.trainer)
-        self._window, self._stops_after_step = _Window(), False
+        self._window, self._stops_after_step = Window(), False
         layers = [module for module in self.gpt.modules() if isinstance(module, MoELayer)]
         self._learning_routers = [(n, moe.router) for n, moe in enumerate(layers) if moe.router.learns_from_steps]
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
@@ -479,7 +314,7 @@ class MoEGPTModule(LightningModule):
         if checkpoint["global_step"] == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
         else:
-            validated = self._validated_step == checkpoint["global_step"]
+            validated = self.validated_step == checkpoint["global_step"]
             set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
 
     @override
@@ -501,88 +336,9 @@ class MoEGPTModule(LightningModule):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         if fits and "loops" in checkpoint:
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
-            self._validated_step = step if validated else 0
+            self.validated_step = step if validated else 0
             # A step may have more or fewer micro-batches from here on.
             set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
             if 0 <= self.trainer.max_steps <= step:
                 self._given_max_steps = self.trainer.max_steps
                 self.trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning ends before `on_train_start`
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as PyTorch does, with an error of one line.
-
-        Raises:
-            ValueError: parameters are missing, unknown or of another shape.
-        """
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            different = summarize_differences(describe_differences(shapes_of(self.state_dict()), shapes_of(state_dict)))
-            raise ValueError(f"the checkpoint does not fit the model: {different}; use another checkpoint") from error
-
-    def _noise_key(self, index: int) -> tuple[int, int, int]:
-        """(seed, step, index within the step over all ranks), from the index on this rank."""
-        trainer = self.trainer
-        return self.seed, trainer.global_step, index * trainer.world_size + trainer.global_rank
-
-    def _token_losses(self, batch: Batch) -> Tensor:
-        output = self.gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
-        self.routings = output.routings
-        losses = token_losses(
-            output.hidden.flatten(0, 1),
-            self.gpt.unembedding,
-            self.config.vocab_size,
-            batch["targets"].flatten(),
-            self.loss_chunk_size,
-        )
-        return losses.view_as(batch["targets"])
-
-    def _evaluate(self, batch: Batch) -> None:
-        if not self._domain_loss:  # another data module: one unnamed domain, no bytes
-            self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
-        metric = self._domain_loss[0].to(self.device)
-        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), batch["domain"])
-
-    def _log_evaluation(self, prefix: str) -> None:
-        (metric,) = self._domain_loss
-        values = metric.compute()
-        if self.trainer.state.fn == TrainerFn.FITTING and not torch.isfinite(values["loss"]):
-            rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
-        for name, value in values.items():
-            if torch.isfinite(value) or not name.startswith("bits_per_byte"):
-                # Every rank has the same value already; sync_dist tells Lightning so.
-                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
-        metric.reset()
-
-
-class _Window:
-    """The micro-batches of this rank since the last optimizer step, and their losses over all ranks, on the device."""
-
-    def __init__(self) -> None:
-        self.batches: list[Batch] = []
-        self.samples = self.tokens = 0
-        self.names: list[str] = []  # that the losses are logged under
-        self.losses = torch.zeros(0)  # [names], sum over micro-batches
-        self.requests: list[Tensor] = []  # [E] of this rank, of each router that learns from steps
-        self.taken = False  # the optimizer's step has been, or is about to be, taken
-
-    def add(self, batch: Batch, names: list[str], losses: Tensor) -> None:
-        """Count one micro-batch."""
-        self.losses = self.losses + losses if self.batches else losses
-        self.names = names
-        self.batches.append(batch)
-        self.samples += batch["tokens"].shape[0]
-        self.tokens += batch["tokens"].numel()
-
-    def mean_losses(self) -> Tensor:
-        """Return the mean over micro-batches, `[names]`."""
-        return self.losses / len(self.batches)
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    """Average `value` over ranks, in place."""
-    if distributed.is_initialized():
-        distributed.all_reduce(value)
-        value /= distributed.get_world_size()
-    return value

@@ -41,6 +41,8 @@ RANKS = {
     "eval": 5,
     "resuming": 5,
     "run_checks": 5,
+    "gpt_module": 6,
+    "objective": 6,
     "module": 6,
     "monitoring": 7,
     "callbacks": 8,

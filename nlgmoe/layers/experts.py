@@ -2,7 +2,9 @@
 
     y = gelu(x W_1 + b_1) W_2 + b_2        for each row x, with the weights of its expert
 
-A network declares its weights and has a `forward(x, linear)`; `linear` applies a stack, by a grouped product or expert by expert.
+A network (`ExpertConfig`) declares its weights and has a `forward(x, linear)`. `linear(name, x)` applies the stack of that name by
+the chosen backend: one grouped product, or expert by expert. `linear(name, *inputs, through=f)` applies it to `f(*inputs)`, which
+is computed again in the backward pass instead of kept.
 
 Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k experts per token, H hidden size, F inner size.
 """
@@ -131,7 +133,8 @@ class Experts(nn.Module):
                 rows = inputs[0] if through is None else through(*inputs)
                 return F.grouped_mm(rows, weight.to(rows.dtype), offs=ends)
 
-            # The recomputation ends before the product itself: it repeats `through` and the cast of the weight.
+            # Keep the inputs alone and repeat `through` and the weight's cast in the backward pass; the product is not
+            # repeated, since recomputation stops at the last tensor that the backward pass needs.
             repeats = torch.is_grad_enabled() and (through is not None or weight.dtype != x.dtype)
             return add_bias(_recomputed(product, *inputs) if repeats else product(*inputs), bias)
 

@@ -1,0 +1,205 @@
+"""GPTModule: a GPT in Lightning. Builds it on the strategy's ranks, and measures its loss by domain; `module.py` trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from nlgmoe.batch import Batch, HasLargestBatch, HasTokenByteLengths, HasTokenizer, loss_mask, token_mask_or_none
+from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
+from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
+from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.eval.perplexity import DomainLoss
+from nlgmoe.layers.losses import token_losses
+from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.gpt import GPT
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.resuming import differences
+from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler
+
+
+class GPTModule(LightningModule):
+    """Build and evaluate a GPT.
+
+    Args:
+        config: shape of the model.
+        seed: seed of the initial weights.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        compile: compile attention and dense layers with `torch.compile`, at their first use.
+        loss_chunk_size: tokens whose logits exist at a time.
+        warm_start: initial weights from a checkpoint; None draws them.
+        curriculum: of training, whose largest batch has to fit into memory.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        seed: int,
+        activation_checkpointing: bool,
+        compile: bool,
+        loss_chunk_size: int,
+        warm_start: WarmStart | None,
+        curriculum: SequenceCurriculum | None,
+    ) -> None:
+        super().__init__()
+        if loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
+        if curriculum is not None and curriculum.start > config.seq_len:
+            raise ValueError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
+        self.config = config
+        self.seed = seed
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_dense_parts = compile
+        self.loss_chunk_size = loss_chunk_size
+        self.warm_start = warm_start
+        self.curriculum = curriculum
+        self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
+        self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
+        self.validated_step = 0  # optimizer steps taken when the latest validation ended
+        self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
+
+    @override
+    def configure_model(self) -> None:
+        """Build the GPT, once.
+
+        Raises:
+            ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them; or
+                `warm_start` names no checkpoint that fits; or `compile` is set where there is no compiler.
+        """
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        placed: Mapping[int, ExpertPlacement] = {}
+        if isinstance(strategy, PlacesExperts):
+            placed = strategy.expert_placements(self.config)
+        if self.model is None:
+            if self.compile_dense_parts:
+                require_compiler(self.device if strategy is None else strategy.root_device)
+            model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
+            if self.warm_start is not None:
+                self._start_from(model, self.warm_start)
+            if self.compile_dense_parts:
+                model.compile_dense_parts()
+            self.model = model
+        elif not self.model.has_placements(placed):
+            raise AllRanksError(
+                "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
+                "MoEGPTModule for every trainer, and do not use module.gpt before fit"
+            )
+
+    def _start_from(self, model: GPT, start: WarmStart) -> None:
+        """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = data.tokenizer_json() if isinstance(data, HasTokenizer) else None
+        loaded = load_initial_weights(model, start, tokenizer=tokenizer)
+        changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
+        rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
+
+    @property
+    def gpt(self) -> GPT:
+        """The model; the first access builds it."""
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format.
+
+        Raises:
+            ValueError: they do not.
+        """
+        check_trainer(self.trainer, stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, HasLargestBatch):
+            check_memory(self.config, self.curriculum, data, self.trainer, stage)
+        if not isinstance(data, HasTokenByteLengths):
+            return
+        check_vocabulary(self.config, data)
+        shares = getattr(data, "domain_shares", None)
+        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), shares)]
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as PyTorch does, with an error of one line.
+
+        Raises:
+            ValueError: parameters are missing, unknown or of another shape.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            different = summarize_differences(describe_differences(shapes_of(self.state_dict()), shapes_of(state_dict)))
+            raise ValueError(f"the checkpoint does not fit the model: {different}; use another checkpoint") from error
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log as Lightning does, but keep numbers on the host: Lightning would copy them to the device and back."""
+        if isinstance(value, float | int) and not kwargs.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+        super().log(name, value, *args, **kwargs)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one micro-batch to the loss by domain."""
+        self._evaluate(batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one micro-batch to the loss by domain."""
+        self._evaluate(batch)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of every token, `[B, T]` nats; 0 where the loss is masked."""
+        return self._token_losses(batch) * loss_mask(batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
+        self.validated_step = self.trainer.global_step
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log the same under `test/`."""
+        self._log_evaluation("test")
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        output = self.gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+        self.routings = output.routings
+        losses = token_losses(
+            output.hidden.flatten(0, 1),
+            self.gpt.unembedding,
+            self.config.vocab_size,
+            batch["targets"].flatten(),
+            self.loss_chunk_size,
+        )
+        return losses.view_as(batch["targets"])
+
+    def _evaluate(self, batch: Batch) -> None:
+        if not self._domain_loss:  # another data module: one unnamed domain, no bytes
+            self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
+        metric = self._domain_loss[0].to(self.device)
+        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), batch["domain"])
+
+    def _log_evaluation(self, prefix: str) -> None:
+        (metric,) = self._domain_loss
+        values = metric.compute()
+        if self.trainer.state.fn == TrainerFn.FITTING and not torch.isfinite(values["loss"]):
+            rank_zero_warn(f"step {self.trainer.global_step}: val/loss is {float(values['loss'])}")
+        for name, value in values.items():
+            if torch.isfinite(value) or not name.startswith("bits_per_byte"):
+                # Every rank has the same value already; sync_dist tells Lightning so.
+                self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
+        metric.reset()

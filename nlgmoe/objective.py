@@ -1,0 +1,106 @@
+"""The training loss of one micro-batch, and the window of micro-batches that one optimizer step accumulates.
+
+    loss = CE + beta * T^2 * KL(teacher || student) + loss_coeff * balance + z_loss_coeff * z + the routers' own
+
+Cross-entropy and KL divide by the mean number of counted tokens of a rank, so that the mean over ranks is the loss of the whole
+batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
+from nlgmoe.device import fork_rng
+from nlgmoe.distill.distiller import Distiller
+from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
+from nlgmoe.layers.router import Routing
+from nlgmoe.model.gpt import GPT, NoiseKey
+from nlgmoe.seeding import derive_seed
+
+
+def training_loss(
+    gpt: GPT, batch: Batch, noise_key: NoiseKey, chunk_size: int, distiller: Distiller | None = None
+) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
+    """Compute the loss of one micro-batch; a second call with the same arguments computes the same.
+
+    Args:
+        gpt: the model.
+        batch: the micro-batch of this rank.
+        noise_key: (seed, step, micro-batch index over all ranks) of every random draw.
+        chunk_size: tokens whose logits exist at a time.
+        distiller: reads the teacher; None, or a stage that has ended: no distillation.
+
+    Returns:
+        The loss, its parts by logged name without their coefficients, and the routing of each MoE layer.
+    """
+    mask, moe = token_mask_or_none(batch), gpt.config.moe
+    # The teacher first: its activations are freed before the student's are allocated.
+    teacher = distiller.read(batch, mask) if distiller is not None else None
+    with fork_rng(batch["tokens"].device):  # dropout draws from torch's generator: seed it for this micro-batch alone
+        torch.manual_seed(derive_seed("dropout", *noise_key))
+        output = gpt(batch["tokens"], mask, noise_key=noise_key, documents=batch.get("document"))
+    counted = loss_mask(batch)
+    arguments = (
+        output.hidden.flatten(0, 1),
+        gpt.unembedding,
+        gpt.config.vocab_size,
+        batch["targets"].flatten(),
+        counted.flatten(),
+        chunk_size,
+        mean_over_ranks(counted.sum().float()),
+    )
+    if teacher is None:
+        loss = cross_entropy(*arguments)
+        parts = {"train/loss": loss}
+    else:
+        distilled = distilled_cross_entropy(*arguments, teacher)
+        loss = distilled.loss
+        parts = {
+            "train/loss": distilled.language,
+            "train/distillation_loss": distilled.distillation,
+            "train/teacher_agreement": distilled.agreement,
+        }
+    if moe is not None:
+        balance, z_loss = router_losses(output.routings, moe.aux_scope)
+        loss = loss + moe.loss_coeff * balance + moe.z_loss_coeff * z_loss
+        parts |= {"train/balance_loss": balance, "train/z_loss": z_loss}
+        for name in {name: None for routing in output.routings for name in routing.losses}:
+            own = [routing.losses[name] for routing in output.routings if name in routing.losses]
+            parts[f"train/{name}"] = torch.stack(own).sum()
+            loss = loss + parts[f"train/{name}"]
+    return loss, parts, output.routings
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average `value` over ranks, in place."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+        value /= distributed.get_world_size()
+    return value
+
+
+class Window:
+    """The micro-batches of this rank since the last optimizer step, and their losses over all ranks, on the device."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.samples = self.tokens = 0
+        self.names: list[str] = []  # that the losses are logged under
+        self.losses = torch.zeros(0)  # [names], sum over micro-batches
+        self.requests: list[Tensor] = []  # [E] of this rank, of each router that learns from steps
+        self.taken = False  # the optimizer's step has been, or is about to be, taken
+
+    def add(self, batch: Batch, names: list[str], losses: Tensor) -> None:
+        """Count one micro-batch."""
+        self.losses = self.losses + losses if self.batches else losses
+        self.names = names
+        self.batches.append(batch)
+        self.samples += batch["tokens"].shape[0]
+        self.tokens += batch["tokens"].numel()
+
+    def mean_losses(self) -> Tensor:
+        """Return the mean over micro-batches, `[names]`."""
+        return self.losses / len(self.batches)
