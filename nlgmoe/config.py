@@ -28,13 +28,17 @@ class MoEConfig:
     """Mixture-of-experts layers.
 
     Attributes:
-        num_experts: experts per MoE layer: one number for all of them, or one number per MoE layer from the first to
-            the last (the pyramid of PR-MoE, such as `[32, 32, 64]`).
-        expert_interval: blocks from one MoE block to the next: 2 makes the 2nd, 4th, ... block MoE.
+        num_experts: experts per MoE layer: one number for all of them, or one number per MoE position from the first to
+            the last (the pyramid of PR-MoE, such as `[32, 32, 64]`). 0 makes the block at that position dense: `[0, 8, 0, 16]`.
+        expert_interval: blocks from one MoE position to the next: 2 makes the 2nd, 4th, ... block MoE; 1 makes every block a
+            position, so that `num_experts` is a map of all layers.
         top_k: experts per token.
         mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
         residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
             DeepSpeed's code) or `sum` (the paper's plain sum).
+        expert_ffn_size: inner width of an expert, in values per token; null: the model's. `num_experts` 32 and `top_k` 4 at a
+            quarter of the width are fine-grained experts (DeepSeekMoE, arXiv 2401.06066).
+        shared_ffn_size: inner width of a residual layer's shared MLP, in values per token; null: the model's.
         train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`; the
             tokens of one rank's micro-batch, padding included.
         eval_capacity_factor: slots of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
@@ -55,7 +59,7 @@ class MoEConfig:
             rank alone (`rank`, as DeepSpeed does).
         router: another router than the paper's, by class_path (docs/extending.md); it says which of the fields from
             `train_capacity_factor` on it reads. null: the paper's, which reads all of them.
-        expert: another expert network than the paper's, by class_path; null: the paper's, two matrices and a GELU.
+        expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
     """
 
     num_experts: int | list[int] = 8
@@ -63,6 +67,8 @@ class MoEConfig:
     top_k: int = 1
     mlp_type: Literal["standard", "residual"] = "standard"
     residual_mix: Literal["learned", "sum"] = "learned"
+    expert_ffn_size: int | None = None
+    shared_ffn_size: int | None = None
     train_capacity_factor: float = 1.0
     eval_capacity_factor: float = 1.0
     min_capacity: int = 4
@@ -82,12 +88,23 @@ class MoEConfig:
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         require(bool(counts), "num_experts is an empty list; give one number per MoE layer or a single number")
         require(
-            min(counts) >= 1, f"num_experts={self.num_experts} has a value below 1; every MoE layer needs an expert"
+            min(counts) >= 0 and max(counts) >= 1,
+            f"num_experts={self.num_experts} must have a number above 0 and none below 0; set moe to null for a dense model",
         )
+        fewest = min(count for count in counts if count)
         require(self.expert_interval >= 1, f"expert_interval={self.expert_interval} must be at least 1")
         require(
-            1 <= self.top_k <= min(counts),
-            f"top_k={self.top_k} must be between 1 and the smallest num_experts ({min(counts)})",
+            1 <= self.top_k <= fewest,
+            f"top_k={self.top_k} must be between 1 and the smallest num_experts ({fewest})",
+        )
+        for name in ("expert_ffn_size", "shared_ffn_size"):
+            size = getattr(self, name)
+            require(
+                size is None or size >= 1, f"{name}={size} must be at least 1, or null for the model's ffn_hidden_size"
+            )
+        require(
+            self.shared_ffn_size is None or self.mlp_type == "residual",
+            f"shared_ffn_size={self.shared_ffn_size} has no effect with mlp_type={self.mlp_type}; use mlp_type=residual, or null",
         )
         for name in ("train_capacity_factor", "eval_capacity_factor"):
             require(
@@ -110,7 +127,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT-3-shaped decoder: learned positions, pre-LayerNorm, tanh-GELU, tied embeddings.
+    """A GPT-3-shaped decoder: learned positions, pre-LayerNorm, tanh-GELU or SwiGLU, tied embeddings.
 
     Attributes:
         vocab_size: number of token ids that the model knows; logits exist for exactly these.
@@ -125,6 +142,8 @@ class GPTConfig:
         init_std: standard deviation of the initial weights; output projections get `init_std / sqrt(2 * num_layers)`.
         layer_norm_eps: added to the variance in the LayerNorms.
         vocab_size_multiple: the embedding table is padded to a multiple of this (for fast GEMMs); padding gets no logits.
+        ffn_network: of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`, three
+            matrices of that inner width (arXiv 2002.05202), which is half as much again.
         moe: mixture-of-experts layers, or null for a dense model.
     """
 
@@ -139,6 +158,7 @@ class GPTConfig:
     init_std: float = 0.014
     layer_norm_eps: float = 1e-5
     vocab_size_multiple: int = 128
+    ffn_network: Literal["gelu", "swiglu"] = "gelu"
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -169,13 +189,23 @@ class GPTConfig:
         require(
             not isinstance(counts, list) or len(counts) == moe_layers,
             f"num_experts={counts} has {len(counts) if isinstance(counts, list) else 1} entries, but num_layers="
-            f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE layers",
+            f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE positions",
         )
 
     @property
     def ffn_size(self) -> int:
-        """Inner width of a feed-forward layer or expert."""
+        """Inner width of a feed-forward layer."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Inner width of an expert."""
+        return self.ffn_size if self.moe is None or self.moe.expert_ffn_size is None else self.moe.expert_ffn_size
+
+    @property
+    def shared_ffn_size(self) -> int:
+        """Inner width of a shared MLP."""
+        return self.ffn_size if self.moe is None or self.moe.shared_ffn_size is None else self.moe.shared_ffn_size
 
     @property
     def padded_vocab_size(self) -> int:

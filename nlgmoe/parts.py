@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+Through = Callable[..., Any]  # an elementwise function of tensors
 Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and role of the weight (`roles.py`)
 
 
@@ -52,7 +53,7 @@ class RouterConfig:
 class Linear(Protocol):
     """Apply one stack of weights to rows, each row with its expert's weights."""
 
-    def __call__(self, name: str, *inputs: Tensor, through: Callable[..., Tensor] | None = None) -> Tensor:
+    def __call__(self, name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
         """`through(*inputs) @ weight + bias` of the stack `name`, `[M, in] -> [M, out]`.
 
         `through` is an elementwise function, by default the identity. The grouped product recomputes its value in the backward

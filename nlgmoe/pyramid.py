@@ -13,7 +13,7 @@ from nlgmoe.config import GPTConfig
 def experts_at(config: GPTConfig, layer_index: int) -> int:
     """Return the number of experts of block `layer_index` (counted from 0); 0 for a dense block.
 
-    With `expert_interval` 2, blocks 1, 3, 5, ... are MoE; the j-th of them has `num_experts[j]`.
+    With `expert_interval` 2, blocks 1, 3, 5, ... are MoE positions; the j-th of them has `num_experts[j]`.
     """
     moe = config.moe
     if moe is None or (layer_index + 1) % moe.expert_interval:
@@ -26,6 +26,12 @@ def experts_at(config: GPTConfig, layer_index: int) -> int:
 def experts_per_layer(config: GPTConfig) -> list[int]:
     """Return `experts_at` of every block, from the first to the last."""
     return [experts_at(config, layer) for layer in range(config.num_layers)]
+
+
+def experts_per_position(config: GPTConfig) -> list[int]:
+    """Return `experts_at` of every MoE position, `num_experts` as a list; empty for a dense model."""
+    interval = config.moe.expert_interval if config.moe is not None else config.num_layers + 1
+    return experts_per_layer(config)[interval - 1 :: interval]
 
 
 def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
@@ -41,7 +47,12 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     moe = teacher.moe
     if moe is not None and isinstance(moe.num_experts, list):
         kept = num_layers // moe.expert_interval
-        moe = replace(moe, num_experts=moe.num_experts[len(moe.num_experts) - kept :] or moe.num_experts)
+        top = moe.num_experts[len(moe.num_experts) - kept :] if kept else moe.num_experts
+        if not any(top):
+            raise ValueError(
+                f"num_layers={num_layers} leaves no MoE block of the teacher's num_experts={moe.num_experts}"
+            )
+        moe = replace(moe, num_experts=top)
     return replace(teacher, num_layers=num_layers, moe=moe)
 
 

@@ -5,8 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.experiment import load_config
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
 from nlgmoe.versions import versions
@@ -26,6 +30,22 @@ def test_files_named_in_the_documents_exist(name: str) -> None:
 def test_make_targets_named_in_the_documents_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE)) <= targets
+
+
+LABORATORY = re.split(r"^    (?=model:$)", (ROOT / "docs/laboratory.md").read_text(), flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("part", LABORATORY, ids=lambda part: " ".join(part.split()[2:4]))
+def test_a_recipe_of_the_laboratory_is_a_model_that_computes(part: str, tmp_path: Path) -> None:
+    text = "".join(line for line in part.splitlines(keepends=True)[1:] if line.startswith("     "))
+    (tmp_path / "recipe.yaml").write_text("    model:\n" + text)
+    files, quiet = [ROOT / "configs/moe/laptop.yaml", tmp_path / "recipe.yaml"], {"trainer__logger": False}
+    before, config = (load_config(some, **quiet).module.config for some in (files[0], files))
+    assert config != before
+    model = GPT(config)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    assert model.logits(model(tokens).hidden).isfinite().all()
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total
 
 
 def test_settings_in_the_table_of_flags_exist() -> None:

@@ -75,6 +75,12 @@ def upcycle(
     require(
         dense_config.moe is None, f"{path} is no dense model: it has experts; use the checkpoint of one with moe=null"
     )
+    for name in ("expert_ffn_size", "shared_ffn_size"):
+        size = getattr(moe, name)
+        require(
+            size in (None, dense_config.ffn_size),
+            f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
+        )
     config = replace(dense_config, moe=moe)
     read = _entry_reader(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
     write_weights(checkpoint, read, config, read_tokenizer(path))

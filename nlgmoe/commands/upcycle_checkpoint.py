@@ -43,7 +43,7 @@ def upcycle_checkpoint(
     from nlgmoe.config import MoEConfig
     from nlgmoe.model.counting import count_parameters
 
-    moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type, residual_mix)
+    moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix)
     done = upcycle(dense, checkpoint, moe, noise, seed)
     before, after = (count_parameters(config) for config in (done.dense_config, done.config))
     print(

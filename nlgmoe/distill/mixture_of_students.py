@@ -37,7 +37,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import experts_per_layer, experts_per_position
 
 
 class MixtureOfStudents:
@@ -56,7 +56,7 @@ class MixtureOfStudents:
         num_layers: blocks that the teacher has to have, or training is refused; null: any number. So are the next three.
         hidden_size: its width.
         num_heads: its attention heads.
-        num_experts: its experts: one number for all MoE layers, or one for each; 0: it is dense.
+        num_experts: its experts: one number for all MoE layers, or one for each position; 0: it is dense.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ def _describe(teacher: GPT) -> str:
 
 def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> None:
     """Compare the checkpoint with the settings that are not null."""
-    counts = [count for count in experts_per_layer(teacher) if count]
+    counts = experts_per_position(teacher)
     for name, value in expected.items():
         if name != "num_experts":
             found = getattr(teacher, name)

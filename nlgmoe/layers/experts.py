@@ -1,10 +1,10 @@
 """EXPERTS: the feed-forward networks of one MoE layer, stacked, applied to rows sorted by expert.
 
-    y = gelu(x W_1 + b_1) W_2 + b_2        for each row x, with the weights of its expert
+    y = gelu(x W_expand + b) W_project + b        for each row x, with the weights of its expert (or another network)
 
-A network (`ExpertConfig`) declares its weights and has a `forward(x, linear)`. `linear(name, x)` applies the stack of that name by
-the chosen backend: one grouped product, or expert by expert. `linear(name, *inputs, through=f)` applies it to `f(*inputs)`, which
-is computed again in the backward pass instead of kept.
+A network (`feed_forward.py`) declares its weights and has a `forward(x, linear)`. `linear(name, x)` applies the stack of that
+name by the chosen backend: one grouped product, or expert by expert. `linear(name, *inputs, through=f)` applies it to
+`f(*inputs)`, which is computed again in the backward pass instead of kept.
 
 Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k experts per token, H hidden size, F inner size.
 """
@@ -12,7 +12,6 @@ Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,33 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nlgmoe.config import MoEConfig
-from nlgmoe.layers.feed_forward import gelu
-from nlgmoe.parts import ExpertConfig, Linear, Stack
+from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
+from nlgmoe.parts import ExpertConfig, Linear, Through
 from nlgmoe.roles import Role
 
 MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
 BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
 
 Function = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class GELUExpert(ExpertConfig):
-    """The paper's expert, the same as `FeedForward`: `x -> project(gelu(expand(x)))`."""
-
-    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
-        """Declare the two matrices."""
-        return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
-
-    def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        """Apply the network, `[M, H] -> [M, H]`."""
-        return linear("project", linear("expand", x), through=gelu)
-
-
-def expert_network(moe: MoEConfig) -> ExpertConfig:
-    """Return the configuration's expert network, or the paper's."""
-    return moe.expert or GELUExpert()
 
 
 class Experts(nn.Module):
@@ -64,7 +44,7 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, count: int, hidden_size: int, ffn_size: int, first: int = 0, network: ExpertConfig = GELUExpert()
+        self, count: int, hidden_size: int, ffn_size: int, first: int = 0, network: ExpertConfig = NETWORKS["gelu"]
     ) -> None:
         super().__init__()
         self.first, self.count, self.network = first, count, network
@@ -87,7 +67,7 @@ class Experts(nn.Module):
         Returns:
             `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
         """
-        x = _cast_by_autocast(x)
+        x = cast_by_autocast(x)
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
         if select_backend(x.device.type, x.dtype, self.widths, capability) == "loop":
             return self._loop(x, tokens_per_expert)
@@ -113,7 +93,7 @@ class Experts(nn.Module):
         Returns:
             `[N, H]` weighted sums, in the dtype of `weight`.
         """
-        x = _cast_by_autocast(x)
+        x = cast_by_autocast(x)
         rows = [
             self.network.forward(token, _dense(lambda name, e=e: getattr(self, name)[e]))  # type: ignore[misc]
             for token, chosen in zip(x.split(1), expert.tolist(), strict=True)  # [1, H]
@@ -126,7 +106,7 @@ class Experts(nn.Module):
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
         add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(ends, x)
 
-        def linear(name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
+        def linear(name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
 
             def product(*inputs: Tensor) -> Tensor:
@@ -187,7 +167,7 @@ def select_backend(
 def _dense(parameter: Callable[[str], Tensor]) -> Linear:
     """Return `linear` for one expert, whose weights are `parameter(name)`."""
 
-    def linear(name: str, *inputs: Tensor, through: Function | None = None) -> Tensor:
+    def linear(name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
         rows = inputs[0] if through is None else through(*inputs)
         weight, bias = parameter(f"{name}_weight"), parameter(f"{name}_bias")
         return torch.addmm(bias.to(rows.dtype), rows, weight.to(rows.dtype))
@@ -199,8 +179,3 @@ def _recomputed(function: Function, *inputs: Tensor) -> Tensor:
     """Compute `function(*inputs)`; keep only the inputs for the backward pass."""
     y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     return y
-
-
-def _cast_by_autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

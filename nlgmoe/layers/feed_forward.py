@@ -1,7 +1,55 @@
-"""The dense feed-forward layer; an expert has the same body (`experts.py`)."""
+"""The dense feed-forward layer, and the networks that it and the experts apply (`experts.py`).
 
+gelu     y = gelu(x W_expand + b) W_project + b                              the paper's
+swiglu   y = (silu(x W_gate + b) * (x W_expand + b)) W_project + b           arXiv 2002.05202, with biases
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig
+from nlgmoe.parts import ExpertConfig, Linear, Stack, Through
+
+
+@dataclass(frozen=True)
+class GELUNetwork(ExpertConfig):
+    """Two matrices with a GELU between them."""
+
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
+        """Declare the two matrices."""
+        return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
+
+    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        """Apply the network, `[M, H] -> [M, H]`."""
+        return linear("project", linear("expand", x), through=gelu)
+
+
+@dataclass(frozen=True)
+class SwiGLUNetwork(ExpertConfig):
+    """Three matrices; the SiLU of one product multiplies another."""
+
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
+        """Declare the three matrices."""
+        into: Stack = (hidden_size, ffn_size, "expand")
+        return {"gate": into, "expand": into, "project": (ffn_size, hidden_size, "project")}
+
+    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        """Apply the network, `[M, H] -> [M, H]`."""
+        return linear("project", linear("gate", x), linear("expand", x), through=swiglu)
+
+
+NETWORKS: dict[str, ExpertConfig] = {"gelu": GELUNetwork(), "swiglu": SwiGLUNetwork()}  # by `GPTConfig.ffn_network`
+
+
+def expert_network(config: GPTConfig) -> ExpertConfig:
+    """Return the network of the experts: a user's own, or that of the dense blocks."""
+    own = config.moe.expert if config.moe is not None else None
+    return own or NETWORKS[config.ffn_network]
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -9,14 +57,37 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-class FeedForward(nn.Module):
-    """`x -> project(gelu(expand(x)))`, `[..., H] -> [..., F] -> [..., H]`."""
+def swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    """Compute `silu(gate) * x`."""
+    return F.silu(gate) * x
 
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+
+def cast_by_autocast(x: Tensor) -> Tensor:
+    """Cast to autocast's type where that is on: once, where each matrix would cast and keep its own copy."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class FeedForward(nn.Module):
+    """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices.
+
+    Args:
+        hidden_size: H.
+        ffn_size: F.
+        network: by `GPTConfig.ffn_network`.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, network: str = "gelu") -> None:
         super().__init__()
-        self.expand = nn.Linear(hidden_size, ffn_size)
-        self.project = nn.Linear(ffn_size, hidden_size)
+        self.network = NETWORKS[network]
+        for name, (inputs, outputs, _) in self.network.weights(hidden_size, ffn_size).items():
+            self.add_module(name, nn.Linear(inputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to each position."""
-        return self.project(gelu(self.expand(x)))
+        return self.network.forward(cast_by_autocast(x), self._linear)
+
+    def _linear(self, name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
+        rows = inputs[0] if through is None else through(*inputs)
+        y: Tensor = self.get_submodule(name)(rows)
+        return y

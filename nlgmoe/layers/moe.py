@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.all_to_all import AllToAllDispatch, fixed_slots
 from nlgmoe.layers.dispatch import Dispatch
-from nlgmoe.layers.experts import Experts, expert_network
-from nlgmoe.layers.feed_forward import FeedForward
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.feed_forward import FeedForward, expert_network
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter, without_autocast
 from nlgmoe.pyramid import experts_at
@@ -49,10 +49,11 @@ class MoELayer(nn.Module):
                     f"{type(config.moe.router).__name__}.build has to return a Router of {num_experts} experts"
                 )
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
-        count, first, network = self.placement.count, self.placement.first, expert_network(config.moe)
-        self.experts = Experts(count, config.hidden_size, config.ffn_size, first, network)
-        self.mlp = FeedForward(config.hidden_size, config.ffn_size) if config.moe.mlp_type == "residual" else None
-        learned_mix = self.mlp is not None and config.moe.residual_mix == "learned"
+        count, first, network = self.placement.count, self.placement.first, expert_network(config)
+        self.experts = Experts(count, config.hidden_size, config.expert_ffn_size, first, network)
+        residual = config.moe.mlp_type == "residual"
+        self.mlp = FeedForward(config.hidden_size, config.shared_ffn_size, config.ffn_network) if residual else None
+        learned_mix = residual and config.moe.residual_mix == "learned"
         self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> tuple[Tensor, Routing]:  # noqa: B008 (frozen)

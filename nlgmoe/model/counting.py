@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.experts import expert_network
+from nlgmoe.layers.feed_forward import NETWORKS, expert_network
 from nlgmoe.parts import Stack
 from nlgmoe.pyramid import experts_per_layer
 
@@ -47,15 +47,16 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     """
     width, layers = config.hidden_size, config.num_layers
     experts = [count for count in experts_per_layer(config) if count]
-    network, expert = 2 * width * config.ffn_size + config.ffn_size + width, expert_parameters(config)
-    residual = config.moe is not None and config.moe.mlp_type == "residual"
+    residual, expert = config.moe is not None and config.moe.mlp_type == "residual", expert_parameters(config)
+    dense = (layers - len(experts)) * _parameters(network_stacks(config, config.ffn_size))
+    shared = residual * len(experts) * _parameters(network_stacks(config, config.shared_ffn_size))
     coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
     top_k = config.moe.top_k if config.moe is not None else 0
     return ParameterCount(
         embedding=((config.padded_vocab_size if padded else config.vocab_size) + config.seq_len) * width,
         attention=layers * (4 * width * width + 4 * width),
         norms=(2 * layers + 1) * 2 * width,
-        dense_ffn=network * (layers - len(experts) + (len(experts) if residual else 0)),
+        dense_ffn=dense + shared,
         router=_router_parameters(config) + len(experts) * coefficient,
         experts=expert * sum(experts),
         active_experts=expert * top_k * len(experts),
@@ -64,14 +65,29 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
 
 def expert_parameters(config: GPTConfig) -> int:
     """Return the parameters of one expert; 0 in a dense model."""
-    return sum(inputs * outputs + outputs for inputs, outputs, _ in _expert_stacks(config))
+    return _parameters(expert_stacks(config))
 
 
-def _expert_stacks(config: GPTConfig) -> list[Stack]:
+def expert_stacks(config: GPTConfig) -> list[Stack]:
     """Return the matrices of an expert; none in a dense model."""
     if config.moe is None:
         return []
-    return list(expert_network(config.moe).weights(config.hidden_size, config.ffn_size).values())
+    return list(expert_network(config).weights(config.hidden_size, config.expert_ffn_size).values())
+
+
+def network_stacks(config: GPTConfig, ffn_size: int) -> list[Stack]:
+    """Return the matrices of a feed-forward layer or shared MLP of that inner width."""
+    return list(NETWORKS[config.ffn_network].weights(config.hidden_size, ffn_size).values())
+
+
+def matmul_flops(stacks: list[Stack]) -> int:
+    """Return the FLOPs of the forward pass of a network for one token."""
+    return sum(2 * inputs * outputs for inputs, outputs, _ in stacks)
+
+
+def _parameters(stacks: list[Stack]) -> int:
+    """Count matrices and biases."""
+    return sum(inputs * outputs + outputs for inputs, outputs, _ in stacks)
 
 
 def _router_parameters(config: GPTConfig) -> int:
@@ -93,15 +109,15 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
         config: the model.
         seq_len: tokens per sequence; the configuration's by default.
     """
-    width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
+    width, layers = config.hidden_size, config.num_layers
     length = config.seq_len if seq_len is None else seq_len
     experts = [count for count in experts_per_layer(config) if count]
     forward = layers * (8 * width * width + 2 * width * length)  # projections; scores and weighted sum, causal half
-    forward += (layers - len(experts)) * 4 * width * ffn
+    forward += (layers - len(experts)) * matmul_flops(network_stacks(config, config.ffn_size))
     if config.moe is not None:
         residual = config.moe.mlp_type == "residual"
-        expert = sum(2 * inputs * outputs for inputs, outputs, _ in _expert_stacks(config))
-        forward += len(experts) * (config.moe.top_k * expert + residual * 4 * width * ffn)
+        shared = residual * matmul_flops(network_stacks(config, config.shared_ffn_size))
+        forward += len(experts) * (config.moe.top_k * matmul_flops(expert_stacks(config)) + shared)
         forward += 2 * _router_parameters(config)
         if residual and config.moe.residual_mix == "learned":
             forward += len(experts) * 4 * width

@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.attention = CausalSelfAttention(width, config.num_heads, config.attention_dropout, layer_index)
         self.ffn_norm = nn.LayerNorm(width, eps=eps)
         self.moe = MoELayer(config, layer_index, placement) if experts_at(config, layer_index) else None
-        self.ffn = None if self.moe is not None else FeedForward(width, config.ffn_size)
+        self.ffn = None if self.moe is not None else FeedForward(width, config.ffn_size, config.ffn_network)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(

@@ -35,6 +35,7 @@ MODELS = {
     "top-2": {"num_experts": [4], "topk": 2, "moe_top2_2nd_expert_sampling": False},
     "every layer": {"num_experts": [2], "expert_interval": 1},
     "pyramid": {"num_experts": [2, 4]},
+    "a dense position": {"num_experts": [1, 4]},
     "PR-MoE": PR_MOE,
 }
 
@@ -214,7 +215,6 @@ REFUSED = {
     "kv_channels": 4,
     "bias_gelu_fusion": False,
     "onnx_safe": True,
-    "num_experts": [1, 4],
     "mlp_type": "other",
     "topk": 3,
     "hidden_size": None,

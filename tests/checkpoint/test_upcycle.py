@@ -24,6 +24,7 @@ KINDS = {
     "top-3": MoEConfig(6, top_k=3),
     "residual top-1": MoEConfig([2, 4], mlp_type="residual"),
     "residual top-2": MoEConfig(4, top_k=2, mlp_type="residual"),
+    "layer map": MoEConfig([0, 3, 0, 4], expert_interval=1),
     "summed top-1": MoEConfig(4, mlp_type="residual", residual_mix="sum"),
     "summed top-2": MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum"),
 }

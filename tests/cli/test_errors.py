@@ -238,7 +238,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--model.config.moe.num_experts=[2,2,4]"),
         "model.config.moe.num_experts=[2, 2, 4] has 3 entries, but num_layers=4",
     ),
-    "zero experts": (flag("--model.config.moe.num_experts=0"), "model.config.moe.num_experts=0 has a value below 1"),
+    "zero experts": (
+        flag("--model.config.moe.num_experts=0"),
+        "model.config.moe.num_experts=0 must have a number above 0",
+    ),
     "top-k above experts": (
         flag("--model.config.moe.top_k=9"),
         "model.config.moe.top_k=9 must be between 1 and the smallest num_experts (2)",

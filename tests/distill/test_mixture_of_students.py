@@ -371,6 +371,10 @@ def test_a_student_keeps_the_top_of_the_pyramid() -> None:
     assert taken == [*range(4, 24), 22] and [theirs[layer] for layer in taken] == ours
     assert student_layers(paper, 20) == list(range(4, 24))
     assert student_layers(replace(paper, moe=None), 21) == list(range(3, 24))
+    mapped = replace(paper, num_layers=6, moe=MoEConfig([0, 8, 0, 8, 0, 16], expert_interval=1))
+    assert experts_per_layer(student_config(mapped, 4)) == [0, 8, 0, 16] and student_layers(mapped, 4) == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match=r"num_layers=1 leaves no MoE block of the teacher's num_experts=\[8, 0\]"):
+        student_config(replace(paper, num_layers=2, moe=MoEConfig([8, 0], expert_interval=1)), 1)
     for layers in (0, 24):
         with pytest.raises(ValueError, match=f"num_layers={layers} must be at least 1 and below the teacher's 24"):
             student_config(paper, layers)

@@ -87,6 +87,7 @@ class Cell:
     checkpointing: bool = False
     steps: int = 20
     hidden: int = 32
+    network: Literal["gelu", "swiglu"] = "gelu"
     strategy: str = "expert_parallel"
     teacher_precision: Literal["fp32", "bf16"] | None = None
     non_finite: NonFinite = field(default_factory=NonFinite)
@@ -99,7 +100,8 @@ class Cell:
 
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""
-        config = GPTConfig(61, 16, self.layers, self.hidden, 2, init_std=0.05, moe=MoEConfig(self.experts, **self.moe))
+        moe = MoEConfig(self.experts, **self.moe)
+        config = GPTConfig(61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe)
         return MoEGPTModule(
             config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing, non_finite=self.non_finite
         )

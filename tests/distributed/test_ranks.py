@@ -66,6 +66,7 @@ from tests.synthetic import SyntheticData
 
 DROPLESS = {"token_dropping": False}
 LEARNING = {"router": BiasRouterConfig(0.01), "expert": SwiGLUExpert(8)}
+SHAPES = {"expert_interval": 1, "mlp_type": "residual", "expert_ffn_size": 48, "shared_ffn_size": 64}
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
 PYRAMID = [2, 4, 8]
 
@@ -92,6 +93,7 @@ CELLS: dict[int, list[Cell]] = {
         ),
         Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
         Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}),
+        Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | SHAPES, network="swiglu", steps=5),
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}),
         Cell("router that learns from steps", 2, 2, moe=DROPLESS | LEARNING, accumulate=2),
         Cell("ddp, router that learns from steps", strategy="ddp", moe=DROPLESS | LEARNING, steps=5),

@@ -127,6 +127,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--mos --load-teacher a --num-attention-heads-teacher 4", {"model.distiller.init_args.num_heads": 4}),
     ("--mos --load-teacher a --num-experts-teacher 8", {"model.distiller.init_args.num_experts": 8}),
     ("--mos --load-teacher a --num-experts-teacher 4 8", {"model.distiller.init_args.num_experts": [4, 8]}),
+    ("--mos --load-teacher a --num-experts-teacher 1 8", {"model.distiller.init_args.num_experts": [0, 8]}),
     ("--mos --load-teacher a --num-experts-teacher 1", {"model.distiller.init_args.num_experts": 0}),
     ("--distributed-timeout-minutes 90", {"trainer.strategy.init_args.timeout_seconds": 5400.0}),
 ]
@@ -212,7 +213,6 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ("--moe-expert-parallel-size 8", "--moe-expert-parallel-size 8: is above the 4 GPUs"),
         ("--max-position-embeddings 16", "--max-position-embeddings 16: is below --seq-length 32"),
         ("--num-experts 8 8 8", "does not fit together: num_experts=[8, 8, 8] has 3 entries"),
-        ("--num-experts 1 8", "--num-experts 1 8: makes a layer dense"),
         ("--split 100,0,0", "--split 100,0,0: leaves nothing to validate on"),
         (
             "--no-such-flag 3",

@@ -32,6 +32,12 @@ CONFIGS = {
     "residual, pyramid": replace(DENSE, num_layers=4, moe=MoEConfig([2, 8], mlp_type="residual")),
     "residual, sum": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", residual_mix="sum")),
     "dropout": replace(DENSE, hidden_dropout=0.1, moe=MoEConfig(4)),
+    "layer map, widths": replace(
+        DENSE, num_layers=4, moe=MoEConfig([4, 0], mlp_type="residual", expert_ffn_size=64, shared_ffn_size=96)
+    ),
+    "swiglu": replace(
+        DENSE, ffn_network="swiglu", moe=MoEConfig(4, mlp_type="residual", expert_ffn_size=256, shared_ffn_size=192)
+    ),
     "jitter": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", noise="jitter")),
 }
 # How a precision of `Topology` looks on one process; the half-precision model is what DeepSpeed's engine runs.

@@ -42,7 +42,12 @@ SMALL = [
     GPTConfig(61, 16, 5, 16, 2, ffn_hidden_size=24, moe=MoEConfig([2, 5], top_k=2)),
     GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(3, mlp_type="residual")),
     GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig(3, expert_interval=1, mlp_type="residual", residual_mix="sum")),
-]
+    GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([0, 4, 0, 6], expert_interval=1, top_k=4, expert_ffn_size=24)),
+    GPTConfig(
+        61, 16, 4, 16, 2, ffn_network="swiglu",
+        moe=MoEConfig([0, 3], mlp_type="residual", expert_ffn_size=24, shared_ffn_size=40),
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", SMALL)
@@ -62,8 +67,9 @@ def test_total_is_what_the_model_has(config: GPTConfig) -> None:
 @pytest.mark.parametrize("config", SMALL)
 def test_active_leaves_out_the_experts_not_chosen(config: GPTConfig) -> None:
     count = count_parameters(config)
-    one_expert = 2 * config.hidden_size * config.ffn_size + config.ffn_size + config.hidden_size
-    layers = 0 if config.moe is None else config.num_layers // config.moe.expert_interval
+    matrices, width = 3 if config.ffn_network == "swiglu" else 2, config.expert_ffn_size
+    one_expert = matrices * config.hidden_size * width + (matrices - 1) * width + config.hidden_size
+    layers = sum(experts > 0 for experts in experts_per_layer(config))
     top_k = 0 if config.moe is None else config.moe.top_k
     assert count.active == count.total - count.experts + layers * top_k * one_expert
 

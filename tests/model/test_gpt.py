@@ -151,6 +151,17 @@ def test_every_moe_block_gets_the_mask_and_the_noise_key() -> None:
         assert torch.equal(one.kept, two.kept) and not torch.equal(one.kept, three.kept)
 
 
+def test_a_layer_map_is_the_model_that_it_describes() -> None:
+    """Zeros in `num_experts` with `expert_interval` 1 give the same weights and outputs as the interval, to the bit."""
+    by_interval = GPT(replace(WIDE, moe=MoEConfig([2, 3], 2, mlp_type="residual")))
+    by_map = GPT(replace(WIDE, moe=MoEConfig([0, 2, 0, 3], 1, mlp_type="residual")))
+    tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (model(tokens, noise_key=(0, 0, 0)) for model in (by_map, by_interval))
+    assert by_map.state_dict().keys() == by_interval.state_dict().keys()
+    assert torch.equal(ours.hidden, theirs.hidden) and len(ours.routings) == 2
+    assert [block.moe is not None for block in GPT(replace(SMALL, moe=MoEConfig([4, 0]))).blocks] == [0, 1, 0, 0]
+
+
 def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_block() -> None:
     model, places = GPT(replace(SMALL, hidden_dropout=0.1)), []
     for name, module in model.named_modules():

@@ -105,7 +105,7 @@ _EXPERTS = (
     _derived(
         "`model.config.moe.num_experts`",
         [Flag("--num-experts", int, many=True, default=[1])],
-        "one value, or one for each MoE layer; 1 is a dense model, `moe: null`",
+        "one value, or one for each MoE position; 1 is a dense layer, 0 here; alone a dense model, `moe: null`",
     ),
     _same("model.config.moe.expert_interval", "--expert-interval", int, 2),
     _same("model.config.moe.top_k", "--topk", int, 1),

@@ -34,16 +34,15 @@ def model_settings(job: Job) -> None:
         job.set_from_flags("Distillation", "model.distiller.")
         experts = job.arguments.value("--num-experts-teacher")
         if experts is not None:
-            one = 0 if experts == [1] else experts[0]  # one expert there is a dense layer
-            job.set("model.distiller.init_args.num_experts", experts if len(experts) > 1 else one)
+            counts = [0 if count == 1 else count for count in experts]  # one expert there is a dense layer
+            job.set("model.distiller.init_args.num_experts", counts if len(counts) > 1 else counts[0])
 
 
 def _moe_settings(job: Job) -> None:
     experts = job.experts
     assert experts
-    if 1 in experts and len(experts) > 1:
-        job.arguments.refuse("--num-experts", "makes a layer dense; a layer is MoE or not by --expert-interval here")
-    job.set("model.config.moe.num_experts", experts if len(experts) > 1 else experts[0])
+    counts = [0 if count == 1 else count for count in experts]  # Megatron builds a layer of one expert as a dense one
+    job.set("model.config.moe.num_experts", counts if len(counts) > 1 else experts[0])
     job.set_from_flags("Experts", "model.config.moe.")
     moe = "model.config.moe."
     dropless = job.arguments.has("--disable-moe-token-dropping")

@@ -18,15 +18,17 @@ from nlgmoe.tools.planner.topology import BytesPer, Topology
 
 def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:
     """Return the bytes that one block saves, its input included."""
-    width, ffn, r, c = config.hidden_size, config.ffn_size, size.residual, size.compute
+    width, r, c = config.hidden_size, size.residual, size.compute
+    inner = {"gelu": 2, "swiglu": 4}[
+        config.ffn_network
+    ]  # saved values: before and after the GELU; two products, SiLU, product
     norms = 2 * (width * r + 2 * r)  # input of each norm; mean and 1/std of a row
     attention = width * c * (1 + 3 + 1) + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp in fp32
     dropout = 2 * width if config.hidden_dropout else 0
-    network = 2 * ffn * c  # before and after the GELU
     per_token = norms + attention + dropout
     experts = experts_at(config, layer_index)
     if not experts:
-        return tokens * (per_token + width * c + network)
+        return tokens * (per_token + width * c + inner * config.ffn_size * c)
 
     moe = config.moe
     assert moe is not None
@@ -36,13 +38,16 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     separate = copies or c != r or jitter  # experts and MLP read another tensor than the one saved by the gate
     gate = 4 * width * (2 if jitter else 1)  # input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
-    # The experts' input, values before the GELU, and output (for the gradient of the gate's weight); a row of ones.
-    rows = moe.top_k * (width + ffn + width + BIAS_WIDTH) * c
+    # The experts' input, half of the inner values (the others are recomputed), output (for the gradient of the gate's weight),
+    # and a row of ones.
+    rows = moe.top_k * (width + inner // 2 * config.expert_ffn_size + width + BIAS_WIDTH) * c
     # Chosen expert, token and assignment of a row; weight and scale; a mask.
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices
     if residual:
-        per_token += network + (width * c if separate else 0)  # else it shares the gate's input
+        per_token += inner * config.shared_ffn_size * c + (
+            width * c if separate else 0
+        )  # else it shares the gate's input
         if moe.residual_mix == "learned":
             per_token += 2 * 4 * width + 8 + (4 * width if copies or (jitter and c != r) else 0)  # both branches; input
     return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
@@ -88,8 +93,12 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; input of the final norm
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
     blocks = [saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)]
-    networks = 1 if config.moe is None else config.moe.top_k + (config.moe.mlp_type == "residual")
-    working = tokens * networks * 2 * (config.ffn_size + config.hidden_size) * size.compute
+    widths = [config.ffn_size + config.hidden_size]
+    if config.moe is not None:
+        widths = [config.expert_ffn_size + config.hidden_size] * config.moe.top_k
+        widths += [config.shared_ffn_size + config.hidden_size] * (config.moe.mlp_type == "residual")
+    matrices = {"gelu": 2, "swiglu": 3}[config.ffn_network]
+    working = tokens * matrices * sum(widths) * size.compute
     if config.moe is not None and size.compute == 2:
         working += tokens * config.moe.top_k * 2 * config.hidden_size * 4  # experts' outputs and gradients in fp32
     if not topology.activation_checkpointing:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.counting import expert_stacks, flops_per_token, matmul_flops, network_stacks
 from nlgmoe.monitoring.hardware import Hardware
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
@@ -61,14 +61,15 @@ def roofline(config: GPTConfig, topology: Topology, gpu: Hardware, all_to_all: f
     """Compute the parts; `all_to_all` is given in seconds."""
     size, tokens = topology.bytes_per, topology.micro_batch_size * config.seq_len
     peak, bandwidth = _peak(topology, gpu), gpu.memory_bandwidth * MEMORY
-    width, network = config.hidden_size, 4 * config.hidden_size * config.ffn_size  # FLOPs of two matrices
+    width = config.hidden_size
     experts = [count for count in experts_per_layer(config) if count]
     top_k, shared = (config.moe.top_k, config.moe.mlp_type == "residual") if config.moe is not None else (0, False)
-    dense = config.num_layers - len(experts) + shared * len(experts)
+    dense = (config.num_layers - len(experts)) * matmul_flops(network_stacks(config, config.ffn_size))
+    dense += shared * len(experts) * matmul_flops(network_stacks(config, config.shared_ffn_size))
 
     forward = tokens / peak  # seconds at the peak, for one FLOP per token
-    dense_products = forward * (config.num_layers * 8 * width**2 + dense * network) / PRODUCTS
-    expert_products = forward * len(experts) * top_k * network / GROUPED
+    dense_products = forward * (config.num_layers * 8 * width**2 + dense) / PRODUCTS
+    expert_products = forward * len(experts) * top_k * matmul_flops(expert_stacks(config)) / GROUPED
     attention = forward * config.num_layers * 2 * width * config.seq_len / ATTENTION
     gate = sum(experts) * 2 * width * tokens / gpu.fp32_flops / PRODUCTS
     blocks = [block_bytes(config, count, size) for count in experts_per_layer(config)]
@@ -94,7 +95,9 @@ def _peak(topology: Topology, gpu: Hardware) -> float:
 
 def block_bytes(config: GPTConfig, experts: int, size: BytesPer) -> tuple[int, int]:
     """Return the bytes per token that a block moves, (forward, backward), without matrix products, attention and router."""
-    width, ffn, r, c = config.hidden_size, config.ffn_size, size.residual, size.compute
+    width, r, c = config.hidden_size, size.residual, size.compute
+    # Values that the nonlinearity reads and writes, forward and backward, of the inner width; matrices into it.
+    passes, passes_back, into = {"gelu": (2, 3, 1), "swiglu": (5, 8, 2)}[config.ffn_network]
     # Two norms and two additions; backward also the gradients of q, k and v, joined and copied, and of the two biases.
     forward, backward = 10 * width * r, 12 * width * r + 16 * width * c
     if config.hidden_dropout:  # read, written, and its mask, twice
@@ -102,15 +105,19 @@ def block_bytes(config: GPTConfig, experts: int, size: BytesPer) -> tuple[int, i
         backward += 2 * width * (2 * c + 1)
     moe = config.moe
     if not experts or (moe is not None and moe.mlp_type == "residual"):
-        forward += 2 * ffn * c  # the GELU
-        backward += 3 * ffn * c + (ffn + width) * c  # gradients of the GELU and of the biases
+        ffn = config.shared_ffn_size if experts else config.ffn_size
+        forward += passes * ffn * c
+        backward += passes_back * ffn * c + (into * ffn + width) * c  # and the gradients of the biases
     if not experts:
         return forward, backward
     assert moe is not None
-    # Per assignment: biases as a product and a sum, the GELU, two gathers of the row, multiplication by the gate in fp32.
-    row = 4 * (ffn + width) * c + 2 * ffn * c + 4 * width * c + (c + 4) * width
-    # GELU recomputed and its gradient, the biases' gradients, two sums into zeroed rows; gradients of gate and output.
-    row_backward = 5 * ffn * c + (ffn + width) * c + 8 * width * c + (18 + 4 + c + 4) * width
+    ffn = config.expert_ffn_size
+    # Per assignment: biases as a product and a sum, the nonlinearity, two gathers of the row, multiplication by the gate in fp32.
+    row = 4 * (into * ffn + width) * c + passes * ffn * c + 4 * width * c + (c + 4) * width
+    # Nonlinearity recomputed and its gradient, the biases' gradients, two sums into zeroed rows; gradients of gate and output.
+    row_backward = (
+        (passes + passes_back) * ffn * c + (into * ffn + width) * c + 8 * width * c + (18 + 4 + c + 4) * width
+    )
     forward += moe.top_k * row + (4 * (moe.top_k + 1) * width if moe.top_k > 1 else 0)  # the sum over a token's experts
     backward += moe.top_k * row_backward + 3 * width * c  # sum of the gradients of experts and gate
     cast = (c + 4) * width if c == 2 else 0  # to fp32, or back

@@ -62,21 +62,15 @@ def check_supported(args: Namespace, accept_tanh_gelu: bool) -> None:
 
 
 def experts_of(args: Namespace) -> int | list[int] | None:
-    """Return experts per MoE layer, as `MoEConfig.num_experts`; None for a dense model.
+    """Return experts per MoE position, as `MoEConfig.num_experts`; None for a dense model.
 
-    Raises:
-        ValueError: some layers of the list have one expert, which Megatron builds as dense layers.
+    Megatron builds a layer of one expert as a dense one.
     """
     given = getattr(args, "num_experts", [1])
     counts: list[int] = list(given) if isinstance(given, list | tuple) else [given]
     if max(counts) <= 1:
         return None
-    if min(counts) <= 1:
-        raise ValueError(
-            f"num_experts={counts} makes some of its layers dense; a layer is MoE or not by expert_interval here: this "
-            "checkpoint stays with Megatron-DeepSpeed"
-        )
-    return counts if len(counts) > 1 else counts[0]
+    return [0 if count <= 1 else count for count in counts] if len(counts) > 1 else counts[0]
 
 
 def model_config(args: Namespace, rows: int, positions: int, vocab_size: int | None) -> GPTConfig:
