@@ -6,12 +6,14 @@ from nlgmoe.cli.errors import UsageError
 from nlgmoe.tools.report.runs import read_runs
 
 
-def report(runs: list[str], output: str | None = None) -> None:
+def report(runs: list[str], output: str | None = None, group_by: str | None = None) -> None:
     """Write a page about one or several runs: losses, speed, routers, experts, settings; it opens without a network.
 
     Args:
         runs: run folders, trainer.default_root_dir.
         output: HTML file; default: report.html, in the run folder or, for several runs, in the working directory.
+        group_by: setting in which alone the runs of a group differ, such as seed: adds the mean of each group with a band of one
+            standard error, and the differences between groups, paired by the setting's value.
 
     Raises:
         ValueError: a folder is not a run folder.
@@ -22,5 +24,8 @@ def report(runs: list[str], output: str | None = None) -> None:
         found = read_runs(runs)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    file = write_report(found, output)
+    try:
+        file = write_report(found, output, group_by)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     print(f"report written to {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")

@@ -14,25 +14,26 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from nlgmoe.files import atomic_write
-from nlgmoe.tools.report import expert_figures, specialisation_figures, tables, training_figures
+from nlgmoe.tools.report import expert_figures, groups, specialisation_figures, tables, training_figures
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
 
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
 
 
-def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
+def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by: str | None = None) -> Path:
     """Write the report of one or several runs.
 
     Args:
         runs: the runs, from `read_runs`.
         output: HTML file; None: `report.html`, in the run folder or, for several runs, in the working directory.
+        group_by: setting in which alone the runs of a group differ, such as `seed`; None: no groups.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: `output` is a folder, does not end in .html, or cannot be written.
+        ValueError: `output` is a folder, does not end in .html, or cannot be written; or the runs cannot be grouped.
         OSError: the folder of `output` cannot be created.
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
@@ -41,7 +42,7 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
     if file.suffix not in (".html", ".htm"):  # protects the files of a run folder
         raise ValueError(f"output={output} is not a name of a page; let it end in .html")
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = page(runs)
+    text = page(runs, group_by)
     try:
         with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -50,8 +51,14 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None) -> Path:
     return file
 
 
-def page(runs: Sequence[Run]) -> str:
-    """Return the page's HTML."""
+def page(runs: Sequence[Run], group_by: str | None = None) -> str:
+    """Return the page's HTML.
+
+    Raises:
+        ValueError: the runs cannot be grouped.
+    """
+    grouped = groups.group_runs(runs, group_by) if group_by is not None else []
+    overlaid = groups.chart(grouped) if grouped else None
     title = f"nlgmoe: {', '.join(run.name for run in runs)}"
     sections = {
         "Training": training_figures.charts(runs),
@@ -65,7 +72,11 @@ def page(runs: Sequence[Run]) -> str:
         f'<p class="made">Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {", ".join(escape(str(run.path)) for run in runs)}</p>',
         tables.summary(runs),
         tables.issue_list(runs),
+        f"<h2>Differences between groups, paired by {escape(str(group_by))}</h2>{groups.table(grouped)}"
+        if grouped
+        else "",
         controls(layers, "all" if len(runs) == 1 else "mean"),
+        section("Groups", [overlaid]) if overlaid is not None else "",
         *(section(name, found) for name, found in sections.items() if found),
         "<section><h2>Settings</h2>",
         f"<h3>What differs</h3>{tables.differences(runs)}" if len(runs) > 1 else "",

@@ -1,0 +1,79 @@
+"""Groups of runs by seed: who belongs together, their bands, and paired differences."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from nlgmoe.commands.main import main
+from nlgmoe.tools.report.groups import chart, group_runs
+from nlgmoe.tools.report.page import page
+from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.tools.statistics import paired_difference
+
+LOSSES = {"dense": [3.80, 3.90, 3.70], "moe": [3.74, 3.80, 3.68]}
+
+
+def write(folder: Path, model: str, seed: int, loss: float) -> Path:
+    """A run that validated twice."""
+    run = folder / f"{model}-{seed}"
+    run.mkdir()
+    moe = None if model == "dense" else {"num_experts": 8}
+    settings = {"model": {"config": {"moe": moe}, "seed": seed}, "data": {"seed": seed}}
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, "trainer": {"default_root_dir": str(run)}}))
+    (run / "metrics.csv").write_text(f"step,train/loss,val/loss\n0,7,\n4,,{loss + 1}\n9,,{loss}\n")
+    (run / "summary.json").write_text(json.dumps({"val_loss": loss}))
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path, model, seed, loss) for model, losses in LOSSES.items() for seed, loss in enumerate(losses)]
+
+
+def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None:
+    groups = group_runs(read_runs(runs), "seed")
+    assert [[number for number, _ in group.runs.values()] for group in groups] == [[0, 1, 2], [3, 4, 5]]
+    assert [group.name for group in groups] == ["moe=null", "num_experts=8"]
+    drawn = chart(groups)
+    assert drawn is not None
+    low, high, mean = drawn.figure.data[:3]
+    assert mean.x == (5, 10) and mean.y == pytest.approx((4.8, 3.8))
+    error = 0.1 / math.sqrt(3)
+    assert (low.y[1], high.y[1]) == pytest.approx((3.8 - error, 3.8 + error), abs=1e-4)
+
+
+def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
+    text = re.sub(r"<[^>]+>", "|", page(read_runs(runs), "seed"))
+    assert "|-0.0600|" in text and "|0.0231|" in text and "|-0.1594 to +0.0394|" in text
+    without = re.sub(r"<[^>]+>", "|", page(read_runs([*runs[:2], runs[5]]), "seed"))
+    assert "no run with the same value in both" in without
+
+
+def test_what_cannot_be_grouped_is_refused(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    output = ["--output", str(tmp_path / "page.html")]
+    for extra, message in (
+        (["--group-by", "sead"], "group_by=sead: dense-0 has no setting of that name"),
+        ([str(write(again, "moe", 2, 3.0)), "--group-by", "seed"], "have the same settings and seed; leave one out"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["report", *map(str, runs), *extra, *output])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_paired_differences_are_scipys() -> None:
+    found = paired_difference(*LOSSES.values())
+    theirs = stats.ttest_rel(*LOSSES.values())
+    assert found.mean / found.error == pytest.approx(theirs.statistic)
+    assert found.interval() == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert found.smaller_than(0.2) and not found.smaller_than(0.1)
+    assert paired_difference([1.0], [0.5]).interval() == (-math.inf, math.inf)
