@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
+    from nlgmoe.layers.routers import SoftmaxTopK
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -57,6 +58,7 @@ _HOMES = {
     "RouterConfig": "nlgmoe.parts",
     "Routing": "nlgmoe.layers.router",
     "RoutingContext": "nlgmoe.layers.router",
+    "SoftmaxTopK": "nlgmoe.layers.routers",
     "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
     "LoadedModel": "nlgmoe.eval.loaded_model",
@@ -91,6 +93,7 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "RoutingContext",
+    "SoftmaxTopK",
     "Specialisation",
     "StagedDistillation",
     "WarmStart",

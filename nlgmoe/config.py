@@ -6,6 +6,7 @@ a field here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -57,8 +58,8 @@ class MoEConfig:
         z_loss_coeff: weight of the router z-loss, which is summed over the MoE layers.
         aux_scope: the load-balancing loss looks at the loads of all data-parallel ranks together (`global`) or of each
             rank alone (`rank`, as DeepSpeed does).
-        router: another router than the paper's, by class_path (docs/extending.md); it says which of the fields from
-            `train_capacity_factor` on it reads. null: the paper's, which reads all of them.
+        router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); it says
+            which of the fields from `train_capacity_factor` on it reads. null: the paper's, which reads all of them.
         expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
     """
 
@@ -123,6 +124,8 @@ class MoEConfig:
                 not unread or getattr(self, field.name) == field.default,
                 f"{field.name}={getattr(self, field.name)} has no effect with {type(self.router).__name__}; leave it out",
             )
+        if self.router is not None:
+            self.router.check(self)
 
 
 @dataclass(frozen=True)
@@ -235,17 +238,18 @@ class GPTConfig:
         return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
 
 
-def require_paper_parts(config: GPTConfig, what: str) -> None:
-    """Check that no part of the model is a user's own class.
+def require_paper_parts(config: GPTConfig, what: str, parts: Iterable[str] = tuple(PARTS)) -> None:
+    """Check that parts of the model are the paper's.
 
     Args:
         config: of the model.
         what: subject and verb of the message, such as `the cost model knows`.
+        parts: that must be the paper's.
 
     Raises:
         ValueError: one is; the message names it.
     """
-    for name in PARTS if config.moe is not None else ():
+    for name in parts if config.moe is not None else ():
         part = getattr(config.moe, name)
         if part is not None:
             raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")

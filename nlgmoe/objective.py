@@ -65,7 +65,8 @@ def training_loss(
         }
     if moe is not None:
         balance, z_loss = router_losses(output.routings, moe.aux_scope)
-        loss = loss + moe.loss_coeff * balance + moe.z_loss_coeff * z_loss
+        balances = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
+        loss = loss + (moe.loss_coeff if balances else 0) * balance + moe.z_loss_coeff * z_loss
         parts |= {"train/balance_loss": balance, "train/z_loss": z_loss}
         for name in {name: None for routing in output.routings for name in routing.losses}:
             own = [routing.losses[name] for routing in output.routings if name in routing.losses]

@@ -37,6 +37,13 @@ class RouterConfig:
     uses: ClassVar[frozenset[str]] = frozenset()
     free_in_evaluation: ClassVar[frozenset[str]] = frozenset()
 
+    def check(self, moe: Any) -> None:
+        """Check that the router fits its `MoEConfig`, such as `top_k`.
+
+        Raises:
+            ValueError: it does not; the message begins with `setting=value`.
+        """
+
     def build(self, config: Any, layer_index: int) -> Any:
         """Make the router of one block.
 

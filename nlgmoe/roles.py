@@ -7,7 +7,7 @@
     scale     1                                        no             of norms
 
 A module with parameters of its own declares them in an attribute `roles`, name -> role; torch's linear, embedding and norm
-layers are known.
+layers are known. Its attribute `init_std`, if it has one that is not None, replaces the model's.
 """
 
 from __future__ import annotations

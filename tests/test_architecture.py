@@ -120,7 +120,7 @@ def test_one_file_knows_devices() -> None:
 
 
 def test_layers_need_torch_alone() -> None:
-    for file in (ROOT / "layers").glob("*.py"):
+    for file in (ROOT / "layers").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name

@@ -44,6 +44,7 @@ from nlgmoe.cli.run_folder import (
 )
 from nlgmoe.cli.trainer_settings import check_callbacks, check_machine, check_trainer
 from nlgmoe.data import PileDataModule
+from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may be named by its class alone)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
 

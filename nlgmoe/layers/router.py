@@ -4,10 +4,10 @@
     p      = softmax(logits)                   [N, E]
     expert = the top k of p                    [N, k]   k = 2, training: the second one is sampled (`second_expert`)
     kept   = the assignments within capacity   [N, k]
-    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1
+    weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
 
 `balance.py` has the load-balancing losses. Follows GShard (arXiv 2006.16668, algorithm 1), and DeepSpeed's
-`sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter.
+`sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter. Other routers: `routers/`.
 
 Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
 """
@@ -39,11 +39,13 @@ class RoutingContext:
         tokens: `[B, T]` int64 ids; None where a layer is called by itself.
         mask: `[B, T]` bool, False at padding, which takes no slot and counts in no loss or statistic; None: no padding.
         noise_key: (seed, step, micro-batch index): determines every random draw, on any rank. None: torch's global generator.
+        positions: `[1 or B, T]` int64 position of each token in its document, padding not counted; None as for `tokens`.
     """
 
     tokens: Tensor | None = None
     mask: Tensor | None = None
     noise_key: tuple[int, ...] | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,29 @@ class TopKRouter(Router):
         hidden_size: H.
         num_experts: E of the layer, over all ranks.
         layer_index: block number, so that layers draw different random numbers.
+        gate_scale: multiplies the weights.
+        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; None: if k > 1.
+        init_std: standard deviation of the initial gate; None: the model's.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight"}
 
-    def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int, layer_index: int) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        hidden_size: int,
+        num_experts: int,
+        layer_index: int,
+        gate_scale: float = 1.0,
+        normalize_weights: bool | None = None,
+        init_std: float | None = None,
+    ) -> None:
         super().__init__(num_experts)
         self.config = config
         self.layer_index = layer_index
+        self.gate_scale = gate_scale
+        self.normalize_weights = config.top_k > 1 if normalize_weights is None else normalize_weights
+        self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> Routing:
@@ -173,19 +190,29 @@ class TopKRouter(Router):
             gate_input = x.to(dtype)
             if config.noise == "jitter" and training:
                 gate_input = gate_input * (1 - JITTER + 2 * JITTER * draw(gate_input.shape))
-            logits = F.linear(gate_input, self.weight.to(dtype))  # [N, E]
+            logits = self._logits(gate_input)  # [N, E]
             probs = F.softmax(logits, dim=-1)
 
             expert = self._choose(logits, probs, draw)  # [N, k]
             slots = self._slots(len(x))
             kept = self._within_capacity(slots, expert, probs, token_mask, draw)
-            weight = probs.gather(1, expert)
+            weight = self._scores(logits, probs).gather(1, expert)
             if slots is not None or token_mask is not None:
                 weight = torch.where(kept, weight, 0.0)
-            if config.top_k > 1:
+            if self.normalize_weights:
                 weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+            if self.gate_scale != 1:
+                weight = weight * self.gate_scale
         all_kept = slots is None and token_mask is None
         return Routing(expert, weight, kept, self.num_experts, token_mask, logits, probs, {}, slots, all_kept)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Compute the logits, `[N, H] -> [N, E]`, in the dtype of `x`."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """Return the weights before normalisation, `[N, E]`."""
+        return probs
 
     def _slots(self, num_tokens: int) -> int | None:
         """Return the capacity of an expert; None where nothing is dropped."""

@@ -156,7 +156,7 @@ class GPT(nn.Module):
         positions = _positions(history, new, cached, tokens.device, documents)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.dropout(x)  # [B, T, H]
-        context, routings = RoutingContext(tokens, token_mask, noise_key), []
+        context, routings = RoutingContext(tokens, token_mask, noise_key, positions), []
         for block in self.blocks:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x, routing = checkpoint(block, x, visible, context, use_reentrant=False)

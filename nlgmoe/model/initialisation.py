@@ -29,7 +29,9 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
             if role in ("scale", "bias"):
                 parameter.fill_(1 if role == "scale" else 0)
                 continue
-            std = config.init_std / math.sqrt(2 * config.num_layers) if role == "project" else config.init_std
+            std = getattr(module, "init_std", None) or config.init_std  # a router may have one of its own
+            if role == "project":
+                std /= math.sqrt(2 * config.num_layers)
             if isinstance(module, Experts):
                 for index in range(len(parameter)):
                     _normal(parameter[index], std, derive_seed(seed, name, module.first + index))

@@ -114,9 +114,9 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
         utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
 
     Raises:
-        ValueError: `utilisation` is out of range, or the model has a custom router or expert.
+        ValueError: `utilisation` is out of range, or the model has a custom expert. A custom router counts as a gate.
     """
-    require_paper_parts(config, "the cost model knows")
+    require_paper_parts(config, "the cost model knows", ["expert"])
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation} must be above 0 and at most 1")
     groups = _parameter_groups(config, topology, gpu)

@@ -1,0 +1,5 @@
+"""Routers beside the paper's (`layers/router.py`), a file each; `model.config.moe.router` names them."""
+
+from nlgmoe.layers.routers.softmax import SoftmaxTopK
+
+__all__ = ["SoftmaxTopK"]

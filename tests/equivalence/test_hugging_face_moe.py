@@ -1,0 +1,85 @@
+"""`MoELayer` with the routers of `layers/routers/` against the sparse blocks of `transformers`, by copied weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from nlgmoe import GPTConfig, MoEConfig, MoELayer, RouterConfig, SoftmaxTopK
+
+WIDTH, INNER, EXPERTS, TOP_K = 16, 16, 8, 3
+SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_experts_per_tok": TOP_K}
+
+
+def mixtral() -> nn.Module:
+    return MixtralSparseMoeBlock(MixtralConfig(**SHAPE, intermediate_size=INNER, num_local_experts=EXPERTS))
+
+
+def olmoe(normalize: bool) -> nn.Module:
+    shape = {**SHAPE, "intermediate_size": INNER, "num_experts": EXPERTS}
+    return OlmoeSparseMoeBlock(OlmoeConfig(**shape, norm_topk_prob=normalize))
+
+
+def qwen3(normalize: bool) -> nn.Module:
+    shape = {**SHAPE, "moe_intermediate_size": INNER, "num_experts": EXPERTS}
+    return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**shape, norm_topk_prob=normalize))
+
+
+@pytest.mark.parametrize(
+    ("make", "router"),
+    [
+        (mixtral, SoftmaxTopK()),
+        (lambda: olmoe(False), SoftmaxTopK(normalize_weights=False)),
+        (lambda: olmoe(True), SoftmaxTopK(normalize_weights=True)),
+        (lambda: qwen3(False), SoftmaxTopK(normalize_weights=False)),
+        (lambda: qwen3(True), SoftmaxTopK()),
+    ],
+    ids=[
+        "mixtral",
+        "olmoe",
+        "olmoe, normalised",
+        "qwen3",
+        "qwen3, normalised",
+    ],
+)
+def test_outputs_and_gradients_are_those_of_transformers(make: Callable[[], nn.Module], router: RouterConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theirs = make().train()
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    moe = MoEConfig(EXPERTS, 1, TOP_K, token_dropping=False, router=router)
+    ours = MoELayer(GPTConfig(8, 8, 1, WIDTH, 1, INNER, ffn_network="swiglu", moe=moe), 0).train()
+    up, down = theirs.experts.gate_up_proj, theirs.experts.down_proj
+
+    def same(of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Their weights by our names and in our shapes."""
+        gate, expand = of(up).transpose(1, 2).chunk(2, dim=2)
+        experts = {"gate_weight": gate, "expand_weight": expand, "project_weight": of(down).transpose(1, 2)}
+        return {f"experts.{name}": value for name, value in experts.items()} | {"router.weight": of(theirs.gate.weight)}
+
+    parameters = dict(ours.named_parameters())
+    for parameter in parameters.values():
+        nn.init.zeros_(parameter)
+    for name, value in same(lambda weight: weight.detach()).items():
+        parameters[name].data = value.clone(memory_format=torch.contiguous_format)
+
+    x = torch.randn(3, 20, WIDTH, generator=generator)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    y, routing = ours(inputs[0])
+    expected = theirs(inputs[1])
+    _, weights, chosen = theirs.gate(x)
+    assert torch.equal(routing.expert.sort(dim=1).values, chosen.sort(dim=1).values)
+    torch.testing.assert_close(routing.weight.sum(1), weights.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    probe = torch.randn(y.shape, generator=generator)
+    (y * probe).sum().backward()
+    (expected * probe).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-4)
+    for name, value in same(lambda weight: weight.grad).items():
+        torch.testing.assert_close(parameters[name].grad, value, rtol=1e-4, atol=1e-4)

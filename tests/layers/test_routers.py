@@ -1,0 +1,160 @@
+"""The routers of `nlgmoe/layers/routers/`: routings worked out by hand, and what holds for each of them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from nlgmoe import (
+    GPTConfig,
+    MoEConfig,
+    MoEGPTModule,
+    Routing,
+    RoutingContext,
+    SoftmaxTopK,
+    generate,
+)
+from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.hugging_face.export import export
+from tests.synthetic import SyntheticData
+
+DROPLESS: dict[str, Any] = {"token_dropping": False}
+MOES = {
+    "softmax": MoEConfig(4, router=SoftmaxTopK(gate_scale=2.0, init_std=0.5)),
+}
+BUFFERS = {"sigmoid": "bias", "hash": "table", "frozen": "weight"}
+each = pytest.mark.parametrize("name", MOES)
+
+
+def model(moe: MoEConfig, **settings: Any) -> GPTConfig:
+    shape = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "init_std": 0.05}
+    return GPTConfig(61, 16, moe=moe, **shape | settings)
+
+
+def router_of(moe: MoEConfig, layer: int = 1, **settings: Any) -> Any:
+    return GPT(model(moe, **settings)).blocks[layer].moe.router
+
+
+def gated(moe: MoEConfig, logits: list[list[float]], context: RoutingContext = RoutingContext()) -> Routing:  # noqa: B008
+    """Route by a gate that is the identity."""
+    table = torch.tensor(logits, dtype=torch.float64)
+    router = router_of(moe, hidden_size=table.shape[1], num_heads=1).double()
+    torch.nn.init.eye_(router.weight)
+    return router(table, context)
+
+
+def expect(actual: Tensor, expected: Any) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=1e-6, atol=1e-6)
+
+
+# ---- by hand
+
+
+@pytest.mark.parametrize(
+    ("top_k", "settings", "weights"),
+    [
+        (1, {}, [0.6]),
+        (1, {"gate_scale": 2.0}, [1.2]),
+        (2, {}, [2 / 3, 1 / 3]),
+        (2, {"normalize_weights": False}, [0.6, 0.3]),
+        (2, {"gate_scale": 2.0, "normalize_weights": True}, [4 / 3, 2 / 3]),
+    ],
+)
+def test_softmax_scales_and_normalises(top_k: int, settings: dict[str, Any], weights: list[float]) -> None:
+    moe = MoEConfig(3, top_k=top_k, second_expert="argmax", router=SoftmaxTopK(**settings), **DROPLESS)
+    routing = gated(moe, [[math.log(0.3), math.log(0.6), math.log(0.1)]])
+    assert routing.expert.tolist() == [[1, 0][:top_k]]
+    expect(routing.weight, [weights])
+
+
+def test_the_gate_is_drawn_as_wide_as_its_init_std() -> None:
+    plain, wide = router_of(MoEConfig(4)), router_of(MoEConfig(4, router=SoftmaxTopK(init_std=0.3)))
+    torch.testing.assert_close(wide.weight, plain.weight * 6)  # 0.3 / 0.05: the same draw
+
+
+# ---- each of them
+
+
+@torch.no_grad()
+@each
+def test_in_evaluation_a_sequence_does_not_depend_on_its_neighbours_or_padding(name: str) -> None:
+    gpt = GPT(model(MOES[name], init_std=0.3)).eval()
+    tokens = torch.randint(61, (3, 8), generator=torch.Generator().manual_seed(0))
+    alone = gpt(tokens[:1]).hidden
+    torch.testing.assert_close(gpt(tokens).hidden[:1], alone, rtol=1e-4, atol=1e-5)
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), tokens], dim=1)
+    mask = torch.ones_like(padded, dtype=torch.bool)
+    mask[0, :4] = False
+    output = gpt(padded, mask)
+    torch.testing.assert_close(output.hidden[:1, 4:], alone, rtol=1e-4, atol=1e-5)
+    assert not output.routings[0].kept[:4].any()
+    document = torch.tensor([[0, 0, 0, 0, *[1] * 8]]).expand(3, -1)
+    torch.testing.assert_close(gpt(padded, documents=document).hidden[:1, 4:], alone, rtol=1e-4, atol=1e-5)
+    sampled = generate(gpt, tokens.tolist(), 4, top_k=1)  # with a cache: positions go on
+    again = generate(gpt, [*tokens[:1].tolist(), tokens[1, :3].tolist()], 4, top_k=1)
+    assert sampled[0] == again[0] and gpt(torch.tensor(sampled[:1])).hidden.isfinite().all()
+    whole = gpt.logits(gpt(torch.tensor(sampled[:1])).hidden)[0, 7:-1].argmax(-1)
+    assert sampled[0][8:] == whole.tolist()
+
+
+class Run:
+    """A run of a tiny model."""
+
+    def __init__(self, name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> None:
+        self.module = MoEGPTModule(model(MOES[name]))
+        self.trainer = Trainer(
+            default_root_dir=folder,
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+        self.trainer.fit(self.module, SyntheticData(), ckpt_path=checkpoint)
+
+
+@each
+def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) -> None:
+    start = GPT(model(MOES[name]), seed=MoEGPTModule(model(MOES[name])).seed).state_dict()
+    whole = Run(name, tmp_path, 4).module
+    half = Run(name, tmp_path, 2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Run(name, tmp_path, 4, tmp_path / "half.ckpt").module
+    ends = [one.gpt.state_dict() for one in (whole, resumed)]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    learned = {"softmax": "weight", "sigmoid": "weight"}.get(name)
+    prefix = "blocks.1.moe.router"
+    if learned:
+        assert not torch.equal(ends[0][f"{prefix}.{learned}"], start[f"{prefix}.{learned}"])
+    if buffer := BUFFERS.get(name):
+        kept = torch.equal(ends[0][f"{prefix}.{buffer}"], start[f"{prefix}.{buffer}"])
+        assert kept == (name != "sigmoid") and ends[0][f"{prefix}.{buffer}"].any()
+
+    counted = count_parameters(whole.config)
+    assert (counted.total, counted.active) == whole.gpt.parameter_counts() and flops_per_token(whole.config) > 0
+    with pytest.raises(ValueError, match=f"holds the paper's router alone, not {type(MOES[name].router).__name__}"):
+        export(tmp_path / "half.ckpt", tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda: SoftmaxTopK(gate_scale=0.0), "gate_scale=0.0 must be above 0"),
+        (lambda: SoftmaxTopK(init_std=0.0), "init_std=0.0 must be above 0"),
+        (lambda: SoftmaxTopK(gate_scale="2"), "gate_scale=2 must be of the type float"),
+        (lambda: MoEConfig(4, router=SoftmaxTopK(normalize_weights=True)), "normalize_weights=True with top_k=1"),
+        (lambda: MoEConfig(4, top_k=5, router=SoftmaxTopK()), "top_k=5 must be between 1 and"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        settings()
