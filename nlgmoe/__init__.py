@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
-    from nlgmoe.layers.routers import SoftmaxTopK
+    from nlgmoe.layers.routers import SigmoidTopK, SoftmaxTopK
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -58,6 +58,7 @@ _HOMES = {
     "RouterConfig": "nlgmoe.parts",
     "Routing": "nlgmoe.layers.router",
     "RoutingContext": "nlgmoe.layers.router",
+    "SigmoidTopK": "nlgmoe.layers.routers",
     "SoftmaxTopK": "nlgmoe.layers.routers",
     "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
@@ -93,6 +94,7 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "RoutingContext",
+    "SigmoidTopK",
     "SoftmaxTopK",
     "Specialisation",
     "StagedDistillation",

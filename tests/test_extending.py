@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, Router, Routing, RoutingContext
+from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, Router, Routing, RoutingContext, SigmoidTopK, SoftmaxTopK
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
@@ -25,18 +25,17 @@ from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.non_finite import NonFinite
 from tests.end_to_end.test_train_cli import ROOT, TINY
-from tests.learning_router import BiasRouterConfig
 from tests.synthetic import SyntheticData
 
 HASH = {"class_path": "hash_router.HashRouterConfig", "init_args": {"seed": 1}}
-BIAS = {"class_path": "tests.learning_router.BiasRouterConfig", "init_args": {"rate": 0.01}}
+SIGMOID = {"class_path": "nlgmoe.layers.routers.sigmoid.SigmoidTopK", "init_args": asdict(SigmoidTopK(0.01))}
 SWIGLU = {"class_path": "swiglu_expert.SwiGLUExpert", "init_args": {"multiple": 8}}
 TOP_1 = ["--model.config.moe.top_k=1"]
 SILENT = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 CONFIG = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig(1), expert=SwiGLUExpert(8)))
 
 
-@pytest.mark.parametrize("router", [HASH, BIAS], ids=["hash", "bias"])
+@pytest.mark.parametrize("router", [HASH, SIGMOID], ids=["hash", "sigmoid"])
 def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
     router: dict, pocket_pile: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -63,7 +62,7 @@ def test_a_run_is_trained_and_resumed_and_its_checkpoint_holds_the_buffers(
     assert document["model_config"]["moe"]["router"] == router and document["model_config"]["moe"]["expert"] == SWIGLU
     assert not list(find_problems(whole / "checkpoints/last.ckpt"))
     columns = (whole / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert ("experts/0/entropy" in columns) == (router is BIAS) and "experts/0/load_cv" in columns
+    assert ("experts/0/entropy" in columns) == (router is SIGMOID) and "experts/0/load_cv" in columns
     told = "has no probabilities and logits" in caplog.text
     assert told == (router is HASH)
     with pytest.raises(SystemExit), pytest.raises(ValueError, match="holds the paper's router alone, not"):
@@ -116,7 +115,7 @@ def test_commands_import_what_they_are_allowed_to(
 
 
 def test_a_router_reads_the_settings_that_it_names_and_chooses_top_k_experts() -> None:
-    MoEConfig(4, loss_coeff=0.5, router=BiasRouterConfig())
+    MoEConfig(4, loss_coeff=0.5, router=SoftmaxTopK())
     with pytest.raises(ValueError, match=r"HashRouter chose experts \[32, 1\], not \[tokens, top_k\] = \[32, 2\]"):
         GPT(replace(CONFIG, moe=MoEConfig(4, top_k=2, router=HashRouterConfig())))(torch.zeros(2, 16, dtype=torch.long))
 
@@ -175,7 +174,7 @@ def test_a_router_may_drop_tokens_without_a_capacity(monkeypatch: pytest.MonkeyP
 
 
 def test_buffers_of_a_router_keep_their_types() -> None:
-    moe = GPT(replace(CONFIG, moe=MoEConfig(4, router=BiasRouterConfig()))).blocks[1].moe
+    moe = GPT(replace(CONFIG, moe=MoEConfig(4, router=SigmoidTopK()))).blocks[1].moe
     moe.router.bias += 1.001
     moe.to(torch.bfloat16)
     assert moe.router.weight.dtype == torch.bfloat16 and moe.router.bias.dtype == torch.float32
@@ -197,7 +196,7 @@ class SpoilsSecondStep(Callback):
 
 
 def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> None:
-    config = replace(CONFIG, moe=MoEConfig(4, router=BiasRouterConfig(0.01)))
+    config = replace(CONFIG, moe=MoEConfig(4, router=SigmoidTopK(0.01)))
     spoils = SpoilsSecondStep()
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", max_steps=3, logger=False, callbacks=[spoils], **SILENT

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, generate, load_config
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK, generate, load_config
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -37,7 +37,6 @@ from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.accelerator import fake
 from tests.data.conftest import write_tiny_corpus
-from tests.learning_router import BiasRouterConfig
 from tests.synthetic import NumberedData
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
     "activation checkpointing": {"moe": {"noise": "jitter"}, "module": {"activation_checkpointing": True}},
     "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},
     "router that learns from steps": {
-        "moe": {"router": BiasRouterConfig(0.01), **DROPLESS},
+        "moe": {"top_k": 2, "router": SigmoidTopK(0.01, sequence_loss_coeff=0.1), **DROPLESS},
         "module": {"activation_checkpointing": True},
         "trainer": {"accumulate_grad_batches": 2},
     },

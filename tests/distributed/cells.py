@@ -96,7 +96,9 @@ class Cell:
     @property
     def rank_local(self) -> bool:
         """Whether each rank routes for itself: capacity, or statistics of its own."""
-        return self.moe.get("token_dropping", True) or self.moe.get("aux_scope") == "rank"
+        router = self.moe.get("router")
+        drops = self.moe.get("token_dropping", router is None or "token_dropping" in router.uses)
+        return drops or self.moe.get("aux_scope") == "rank"
 
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from nlgmoe import GPTConfig, MoEConfig, MoELayer, RouterConfig, SoftmaxTopK
+from nlgmoe import GPTConfig, MoEConfig, MoELayer, RouterConfig, SigmoidTopK, SoftmaxTopK
 
 WIDTH, INNER, EXPERTS, TOP_K = 16, 16, 8, 3
 SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_experts_per_tok": TOP_K}
@@ -31,6 +32,21 @@ def qwen3(normalize: bool) -> nn.Module:
     return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**shape, norm_topk_prob=normalize))
 
 
+def deepseek(normalize: bool) -> nn.Module:
+    shape = {**SHAPE, "moe_intermediate_size": INNER, "n_routed_experts": EXPERTS, "n_shared_experts": 1}
+    settings = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": normalize}
+    block = DeepseekV3MoE(DeepseekV3Config(**shape, **settings))
+    block.shared_experts = NoSharedExpert()
+    return block
+
+
+class NoSharedExpert(nn.Module):
+    """Adds nothing: the shared expert beside DeepSeek's experts is no part of the router."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 @pytest.mark.parametrize(
     ("make", "router"),
     [
@@ -39,6 +55,8 @@ def qwen3(normalize: bool) -> nn.Module:
         (lambda: olmoe(True), SoftmaxTopK(normalize_weights=True)),
         (lambda: qwen3(False), SoftmaxTopK(normalize_weights=False)),
         (lambda: qwen3(True), SoftmaxTopK()),
+        (lambda: deepseek(True), SigmoidTopK(route_scale=2.5)),
+        (lambda: deepseek(False), SigmoidTopK(route_scale=2.5, normalize_weights=False)),
     ],
     ids=[
         "mixtral",
@@ -46,6 +64,8 @@ def qwen3(normalize: bool) -> nn.Module:
         "olmoe, normalised",
         "qwen3",
         "qwen3, normalised",
+        "deepseek-v3, normalised",
+        "deepseek-v3",
     ],
 )
 def test_outputs_and_gradients_are_those_of_transformers(make: Callable[[], nn.Module], router: RouterConfig) -> None:
@@ -68,6 +88,9 @@ def test_outputs_and_gradients_are_those_of_transformers(make: Callable[[], nn.M
         nn.init.zeros_(parameter)
     for name, value in same(lambda weight: weight.detach()).items():
         parameters[name].data = value.clone(memory_format=torch.contiguous_format)
+    if isinstance(router, SigmoidTopK):
+        theirs.gate.e_score_correction_bias.copy_(torch.randn(EXPERTS, generator=generator) * 0.3)
+        ours.router.bias.copy_(theirs.gate.e_score_correction_bias)
 
     x = torch.randn(3, 20, WIDTH, generator=generator)
     inputs = [x.clone().requires_grad_() for _ in range(2)]

@@ -1,6 +1,7 @@
 """The routers of `nlgmoe/layers/routers/`: routings worked out by hand, and what holds for each of them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from nlgmoe import (
     MoEGPTModule,
     Routing,
     RoutingContext,
+    SigmoidTopK,
     SoftmaxTopK,
     generate,
 )
+from nlgmoe.layers.routers.sigmoid import sequence_balance
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.model.gpt import GPT
+from nlgmoe.objective import training_loss
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
 
 DROPLESS: dict[str, Any] = {"token_dropping": False}
 MOES = {
     "softmax": MoEConfig(4, router=SoftmaxTopK(gate_scale=2.0, init_std=0.5)),
+    "sigmoid": MoEConfig(4, top_k=2, router=SigmoidTopK(0.01, sequence_loss_coeff=0.1)),
 }
 BUFFERS = {"sigmoid": "bias", "hash": "table", "frozen": "weight"}
 each = pytest.mark.parametrize("name", MOES)
@@ -75,6 +80,53 @@ def test_softmax_scales_and_normalises(top_k: int, settings: dict[str, Any], wei
 def test_the_gate_is_drawn_as_wide_as_its_init_std() -> None:
     plain, wide = router_of(MoEConfig(4)), router_of(MoEConfig(4, router=SoftmaxTopK(init_std=0.3)))
     torch.testing.assert_close(wide.weight, plain.weight * 6)  # 0.3 / 0.05: the same draw
+    sigmoid = router_of(MoEConfig(4, router=SigmoidTopK(init_std=0.3)))
+    assert torch.equal(sigmoid.weight, wide.weight)
+
+
+def logit(score: float) -> float:
+    return math.log(score / (1 - score))
+
+
+def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
+    moe = MoEConfig(3, top_k=2, router=SigmoidTopK(route_scale=2.5), **DROPLESS)
+    config = model(moe, hidden_size=3, num_heads=1)
+    router = GPT(config).blocks[1].moe.router.double()
+    torch.nn.init.eye_(router.weight)
+    router.bias.copy_(torch.tensor([-0.5, 0.0, 0.0]))
+    x = torch.tensor([[logit(0.9), logit(0.6), logit(0.5)]], dtype=torch.float64)  # biased: 0.4, 0.6, 0.5
+    routing = router(x)
+    assert routing.expert.tolist() == [[1, 2]]
+    expect(routing.weight, [[2.5 * 0.6 / 1.1, 2.5 * 0.5 / 1.1]])
+    expect(routing.probs, [[0.9 / 2, 0.6 / 2, 0.5 / 2]])
+    torch.testing.assert_close(routing.logits.softmax(-1), routing.probs)  # what entropy is computed from
+    raw = replace(moe, top_k=1, router=SigmoidTopK())
+    expect(gated(raw, [[logit(0.9), logit(0.6), logit(0.5)]]).weight, [[0.9]])
+
+    router.bias.zero_()
+    router.after_step(torch.tensor([5, 3, 4]))  # the mean is 4
+    expect(router.bias, [-1e-3, 1e-3, 0.0])
+
+
+def test_sequence_balance_is_computed_for_each_sequence_without_padding() -> None:
+    p = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8], [0.9, 0.1]], dtype=torch.float64, requires_grad=True)
+    # Sequence 1: both choose 0: 2 * (1 * 0.65). Sequence 2: one each: 2 * (0.5 * 0.55 + 0.5 * 0.45).
+    expect(sequence_balance(p, 1, 2, None), (1.3 + 1.0) / 2)
+    # Without the last token sequence 2 has chosen 1 alone: 2 * 0.8.
+    loss = sequence_balance(p, 1, 2, torch.tensor([True, True, True, False]))
+    expect(loss, (1.3 + 1.6) / 2)
+    loss.backward()
+    expect(p.grad, [[0.5, 0.0], [0.5, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    nothing = sequence_balance(p, 1, 2, torch.tensor([False] * 4))
+    assert nothing == 0
+
+
+def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself() -> None:
+    """`loss_coeff` stands at its default, 0.01, where a router does not read it."""
+    batch = next(iter(SyntheticData().train_dataloader()))
+    for router, reads in ((SoftmaxTopK(), True), (SigmoidTopK(), False)):
+        loss, parts, _ = training_loss(GPT(model(MoEConfig(4, router=router))), batch, (0, 0, 0), 64)
+        expect(loss - parts["train/loss"], 0.01 * parts["train/balance_loss"].item() if reads else 0.0)
 
 
 # ---- each of them
@@ -153,6 +205,12 @@ def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) 
         (lambda: SoftmaxTopK(gate_scale="2"), "gate_scale=2 must be of the type float"),
         (lambda: MoEConfig(4, router=SoftmaxTopK(normalize_weights=True)), "normalize_weights=True with top_k=1"),
         (lambda: MoEConfig(4, top_k=5, router=SoftmaxTopK()), "top_k=5 must be between 1 and"),
+        (lambda: SigmoidTopK(update_rate=-1.0), "update_rate=-1.0 must be at least 0"),
+        (lambda: SigmoidTopK(sequence_loss_coeff=-1.0), "sequence_loss_coeff=-1.0 must be at least 0"),
+        (lambda: SigmoidTopK(route_scale=0.0), "route_scale=0.0 must be above 0"),
+        (lambda: SigmoidTopK(init_std=-1.0), "init_std=-1.0 must be above 0"),
+        (lambda: MoEConfig(4, router=SigmoidTopK(normalize_weights=True)), "normalize_weights=True with top_k=1"),
+        (lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidTopK()), "loss_coeff=0.1 has no effect with SigmoidTopK"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None:

@@ -1,5 +1,6 @@
 """Routers beside the paper's (`layers/router.py`), a file each; `model.config.moe.router` names them."""
 
+from nlgmoe.layers.routers.sigmoid import SigmoidTopK
 from nlgmoe.layers.routers.softmax import SoftmaxTopK
 
-__all__ = ["SoftmaxTopK"]
+__all__ = ["SigmoidTopK", "SoftmaxTopK"]

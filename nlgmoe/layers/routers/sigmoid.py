@@ -1,0 +1,129 @@
+"""Sigmoid scores, and balance by a bias on the choice instead of a loss: DeepSeek-V3's router (one group of experts).
+
+    s      = sigmoid(x W)                                         [N, E]
+    expert = the top k of s + b                                   [N, k]   b changes the choice, and no weight
+    weight = route_scale * s[expert] / sum_k s[expert]            [N, k]   `normalize_weights` false: without the sum
+    b     += update_rate * sign(mean load - load)                 [E]      after each optimizer step
+
+    sequence balance = sequence_loss_coeff * mean over sequences of sum_e f_e P_e
+    P_e = mean_t s_te / sum_e s_te          f_e = E / k * share of the tokens t of a sequence whose top k of s include e
+
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20); Loss-Free Balancing (arXiv 2408.15664, algorithm 1). Load: the
+assignments to an expert in the step, of all ranks and micro-batches, before dropping. tests/equivalence compares with
+`transformers`. `Routing.logits` is log s, whose softmax is s / sum_e s, `Routing.probs`.
+
+Letters as in `layers/router.py`, whose capacity it uses; B sequences of T tokens, N = B * T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
+from nlgmoe.layers.routers.softmax import require_learning_gate
+from nlgmoe.layers.uniform import Uniform
+from nlgmoe.parts import RouterConfig
+from nlgmoe.pyramid import experts_at
+from nlgmoe.validation import require, require_valid
+
+
+@dataclass(frozen=True)
+class SigmoidTopK(RouterConfig):
+    """Settings of a router with sigmoid scores and a balancing bias.
+
+    Attributes:
+        update_rate: by which an expert's bias changes after each optimizer step; 0: there is no balancing by biases.
+        route_scale: multiplies the weights of the experts' outputs.
+        normalize_weights: the weights of a token's kept experts sum to `route_scale`; null: with `top_k` above 1.
+        sequence_loss_coeff: weight of the sequence-wise balance loss, which is summed over the MoE layers.
+        init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
+    """
+
+    uses = frozenset(
+        {
+            *("token_dropping", "train_capacity_factor", "eval_token_dropping", "eval_capacity_factor"),
+            *("min_capacity", "random_token_selection"),
+        }
+    )
+    free_in_evaluation = frozenset({"update_rate", "sequence_loss_coeff", "init_std"})
+    update_rate: float = 1e-3
+    route_scale: float = 1.0
+    normalize_weights: bool | None = None
+    sequence_loss_coeff: float = 0.0
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        require_valid(self)
+        require(self.route_scale > 0, f"route_scale={self.route_scale} must be above 0")
+        for name in ("update_rate", "sequence_loss_coeff"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0; 0 turns it off")
+        require(self.init_std is None or self.init_std > 0, f"init_std={self.init_std} must be above 0")
+
+    def check(self, moe: MoEConfig) -> None:
+        """See `RouterConfig`."""
+        require_learning_gate(moe, self.normalize_weights)
+
+    def build(self, config: GPTConfig, layer_index: int) -> Router:
+        """See `RouterConfig`."""
+        return SigmoidTopKRouter(self, config, layer_index)
+
+
+class SigmoidTopKRouter(TopKRouter):
+    """Extends the paper's router by other scores, and a choice by biased scores."""
+
+    bias: Tensor
+
+    def __init__(self, settings: SigmoidTopK, config: GPTConfig, layer_index: int) -> None:
+        assert config.moe is not None
+        experts, gate = experts_at(config, layer_index), (settings.route_scale, settings.normalize_weights)
+        super().__init__(config.moe, config.hidden_size, experts, layer_index, *gate, settings.init_std)
+        self.settings = settings
+        self.register_buffer("bias", torch.zeros(experts))
+
+    def forward(self, x: Tensor, context: RoutingContext = RoutingContext()) -> Routing:  # noqa: B008 (frozen)
+        """Route `x`, `[N, H]`."""
+        routing, coefficient = super().forward(x, context), self.settings.sequence_loss_coeff
+        if not (coefficient and self.training):
+            return routing
+        assert routing.probs is not None
+        sequences = 1 if context.tokens is None else len(context.tokens)
+        loss = coefficient * sequence_balance(routing.probs, self.config.top_k, sequences, routing.token_mask)
+        return replace(routing, losses={"sequence_balance_loss": loss})
+
+    def after_step(self, requests: Tensor) -> None:
+        """See `Router`."""
+        self.bias += self.settings.update_rate * (requests.sum() - self.num_experts * requests).sign()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(super()._logits(x))
+
+    def _scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+        return logits.exp()
+
+    def _choose(self, logits: Tensor, probs: Tensor, draw: Uniform) -> Tensor:
+        return (logits.detach().exp() + self.bias).topk(self.config.top_k, dim=-1).indices
+
+
+def sequence_balance(probs: Tensor, top_k: int, sequences: int, token_mask: Tensor | None) -> Tensor:
+    """Compute the sequence-wise balance loss without its coefficient, a scalar: 1 if balanced.
+
+    Args:
+        probs: `[N, E]` scores over their sum.
+        top_k: k.
+        sequences: B.
+        token_mask: `[N]` bool, False at padding; None: no padding.
+    """
+    chosen = torch.zeros_like(probs).scatter_(1, probs.detach().topk(top_k, dim=-1).indices, 1)  # [N, E]
+    counted = (
+        torch.ones_like(probs[:, :1]) if token_mask is None else token_mask.unsqueeze(-1).to(probs.dtype)
+    )  # [N, 1]
+    columns = torch.cat([chosen, probs, torch.ones_like(counted)], dim=1) * counted
+    sums = columns.unflatten(0, (sequences, -1)).sum(dim=1)  # [B, 2 E + 1]
+    requested, scored, tokens = sums.split([probs.shape[1], probs.shape[1], 1], dim=1)
+    tokens = tokens.clamp_min(1)
+    return probs.shape[1] / top_k * (requested / tokens * scored / tokens).sum(dim=1).mean()
