@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
-    from nlgmoe.layers.routers import SigmoidTopK, SoftmaxTopK
+    from nlgmoe.layers.routers import HashRouterConfig, SigmoidTopK, SoftmaxTopK
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -48,6 +48,7 @@ _HOMES = {
     "GPT": "nlgmoe.model.gpt",
     "GPTConfig": "nlgmoe.config",
     "GPTOutput": "nlgmoe.model.gpt",
+    "HashRouterConfig": "nlgmoe.layers.routers",
     "MoEConfig": "nlgmoe.config",
     "MoEGPTModule": "nlgmoe.module",
     "MixtureOfStudents": "nlgmoe.distill.mixture_of_students",
@@ -83,6 +84,7 @@ __all__ = [
     "ExpertParallelStrategy",
     "GPTConfig",
     "GPTOutput",
+    "HashRouterConfig",
     "LoadedModel",
     "MixtureOfStudents",
     "MoEConfig",

@@ -29,8 +29,8 @@ def unigram_entropy(
         vocab_size: number of token ids.
         max_tokens: counted on either side at most.
     """
-    train_counts = _count(train, vocab_size, max_tokens) + 1
-    counts = _count(evaluated, vocab_size, max_tokens)
+    train_counts = count_tokens(train, vocab_size, max_tokens) + 1
+    counts = count_tokens(evaluated, vocab_size, max_tokens)
     return float(-(counts * np.log(train_counts / train_counts.sum())).sum() / counts.sum())
 
 
@@ -60,8 +60,8 @@ def xz_bits_per_byte(
     return {**found, "all": found.get("all", next(iter(found.values())))}
 
 
-def _count(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int) -> np.ndarray:
-    """Occurrences of each token id, [vocab_size]; of long streams, in evenly spaced slices that weigh them fairly."""
+def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
+    """Count each token id, [vocab_size]; of long streams, in evenly spaced slices that weigh them fairly."""
     total = sum(len(stream) for stream in streams)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for stream in streams:

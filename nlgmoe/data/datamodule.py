@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
-from nlgmoe.data.baselines import unigram_entropy, xz_bits_per_byte
+from nlgmoe.data.baselines import count_tokens, unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus
 from nlgmoe.data.description import Description, description_of, differing
@@ -321,6 +321,10 @@ class PileDataModule(LightningDataModule):
         return unigram_entropy(
             self._opened().training_tokens(), list(self._evaluated_tokens().values()), self.vocab_size
         )
+
+    def token_counts(self) -> list[int]:
+        """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""
+        return count_tokens(self._opened().training_tokens(), self.vocab_size).tolist()
 
     def xz_bits_per_byte(self) -> dict[str, float]:
         """Compress the evaluated text by a general-purpose compressor: domain -> bits per byte, and "all"."""

@@ -222,6 +222,7 @@ def test_unigram_entropy_is_that_of_the_smoothed_counts(make_data: Make) -> None
     counts = np.bincount(ids["train"], minlength=data.vocab_size) + 1.0
     expected = -np.mean(np.log(counts / counts.sum())[ids["validation"]])
     assert data.unigram_entropy() == pytest.approx(expected, rel=1e-12)
+    assert data.token_counts() == (counts - 1).tolist()
     assert 0 < data.unigram_entropy() < math.log(data.vocab_size)
     assert set(data.xz_bits_per_byte()) == {*data.domains, "all"}
 

@@ -1,6 +1,8 @@
 """The routers of `nlgmoe/layers/routers/`: routings worked out by hand, and what holds for each of them."""
 
+import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from nlgmoe import (
     GPTConfig,
+    HashRouterConfig,
     MoEConfig,
     MoEGPTModule,
     Routing,
@@ -20,6 +23,7 @@ from nlgmoe import (
     SoftmaxTopK,
     generate,
 )
+from nlgmoe.layers.routers.hash import balanced_table
 from nlgmoe.layers.routers.sigmoid import sequence_balance
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.model.gpt import GPT
@@ -31,6 +35,7 @@ DROPLESS: dict[str, Any] = {"token_dropping": False}
 MOES = {
     "softmax": MoEConfig(4, router=SoftmaxTopK(gate_scale=2.0, init_std=0.5)),
     "sigmoid": MoEConfig(4, top_k=2, router=SigmoidTopK(0.01, sequence_loss_coeff=0.1)),
+    "hash": MoEConfig(4, router=HashRouterConfig(seed=1)),
 }
 BUFFERS = {"sigmoid": "bias", "hash": "table", "frozen": "weight"}
 each = pytest.mark.parametrize("name", MOES)
@@ -129,6 +134,32 @@ def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself()
         expect(loss - parts["train/loss"], 0.01 * parts["train/balance_loss"].item() if reads else 0.0)
 
 
+def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
+    # Plus one each: 7, 4, 3, 1, 1. The first is alone until the others have 7; then one more for either.
+    table = balanced_table([6, 3, 2, 0, 0], 2, seed=0)
+    assert table[1] == table[2] != table[0] and table[3] != table[4]
+    assert {tuple(balanced_table([6, 3, 2, 0, 0], 2, seed)) for seed in range(20)} == {
+        (a, 1 - a, 1 - a, b, 1 - b) for a in (0, 1) for b in (0, 1)
+    }
+    assert sorted(Counter(balanced_table([1] * 61, 4, 3)).values()) == [15, 15, 15, 16]
+
+    counts = [1000 // (rank + 1) for rank in range(61)]
+    (tmp_path / "counts.json").write_text(json.dumps(counts))
+    moe = MoEConfig(4, router=HashRouterConfig(counts=str(tmp_path / "counts.json")))
+    router = router_of(moe)
+    load = torch.zeros(4).index_add_(0, router.table, torch.tensor(counts).float())
+    assert load.max() / load.mean() < 1.05
+    assert torch.equal(router.table, router_of(moe).table)
+    assert not torch.equal(router.table, router_of(replace(moe, router=replace(moe.router, seed=1))).table)
+    layers = [block.moe.router.table for block in GPT(model(replace(moe, expert_interval=1))).blocks]
+    assert not torch.equal(*layers)
+
+    context = RoutingContext(torch.tensor([[3, 9], [60, 3]]), torch.tensor([[True, True], [True, False]]))
+    routing = router(torch.zeros(4, 16), context)
+    assert routing.expert.flatten().tolist() == router.table[[3, 9, 60, 3]].tolist()
+    assert routing.weight.flatten().tolist() == [1, 1, 1, 0] and routing.probs is None
+
+
 # ---- each of them
 
 
@@ -211,8 +242,33 @@ def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) 
         (lambda: SigmoidTopK(init_std=-1.0), "init_std=-1.0 must be above 0"),
         (lambda: MoEConfig(4, router=SigmoidTopK(normalize_weights=True)), "normalize_weights=True with top_k=1"),
         (lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidTopK()), "loss_coeff=0.1 has no effect with SigmoidTopK"),
+        (lambda: HashRouterConfig(seed="a"), "seed=a must be of the type int"),
+        (lambda: MoEConfig(4, top_k=2, router=HashRouterConfig()), "top_k=2 must be 1 with HashRouterConfig"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot be read \(FileNotFoundError\); write one with"),
+        ("[1, 2", r"cannot be read \(JSONDecodeError\)"),
+        ("[1, -2]", "holds no list of whole numbers"),
+        ("[1, 2, 3]", "has 3 numbers, vocab_size is 61"),
+    ],
+)
+def test_a_wrong_file_of_counts_is_refused_but_not_needed_to_read_a_checkpoint(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "counts.json"
+    if content is not None:
+        file.write_text(content)
+    config = model(MoEConfig(4, router=HashRouterConfig(counts=str(file))))
+    with pytest.raises(ValueError, match=f"router.init_args.counts={file} {message}"):
+        GPT(config)
+    with torch.device("meta"):
+        assert GPT(config).blocks[1].moe.router.table.shape == (61,)
+    assert count_parameters(config).router == 0
