@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nlgmoe.experiment import Experiment, load_config
     from nlgmoe.layers.moe import MoELayer
     from nlgmoe.layers.router import Router, Routing, RoutingContext
-    from nlgmoe.layers.routers import HashRouterConfig, SigmoidTopK, SoftmaxTopK
+    from nlgmoe.layers.routers import FrozenTopK, HashRouterConfig, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
     from nlgmoe.model.gpt import GPT, GPTOutput
     from nlgmoe.module import MoEGPTModule
     from nlgmoe.parallel.strategy import ExpertParallelStrategy
@@ -45,6 +45,7 @@ _HOMES = {
     "Experiment": "nlgmoe.experiment",
     "ExpertConfig": "nlgmoe.parts",
     "ExpertParallelStrategy": "nlgmoe.parallel.strategy",
+    "FrozenTopK": "nlgmoe.layers.routers",
     "GPT": "nlgmoe.model.gpt",
     "GPTConfig": "nlgmoe.config",
     "GPTOutput": "nlgmoe.model.gpt",
@@ -63,6 +64,7 @@ _HOMES = {
     "SoftmaxTopK": "nlgmoe.layers.routers",
     "Specialisation": "nlgmoe.eval.specialisation",
     "StagedDistillation": "nlgmoe.callbacks.staged_distillation",
+    "UniformRouterConfig": "nlgmoe.layers.routers",
     "LoadedModel": "nlgmoe.eval.loaded_model",
     "WarmStart": "nlgmoe.checkpoint.warm_start",
     "WriteReport": "nlgmoe.tools.report.write_report",
@@ -82,6 +84,7 @@ __all__ = [
     "Experiment",
     "ExpertConfig",
     "ExpertParallelStrategy",
+    "FrozenTopK",
     "GPTConfig",
     "GPTOutput",
     "HashRouterConfig",
@@ -100,6 +103,7 @@ __all__ = [
     "SoftmaxTopK",
     "Specialisation",
     "StagedDistillation",
+    "UniformRouterConfig",
     "WarmStart",
     "WriteReport",
     "ZeroShotEval",

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK, generate, load_config
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK, UniformRouterConfig, generate, load_config
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
     "pyramid, padding": {"moe": {"num_experts": [4, 8]}, "data": {"padded": True}},
     "documents, padding": {"moe": {"top_k": 2}, "data": {"padded": True, "documents": True}},
     "activation checkpointing": {"moe": {"noise": "jitter"}, "module": {"activation_checkpointing": True}},
+    "uniform router, padding": {"moe": {"router": UniformRouterConfig()}, "data": {"padded": True}},
     "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},
     "router that learns from steps": {
         "moe": {"top_k": 2, "router": SigmoidTopK(0.01, sequence_loss_coeff=0.1), **DROPLESS},

@@ -18,7 +18,7 @@ from hash_router import HashRouterConfig
 from swiglu_expert import SwiGLUExpert
 
 from benchmarks.gpu_ranks import wrong
-from nlgmoe import SigmoidTopK, SoftmaxTopK
+from nlgmoe import FrozenTopK, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.monitoring.hardware import hardware
@@ -98,6 +98,16 @@ CELLS: dict[int, list[Cell]] = {
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}),
         Cell("router that learns from steps", 2, 2, moe=DROPLESS | LEARNING, accumulate=2),
         Cell("scaled gate", 2, 2, moe=DROPLESS | SHARP, steps=5),
+        Cell(
+            "uniform router",
+            2,
+            2,
+            moe={"router": UniformRouterConfig(), "mlp_type": "residual"},
+            padded=True,
+            documents=True,
+            steps=5,
+        ),
+        Cell("frozen router", 2, 2, moe=DROPLESS | {"router": FrozenTopK()}, checkpointing=True, steps=5),
         Cell("ddp, router that learns from steps", strategy="ddp", moe=DROPLESS | LEARNING, padded=True, steps=5),
     ],
     3: [Cell("six experts", 3, experts=6), Cell("4 and 6 experts", 3, 1, experts=[4, 6])],

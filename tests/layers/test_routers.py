@@ -13,6 +13,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe import (
+    FrozenTopK,
     GPTConfig,
     HashRouterConfig,
     MoEConfig,
@@ -21,6 +22,7 @@ from nlgmoe import (
     RoutingContext,
     SigmoidTopK,
     SoftmaxTopK,
+    UniformRouterConfig,
     generate,
 )
 from nlgmoe.layers.routers.hash import balanced_table
@@ -36,6 +38,8 @@ MOES = {
     "softmax": MoEConfig(4, router=SoftmaxTopK(gate_scale=2.0, init_std=0.5)),
     "sigmoid": MoEConfig(4, top_k=2, router=SigmoidTopK(0.01, sequence_loss_coeff=0.1)),
     "hash": MoEConfig(4, router=HashRouterConfig(seed=1)),
+    "uniform": MoEConfig(4, mlp_type="residual", router=UniformRouterConfig(seed=1)),
+    "frozen": MoEConfig(4, router=FrozenTopK(init_std=0.5)),
 }
 BUFFERS = {"sigmoid": "bias", "hash": "table", "frozen": "weight"}
 each = pytest.mark.parametrize("name", MOES)
@@ -160,6 +164,41 @@ def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> 
     assert routing.weight.flatten().tolist() == [1, 1, 1, 0] and routing.probs is None
 
 
+@pytest.mark.parametrize("experts", [4, 7])
+def test_uniform_is_independent_of_token_position_and_layer(experts: int) -> None:
+    tokens = torch.arange(4096).repeat_interleave(64).view(1, -1)
+    context = RoutingContext(tokens, positions=torch.arange(64).repeat(4096).view(1, -1))
+    moe = MoEConfig(experts, expert_interval=1, router=UniformRouterConfig())
+    routers = [block.moe.router for block in GPT(model(moe)).blocks]
+    first, second = (router(torch.zeros(tokens.numel(), 1), context).expert.view(4096, 64) for router in routers)
+
+    def chi_square(counts: Tensor) -> float:  # over its degrees of freedom: 1 in the mean
+        expected = counts.double().sum() / counts.numel()
+        return float((counts - expected).square().sum() / expected / (counts.numel() - 1))
+
+    assert 0.05 < chi_square(first.flatten().bincount(minlength=experts)) < 3.5
+    for one, other in (
+        (first, first.roll(1, 0)),  # the next token
+        (first, first.roll(1, 1)),  # the next position
+        (first, second),  # the next layer
+        (first, torch.arange(64).expand_as(first)),
+        (first, torch.arange(4096).unsqueeze(1).expand_as(first)),
+    ):
+        pairs = (one * 4096 + other).flatten().unique(return_counts=True)[1]
+        assert 0.3 < chi_square(pairs) < 2.3
+
+
+def test_frozen_does_not_learn_and_is_drawn_from_its_seed() -> None:
+    moe = MOES["frozen"]
+    gpt = GPT(model(replace(moe, expert_interval=1)))
+    gates = [block.moe.router.weight for block in gpt.blocks]
+    assert not any(".router." in name for name, _ in gpt.named_parameters())
+    assert not torch.equal(*gates) and abs(float(gates[0].std()) - 0.5) < 0.15
+    again = GPT(model(replace(moe, expert_interval=1)), seed=9)
+    assert torch.equal(gates[0], again.blocks[0].moe.router.weight)
+    assert not torch.equal(gates[1], router_of(replace(moe, router=replace(moe.router, seed=1))).weight)
+
+
 # ---- each of them
 
 
@@ -242,8 +281,11 @@ def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) 
         (lambda: SigmoidTopK(init_std=-1.0), "init_std=-1.0 must be above 0"),
         (lambda: MoEConfig(4, router=SigmoidTopK(normalize_weights=True)), "normalize_weights=True with top_k=1"),
         (lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidTopK()), "loss_coeff=0.1 has no effect with SigmoidTopK"),
+        (lambda: FrozenTopK(init_std=0.0), "init_std=0.0 must be above 0"),
         (lambda: HashRouterConfig(seed="a"), "seed=a must be of the type int"),
+        (lambda: UniformRouterConfig(seed=0.5), "seed=0.5 must be of the type int"),
         (lambda: MoEConfig(4, top_k=2, router=HashRouterConfig()), "top_k=2 must be 1 with HashRouterConfig"),
+        (lambda: MoEConfig(4, top_k=2, router=UniformRouterConfig()), "top_k=2 must be 1 with UniformRouterConfig"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None:

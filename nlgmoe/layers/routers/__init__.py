@@ -1,7 +1,9 @@
-"""Routers beside the paper's (`layers/router.py`), a file each; `model.config.moe.router` names them."""
+"""Routers beside the paper's (`layers/router.py`), a file each; `model.config.moe.router` names them (docs/laboratory.md)."""
 
+from nlgmoe.layers.routers.frozen import FrozenTopK
 from nlgmoe.layers.routers.hash import HashRouterConfig
 from nlgmoe.layers.routers.sigmoid import SigmoidTopK
 from nlgmoe.layers.routers.softmax import SoftmaxTopK
+from nlgmoe.layers.routers.uniform import UniformRouterConfig
 
-__all__ = ["HashRouterConfig", "SigmoidTopK", "SoftmaxTopK"]
+__all__ = ["FrozenTopK", "HashRouterConfig", "SigmoidTopK", "SoftmaxTopK", "UniformRouterConfig"]

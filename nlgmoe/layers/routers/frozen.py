@@ -1,0 +1,63 @@
+"""A control: the paper's router with a random gate that does not learn.
+
+    logits = x W        [N, E]   W ~ N(0, init_std), drawn from the seed, a buffer of the checkpoint
+
+The hidden states still learn, and with them the choices and the weights. Towards an empirical understanding of MoE design choices
+(arXiv 2402.13089) finds it on a par with a gate that learns. The rest as in `layers/router.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlgmoe.config import ROUTER_FIELDS, GPTConfig
+from nlgmoe.layers.router import Router, TopKRouter
+from nlgmoe.parts import RouterConfig
+from nlgmoe.pyramid import experts_at
+from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import require, require_valid
+
+
+@dataclass(frozen=True)
+class FrozenTopK(RouterConfig):
+    """Settings of a router with a frozen gate.
+
+    Attributes:
+        seed: of the gate; layers draw different gates.
+        init_std: standard deviation of the gate; null: the model's `init_std`.
+    """
+
+    uses = ROUTER_FIELDS
+    free_in_evaluation = frozenset({"seed", "init_std"})
+    seed: int = 0
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        require_valid(self)
+        require(self.init_std is None or self.init_std > 0, f"init_std={self.init_std} must be above 0")
+
+    def build(self, config: GPTConfig, layer_index: int) -> Router:
+        """See `RouterConfig`."""
+        assert config.moe is not None
+        router = FrozenTopKRouter(config.moe, config.hidden_size, experts_at(config, layer_index), layer_index)
+        if not router.weight.is_meta:
+            generator = torch.Generator("cpu").manual_seed(derive_seed("frozen router", self.seed, layer_index))
+            draw = torch.randn(router.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
+            router.weight.copy_(draw * (self.init_std or config.init_std))
+        return router
+
+
+class FrozenTopKRouter(TopKRouter):
+    """Holds the gate in a buffer, which no optimizer sees."""
+
+    weight: Tensor  # type: ignore[assignment]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        gate = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", gate)
