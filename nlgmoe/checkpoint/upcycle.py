@@ -29,7 +29,7 @@ from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
-from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.config import GPTConfig, MoEConfig, require_paper_parts
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import require
@@ -66,7 +66,8 @@ def upcycle(
         seed: of the noise and the gates.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, its model is not dense, or the experts do not fit it.
+        ValueError: there is no such checkpoint, it is damaged, its model is not dense, the experts do not fit it, or the
+            router or the experts' network is not the paper's.
     """
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
@@ -82,6 +83,7 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
+    require_paper_parts(config, "upcycling knows")
     read = _entry_reader(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
     write_weights(checkpoint, read, config, read_tokenizer(path))
     return Upcycled(path, dense_config, config)

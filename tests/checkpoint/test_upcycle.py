@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from nlgmoe import MoEGPTModule, WarmStart, load_model
+from nlgmoe import HashRouterConfig, MoEGPTModule, WarmStart, load_model
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.upcycle import upcycle
 from nlgmoe.checkpoint.verify import find_problems
@@ -108,3 +108,8 @@ def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: py
     assert "num_experts=[2]" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--num-experts=[2]")
     assert "noise=-1.0" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--noise=-1")
     assert "other.ckpt" in error_of(capsys, "upcycle", dense, tmp_path / "other")
+
+
+def test_parts_that_are_not_the_papers_are_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="upcycling knows the paper's router alone, not HashRouterConfig"):
+        upcycle(dense, tmp_path / "new.ckpt", MoEConfig(4, router=HashRouterConfig()))

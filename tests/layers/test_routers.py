@@ -25,6 +25,7 @@ from nlgmoe import (
     UniformRouterConfig,
     generate,
 )
+from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.routers.hash import balanced_table
 from nlgmoe.layers.routers.sigmoid import sequence_balance
 from nlgmoe.model.counting import count_parameters, flops_per_token
@@ -263,6 +264,7 @@ def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) 
 
     counted = count_parameters(whole.config)
     assert (counted.total, counted.active) == whole.gpt.parameter_counts() and flops_per_token(whole.config) > 0
+    nlgmoe(["inspect", str(tmp_path / "half.ckpt"), "--hardware=h100"])
     with pytest.raises(ValueError, match=f"holds the paper's router alone, not {type(MOES[name].router).__name__}"):
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
