@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-oldest test-faults check constraints format docs notebooks compare mos convergence bench gpu clean
+.PHONY: help install quickstart browser test test-oldest test-faults check constraints format docs notebooks compare mos reproduce reproduce-tables convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,13 @@ compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (abo
 mos: install  ## a teacher; students without it, with it, with it for the first 70%: 3 seeds (about 30 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.mos
+
+reproduce: install  ## the paper's claims with small models, CLAIM=5 for one; resumable (20 to 40 hours on 2 cores; docs/reproduce.md)
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
+	$(BIN)/python -m benchmarks.reproduce $(if $(CLAIM),--claim $(CLAIM)) $(if $(SCALE),--scale $(SCALE))
+
+reproduce-tables: install  ## docs/reproduce.md's tables and figure from docs/results/reproduce.json
+	$(BIN)/python -m benchmarks.reproduce --tables
 
 convergence: install  ## does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

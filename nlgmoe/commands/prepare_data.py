@@ -30,7 +30,7 @@ def prepare_data(
 
     Args:
         data_dir: folder to build in, and what `data.data_dir` of a training run is set to.
-        tokenizer: "gpt2", "pocket-8k", "pocket-4k", or a folder with tokenizer.json or vocab.json and merges.txt.
+        tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
         input: files of text to tokenise: a path, a folder, a quoted pattern such as 'pile/*.jsonl.zst', or a list of them.
         output: where the tokens of `input` go: OUTPUT.bin and OUTPUT.idx.
         text_field: the field of a record that holds its text; dotted inside another one: `content.body`.

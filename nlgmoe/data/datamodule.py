@@ -40,7 +40,7 @@ class PileDataModule(LightningDataModule):
 
     Args:
         data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
-        tokenizer: "gpt2", "pocket-8k", "pocket-4k", or a folder with tokenizer.json or vocab.json and merges.txt.
+        tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
         corpus: what to train on; None: the pocket Pile in `data_dir`.
         micro_batch_size: sequences per rank and forward pass in training.
         global_batch_size: sequences per optimizer step, over all ranks; the trainer's `accumulate_grad_batches` then

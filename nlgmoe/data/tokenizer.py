@@ -19,7 +19,7 @@ from nlgmoe.files import require_regular
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
-BUILT = ("gpt2", "pocket-4k", "pocket-8k")  # by `pocket/tokenizers.py`
+BUILT = ("gpt2", "pocket-1k", "pocket-4k", "pocket-8k")  # by `pocket/tokenizers.py`
 COMPARED_TOKENS = 512  # of a document, by `share_reproduced`
 SAME_TOKENIZER = 0.9  # least share that a tokenizer reproduces of its own ids
 # The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
@@ -151,7 +151,7 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
     """Load a tokenizer, after downloading or training it where that is needed.
 
     Args:
-        name_or_path: "gpt2", "pocket-4k", "pocket-8k", or a folder with `tokenizer.json` or with `vocab.json` and
+        name_or_path: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with `tokenizer.json` or with `vocab.json` and
             `merges.txt`.
         data_dir: where tokenizers are kept (`tokenizers/NAME`), and the pocket Pile that pocket ones are trained on.
 

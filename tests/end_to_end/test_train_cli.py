@@ -15,7 +15,9 @@ from nlgmoe.cli.train import main
 from nlgmoe.model.counting import count_parameters
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("hardware", "data"))
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("hardware", "data", "reproduce")
+)
 TINY = [
     "--model.config.num_layers=2",
     "--model.config.moe.num_experts=[4]",

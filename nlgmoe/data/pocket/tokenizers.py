@@ -10,7 +10,7 @@ from nlgmoe.data.pocket_pile import read_texts, text_path
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.files import atomic_write, write_json
 
-VOCABULARIES = {"pocket-4k": 4096, "pocket-8k": 8192}
+VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}
 
 
 def build_tokenizer(name: str, data_dir: Path) -> Path:

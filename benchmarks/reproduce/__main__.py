@@ -1,0 +1,105 @@
+"""Train the models of the paper's claims, and judge the claims: `make reproduce`.
+
+    python -m benchmarks.reproduce [--claim N ...] [--jobs 2]   train what is missing, then write page and figure
+    python -m benchmarks.reproduce --tables                     write page and figure from docs/results/reproduce.json
+    python -m benchmarks.reproduce --scale tiny                 twenty steps a run, into a temporary folder
+    python -m benchmarks.reproduce --scale gpu                  estimate the hours of the paper's smaller models
+
+One commit's code trains all runs, in a worktree below --out: the commit in --results, or HEAD for new results. It can be stopped at any
+time and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.reproduce.campaign import CPU, TINY, Campaign
+from benchmarks.reproduce.cells import CLAIMS, SEEDS, runs_of
+from benchmarks.reproduce.tables import text_of, write
+from benchmarks.runs import ROOT
+from nlgmoe.model.counting import count_parameters
+from nlgmoe.monitoring.hardware import hardware
+from nlgmoe.tools.planner.cost import estimate
+from nlgmoe.tools.planner.inspect_config import layout, read_settings
+
+RESULTS = ROOT / "docs/results/reproduce.json"
+ON_GPU = ("dense/125m_dense", "moe/125m_moe_64", "dense/350m_dense", "moe/350m_moe_128", "pr_moe/350m_pr_moe_32_64")
+TOKENS_PER_PARAMETER = 20
+
+
+def git(*arguments: str) -> str:
+    """Run git in the repository."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def checked_out(results: Path, out: Path) -> tuple[str, Path]:
+    """Return the commit of the campaign, and a worktree of it."""
+    commit = json.loads(results.read_text())["commit"] if results.exists() else git("rev-parse", "HEAD")
+    tree = out / f"code-{commit[:10]}"
+    if not tree.exists():
+        git("worktree", "prune")
+        git("worktree", "add", "--detach", str(tree), commit)
+    return commit, tree
+
+
+def print_gpu_estimates(gpu: str = "h100") -> None:
+    """Print the hours of each model on one GPU, for 20 tokens per active parameter."""
+    print(
+        f"{'configuration':<28} {'active':>8} {'tokens':>8} {'memory':>8} {'hours a run':>12}   one {gpu}, bf16, estimated"
+    )
+    for name in ON_GPU:
+        model, settings = read_settings([str(ROOT / f"configs/{name}.yaml"), str(ROOT / "configs/hardware/gpu.yaml")])
+        cost = estimate(model, layout(settings, {"gpus": 1}), hardware(gpu))
+        active = count_parameters(model).active
+        hours = TOKENS_PER_PARAMETER * active / cost.tokens_per_second / 3600
+        memory = f"{cost.memory.total / 1e9:.0f} GB" + ("" if cost.fits else "!")
+        print(
+            f"{name:<28} {active / 1e6:>7.0f}M {TOKENS_PER_PARAMETER * active / 1e9:>7.1f}B {memory:>8} {hours:>12.1f}"
+        )
+    print(
+        "!: does not fit; divide the experts over more GPUs. Seeds, claims and statistics are those of the small runs."
+    )
+
+
+def main() -> None:
+    """Train, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claim", type=int, nargs="*", choices=[claim.number for claim in CLAIMS], help="default: all")
+    parser.add_argument("--scale", choices=["cpu", "tiny", "gpu"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/reproduce", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--tables", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    if args.scale == "gpu":
+        print_gpu_estimates()
+        return
+    if args.tables:
+        write(json.loads(args.results.read_text()))
+        return
+    claims = tuple(claim for claim in CLAIMS if not args.claim or claim.number in args.claim)
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.scale == "tiny":
+            args.out, args.results = Path(temporary), Path(temporary) / "results.json"
+        args.out = args.out.resolve()
+        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            found = (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
+            campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
+            campaign.tune(args.jobs)
+            runs = [run for run in runs_of(claims) if args.scale != "tiny" or run[1] == SEEDS[0]]
+            campaign.train(runs, args.jobs)
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"error: {error}")
+    if args.scale == "cpu":
+        write(campaign.results)
+    print(text_of(campaign.results))
+
+
+if __name__ == "__main__":
+    main()

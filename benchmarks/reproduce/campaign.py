@@ -1,0 +1,322 @@
+"""Train what is missing, some runs at a time; keep each result in one JSON file as soon as it is there.
+
+All runs of a campaign use the code of one commit. A run that was killed goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import yaml
+
+from benchmarks.reproduce.cells import (
+    BUDGETS,
+    COOLDOWN,
+    RATES,
+    STAGED,
+    STEPS,
+    TEACHER,
+    TUNED,
+    TUNING_BUDGET,
+    Cell,
+)
+from benchmarks.runs import ROOT
+from nlgmoe.config import GPTConfig
+from nlgmoe.experiment import parse_config
+from nlgmoe.files import write_json
+from nlgmoe.model.counting import count_parameters, flops_per_token
+
+CONFIGS = Path("configs/reproduce")
+Launch = Callable[[list[str], Path, Path], int]  # command of nlgmoe or train.py, log file, tree -> exit code
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        name: `cpu`, or `tiny` for a test.
+        steps: optimizer steps of the whole budget.
+        step_tokens: tokens of a step.
+        settings: that override those of the files, as they stand in YAML.
+    """
+
+    name: str
+    steps: int
+    step_tokens: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CPU = Scale("cpu", STEPS, 16 * 128)
+TINY = Scale(
+    "tiny",
+    20,
+    2 * 16,
+    {
+        "model": {"config": {"seq_len": 16, "hidden_size": 16}},
+        "data": {"micro_batch_size": 2, "max_eval_windows": 8},
+    },
+)
+
+
+def launch(command: list[str], log: Path, tree: Path) -> int:
+    """Run a command with one thread in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    with log.open("a") as file:
+        return subprocess.run(
+            [sys.executable, *command], cwd=tree, stdout=file, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+
+
+class Campaign:
+    """The runs of one commit, and their results.
+
+    Args:
+        folder: of runs.
+        results: JSON file; what it has is not trained again.
+        commit: of the code that trains.
+        tree: where that code is.
+        scale: how large everything is.
+        run: starts a command.
+
+    Raises:
+        ValueError: the results are of another commit or scale.
+    """
+
+    def __init__(
+        self, folder: Path, results: Path, commit: str, tree: Path, scale: Scale = CPU, run: Launch = launch
+    ) -> None:
+        self.folder, self.file, self.tree, self.scale, self._run = folder, results, tree, scale, run
+        head = {"commit": commit, "scale": scale.name, "machine": _machine()}
+        self.results: dict[str, Any] = {**head, "learning_rates": {}, "runs": {}}
+        if results.exists():
+            self.results = json.loads(results.read_text())
+            for name in ("commit", "scale"):
+                if self.results[name] != head[name]:
+                    raise ValueError(
+                        f"{results} has {name} {self.results[name]}, this is {head[name]}: runs of both are no pairs; train with "
+                        f"that one, or name another --results"
+                    )
+        self._lock = Lock()
+        self._shapes: dict[str, GPTConfig] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def tune(self, jobs: int) -> None:
+        """Search the learning rates, on seed 0."""
+        wanted = [(Cell(name, TUNING_BUDGET), rate) for name in TUNED for rate in RATES]
+        self._all([(cell, 0, rate) for cell, rate in wanted], jobs)
+        for name in TUNED:
+            losses = [self.results["runs"][self.key(Cell(name, TUNING_BUDGET), 0, rate)]["val_loss"] for rate in RATES]
+            self.results["learning_rates"][name] = best_rate(RATES, losses)
+        write_json(self.file, self.results)
+
+    def train(self, runs: Iterable[tuple[Cell, int]], jobs: int) -> None:
+        """Train the runs, each after those that it goes on from."""
+        self._all([(cell, seed, None) for cell, seed in runs], jobs)
+
+    def _all(self, runs: list[tuple[Cell, int, float | None]], jobs: int) -> None:
+        missing = [run for run in runs if self.key(*run) not in self.results["runs"]]
+        self._left, self._began, self._done = sum(map(self._cost, missing)), time.monotonic(), 0.0
+        pending: dict[str, Future[None]] = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for cell, seed, rate in missing:
+                    needed = [cell.trunk] if rate is None else []
+                    needed += [TEACHER] if cell.distilled else []
+                    before = [pending[key] for one in needed if one and (key := self.key(one, seed)) in pending]
+                    pending[self.key(cell, seed, rate)] = pool.submit(self._one, cell, seed, rate, before)
+                for one in pending.values():
+                    one.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def key(self, cell: Cell, seed: int, rate: float | None = None) -> str:
+        """Return the name of a run."""
+        return f"{cell.name}-seed{seed}" + (f"-lr{rate:g}" if rate is not None else "")
+
+    def _one(self, cell: Cell, seed: int, rate: float | None, before: list[Future[None]]) -> None:
+        for one in before:
+            one.result()
+        key = self.key(cell, seed, rate)
+        folder, learning_rate = self.folder / key, rate or self.learning_rate(cell.config)
+        settings = self.settings(cell, seed, learning_rate, is_branch=rate is None and cell.trunk is not None)
+        if cell.distilled:
+            settings["model"]["distiller"] = {
+                "class_path": "nlgmoe.OfflineTeacher",
+                "init_args": {"logits": str(self._logits(seed))},
+            }
+        if cell.distilled == "staged":
+            stage = {"class_path": "nlgmoe.StagedDistillation", "init_args": {"fraction": STAGED}}
+            settings["trainer"]["callbacks+"] = [stage]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+        files = [CONFIGS / "base.yaml", CONFIGS / f"{cell.config}.yaml", folder / "settings.yaml"]
+        command = ["train.py", "fit", *(part for file in files for part in ("--config", str(file)))]
+        command.append(f"--trainer.default_root_dir={folder}")
+        start = "auto"
+        if rate is None and cell.trunk is not None and not (folder / "checkpoints").exists():
+            steps = round(cell.budget * (1 - COOLDOWN) * self.scale.steps)
+            start = str(self.folder / self.key(cell.trunk, seed) / f"checkpoints/step-{steps}.ckpt")
+        self._call([*command, f"--ckpt_path={start}"], folder / "log.txt")
+        summary = json.loads((folder / "summary.json").read_text())
+        shape = self.shape(cell.config)
+        count = count_parameters(shape)
+        record = {
+            "val_loss": summary["val_loss"],
+            "bits_per_byte": summary["bits_per_byte"]["all"],
+            "seed": seed,
+            "learning_rate": learning_rate,
+            "tokens": summary["tokens"],
+            "tokens_per_active_parameter": summary["tokens"] / count.active,
+            "params_total": count.total,
+            "params_active": count.active,
+            "flops_per_token": flops_per_token(shape),
+            "seconds": summary["wall_seconds"],
+            "tokens_per_second": summary["tokens_per_second"],
+            "config_sha256": hashlib.sha256(
+                b"".join((self.tree / file).read_bytes() for file in files[:2])
+                + json.dumps({**settings["model"], **settings["data"]}, sort_keys=True, default=str).encode()
+            ).hexdigest(),
+        }
+        with self._lock:
+            self.results["runs"][key] = record
+            write_json(self.file, self.results)
+            self._done += self._cost((cell, seed, rate))
+            self._report(key, record)
+        if rate is not None or not self._is_needed(cell):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _call(self, command: list[str], log: Path) -> None:
+        if code := self._run(command, log, self.tree):
+            lines = log.read_text().rstrip().splitlines() if log.exists() else []
+            raise RuntimeError(f"{log.parent.name} ended with exit code {code}: {lines[-1] if lines else ''} ({log})")
+
+    def _logits(self, seed: int) -> Path:
+        """Return the teacher's recorded logits for the samples of a seed; record them if they are missing."""
+        with self._lock:  # one recording at a time
+            folder = self.folder / f"logits-seed{seed}"
+            if not folder.exists():
+                settings = self.folder / f"logits-seed{seed}.yaml"
+                settings.write_text(yaml.safe_dump(self.settings(Cell("student"), seed, 1e-3, False)))
+                files = [CONFIGS / "base.yaml", CONFIGS / "student.yaml", settings]
+                teacher = self.folder / self.key(TEACHER, seed)
+                samples = self.scale.steps * self.scale.step_tokens // self.shape("student").seq_len
+                self._call(
+                    ["-m", "nlgmoe", "distill-logits", *map(str, files), "--teacher", str(teacher), "--output", str(folder),
+                     "--samples", str(samples), "--top-k", "32"],
+                    self.folder / f"logits-seed{seed}.log",
+                )  # fmt: skip
+            return folder
+
+    def settings(self, cell: Cell, seed: int, rate: float, is_branch: bool) -> dict[str, Any]:
+        """Return what a run sets beside the files of configs/reproduce."""
+        tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
+        checkpoint = {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {
+                "filename": "step-{step}",
+                "auto_insert_metric_name": False,
+                "every_n_train_steps": round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps),
+                "save_top_k": -1,
+                "save_last": "link",
+                "enable_version_counter": False,
+            },
+        }
+        scale = self.scale.settings
+        return {
+            "model": {
+                **scale.get("model", {}),
+                "seed": seed,
+                "optimizer": {"lr": rate},
+                "train_tokens": tokens,
+                "schedule": {
+                    "warmup_tokens": self.scale.steps // 40 * self.scale.step_tokens,
+                    "decay_tokens": tokens,
+                    "cooldown_tokens": round(COOLDOWN * cell.budget * self.scale.steps) * self.scale.step_tokens,
+                },
+            },
+            "data": {**scale.get("data", {}), "seed": seed, "data_dir": str(ROOT / "data/pocket_pile")},
+            "trainer": {"callbacks": [checkpoint]},
+        }
+
+    def shape(self, config: str) -> GPTConfig:
+        """Return the model of a file."""
+        if config not in self._shapes:
+            override = self.scale.settings.get("model", {}).get("config", {})
+            options = {f"model__config__{name}": value for name, value in override.items()}
+            found = parse_config([ROOT / CONFIGS / "base.yaml", ROOT / CONFIGS / f"{config}.yaml"], **options)
+            self._shapes[config] = GPTConfig.from_dict(found["model"]["config"])
+        return self._shapes[config]
+
+    def learning_rate(self, config: str) -> float:
+        """Interpolate the learning rate: in the logarithm of experts, or of the width of a dense model."""
+        rates, shape = self.results["learning_rates"], self.shape(config)
+        if shape.moe is None:
+            wide = self.shape("dense_4x").hidden_size
+            narrow = self.shape("dense").hidden_size
+            share = math.log(shape.hidden_size / narrow) / math.log(wide / narrow) if wide != narrow else 0.0
+            return _between(rates["dense"], rates["dense_4x"], share)
+        counts = shape.moe.num_experts
+        experts = max(counts) if isinstance(counts, list) else counts
+        if experts <= 8:
+            return _between(rates["dense"], rates["moe_8"], math.log(experts) / math.log(8))
+        return _between(rates["moe_8"], rates["moe_32"], math.log(experts / 8) / math.log(4))
+
+    def _is_needed(self, cell: Cell) -> bool:
+        """Return True if others go on from this cell's checkpoints."""
+        return cell.budget == 1.0 and (
+            cell == TEACHER or cell.config in ("student", "dense", "moe_4", "moe_16", "moe_32")
+        )
+
+    def _cost(self, run: tuple[Cell, int, float | None]) -> float:
+        cell, _, rate = run
+        share = cell.budget * (COOLDOWN if rate is None and cell.trunk is not None else 1)
+        return share * self.scale.steps * self.scale.step_tokens * flops_per_token(self.shape(cell.config))
+
+    def _report(self, key: str, record: dict[str, Any]) -> None:
+        elapsed = time.monotonic() - self._began
+        left = elapsed / self._done * max(0.0, self._left - self._done)
+        print(
+            f"{time.strftime('%H:%M')} {key}: val_loss {record['val_loss']:.4f}, "
+            f"{record['tokens_per_second'] or 0:,.0f} tokens/s; {self._done / self._left:.0%}, about {left / 3600:.1f} h left",
+            flush=True,
+        )
+
+
+def best_rate(rates: Iterable[float], losses: Iterable[float]) -> float:
+    """Return the minimum of the parabola through three losses over log learning rate, within the rates."""
+    xs, ys = [math.log(rate) for rate in rates], list(losses)
+    (a, b, c), (ya, yb, yc) = xs, ys
+    curvature = ((yc - yb) / (c - b) - (yb - ya) / (b - a)) / (c - a)
+    if curvature <= 0:
+        return math.exp(xs[ys.index(min(ys))])
+    slope = (yb - ya) / (b - a) - curvature * (b - a)  # at a
+    return math.exp(min(max(a - slope / (2 * curvature), a), c))
+
+
+def _between(first: float, second: float, share: float) -> float:
+    return math.exp((1 - share) * math.log(first) + share * math.log(second))
+
+
+def _machine() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, one thread a run"

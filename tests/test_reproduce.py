@@ -1,0 +1,174 @@
+"""`make reproduce` at its smallest, and its verdicts on losses that were made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
+from benchmarks.reproduce.cells import CLAIMS, GROWTH, SEEDS_EQUAL, WIDER, Cell, runs_of
+from benchmarks.reproduce.tables import BEGIN, END, write
+from benchmarks.reproduce.verdicts import cost_at_equal_loss, verdicts
+from nlgmoe.cli.train import main as train
+from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.model.counting import count_parameters
+
+ROOT = Path(__file__).parents[1]
+
+
+class Here:
+    """Runs commands in this process; the first training run ends before its first step."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], log: Path, tree: Path) -> int:
+        self.commands.append(command)
+        if len(self.commands) == 1:
+            log.write_text("killed")
+            return 137
+        before = os.getcwd()
+        os.chdir(tree)
+        try:
+            train(command[1:]) if command[0] == "train.py" else nlgmoe(command[2:])
+        finally:
+            os.chdir(before)
+        return 0
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Path, tmp_path: Path) -> None:
+    results, here = tmp_path / "results.json", Here()
+
+    def campaign(commit: str = "abc") -> Campaign:
+        made = Campaign(tmp_path / "runs", results, commit, ROOT, TINY, here)
+        made.results["learning_rates"] = dict.fromkeys(("dense", "moe_8", "moe_32", "dense_4x"), 1e-2)
+        return made
+
+    cells = [
+        Cell("pr_moe"),
+        Cell("dense"),
+        Cell("dense", 0.5),
+        Cell("student", 1.0, "full"),
+        Cell("student", 0.25, "full"),
+    ]
+    runs = [(cell, 1) for cell in [*cells, Cell("student", 0.5, "staged")]]
+    with pytest.raises(RuntimeError, match="pr_moe@1-seed1 ended with exit code 137: killed"):
+        campaign().train(runs, 1)
+    campaign().train(runs, 1)
+    found = json.loads(results.read_text())["runs"]
+    assert [run["tokens"] for run in found.values()] == [640, 640, 320, 640, 160, 320]
+    assert all(run["val_loss"] > 0 and run["seed"] == 1 for run in found.values())
+    starts = [command[-1].partition("=")[2] for command in here.commands if command[0] == "train.py"]
+    assert [Path(start).name for start in starts] == ["auto"] * 3 + ["step-8.ckpt", "auto", "step-4.ckpt", "auto"]
+    assert sum("distill-logits" in command for command in here.commands) == 1
+    campaign().train(runs, 1)
+    assert len(here.commands) == 8
+    with pytest.raises(ValueError, match="has commit abc, this is def: runs of both are no pairs"):
+        campaign("def")
+    # A second run of a cell gives the same loss to the bit.
+    shutil.rmtree(tmp_path / "runs/dense@1-seed1")
+    again = json.loads(results.read_text())
+    del again["runs"]["dense@1-seed1"]
+    results.write_text(json.dumps(again))
+    campaign().train([(Cell("dense"), 1)], 1)
+    assert json.loads(results.read_text())["runs"]["dense@1-seed1"]["val_loss"] == found["dense@1-seed1"]["val_loss"]
+
+
+def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
+    campaign = Campaign(tmp_path, tmp_path / "results.json", "abc", ROOT, CPU)
+    names = {path.stem for path in (ROOT / CONFIGS).glob("*.yaml")} - {"base"}
+    assert names == {cell.config for claim in CLAIMS for cell in claim.cells} | {"moe_8"}
+    active = {name: count_parameters(campaign.shape(name)).active for name in names}
+    assert all(0.39e6 < active[name] < 0.41e6 for name in GROWTH)
+    tokens = CPU.steps * CPU.step_tokens
+    assert tokens / active["moe_16"] == pytest.approx(20, rel=0.03)
+    pyramid, standard = (count_parameters(campaign.shape(name)).total for name in ("pr_moe", "moe_32"))
+    assert 2 < standard / pyramid < 3
+
+
+def test_a_run_stands_after_those_that_it_goes_on_from() -> None:
+    runs = list(runs_of(CLAIMS))
+    assert len(set(runs)) == len(runs)
+    for place, (cell, seed) in enumerate(runs):
+        needed = [cell.trunk, Cell("pr_moe") if cell.distilled else None]
+        assert all(one is None or (one, seed) in runs[:place] for one in needed)
+
+
+def test_the_best_learning_rate_is_the_minimum_of_a_parabola() -> None:
+    rates = (1.0, 2.0, 4.0)
+    assert best_rate(rates, [(np.log(rate) - 0.9) ** 2 for rate in rates]) == pytest.approx(np.exp(0.9))
+    assert best_rate(rates, [3, 2, 1]) == 4.0 and best_rate(rates, [1, 2, 1.5]) == 1.0
+
+
+def made_up(**losses: float) -> dict[str, Any]:
+    """Results of eight seeds with noise that pairs share, and some that they do not."""
+    noise = np.random.default_rng(0)
+    shared = noise.normal(scale=0.1, size=9)
+    runs = {}
+    for number, (name, loss) in enumerate(losses.items()):
+        cell = Cell(name) if "@" not in name else Cell(*name.split("@"))  # type: ignore[arg-type]
+        for seed in SEEDS_EQUAL:
+            runs[f"{cell.name}-seed{seed}"] = {
+                "val_loss": loss + shared[seed] + noise.normal(scale=0.004), "seed": seed, "params_total": 1e6 / (1 + number),
+                "params_active": 1e5, "tokens_per_active_parameter": 20.0, "tokens_per_second": 100.0, "tokens": 8e6,
+                "flops_per_token": 2.0**number, "seconds": 3.0**number,
+            }  # fmt: skip
+    return {"commit": "abc", "machine": "m", "learning_rates": {"dense": 1e-3}, "runs": runs}
+
+
+def test_verdicts() -> None:
+    results = made_up(
+        dense=3.8,
+        moe_16=3.7,
+        moe_32=3.70,
+        pr_moe=3.705,
+        residual=3.8,
+        top_2=3.7,
+        first_half=3.7,
+        second_half=3.75,
+        capacity=3.72,
+    )
+    found = {verdict.number: verdict for verdict in verdicts(results)}
+    kinds = {number: verdict.verdict for number, verdict in found.items()}
+    assert kinds == {
+        1: "shown",
+        2: "not run",
+        3: "contradicted",
+        4: "contradicted",
+        5: "shown",
+        6: "not run",
+        7: "not shown",
+        8: "not run",
+    }
+    assert "would have been shown for equal means" in found[7].found
+    assert "8 pairs" in found[1].found and found[5].rows[2][0] == "pr_moe@1"
+
+
+def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
+    sizes = dict(zip(WIDER, (4.0, 3.9, 3.8, 3.7, 3.6), strict=True))  # 0.1 nats for each doubling of the cost
+    runs = made_up(**sizes, moe_16=3.75)["runs"]
+    for run in runs.values():
+        run["flops_per_token"] = 1.0 if run["flops_per_token"] == 32 else run["flops_per_token"]
+    found = cost_at_equal_loss(runs, "flops_per_token")
+    assert found is not None
+    ratio, low, high, largest = found
+    assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high and largest == pytest.approx(16)
+
+
+def test_the_page_gets_the_tables(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(made_up(dense=3.8, moe_16=3.7), page, tmp_path / "figure.png")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**shown**" in text
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    page.write_text("no place")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        write(made_up(dense=3.8), page, tmp_path / "figure.png")
