@@ -41,9 +41,10 @@ def _count_values(contents: Contents) -> str:
 
 
 def _describe_model(values: dict[str, Any]) -> list[str]:
-    """Describe the experts, and name parts from outside nlgmoe, which are not imported."""
+    """Describe the experts, and name parts that are not the paper's; those from outside nlgmoe are not imported."""
     moe = values["moe"] or {}
-    foreign = [f"moe.{name}={part['class_path']}" for name in PARTS if (part := moe.get(name))]
+    parts = {f"moe.{name}": str(part["class_path"]) for name in PARTS if (part := moe.get(name))}
+    unknown = ": its entries are not compared with the model"
     without_parts = {key: value for key, value in moe.items() if key not in PARTS} or None
     blocks: dict[int, list[str]] = {}
     for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(values | {"moe": without_parts})), 1):
@@ -52,5 +53,5 @@ def _describe_model(values: dict[str, Any]) -> list[str]:
     experts = "; ".join(f"{count} in block {', '.join(where)}" for count, where in blocks.items())
     return [
         f"experts    {experts or 'none: a dense model'}",
-        *(f"parts      {part}: its entries are not compared with the model" for part in foreign),
+        *(f"parts      {n}={path}{'' if path.startswith('nlgmoe.') else unknown}" for n, path in parts.items()),
     ]

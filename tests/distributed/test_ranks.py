@@ -17,8 +17,8 @@ import torch
 from hash_router import HashRouterConfig
 from swiglu_expert import SwiGLUExpert
 
+import nlgmoe
 from benchmarks.gpu_ranks import wrong
-from nlgmoe import FrozenTopK, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.monitoring.hardware import hardware
@@ -66,8 +66,8 @@ from tests.synthetic import SyntheticData
 
 DROPLESS = {"token_dropping": False}
 SHAPES = {"expert_interval": 1, "mlp_type": "residual", "expert_ffn_size": 48, "shared_ffn_size": 64}
-LEARNING = {"top_k": 2, "router": SigmoidTopK(0.01, sequence_loss_coeff=0.1), "expert": SwiGLUExpert(8)}
-SHARP = {"router": SoftmaxTopK(gate_scale=2.0, init_std=0.2), "mlp_type": "residual"}
+LEARNING = {"top_k": 2, "router": nlgmoe.SigmoidTopK(0.01, sequence_loss_coeff=0.1), "expert": SwiGLUExpert(8)}
+SHARP = {"router": nlgmoe.SoftmaxTopK(gate_scale=2.0, init_std=0.2), "mlp_type": "residual"}
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
 PYRAMID = [2, 4, 8]
 
@@ -97,17 +97,20 @@ CELLS: dict[int, list[Cell]] = {
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | SHAPES, network="swiglu", steps=5),
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}),
         Cell("router that learns from steps", 2, 2, moe=DROPLESS | LEARNING, accumulate=2),
+        Cell(
+            "hash router", 2, 2, moe={"router": nlgmoe.HashRouterConfig(), "mlp_type": "residual"}, padded=True, steps=5
+        ),
         Cell("scaled gate", 2, 2, moe=DROPLESS | SHARP, steps=5),
         Cell(
             "uniform router",
             2,
             2,
-            moe={"router": UniformRouterConfig(), "mlp_type": "residual"},
+            moe={"router": nlgmoe.UniformRouterConfig(), "mlp_type": "residual"},
             padded=True,
             documents=True,
             steps=5,
         ),
-        Cell("frozen router", 2, 2, moe=DROPLESS | {"router": FrozenTopK()}, checkpointing=True, steps=5),
+        Cell("frozen router", 2, 2, moe=DROPLESS | {"router": nlgmoe.FrozenTopK()}, checkpointing=True, steps=5),
         Cell("ddp, router that learns from steps", strategy="ddp", moe=DROPLESS | LEARNING, padded=True, steps=5),
     ],
     3: [Cell("six experts", 3, experts=6), Cell("4 and 6 experts", 3, 1, experts=[4, 6])],
@@ -281,7 +284,7 @@ def test_ranks_compute_what_one_process_computes(
         {name: files.read(name) for name in files.shapes if ".router." in name and not name.endswith("weight")}
         for files in (TensorFiles(end, "model") for end in ends)
     ]
-    has_state = isinstance(cell.moe.get("router"), HashRouterConfig | SigmoidTopK)
+    has_state = isinstance(cell.moe.get("router"), HashRouterConfig | nlgmoe.HashRouterConfig | nlgmoe.SigmoidTopK)
     assert buffers[0].keys() == buffers[1].keys() and bool(buffers[0]) == has_state
     assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     # Later steps amplify rounding where a gradient is nothing but rounding; moments as a whole stay close.

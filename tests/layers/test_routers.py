@@ -103,8 +103,8 @@ def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     config = model(moe, hidden_size=3, num_heads=1)
     router = GPT(config).blocks[1].moe.router.double()
     torch.nn.init.eye_(router.weight)
-    router.bias.copy_(torch.tensor([-0.5, 0.0, 0.0]))
-    x = torch.tensor([[logit(0.9), logit(0.6), logit(0.5)]], dtype=torch.float64)  # biased: 0.4, 0.6, 0.5
+    router.bias.copy_(torch.tensor([-0.5, 0.1, 0.0]))
+    x = torch.tensor([[logit(0.9), logit(0.6), logit(0.5)]], dtype=torch.float64)  # biased: 0.4, 0.7, 0.5
     routing = router(x)
     assert routing.expert.tolist() == [[1, 2]]
     expect(routing.weight, [[2.5 * 0.6 / 1.1, 2.5 * 0.5 / 1.1]])
@@ -246,7 +246,9 @@ class Run:
 
 
 @each
-def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) -> None:
+def test_a_run_learns_resumes_exactly_and_is_counted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start = GPT(model(MOES[name]), seed=MoEGPTModule(model(MOES[name])).seed).state_dict()
     whole = Run(name, tmp_path, 4).module
     half = Run(name, tmp_path, 2)
@@ -265,7 +267,10 @@ def test_a_run_learns_resumes_exactly_and_is_counted(name: str, tmp_path: Path) 
     counted = count_parameters(whole.config)
     assert (counted.total, counted.active) == whole.gpt.parameter_counts() and flops_per_token(whole.config) > 0
     nlgmoe(["inspect", str(tmp_path / "half.ckpt"), "--hardware=h100"])
-    with pytest.raises(ValueError, match=f"holds the paper's router alone, not {type(MOES[name].router).__name__}"):
+    nlgmoe(["verify", str(tmp_path / "half.ckpt")])
+    router = type(MOES[name].router)
+    assert f"moe.router={router.__module__}.{router.__name__}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"holds the paper's router alone, not {router.__name__}"):
         export(tmp_path / "half.ckpt", tmp_path / "export")
 
 
