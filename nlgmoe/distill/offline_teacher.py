@@ -43,6 +43,17 @@ class OfflineTeacher:
         self.teacher = teacher
         self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self._found: TeacherLogits | None = None
+        self._used: dict[
+            str, Any
+        ] = {}  # folder and recorded teacher, as in `MixtureOfStudents`; also in the resumed run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which teacher the run has learned from."""
+        return self._used
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep that teacher, unless `logits` is another folder now."""
+        self._used = state_dict
 
     def start(self, student: GPT, trainer: Trainer) -> None:
         """Open the folder, unless `loss_weight` is 0. A collective: all ranks call this.
@@ -65,6 +76,7 @@ class OfflineTeacher:
                 raise ValueError(f"model.distiller.logits={self.logits}: {error}") from error
             self._check(found.header, student.config)
             self._check_data(found.header, trainer)
+            self._check_used(found.header["teacher"])
         if self.teacher is not None:
             self._check_teacher(found.header, self.teacher)
         self._found = found
@@ -143,6 +155,19 @@ class OfflineTeacher:
                 f"{where} holds {header['samples']:,} samples, this run distils {needed:,}; record that many with --samples "
                 f"{needed}, or end distillation earlier with nlgmoe.StagedDistillation"
             )
+
+    def _check_used(self, teacher: dict[str, Any]) -> None:
+        """Check that a resumed run learns from the same weights, unless it is given another folder."""
+        before = self._used
+        if before and before.get("weights") != teacher["weights"]:
+            if before.get("setting") == self.logits:
+                raise ValueError(
+                    f"model.distiller.logits={self.logits} holds logits of {teacher['checkpoint']} now, this run has learned "
+                    f"from {before.get('checkpoint')}, of other weights; record that teacher's again, or rename the folder to "
+                    "change the teacher"
+                )
+            rank_zero_info(f"the teacher was {before.get('checkpoint')}, of other weights")
+        self._used = {"setting": self.logits, "checkpoint": teacher["checkpoint"], "weights": teacher["weights"]}
 
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
         """Check that the logits are of the weights of `teacher`. A collective: all ranks have to find the same checkpoint."""

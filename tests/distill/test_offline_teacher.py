@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
 from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_until
@@ -166,6 +168,22 @@ def test_a_run_goes_on_before_at_and_after_the_end(saved: int, logits: Path, tmp
     if saved >= 2:
         shutil.rmtree(copy)
     assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]
+
+
+def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, logits: Path, tmp_path: Path) -> None:
+    """A folder of the same name that another teacher was recorded in is refused; another folder is another teacher."""
+    folder, saved = tmp_path / "logits", tmp_path / "saved.ckpt"
+    shutil.copytree(logits, folder)
+    whole = fit(tmp_path, OfflineTeacher(str(folder), 1.0, 2.0), SaveAt(4, saved))
+    folder.rename(tmp_path / "moved")
+    again = fit(tmp_path, OfflineTeacher(str(tmp_path / "moved"), 1.0, 2.0), resume=saved)
+    assert again.losses == whole.losses[4:]
+    record(trained(replace(TEACHER, num_layers=2, moe=MoEConfig(2)), tmp_path / "other"), folder, top_k=8)
+    with pytest.raises(ValueError, match=r"holds logits of .*other.* now, this run has learned from "):
+        fit(tmp_path, OfflineTeacher(str(folder), 1.0, 2.0), resume=saved)
+    folder.rename(tmp_path / "others")
+    other = fit(tmp_path, OfflineTeacher(str(tmp_path / "others"), 1.0, 2.0), resume=saved)
+    assert other.losses != whole.losses[4:]
 
 
 def test_ranks_read_their_own_samples(logits: Path) -> None:
