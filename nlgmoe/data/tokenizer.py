@@ -47,6 +47,9 @@ class Tokenizer:
         # Files written after a use in `transformers` may have these, which would cut documents off.
         backend.no_truncation()
         backend.no_padding()
+        # No token is added to a text here, so none by an exported tokenizer either.
+        if backend.num_special_tokens_to_add(False):
+            backend.post_processor = None
         self._backend = backend
         self.name = name
         vocabulary = backend.get_vocab(with_added_tokens=True)

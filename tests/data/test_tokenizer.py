@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
 from nlgmoe.data.tokenizer import EOD, SAME_TOKENIZER, Tokenizer, load_tokenizer, train_byte_level_bpe
 
@@ -49,6 +49,14 @@ def test_folder_in_both_layouts(tmp_path: Path) -> None:
     one, two = (load_tokenizer(str(tmp_path / name), tmp_path) for name in ("one", "two"))
     assert one.encode("lowest low") == two.encode("lowest low") and one.eod_id == two.eod_id
     assert one.vocab_size == two.vocab_size == len(json.loads((tmp_path / "two" / "vocab.json").read_text()))
+
+
+def test_a_tokenizer_that_others_read_adds_no_token_either() -> None:
+    """As many published ones, it would begin every text with a special token."""
+    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
+    backend.post_processor = processors.TemplateProcessing(single=f"{EOD} $A", special_tokens=[(EOD, 0)])
+    tokenizer = Tokenizer(backend, "begins texts")
+    assert tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("lowest").ids == tokenizer.encode("lowest")
 
 
 def test_a_tokenizer_reproduces_its_own_ids_and_not_a_smaller_ones() -> None:
