@@ -37,6 +37,14 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     assert log(tmp_path, {"loss": 0.5}).split() == ["loss,step", "2.0,0", "0.5,0"]
 
 
+def test_a_validation_is_written_again_once_a_resumed_run_has_trained(tmp_path: Path) -> None:
+    """Reports discard the earlier branch, so the later one needs rows of its own."""
+    steps: tuple[dict[str, float], ...] = ({"val/loss": 3.0}, {"train/loss": 2.0}, {"val/loss": 1.0})
+    for rows in (steps, steps):
+        text = log(tmp_path, *rows)
+    assert text.split()[1:] == ["0,,3.0", "1,2.0,", "2,,1.0", "1,2.0,", "2,,1.0"]
+
+
 def test_rows_of_a_run_folder_survive_a_logger_that_would_delete_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

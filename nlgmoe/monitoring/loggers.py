@@ -101,9 +101,11 @@ class _AppendingWriter(ExperimentWriter):
 
     @override
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Record a row, unless a resumed run has repeated its validation."""
+        """Record a row, unless a resumed run has repeated its validation, which it does before it trains."""
         if (str(step), str(metrics_dict.get("val/loss"))) not in self._validated:
             super().log_metrics(metrics_dict, step)
+        if "train/loss" in metrics_dict:
+            self._validated.clear()
 
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -43,6 +43,14 @@ def test_repeated_steps_count_once_and_validation_comes_after_its_step(tmp_path:
     assert clock_values(run) == {"steps": [0, 1, 2, 3], "tokens": [0, 10, 20, 30], "seconds": [1, 1, 2, 3.5]}
 
 
+def test_a_run_that_goes_back_leaves_nothing_of_its_earlier_branch(tmp_path: Path) -> None:
+    """From step 2 it goes on without validations and without a teacher."""
+    rows = "0,8,1,\n1,7,1,\n1,,,7.5\n3,6,1,\n3,,,6.5\n5,5,1,\n5,,,5.5\n2,6,,\n"
+    file = folder(tmp_path / "a", metrics__csv="step,train/loss,teacher,val/loss\n" + rows) / "metrics.csv"
+    steps = {name: series.steps.tolist() for name, series in read_metrics(file).items()}
+    assert steps == {"train/loss": [0, 1, 2], "teacher": [0, 1], "val/loss": [2]}
+
+
 def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
     series = Series(np.arange(5.0), np.array([1, 3, np.nan, 5, 9])).thinned(3)
     assert series.steps.tolist() == [0.5, 2.5, 4]

@@ -46,23 +46,28 @@ class Series:
 def read_metrics(path: Path) -> dict[str, Series]:
     """Read every column of `metrics.csv`; a missing file is empty.
 
-    If a resumed run has repeated steps, the last row of a step counts, and earlier rows from that step on are discarded, as is
-    an incomplete row.
+    The last row of a step counts. Where a resumed run goes back, all earlier rows of later steps are discarded, also of columns
+    that it does not log any more. An incomplete row is discarded.
     """
     columns: dict[str, list[tuple[float, float]]] = {}
     for row in _rows(path):
         step = _number(row.get("step"))
         if step is None or not np.isfinite(step):
             continue
-        for name, text in row.items():
-            value = _number(text)
-            if value is None or name in ("step", "epoch"):
-                continue
-            taken = step + name.startswith(AFTER_STEP)
+        cells = {
+            name: (step + name.startswith(AFTER_STEP), value)
+            for name, text in row.items()
+            if (value := _number(text)) is not None and name not in ("step", "epoch")
+        }
+        if any(name in columns and columns[name][-1][0] > taken for name, (taken, _) in cells.items()):
+            for name, rows in columns.items():
+                columns[name] = [one for one in rows if one[0] <= step + name.startswith(AFTER_STEP)]
+            columns = {name: rows for name, rows in columns.items() if rows}
+        for name, cell in cells.items():
             rows = columns.setdefault(name, [])
-            while rows and rows[-1][0] >= taken:
+            if rows and rows[-1][0] == cell[0]:
                 rows.pop()
-            rows.append((taken, value))
+            rows.append(cell)
     return {name: Series(*(np.array(values) for values in zip(*rows, strict=True))) for name, rows in columns.items()}
 
 
