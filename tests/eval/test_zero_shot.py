@@ -76,6 +76,14 @@ def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path
     assert set(results["n-shot"].values()) == {1}
 
 
+def test_a_task_that_keeps_0_examples_is_named(tmp_path: Path) -> None:
+    """So do lm-eval's of chat models."""
+    folder = write_tasks(tmp_path)
+    (folder / "tiny_word.yaml").write_text((folder / "tiny_word.yaml").read_text() + "num_fewshot: 0\n")
+    with pytest.warns(UserWarning, match="num_fewshot=1 does not count for task tiny_word: its YAML sets 0 examples"):
+        Tasks(["tiny_word"], include_path=folder, num_fewshot=1).load("tiny_word")
+
+
 def test_a_local_file_counts_for_groups_and_tags_and_is_read_anew(tmp_path: Path) -> None:
     """Of two tasks one has documents in the folder; these change, the file's size and time do not."""
     (tmp_path / "data").mkdir()

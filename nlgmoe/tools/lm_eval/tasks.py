@@ -14,6 +14,7 @@ from unittest import mock
 
 import datasets
 import huggingface_hub
+from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.files import sha256_of
 from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager, load_yaml
@@ -98,12 +99,16 @@ class Tasks:
             raise ValueError(
                 f"task {name}: {_without_documents('TASK' if group else name, source, self._data_dir, error)}"
             ) from error
-        for task in loaded["tasks"].values():
-            # A task that sets 0 examples keeps 0, as in lm-eval's own command.
-            if self.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        for each, task in loaded["tasks"].items():
+            given = task.get_config("num_fewshot")
+            if self.num_fewshot is not None and given != 0:
                 task.set_config(key="num_fewshot", value=self.num_fewshot)
-            elif task.get_config("num_fewshot") is None:
+            elif given is None:
                 task.set_config(key="num_fewshot", value=0)
+            elif self.num_fewshot:  # as in lm-eval's own command
+                rank_zero_warn(
+                    f"num_fewshot={self.num_fewshot} does not count for task {each}: its YAML sets 0 examples"
+                )
         return loaded
 
 
