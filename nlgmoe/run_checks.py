@@ -8,9 +8,19 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.batch import HasLargestBatch, HasTokenByteLengths
@@ -18,6 +28,7 @@ from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import missing_compiler, total_memory
+from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.least_memory import check_fits
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 
@@ -25,10 +36,41 @@ FSDP_REFUSED = (
     "divides the weights, which gradient norms, named optimizer groups and checkpoints here do not support; use "
     "nlgmoe.ExpertParallelStrategy, whose stage 2 divides optimizer states and gradients, or ddp"
 )
+DEEPSPEED_REFUSED = (
+    "is Lightning's plain DeepSpeed, which knows no experts, and whose gradients and checkpoints nothing here reads; write "
+    "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}"
+)
+_CALLBACKS_REFUSED = {
+    GradientAccumulationScheduler: "counts epochs, and changes data.global_batch_size's batch; use data.batch_ramp_up",
+    StochasticWeightAveraging: "counts epochs, which never end here; remove it",
+    WeightAveraging: "replaces the weights at the end, so that a run would not go on as it was; remove it",
+    LearningRateFinder: "sets the learning rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
+    BatchSizeFinder: "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size",
+    ModelPruning: "renames the parameters, which no checkpoint would then hold; remove it",
+}
+
+
+def callback_refused(callback: Callback) -> str | None:
+    """Return why no run here can have `callback`; None if it can."""
+    for kind, reason in _CALLBACKS_REFUSED.items():
+        if isinstance(callback, kind):
+            return reason
+    if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
+        intervals = {
+            "every_n_train_steps": callback._every_n_train_steps or None,
+            "train_time_interval": callback._train_time_interval,
+        }
+        for name, value in intervals.items():
+            if value is not None:
+                return (
+                    f"has {name}={value}, where monitor={callback.monitor} is of an earlier step; leave {name} out: it then "
+                    "saves after validations"
+                )
+    return None
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
-    """Check strategy and precision, and make the portable checkpoint the trainer's format.
+    """Check strategy, precision and callbacks, and make the portable checkpoint the trainer's format.
 
     Raises:
         ValueError: one of them is not supported.
@@ -36,6 +78,11 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
         raise AllRanksError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
+    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PlacesExperts):
+        raise AllRanksError(f"trainer.strategy={type(strategy).__name__} {DEEPSPEED_REFUSED}")
+    for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
+        if why := callback_refused(callback):
+            raise AllRanksError(f"trainer.callbacks: {type(callback).__name__} {why}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
         raise AllRanksError(

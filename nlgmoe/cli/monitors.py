@@ -23,24 +23,23 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
         ValueError: a callback waits for what is never logged.
     """
     packages = {type(callback).__module__.split(".")[0] for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    if type(module) is not MoEGPTModule or packages - {"nlgmoe", "lightning"}:
-        return
-    names = logged_names(trainer, module)
+    known = type(module) is MoEGPTModule and not packages - {"nlgmoe", "lightning"}
+    names = logged_names(trainer, module) if known else set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor is None:
             continue
-        if callback.monitor in names:
-            if callback.monitor.startswith("val/") and not isinstance(trainer.val_check_interval, int):
-                rank_zero_warn(
-                    f"{type(callback).__name__}.monitor={callback.monitor} comes at the end of the run only; set "
-                    "trainer.val_check_interval to validate before"
-                )
-            continue
-        known = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
-        raise ValueError(
-            f"trainer.callbacks: {type(callback).__name__}.monitor={callback.monitor} is not logged by this run"
-            f"{did_you_mean(str(callback.monitor), names) or '.'} It logs {known}"
-        )
+        if known and callback.monitor not in names:
+            listed = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__}.monitor={callback.monitor} is not logged by this run"
+                f"{did_you_mean(str(callback.monitor), names) or '.'} It logs {listed}"
+            )
+        after_validation = isinstance(callback, EarlyStopping) or callback._every_n_epochs > 0
+        if after_validation and not isinstance(trainer.val_check_interval, int):
+            rank_zero_warn(
+                f"{type(callback).__name__}.monitor={callback.monitor} is read after a validation, and that comes at the end of "
+                "the run only; set trainer.val_check_interval to validate before"
+            )
 
 
 def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:

@@ -129,7 +129,7 @@ class TrainCLI(LightningCLI):
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
         with parser.blaming_settings():
-            check_trainer(config["trainer"], has_experts=config["model"]["config"]["moe"] is not None)
+            check_trainer(config["trainer"])
         if replaced := parser.replaced_classes("trainer.callbacks"):
             rank_zero_warn(
                 f"a later trainer.callbacks takes the place of the earlier one, without {', '.join(replaced)}; write "

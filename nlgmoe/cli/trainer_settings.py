@@ -6,41 +6,21 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.processes import check_processes
-from nlgmoe.run_checks import FSDP_REFUSED
+from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, callback_refused
 
-_REFUSED = {
-    GradientAccumulationScheduler: "counts epochs, and changes data.global_batch_size's batch; use data.batch_ramp_up",
-    StochasticWeightAveraging: "counts epochs, which never end here; remove it",
-    WeightAveraging: "replaces the weights at the end, so that a run would not go on as it was; remove it",
-    LearningRateFinder: "sets the learning rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
-    BatchSizeFinder: "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size",
-    ModelPruning: "renames the parameters, which no checkpoint would then hold; remove it",
-}
 _UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
 
-def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
+def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Check the `trainer` section.
 
     Args:
         trainer: setting -> value, as parsed.
-        has_experts: whether the model has MoE layers.
 
     Raises:
         ValueError: a setting is out of its range, or does not go with another; the message says what to write.
@@ -52,7 +32,7 @@ def check_trainer(trainer: Mapping[str, Any], has_experts: bool) -> None:
     _check_epochs(trainer)
     _check_fractions(trainer)
     _check_validation(trainer)
-    _check_strategy(trainer, has_experts)
+    _check_strategy(trainer)
 
 
 def check_machine(trainer: Mapping[str, Any]) -> None:
@@ -123,8 +103,10 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
     """
     states: set[str] = set()
     for one in callbacks:
-        why = next((reason for kind, reason in _REFUSED.items() if isinstance(one, kind)), None)
-        if isinstance(one, EarlyStopping) and one._check_on_train_epoch_end:
+        why = callback_refused(one)
+        if isinstance(one, EarlyStopping) and limit_val_batches == 0:
+            why = "looks after validations, which trainer.limit_val_batches=0 turns off; remove one of the two"
+        elif isinstance(one, EarlyStopping) and one._check_on_train_epoch_end:
             why = "has check_on_train_epoch_end=true, and the epoch is the whole run; leave it out"
         elif isinstance(one, ModelCheckpoint) and one.monitor and one._every_n_epochs and one._save_on_train_epoch_end:
             why = (
@@ -185,7 +167,7 @@ def _check_validation(trainer: Mapping[str, Any]) -> None:
     _require(not contradiction, "enable_checkpointing", trainer["enable_checkpointing"], why)
 
 
-def _check_strategy(trainer: Mapping[str, Any], has_experts: bool) -> None:
+def _check_strategy(trainer: Mapping[str, Any]) -> None:
     strategy = trainer["strategy"]
     shown = strategy if isinstance(strategy, str) else _class_name(strategy)
     _require(
@@ -194,11 +176,7 @@ def _check_strategy(trainer: Mapping[str, Any], has_experts: bool) -> None:
     fsdp = shown.startswith("fsdp") or shown.endswith(("FSDPStrategy", "ModelParallelStrategy"))
     _require(not fsdp, "strategy", shown, FSDP_REFUSED)
     plain = shown.startswith("deepspeed") or shown.endswith("DeepSpeedStrategy")
-    why = (
-        "is Lightning's plain DeepSpeed, which knows no experts; write "
-        "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2, expert_parallel_size: 8}}"
-    )
-    _require(not (plain and has_experts), "strategy", shown, why)
+    _require(not plain, "strategy", shown, DEEPSPEED_REFUSED)
 
 
 def _number(devices: Any) -> int:

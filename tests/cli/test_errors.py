@@ -448,6 +448,16 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
                 "has a monitor and save_on_train_epoch_end=true, and the epoch is the whole run",
             ),
             ("EarlyStopping", "monitor: val/loss, check_on_train_epoch_end: true", "has check_on_train_epoch_end=true"),
+            (
+                "ModelCheckpoint",
+                "monitor: val/loss, every_n_train_steps: 5",
+                "has every_n_train_steps=5, where monitor=val/loss is of an earlier step; leave every_n_train_steps out",
+            ),
+            (
+                "ModelCheckpoint",
+                "monitor: val/loss, every_n_train_steps: null, train_time_interval: '01:00:00'",
+                "has train_time_interval=1:00:00, where monitor=val/loss is of an earlier step",
+            ),
             ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
             ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
             ("LearningRateFinder", "", "sets the learning rate of one optimizer group"),
@@ -464,6 +474,12 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
             "trainer: {limit_val_batches: 0, callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: null}}]}"
         ),
         "trainer.callbacks: ModelCheckpoint saves after validations, which trainer.limit_val_batches=0 turns off",
+    ),
+    "callback: EarlyStopping without validation": (
+        file(
+            "trainer: {limit_val_batches: 0, callbacks: [{class_path: EarlyStopping, init_args: {monitor: train/loss}}]}"
+        ),
+        "trainer.callbacks: EarlyStopping looks after validations, which trainer.limit_val_batches=0 turns off",
     ),
     "two callbacks that are alike": (
         file(
@@ -495,8 +511,8 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "trainer.accelerator=gpu but PyTorch finds no GPU here",
     ),
     "checkpoints off and on": (flag("--trainer.enable_checkpointing=false"), "does not go with the ModelCheckpoint"),
-    "plain DeepSpeed with experts": (
-        flag("--trainer.strategy=deepspeed_stage_2"),
+    "plain DeepSpeed": (
+        file("{model: {config: {moe: null}}, trainer: {strategy: deepspeed_stage_2}}"),
         "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {",
     ),
     "FSDP": (flag("--trainer.strategy=fsdp"), "trainer.strategy=fsdp divides the weights, which gradient norms, named"),
@@ -715,7 +731,7 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
         "max_new_tokens=16 do not fit seq_len=16; lower max_new_tokens",
     ),
     "monitor that is never logged": (
-        file(CALLBACK.format("ModelCheckpoint", "monitor: val/los, filename: best")),
+        file(CALLBACK.format("ModelCheckpoint", "every_n_train_steps: null, monitor: val/los, filename: best")),
         "trainer.callbacks: ModelCheckpoint.monitor=val/los is not logged by this run; did you mean val/loss? It logs epoch, ",
     ),
     "micro-batch that no machine holds": (
