@@ -55,7 +55,13 @@ def truncate(batch: Batch, length: int) -> Batch:
 
 @runtime_checkable
 class TracksSamples(Protocol):
-    """A data module that can resume: it counts the samples trained on."""
+    """A data module that can resume: it counts the samples trained on.
+
+    Attributes:
+        samples_consumed: over all ranks.
+    """
+
+    samples_consumed: int
 
     def advance(self, samples: int) -> None:
         """Count `samples` more, over all ranks."""

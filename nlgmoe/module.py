@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
+from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
@@ -236,12 +237,27 @@ class MoEGPTModule(GPTModule):
         self._step_samples = samples
 
     @override
+    def on_fit_start(self) -> None:
+        """Train in training mode: a validation that was interrupted has left evaluation mode."""
+        self.train()
+
+    @override
     def on_train_start(self) -> None:
         """Begin the first accumulation window.
 
         Optimizer settings are the configuration's, not the checkpoint's: a change takes effect on resume. A run that is
         resumed at its end is validated once more.
+
+        Raises:
+            ValueError: a new run was given a module or data of an earlier one.
         """
+        data = getattr(self.trainer, "datamodule", None)
+        samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
+        if self.trainer.ckpt_path is None and (self.tokens_seen or samples):
+            raise AllRanksError(
+                f"a new run cannot begin with a module that has seen {self.tokens_seen} tokens or data at sample {samples}: "
+                "make both anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
+            )
         end, stopper = None, stopped_early(self.trainer)
         if self._given_max_steps is not None:
             self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps
@@ -289,9 +305,12 @@ class MoEGPTModule(GPTModule):
             self.distiller.release()
 
     @override
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Log at the step's number, which Lightning loses over a restart."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+    def on_validation_start(self) -> None:
+        """Log at the number of the step before, also where a resumed run begins with a validation."""
+        trainer = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = trainer.global_step - (not loop._should_accumulate())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -334,6 +353,8 @@ class MoEGPTModule(GPTModule):
             follow_moved_folder(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
+        else:  # log where training logs a validation of this step
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)
         if fits and "loops" in checkpoint:
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
             self.validated_step = step if validated else 0

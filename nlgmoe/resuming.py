@@ -57,8 +57,7 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
         counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
     for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
         counts |= {"ready": int(not validated), "started": int(not validated), "processed": 0, "completed": 0}
-    # A validation logs at one less than the steps taken; resuming adds one.
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 2
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # resuming adds one
 
 
 def was_validated(checkpoint: dict[str, Any]) -> bool:
@@ -78,7 +77,6 @@ def validate_now(trainer: Trainer, again: bool) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         kept = [one for one in callbacks if not (again and isinstance(one, EarlyStopping))]
         trainer.callbacks = kept  # type: ignore[attr-defined]
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step - 1  # where the training loop logs it
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True

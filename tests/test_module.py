@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -246,6 +246,36 @@ def test_test_and_predict(tmp_path: Path) -> None:
     predicted = torch.cat(run.predict(module, data))
     assert predicted.shape == (12, 16)
     assert predicted.mean().item() == pytest.approx(validated["val/loss"], rel=1e-5)
+
+
+def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=4)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    logger = CSVLogger(tmp_path, name="", version="")
+    again = trainer(tmp_path, logger=logger, limit_val_batches=1.0)
+    again.validate(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3"]  # as training logs it, from 0
+
+
+def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None:
+    module, data = MoEGPTModule(CONFIG), SyntheticData()
+    trainer(tmp_path, max_steps=1).fit(module, data)
+    for again in ((module, SyntheticData()), (MoEGPTModule(CONFIG), data)):
+        with pytest.raises(ValueError, match="make both anew, or resume the earlier run"):
+            trainer(tmp_path, max_steps=1).fit(*again)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [GradientAccumulationScheduler({0: 2}), ModelCheckpoint(monitor="val/loss", every_n_train_steps=2)],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callback, max_steps=1, enable_checkpointing=True)
+    with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} "):
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class RunSummary(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums."""
-        self._losses.extend(state_dict["losses"])
+        self._losses = deque(state_dict["losses"], maxlen=self._losses.maxlen)
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
         self._fed_tokens = state_dict["fed_tokens"]

@@ -56,6 +56,7 @@ class RunFolder(SaveConfigCallback):
             ValueError: the folder holds another run, or a callback monitors what is never logged.
         """
         assert isinstance(pl_module, MoEGPTModule)
+        self.already_saved = False  # each fit of a notebook is a start
         check_monitors(trainer, pl_module)
         if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
             refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path, checkpoint_folders(trainer))

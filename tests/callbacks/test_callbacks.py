@@ -4,10 +4,12 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
@@ -74,6 +76,33 @@ def test_the_summary_has_the_validation_loss_and_continues_when_resumed(tmp_path
     assert set(summary["bits_per_byte"]) == {"all", "even", "odd"}
     assert len(second._losses) == 4  # three of the first part, one of the second
     assert second._fed_tokens == summary["tokens"]
+
+
+def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    def run(*callbacks: Callback) -> tuple[Trainer, MoEGPTModule, SyntheticData]:
+        validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+        return trainer(tmp_path, *callbacks, max_steps=6, **validation), MoEGPTModule(CONFIG), SyntheticData()
+
+    def interrupt(*_: Any) -> None:
+        if len(steps) == 4:
+            raise ValueError("interrupted")
+
+    steps: list[tuple[int, int]] = []
+    look = LambdaCallback(
+        on_train_batch_start=lambda trainer, *_: steps.append(
+            (trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        ),
+        on_validation_start=interrupt,
+    )
+    undisturbed, summary = RunSummary(), RunSummary()
+    whole, *parts = run(undisturbed)
+    whole.fit(*parts)
+    part, *parts = run(look, summary, SaveAt(3, tmp_path / "a.ckpt"))
+    with pytest.raises(ValueError, match="interrupted"):
+        part.fit(*parts)
+    part.fit(*parts, ckpt_path=tmp_path / "a.ckpt")
+    assert list(summary._losses) == pytest.approx(list(undisturbed._losses), rel=1e-6)  # in training mode, each once
+    assert steps == [(step, step) for step in (0, 1, 2, 3, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("limit", [1, 1.0])

@@ -143,3 +143,8 @@ def test_load_config_overrides_settings_and_keeps_runs_apart(pocket_pile: Path, 
     second = experiment()
     with pytest.raises(ValueError, match="holds a run already"):
         second.trainer.fit(second.module, second.data)
+
+    first.module.train_tokens = 400
+    first.trainer.fit(first.module, first.data, ckpt_path=tmp_path / "run")
+    starts = json.loads((tmp_path / "run" / "starts.json").read_text())
+    assert [start["step"] for start in starts] == [0, 2]  # a second fit of the same trainer is a start too
