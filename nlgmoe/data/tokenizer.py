@@ -50,6 +50,8 @@ class Tokenizer:
         # No token is added to a text here, so none by an exported tokenizer either.
         if backend.num_special_tokens_to_add(False):
             backend.post_processor = None
+        if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
+            backend.model.dropout = None
         self._backend = backend
         self.name = name
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -61,14 +63,16 @@ class Tokenizer:
             )
         self.eod_id: int = vocabulary[found[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
-        ids = self.encode(PROBE)
-        # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
-        faithful = self.decode(ids) == PROBE and int(self.token_bytes[ids].sum()) == len(PROBE.encode())
-        if not faithful or self.eod_id in ids:
-            raise ValueError(
-                f"Tokenizer {name!r} does not reproduce every text: {PROBE!r} came back as {self.decode(ids)!r}. "
-                "Set `tokenizer` to a byte-level BPE without normaliser and prefix space."
-            )
+        for text in (PROBE, *(f"a {added.content} b" for added in backend.get_added_tokens_decoder().values())):
+            ids = self.encode(text)
+            # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
+            faithful = self.decode(ids) == text and int(self.token_bytes[ids].sum()) == len(text.encode())
+            if not faithful or self.eod_id in ids:
+                raise ValueError(
+                    f"Tokenizer {name!r} does not reproduce every text: {text!r} came back as {self.decode(ids)!r}. "
+                    "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
+                    "whose end-of-document token is special."
+                )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end-of-document token."""

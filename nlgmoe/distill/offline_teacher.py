@@ -43,9 +43,7 @@ class OfflineTeacher:
         self.teacher = teacher
         self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
         self._found: TeacherLogits | None = None
-        self._used: dict[
-            str, Any
-        ] = {}  # folder and recorded teacher, as in `MixtureOfStudents`; also in the resumed run
+        self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights`, as in `MixtureOfStudents`
 
     def state_dict(self) -> dict[str, Any]:
         """Return which teacher the run has learned from."""

@@ -59,6 +59,25 @@ def test_a_tokenizer_that_others_read_adds_no_token_either() -> None:
     assert tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("lowest").ids == tokenizer.encode("lowest")
 
 
+def test_dropout_is_off() -> None:
+    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
+    plain = Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), "plain")
+    backend.model.dropout = 0.9
+    random = Tokenizer(backend, "random")
+    assert random.encode("low lowest") == plain.encode("low lowest") and random.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(("content", "settings"), [("<sep>", {"lstrip": True}), ("</s>", {"special": False})])
+def test_added_tokens_that_change_text_are_refused(content: str, settings: dict[str, bool]) -> None:
+    """Text would lose its spaces, or end a document where it strikes something out."""
+    backend = json.loads(train_byte_level_bpe(iter(["low lower lowest"] * 9), 300).to_str().replace(EOD, "</s>"))
+    usual = {"id": 300, "content": "<sep>", "special": False, "single_word": False, "lstrip": False, "rstrip": False}
+    added = [backend["added_tokens"][0], usual | {"normalized": False}]
+    backend["added_tokens"] = [one | settings if one["content"] == content else one for one in added]
+    with pytest.raises(ValueError, match="does not reproduce every text: "):
+        Tokenizer.from_json(json.dumps(backend), "changes text")
+
+
 def test_a_tokenizer_reproduces_its_own_ids_and_not_a_smaller_ones() -> None:
     texts = ["low lower lowest", "new newer newest", "slow slower slowest"] * 9
     few, many = (Tokenizer(train_byte_level_bpe(iter(texts), size), "small") for size in (262, 300))
