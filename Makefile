@@ -89,6 +89,7 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m benchmarks.routers
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.blend

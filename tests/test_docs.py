@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ LABORATORY = re.split(r"^    (?=model:$)", (ROOT / "docs/laboratory.md").read_te
 
 @pytest.mark.parametrize("part", LABORATORY, ids=lambda part: " ".join(part.split()[2:4]))
 def test_a_recipe_of_the_laboratory_is_a_model_that_computes(part: str, tmp_path: Path) -> None:
-    text = "".join(line for line in part.splitlines(keepends=True)[1:] if line.startswith("     "))
+    text = "".join(takewhile(lambda line: line.startswith("     "), part.splitlines(keepends=True)[1:]))
     (tmp_path / "recipe.yaml").write_text("    model:\n" + text)
     files, quiet = [ROOT / "configs/moe/laptop.yaml", tmp_path / "recipe.yaml"], {"trainer__logger": False}
     before, config = (load_config(some, **quiet).module.config for some in (files[0], files))

@@ -17,7 +17,7 @@ import nlgmoe
 from notebooks.execute import FOLDER, parameters_cell, run, with_parameters
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-THIRD_PARTY = {"matplotlib", "numpy", "pandas", "torch"}
+THIRD_PARTY = {"IPython", "interventions", "matplotlib", "numpy", "pandas", "torch"}
 TINY = {
     "model__config__num_layers": 2,
     "model__config__moe__num_experts": [4],
@@ -30,6 +30,7 @@ TINY = {
     "trainer__enable_progress_bar": False,
 }
 DEEPER = TINY | {"model__config__num_layers": 4, "model__config__moe__num_experts": [2, 4]}
+SIX_LAYERS = {name: value for name, value in TINY.items() if "num_layers" not in name and "num_experts" not in name}
 
 
 def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
     if name == "02_routing":  # its configuration's last callback writes samples
         settings = DEEPER | {"trainer__callbacks": []}
         return values | {"RUN": str(runs / "routing"), "SETTINGS": settings, "WINDOWS": 4}
+    if name == "04_laboratory":
+        return values | {"RUNS": str(runs / "laboratory"), "WINDOWS": 4, "SETTINGS": SIX_LAYERS}
     students = {"RUNS": str(runs / "students"), "TEACHER_TOKENS": 512, "WINDOWS": 4}
     return values | students | {"TEACHER_SETTINGS": DEEPER, "SETTINGS": TINY}
 

@@ -5,8 +5,8 @@
     python -m benchmarks.reproduce --scale tiny                 twenty steps a run, into a temporary folder
     python -m benchmarks.reproduce --scale gpu                  estimate the hours of the paper's smaller models
 
-One commit's code trains all runs, in a worktree below --out: the commit in --results, or HEAD for new results. It can be stopped at any
-time and started again.
+One commit's code trains all runs, in a worktree below --out: the commit in --results, or HEAD for new results. It can be stopped
+at any time and started again.
 """
 
 from __future__ import annotations

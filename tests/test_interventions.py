@@ -1,0 +1,58 @@
+"""The recipes for changed routings, against models that are changed in the same way by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interventions import around, intervened, replay, without
+from torch import Tensor
+
+from nlgmoe import GPT, GPTConfig, MoEConfig
+
+TOKENS = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def model_of(top_k: int) -> GPT:
+    return GPT(GPTConfig(61, 16, 2, 16, 2, init_std=0.3, moe=MoEConfig(4, top_k=top_k))).eval()
+
+
+@torch.no_grad()
+def logits(model: GPT) -> Tensor:
+    return model.logits(model(TOKENS).hidden)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_an_expert_that_is_off_is_one_that_returns_zero(top_k: int) -> None:
+    model, before = model_of(top_k), logits(model_of(top_k))
+    with intervened(model, 1, without(2)):
+        off = logits(model)
+    assert torch.equal(logits(model), before), "the hook is still there"
+    experts = model.blocks[1].moe.experts
+    with torch.no_grad():
+        experts.project_weight[2], experts.project_bias[2] = 0, 0
+    torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)
+    assert (off - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None:
+    model = model_of(top_k)
+    with torch.no_grad():
+        chosen = model(TOKENS).routings[0].probs
+    with intervened(model, 1, around(2)), torch.no_grad():
+        routing = model(TOKENS).routings[0]
+    assert not (routing.expert == 2).any()
+    rest = chosen.index_fill(1, torch.tensor([2]), 0)
+    assert torch.equal(routing.expert, rest.topk(top_k, dim=1).indices)
+    if top_k == 2:
+        torch.testing.assert_close(routing.weight.sum(dim=1), torch.ones(len(chosen)))
+
+
+def test_a_replayed_routing_does_not_depend_on_the_router() -> None:
+    model, before = model_of(1), logits(model_of(1))
+    with torch.no_grad():
+        recorded = model(TOKENS).routings[0]
+        model.blocks[1].moe.router.weight.neg_()
+    assert not torch.equal(logits(model), before)
+    with intervened(model, 1, replay(recorded)):
+        assert torch.equal(logits(model), before)
