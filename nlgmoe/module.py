@@ -262,6 +262,7 @@ class MoEGPTModule(GPTModule):
         if self._given_max_steps is not None:
             self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps
             end = f"it has taken trainer.max_steps={self._given_max_steps}; to go on, raise it"
+            self._given_max_steps = None  # it may be raised before the next fit
         elif self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
             end = (
                 f"{self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise model.train_tokens and "

@@ -104,6 +104,13 @@ def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path: Path) -> None:
     assert list(summary._losses) == pytest.approx(list(undisturbed._losses), rel=1e-6)  # in training mode, each once
     assert steps == [(step, step) for step in (0, 1, 2, 3, 3, 4, 5)]
 
+    part.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match="it has taken trainer.max_steps=6; to go on, raise it"):
+        part.fit(*parts, ckpt_path=tmp_path / "end.ckpt")
+    part.fit_loop.epoch_loop.max_steps = 7
+    part.fit(*parts, ckpt_path=tmp_path / "end.ckpt")
+    assert steps[7:] == [(6, 6)]
+
 
 @pytest.mark.parametrize("limit", [1, 1.0])
 def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float, tmp_path: Path) -> None:
