@@ -52,6 +52,9 @@ def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     assert "|-0.0600|" in text and "|0.0231|" in text and "|-0.1594 to +0.0394|" in text
     without = re.sub(r"<[^>]+>", "|", page(read_runs([*runs[:2], runs[5]]), "seed"))
     assert "no run with the same value in both" in without
+    (runs[5] / "summary.json").unlink()
+    text = re.sub(r"<[^>]+>", "|", page(read_runs(runs), "seed"))
+    assert "|3 (2 ended)|" in text and "|-0.0800|" in text
 
 
 def test_what_cannot_be_grouped_is_refused(

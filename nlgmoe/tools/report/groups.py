@@ -124,7 +124,8 @@ def _row(index: int, group: Group, reference: Group) -> str:
     )
     mean = f"{np.mean(list(losses.values())):.4f}" if losses else "–"
     pairs = [key for key in losses if key in others] if group is not reference else []
-    cells = [str(len(group.runs)), mean, *[""] * 4]
+    ended = "" if len(losses) == len(group.runs) else f" ({len(losses)} ended)"
+    cells = [f"{len(group.runs)}{ended}", mean, *[""] * 4]
     if pairs:
         found = paired_difference([losses[key] for key in pairs], [others[key] for key in pairs])
         low, high = found.interval()
@@ -142,6 +143,5 @@ def _row(index: int, group: Group, reference: Group) -> str:
 
 
 def _final_loss(run: Run) -> float | None:
-    """Return the loss of the last validation."""
-    found = finite_number(run.summary.get("val_loss"))
-    return found if found is not None else run.last("val/loss")
+    """Return the loss of the last validation; None if the run has not ended: its loss is that of fewer steps than the others'."""
+    return finite_number(run.summary.get("val_loss"))
