@@ -13,6 +13,7 @@ import json
 import logging
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ def main() -> None:
     table: dict[str, dict[str, float | int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks, cells in CELLS.items():
-            chosen: list[Cell] = cells + (HALF if ranks == 2 else [])
+            chosen = [
+                replace(cell, steps=20) if cell.steps == Cell.steps else cell
+                for cell in cells + (HALF if ranks == 2 else [])
+            ]
             found = spawn(
                 ranks,
                 run_all,
@@ -61,7 +65,7 @@ def main() -> None:
                 folder=Path(folder, str(ranks)),
             )
             for index, cell in enumerate(chosen):
-                reference = Cell(**{**vars(cell), "precision": "32-true"})
+                reference = replace(cell, precision="32-true")
                 expected = alone(reference, ranks, Path(folder))
                 table[cell.name] = {"ranks": ranks, "steps": cell.steps} | errors(
                     expected, [rank[index] for rank in found]
