@@ -28,11 +28,23 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()}
 
 
-@pytest.mark.parametrize("saved_after", [1, 9, 10, 11, 12, 13])  # 12: a boundary, and a validation; the others: within
-def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(saved_after: int, tmp_path: Path) -> None:
-    undisturbed, resumed = Recorder(), Recorder()
-    first = fit(tmp_path, undisturbed, SaveAt(saved_after, tmp_path / "a.ckpt"))
-    second = fit(tmp_path, resumed, resume=tmp_path / "a.ckpt")
+SAVED_AFTER = [1, 9, 10, 11, 12, 13]  # micro-batches; 12: a boundary, and a validation; the others: within
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, Trainer]:
+    """A run that is saved after each of `SAVED_AFTER`."""
+    folder, recorder = tmp_path_factory.mktemp("saved"), Recorder()
+    saves = [SaveAt(micro_batch, folder / f"{micro_batch}.ckpt") for micro_batch in SAVED_AFTER]
+    return folder, recorder, fit(folder, recorder, *saves)
+
+
+@pytest.mark.parametrize("saved_after", SAVED_AFTER)
+def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(
+    saved_after: int, saved: tuple[Path, Recorder, Trainer], tmp_path: Path
+) -> None:
+    (folder, undisturbed, first), resumed = saved, Recorder()
+    second = fit(tmp_path, resumed, resume=folder / f"{saved_after}.ckpt")
     window_start = saved_after // ACCUMULATE * ACCUMULATE
     assert resumed.losses == undisturbed.losses[window_start:]
     assert resumed.steps == undisturbed.steps[window_start:]
