@@ -1,5 +1,7 @@
 """Settings that every test runs under."""
 
+import gc
+import multiprocessing
 import os
 import signal
 import sysconfig
@@ -20,12 +22,40 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# Importing torch, Lightning and DeepSpeed takes 8 s of CPU time: `tests/processes.py` and tests on ranks fork a process that has.
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
+
 # Programs that pip has brought, such as ninja, are found without activating the environment.
 os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
 
 # No deadlines: the machine decides how long an example takes, not the code. Derandomised: CI repeats itself.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+# What takes longest is started first, so that no process of the suite is left with one of these files at the end.
+SLOW = (
+    "test_ranks",
+    "test_commands",
+    "test_errors",
+    "test_gpu_command",
+    "accelerator/",
+    "faults/",
+    "end_to_end/",
+    "test_notebooks",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return next((place for place, name in enumerate(SLOW) if name in file), len(SLOW))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: a collection of garbage need not look at it
 
 
 @pytest.fixture(scope="session")

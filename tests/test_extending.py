@@ -85,22 +85,20 @@ def test_commands_import_what_they_are_allowed_to(
     ]
     main([*command, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"])
 
-    def start(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "nlgmoe", *words],
-            cwd=ROOT / "docs/examples",
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-        )
-
     generate = ["generate", str(run), "--prompt", "The", "--max-new-tokens", "2"]
-    assert start(*generate, "--allow-code", "hash_router").returncode == 0
-    verified = start("verify", str(run / "checkpoints/last.ckpt"))
-    assert verified.returncode == 0, verified.stderr
-    assert "parts      moe.router=hash_router.HashRouterConfig: its entries" in verified.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "nlgmoe", *generate, "--allow-code", "hash_router"],
+        cwd=ROOT / "docs/examples",
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr.startswith("newest checkpoint: ") and done.stderr.count("\n") == 1
 
     monkeypatch.delitem(sys.modules, "hash_router")
+    capsys.readouterr()
+    nlgmoe(["verify", str(run / "checkpoints/last.ckpt")])
+    assert "parts      moe.router=hash_router.HashRouterConfig: its entries" in capsys.readouterr().out
     for words, remedy in {
         tuple(generate): "add --allow-code hash_router, if you trust it",
         ("inspect", str(run / "checkpoints/last.ckpt")): "nlgmoe inspect takes no such code",

@@ -1,7 +1,6 @@
 """`make gpu`: a dry run of all of its steps, how it judges figures, and what ends a step. The rest needs a GPU."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, main, one, parse
-from benchmarks.gpu.run import ROOT, Results, Run
+from benchmarks.gpu.run import Results, Run
+from tests.processes import python
 
 NEEDS_A_GPU = ("waits", "losses off fp32 without the strategy, ZeRO 1, fp16")
 
 
 def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--output", str(output), "--data", str(pocket_pile)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "benchmarks.gpu", "--dry-run", "--output", str(output), "--data", str(pocket_pile))
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = json.loads(output.read_text())
     assert {"card", "driver", "torch", "commit", "command", "versions"} <= run.keys()

@@ -4,13 +4,12 @@ A process can have one such device and keeps it, so that all of it runs in a pro
 """
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.accelerator.cells import CELLS, PRECISIONS, ROOT
+from tests.accelerator.cells import CELLS, PRECISIONS
+from tests.processes import python
 from tests.tools import needs
 
 READS = 2  # of the device by the host in an optimizer step, at most
@@ -21,8 +20,7 @@ Found = dict[str, dict[str, Any]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     needs("c++", "ninja")  # with which it is compiled
     file = tmp_path_factory.mktemp("accelerator") / "found.json"
-    command = [sys.executable, "-m", "tests.accelerator.cells", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "tests.accelerator.cells", str(file))
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
 

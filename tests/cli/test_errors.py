@@ -36,6 +36,7 @@ from nlgmoe.data.sampling import SourceDataset
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.experiment import parse_config
 from nlgmoe.module import MoEGPTModule
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 BASE = """
@@ -862,23 +863,24 @@ def test_the_nlgmoe_command_has_the_same_errors(
 
 
 def test_the_real_commands_end_the_same_way(place: Place) -> None:
-    train, nlgmoe = [sys.executable, "train.py"], [sys.executable, "-m", "nlgmoe"]
-    commands = [
-        ([*train, *place.args("--model.config.moe.top_k=9")], 2, "model.config.moe.top_k=9 must be between 1 and"),
-        ([*train, *place.args("--ckpt_path=nowhere.ckpt", command="validate")], 1, "no checkpoint at nowhere.ckpt"),
-        ([*nlgmoe, "prepare-dta"], 2, "did you mean prepare-data?"),
-        ([sys.executable, "-m", "nlgmoe.cli.train", "fitt"], 2, "did you mean fit?"),
-        ([*nlgmoe, "prepare-data", "--tokenizr=x"], 2, "unknown setting tokenizr; did you mean tokenizer?"),
-    ]
-    started = [
-        (subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), code, words)
-        for args, code, words in commands
-    ]
-    for process, code, words in started:
-        _, stderr = process.communicate()
-        assert stderr.count("\n") == 1
-        assert words in only_line(stderr)
-        assert process.returncode == code
+    def real(*args: str) -> subprocess.CompletedProcess[str]:  # whose imports could print something
+        return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+
+    wrong, missing = (
+        place.args("--model.config.moe.top_k=9"),
+        place.args("--ckpt_path=nowhere.ckpt", command="validate"),
+    )
+    for run, args, code, words in [
+        (real, ["train.py", *wrong], 2, "model.config.moe.top_k=9 must be between 1 and"),
+        (python, ["train.py", *missing], 1, "no checkpoint at nowhere.ckpt"),
+        (python, ["-m", "nlgmoe", "prepare-dta"], 2, "did you mean prepare-data?"),
+        (python, ["-m", "nlgmoe.cli.train", "fitt"], 2, "did you mean fit?"),
+        (python, ["-m", "nlgmoe", "prepare-data", "--tokenizr=x"], 2, "setting tokenizr; did you mean tokenizer?"),
+    ]:
+        done = run(*args)
+        assert done.stderr.count("\n") == 1
+        assert words in only_line(done.stderr)
+        assert done.returncode == code
 
 
 def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(

@@ -3,8 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
-import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,6 +27,7 @@ from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 from tests.checkpoint.runs import SaveAt
+from tests.processes import python
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
 
@@ -218,9 +217,8 @@ print((held - resident()) / 63e6)
 def test_the_kernel_gets_the_teachers_memory_back() -> None:
     """Also where the C library is told to keep what is freed, as train.py does."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    command = [sys.executable, "-c", GIVES_BACK]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) > 0.9
+    done = python("-c", GIVES_BACK, env=environment)
+    assert float(done.stdout) > 0.9, done.stderr
 
 
 def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.cells import TINY_ON_RANKS, free_port
+from tests.processes import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 SETTINGS = [
     *TINY_ON_RANKS,
@@ -24,12 +24,11 @@ SETTINGS = [
     "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
     "--trainer.strategy.init_args.expert_parallel_size=2",
 ]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def train_py(*args: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "train.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def train_py(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return python(*launcher, "train.py", *args, env=ENVIRONMENT, timeout=300)
 
 
 def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile: Path, tmp_path: Path) -> None:
@@ -88,7 +87,7 @@ SPOILT = [
     [
         (TORCHRUN, ["--model.config.moe.top_k=9"], "model.config.moe.top_k=9 must be between 1 and"),
         (
-            (sys.executable,),
+            (),
             ["--trainer.strategy.init_args.expert_parallel_size=3"],
             "size=3 is above the number of ranks",
         ),
@@ -115,7 +114,7 @@ def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path,
         *(*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"),
         *("--trainer.devices=2", "--model.train_tokens=4096", "--trainer.callbacks=tests.distributed.cells.Raises"),
         *(f"--trainer.callbacks.init_args.hangs={str(hangs).lower()}",),
-        f"--trainer.strategy.init_args.timeout_seconds={20 if hangs else 120}",  # also bounds how far apart they may start
+        f"--trainer.strategy.init_args.timeout_seconds={40 if hangs else 120}",  # bounds how far apart they start, too
     )
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode not in (0, None)

@@ -21,8 +21,8 @@ from typing import Any
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from tests.distributed.cells import TINY_ON_RANKS
 from tests.faults.fault import Fault
+from tests.processes import ROOT, Started
 
-ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 48, 3
 SETTINGS = [
     *TINY_ON_RANKS,
@@ -120,6 +120,8 @@ class Run:
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
         environment |= {} if fault is None else fault.environment(report)
         command = [*launcher, str(script), "fit", *self.settings, "--ckpt_path=auto", *args]
+        if command[0] == sys.executable:
+            return Launched(Started(command[1:], output, output, environment, new_session=True), output, report)
         with output.open("w") as file:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
@@ -163,7 +165,7 @@ class Run:
 class Launched:
     """A command that runs."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Started
     output: Path
     report: Path
 

@@ -246,7 +246,7 @@ def _balance_rank(rank: int, folder: str) -> None:
 
 
 def test_global_scope_makes_two_ranks_equal_one_process_and_rank_scope_does_not(tmp_path: Path) -> None:
-    multiprocessing.spawn(_balance_rank, args=(str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(_balance_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     for top_k in (1, 2, 3):
         whole = _balance_on(None, "global", top_k)
         for together, per_rank, expected in zip(
