@@ -40,7 +40,7 @@ class Started:
     ) -> None:
         self.args = args
         self._process = FORKED.Process(
-            target=_run, args=(list(args), output, errors, dict(env or os.environ), cwd, new_session)
+            target=_run, args=(list(args), output, errors, dict(os.environ if env is None else env), cwd, new_session)
         )
         self._process.start()
         assert self._process.pid is not None

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from nlgmoe import load_config, student_config
+from nlgmoe import Experiment, load_config, student_config
 from nlgmoe.cli.train import TrainCLI
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, StreamedText
@@ -67,6 +68,11 @@ RAMP_UPS = {  # over the published tokens, in steps that every machine can make
 }
 
 
+@cache
+def experiment_of(name: str) -> Experiment:
+    return load_config(ROOT / f"{name}.yaml")
+
+
 def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / f"{name}.yaml").read_text())
 
@@ -97,7 +103,7 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_the_models_have_the_papers_shapes_and_sizes(name: str) -> None:
     row = PAPER[name]
-    config = load_config(ROOT / f"{name}.yaml").module.config
+    config = experiment_of(name).module.config
     assert (config.num_layers, config.hidden_size, config.num_heads, config.ffn_size) == (
         row.layers,
         row.hidden,
@@ -118,7 +124,7 @@ def test_the_models_have_the_papers_shapes_and_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_recipes_have_the_published_values(name: str) -> None:
-    row, experiment = PAPER[name], load_config(ROOT / f"{name}.yaml")
+    row, experiment = PAPER[name], experiment_of(name)
     module, data, trainer = experiment.module, experiment.data, experiment.trainer
     config, optimizer, schedule = module.config, module.optimizer_config, module.schedule
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (row.lr, (0.9, 0.95), 0.1)
@@ -333,17 +339,21 @@ STAGES = {
 @pytest.mark.parametrize("student", STAGES)
 def test_a_students_teacher_is_another_configurations_run(student: str) -> None:
     """The tutorial's weights and the paper's end of distillation; nothing looks for the teacher before training does."""
-    experiment, teacher = load_config(ROOT / f"{student}.yaml"), student.replace("mos", "pr_moe")
+    experiment, teacher = experiment_of(student), student.replace("mos", "pr_moe")
     distiller = experiment.module.distiller
     assert distiller is not None and (distiller.beta, distiller.temperature, distiller.precision) == (1.0, 1.0, None)
     assert distiller.teacher == read(teacher)["trainer"]["default_root_dir"]
     (first, *_) = read(student)["trainer"]["callbacks"]
     assert first == {"class_path": "nlgmoe.StagedDistillation", "init_args": STAGES[student]}
-    assert student_config(load_config(ROOT / f"{teacher}.yaml").module.config, experiment.module.config.num_layers) == (
+    assert student_config(experiment_of(teacher).module.config, experiment.module.config.num_layers) == (
         experiment.module.config
     )
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_a_run_folder_is_named_after_its_file(name: str) -> None:
-    assert read(name)["trainer"]["default_root_dir"] == f"runs/{Path(name).name}"
+@pytest.mark.parametrize("name", [*PAPER, "quickstart", *(f"{family}/laptop" for family in FAMILIES)])
+def test_every_model_has_a_run_folder_of_its_own_and_data_of_its_length(name: str) -> None:
+    experiment = experiment_of(name)
+    family, _, model = name.rpartition("/")
+    folder = f"laptop_{family}" if model == "laptop" else model
+    assert experiment.trainer.default_root_dir == read(name)["trainer"]["default_root_dir"] == f"runs/{folder}"
+    assert experiment.data.seq_len == experiment.module.config.seq_len

@@ -1,13 +1,12 @@
 """Freed memory is kept on CPUs, and segments grow on accelerators, where nobody has said otherwise."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from nlgmoe.cli.memory import configure_allocator
+from tests.processes import python
 
 # Faults of a page while 64 MB are asked for and given back eight times, the first time apart.
 COUNT = """
@@ -25,8 +24,7 @@ print(faults() - before)
 
 def faults(call: str, **environment: str) -> int:
     code = COUNT.format(call=call)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return int(python("-c", code, env=environment).stdout)
 
 
 def test_memory_is_not_asked_for_again() -> None:
