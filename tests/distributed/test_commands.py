@@ -4,13 +4,12 @@ import base64
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.cells import TINY_ON_RANKS, free_port
-from tests.processes import ROOT, python
+from tests.processes import ROOT, Started, python
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 SETTINGS = [
@@ -55,7 +54,7 @@ def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> 
     port = free_port()
     nodes = []
     for node in (0, 1):  # what `deepspeed --hostfile ... --no_local_rank train.py` starts on each node
-        launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={hosts}", f"--node_rank={node}"]
+        launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={hosts}", f"--node_rank={node}"]
         launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
         settings = [*SETTINGS, f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={run}"]
         settings += [
@@ -64,13 +63,10 @@ def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> 
             "--model.train_tokens=512",
             "--trainer.callbacks=[]",
         ]
-        nodes.append(
-            subprocess.Popen(
-                [*launcher, "train.py", "fit", *settings], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
-            )
-        )
-    for node in nodes:
-        assert node.wait(timeout=200) == 0, node.communicate()[1].decode()[-2000:]
+        output = tmp_path / f"{node}.txt"
+        nodes.append((Started([*launcher, "train.py", "fit", *settings], output, output, ENVIRONMENT), output))
+    for started, output in nodes:
+        assert started.wait(timeout=200) == 0, output.read_text()[-2000:]
     assert json.loads((run / "summary.json").read_text())["tokens"] == 512
 
 
