@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
 from nlgmoe.device import fork_rng
 from nlgmoe.distill.distiller import Distiller
-from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT, NoiseKey
@@ -64,14 +64,8 @@ def training_loss(
             "train/teacher_agreement": distilled.agreement,
         }
     if moe is not None:
-        balance, z_loss = router_losses(output.routings, moe.aux_scope)
-        balances = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
-        loss = loss + (moe.loss_coeff if balances else 0) * balance + moe.z_loss_coeff * z_loss
-        parts |= {"train/balance_loss": balance, "train/z_loss": z_loss}
-        for name in {name: None for routing in output.routings for name in routing.losses}:
-            own = [routing.losses[name] for routing in output.routings if name in routing.losses]
-            parts[f"train/{name}"] = torch.stack(own).sum()
-            loss = loss + parts[f"train/{name}"]
+        loss, more = add_router_losses(loss, moe, output.routings)
+        parts |= {f"train/{name}": value for name, value in more.items()}
     return loss, parts, output.routings
 
 

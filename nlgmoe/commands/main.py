@@ -13,11 +13,11 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.commands.distill_logits import distill_logits
 from nlgmoe.commands.generate_text import generate_text
 from nlgmoe.commands.prepare_data import prepare_data
-from nlgmoe.commands.prune_checkpoint import prune_checkpoint
 from nlgmoe.commands.student import student
 from nlgmoe.commands.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.commands.verify_checkpoint import verify_checkpoint
 from nlgmoe.parts import ForeignCodeError
+from nlgmoe.tools.check.command import check
 from nlgmoe.tools.hugging_face.export_checkpoint import export_checkpoint
 from nlgmoe.tools.hugging_face.import_checkpoint import import_checkpoint
 from nlgmoe.tools.lm_eval.evaluate import evaluate
@@ -37,12 +37,12 @@ COMMANDS: dict[str, Any] = {
     "export": export_checkpoint,
     "import": import_checkpoint,
     "upcycle": upcycle_checkpoint,
-    "prune": prune_checkpoint,
     "distill-logits": distill_logits,
     "student": student,
     "evaluate": evaluate,
     "prepare-eval": prepare_eval,
     "report": report,
+    "check": check,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
+from nlgmoe.config import MoEConfig
 from nlgmoe.layers.router import Routing, requests_per_expert
 
 
@@ -52,6 +53,27 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "ran
         if routing.logits is not None:
             z.append(_unpadded(routing.logits.logsumexp(dim=-1, keepdim=True).square(), routing).sum() / tokens)
     return torch.stack(balance).sum(), torch.stack(z).sum()
+
+
+def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add all losses of the routers to `loss`. A collective with `aux_scope` global.
+
+    Args:
+        loss: scalar.
+        moe: has the coefficients.
+        routings: of the MoE layers, one at least.
+
+    Returns:
+        The sum, and the losses by name without their coefficients.
+    """
+    balance, z_loss = router_losses(routings, moe.aux_scope)
+    balances = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
+    loss = loss + (moe.loss_coeff if balances else 0) * balance + moe.z_loss_coeff * z_loss
+    parts = {"balance_loss": balance, "z_loss": z_loss}
+    for name in {name: None for routing in routings for name in routing.losses}:
+        parts[name] = torch.stack([routing.losses[name] for routing in routings if name in routing.losses]).sum()
+        loss = loss + parts[name]
+    return loss, parts
 
 
 def _choices_counted(routing: Routing) -> int:

@@ -123,7 +123,7 @@ def sequence_balance(probs: Tensor, top_k: int, sequences: int, token_mask: Tens
         torch.ones_like(probs[:, :1]) if token_mask is None else token_mask.unsqueeze(-1).to(probs.dtype)
     )  # [N, 1]
     columns = torch.cat([chosen, probs, torch.ones_like(counted)], dim=1) * counted
-    sums = columns.unflatten(0, (sequences, -1)).sum(dim=1)  # [B, 2 E + 1]
+    sums = columns.unflatten(0, (sequences, len(columns) // max(sequences, 1))).sum(dim=1)  # [B, 2 E + 1]
     requested, scored, tokens = sums.split([probs.shape[1], probs.shape[1], 1], dim=1)
     tokens = tokens.clamp_min(1)
-    return probs.shape[1] / top_k * (requested / tokens * scored / tokens).sum(dim=1).mean()
+    return probs.shape[1] / top_k * (requested / tokens * scored / tokens).sum() / max(sequences, 1)

@@ -1,0 +1,43 @@
+"""`nlgmoe check`: a conformance test of MoE layers."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import asdict
+
+from nlgmoe.cli.errors import Failures
+from nlgmoe.cli.model_options import import_allowed
+
+
+def check(target: list[str], allow_code: list[str] | None = None, json: bool = False) -> None:
+    """Test a MoE layer: gradients, weights, capacity, padding, batches, ranks, state, precision. About a minute on a CPU.
+
+    Args:
+        target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, of an ExpertConfig, or of a
+            whole layer; or a name: deepspeed, mixtral, olmoe, qwen3-moe, deepseek-v3.
+        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
+        json: print one JSON object instead of a table.
+
+    Raises:
+        ValueError: a property fails, or the target cannot be read.
+    """
+    import_allowed(allow_code)
+    from nlgmoe.tools.check.properties import check_layer  # these need torch
+    from nlgmoe.tools.check.targets import find_layers
+
+    tables, failed, total = [], 0, 0
+    for layer in find_layers(target):
+        if not json:
+            print(f"{layer.name}: {layer.num_experts} experts, top_k {layer.top_k}, width {layer.hidden_size}")
+        results = []
+        for result in check_layer(layer):
+            results.append(result)
+            if not json:
+                print(f"  {result.verdict:<16}{result.property:<42}{result.reason}", flush=True)
+        tables.append({"layer": layer.name, "results": [asdict(result) for result in results]})
+        failed += sum(result.verdict == "fail" for result in results)
+        total += len(results)
+    if json:
+        print(json_format.dumps({"target": target, "failed": failed, "layers": tables}, indent=2))
+    if failed:
+        raise Failures([f"{failed} of {total} properties fail; docs/check.md explains each"])

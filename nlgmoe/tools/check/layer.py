@@ -1,0 +1,246 @@
+"""A layer under test: how it is built and called, and what it declares of itself.
+
+Letters: B sequences, T positions, N = B * T tokens, H hidden size, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nlgmoe.layers.router import Routing
+
+VOCABULARY = 61  # ids that `Batch.random` draws
+STD = 0.3  # of the weights: logits of a few units with H = 16
+
+
+class Failed(Exception):
+    """The layer lacks a property; the message has the numbers."""
+
+
+class NotApplicable(Exception):
+    """The property cannot be asked of the layer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a layer.
+
+    Attributes:
+        x: `[B, T, H]` hidden states.
+        tokens: `[B, T]` ids, for routers that read them.
+        mask: `[B, T]` bool, False at padding; None: no padding.
+        first_position: of each sequence.
+    """
+
+    x: Tensor
+    tokens: Tensor
+    mask: Tensor | None = None
+    first_position: int = 0
+
+    @staticmethod
+    def random(layer: Layer, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+        """Draw a batch from N(0, 1)."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        x = torch.randn(sequences, length, layer.hidden_size, generator=generator, dtype=torch.float64)
+        tokens = torch.randint(VOCABULARY, (sequences, length), generator=generator)
+        return Batch(x.to(dtype), tokens)
+
+    def sequences(self, index: slice) -> Batch:
+        """Return some of the sequences."""
+        mask = None if self.mask is None else self.mask[index]
+        return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask)
+
+    def tracked(self) -> Batch:
+        """Return the batch with an `x` that gets a gradient."""
+        return replace(self, x=self.x.detach().clone().requires_grad_())
+
+
+@dataclass(frozen=True)
+class Output:
+    """Outputs of a layer.
+
+    Attributes:
+        y: `[B, T, H]`.
+        routing: choices, weights and kept assignments; None: the layer does not say.
+        aux: auxiliary loss, coefficients applied; None: the layer has none.
+        other: the part of it that does not balance, such as a z-loss.
+    """
+
+    y: Tensor
+    routing: Routing | None = None
+    aux: Tensor | None = None
+    other: Tensor | None = None
+
+    @property
+    def balance(self) -> Tensor:
+        """Return the part of the auxiliary loss that balances the load."""
+        if self.aux is None:
+            raise NotApplicable("the layer has no auxiliary loss")
+        balance = self.aux if self.other is None else self.aux - self.other
+        if float(balance.detach().abs()) == 0:
+            raise NotApplicable("the layer has no auxiliary loss that balances, it is 0")
+        return balance
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer; a subclass builds and calls it. Facts that it leaves out make properties "not applicable".
+
+    Attributes:
+        name: in the table.
+        hidden_size: H.
+        num_experts: E.
+        top_k: k.
+        weight_sum: sum of a token's weights over kept choices; `free` where they are not normalised; None: not declared.
+        order: in which assignments take the slots of an expert: `random`, `position` (first choices of all tokens first), or
+            `score`; None: not declared.
+        takes_mask: `forward` reads `Batch.mask`.
+        drops: training has a capacity, `capacity`.
+        drops_in_evaluation: evaluation is declared to drop tokens.
+    """
+
+    name: str
+    hidden_size: int = 16
+    num_experts: int = 8
+    top_k: int = 1
+    weight_sum: float | Literal["free"] | None = None
+    order: Literal["random", "position", "score"] | None = None
+    takes_mask: bool = False
+    drops: bool = False
+    drops_in_evaluation: bool = False
+
+    def build(self) -> nn.Module:
+        """Make the module, on the default device."""
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, batch: Batch) -> Output:
+        """Call the module."""
+        raise NotImplementedError
+
+    def capacity(self, tokens: int) -> int:
+        """Return the declared slots of an expert in training."""
+        raise NotImplementedError
+
+    def gate_weight(self, module: nn.Module) -> Tensor | None:
+        """Return the `[E, H]` weight of a linear gate, if the layer has one."""
+        return None
+
+    def gate(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return the gate's parameters that learn."""
+        weight = self.gate_weight(module)
+        return [weight] if isinstance(weight, nn.Parameter) and weight.requires_grad else []
+
+    def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor | None:
+        """Apply one expert to all tokens, `[N, H] -> [N, H]`, without weights."""
+        return None
+
+    def join(self, module: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
+        """Return the layer's output of the experts' weighted sum: adds a shared MLP, if there is one. `[N, H]` all."""
+        return experts
+
+    def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
+        """Update state after an optimizer step; returns False if the layer has none."""
+        return False
+
+    def odd(self) -> Layer | None:
+        """Return the layer with odd widths; None: they are fixed."""
+        return None
+
+    def on_ranks(self, ranks: int) -> Layer | None:
+        """Return the layer with experts that `ranks` ranks can divide; None: it is not run on ranks here."""
+        return None
+
+    @property
+    def accumulates(self) -> bool:
+        """Return True if ranks equal one process that accumulates their micro-batches, not one with the whole batch."""
+        return self.drops
+
+    def build_on_rank(self, whole: nn.Module) -> nn.Module:
+        """Make this rank's part of `whole`, with its weights. A collective."""
+        raise NotImplementedError
+
+    def make(self, dtype: torch.dtype = torch.float64, training: bool = True, seed: int = 0) -> nn.Module:
+        """Build the module with weights that are drawn anew, wide enough that every expert is chosen."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            module = self.build()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for parameter in module.parameters():
+            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
+            parameter.data.copy_(draw)
+        return module.to(dtype).train(training)
+
+    def run(self, module: nn.Module, batch: Batch, seed: int = 0) -> Output:
+        """Call the module with fixed random numbers."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return self.forward(module, batch)
+
+    def routing(self, output: Output) -> Routing:
+        """Return the routing of an output."""
+        if output.routing is None:
+            raise NotApplicable("the layer does not say how it routes")
+        return output.routing
+
+
+def scores_for(experts: Tensor, num_experts: int, top: float, gap: float) -> Tensor:
+    """Return logits whose k largest are the choices `experts`, `[N, k] -> [N, E]`: `top`, `top - gap`, ..., the rest below."""
+    top_k = experts.shape[1]
+    logits = torch.full((len(experts), num_experts), top - (top_k + 1) * gap, dtype=torch.float64)
+    return logits.scatter_(1, experts, top - gap * torch.arange(top_k, dtype=torch.float64).expand_as(experts))
+
+
+def steered(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1, seed: int = 0) -> Batch:
+    """Return a batch for which a linear gate computes `logits`, `[N, E]`; its tokens differ where the gate does not look."""
+    weight = layer.gate_weight(module)
+    if weight is None:
+        raise NotApplicable("the router has no linear gate to steer")
+    weight = weight.detach().double().cpu()
+    if weight.shape[0] > weight.shape[1]:
+        raise NotApplicable("the gate has more experts than inputs, and cannot be steered")
+    inverse = torch.linalg.pinv(weight)  # [H, E]
+    free = Batch.random(layer, 1, len(logits), seed).x[0]
+    x = logits @ inverse.T + (free - free @ weight.T @ inverse.T)
+    batch = Batch.random(layer, sequences, len(logits) // sequences, seed)
+    return replace(batch, x=x.view_as(batch.x).to(next(module.parameters()).dtype))
+
+
+def everyone_to(layer: Layer, module: nn.Module, tokens: int, sequences: int = 1) -> Batch:
+    """Return a batch whose tokens all choose the first k experts."""
+    experts = torch.arange(layer.top_k).expand(tokens, -1)
+    return steered(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0), sequences)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over that of `expected`."""
+    if actual.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-9))
+
+
+def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Check two tensors; returns the relative error."""
+    error = relative_error(actual, expected)
+    if not error <= tolerance:
+        raise Failed(f"{what}: relative error {error:.1e}, above {tolerance:.0e}")
+    return error
+
+
+def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of each parameter; zeros where there is none."""
+    named = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    found: Any = (
+        torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(named)
+    )
+    return {
+        name: torch.zeros_like(one) if grad is None else grad
+        for (name, one), grad in zip(named.items(), found, strict=True)
+    }

@@ -1,0 +1,173 @@
+"""A MoE layer of this project, from a configuration, at small widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.balance import add_router_losses, router_losses
+from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.placement import ExpertPlacement
+from nlgmoe.layers.router import Routing, RoutingContext, TopKRouter
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.check.layer import Batch, Layer, Output
+
+MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
+RANKED_EXPERTS = 6  # which 2 and 3 ranks divide
+
+
+@dataclass(frozen=True)
+class OwnLayer(Layer):
+    """Layers of `config`, whose block 0 is the layer.
+
+    Attributes:
+        config: of one MoE block.
+        checkpoint: that the configuration is of; None: it is of no checkpoint.
+    """
+
+    config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
+    checkpoint: str | None = None
+
+    @property
+    def moe(self) -> MoEConfig:
+        """Return the settings of the layer."""
+        assert self.config.moe is not None
+        return self.config.moe
+
+    def build(self) -> nn.Module:
+        """See `Layer`."""
+        return MoELayer(self.config, 0)
+
+    def forward(self, module: nn.Module, batch: Batch) -> Output:
+        """See `Layer`."""
+        mask = batch.mask
+        counted = torch.ones_like(batch.tokens) if mask is None else mask.long()
+        positions = (counted.cumsum(1) - 1).clamp_min(0) + batch.first_position
+        y, routing = module(batch.x, RoutingContext(batch.tokens % self.config.vocab_size, mask, None, positions))
+        aux, _ = add_router_losses(y.new_zeros((), dtype=routing.weight.dtype), self.moe, [routing])
+        z_loss = self.moe.z_loss_coeff * router_losses([routing])[1] if self.moe.z_loss_coeff else None
+        return Output(y, routing, aux, z_loss)
+
+    def capacity(self, tokens: int) -> int:
+        """See `Layer`; the formula of the paper's code, in fp32."""
+        share = np.float32(tokens / self.num_experts) * np.float32(self.moe.train_capacity_factor * self.top_k)
+        return max(self.moe.min_capacity, math.ceil(share))
+
+    def gate_weight(self, module: nn.Module) -> Tensor | None:
+        """See `Layer`."""
+        shape = (self.num_experts, self.hidden_size)
+        return next((one for one in _tensors(module.router) if tuple(one.shape) == shape), None)  # type: ignore[arg-type]
+
+    def gate(self, module: nn.Module) -> list[nn.Parameter]:
+        """See `Layer`."""
+        return [one for one in module.router.parameters() if one.requires_grad]  # type: ignore[union-attr]
+
+    def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor | None:
+        """See `Layer`."""
+        chosen = torch.full((len(x), 1), index)
+        return module.experts.decode(x, chosen, torch.ones_like(chosen, dtype=x.dtype))  # type: ignore[union-attr, operator]
+
+    def join(self, module: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
+        """See `Layer`."""
+        assert isinstance(module, MoELayer)
+        if module.mlp is None:
+            return experts
+        if module.coefficient is None:
+            return experts + module.mlp(x)
+        share = F.softmax(module.coefficient(x), dim=-1)
+        return experts * share[:, :1] + module.mlp(x) * share[:, 1:]
+
+    def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
+        """See `Layer`."""
+        assert isinstance(module, MoELayer)
+        if not module.router.learns_from_steps:
+            return False
+        module.router.after_step(torch.stack([routing.tokens_per_expert for routing in routings]).sum(0))
+        return True
+
+    def odd(self) -> Layer:
+        """See `Layer`."""
+        return own_layer(replace(self.config, hidden_size=15, ffn_hidden_size=13), self.name, width=15)
+
+    def on_ranks(self, ranks: int) -> Layer:
+        """See `Layer`; ranks draw no noise where they have to equal the whole batch."""
+        experts = RANKED_EXPERTS * -(-self.top_k // RANKED_EXPERTS)
+        quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
+        quiet = {name: value for name, value in quiet.items() if self._reads(name)}
+        scope = {"aux_scope": "rank"} if self.drops and self._reads("aux_scope") else {}
+        moe = replace(self.moe, num_experts=experts, **quiet, **scope)  # type: ignore[arg-type]
+        return own_layer(replace(self.config, moe=moe), self.name)
+
+    @property
+    def accumulates(self) -> bool:
+        """See `Layer`."""
+        return self.drops or (self.moe.aux_scope == "rank" and self._reads("aux_scope"))
+
+    def build_on_rank(self, whole: nn.Module) -> nn.Module:
+        """See `Layer`."""
+        count = self.num_experts // distributed.get_world_size()
+        first = distributed.get_rank() * count
+        part = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
+        values = whole.state_dict()
+        for name in values:
+            if name.startswith("experts."):
+                values[name] = values[name][first : first + count]
+        part.to(next(whole.parameters()).dtype).load_state_dict(values)
+        return part.train(whole.training)
+
+    def _reads(self, field: str) -> bool:
+        return reads(self.moe, field)
+
+
+def reads(moe: MoEConfig, field: str) -> bool:
+    """Return True if the router reads a setting."""
+    return moe.router is None or field in moe.router.uses
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width: int = 16) -> OwnLayer:
+    """Return the MoE layer of a configuration, at small widths, with at most 8 experts (or twice `top_k`).
+
+    Raises:
+        ValueError: the model is dense, or its router fits no small layer.
+    """
+    if config.moe is None or not any(experts_per_layer(config)):
+        raise ValueError(f"{name} has no MoE layer; set model.config.moe")
+    top_k = config.moe.top_k
+    fewest = min(count for count in experts_per_layer(config) if count)
+    experts = min(fewest, max(MOST_EXPERTS, 2 * top_k))
+    inner = 13 if width % 2 else 16
+    shared = inner if config.moe.mlp_type == "residual" else None
+    moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)
+    small = replace(
+        config, seq_len=64, num_layers=1, hidden_size=width, num_heads=1, ffn_hidden_size=inner,
+        hidden_dropout=0.0, attention_dropout=0.0, moe=moe,
+    )  # fmt: skip
+    router = MoELayer(small, 0).router
+    weight_sum = None
+    if isinstance(router, TopKRouter):
+        weight_sum = router.gate_scale if router.normalize_weights else "free"
+    queue = {1: "random" if moe.random_token_selection else "position", 2: "position"}.get(top_k, "score")
+    return OwnLayer(
+        name=name,
+        hidden_size=width,
+        num_experts=experts,
+        top_k=top_k,
+        weight_sum=weight_sum,  # type: ignore[arg-type]
+        order=queue if isinstance(router, TopKRouter) else None,  # type: ignore[arg-type]
+        takes_mask=True,
+        drops=moe.token_dropping and reads(moe, "token_dropping"),
+        drops_in_evaluation=moe.eval_token_dropping,
+        config=small,
+        checkpoint=checkpoint,
+    )

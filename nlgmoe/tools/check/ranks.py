@@ -1,0 +1,91 @@
+"""Ranks: experts divided over 2 and 3 processes give the numbers of one process."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, gradients, require_close
+
+WORLDS = (2, 3)
+
+
+def ranks_equal_one_process(layer: Layer) -> str:
+    """Compare outputs and averaged gradients of 2 and of 3 gloo ranks with those of one process.
+
+    With a capacity, of one that accumulates the ranks' micro-batches; dropless, of one with the whole batch.
+    """
+    if (placed := layer.on_ranks(2)) is None:
+        raise NotApplicable("how to divide its experts over ranks is not known here")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        raise NotApplicable("PyTorch has no gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=max(WORLDS))
+        except Exception as error:
+            reasons = [pickle.loads(file.read_bytes()) for file in sorted(Path(folder).glob("*.failed"))]
+            if not reasons:
+                raise
+            raise Failed(reasons[0]) from error
+    return (
+        f"2 and 3 ranks, against one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
+    )
+
+
+def _rank(rank: int, layer: Layer, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for ranks in WORLDS:
+        if rank >= ranks:
+            continue
+        try:
+            _compare(layer, rank, ranks, folder)
+        except Exception as error:
+            reason = (
+                f"{ranks} ranks, rank {rank}: {'' if isinstance(error, Failed) else type(error).__name__ + ': '}{error}"
+            )
+            (folder / f"{ranks}-{rank}.failed").write_bytes(pickle.dumps(" ".join(reason.split())[:200]))
+            os._exit(1)  # a partner may wait in a collective
+
+
+def _compare(layer: Layer, rank: int, ranks: int, folder: Path) -> None:
+    placed = layer.on_ranks(ranks)
+    assert placed is not None
+    whole = placed.make()
+    batch = Batch.random(placed, 2 * ranks, 8)
+    parts = [batch.sequences(slice(2 * one, 2 * one + 2)) for one in range(ranks)]
+    if placed.accumulates:
+        runs = [_step(placed, whole, part, seed) for seed, part in enumerate(parts)]
+        y = runs[rank][0]
+        expected = {name: torch.stack([found[name] for _, found in runs]).mean(0) for name in runs[0][1]}
+    else:
+        y, expected = _step(placed, whole, batch, 0)
+        y = y[2 * rank : 2 * rank + 2]
+    store = distributed.FileStore(str(folder / f"store-{ranks}"), ranks)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    try:
+        module = placed.build_on_rank(whole)
+        mine, found = _step(placed, module, parts[rank], rank)
+        require_close("output", mine, y, 1e-6)
+        for name, gradient in found.items():
+            wanted = expected[name]
+            if gradient.shape == wanted.shape:
+                distributed.all_reduce(gradient)
+            else:  # a rank's experts have seen the tokens of all ranks
+                count = len(gradient)
+                wanted = wanted[rank * count : (rank + 1) * count]
+            require_close(f"gradient of {name}", gradient / ranks, wanted, 1e-6)
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _step(layer: Layer, module: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    output = layer.run(module, batch, seed)
+    loss = output.y.square().mean() + (0 if output.aux is None else output.aux)
+    return output.y.detach(), gradients(module, loss)

@@ -1,0 +1,123 @@
+"""The layers that the words of the command name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nlgmoe.cli.errors import UsageError, describe
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.parts import ExpertConfig, ForeignCodeError, RouterConfig
+from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
+from nlgmoe.tools.check.layer import Batch, Layer
+from nlgmoe.tools.check.own import own_layer
+
+
+def find_layers(words: Sequence[str]) -> list[Layer]:
+    """Return the layers to test.
+
+    Raises:
+        UsageError: the words name none.
+    """
+    try:
+        return _find(list(words))
+    except (UsageError, ForeignCodeError):
+        raise
+    except (ValueError, OSError) as error:
+        raise UsageError(describe(error)) from error
+
+
+def _find(words: list[str]) -> list[Layer]:
+    if all(word.endswith((".yaml", ".yml")) for word in words):
+        from nlgmoe.experiment import parse_config  # its imports take seconds
+
+        config = GPTConfig.from_dict(parse_config(words)["model"]["config"])
+        return [own_layer(config, " ".join(words))]
+    if len(words) > 1:
+        raise UsageError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
+    (word,) = words
+    if word in ADAPTERS:
+        return ADAPTERS[word]()
+    if Path(word).is_dir() or word.endswith(".ckpt"):
+        from nlgmoe.checkpoint.folder import read_document
+        from nlgmoe.checkpoint.newest import find_checkpoint
+
+        path = find_checkpoint(word)
+        return [own_layer(GPTConfig.from_dict(read_document(path)["model_config"]), str(path), str(path))]
+    return _of_class(word, _import(word))
+
+
+def _import(path: str) -> Any:
+    """Import a class_path; the working directory counts."""
+    module, _, name = path.rpartition(".")
+    names = ", ".join(ADAPTERS)
+    if not module or os.sep in path:
+        raise UsageError(f"{path} is no YAML file, checkpoint or class_path, and none of {names}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be imported ({error}); give MODULE.CLASS, or one of {names}") from error
+
+
+def _of_class(path: str, found: Any) -> list[Layer]:
+    if isinstance(found, type) and issubclass(found, Layer):
+        return [_make(path, found)]
+    if isinstance(found, type) and issubclass(found, RouterConfig):
+        return _of_router(path, _make(path, found))
+    if isinstance(found, type) and issubclass(found, ExpertConfig):
+        moe = MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", expert=_make(path, found))
+        return [own_layer(GPTConfig(512, moe=moe), path)]
+    if not callable(found):
+        raise UsageError(
+            f"{path} is no class and no function; give one that makes a RouterConfig, ExpertConfig or nn.Module"
+        )
+    module = _make(path, found)
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{path} makes a {type(module).__name__}; give a RouterConfig, ExpertConfig or nn.Module")
+    sizes = {name: getattr(module, name, None) for name in ("hidden_size", "num_experts", "top_k")}
+    if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
+        raise UsageError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
+    takes_mask = "mask" in inspect.signature(module.forward).parameters
+    return [ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=found)]  # type: ignore[arg-type]
+
+
+def _make(path: str, factory: Callable[[], Any]) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise UsageError(f"{path} cannot be made without arguments ({type(error).__name__}: {error})") from error
+
+
+def _of_router(path: str, router: RouterConfig) -> list[Layer]:
+    """Return layers with one and with two experts a token, with a capacity and without, as far as the router takes them."""
+    layers: list[Layer] = []
+    refusals = []
+    quiet = {"token_dropping": False, "second_expert": "argmax"}
+    dropless = {name: value for name, value in quiet.items() if name in router.uses}
+    for top_k, settings in ((1, {}), (2, {}), (2, dropless))[: 3 if dropless else 2]:
+        try:
+            moe = MoEConfig(8, top_k=top_k, router=router, **settings)  # type: ignore[arg-type]
+            layer = own_layer(GPTConfig(512, moe=moe), f"{path}, top_k {top_k}" + ", dropless" * bool(settings))
+        except Exception as error:
+            refusals.append(str(error))
+            continue
+        try:
+            layer.run(layer.make(), Batch.random(layer, 1, 8))
+        except ValueError as error:  # it chooses another number of experts; other errors are for the table
+            refusals.append(str(error))
+            continue
+        except Exception:
+            pass
+        layers.append(layer)
+    if not layers:
+        raise UsageError(f"{path} takes no layer of 8 experts and one or two experts a token: {refusals[0]}")
+    return layers

@@ -1,0 +1,331 @@
+"""Our layer with one defect, of the kinds that other code bases had; each is found by the property that it is listed under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
+from nlgmoe.layers.experts import Experts
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.layers.uniform import Uniform
+from nlgmoe.tools.check.layer import Layer
+from nlgmoe.tools.check.own import OwnLayer, own_layer
+
+CAPACITY = MoEConfig(8, loss_coeff=0.01)
+TWO = MoEConfig(8, top_k=2, second_expert="argmax")
+DROPLESS = replace(TWO, token_dropping=False)
+
+
+@dataclass(frozen=True)
+class Broken(OwnLayer):
+    spoil: Callable[[MoELayer], None] | None = None
+
+    def build(self) -> nn.Module:
+        module = super().build()
+        self.spoil(module)
+        return module
+
+    def build_on_rank(self, whole: nn.Module) -> nn.Module:
+        module = super().build_on_rank(whole)
+        self.spoil(module)
+        return module
+
+    def odd(self) -> Layer:
+        return Broken(**vars(super().odd()), spoil=self.spoil)
+
+    def on_ranks(self, ranks: int) -> Layer:
+        return Broken(**vars(super().on_ranks(ranks)), spoil=self.spoil)
+
+
+def clean(moe: MoEConfig) -> OwnLayer:
+    return own_layer(GPTConfig(61, moe=moe), "ours")
+
+
+def broken(moe: MoEConfig, spoil: Callable[[MoELayer], None]) -> Broken:
+    return Broken(**vars(clean(moe)), spoil=spoil)
+
+
+def router(**methods: Any) -> Callable[[MoELayer], None]:
+    """Replace methods of the router."""
+
+    def spoil(module: MoELayer) -> None:
+        module.router.__class__ = type("BrokenRouter", (type(module.router),), methods)
+
+    return spoil
+
+
+def routed(change: Callable[[Routing, Tensor], Routing]) -> Callable[[MoELayer], None]:
+    """Change what the router returns; `change` also gets its input."""
+
+    def forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
+        return change(TopKRouter.forward(self, x, context), x)
+
+    return router(forward=forward)
+
+
+def layer(change: Callable[[MoELayer, Tensor, Tensor, Routing], Tensor]) -> Callable[[MoELayer], None]:
+    """Change the output, `change(layer, x, y, routing)`."""
+
+    def forward(self: MoELayer, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        y, routing = MoELayer.forward(self, x, context)
+        return change(self, x, y, routing), routing
+
+    def spoil(module: MoELayer) -> None:
+        module.__class__ = type("BrokenLayer", (MoELayer,), {"forward": forward})
+
+    return spoil
+
+
+def experts(forward: Callable[..., Tensor]) -> Callable[[MoELayer], None]:
+    def spoil(module: MoELayer) -> None:
+        module.experts.__class__ = type("BrokenExperts", (Experts,), {"forward": forward})
+
+    return spoil
+
+
+# ---- routers
+
+
+def slots_of_training(self: TopKRouter, num_tokens: int) -> int | None:
+    training, self.training = self.training, True
+    try:
+        return TopKRouter._slots(self, num_tokens)
+    finally:
+        self.training = training
+
+
+def one_slot_more(self: TopKRouter, num_tokens: int) -> int | None:
+    slots = TopKRouter._slots(self, num_tokens)
+    return None if slots is None else slots + 1
+
+
+def padding_in_the_queue(
+    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+) -> Tensor:
+    kept = TopKRouter._within_capacity(self, slots, expert, probs, None, draw)
+    return kept if mask is None else kept & mask.unsqueeze(-1)
+
+
+def padding_kept(
+    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+) -> Tensor:
+    return TopKRouter._within_capacity(self, slots, expert, probs, None, draw)
+
+
+def first_tokens_stay(self: TopKRouter, *args: Any) -> Tensor:
+    training, self.training = self.training, False
+    try:
+        return TopKRouter._within_capacity(self, *args)
+    finally:
+        self.training = training
+
+
+def token_by_token(
+    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+) -> Tensor:
+    wanted = nn.functional.one_hot(expert.flatten(), self.num_experts)
+    place = ((wanted.cumsum(0) - 1) * wanted).sum(1).view_as(expert)
+    return place < (slots or len(expert))
+
+
+def normalised_before_dropping(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
+    routing = TopKRouter.forward(self, x, context)
+    weight = routing.probs.gather(1, routing.expert)
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    return replace(routing, weight=torch.where(routing.kept, weight, 0))
+
+
+def without_last_expert(self: TopKRouter, x: Tensor) -> Tensor:
+    return TopKRouter._logits(self, x) - 1e4 * torch.eye(self.num_experts, dtype=x.dtype, device=x.device)[-1]
+
+
+def bias_from_forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
+    routing = TopKRouter.forward(self, x, context)
+    if self.training:
+        self.load += routing.tokens_per_expert
+    return routing
+
+
+def add_load(module: MoELayer) -> None:
+    Router.register_buffer(module.router, "load", torch.zeros(8))
+    router(forward=bias_from_forward)(module)
+
+
+def add_lost_state(module: MoELayer) -> None:
+    """A bias that balances, in a tensor that is no buffer."""
+    module.router.bias = torch.zeros(8)
+
+    def after_step(self: Any, requests: Tensor) -> None:
+        self.bias = self.bias + 0.05 * (requests.float().mean() - requests).sign()
+
+    router(after_step=after_step, _logits=lambda self, x: TopKRouter._logits(self, x) + self.bias.to(x))(module)
+
+
+def half_gate(self: TopKRouter, x: Tensor) -> Tensor:
+    return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
+
+
+def read_on_host(routing: Routing, x: Tensor) -> Routing:
+    assert routing.tokens_per_expert.max().item() >= 0
+    return routing
+
+
+# ---- experts and the layer
+
+
+def without_gradients_of_expert_0(
+    self: Experts, x: Tensor, tokens_per_expert: Tensor, all_used: bool = False
+) -> Tensor:
+    y = Experts.forward(self, x, tokens_per_expert, all_used)
+    first = (torch.arange(len(y)) < tokens_per_expert[0]).unsqueeze(-1)
+    return torch.where(first, y.detach(), y)
+
+
+def lost_expert(self: Experts, x: Tensor, tokens_per_expert: Tensor, all_used: bool = False) -> Tensor:
+    """The last expert's tokens go to the one before it."""
+    merged = tokens_per_expert.clone()
+    merged[-2] += merged[-1]
+    merged[-1] = 0
+    return Experts.forward(self, x, merged, all_used)
+
+
+def copy_dropped(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+    return torch.where(routing.kept.any(1).view(*x.shape[:2], 1), y, x)
+
+
+def batch_normalised(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+    return y - y.mean(dim=(0, 1)) if self.training else y
+
+
+def shifted(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+    return y + 1e-2 * x.roll(1, 1)
+
+
+def even_widths(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+    return y.view(*y.shape[:2], -1, 2).flatten(2)
+
+
+class TimesRanks(torch.autograd.Function):
+    """The gradient of the gate as the sum over ranks, not the mean (transformers#48687)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+
+
+def gate_of_ranks(module: MoELayer) -> None:
+    router(_logits=lambda self, x: TimesRanks.apply(TopKRouter._logits(self, x)))(module)
+
+
+Defect = tuple[MoEConfig, Callable[[MoELayer], None]]
+DEFECTS: dict[str, tuple[str, Defect]] = {
+    # defect -> the property that finds it, and the layer
+    "double softmax": (
+        "the gate is not squashed twice",
+        (CAPACITY, router(_scores=lambda self, logits, probs: probs.softmax(-1))),
+    ),
+    "double softmax, normalised": (
+        "the gate is not squashed twice",
+        (TWO, router(_scores=lambda self, logits, probs: probs.softmax(-1))),
+    ),
+    "double softmax in the balance loss": (
+        "the balance loss sees a collapse",
+        (TWO, routed(lambda routing, x: replace(routing, probs=routing.probs.softmax(-1)))),
+    ),
+    "detached auxiliary loss": (
+        "the auxiliary loss reaches the gate",
+        (TWO, routed(lambda routing, x: replace(routing, probs=routing.probs.detach()))),
+    ),
+    "detached weights": (
+        "the output's loss reaches the gate",
+        (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.detach()))),
+    ),
+    "wrong gradient of the weights": (
+        "gradients equal finite differences",
+        (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight * 0.5 + routing.weight.detach() * 0.5))),
+    ),
+    "constant weights": (
+        "the gate's scale reaches the output",
+        (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.kept.to(routing.weight.dtype)))),
+    ),
+    "weights not renormalised": (
+        "weights sum as declared",
+        (TWO, lambda module: setattr(module.router, "normalize_weights", False)),
+    ),
+    "weights renormalised before dropping": ("weights sum as declared", (TWO, router(forward=normalised_before_dropping))),
+    "capacity off by one": ("capacity is the formula", (CAPACITY, router(_slots=one_slot_more))),
+    "tokens dropped without a capacity": ("capacity is the formula", (DROPLESS, router(_slots=lambda self, tokens: 5))),
+    "the first tokens stay": ("the declared tokens are dropped", (CAPACITY, router(_within_capacity=first_tokens_stay))),
+    "second choices before first": ("the declared tokens are dropped", (TWO, router(_within_capacity=token_by_token))),
+    "padding takes slots": ("padding takes no slot", (CAPACITY, router(_within_capacity=padding_in_the_queue))),
+    "padding is computed": ("padding takes no slot", (DROPLESS, router(_within_capacity=padding_kept))),
+    "padding in the balance loss": (
+        "padding counts in no output or loss",
+        (CAPACITY, routed(lambda routing, x: replace(routing, token_mask=None))),
+    ),
+    "evaluation drops tokens": ("evaluation does not see neighbours", (CAPACITY, router(_slots=slots_of_training))),
+    "tokens mixed up": ("permuted tokens, permuted outputs", (DROPLESS, layer(shifted))),
+    "statistics of the micro-batch": ("micro-batches add up", (DROPLESS, layer(batch_normalised))),
+    "dropped tokens copied": ("dropped tokens give zero", (CAPACITY, layer(copy_dropped))),
+    "no gradient of an expert": (
+        "used experts get gradients, others none",
+        (CAPACITY, experts(without_gradients_of_expert_0)),
+    ),
+    "no gradient of an expert, by differences": (
+        "gradients equal finite differences",
+        (CAPACITY, experts(without_gradients_of_expert_0)),
+    ),
+    "a lost expert": ("output = sum of weight * expert(x)", (DROPLESS, experts(lost_expert))),
+    "state written in forward": ("forward writes no state", (CAPACITY, add_load)),
+    "state that no checkpoint holds": ("a resumed run is the same to the bit", (CAPACITY, add_lost_state)),
+    "output in fp32": ("types do not leak", (CAPACITY, layer(lambda self, x, y, routing: y.float()))),
+    "output of fp16 in fp32": ("bf16 and fp16 are close to fp32", (CAPACITY, layer(lambda self, x, y, routing: y.float()))),
+    "weights in half precision": (
+        "types do not leak",
+        (CAPACITY, routed(lambda routing, x: replace(routing, weight=routing.weight.to(x.dtype)))),
+    ),
+    "overflow in fp16": (
+        "bf16 and fp16 are close to fp32",
+        (CAPACITY, layer(lambda self, x, y, routing: (y * 3e5) * torch.tensor(1 / 3e5, dtype=y.dtype))),
+    ),
+    "an expert out of reach": ("no expert is dead after 50 steps", (TWO, router(_logits=without_last_expert))),
+    "balance loss with the wrong sign": (
+        "balancing lowers imbalance",
+        (TWO, routed(lambda routing, x: replace(routing, probs=-routing.probs))),
+    ),
+    "even widths only": ("unusual sizes work", (CAPACITY, layer(even_widths))),
+    "a read by the host": ("the host reads no device", (CAPACITY, routed(read_on_host))),
+}  # fmt: skip
+
+
+class PlainMoE(nn.Module):
+    """A layer that knows nothing of this project: dropless top-1, with the balance loss of Switch Transformers."""
+
+    hidden_size, num_experts, top_k = 16, 8, 1
+
+    def __init__(self, detached: bool = False) -> None:
+        super().__init__()
+        self.detached = detached
+        self.gate = nn.Linear(16, 8, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        probs = self.gate(x).softmax(-1)
+        weight, chosen = probs.max(-1, keepdim=True)
+        y = sum(expert(x) * weight * (chosen == e) for e, expert in enumerate(self.experts))
+        share = nn.functional.one_hot(chosen.flatten(), 8).to(probs.dtype).mean(0)
+        aux = 8 * (probs.flatten(0, 1).mean(0) * share).sum()
+        return y, aux.detach() if self.detached else aux
+
+
+def detached_plain_moe() -> nn.Module:
+    return PlainMoE(detached=True)

@@ -1,0 +1,151 @@
+"""`nlgmoe check`: it finds each seeded defect, and passes our own layers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK
+from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.tools.check.foreign import ADAPTERS
+from nlgmoe.tools.check.layer import Layer
+from nlgmoe.tools.check.properties import PROPERTIES, check_layer
+from nlgmoe.tools.check.targets import find_layers
+from tests.synthetic import SyntheticData
+from tests.tools_check.broken import CAPACITY, DEFECTS, DROPLESS, broken, clean, gate_of_ranks
+
+RANKS = "ranks equal one process"
+QUICK = set(PROPERTIES) - {RANKS}
+
+
+def verdicts(layer: Layer, only: set[str]) -> dict[str, str]:
+    return {result.property: f"{result.verdict}: {result.reason}" for result in check_layer(layer, only)}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_each_defect_is_found(defect: str) -> None:
+    name, (moe, spoil) = DEFECTS[defect]
+    found = verdicts(broken(moe, spoil), {name})[name]
+    assert found.startswith("fail"), found
+    assert "Error: " not in found or defect == "even widths only", found  # not by accident
+
+
+@pytest.mark.parametrize(
+    ("moe", "asked"),
+    [
+        (CAPACITY, 24),
+        (MoEConfig(8, mlp_type="residual", noise="rsample", z_loss_coeff=0.01), 24),
+        (MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sum", aux_scope="rank"), 24),
+        (DROPLESS, 23),
+        (MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1)), 23),
+    ],
+    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "sigmoid"],
+)
+def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
+    found = verdicts(clean(moe), QUICK)
+    assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
+    assert sum(text.startswith("pass") for text in found.values()) >= asked
+
+
+def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:
+    found = verdicts(broken(CAPACITY, gate_of_ranks), {RANKS})[RANKS]
+    assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
+
+
+# What fails, and docs/check.md explains.
+HOST, TYPES = "the host reads no device", "types do not leak"
+NEIGHBOURS, ORDER, SIZES = (
+    "evaluation does not see neighbours",
+    "permuted tokens, permuted outputs",
+    "unusual sizes work",
+)
+SLOTS, COUNTS = "padding takes no slot", "padding counts in no output or loss"
+KNOWN = {
+    "mixtral": [{SIZES, HOST}],
+    "olmoe": [{SIZES, TYPES, HOST}],
+    "qwen3-moe": [{SIZES, TYPES, HOST}],
+    "deepseek-v3": [{TYPES, HOST}],
+    "deepspeed": [{COUNTS, NEIGHBOURS, ORDER, SIZES, TYPES, HOST}, {SLOTS, COUNTS, NEIGHBOURS, ORDER, SIZES, TYPES}],
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_layers_of_others_fail_as_documented(name: str) -> None:
+    for layer, known in zip(ADAPTERS[name](), KNOWN[name], strict=True):
+        found = verdicts(layer, QUICK)
+        assert {one for one, text in found.items() if text.startswith("fail")} == known, found
+
+
+def test_the_command_prints_json_and_ends_with_a_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in set(PROPERTIES) - {NEIGHBOURS, "no expert is dead after 50 steps", "the checkpoint's experts survived"}:
+        monkeypatch.delitem(PROPERTIES, name)
+    nlgmoe(["check", "nlgmoe.SigmoidTopK", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == 0
+    assert [one["layer"] for one in found["layers"]] == [
+        f"nlgmoe.SigmoidTopK, top_k {end}" for end in ("1", "2", "2, dropless")
+    ]
+    nlgmoe(["check", "configs/moe/laptop.yaml"])
+    nlgmoe(["check", "swiglu_expert.SwiGLUExpert"])
+    assert "pass            evaluation does not see neighbours" in capsys.readouterr().out
+
+    module = MoEGPTModule(GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4)))
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, SyntheticData())
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    nlgmoe(["check", str(tmp_path / "good.ckpt")])
+    assert "4 experts of 1 layers, all different" in capsys.readouterr().out
+    with torch.no_grad():
+        weight = module.gpt.blocks[1].moe.experts.expand_weight
+        weight[2] = weight[1]
+    trainer.save_checkpoint(tmp_path / "lost.ckpt")
+    with pytest.raises(SystemExit) as end:
+        nlgmoe(["check", str(tmp_path / "lost.ckpt")])
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and "4 experts, of which 3 are different" in printed.out
+    assert printed.err == "error: 1 of 3 properties fail; docs/check.md explains each\n"
+
+
+def test_a_layer_that_knows_nothing_of_us_is_taken() -> None:
+    (good,), (bad,) = (find_layers([f"tests.tools_check.broken.{name}"]) for name in ("PlainMoE", "detached_plain_moe"))
+    found = verdicts(good, QUICK)
+    failed = {one: text for one, text in found.items() if text.startswith("fail")}
+    assert set(failed) == {TYPES, SIZES} and "bfloat16" in failed[TYPES] and "0 sequences" in failed[SIZES]
+    assert sum(text.startswith("pass") for text in found.values()) >= 11
+    aux = "the auxiliary loss reaches the gate"
+    assert verdicts(bad, {aux})[aux].startswith("fail")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "nothing is no YAML file, checkpoint or class_path, and none of deepspeed, mixtral"),
+        ("no.such.Class", "no.such.Class cannot be imported"),
+        ("nlgmoe.RouterConfig", "nlgmoe.RouterConfig takes no layer of 8 experts"),
+        ("no.yaml", "no.yaml"),
+        ("configs/dense/laptop.yaml", "configs/dense/laptop.yaml has no MoE layer; set model.config.moe"),
+        ("math.pi", "math.pi is no class and no function"),
+        ("torch.nn.Identity", "torch.nn.Identity makes a module without the attribute hidden_size"),
+    ],
+)
+def test_a_wrong_command_is_one_line(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        nlgmoe(["check", target])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert message in error
+
+
+def test_the_failures_in_the_document_are_those_of_the_libraries() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "check.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
