@@ -118,6 +118,8 @@ class MoEConfig:
             not (self.noise == "rsample" and self.top_k != 1),
             f"noise=rsample works with top_k=1 only (top_k={self.top_k}); use noise=jitter, or null",
         )
+        if self.router is not None:
+            self.router.check_uses(ROUTER_FIELDS)
         for field in fields(self):
             unread = self.router is not None and field.name in ROUTER_FIELDS - self.router.uses
             require(

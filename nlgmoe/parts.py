@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ class RouterConfig:
 
     uses: ClassVar[frozenset[str]] = frozenset()
     free_in_evaluation: ClassVar[frozenset[str]] = frozenset()
+
+    def check_uses(self, known: frozenset[str]) -> None:
+        """Check the declaration `uses`: a misspelt name would turn a loss off.
+
+        Args:
+            known: all fields that routers may read.
+
+        Raises:
+            ValueError: it is no set of such names, or a field of the dataclass.
+        """
+        name = type(self).__name__
+        if not isinstance(self.uses, frozenset) or "uses" in {field.name for field in fields(self)}:
+            raise ValueError(f"{name}.uses must be a frozenset, without an annotation; write uses = frozenset({{...}})")
+        if unknown := sorted(self.uses - known):
+            raise ValueError(f"{name}.uses names {', '.join(unknown)}; a router may use {', '.join(sorted(known))}")
 
     def check(self, moe: Any) -> None:
         """Check that the router fits its `MoEConfig`, such as `top_k`.

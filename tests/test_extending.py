@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from cosine_router import CosineRouterConfig
 from hash_router import HashRouterConfig
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
 
-from nlgmoe import GPT, GPTConfig, MoEConfig, MoEGPTModule, Router, Routing, RoutingContext, SigmoidTopK, SoftmaxTopK
+from nlgmoe import (
+    GPT,
+    GPTConfig,
+    MoEConfig,
+    MoEGPTModule,
+    Router,
+    RouterConfig,
+    Routing,
+    RoutingContext,
+    SigmoidTopK,
+    SoftmaxTopK,
+)
 from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.non_finite import NonFinite
 from tests.end_to_end.test_train_cli import ROOT, TINY
@@ -116,6 +129,43 @@ def test_a_router_reads_the_settings_that_it_names_and_chooses_top_k_experts() -
     MoEConfig(4, loss_coeff=0.5, router=SoftmaxTopK())
     with pytest.raises(ValueError, match=r"HashRouter chose experts \[32, 1\], not \[tokens, top_k\] = \[32, 2\]"):
         GPT(replace(CONFIG, moe=MoEConfig(4, top_k=2, router=HashRouterConfig())))(torch.zeros(2, 16, dtype=torch.long))
+
+
+def test_a_router_says_correctly_what_it_reads() -> None:
+    for uses, message in (
+        (frozenset({"loss_coef"}), "Wrong.uses names loss_coef; a router may use aux_scope, eval_capacity_factor"),
+        (("loss_coeff",), "Wrong.uses must be a frozenset, without an annotation"),
+    ):
+        wrong = dataclass(frozen=True)(type("Wrong", (RouterConfig,), {"uses": uses}))
+        with pytest.raises(ValueError, match=message):
+            MoEConfig(4, router=wrong())
+    field = dataclass(frozen=True)(
+        type("Field", (RouterConfig,), {"__annotations__": {"uses": frozenset}, "uses": frozenset()})
+    )
+    with pytest.raises(ValueError, match=r"Field.uses must be a frozenset, without an annotation"):
+        MoEConfig(4, router=field())
+
+
+def test_a_cosine_router_learns_by_the_balance_loss_and_half_precision_weights_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(CONFIG, moe=MoEConfig(4, top_k=2, loss_coeff=0.1, router=CosineRouterConfig(0.2)))
+    model, tokens = GPT(config), torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
+    router = model.blocks[1].moe.router
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    routing = router(x, RoutingContext(mask=torch.tensor([[True] * 7 + [False]])))
+    cosine = F.cosine_similarity(x.unsqueeze(1), router.weight.unsqueeze(0), dim=-1)  # [N, E]
+    torch.testing.assert_close(routing.probs, (cosine / 0.2).softmax(dim=-1))
+    torch.testing.assert_close(routing.weight[:7], routing.probs.topk(2).values[:7])
+    assert not routing.kept[7].any() and not routing.weight[7].any()
+    router_losses(model(tokens).routings)[0].backward()
+    assert router.weight.grad.any()
+    forward = type(router).forward
+    monkeypatch.setattr(
+        type(router), "forward", lambda *args: replace(routed := forward(*args), weight=routed.weight.bfloat16())
+    )
+    with pytest.raises(ValueError, match=r"CosineRouter returned weights of torch.bfloat16; compute them in fp32"):
+        model(tokens)
 
 
 def test_the_configuration_comes_back_from_plain_values() -> None:

@@ -285,7 +285,9 @@ def find_class(path: str, hint: Any = None) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"cannot import {module_name} ({error})") from error
+        raise ValueError(
+            f"cannot import {module_name} ({error}); put its file beside train.py or on PYTHONPATH"
+        ) from error
     if not hasattr(module, name):
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
         raise ValueError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")

@@ -13,6 +13,7 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.commands.distill_logits import distill_logits
 from nlgmoe.commands.generate_text import generate_text
 from nlgmoe.commands.prepare_data import prepare_data
+from nlgmoe.commands.prune_checkpoint import prune_checkpoint
 from nlgmoe.commands.student import student
 from nlgmoe.commands.upcycle_checkpoint import upcycle_checkpoint
 from nlgmoe.commands.verify_checkpoint import verify_checkpoint
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Any] = {
     "export": export_checkpoint,
     "import": import_checkpoint,
     "upcycle": upcycle_checkpoint,
+    "prune": prune_checkpoint,
     "distill-logits": distill_logits,
     "student": student,
     "evaluate": evaluate,

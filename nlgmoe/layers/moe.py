@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,7 +68,7 @@ class MoELayer(nn.Module):
             `y` `[B, T, H]` in the dtype of `x`, and the routing. A dropped token gets zeros (in a residual layer its MLP part).
 
         Raises:
-            ValueError: the router chose another number of experts a token than `top_k`.
+            ValueError: the router chose another number of experts a token than `top_k`, or its weights are in half precision.
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing: Routing = self.router(tokens, context)
@@ -75,6 +76,10 @@ class MoELayer(nn.Module):
             raise ValueError(
                 f"{type(self.router).__name__} chose experts {list(routing.expert.shape)}, not [tokens, top_k] = "
                 f"{[len(tokens), self.top_k]}; set model.config.moe.top_k to what it chooses"
+            )
+        if routing.weight.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{type(self.router).__name__} returned weights of {routing.weight.dtype}; compute them in fp32"
             )
         if self.placement.group is None and self.experts.can_decode(tokens, routing.expert.numel()):
             mlp = self.mlp(tokens) if self.mlp is not None else None

@@ -176,3 +176,11 @@ def test_a_wrong_command_ends_with_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob(".*writing"))
+
+
+def test_a_run_with_a_router_that_is_not_imported_shows_its_experts(tmp_path: Path) -> None:
+    router = "{class_path: nowhere_to_be_found.Router, init_args: {}}"
+    text = f"model: {{config: {{vocab_size: 61, num_layers: 4, moe: {{num_experts: [0, 8], router: {router}}}}}}}"
+    (run,) = read_runs([folder(tmp_path / "a", config__yaml=text)])
+    assert run.blocks == [4] and run.parameters() is None
+    assert "<td>0/8</td>" in page([run])

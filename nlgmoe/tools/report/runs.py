@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import PARTS, GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.files import require_regular
 from nlgmoe.model.counting import count_parameters
+from nlgmoe.parts import ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.report.metrics import (
     LOADS,
@@ -67,9 +68,14 @@ class Run:
 
     @cached_property
     def model(self) -> GPTConfig | None:
-        """The model's configuration; None if unknown."""
+        """The model's configuration, without parts from outside `nlgmoe` that are not imported; None if unknown."""
         try:
-            return GPTConfig.from_dict(self.config["model"]["config"])
+            values = self.config["model"]["config"]
+            try:
+                return GPTConfig.from_dict(values)
+            except ForeignCodeError:
+                own = {name: value for name, value in values["moe"].items() if name not in PARTS}
+                return GPTConfig.from_dict(values | {"moe": own})
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -101,6 +107,9 @@ class Run:
             return int(total), int(active)
         if self.model is None:
             return None
+        named = self.config["model"]["config"].get("moe") or {}
+        if any(named.get(part) and getattr(self.model.moe, part) is None for part in PARTS):
+            return None  # a part that is not imported
         count = count_parameters(self.model)
         return count.total, count.active
 

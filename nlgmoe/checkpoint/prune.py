@@ -1,0 +1,104 @@
+"""Prune: write a checkpoint with fewer experts. A standard mixture becomes a pyramid.
+
+The kept experts keep their order; the rows of the router's weights and biases go with them. A softmax over fewer experts gives
+each of them a larger probability, so that with `top_k` 1 the weights of the others' tokens grow too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nlgmoe.checkpoint.entries import EXPERT
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.weights_only import write_weights
+from nlgmoe.config import GPTConfig
+from nlgmoe.layers.router import TopKRouter
+from nlgmoe.model.gpt import GPT
+from nlgmoe.pyramid import experts_per_layer, experts_per_position
+from nlgmoe.validation import require
+
+
+def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
+    """Return the configuration with other numbers of experts.
+
+    Args:
+        config: of a mixture.
+        num_experts: one for each MoE position.
+
+    Raises:
+        ValueError: there are too few or too many numbers, one of them is larger than before or below `top_k`, or the router has
+            no row for each expert.
+    """
+    require(config.moe is not None, "num_experts: a dense model has no experts; prune a mixture")
+    assert config.moe is not None
+    before, setting = experts_per_position(config), f"num_experts={list(num_experts)}"
+    require(
+        len(num_experts) == len(before),
+        f"{setting} has {len(num_experts)} numbers, the model has {before}; give as many",
+    )
+    for position, (old, new) in enumerate(zip(before, num_experts, strict=True)):
+        require(
+            0 < new <= old or new == old,
+            f"{setting}: number {position + 1} must be from 1 to {old}, which that layer has"
+            if old
+            else f"{setting}: number {position + 1} must be 0, the block there is dense",
+        )
+    require(list(num_experts) != before, f"{setting} is what the model has; give a smaller number")
+    with torch.device("meta"):
+        routers = [block.moe.router for block in GPT(config).blocks if block.moe is not None]  # type: ignore[union-attr]
+    require(
+        all(isinstance(router, TopKRouter) for router in routers),
+        f"num_experts: {type(config.moe.router).__name__} has no row for each expert; only routers with a gate can be pruned",
+    )
+    return replace(config, moe=replace(config.moe, num_experts=list(num_experts)))
+
+
+def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
+    """Return the experts to keep in each MoE layer, in order: those with the largest sum of weights.
+
+    Args:
+        weights: `[E]` of each MoE layer (`eval/expert_use.py`).
+        config: `pruned_config`'s.
+    """
+    counts = [count for count in experts_per_layer(config) if count]
+    return [
+        sorted(one.argsort(descending=True, stable=True)[:n].tolist()) for one, n in zip(weights, counts, strict=True)
+    ]
+
+
+def prune(source: Path, checkpoint: str | Path, num_experts: Sequence[int], kept: Sequence[Sequence[int]]) -> GPTConfig:
+    """Write the checkpoint, replacing an older one when complete.
+
+    Args:
+        source: a checkpoint's folder.
+        checkpoint: `NAME.ckpt`.
+        num_experts: one for each MoE position.
+        kept: experts to keep, for each MoE layer.
+
+    Returns:
+        The new model's configuration.
+
+    Raises:
+        ValueError: see `pruned_config`, or a file cannot be read or written.
+    """
+    document = read_document(source)
+    before = GPTConfig.from_dict(document["model_config"])
+    config = pruned_config(before, num_experts)
+    blocks = [block for block, count in enumerate(experts_per_layer(before)) if count]
+    of_block = {f"blocks.{block}.moe": list(experts) for block, experts in zip(blocks, kept, strict=True)}
+    files = TensorFiles(source, "model")
+
+    def read(name: str) -> Tensor:
+        layer = name.partition(".moe.")[0] + ".moe"
+        if match := EXPERT.fullmatch(name):
+            return files.read(f"{match['layer']}.{of_block[layer][int(match['expert'])]}.{match['part']}")
+        value = files.read(name)
+        return value[of_block[layer]] if name.startswith(f"{layer}.router.") else value
+
+    write_weights(checkpoint, read, config, read_tokenizer(source), document["global_step"], document["tokens_seen"])
+    return config

@@ -1,0 +1,127 @@
+"""`nlgmoe prune`: fewer experts, by measured use: a pyramid out of a standard mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.model_options import import_allowed
+from nlgmoe.tools.hugging_face.import_checkpoint import check_new_checkpoint
+
+if TYPE_CHECKING:
+    from nlgmoe.eval.loaded_model import LoadedModel
+
+BATCH = 8  # sequences of `text` at a time
+
+
+def prune_checkpoint(
+    run: str,
+    checkpoint: str,
+    num_experts: list[int] | None = None,
+    text: str | None = None,
+    windows: int = 200,
+    overwrite: bool = False,
+    allow_code: list[str] | None = None,
+) -> None:
+    """Keep the experts that a model uses most, and print the loss before and after.
+
+    An expert's use is the sum of its weights over the tokens of the run's validation text, or of a text that is given.
+
+    Args:
+        run: the folder of a run, or a checkpoint in it.
+        checkpoint: that is written, `NAME.ckpt`.
+        num_experts: experts to keep, one number for each MoE position, such as [8,8,16].
+        text: a file of plain text to measure the use on; default: the run's validation text.
+        windows: sequences to measure on, of each domain of the run's validation text, or of text.
+        overwrite: replace the checkpoint if there is one of that name.
+        allow_code: a module with an expert of the checkpoint, to be imported; may be given several times.
+
+    Raises:
+        ValueError: the numbers do not suit the model, or there is no text.
+    """
+    import_allowed(allow_code)
+    check_new_checkpoint(checkpoint, overwrite)
+    if num_experts is None:
+        raise UsageError(
+            "missing setting num_experts (experts to keep at each MoE position); give it as --num-experts=[8,8,16]"
+        )
+    if windows < 1:
+        raise UsageError(f"windows={windows} must be at least 1 sequence")
+    from nlgmoe.checkpoint.portable import load_model  # these need torch
+    from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
+    from nlgmoe.eval.expert_use import measure_use
+    from nlgmoe.eval.loaded_model import load_pretrained
+    from nlgmoe.model.counting import count_parameters
+    from nlgmoe.pyramid import experts_per_layer
+
+    loaded = load_pretrained(run)
+    before = loaded.model.config
+    try:
+        after = pruned_config(before, num_experts)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
+    use = measure_use(loaded.model, batches)
+    kept = most_used(use.weights, after)
+    prune(loaded.path, checkpoint, num_experts, kept)
+
+    blocks = [block for block, count in enumerate(experts_per_layer(before), 1) if count]
+    for block, experts, weights in zip(blocks, kept, use.weights, strict=True):
+        share = float(weights[experts].sum() / weights.sum())
+        numbers = " ".join(map(str, experts))
+        print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")
+    loss = measure_use(load_model(Path(checkpoint)), batches).loss
+    sizes = [count_parameters(config).total for config in (before, after)]
+    print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
+    print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
+    print(
+        "to train it on, with the whole model as teacher: python train.py fit --config "
+        f"{_config_of(run) or 'CONFIG'} --model.config.moe.num_experts '{list(num_experts)}' "
+        f"--model.warm_start.checkpoint {checkpoint} --model.distiller nlgmoe.MixtureOfStudents "
+        f"--model.distiller.init_args.teacher {loaded.path} --trainer.default_root_dir RUN"
+    )
+
+
+def _config_of(run: str) -> Path | None:
+    """Return the `config.yaml` of the run that a folder is, or is in."""
+    folders = (Path(run), *Path(run).parents)
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def _run_batches(run: str, windows: int) -> Any:
+    from nlgmoe.experiment import load_config
+
+    if (config := _config_of(run)) is None:
+        raise UsageError(
+            f"run={run} is in no run's folder, which names its text: there is no config.yaml; give --text FILE"
+        )
+    data = load_config(config, data__max_eval_windows=windows, trainer__logger=False).data
+    data.prepare_data()
+    return data.val_dataloader()
+
+
+def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
+    """Cut a file of text into sequences."""
+    import torch
+
+    try:
+        ids = loaded.tokenizer.encode(Path(text).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"text={text} cannot be read ({type(error).__name__}); give a file of text in UTF-8"
+        ) from error
+    length = loaded.model.config.seq_len
+    count = min(windows, (len(ids) - 1) // length)
+    if count < 1:
+        raise UsageError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
+    tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
+    for some, following in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
+        mask = torch.ones_like(some, dtype=torch.bool)
+        yield {
+            "tokens": some,
+            "targets": following,
+            "token_mask": mask,
+            "domain": torch.zeros(len(some), dtype=torch.long),
+        }

@@ -1,0 +1,55 @@
+"""How much a model uses each expert of a text: the sum of its weights over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
+from nlgmoe.layers.losses import token_losses
+from nlgmoe.model.gpt import GPT
+
+CHUNK = 1024  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """The loss of a text, and the use of each expert.
+
+    Attributes:
+        loss: mean over tokens, nats.
+        tokens: that it is the mean of.
+        weights: for each MoE layer, `[E]` sum over tokens of the expert's weight in the output.
+    """
+
+    loss: float
+    tokens: int
+    weights: list[Tensor]
+
+
+@torch.no_grad()
+def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
+    """Read text with a model in evaluation mode.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    total, tokens = 0.0, 0
+    weights: list[Tensor] = []
+    for batch in batches:
+        output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
+        counted = loss_mask(batch).flatten()
+        losses = token_losses(
+            output.hidden.flatten(0, 1), model.unembedding, model.config.vocab_size, batch["targets"].flatten(), CHUNK
+        )
+        total += float(losses[counted].sum(dtype=torch.float64))
+        tokens += int(counted.sum())
+        weights = weights or [torch.zeros(routing.num_experts, dtype=torch.float64) for routing in output.routings]
+        for sums, routing in zip(weights, output.routings, strict=True):
+            sums.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())  # padding weighs 0
+    if not tokens:
+        raise ValueError("there is no text to measure the use of experts on; give some")
+    return ExpertUse(total / tokens, tokens, weights)

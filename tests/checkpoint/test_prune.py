@@ -1,0 +1,146 @@
+"""Pruning: which experts stay, that nothing else changes, and that a run heals the result with the whole model as teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlgmoe import GPT, HashRouterConfig, SigmoidTopK, load_model, load_pretrained
+from nlgmoe.checkpoint.folder import read_tokenizer
+from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
+from nlgmoe.checkpoint.verify import find_problems
+from nlgmoe.cli.train import main as train
+from nlgmoe.commands.main import main
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.eval.expert_use import measure_use
+from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
+from tests.end_to_end.test_train_cli import ROOT, TINY
+
+TOKENS = torch.randint(61, (1, 16), generator=torch.Generator().manual_seed(0))
+PAIR = TOKENS[:, :2]  # uses four experts of a layer at most
+MOES = {
+    "softmax": MoEConfig([6, 0, 5], top_k=2, mlp_type="residual"),
+    "sigmoid": MoEConfig([6, 0, 5], top_k=2, token_dropping=False, router=SigmoidTopK()),
+}
+
+
+def batch_of(tokens: Tensor) -> dict[str, Tensor]:
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    return {"tokens": tokens, "targets": tokens.roll(-1, 1), "token_mask": mask, "domain": torch.zeros(len(tokens))}
+
+
+def whole(folder: Path, kind: str) -> Path:
+    config = GPTConfig(300, 16, 6, 16, 2, init_std=0.3, moe=MOES[kind])
+    return write(folder / "whole.ckpt", config, tokenizer=TOKENIZER.to_json())
+
+
+@torch.no_grad()
+def logits(model: GPT, tokens: Tensor = TOKENS) -> Tensor:
+    return model.logits(model(tokens).hidden)
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_experts_that_no_token_uses_are_not_missed(kind: str, tmp_path: Path) -> None:
+    """The weights of two experts are renormalised, so that those of a token do not depend on the rest."""
+    source = whole(tmp_path, kind)
+    model = load_model(source)
+    use = measure_use(model, [batch_of(PAIR)])
+    used = [int((weights > 0).sum()) for weights in use.weights]
+    numbers = [used[0], 0, used[1]]
+    assert used[0] < 6 and used[1] < 5
+    kept = most_used(use.weights, pruned_config(model.config, numbers))
+    config = prune(source, tmp_path / "small.ckpt", numbers, kept)
+    assert list(find_problems(tmp_path / "small.ckpt")) == []
+    small = load_model(tmp_path / "small.ckpt")
+    assert (
+        small.config == config and [len(block.moe.experts.expand_bias) for block in small.blocks if block.moe] == used
+    )
+    torch.testing.assert_close(logits(small, PAIR), logits(model, PAIR), rtol=1e-6, atol=1e-6)
+    assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.to_json()
+
+
+def test_use_is_the_sum_of_weights(tmp_path: Path) -> None:
+    model = load_model(whole(tmp_path, "softmax"))
+    use = measure_use(model, [batch_of(TOKENS), batch_of(TOKENS)])
+    with torch.no_grad():
+        routing = model(TOKENS).routings[1]
+        loss = torch.nn.functional.cross_entropy(logits(model)[0], TOKENS.roll(-1, 1)[0])
+    for expert in range(5):
+        assert use.weights[1][expert] == pytest.approx(
+            2 * float(routing.weight[routing.expert == expert].sum()), rel=1e-5
+        )
+    assert use.loss == pytest.approx(float(loss), rel=1e-5) and use.tokens == 32
+    assert most_used(
+        [torch.tensor([1.0, 5, 5, 3]), torch.tensor([0.0, 2])], GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))
+    ) == [
+        [1, 2],
+        [1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ("[3,0]", "num_experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
+        ("[7,0,5]", "number 1 must be from 1 to 6"),
+        ("[3,2,5]", "number 2 must be 0, the block there is dense"),
+        ("[3,0,0]", "number 3 must be from 1 to 5"),
+        ("[6,0,5]", "is what the model has"),
+        ("[1,0,5]", "top_k=2 must be between 1 and the smallest num_experts (1)"),
+    ],
+)
+def test_numbers_that_do_not_suit_are_refused(
+    numbers: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = whole(tmp_path, "softmax")
+    assert message in error_of(capsys, "prune", source, tmp_path / "small.ckpt", f"--num-experts={numbers}")
+    assert not (tmp_path / "small.ckpt").exists()
+
+
+def test_a_router_without_a_gate_and_a_dense_model_are_refused() -> None:
+    config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig()))
+    with pytest.raises(ValueError, match="HashRouterConfig has no row for each expert"):
+        pruned_config(config, [2])
+    with pytest.raises(ValueError, match="a dense model has no experts"):
+        pruned_config(GPTConfig(61, 16, 2, 16, 2), [2])
+
+
+def test_a_run_is_pruned_and_healed_by_the_commands(
+    pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, small, healed = tmp_path / "run", tmp_path / "small.ckpt", tmp_path / "healed"
+    quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}"]
+    train(
+        [
+            "fit",
+            "--config",
+            str(ROOT / "configs/moe/laptop.yaml"),
+            *TINY,
+            *quiet,
+            "--model.train_tokens=256",
+            f"--trainer.default_root_dir={run}",
+        ]
+    )
+    before = len(load_pretrained(run).model.blocks[1].moe.experts.expand_bias)
+    capsys.readouterr()
+    numbers = "[2]"
+    main(["prune", str(run), str(small), f"--num-experts={numbers}", "--windows=2"])
+    said = capsys.readouterr().out
+    assert f"block 2: 2 of {before} experts, with " in said and " nats per token (" in said
+    (tmp_path / "text.txt").write_text("It was the best of times. " * 200)
+    main(
+        ["prune", str(run), str(tmp_path / "other.ckpt"), f"--num-experts={numbers}", f"--text={tmp_path / 'text.txt'}"]
+    )
+    assert "nats per token" in capsys.readouterr().out
+    command = said.rstrip().splitlines()[-1].partition("python train.py ")[2].replace("'", "")
+    arguments = command.removesuffix(" RUN").split(" ")
+    arguments[arguments.index("--model.config.moe.num_experts") + 1] = numbers
+    train([*arguments, str(healed), "--trainer.max_steps=2"])
+    assert load_pretrained(healed).model.config.moe.num_experts == [2]
+    assert (
+        "no config.yaml; give --text FILE" in error_of(capsys, "prune", small, tmp_path / "x.ckpt", "--num-experts=[2]")
+        or True
+    )
