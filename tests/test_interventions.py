@@ -7,13 +7,13 @@ import torch
 from interventions import around, intervened, replay, without
 from torch import Tensor
 
-from nlgmoe import GPT, GPTConfig, MoEConfig
+from nlgmoe import GPT, GPTConfig, MoEConfig, RouterConfig, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
 
 TOKENS = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(top_k: int) -> GPT:
-    return GPT(GPTConfig(61, 16, 2, 16, 2, init_std=0.3, moe=MoEConfig(4, top_k=top_k))).eval()
+def model_of(top_k: int, router: RouterConfig | None = None) -> GPT:
+    return GPT(GPTConfig(61, 16, 2, 16, 2, init_std=0.3, moe=MoEConfig(4, top_k=top_k, router=router))).eval()
 
 
 @torch.no_grad()
@@ -38,14 +38,31 @@ def test_an_expert_that_is_off_is_one_that_returns_zero(top_k: int) -> None:
 def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None:
     model = model_of(top_k)
     with torch.no_grad():
-        chosen = model(TOKENS).routings[0].probs
+        before = model(TOKENS).routings[0]
     with intervened(model, 1, around(2)), torch.no_grad():
         routing = model(TOKENS).routings[0]
     assert not (routing.expert == 2).any()
-    rest = chosen.index_fill(1, torch.tensor([2]), 0)
-    assert torch.equal(routing.expert, rest.topk(top_k, dim=1).indices)
+    rest = before.probs.index_fill(1, torch.tensor([2]), 0)
+    assert torch.equal(routing.expert.sort(dim=1).values, rest.topk(top_k, dim=1).indices.sort(dim=1).values)
+    others = ~(before.expert == 2).any(dim=1)
+    torch.testing.assert_close(routing.weight[others], before.weight[others])
     if top_k == 2:
-        torch.testing.assert_close(routing.weight.sum(dim=1), torch.ones(len(chosen)))
+        torch.testing.assert_close(routing.weight.sum(dim=1), torch.ones(len(rest)))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "router"),
+    [
+        (1, SoftmaxTopK(gate_scale=4.0)),
+        (2, SoftmaxTopK(normalize_weights=False)),
+        (1, SigmoidTopK()),
+        (1, UniformRouterConfig()),
+    ],
+)
+def test_a_way_around_is_refused_where_weights_are_not_the_papers(top_k: int, router: RouterConfig) -> None:
+    model = model_of(top_k, router)
+    with intervened(model, 1, around(2)), pytest.raises(ValueError, match="not the paper's"):
+        model(TOKENS)
 
 
 def test_a_replayed_routing_does_not_depend_on_the_router() -> None:

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from nlgmoe import GPT, Routing
 
 
@@ -29,19 +32,34 @@ def without(expert: int) -> Callable[[Routing], Routing]:
 
 
 def around(expert: int) -> Callable[[Routing], Routing]:
-    """Send the tokens of an expert to the next probable ones, with the weights of those."""
+    """Send the tokens of an expert to the next probable one, with its weight; other tokens stay as they are.
+
+    Raises:
+        ValueError: the weights are not the paper's.
+    """
 
     def edit(routing: Routing) -> Routing:
-        probs = routing.probs.clone()  # [N, E]
-        probs[:, expert] = 0
-        weight, chosen = probs.topk(routing.expert.shape[1], dim=1)  # [N, k]
-        if weight.shape[1] > 1:
-            weight = weight / weight.sum(dim=1, keepdim=True)
-        return replace(routing, expert=chosen, weight=weight.masked_fill(~routing.kept, 0))
+        if routing.probs is None or not torch.allclose(_weights(routing, routing.expert), routing.weight, atol=1e-5):
+            raise ValueError("around: the router's weights are not the paper's; write an edit of your own for it")
+        off = routing.expert == expert  # [N, k]
+        others = routing.probs.scatter(1, routing.expert, -1)  # [N, E]
+        chosen = torch.where(off, others.argmax(dim=1, keepdim=True), routing.expert)
+        return replace(routing, expert=chosen, weight=_weights(routing, chosen), capacity=None)
 
     return edit
 
 
+def _weights(routing: Routing, chosen: Tensor) -> Tensor:
+    """Return the paper's weights of the experts `chosen`, `[N, k]`."""
+    weight = routing.probs.gather(1, chosen).masked_fill(~routing.kept, 0)
+    return weight if chosen.shape[1] == 1 else weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-7)
+
+
 def replay(recorded: Routing) -> Callable[[Routing], Routing]:
     """Choose the recorded experts with the recorded weights, whatever the hidden states are."""
-    return lambda routing: replace(routing, expert=recorded.expert, weight=recorded.weight, kept=recorded.kept)
+
+    def edit(routing: Routing) -> Routing:
+        same = {name: getattr(recorded, name) for name in ("expert", "weight", "kept", "capacity", "all_kept")}
+        return replace(routing, **same)
+
+    return edit
