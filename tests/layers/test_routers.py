@@ -42,7 +42,7 @@ MOES = {
     "uniform": MoEConfig(4, mlp_type="residual", router=UniformRouterConfig(seed=1)),
     "frozen": MoEConfig(4, router=FrozenTopK(init_std=0.5)),
 }
-BUFFERS = {"sigmoid": "bias", "hash": "table", "frozen": "weight"}
+BUFFERS = {"sigmoid": "bias", "hash": "table", "uniform": "seed", "frozen": "weight"}
 each = pytest.mark.parametrize("name", MOES)
 
 
@@ -188,6 +188,18 @@ def test_uniform_is_independent_of_token_position_and_layer(experts: int) -> Non
         kinds = int(other.max()) + 1
         pairs = (one * kinds + other).flatten().bincount(minlength=experts * kinds)
         assert 0.3 < chi_square(pairs) < 2.3
+
+
+@each
+def test_a_router_in_another_block_routes_by_its_entries_alone(name: str) -> None:
+    """`model.warm_start.layers` and `nlgmoe student --from-teacher` renumber blocks."""
+    tokens = torch.arange(60).view(4, 15)
+    context = RoutingContext(tokens, positions=torch.arange(15).view(1, -1))
+    first, second = (block.moe.router.eval() for block in GPT(model(replace(MOES[name], expert_interval=1))).blocks)
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(first(x, context).expert, second(x, context).expert)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x, context).expert, second(x, context).expert)
 
 
 def test_frozen_does_not_learn_and_is_drawn_from_its_seed() -> None:

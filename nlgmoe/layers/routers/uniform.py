@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -30,9 +31,10 @@ class UniformRouterConfig(RouterConfig):
     """Settings of a uniform router.
 
     Attributes:
-        seed: of the hash; layers hash differently.
+        seed: of the hash; layers hash differently. Checkpoints hold the hash, so that it stays with the experts of a block.
     """
 
+    free_in_evaluation = frozenset({"seed"})
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,9 +53,11 @@ class UniformRouterConfig(RouterConfig):
 class UniformRouter(Router):
     """Hashes token ids and positions."""
 
+    seed: Tensor
+
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__(num_experts)
-        self.seed = seed & WORD
+        self.register_buffer("seed", torch.tensor(seed & WORD))
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """See `Router`."""
