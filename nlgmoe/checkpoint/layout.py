@@ -110,19 +110,15 @@ def summarize_differences(differences: dict[str, str]) -> str:
 
 
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return names and tensors of a router's own persistent buffers.
+    """Return names and tensors of a router's own buffers.
 
     Raises:
-        ValueError: another module has one.
+        ValueError: another module has one, or one is not persistent: a loaded model would lack its values.
     """
-    found = [
-        (f"{prefix}.{name}", buffer)
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    ]
-    if found and not isinstance(module, Router):
+    found = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
+    if found and (not isinstance(module, Router) or module._non_persistent_buffers_set):
         raise ValueError(
-            f"{found[0][0]}: checkpoints hold buffers of routers alone, and {type(module).__name__} is none; register it on the "
-            "Router itself, or with persistent=False"
+            f"{found[0][0]}: checkpoints hold persistent buffers of a Router alone; register it on the Router itself, without "
+            "persistent=False"
         )
     return found

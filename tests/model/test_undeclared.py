@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nlgmoe.checkpoint.layout import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.router import Router
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.initialisation import initialise
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
@@ -60,7 +61,10 @@ def test_a_declared_parameter() -> None:
 
 @pytest.mark.parametrize("use", [entry_shapes, lambda model: list(local_entries(model))])
 def test_a_buffer_that_no_checkpoint_would_hold(use: Callable[[GPT], Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"^blocks.0.ffn_norm.running_mean: checkpoints hold buffers of routers alone, and BatchNorm1d"
-    ):
-        use(with_norm(nn.BatchNorm1d(16, affine=False)))
+    router = Router(4)
+    router.register_buffer("table", torch.zeros(61), persistent=False)
+    for module, name in ((nn.BatchNorm1d(16, affine=False), "running_mean"), (router, "table")):
+        with pytest.raises(
+            ValueError, match=rf"^blocks.0.ffn_norm.{name}: checkpoints hold persistent buffers of a Router"
+        ):
+            use(with_norm(module))
