@@ -57,6 +57,16 @@ def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     assert "|3 (2 ended)|" in text and "|-0.0800|" in text
 
 
+def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:
+    for run in runs[3:]:
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["model"]["config"]["moe"]["router"] = {"init_args": {"seed": 7}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    for order in (runs, runs[3:] + runs[:3]):
+        text = re.sub(r"<[^>]+>", "|", page(read_runs(order), "seed"))
+        assert re.search(r"\|[-+]0.0600\|", text) and "|0.0231|" in text
+
+
 def test_what_cannot_be_grouped_is_refused(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from nlgmoe.tools.statistics import paired_difference
 
 PLACES = ("default_root_dir", "dirpath", "save_dir", "ckpt_path")  # settings of where a run writes, by their last part
 MAX_NAMED = 3  # settings in a group's name
-Key = tuple[str, ...]
+Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Group:
 
     Attributes:
         name: what sets the group apart from the others.
-        runs: index in the page and run, by the values of the setting.
+        runs: index in the page and run, by the names and values of the setting.
     """
 
     name: str
@@ -42,7 +42,7 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     Raises:
         ValueError: a run has no such setting, or two runs of a group have the same value.
     """
-    found: dict[Key, dict[Key, tuple[int, Run]]] = {}
+    found: dict[tuple[str, ...], dict[Key, tuple[int, Run]]] = {}
     shared: list[dict[str, str]] = []
     for number, run in enumerate(runs):
         settings = {name: "null" if value is None else str(value) for name, value in flattened(run.config).items()}
@@ -53,7 +53,7 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
         group = found.setdefault(tuple(f"{name}={value}" for name, value in sorted(rest.items())), {})
         if not group:
             shared.append(rest)
-        key = tuple(value for _, value in sorted(values.items()))
+        key = tuple(sorted(values.items()))
         if key in group:
             raise ValueError(
                 f"group_by={setting}: {group[key][1].name} and {run.name} have the same settings and {setting}; leave one out"
@@ -118,13 +118,11 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def _row(index: int, group: Group, reference: Group) -> str:
-    losses, others = (
-        {key: loss for key, (_, run) in one.runs.items() if (loss := _final_loss(run)) is not None}
-        for one in (group, reference)
-    )
-    mean = f"{np.mean(list(losses.values())):.4f}" if losses else "–"
+    ended_losses = [loss for _, run in group.runs.values() if (loss := _final_loss(run)) is not None]
+    mean = f"{np.mean(ended_losses):.4f}" if ended_losses else "–"
+    losses, others = _losses(group, reference), _losses(reference, group)
     pairs = [key for key in losses if key in others] if group is not reference else []
-    ended = "" if len(losses) == len(group.runs) else f" ({len(losses)} ended)"
+    ended = "" if len(ended_losses) == len(group.runs) else f" ({len(ended_losses)} ended)"
     cells = [f"{len(group.runs)}{ended}", mean, *[""] * 4]
     if pairs:
         found = paired_difference([losses[key] for key in pairs], [others[key] for key in pairs])
@@ -140,6 +138,14 @@ def _row(index: int, group: Group, reference: Group) -> str:
         cells[2:] = ["no run with the same value in both", "", "", "0"]
     label = f'<span class="run" style="--colour: {run_colour(index)}">{escape(group.name)}</span>'
     return f"<tr><th>{label}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def _losses(group: Group, other: Group) -> dict[Key, float]:
+    """Return final losses by the settings that both groups have: a router's own seed is in one alone. Empty if two runs agree."""
+    known = {name for key in other.runs for name, _ in key}
+    keys = [tuple(pair for pair in key if pair[0] in known) for key in group.runs]
+    losses = {key: _final_loss(run) for key, (_, run) in zip(keys, group.runs.values(), strict=True)}
+    return {key: loss for key, loss in losses.items() if loss is not None} if len(losses) == len(keys) else {}
 
 
 def _final_loss(run: Run) -> float | None:
