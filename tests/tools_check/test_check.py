@@ -32,7 +32,8 @@ def test_each_defect_is_found(defect: str) -> None:
     name, (moe, spoil) = DEFECTS[defect]
     found = verdicts(broken(moe, spoil), {name})[name]
     assert found.startswith("fail"), found
-    assert "Error: " not in found or defect == "even widths only", found  # not by accident
+    refused = {"even widths only", "weights in half precision"}  # by an exception
+    assert "Error: " not in found or defect in refused, found  # not by accident
 
 
 @pytest.mark.parametrize(
@@ -42,9 +43,10 @@ def test_each_defect_is_found(defect: str) -> None:
         (MoEConfig(8, mlp_type="residual", noise="rsample", z_loss_coeff=0.01), 24),
         (MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sum", aux_scope="rank"), 24),
         (DROPLESS, 23),
+        (MoEConfig(1), 15),
         (MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1)), 23),
     ],
-    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "sigmoid"],
+    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid"],
 )
 def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
     found = verdicts(clean(moe), QUICK)

@@ -188,6 +188,12 @@ class Layer:
         return output.routing
 
 
+def require_choice(layer: Layer) -> None:
+    """Check that there is something to choose."""
+    if layer.top_k >= layer.num_experts:
+        raise NotApplicable("every token takes every expert")
+
+
 def scores_for(experts: Tensor, num_experts: int, top: float, gap: float) -> Tensor:
     """Return logits whose k largest are the choices `experts`, `[N, k] -> [N, E]`: `top`, `top - gap`, ..., the rest below."""
     top_k = experts.shape[1]
@@ -216,17 +222,10 @@ def everyone_to(layer: Layer, module: nn.Module, tokens: int, sequences: int = 1
     return steered(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0), sequences)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over that of `expected`."""
-    if actual.numel() == 0:
-        return 0.0
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-9))
-
-
 def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> float:
-    """Check two tensors; returns the relative error."""
-    error = relative_error(actual, expected)
+    """Check two tensors. Returns the norm of the difference over that of `expected`."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-9)) if actual.numel() else 0.0
     if not error <= tolerance:
         raise Failed(f"{what}: relative error {error:.1e}, above {tolerance:.0e}")
     return error

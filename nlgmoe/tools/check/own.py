@@ -144,8 +144,7 @@ def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width
     if config.moe is None or not any(experts_per_layer(config)):
         raise ValueError(f"{name} has no MoE layer; set model.config.moe")
     top_k = config.moe.top_k
-    fewest = min(count for count in experts_per_layer(config) if count)
-    experts = min(fewest, max(MOST_EXPERTS, 2 * top_k))
+    experts = min(max(experts_per_layer(config)), max(MOST_EXPERTS, 2 * top_k))
     inner = 13 if width % 2 else 16
     shared = inner if config.moe.mlp_type == "residual" else None
     moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, require_choice
 from nlgmoe.tools.check.state import Training
 
 STEPS = 50
@@ -33,6 +33,7 @@ def no_expert_is_dead(layer: Layer) -> str:
 
 def balancing_lowers_imbalance(layer: Layer) -> str:
     """Check that 50 steps of the auxiliary loss, or of a bias, spread the load of a batch that prefers one expert."""
+    require_choice(layer)
     module = layer.make(torch.float32)
     weight = layer.gate_weight(module)
     if weight is None:

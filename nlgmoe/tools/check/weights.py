@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, require_close, scores_for, steered
+from nlgmoe.tools.check.layer import (
+    Batch,
+    Failed,
+    Layer,
+    NotApplicable,
+    require_choice,
+    require_close,
+    scores_for,
+    steered,
+)
 
 
 def output_is_the_weighted_sum(layer: Layer) -> str:
@@ -38,6 +47,7 @@ def weights_sum_as_declared(layer: Layer) -> str:
         raise Failed("a dropped choice has a weight above 0")
     sums = weight.sum(dim=1)[kept.any(dim=1)]
     low, high = float(sums.min()), float(sums.max())
+    require_choice(layer)
     if layer.weight_sum is None:
         raise NotApplicable(f"the layer declares no sum; it is {low:.3g} to {high:.3g}")
     if layer.weight_sum == "free":
@@ -60,6 +70,7 @@ def _ask(layer: Layer, module: nn.Module, experts: list[int], top: float, gap: f
 
 def gate_is_not_squashed_twice(layer: Layer) -> str:
     """Check that logits far apart give weights far apart; those of a softmax of probabilities differ by a factor of e at most."""
+    require_choice(layer)
     module = layer.make(training=False)
     chosen = list(range(layer.top_k))
     if layer.top_k == 1:
@@ -78,6 +89,7 @@ def gate_is_not_squashed_twice(layer: Layer) -> str:
 
 def balance_loss_sees_a_collapse(layer: Layer) -> str:
     """Check that collapsed routing costs E / k times as much as balanced; less with probabilities squashed twice."""
+    require_choice(layer)
     module, tokens = layer.make(), 4 * layer.num_experts
     first = torch.arange(tokens).view(-1, 1)
     spread = (first + torch.arange(layer.top_k)) % layer.num_experts
@@ -95,6 +107,7 @@ def balance_loss_sees_a_collapse(layer: Layer) -> str:
 
 def gate_scale_reaches_the_output(layer: Layer) -> str:
     """Check that a gate that is 1.5 times as large changes the output, though not the choices."""
+    require_choice(layer)
     module = layer.make(training=False)
     weight = layer.gate_weight(module)
     if weight is None:
