@@ -20,7 +20,8 @@ def information(runs: Sequence[Run]) -> Chart | None:
     if not known:
         return None
     limits = [
-        f"{run.name} {entropy(found.by_domain(0)):.2f} and {entropy(found.by_class(0)):.2f}" for _, run, found in known
+        f"{run.name}: domain {entropy(found.by_domain(0)):.2f}, class {entropy(found.by_class(0)):.2f}"
+        for _, run, found in known
     ]
     figure = panel_grid(["about the domain", "about the class of token"], 2, 230)
     for number, run, found in known:
