@@ -47,6 +47,16 @@ def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None
     assert (low.y[1], high.y[1]) == pytest.approx((3.8 - error, 3.8 + error), abs=1e-4)
 
 
+def test_groups_that_differ_in_much_are_named_by_their_folders(runs: list[Path]) -> None:
+    for number, run in enumerate(runs):
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["model"]["config"] |= {f"other_{index}": number // 3 for index in range(4)}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert [group.name for group in group_runs(read_runs(runs), "seed")] == ["dense", "moe"]
+    with pytest.raises(ValueError, match=r"group_by=model.config.moe.num_experts: dense-0 has no setting"):
+        group_runs(read_runs(runs), "model.config.moe.num_experts")
+
+
 def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     text = re.sub(r"<[^>]+>", "|", page(read_runs(runs), "seed"))
     assert "|-0.0600|" in text and "|0.0231|" in text and "|-0.1594 to +0.0394|" in text
@@ -74,7 +84,7 @@ def test_what_cannot_be_grouped_is_refused(
     again.mkdir()
     output = ["--output", str(tmp_path / "page.html")]
     for extra, message in (
-        (["--group-by", "sead"], "group_by=sead: dense-0 has no setting of that name"),
+        (["--group-by", "sead"], "group_by=sead: dense-0 has no setting whose name ends so"),
         ([str(write(again, "moe", 2, 3.0)), "--group-by", "seed"], "have the same settings and seed; leave one out"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
 
     Args:
         runs: of the page.
-        setting: the last part of its name, such as `seed` for both `model.seed` and `data.seed`.
+        setting: its name, or the end of it, such as `seed` for both `model.seed` and `data.seed`.
 
     Raises:
         ValueError: a run has no such setting, or two runs of a group have the same value.
@@ -46,9 +47,11 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     shared: list[dict[str, str]] = []
     for number, run in enumerate(runs):
         settings = {name: "null" if value is None else str(value) for name, value in flattened(run.config).items()}
-        values = {name: value for name, value in settings.items() if name.rpartition(".")[2] == setting}
+        values = {name: value for name, value in settings.items() if f".{name}".endswith(f".{setting}")}
         if not values:
-            raise ValueError(f"group_by={setting}: {run.name} has no setting of that name in config.yaml; use seed")
+            raise ValueError(
+                f"group_by={setting}: {run.name} has no setting whose name ends so in config.yaml; use seed"
+            )
         rest = {n: v for n, v in settings.items() if n not in values and n.rpartition(".")[2] not in PLACES}
         group = found.setdefault(tuple(f"{name}={value}" for name, value in sorted(rest.items())), {})
         if not group:
@@ -59,12 +62,12 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
                 f"group_by={setting}: {group[key][1].name} and {run.name} have the same settings and {setting}; leave one out"
             )
         group[key] = (number, run)
-    names = _names(shared, [next(iter(group.values()))[1].name for group in found.values()])
+    names = _names(shared, [_common([run.name for _, run in group.values()]) for group in found.values()])
     return [Group(name, group) for name, group in zip(names, found.values(), strict=True)]
 
 
 def _names(settings: list[dict[str, str]], runs: list[str]) -> list[str]:
-    """Name groups by the settings that differ between them; by their first run where these are too many."""
+    """Name groups by the settings that differ between them; by the runs' folders where these are too many."""
     different = [
         name
         for name in dict.fromkeys(name for one in settings for name in one)
@@ -73,6 +76,11 @@ def _names(settings: list[dict[str, str]], runs: list[str]) -> list[str]:
     if not 0 < len(different) <= MAX_NAMED:
         return runs
     return [", ".join(f"{n.rpartition('.')[2]}={one[n]}" for n in different if n in one) for one in settings]
+
+
+def _common(names: list[str]) -> str:
+    """Return the beginning that the names share."""
+    return commonprefix(names).rstrip("_-./") or names[0]
 
 
 def chart(groups: Sequence[Group]) -> Chart | None:
