@@ -80,7 +80,7 @@ def _names(settings: list[dict[str, str]], runs: list[str]) -> list[str]:
 
 def _common(names: list[str]) -> str:
     """Return the beginning that the names share."""
-    return commonprefix(names).rstrip("_-./") or names[0]
+    return commonprefix(names).rstrip("_-./") or names[0]  # noqa: RUF071 (characters are meant)
 
 
 def chart(groups: Sequence[Group]) -> Chart | None:
