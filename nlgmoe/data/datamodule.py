@@ -1,8 +1,9 @@
 """`PileDataModule`: batches of a corpus. Its state is the number of samples that were trained on."""
 
+import hashlib
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from nlgmoe.data.streaming.cursors import Cursors
 from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
+
+SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
 
 
 class PileDataModule(LightningDataModule):
@@ -223,12 +226,13 @@ class PileDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return `samples_consumed`, the `fingerprint` of what else decides the samples, and a description of the `corpus`.
 
-        With a `CursorSource` also the `cursors` of all streams: then it is a collective.
+        Also a fingerprint of `validation`; with a `CursorSource` the `cursors` of all streams: then it is a collective.
         """
         state = {
             "samples_consumed": self.samples_consumed,
             "fingerprint": self.fingerprint(),
             "corpus": self.corpus_description,
+            "validation": self._validation_fingerprint,
         }
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
@@ -254,6 +258,12 @@ class PileDataModule(LightningDataModule):
                 "options as in that run to resume it, or start a new run from its weights with "
                 "model.warm_start.checkpoint."
             )
+        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fits and state_dict.get("validation") not in (None, self._validation_fingerprint):
+            rank_zero_warn(
+                "the validation text, or data.max_eval_windows, is not that of the checkpoint's run: val/loss and the best "
+                "scores of ModelCheckpoint and EarlyStopping before and after are not comparable"
+            )
         self.samples_consumed = state_dict["samples_consumed"]
         self._cursors.load(state_dict.get("cursors", []))
 
@@ -267,6 +277,19 @@ class PileDataModule(LightningDataModule):
             "seed": self.seed,
             "order": ORDER,
         }
+
+    @cached_property
+    def _validation_fingerprint(self) -> str:
+        """Hash of the lengths, and of evenly spaced tokens, of what validation covers."""
+        streams = self._opened().evaluation_tokens("validation") or []
+        digest = hashlib.sha256()
+        for stream, windows in zip(
+            streams, count_domain_windows(streams, self.seq_len, self.max_eval_windows), strict=True
+        ):
+            covered = stream[: windows * self.seq_len]
+            sampled = covered[:: max(1, len(covered) // SAMPLED_TOKENS)]
+            digest.update(f"{len(covered)} {sampled.tolist()}".encode())
+        return digest.hexdigest()[:16]
 
     # ---- facts about the data
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,9 +16,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
+from nlgmoe.data.corpus import Streams
 from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket_pile import read_texts, text_path
 from nlgmoe.module import MoEGPTModule
@@ -119,7 +122,9 @@ def test_a_corpus_of_an_earlier_interface_has_no_description(make_data: Make) ->
     data = make_data()
     data.setup()
     opened = data._open_corpus
-    data._open_corpus = SimpleNamespace(tokenizer=opened.tokenizer, fingerprint=opened.fingerprint)  # type: ignore[assignment,union-attr]
+    assert opened is not None
+    facts = {name: getattr(opened, name) for name in ("tokenizer", "fingerprint", "evaluation_tokens")}
+    data._open_corpus = SimpleNamespace(**facts)  # type: ignore[assignment]
     assert data.state_dict()["corpus"] == {}
 
 
@@ -148,6 +153,28 @@ def test_a_changed_corpus_says_what_has_changed(make_data: Make, tmp_path: Path,
     del state["corpus"]  # as earlier versions saved it
     with pytest.raises(ValueError, match=r"corpus \(other there, \w{16} here\)"):
         corpus("first", 9, 2).load_state_dict(state)
+
+
+def test_other_validation_text_is_warned_of_when_a_run_goes_on(
+    make_data: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = json.loads(json.dumps(make_data(max_eval_windows=2).state_dict()))
+
+    def resume(fn: TrainerFn = TrainerFn.FITTING, **options: Any) -> None:
+        data = make_data(**options)
+        data.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))  # type: ignore[assignment]
+        data.load_state_dict(state)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resume(max_eval_windows=2)
+        resume(TrainerFn.VALIDATING, max_eval_windows=3)
+    with pytest.warns(UserWarning, match="the validation text, or data.max_eval_windows, is not that"):
+        resume(max_eval_windows=3)
+    tokens = Streams.evaluation_tokens
+    monkeypatch.setattr(Streams, "evaluation_tokens", lambda self, split: [t[::-1] for t in tokens(self, split) or []])
+    with pytest.warns(UserWarning, match="the validation text"):
+        resume(max_eval_windows=2)
 
 
 def test_a_run_whose_samples_came_in_another_order_is_refused(make_data: Make) -> None:
