@@ -135,7 +135,7 @@ class TransformersLayer(Layer):
         config = getattr(importlib.import_module("transformers"), self.config)
         width: dict[str, Any] = {"hidden_size": self.hidden_size, "num_experts_per_tok": self.top_k}
         made = config(**width, **self.settings)
-        made._experts_implementation = "eager"  # a loop over the experts; others take no fp64
+        made._experts_implementation = "eager"  # what a block alone uses; `grouped_mm` takes no fp64
         return getattr(self._modeling(), self.block)(made)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
