@@ -306,6 +306,11 @@ class MoEGPTModule(GPTModule):
             self.distiller.release()
 
     @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Log at the step's number, which Lightning loses where a run is resumed at an end."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
+    @override
     def on_validation_start(self) -> None:
         """Log at the number of the step before, also where a resumed run begins with a validation."""
         trainer = self.trainer

@@ -302,7 +302,8 @@ def test_ranks_compute_what_one_process_computes(
         {name: files.read(name) for name in files.shapes if ".router." in name and not name.endswith("weight")}
         for files in (TensorFiles(end, "model") for end in ends)
     ]
-    has_state = isinstance(cell.moe.get("router"), HashRouterConfig | nlgmoe.HashRouterConfig | nlgmoe.SigmoidTopK)
+    stateful = (HashRouterConfig, nlgmoe.HashRouterConfig, nlgmoe.SigmoidTopK, nlgmoe.UniformRouterConfig)
+    has_state = isinstance(cell.moe.get("router"), stateful)
     assert buffers[0].keys() == buffers[1].keys() and bool(buffers[0]) == has_state
     assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     # Later steps amplify rounding where a gradient is nothing but rounding; moments as a whole stay close.
@@ -660,7 +661,7 @@ def test_a_checkpoint_is_as_large_as_its_tensors(found: Found, checkpoint: Path)
         shares = [file.stat().st_size for file in path.glob(f"{kind}*")]
         assert max(shares) < 1.05 * sum(shares) / 2  # what a rank holds of it at once
     for _, (whole, weights) in found[save_large, LARGE.name]:
-        assert whole < 1.25 * expected / 2  # beside its share, the entry that is being gathered or looked at
+        assert whole < 1.4 * expected / 2  # beside its share, the entry that is being gathered or looked at
         assert weights < 0.6 * expected / 2  # a third, and the same; held twice it would be two thirds
 
 

@@ -72,7 +72,7 @@ KNOWN = {
     "olmoe": [{SIZES, TYPES, HOST}],
     "qwen3-moe": [{SIZES, TYPES, HOST}],
     "deepseek-v3": [{TYPES, HOST}],
-    "deepspeed": [{COUNTS, NEIGHBOURS, ORDER, SIZES, TYPES, HOST}, {SLOTS, COUNTS, NEIGHBOURS, ORDER, SIZES, TYPES}],
+    "deepspeed": [{COUNTS, NEIGHBOURS, ORDER, SIZES, TYPES}, {SLOTS, COUNTS, NEIGHBOURS, ORDER, SIZES, TYPES}],
 }
 
 
