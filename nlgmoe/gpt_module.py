@@ -12,13 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, HasLargestBatch, HasTokenByteLengths, HasTokenizer, loss_mask, token_mask_or_none
+from nlgmoe.batch import Batch, HasLargestBatch, HasTokenByteLengths, HasTokenizer, loss_mask
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
-from nlgmoe.eval.perplexity import DomainLoss
-from nlgmoe.layers.losses import token_losses
+from nlgmoe.eval.perplexity import DomainLoss, batch_losses
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
@@ -176,16 +175,8 @@ class GPTModule(LightningModule):
         self._log_evaluation("test")
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        output = self.gpt(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
-        self.routings = output.routings
-        losses = token_losses(
-            output.hidden.flatten(0, 1),
-            self.gpt.unembedding,
-            self.config.vocab_size,
-            batch["targets"].flatten(),
-            self.loss_chunk_size,
-        )
-        return losses.view_as(batch["targets"])
+        losses, self.routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
+        return losses
 
     def _evaluate(self, batch: Batch) -> None:
         if not self._domain_loss:  # another data module: one unnamed domain, no bytes

@@ -25,6 +25,7 @@ import yaml
 
 from benchmarks.reproduce.cells import (
     BUDGETS,
+    CLAIMS,
     COOLDOWN,
     RATES,
     STAGED,
@@ -154,7 +155,7 @@ class Campaign:
             one.result()
         key = self.key(cell, seed, rate)
         folder, learning_rate = self.folder / key, rate or self.learning_rate(cell.config)
-        settings = self.settings(cell, seed, learning_rate, is_branch=rate is None and cell.trunk is not None)
+        settings = self.settings(cell, seed, learning_rate)
         if cell.distilled:
             settings["model"]["distiller"] = {
                 "class_path": "nlgmoe.OfflineTeacher",
@@ -212,7 +213,7 @@ class Campaign:
             folder = self.folder / f"logits-seed{seed}"
             if not folder.exists():
                 settings = self.folder / f"logits-seed{seed}.yaml"
-                settings.write_text(yaml.safe_dump(self.settings(Cell("student"), seed, 1e-3, False)))
+                settings.write_text(yaml.safe_dump(self.settings(Cell("student"), seed, 1e-3)))
                 files = [CONFIGS / "base.yaml", CONFIGS / "student.yaml", settings]
                 teacher = self.folder / self.key(TEACHER, seed)
                 samples = self.scale.steps * self.scale.step_tokens // self.shape("student").seq_len
@@ -223,20 +224,11 @@ class Campaign:
                 )  # fmt: skip
             return folder
 
-    def settings(self, cell: Cell, seed: int, rate: float, is_branch: bool) -> dict[str, Any]:
+    def settings(self, cell: Cell, seed: int, rate: float) -> dict[str, Any]:
         """Return what a run sets beside the files of configs/reproduce."""
         tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
-        checkpoint = {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {
-                "filename": "step-{step}",
-                "auto_insert_metric_name": False,
-                "every_n_train_steps": round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps),
-                "save_top_k": -1,
-                "save_last": "link",
-                "enable_version_counter": False,
-            },
-        }
+        (checkpoint,) = yaml.safe_load((ROOT / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
+        checkpoint["init_args"]["every_n_train_steps"] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
         scale = self.scale.settings
         return {
             "model": {
@@ -279,9 +271,7 @@ class Campaign:
 
     def _is_needed(self, cell: Cell) -> bool:
         """Return True if others go on from this cell's checkpoints."""
-        return cell.budget == 1.0 and (
-            cell == TEACHER or cell.config in ("student", "dense", "moe_4", "moe_16", "moe_32")
-        )
+        return cell == TEACHER or any(cell == other.trunk for claim in CLAIMS for other in claim.cells)
 
     def _cost(self, run: tuple[Cell, int, float | None]) -> float:
         cell, _, rate = run

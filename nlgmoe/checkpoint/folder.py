@@ -246,6 +246,11 @@ def holds_run(folder: Path) -> bool:
     return (folder / "config.yaml").exists()
 
 
+def run_config(path: Path) -> Path | None:
+    """Return the `config.yaml` of the run that a folder is, or is in; None if it is in none."""
+    return next((folder / "config.yaml" for folder in (path, *path.parents) if holds_run(folder)), None)
+
+
 def is_of_run(path: str | Path, folder: str | Path) -> bool:
     """Return True if `path` is in a run folder, and not in the folder of another run below it."""
     for resolve in (os.path.abspath, os.path.realpath):

@@ -17,8 +17,8 @@ from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import TopKRouter
-from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
 from nlgmoe.validation import require
 
@@ -50,9 +50,9 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
         )
     require(list(num_experts) != before, f"{setting} is what the model has; give a smaller number")
     with torch.device("meta"):
-        routers = [block.moe.router for block in GPT(config).blocks if block.moe is not None]  # type: ignore[union-attr]
+        layer = MoELayer(config, next(block for block, count in enumerate(experts_per_layer(config)) if count))
     require(
-        all(isinstance(router, TopKRouter) for router in routers),
+        isinstance(layer.router, TopKRouter),
         f"num_experts: {type(config.moe.router).__name__} has no row for each expert; only routers with a gate can be pruned",
     )
     return replace(config, moe=replace(config.moe, num_experts=list(num_experts)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nlgmoe.checkpoint.folder import run_config
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.model_options import import_allowed
 from nlgmoe.tools.hugging_face.import_checkpoint import check_new_checkpoint
@@ -78,22 +79,16 @@ def prune_checkpoint(
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
     print(
         "to train it on, with the whole model as teacher: python train.py fit --config "
-        f"{_config_of(run) or 'CONFIG'} --model.config.moe.num_experts '{list(num_experts)}' "
+        f"{run_config(Path(run)) or 'CONFIG'} --model.config.moe.num_experts '{list(num_experts)}' "
         f"--model.warm_start.checkpoint {checkpoint} --model.distiller nlgmoe.MixtureOfStudents "
         f"--model.distiller.init_args.teacher {loaded.path} --trainer.default_root_dir RUN"
     )
 
 
-def _config_of(run: str) -> Path | None:
-    """Return the `config.yaml` of the run that a folder is, or is in."""
-    folders = (Path(run), *Path(run).parents)
-    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
-
-
 def _run_batches(run: str, windows: int) -> Any:
     from nlgmoe.experiment import load_config
 
-    if (config := _config_of(run)) is None:
+    if (config := run_config(Path(run))) is None:
         raise UsageError(
             f"run={run} is in no run's folder, which names its text: there is no config.yaml; give --text FILE"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
-from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.folder import read_document, run_config
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
 from nlgmoe.config import GPTConfig
@@ -102,11 +102,10 @@ def _configuration(source: Path) -> tuple[Path, str | None]:
     """Return the YAML of `source`, and the checkpoint or run folder if it is one."""
     if source.is_file():
         return source, None
-    for folder in (source, *source.parents):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml", str(source)
-        if folder == source and not folder.is_dir():
-            raise UsageError(f"source={source} is not there; give the teacher's YAML, its run's folder or a checkpoint")
+    if not source.is_dir():
+        raise UsageError(f"source={source} is not there; give the teacher's YAML, its run's folder or a checkpoint")
+    if (file := run_config(source)) is not None:
+        return file, str(source)
     raise UsageError(
         f"source={source} is in no run's folder: there is no config.yaml above it that says how it was trained; give the YAML "
         f"in its place, and teacher={source}"

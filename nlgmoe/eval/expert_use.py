@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nlgmoe.batch import Batch, loss_mask, token_mask_or_none
-from nlgmoe.layers.losses import token_losses
+from nlgmoe.batch import Batch, loss_mask
+from nlgmoe.eval.perplexity import batch_losses
 from nlgmoe.model.gpt import GPT
 
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -40,15 +40,12 @@ def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
     total, tokens = 0.0, 0
     weights: list[Tensor] = []
     for batch in batches:
-        output = model(batch["tokens"], token_mask_or_none(batch), documents=batch.get("document"))
-        counted = loss_mask(batch).flatten()
-        losses = token_losses(
-            output.hidden.flatten(0, 1), model.unembedding, model.config.vocab_size, batch["targets"].flatten(), CHUNK
-        )
+        losses, routings = batch_losses(model, batch, CHUNK)
+        counted = loss_mask(batch)
         total += float(losses[counted].sum(dtype=torch.float64))
         tokens += int(counted.sum())
-        weights = weights or [torch.zeros(routing.num_experts, dtype=torch.float64) for routing in output.routings]
-        for sums, routing in zip(weights, output.routings, strict=True):
+        weights = weights or [torch.zeros(routing.num_experts, dtype=torch.float64) for routing in routings]
+        for sums, routing in zip(weights, routings, strict=True):
             sums.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())  # padding weighs 0
     if not tokens:
         raise ValueError("there is no text to measure the use of experts on; give some")

@@ -64,6 +64,16 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
     "pyramid, padding": {"moe": {"num_experts": [4, 8]}, "data": {"padded": True}},
     "documents, padding": {"moe": {"top_k": 2}, "data": {"padded": True, "documents": True}},
     "activation checkpointing": {"moe": {"noise": "jitter"}, "module": {"activation_checkpointing": True}},
+    "layer map, widths, SwiGLU": {
+        "moe": {
+            "num_experts": [0, 4, 8, 0],
+            "expert_interval": 1,
+            "mlp_type": "residual",
+            "expert_ffn_size": 48,
+            "shared_ffn_size": 64,
+        },
+        "model": {"ffn_network": "swiglu"},
+    },
     "uniform router, padding": {"moe": {"router": UniformRouterConfig()}, "data": {"padded": True}},
     "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},
     "router that learns from steps": {
@@ -215,7 +225,7 @@ def variant(name: str, precision: str, root: Path) -> dict[str, Any]:
     return on_both(
         precision,
         root,
-        config(settings["moe"]),
+        config(settings["moe"], **settings.get("model", {})),
         settings.get("data"),
         settings.get("trainer"),
         **settings.get("module", {}),

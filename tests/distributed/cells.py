@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -462,7 +463,10 @@ def resume_halves(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Out
 
 
 class SavesMeasured(Callback):
-    """Saves after the first step, everything and weights alone; the most memory that this rank held of its own for each."""
+    """Saves after the first step, everything and weights alone; the most memory that this rank held of its own for each.
+
+    The lesser of two saves counts: when a collective lets go of its tensors depends on the other rank.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.peaks = folder, list[int]()
@@ -470,7 +474,7 @@ class SavesMeasured(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         for alone in (False, True):
             path = self._folder / f"weights only {alone}.ckpt"
-            self.peaks.append(peak_bytes(lambda path=path, alone=alone: trainer.save_checkpoint(path, alone)))  # type: ignore[misc]
+            self.peaks.append(min(peak_bytes(partial(trainer.save_checkpoint, path, alone)) for _ in range(2)))
 
 
 def save_large(cell: Cell, ranks: int, folder: Path) -> tuple[int, list[int]]:

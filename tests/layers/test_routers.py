@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe import (
@@ -33,6 +32,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.objective import training_loss
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
+from tests.test_module import trainer
 
 DROPLESS: dict[str, Any] = {"token_dropping": False}
 MOES = {
@@ -243,18 +243,7 @@ class Run:
 
     def __init__(self, name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> None:
         self.module = MoEGPTModule(model(MOES[name]))
-        self.trainer = Trainer(
-            default_root_dir=folder,
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-        )
+        self.trainer = trainer(folder, max_steps=steps)
         self.trainer.fit(self.module, SyntheticData(), ckpt_path=checkpoint)
 
 
