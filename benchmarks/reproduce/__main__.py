@@ -91,7 +91,7 @@ def main() -> None:
         try:
             found = (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
             campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
-            campaign.tune(args.jobs)
+            campaign.tune(args.jobs, {cell.config for claim in claims for cell in claim.cells})
             runs = [run for run in runs_of(claims) if args.scale != "tiny" or run[1] == SEEDS[0]]
             campaign.train(runs, args.jobs)
         except (ValueError, RuntimeError) as error:

@@ -33,6 +33,8 @@ from benchmarks.reproduce.cells import (
     TEACHER,
     TUNED,
     TUNING_BUDGET,
+    WIDER,
+    WIDEST,
     Cell,
 )
 from benchmarks.runs import ROOT
@@ -116,11 +118,12 @@ class Campaign:
         self._shapes: dict[str, GPTConfig] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def tune(self, jobs: int) -> None:
-        """Search the learning rates, on seed 0."""
-        wanted = [(Cell(name, TUNING_BUDGET), rate) for name in TUNED for rate in RATES]
+    def tune(self, jobs: int, configs: set[str]) -> None:
+        """Search the learning rates that `configs` need, on seed 0."""
+        tuned = [name for name in TUNED if name != WIDEST or configs & set(WIDER[1:])]
+        wanted = [(Cell(name, TUNING_BUDGET), rate) for name in tuned for rate in RATES]
         self._all([(cell, 0, rate) for cell, rate in wanted], jobs)
-        for name in TUNED:
+        for name in tuned:
             losses = [self.results["runs"][self.key(Cell(name, TUNING_BUDGET), 0, rate)]["val_loss"] for rate in RATES]
             self.results["learning_rates"][name] = best_rate(RATES, losses)
         write_json(self.file, self.results)
@@ -259,10 +262,10 @@ class Campaign:
         """Interpolate the learning rate: in the logarithm of experts, or of the width of a dense model."""
         rates, shape = self.results["learning_rates"], self.shape(config)
         if shape.moe is None:
-            wide = self.shape("dense_4x").hidden_size
-            narrow = self.shape("dense").hidden_size
-            share = math.log(shape.hidden_size / narrow) / math.log(wide / narrow) if wide != narrow else 0.0
-            return _between(rates["dense"], rates["dense_4x"], share)
+            if config == "dense":
+                return float(rates["dense"])
+            widths = [math.log(self.shape(name).hidden_size) for name in ("dense", config, WIDEST)]
+            return _between(rates["dense"], rates[WIDEST], (widths[1] - widths[0]) / (widths[2] - widths[0]))
         counts = shape.moe.num_experts
         experts = max(counts) if isinstance(counts, list) else counts
         if experts <= 8:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-STEPS = 4000  # of the whole budget, 20 tokens per active parameter
+STEPS = 2400  # of the whole budget, 20 tokens per active parameter
 BUDGETS = (0.25, 0.5, 1.0)
 COOLDOWN = 0.2  # share of a budget
 STAGED = 0.6  # share of a budget that a staged student is distilled on
@@ -63,9 +63,10 @@ class Claim:
 
 TEACHER = Cell("pr_moe")
 GROWTH = ("dense", "moe_4", "moe_16", "moe_32")
-WIDER = ("dense", "dense_1.4x", "dense_2x", "dense_2.8x", "dense_4x")
-TUNED = ("dense", "moe_8", "moe_32", "dense_4x")  # models whose learning rate is searched
-RATES = (3e-3, 6e-3, 12e-3)
+WIDER = ("dense", "dense_1.5x", "dense_2x", "dense_2.8x", "dense_4x")
+WIDEST = WIDER[-1]
+TUNED = ("dense", "moe_8", "moe_32", WIDEST)  # models whose learning rate is searched
+RATES = (4e-3, 8e-3, 16e-3)
 TUNING_BUDGET = 0.5
 
 CLAIMS = (
