@@ -6,11 +6,10 @@ a field here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from nlgmoe.parts import ExpertConfig, RouterConfig, part_from_dict, part_to_dict
+from nlgmoe.parts import PARTS, ExpertConfig, RouterConfig, part_from_dict, part_to_dict
 from nlgmoe.validation import require, require_valid
 
 FREE_IN_EVALUATION = frozenset(
@@ -21,7 +20,6 @@ FREE_IN_EVALUATION = frozenset(
     }
 )  # fields that shape no weight: a checkpoint may be evaluated with others
 ROUTER_FIELDS = FREE_IN_EVALUATION - {"hidden_dropout", "attention_dropout", "init_std"}  # read by routers only
-PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class
 
 
 @dataclass(frozen=True)
@@ -238,23 +236,6 @@ class GPTConfig:
             return GPTConfig(**values)
         own = {name: part_from_dict(moe[name], base) for name, base in PARTS.items() if moe.get(name) is not None}
         return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
-
-
-def require_paper_parts(config: GPTConfig, what: str, parts: Iterable[str] = tuple(PARTS)) -> None:
-    """Check that parts of the model are the paper's.
-
-    Args:
-        config: of the model.
-        what: subject and verb of the message, such as `the cost model knows`.
-        parts: that must be the paper's.
-
-    Raises:
-        ValueError: one is; the message names it.
-    """
-    for name in parts if config.moe is not None else ():
-        part = getattr(config.moe, name)
-        if part is not None:
-            raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
 
 
 def unknown_fields(values: dict[str, Any]) -> list[str]:

@@ -18,10 +18,13 @@ from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss, batch_losses
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
 from nlgmoe.layers.router import Routing
+from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.resuming import differences
 from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler
 
@@ -59,7 +62,7 @@ class GPTModule(LightningModule):
         self.config = config
         self.seed = seed
         self.activation_checkpointing = activation_checkpointing
-        self.compile_dense_parts = compile
+        self.compiles = compile
         self.loss_chunk_size = loss_chunk_size
         self.warm_start = warm_start
         self.curriculum = curriculum
@@ -81,15 +84,15 @@ class GPTModule(LightningModule):
         if isinstance(strategy, PlacesExperts):
             placed = strategy.expert_placements(self.config)
         if self.model is None:
-            if self.compile_dense_parts:
+            if self.compiles:
                 require_compiler(self.device if strategy is None else strategy.root_device)
             model = GPT(self.config, self.seed, self.activation_checkpointing, placed)
             if self.warm_start is not None:
                 self._start_from(model, self.warm_start)
-            if self.compile_dense_parts:
-                model.compile_dense_parts()
+            if self.compiles:
+                compile_dense_parts(model)
             self.model = model
-        elif not self.model.has_placements(placed):
+        elif not _has_placements(self.model, placed):
             raise AllRanksError(
                 "this module's model was built before, with its experts elsewhere than trainer.strategy puts them; make a new "
                 "MoEGPTModule for every trainer, and do not use module.gpt before fit"
@@ -194,3 +197,13 @@ class GPTModule(LightningModule):
                 # Every rank has the same value already; sync_dist tells Lightning so.
                 self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
         metric.reset()
+
+
+def _has_placements(model: GPT, placements: Mapping[int, ExpertPlacement]) -> bool:
+    """Return whether this rank holds the experts of `placements`; a block that is not named holds all of its experts."""
+    for layer, count in enumerate(experts_per_layer(model.config)):
+        wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
+        moe = model.blocks[layer].moe
+        if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
+            return False
+    return True

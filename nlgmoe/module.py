@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -20,11 +20,10 @@ from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
-from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import Router, Routing
+from nlgmoe.layers.router import Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
-from nlgmoe.objective import Window, mean_over_ranks, training_loss
+from nlgmoe.objective import LearningRouters, Window, mean_over_ranks, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
@@ -32,8 +31,8 @@ from nlgmoe.resuming import (
     check_same_run,
     follow_moved_folder,
     keep_patience,
+    reached_end,
     set_loop_counters,
-    stopped_early,
     validate_now,
     was_validated,
 )
@@ -92,7 +91,6 @@ class MoEGPTModule(GPTModule):
         self._window = Window()
         self._stops_after_step = False
         self._given_max_steps: int | None = None  # where a resumed run has taken so many
-        self._learning_routers: list[tuple[int, Router]] = []  # number of the MoE layer, and its router
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
 
     @property
@@ -112,10 +110,7 @@ class MoEGPTModule(GPTModule):
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
         self._window.add(batch, list(losses), of_all_ranks)
-        if self._learning_routers:
-            requests = [self.routings[layer].tokens_per_expert for layer, _ in self._learning_routers]
-            earlier = self._window.requests or [torch.zeros_like(one) for one in requests]
-            self._window.requests = [before + one for before, one in zip(earlier, requests, strict=True)]
+        self._learning_routers.count(self.routings)
         return loss
 
     def _loss(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
@@ -198,14 +193,10 @@ class MoEGPTModule(GPTModule):
         if isinstance(data, TracksSamples):
             data.advance(self._window.samples * world)
         self._warn_of_another_batch(self._window.samples * world, planned)
-        if self._learning_routers and self._window.taken:
-            requests = torch.cat(self._window.requests)
-            if distributed.is_initialized():
-                distributed.all_reduce(requests)
-            routers = [router for _, router in self._learning_routers]
-            for router, own in zip(routers, requests.split([one.num_experts for one in routers]), strict=True):
-                router.after_step(own)
+        if self._window.taken:
+            self._learning_routers.after_step()
         self._window = Window()
+        self._learning_routers.begin_step()
         with warnings.catch_warnings():
             # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -258,29 +249,17 @@ class MoEGPTModule(GPTModule):
                 f"a new run cannot begin with a module that has seen {self.tokens_seen} tokens or data at sample {samples}: "
                 "make both anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
             )
-        end, stopper = None, stopped_early(self.trainer)
+        end = reached_end(self.trainer, self._given_max_steps, self.tokens_seen, self.train_tokens)
         if self._given_max_steps is not None:
             self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps
-            end = f"it has taken trainer.max_steps={self._given_max_steps}; to go on, raise it"
             self._given_max_steps = None  # it may be raised before the next fit
-        elif self.train_tokens is not None and self.tokens_seen >= self.train_tokens:
-            end = (
-                f"{self.tokens_seen} tokens of train_tokens={self.train_tokens}; to go on, raise model.train_tokens and "
-                "model.schedule.decay_tokens"
-            )
-        elif stopper is not None and self.trainer.ckpt_path is not None:
-            end = (
-                f"{type(stopper).__name__}, monitor={stopper.monitor}, ended it at step {self.trainer.global_step}; to go on, "
-                "raise its patience if that ran out, or remove it from trainer.callbacks"
-            )
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
             validate_now(self.trainer, again=self.validated_step == self.trainer.global_step)
         warn_of_early_end(self.config, self.curriculum, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
-        layers = [module for module in self.gpt.modules() if isinstance(module, MoELayer)]
-        self._learning_routers = [(n, moe.router) for n, moe in enumerate(layers) if moe.router.learns_from_steps]
+        self._learning_routers = LearningRouters(self.gpt)
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         apply_settings(optimizer, self.optimizer_config)
         for group in optimizer.param_groups:

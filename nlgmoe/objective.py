@@ -16,6 +16,7 @@ from nlgmoe.device import fork_rng
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT, NoiseKey
 from nlgmoe.seeding import derive_seed
@@ -85,7 +86,6 @@ class Window:
         self.samples = self.tokens = 0
         self.names: list[str] = []  # that the losses are logged under
         self.losses = torch.zeros(0)  # [names], sum over micro-batches
-        self.requests: list[Tensor] = []  # [E] of this rank, of each router that learns from steps
         self.taken = False  # the optimizer's step has been, or is about to be, taken
 
     def add(self, batch: Batch, names: list[str], losses: Tensor) -> None:
@@ -99,3 +99,33 @@ class Window:
     def mean_losses(self) -> Tensor:
         """Return the mean over micro-batches, `[names]`."""
         return self.losses / len(self.batches)
+
+
+class LearningRouters:
+    """The routers of a model that learn from steps, and what the current step requested of them."""
+
+    def __init__(self, gpt: GPT) -> None:
+        layers = [module for module in gpt.modules() if isinstance(module, MoELayer)]
+        self._routers = {n: moe.router for n, moe in enumerate(layers) if moe.router.learns_from_steps}  # by MoE layer
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget the requests of the step before."""
+        self._requests: list[Tensor] = []  # [E] of each router
+
+    def count(self, routings: list[Routing]) -> None:
+        """Count the requests of one micro-batch of this rank."""
+        requests = [routings[layer].tokens_per_expert for layer in self._routers]
+        earlier = self._requests or [torch.zeros_like(one) for one in requests]
+        self._requests = [before + one for before, one in zip(earlier, requests, strict=True)]
+
+    def after_step(self) -> None:
+        """Update the routers with the requests of all ranks."""
+        if not self._routers:
+            return
+        requests = torch.cat(self._requests)
+        if distributed.is_initialized():
+            distributed.all_reduce(requests)
+        sizes = [router.num_experts for router in self._routers.values()]
+        for router, own in zip(self._routers.values(), requests.split(sizes), strict=True):
+            router.after_step(own)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -98,6 +98,26 @@ class ExpertConfig:
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, linear)")
+
+
+PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class
+
+
+def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)) -> None:
+    """Check that parts of a model are the paper's.
+
+    Args:
+        moe: its `MoEConfig`; None: a dense model.
+        what: subject and verb of the message, such as `the cost model knows`.
+        parts: that must be the paper's.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for name in parts if moe is not None else ():
+        part = getattr(moe, name)
+        if part is not None:
+            raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
 
 
 class ForeignCodeError(ValueError):

@@ -104,6 +104,31 @@ def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         state["best_k_models"] = {path.replace(old, new, 1): score for path, score in state["best_k_models"].items()}
 
 
+def reached_end(trainer: Trainer, max_steps: int | None, tokens: int, train_tokens: int | None) -> str | None:
+    """Return which end a run stands at when it begins or resumes, and the remedy; None: it goes on.
+
+    Args:
+        trainer: of the fit.
+        max_steps: that a resumed run has taken already; None: fewer.
+        tokens: that the run has seen.
+        train_tokens: at which it ends; None: never.
+    """
+    if max_steps is not None:
+        return f"it has taken trainer.max_steps={max_steps}; to go on, raise it"
+    if train_tokens is not None and tokens >= train_tokens:
+        return (
+            f"{tokens} tokens of train_tokens={train_tokens}; to go on, raise model.train_tokens and "
+            "model.schedule.decay_tokens"
+        )
+    stopper = stopped_early(trainer)
+    if stopper is not None and trainer.ckpt_path is not None:
+        return (
+            f"{type(stopper).__name__}, monitor={stopper.monitor}, ended it at step {trainer.global_step}; to go on, "
+            "raise its patience if that ran out, or remove it from trainer.callbacks"
+        )
+    return None
+
+
 def stopped_early(trainer: Trainer) -> EarlyStopping | None:
     """Return the callback that ended the run; None if there is none, or if its patience has been raised since."""
     for one in trainer.early_stopping_callbacks:

@@ -35,7 +35,7 @@ from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.non_finite import NonFinite
 from tests.end_to_end.test_train_cli import ROOT, TINY
 from tests.synthetic import SyntheticData
@@ -187,7 +187,7 @@ def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:
         w = {name: value[expert] for name, value in moe.experts.named_parameters()}
         gate, up = (token @ w[f"{name}_weight"] + w[f"{name}_bias"] for name in ("gate", "expand"))
         torch.testing.assert_close(out, (F.silu(gate) * up) @ w["project_weight"] + w["project_bias"])
-    total, active = model.parameter_counts()
+    total, active = parameters_of(model)
     assert (count_parameters(CONFIG).total, count_parameters(CONFIG).active) == (total, active)
     std = {name: float(value.std()) for name, value in moe.experts.named_parameters() if name.endswith("weight")}
     assert std["project_weight"] < 0.7 * std["gate_weight"]  # divided by sqrt(2 * 2)

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.run import ROOT, Run, quiet_trainer, synchronize
 from nlgmoe.config import GPTConfig
+from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import hardware, peak_of
@@ -55,7 +56,7 @@ class Modes(Callback):
         if position == 0:
             pl_module.gpt.activation_checkpointing = self.modes[mode] == "recomputed"
             if self.modes[mode] == "compiled":
-                pl_module.gpt.compile_dense_parts()
+                compile_dense_parts(pl_module.gpt)
         if batch_idx == self.accumulated - 1:
             self._profile.start()
         if position == self.accumulated:

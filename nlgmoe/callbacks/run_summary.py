@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch
 from nlgmoe.files import write_json
-from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.logging_step import ends_step
 from nlgmoe.monitoring.memory import peak_memory_bytes
@@ -58,7 +58,7 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the parameter count, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
-        (total, active), formula = pl_module.gpt.parameter_counts(), count_parameters(pl_module.config).total
+        (total, active), formula = parameters_of(pl_module.gpt), count_parameters(pl_module.config).total
         rank_zero_info(f"{total:,} parameters, {active:,} of them active for a token")
         if total != formula:
             rank_zero_warn(
@@ -110,7 +110,7 @@ class RunSummary(Callback):
 
     def _summary(self, trainer: Trainer, module: MoEGPTModule) -> dict[str, Any]:
         metrics = {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()}
-        total, active = module.gpt.parameter_counts()
+        total, active = parameters_of(module.gpt)
         losses = self._finite_losses()
         prefix = "val/bits_per_byte/"
         return {

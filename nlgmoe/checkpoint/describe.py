@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nlgmoe.checkpoint.folder import TOKENIZER, Contents, kind_of, read_document, read_manifest
-from nlgmoe.config import PARTS, GPTConfig
+from nlgmoe.config import GPTConfig
+from nlgmoe.parts import PARTS
 from nlgmoe.pyramid import experts_per_layer
 
 

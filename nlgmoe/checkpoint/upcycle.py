@@ -29,7 +29,8 @@ from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
-from nlgmoe.config import GPTConfig, MoEConfig, require_paper_parts
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import require
@@ -83,7 +84,7 @@ def upcycle(
             f"{name}={size} is not the width of the dense model's layers, which are copied; leave it null",
         )
     config = replace(dense_config, moe=moe)
-    require_paper_parts(config, "upcycling knows")
+    require_paper_parts(config.moe, "upcycling knows")
     read = _entry_reader(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
     write_weights(checkpoint, read, config, read_tokenizer(path))
     return Upcycled(path, dense_config, config)

@@ -2,30 +2,26 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
-from nlgmoe.data.baselines import count_tokens, unigram_entropy, xz_bits_per_byte
-from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import Corpus, OpenCorpus
-from nlgmoe.data.description import Description, description_of, differing
+from nlgmoe.data.description import differing
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import CursorSource, EvaluationSource, Sample, TokenSource, count_domain_windows
+from nlgmoe.data.sources import CursorSource, Sample, TokenSource, count_domain_windows
 from nlgmoe.data.streaming.cursors import Cursors
+from nlgmoe.data.text_facts import TextFacts
 from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
@@ -33,7 +29,7 @@ from nlgmoe.processes import check_processes
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
 
 
-class PileDataModule(LightningDataModule):
+class PileDataModule(TextFacts, LightningDataModule):
     """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
@@ -291,68 +287,6 @@ class PileDataModule(LightningDataModule):
             digest.update(f"{len(covered)} {sampled.tolist()}".encode())
         return digest.hexdigest()[:16]
 
-    # ---- facts about the data
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the domains; a batch's `domain` indexes them."""
-        return self._opened().domains
-
-    @property
-    def corpus_description(self) -> Description:
-        """Description of the training tokens' sources."""
-        return description_of(self._opened())
-
-    @property
-    def domain_shares(self) -> list[float] | None:
-        """Share of each domain in the training samples of a blend, `[D]`; None for other corpora."""
-        corpus = self._opened()
-        return corpus.shares if isinstance(corpus, OpenBlend) else None
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self._opened().tokenizer.vocab_size
-
-    @property
-    def eod_id(self) -> int:
-        """Id of the end-of-document token."""
-        return self._opened().tokenizer.eod_id
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return self._opened().tokenizer.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        return self._opened().tokenizer.decode(ids)
-
-    def tokenizer_json(self) -> str:
-        """Return the tokenizer, for checkpoints."""
-        return self._opened().tokenizer.to_json()
-
-    def token_byte_lengths(self) -> torch.Tensor:
-        """UTF-8 bytes of text that each token id spells, `[V]`; 0 for the end-of-document token."""
-        return torch.as_tensor(self._opened().tokenizer.token_bytes)
-
-    def token_spellings(self) -> list[bytes]:
-        """Return the bytes of text that each token id stands for, `[V]`."""
-        return self._opened().tokenizer.spellings
-
-    def unigram_entropy(self) -> float:
-        """Loss of the best context-free model on the tokens that evaluation covers, in nats per token."""
-        return unigram_entropy(
-            self._opened().training_tokens(), list(self._evaluated_tokens().values()), self.vocab_size
-        )
-
-    def token_counts(self) -> list[int]:
-        """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""
-        return count_tokens(self._opened().training_tokens(), self.vocab_size).tolist()
-
-    def xz_bits_per_byte(self) -> dict[str, float]:
-        """Compress the evaluated text by a general-purpose compressor: domain -> bits per byte, and "all"."""
-        return xz_bits_per_byte(self._evaluated_tokens(), self._opened().tokenizer)
-
     # ---- internals
 
     def _opened(self) -> OpenCorpus:
@@ -360,21 +294,11 @@ class PileDataModule(LightningDataModule):
         assert self._open_corpus is not None
         return self._open_corpus
 
-    def _evaluation_source(self, split: str) -> EvaluationSource:
-        tokens = self._opened().evaluation_tokens(split)
-        assert tokens is not None, f"the corpus has no split {split}"
-        return EvaluationSource(tokens, self.seq_len, self.eod_id, self.max_eval_windows)
-
     def _evaluation_loader(self, split: str) -> DataLoader[Sample]:
         rank, world_size = self._rank_and_world_size()
         source = self._evaluation_source(split)
         sampler = EvaluationSampler(len(source), rank, world_size)
         return self._loader(self._dataset(source), sampler, batch_size=self.eval_micro_batch_size, collate_fn=collate)
-
-    def _evaluated_tokens(self) -> dict[str, np.ndarray]:
-        """Domain -> the tokens that validation covers."""
-        source = self._evaluation_source("validation")
-        return {name: source.evaluated_tokens(domain) for domain, name in enumerate(self.domains)}
 
     def _accumulation(self, global_batch_size: int) -> int:
         _, world_size = self._rank_and_world_size()

@@ -106,3 +106,28 @@ def visible_keys(
     itself = torch.zeros(new, total, dtype=torch.bool, device=device)
     itself[:, cached:].fill_diagonal_(True)
     return causal & (token_mask[:, None, None, :] | itself)
+
+
+def extend_mask(token_mask: Tensor | None, cache: KVCache | None, tokens: Tensor) -> Tensor | None:
+    """Return the mask of cached and new positions, `[B, S]`; None if no position is padding."""
+    if cache is None or cache.length == 0 or (token_mask is None and cache.mask is None):
+        return token_mask
+    new = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
+    old = cache.mask if cache.mask is not None else new.new_ones(len(tokens), cache.length)
+    return torch.cat([old, new], dim=1)
+
+
+def positions_of(
+    history: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
+) -> Tensor:
+    """Return position numbers of the new tokens, `[1 or B, T]`; padding is not counted, and every document begins at 0."""
+    if history is None:
+        numbers = torch.arange(cached, cached + new, device=device)[None]
+    else:
+        numbers = (history.long().cumsum(dim=1) - 1).clamp_min(0)[:, cached:]
+    if documents is None:
+        return numbers
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    earlier = numbers if history is None else history.long().cumsum(dim=1) - history.long()  # real tokens before each
+    return (numbers - torch.where(begins, earlier, 0).cummax(dim=1).values).clamp_min(0)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.feed_forward import NETWORKS, expert_network
+from nlgmoe.layers.moe import MoELayer
 from nlgmoe.parts import Stack
 from nlgmoe.pyramid import experts_per_layer
 
@@ -83,6 +85,16 @@ def network_stacks(config: GPTConfig, ffn_size: int) -> list[Stack]:
 def matmul_flops(stacks: list[Stack]) -> int:
     """Return the FLOPs of the forward pass of a network for one token."""
     return sum(2 * inputs * outputs for inputs, outputs, _ in stacks)
+
+
+def parameters_of(model: nn.Module) -> tuple[int, int]:
+    """Return the parameters of a model that is built: all, experts of other ranks included, and those active for one token."""
+    total = active = sum(parameter.numel() for parameter in model.parameters())
+    for moe in [module for module in model.modules() if isinstance(module, MoELayer)]:
+        one = sum(stack[0].numel() for stack in moe.experts.parameters())
+        total += (moe.router.num_experts - moe.experts.count) * one
+        active += (moe.top_k - moe.experts.count) * one
+    return total, active
 
 
 def _parameters(stacks: list[Stack]) -> int:

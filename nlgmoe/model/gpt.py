@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
+from nlgmoe.layers.attention import CausalSelfAttention, KVCache, extend_mask, positions_of, visible_keys
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
-from nlgmoe.pyramid import experts_at, experts_per_layer
+from nlgmoe.pyramid import experts_at
 
 NoiseKey = tuple[int, ...]
 
@@ -79,17 +79,6 @@ class Block(nn.Module):
         assert self.ffn is not None
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def compile_dense_parts(self) -> None:
-        """See `GPT.compile_dense_parts`."""
-        attend, compiled = self.attend, torch.compile(self.attend)
-
-        def attend_compiled(x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
-            return compiled(x, visible, None) if cache is None else attend(x, visible, cache)
-
-        self.__dict__["attend"] = attend_compiled
-        if self.moe is None:
-            self.__dict__["feed_forward"] = torch.compile(self.feed_forward)
-
 
 class GPT(nn.Module):
     """The whole model.
@@ -143,7 +132,7 @@ class GPT(nn.Module):
         """
         assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
-        history = _extend_mask(token_mask, cache, tokens)  # [B, S] or None
+        history = extend_mask(token_mask, cache, tokens)  # [B, S] or None
         longest = cached + new
         if longest > self.config.seq_len and history is not None:
             longest = int(history.sum(dim=1).max())
@@ -153,7 +142,7 @@ class GPT(nn.Module):
                 "with a larger seq_len"
             )
         visible = visible_keys(history, new, cached, tokens.device, documents)
-        positions = _positions(history, new, cached, tokens.device, documents)
+        positions = positions_of(history, new, cached, tokens.device, documents)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.dropout(x)  # [B, T, H]
         context, routings = RoutingContext(tokens, token_mask, noise_key, positions), []
@@ -168,33 +157,6 @@ class GPT(nn.Module):
             cache.length, cache.mask = cached + new, history
         return GPTOutput(self.final_norm(x), routings)
 
-    def compile_dense_parts(self) -> None:
-        """Compile attention and the dense feed-forward layers with `torch.compile`, at their first use.
-
-        Generation stays uncompiled: its shapes change with every token. Dropout draws other numbers than uncompiled.
-        """
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.compile_dense_parts()
-
-    def has_placements(self, placements: Mapping[int, ExpertPlacement]) -> bool:
-        """Return whether this rank holds the experts of `placements`; a block that is not named holds all of its experts."""
-        for layer, count in enumerate(experts_per_layer(self.config)):
-            wanted = placements.get(layer, ExpertPlacement(first=0, count=count))
-            moe = self.blocks[layer].moe
-            if isinstance(moe, MoELayer) and (moe.placement.first, moe.placement.count) != (wanted.first, wanted.count):
-                return False
-        return True
-
-    def parameter_counts(self) -> tuple[int, int]:
-        """Return the number of all parameters, experts of other ranks included, and of those active for one token."""
-        total = active = sum(parameter.numel() for parameter in self.parameters())
-        for moe in [module for module in self.modules() if isinstance(module, MoELayer)]:
-            one = sum(stack[0].numel() for stack in moe.experts.parameters())
-            total += (moe.router.num_experts - moe.experts.count) * one
-            active += (moe.top_k - moe.experts.count) * one
-        return total, active
-
     @property
     def unembedding(self) -> Tensor:
         """The tied embedding table, `[P, H]`. Rows from `config.vocab_size` on are padding, without token, logit and gradient.
@@ -207,28 +169,3 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, `[..., H] -> [..., V]`. Training uses `layers/losses.py` instead, which never holds them all."""
         return (hidden @ self.unembedding.to(hidden.dtype).t())[..., : self.config.vocab_size]
-
-
-def _extend_mask(token_mask: Tensor | None, cache: KVCache | None, tokens: Tensor) -> Tensor | None:
-    """Return the mask of cached and new positions, `[B, S]`; None if no position is padding."""
-    if cache is None or cache.length == 0 or (token_mask is None and cache.mask is None):
-        return token_mask
-    new = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
-    old = cache.mask if cache.mask is not None else new.new_ones(len(tokens), cache.length)
-    return torch.cat([old, new], dim=1)
-
-
-def _positions(
-    history: Tensor | None, new: int, cached: int, device: torch.device, documents: Tensor | None = None
-) -> Tensor:
-    """Return position numbers of the new tokens, `[1 or B, T]`; padding is not counted, and every document begins at 0."""
-    if history is None:
-        numbers = torch.arange(cached, cached + new, device=device)[None]
-    else:
-        numbers = (history.long().cumsum(dim=1) - 1).clamp_min(0)[:, cached:]
-    if documents is None:
-        return numbers
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    earlier = numbers if history is None else history.long().cumsum(dim=1) - history.long()  # real tokens before each
-    return (numbers - torch.where(begins, earlier, 0).cummax(dim=1).values).clamp_min(0)

@@ -13,6 +13,7 @@ from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts, select_backend
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.seeding import derive_seed
 from tests.tools import needs
@@ -130,7 +131,7 @@ def test_compiled_parts_compute_the_same() -> None:
         for name, parameter in model.named_parameters():  # large enough for every weight to matter
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(derive_seed(name)))
         if compiles:
-            model.compile_dense_parts()
+            compile_dense_parts(model)
             counters.clear()
         for step, length in enumerate((16, 16, 12, 9)):  # other loads, other shapes; a second length makes it symbolic
             part = tokens.roll(step)[:, :length]

@@ -27,7 +27,7 @@ from nlgmoe import (
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.routers.hash import balanced_table
 from nlgmoe.layers.routers.sigmoid import sequence_balance
-from nlgmoe.model.counting import count_parameters, flops_per_token
+from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.objective import training_loss
 from nlgmoe.tools.hugging_face.export import export
@@ -267,7 +267,7 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
         assert kept == (name != "sigmoid") and ends[0][f"{prefix}.{buffer}"].any()
 
     counted = count_parameters(whole.config)
-    assert (counted.total, counted.active) == whole.gpt.parameter_counts() and flops_per_token(whole.config) > 0
+    assert (counted.total, counted.active) == parameters_of(whole.gpt) and flops_per_token(whole.config) > 0
     nlgmoe(["inspect", str(tmp_path / "half.ckpt"), "--hardware=h100"])
     nlgmoe(["verify", str(tmp_path / "half.ckpt")])
     router = type(MOES[name].router)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import KVCache, visible_keys
-from nlgmoe.model.gpt import GPT, _positions
+from nlgmoe.layers.attention import KVCache, positions_of, visible_keys
+from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
 CONFIG = GPTConfig(50, 24, 4, 32, 2, init_std=0.2, vocab_size_multiple=16, moe=DROPLESS)
@@ -81,9 +81,9 @@ def test_what_is_seen_and_how_positions_count() -> None:
     seen = visible_keys(None, 4, 0, documents.device, documents)
     assert seen is not None
     assert seen[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert _positions(None, 4, 0, documents.device, documents).tolist() == [[0, 1, 0, 1]]
+    assert positions_of(None, 4, 0, documents.device, documents).tolist() == [[0, 1, 0, 1]]
     first_is_padding = torch.tensor([[True, True, False, True]])
-    assert _positions(first_is_padding, 4, 0, documents.device, documents)[0, 3] == 0
+    assert positions_of(first_is_padding, 4, 0, documents.device, documents)[0, 3] == 0
 
 
 def test_a_cache_is_of_one_document() -> None:

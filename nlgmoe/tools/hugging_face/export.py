@@ -39,11 +39,12 @@ from nlgmoe.checkpoint.layout import (
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.writing import write_error_reason
-from nlgmoe.config import GPTConfig, require_paper_parts
+from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.files import sha256_of
 from nlgmoe.model.gpt import GPT
+from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import SHA256
 from nlgmoe.tools.hugging_face.model_card import model_card
@@ -104,7 +105,7 @@ def export(
     path = find_checkpoint(checkpoint)
     document = read_document(path)
     config = GPTConfig.from_dict(document["model_config"])
-    require_paper_parts(config, "a folder for transformers holds")
+    require_paper_parts(config.moe, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, PRECISIONS.get(precision or ""))
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlgmoe.config import GPTConfig, require_paper_parts
+from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per_token
 from nlgmoe.monitoring.hardware import RESERVED, Hardware
+from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.activation_memory import activation_bytes
 from nlgmoe.tools.planner.roofline import Parts, Roofline, roofline
@@ -116,7 +117,7 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
     Raises:
         ValueError: `utilisation` is out of range, or the model has a custom expert. A custom router counts as a gate.
     """
-    require_paper_parts(config, "the cost model knows", ["expert"])
+    require_paper_parts(config.moe, "the cost model knows", ["expert"])
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation} must be above 0 and at most 1")
     groups = _parameter_groups(config, topology, gpu)

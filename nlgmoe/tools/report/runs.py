@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from nlgmoe.config import PARTS, GPTConfig
+from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.files import require_regular
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.parts import ForeignCodeError
+from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.report.metrics import (
     LOADS,
