@@ -59,20 +59,20 @@ def same(
 
 
 def derived(here: str, flags: Sequence[Flag], note: str = "") -> Row:
-    """Flags whose setting `here` is computed from their values."""
+    """Make a row of flags whose setting `here` is computed from their values."""
     return Row(tuple(flags), "setting", here, note)
 
 
 def ignored(note: str, *flags: Flag) -> Row:
-    """Flags that need no setting, and why."""
+    """Make a row of flags that need no setting."""
     return Row(flags, "ignored", note=note)
 
 
 def refused(note: str, *flags: Flag) -> Row:
-    """Flags that are refused: the reason and, after a semicolon, the remedy."""
+    """Make a row of refused flags; `note` is the reason and, after a semicolon, the remedy."""
     return Row(flags, "refused", note=note)
 
 
 def switches(*names: str) -> list[Flag]:
-    """Flags without a value."""
+    """Make flags without a value."""
     return [Flag(name) for name in names]
