@@ -154,9 +154,7 @@ def test_verdicts() -> None:
 def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     sizes = dict(zip(WIDER, (4.0, 3.9, 3.8, 3.7, 3.6), strict=True))  # 0.1 nats for each doubling of the cost
     runs = made_up(**sizes, moe_16=3.75)["runs"]
-    for run in runs.values():
-        run["flops_per_token"] = 1.0 if run["flops_per_token"] == 32 else run["flops_per_token"]
-    found = cost_at_equal_loss(runs, "flops_per_token")
+    found = cost_at_equal_loss(runs, {**{name: 2.0**place for place, name in enumerate(WIDER)}, "moe_16": 1.0})
     assert found is not None
     ratio, low, high, largest = found
     assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high and largest == pytest.approx(16)

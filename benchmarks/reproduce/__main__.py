@@ -2,6 +2,7 @@
 
     python -m benchmarks.reproduce [--claim N ...] [--jobs 2]   train what is missing, then write page and figure
     python -m benchmarks.reproduce --tables                     write page and figure from docs/results/reproduce.json
+    python -m benchmarks.reproduce --speed                      time a training step of each model; on a quiet machine
     python -m benchmarks.reproduce --scale tiny                 twenty steps a run, into a temporary folder
     python -m benchmarks.reproduce --scale gpu                  estimate the hours of the paper's smaller models
 
@@ -20,8 +21,10 @@ from pathlib import Path
 
 from benchmarks.reproduce.campaign import CPU, TINY, Campaign
 from benchmarks.reproduce.cells import CLAIMS, SEEDS, runs_of
+from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import text_of, write
 from benchmarks.runs import ROOT
+from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.tools.planner.cost import estimate
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/reproduce", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tables", action="store_true", help="train nothing")
+    parser.add_argument("--speed", action="store_true", help="train nothing; time a step of each model, one thread")
     args = parser.parse_args()
     if args.scale == "gpu":
         print_gpu_estimates()
@@ -91,6 +95,10 @@ def main() -> None:
         try:
             found = (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
             campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
+            if args.speed:
+                campaign.results["speed"] = measure(campaign)
+                write_json(args.results, campaign.results)
+                return
             campaign.tune(args.jobs, {cell.config for claim in claims for cell in claim.cells})
             runs = [run for run in runs_of(claims) if args.scale != "tiny" or run[1] == SEEDS[0]]
             campaign.train(runs, args.jobs)

@@ -85,22 +85,21 @@ def visible(found: PairedDifference) -> float:
     return float(stats.t.ppf(0.975, freedom) + stats.t.ppf(0.8, freedom)) * found.error
 
 
-def cost_at_equal_loss(runs: Runs, fact: str) -> tuple[float, float, float, float] | None:
+def cost_at_equal_loss(runs: Runs, costs: dict[str, float]) -> tuple[float, float, float, float] | None:
     """Return how many times more a dense model of MoE-16's loss costs: estimate, 95% interval, and the largest that was trained.
 
     The dense losses are fitted by a straight line over log cost. The interval is a bootstrap over seeds.
 
     Args:
         runs: the results.
-        fact: that measures the cost, such as `flops_per_token` or `seconds`.
+        costs: of a token of each configuration, in any unit.
     """
     cells = [Cell(name) for name in WIDER]
     dense, moe = [of_cell(runs, cell) for cell in cells], of_cell(runs, Cell("moe_16"))
     seeds = sorted(set(moe).intersection(*dense))
     if len(seeds) < 2:
         return None
-    cost = np.log([np.mean([of_cell(runs, cell, fact)[seed] for seed in seeds]) for cell in cells])
-    own = math.log(float(np.mean([of_cell(runs, Cell("moe_16"), fact)[seed] for seed in seeds])))
+    cost, own = np.log([costs[name] for name in WIDER]), math.log(costs["moe_16"])
     losses = np.array([[one[seed] for one in dense] for seed in seeds])  # [seeds, sizes]
     targets = np.array([moe[seed] for seed in seeds])
 
@@ -114,7 +113,8 @@ def cost_at_equal_loss(runs: Runs, fact: str) -> tuple[float, float, float, floa
     return ratio(everything), float(low), float(high), float(np.exp(cost[-1] - own))
 
 
-def _more_experts(runs: Runs, verdict: Verdict) -> None:
+def _more_experts(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     verdict.verdict, verdict.found = is_lower(difference(runs, Cell("moe_16"), Cell("dense")))
     verdict.rows = [["tokens", *GROWTH, "lowest"]]
     for budget in BUDGETS:
@@ -127,27 +127,35 @@ def _more_experts(runs: Runs, verdict: Verdict) -> None:
             )
 
 
-def _cheaper(runs: Runs, verdict: Verdict) -> None:
-    found = {fact: cost_at_equal_loss(runs, fact) for fact in ("flops_per_token", "seconds")}
-    if any(one is None for one in found.values()):
+def _cheaper(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
+    flops = {name: of_cell(runs, Cell(name), "flops_per_token") for name in (*WIDER, "moe_16")}
+    if not all(flops.values()):
         return
+    costs = {"FLOPs": {name: next(iter(values.values())) for name, values in flops.items()}}
+    if "speed" in results:
+        costs["seconds"] = results["speed"]["step_seconds"]
+    found = {name: cost_at_equal_loss(runs, cost) for name, cost in costs.items()}
     verdict.rows = [["cost", "dense / MoE-16 at equal loss", "95%", "largest dense"]]
-    for fact, one in found.items():
-        assert one is not None
-        verdict.rows.append([fact.replace("_", " "), f"{one[0]:.2f}", f"{one[1]:.2f} to {one[2]:.2f}", f"{one[3]:.2f}"])
-    ratio, low, high, largest = found["flops_per_token"]  # type: ignore[misc]
+    for name, one in found.items():
+        if one is None:
+            return
+        verdict.rows.append([name, f"{one[0]:.2f}", f"{one[1]:.2f} to {one[2]:.2f}", f"{one[3]:.2f}"])
+    ratio, low, high, largest = found["FLOPs"]  # type: ignore[misc]
     verdict.verdict = SHOWN if low > 2 else CONTRADICTED if high < 2 else NOT_SHOWN
     verdict.found = f"{ratio:.1f} times the FLOPs (95% {low:.1f} to {high:.1f}); shown: at least 2" + (
         f"; beyond the largest dense model, {largest:.1f}: extrapolated" if ratio > largest else ""
     )
 
 
-def _as_good(runs: Runs, verdict: Verdict) -> None:
+def _as_good(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     verdict.verdict, verdict.found = is_equal(difference(runs, TEACHER, Cell("moe_32")))
-    verdict.rows = _sizes(runs, [Cell("moe_32"), TEACHER])
+    verdict.rows = _sizes(results, [Cell("moe_32"), TEACHER])
 
 
-def _staged(runs: Runs, verdict: Verdict) -> None:
+def _staged(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     verdict.rows = [["budget", "none", "to the end", "staged", "staged - none", "staged - to the end"]]
     verdicts: list[tuple[str, str]] = []
     for budget in BUDGETS:
@@ -164,19 +172,22 @@ def _staged(runs: Runs, verdict: Verdict) -> None:
         verdict.found = f"staged - none: {verdicts[0][1]}; staged - to the end: {verdicts[1][1]}"
 
 
-def _second_half(runs: Runs, verdict: Verdict) -> None:
+def _second_half(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     verdict.verdict, verdict.found = is_lower(difference(runs, Cell("second_half"), Cell("first_half")))
-    verdict.rows = _sizes(runs, [Cell("first_half"), Cell("second_half")])
+    verdict.rows = _sizes(results, [Cell("first_half"), Cell("second_half")])
 
 
-def _residual(runs: Runs, verdict: Verdict) -> None:
+def _residual(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     verdict.verdict, verdict.found = is_equal(difference(runs, Cell("residual"), Cell("top_2")))
-    verdict.rows = _sizes(runs, [Cell("top_2"), Cell("residual")])
+    verdict.rows = _sizes(results, [Cell("top_2"), Cell("residual")])
 
 
-def _smaller(runs: Runs, verdict: Verdict) -> None:
+def _smaller(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     student = Cell("student", 1.0, "staged")
-    verdict.rows = _sizes(runs, [Cell("moe_32"), TEACHER, student])
+    verdict.rows = _sizes(results, [Cell("moe_32"), TEACHER, student])
     found = [is_equal(difference(runs, cell, Cell("moe_32"))) for cell in (TEACHER, student)]
     names = [name for name, _ in found]
     if NOT_RUN not in names:
@@ -191,13 +202,15 @@ def _smaller(runs: Runs, verdict: Verdict) -> None:
         verdict.found = f"PR-MoE is {pr_moe}; with MoS it is {mos}"
 
 
-def _capacity(runs: Runs, verdict: Verdict) -> None:
+def _capacity(results: dict[str, Any], verdict: Verdict) -> None:
+    runs = results["runs"]
     verdict.verdict, verdict.found = is_equal(difference(runs, Cell("capacity"), Cell("moe_16")))
-    verdict.rows = _sizes(runs, [Cell("moe_16"), Cell("capacity")])
+    verdict.rows = _sizes(results, [Cell("moe_16"), Cell("capacity")])
 
 
-def _sizes(runs: Runs, cells: list[Cell]) -> list[list[str]]:
-    rows = [["model", "parameters", "active", "tokens per active parameter", "validation loss", "tokens/s", "runs"]]
+def _sizes(results: dict[str, Any], cells: list[Cell]) -> list[list[str]]:
+    runs, seconds = results["runs"], results.get("speed", {}).get("step_seconds", {})
+    rows = [["model", "parameters", "active", "tokens per active parameter", "validation loss", "ms a step", "runs"]]
     for cell in cells:
         own = [run for key, run in runs.items() if key == f"{cell.name}-seed{run['seed']}"]
         if own:
@@ -206,12 +219,12 @@ def _sizes(runs: Runs, cells: list[Cell]) -> list[list[str]]:
             rows.append(
                 [cell.name, f"{own[0]['params_total'] / 1e6:.2f}M", f"{own[0]['params_active'] / 1e6:.2f}M",
                  f"{own[0]['tokens_per_active_parameter']:.1f}", f"{np.mean(losses):.4f} ± {error:.4f}",
-                 f"{np.median([run['tokens_per_second'] for run in own]):,.0f}", str(len(own))]
+                 f"{1000 * seconds[cell.config]:.0f}" if cell.config in seconds else "", str(len(own))]
             )  # fmt: skip
     return rows if len(rows) > 1 else []
 
 
-_JUDGES: dict[int, Callable[[Runs, Verdict], None]] = {
+_JUDGES: dict[int, Callable[[dict[str, Any], Verdict], None]] = {
     1: _more_experts,
     2: _cheaper,
     3: _second_half,
@@ -227,5 +240,5 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """Judge every claim, in the order of the campaign."""
     found = [Verdict(claim.number, claim.title) for claim in CLAIMS]
     for verdict in found:
-        _JUDGES[verdict.number](results["runs"], verdict)
+        _JUDGES[verdict.number](results, verdict)
     return found
