@@ -26,10 +26,15 @@ def text_of(results: dict[str, Any]) -> str:
     lines = [
         f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs.",
         "",
-        *_table([["claim", "verdict", "found"], *([v.title, f"**{v.verdict}**", v.found] for v in found)]),
+        *_table(
+            [
+                ["claim", "the paper", "here", "verdict"],
+                *([v.title, v.paper, v.found, f"**{v.verdict}**"] for v in found),
+            ]
+        ),
     ]
     for verdict in found:
-        if verdict.rows:
+        if len(verdict.rows) > 1:
             lines += ["", f"**{verdict.number}. {verdict.title}**", "", *_table(verdict.rows)]
     rates = results["learning_rates"]
     if rates:

@@ -29,6 +29,7 @@ class Verdict:
     Attributes:
         number: of the claim.
         title: the claim.
+        paper: what the paper found.
         verdict: `shown`, `not shown`, `contradicted` or `not run`.
         found: the numbers, in a sentence.
         rows: of the table, header first.
@@ -36,6 +37,7 @@ class Verdict:
 
     number: int
     title: str
+    paper: str
     verdict: str = NOT_RUN
     found: str = ""
     rows: list[list[str]] = field(default_factory=list)
@@ -238,7 +240,7 @@ _JUDGES: dict[int, Callable[[dict[str, Any], Verdict], None]] = {
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """Judge every claim, in the order of the campaign."""
-    found = [Verdict(claim.number, claim.title) for claim in CLAIMS]
+    found = [Verdict(claim.number, claim.title, claim.paper) for claim in CLAIMS]
     for verdict in found:
         _JUDGES[verdict.number](results, verdict)
     return found
