@@ -1,6 +1,7 @@
 """A script that is run has its commands recorded, and what it launches is found in all ways of launching."""
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,12 @@ def test_ways_to_launch(launching: str, launcher: str, tmp_path: Path) -> None:
     assert (" ".join(launch.launcher), launch.flags) == (launcher, ["--a", "1", "--b"])
 
 
-def test_given_variables_win_and_empty_ones_are_named(tmp_path: Path) -> None:
+def test_given_variables_win_and_empty_ones_and_missing_files_are_named(tmp_path: Path) -> None:
     text = """
 # $COMMENT
 GPUS=8; local_size() { local GPUS=2; X=$GPUS; }; local_size
 RATE=$(compute | wc -l); NAME=$(date | wc -l)
+source conf/small.env; SEED=$(cat seed.txt)
 for node in 1 2; do :; done
 deepspeed pretrain_gpt.py --gpus $GPUS $X --node $node ${DEFAULT:-5} --empty $SLURM_NNODES "${MORE}" --quoted "a  b"
 """
@@ -93,7 +95,8 @@ deepspeed pretrain_gpt.py --gpus $GPUS $X --node $node ${DEFAULT:-5} --empty $SL
     assert launch.flags == ["--gpus", "64", "64", "--node", "2", "5", "--empty", "", "--quoted", "a  b"]
     assert launch.variables["NUM_GPUS"] == "64"
     assert launch.notes == [
-        "Empty in this run: $MORE, $SLURM_NNODES, the output of compute. Give values with --variables.NAME VALUE."
+        "Empty in this run: $MORE, $SLURM_NNODES, the output of compute. Give values with --variables.NAME VALUE.",
+        "Not read in this run: conf/small.env, seed.txt. Put what the script needs beside it, as a .sh or .json file.",
     ]
 
 
@@ -121,7 +124,7 @@ deepspeed pretrain_gpt.py --deepspeed_config $PWD/c.json --save $PWD/out
         ),
         ("X=1\nif [ $X = 1 ]; then\n", r"\(bash: run.sh: line 3: syntax error: unexpected end of file"),
         ("python pretrain_gpt.py --lr 1\npython pretrain_gpt.py --lr 2", "launches pretrain_gpt.py 2 times"),
-        ("while true; do :; done", "the script ran longer than 1 s and was ended"),
+        ("while true; do date > FOLDER/beat; done &", "the script ran longer than 1 s and was ended"),
     ],
 )
 def test_a_script_without_one_launch_is_an_error(
@@ -129,7 +132,10 @@ def test_a_script_without_one_launch_is_an_error(
 ) -> None:
     monkeypatch.setattr(module, "TIME_LIMIT", 1.0)
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, text)
+        run(tmp_path, text.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "beat").unlink(missing_ok=True)
+    time.sleep(0.1)
+    assert not (tmp_path / "beat").exists()  # no process is left in the background
 
 
 def test_a_given_variable_must_be_in_the_script_and_bash_must_be_there(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +52,7 @@ _SUBSTITUTION = re.compile(r"s([/|#,])(.*?)\1(.*)\1[gI]*")
 _REFERENCE = re.compile(
     r"(?<!\\)\$(?:\{#?(?=\w+(?!:?[-+=?])[}\[:/%#]))?([A-Za-z_]\w*)"
 )  # to a variable, without a default
+_MISSING = re.compile(r"(?:.*: )?(?:can't read )?(.+): No such file or directory")  # a line on stderr
 _ANNOUNCEMENT = """\
 {name} runs under bash in an empty temporary folder with copies of the .sh and .json files beside it, without input, for at
 most {limit:.0f} s. Commands other than bash's own and tools for text (cat, sed, grep, ...) are recorded, not run. This is no
@@ -150,12 +152,12 @@ def _run(command: Sequence[str], work: Path, environment: Mapping[str, str]) -> 
     try:
         if not select.select([alive], [], [], TIME_LIMIT)[0]:
             raise ValueError(f"the script ran longer than {TIME_LIMIT:.0f} s and was ended; give the flags after --")
-        return process.wait()
     finally:
         os.close(alive)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # those in the background outlive bash
+        process.wait()
+    return process.returncode
 
 
 def _read_record(file: Path, work: Path) -> _Record:
@@ -186,7 +188,14 @@ def _launch(script: Path, records: Sequence[_Record], work: Path, errors: str) -
     empty += dict.fromkeys(f"the output of {one.words[0]}" for one in records if one.captured and one.words[0] != "sed")
     if empty:
         launch.notes.append(f"Empty in this run: {', '.join(empty)}. Give values with --variables.NAME VALUE.")
-        print(f"{script.name}: {launch.notes[-1]}", file=sys.stderr)
+    unread = {one.words[1] for one in records if one.words[0] == "source"}
+    unread |= {match[1].replace(str(work), ".") for line in errors.splitlines() if (match := _MISSING.fullmatch(line))}
+    if unread:
+        launch.notes.append(
+            f"Not read in this run: {', '.join(sorted(unread))}. Put what the script needs beside it, as a .sh or .json file."
+        )
+    for note in launch.notes:
+        print(f"{script.name}: {note}", file=sys.stderr)
     return launch
 
 
