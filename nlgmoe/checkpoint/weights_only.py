@@ -15,6 +15,7 @@ from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import require
 
 SHARD_VALUES = 2**28  # most values of a file with several entries, and so of the entries in memory at once
 
@@ -42,6 +43,10 @@ def write_weights(
         ValueError: the folder cannot be written, or `read` raised.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
+    require(
+        path.is_symlink() or not writing.is_last_to_resume(path),
+        f"{path} is not replaced by weights alone: no other checkpoint beside it can be resumed; name another",
+    )
     document, _ = make_document(
         {
             # Read by Lightning and `MoEGPTModule` in evaluation.

@@ -104,7 +104,7 @@ def finish(
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        if "optimizer_groups" not in document and _is_needed(path) and "optimizer_groups" in read_document(path):
+        if "optimizer_groups" not in document and is_last_to_resume(path):
             rank_zero_warn(
                 f"{path} is kept, and not replaced by weights alone: no other checkpoint beside it can be resumed"
             )
@@ -144,6 +144,11 @@ def remove(path: Path) -> bool:
         path.rename(doomed)  # so that no incomplete folder ever has the final name
         shutil.rmtree(doomed)
     return True
+
+
+def is_last_to_resume(path: Path) -> bool:
+    """Return True if `path` can be resumed and no other checkpoint of its folder can."""
+    return _is_needed(path) and "optimizer_groups" in read_document(path)
 
 
 def _is_needed(path: Path) -> bool:

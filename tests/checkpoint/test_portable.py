@@ -14,6 +14,7 @@ from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, split_experts
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
+from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -168,6 +169,8 @@ def test_weights_alone_do_not_replace_the_only_checkpoint_that_can_be_resumed(tm
     fit(tmp_path, SaveAt(4 * ACCUMULATE, path), steps=4)
     with pytest.warns(UserWarning, match="last.ckpt is kept, and not replaced by weights alone"):
         fit(tmp_path, ModelCheckpoint(tmp_path, enable_version_counter=False, **weights_only), steps=7, resume=path)
+    with pytest.raises(ValueError, match=r"last\.ckpt is not replaced by weights alone"):  # by prune, upcycle or import
+        write_weights(path, torch.zeros, CONFIG)
     assert "optimizer_groups" in read_document(path)
 
 
