@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
+from benchmarks.reproduce.__main__ import main as reproduce
 from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
 from benchmarks.reproduce.cells import CLAIMS, GROWTH, SEEDS_EQUAL, WIDER, Cell, runs_of
 from benchmarks.reproduce.tables import BEGIN, END, write
@@ -91,6 +93,26 @@ def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
     assert tokens / active["moe_16"] == pytest.approx(20, rel=0.03)
     pyramid, standard = (count_parameters(campaign.shape(name)).total for name in ("pr_moe", "moe_32"))
     assert 2 < standard / pyramid < 3
+
+
+def test_the_model_is_that_of_the_code_that_trains(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / CONFIGS, tmp_path / CONFIGS)
+    file = tmp_path / CONFIGS / "moe_16.yaml"
+    file.write_text(file.read_text().replace("num_experts: 16", "num_experts: 2"))
+    campaign = Campaign(tmp_path / "runs", tmp_path / "results.json", "abc", tmp_path, CPU)
+    assert campaign.shape("moe_16").moe.num_experts == 2
+
+
+def test_a_folder_of_another_commit_or_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results.json"
+    results.write_text('{"commit": "0123456789abc"}')
+    (tmp_path / "code-9876543210").mkdir()
+    arguments = ["reproduce", f"--out={tmp_path}", f"--results={results}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="has runs of code-9876543210, not of code-0123456789; name another --out"):
+        reproduce()
+    with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit, match="another process works in"):
+        reproduce()
 
 
 def test_a_run_stands_after_those_that_it_goes_on_from() -> None:

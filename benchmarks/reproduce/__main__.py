@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from benchmarks.reproduce.campaign import CPU, TINY, Campaign
 from benchmarks.reproduce.cells import CLAIMS, SEEDS, runs_of
 from benchmarks.reproduce.speed import measure
@@ -41,9 +43,15 @@ def git(*arguments: str) -> str:
 
 
 def checked_out(results: Path, out: Path) -> tuple[str, Path]:
-    """Return the commit of the campaign, and a worktree of it."""
+    """Return the commit of the campaign, and a worktree of it.
+
+    Raises:
+        ValueError: the folder has runs of another commit, from whose checkpoints this one's would go on.
+    """
     commit = json.loads(results.read_text())["commit"] if results.exists() else git("rev-parse", "HEAD")
     tree = out / f"code-{commit[:10]}"
+    if others := [other.name for other in out.glob("code-*") if other != tree]:
+        raise ValueError(f"{out} has runs of {others[0]}, not of {tree.name}; name another --out, or delete it")
     if not tree.exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(tree), commit)
@@ -93,15 +101,20 @@ def main() -> None:
         args.out = args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
         try:
-            found = (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
-            campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
-            if args.speed:
-                campaign.results["speed"] = measure(campaign)
-                write_json(args.results, campaign.results)
-                return
-            campaign.tune(args.jobs, {cell.config for claim in claims for cell in claim.cells})
-            runs = [run for run in runs_of(claims) if args.scale != "tiny" or run[1] == SEEDS[0]]
-            campaign.train(runs, args.jobs)
+            with FileLock(args.out / ".lock", timeout=0):
+                found = (
+                    (git("rev-parse", "HEAD"), ROOT) if args.scale == "tiny" else checked_out(args.results, args.out)
+                )
+                campaign = Campaign(args.out, args.results, *found, TINY if args.scale == "tiny" else CPU)
+                if args.speed:
+                    campaign.results["speed"] = measure(campaign)
+                    write_json(args.results, campaign.results)
+                    return
+                campaign.tune(args.jobs, {cell.config for claim in claims for cell in claim.cells})
+                runs = [run for run in runs_of(claims) if args.scale != "tiny" or run[1] == SEEDS[0]]
+                campaign.train(runs, args.jobs)
+        except Timeout:
+            sys.exit(f"error: another process works in {args.out}; wait for it, or name another --out and --results")
         except (ValueError, RuntimeError) as error:
             sys.exit(f"error: {error}")
     if args.scale == "cpu":

@@ -230,7 +230,7 @@ class Campaign:
     def settings(self, cell: Cell, seed: int, rate: float) -> dict[str, Any]:
         """Return what a run sets beside the files of configs/reproduce."""
         tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
-        (checkpoint,) = yaml.safe_load((ROOT / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
+        (checkpoint,) = yaml.safe_load((self.tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
         checkpoint["init_args"]["every_n_train_steps"] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
         scale = self.scale.settings
         return {
@@ -250,11 +250,11 @@ class Campaign:
         }
 
     def shape(self, config: str) -> GPTConfig:
-        """Return the model of a file."""
+        """Return the model of a file of the code that trains."""
         if config not in self._shapes:
             override = self.scale.settings.get("model", {}).get("config", {})
             options = {f"model__config__{name}": value for name, value in override.items()}
-            found = parse_config([ROOT / CONFIGS / "base.yaml", ROOT / CONFIGS / f"{config}.yaml"], **options)
+            found = parse_config([self.tree / CONFIGS / name for name in ("base.yaml", f"{config}.yaml")], **options)
             self._shapes[config] = GPTConfig.from_dict(found["model"]["config"])
         return self._shapes[config]
 
