@@ -8,21 +8,17 @@ from nlgmoe.cli.errors import UsageError
 from nlgmoe.files import atomic_write
 
 
-def check_output(output: str, source: str | None = None) -> None:
-    """Check that a file can have this name.
-
-    Args:
-        output: the name.
-        source: a file that is read for it; None: there is none.
+def check_output(output: str) -> None:
+    """Check that a new file can have this name.
 
     Raises:
-        UsageError: it is a folder's, in one that is not there, or that of `source`.
+        UsageError: it is a file's or folder's, or in a folder that is not there.
     """
     path = Path(output).absolute()
-    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
-        raise UsageError(f"output={output} is the file that is read, and would be lost; name another")
     if path.is_dir():
         raise UsageError(f"output={output} is a folder; give the name of a file")
+    if path.exists():
+        raise UsageError(f"output={output} exists already; name another file, or delete it")
     if not path.parent.is_dir():
         raise UsageError(f"output={output}: there is no folder {path.parent}; make it first")
 

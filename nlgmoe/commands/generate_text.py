@@ -40,7 +40,7 @@ def generate_text(
         checkpoint: a folder, NAME.ckpt; or a run's folder, for the newest valid one in it.
         prompt: a text to continue; may be given several times. Without it and `prompts` the text is read from stdin.
         prompts: JSON lines with a "prompt" each; - is stdin.
-        output: where to write JSON lines, one for each prompt in their order; by default results are printed.
+        output: new file for JSON lines, one for each prompt in their order; by default results are printed.
         max_new_tokens: most tokens to add to each.
         temperature: 0 takes the most likely token; below 1 the likely ones are more so.
         top_k: draw among the k most likely tokens.
@@ -72,7 +72,7 @@ def generate_text(
         raise UsageError(str(error)) from error
     check_device(device)
     if output is not None:
-        check_output(output, prompts)
+        check_output(output)
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
 
     for number, text in enumerate(texts, 1):

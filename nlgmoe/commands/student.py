@@ -43,8 +43,6 @@ def student(
         ValueError: the files do not say what a teacher is like, or the student cannot be had; the message says what to change.
     """
     if output is not None:
-        if Path(output).exists():
-            raise UsageError(f"output={output} exists already; name another file, or delete it")
         check_output(output)
     if fraction is not None and step is not None:
         raise UsageError(f"step={step} and fraction={fraction} are two ends of distillation; give one of them")

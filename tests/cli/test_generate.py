@@ -112,11 +112,7 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompt=a", "--output", "TMP/none/out.jsonl"), 2, "there is no folder"),
         (("CKPT", "--prompt=a", "--prompts=in.jsonl"), 2, "cannot be had beside prompt"),
         (("CKPT", "--prompt=a", "--output", "TMP"), 2, "is a folder; give the name of a file"),
-        (
-            ("CKPT", "--prompts=TMP/text.jsonl", "--output=TMP/text.jsonl"),
-            2,
-            "is the file that is read, and would be lost",
-        ),
+        (("CKPT", "--prompt=a", "--output=TMP/text.jsonl"), 2, "text.jsonl exists already; name another file"),
         (("CKPT", "--prompts", "TMP/none.jsonl"), 2, "none.jsonl: No such file"),
         (("CKPT", "--prompts", "TMP"), 2, "Is a directory; name a file of JSON lines"),
         (("CKPT", "--prompts", "TMP/text.jsonl"), 2, 'text.jsonl, line 2 is no JSON object with a text "prompt"'),

@@ -42,7 +42,7 @@ def evaluate(
         data_dir: folder with documents in TASK.jsonl (or .json, .parquet, .csv, .arrow), as `nlgmoe prepare-eval` writes them;
             other tasks are downloaded from the Hugging Face hub.
         include_path: folder with further tasks in lm-eval's YAML; a task with the name of a built-in one replaces it.
-        output: JSON file for lm-eval's results and a description of the model.
+        output: new JSON file for lm-eval's results and a description of the model.
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         precision: precision of weights and matrix products; default: the checkpoint's.

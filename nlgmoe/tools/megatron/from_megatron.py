@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError, UsageErrors
+from nlgmoe.cli.output_files import check_output, write_whole
 from nlgmoe.tools.megatron.arguments import Arguments
 from nlgmoe.tools.megatron.launch import Launch, split_command
 from nlgmoe.tools.megatron.run_script import run_script as run
@@ -44,14 +45,14 @@ def from_megatron(
     Raises:
         ValueError: something is not understood or not possible here; one line for each, with the remedy.
     """
+    if output is not None:
+        check_output(output)
     given = {name: str(value) for name, value in (variables or {}).items()}
     text = translated(read_launch(source, flags or [], run_script, given), skip_unknown)
     if output is None:
         print(text, end="")
     else:
-        if Path(output).exists():
-            raise UsageError(f"output={output} exists already; name another file, or delete it")
-        Path(output).write_text(text)
+        write_whole(output, text)
         print(f"{output}: read what its comments say, then train with python train.py fit --config {output}")
 
 
