@@ -119,6 +119,9 @@ PEAKS = {
     "large vocabulary": replace(WIDE, vocab_size=8192),
     "top-2, every block": replace(WIDE, moe=MoEConfig(4, expert_interval=1, top_k=2)),
     "residual, pyramid": replace(WIDE, moe=MoEConfig([4, 8], mlp_type="residual", token_dropping=False)),
+    "narrow experts, wide dense blocks": replace(
+        WIDE, ffn_hidden_size=2048, moe=MoEConfig(4, expert_ffn_size=64, token_dropping=False)
+    ),
 }
 
 

@@ -10,9 +10,12 @@ CUDA's dropout (one byte per mask entry).
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import add
+
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.experts import BIAS_WIDTH
-from nlgmoe.pyramid import experts_at
+from nlgmoe.pyramid import experts_at, experts_per_layer
 from nlgmoe.tools.planner.topology import BytesPer, Topology
 
 
@@ -81,11 +84,23 @@ def head_bytes(config: GPTConfig, tokens: int, topology: Topology) -> tuple[int,
     return hidden + 4 * table, hidden + running
 
 
+def _working(config: GPTConfig, experts: int, size: BytesPer) -> int:
+    """Return the bytes per token of the temporary gradients of a block."""
+    width, moe, extra = config.hidden_size, config.moe, 0
+    inner = [config.ffn_size]
+    if moe is not None and experts:
+        inner = [config.expert_ffn_size] * moe.top_k + [config.shared_ffn_size] * (moe.mlp_type == "residual")
+        extra = moe.top_k * 2 * width * 4 if size.compute == 2 else 0  # experts' outputs and gradients in fp32
+    matrices = {"gelu": 2, "swiglu": 3}[config.ffn_network]
+    return matrices * sum(ffn + width for ffn in inner) * size.compute + extra
+
+
 def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None = None) -> int:
     """Return the peak bytes of one rank's activations.
 
-    The peak is at the end of the forward pass or, with checkpointing, when the largest block is recomputed. The backward pass
-    adds temporary gradients: two inner and two outer values per network that a token passes.
+    The peak is at the end of the forward pass, or in the backward pass of a block: its temporary gradients, two inner and two
+    outer values per network that a token passes, are added to what this and earlier blocks saved (with checkpointing: to what
+    this one saves when it is recomputed).
     """
     size, length = topology.bytes_per, config.seq_len if seq_len is None else seq_len
     tokens = topology.micro_batch_size * length
@@ -93,15 +108,8 @@ def activation_bytes(config: GPTConfig, topology: Topology, seq_len: int | None 
     ends = 16 * tokens + tokens * config.hidden_size * size.residual  # ids and positions; input of the final norm
     ends += tokens * config.hidden_size if config.hidden_dropout else 0
     blocks = [saved_by_block(config, layer, tokens, size) for layer in range(config.num_layers)]
-    widths = [config.ffn_size + config.hidden_size]
-    if config.moe is not None:
-        widths = [config.expert_ffn_size + config.hidden_size] * config.moe.top_k
-        widths += [config.shared_ffn_size + config.hidden_size] * (config.moe.mlp_type == "residual")
-    matrices = {"gelu": 2, "swiglu": 3}[config.ffn_network]
-    working = tokens * matrices * sum(widths) * size.compute
-    if config.moe is not None and size.compute == 2:
-        working += tokens * config.moe.top_k * 2 * config.hidden_size * 4  # experts' outputs and gradients in fp32
+    working = [tokens * _working(config, experts, size) for experts in experts_per_layer(config)]
     if not topology.activation_checkpointing:
-        return ends + sum(blocks) + max(kept + transient, working)
+        return ends + max(sum(blocks) + kept + transient, *map(add, accumulate(blocks), working))
     inputs = sum(saved_by_checkpointed_block(config, layer, tokens, size) for layer in range(config.num_layers))
-    return ends + inputs + max(kept + transient, max(blocks) + working)
+    return ends + inputs + max(kept + transient, *map(add, blocks, working))
