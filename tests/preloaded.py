@@ -1,10 +1,14 @@
 """What the server has imported that `tests/processes.py` and tests on ranks fork processes from."""
 
 import gc
+import importlib
 
+import nlgmoe.cli.command_parser
 import nlgmoe.cli.train
-import nlgmoe.commands.main
 import nlgmoe.parallel.strategy  # noqa: F401
 import tests.distributed.cells  # noqa: F401
+from nlgmoe.commands.main import COMMANDS
 
+for path in COMMANDS.values():
+    importlib.import_module(path.rpartition(".")[0])
 gc.freeze()  # DeepSpeed collects garbage four times for each engine, a third of a second each with all that is imported

@@ -130,9 +130,23 @@ def test_layers_need_torch_alone() -> None:
                 assert top in {"torch", "nlgmoe"} or top in sys.stdlib_module_names, f"{file.name} imports {name}"
 
 
-def test_import_nlgmoe_imports_neither_torch_nor_deepspeed() -> None:
-    code = "import sys, nlgmoe; print([m for m in ('torch', 'deepspeed', 'lightning') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize(
+    ("command", "absent"),
+    [
+        (["--help"], ("torch", "lightning", "deepspeed", "jsonargparse")),
+        (["--version"], ("torch", "lightning", "deepspeed")),
+        (["verify", "--help"], ("lightning", "deepspeed", "datasets", "transformers", "lm_eval", "plotly")),
+        (["from-megatron", "--help"], ("lightning", "deepspeed", "datasets", "transformers")),
+    ],
+    ids=" ".join,
+)
+def test_a_command_imports_what_it_needs(command: list[str], absent: tuple[str, ...]) -> None:
+    code = (
+        "import sys, nlgmoe\nassert 'torch' not in sys.modules\nfrom nlgmoe.commands.main import main\n"
+        f"try: main({command})\nexcept SystemExit: pass\nassert not {set(absent)} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_public_names_resolve() -> None:

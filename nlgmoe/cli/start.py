@@ -6,29 +6,31 @@ import importlib
 import os
 import signal
 import sys
+from types import ModuleType
 
 from nlgmoe.cli.errors import INTERRUPTED, one_line_errors
 
 
 def train() -> None:
     """Run `train.py`."""
-    _run("nlgmoe.cli.train")
+    with one_line_errors():
+        import_interruptibly("nlgmoe.cli.train").main()
 
 
 def nlgmoe() -> None:
     """Run the `nlgmoe` command."""
-    sys.path.append(
-        os.getcwd()
-    )  # for a configuration's own modules, behind all others; `python train.py` has its folder too
-    _run("nlgmoe.commands.main")
-
-
-def _run(module: str) -> None:
+    # For a configuration's own modules, behind all others; `python train.py` has its folder too.
+    sys.path.append(os.getcwd())
     with one_line_errors():
-        handler = signal.getsignal(signal.SIGINT)
-        if handler is signal.default_int_handler:
-            # Not by KeyboardInterrupt: code of other packages that runs while they are imported may catch it, or print it.
-            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-        main = importlib.import_module(module).main
-        signal.signal(signal.SIGINT, handler)
-        main()
+        importlib.import_module("nlgmoe.commands.main").main()
+
+
+def import_interruptibly(module: str) -> ModuleType:
+    """Import a module; Ctrl+C ends the process at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        # Not by KeyboardInterrupt: code of other packages that runs while they are imported may catch it, or print it.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    found = importlib.import_module(module)
+    signal.signal(signal.SIGINT, handler)
+    return found

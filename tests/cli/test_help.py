@@ -1,8 +1,10 @@
 """`--help` explains every setting that is ours, in a sentence, and says what a number counts."""
 
 import dataclasses
+import importlib
 import re
 import typing
+from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -10,6 +12,7 @@ from jsonargparse import ArgumentParser
 import nlgmoe.callbacks
 from nlgmoe import MoEGPTModule, PileDataModule
 from nlgmoe.cli.explain import parts_of
+from nlgmoe.commands.main import COMMANDS, main
 from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 
 # What a number of ours counts, or the quantity that it is.
@@ -44,3 +47,17 @@ def test_every_setting_has_a_sentence_that_says_what_its_number_is(kind: type) -
 def test_the_walk_reaches_the_settings_inside_others() -> None:
     names = {kind.__name__ for kind in our_classes()}
     assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "BlendPart", "SampleText"} <= names
+
+
+def test_the_overview_has_a_sentence_for_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, path in COMMANDS.items():
+        module, _, function = path.rpartition(".")
+        assert f"{name} {(getattr(importlib.import_module(module), function).__doc__).split(chr(10))[0]}" in text
+
+
+def test_fit_is_that_of_train_py(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(Path(__file__).parents[2] / "configs/quickstart.yaml"), "--print_config"])
+    assert end.value.code == 0 and "train_tokens: 2000000" in capsys.readouterr().out
