@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,6 +65,8 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         self._runs = run
+        words = sys.argv[1:] if args is None else args
+        self._given = words[0] if isinstance(words, list) and words else None
         super().__init__(
             MoEGPTModule,
             PileDataModule,
@@ -111,11 +114,11 @@ class TrainCLI(LightningCLI):
         # Lightning's switch for unpickling. Configurations of earlier runs name it, and people take it for a warm start.
         parser.add_argument("--weights_only", type=Any, default=None, help=argparse.SUPPRESS)
 
-    @staticmethod
     @override
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the arguments of `Trainer` that have no meaning here."""
-        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's, without the arguments of `Trainer` that have no meaning here; the given one alone: a parser takes time."""
+        found = {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        return {self._given: found[self._given]} if self._given in found else found
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

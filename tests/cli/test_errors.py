@@ -1007,7 +1007,7 @@ def test_compiling_without_a_compiler_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    "command", [["train.py", "fit", "--help"], ["-m", "nlgmoe", "evaluate", "--help"]], ids=["train.py", "nlgmoe"]
+    "command", [["train.py", "fit", "--help"], ["-m", "nlgmoe", "fit", "--help"]], ids=["train.py", "nlgmoe"]
 )
 @pytest.mark.parametrize("seconds", [0, 0.3, 1.0])
 def test_ctrl_c_while_modules_are_imported_is_quiet(command: list[str], seconds: float) -> None:
