@@ -271,6 +271,16 @@ def configured(flags: str, config: str | dict[str, str], folder: Path) -> Launch
     return launch
 
 
+def test_the_folder_of_a_relative_deepspeed_configuration_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").write_text("{}")
+    launch = launched("--deepspeed_config c.json")
+    assert launch.notes == [f"--deepspeed_config was read here, a relative path from {tmp_path}."]
+    assert launched("--deepspeed_config d.json").notes == []
+
+
 def test_train_samples_are_whole_steps_of_a_batch_that_grows() -> None:
     """13 steps of 8 sequences up to 104, then of 16: six more fit into 200 and make 200."""
     for samples, trained in ((200, 200), (215, 200), (103, 96)):

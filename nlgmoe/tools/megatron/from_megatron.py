@@ -83,6 +83,8 @@ def read_launch(
             return run(path, variables or {})
         launch = read_checkpoint(path) if path.is_dir() else read_log(path)
     launch.read_deepspeed_config(Path())
+    if launch.deepspeed_config is not None:
+        launch.notes.append(f"--deepspeed_config was read here, a relative path from {Path.cwd()}.")
     return launch
 
 
