@@ -77,7 +77,10 @@ def test_loads(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     folder(tmp_path / "x/run", config__yaml="model: [", summary__json="[1]")
     folder(tmp_path / "y/run", metrics__csv="step,train/loss\n0,inf\n")
-    first, second = read_runs([tmp_path / "x/run", str(tmp_path / "y/run"), tmp_path / "y/../x/run"])
+    (tmp_path / "latest").symlink_to("x/run")
+    first, second = read_runs(
+        [tmp_path / "x/run", str(tmp_path / "y/run"), tmp_path / "y/../x/run", tmp_path / "latest"]
+    )
     assert (first.name, second.name) == ("x/run", "y/run")
     notes = "\n".join(first.issues)
     for words in (

@@ -125,8 +125,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
         ValueError: a folder is not a run folder.
     """
-    given = {Path(os.path.abspath(Path(path).expanduser())): path for path in paths}
-    for folder, path in given.items():
+    found: dict[str, Path] = {}  # by where links lead
+    for path in paths:
+        folder = Path(os.path.abspath(Path(path).expanduser()))
         if not folder.exists():
             raise ValueError(f"run={path} does not exist; give the folder of a run (its trainer.default_root_dir)")
         if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
@@ -134,7 +135,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
                 f"run={path} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
                 "trainer.default_root_dir"
             )
-    return [_read(folder, name) for folder, name in zip(given, _names(list(given)), strict=True)]
+        found.setdefault(os.path.realpath(folder), folder)
+    folders = list(found.values())
+    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def _names(folders: list[Path]) -> list[str]:
