@@ -30,6 +30,7 @@ from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
     check_same_run,
     follow_moved_folder,
+    forget_saves,
     keep_patience,
     reached_end,
     set_loop_counters,
@@ -91,6 +92,7 @@ class MoEGPTModule(GPTModule):
         self._window = Window()
         self._stops_after_step = False
         self._given_max_steps: int | None = None  # where a resumed run has taken so many
+        self.saved_step = 0  # optimizer steps taken when this fit last saved, or loaded, a checkpoint to resume from
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
 
     @property
@@ -307,6 +309,8 @@ class MoEGPTModule(GPTModule):
             "non_finite": self.guard.state_dict(),
             "seed": self.seed,
         }
+        if "optimizer_states" in checkpoint:
+            self.saved_step = checkpoint["global_step"]
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, HasTokenizer):
             checkpoint["tokenizer"] = data.tokenizer_json()
@@ -334,6 +338,8 @@ class MoEGPTModule(GPTModule):
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
+            self.saved_step = checkpoint["global_step"]
+            forget_saves(self.trainer)
             keep_patience(checkpoint, self.trainer)
             follow_moved_folder(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):

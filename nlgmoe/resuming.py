@@ -90,6 +90,13 @@ def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             state["patience"] = one.patience
 
 
+def forget_saves(trainer: Trainer) -> None:
+    """Make `ModelCheckpoint` save steps that an earlier fit of the trainer has saved: this one goes back to before them."""
+    for one in trainer.checkpoint_callbacks:
+        if isinstance(one, ModelCheckpoint):
+            one._last_global_step_saved, one._last_checkpoint_saved = 0, ""
+
+
 def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Give `ModelCheckpoint` its scores back if its folder was moved: Lightning forgets them where `dirpath` has changed."""
     for one in trainer.checkpoint_callbacks:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.module import MoEGPTModule
 from nlgmoe.resuming import stopped_early
 
 
@@ -29,7 +30,9 @@ class SaveAtEnd(Callback):
 
 
 def save_last(trainer: Trainer, force: bool = False) -> Path:
-    """Save `last.ckpt`, unless the run has a checkpoint of this step; a collective call.
+    """Save `last.ckpt`, unless this fit has saved or resumed a checkpoint of this step; a collective call.
+
+    A run that went back to an earlier step may find the `last.ckpt` of the branch that it left.
 
     Args:
         trainer: its first `ModelCheckpoint`, of those without `monitor` if there are any, decides the path of `last.ckpt`.
@@ -49,7 +52,10 @@ def save_last(trainer: Trainer, force: bool = False) -> Path:
         for callback in callbacks
         if callback._last_global_step_saved == trainer.global_step and not callback.save_weights_only
     ]
-    exists = _step_of(path) == trainer.global_step or bool(saved and not path.exists())
+    assert isinstance(trainer.lightning_module, MoEGPTModule)
+    exists = trainer.lightning_module.saved_step == trainer.global_step and (
+        _step_of(path) == trainer.global_step or bool(saved and not path.exists())
+    )
     if not force and trainer.strategy.broadcast(exists):
         return saved[0] if saved else path
     if callbacks and callbacks[0].save_last:

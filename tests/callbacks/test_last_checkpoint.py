@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from nlgmoe.callbacks import SaveAtEnd
 from nlgmoe.checkpoint.folder import read_document
-from tests.checkpoint.runs import fit
+from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
+from tests.synthetic import SyntheticData
 
 
 def steps(folder: Path) -> dict[str, int]:
@@ -38,6 +39,26 @@ def test_a_last_checkpoint_that_has_fallen_behind_is_replaced(tmp_path: Path) ->
     assert steps(tmp_path) == {"last.ckpt": 2}
     fit(tmp_path, ModelCheckpoint(tmp_path, "{step}", **keeper), SaveAtEnd(), steps=8, resume=tmp_path)
     assert steps(tmp_path) == {"last.ckpt": 8, "step=8.ckpt": 8}
+
+
+def test_a_run_that_goes_back_saves_its_own_end(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+
+    def saved_at(resume: Path | None) -> str:
+        keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, enable_version_counter=False)
+        fit(tmp_path, keeper, SaveAtEnd(), steps=6, resume=resume)
+        return str(read_document(last)["saved_at"])
+
+    first = saved_at(None)
+    assert saved_at(last) == first  # it was at its end
+    assert saved_at(tmp_path / "step=4.ckpt") > first
+
+
+def test_a_trainer_that_goes_back_saves_its_steps_again(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+    trainer = fit(tmp_path, keeper, SaveAt(4 * ACCUMULATE, tmp_path / "back.ckpt"), SaveAtEnd())
+    trainer.fit(trainer.lightning_module, SyntheticData(), ckpt_path=tmp_path / "back.ckpt")
+    assert steps(tmp_path) == {"back.ckpt": 4, "step=8.ckpt": 8, "step=8-v1.ckpt": 8}
 
 
 def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> None:
