@@ -242,14 +242,15 @@ class MoEGPTModule(GPTModule):
         resumed at its end is validated once more.
 
         Raises:
-            ValueError: a new run was given a module or data of an earlier one.
+            ValueError: a new run was given a trainer, module or data of an earlier one.
         """
         data = getattr(self.trainer, "datamodule", None)
         samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
-        if self.trainer.ckpt_path is None and (self.tokens_seen or samples):
+        if self.trainer.ckpt_path is None and (self.trainer.global_step or self.tokens_seen or samples):
             raise AllRanksError(
-                f"a new run cannot begin with a module that has seen {self.tokens_seen} tokens or data at sample {samples}: "
-                "make both anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
+                f"a new run cannot begin with a trainer at step {self.trainer.global_step}, a module that has seen "
+                f"{self.tokens_seen} tokens or data at sample {samples}: make all anew, or resume the earlier run with "
+                "trainer.fit(..., ckpt_path=CHECKPOINT)"
             )
         end = reached_end(self.trainer, self._given_max_steps, self.tokens_seen, self.train_tokens)
         if self._given_max_steps is not None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -50,8 +51,12 @@ _CALLBACKS_REFUSED = {
 }
 
 
-def callback_refused(callback: Callback) -> str | None:
-    """Return why no run here can have `callback`; None if it can."""
+def callback_refused(callback: Callback, ranks: int = 1) -> str | None:
+    """Return why no run of so many ranks can have `callback`; None if it can."""
+    saves_on_exception = isinstance(callback, ModelCheckpoint) and callback.save_on_exception
+    if ranks > 1 and (saves_on_exception or isinstance(callback, OnExceptionCheckpoint)):
+        remedy = "set save_on_exception to false" if saves_on_exception else "remove it"
+        return f"saves where one of {ranks} ranks fails, which would wait for the others; {remedy}"
     for kind, reason in _CALLBACKS_REFUSED.items():
         if isinstance(callback, kind):
             return reason
@@ -81,7 +86,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PlacesExperts):
         raise AllRanksError(f"trainer.strategy={type(strategy).__name__} {DEEPSPEED_REFUSED}")
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
-        if why := callback_refused(callback):
+        if why := callback_refused(callback, trainer.world_size):
             raise AllRanksError(f"trainer.callbacks: {type(callback).__name__} {why}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -22,6 +22,7 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.run_checks import check_trainer
 from tests.synthetic import SyntheticData
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", z_loss_coeff=0.001))
@@ -257,11 +258,17 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -
 
 
 def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None:
-    module, data = MoEGPTModule(CONFIG), SyntheticData()
-    trainer(tmp_path, max_steps=1).fit(module, data)
-    for again in ((module, SyntheticData()), (MoEGPTModule(CONFIG), data)):
-        with pytest.raises(ValueError, match="make both anew, or resume the earlier run"):
-            trainer(tmp_path, max_steps=1).fit(*again)
+    module, data, used = MoEGPTModule(CONFIG), SyntheticData(), trainer(tmp_path, max_steps=1)
+    used.fit(module, data)
+    used.fit_loop.epoch_loop.max_steps = 2
+    new = trainer(tmp_path, max_steps=1)
+    for run, *again in (
+        (new, module, SyntheticData()),
+        (new, MoEGPTModule(CONFIG), data),
+        (used, MoEGPTModule(CONFIG), SyntheticData()),
+    ):
+        with pytest.raises(ValueError, match="make all anew, or resume the earlier run"):
+            run.fit(*again)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +280,19 @@ def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, 
     run = trainer(tmp_path, callback, max_steps=1, enable_checkpointing=True)
     with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} "):
         run.fit(MoEGPTModule(CONFIG), SyntheticData())
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [OnExceptionCheckpoint("."), ModelCheckpoint(save_on_exception=True)],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_rank_that_fails_does_not_wait_for_the_others_to_save(callback: Callback) -> None:
+    run: Any = SimpleNamespace(strategy=None, callbacks=[callback], world_size=2)
+    with pytest.raises(
+        ValueError, match=f"trainer.callbacks: {type(callback).__name__} saves where one of 2 ranks fails"
+    ):
+        check_trainer(run, "fit")
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
