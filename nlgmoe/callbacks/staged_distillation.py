@@ -62,11 +62,13 @@ class StagedDistillation(Callback):
         """Check the settings against the module's.
 
         Raises:
-            ValueError: `fraction` needs `model.train_tokens`, or `ramp_tokens` is above `fraction` of it.
+            ValueError: `fraction` needs `model.train_tokens`, `ramp_tokens` is above `fraction` of it, or there are two.
         """
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return
+        if sum(isinstance(one, StagedDistillation) for one in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise AllRanksError("StagedDistillation is there twice, and the last one would set all weights; remove one")
         if pl_module.distiller is None:
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:

@@ -271,6 +271,11 @@ def test_a_fraction_needs_a_length(teacher: Path, tmp_path: Path) -> None:
         fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
 
 
+def test_two_ends_of_distillation_are_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="StagedDistillation is there twice"):
+        fit(tmp_path, teacher, StagedDistillation(tokens=90, ramp_tokens=90), StagedDistillation(step=9))
+
+
 def test_a_dense_teacher_in_bf16(tmp_path: Path) -> None:
     path = trained(replace(TEACHER, moe=None), tmp_path)
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(path), precision="bf16"))
