@@ -156,7 +156,7 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
     for entry in local_entries(model):
         whole = files.read(entry.name)
         entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
-        if state is not None and entry.trained:
+        if state is not None:
             state.load(entry, None, whole.float())
 
 

@@ -83,8 +83,8 @@ class EngineState:
         return whole.cpu().view(entry.shape) if is_destination else None
 
     def load(self, entry: Entry, key: str | None, whole: Tensor) -> None:
-        """Copy this rank's part of an entry into the engine."""
-        if (overlap := self._overlap(entry, key)) is not None:
+        """Copy this rank's part of an entry into the engine, which has no buffers."""
+        if entry.trained and (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
             values.copy_(whole.view(-1)[part])
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nlgmoe.checkpoint.folder import TensorFiles
-from nlgmoe.checkpoint.layout import describe_differences
+from nlgmoe.checkpoint.layout import Entry, describe_differences
 from nlgmoe.checkpoint.warm_start import WarmStart, format_differences, load_initial_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.placement import ExpertPlacement
@@ -224,3 +225,12 @@ def test_what_a_named_block_has_too_much_is_refused(trained: Path) -> None:
     config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4], mlp_type="standard"))
     with pytest.raises(ValueError, match=r"blocks.1.moe.coefficient.* \(not in the model\)|blocks.1.moe.mlp"):
         load_initial_weights(GPT(config), WarmStart(str(trained / "whole.ckpt"), layers=[2, 3, 2]))
+
+
+def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
+    """A warm start in half precision loads its entries into ZeRO's fp32 copies, which buffers do not have."""
+    from nlgmoe.parallel.engine_state import EngineState  # imports DeepSpeed
+
+    state, bias = EngineState(SimpleNamespace(optimizer=SimpleNamespace())), torch.zeros(4)
+    state._zero = True
+    state.load(Entry("bias", "bias", True, bias, 0, bias.shape), None, torch.ones(4))
