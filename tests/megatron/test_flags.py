@@ -271,14 +271,18 @@ def configured(flags: str, config: str | dict[str, str], folder: Path) -> Launch
     return launch
 
 
-def test_the_folder_of_a_relative_deepspeed_configuration_is_named(
+def test_where_a_deepspeed_configuration_was_read_or_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.json").write_text("{}")
     launch = launched("--deepspeed_config c.json")
     assert launch.notes == [f"--deepspeed_config was read here, a relative path from {tmp_path}."]
-    assert launched("--deepspeed_config d.json").notes == []
+    assert "is not there" not in translated(launch)
+    absent = launched("--deepspeed_config d.json --zero-stage 0")
+    assert absent.notes == [] and "# --deepspeed_config d.json is not there, or empty: its clipping, " in translated(
+        absent
+    )
 
 
 def test_train_samples_are_whole_steps_of_a_batch_that_grows() -> None:

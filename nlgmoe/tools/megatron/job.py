@@ -48,6 +48,11 @@ class Job:
         self.result = Translation(notes=list(launch.notes))
         self.cluster = read_cluster(launch, arguments)
         self.deepspeed = read_deepspeed_config(launch, arguments)
+        if arguments.has("--deepspeed_config") and not self.deepspeed.source:
+            self.result.notes.append(
+                f"{arguments.uses['--deepspeed_config'].text} is not there, or empty: its clipping, offloading and curriculum, "
+                "if any, are missing here."
+            )
         self.experts: list[int] | None = arguments.value("--num-experts")
         self.seq_len: int | None = arguments.required("--seq-length")
         self.global_batch = self._global_batch()
