@@ -79,8 +79,8 @@ class Experts(nn.Module):
         return self.network.forward(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
     def can_decode(self, x: Tensor, assignments: int) -> bool:
-        """Return True for few rows on a CPU without gradients (generation)."""
-        return assignments <= MAX_DECODE and x.device.type == "cpu" and not torch.is_grad_enabled()
+        """Return True for few rows, one at least, on a CPU without gradients (generation)."""
+        return 0 < assignments <= MAX_DECODE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
     def decode(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """Apply experts to a few tokens without sorting; reads the weights of the chosen experts only.
