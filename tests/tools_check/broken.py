@@ -175,6 +175,52 @@ def read_on_host(routing: Routing, x: Tensor) -> Routing:
     return routing
 
 
+def read_distribution(routing: Routing, x: Tensor) -> Routing:
+    """A distribution reads its arguments where it is made, unless it is told not to."""
+    torch.distributions.Normal(x.float().mean(), 1.0)
+    return routing
+
+
+def counted_in_bf16(
+    self: TopKRouter, slots: int | None, expert: Tensor, probs: Tensor, mask: Tensor | None, draw: Uniform
+) -> Tensor:
+    wanted = nn.functional.one_hot(expert.t().flatten(), self.num_experts)
+    place = ((wanted.bfloat16().cumsum(0) - 1) * wanted).sum(1).view(expert.shape[1], -1).t()
+    return place < (slots or len(expert))
+
+
+def other_experts_in_evaluation(self: TopKRouter, x: Tensor) -> Tensor:
+    logits = TopKRouter._logits(self, x)
+    return logits if self.training else logits.roll(1, -1)
+
+
+def after_step(load: Callable[[TopKRouter, Tensor], Tensor]) -> Callable[[MoELayer], None]:
+    """Keep a load, `load(router, requests)`, in a buffer after each step."""
+
+    def forward(self: TopKRouter, x: Tensor, context: RoutingContext) -> Routing:
+        routing = TopKRouter.forward(self, x, context)
+        self.seen = routing.tokens_per_expert
+        return routing
+
+    def step(self: TopKRouter, requests: Tensor) -> None:
+        self.load.copy_(load(self, requests))
+
+    def spoil(module: MoELayer) -> None:
+        Router.register_buffer(module.router, "load", torch.zeros(8))
+        router(forward=forward, after_step=step)(module)
+
+    return spoil
+
+
+def clipped(self: TopKRouter, requests: Tensor) -> Tensor:
+    return requests / requests.sum().clamp(min=1) if requests.max() > 0 else requests
+
+
+def own_loss(loss: Callable[[Tensor], Tensor]) -> Callable[[MoELayer], None]:
+    """Add a loss of the router's own, `loss(log_z)`, `[N] -> []`."""
+    return routed(lambda routing, x: replace(routing, losses={"own_z_loss": loss(routing.logits.logsumexp(-1))}))
+
+
 # ---- experts and the layer
 
 
@@ -303,6 +349,61 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
         (TWO, routed(lambda routing, x: replace(routing, probs=-routing.probs))),
     ),
     "even widths only": ("unusual sizes work", (CAPACITY, layer(even_widths))),
+    "a parameter that nothing uses": (
+        "the output's loss reaches the gate",
+        (TWO, lambda module: module.router.register_parameter("idle", nn.Parameter(torch.zeros(8)))),
+    ),
+    "a detached loss beside the balance loss": (
+        "the auxiliary loss reaches the gate",
+        (TWO, own_loss(lambda log_z: log_z.detach().square().mean())),
+    ),
+    "a loss that is a sum over tokens": (
+        "micro-batches add up",
+        (DROPLESS, own_loss(lambda log_z: log_z.square().sum())),
+    ),
+    "an expert twice": (
+        "likelier experts weigh more",
+        (DROPLESS, routed(lambda routing, x: replace(routing, expert=routing.expert[:, :1].expand_as(routing.expert)))),
+    ),
+    "weights in another order than experts": (
+        "likelier experts weigh more",
+        (DROPLESS, routed(lambda routing, x: replace(routing, weight=routing.weight.flip(1)))),
+    ),
+    "slots counted in bf16": ("capacity is the formula", (TWO, router(_within_capacity=counted_in_bf16))),
+    "all_kept of dropped tokens": (
+        "capacity is the formula",
+        (TWO, routed(lambda routing, x: replace(routing, all_kept=True))),
+    ),
+    "a capacity below the kept tokens": (
+        "capacity is the formula",
+        (TWO, routed(lambda routing, x: replace(routing, capacity=4))),
+    ),
+    "overflow of large logits": (
+        "unusual sizes work",
+        (DROPLESS, router(_scores=lambda self, logits, probs: logits.exp() / logits.exp().sum(-1, keepdim=True))),
+    ),
+    "other experts in evaluation": (
+        "evaluation chooses as training does",
+        (TWO, router(_logits=other_experts_in_evaluation)),
+    ),
+    "noise of the global generator": (
+        "forward writes no state",
+        (TWO, router(_logits=lambda self, x: TopKRouter._logits(self, x) + torch.randn(8, dtype=x.dtype))),
+    ),
+    "the load of the last micro-batch": (
+        "steps follow the requests",
+        (TWO, after_step(lambda self, requests: self.seen)),
+    ),
+    "loads counted in the weights' type": (
+        "steps follow the requests",
+        (TWO, after_step(lambda self, requests: requests.to(self.weight.dtype))),
+    ),
+    "shares of no request": (
+        "steps follow the requests",
+        (TWO, after_step(lambda self, requests: requests / requests.sum())),
+    ),
+    "a read by the host after a step": ("the host reads no device", (TWO, after_step(clipped))),
+    "a read by a distribution": ("the host reads no device", (CAPACITY, routed(read_distribution))),
     "a read by the host": ("the host reads no device", (CAPACITY, routed(read_on_host))),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
 from tests.synthetic import SyntheticData
-from tests.tools_check.broken import CAPACITY, DEFECTS, DROPLESS, broken, clean, gate_of_ranks
+from tests.tools_check.broken import CAPACITY, DEFECTS, DROPLESS, TWO, broken, clean, gate_of_ranks, own_loss
 
 RANKS = "ranks equal one process"
 QUICK = set(PROPERTIES) - {RANKS}
@@ -57,6 +57,15 @@ def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
 def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:
     found = verdicts(broken(CAPACITY, gate_of_ranks), {RANKS})[RANKS]
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
+
+
+def test_idioms_of_routers_raise_no_alarm() -> None:
+    collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
+    found = verdicts(broken(TWO, own_loss(lambda log_z: log_z.square().mean())), {collapse})
+    assert found[collapse].startswith("pass"), found
+    # It normalises its input, and asks for autocast on `meta`, which has none.
+    found = verdicts(find_layers(["cosine_router.CosineRouterConfig"])[1], QUICK)
+    assert not [text for text in found.values() if text.startswith("fail")] and found[HOST].startswith("pass"), found
 
 
 # What fails, and docs/check.md explains.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, everyone_to, gradients, require_close
+from nlgmoe.tools.check.state import Training
 
 
 def _reads_positions(layer: Layer) -> bool:
@@ -38,6 +39,22 @@ def evaluation_does_not_see_neighbours(layer: Layer) -> str:
     return "alone, among 3 others and 3 copies"
 
 
+def evaluation_chooses_as_training_does(layer: Layer) -> str:
+    """Compare the experts that tokens ask for in training and in evaluation, after five steps, which move a bias."""
+    run = Training(layer, layer.make(torch.float32))
+    for number in range(5):
+        run.step(number)
+    batch, found = Batch.random(layer, 4, 32, seed=9, dtype=torch.float32), []
+    with torch.no_grad():
+        for training, seed in ((True, 0), (True, 1), (False, 0)):
+            found.append(layer.routing(layer.run(run.module.train(training), batch, seed)).expert)
+    if not torch.equal(found[0], found[1]):
+        raise NotApplicable("the choice is random in training")
+    if different := int((found[0] != found[2]).any(dim=1).sum()):
+        raise Failed(f"{different} of {len(found[0])} tokens ask for other experts in evaluation")
+    return f"{len(found[0])} tokens, after five steps"
+
+
 def permuted_tokens_give_permuted_outputs(layer: Layer) -> str:
     """Check that a dropless layer works token by token."""
     if layer.drops_in_evaluation:
@@ -58,13 +75,15 @@ def permuted_tokens_give_permuted_outputs(layer: Layer) -> str:
 
 
 def unusual_sizes_work(layer: Layer) -> str:
-    """Check outputs and gradients with empty and overfull experts, one token, no token, and odd widths."""
+    """Check outputs and gradients with empty and overfull experts, one token, no token, odd widths, and zero and large values."""
     module, odd = layer.make(), layer.odd()
     cases: dict[str, Callable[[], tuple[Layer, torch.nn.Module, Batch]]] = {
         "one token": lambda: (layer, module, Batch.random(layer, 1, 1)),
         "0 sequences": lambda: (layer, module, Batch.random(layer, 0, 8)),
         "0 positions": lambda: (layer, module, Batch.random(layer, 2, 0)),
         "37 tokens": lambda: (layer, module, Batch.random(layer, 1, 37)),
+        "tokens of zeros": lambda: (layer, module, _scaled(Batch.random(layer, 1, 37), 0)),
+        "tokens 1000 times as large": lambda: (layer, module, _scaled(Batch.random(layer, 1, 37), 1000)),
     }
     if layer.gate_weight(module) is not None:
         cases["empty and overfull experts"] = lambda: (layer, module, everyone_to(layer, module, 32))
@@ -84,6 +103,10 @@ def unusual_sizes_work(layer: Layer) -> str:
     return ", ".join(cases)
 
 
+def _scaled(batch: Batch, factor: float) -> Batch:
+    return replace(batch, x=batch.x * factor)
+
+
 def _finite(layer: Layer, module: torch.nn.Module, batch: Batch) -> None:
     """Check shape, finite output, and finite gradients of one step and of evaluation."""
     for training in (True, False):
@@ -100,11 +123,14 @@ def _finite(layer: Layer, module: torch.nn.Module, batch: Batch) -> None:
             found["the auxiliary loss"] = output.aux
         if wrong := [name for name, one in found.items() if not bool(one.isfinite().all())]:
             raise Failed(f"{wrong[0]} is not finite")
+        with torch.no_grad():
+            again = layer.run(module, batch)
+        require_close("the output without gradients", again.y, output.y, 1e-4)
     module.train()
 
 
 def micro_batches_add_up(layer: Layer) -> str:
-    """Check that, without a capacity, gradients of two micro-batches add up to those of the whole batch."""
+    """Check that, without a capacity, gradients of two micro-batches add up, and that two copies have the loss of one."""
     if layer.drops:
         raise NotApplicable("capacity is that of a micro-batch")
     module, batch = layer.make(), Batch.random(layer, 4, 12)
@@ -117,4 +143,8 @@ def micro_batches_add_up(layer: Layer) -> str:
         for half in (slice(0, 2), slice(2, 4))
     ]
     errors = [require_close(f"gradient of {name}", sum(p[name] for p in parts), whole[name], 1e-5) for name in whole]  # type: ignore[arg-type]
+    twice = replace(batch, x=torch.cat([batch.x, batch.x]), tokens=torch.cat([batch.tokens, batch.tokens]))
+    one, two = (layer.run(module, each).aux for each in (batch, twice))
+    if one is not None and two is not None:
+        require_close("the auxiliary loss of two copies of a batch, against one", two, one, 1e-5)
     return f"worst relative error {max(errors):.0e}"

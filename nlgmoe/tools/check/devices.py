@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
@@ -28,20 +29,22 @@ def host_reads_nothing(layer: Layer) -> str:
 
     `meta` is no CPU, so that the layer takes the way of an accelerator.
     """
-    for training in (True, False):
+    # A distribution checks its arguments on the host where it is made: once is enough, so that the first pass may.
+    for training, checked in ((True, False), (True, True), (False, True)):
         module = layer.make(torch.bfloat16, training).to("meta")
         batch = Batch.random(layer, 2, 16, dtype=torch.bfloat16)
         batch = Batch(batch.x.to("meta").requires_grad_(), batch.tokens.to("meta"))
         try:
             # PyTorch knows no autocast for `meta`, and raises where a layer asks for it.
-            # Distributions check their arguments on the host where they are made, unless another library has turned that off.
             with (
                 patch("torch.is_autocast_enabled", return_value=False),
-                patch.object(torch.distributions.Distribution, "_validate_args", False),
+                patch("torch.autocast", lambda *args, **settings: nullcontext()),
+                patch.object(torch.distributions.Distribution, "_validate_args", checked),
             ):
                 output = layer.run(module, batch)
-            loss = output.y.square().sum() + (0 if output.aux is None else output.aux)
-            loss.backward()
+                loss = output.y.square().sum() + (0 if output.aux is None else output.aux)
+                loss.backward()
+                layer.after_step(module, [] if output.routing is None else [output.routing])
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             frames = [one for one in traceback.extract_tb(error.__traceback__) if "/torch/" not in one.filename]
             where = f"{frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno}: {frames[-1].line}"

@@ -79,30 +79,39 @@ def _gate_of(layer: Layer, module: nn.Module) -> list[nn.Parameter]:
 def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     if not loss.requires_grad:
         return 0.0
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return max(0.0 if one is None else float(one.norm()) for one in found)
 
 
 def output_reaches_the_gate(layer: Layer) -> str:
-    """Check that the loss of the output has a gradient in the gate: weights depend on it."""
+    """Check that the loss of the output has a gradient in the gate, and with the auxiliary loss in each of its parameters."""
     module = layer.make()
     gate = _gate_of(layer, module)
-    norm = _norm(layer.run(module, separated(layer, module)).y.square().sum(), gate)
+    output = layer.run(module, separated(layer, module))
+    norm = _norm(output.y.square().sum(), gate)
     if norm < 1e-6:
         raise Failed("the output has no gradient in the gate: a constant or detached weight")
+    loss = output.y.square().sum() + (0 if output.aux is None else output.aux)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    if idle := [names[one] for one in gate if _norm(loss, [one]) < 1e-9]:
+        raise Failed(f"{', '.join(idle)}: a parameter that gets no gradient of the output or the auxiliary loss")
     return f"gradient norm {norm:.2g}"
 
 
 def auxiliary_loss_reaches_the_gate(layer: Layer) -> str:
-    """Check that the auxiliary loss has a gradient in the gate."""
+    """Check that the auxiliary loss has a gradient in the gate, and so has each loss that the router adds."""
     module = layer.make()
     gate = _gate_of(layer, module)
-    aux = layer.run(module, separated(layer, module)).aux
+    output = layer.run(module, separated(layer, module))
+    aux = output.aux
     if aux is None or float(aux.detach().abs()) == 0:
         raise NotApplicable("the layer has no auxiliary loss" + ("" if aux is None else ", it is 0"))
     norm = _norm(aux, gate)
     if norm < 1e-9:
         raise Failed(f"the auxiliary loss is {float(aux.detach()):.4g}, and has no gradient in the gate")
+    losses = {} if output.routing is None else output.routing.losses
+    if idle := [name for name, one in losses.items() if float(one.detach().abs()) > 0 and _norm(one, gate) < 1e-9]:
+        raise Failed(f"{idle[0]} is {float(losses[idle[0]].detach()):.4g}, and has no gradient in the gate")
     return f"loss {float(aux.detach()):.3g}, gradient norm {norm:.2g}"
 
 

@@ -35,12 +35,14 @@ class Batch:
         tokens: `[B, T]` ids, for routers that read them.
         mask: `[B, T]` bool, False at padding; None: no padding.
         first_position: of each sequence.
+        noise_key: `RoutingContext.noise_key`; None: draw from torch's global generator.
     """
 
     x: Tensor
     tokens: Tensor
     mask: Tensor | None = None
     first_position: int = 0
+    noise_key: tuple[int, ...] | None = None
 
     @staticmethod
     def random(layer: Layer, sequences: int, length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
@@ -100,6 +102,7 @@ class Layer:
         order: in which assignments take the slots of an expert: `random`, `position` (first choices of all tokens first), or
             `score`; None: not declared.
         takes_mask: `forward` reads `Batch.mask`.
+        takes_key: `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else.
         drops: training has a capacity, `capacity`.
         drops_in_evaluation: evaluation is declared to drop tokens.
     """
@@ -111,6 +114,7 @@ class Layer:
     weight_sum: float | Literal["free"] | None = None
     order: Literal["random", "position", "score"] | None = None
     takes_mask: bool = False
+    takes_key: bool = False
     drops: bool = False
     drops_in_evaluation: bool = False
 

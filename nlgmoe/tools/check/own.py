@@ -50,10 +50,14 @@ class OwnLayer(Layer):
         mask = batch.mask
         counted = torch.ones_like(batch.tokens) if mask is None else mask.long()
         positions = (counted.cumsum(1) - 1).clamp_min(0) + batch.first_position
-        y, routing = module(batch.x, RoutingContext(batch.tokens % self.config.vocab_size, mask, None, positions))
+        y, routing = module(
+            batch.x, RoutingContext(batch.tokens % self.config.vocab_size, mask, batch.noise_key, positions)
+        )
         aux, _ = add_router_losses(y.new_zeros((), dtype=routing.weight.dtype), self.moe, [routing])
-        z_loss = self.moe.z_loss_coeff * router_losses([routing])[1] if self.moe.z_loss_coeff else None
-        return Output(y, routing, aux, z_loss)
+        other = self.moe.z_loss_coeff * router_losses([routing])[1]
+        if self._reads("loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
+            other = other + sum(routing.losses.values())  # the router's own losses need not balance
+        return Output(y, routing, aux, other)
 
     def capacity(self, tokens: int) -> int:
         """See `Layer`; the formula of the paper's code, in fp32."""
@@ -61,9 +65,16 @@ class OwnLayer(Layer):
         return max(self.moe.min_capacity, math.ceil(share))
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
-        """See `Layer`."""
-        shape = (self.num_experts, self.hidden_size)
-        return next((one for one in _tensors(module.router) if tuple(one.shape) == shape), None)  # type: ignore[arg-type]
+        """See `Layer`; a gate that normalises its input, such as a cosine, computes no logits that a batch could choose."""
+        shape, router = (self.num_experts, self.hidden_size), module.router
+        weight = next((one for one in _tensors(router) if tuple(one.shape) == shape), None)  # type: ignore[arg-type]
+        if weight is None:
+            return None
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        context = RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)
+        with torch.no_grad():
+            one, two = (router(scale * weight[:1], context).logits for scale in (1, 2))  # type: ignore[operator]
+        return None if one is not None and torch.allclose(one, two, rtol=0.05) else weight
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
         """See `Layer`."""
@@ -101,14 +112,14 @@ class OwnLayer(Layer):
         experts = RANKED_EXPERTS * -(-self.top_k // RANKED_EXPERTS)
         quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
         quiet = {name: value for name, value in quiet.items() if self._reads(name)}
-        scope = {"aux_scope": "rank"} if self.drops and self._reads("aux_scope") else {}
+        scope = {"aux_scope": "rank"} if self.accumulates and self._reads("aux_scope") else {}
         moe = replace(self.moe, num_experts=experts, **quiet, **scope)  # type: ignore[arg-type]
         return own_layer(replace(self.config, moe=moe), self.name)
 
     @property
     def accumulates(self) -> bool:
         """See `Layer`."""
-        return self.drops or (self.moe.aux_scope == "rank" and self._reads("aux_scope"))
+        return self.drops or self.moe.router is not None or self.moe.aux_scope == "rank"
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
         """See `Layer`."""
@@ -165,6 +176,7 @@ def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width
         weight_sum=weight_sum,  # type: ignore[arg-type]
         order=queue if isinstance(router, TopKRouter) else None,  # type: ignore[arg-type]
         takes_mask=True,
+        takes_key=True,
         drops=moe.token_dropping and reads(moe, "token_dropping"),
         drops_in_evaluation=moe.eval_token_dropping,
         config=small,

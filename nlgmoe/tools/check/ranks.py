@@ -28,10 +28,10 @@ def ranks_equal_one_process(layer: Layer) -> str:
         try:
             multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=max(WORLDS))
         except Exception as error:
-            reasons = [pickle.loads(file.read_bytes()) for file in sorted(Path(folder).glob("*.failed"))]
-            if not reasons:
+            files = sorted(Path(folder).glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
+            if not files:
                 raise
-            raise Failed(reasons[0]) from error
+            raise Failed(pickle.loads(files[0].read_bytes())) from error  # the others lost their partner
     return (
         f"2 and 3 ranks, against one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
     )

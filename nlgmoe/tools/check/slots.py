@@ -21,6 +21,7 @@ from nlgmoe.tools.check.layer import (
 )
 
 TOKENS = 44  # of which an expert's fair share is no whole number
+MANY = 4096  # tokens, of which bf16 cannot count an expert's
 
 
 def _kept(routing: Routing, num_experts: int) -> Tensor:
@@ -36,19 +37,26 @@ def capacity_is_the_formula(layer: Layer) -> str:
     """Check that each expert keeps as many assignments as are asked of it, or its capacity if that is less."""
     module = layer.make()
     loads = []
-    batches = [Batch.random(layer, 2, TOKENS // 2)]
+    cases = [(module, Batch.random(layer, 2, TOKENS // 2))]
     if layer.gate_weight(module) is not None:
-        batches.append(everyone_to(layer, module, TOKENS))
-    for batch in batches:
-        routing = layer.routing(layer.run(module, batch))
+        half = layer.make(torch.bfloat16)
+        cases += [(module, everyone_to(layer, module, TOKENS)), (half, everyone_to(layer, half, MANY))]
+    for built, batch in cases:
+        with torch.no_grad():
+            routing = layer.routing(layer.run(built, batch))
         asked, kept = _requests(routing, None, layer.num_experts), _kept(routing, layer.num_experts)
-        expected = asked.clamp_max(layer.capacity(TOKENS)) if layer.drops else asked
+        slots = layer.capacity(len(routing.kept)) if layer.drops else None
+        expected = asked if slots is None else asked.clamp_max(slots)
         if not torch.equal(kept, expected):
-            slots = f"a capacity of {layer.capacity(TOKENS)}" if layer.drops else "no capacity"
-            raise Failed(f"asked {asked.tolist()}, kept {kept.tolist()}; {slots} keeps {expected.tolist()}")
+            name = "no capacity" if slots is None else f"a capacity of {slots}"
+            raise Failed(f"asked {asked.tolist()}, kept {kept.tolist()}; {name} keeps {expected.tolist()}")
+        if routing.all_kept and not bool(routing.kept.all()):
+            raise Failed(f"all_kept is True, and {int((~routing.kept).sum())} assignments are dropped")
+        if routing.capacity is not None and int(kept.max()) > routing.capacity:
+            raise Failed(f"an expert keeps {int(kept.max())}, and Routing.capacity is {routing.capacity}")
         loads.append(int(kept.max()))
     if not layer.drops:
-        return f"dropless: an expert took {max(loads)} of {TOKENS} tokens"
+        return f"dropless: an expert took up to {max(loads)} tokens"
     return f"{layer.capacity(TOKENS)} slots for {TOKENS} tokens"
 
 

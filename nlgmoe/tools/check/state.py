@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.tools.check.layer import Batch, Failed, Layer
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable
 
 
 def forward_writes_no_state(layer: Layer) -> str:
     """Check that `forward` changes no parameter or buffer, and repeats itself, as activation checkpointing needs."""
     for training in (True, False):
-        module, batch = layer.make(training=training), Batch.random(layer, 2, 16)
+        module, batch = layer.make(training=training), replace(Batch.random(layer, 2, 16), noise_key=(0, 0, 0))
         before = _state(module)
         with torch.no_grad():
             first = layer.run(module, batch)
-            second = layer.run(module, batch)
+            second = layer.run(module, batch, seed=int(layer.takes_key))  # of the global generator
         mode = "training" if training else "evaluation"
         for name, value in _state(module).items():
             if not torch.equal(value, before[name]):
@@ -30,6 +31,36 @@ def forward_writes_no_state(layer: Layer) -> str:
 def _state(module: nn.Module) -> dict[str, Tensor]:
     found = [*module.named_parameters(), *module.named_buffers()]
     return {name: value.detach().clone() for name, value in found}
+
+
+def steps_follow_the_requests(layer: Layer) -> str:
+    """Check that `after_step` depends on requests and buffers alone, and survives a step without tokens.
+
+    A load that `forward` has kept is that of one micro-batch of one rank; the module's dtype may not count to 257.
+    """
+    counted, routings = layer.make(torch.float32), []
+    for size in (8, 0):
+        with torch.no_grad():
+            routing = layer.run(counted, Batch.random(layer, size, 512, 7, torch.float32)).routing
+        if routing is None or not layer.after_step(counted, [routing]):
+            raise NotApplicable("the layer has no state that steps change")
+        routings.append(routing)
+    ends: dict[str, dict[str, Tensor]] = {}
+    for what, dtype, seed in (
+        ("", torch.float32, 0),
+        ("forward's input", torch.float32, 1),
+        ("dtype", torch.bfloat16, 0),
+    ):
+        module = layer.make(dtype)
+        layer.run(module, Batch.random(layer, 2, 16, seed, dtype))
+        for routing in reversed(routings):
+            layer.after_step(module, [routing])
+            if wrong := [name for name, value in module.named_buffers() if not bool(value.isfinite().all())]:
+                raise Failed(f"{wrong[0]} is not finite after a step of {len(routing.expert)} tokens")
+        ends[what] = dict(module.named_buffers())
+        if different := [name for name, value in ends[what].items() if not torch.equal(value, ends[""][name])]:
+            raise Failed(f"{different[0]} after the same requests depends on {what}")
+    return f"{len(ends[''])} buffers"
 
 
 class Training:

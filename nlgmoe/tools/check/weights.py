@@ -87,6 +87,30 @@ def gate_is_not_squashed_twice(layer: Layer) -> str:
     return f"a factor of {ratio:.3g} between weights"
 
 
+def likelier_experts_weigh_more(layer: Layer) -> str:
+    """Check that a token's experts differ, and that the expert with the larger logit has the larger weight."""
+    require_choice(layer)
+    if layer.top_k == 1:
+        raise NotApplicable("one expert a token")
+    module = layer.make(training=False)
+    generator = torch.Generator("cpu").manual_seed(4)
+    wanted = torch.rand(32, layer.num_experts, generator=generator).argsort(dim=1)[:, : layer.top_k]  # [N, k]
+    # All logits are below 0, which a mask that multiplies them by 0 takes for the largest.
+    batch = steered(layer, module, scores_for(wanted, layer.num_experts, -1.0, 1.0))
+    routing = layer.routing(layer.run(module, batch))
+    expert, order = torch.where(routing.kept, routing.expert, -1 - torch.arange(layer.top_k)).sort(dim=1)
+    if twice := int((expert.diff(dim=1) == 0).any(dim=1).sum()):
+        raise Failed(f"{twice} of {len(expert)} tokens have an expert twice")
+    target, place = wanted.sort(dim=1)
+    follows = (expert == target).all(dim=1)
+    if not bool(follows.any()):
+        raise NotApplicable("the choice does not follow a linear gate")
+    weight = routing.weight.detach().gather(1, order).gather(1, place.argsort(dim=1))[follows]  # by falling logit
+    if rising := int((weight.diff(dim=1) > 1e-6).any(dim=1).sum()):
+        raise Failed(f"the largest weight is not at the largest logit, for {rising} of {len(weight)} tokens")
+    return f"{int(follows.sum())} tokens"
+
+
 def balance_loss_sees_a_collapse(layer: Layer) -> str:
     """Check that collapsed routing costs E / k times as much as balanced; less with probabilities squashed twice."""
     require_choice(layer)
