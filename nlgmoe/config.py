@@ -240,7 +240,7 @@ class GPTConfig:
 
 def unknown_fields(values: dict[str, Any]) -> list[str]:
     """Return names in `to_dict`'s values that are no fields, such as those of a later version."""
-    moe = values.get("moe") or {}
+    moe = values["moe"] if isinstance(values.get("moe"), dict) else {}
     known = {field.name for field in fields(MoEConfig)}
     return [
         *(name for name in values if name not in {field.name for field in fields(GPTConfig)}),

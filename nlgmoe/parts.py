@@ -148,6 +148,8 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
         ForeignCodeError: its module is outside `nlgmoe` and not imported.
         ValueError: there is no such class, or it takes other arguments.
     """
+    if not isinstance(values, dict) or not isinstance(values.get("init_args", {}), dict):
+        raise ValueError(f"{values!r} of the checkpoint names no {base.__name__}")
     path = str(values.get("class_path"))
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == "nlgmoe":

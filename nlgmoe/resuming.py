@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.validation import SettingError
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
@@ -26,17 +27,19 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
     """
     resumes = seed is not None
     if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
-        raise ValueError(f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}")
+        raise SettingError(
+            f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
+        )
     ignored = frozenset() if resumes else FREE_IN_EVALUATION
     if not resumes and config.moe is not None and config.moe.router is not None:
         ignored |= config.moe.router.free_in_evaluation
     saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
     if different := differences(saved, config.to_dict(), ignore=ignored):
-        raise ValueError(
+        raise SettingError(
             f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
         )
     if resumes and checkpoint["seed"] != seed:
-        raise ValueError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+        raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
 
 
 def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated: bool) -> None:

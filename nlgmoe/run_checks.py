@@ -25,13 +25,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.batch import HasLargestBatch, HasTokenByteLengths
-from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import missing_compiler, total_memory
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.least_memory import check_fits
 from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.validation import SettingError
 
 FSDP_REFUSED = (
     "divides the weights, which gradient norms, named optimizer groups and checkpoints here do not support; use "
@@ -82,15 +82,15 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     """
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
-        raise AllRanksError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
+        raise SettingError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PlacesExperts):
-        raise AllRanksError(f"trainer.strategy={type(strategy).__name__} {DEEPSPEED_REFUSED}")
+        raise SettingError(f"trainer.strategy={type(strategy).__name__} {DEEPSPEED_REFUSED}")
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
         if why := callback_refused(callback, trainer.world_size):
-            raise AllRanksError(f"trainer.callbacks: {type(callback).__name__} {why}")
+            raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
-        raise AllRanksError(
+        raise SettingError(
             "trainer.precision=16-true trains in fp16 alone, in which squared gradients and AdamW's eps are 0; use "
             "bf16-mixed, or 16-mixed"
         )
@@ -98,7 +98,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         strategy.checkpoint_io = PortableCheckpointIO()
     if not isinstance(strategy.checkpoint_io, PortableCheckpointIO):
         kind = type(strategy.checkpoint_io).__name__
-        raise AllRanksError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
+        raise SettingError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
     strategy.checkpoint_io.to_train = stage == "fit"
 
 
@@ -115,7 +115,7 @@ def check_memory(
     for part in ("fit", "validate") if stage == "fit" and trainer.limit_val_batches else (stage,):
         trains = part == "fit"
         length = curriculum.start if trains and curriculum is not None else config.seq_len
-        check_fits(config, *data.largest_batch(part), length, value, trains, memory)
+        check_fits(config, *data.largest_batch(part), length, value, trains, memory, trainer.world_size)
 
 
 def check_vocabulary(config: GPTConfig, data: HasTokenByteLengths) -> None:
@@ -125,7 +125,7 @@ def check_vocabulary(config: GPTConfig, data: HasTokenByteLengths) -> None:
         ValueError: it does not.
     """
     if data.vocab_size > config.vocab_size:
-        raise AllRanksError(
+        raise SettingError(
             f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
             f"set it to {data.vocab_size}"
         )

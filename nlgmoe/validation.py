@@ -8,6 +8,12 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
+class SettingError(ValueError):
+    """A setting or an argument that cannot be: nothing has been trained, and a command ends with exit code 2."""
+
+    on_every_rank = True  # `cli/errors.py`: the first rank of a machine prints it
+
+
 def require_valid(settings: Any) -> None:
     """Check the fields of a dataclass, whose values may come from Python or JSON.
 
@@ -22,9 +28,9 @@ def require_valid(settings: Any) -> None:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise a ValueError with `message` unless `condition` is true."""
+    """Raise a SettingError with `message` unless `condition` is true."""
     if not condition:
-        raise ValueError(message)
+        raise SettingError(message)
 
 
 def is_finite(value: Any) -> bool:

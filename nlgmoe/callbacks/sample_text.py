@@ -8,10 +8,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.eval.generation import generate
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.validation import SettingError
 
 
 class SampleText(Callback):
@@ -44,7 +44,7 @@ class SampleText(Callback):
         assert isinstance(pl_module, MoEGPTModule)
         longest = max(len(trainer.datamodule.encode(prompt)) for prompt in self.prompts)  # type: ignore[attr-defined]
         if longest + self.max_new_tokens > pl_module.config.seq_len:
-            raise AllRanksError(
+            raise SettingError(
                 f"SampleText: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit "
                 f"seq_len={pl_module.config.seq_len}; lower max_new_tokens"
             )

@@ -26,14 +26,24 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from nlgmoe.config import unknown_fields
+from nlgmoe.config import GPTConfig, unknown_fields
 from nlgmoe.files import require_regular
+from nlgmoe.parts import ForeignCodeError
+from nlgmoe.validation import SettingError
 
 FORMAT = "nlgmoe-portable"
 VERSION = 2
 REMEDY = "use another checkpoint"
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
 TOKENIZER = "tokenizer.json"
+DOCUMENT = {
+    "saved_at": str,
+    "versions": dict,
+    "model_config": dict,
+    "global_step": int,
+    "tokens_seen": int,
+    "seed": int,
+}  # values of `checkpoint.json` that every reader needs
 Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
 
 
@@ -45,23 +55,33 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "checkpoint.json"
     if Path(path).is_file():
-        raise ValueError(
+        raise SettingError(
             f"{path} is a file, not a checkpoint folder with checkpoint.json in it; Lightning's .ckpt files are not read, "
             "because they hold pickled objects"
         )
     if not file.exists():
-        raise ValueError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
+        raise SettingError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
     document = read_json(file)
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
     _check_bytes(file, read_manifest(path)["checkpoint.json"])
-    config = document.get("model_config")
-    if isinstance(config, dict) and (unknown := unknown_fields(config)):
-        author = document.get("versions", {}).get("nlgmoe", "unknown")
+    for name, kind in DOCUMENT.items():
+        if not isinstance(document.get(name), kind):
+            raise ValueError(f"{file}: {name} is {document.get(name)!r}, not of type {kind.__name__}; {REMEDY}")
+    if not isinstance(document.get("optimizer_groups", []), list):
+        raise ValueError(f"{file}: optimizer_groups is no list; {REMEDY}")
+    if unknown := unknown_fields(document["model_config"]):
+        author = document["versions"].get("nlgmoe", "unknown")
         raise ValueError(
             f"{path}: model_config.{unknown[0]} is not a setting of this nlgmoe; read it with nlgmoe {author}, which wrote it"
         )
+    try:
+        GPTConfig.from_dict(document["model_config"])
+    except ForeignCodeError:
+        pass  # whoever builds the model says how to allow it
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} describes no model: {error}; {REMEDY}") from error
     return document
 
 

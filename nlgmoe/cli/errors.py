@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from nlgmoe.validation import SettingError
+
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 FIRST_RANK_SECONDS = 10.0  # that other ranks wait for it: longer than ranks started together are apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
@@ -43,10 +45,8 @@ _OF_A_WORKER = re.compile(
 )
 
 
-class UsageError(ValueError):
+class UsageError(SettingError):
     """A command line or configuration that cannot be run; the message is the line that people read."""
-
-    on_every_rank = True  # of a machine, whose files they all read
 
 
 class UsageErrors(UsageError):
@@ -90,7 +90,7 @@ def one_line_errors() -> Iterator[None]:
             traceback.print_exc()
         for line in error.messages if isinstance(error, UsageErrors | Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(USAGE if isinstance(error, UsageError) else FAILURE) from error
+        raise SystemExit(USAGE if isinstance(error, SettingError) else FAILURE) from error
 
 
 def _wait_for_first_rank() -> None:

@@ -12,6 +12,7 @@ from nlgmoe.callbacks.staged_distillation import LOGGED
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.validation import SettingError
 
 
 def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
@@ -30,7 +31,7 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
             continue
         if known and callback.monitor not in names:
             listed = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
-            raise ValueError(
+            raise SettingError(
                 f"trainer.callbacks: {type(callback).__name__}.monitor={callback.monitor} is not logged by this run"
                 f"{did_you_mean(str(callback.monitor), names) or '.'} It logs {listed}"
             )

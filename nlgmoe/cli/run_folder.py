@@ -25,6 +25,7 @@ from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
 
@@ -164,7 +165,7 @@ def require_checkpoint(path: Path) -> None:
     if is_checkpoint(path):
         read_document(path)
     elif not has_checkpoints(path):
-        raise ValueError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
+        raise SettingError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
 
 
 def resolve_checkpoint(
@@ -196,7 +197,7 @@ def resolve_checkpoint(
             )
     found = has_checkpoints(folder)
     if not found and not (name == "auto" and may_start):
-        raise ValueError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
+        raise SettingError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
     if found:
         return str(folder)
     step = _last_logged_step(folder)

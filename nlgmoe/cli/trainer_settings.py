@@ -49,8 +49,8 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     _require(not lacks_gpu(accelerator), "accelerator", accelerator, why)
     if default_device() == "cpu" or accelerator == "cpu":  # each is a process; of GPUs there are as many as there are
         devices = trainer["devices"]
-        why = "lists GPUs; on a CPU give a number of processes, such as 1"
-        _require(devices == "auto" or str(devices).isdigit() or _number(devices) < 0, "devices", devices, why)
+        why = "names GPUs; on a CPU give a number of processes, such as 1"
+        _require(devices == "auto" or str(devices).isdigit(), "devices", devices, why)
         check_processes("trainer.devices", _number(devices))
 
 

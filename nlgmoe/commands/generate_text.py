@@ -158,7 +158,7 @@ def _read_prompts(path: str) -> list[str]:
     if path == "-" and sys.stdin is None:
         raise UsageError("prompts=- is stdin, which is closed; name a file of JSON lines")
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(f"prompts={where}: {error.strerror}; name a file of JSON lines, or - for stdin") from error
     except UnicodeDecodeError as error:

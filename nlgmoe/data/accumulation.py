@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from nlgmoe.validation import SettingError
+
 
 @dataclass(frozen=True)
 class BatchRampUp:
@@ -24,7 +26,7 @@ class BatchRampUp:
     def __post_init__(self) -> None:
         for name in ("start", "increment", "tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up: BatchRampUp | None) -> int:
@@ -49,13 +51,13 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
         ValueError: it cannot; names the nearest values that do.
     """
     if global_batch_size is None:
-        raise ValueError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
+        raise SettingError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
     growth = global_batch_size - ramp_up.start
     if growth < 0:
-        raise ValueError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
+        raise SettingError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
     if rest := growth % ramp_up.increment:
         nearest = _either(ramp_up.start + rest - ramp_up.increment, ramp_up.start + rest)
-        raise ValueError(
+        raise SettingError(
             f"start={ramp_up.start} does not reach global_batch_size={global_batch_size} by increment={ramp_up.increment}: "
             f"set start to {nearest}"
         )
@@ -71,7 +73,7 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
         if value % unit:
             around = [*[size for size in sizes if size < value][-1:], *[size for size in sizes if size > value][:1]]
             larger = global_batch_size // math.gcd(global_batch_size, ramp_up.start, ramp_up.increment)
-            raise ValueError(
+            raise SettingError(
                 f"{setting}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
                 f"{global_batch_size} with micro_batch_size={micro_batch_size}: set it to {_either(*around)}, or "
                 f"micro_batch_size to {larger}"
@@ -108,7 +110,7 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
         above = [size for size in divisors if size > micro_batch_size][:1]
         remedies.append(f"data.micro_batch_size to {_either(*below, *above)}")
     ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
-    raise ValueError(
+    raise SettingError(
         f"data.global_batch_size {global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "
         f"time with data.micro_batch_size {micro_batch_size}: set {', or '.join(remedies)}."
     )

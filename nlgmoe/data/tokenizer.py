@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.files import require_regular
+from nlgmoe.validation import SettingError
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
@@ -174,7 +175,7 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         return _load(name_or_path, folder / "tokenizer.json")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return _load(name_or_path, folder / "vocab.json", folder / "merges.txt")
-    raise ValueError(
+    raise SettingError(
         f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {', '.join(BUILT)}, or to a "
         "folder with tokenizer.json or with vocab.json and merges.txt."
     )

@@ -21,6 +21,7 @@ from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.first_non_finite import require_finite_logits
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import SettingError
 
 Prompts = Sequence[Sequence[int]] | Tensor
 End = Literal["end_of_document", "max_new_tokens", "seq_len"]
@@ -100,7 +101,7 @@ def complete(
         ValueError: as for `generate`, before generation starts.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise SettingError(f"batch_size={batch_size} must be at least 1")
     texts = _as_lists(prompts)
     check_prompts(model, texts, max_new_tokens)
     generators = sampling.generators(texts)
@@ -142,19 +143,19 @@ def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: 
     """
     config = model.config
     if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
+        raise SettingError("the model is in training mode; call model.eval() first")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise SettingError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise ValueError(f"prompt {number} is empty; begin a text with an end-of-document token")
+            raise SettingError(f"prompt {number} is empty; begin a text with an end-of-document token")
         if len(prompt) >= config.seq_len:
-            raise ValueError(
+            raise SettingError(
                 f"prompt {number} has {len(prompt)} tokens, and with seq_len={config.seq_len} the model reads at most "
                 f"{config.seq_len - 1} before the first new token; shorten it"
             )
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {number} has token ids outside the model's vocabulary of {config.vocab_size}")
+            raise SettingError(f"prompt {number} has token ids outside the model's vocabulary of {config.vocab_size}")
 
 
 @torch.no_grad()
@@ -200,7 +201,7 @@ def _stream(
 def _as_lists(prompts: Prompts) -> list[list[int]]:
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2 or prompts.dtype != torch.long:
-            raise ValueError(
+            raise SettingError(
                 f"prompts must be [B, T] int64, or lists of ids, not {list(prompts.shape)} {prompts.dtype}"
             )
         prompts = prompts.tolist()

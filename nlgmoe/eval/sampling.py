@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import SettingError
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Sampling:
             ValueError: one is out of range.
         """
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be at least 0; 0 takes the most likely token")
+            raise SettingError(f"temperature={self.temperature} must be at least 0; 0 takes the most likely token")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out for all tokens")
+            raise SettingError(f"top_k={self.top_k} must be at least 1; leave it out for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out for all tokens")
+            raise SettingError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out for all tokens")
 
     def generators(self, prompts: Sequence[Sequence[int]]) -> list[Random]:
         """Return a generator for each prompt, seeded by `seed`, the prompt, and the number of equal prompts before it.

@@ -99,7 +99,7 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minim
     share = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(
         factor * top_k, dtype=torch.float32
     )
-    return max(minimum, int(torch.ceil(share)))
+    return max(minimum, int(torch.ceil(share).clamp_max(2.0**31)))  # an integer that devices have, at any factor
 
 
 class Router(nn.Module):

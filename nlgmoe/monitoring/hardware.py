@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nlgmoe.validation import SettingError
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -53,7 +55,7 @@ def hardware(name: str) -> Hardware:
         ValueError: the name is unknown; the message lists the known names.
     """
     if name not in HARDWARE:
-        raise ValueError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
+        raise SettingError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 

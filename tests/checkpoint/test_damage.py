@@ -285,7 +285,17 @@ def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     "changes",
-    [{"global_step": "x"}, {"model_config": [1]}, {"tokens_seen": None}, {"saved_at": 5}, {"model_config": {"a": 1}}],
+    [
+        {"global_step": "x"},
+        {"tokens_seen": None},
+        {"saved_at": 5},
+        {"optimizer_groups": "x"},
+        {"model_config": [1]},
+        {"model_config": {"a": 1}},
+        {"model_config": {"vocab_size": "x"}},
+        {"model_config": {"vocab_size": 1, "moe": 5}},
+        {"model_config": {"vocab_size": 1, "moe": {"router": 3}}},
+    ],
     ids=str,
 )
 def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, tmp_path: Path) -> None:
@@ -297,9 +307,10 @@ def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, tmp
     temporary = writing.begin(tmp_path / "b.ckpt")
     files = writing.write_tensors(temporary, "model", {"x": torch.ones(1)})
     writing.finish(temporary, tmp_path / "b.ckpt", document | changes, files)
-    assert any(
-        next(iter(changes)) in problem or "describes no model" in problem
-        for problem in find_problems(tmp_path / "b.ckpt")
-    )
+    (problem,) = find_problems(tmp_path / "b.ckpt")
+    assert next(iter(changes)) in problem or "describes no model" in problem
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path / "b.ckpt")
+    assert str(error.value).startswith(problem)
     assert choose_checkpoint(tmp_path) == tmp_path / "a.ckpt"
     assert tensors == {}

@@ -494,7 +494,11 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "number of a CPU": (
         file("trainer: {devices: [0]}"),
-        "trainer.devices=[0] lists GPUs; on a CPU give a number of processes",
+        "trainer.devices=[0] names GPUs; on a CPU give a number of processes",
+    ),
+    "all GPUs of a CPU": (
+        flag("--trainer.devices=-1"),
+        "trainer.devices=-1 names GPUs; on a CPU give a number of processes",
     ),
     "setting of a class that is not named": (
         flag("--model.config.moe.router.seed=3"),
@@ -572,7 +576,7 @@ def _saves_to(folder: str) -> list[dict]:
     return [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": folder}}]
 
 
-FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name is not usable
+UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usable: found once it is opened
     "missing checkpoint": (
         validate(lambda _: "--ckpt_path=nowhere.ckpt"),
         "no checkpoint at nowhere.ckpt: expected a folder",
@@ -743,8 +747,31 @@ FAILED: dict[str, tuple[Args, str]] = {  # exit code 1: what the settings name i
         flag("--model.config.seq_len=10000000000000"),
         "; lower data.micro_batch_size, or use a smaller model.config",
     ),
+    "experts that no machine holds": (
+        flag("--model.config.moe.num_experts=1000000000"),
+        "; lower data.micro_batch_size, or use a smaller model.config",
+    ),
     "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
 }
+SETTINGS = {
+    "missing checkpoint",
+    "file as checkpoint",
+    "nothing to start from",
+    "weights alone to go on",
+    "nothing to resume",
+    "fp16 alone",
+    "another architecture",
+    "another vocabulary",
+    "another seed to go on",
+    "nothing to evaluate",
+    "unknown tokenizer",
+    "ids over the vocabulary",
+    "sample longer than a sequence",
+    "monitor that is never logged",
+    "micro-batch that no machine holds",
+    "model that no machine holds",
+    "experts that no machine holds",
+}  # exit code 2: a setting is wrong, no file is
 
 
 @pytest.fixture
@@ -781,15 +808,15 @@ def test_a_wrong_command_is_refused_before_anything_runs(
     assert not (place.folder / "run").exists()
 
 
-@pytest.mark.parametrize("mistake", FAILED)
+@pytest.mark.parametrize("mistake", UNUSABLE)
 def test_what_cannot_be_used_is_named(
     mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # nobody answers there
-    args, words = FAILED[mistake]
+    args, words = UNUSABLE[mistake]
     code, line = says(args(place))
     assert words.replace("{folder}", str(place.folder)) in line
-    assert code == 1
+    assert code == (2 if mistake in SETTINGS else 1)
 
 
 @pytest.mark.parametrize(
@@ -849,7 +876,7 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         2,
         "workers=100000 is more processes than",
     ),
-    "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 1, "Unknown tokenizer 'gpt5'"),
+    "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 2, "Unknown tokenizer 'gpt5'"),
 }
 
 
@@ -872,7 +899,7 @@ def test_the_real_commands_end_the_same_way(place: Place) -> None:
     )
     for run, args, code, words in [
         (real, ["train.py", *wrong], 2, "model.config.moe.top_k=9 must be between 1 and"),
-        (python, ["train.py", *missing], 1, "no checkpoint at nowhere.ckpt"),
+        (python, ["train.py", *missing], 2, "no checkpoint at nowhere.ckpt"),
         (python, ["-m", "nlgmoe", "prepare-dta"], 2, "did you mean prepare-data?"),
         (python, ["-m", "nlgmoe.cli.train", "fitt"], 2, "did you mean fit?"),
         (python, ["-m", "nlgmoe", "prepare-data", "--tokenizr=x"], 2, "setting tokenizr; did you mean tokenizer?"),
@@ -1086,7 +1113,7 @@ def test_nothing_is_evaluated_where_a_checkpoint_was_asked_for(
                 f"--trainer.default_root_dir={tmp_path}",
             ]
         )
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert f"ckpt_path=last: there is no checkpoint in {tmp_path}; give the path" in capsys.readouterr().err
 
 

@@ -99,7 +99,7 @@ def test_a_piped_text_is_a_prompt(
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("CKPT", "--prompt", "queen " * 40), 1, "with seq_len=32 the model reads at most 31"),
+        (("CKPT", "--prompt", "queen " * 40), 2, "with seq_len=32 the model reads at most 31"),
         (("CKPT", "--prompt=a", "--prompt=b", "--top-k=0"), 2, "top_k=0 must be at least 1"),
         (("CKPT", "--prompt=a", "--top-p=2"), 2, "top_p=2.0 must be above 0"),
         (("CKPT", "--prompt=a", "--temperature=-1"), 2, "temperature=-1.0 must be at least 0"),
@@ -108,7 +108,7 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompt=a", "--batch-size=0"), 2, "batch_size=0 must be at least 1"),
         (("CKPT", "--prompt=a", "--device=abacus"), 2, "device=abacus cannot be used"),
         (("CKPT", "--prompt=a", "--precision=fp8"), 2, "precision"),
-        (("CKPT", "--prompt=a", "--tokenizer=nothing"), 1, "Unknown tokenizer 'nothing'"),
+        (("CKPT", "--prompt=a", "--tokenizer=nothing"), 2, "Unknown tokenizer 'nothing'"),
         (("CKPT", "--prompt=a", "--output", "TMP/none/out.jsonl"), 2, "there is no folder"),
         (("CKPT", "--prompt=a", "--prompts=in.jsonl"), 2, "cannot be had beside prompt"),
         (("CKPT", "--prompt=a", "--output", "TMP"), 2, "is a folder; give the name of a file"),

@@ -120,6 +120,7 @@ def test_a_checkpoint_folder_is_inspected_too(capsys: pytest.CaptureFixture, tmp
     module = load_config(LAPTOP).module
     module.configure_model()
     state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
+    state |= {"global_step": 0, "tokens_seen": 0, "seed": 1}
     PortableCheckpointIO().save_checkpoint(state, folder)
     found = inspect_json(capsys, str(folder), "--gpus", "4")
     assert found["params_total"] == sum(parameter.numel() for parameter in load_model(folder).parameters())

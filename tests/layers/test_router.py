@@ -124,6 +124,7 @@ def test_capacity_rounds_up_in_float32() -> None:
     assert capacity(2048, 128, 1, 1.0, 4) == 16
     assert capacity(16, 128, 1, 1.0, 4) == 4
     assert capacity(16, 128, 1, 1.0, 0) == 1
+    assert 16 < capacity(16, 4, 1, 1e30, 4) < 2**63  # as good as dropless
 
 
 @pytest.mark.parametrize(

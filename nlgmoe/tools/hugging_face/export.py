@@ -48,6 +48,7 @@ from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import SHA256
 from nlgmoe.tools.hugging_face.model_card import model_card
+from nlgmoe.validation import SettingError
 
 PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
 # Files of an earlier export, and files that `transformers` would load instead. The model card is kept: users complete it.
@@ -97,11 +98,11 @@ def export(
     """
     folder = Path(folder).resolve()
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; name a folder")
+        raise SettingError(f"{folder} is a file; name a folder")
     if (folder / "checkpoint.json").exists():  # both formats use the same file names
-        raise ValueError(f"{folder} is a checkpoint, which an export would destroy; name another folder")
+        raise SettingError(f"{folder} is a checkpoint, which an export would destroy; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
+        raise SettingError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
     path = find_checkpoint(checkpoint)
     document = read_document(path)
     config = GPTConfig.from_dict(document["model_config"])
@@ -208,7 +209,7 @@ def _write_weights(
     try:
         split = split_torch_state_dict_into_shards(named, max_shard_size=max_shard_size)
     except ValueError as error:
-        raise ValueError(f"max_shard_size={max_shard_size} is not a size; write it such as 5GB or 300MB") from error
+        raise SettingError(f"max_shard_size={max_shard_size} is not a size; write it such as 5GB or 300MB") from error
     for file, names in split.filename_to_tensors.items():
         save_file({name: read(name.removeprefix(PREFIX)) for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:

@@ -19,6 +19,7 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.activation_memory import activation_bytes
 from nlgmoe.tools.planner.roofline import Parts, Roofline, roofline
 from nlgmoe.tools.planner.topology import Topology
+from nlgmoe.validation import SettingError
 
 UTILISATION = 0.44
 """Achieved fraction of peak FLOP/s: Megatron-LM's 1.7B model on 32 A100s, 137 TFLOP/s (arXiv 2104.04473, table 1)."""
@@ -119,7 +120,7 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
     """
     require_paper_parts(config.moe, "the cost model knows", ["expert"])
     if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation={utilisation} must be above 0 and at most 1")
+        raise SettingError(f"utilisation={utilisation} must be above 0 and at most 1")
     groups = _parameter_groups(config, topology, gpu)
     memory = _memory(config, topology, groups)
     communication = _communication(config, topology, groups)

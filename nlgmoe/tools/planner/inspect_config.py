@@ -15,6 +15,7 @@ from nlgmoe.tools.planner.cost import UTILISATION, estimate
 from nlgmoe.tools.planner.fitting import suggestions
 from nlgmoe.tools.planner.inspect_report import as_json, as_text
 from nlgmoe.tools.planner.topology import Precision, Topology
+from nlgmoe.validation import SettingError
 
 
 def inspect_config(
@@ -137,7 +138,7 @@ def _precision(name: Any) -> Precision:
     """Expand Lightning's short names of precisions."""
     precision: Precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(name), str(name))  # type: ignore[assignment]
     if precision not in get_args(Precision):
-        raise ValueError(
+        raise SettingError(
             f"precision={name} is not supported by the cost model; choose one of {', '.join(get_args(Precision))}"
         )
     return precision

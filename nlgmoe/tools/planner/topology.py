@@ -7,6 +7,7 @@ from typing import Literal
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
+from nlgmoe.validation import SettingError
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 
@@ -68,20 +69,20 @@ class Topology:
     def __post_init__(self) -> None:
         for name in ("gpus", "expert_parallel_size", "micro_batch_size", "global_batch_size", "loss_chunk_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
         if self.zero_stage not in (0, 1, 2):
-            raise ValueError(
+            raise SettingError(
                 f"zero_stage={self.zero_stage}: choose 0, 1 or 2 (DeepSpeed's stage 3 has no expert parallelism)"
             )
         if self.expert_parallel_size > self.gpus:
-            raise ValueError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
+            raise SettingError(f"expert_parallel_size={self.expert_parallel_size} is above gpus={self.gpus}; lower it")
         if self.global_batch_size % (self.micro_batch_size * self.gpus):
-            raise ValueError(
+            raise SettingError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size} "
                 f"times {self.gpus} GPUs; change one of them"
             )
         if not self.deepspeed and (self.zero_stage or self.expert_parallel_size > 1 or self.offload_optimizer):
-            raise ValueError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
+            raise SettingError("ZeRO, expert parallelism and offloading need nlgmoe.ExpertParallelStrategy")
 
     @property
     def accumulation(self) -> int:
