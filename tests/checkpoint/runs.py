@@ -14,6 +14,7 @@ from tests.synthetic import SyntheticData
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter"))
 ACCUMULATE = 3
+NEEDED = {"model_config": CONFIG.to_dict(), "global_step": 0, "tokens_seen": 0, "seed": 0}  # in every checkpoint.json
 
 
 class SaveAt(Callback):

@@ -17,12 +17,12 @@ from nlgmoe.checkpoint import newest, portable, writing
 from nlgmoe.checkpoint.folder import is_complete, is_of_run, read_document
 from nlgmoe.checkpoint.newest import choose_checkpoint, has_checkpoints, list_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
-from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
+from tests.checkpoint.runs import ACCUMULATE, NEEDED, SaveAt, fit
 from tests.test_module import Recorder
 
 
 def save(path: Path, value: float) -> None:
-    checkpoint = {"state_dict": {"model.x": torch.tensor([value])}, "global_step": 0, "tensor": torch.ones(2)}
+    checkpoint = NEEDED | {"state_dict": {"model.x": torch.tensor([value])}, "global_step": 0, "tensor": torch.ones(2)}
     PortableCheckpointIO().save_checkpoint(checkpoint | {"optimizer_groups": []}, path)
 
 
@@ -111,7 +111,7 @@ def test_the_last_whole_checkpoint_is_never_deleted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"a\.ckpt is kept: no other checkpoint beside it is complete"):
         PortableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
     assert is_complete(tmp_path / "a.ckpt")
-    weights_only = {"state_dict": {"model.x": torch.ones(1)}, "global_step": 1}
+    weights_only = NEEDED | {"state_dict": {"model.x": torch.ones(1)}, "global_step": 1}
     PortableCheckpointIO().save_checkpoint(weights_only, tmp_path / "b.ckpt")
     with pytest.warns(UserWarning, match=r"a\.ckpt is kept"):  # nothing could be trained on from b
         PortableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
@@ -220,7 +220,7 @@ def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
 
     for year, step in ((2030, 9), (2020, 5), (2020, 6)):
         at(year)
-        checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
+        checkpoint = NEEDED | {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
         PortableCheckpointIO().save_checkpoint(checkpoint, tmp_path / str(step % 2) / f"step-{step}.ckpt")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-6.ckpt", "step-5.ckpt", "step-9.ckpt"]
     monkeypatch.setattr(newest, "gather_problems", lambda path: [])
@@ -233,7 +233,7 @@ def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(newest, "gather_problems", lambda path: [])
 
     def saved(step: int, start: int) -> None:
-        checkpoint = {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
+        checkpoint = NEEDED | {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
         PortableCheckpointIO().save_checkpoint(checkpoint | {"start": start}, tmp_path / f"run/step-{step}.ckpt")
 
     saved(8, start=0)

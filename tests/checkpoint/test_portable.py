@@ -19,7 +19,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule
-from tests.checkpoint.runs import ACCUMULATE, CONFIG, SaveAt, fit
+from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, SaveAt, fit
 from tests.memory import peak_bytes
 from tests.synthetic import SyntheticData
 from tests.test_module import Recorder
@@ -122,7 +122,7 @@ def test_splitting_and_joining_experts_are_inverse() -> None:
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     io, path = PortableCheckpointIO(), tmp_path / "a.ckpt"
-    checkpoint = {"state_dict": {"model.x": torch.ones(2)}, "model_config": {}}
+    checkpoint = NEEDED | {"state_dict": {"model.x": torch.ones(2)}}
     io.save_checkpoint(checkpoint, path)
 
     def full(*_: Any) -> None:
@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         ValueError, match=r"a.ckpt cannot be written \(No space left on device\); earlier checkpoints are unchanged"
     ):
-        io.save_checkpoint({"state_dict": {"model.x": torch.zeros(2)}, "model_config": {}}, path)
+        io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.zeros(2)}}, path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["model.x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -140,10 +140,10 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
 def test_overwriting_and_removing(tmp_path: Path) -> None:
     io, path = PortableCheckpointIO(), tmp_path / "a.ckpt"
     for value in (1.0, 2.0):
-        io.save_checkpoint({"state_dict": {"model.x": torch.tensor([value])}}, path)
+        io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.tensor([value])}}, path)
     assert io.load_checkpoint(path)["state_dict"]["model.x"].item() == 2.0
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
-    io.save_checkpoint({"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "b.ckpt")
+    io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "b.ckpt")
     io.remove_checkpoint(path)
     assert [p.name for p in tmp_path.iterdir()] == ["b.ckpt"]
 
@@ -188,7 +188,8 @@ def test_tensors_tuples_and_special_numbers_survive(tmp_path: Path) -> None:
         "nested": [{"x": torch.tensor(3)}, None, True],
     }
     io = PortableCheckpointIO()
-    io.save_checkpoint({"state_dict": {"model.x": torch.ones(1)}, "callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
+    weights = {"model.x": torch.ones(1)}
+    io.save_checkpoint(NEEDED | {"state_dict": weights, "callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
     loaded = io.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]["Mine"]
     assert torch.equal(loaded["t"], state["t"]) or torch.isnan(loaded["t"][1])
     assert (loaded["inf"], loaded["nested"]) == (float("inf"), [{"x": torch.tensor(3)}, None, True])
