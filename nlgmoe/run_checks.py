@@ -11,12 +11,14 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -143,10 +145,16 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
-def warn_of_early_end(
+def warn_about_end(
     config: GPTConfig, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
 ) -> None:
-    """Warn if training ends before the curriculum does, or before the first sample of a part of a blend."""
+    """Warn if training has no end, or ends before the curriculum does, or before the first sample of a part of a blend."""
+    stoppers = (Timer, EarlyStopping)
+    stopped = any(isinstance(one, stoppers) for one in trainer.callbacks)  # type: ignore[attr-defined]
+    if train_tokens is None and trainer.max_steps < 0 and trainer.max_epochs in (None, -1) and not stopped:
+        rank_zero_warn(
+            "this run has no end; set model.train_tokens, trainer.max_steps or trainer.max_time, or stop it with Ctrl+C"
+        )
     if curriculum is not None and train_tokens is not None and curriculum.tokens > train_tokens:
         rank_zero_warn(
             f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "

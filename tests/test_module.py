@@ -122,7 +122,9 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
     logger = CSVLogger(tmp_path, name="", version="")
     settings = {"logger": logger, "log_every_n_steps": 100, "accumulate_grad_batches": 3, "limit_val_batches": 1.0}
     run = trainer(tmp_path, Throughput(), *callbacks, max_steps=max_steps, **settings)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    with warnings.catch_warnings(record=True) as caught:
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert any("this run has no end" in str(one.message) for one in caught) == (max_steps < 0)
     with (tmp_path / "metrics.csv").open() as file:
         trained, validated = csv.DictReader(file)
     assert {trained["step"], validated["step"]} == {str(run.global_step - 1)}

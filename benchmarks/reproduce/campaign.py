@@ -177,6 +177,8 @@ class Campaign:
             steps = round(cell.budget * (1 - COOLDOWN) * self.scale.steps)
             start = str(self.folder / self.key(cell.trunk, seed) / f"checkpoints/step-{steps}.ckpt")
         self._call([*command, f"--ckpt_path={start}"], folder / "log.txt")
+        if not (folder / "summary.json").exists():
+            raise RuntimeError(f"{key} was stopped; start the command again, and it goes on")
         summary = json.loads((folder / "summary.json").read_text())
         shape = self.shape(cell.config)
         count = count_parameters(shape)

@@ -71,9 +71,12 @@ def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
                 )
             return candidate.path
         rank_zero_warn(f"skipping a checkpoint that cannot be used: {_summary(found)}")
-        skipped.append(candidate.path.name)
-    more = f" (skipped {', '.join(skipped)})" if skipped else ""
-    raise AllRanksError(f"no valid checkpoint in {path}{more}; start a new run in another folder")
+        skipped.append(f"{candidate.path.name}: {_summary(found)}")
+    remedy = "start a new run in another folder" if to_train else "name a checkpoint, or the folder of a run"
+    if (Path(path) / "config.json").exists() and not skipped:  # as `nlgmoe export` writes
+        remedy = "it is a folder for transformers; make a checkpoint of it with nlgmoe import"
+    why = f" ({skipped[0]}{f'; and {len(skipped) - 1} more' if len(skipped) > 1 else ''})" if skipped else ""
+    raise AllRanksError(f"no valid checkpoint in {path}{why}; {remedy}")
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -146,7 +146,7 @@ def test_weights_alone_are_no_way_to_go_on(tmp_path: Path) -> None:
     fit(tmp_path, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_weights_only=True), steps=1)
     with (
         pytest.warns(UserWarning, match="holds weights only"),
-        pytest.raises(ValueError, match=r"no valid checkpoint in .* \(skipped step=1\.ckpt\)"),
+        pytest.raises(ValueError, match=r"no valid checkpoint in .* \(step=1\.ckpt: .*\); start a new run"),
     ):
         choose_checkpoint(tmp_path)
     assert choose_checkpoint(tmp_path, to_train=False) == tmp_path / "step=1.ckpt"
@@ -251,3 +251,9 @@ def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: py
     (tmp_path / "branch").mkdir()
     (tmp_path / "branch/starts.json").write_text(json.dumps([{"checkpoint": str(tmp_path / "run/step-8.ckpt")}]))
     assert has_checkpoints(tmp_path / "branch") and choose_checkpoint(tmp_path / "branch").name == "step-8.ckpt"
+
+
+def test_a_folder_for_transformers_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a folder for transformers; make a checkpoint of it with nlgmoe import"):
+        choose_checkpoint(tmp_path, to_train=False)
