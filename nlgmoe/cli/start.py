@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from types import ModuleType
 
 from nlgmoe.cli.errors import INTERRUPTED, one_line_errors
@@ -27,10 +28,12 @@ def nlgmoe() -> None:
 
 def import_interruptibly(module: str) -> ModuleType:
     """Import a module; Ctrl+C ends the process at once."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:
-        # Not by KeyboardInterrupt: code of other packages that runs while they are imported may catch it, or print it.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    found = importlib.import_module(module)
-    signal.signal(signal.SIGINT, handler)
-    return found
+    handler, in_main = signal.getsignal(signal.SIGINT), threading.current_thread() is threading.main_thread()
+    if handler is not signal.default_int_handler or not in_main:
+        return importlib.import_module(module)
+    # Not by KeyboardInterrupt: code of other packages that runs while they are imported may catch it, or print it.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        return importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, handler)
