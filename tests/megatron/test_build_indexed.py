@@ -119,6 +119,26 @@ def test_a_killed_build_goes_on(
     assert begun[0].documents > 30  # it did not begin again
 
 
+def test_a_full_disk_is_named_and_the_build_goes_on(
+    tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, add, calls = tmp_path / "pile", IndexedWriter.add_document, count()
+
+    def full(writer: IndexedWriter, tokens: Any) -> None:
+        if next(calls) == 50:
+            raise OSError(28, "No space left on device")
+        add(writer, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexedWriter, "add_document", full)
+        with pytest.raises(
+            ValueError, match=r"output=.*pile cannot be written \(No space left on device\); make room, and"
+        ):
+            build(files, prefix, tokenizer, Fields(), skip(), 2, lambda done: None)
+    build(files, prefix, tokenizer, Fields(), skip(), 2, lambda done: None)
+    assert content(prefix) == wanted
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("moved", [True, False])
 def test_so_does_one_that_was_killed_at_its_end(

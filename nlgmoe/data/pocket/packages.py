@@ -97,6 +97,8 @@ def fetch(package: Package, folder: Path) -> Path:
         downloaded = Path(temporary) / package.archive
         if result.returncode != 0 or not downloaded.exists():
             said = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
+            if said[-1] == "ERROR: Exception:":  # of pip's own, such as a full disk: a traceback follows
+                said = result.stderr.split("\n\n")[0].rstrip().splitlines()
             raise ValueError(
                 f"pip could not download {package.requirement} ({said[-1]}); check the network and pip's index settings, or "
                 f"put {package.archive} into {folder} yourself"

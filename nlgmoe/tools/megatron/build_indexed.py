@@ -114,9 +114,13 @@ def build_indexed(
         raise ValueError(
             f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it."
         ) from None
-    except BaseException:
+    except BaseException as error:
         if not (folder / "progress.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write
+            raise ValueError(
+                f"output={prefix} cannot be written ({error.strerror}); make room, and start again: it goes on"
+            ) from error
         raise
     return done
 
