@@ -18,7 +18,7 @@ FREE_IN_EVALUATION = frozenset(
         *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
         *("eval_token_dropping", "eval_capacity_factor", "min_capacity"),
     }
-)  # fields that shape no weight: a checkpoint may be evaluated with others
+)  # a checkpoint may be evaluated with other values of these
 ROUTER_FIELDS = FREE_IN_EVALUATION - {"hidden_dropout", "attention_dropout", "init_std"}  # read by routers only
 
 
@@ -29,8 +29,8 @@ class MoEConfig:
     Attributes:
         num_experts: experts per MoE layer: one number for all of them, or one number per MoE position from the first to
             the last (the pyramid of PR-MoE, such as `[32, 32, 64]`). 0 makes the block at that position dense: `[0, 8, 0, 16]`.
-        expert_interval: blocks from one MoE position to the next: 2 makes the 2nd, 4th, ... block MoE; 1 makes every block a
-            position, so that `num_experts` is a map of all layers.
+        expert_interval: blocks from one MoE position to the next: with 2 the 2nd, 4th, ... blocks are positions; with 1 every
+            block is, so that `num_experts` is a map of all layers.
         top_k: experts per token.
         mlp_type: `standard`, or `residual`: every token also passes a shared dense MLP (paper, section 4.1.1).
         residual_mix: how a residual layer joins the two: `learned` (a softmax of a linear layer with two outputs, as in
@@ -38,26 +38,26 @@ class MoEConfig:
         expert_ffn_size: inner width of an expert, in values per token; null: the model's. `num_experts` 32 and `top_k` 4 at a
             quarter of the width are fine-grained experts (DeepSeekMoE, arXiv 2401.06066).
         shared_ffn_size: inner width of a residual layer's shared MLP, in values per token; null: the model's.
-        train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`; the
-            tokens of one rank's micro-batch, padding included.
+        train_capacity_factor: slots of an expert in training, as a multiple of its fair share `top_k * tokens / experts`,
+            rounded up; `tokens` counts one rank's micro-batch, padding included.
         eval_capacity_factor: slots of an expert in evaluation, as that multiple; used only with `eval_token_dropping`.
         min_capacity: slots that an expert has at least.
         token_dropping: training drops assignments over capacity; if false, every assignment is computed (dropless). With `top_k`
-            2 first choices are kept before second ones, in token order; above 2 the most probable assignments are.
-        eval_token_dropping: evaluation drops too (the tutorial's way). By default evaluation is dropless, so that the
-            output for a sequence never depends on its neighbours in the batch.
-        random_token_selection: with `top_k` 1, a random choice of tokens keeps the slots of an expert that is over
-            capacity; if false, the first tokens of the micro-batch do, sequence by sequence.
-        noise: training noise on the routing: `jitter` multiplies the gate's input by U(0.99, 1.01), `rsample` adds Gumbel
-            noise to the logits for the choice only (`top_k` 1 only).
-        second_expert: with `top_k` 2, the second expert is a `sample` from the gate's distribution without the first
-            (training only) or the `argmax`.
-        loss_coeff: weight of the load-balancing loss, which is summed over the MoE layers.
+            2 first choices get slots before second ones, each in token order; above 2 the most probable assignments do.
+        eval_token_dropping: evaluation drops too, as in the tutorial; `token_dropping` is for training alone. By default
+            evaluation is dropless, so that the output for a sequence never depends on its neighbours in the batch.
+        random_token_selection: with `top_k` 1, in training, random tokens get the slots of an expert that is over capacity; if
+            false, and in evaluation, the first tokens of the micro-batch do, sequence by sequence.
+        noise: training noise on the routing: `jitter` multiplies each value of the gate's input by U(0.99, 1.01), `rsample`
+            adds Gumbel noise to the logits for the choice only, not for the weights (`top_k` 1 only).
+        second_expert: with `top_k` 2, the second expert in training is a `sample` from the gate's distribution without the
+            first, or the `argmax`; in evaluation it is the `argmax`.
+        loss_coeff: weight of the load-balancing loss (`layers/balance.py`), which is summed over the MoE layers.
         z_loss_coeff: weight of the router z-loss, which is summed over the MoE layers.
-        aux_scope: the load-balancing loss looks at the loads of all data-parallel ranks together (`global`) or of each
-            rank alone (`rank`, as DeepSpeed does).
-        router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); it says
-            which of the fields from `train_capacity_factor` on it reads. null: the paper's, which reads all of them.
+        aux_scope: the load-balancing loss is computed from the loads of all data-parallel ranks together (`global`) or of
+            each rank alone (`rank`, as in DeepSpeed).
+        router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); its `uses`
+            lists the fields from `train_capacity_factor` to `aux_scope` that it reads. null: the paper's, which reads all.
         expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
     """
 
@@ -142,11 +142,11 @@ class GPTConfig:
             means `4 * hidden_size`.
         hidden_dropout: dropout probability on the embeddings and on each branch before it joins the residual stream.
         attention_dropout: dropout probability on the attention weights.
-        init_std: standard deviation of the initial weights; output projections get `init_std / sqrt(2 * num_layers)`.
+        init_std: standard deviation of the initial weights; `init_std / sqrt(2 * num_layers)` in output projections.
         layer_norm_eps: added to the variance in the LayerNorms.
         vocab_size_multiple: the embedding table is padded to a multiple of this (for fast GEMMs); padding gets no logits.
-        ffn_network: of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`, three
-            matrices of that inner width (arXiv 2002.05202), which is half as much again.
+        ffn_network: network of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`
+            (arXiv 2002.05202), three matrices of the same inner width, and so 1.5 times the parameters.
         moe: mixture-of-experts layers, or null for a dense model.
     """
 
@@ -216,7 +216,7 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON and YAML, of which `from_dict` is the inverse. Parts that are the paper's are left out."""
+        """Return plain values for JSON and YAML, of which `from_dict` is the inverse. Parts that are null are left out."""
         values = asdict(self)
         for name in PARTS if self.moe is not None else ():
             del values["moe"][name]
@@ -239,7 +239,7 @@ class GPTConfig:
 
 
 def unknown_fields(values: dict[str, Any]) -> list[str]:
-    """Return names in `to_dict`'s values that are no fields, such as those of a later version."""
+    """Return names in `to_dict`'s values that are not fields, such as those of a later version."""
     moe = values["moe"] if isinstance(values.get("moe"), dict) else {}
     known = {field.name for field in fields(MoEConfig)}
     return [

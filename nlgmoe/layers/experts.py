@@ -39,8 +39,8 @@ class Experts(nn.Module):
         count: E.
         hidden_size: H.
         ffn_size: F.
-        first: number of the first of them in the layer; under expert parallelism a rank holds a slice.
-        network: of each expert.
+        first: number of the first one in the layer; under expert parallelism a rank holds a slice.
+        network: network of each expert.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ def select_backend(
     """Choose between `grouped`, which is `F.grouped_mm`, and `loop`, one product per expert.
 
     Args:
-        device_type: of the rows.
-        dtype: of the computation.
-        widths: of the weights' dimensions, in values.
-        capability: of a CUDA device; None elsewhere.
+        device_type: device type of the rows.
+        dtype: dtype of the computation.
+        widths: input and output widths of the weights, in values.
+        capability: compute capability of a CUDA device; None elsewhere.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or any(w * dtype.itemsize % 16 for w in widths):
         return "loop"  # grouped_mm takes no fp64, and needs rows of a multiple of 16 bytes

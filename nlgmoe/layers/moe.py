@@ -4,7 +4,7 @@
 
     standard:          y = E(x)
     residual, sum:     y = E(x) + MLP(x)
-    residual, learned: y = c_0 * E(x) + c_1 * MLP(x)       c = softmax(W x + b)
+    residual, learned: y = c_0 * E(x) + c_1 * MLP(x)       c = softmax(W x + b), in at least fp32; b = 0 at first
 
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
@@ -32,7 +32,7 @@ class MoELayer(nn.Module):
 
     Args:
         config: the model's configuration; `config.moe` must be set.
-        layer_index: block number, counted from 0; `pyramid.py` says how many experts it has.
+        layer_index: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
     """
 
@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
             context: the router's other inputs.
 
         Returns:
-            `y` `[B, T, H]` in the dtype of `x`, and the routing. A dropped token gets zeros (in a residual layer its MLP part).
+            `y` `[B, T, H]` in the dtype of `x`, and the routing. E(x) of a dropped token is 0.
 
         Raises:
             ValueError: the router chose another number of experts a token than `top_k`, or its weights are in half precision.
@@ -95,7 +95,11 @@ class MoELayer(nn.Module):
         return y.to(x.dtype).view_as(x), routing
 
     def _sorted_by_expert(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-        """Return the experts' weighted sums in at least fp32, and the shared MLP's output if there is one, both `[N, H]`."""
+        """Compute kept assignments, sorted by expert and then by token.
+
+        Returns:
+            The experts' weighted sums in at least fp32, and the shared MLP's output if there is one, both `[N, H]`.
+        """
         dispatch = Dispatch.from_routing(routing, self.router.num_experts)
         expert_parallel = self.placement.group is not None
         # In evaluation the ranks' last micro-batches may differ in size.

@@ -2,12 +2,13 @@
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
-    expert = the top k of p                    [N, k]   k = 2, training: the second one is sampled (`second_expert`)
+    expert = the top k of p                    [N, k]   k = 2, training: the second one is sampled (`second_expert`);
+                                                        equal logits: the lower expert for k <= 2, unspecified for k > 2
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
 
-`balance.py` has the load-balancing losses. Follows GShard (arXiv 2006.16668, algorithm 1), and DeepSpeed's
-`sharded_moe.py` (0.19.8) for what happens at capacity; tests/equivalence compares with the latter. Other routers: `routers/`.
+`balance.py` has the load-balancing loss, of the choices before dropping. Follows GShard (arXiv 2006.16668, algorithm 1), and
+DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the latter. Other routers: `routers/`.
 
 Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
 """
@@ -38,7 +39,7 @@ class RoutingContext:
     Attributes:
         tokens: `[B, T]` int64 ids; None where a layer is called by itself.
         mask: `[B, T]` bool, False at padding, which takes no slot and counts in no loss or statistic; None: no padding.
-        noise_key: (seed, step, micro-batch index): determines every random draw, on any rank. None: torch's global generator.
+        noise_key: (seed, step, micro-batch index over all ranks): determines every random draw. None: torch's global generator.
         positions: `[1 or B, T]` int64 position of each token in its document, padding not counted; None as for `tokens`.
     """
 
@@ -99,11 +100,11 @@ def capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minim
     share = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(
         factor * top_k, dtype=torch.float32
     )
-    return max(minimum, int(torch.ceil(share).clamp_max(2.0**31)))  # an integer that devices have, at any factor
+    return max(minimum, int(torch.ceil(share).clamp_max(2.0**31)))  # within int64, at any factor
 
 
 class Router(nn.Module):
-    """Base class of routers (`parts.RouterConfig` says how a configuration names one).
+    """Base class of routers; a subclass of `parts.RouterConfig` has its settings and builds it.
 
     Its buffers are entries of the checkpoint, in fp32 or an integer type at any precision of the run: bf16 would round 1.001
     to 1. They are the same on all ranks and change in `after_step` only: activation checkpointing runs `forward` twice.
@@ -242,7 +243,7 @@ class TopKRouter(Router):
     def _within_capacity(
         self, slots: int | None, expert: Tensor, probs: Tensor, token_mask: Tensor | None, draw: Uniform
     ) -> Tensor:
-        """Return which assignments are kept, `[N, k]` bool: each expert takes its queue in order, up to its capacity."""
+        """Return which assignments are kept, `[N, k]` bool: the first `slots` of each expert's queue."""
         config = self.config
         requested = torch.ones_like(expert, dtype=torch.bool)
         if token_mask is not None:
@@ -254,7 +255,7 @@ class TopKRouter(Router):
         if top_k == 1:
             queue = torch.arange(num_tokens, device=expert.device)
             if config.random_token_selection and self.training:
-                queue = draw((num_tokens,)).argsort(descending=True)  # the highest random priorities stay
+                queue = draw((num_tokens,)).argsort(descending=True)  # the highest draws first
         elif top_k == 2:
             # All first choices before any second one, each in token order.
             queue = torch.arange(num_tokens * 2, device=expert.device).view(num_tokens, 2).t().flatten()

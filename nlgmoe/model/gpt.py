@@ -84,8 +84,8 @@ class GPT(nn.Module):
     """The whole model.
 
     Args:
-        config: its shape.
-        seed: of the initial weights (`initialisation.py`).
+        config: settings of the model.
+        seed: seed of the initial weights (`initialisation.py`).
         activation_checkpointing: keep only each block's input for the backward pass, and recompute the rest.
         placements: the experts that this rank holds, by block number; a block that is not named holds all of its experts.
     """
@@ -122,10 +122,10 @@ class GPT(nn.Module):
             tokens: `[B, T]` int64.
             token_mask: `[B, T]` bool, False at padding, at any place: other tokens do not attend to it, positions do not count
                 it, and it takes no expert slot. None: no padding.
-            cache: keys and values of earlier calls, which `tokens` continue and extend.
+            cache: keys and values of earlier positions, to which this call appends those of `tokens`.
             noise_key: (seed, step, micro-batch index) of the routing's random draws; None: torch's global generator.
             documents: `[B, T]` int64, the document of each position; a document is contiguous. Attention ends at its borders,
-                and positions count from its beginning. None: one document.
+                and positions count from its beginning; capacity and losses of routers ignore it. None: one document.
 
         Raises:
             ValueError: a sequence is longer than `config.seq_len`, padding not counted.

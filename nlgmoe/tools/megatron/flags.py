@@ -23,7 +23,7 @@ _MODEL = (
     derived(
         "`model.config.seq_len`",
         [Flag("--seq-length", int), Flag("--max-position-embeddings", int)],
-        "positions past the sequence length are never trained, so there are none",
+        "positions past the sequence length are never trained; here they do not exist",
     ),
     same("model.config.hidden_dropout", "--hidden-dropout", float, 0.1, "0 here by default"),
     same("model.config.attention_dropout", "--attention-dropout", float, 0.1, "0 here by default"),
@@ -36,7 +36,7 @@ _EXPERTS = (
     derived(
         "`model.config.moe.num_experts`",
         [Flag("--num-experts", int, many=True, default=[1])],
-        "one value, or one for each MoE position; 1 is a dense layer, 0 here; alone a dense model, `moe: null`",
+        "one value, or one for each MoE position; a dense layer is 1 there, 0 here (all dense: `moe: null`)",
     ),
     same("model.config.moe.expert_interval", "--expert-interval", int, 2),
     same("model.config.moe.top_k", "--topk", int, 1),
@@ -52,7 +52,7 @@ _EXPERTS = (
         ),
         "setting",
         "`model.config.moe.mlp_type`",
-        "`residual` has Megatron-DeepSpeed's learned mix",
+        "`residual` with `residual_mix: learned`, the default",
     ),
     same("model.config.moe.train_capacity_factor", "--moe-train-capacity-factor", float, 1.0),
     derived(
@@ -64,19 +64,19 @@ _EXPERTS = (
     derived(
         "`model.config.moe.token_dropping: false`",
         [Flag("--disable-moe-token-dropping")],
-        "truly dropless, not padded to the largest load",
+        "dropless without padding to the largest load",
     ),
     derived("`model.config.moe.second_expert: argmax`", [Flag("--disable-moe-top2-2nd-expert-sampling")]),
     Row(
         (Flag("--moe-loss-coeff", float, default=0.1, setting="model.config.moe.loss_coeff"),),
         "setting",
         "`model.config.moe.loss_coeff`, `aux_scope: rank`",
-        "balanced within each rank as there; `global`, the default here, balances over all",
+        "balanced within each rank; the default here, `global`, balances over all ranks",
     ),
     derived(
         "`trainer.strategy.init_args.expert_parallel_size`",
         [Flag("--moe-expert-parallel-size", int, default=1)],
-        "a layer with fewer experts takes the largest degree that divides them, so 64 works with layers of 32",
+        "each layer has the largest degree up to this that divides its experts: with 64, a layer of 32 has degree 32",
     ),
 )
 
@@ -118,7 +118,7 @@ _OPTIMISATION = (
             Flag("--loss-scale-window", float),
             Flag("--hysteresis", int, default=2),
         ],
-        "fp16 only; the DeepSpeed configuration wins; with `--deepspeed` else the tutorial's 11, 500, 2",
+        "fp16 only; the DeepSpeed configuration has precedence; default with `--deepspeed`: the tutorial's 11, 500, 2",
     ),
 )
 
@@ -126,9 +126,13 @@ _LENGTH = (
     derived(
         "`model.train_tokens`",
         [Flag("--train-tokens", int), Flag("--train-samples", int)],
-        "with both, the one that is reached first",
+        "if both are given, the one reached first",
     ),
-    derived("`trainer.max_steps`", [Flag("--train-iters", int)], "beside `train_tokens`: whichever comes first"),
+    derived(
+        "`trainer.max_steps`",
+        [Flag("--train-iters", int)],
+        "with `train_tokens` too, the limit reached first ends the run",
+    ),
     derived(
         "`trainer.max_time`",
         [Flag("--exit-duration-in-mins", int)],
@@ -163,7 +167,7 @@ _BATCH_AND_DATA = (
     derived(
         "`data.document_attention`",
         switches("--reset-attention-mask", "--reset-position-ids"),
-        "both or neither; an end-of-document token that is read opens the next document here, closes its own there",
+        "both or neither; an input end-of-document token is the next document's first here, its own document's last there",
     ),
     derived("`data.mask_eod_loss`", switches("--eod-mask-loss"), "in evaluation too, as there"),
     same("data.num_workers", "--num-workers", int, 2),
@@ -182,9 +186,11 @@ _RUN = (
         "one folder for checkpoints, logs and results",
     ),
     derived(
-        "`--ckpt_path last`", [Flag("--load", str)], "resuming is said on the command line; refused if not `--save`"
+        "`--ckpt_path last`",
+        [Flag("--load", str)],
+        "given on the command line, not in YAML; refused if it differs from `--save`",
     ),
-    derived("`trainer.val_check_interval`", [Flag("--eval-interval", int, default=1000)], "steps in both"),
+    derived("`trainer.val_check_interval`", [Flag("--eval-interval", int, default=1000)], "optimizer steps in both"),
     derived(
         "`data.max_eval_windows`",
         [Flag("--eval-iters", int, default=100)],
@@ -210,14 +216,14 @@ _RUN = (
     derived(
         "`trainer.strategy`: `nlgmoe.ExpertParallelStrategy`, `stage`",
         [Flag("--zero-stage", int, allowed=(0, 1, 2))],
-        "ZeRO 0, 1, 2; the stage in the DeepSpeed configuration wins",
+        "ZeRO 0, 1, 2; the stage in the DeepSpeed configuration has precedence",
     ),
     derived("`trainer.strategy.init_args.offload_optimizer`", [Flag("--cpu-optimizer")]),
     derived(
         "`model.curriculum`: `start`, `increment`, `tokens`",
         [Flag("--deepspeed_config", str)],
-        "its section `curriculum_learning`, where the file is known; steps become tokens. ZeRO and precision in it must "
-        "agree with the flags, its clipping wins",
+        "its section `curriculum_learning`, if the file is given; steps become tokens. ZeRO and precision in it must "
+        "agree with the flags; its clipping has precedence",
     ),
     derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", int)]),
 )
@@ -232,15 +238,21 @@ _DISTILLATION = (
         "model.distiller.init_args.teacher",
         "--load-teacher",
         str,
-        note="a checkpoint of nlgmoe, which says what it is",
+        note="a checkpoint of nlgmoe, which contains the model's configuration",
     ),
-    same("model.distiller.init_args.beta", "--kd-beta-ce", float, 1.0, "over counted tokens here, `seq_length` there"),
+    same(
+        "model.distiller.init_args.beta",
+        "--kd-beta-ce",
+        float,
+        1.0,
+        "mean over tokens in the loss here, `batchmean / seq_length` there",
+    ),
     same("model.distiller.init_args.temperature", "--kd-temp", float, 1.0),
     same(
         "model.distiller.init_args.num_layers",
         "--num-layers-teacher",
         int,
-        note="a check, as the next three are: the checkpoint says what the teacher is",
+        note="checked against the checkpoint's configuration, as the next three are",
         optional=True,
     ),
     same("model.distiller.init_args.hidden_size", "--hidden-size-teacher", int, optional=True),
@@ -248,7 +260,7 @@ _DISTILLATION = (
     derived(
         "`model.distiller.init_args.num_experts`",
         [Flag("--num-experts-teacher", int, many=True)],
-        "1 is a dense teacher, `0`",
+        "a dense teacher is 1 there, `0` here",
     ),
 )
 
