@@ -1,4 +1,4 @@
-"""MoEGPTModule: how a GPT is trained. Loss, optimizer, learning rate, and the token clock."""
+"""MoEGPTModule, the LightningModule: training step, optimizer, learning rate, and the token clock."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ from nlgmoe.run_checks import warn_about_end
 class MoEGPTModule(GPTModule):
     """Train a GPT: cross-entropy, the balance losses of its MoE layers, and the distillation loss if there is a teacher.
 
-    Everything random in a step (dropout, routing noise, token selection) is a function of `seed`, the step and the
-    micro-batch's index over all ranks, so that a resumed run, or another number of ranks, draws the same numbers.
+    The random draws of a step (dropout, routing noise, token selection) are a function of `seed`, the step and the
+    micro-batch's index over all ranks: a resumed run, or another number of ranks, draws the same numbers.
 
     Args:
         config: shape of the model.
         optimizer: AdamW's settings.
         schedule: the learning rate over tokens.
-        train_tokens: training ends when this many tokens have been fed, at the end of that step; null leaves the end to
-            the trainer (`max_steps`, `max_time`).
-        curriculum: train on short sequences first; null: on whole ones from the start. Evaluation is always on whole ones.
+        train_tokens: training ends with the step that reaches this many tokens; null: the trainer determines the end
+            (`max_steps`, `max_time`).
+        curriculum: train on short sequences first; null: on whole ones. Evaluation always uses whole sequences.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         compile: compile attention and dense layers with `torch.compile`, at the first step; for GPUs. Needs a C compiler there,
             and a C++ compiler on CPUs, where it gains nothing (docs/performance.md).
-        loss_chunk_size: tokens whose logits exist at a time; memory of the head is `loss_chunk_size * vocab_size` values.
-        seed: seed of the initial weights and of all that is random in training.
-        warm_start: initial weights from a checkpoint; null draws them. `train.py` ignores it where `--ckpt_path` resumes a run.
-        non_finite: stop or skip, for a step whose loss or gradients are NaN or infinite.
-        distiller: a teacher, until `StagedDistillation` ends distillation; null: train on text alone.
+        loss_chunk_size: tokens whose logits are in memory at a time; the head uses `loss_chunk_size * vocab_size` values.
+        seed: seed of the initial weights and of all random draws in training.
+        warm_start: initial weights from a checkpoint; null: random ones. `train.py` ignores it when `--ckpt_path` resumes a run.
+        non_finite: handling of a step whose loss or gradients are NaN or infinite: stop the run or skip the step.
+        distiller: teacher to distil from until `StagedDistillation` ends distillation; null: train on text alone.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MoEGPTModule(GPTModule):
 
     @property
     def tokens_fed(self) -> int:
-        """Positions fed so far, over all ranks: the token clock, and the micro-batches since the last optimizer step."""
+        """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
         return self.tokens_seen + self._window.tokens * self.trainer.world_size
 
     @override
@@ -127,12 +127,11 @@ class MoEGPTModule(GPTModule):
     ) -> None:
         """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`), and log the step.
 
-        The host reads losses and gradient norm from the device in one copy.
-
-        Lightning calls this between the backward pass and the optimizer's step, DeepSpeed's after every micro-batch.
+        Lightning calls this between the backward pass and the optimizer's step; its DeepSpeedStrategy calls it after every
+        micro-batch. The host reads losses and gradient norm from the device in one copy.
 
         Raises:
-            NonFiniteError: the run is to stop.
+            NonFiniteError: `non_finite` stops the run.
         """
         gradients = self.step_gradients()
         if gradients is None:
@@ -164,7 +163,7 @@ class MoEGPTModule(GPTModule):
         self.log("train/skipped_steps", float(self.guard.skipped))
 
     def step_gradients(self) -> StepGradients | None:
-        """Return the gradients of the coming optimizer step, for `on_before_optimizer_step` and later; None if none is due."""
+        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on; None if no step is due."""
         trainer = self.trainer
         if isinstance(trainer.strategy, HasStepGradients):
             return trainer.strategy.step_gradients()
@@ -221,7 +220,7 @@ class MoEGPTModule(GPTModule):
             require_same_end(self.trainer.global_step)
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
-        """Warn if a resumed run takes steps of another size, which the data module has not planned."""
+        """Warn if a step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
         if self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(
                 f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
@@ -231,18 +230,18 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Train in training mode: a validation that was interrupted has left evaluation mode."""
+        """Set training mode: an interrupted validation leaves the model in evaluation mode."""
         self.train()
 
     @override
     def on_train_start(self) -> None:
         """Begin the first accumulation window.
 
-        Optimizer settings are the configuration's, not the checkpoint's: a change takes effect on resume. A run that is
-        resumed at its end is validated once more.
+        Optimizer settings are those of the configuration, not of the checkpoint: a change takes effect on resume. A run
+        that is resumed at its end is validated again.
 
         Raises:
-            ValueError: a new run was given a trainer, module or data of an earlier one.
+            ValueError: a new run has the trainer, module or data of an earlier one.
         """
         data = getattr(self.trainer, "datamodule", None)
         samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
@@ -274,7 +273,7 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Check the weights after the last step, which no loss follows.
+        """Check the weights after the last step: no later loss would show that they are not finite.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
@@ -289,12 +288,12 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Log at the step's number, which Lightning loses where a run is resumed at an end."""
+        """Set the step number that loggers use; Lightning loses it if a run is resumed at an end."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
     def on_validation_start(self) -> None:
-        """Log at the number of the step before, also where a resumed run begins with a validation."""
+        """Set the step number that loggers use to the last step's, also if a resumed run begins with a validation."""
         trainer = self.trainer
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             loop = trainer.fit_loop.epoch_loop
@@ -302,7 +301,7 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's shape and the clock, and set the loop's counters to the last optimizer step."""
+        """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
@@ -331,7 +330,7 @@ class MoEGPTModule(GPTModule):
         """Restore the clock.
 
         Raises:
-            ValueError: the checkpoint is of another model or run, whose differences the message names, or the run to resume
+            ValueError: the checkpoint is of another model or run (the message lists the differences), or the run to resume
                 has weights only. Evaluation ignores settings that only affect training.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING

@@ -21,7 +21,7 @@ def intervened(model: GPT, block: int, edit: Callable[[Routing], Routing]) -> It
 
 
 def without(expert: int) -> Callable[[Routing], Routing]:
-    """Drop the assignments of an expert: its tokens pass by."""
+    """Drop the assignments of an expert."""
 
     def edit(routing: Routing) -> Routing:
         off = routing.expert == expert  # [N, k]
@@ -32,7 +32,7 @@ def without(expert: int) -> Callable[[Routing], Routing]:
 
 
 def around(expert: int) -> Callable[[Routing], Routing]:
-    """Send the tokens of an expert to the next probable one, with its weight; other tokens stay as they are.
+    """Send the tokens of an expert to the next most probable one, with its weight; do not change other tokens.
 
     Raises:
         ValueError: the weights are not the paper's.
@@ -56,7 +56,7 @@ def _weights(routing: Routing, chosen: Tensor) -> Tensor:
 
 
 def replay(recorded: Routing) -> Callable[[Routing], Routing]:
-    """Choose the recorded experts with the recorded weights, whatever the hidden states are."""
+    """Use the recorded experts and weights for any hidden states."""
 
     def edit(routing: Routing) -> Routing:
         same = {name: getattr(recorded, name) for name in ("expert", "weight", "kept", "capacity", "all_kept")}

@@ -34,7 +34,7 @@ class ExpertLoad(Callback):
     step is logged; one collective then adds them over ranks.
 
     Args:
-        dead_window: an expert without tokens in this many last steps, rounded up to logging intervals, is dead.
+        dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
         heat_maps: log a heat map of all loads each interval, to loggers that take images, such as TensorBoard.
 
     Raises:
@@ -156,7 +156,7 @@ class ExpertLoad(Callback):
         return metrics
 
     def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
-        """Return the names of all metrics that it logs."""
+        """Return the names of all logged metrics."""
         layers = sum(count > 0 for count in experts_per_layer(module.config))
         zeros = RoutingSums.from_vector([0.0] * (1 + len(SUMS)))
         names = {*routing_statistics(zeros, learns_mix(module.config)), "dead", "grad_norm_router", "grad_norm_experts"}

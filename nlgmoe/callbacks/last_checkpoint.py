@@ -32,10 +32,10 @@ class SaveAtEnd(Callback):
 def save_last(trainer: Trainer, force: bool = False) -> Path:
     """Save `last.ckpt`, unless this fit has saved or resumed a checkpoint of this step; a collective call.
 
-    A run that went back to an earlier step may find the `last.ckpt` of the branch that it left.
+    A run that was resumed from an earlier step may find the `last.ckpt` of its previous continuation.
 
     Args:
-        trainer: its first `ModelCheckpoint`, of those without `monitor` if there are any, decides the path of `last.ckpt`.
+        trainer: its first `ModelCheckpoint`, preferably without `monitor`, determines the path of `last.ckpt`.
         force: save even if the step has a checkpoint.
 
     Returns:

@@ -27,12 +27,12 @@ class PredictionFile(BasePredictionWriter):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the checkpoint of an earlier call of the trainer."""
+        """Clear the checkpoint of an earlier call of the trainer."""
         self._metadata = {}
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember which one it is, also where a run's folder was given."""
+        """Store its path, also if a run folder was given."""
         self._metadata = {"checkpoint": checkpoint["path"], "step": str(checkpoint["global_step"])}
 
     @override

@@ -23,7 +23,7 @@ from nlgmoe.versions import versions
 
 
 class RunSummary(Callback):
-    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that goes on removes it.
+    """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
     run. `tokens_per_second` covers only training steps; `wall_seconds` includes validation and checkpoints.

@@ -20,7 +20,7 @@ def requeue_signal(trainer: Trainer) -> signal.Signals | None:
 
 
 def requeue() -> None:
-    """Requeue the job with `scontrol`, as Lightning does; warn if that fails, since the run is saved."""
+    """Requeue the job with `scontrol`, as Lightning does. Warns if that fails, because the run is saved."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -1,4 +1,4 @@
-"""Staged distillation: the teacher is dropped before the run ends."""
+"""Staged distillation: end distillation before the end of the run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while di
 
 
 class StagedDistillation(Callback):
-    """Ends distillation before the run ends: it helps early and hurts late (paper, section 4.2.1).
+    """Ends distillation before the run ends, since it helps early and hurts late (paper, section 4.2.1).
 
-    The teacher is then freed, and training continues on text alone. A step's loss weight is a function of the step or token
+    Then frees the teacher; training continues on text alone. A step's loss weight is a function of the step or token
     count at its beginning, so resuming needs no state.
 
     Args:

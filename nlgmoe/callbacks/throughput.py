@@ -23,15 +23,15 @@ from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCol
 class Throughput(Callback):
     """Logs throughput, step time by part and memory once per logging interval (docs/metrics.md).
 
-    `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` are of all ranks together, `time/...` is seconds per
-    step, the mean over ranks, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.
+    `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` cover all ranks, `time/...` is the mean over ranks of
+    seconds per step, `memory/...` the maximum over ranks. Only `time/elapsed` includes validation and checkpoints.
 
     FLOPs are computed from the configuration (`model/counting.py`): forward and backward pass of every token at its sequence
     length, dropped or not, without recomputation and without a teacher.
 
     Args:
-        peak_tflops: peak TFLOPs per second of one device, for `train/mfu`; null: the data sheet, if known. Without a peak,
-            `train/mfu` is not logged.
+        peak_tflops: peak TFLOPs per second of one device, for `train/mfu`; null: the data sheet's value. If it is
+            unknown, `train/mfu` is not logged.
 
     Raises:
         ValueError: `peak_tflops` is not above 0.
@@ -148,7 +148,7 @@ class Throughput(Callback):
         return self._elapsed + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
 
     def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
-        """Return the names of all metrics that it logs, once training has started."""
+        """Return the names of all logged metrics, once training has started."""
         names = {"train/tokens_per_second", "train/tflops_per_second", "train/flops"}
         names |= {f"time/{part}" for part in (*PARTS, "step", "elapsed")}
         names |= {f"memory/{name}" for name in MEMORY[: len(memory_bytes(trainer.strategy.root_device))]}

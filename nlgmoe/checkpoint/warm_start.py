@@ -40,14 +40,13 @@ class WarmStart:
     """Start a new run from the weights of a checkpoint, without its optimizer, clock and data position.
 
     Attributes:
-        checkpoint: folder of the checkpoint, such as runs/quickstart/checkpoints/last.ckpt; of a run's folder, the newest
-            valid one.
-        strict: refuse a checkpoint that lacks a tensor of the model, has one that is unknown or one of another shape, or holds
-            another tokenizer than the data's; if false, tensors that fit are loaded, the others keep their initial values, and
-            the differences are listed.
-        layers: the checkpoint's block, counted from 0, that each block of the model starts from, such as a student's that
-            starts from its teacher's (`nlgmoe student --from-teacher` writes them). A dense block starts from a dense one, an
-            MoE block from one with as many experts. null: from the block of the same number.
+        checkpoint: folder of the checkpoint, such as runs/quickstart/checkpoints/last.ckpt, or a run folder: its newest valid
+            checkpoint.
+        strict: refuse a checkpoint with missing or unknown tensors, tensors of other shapes, or another tokenizer than the
+            data's; if false, load the tensors that fit, keep the initial values of the others, and list the differences.
+        layers: for each block of the model, the checkpoint's block that it starts from, counted from 0, for example a student's
+            from its teacher's (`nlgmoe student --from-teacher` writes them). A dense block starts from a dense one, an MoE
+            block from one with as many experts. null: from the block of the same number.
     """
 
     checkpoint: str

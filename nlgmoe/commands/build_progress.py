@@ -1,4 +1,4 @@
-"""A line every ten seconds about a build that may take hours."""
+"""Progress lines of a build that may take hours, one every ten seconds."""
 
 from __future__ import annotations
 

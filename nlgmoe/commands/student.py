@@ -1,4 +1,4 @@
-"""`nlgmoe student`: the configuration of a Mixture-of-Students' student, from that of its teacher (docs/distillation.md)."""
+"""`nlgmoe student`: derive the configuration of a student from that of its teacher (docs/distillation.md)."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ def student(
     step: int | None = None,
     from_teacher: bool = False,
 ) -> None:
-    """Write the YAML of a student for `train.py fit --config`: its teacher's, with fewer blocks and the top of its pyramid.
+    """Write a student's YAML for `train.py fit --config`: the teacher's, with fewer blocks and the top of the pyramid.
 
-    The student learns from text and from the teacher until `StagedDistillation` ends that. Everything else is as the teacher
-    was trained.
+    `StagedDistillation` ends distillation before the run ends. All other settings are the teacher's.
 
     Args:
-        source: the YAML that the teacher is trained with, its run's folder, or a checkpoint in that.
-        num_layers: blocks of the student; the paper's has 21 of 24.
-        output: file to write; the standard output if it is not given.
-        teacher: checkpoint or run's folder that the student learns from; by default that of `source`.
+        source: the teacher's YAML, its run folder, or a checkpoint in it.
+        num_layers: blocks of the student; in the paper 21, with teachers of 24.
+        output: file to write; default: standard output.
+        teacher: checkpoint or run folder of the teacher; default: that of `source`.
         fraction: share of model.train_tokens after which distillation ends; 0.7 if neither it nor `step` is given.
-        step: optimizer step after which it ends, in place of `fraction`.
-        from_teacher: start from the teacher's blocks, as `model.warm_start.layers` lists them, not from random weights.
+        step: optimizer step after which distillation ends, instead of `fraction`.
+        from_teacher: start from the teacher's blocks listed in `model.warm_start.layers`, not from random weights.
 
     Raises:
-        ValueError: the files do not say what a teacher is like, or the student cannot be had; the message says what to change.
+        ValueError: the files lack the teacher's settings, or the student is not possible; the message names the remedy.
     """
     if output is not None:
         check_output(output)
@@ -111,14 +110,14 @@ def _configuration(source: Path) -> tuple[Path, str | None]:
 
 
 def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All of a configuration's settings, and those that its file gives.
+    """Return all settings of a configuration, and those to write.
 
     Args:
-        file: of YAML.
-        complete: it was written by a run, and gives every setting there is: those that are as by default are left out.
+        file: YAML file.
+        complete: a run wrote the file, with every setting: do not write those that have their defaults.
 
     Raises:
-        UsageError: it is no configuration of train.py.
+        UsageError: the file is not a configuration of train.py.
     """
     # train.py's own parser; it costs seconds of imports.
     from nlgmoe.experiment import parse_with_defaults
@@ -133,7 +132,7 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _without(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`values` without what is as by default."""
+    """Return `values` without those that equal their defaults."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
         default = defaults.get(name)
@@ -177,7 +176,7 @@ def _header(source: str, theirs: GPTConfig, ours: GPTConfig, note: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Items of a list stand under its name, indented; a list of numbers stands on one line."""
+    """Indent the items of a list; write a list of numbers on one line."""
 
     @override
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:

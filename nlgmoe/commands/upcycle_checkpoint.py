@@ -1,4 +1,4 @@
-"""`nlgmoe upcycle`: a mixture of experts from the checkpoint of a dense model."""
+"""`nlgmoe upcycle`: convert a dense model's checkpoint into that of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def upcycle_checkpoint(
     seed: int = 1234,
     overwrite: bool = False,
 ) -> None:
-    """Make every expert a copy of its block's feed-forward layer, so that the mixture computes what the dense model does.
+    """Copy each block's feed-forward layer into its experts, so that the MoE model computes the same as the dense one.
 
-    The settings are those of model.config.moe in the run that starts from it, with model.warm_start.checkpoint.
+    Set model.config.moe to the same values in a run that starts from the result with model.warm_start.checkpoint.
 
     Args:
         dense: the checkpoint of a dense model, or the folder of its run.
-        checkpoint: that is written, `NAME.ckpt`.
-        num_experts: of each MoE block, or a list with one number for each.
+        checkpoint: output folder, `NAME.ckpt`.
+        num_experts: experts of each MoE block, or a list with one number for each.
         expert_interval: blocks from one MoE block to the next.
-        top_k: experts of a token.
-        mlp_type: standard, or residual (PR-MoE): a shared MLP beside the experts.
-        residual_mix: how a residual block joins the two, learned or sum.
-        noise: added to the experts' matrices, as a multiple of each one's own standard deviation.
-        seed: of the noise and the gates.
-        overwrite: replace the checkpoint if there is one of that name.
+        top_k: experts per token.
+        mlp_type: standard, or residual (PR-MoE), which adds a shared MLP.
+        residual_mix: mix of experts and shared MLP in a residual block, learned or sum.
+        noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation.
+        seed: seed of the noise and the gates.
+        overwrite: replace an existing checkpoint.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not dense, or the experts do not fit it.
+        ValueError: the checkpoint does not exist or is not dense, or the experts do not fit it.
     """
     check_new_checkpoint(checkpoint, overwrite)
     from nlgmoe.checkpoint.upcycle import upcycle  # these need torch

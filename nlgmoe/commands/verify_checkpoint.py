@@ -1,4 +1,4 @@
-"""`nlgmoe verify`: whether a checkpoint is whole, and what it holds."""
+"""`nlgmoe verify`: check a checkpoint, and print its contents."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from nlgmoe.cli.errors import Failures, UsageError
 
 
 def verify_checkpoint(checkpoint: str) -> None:
-    """Read a checkpoint to its last byte, hold it against its checksums and its model, and print what it holds.
+    """Read a whole checkpoint, compare it with its checksums and its model, and print its contents.
 
     Args:
         checkpoint: the folder, `NAME.ckpt`.
 
     Raises:
-        ValueError: something is missing, unknown or damaged; a line for each.
+        ValueError: an entry or file is missing, unknown or damaged; one line for each.
     """
     from nlgmoe.checkpoint.newest import is_checkpoint, list_checkpoints  # these need torch, and the model
     from nlgmoe.checkpoint.verify import find_problems

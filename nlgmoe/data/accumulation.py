@@ -16,7 +16,7 @@ class BatchRampUp:
     Attributes:
         start: sequences of the first optimizer steps, over all ranks.
         increment: sequences by which the batch grows each time.
-        tokens: the batch is whole after this many tokens, counted as sequences times `seq_len`.
+        tokens: the batch reaches `global_batch_size` after this many tokens, counted as sequences times `seq_len`.
     """
 
     start: int

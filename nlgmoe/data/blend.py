@@ -29,8 +29,8 @@ class BlendPart:
 
     Args:
         weight: share of the training samples as a weight in any unit; weights need not sum to 1.
-        name: what the part is called in the logs, such as `val/loss/NAME`.
-        corpus: any corpus, by class_path and init_args; a blend too.
+        name: name of the part in the logs, such as `val/loss/NAME`.
+        corpus: any corpus, including a blend, by class_path and init_args.
     """
 
     weight: float
@@ -39,13 +39,13 @@ class BlendPart:
 
 
 class Blend:
-    """Several corpora as one: at any point of training each has had its share of the samples, give or take two.
+    """A weighted blend of corpora: at any point of training, each part's number of samples is its share to within two.
 
-    A part that is used up begins again, in another order. Domains are named after the parts, `PART/DOMAIN` where a part
+    An exhausted part starts again in another order. Domains are named after the parts, `PART/DOMAIN` where a part
     has several. Validation covers every domain's text, whatever its weight; the test split that of the parts that have one.
 
     Args:
-        parts: what to blend, each with its `weight`, its `name` and its `corpus` (class_path and init_args).
+        parts: parts of the blend, each with `weight`, `name` and `corpus` (class_path and init_args).
 
     Raises:
         ValueError: there is no part, a weight is not above 0 or below a billionth of all, or a name is missing or used twice.

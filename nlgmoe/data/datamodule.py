@@ -1,4 +1,4 @@
-"""`PileDataModule`: batches of a corpus. Its state is the number of samples that were trained on."""
+"""`PileDataModule`: batches of a corpus. Its state is the number of samples trained on."""
 
 import hashlib
 import os
@@ -33,31 +33,31 @@ class PileDataModule(TextFacts, LightningDataModule):
     """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
-    and `padded`, True with padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention` also
-    `document` int64 [B, T]. Training batches are endless; set `max_steps` or a token budget. They also have `samples`, the
-    indices of their samples, and with a streamed corpus a `cursor`, which is removed before the model sees them.
+    and `padded`, True if there is padding; with `mask_eod_loss` also `loss_mask` bool [B, T], with `document_attention` also
+    `document` int64 [B, T]. Training batches are endless; set `max_steps` or `train_tokens`. They also have `samples`, the
+    indices of their samples, and with a streamed corpus a `cursor`, which is removed before the transfer to the device.
 
     Args:
-        data_dir: folder of tokenizers and of all that is built: the pocket Pile and its tokenised shards.
+        data_dir: folder of tokenizers, the pocket Pile and its tokenised shards.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
-        corpus: what to train on; None: the pocket Pile in `data_dir`.
+        corpus: corpus to train on; None: the pocket Pile in `data_dir`.
         micro_batch_size: sequences per rank and forward pass in training.
-        global_batch_size: sequences per optimizer step, over all ranks; the trainer's `accumulate_grad_batches` then
-            follows from it and the number of ranks. None: set `accumulate_grad_batches` on the trainer.
-        batch_ramp_up: start with smaller steps, which grow up to `global_batch_size`; null: all steps are that large.
+        global_batch_size: sequences per optimizer step, over all ranks; it determines the trainer's
+            `accumulate_grad_batches`. None: set `accumulate_grad_batches` on the trainer.
+        batch_ramp_up: start with smaller batches, which grow to `global_batch_size`; null: constant batch size.
         eval_micro_batch_size: sequences per rank and forward pass in evaluation; None: as in training.
         seq_len: tokens per sequence.
-        seed: seed of the order in which training sequences come.
-        num_workers: processes that load batches, per rank; 0 loads in the training process. At most 8 for each CPU, or 64.
+        seed: seed of the order of the training sequences.
+        num_workers: processes that load batches, per rank; 0: load in the training process. At most 8 for each CPU, or 64.
         max_eval_windows: sequences evaluated per domain, the first ones; None: all.
-        document_attention: a position sees its own document alone, and its number counts from where that begins, in training
-            and evaluation; otherwise a sequence is read as one, across the borders of what is packed into it.
-        mask_eod_loss: the first token of a document counts in no loss, in training and evaluation: it is predicted from the
-            end-of-document token before it, which knows nothing of it.
+        document_attention: restrict attention to a position's own document, and count positions from its beginning, in
+            training and evaluation; otherwise attention crosses the borders of packed documents.
+        mask_eod_loss: exclude the first token of each document from the loss, in training and evaluation, because the
+            end-of-document token before it does not help to predict it.
 
     Raises:
-        ValueError: a size is not positive, `num_workers` is above its limit, or the ramp-up asks for a batch that
-            micro-batches cannot make up.
+        ValueError: a size is not positive, `num_workers` is above its limit, or micro-batches cannot make up a batch of the
+            ramp-up.
     """
 
     def __init__(
@@ -114,18 +114,18 @@ class PileDataModule(TextFacts, LightningDataModule):
     # ---- building and opening
 
     def prepare_data(self) -> None:
-        """Build what is missing of corpus and tokenizer (one process a node)."""
+        """Build the corpus and the tokenizer if they are missing (one process per node)."""
         self.corpus.prepare(self.data_dir, self._tokenizer_name)
 
     def setup(self, stage: str | None = None) -> None:
         """Open tokenizer and corpus; before a fit, set the trainer's accumulation.
 
         Raises:
-            ValueError: `prepare_data` has not run for this tokenizer and corpus, a file is damaged, or the global batch
-                cannot be made up.
+            ValueError: `prepare_data` has not run for this tokenizer and corpus, a file is damaged, or micro-batches cannot
+                make up the global batch.
         """
         if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
-            # Before anything reads it: DeepSpeed's configuration is made in `configure_model`, the loops begin later.
+            # Set before it is read: `configure_model` makes DeepSpeed's configuration, and the loops begin later.
             self.trainer.accumulate_grad_batches = self._accumulation(self.global_batch_size)
             train_tokens = getattr(self.trainer.lightning_module, "train_tokens", None)
             if self.batch_ramp_up is not None and train_tokens is not None and self.batch_ramp_up.tokens > train_tokens:
@@ -139,7 +139,7 @@ class PileDataModule(TextFacts, LightningDataModule):
     # ---- batches
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Endless micro-batches of this rank, from `samples_consumed` on."""
+        """Return this rank's endless micro-batches, from sample `samples_consumed` on."""
         rank, world_size = self._rank_and_world_size()
         source = self._opened().training_source(self.seq_len, self.seed)
         if isinstance(source, CursorSource):
@@ -159,7 +159,7 @@ class PileDataModule(TextFacts, LightningDataModule):
             world_size,
         )
         batches = MicroBatches(self._dataset(source), collate)
-        # "Batches" of one micro-batch each. As a batch sampler it would not be seen to be divided between ranks already.
+        # "Batches" of one micro-batch each: Lightning would divide those of a batch sampler between ranks again.
         return self._loader(batches, sampler, batch_size=1, collate_fn=itemgetter(0))
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -167,19 +167,19 @@ class PileDataModule(TextFacts, LightningDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """As in validation, on the test split; the validation split where there is none (the pocket Pile)."""
+        """Return the same for the test split, or the validation split if there is none (the pocket Pile)."""
         return self._evaluation_loader("test" if self._opened().evaluation_tokens("test") is not None else "validation")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """As in validation."""
+        """Return the validation windows."""
         return self.val_dataloader()
 
     def planned_batch_size(self) -> int | None:
-        """Sequences of the next optimizer step, over all ranks; None without `batch_ramp_up`: steps are to stay alike."""
+        """Return the sequences of the next optimizer step, over all ranks; None without `batch_ramp_up`: constant size."""
         return None if self.batch_ramp_up is None else self.batch_size_after(self.samples_consumed)
 
     def batch_size_after(self, samples: int) -> int:
-        """Sequences of the optimizer step that follows the first `samples`, over all ranks."""
+        """Return the sequences of the optimizer step after the first `samples` samples, over all ranks."""
         whole = self.global_batch_size
         if whole is None:
             accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
@@ -190,7 +190,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         """Return the setting for the size of a micro-batch, and the number of sequences in a rank's largest one.
 
         Args:
-            stage: "fit" for those of training, "test" for those of the test split, else those of validation.
+            stage: "fit" for training, "test" for the test split, else validation.
         """
         if stage == "fit":
             return "data.micro_batch_size", self.micro_batch_size
@@ -201,12 +201,12 @@ class PileDataModule(TextFacts, LightningDataModule):
         return "data.eval_micro_batch_size", min(self.eval_micro_batch_size, of_a_rank)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the cursors out of a batch: the model does not see them."""
+        """Remove the cursors from a batch, and store them."""
         self._cursors.take(batch)
         return batch
 
     def teardown(self, stage: str) -> None:
-        """After a fit, warn of skipped data."""
+        """Warn of skipped data after a fit."""
         source = self._cursor_source if stage == "fit" else None
         if source is not None and (remark := source.skipped_summary(self._cursors.latest())):
             rank_zero_warn(remark)
@@ -214,15 +214,15 @@ class PileDataModule(TextFacts, LightningDataModule):
     # ---- state
 
     def advance(self, samples: int) -> None:
-        """Count samples that an optimizer step was taken on, over all ranks (not those only loaded)."""
+        """Count the samples of an optimizer step, over all ranks; loaded samples do not count."""
         assert samples >= 0
         self.samples_consumed += samples
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `samples_consumed`, the `fingerprint` of what else decides the samples, and a description of the `corpus`.
+        """Return `samples_consumed`, the `fingerprint`, a description of the `corpus` and a fingerprint of `validation`.
 
-        Also a fingerprint of `validation`; with a `CursorSource` the `cursors` of all streams: then it is a collective.
+        With a `CursorSource` also the `cursors` of all streams; then this is a collective.
         """
         state = {
             "samples_consumed": self.samples_consumed,
@@ -237,7 +237,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         """Resume a checkpoint's run.
 
         Raises:
-            ValueError: that run had other data, or another order. Evaluation compares the tokenizer alone.
+            ValueError: the run had other data, or another order. Evaluation compares only the tokenizer.
         """
         ours, theirs = self.fingerprint(), state_dict["fingerprint"]
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
@@ -264,7 +264,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return what beside `samples_consumed` decides every training batch: option -> value or hash."""
+        """Return what determines the training batches besides `samples_consumed`: option -> value or hash."""
         corpus = self._opened()
         return {
             "corpus": corpus.fingerprint,
@@ -276,7 +276,7 @@ class PileDataModule(TextFacts, LightningDataModule):
 
     @cached_property
     def _validation_fingerprint(self) -> str:
-        """Hash of the lengths, and of evenly spaced tokens, of what validation covers."""
+        """Hash the lengths and evenly spaced tokens of the validation windows."""
         streams = self._opened().evaluation_tokens("validation") or []
         digest = hashlib.sha256()
         for stream, windows in zip(
@@ -315,7 +315,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _begin(self) -> int:
-        """Return the first sample of an iteration; discard what an earlier one loaded ahead."""
+        """Return the first sample of an iteration; discard samples prefetched by an earlier one."""
         self._cursors.discard_pending()
         return self.samples_consumed
 
@@ -326,7 +326,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         return SourceDataset(source, self.vocab_size, self.domains, mark)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any, **batching: Any) -> DataLoader[Sample]:
-        if self.num_workers > 0:  # they tokenise side by side, and threads do not outlive a fork
+        if self.num_workers > 0:  # workers tokenise in parallel, and threads do not survive a fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             dataset,
@@ -334,7 +334,7 @@ class PileDataModule(TextFacts, LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=ignore_worker_signals,
             persistent_workers=self.num_workers > 0,
-            # A copy from pinned memory to an accelerator need not be waited for.
+            # Copies from pinned memory to an accelerator are asynchronous.
             pin_memory=self.trainer is not None and is_accelerator(self.trainer.strategy.root_device),
             **batching,
         )

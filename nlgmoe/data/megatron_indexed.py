@@ -17,23 +17,23 @@ from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, load_tokenizer
 
-# Evenly spaced over the corpus: each is a random read, which takes a network disk its time.
+# Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
 PIECES, PIECE_BYTES = 64, 1 << 15  # for the fingerprint
 
 
 class MegatronIndexed:
-    """`PREFIX.bin` and `PREFIX.idx`, tokenised with `data.tokenizer` and closed by its end-of-document token.
+    """`PREFIX.bin` and `PREFIX.idx`: documents tokenised with `data.tokenizer`, each ending with its end-of-document token.
 
-    The documents lie in one order on disk; the first share of them is for training, the next for validation, the rest for
-    testing (`--split` of Megatron). An empty test share leaves `test` to evaluate the validation documents.
+    The first share of the documents, in file order, is for training, the next for validation, the rest for testing
+    (`--split` of Megatron). If the test share is empty, `test` evaluates the validation documents.
 
     Args:
-        prefix: path without `.bin` / `.idx`; its last part names the domain.
+        prefix: path without `.bin` / `.idx`; its last part is the name of the domain.
         split: shares of training, validation and test documents, in any unit.
 
     Raises:
-        ValueError: `split` is not such a list.
+        ValueError: `split` is not three shares.
     """
 
     def __init__(self, prefix: str, split: Sequence[float] = (98, 2, 0)) -> None:

@@ -1,4 +1,4 @@
-"""The interface between training and a teacher: one in memory, or the recorded logits of one; and when distillation ends."""
+"""The interface between training and a teacher, in memory or recorded; and the end of distillation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Distiller(Protocol):
         """Prepare for training, unless `loss_weight` is 0. A collective: all ranks call this.
 
         Raises:
-            ValueError: the teacher is missing, damaged, or does not suit the run. Every rank raises.
+            ValueError: the teacher is missing, damaged, or does not fit the run. Every rank raises.
         """
         ...
 

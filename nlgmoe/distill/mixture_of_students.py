@@ -2,7 +2,8 @@
 
     loss = cross-entropy + beta * T^2 * KL(teacher || student at temperature T) + the balance losses
 
-The teacher is outside the student's module tree: no checkpoint, optimizer or engine holds it. `StagedDistillation` ends it.
+The teacher is outside the student's module tree: checkpoints, optimizer and engine do not include it. `StagedDistillation`
+ends distillation.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ from nlgmoe.pyramid import experts_per_layer, experts_per_position
 class MixtureOfStudents:
     """A frozen teacher and its distillation loss.
 
-    The teacher's architecture is read from its checkpoint: dense or MoE, of any size, with the student's vocabulary. It reads
-    the student's batches, without dropout, token dropping or noise.
+    The teacher's architecture is read from its checkpoint: dense or MoE, of any size, with the student's vocabulary. Its
+    input is the student's; it has no dropout, token dropping or noise.
 
     Args:
-        teacher: folder of a checkpoint, such as runs/laptop_pr_moe/checkpoints/last.ckpt; of a run's folder, the newest valid
-            one. Loaded when training begins, unless distillation has ended. A run that is resumed keeps the same one, or ends
-            if its weights are gone.
+        teacher: folder of a checkpoint, such as runs/laptop_pr_moe/checkpoints/last.ckpt, or a run folder: its newest valid
+            checkpoint. Loaded when training begins, unless distillation has ended. A resumed run uses the same weights, or
+            ends if they no longer exist.
         beta: weight of the distillation loss.
-        temperature: that the logits of both are divided by before they are compared.
-        precision: of the teacher, weights and products: `fp32` or `bf16`; null: as the student's.
-        num_layers: blocks that the teacher has to have, or training is refused; null: any number. So are the next three.
-        hidden_size: its width.
-        num_heads: its attention heads.
-        num_experts: its experts: one number for all MoE layers, or one for each position; 0: it is dense.
+        temperature: divides the logits of both models before the KL divergence.
+        precision: precision of the teacher's weights and matrix products, `fp32` or `bf16`; null: the student's.
+        num_layers: required number of blocks of the teacher; null: any number. The next three are requirements too.
+        hidden_size: the teacher's width, in values per token.
+        num_heads: the teacher's attention heads.
+        num_experts: the teacher's experts, one number for all MoE layers or one for each position; 0: a dense teacher.
     """
 
     def __init__(

@@ -25,14 +25,14 @@ from nlgmoe.model.gpt import GPT
 class OfflineTeacher:
     """Recorded logits of a teacher and their distillation loss.
 
-    Each rank reads those of its own samples. Shorter sequences of a curriculum read a prefix of a sample's logits, which do not
-    depend on later positions.
+    Each rank reads the logits of its own samples. A curriculum's shorter sequences use the first part of a sample's logits,
+    which do not depend on later positions.
 
     Args:
-        logits: folder that `nlgmoe distill-logits` has made. Opened when training begins, unless distillation has ended.
+        logits: folder written by `nlgmoe distill-logits`. Opened when training begins, unless distillation has ended.
         beta: weight of the distillation loss.
-        temperature: of both distributions; the one that the logits were recorded at.
-        teacher: a checkpoint, or a run's folder: refuse logits of other weights; null: accept any.
+        temperature: temperature of both distributions, equal to the recorded one.
+        teacher: checkpoint or run folder of the teacher; logits of other weights are refused. null: accept any.
     """
 
     def __init__(self, logits: str, beta: float = 1.0, temperature: float = 1.0, teacher: str | None = None) -> None:
@@ -46,11 +46,11 @@ class OfflineTeacher:
         self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights`, as in `MixtureOfStudents`
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which teacher the run has learned from."""
+        """Return the teacher that the run has used."""
         return self._used
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep that teacher, unless `logits` is another folder now."""
+        """Restore the teacher; it is kept unless `logits` has changed."""
         self._used = state_dict
 
     def start(self, student: GPT, trainer: Trainer) -> None:

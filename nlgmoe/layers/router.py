@@ -7,8 +7,9 @@
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
 
-`balance.py` has the load-balancing loss, of the choices before dropping. Follows GShard (arXiv 2006.16668, algorithm 1), and
-DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the latter. Other routers: `routers/`.
+`balance.py` has the load-balancing loss, of the choices before dropping (the first ones if k <= 2). Follows GShard (arXiv
+2006.16668, algorithm 1), and DeepSpeed's `sharded_moe.py` (0.19.8) at capacity; tests/equivalence compares with the latter.
+Other routers: `routers/`.
 
 Letters: N tokens of this rank's micro-batch, E experts, k experts per token, H hidden size.
 """

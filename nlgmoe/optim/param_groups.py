@@ -16,9 +16,9 @@ class AdamWConfig:
     """AdamW, with the paper's values as defaults.
 
     Attributes:
-        lr: peak of the learning rate, which follows `schedule` over tokens.
+        lr: peak learning rate; `schedule` determines the learning rate over tokens.
         betas: decay of the two moments, per optimizer step.
-        eps: added to the denominator of the update; at least float32's smallest normal number, below which it may round to 0.
+        eps: added to the denominator of the update; at least float32's smallest normal number: smaller ones may be flushed to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
     """
 
@@ -42,8 +42,8 @@ class AdamWConfig:
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
 
-    Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their gradients
-    and states are shared by other ranks than those of dense parameters.
+    Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because other
+    ranks share their gradients and states than those of dense parameters.
     """
     groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {("", True): [], ("", False): []}
     for prefix, module in model.named_modules():

@@ -17,13 +17,13 @@ class LearningRateSchedule:
     """The learning rate over tokens.
 
     Attributes:
-        shape: after the warm-up: `cosine` falls to `min_lr` at `decay_tokens` and stays there, `constant` stays at the
+        shape: shape after the warm-up: `cosine` falls to `min_lr` at `decay_tokens` and stays there, `constant` stays at the
             peak, `wsd` (warm-up, stable, decay) stays at the peak and falls linearly over the last `cooldown_tokens`
             before `decay_tokens`.
-        min_lr: the learning rate at the end.
+        min_lr: learning rate at the end.
         warmup_tokens: the learning rate rises linearly from 0 over this many tokens.
-        decay_tokens: when the end is reached, in tokens from the start of training; not used by `constant`.
-        cooldown_tokens: length of `wsd`'s fall, in tokens; used by `wsd` only.
+        decay_tokens: tokens from the start of training to the end of the decay; not used by `constant`.
+        cooldown_tokens: length of the decay of `wsd`, in tokens; used by `wsd` only.
     """
 
     shape: Literal["cosine", "constant", "wsd"] = "cosine"

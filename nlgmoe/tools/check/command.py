@@ -15,7 +15,7 @@ def check(target: list[str], allow_code: list[str] | None = None, json: bool = F
     Args:
         target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, of an ExpertConfig, or of a
             whole layer; or a name: deepspeed, mixtral, olmoe, qwen3-moe, deepseek-v3.
-        allow_code: a module with a router or an expert of the checkpoint, to be imported; may be given several times.
+        allow_code: module of the checkpoint's router or expert to import; may be given several times.
         json: print one JSON object instead of a table.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`nlgmoe import`: conversion of a folder of Hugging Face's format to a checkpoint of weights."""
+"""`nlgmoe import`: convert a folder in Hugging Face's format into a checkpoint of weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nlgmoe.cli.errors import UsageError
 
 
 def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:
-    """Make a checkpoint of a folder that nlgmoe export wrote, or of a GPT-2 in Hugging Face's format.
+    """Convert a folder written by nlgmoe export, or a GPT-2 in Hugging Face's format, into a checkpoint.
 
     Args:
         source: the folder, or the name of a model on the Hugging Face hub, such as openai-community/gpt2.

@@ -31,7 +31,7 @@ def evaluate(
     precision: Literal["fp32", "bf16"] | None = None,
     allow_code: list[str] | None = None,
 ) -> None:
-    """Evaluate a checkpoint with lm-eval, and print every metric beside the chance level and the paper's models.
+    """Evaluate a checkpoint with lm-eval, and print every metric with the chance level and the paper's values.
 
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is evaluated.

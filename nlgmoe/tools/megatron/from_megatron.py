@@ -1,4 +1,4 @@
-"""`nlgmoe from-megatron`: flags of Megatron-DeepSpeed as one of our configurations."""
+"""`nlgmoe from-megatron`: translate flags of Megatron-DeepSpeed into a configuration."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def from_megatron(
 ) -> None:
     """Translate a launch of Megatron-DeepSpeed into YAML for `train.py fit --config`.
 
-    Every flag becomes a setting, or is named in the header with the reason why it needs none, or stops the translation;
-    settings that are left to Megatron's defaults are written out.
+    Each flag becomes a setting, is listed in the header with the reason why it needs none, or is refused. Megatron's defaults
+    are written as settings.
 
         nlgmoe from-megatron -- --num_gpus 8 --num-layers 24 ...
         nlgmoe from-megatron train.log
@@ -34,16 +34,16 @@ def from_megatron(
         nlgmoe from-megatron pretrain.sh --run-script
 
     Args:
-        source: a log with the arguments that Megatron prints, a checkpoint's folder, or with --run-script a launch script.
-        flags: Megatron's flags, or the whole command from deepspeed on: written after a bare --, not with this option.
-        run_script: run the script under bash in an empty temporary folder; echo, sed, grep and the like are run, other commands,
-            such as deepspeed, are recorded. It is no sandbox: give it scripts that you trust.
-        output: file to write; the standard output if it is not given.
-        variables: of the script, such as `--variables.NUM_GPUS 64`; they win over its own assignments.
-        skip_unknown: name flags that are in no table in the header instead of refusing them.
+        source: a log with the arguments that Megatron prints, a checkpoint's folder, or, with --run-script, a launch script.
+        flags: Megatron's flags, or the whole command from deepspeed on; write them after a bare --, without --flags.
+        run_script: run the script under bash in an empty temporary folder; echo, sed, grep and similar commands are run, others,
+            such as deepspeed, are only recorded. This is not a sandbox: use it for scripts that you trust.
+        output: file to write; default: standard output.
+        variables: values of the script's variables, such as `--variables.NUM_GPUS 64`; they override its assignments.
+        skip_unknown: list unknown flags in the header instead of refusing them.
 
     Raises:
-        ValueError: something is not understood or not possible here; one line for each, with the remedy.
+        ValueError: a flag is unknown or not supported; one line for each, with the remedy.
     """
     if output is not None:
         check_output(output)

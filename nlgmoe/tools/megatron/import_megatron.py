@@ -1,4 +1,4 @@
-"""`nlgmoe import-megatron`: a Megatron-DeepSpeed checkpoint as one of ours."""
+"""`nlgmoe import-megatron`: convert a Megatron-DeepSpeed checkpoint."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def import_megatron(
     qkv: Literal["auto", "heads", "thirds"] = "auto",
     accept_tanh_gelu: bool = False,
 ) -> None:
-    """Turn a Megatron-DeepSpeed checkpoint (dense, MoE or PR-MoE) into a portable one that holds weights only.
+    """Convert a Megatron-DeepSpeed checkpoint (dense, MoE or PR-MoE) into a portable one with weights only.
 
-    The files are read and nothing in them is run; what this project's model cannot be is refused by name. The new checkpoint
-    can be evaluated, generated from, and named in `model.warm_start.checkpoint`.
+    Code in the files is not run. A model that GPTConfig cannot describe is refused with the name of the argument. The new
+    checkpoint can be evaluated, generated from, and used as `model.warm_start.checkpoint`.
 
     Args:
-        checkpoint: the folder of a step, such as OUT/global_step1000, or the one with the file `latest`.
+        checkpoint: the folder of a step, such as OUT/global_step1000, or the folder with the file `latest`.
         output: the checkpoint to write, NAME.ckpt.
-        vocab_size: ids to keep, the rest of the embedding is padding; by default those of the tokenizer, without one all rows.
-        tokenizer: as `data.tokenizer`, to go with the checkpoint: gpt2 for the tutorial's models.
-        data_dir: where tokenizers that are given by name are kept.
-        qkv: how queries, keys and values lie in a weight: `heads` by turns for each head, `thirds` one after the other; `auto`
-            tells by the checkpoint's version and arguments. A wrong one shows as a loss like an untrained model's.
-        accept_tanh_gelu: take a model trained with --no-bias-gelu-fusion, whose exact GELU becomes the tanh form.
+        vocab_size: token ids to keep, other rows of the embedding are padding; default: the tokenizer's, without one all rows.
+        tokenizer: as `data.tokenizer`, saved in the checkpoint; gpt2 for the tutorial's models.
+        data_dir: folder of tokenizers given by name.
+        qkv: layout of queries, keys and values in a weight: `heads`, interleaved by head; `thirds`, one after the other; `auto`,
+            by the checkpoint's version and arguments. With a wrong layout the loss is that of an untrained model.
+        accept_tanh_gelu: accept a model trained with --no-bias-gelu-fusion; its exact GELU becomes the tanh form.
 
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or a model of another kind.

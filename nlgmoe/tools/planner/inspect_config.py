@@ -31,7 +31,7 @@ def inspect_config(
     utilisation: float = UTILISATION,
     json: bool = False,
 ) -> None:
-    """Predict parameters, memory, communication and speed of a run, and if it fits, without building the model.
+    """Predict a run's parameters, memory, communication and speed, and whether it fits, without building the model.
 
     Args:
         files: YAML files of train.py, later ones override earlier ones; or one checkpoint folder.
@@ -42,7 +42,7 @@ def inspect_config(
         global_batch: sequences per optimizer step; default: the files' setting.
         precision: Lightning's name, such as bf16-mixed; default: the files' setting, and bf16-mixed if they set neither
             trainer.precision nor trainer.accelerator.
-        activation_checkpointing: recompute blocks in the backward pass, whatever the files set.
+        activation_checkpointing: recompute blocks in the backward pass, even if the files do not set it.
         hardware: v100-32, a100-40, a100-80, h100 or h200.
         utilisation: achieved fraction of peak FLOP/s in matrix products; docs/scaling.md documents the default.
         json: print one JSON object instead of a table.

@@ -7,7 +7,7 @@ from nlgmoe.tools.report.runs import read_runs
 
 
 def report(runs: list[str], output: str | None = None, group_by: str | None = None) -> None:
-    """Write a page about one or several runs: losses, speed, routers, experts, settings; it opens without a network.
+    """Write an HTML page about one or several runs: losses, speed, routers, experts, settings. It works offline.
 
     Args:
         runs: run folders, trainer.default_root_dir.
