@@ -49,10 +49,10 @@ from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may b
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
 
-_NEWEST = "a checkpoint; a run folder, or last for trainer.default_root_dir: the newest valid checkpoint in it"
+_NEWEST = "a checkpoint, or the newest valid one of a run folder (last: of trainer.default_root_dir)"
 _CKPT_PATH_HELP = {
-    True: f"to go on from: {_NEWEST}; auto: like last, or a new run if there is none",
-    False: f"to evaluate: {_NEWEST}",
+    True: f"resume from {_NEWEST}; auto: like last, or a new run if there is none",
+    False: f"evaluate {_NEWEST}",
 }
 
 
@@ -71,14 +71,14 @@ class TrainCLI(LightningCLI):
             MoEGPTModule,
             PileDataModule,
             save_config_callback=RunFolder,
-            seed_everything_default=False,  # model.seed and data.seed decide every draw; the global generator decides none
+            seed_everything_default=False,  # all draws depend on model.seed and data.seed, not on the global generator
             auto_configure_optimizers=False,  # model.optimizer and model.schedule are the only home of those settings
             trainer_defaults={
                 "default_root_dir": "runs/unnamed",
-                "max_epochs": -1,  # the data never ends; train_tokens, max_steps or max_time do
-                "use_distributed_sampler": False,  # the data module gives each rank its rows
+                "max_epochs": -1,  # the data is endless; train_tokens, max_steps or max_time end a run
+                "use_distributed_sampler": False,  # the data module divides samples between ranks
                 "num_sanity_val_steps": 0,
-                "enable_model_summary": False,  # RunSummary tells total and active parameters
+                "enable_model_summary": False,  # RunSummary prints total and active parameters
                 "gradient_clip_val": 1.0,
                 "callbacks": [
                     TokenProgressBar(),
@@ -107,10 +107,10 @@ class TrainCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the length of the data's windows to that of the model's sequences."""
+        """Set `data.seq_len` to `model.config.seq_len`."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
         if not self._runs:  # a run's own config.yaml says how it was started too
-            parser.add_argument("--ckpt_path", type=Any, default=None, help="of a run; not used where nothing is run")
+            parser.add_argument("--ckpt_path", type=Any, default=None, help="checkpoint of a run; not used here")
         # Lightning's switch for unpickling. Configurations of earlier runs name it, and people take it for a warm start.
         parser.add_argument("--weights_only", type=Any, default=None, help=argparse.SUPPRESS)
 

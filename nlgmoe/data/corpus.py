@@ -1,6 +1,6 @@
-"""The seam between a corpus and its users: training samples by index, and tokens to evaluate on.
+"""The interface between a corpus and its users: training samples by index, and tokens for evaluation.
 
-`PileDataModule` reads any `Corpus`; `pocket_pile.py`, `megatron_indexed.py`, `streaming/` and `blend.py` have one each.
+`PileDataModule` reads any `Corpus`; `pocket_pile.py`, `megatron_indexed.py`, `streaming/` and `blend.py` implement one each.
 """
 
 import errno
@@ -97,7 +97,7 @@ class Streams:
 
 
 class Corpus(Protocol):
-    """Tokenised text on disk. Making one touches no file: that is for `prepare` and `open`.
+    """Tokenised text on disk. The constructor reads no files; `prepare` and `open` do.
 
     Both get the data folder, where tokenizers are kept, and a tokenizer by name or folder (`load_tokenizer`).
     """

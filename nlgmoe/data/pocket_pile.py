@@ -82,10 +82,10 @@ class Manifest:
 
 
 class PocketPile:
-    """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one that `write_corpus` put there.
+    """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one written by `write_corpus`.
 
     Args:
-        domains: which of its domains to read, in this order; None: all.
+        domains: names of the domains to read, in this order; None: all.
 
     Raises:
         ValueError: `domains` is empty, or names one twice.

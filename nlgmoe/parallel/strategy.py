@@ -52,15 +52,15 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     `expert_parallel_size`. Checkpoints do not depend on it.
 
     Args:
-        stage: what ZeRO shards over ranks: 0 nothing (not with fp16), 1 the optimizer's states, 2 the gradients too.
-            (DeepSpeed does not support 3, the weights too, with expert parallelism.)
-        expert_parallel_size: largest number of ranks that hold one layer's experts together; 1 keeps all experts on every rank.
+        stage: ZeRO stage: 0 shards nothing (not with fp16), 1 the optimizer's states, 2 also the gradients. (DeepSpeed does
+            not support 3, which also shards the weights, with expert parallelism.)
+        expert_parallel_size: maximum number of ranks that share one layer's experts; 1 keeps all experts on every rank.
         offload_optimizer: keep the optimizer's states in the host's memory and step there; stage 1 or 2.
-        initial_scale_power: fp16 only: the loss scale starts at 2 to this power.
+        initial_scale_power: fp16 only: power of 2 of the initial loss scale.
         loss_scale_window: fp16 only: steps without overflow after which the loss scale doubles.
         hysteresis: fp16 only: overflows after which the loss scale halves.
         min_loss_scale: fp16 only: the loss scale never falls below this.
-        timeout_seconds: the run ends if a rank waits longer than this for another one.
+        timeout_seconds: seconds that a rank waits for another one before the run ends.
         bucket_size: values per collective of ZeRO's reductions and gathers.
         accelerator: set by the trainer.
         parallel_devices: set by the trainer.

@@ -1,7 +1,7 @@
 """`StreamedText`: a corpus that is tokenised while training on it, from the Hugging Face hub or from files.
 
-`datasets` finds the files, as in its `load_dataset`; `documents.py` reads them. The streaming of `datasets` shards by whole
-files, neither names nor skips bad lines, and resumes by reading a file again from its beginning.
+`datasets` finds the files, as in its `load_dataset`; `documents.py` reads them. The streaming of `datasets` shards whole
+files, neither names nor skips bad lines, and resumes by reading a file from its beginning.
 """
 
 import hashlib
@@ -28,29 +28,29 @@ DESCRIBED_FILES = 100
 
 
 class StreamedText:
-    """JSON lines (plain, .gz or .zst) or Parquet, tokenised and packed by the data workers, or tokenised already.
+    """JSON lines (plain, .gz or .zst) or Parquet, with text that data workers tokenise and pack, or with token ids.
 
-    Training reads `num_streams` logical streams, which do not depend on ranks and workers, and goes on after an
-    interruption where it stood. `prepare` keeps the first documents of each domain's validation and test files, for
-    evaluation, in `data_dir/streamed`.
+    Training reads `num_streams` logical streams, which do not depend on ranks and workers, and resumes at its position.
+    `prepare` stores the first documents of each domain's validation and test files, for evaluation, in
+    `data_dir/streamed`.
 
     Args:
         path: name of a data set on the hub, or a local folder.
         data_files: split -> names or patterns in it, such as `{train: train/*.jsonl.zst, validation: val.jsonl.zst}`;
-            None: those that `datasets` finds by their names. Has "train" and "validation"; has "test" where there is one.
-        revision: of a data set on the hub: a branch, a tag or a commit; None: the newest.
-        text_field: a record's text.
-        ids_field: a record's token ids, of `data.tokenizer`, read in place of its text.
-        domain_field: a record's domain, such as `meta.pile_set_name`; None: all are of one domain.
-        domains: those to tell apart; documents of any other, or of none, are in the domain "other".
+            None: those that `datasets` finds by their names. "train" and "validation" are required, "test" is optional.
+        revision: branch, tag or commit of a data set on the hub; None: the newest.
+        text_field: field of a record's text.
+        ids_field: field of a record's token ids of `data.tokenizer`, read instead of its text.
+        domain_field: field of a record's domain, such as `meta.pile_set_name`; None: one domain for all.
+        domains: names of the domains; documents of other domains, or of none, are in the domain "other".
         num_streams: logical streams; see docs/data.md for a good number.
-        shuffle_buffer: documents of a stream that are shuffled at a time.
-        on_bad_data: "error": a document or file that cannot be used ends the run; "skip": it is counted and left out.
-        max_document_bytes: of a document's line, or of its text in Parquet; longer ones cannot be used.
-        evaluation_tokens: kept of each domain of the validation split, and of the test split.
+        shuffle_buffer: documents of a stream that are shuffled together.
+        on_bad_data: "error": a document or file that cannot be used ends the run; "skip": it is skipped and counted.
+        max_document_bytes: maximum size of a document's line, or of its text in Parquet; larger ones cannot be used.
+        evaluation_tokens: tokens stored of each domain of the validation split, and of the test split.
 
     Raises:
-        ValueError: a setting makes no sense.
+        ValueError: a setting is not valid.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Routers beside the paper's (`layers/router.py`), a file each; `model.config.moe.router` names them (docs/laboratory.md)."""
+"""Routers other than the paper's (`layers/router.py`), one per file, for `model.config.moe.router` (docs/laboratory.md)."""
 
 from nlgmoe.layers.routers.frozen import FrozenTopK
 from nlgmoe.layers.routers.hash import HashRouterConfig

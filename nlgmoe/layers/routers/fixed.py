@@ -1,4 +1,4 @@
-"""A routing that one expert per token, chosen without the hidden states, determines: of hash and uniform routers."""
+"""The routing of hash and uniform routers: one expert per token, chosen without the hidden states."""
 
 from __future__ import annotations
 

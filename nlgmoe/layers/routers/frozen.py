@@ -2,8 +2,8 @@
 
     logits = x W        [N, E]   W ~ N(0, init_std), drawn from the seed, a buffer of the checkpoint
 
-The hidden states still learn, and with them the choices and the weights. Towards an empirical understanding of MoE design choices
-(arXiv 2402.13089) finds it on a par with a gate that learns. The rest as in `layers/router.py`.
+Choices and weights still change with the hidden states. "Towards an empirical understanding of MoE design choices" (arXiv
+2402.13089) finds it as good as a learned gate. All else as in `layers/router.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FrozenTopK(RouterConfig):
     """Settings of a router with a frozen gate.
 
     Attributes:
-        seed: of the gate; layers draw different gates.
+        seed: seed of the gate; layers draw different gates.
         init_std: standard deviation of the gate; null: the model's `init_std`.
     """
 
@@ -52,7 +52,7 @@ class FrozenTopK(RouterConfig):
 
 
 class FrozenTopKRouter(TopKRouter):
-    """Holds the gate in a buffer, which no optimizer sees."""
+    """The paper's router with its gate in a buffer, which is not optimised."""
 
     weight: Tensor  # type: ignore[assignment]
 

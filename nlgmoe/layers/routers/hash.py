@@ -1,11 +1,11 @@
-"""An expert by token id, from a table that is drawn once and does not learn: Hash Layers (arXiv 2106.04426).
+"""One expert per token id, from a fixed random table: Hash Layers (arXiv 2106.04426).
 
     expert = table[token]        [N, 1]
     weight = 1                   [N, 1]
 
 The table is the paper's "balanced assignment": ids from the most to the least frequent, each to the expert with the
-fewest tokens so far. Every expert then gets about as many tokens, as far as one id's tokens are not more than a fair share. The
-seed decides between equal ids and equal experts.
+fewest tokens so far. Experts then get about equally many tokens, unless a single id has more than an expert's fair share. The
+seed breaks ties between ids and between experts.
 
 Letters: N tokens, V token ids, E experts.
 """
@@ -36,9 +36,9 @@ class HashRouterConfig(RouterConfig):
     """Settings of a hash router.
 
     Attributes:
-        seed: of the table from token ids to experts; layers draw different tables.
-        counts: a JSON file with the corpus's number of tokens of each id, a list of `vocab_size` numbers
-            (`PileDataModule.token_counts`); null: equal numbers. Read where a new run starts: checkpoints hold the table.
+        seed: seed of the table from token ids to experts; layers draw different tables.
+        counts: JSON file with the number of tokens of each id in the corpus, a list of `vocab_size` numbers
+            (`PileDataModule.token_counts`); null: equal numbers. Read when a new run starts; checkpoints contain the table.
     """
 
     free_in_evaluation = frozenset({"seed", "counts"})
@@ -67,7 +67,7 @@ class HashRouterConfig(RouterConfig):
 
 
 class HashRouter(Router):
-    """Looks up the expert of a token. Every assignment but padding is kept."""
+    """Looks up the expert of each token. Keeps all assignments except those of padding."""
 
     table: Tensor
 

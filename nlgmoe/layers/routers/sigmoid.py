@@ -1,16 +1,16 @@
 """Sigmoid scores, and balance by a bias on the choice instead of a loss: DeepSeek-V3's router (one group of experts).
 
     s      = sigmoid(x W)                                         [N, E]
-    expert = the top k of s + b                                   [N, k]   b changes the choice, and no weight
+    expert = the top k of s + b                                   [N, k]   b changes the choice, not the weights
     weight = route_scale * s[expert] / sum_k s[expert]            [N, k]   `normalize_weights` false: without the sum
     b     += update_rate * sign(mean load - load)                 [E]      after each optimizer step
 
     sequence balance = sequence_loss_coeff * mean over sequences of sum_e f_e P_e
     P_e = mean_t s_te / sum_e s_te          f_e = E / k * share of the tokens t of a sequence whose top k of s include e
 
-DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20); Loss-Free Balancing (arXiv 2408.15664, algorithm 1). Load: the
-assignments to an expert in the step, of all ranks and micro-batches, before dropping. tests/equivalence compares with
-`transformers`. `Routing.logits` is log s, whose softmax is s / sum_e s, `Routing.probs`.
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20); Loss-Free Balancing (arXiv 2408.15664, algorithm 1). The load
+is the number of assignments to an expert in the step, over all ranks and micro-batches, before dropping. tests/equivalence
+compares with `transformers`. `Routing.logits` is log s, whose softmax is s / sum_e s, `Routing.probs`.
 
 Letters as in `layers/router.py`, whose capacity it uses; B sequences of T tokens, N = B * T.
 """
@@ -37,9 +37,9 @@ class SigmoidTopK(RouterConfig):
     """Settings of a router with sigmoid scores and a balancing bias.
 
     Attributes:
-        update_rate: by which an expert's bias changes after each optimizer step; 0: there is no balancing by biases.
+        update_rate: change of an expert's bias after each optimizer step; 0: no balancing by biases.
         route_scale: multiplies the weights of the experts' outputs.
-        normalize_weights: the weights of a token's kept experts sum to `route_scale`; null: with `top_k` above 1.
+        normalize_weights: the weights of a token's kept experts sum to `route_scale`; null: only with `top_k` above 1.
         sequence_loss_coeff: weight of the sequence-wise balance loss, which is summed over the MoE layers.
         init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
     """
@@ -74,7 +74,7 @@ class SigmoidTopK(RouterConfig):
 
 
 class SigmoidTopKRouter(TopKRouter):
-    """Extends the paper's router by other scores, and a choice by biased scores."""
+    """The paper's router with sigmoid scores, and a choice by biased scores."""
 
     bias: Tensor
 

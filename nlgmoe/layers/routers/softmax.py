@@ -1,11 +1,11 @@
-"""The paper's router with a gate that is scaled, drawn wider or narrower, and normalised or not.
+"""The paper's router with settings for scale, initial standard deviation and normalisation of the gate.
 
-    p      = softmax(x W)                                [N, E]   W drawn with `init_std`
+    p      = softmax(x W)                                [N, E]   W ~ N(0, init_std) at first
     weight = gate_scale * p[expert]                      [N, k]   `normalize_weights` false
     weight = gate_scale * p[expert] / sum_k p[expert]    [N, k]   `normalize_weights` true
 
 Mixtral (arXiv 2401.04088) and Qwen3-MoE normalise, OLMoE (arXiv 2409.02060) does not; tests/equivalence compares with
-all three. Letters as in `layers/router.py`, whose `TopKRouter` does the work.
+all three. Letters as in `layers/router.py`; `TopKRouter` there implements it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SoftmaxTopK(RouterConfig):
     Attributes:
         gate_scale: multiplies the weights of the experts' outputs.
         init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
-        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: with `top_k` above 1, as the paper.
+        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: with `top_k` above 1.
     """
 
     uses = ROUTER_FIELDS

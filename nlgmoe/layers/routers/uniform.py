@@ -1,11 +1,11 @@
-"""A control: an expert by token id and position, as if drawn, the same in every epoch and batch. Nothing to learn in the choice.
+"""A control: a pseudo-random expert by token id and position, the same in every epoch and batch, without learning.
 
     expert = hash(seed, token, position) mod E        [N, 1]   position without padding
     weight = 1                                        [N, 1]
 
-Each expert is trained on a random share of all tokens, so that none can specialise: a difference to this control is what the
-choice of experts brings. A text is routed alike in training and evaluation, alone and in a batch. The control is our own;
-the hash is a common 32-bit mix of multiplications and shifts.
+Each expert is trained on a random share of all tokens, so that none can specialise; the difference to this control measures
+the effect of the choice of experts. A text has the same routing in training and evaluation, alone and in a batch. The hash is a
+common 32-bit mix of multiplications and shifts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class UniformRouterConfig(RouterConfig):
     """Settings of a uniform router.
 
     Attributes:
-        seed: of the hash; layers hash differently. Checkpoints hold the hash, so that it stays with the experts of a block.
+        seed: seed of the hash, which differs between layers. Checkpoints contain the hash.
     """
 
     free_in_evaluation = frozenset({"seed"})
