@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
-from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, is_readable
+from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, PLAIN_TEXT, has_records, is_plain_text
 
-ENDINGS = ", ".join([*JSON_LINES, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
+ENDINGS = ", ".join([*JSON_LINES, *PLAIN_TEXT, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
 
 
 def input_files(given: str | Sequence[str]) -> list[str]:
-    """Files of text, those of each pattern and folder by name.
+    """Files of text, those of each pattern and folder by name. Of a folder with records, plain text (a README) is left out.
 
     Args:
         given: paths, folders and patterns, `**` for folders at any depth; addresses (`hf://...`) are taken as they are.
 
     Raises:
-        UsageError: one stands for no file, for one twice, or for one that is neither JSON lines nor Parquet.
+        UsageError: one stands for no file, for one twice, or for one that is no JSON lines, Parquet or plain text.
     """
     found: list[str] = []
     for one in [given] if isinstance(given, str) else given:
@@ -29,11 +29,14 @@ def input_files(given: str | Sequence[str]) -> list[str]:
             files = [one]
         elif Path(one).is_dir():
             inside = sorted(Path(one).iterdir())
-            files = [str(path) for path in inside if is_readable(path)]
-            if others := [path.name for path in inside if not is_readable(path) and not path.name.startswith(".")]:
+            readable = [path for path in inside if has_records(path)] or [
+                path for path in inside if is_plain_text(path)
+            ]
+            files = [str(path) for path in readable]
+            if others := [path.name for path in inside if path not in readable and not path.name.startswith(".")]:
                 print(
                     f"note: {len(others)} of what is in {one} are left out, such as {others[0]}: known endings are {ENDINGS}; "
-                    f"for folders inside give '{one}/**/*{JSON_LINES[0]}'",
+                    f"for folders inside give '{one}/**/*{Path(files[0]).suffix if files else JSON_LINES[0]}'",
                     file=sys.stderr,
                 )
         else:
@@ -43,7 +46,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         found += files
     seen: set[str] = set()
     for file in found:
-        if not is_readable(file):
+        if not (has_records(file) or is_plain_text(file)):
             raise UsageError(f"input={file} cannot be read; known endings are {ENDINGS}")
         itself = file if "://" in file else os.path.realpath(file)  # under whatever name, or behind a link
         if itself in seen:

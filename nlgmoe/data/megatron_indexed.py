@@ -19,6 +19,7 @@ from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, lo
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
+DEFAULT_SPLIT = (98, 2, 0)
 PIECES, PIECE_BYTES = 64, 1 << 15  # for the fingerprint
 
 
@@ -36,7 +37,7 @@ class MegatronIndexed:
         ValueError: `split` is not three shares.
     """
 
-    def __init__(self, prefix: str, split: Sequence[float] = (98, 2, 0)) -> None:
+    def __init__(self, prefix: str, split: Sequence[float] = DEFAULT_SPLIT) -> None:
         if len(split) != 3 or min(split) < 0 or sum(split) <= 0:
             raise ValueError(
                 f"split {list(split)} must be three shares of documents (training, validation, test), none negative and "
@@ -127,6 +128,22 @@ class MegatronIndexed:
                     handle.seek(start)
                     digest.update(handle.read(length))
         return digest.hexdigest()[:16]
+
+
+def choose_split(dataset: IndexedDataset) -> list[int] | None:
+    """Return numbers of training, validation and test documents: 2% for validation, more in a small corpus.
+
+    The validation documents, the last ones, have at least 2,048 tokens (a sequence of the paper's models) or a tenth of
+    the tokens. None: one document cannot be divided.
+    """
+    count = len(dataset.document_indices) - 1
+    if count < 2:
+        return None
+    first = split_documents(count, DEFAULT_SPLIT)[1]
+    wanted = min(2048, len(dataset.tokens) // 10)
+    while first > 1 and len(dataset.tokens) - dataset.first_token(first) < max(wanted, 1):
+        first -= 1
+    return [first, count - first, 0]
 
 
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:

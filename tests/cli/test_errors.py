@@ -856,9 +856,9 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         "input=x/*.jsonl stands for no file; give a",
     ),
     "other input": (
-        ["prepare-data", "--input=README.md", "--output=y"],
+        ["prepare-data", "--input=LICENSE", "--output=y"],
         2,
-        "input=README.md cannot be read; known endings",
+        "input=LICENSE cannot be read; known endings",
     ),
     "input twice": (
         ["prepare-data", "--input=[{corpus}/text, {corpus}/text/prose.train.jsonl]", "--output=y"],

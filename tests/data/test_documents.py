@@ -19,7 +19,7 @@ import zstandard
 
 from nlgmoe.data.text import documents
 from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.documents import is_readable, read_documents
+from nlgmoe.data.text.documents import has_records, is_plain_text, read_documents
 from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
@@ -198,8 +198,43 @@ def test_a_disk_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_readable() -> None:
-    assert all(map(is_readable, [*(f"a.{ending}" for ending in ENDINGS), "hf://datasets/a/b.json", Path("a.ndjson")]))
-    assert not any(map(is_readable, ["a.txt", "a.parquet.gz", "a.zst", "jsonl"]))
+    assert all(map(has_records, [*(f"a.{ending}" for ending in ENDINGS), "hf://datasets/a/b.json", Path("a.ndjson")]))
+    assert not any(map(has_records, ["a.txt", "a.parquet.gz", "a.zst", "jsonl"]))
+
+
+@pytest.mark.parametrize("ending", ["txt", "md.gz", "txt.zst"])
+def test_plain_text_is_one_document_or_cut_at_ends_of_lines(tmp_path: Path, ending: str) -> None:
+    path = write_lines(tmp_path / f"data.{ending}", ["\ufeffnaïve".encode(), *[text.encode() for text in TEXTS]])
+    text = "\n".join(["naïve", *TEXTS, ""])
+    assert is_plain_text(path) and not has_records(path)
+    (whole,) = read(path)
+    assert whole.content == text and read(path, start=whole.after) == []
+    cut = Fields(text_bytes=500)
+    pieces = read(path, cut)
+    assert len(pieces) > 5 and "".join(str(piece.content) for piece in pieces) == text
+    assert all(str(piece.content).endswith("\n") for piece in pieces)
+    assert read(path, cut, start=pieces[2].after) == pieces[3:]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x89PNG\0\1", "not text (it has zero bytes"),
+        ("\ufeffabc".encode("utf-16"), "not text (it has zero bytes"),
+        (b"na\xefve", "not UTF-8 (from byte 2 on; convert it to UTF-8)"),
+        (b" \n", "empty document"),
+        (b"", "empty file"),
+        (b"x" * 31, "document too long (more than 30 bytes"),
+    ],
+)
+def test_a_text_file_that_is_none_is_named_or_counted(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "data.txt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "data.txt", Fields(max_bytes=30))
+    assert str(error.value).startswith(f"{tmp_path}/data.txt: {kind}") and "set on_bad_data to skip" in str(error.value)
+    bad = BadData("skip", str)
+    assert list(read_documents(tmp_path / "data.txt", Fields(max_bytes=30), bad)) == []
+    assert bad.skipped == {kind.partition(" (")[0]: 1}
 
 
 def test_a_last_line_without_its_end_counts(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from nlgmoe.commands.main import main
 from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer
+from nlgmoe.data.megatron_indexed import choose_split
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.records import Fields, FileOffset, Record
 from nlgmoe.data.tokenizer import load_tokenizer, train_byte_level_bpe
@@ -249,3 +250,29 @@ def test_from_text_to_training(tokenizer: Tokenizer, files: list[str], tmp_path:
         main([*arguments, f"--input={tmp_path / 'text'}"])
     assert f"error: output={prefix}: {prefix}.bin exists already; name another output" in capsys.readouterr().err
     assert [path.name for path in Path(prefix).parent.iterdir()] == ["pile_text_document.bin"]
+
+
+@pytest.mark.parametrize("counts", [[6], [2, 20], [1] * 30])
+def test_plain_text_gets_a_split_that_can_be_trained_and_validated_with(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: Any, counts: list[int]
+) -> None:
+    """One short file, two, many."""
+    (tmp_path / "text").mkdir()
+    for number, repeated in enumerate(counts):
+        text = "".join(f"{line}: reading books\n" for line in range(20 * repeated))
+        (tmp_path / "text" / f"{number:03}.txt").write_text(text)
+    prefix = str(tmp_path / "own")
+    main(["prepare-data", f"--tokenizer={tokenizer.name}", f"--input={tmp_path}/text", f"--output={prefix}"])
+    advice = capsys.readouterr().out.partition("train on")[2]
+    split = json.loads(advice.partition("split=")[2].partition("'")[0])
+    data = PileDataModule(str(tmp_path), tokenizer.name, MegatronIndexed(prefix, split), seq_len=16)
+    data.prepare_data()
+    assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader()))
+
+
+@pytest.mark.parametrize(("lengths", "split"), [([1100] * 200, [196, 4, 0]), ([90, 5, 5], [1, 2, 0]), ([9], None)])
+def test_a_large_corpus_keeps_the_default_split(tmp_path: Path, lengths: list[int], split: list[int] | None) -> None:
+    with IndexedWriter(tmp_path / "pile", np.dtype(np.uint16)) as writer:
+        for length in lengths:
+            writer.add_document(np.zeros(length, np.uint16))
+    assert choose_split(IndexedDataset(tmp_path / "pile")) == split

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fsspec.core import url_to_fs
 
-from nlgmoe.data.text.documents import is_readable
+from nlgmoe.data.text.documents import has_records
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def find_files(
             f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
             "{train: train/*.jsonl.zst, validation: val.jsonl.zst}"
         )
-    if unknown := [file for files in found.values() for file in files if not is_readable(file)]:
+    if unknown := [file for files in found.values() for file in files if not has_records(file)]:
         raise ValueError(
             f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
             "with data_files"

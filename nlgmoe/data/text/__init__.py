@@ -1,1 +1,1 @@
-"""Documents from files: JSON lines and Parquet. Reading order: `records.py`, `bad_data.py`, `documents.py`."""
+"""Documents from files: JSON lines, Parquet and plain text. Reading order: `records.py`, `bad_data.py`, `documents.py`."""

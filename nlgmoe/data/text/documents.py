@@ -1,6 +1,8 @@
-"""Documents of a file in order, from any `FileOffset`: JSON lines (plain, .gz or .zst) and Parquet, in constant memory.
+"""Documents of a file in order, from any `FileOffset`, in constant memory: JSON lines, Parquet, plain text.
 
-pyarrow decompresses .gz and .zst: it reports a stream that ends too early, which zstandard's reader takes for the end of
+JSON lines and plain text may be compressed (.gz, .zst).
+
+pyarrow decompresses: it reports a stream that ends too early, which zstandard's reader takes for the end of
 the file. Its own JSON reader knows neither lines nor byte offsets.
 """
 
@@ -18,6 +20,7 @@ from nlgmoe.data.text.bad_data import BadData, UnusableError
 from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard, parse, too_long
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+PLAIN_TEXT = (".txt", ".md")  # one document a file, but for `Fields.text_bytes`
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PIECE_BYTES = 1 << 16  # decompressed at a time; as much is lost before the end of a file that is cut off
 ROWS = 64  # of Parquet, decoded at a time
@@ -30,7 +33,7 @@ def read_documents(
     """Yield the documents of a file.
 
     Args:
-        path: a local file, or an address that fsspec opens (`hf://datasets/...`); `is_readable` by its ending.
+        path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
         fields: of each record that are read.
         bad: policy for unusable documents and files.
         shard: the documents to yield; others are neither parsed nor checked.
@@ -39,8 +42,8 @@ def read_documents(
     Raises:
         ValueError: data is unusable and `bad` says "error", or a disk or network fails; names file and line.
     """
-    assert is_readable(path), path
-    read = _read_parquet if str(path).endswith(".parquet") else _read_lines
+    assert has_records(path) or is_plain_text(path), path
+    read = _read_text if is_plain_text(path) else _read_parquet if str(path).endswith(".parquet") else _read_lines
     place, number = str(path), start.documents
     try:
         file_system, name = url_to_fs(place)
@@ -67,26 +70,34 @@ def read_documents(
         bad.handle(place, error)
 
 
-def is_readable(path: str | Path) -> bool:
-    """Return whether `read_documents` knows the ending of a file's name."""
+def has_records(path: str | Path) -> bool:
+    """Return whether a file is JSON lines or Parquet by its name."""
+    return _uncompressed(path).endswith(JSON_LINES) or str(path).endswith(".parquet")
+
+
+def is_plain_text(path: str | Path) -> bool:
+    """Return whether a file is plain text by its name."""
+    return _uncompressed(path).endswith(PLAIN_TEXT)
+
+
+def _uncompressed(path: str | Path) -> str:
     name = str(path)
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
-    return name.endswith(JSON_LINES) or str(path).endswith(".parquet")
+    return name
 
 
 def _read_lines(
     opened: Any, path: str, fields: Fields, bad: BadData, shard: Shard, start: FileOffset
 ) -> Iterator[Record]:
     number, position = start.documents, start.bytes
-    if compression := COMPRESSIONS.get(Path(path).suffix):
-        lines: Any = io.BufferedReader(pa.CompressedInputStream(opened, compression), PIECE_BYTES)
-        passed = 0  # a compressed file has no way in but from its beginning
+    if Path(path).suffix in COMPRESSIONS:
+        lines, passed = _decompressed(opened, path), 0  # a compressed file has no way in but from its beginning
         while passed < position and (piece := lines.read(min(position - passed, PIECE_BYTES))):
             passed += len(piece)
     else:
         opened.seek(position)
-        lines = io.BufferedReader(opened, PIECE_BYTES)
+        lines = _decompressed(opened, path)
     while line := lines.readline(fields.max_bytes + 1):
         length, complete = len(line), len(line) <= fields.max_bytes or line.endswith(b"\n")
         while not (complete or line.endswith(b"\n")) and (line := lines.readline(PIECE_BYTES)):
@@ -102,6 +113,42 @@ def _read_lines(
         number += 1
     if number == 0:
         raise UnusableError("empty file")
+
+
+def _read_text(
+    opened: Any, path: str, fields: Fields, bad: BadData, shard: Shard, start: FileOffset
+) -> Iterator[Record]:
+    stream, number, position = _decompressed(opened, path), 0, 0
+    while content := stream.read(fields.text_bytes or fields.max_bytes + 1) + stream.readline(fields.max_bytes):
+        position += len(content)
+        if len(content) > fields.max_bytes:
+            raise UnusableError("document too long", f"more than {fields.max_bytes:,} bytes; make several files of it")
+        if number >= start.documents and number in shard:
+            try:
+                yield Record(number, _from_text(content), None, FileOffset(number + 1, position))
+            except UnusableError as error:
+                bad.handle(path, error)
+        number += 1
+    if number == 0:
+        raise UnusableError("empty file")
+
+
+def _from_text(content: bytes) -> str:
+    if b"\0" in content:
+        raise UnusableError("not text", "it has zero bytes, as binary files and UTF-16 have; convert it to UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableError("not UTF-8", f"from byte {error.start:,} on; convert it to UTF-8") from error
+    if not text.strip():
+        raise UnusableError("empty document")
+    return text
+
+
+def _decompressed(opened: Any, path: str) -> io.BufferedReader:
+    if compression := COMPRESSIONS.get(Path(path).suffix):
+        return io.BufferedReader(pa.CompressedInputStream(opened, compression), PIECE_BYTES)
+    return io.BufferedReader(opened, PIECE_BYTES)
 
 
 def _from_json(line: bytes) -> Any:

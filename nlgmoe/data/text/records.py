@@ -1,6 +1,6 @@
 """Records of a file, and the checks that make one a document: text or token ids to train on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ class Fields:
         ids: a list of token ids, read in place of `text`; None: read the text.
         domain: the document's domain; None: there is none.
         vocab_size: ids must be below it; None: unchecked.
-        max_bytes: longest line of a document, or text in Parquet.
+        max_bytes: longest line of a document, or text in Parquet and plain text.
+        text_bytes: plain text is cut at the ends of lines into documents of at least so many bytes; None: one document a file.
     """
 
     text: str = "text"
@@ -28,6 +29,7 @@ class Fields:
     domain: str | None = None
     vocab_size: int | None = None
     max_bytes: int = MAX_DOCUMENT_BYTES
+    text_bytes: int | None = field(default=None, repr=False)  # checkpoints hold the representation of the others
 
     @property
     def content(self) -> str:
