@@ -89,11 +89,11 @@ class MixtureOfStudents:
         self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights` of the teacher, also in the resumed run
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which teacher the run has learned from."""
+        """Return the teacher that the run has used."""
         return self._used
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep that teacher, unless `teacher` is another setting now."""
+        """Restore the teacher; it is kept unless the setting `teacher` has changed."""
         self._used = state_dict
 
     def start(self, student: GPT, trainer: Trainer) -> None:
@@ -101,10 +101,10 @@ class MixtureOfStudents:
 
         Args:
             student: the model that learns, on its device.
-            trainer: its trainer; a strategy that spreads experts over ranks spreads the teacher's too.
+            trainer: its trainer; its strategy may distribute the teacher's experts over ranks.
 
         Raises:
-            ValueError: there is no such checkpoint, it is damaged, or it does not suit the student. Every rank raises.
+            ValueError: the checkpoint does not exist, is damaged, or does not fit the student. Every rank raises.
         """
         self.release()
         if self.loss_weight == 0:
@@ -117,10 +117,10 @@ class MixtureOfStudents:
         """Load the teacher, with the device and dtype of `like`. Returns the checkpoint.
 
         Args:
-            student: the model that learns.
+            student: configuration of the student.
             like: one of the student's weights.
             data: the student's data module, or None.
-            strategy: of its trainer, which may spread experts over ranks.
+            strategy: strategy of its trainer, which may distribute experts over ranks.
 
         Raises:
             ValueError: as `start`.
@@ -171,7 +171,7 @@ class MixtureOfStudents:
         )
 
     def release(self) -> bool:
-        """Free the teacher's memory, also to other processes. Returns whether one was loaded."""
+        """Free the teacher, and return its memory to the system. Returns whether one was loaded."""
         if self.model is None:
             return False
         device = self.model.token_embedding.weight.device

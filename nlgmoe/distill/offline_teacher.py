@@ -58,11 +58,10 @@ class OfflineTeacher:
 
         Args:
             student: the model that learns.
-            trainer: its trainer; the logits have to be of its data.
+            trainer: its trainer, with the data of the logits.
 
         Raises:
-            ValueError: there is no such folder, it is not finished, it is damaged, or it does not suit the run. Every rank
-                raises.
+            ValueError: the folder does not exist, is unfinished or damaged, or does not fit the run. Every rank raises.
         """
         self.release()
         if self.loss_weight == 0:
@@ -94,7 +93,7 @@ class OfflineTeacher:
             mask: its token mask.
 
         Raises:
-            ValueError: a sample is not there, or damaged.
+            ValueError: a sample is missing or damaged.
         """
         if self._found is None:
             return None

@@ -39,7 +39,7 @@ class SigmoidTopK(RouterConfig):
     Attributes:
         update_rate: change of an expert's bias after each optimizer step; 0: no balancing by biases.
         route_scale: multiplies the weights of the experts' outputs.
-        normalize_weights: the weights of a token's kept experts sum to `route_scale`; null: only with `top_k` above 1.
+        normalize_weights: the weights of a token's kept experts sum to `route_scale`; null: true if `top_k` is above 1.
         sequence_loss_coeff: weight of the sequence-wise balance loss, which is summed over the MoE layers.
         init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
     """

@@ -26,7 +26,7 @@ class SoftmaxTopK(RouterConfig):
     Attributes:
         gate_scale: multiplies the weights of the experts' outputs.
         init_std: standard deviation of the gate's initial weights; null: the model's `init_std`.
-        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: with `top_k` above 1.
+        normalize_weights: the weights of a token's kept experts sum to `gate_scale`; null: true if `top_k` is above 1.
     """
 
     uses = ROUTER_FIELDS
