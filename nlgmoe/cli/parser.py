@@ -6,15 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from itertools import groupby
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from nlgmoe.cli.config_entries import ConfigEntry, read_arguments, read_file
 from nlgmoe.cli.errors import UsageError, is_complaint, one_line, raised_in
 from nlgmoe.cli.explain import NAMED_BY_CLASS, Explainer, subcommands_of
 
+# Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_parsing_settings(subclasses_enabled=list(NAMED_BY_CLASS))  # of jsonargparse, which takes dataclasses for sections
 
 

@@ -28,6 +28,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     folder = trainer["default_root_dir"]
     _require(folder is not None and bool(str(folder).strip()), "default_root_dir", folder, "names no folder; give one")
     _require("://" not in str(folder), "default_root_dir", folder, "must be a folder, which may be a mounted one")
+    why = "turns off what a run is for; set trainer.logger and trainer.enable_checkpointing to false"
+    _require(not trainer["barebones"], "barebones", trainer["barebones"], why)
     _check_counts(trainer)
     _check_epochs(trainer)
     _check_fractions(trainer)
@@ -175,6 +177,8 @@ def _check_strategy(trainer: Mapping[str, Any]) -> None:
     )
     fsdp = shown.startswith("fsdp") or shown.endswith(("FSDPStrategy", "ModelParallelStrategy"))
     _require(not fsdp, "strategy", shown, FSDP_REFUSED)
+    copied = shown.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
+    _require(not copied, "strategy", shown, "makes ranks out of this process; use ddp, whose ranks start by themselves")
     plain = shown.startswith("deepspeed") or shown.endswith("DeepSpeedStrategy")
     _require(not plain, "strategy", shown, DEEPSPEED_REFUSED)
 

@@ -526,6 +526,11 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "ModelParallelStrategy divides the weights, which gradient norms, named optimizer groups",
     ),
     "unknown strategy": (flag("--trainer.strategy=dpp"), "trainer.strategy=dpp: You selected an invalid strategy name"),
+    "ranks made out of this process": (
+        flag("--trainer.strategy=ddp_spawn"),
+        "trainer.strategy=ddp_spawn makes ranks out of this process; use ddp",
+    ),
+    "nothing but speed": (flag("--trainer.barebones=true"), "trainer.barebones=True turns off what a run is for"),
     "unreadable duration": (
         flag("--trainer.max_time=1h"),
         "trainer.max_time=1h: `Timer(duration='1h')` is not a valid",
@@ -823,6 +828,7 @@ def test_what_cannot_be_used_is_named(
     "forms",
     [
         ["--trainer.max_time.hours=1"],
+        ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:01:00:00"],
         ["--trainer.max_time={hours: 1}"],
         ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_interval=step"],
         ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.init_args.logging_interval=step"],
