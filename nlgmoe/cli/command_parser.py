@@ -38,6 +38,8 @@ class CommandParser(OneLineParser):
                 self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
             elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
                 self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
+            elif parameter.default is parameter.empty:
+                self.add_argument(name, type=types[name], help=texts.get(name))
             else:
                 continue
             ours.add(name)

@@ -61,7 +61,7 @@ class Explainer:
         self.entries = entries
         self.known = known_settings(parser)
         self.help = {action.dest: action.help for action in parser._actions}
-        self.positionals = [action.dest for action in parser._actions if not action.option_strings]
+        self.positionals = {a.dest: getattr(a, "_typehint", a.type) for a in parser._actions if not a.option_strings}
         self.subcommands = list(subcommands_of(parser))
 
     def check(self, entry: ConfigEntry) -> None:
@@ -177,7 +177,7 @@ class Explainer:
 
     def _hint(self, path: str, owner: str) -> Any:
         if path in self.known or not owner:
-            return self.known.get(path)
+            return self.known.get(path, self.positionals.get(path))
         try:
             return typing.get_type_hints(find_class(owner).__init__).get(path.rpartition(".")[2])
         except (NameError, TypeError):  # another package's annotations may name what only type checkers import

@@ -15,6 +15,7 @@ from nlgmoe.parts import ForeignCodeError
 from nlgmoe.versions import versions
 
 COMMANDS = {
+    "configs": "nlgmoe.commands.configs.configs",
     "prepare-data": "nlgmoe.commands.prepare_data.prepare_data",
     "inspect": "nlgmoe.tools.planner.inspect_config.inspect_config",
     "from-megatron": "nlgmoe.tools.megatron.from_megatron.from_megatron",

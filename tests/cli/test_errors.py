@@ -855,6 +855,17 @@ def test_every_way_to_write_a_setting_is_accepted(forms: list[str], place: Place
 NLGMOE: dict[str, tuple[list[str], int, str]] = {
     "misspelt subcommand": (["prepare-dta"], 2, "unknown subcommand prepare-dta; did you mean prepare-data?"),
     "misspelt flag": (["prepare-data", "--data_dri=x"], 2, "unknown setting data_dri; did you mean data_dir?"),
+    "no such action": (["configs", "show"], 2, "action: expected one of list, copy"),
+    "no such configuration": (
+        ["configs", "copy", "quickstrt.yaml"],
+        2,
+        "no file of the package; did you mean quickstart.yaml?",
+    ),
+    "output exists": (
+        ["configs", "copy", "quickstart.yaml"],
+        2,
+        "configs/quickstart.yaml exists already; name another folder",
+    ),
     "no output": (["prepare-data", "--input=x"], 2, "missing setting output; --input and --output go together"),
     "no such input": (
         ["prepare-data", "--input=x/*.jsonl", "--output=y"],
