@@ -42,19 +42,15 @@ class AllToAllDispatch:
     Args:
         rows: `[R, H]` sorted by expert; rows past the sum of `tokens_per_expert` belong to none and are not sent.
         tokens_per_expert: `[E]` int64.
-        placement: of the layer's experts.
+        placement: of the layer's experts, with a group.
         slots: C, which no expert's rows exceed on any rank of the group, the same on all of them; None: rows are counted.
     """
 
     def __init__(
         self, rows: Tensor, tokens_per_expert: Tensor, placement: ExpertPlacement, slots: int | None = None
     ) -> None:
-        self._placement = placement
         self._total = len(rows)
         self._slot_of_row: Tensor | None = None  # [R]; None: rows were sent without padding
-        if placement.group is None:
-            self._rows, self._tokens_here = rows, tokens_per_expert
-            return
         ranks = distributed.get_world_size(placement.group)
         sent_counts = tokens_per_expert.view(ranks, placement.count)  # [W, e] rows for each rank
         received_counts = torch.empty_like(sent_counts)  # [W, e] rows from each rank
@@ -82,8 +78,6 @@ class AllToAllDispatch:
 
     def dispatch(self) -> tuple[Tensor, Tensor]:
         """Return rows for the experts held here, sorted by expert, and their numbers, `[e]`; rows past the sum are padding."""
-        if self._placement.group is None:
-            return self._rows, self._tokens_here
         received = _Wait.apply(self._rows, self._exchange)
         del self._rows  # not needed while the experts run
         return received.index_select(0, self._order), self._tokens_here
@@ -94,8 +88,6 @@ class AllToAllDispatch:
         Args:
             y: in the order of `dispatch`.
         """
-        if self._placement.group is None:
-            return y
         inverse = torch.empty_like(self._order)
         inverse[self._order] = torch.arange(len(inverse), device=inverse.device)
         exchange = self._exchange.reversed()

@@ -101,13 +101,15 @@ class MoELayer(nn.Module):
             The experts' weighted sums in at least fp32, and the shared MLP's output if there is one, both `[N, H]`.
         """
         dispatch = Dispatch.from_routing(routing, self.router.num_experts)
-        expert_parallel = self.placement.group is not None
+        rows, counts = dispatch.gather(tokens), dispatch.tokens_per_expert
+        if self.placement.group is None:
+            mlp = self.mlp(tokens) if self.mlp is not None else None
+            return dispatch.combine(self.experts(rows, counts, dispatch.all_used), routing.weight), mlp
         # In evaluation the ranks' last micro-batches may differ in size.
-        slots = fixed_slots(routing) if expert_parallel and self.training else None
-        exchange = AllToAllDispatch(dispatch.gather(tokens), dispatch.tokens_per_expert, self.placement, slots)
+        slots = fixed_slots(routing) if self.training else None
+        exchange = AllToAllDispatch(rows, counts, self.placement, slots)
         mlp = self.mlp(tokens) if self.mlp is not None else None  # overlaps with the all-to-all
-        all_used = slots is None if expert_parallel else dispatch.all_used
-        y = exchange.combine(self.experts(*exchange.dispatch(), all_used))  # [M, H]
+        y = exchange.combine(self.experts(*exchange.dispatch(), all_used=slots is None))
         return dispatch.combine(y, routing.weight), mlp
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
