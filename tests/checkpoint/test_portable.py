@@ -146,6 +146,10 @@ def test_overwriting_and_removing(tmp_path: Path) -> None:
     io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "b.ckpt")
     io.remove_checkpoint(path)
     assert [p.name for p in tmp_path.iterdir()] == ["b.ckpt"]
+    for end in (io.remove_checkpoint, lambda link: io.save_checkpoint(NEEDED | {"state_dict": {}}, link)):
+        (tmp_path / "link.ckpt").symlink_to("b.ckpt")
+        end(tmp_path / "link.ckpt")  # the link alone
+        assert io.load_checkpoint(tmp_path / "b.ckpt")["state_dict"]["model.x"].item() == 1.0
 
 
 def test_the_best_score_survives_when_the_run_folder_is_moved(tmp_path: Path) -> None:

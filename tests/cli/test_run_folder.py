@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -149,8 +151,17 @@ def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
         load_config([quickstart, tmp_path / "wrong.yaml"], **here)
 
 
-def test_nothing_is_written_where_a_few_batches_are_tried(pocket_pile: Path, tmp_path: Path) -> None:
-    """Neither into a new folder, nor into one with a run."""
+def test_nothing_is_written_where_a_few_batches_are_tried(
+    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither into a new folder, nor into one with a run; and no run opens a connection."""
+    connect = socket.socket.connect
+
+    def local(it: socket.socket, address: Any) -> None:
+        assert it.family == socket.AF_UNIX, address
+        connect(it, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
     command = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *TINY, f"--data.data_dir={pocket_pile}"]
     command += ["--trainer.callbacks.init_args.max_new_tokens=4"]  # of the samples
     new, run = tmp_path / "new", tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,19 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     assert "default_root_dir" not in found and "shape" not in found
     assert "the same" in differences(read_runs([tmp_path / "a"]))
     assert flattened({"a": [{"b": 1}, 2], "c": {}}) == {"a[0].b": 1, "a[1]": 2, "c": {}}
+
+
+def test_nothing_in_a_run_becomes_html(tmp_path: Path) -> None:
+    bad = "</script><img src=x onerror=alert(1)>"
+    config = json.dumps({"model": {"note": bad, bad: 1}})
+    summary = json.dumps({"steps": 9, "versions": {bad: bad}})
+    runs = [
+        folder(tmp_path / f"{n}<img>", config__yaml=config, summary__json=summary, metrics__csv=METRICS) for n in "ab"
+    ]
+    parser, tags = HTMLParser(), set()
+    parser.handle_starttag = lambda tag, attributes: tags.add(tag)  # type: ignore[method-assign]
+    parser.feed(page(read_runs(runs)))
+    assert "script" in tags and "table" in tags and "img" not in tags
 
 
 @pytest.mark.parametrize(
