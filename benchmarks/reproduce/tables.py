@@ -14,7 +14,7 @@ from benchmarks.reproduce.verdicts import of_cell, verdicts
 from benchmarks.runs import ROOT
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 PAGE, FIGURE = ROOT / "docs/reproduce.md", ROOT / "docs/results/reproduce.png"
 BEGIN, END = "<!-- results: make reproduce-tables -->", "<!-- end of results -->"
@@ -56,18 +56,26 @@ def write(results: dict[str, Any], page: Path = PAGE, figure: Path = FIGURE) -> 
 
 
 def draw(runs: dict[str, Any], file: Path) -> None:
-    """Draw loss against cost a token, and loss against parameters; points are means over seeds with their standard errors."""
+    """Draw loss against tokens, cost a token and parameters; points are means over seeds with their standard errors."""
+    experts = {name: [Cell(name, budget) for budget in BUDGETS] for name in GROWTH}
     families = {
         "dense, wider": [Cell(name) for name in WIDER],
         "MoE, more experts": [Cell(name) for name in GROWTH],
         "PR-MoE": [TEACHER],
         "student, staged": [Cell("student", BUDGETS[-1], "staged")],
     }
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-    for axis, fact, label in zip(
-        axes, ("flops_per_token", "params_total"), ("FLOPs per token, forward and backward", "parameters"), strict=True
-    ):
-        for name, cells in families.items():
+    panels: dict[str, tuple[str, dict[str, list[Cell]]]] = {
+        "tokens": ("tokens", experts),
+        "flops_per_token": ("FLOPs per token, forward and backward", families),
+        "params_total": ("parameters", families),
+    }
+    if not all(of_cell(runs, cell) for cell in families["dense, wider"]):
+        del panels["flops_per_token"]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.3), sharey=True, layout="constrained")
+    for axis, (fact, (label, lines)) in zip(axes, panels.items(), strict=True):
+        for name, cells in lines.items():
+            if fact == "params_total" and name == "MoE, more experts":
+                cells = cells[1:]  # dense is a family of its own there
             done = [cell for cell in cells if of_cell(runs, cell)]
             losses = [np.array(list(of_cell(runs, cell).values())) for cell in done]
             if done:
@@ -75,13 +83,17 @@ def draw(runs: dict[str, Any], file: Path) -> None:
                     [next(iter(of_cell(runs, cell, fact).values())) for cell in done],
                     [one.mean() for one in losses],
                     [one.std(ddof=1) / len(one) ** 0.5 if len(one) > 1 else 0 for one in losses],
-                    marker="o", capsize=3, label=name,
+                    marker="o", markersize=4, capsize=3, label=name.replace("moe_", "MoE-"),
                 )  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
     axes[0].set_ylabel("validation loss (nats/token)")
-    axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
