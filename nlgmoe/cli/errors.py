@@ -49,20 +49,16 @@ class UsageError(SettingError):
     """A command line or configuration that cannot be run; the message is the line that people read."""
 
 
-class UsageErrors(UsageError):
-    """Several mistakes found at once: a line each."""
-
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__("\n".join(messages))
-        self.messages = messages
-
-
 class Failures(ValueError):
     """Several things found wrong while running: a line each."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__("\n".join(messages))
         self.messages = messages
+
+
+class UsageErrors(Failures, UsageError):
+    """Several mistakes found at once: a line each."""
 
 
 @contextmanager
@@ -88,7 +84,7 @@ def one_line_errors() -> Iterator[None]:
             _wait_for_first_rank()
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()
-        for line in error.messages if isinstance(error, UsageErrors | Failures) else [describe(error)]:
+        for line in error.messages if isinstance(error, Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(USAGE if isinstance(error, SettingError) else FAILURE) from error
 

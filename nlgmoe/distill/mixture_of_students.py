@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,7 +289,4 @@ def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtyp
 
 def _without_dropping(config: GPTConfig) -> GPTConfig:
     """Return the configuration with dropless evaluation."""
-    values = config.to_dict()
-    if values["moe"] is not None:
-        values["moe"] |= {"eval_token_dropping": False}
-    return GPTConfig.from_dict(values)
+    return config if config.moe is None else replace(config, moe=replace(config.moe, eval_token_dropping=False))
