@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nlgmoe.data.tokenizer import Tokenizer
     from nlgmoe.tools.megatron.build_indexed import Progress
 
-PIECES = 20  # documents that a single text file is cut into
+PIECES = 20  # documents that a single text file is cut into; more of a compressed one
 
 
 def prepare_data(
@@ -110,8 +110,8 @@ def _tokenise_input(
     text_bytes = None
     if len(files) == 1 and is_plain_text(files[0]):
         lines.print(
-            f"note: {files[0]} is the only file: it is cut at ends of lines into some {PIECES} documents, so that the last ones "
-            "can be used for validation"
+            f"note: {files[0]} is the only file: it is cut at ends of lines into documents, so that the last ones can be used "
+            "for validation"
         )
         text_bytes = describe_file(files[0]).bytes // PIECES + 1
     fields = Fields(text=text_field, text_bytes=text_bytes)
