@@ -55,9 +55,8 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md) and the README's figure
+docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md)
 	$(BIN)/python -m nlgmoe.tools.megatron.flag_table
-	$(BIN)/python -m benchmarks.overview
 
 notebooks: install  ## run the notebooks and keep what they show; trains five small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
@@ -75,7 +74,7 @@ reproduce: install  ## the paper's claims with small models, CLAIM=5 for one; re
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
 	$(BIN)/python -m benchmarks.reproduce $(if $(CLAIM),--claim $(CLAIM)) $(if $(SCALE),--scale $(SCALE))
 
-reproduce-tables: install  ## docs/reproduce.md's tables and figure from docs/results/reproduce.json
+reproduce-tables: install  ## tables of README.md and docs/reproduce.md, and the figure, from docs/results/reproduce.json
 	$(BIN)/python -m benchmarks.reproduce --tables
 
 convergence: install  ## does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
@@ -85,6 +84,7 @@ convergence: install  ## does HEAD learn as commit AGAINST did? fp32 and bf16, 3
 bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading data (30 minutes)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python benchmarks/expert_parallel.py
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python benchmarks/scaling.py

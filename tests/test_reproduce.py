@@ -182,13 +182,16 @@ def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high and largest == pytest.approx(16)
 
 
-def test_the_page_gets_the_tables(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write(made_up(dense=3.8, moe_16=3.7), page, tmp_path / "figure.png")
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**shown**" in text
+def test_the_pages_get_the_tables(tmp_path: Path) -> None:
+    pages = tmp_path / "page.md", tmp_path / "readme.md"
+    for page in pages:
+        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(made_up(dense=3.8, moe_16=3.7), *pages, tmp_path / "figure.png")
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**shown**" in text
+    assert "| model | parameters |" in pages[0].read_text() and "| model | parameters |" not in pages[1].read_text()
     assert (tmp_path / "figure.png").stat().st_size > 5000
-    page.write_text("no place")
-    with pytest.raises(ValueError, match="lacks the lines"):
-        write(made_up(dense=3.8), page, tmp_path / "figure.png")
+    pages[1].write_text("no place")
+    with pytest.raises(ValueError, match=r"readme\.md lacks the lines"):
+        write(made_up(dense=3.8), *pages, tmp_path / "figure.png")

@@ -16,24 +16,21 @@ from benchmarks.runs import ROOT
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-PAGE, FIGURE = ROOT / "docs/reproduce.md", ROOT / "docs/results/reproduce.png"
+PAGE, README, FIGURE = ROOT / "docs/reproduce.md", ROOT / "README.md", ROOT / "docs/results/reproduce.png"
 BEGIN, END = "<!-- results: make reproduce-tables -->", "<!-- end of results -->"
 
 
+def claims_of(results: dict[str, Any]) -> str:
+    """Return the table of verdicts in Markdown."""
+    rows = [[one.title, one.paper, one.found, f"**{one.verdict}**"] for one in verdicts(results)]
+    head = f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs."
+    return "\n".join([head, "", *_table([["claim", "the paper", "here", "verdict"], *rows])])
+
+
 def text_of(results: dict[str, Any]) -> str:
-    """Return the tables in Markdown."""
-    found = verdicts(results)
-    lines = [
-        f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs.",
-        "",
-        *_table(
-            [
-                ["claim", "the paper", "here", "verdict"],
-                *([v.title, v.paper, v.found, f"**{v.verdict}**"] for v in found),
-            ]
-        ),
-    ]
-    for verdict in found:
+    """Return all tables in Markdown."""
+    lines = [claims_of(results)]
+    for verdict in verdicts(results):
         if len(verdict.rows) > 1:
             lines += ["", f"**{verdict.number}. {verdict.title}**", "", *_table(verdict.rows)]
     rates = results["learning_rates"]
@@ -42,16 +39,19 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(results: dict[str, Any], page: Path = PAGE, figure: Path = FIGURE) -> None:
-    """Replace the results in the page, and draw the figure if there is something to draw.
+def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, figure: Path = FIGURE) -> None:
+    """Replace all tables in the page and the verdicts in the README, and draw the figure.
 
     Raises:
-        ValueError: the page has no place for them.
+        ValueError: a page has no place for them.
     """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the lines {BEGIN} and {END}; put them where the results belong")
-    page.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{text_of(results)}\n{END}", text, flags=re.DOTALL))
+    for file, content in ((page, text_of(results)), (readme, claims_of(results))):
+        text = file.read_text()
+        if BEGIN not in text or END not in text:
+            raise ValueError(f"{file} lacks the lines {BEGIN} and {END}; put them where the results belong")
+        file.write_text(
+            re.sub(f"{BEGIN}.*?{END}", lambda _, new=content: f"{BEGIN}\n{new}\n{END}", text, flags=re.DOTALL)
+        )  # type: ignore[misc]
     draw(results["runs"], figure)
 
 
