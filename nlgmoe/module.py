@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
-from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
@@ -28,6 +27,7 @@ from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
+    check_new_run,
     check_same_run,
     follow_moved_folder,
     forget_saves,
@@ -243,14 +243,7 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: a new run has the trainer, module or data of an earlier one.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
-        if self.trainer.ckpt_path is None and (self.trainer.global_step or self.tokens_seen or samples):
-            raise AllRanksError(
-                f"a new run cannot begin with a trainer at step {self.trainer.global_step}, a module that has seen "
-                f"{self.tokens_seen} tokens or data at sample {samples}: make all anew, or resume the earlier run with "
-                "trainer.fit(..., ckpt_path=CHECKPOINT)"
-            )
+        check_new_run(self.trainer, self.tokens_seen)
         end = reached_end(self.trainer, self._given_max_steps, self.tokens_seen, self.train_tokens)
         if self._given_max_steps is not None:
             self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps

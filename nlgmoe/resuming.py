@@ -9,6 +9,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
+from nlgmoe.batch import TracksSamples
+from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.validation import SettingError
 
@@ -40,6 +42,25 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         )
     if resumes and checkpoint["seed"] != seed:
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_new_run(trainer: Trainer, tokens: int) -> None:
+    """Check that a run that resumes nothing begins at the beginning.
+
+    Args:
+        trainer: of the fit that begins.
+        tokens: that its module has seen.
+
+    Raises:
+        AllRanksError: trainer, module or data are those of an earlier run.
+    """
+    data = getattr(trainer, "datamodule", None)
+    samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
+    if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):
+        raise AllRanksError(
+            f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "
+            f"data at sample {samples}: make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
+        )
 
 
 def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated: bool) -> None:
