@@ -16,7 +16,7 @@ from nlgmoe.device import fork_rng
 from nlgmoe.distill.distiller import Distiller
 from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.losses import cross_entropy, distilled_cross_entropy
-from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT, NoiseKey
 from nlgmoe.seeding import derive_seed
@@ -105,7 +105,7 @@ class LearningRouters:
     """The routers of a model that learn from steps, and what the current step requested of them."""
 
     def __init__(self, gpt: GPT) -> None:
-        layers = [module for module in gpt.modules() if isinstance(module, MoELayer)]
+        layers = moe_layers(gpt)
         self._routers = {n: moe.router for n, moe in enumerate(layers) if moe.router.learns_from_steps}  # by MoE layer
         self.begin_step()
 

@@ -34,6 +34,11 @@ def experts_per_position(config: GPTConfig) -> list[int]:
     return experts_per_layer(config)[interval - 1 :: interval]
 
 
+def moe_blocks(config: GPTConfig) -> dict[int, int]:
+    """Return the number of experts of each MoE block, by block number from 0."""
+    return {block: count for block, count in enumerate(experts_per_layer(config)) if count}
+
+
 def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     """Return the student of a Mixture-of-Students (paper, section 4.2): fewer blocks, with the top of the teacher's pyramid.
 

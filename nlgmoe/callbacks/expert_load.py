@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.heat_map import heat_map
 from nlgmoe.monitoring.load_file import ExpertLoadFile
 from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import experts_per_layer, moe_blocks
 
 
 class ExpertLoad(Callback):
@@ -68,7 +68,7 @@ class ExpertLoad(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the first interval, and open the file."""
         assert isinstance(pl_module, MoEGPTModule)
-        self._experts = [count for count in experts_per_layer(pl_module.config) if count]
+        self._experts = list(moe_blocks(pl_module.config).values())
         if not self._experts:
             return
         self._parts = _parts(pl_module.gpt)
@@ -172,7 +172,7 @@ def learns_mix(config: GPTConfig) -> bool:
 def _parts(gpt: nn.Module) -> list[list[nn.Parameter]]:
     """Return the parameters of each MoE layer's router and experts, and last all others."""
     parts: list[list[nn.Parameter]] = []
-    for layer in [module for module in gpt.modules() if isinstance(module, MoELayer)]:
+    for layer in moe_layers(gpt):
         parts += [list(layer.router.parameters()), list(layer.experts.parameters())]
     named = {parameter for part in parts for parameter in part}
     return [*parts, [parameter for parameter in gpt.parameters() if parameter not in named]]

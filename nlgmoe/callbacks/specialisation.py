@@ -12,7 +12,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch, HasTokenByteLengths, HasTokenTexts
 from nlgmoe.eval.expert_counts import ExpertCounts
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import moe_blocks
 
 
 class ExpertSpecialisation(Callback):
@@ -29,7 +29,7 @@ class ExpertSpecialisation(Callback):
         """Start counting, in `fit`."""
         assert isinstance(pl_module, MoEGPTModule)
         self._counts = None
-        experts = [count for count in experts_per_layer(pl_module.config) if count]
+        experts = list(moe_blocks(pl_module.config).values())
         if not experts or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         data = getattr(trainer, "datamodule", None)

@@ -19,7 +19,7 @@ from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import TopKRouter
-from nlgmoe.pyramid import experts_per_layer, experts_per_position
+from nlgmoe.pyramid import experts_per_position, moe_blocks
 from nlgmoe.validation import require
 
 
@@ -50,7 +50,7 @@ def pruned_config(config: GPTConfig, num_experts: Sequence[int]) -> GPTConfig:
         )
     require(list(num_experts) != before, f"{setting} is what the model has; give a smaller number")
     with torch.device("meta"):
-        layer = MoELayer(config, next(block for block, count in enumerate(experts_per_layer(config)) if count))
+        layer = MoELayer(config, next(iter(moe_blocks(config))))
     require(
         isinstance(layer.router, TopKRouter),
         f"num_experts: {type(config.moe.router).__name__} has no row for each expert; only routers with a gate can be pruned",
@@ -65,7 +65,7 @@ def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
         weights: `[E]` of each MoE layer (`eval/expert_use.py`).
         config: `pruned_config`'s.
     """
-    counts = [count for count in experts_per_layer(config) if count]
+    counts = list(moe_blocks(config).values())
     return [
         sorted(one.argsort(descending=True, stable=True)[:n].tolist()) for one, n in zip(weights, counts, strict=True)
     ]
@@ -89,7 +89,7 @@ def prune(source: Path, checkpoint: str | Path, num_experts: Sequence[int], kept
     document = read_document(source)
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
-    blocks = [block for block, count in enumerate(experts_per_layer(before)) if count]
+    blocks = list(moe_blocks(before))
     of_block = {f"blocks.{block}.moe": list(experts) for block, experts in zip(blocks, kept, strict=True)}
     files = TensorFiles(source, "model")
 

@@ -55,7 +55,7 @@ def prune_checkpoint(
     from nlgmoe.eval.expert_use import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.model.counting import count_parameters
-    from nlgmoe.pyramid import experts_per_layer
+    from nlgmoe.pyramid import moe_blocks
 
     loaded = load_pretrained(run)
     before = loaded.model.config
@@ -68,7 +68,7 @@ def prune_checkpoint(
     kept = most_used(use.weights, after)
     prune(loaded.path, checkpoint, num_experts, kept)
 
-    blocks = [block for block, count in enumerate(experts_per_layer(before), 1) if count]
+    blocks = [block + 1 for block in moe_blocks(before)]
     for block, experts, weights in zip(blocks, kept, use.weights, strict=True):
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))

@@ -12,7 +12,7 @@ from nlgmoe.checkpoint.folder import read_document, run_config
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
 from nlgmoe.config import GPTConfig
-from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
+from nlgmoe.pyramid import moe_blocks, student_config, student_layers
 
 
 def student(
@@ -167,7 +167,7 @@ def _callbacks(given: Any) -> list[Any]:
 def _header(source: str, theirs: GPTConfig, ours: GPTConfig, note: str) -> str:
     experts = ""
     if ours.moe is not None:
-        counts, kept = ([n for n in experts_per_layer(config) if n] for config in (theirs, ours))
+        counts, kept = (list(moe_blocks(config).values()) for config in (theirs, ours))
         experts = f", {len(kept)} of its {len(counts)} MoE layers"
     return (
         f"# A student of {source}: {ours.num_layers} of its {theirs.num_layers} blocks{experts}; by `nlgmoe student`.\n"

@@ -13,7 +13,7 @@ from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.eval.token_classes import CLASSES, token_class
 from nlgmoe.layers.router import Routing, count
 from nlgmoe.model.gpt import GPT
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import moe_blocks
 
 
 class ExpertCounts(Metric):
@@ -88,7 +88,7 @@ def count_experts(
     Raises:
         ValueError: the model is dense, or in training mode.
     """
-    experts = [number for number in experts_per_layer(model.config) if number]
+    experts = list(moe_blocks(model.config).values())
     if not experts:
         raise ValueError("the model has no experts: it is dense")
     if model.training:

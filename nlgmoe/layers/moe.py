@@ -120,3 +120,8 @@ class MoELayer(nn.Module):
             logits = F.linear(x.to(dtype), self.coefficient.weight.to(dtype), self.coefficient.bias.to(dtype))
             share = F.softmax(logits, dim=-1)  # [N, 2]
             return expert * share[:, 0:1] + mlp.to(dtype) * share[:, 1:2], share[:, 0]
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """Return the MoE layers of a model, from the first to the last."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]

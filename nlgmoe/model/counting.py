@@ -12,9 +12,9 @@ from torch import nn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.feed_forward import NETWORKS, expert_network
-from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.parts import Stack
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import moe_blocks
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
         padded: count the padding rows of the embedding table (they exist); the paper's sizes leave them out.
     """
     width, layers = config.hidden_size, config.num_layers
-    experts = [count for count in experts_per_layer(config) if count]
+    experts = list(moe_blocks(config).values())
     residual, expert = config.moe is not None and config.moe.mlp_type == "residual", expert_parameters(config)
     dense = (layers - len(experts)) * _parameters(network_stacks(config, config.ffn_size))
     shared = residual * len(experts) * _parameters(network_stacks(config, config.shared_ffn_size))
@@ -90,7 +90,7 @@ def matmul_flops(stacks: list[Stack]) -> int:
 def parameters_of(model: nn.Module) -> tuple[int, int]:
     """Return the parameters of a model that is built: all, experts of other ranks included, and those active for one token."""
     total = active = sum(parameter.numel() for parameter in model.parameters())
-    for moe in [module for module in model.modules() if isinstance(module, MoELayer)]:
+    for moe in moe_layers(model):
         one = sum(stack[0].numel() for stack in moe.experts.parameters())
         total += (moe.router.num_experts - moe.experts.count) * one
         active += (moe.top_k - moe.experts.count) * one
@@ -104,7 +104,7 @@ def _parameters(stacks: list[Stack]) -> int:
 
 def _router_parameters(config: GPTConfig) -> int:
     """Count the parameters of all routers; a user's own is built, on the meta device."""
-    layers = [(layer, count) for layer, count in enumerate(experts_per_layer(config)) if count]
+    layers = moe_blocks(config).items()
     if config.moe is None or config.moe.router is None:
         return sum(count for _, count in layers) * config.hidden_size
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """
     width, layers = config.hidden_size, config.num_layers
     length = config.seq_len if seq_len is None else seq_len
-    experts = [count for count in experts_per_layer(config) if count]
+    experts = list(moe_blocks(config).values())
     forward = layers * (8 * width * width + 2 * width * length)  # projections; scores and weighted sum, causal half
     forward += (layers - len(experts)) * matmul_flops(network_stacks(config, config.ffn_size))
     if config.moe is not None:

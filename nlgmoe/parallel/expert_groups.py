@@ -16,7 +16,7 @@ from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import expert_parameters
-from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer
+from nlgmoe.pyramid import expert_parallel_degree, experts_per_layer, moe_blocks
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
             f"trainer.strategy.expert_parallel_size={limit} is above the number of ranks, {world_size}; lower it to "
             f"{world_size}, or run on more devices"
         )
-    experts = {layer: count for layer, count in enumerate(experts_per_layer(config)) if count}
+    experts = moe_blocks(config)
     degrees = {layer: expert_parallel_degree(count, world_size, limit) for layer, count in experts.items()}
     if limit > 1 and degrees and max(degrees.values()) == 1:
         counts = ", ".join(map(str, sorted(set(experts.values()))))

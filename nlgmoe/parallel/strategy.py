@@ -29,7 +29,7 @@ from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
 from nlgmoe.parallel.expert_groups import (
@@ -205,7 +205,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         self._check_fp16(self.precision_plugin)
-        for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
+        for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count
             if degree > 1:
                 mark_as_deepspeed_moe(layer, self._groups[degree])

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.model.gpt import GPT
 
 Batch = TypeVar("Batch")
@@ -39,7 +39,7 @@ class LockstepRanks:
     def __init__(self, model: GPT) -> None:
         initialized = distributed.is_available() and distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if initialized else (0, 1)
-        layers = (module for module in model.modules() if isinstance(module, MoELayer))
+        layers = moe_layers(model)
         self.collective = any(layer.placement.group is not None for layer in layers)
         self._device = model.unembedding.device
 

@@ -8,7 +8,7 @@ from typing import Any
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.monitoring.hardware import RESERVED, Hardware
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.cost import Cost
 from nlgmoe.tools.planner.fitting import Suggestion
 from nlgmoe.tools.planner.roofline import Parts
@@ -104,7 +104,7 @@ def _named(parts: Parts) -> dict[str, float]:
 def describe_model(config: GPTConfig) -> str:
     """Describe the model in one line: shape and experts."""
     shape = f"{config.num_layers} layers, hidden {config.hidden_size}, sequences of {config.seq_len}"
-    moe, counts = config.moe, [experts for experts in experts_per_layer(config) if experts]
+    moe, counts = config.moe, list(moe_blocks(config).values())
     if moe is None:
         return f"dense, {shape}"
     pyramid = ", ".join(f"{counts.count(experts)} layers of {experts}" for experts in dict.fromkeys(counts))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import expert_stacks, flops_per_token, matmul_flops, network_stacks
 from nlgmoe.monitoring.hardware import Hardware
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.topology import BytesPer, Topology
 
 # Achievable fractions of the data sheet's peaks. Estimates for an H100 in bf16: 600 TFLOP/s for large matrix products, 500 for
@@ -62,7 +62,7 @@ def roofline(config: GPTConfig, topology: Topology, gpu: Hardware, all_to_all: f
     size, tokens = topology.bytes_per, topology.micro_batch_size * config.seq_len
     peak, bandwidth = _peak(topology, gpu), gpu.memory_bandwidth * MEMORY
     width = config.hidden_size
-    experts = [count for count in experts_per_layer(config) if count]
+    experts = list(moe_blocks(config).values())
     top_k, shared = (config.moe.top_k, config.moe.mlp_type == "residual") if config.moe is not None else (0, False)
     dense = (config.num_layers - len(experts)) * matmul_flops(network_stacks(config, config.ffn_size))
     dense += shared * len(experts) * matmul_flops(network_stacks(config, config.shared_ffn_size))

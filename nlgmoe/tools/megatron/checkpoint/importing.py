@@ -23,7 +23,7 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
-from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.megatron.checkpoint.arguments import check_supported, model_config
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
 
@@ -79,7 +79,7 @@ def import_checkpoint(
         config = model_config(dense.args, rows, positions, vocab_size)
     except ValueError as error:
         raise ValueError(f"{error} ({dense.file})") from error
-    counts = {block: count for block, count in enumerate(experts_per_layer(config)) if count}
+    counts = moe_blocks(config)
     weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens)
     return config
