@@ -11,7 +11,8 @@ from torchmetrics import Metric
 from nlgmoe.batch import Batch
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.eval.token_classes import CLASSES, token_class
-from nlgmoe.layers.router import Routing, count
+from nlgmoe.layers.counts import count
+from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import moe_blocks
 

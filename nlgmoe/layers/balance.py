@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, distributed
 
 from nlgmoe.config import MoEConfig
-from nlgmoe.layers.router import Routing, requests_per_expert
+from nlgmoe.layers.counts import requests_per_expert
+from nlgmoe.layers.router import Routing
 
 
 def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "rank"] = "rank") -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nlgmoe.layers.router import Routing, count
+from nlgmoe.layers.counts import count
+from nlgmoe.layers.router import Routing
 
 
 @dataclass(frozen=True)

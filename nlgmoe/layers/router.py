@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import MoEConfig
+from nlgmoe.layers.counts import count, requests_per_expert
 from nlgmoe.layers.uniform import Uniform
 from nlgmoe.roles import Role
 
@@ -276,15 +277,3 @@ class TopKRouter(Router):
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Return a context without autocast; a null context if it is off, which costs less."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
-def requests_per_expert(expert: Tensor, token_mask: Tensor | None, num_experts: int) -> Tensor:
-    """Count each expert among the choices `expert` `[N, k]` of tokens that are not padding, `[E]` int64."""
-    if token_mask is None:
-        return count(expert, num_experts)
-    return count(torch.where(token_mask.unsqueeze(-1), expert, num_experts), num_experts + 1)[:num_experts]
-
-
-def count(values: Tensor, kinds: int) -> Tensor:
-    """Count each of 0, ..., `kinds` - 1 in `values`, int64, without the synchronisation of `bincount`."""
-    return values.new_zeros(kinds).scatter_add_(0, values.flatten(), values.new_ones(()).expand(values.numel()))
