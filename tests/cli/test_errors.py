@@ -530,7 +530,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--trainer.strategy=ddp_spawn"),
         "trainer.strategy=ddp_spawn makes ranks out of this process; use ddp",
     ),
-    "nothing but speed": (flag("--trainer.barebones=true"), "trainer.barebones=True turns off what a run is for"),
+    "nothing but speed": (flag("--trainer.barebones=true"), "turns off what a run is for; set trainer.logger"),
     "unreadable duration": (
         flag("--trainer.max_time=1h"),
         "trainer.max_time=1h: `Timer(duration='1h')` is not a valid",

@@ -661,7 +661,9 @@ def test_a_checkpoint_is_as_large_as_its_tensors(found: Found, checkpoint: Path)
         shares = [file.stat().st_size for file in path.glob(f"{kind}*")]
         assert max(shares) < 1.05 * sum(shares) / 2  # what a rank holds of it at once
     for _, (whole, weights) in found[save_large, LARGE.name]:
-        assert whole < 1.25 * expected / 2  # beside its share, the entry that is being gathered or looked at
+        assert (
+            whole < 1.3 * expected / 2
+        )  # beside its share, the entry that is being gathered; a third of it twice would be 1.33
         assert weights < 0.6 * expected / 2  # a third, and the same; held twice it would be two thirds
 
 
