@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.validation import require
 
 
 def experts_at(config: GPTConfig, layer_index: int) -> int:
@@ -47,16 +48,15 @@ def student_config(teacher: GPTConfig, num_layers: int) -> GPTConfig:
     Raises:
         ValueError: `num_layers` is not below the teacher's, or leaves no MoE block.
     """
-    if not 1 <= num_layers < teacher.num_layers:
-        raise ValueError(f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}")
+    require(
+        1 <= num_layers < teacher.num_layers,
+        f"num_layers={num_layers} must be at least 1 and below the teacher's {teacher.num_layers}",
+    )
     moe = teacher.moe
     if moe is not None and isinstance(moe.num_experts, list):
         kept = num_layers // moe.expert_interval
         top = moe.num_experts[len(moe.num_experts) - kept :] if kept else moe.num_experts
-        if not any(top):
-            raise ValueError(
-                f"num_layers={num_layers} leaves no MoE block of the teacher's num_experts={moe.num_experts}"
-            )
+        require(any(top), f"num_layers={num_layers} leaves no MoE block of the teacher's num_experts={moe.num_experts}")
         moe = replace(moe, num_experts=top)
     return replace(teacher, num_layers=num_layers, moe=moe)
 

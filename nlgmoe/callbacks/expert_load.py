@@ -23,7 +23,7 @@ from nlgmoe.monitoring.load_file import ExpertLoadFile
 from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
-from nlgmoe.pyramid import experts_per_layer, moe_blocks
+from nlgmoe.pyramid import moe_blocks
 
 
 class ExpertLoad(Callback):
@@ -157,7 +157,7 @@ class ExpertLoad(Callback):
 
     def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
         """Return the names of all logged metrics."""
-        layers = sum(count > 0 for count in experts_per_layer(module.config))
+        layers = len(moe_blocks(module.config))
         zeros = RoutingSums.from_vector([0.0] * (1 + len(SUMS)))
         names = {*routing_statistics(zeros, learns_mix(module.config)), "dead", "grad_norm_router", "grad_norm_experts"}
         metrics = {f"experts/{layer}/{name}" for layer in range(layers) for name in names}

@@ -66,10 +66,7 @@ def generate_text(
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if number < 1:
             raise UsageError(f"{name}={number} must be at least 1")
-    try:
-        sampling = Sampling(temperature, top_k, top_p, seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    sampling = Sampling(temperature, top_k, top_p, seed)
     check_device(device)
     if output is not None:
         check_output(output)

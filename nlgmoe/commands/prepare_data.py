@@ -87,10 +87,7 @@ def _tokenise_input(
         raise UsageError(f"missing setting {missing}; --input and --output go together")
     if workers is not None and workers < 1:
         raise UsageError(f"workers={workers} must be at least 1")
-    try:
-        check_processes("workers", workers or 1)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    check_processes("workers", workers or 1)
     prefix = Path(output)
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines

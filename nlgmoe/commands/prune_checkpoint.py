@@ -59,10 +59,7 @@ def prune_checkpoint(
 
     loaded = load_pretrained(run)
     before = loaded.model.config
-    try:
-        after = pruned_config(before, num_experts)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    after = pruned_config(before, num_experts)
     batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
     use = measure_use(loaded.model, batches)
     kept = most_used(use.weights, after)

@@ -56,10 +56,7 @@ def student(
     theirs = GPTConfig.from_dict(settings["model"]["config"])
     if run is not None and (Path(run) / "checkpoint.json").exists():
         _check_same(theirs, Path(run), file)
-    try:
-        ours = student_config(theirs, num_layers)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    ours = student_config(theirs, num_layers)
     if step is None and settings["model"]["train_tokens"] is None:
         raise UsageError(
             f"fraction={fraction} is of model.train_tokens, which {file} leaves out; give step in its place"
