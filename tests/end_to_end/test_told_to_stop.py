@@ -31,7 +31,7 @@ def test_two_ranks_stop_in_good_order_and_one_process_goes_on(pocket_pile: Path,
     told = [line for line in done.stderr.splitlines() if line.startswith("SIGTERM: ended after step ")]
     (steps,) = (int(line.split(",")[0].split()[-1]) for line in told)
     assert steps in (3, 4) and told[0].endswith("checkpoints/last.ckpt; resume with --ckpt_path last")
-    assert not {"summary.json", "samples.txt"} & {path.name for path in run.iterdir()}
+    assert not (run / "summary.json").exists()
     settings = [setting for setting in SETTINGS if "strategy" not in setting]
     main(["fit", *settings, *rest, "--trainer.devices=1", "--ckpt_path=last"])
     assert json.loads((run / "summary.json").read_text())["steps"] == 5

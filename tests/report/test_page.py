@@ -84,6 +84,8 @@ def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
     assert (drawn["load-0"]["shapes"], drawn["preference-0"]["shapes"]) == (2, 4)
     text = browser.evaluate("document.body.innerText")
     assert "No config.yaml" in text and "12, 768" in text and "even" in text
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{summary['train_loss']:.3f}" in text and f"{summary['val_loss']:.3f}" in text
 
 
 def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path) -> None:

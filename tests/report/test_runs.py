@@ -139,12 +139,13 @@ def test_nothing_in_a_run_becomes_html(tmp_path: Path) -> None:
     bad = "</script><img src=x onerror=alert(1)>"
     config = json.dumps({"model": {"note": bad, bad: 1}})
     summary = json.dumps({"steps": 9, "versions": {bad: bad}})
-    runs = [
-        folder(tmp_path / f"{n}<img>", config__yaml=config, summary__json=summary, metrics__csv=METRICS) for n in "ab"
-    ]
+    files = {"config__yaml": config, "summary__json": summary, "metrics__csv": METRICS, "samples__txt": bad}
+    runs = [folder(tmp_path / f"{n}<img>", **files) for n in "ab"]
     parser, tags = HTMLParser(), set()
     parser.handle_starttag = lambda tag, attributes: tags.add(tag)  # type: ignore[method-assign]
-    parser.feed(page(read_runs(runs)))
+    shown = page(read_runs(runs))
+    parser.feed(shown)
+    assert "texts by step</summary><pre>&lt;/script&gt;&lt;img" in shown
     assert "script" in tags and "table" in tags and "img" not in tags
 
 

@@ -78,6 +78,7 @@ def page(runs: Sequence[Run], group_by: str | None = None) -> str:
         controls(layers, "all" if len(runs) == 1 else "mean"),
         section("Groups", [overlaid]) if overlaid is not None else "",
         *(section(name, found) for name, found in sections.items() if found),
+        tables.samples(runs),
         "<section><h2>Settings</h2>",
         f"<h3>What differs</h3>{tables.differences(runs)}" if len(runs) > 1 else "",
         tables.settings(runs),

@@ -32,6 +32,7 @@ from nlgmoe.tools.report.metrics import (
 )
 
 CONFIG, SUMMARY, VERSIONS, STARTS = "config.yaml", "summary.json", "versions.json", "starts.json"
+SAMPLES = "samples.txt"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CLOCKS = {  # x axis -> metric
     "tokens": "train/tokens",
@@ -54,6 +55,7 @@ class Run:
         summary: `summary.json`.
         versions: `versions.json`.
         issues: missing or damaged files and changed settings, a sentence each.
+        samples: generated texts, `samples.txt`.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Run:
     summary: dict[str, Any]
     versions: dict[str, str]
     issues: list[str] = field(default_factory=list)
+    samples: str = ""
 
     @cached_property
     def model(self) -> GPTConfig | None:
@@ -164,6 +167,7 @@ def _read(folder: Path, name: str) -> Run:
         if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
             issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
     run = Run(name, folder, metrics, read_expert_loads(folder / LOADS), None, config, summary, versions, issues)
+    run.samples = _samples(folder / SAMPLES, issues)
     if run.model is not None and run.model.moe is None:
         issues.append("A dense model: it has no experts to show.")
         return run
@@ -176,6 +180,18 @@ def _read(folder: Path, name: str) -> Run:
     except ValueError as error:
         issues.append(f"{error}.")
     return run
+
+
+def _samples(path: Path, issues: list[str]) -> str:
+    """Read generated texts; empty if there are none."""
+    try:
+        require_regular(path, "replace it")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        issues.append(f"{path.name} cannot be read ({' '.join(str(error).split())}): no generated text.")
+        return ""
 
 
 def _changes(folder: Path) -> list[str]:

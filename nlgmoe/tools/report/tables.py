@@ -55,11 +55,20 @@ def differences(runs: Sequence[Run]) -> str:
 
 def settings(runs: Sequence[Run]) -> str:
     """Return the full configuration of each run, folded."""
-    parts = []
-    for number, run in enumerate(runs):
-        text = escape(yaml.safe_dump(run.config, sort_keys=False)) if run.config else "not known"
-        parts.append(f"<details><summary>{run_label(number, run)}: all settings</summary><pre>{text}</pre></details>")
-    return "\n".join(parts)
+    return "\n".join(
+        _folded(number, run, "all settings", yaml.safe_dump(run.config, sort_keys=False) if run.config else "not known")
+        for number, run in enumerate(runs)
+    )
+
+
+def samples(runs: Sequence[Run]) -> str:
+    """Return the generated texts of each run that has them, folded; empty if none has."""
+    parts = [_folded(number, run, "texts by step", run.samples) for number, run in enumerate(runs) if run.samples]
+    return f"<section><h2>Generated text</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _folded(number: int, run: Run, title: str, text: str) -> str:
+    return f"<details><summary>{run_label(number, run)}: {title}</summary><pre>{escape(text)}</pre></details>"
 
 
 def issue_list(runs: Sequence[Run]) -> str:
