@@ -61,8 +61,10 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md)
+docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md), and build the site: site/index.html
 	$(BIN)/python -m nlgmoe.tools.megatron.flag_table
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: install  ## run the notebooks and keep what they show; trains five small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

@@ -33,6 +33,28 @@ def test_make_targets_named_in_the_documents_exist(name: str) -> None:
     assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE)) <= targets
 
 
+def anchors(file: Path) -> set[str]:
+    """Names of the headings of a Markdown file, as GitHub and the site have them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", file.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / name).read_text()):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        broken += [link] if not target.exists() or (anchor and anchor not in anchors(target)) else []
+    assert not broken
+
+
+def test_every_guide_is_a_page_of_the_site() -> None:
+    pages = set(re.findall(r"([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    made = {"index.md", "reference.md", "commands.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
+    assert pages == made | {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
 LABORATORY = re.split(r"^    (?=model:$)", (ROOT / "docs/laboratory.md").read_text(), flags=re.MULTILINE)[1:]
 
 
