@@ -51,11 +51,13 @@ test-oldest:  ## the suite with the oldest releases that pyproject.toml admits, 
 test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
 
-check: install  ## format, lint, spelling, types
+check: install  ## format, lint, spelling, types, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch nlgmoe/tools/megatron/prelude.sh
+	$(BIN)/hadolint docs/examples/Dockerfile
 
 format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

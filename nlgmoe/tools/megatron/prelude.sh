@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Read by every bash of `from-megatron --run-script` before its script (BASH_ENV). Commands are recorded in place of being run,
 # but for bash's own and those of PATH. The environment has FROM_MEGATRON: a folder with work/ (the script's folder), bin/ (PATH),
 # guarded/ (commands that may write inside work/) and records/.
@@ -40,6 +41,7 @@ sed() { # its substitutions are read from the record where the template is not t
 }
 
 source() { if _is_inside "$1" && [[ -f $1 ]]; then builtin source "$@"; else _record source "$@"; fi; }
+# shellcheck source=/dev/null
 .() { source "$@"; }
 exec() { (($#)) || return 0; "$@"; exit; }
 hostname() { echo localhost; }
