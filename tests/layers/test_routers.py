@@ -132,11 +132,15 @@ def test_sequence_balance_is_computed_for_each_sequence_without_padding() -> Non
 
 
 def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself() -> None:
-    """`loss_coeff` stands at its default, 0.01, where a router does not read it."""
+    """`loss_coeff` stands at its default, 0.01, where a router does not read it. Its own loss is added."""
     batch = next(iter(SyntheticData().train_dataloader()))
-    for router, reads in ((SoftmaxTopK(), True), (SigmoidTopK(), False)):
+    for router, name, weight in (
+        (SoftmaxTopK(), "balance_loss", 0.01),
+        (SigmoidTopK(sequence_loss_coeff=0.1), "sequence_balance_loss", 1),
+    ):
         loss, parts, _ = training_loss(GPT(model(MoEConfig(4, router=router))), batch, (0, 0, 0), 64)
-        expect(loss - parts["train/loss"], 0.01 * parts["train/balance_loss"].item() if reads else 0.0)
+        expect(loss - parts["train/loss"], weight * parts[f"train/{name}"].item())
+        assert parts[f"train/{name}"] > 0
 
 
 def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
