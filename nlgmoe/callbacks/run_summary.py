@@ -26,7 +26,8 @@ class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
-    run. `tokens_per_second` covers only training steps; `wall_seconds` includes validation and checkpoints.
+    run. `tokens_per_second` and `step_seconds` cover only training steps; `wall_seconds` includes waiting for data, validation
+    and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -129,6 +130,7 @@ class RunSummary(Callback):
             "params_total": total,
             "params_active": active,
             "wall_seconds": self._wall_seconds,
+            "step_seconds": self._step_seconds,
             "versions": versions(),
         }
 

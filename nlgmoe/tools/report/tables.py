@@ -30,6 +30,7 @@ def summary(runs: Sequence[Run]) -> str:
         "speed (tokens/s)": lambda run: _whole(_fact(run, "tokens_per_second", "train/tokens_per_second")),
         "peak memory (GB)": lambda run: _decimal(_fact(run, "peak_memory_bytes", "memory/process_bytes"), 1e9),
         "time": lambda run: _duration(_fact(run, "wall_seconds", "time/elapsed")),
+        "of it between steps: data, validation, checkpoints": _between_steps,
         "skipped steps": lambda run: _whole(_fact(run, "skipped_steps", "train/skipped_steps")),
         "nlgmoe, torch": lambda run: ", ".join(_versions(run).get(name, UNKNOWN) for name in ("nlgmoe", "torch")),
         "reached its end": lambda run: "yes" if run.summary else "no, or not yet",
@@ -103,6 +104,11 @@ def _by_run(runs: Sequence[Run], rows: Sequence[tuple[str, Sequence[Any]]], kind
 
 def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _between_steps(run: Run) -> str:
+    wall, steps = (finite_number(run.summary.get(name)) for name in ("wall_seconds", "step_seconds"))
+    return UNKNOWN if not wall or steps is None else f"{1 - steps / wall:.1%}"
 
 
 def _experts(run: Run) -> str:
