@@ -66,8 +66,9 @@ class ExpertLoad(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the first interval, and open the file."""
+        """Start the first interval."""
         assert isinstance(pl_module, MoEGPTModule)
+        self._file = None
         self._experts = list(moe_blocks(pl_module.config).values())
         if not self._experts:
             return
@@ -78,7 +79,11 @@ class ExpertLoad(Callback):
         self._squares, self._skipped = None, pl_module.guard.skipped
         if not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
-        if trainer.is_global_zero:
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
+        if self._file is None and self._experts and trainer.is_global_zero:
             self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
     @override

@@ -175,6 +175,22 @@ def test_a_resumed_run_repeats_no_row(tmp_path: Path) -> None:
     assert len(undisturbed.splitlines()) == 1 + 4 * 2
 
 
+def test_a_refused_start_leaves_the_rows_of_the_run(tmp_path: Path) -> None:
+    def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> None:
+        run = trainer(tmp_path, ExpertLoad(), *callbacks, max_steps=4, log_every_n_steps=1)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=ckpt_path)
+
+    class Refuses(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            raise ValueError("refused")
+
+    fit(SaveAt(2, tmp_path / "two.ckpt"))
+    rows = (tmp_path / "expert_load.csv").read_text()
+    with pytest.raises(ValueError, match="refused"):
+        fit(Refuses(), ckpt_path=tmp_path / "two.ckpt")
+    assert (tmp_path / "expert_load.csv").read_text() == rows
+
+
 class Reads(TorchFunctionMode):
     """Counts synchronisations of host and device by step."""
 
