@@ -107,9 +107,11 @@ def _entry_reader(
         if part.startswith("mlp."):
             value = files.read(f"{block}.ffn.{part.removeprefix('mlp.')}")
             return value / 2 if halved and part.startswith("mlp.project") else value
-        std = TINY if moe.top_k == 1 and part.startswith("router") else config.init_std
+        dtype = files.read(f"{block}.ffn.project.bias").dtype
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
+        std = max(TINY, 16 * least) if moe.top_k == 1 and part.startswith("router") else config.init_std
         value = torch.zeros(shapes[name]) if part.endswith("bias") else _normal(shapes[name], seed, name) * std
-        return value.to(files.read(f"{block}.ffn.project.bias").dtype)
+        return value.to(dtype)
 
     def expert(name: str, block: str, part: str) -> Tensor:
         layer, leaf = part.rsplit("_", 1)  # expand or project, weight or bias

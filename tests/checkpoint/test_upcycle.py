@@ -57,6 +57,16 @@ def test_the_mixture_computes_what_the_dense_model_does(kind: str, dense: Path, 
         assert (routing.tokens_per_expert > 0).sum() >= 2, "all tokens go to one expert"
 
 
+def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(tmp_path: Path) -> None:
+    half = write(tmp_path / "half.ckpt", DENSE, dtype=torch.float16)
+    upcycle(half, tmp_path / "moe.ckpt", MoEConfig(4))
+    with torch.no_grad():
+        routings = load_model(tmp_path / "moe.ckpt")(TOKENS).routings
+    for routing in routings:
+        assert (routing.tokens_per_expert > 0).sum() >= 2, "all tokens go to one expert"
+        torch.testing.assert_close(routing.probs, torch.full_like(routing.probs, 1 / 4), rtol=1e-4, atol=0)
+
+
 def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
     for name, noise, seed in (("a", 0.1, 1), ("b", 0.1, 1), ("c", 0.1, 2)):
         upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), noise, seed)
