@@ -23,7 +23,7 @@ from nlgmoe.data.text.records import Record
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 
-TRAINING_DOCUMENTS = 2000  # looked at for statistics
+TRAINING_DOCUMENTS, TRAINING_TOKENS = 2000, 10_000_000  # at most, for statistics and the domains' shares
 CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
 
 
@@ -105,15 +105,15 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
 
 
 def _write(folder: Path, split: str, records: Iterator[Record], config: StreamConfig, limit: int) -> int:
-    """Write the first documents of each domain; returns the number of tokens."""
+    """Write the first documents of each domain, of "train" the first of all: domains keep their shares; returns the tokens."""
     kept = [0] * len(config.domains)
     dtype = token_dtype(config.tokenizer.vocab_size)
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in range(len(kept))]
         for record in records:
-            if min(kept) >= limit:
+            if sum(kept) >= TRAINING_TOKENS if split == "train" else min(kept) >= limit:
                 break
-            if kept[config.domain(record)] < limit:
+            if split == "train" or kept[config.domain(record)] < limit:
                 ((tokens, domain),) = config.tokens([record])
                 writers[domain].add_document(tokens)
                 kept[domain] += len(tokens)
