@@ -114,7 +114,8 @@ class OneLineParser(ArgumentParser):
         """
         written: dict[str, str] = {}  # the class -> where
         lost: dict[str, str] = {}
-        items = [one for one in self.entries if one.name == setting or one.name.startswith(f"{setting}[")]
+        names = (setting, f"{setting}.class_path")  # of one class without a list
+        items = [one for one in self.entries if one.name in names or one.name.startswith(f"{setting}[")]
         for file, group in groupby(items, key=lambda one: one.file):
             entries = list(group)
             if not entries[0].appends:

@@ -133,6 +133,14 @@ class TrainCLI(LightningCLI):
         assert isinstance(parser, TrainParser)
         with parser.blaming_settings():
             check_trainer(config["trainer"])
+        for entry in parser.entries:  # jsonargparse refuses the flag; it replaces the value of a file without a word
+            if entry.name == "data.seq_len" and entry.value != config["model"]["config"]["seq_len"]:
+                raise UsageError(f"{entry} always equals model.config.seq_len; set that instead")
+        if (seed := config.get("seed_everything")) is not None and seed is not False:
+            rank_zero_warn(
+                f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
+                "(order); set those"
+            )
         if replaced := parser.replaced_classes("trainer.callbacks"):
             rank_zero_warn(
                 f"a later trainer.callbacks takes the place of the earlier one, without {', '.join(replaced)}; write "

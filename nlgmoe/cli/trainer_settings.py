@@ -74,6 +74,9 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
         if unit not in _UNITS:
             raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
+    for name in ("max_steps", "max_time"):
+        nothing = trainer[name] is not None and not re.search("[1-9]", str(trainer[name]))
+        _require(not nothing, name, trainer[name], "trains nothing; raise it, or leave it out")
     devices = trainer["devices"]
     number = _number(devices)
     wrong = number == 0 or number < -1

@@ -219,6 +219,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "flag without value": (flag("--model.seed"), "--model.seed has no value; write --model.seed=..., a whole number"),
     "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size (number of token ids"),
     "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
+    "linked setting in a file": (
+        file("data: {seq_len: 8}"),
+        "bad.yaml, line 1) always equals model.config.seq_len; set",
+    ),
     "text for a number": (flag("--model.config.num_heads=two"), "model.config.num_heads=two: expected a whole number"),
     "text for a number in moe": (
         file("model:\n  config:\n    moe: {top_k: two}"),
@@ -419,6 +423,8 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "empty run folder": (file("trainer: {default_root_dir: ''}"), "trainer.default_root_dir= names no folder"),
     "empty checkpoint": (flag("--ckpt_path="), "ckpt_path= names no checkpoint; give its path"),
     "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),
+    "no steps": (flag("--trainer.max_steps=0"), "trainer.max_steps=0 trains nothing; raise it, or leave it out"),
+    "no time": (flag("--trainer.max_time=00:00:00:00"), "trainer.max_time=00:00:00:00 trains nothing"),
     "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
     **{
         f"without an end of data: {setting}": (flag(f"--trainer.{setting}"), f"trainer.{setting} {why}")

@@ -69,6 +69,17 @@ def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are
     assert "has logged 7 steps but holds no checkpoint" in capsys.readouterr().err
 
 
+def test_one_callback_in_place_of_a_list_is_told(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("trainer:\n  callbacks: {class_path: nlgmoe.WriteReport}")
+    with pytest.warns(UserWarning, match=r"takes the place of the earlier one, without ModelCheckpoint \("):
+        load_config([ROOT / "configs/quickstart.yaml", tmp_path / "one.yaml"])
+
+
+def test_a_setting_of_lightning_that_no_draw_depends_on_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"seed_everything=0 changes nothing .* set those"):
+        load_config(ROOT / "configs/quickstart.yaml", seed_everything=0)
+
+
 def test_auto_starts_a_run_again_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss\n9,4.0\n19,3.0\n")
     assert resolve_checkpoint("auto", tmp_path, "", True, first_save=21) is None
