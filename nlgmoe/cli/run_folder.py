@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
@@ -32,6 +33,7 @@ from nlgmoe.versions import versions
 class RunFolder(SaveConfigCallback):
     """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
 
+    _holding: ExitStack | None = None  # the folder, in `fit`
     _resumed: str | None = None  # the checkpoint that this start resumes
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
 
@@ -47,7 +49,31 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do nothing: `on_train_batch_start` records the configuration, once nothing has refused the run."""
+        """Hold the folder in `fit`, also from Python; leave `metrics.csv` alone in an evaluation.
+
+        `on_train_batch_start` records the configuration, once nothing has refused the run.
+
+        Raises:
+            ValueError: another process trains in the folder, or it cannot be written.
+        """
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.records = stage == "fit"
+        if stage == "fit" and trainer.is_global_zero:
+            folder, self._holding = Path(trainer.default_root_dir), ExitStack()
+            require_writable(folder)
+            self._holding.enter_context(held(folder))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the folder."""
+        if self._holding is not None:
+            self._holding.close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Release the folder."""
+        self.teardown(trainer, pl_module, "fit")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,14 +248,14 @@ def _last_logged_step(folder: Path) -> int:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock `folder` against a second process that trains in it and would replace checkpoints.
+    """Lock `folder` against a second process that trains in it and would replace checkpoints; a process may lock it twice.
 
     The operating system releases the lock when the process ends.
 
     Raises:
         ValueError: another process has the folder, and keeps it for ten seconds.
     """
-    lock = FileLock(folder / ".lock", timeout=10)
+    lock = FileLock(folder / ".lock", timeout=10, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:

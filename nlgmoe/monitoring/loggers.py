@@ -70,10 +70,20 @@ class RunCSVLogger(CSVLogger):
 
     Args:
         folder: the run folder.
+
+    Attributes:
+        records: if false, rows are not written: an evaluation of another checkpoint or text is no row of the run.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder, name="", version="")
+        self.records = True
+
+    @override
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a row if `records` is true."""
+        if self.records:
+            super().log_metrics(metrics, step)
 
     @property
     @override

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from nlgmoe import load_config
@@ -116,6 +117,32 @@ def test_an_evaluation_leaves_the_rows_of_training_alone(command: list[str], tmp
     assert (tmp_path / "run/metrics.csv").read_text() == rows
     main([*command, "--model.train_tokens=256", f"--trainer.logger={own}", "--ckpt_path=last"])
     assert (tmp_path / "run/metrics.csv").read_text().startswith(rows)
+
+
+def test_python_keeps_a_run_folder_as_the_command_does(
+    pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations of other weights or text are no rows of the run, and two processes do not train in one folder."""
+    words = [
+        *TINY,
+        "--model.train_tokens=64",
+        f"--data.data_dir={pocket_pile}",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    settings: dict[str, Any] = dict(word[2:].replace(".", "__").split("=", 1) for word in words)
+    settings["trainer__callbacks"] = []
+
+    def call(what: str, **more: Any) -> None:
+        made = load_config(ROOT / "configs/quickstart.yaml", **(settings | more))
+        getattr(made.trainer, what)(made.module, made.data)
+
+    call("fit")
+    rows = (tmp_path / "metrics.csv").read_text()
+    call("validate", data__max_eval_windows=1)
+    assert (tmp_path / "metrics.csv").read_text() == rows
+    monkeypatch.setattr("nlgmoe.cli.run_folder.FileLock", lambda path, **_: FileLock(path, timeout=0))
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another process trains in"):
+        call("fit")
 
 
 def test_what_ends_a_run_by_the_clock_comes_before_what_logs_its_last_step(tmp_path: Path) -> None:
