@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.cli.errors import UsageError
@@ -38,6 +39,10 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
         ValueError: a file or a setting is wrong; the message names it.
     """
     cli = _read(TrainCLI, path, overrides)
+    if (checkpoint := cli.config.get("ckpt_path")) is not None:
+        rank_zero_warn(
+            f"load_config resumes nothing: give ckpt_path={checkpoint} to experiment.trainer.fit or .validate"
+        )
     return Experiment(cli.model, cli.datamodule, cli.trainer)
 
 

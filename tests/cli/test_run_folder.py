@@ -145,6 +145,11 @@ def test_python_keeps_a_run_folder_as_the_command_does(
         call("fit")
 
 
+def test_load_config_tells_that_it_resumes_nothing() -> None:
+    with pytest.warns(UserWarning, match="resumes nothing: give ckpt_path=last to"):
+        load_config(ROOT / "configs/quickstart.yaml", ckpt_path="last")
+
+
 def test_what_ends_a_run_by_the_clock_comes_before_what_logs_its_last_step(tmp_path: Path) -> None:
     run = load_config(ROOT / "configs/dense/laptop.yaml", trainer__max_time="00:01:00:00")
     assert type(run.trainer.callbacks[0]).__name__ == "Timer"
