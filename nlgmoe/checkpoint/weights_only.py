@@ -40,9 +40,10 @@ def write_weights(
         tokens_seen: tokens that the weights were trained on.
 
     Raises:
-        ValueError: the folder cannot be written, or `read` raised.
+        ValueError: the folder cannot be written, another process has written it meanwhile, or `read` raised.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
+    is_new = not path.exists()
     require(
         path.is_symlink() or not writing.is_last_to_resume(path),
         f"{path} is not replaced by weights alone: no other checkpoint beside it can be resumed; name another",
@@ -66,6 +67,7 @@ def write_weights(
         for number, names in enumerate(shards):
             entries = {name: read(name) for name in names}
             files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
+        require(not (is_new and path.exists()), f"{path} was written by another process meanwhile; name another")
         writing.finish(temporary, path, document, files, tokenizer)
 
 

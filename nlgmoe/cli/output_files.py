@@ -24,13 +24,14 @@ def check_output(output: str) -> None:
 
 
 def write_whole(output: str, text: str) -> None:
-    """Write a file under another name, then give it its own; what has that name stays if anything goes wrong.
+    """Write a new file under another name, then give it its own; what has that name stays if anything goes wrong.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: it cannot be written, or is there by now: another process had the same output.
     """
     try:
         with atomic_write(Path(output)) as temporary:
             temporary.write_text(text, encoding="utf-8")
+            check_output(output)
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error

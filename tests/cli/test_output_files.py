@@ -1,10 +1,16 @@
 """A file that a command writes is there as a whole, or what was there before is."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
+from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.cli.output_files import write_whole
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.tools.hugging_face import export as exporting
+from tests.checkpoint.test_hugging_face import CONFIGS, write
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +26,41 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatc
         with pytest.raises(ValueError, match=r"output=.*out cannot be written \(No space left on device\); make room"):
             write_whole(str(path), "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_another_process_has_written_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folder, checkpoint = tmp_path / "out", tmp_path / "export", tmp_path / "b.ckpt"
+    file.write_text("theirs")
+    with pytest.raises(ValueError, match="exists already"):
+        write_whole(str(file), "ours")
+    assert file.read_text() == "theirs"
+
+    config = next(iter(CONFIGS.values()))
+    source = write(tmp_path / "a.ckpt", config)
+
+    def meanwhile(path: Path) -> None:
+        path.mkdir()
+        (path / "config.json").write_text("theirs")
+
+    generation_settings = exporting.generation_settings
+
+    def slow(tokenizer: Tokenizer | None) -> dict[str, Any]:
+        meanwhile(folder)
+        return generation_settings(tokenizer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "generation_settings", slow)
+        with pytest.raises(ValueError, match="export cannot be written"):
+            exporting.export(source, folder)
+    read = exporting.TensorFiles(source, "model").read
+
+    def reading(name: str) -> Tensor:
+        if not checkpoint.exists():
+            meanwhile(checkpoint)
+        return read(name)
+
+    with pytest.raises(ValueError, match="was written by another process meanwhile"):
+        write_weights(checkpoint, reading, config)
+    assert all([path.name for path in one.iterdir()] == ["config.json"] for one in (folder, checkpoint))

@@ -129,7 +129,7 @@ def export(
         for file in temporary.glob("*.safetensors"):  # safetensors creates files with mode 600
             file.chmod((temporary / "config.json").stat().st_mode)
         size = sum(file.stat().st_size for file in temporary.iterdir())
-        _put_in_place(temporary, folder)
+        _put_in_place(temporary, folder, overwrite)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
@@ -218,10 +218,10 @@ def _write_weights(
     return {file: sha256_of(folder / file) for file in split.filename_to_tensors}
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
+def _put_in_place(temporary: Path, folder: Path, overwrite: bool) -> None:
     """Rename the folder; if the target exists, replace the files of an earlier export in it."""
-    if not folder.is_dir():
-        temporary.rename(folder)
+    if not (overwrite and folder.is_dir()):
+        temporary.rename(folder)  # fails if another process has written there since
         return
     for file in folder.iterdir():
         if _REPLACED.fullmatch(file.name) and file.is_file():
