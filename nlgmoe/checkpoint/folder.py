@@ -97,7 +97,19 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     manifest = read_json(file)
     if manifest.get("checksum") != checksum_of_manifest(manifest):
         raise ValueError(f"{file} is damaged (its checksum differs); {REMEDY}")
+    files, sums = manifest.get("files"), [manifest.get("checkpoint.json"), manifest.get(TOKENIZER, "")]
+    contents = list(files.values()) if isinstance(files, dict) else [None]
+    known = all(isinstance(one, dict) and all(map(_is_record, one.values())) for one in contents)
+    if not known or not all(isinstance(one, str) for one in sums):
+        raise ValueError(f"{file} is not nlgmoe's; {REMEDY}")
     return manifest
+
+
+def _is_record(value: Any) -> bool:
+    match value:
+        case [str(), [*sizes], str()]:
+            return all(isinstance(size, int) for size in sizes)
+    return False
 
 
 def read_tokenizer(path: str | Path) -> str | None:

@@ -27,6 +27,7 @@ from nlgmoe.validation import SettingError
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 FIRST_RANK_SECONDS = 10.0  # that other ranks wait for it: longer than ranks started together are apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
+_RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
 _OF_ANOTHER_RANK = (
     "Connection closed by peer",
@@ -131,14 +132,27 @@ def describe(error: BaseException) -> str:
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"
     if is_complaint(error):
         return one_line(str(error))
+    if (checkpoint := _being_restored(error)) is not None:
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        return f"{checkpoint}: its state cannot be restored ({reason}); use another checkpoint"
     return f"unexpected {type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
+
+
+def _being_restored(error: BaseException) -> str | None:
+    """Return the checkpoint that Lightning was restoring when the exception was raised; None if it was not."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == _RESTORING and "dump" not in frame.f_code.co_name:
+            return str(frame.f_locals["self"].trainer.ckpt_path)
+    return None
 
 
 def is_complaint(error: BaseException) -> bool:
     """Return whether an exception is a message to the user, from this project or from Lightning's checks."""
     if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
         return True
-    return isinstance(error, ValueError | ImportError) and raised_in(error).split(".")[0] in ("nlgmoe", "lightning")
+    package = raised_in(error).split(".")[0]
+    expected = {"nlgmoe": ValueError | ImportError, "lightning": ValueError | ImportError | RuntimeError}
+    return isinstance(error, expected.get(package, ()))
 
 
 def raised_in(error: BaseException) -> str:

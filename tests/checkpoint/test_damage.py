@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
 from nlgmoe.checkpoint.verify import find_problems
@@ -27,7 +25,7 @@ from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.commands.main import main
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.export import export
-from tests.checkpoint.runs import CONFIG, SaveAt, fit
+from tests.checkpoint.runs import CONFIG, SaveAt, fit, rewrite_json
 
 EXPERT = "blocks.3.moe.experts.2.expand_weight"
 
@@ -116,6 +114,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no document": (lambda ckpt: (ckpt / "checkpoint.json").unlink(), "no checkpoint at"),
     "no manifest": (lambda ckpt: (ckpt / "manifest.json").unlink(), "has no manifest.json"),
+    **{
+        f"a manifest with {key}: {value}": (
+            lambda ckpt, key=key, value=value: rewrite_json(
+                ckpt, "manifest.json", lambda one: one.update({key: value})
+            ),
+            "manifest.json is not nlgmoe's",
+        )
+        for key, value in (("files", 3), ("files", {"a": {"b": ["float32", 3, ""]}}), ("checkpoint.json", None))
+    },
     "a forged manifest": (edit("manifest.json", EXPERT, "blocks.9.x"), "manifest.json is damaged"),
 }
 
@@ -237,19 +244,14 @@ def test_weights_that_are_not_finite_are_not_written_and_found(
 def test_a_checkpoint_of_an_older_version_is_resumed_and_one_of_a_newer_refused(tmp_path: Path) -> None:
     fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
     for name, change in {
-        "older": lambda moe: moe.pop("z_loss_coeff"),
-        "newer": lambda moe: moe.update(gate_scale=2.0),
+        "older": lambda document: document["model_config"]["moe"].pop("z_loss_coeff"),
+        "newer": lambda document: document["model_config"]["moe"].update(gate_scale=2.0),
     }.items():
         shutil.copytree(tmp_path / "a.ckpt", tmp_path / f"{name}.ckpt")
-        document = json.loads((tmp_path / "a.ckpt" / "checkpoint.json").read_text())
-        change(document["model_config"]["moe"])
-        document["versions"]["nlgmoe"] = "9.9"
-        text = json.dumps(document)
-        (tmp_path / f"{name}.ckpt" / "checkpoint.json").write_text(text)
-        manifest = json.loads((tmp_path / f"{name}.ckpt" / "manifest.json").read_text())
-        manifest["checkpoint.json"] = xxhash.xxh3_64_hexdigest(text.encode())
-        manifest["checksum"] = checksum_of_manifest(manifest)
-        (tmp_path / f"{name}.ckpt" / "manifest.json").write_text(json.dumps(manifest))
+        rewrite_json(tmp_path / f"{name}.ckpt", "checkpoint.json", change)
+        rewrite_json(
+            tmp_path / f"{name}.ckpt", "checkpoint.json", lambda document: document["versions"].update(nlgmoe="9.9")
+        )
     assert fit(tmp_path, steps=2, resume=tmp_path / "older.ckpt").global_step == 2
     with pytest.raises(ValueError, match=r"moe.gate_scale is not a setting of this nlgmoe; read it with nlgmoe 9.9"):
         fit(tmp_path, steps=2, resume=tmp_path / "newer.ckpt")

@@ -36,6 +36,7 @@ from nlgmoe.data.sampling import SourceDataset
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.experiment import parse_config
 from nlgmoe.module import MoEGPTModule
+from tests.checkpoint.runs import rewrite_json
 from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
@@ -620,6 +621,10 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     ),
     "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
     "fp16 alone": (flag("--trainer.precision=16-true"), "trainer.precision=16-true trains in fp16 alone"),
+    "a checkpoint without what the trainer restores": (
+        broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one.pop("step_samples"))),
+        "broken.ckpt: its state cannot be restored (KeyError: 'step_samples'); use another checkpoint",
+    ),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
         broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
