@@ -43,6 +43,7 @@ def write_weights(
         ValueError: the folder cannot be written, another process has written it meanwhile, or `read` raised.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
+    writing.recover_one(path)
     is_new = not path.exists()
     require(
         path.is_symlink() or not writing.is_last_to_resume(path),

@@ -6,11 +6,12 @@ A folder is named `.name.ckpt.writing-PID` while it is written, `.name.ckpt.repl
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from nlgmoe.checkpoint.folder import (
     walk_folder,
 )
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+\.ckpt)\.(?P<state>writing|replaced|removed)-(?P<pid>\d+)")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<state>writing|replaced|removed)-(?P<pid>\d+)")
 
 
 @contextmanager
@@ -166,7 +167,16 @@ def _can_replace(other: Path, path: Path) -> bool:
 
 def recover(run_folder: Path) -> None:
     """Clean up after killed processes: delete incomplete folders, restore those being replaced. Skips live processes' folders."""
-    for leftover in sorted(walk_folder(run_folder)):
+    _clean_up(leftover for leftover in walk_folder(run_folder) if ".ckpt." in leftover.name)
+
+
+def recover_one(path: Path) -> None:
+    """Do the same for what killed processes have left of one checkpoint, or of another folder that is written in this way."""
+    _clean_up(path.parent.glob(f".{glob.escape(path.name)}.*-*"))
+
+
+def _clean_up(leftovers: Iterable[Path]) -> None:
+    for leftover in sorted(leftovers):
         match = _LEFTOVER.fullmatch(leftover.name)
         if match is None:
             continue

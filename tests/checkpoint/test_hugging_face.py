@@ -105,6 +105,8 @@ def test_folders_work_where_only_transformers_is(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for left in ("folder", "back.ckpt"):  # by processes that were killed
+        (tmp_path / f".{left}.writing-4194305").mkdir()
     main(["export", str(checkpoints[name]), str(tmp_path / "folder"), "--max-shard-size", "40KB"])
     index = json.loads((tmp_path / "folder/model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -123,6 +125,7 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
     assert read_document(tmp_path / "back.ckpt")["model_config"] == CONFIGS[name].to_dict()
     assert read_tokenizer(tmp_path / "back.ckpt") == TOKENIZER.to_json()
     assert load_pretrained(tmp_path / "back.ckpt").tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.ckpt", "folder"]
 
 
 def test_bf16_is_written_on_request_and_kept(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from nlgmoe.checkpoint.layout import (
     summarize_differences,
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
-from nlgmoe.checkpoint.writing import write_error_reason
+from nlgmoe.checkpoint.writing import recover_one, write_error_reason
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
@@ -109,6 +109,7 @@ def export(
     require_paper_parts(config.moe, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, PRECISIONS.get(precision or ""))
+    recover_one(folder)
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
