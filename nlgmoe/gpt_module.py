@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.resuming import differences
 from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler
+from nlgmoe.validation import require
 
 
 class GPTModule(LightningModule):
@@ -152,14 +153,14 @@ class GPTModule(LightningModule):
         super().log(name, value, *args, **kwargs)
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one micro-batch to the loss by domain."""
-        self._evaluate(batch)
+        self._evaluate(batch, self.trainer.num_val_batches)
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one micro-batch to the loss by domain."""
-        self._evaluate(batch)
+        self._evaluate(batch, self.trainer.num_test_batches)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -181,11 +182,17 @@ class GPTModule(LightningModule):
         losses, self.routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
         return losses
 
-    def _evaluate(self, batch: Batch) -> None:
+    def _evaluate(self, batch: Batch, loaders: Sequence[int | float]) -> None:
+        require(
+            len(loaders) == 1,
+            f"{len(loaders)} dataloaders of evaluation, where one is expected: join them with torch.utils.data.ConcatDataset, "
+            "and tell their texts apart by `domain` in a batch and `domains` of the data module",
+        )
         if not self._domain_loss:  # another data module: one unnamed domain, no bytes
             self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
         metric = self._domain_loss[0].to(self.device)
-        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), batch["domain"])
+        domain = batch["domain"] if len(metric.domains) > 1 else torch.zeros_like(batch["domain"])
+        metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), domain)
 
     def _log_evaluation(self, prefix: str) -> None:
         (metric,) = self._domain_loss

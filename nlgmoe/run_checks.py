@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
@@ -53,8 +54,12 @@ _CALLBACKS_REFUSED = {
 }
 
 
-def callback_refused(callback: Callback, ranks: int = 1) -> str | None:
-    """Return why no run of so many ranks can have `callback`; None if it can."""
+def callback_refused(callback: Callback, ranks: int = 1, shares_experts: bool = False) -> str | None:
+    """Return why no run of so many ranks, which may share experts, can have `callback`; None if it can."""
+    if shares_experts and isinstance(callback, LearningRateMonitor):
+        return (
+            "takes no optimizer whose groups of shared experts have one name; remove it: train/lr is the learning rate"
+        )
     saves_on_exception = isinstance(callback, ModelCheckpoint) and callback.save_on_exception
     if ranks > 1 and (saves_on_exception or isinstance(callback, OnExceptionCheckpoint)):
         remedy = "set save_on_exception to false" if saves_on_exception else "remove it"
@@ -88,7 +93,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PlacesExperts):
         raise SettingError(f"trainer.strategy={type(strategy).__name__} {DEEPSPEED_REFUSED}")
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
-        if why := callback_refused(callback, trainer.world_size):
+        if why := callback_refused(callback, trainer.world_size, getattr(strategy, "expert_parallel_size", 1) > 1):
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":

@@ -125,6 +125,21 @@ def test_commands_import_what_they_are_allowed_to(
         )
 
 
+def test_a_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "thawed.py").write_text(
+        "import dataclasses, nlgmoe\n@dataclasses.dataclass\nclass Thawed(nlgmoe.RouterConfig):\n    seed: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = ROOT / "configs/moe/laptop.yaml"
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(file), "--model.config.moe.router={class_path: thawed.Thawed}"])
+    assert end.value.code == 2
+    assert (
+        "model.config.moe.router.class_path=thawed.Thawed: cannot import thawed (TypeError: cannot inherit non-frozen "
+        "dataclass from a frozen one)"
+    ) in capsys.readouterr().err
+
+
 def test_a_router_reads_the_settings_that_it_names_and_chooses_top_k_experts() -> None:
     MoEConfig(4, loss_coeff=0.5, router=SoftmaxTopK())
     with pytest.raises(ValueError, match=r"HashRouter chose experts \[32, 1\], not \[tokens, top_k\] = \[32, 2\]"):

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -286,15 +292,34 @@ def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, 
 
 @pytest.mark.parametrize(
     "callback",
-    [OnExceptionCheckpoint("."), ModelCheckpoint(save_on_exception=True)],
+    [OnExceptionCheckpoint("."), ModelCheckpoint(save_on_exception=True), LearningRateMonitor()],
     ids=lambda one: type(one).__name__,
 )
-def test_a_rank_that_fails_does_not_wait_for_the_others_to_save(callback: Callback) -> None:
-    run: Any = SimpleNamespace(strategy=None, callbacks=[callback], world_size=2)
-    with pytest.raises(
-        ValueError, match=f"trainer.callbacks: {type(callback).__name__} saves where one of 2 ranks fails"
-    ):
+def test_callbacks_that_cannot_work_on_ranks_are_refused(callback: Callback) -> None:
+    why = (
+        "takes no optimizer" if isinstance(callback, LearningRateMonitor) else "saves where one of 2 ranks fails, which"
+    )
+    run: Any = SimpleNamespace(strategy=SimpleNamespace(expert_parallel_size=2), callbacks=[callback], world_size=2)
+    with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} {why}"):
         check_trainer(run, "fit")
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    class Other(MoEGPTModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="configure_optimizers returns SGD, where schedule and checkpoints need"):
+        trainer(tmp_path, max_steps=1).fit(Other(CONFIG), SyntheticData())
+
+
+def test_dataloaders_without_names_of_domains_are_one_domain(tmp_path: Path) -> None:
+    loader, run = SyntheticData().val_dataloader(), trainer(tmp_path, limit_val_batches=1.0)
+    assert next(iter(loader))["domain"].max() == 1
+    (found,) = run.validate(MoEGPTModule(CONFIG), loader, verbose=False)
+    assert found["val/loss/all"] == found["val/loss"] == pytest.approx(run_validation(MoEGPTModule(CONFIG), tmp_path))
+    with pytest.raises(ValueError, match="2 dataloaders of evaluation, where one is expected: join them"):
+        run.validate(MoEGPTModule(CONFIG), [loader, loader], verbose=False)
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:

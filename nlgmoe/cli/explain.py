@@ -170,6 +170,11 @@ class Explainer:
         path = ".".join(keys)
         hint = self._hint(path, classes[-1] if len(keys) > 1 and classes else "")
         entry = self._find(path, classes[-1] if classes else "", got[1] if got else None)
+        if named := [one for one in self.entries if one.leaf == "class_path" and _plain(one.name).startswith(path)]:
+            try:
+                find_class(str(named[-1].value), hint)
+            except ValueError as error:
+                return f"{named[-1]}: {error}"
         if entry is None or _plain(entry.name) != path:
             return f"{path}{entry.place if entry else ''}: expected {in_words(hint)}"
         choices = [str(one) for kind in parts_of(hint) if typing.get_origin(kind) is Literal for one in kind.__args__]
@@ -287,6 +292,10 @@ def find_class(path: str, hint: Any = None) -> Any:
     except ImportError as error:
         raise ValueError(
             f"cannot import {module_name} ({error}); put its file beside train.py or on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"cannot import {module_name} ({type(error).__name__}: {error}); put that right in its file"
         ) from error
     if not hasattr(module, name):
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]

@@ -14,13 +14,22 @@ def check_output(output: str) -> None:
     Raises:
         UsageError: it is a file's or folder's, or in a folder that is not there.
     """
-    path = Path(output).absolute()
+    path = Path(output)
     if path.is_dir():
         raise UsageError(f"output={output} is a folder; give the name of a file")
     if path.exists():
         raise UsageError(f"output={output} exists already; name another file, or delete it")
-    if not path.parent.is_dir():
-        raise UsageError(f"output={output}: there is no folder {path.parent}; make it first")
+    require_folder(path)
+
+
+def require_folder(output: Path) -> None:
+    """Check that the folder of a file to write is there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"output={output}: there is no folder {output.absolute().parent}; make it first")
 
 
 def write_whole(output: str, text: str) -> None:

@@ -68,7 +68,16 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
-    """Replace the settings that the groups have from a checkpoint by those of `config`, except the current learning rate."""
+    """Replace the settings that the groups have from a checkpoint by those of `config`, except the current learning rate.
+
+    Raises:
+        SettingError: the optimizer is not `build_adamw`'s.
+    """
+    require(
+        all("decays" in group for group in optimizer.param_groups),
+        f"configure_optimizers returns {type(optimizer).__name__}, where schedule and checkpoints need nlgmoe's AdamW: return "
+        "super().configure_optimizers(), and set model.optimizer",
+    )
     for group in optimizer.param_groups:
         weight_decay = config.weight_decay if group["decays"] else 0.0
         group |= {"initial_lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}

@@ -194,7 +194,7 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ),
         ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
         ("--reset-position-ids", "--reset-position-ids: comes with --reset-attention-mask here"),
-        ("--swiglu", "--swiglu: the model here is GPT-2's"),
+        ("--swiglu", "--swiglu: SwiGLU is not translated; remove it, and set model.config.ffn_network to swiglu"),
         ("--optimizer sgd", "--optimizer sgd: AdamW is the only optimizer"),
         ("--data-path 0.3 a 0.7", "--data-path 0.3 a 0.7: is not a list of weight and prefix in turn, weights above 0"),
         ("--data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: is not a list of weight and prefix in turn"),

@@ -67,7 +67,7 @@ def test_the_arguments_of_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"swiglu": True}, "train.log: --swiglu: the model here is GPT-2's"),
+        ({"swiglu": True}, "train.log: --swiglu: SwiGLU is not translated"),
         ({"add_position_embedding": False}, "--no-position-embedding: the model here is GPT-2's"),
         ({"num_key_value_heads": 2}, "--num-key-value-heads 2: the model here"),
         ({"num_experts_switch": 8}, "--num-experts-switch 8: the model here"),

@@ -83,12 +83,14 @@ def test_what_cannot_be_grouped_is_refused(
     again = tmp_path / "again"
     again.mkdir()
     output = ["--output", str(tmp_path / "page.html")]
+    nowhere = ["--output", str(tmp_path / "nowhere/page.html")]
     for extra, message in (
+        (nowhere, f"there is no folder {tmp_path}/nowhere; make it first"),
         (["--group-by", "sead"], "group_by=sead: dense-0 has no setting whose name ends so"),
         ([str(write(again, "moe", 2, 3.0)), "--group-by", "seed"], "have the same settings and seed; leave one out"),
     ):
         with pytest.raises(SystemExit) as end:
-            main(["report", *map(str, runs), *extra, *output])
+            main(["report", *map(str, runs), *extra, *(output if extra != nowhere else [])])
         assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 

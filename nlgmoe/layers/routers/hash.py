@@ -28,7 +28,7 @@ from nlgmoe.layers.routers.fixed import fixed_routing, require_top_1
 from nlgmoe.parts import RouterConfig
 from nlgmoe.pyramid import experts_at
 from nlgmoe.seeding import derive_seed
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import SettingError, require, require_valid
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def read_counts(path: str, vocab_size: int) -> list[int]:
     try:
         counts = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise SettingError(
             f"model.config.moe.router.init_args.counts={path} cannot be read ({type(error).__name__}); {remedy}"
         ) from error
     numbers = isinstance(counts, list) and all(isinstance(one, int) and one >= 0 for one in counts)

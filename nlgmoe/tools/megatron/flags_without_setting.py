@@ -81,6 +81,10 @@ REFUSED = (
     ),
     refused("the experts run on one grouped product here, Tutel is not used; remove it", Flag("--use-tutel")),
     refused(
+        "SwiGLU is not translated; remove it, and set model.config.ffn_network to swiglu and model.config.ffn_hidden_size",
+        *switches("--swiglu"),
+    ),
+    refused(
         "the model here is GPT-2's (learned positions, LayerNorm, tanh GELU, biases, tied embeddings, as many key heads as "
         "heads); remove it",
         Flag("--normalization", str, allowed=("layernorm",)),
@@ -89,7 +93,6 @@ REFUSED = (
         Flag("--num-experts-switch", int),
         Flag("--rotary-percent", float),
         *switches(
-            "--swiglu",
             "--squared-relu",
             "--use-rotary-position-embeddings",
             "--no-position-embedding",

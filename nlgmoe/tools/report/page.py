@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from nlgmoe.cli.output_files import require_folder
 from nlgmoe.files import atomic_write
 from nlgmoe.tools.report import expert_figures, groups, specialisation_figures, tables, training_figures
 from nlgmoe.tools.report.drawing import Chart, rounded
@@ -33,15 +34,14 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
         The file.
 
     Raises:
-        ValueError: `output` is a folder, does not end in .html, or cannot be written; or the runs cannot be grouped.
-        OSError: the folder of `output` cannot be created.
+        ValueError: `output` is a folder, is in none, does not end in .html, or cannot be written; or the runs cannot be grouped.
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ValueError(f"output={output} is a folder; give the name of a file")
     if file.suffix not in (".html", ".htm"):  # protects the files of a run folder
         raise ValueError(f"output={output} is not a name of a page; let it end in .html")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    require_folder(file)
     text = page(runs, group_by)
     try:
         with atomic_write(file) as temporary:
