@@ -29,6 +29,7 @@ from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
     check_new_run,
     check_same_run,
+    check_state,
     follow_moved_folder,
     forget_saves,
     keep_patience,
@@ -328,6 +329,7 @@ class MoEGPTModule(GPTModule):
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
+        check_state(checkpoint, self.trainer)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:

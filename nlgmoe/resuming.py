@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from nlgmoe.batch import TracksSamples
 from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.folder import REMEDY
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.validation import SettingError
 
@@ -42,6 +44,32 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         )
     if resumes and checkpoint["seed"] != seed:
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Check that saved state has the types of this run's: a value of another type would fail steps later.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        trainer: of the fit; callbacks of nlgmoe and Lightning are checked.
+
+    Raises:
+        ValueError: a value has another type.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
+    current = {"callbacks": {one.state_key: one.state_dict() for one in ours}}
+    if "loops" in checkpoint:
+        current["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
+    _check_types(checkpoint, current, f"{trainer.ckpt_path}: ")
+
+
+def _check_types(saved: Any, current: Any, where: str) -> None:
+    kind: Any = next((one for one in (bool, Real, str, dict, list | tuple) if isinstance(current, one)), object)
+    if not isinstance(saved, kind):
+        raise ValueError(f"{where.rstrip('/')} is {saved!r}, not of type {type(current).__name__}; {REMEDY}")
+    for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
+        _check_types(saved[name], current[name], f"{where}{name}/")
 
 
 def check_new_run(trainer: Trainer, tokens: int) -> None:
