@@ -124,6 +124,10 @@ def describe(error: BaseException) -> str:
         if ours or isinstance(error, OSError):
             return text
         return f"unexpected {type(error).__name__}: {text}; {_ASK_FOR_TRACEBACK}"
+    if "DataLoader worker (pid" in str(error):
+        return (
+            f"{one_line(str(error))} Or a data file was cut while it was read (Bus error), or memory is full (Killed)"
+        )
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if error.filename2 is None else error.filename2
         return f"{file}: {error.strerror}" if file is not None else error.strerror

@@ -625,6 +625,14 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one.pop("step_samples"))),
         "broken.ckpt: its state cannot be restored (KeyError: 'step_samples'); use another checkpoint",
     ),
+    "state of another type": (
+        broken(
+            lambda ckpt: rewrite_json(
+                ckpt, "checkpoint.json", lambda one: one["callbacks"]["Throughput"].update(elapsed="")
+            )
+        ),
+        "broken.ckpt: callbacks/Throughput/elapsed is '', not of type float; use another checkpoint",
+    ),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
         broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
@@ -1036,6 +1044,11 @@ def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str
     with pytest.raises(Exception) as caught:
         next(iter(DataLoader(Broken(), sampler=[index], num_workers=1)))
     assert describe(caught.value).startswith(line)
+
+
+def test_a_data_loading_process_that_was_killed_may_have_read_a_file_that_was_cut() -> None:
+    line = describe(RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."))
+    assert line.startswith("DataLoader worker (pid 3) is killed by signal: Bus error. Or a data file was cut")
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:
