@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-oldest test-faults mutate check constraints format docs notebooks compare mos reproduce reproduce-tables convergence bench gpu clean
+.PHONY: help install quickstart browser test test-oldest test-faults mutate fuzz check constraints format docs notebooks compare mos reproduce reproduce-tables convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/fa
 mutate: install  ## which small faults of the package do tests notice? 200 of them, or all of FILES="nlgmoe/..."; resumable (hours)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.mutate $(if $(FILES),--all $(FILES))
+
+fuzz: install  ## hostile configurations, checkpoints, .idx files and YAML for MINUTES=30; a finding ends it with exit code 1
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
 check: install  ## format, lint, spelling, types, shell scripts
 	$(BIN)/ruff format --check .
