@@ -15,7 +15,7 @@ from nlgmoe.pyramid import experts_per_layer
 def describe(path: Path) -> str:
     """Describe a valid checkpoint, one line for each part."""
     document, manifest = read_document(path), read_manifest(path)
-    files, saved_by = manifest["files"], document["versions"]
+    files, saved_by = manifest["files"], {"nlgmoe": "unknown", "torch": "unknown"} | document["versions"]
     by_kind: dict[str, Contents] = {}
     for file, contents in sorted(files.items()):
         by_kind.setdefault(kind_of(file), {}).update(contents)
@@ -43,7 +43,7 @@ def _count_values(contents: Contents) -> str:
 
 def _describe_model(values: dict[str, Any]) -> list[str]:
     """Describe the experts, and name parts that are not the paper's; those from outside nlgmoe are not imported."""
-    moe = values["moe"] or {}
+    moe = values.get("moe") or {}
     parts = {f"moe.{name}": str(part["class_path"]) for name in PARTS if (part := moe.get(name))}
     unknown = ": its entries are not compared with the model"
     without_parts = {key: value for key, value in moe.items() if key not in PARTS} or None

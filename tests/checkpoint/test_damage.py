@@ -270,6 +270,9 @@ def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert part in said, said
     shutil.copytree(good, tmp_path / "b.ckpt")
+    rewrite_json(tmp_path / "b.ckpt", "checkpoint.json", lambda document: document["versions"].clear())
+    main(["verify", str(tmp_path / "b.ckpt")])
+    assert "by nlgmoe unknown, torch unknown" in capsys.readouterr().out
     flip(tmp_path / "b.ckpt" / "model.safetensors", EXPERT)
     flip(tmp_path / "b.ckpt" / "optimizer.safetensors", f"exp_avg/{EXPERT}")
     with pytest.raises(SystemExit) as end:
