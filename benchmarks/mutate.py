@@ -219,7 +219,7 @@ class Tree:
 
         files = []
         for file in sorted(steps, key=place):
-            if budget > 1 and file not in self.seconds:
+            if file not in self.seconds and budget > 5 * steps[file]:  # to measure a distant one is worth less
                 failed, elapsed = self._run([file], FIRST_TIME)
                 self.seconds[file] = FIRST_TIME if elapsed > FIRST_TIME else None if failed else round(elapsed, 1)
             if (cost := self.seconds.get(file)) and cost <= budget:

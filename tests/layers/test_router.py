@@ -78,6 +78,7 @@ def test_top_2_serves_all_first_choices_before_any_second_and_renormalises_over_
     expect(routing.weight, [[0.6 / 0.9, 0.3 / 0.9], [0.5 / 0.8, 0.3 / 0.8], [1.0, 0.0]])
     assert routing.tokens_per_expert.tolist() == [2, 3, 1]
     expect(balance_loss(routing), 3 * (0.4 * 2 / 3 + 0.4 * 1 / 3 + 0.2 * 0))  # first choices only
+    expect(balance_loss(route(replace(PLAIN, top_k=2), probs[:1])), 3 * 0.6)
 
     late_first = [[0.53, 0.45, 0.02], [0.3, 0.2, 0.5], [0.3, 0.36, 0.34]]
     kept = route(replace(PLAIN, top_k=2, train_capacity_factor=0.5), late_first).kept  # one slot each

@@ -132,15 +132,17 @@ def test_sequence_balance_is_computed_for_each_sequence_without_padding() -> Non
 
 
 def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself() -> None:
-    """`loss_coeff` stands at its default, 0.01, where a router does not read it. Its own loss is added."""
+    """`loss_coeff` stands at its default, 0.01, where a router does not read it. Its own loss is added, and so is the z-loss."""
     batch = next(iter(SyntheticData().train_dataloader()))
-    for router, name, weight in (
-        (SoftmaxTopK(), "balance_loss", 0.01),
-        (SigmoidTopK(sequence_loss_coeff=0.1), "sequence_balance_loss", 1),
+    for router, coefficients in (
+        (SoftmaxTopK(), {"balance_loss": 0.01, "z_loss": 0.1}),
+        (SigmoidTopK(sequence_loss_coeff=0.1), {"sequence_balance_loss": 1}),
     ):
-        loss, parts, _ = training_loss(GPT(model(MoEConfig(4, router=router))), batch, (0, 0, 0), 64)
-        expect(loss - parts["train/loss"], weight * parts[f"train/{name}"].item())
-        assert parts[f"train/{name}"] > 0
+        moe = MoEConfig(4, router=router, z_loss_coeff=coefficients.get("z_loss", 0.0))
+        loss, parts, _ = training_loss(GPT(model(moe)), batch, (0, 0, 0), 64)
+        added = {name: coefficient * parts[f"train/{name}"].item() for name, coefficient in coefficients.items()}
+        expect(loss - parts["train/loss"], sum(added.values()))
+        assert min(added.values()) > 0
 
 
 def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
