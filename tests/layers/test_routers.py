@@ -113,6 +113,9 @@ def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     raw = replace(moe, top_k=1, router=SigmoidTopK())
     expect(gated(raw, [[logit(0.9), logit(0.6), logit(0.5)]]).weight, [[0.9]])
 
+    router.register_buffer("other", torch.ones(1, dtype=torch.bfloat16))
+    assert router.bias.dtype == router.other.dtype == torch.float32  # in a model of float64
+
     router.bias.zero_()
     router.after_step(torch.tensor([5, 3, 4]))  # the mean is 4
     expect(router.bias, [-1e-3, 1e-3, 0.0])
