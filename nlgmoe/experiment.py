@@ -78,7 +78,7 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
     paths = [path] if isinstance(path, str | Path) else list(path)
     args = [part for item in paths for part in ("--config", str(item))]
     for name, value in overrides.items():
-        args.append(f"--{name.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}")
+        args.append(f"--{name.replace('__', '.')}={str(value) if isinstance(value, str | Path) else json.dumps(value)}")
     mute_advertising()
     with warnings.catch_warnings():  # sys.argv is the notebook's
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")

@@ -124,7 +124,7 @@ def test_load_config_overrides_settings_and_keeps_runs_apart(pocket_pile: Path, 
     def experiment() -> Experiment:
         return load_config(
             ROOT / "configs/pr_moe/laptop.yaml",
-            trainer__default_root_dir=str(tmp_path / "run"),
+            trainer__default_root_dir=tmp_path / "run",
             trainer__enable_progress_bar=False,
             data__data_dir=str(pocket_pile),
             data__max_eval_windows=2,
