@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.reproduce.cells import BUDGETS, CLAIMS, GROWTH, MARGIN, TEACHER, WIDER, Cell
+from benchmarks.reproduce.cells import BUDGETS, CLAIMS, GROWTH, MARGIN, SEEDS, SEEDS_EQUAL, TEACHER, WIDER, Cell
 from nlgmoe.tools.statistics import PairedDifference, paired_difference
 
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_RUN = "shown", "not shown", "contradicted", "not run"
@@ -68,9 +68,9 @@ def is_lower(found: PairedDifference | None) -> tuple[str, str]:
     return NOT_SHOWN, f"{numbers}; a difference of {visible(found):.4f} would have been seen"
 
 
-def is_equal(found: PairedDifference | None) -> tuple[str, str]:
-    """Return verdict and numbers of the claim that both losses are equal within `MARGIN`."""
-    if found is None:
+def is_equal(found: PairedDifference | None, pairs: int) -> tuple[str, str]:
+    """Return verdict and numbers of the claim that both losses are equal within `MARGIN`; none before all `pairs` are there."""
+    if found is None or found.pairs < pairs:
         return NOT_RUN, ""
     low, high = found.interval(0.9)
     numbers = f"{found.mean:+.4f} ± {found.error:.4f} nats ({found.pairs} pairs, 90% {low:+.4f} to {high:+.4f}, margin {MARGIN})"
@@ -152,7 +152,7 @@ def _cheaper(results: dict[str, Any], verdict: Verdict) -> None:
 
 def _as_good(results: dict[str, Any], verdict: Verdict) -> None:
     runs = results["runs"]
-    verdict.verdict, verdict.found = is_equal(difference(runs, TEACHER, Cell("moe_32")))
+    verdict.verdict, verdict.found = is_equal(difference(runs, TEACHER, Cell("moe_32")), len(SEEDS_EQUAL))
     verdict.rows = _sizes(results, [Cell("moe_32"), TEACHER])
 
 
@@ -182,7 +182,7 @@ def _second_half(results: dict[str, Any], verdict: Verdict) -> None:
 
 def _residual(results: dict[str, Any], verdict: Verdict) -> None:
     runs = results["runs"]
-    verdict.verdict, verdict.found = is_equal(difference(runs, Cell("residual"), Cell("top_2")))
+    verdict.verdict, verdict.found = is_equal(difference(runs, Cell("residual"), Cell("top_2")), len(SEEDS_EQUAL))
     verdict.rows = _sizes(results, [Cell("top_2"), Cell("residual")])
 
 
@@ -190,7 +190,7 @@ def _smaller(results: dict[str, Any], verdict: Verdict) -> None:
     runs = results["runs"]
     student = Cell("student", 1.0, "staged")
     verdict.rows = _sizes(results, [Cell("moe_32"), TEACHER, student])
-    found = [is_equal(difference(runs, cell, Cell("moe_32"))) for cell in (TEACHER, student)]
+    found = [is_equal(difference(runs, cell, Cell("moe_32")), len(SEEDS)) for cell in (TEACHER, student)]
     names = [name for name, _ in found]
     if NOT_RUN not in names:
         verdict.verdict = CONTRADICTED if CONTRADICTED in names else NOT_SHOWN if NOT_SHOWN in names else SHOWN
@@ -206,7 +206,7 @@ def _smaller(results: dict[str, Any], verdict: Verdict) -> None:
 
 def _capacity(results: dict[str, Any], verdict: Verdict) -> None:
     runs = results["runs"]
-    verdict.verdict, verdict.found = is_equal(difference(runs, Cell("capacity"), Cell("moe_16")))
+    verdict.verdict, verdict.found = is_equal(difference(runs, Cell("capacity"), Cell("moe_16")), len(SEEDS))
     verdict.rows = _sizes(results, [Cell("moe_16"), Cell("capacity")])
 
 
