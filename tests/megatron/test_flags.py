@@ -292,6 +292,19 @@ def test_train_samples_are_whole_steps_of_a_batch_that_grows() -> None:
         assert settings_of(launched(flags))["model"]["train_tokens"] == trained * 32
 
 
+def test_steps_and_sequences_of_a_curriculum_are_the_tokens_that_it_feeds(tmp_path: Path) -> None:
+    """Steps of 8 sequences, of 16 tokens up to 1920 tokens, then of 32."""
+    short = 8 * 16 * 15  # 15 steps
+    steps = settings_of(configured("--lr-warmup-iters 3 --lr-decay-style cosine", SECTION, tmp_path))["model"]
+    assert steps["schedule"]["warmup_tokens"] == 3 * 8 * 16
+    assert steps["schedule"]["decay_tokens"] == short + 85 * 8 * 32
+    flags = "--train-samples 160 --lr-warmup-fraction 0.1 --lr-decay-samples 170"
+    samples = settings_of(configured(flags, SECTION, tmp_path))["model"]
+    assert samples["train_tokens"] == short + 5 * 8 * 32
+    assert samples["schedule"]["decay_tokens"] == short + 50 * 32
+    assert samples["schedule"]["warmup_tokens"] == 17 * 16
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [

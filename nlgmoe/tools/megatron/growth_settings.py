@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
 from nlgmoe.tools.megatron.job import Job
 
 if TYPE_CHECKING:
@@ -51,10 +52,32 @@ def curriculum_settings(job: Job) -> None:
         job.arguments.problem("the DeepSpeed configuration", problem)
         return
     of_mean_length = f"{curriculum.steps} steps of the mean length; linear in tokens here, in steps there"
-    tokens = curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2
-    job.set("model.curriculum.tokens", tokens, of_mean_length)
+    job.set("model.curriculum.tokens", _curriculum_tokens(job), of_mean_length)
     job.set("model.curriculum.start", curriculum.start)
     job.set("model.curriculum.increment", curriculum.increment)
+
+
+def _curriculum_tokens(job: Job) -> int:
+    curriculum = job.deepspeed.curriculum
+    assert curriculum is not None and job.global_batch is not None
+    return curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2
+
+
+def tokens_of_samples(job: Job, samples: int) -> int | None:
+    """Tokens of the first sequences, of which a curriculum shortens some; None where length or batch is a problem."""
+    if job.seq_len is None:
+        return None
+    tokens, given = 0, job.deepspeed.curriculum
+    if given is not None and job.global_batch is not None:
+        try:
+            curriculum = SequenceCurriculum(_curriculum_tokens(job), given.start, given.increment)
+        except ValueError:  # `translate` reports it
+            return samples * job.seq_len
+        while samples > 0 and tokens < curriculum.tokens:
+            taken = min(samples, job.global_batch)
+            tokens += taken * sequence_length(tokens, job.seq_len, curriculum)
+            samples -= taken
+    return tokens + samples * job.seq_len
 
 
 def samples_of_steps(job: Job, steps: int) -> int | None:

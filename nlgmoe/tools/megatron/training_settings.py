@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 import posixpath
 
-from nlgmoe.tools.megatron.growth_settings import curriculum_settings, ramp_up_settings, samples_of_steps, whole_steps
+from nlgmoe.tools.megatron.growth_settings import (
+    curriculum_settings,
+    ramp_up_settings,
+    samples_of_steps,
+    tokens_of_samples,
+    whole_steps,
+)
 from nlgmoe.tools.megatron.job import DEFAULT, Job
 from nlgmoe.tools.megatron.model_settings import tokenizer
 
@@ -58,7 +64,7 @@ def _warmup_tokens(job: Job) -> int | None:
     if decay is None or job.seq_len is None:
         job.arguments.refuse("--lr-warmup-fraction", "has no length to be a fraction of; give --lr-warmup-tokens")
         return None
-    return round(fraction * decay) * int(job.seq_len)
+    return tokens_of_samples(job, round(fraction * decay))
 
 
 def _decay_tokens(job: Job) -> int | None:
@@ -66,7 +72,7 @@ def _decay_tokens(job: Job) -> int | None:
         tokens: int | None = job.arguments.value("--lr-decay-tokens")
         return tokens
     samples = _decay_samples(job)
-    return None if samples is None or job.seq_len is None else samples * int(job.seq_len)
+    return None if samples is None else tokens_of_samples(job, samples)
 
 
 def _decay_samples(job: Job) -> int | None:
@@ -88,7 +94,7 @@ def _samples_of(job: Job, samples: str, iterations: str) -> int | None:
 
 def _tokens_of(job: Job, samples: str, iterations: str) -> int | None:
     count = _samples_of(job, samples, iterations)
-    return None if count is None or job.seq_len is None else count * int(job.seq_len)
+    return None if count is None else tokens_of_samples(job, count)
 
 
 def length_settings(job: Job) -> None:
@@ -98,8 +104,8 @@ def length_settings(job: Job) -> None:
         lengths["--train-tokens"] = tokens
     samples = job.arguments.value("--train-samples")
     trained = None if samples is None else whole_steps(job, samples)
-    if trained is not None and job.seq_len is not None:
-        lengths["--train-samples"] = trained * job.seq_len
+    if trained is not None and (of_samples := tokens_of_samples(job, trained)) is not None:
+        lengths["--train-samples"] = of_samples
     if lengths:
         first = min(lengths, key=lengths.__getitem__)
         comment = f"{first} comes before --train-samples" if len(lengths) > 1 and first == "--train-tokens" else ""
