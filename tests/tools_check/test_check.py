@@ -68,6 +68,21 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
     assert not [text for text in found.values() if text.startswith("fail")] and found[HOST].startswith("pass"), found
 
 
+@pytest.mark.parametrize(
+    ("moe", "verdict", "name"),
+    [
+        (MoEConfig(8, min_capacity=50), "not applicable: an expert has 50 slots", "the declared tokens are dropped"),
+        (MoEConfig(3, top_k=2), "pass: by position", "the declared tokens are dropped"),
+        (MoEConfig(8, z_loss_coeff=0.1), "pass", "balancing lowers imbalance"),
+        (MoEConfig(18, top_k=9), "pass: one token", "unusual sizes work"),
+    ],
+    ids=["no drops", "slots for some second choices", "large z-loss", "more experts than inputs"],
+)
+def test_unusual_settings_raise_no_alarm(moe: MoEConfig, verdict: str, name: str) -> None:
+    found = verdicts(clean(moe), {name})[name]
+    assert found.startswith(verdict), found
+
+
 # What fails, and docs/check.md explains.
 HOST, TYPES = "the host reads no device", "types do not leak"
 NEIGHBOURS, ORDER, SIZES = (

@@ -90,17 +90,20 @@ def unusual_sizes_work(layer: Layer) -> str:
     if odd is not None:
         cases["odd widths"] = lambda: (odd, odd.make(), Batch.random(odd, 1, 7))
         cases["odd widths in fp32"] = lambda: (odd, odd.make(torch.float32), Batch.random(odd, 1, 7, 0, torch.float32))
-    wrong = []
+    wrong, tried = [], []
     for name, case in cases.items():
         try:
             kind, built, batch = case()
             _finite(kind, built, batch)
+            tried.append(name)
+        except NotApplicable:
+            continue
         except Exception as error:
             reason = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
             wrong.append(f"{name}: {' '.join(reason.split())[:120]}")
     if wrong:
         raise Failed("; ".join(wrong))
-    return ", ".join(cases)
+    return ", ".join(tried)
 
 
 def _scaled(batch: Batch, factor: float) -> Batch:

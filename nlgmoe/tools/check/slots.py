@@ -86,6 +86,8 @@ def the_declared_tokens_are_dropped(layer: Layer) -> str:
     if layer.order is None:
         raise NotApplicable("the layer declares no order")
     module, slots, tokens = layer.make(), layer.capacity(TOKENS), TOKENS
+    if slots >= tokens:
+        raise NotApplicable(f"an expert has {slots} slots for {tokens} tokens, and drops none")
     if layer.order == "score":
         logits = scores_for(torch.arange(layer.top_k).expand(tokens, -1), layer.num_experts, 5.0, 2.0)
         logits[:, 0] += torch.linspace(0, 1, tokens, dtype=torch.float64)  # the last token has the highest score
@@ -103,7 +105,7 @@ def the_declared_tokens_are_dropped(layer: Layer) -> str:
     if found != expected:
         raise Failed(f"kept tokens {sorted(found)[:8]}, declared by {layer.order}: {sorted(expected)[:8]}")
     if layer.order == "position" and layer.top_k == 2:
-        _first_choices_before_second(layer, module)
+        _first_choices_before_second(layer, module, slots)
     return f"by {layer.order}"
 
 
@@ -111,15 +113,16 @@ def _tokens_of(routing: Routing, expert: int) -> set[int]:
     return set((routing.kept & (routing.expert == expert)).any(dim=1).nonzero().flatten().tolist())
 
 
-def _first_choices_before_second(layer: Layer, module: nn.Module) -> None:
+def _first_choices_before_second(layer: Layer, module: nn.Module, slots: int) -> None:
     """Check it with tokens of which the first half choose expert 0 second, and the others first."""
     half = TOKENS // 2
     experts = torch.tensor([[1, 0]] * half + [[0, 2]] * half)
     routing = layer.routing(
         layer.run(module, steered(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0)))
     )
-    if early := {token for token in _tokens_of(routing, 0) if token < half}:
-        raise Failed(f"tokens {sorted(early)[:8]} keep a second choice where first choices are dropped")
+    left = max(0, slots - half)  # after all first choices
+    if early := {token for token in _tokens_of(routing, 0) if left <= token < half}:
+        raise Failed(f"tokens {sorted(early)[:8]} keep a second choice; first choices leave {left} slots")
 
 
 def padding_takes_no_slot(layer: Layer) -> str:
