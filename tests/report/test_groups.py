@@ -47,6 +47,13 @@ def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None
     assert (low.y[1], high.y[1]) == pytest.approx((3.8 - error, 3.8 + error), abs=1e-4)
 
 
+def test_a_group_without_a_common_validation_is_named(runs: list[Path]) -> None:
+    (runs[4] / "metrics.csv").write_text("step,train/loss,val/loss\n0,7,\n6,,4.0\n")
+    drawn = chart(group_runs(read_runs(runs), "seed"))
+    assert drawn is not None and {line.name for line in drawn.figure.data} == {"moe=null"}
+    assert drawn.text.endswith("Not shown, because there is no such step: num_experts=8.")
+
+
 def test_groups_that_differ_in_much_are_named_by_their_folders(runs: list[Path]) -> None:
     for number, run in enumerate(runs):
         settings = yaml.safe_load((run / "config.yaml").read_text())

@@ -86,11 +86,14 @@ def _common(names: list[str]) -> str:
 def chart(groups: Sequence[Group]) -> Chart | None:
     """Return the chart of validation loss: the mean over seeds and a band of one standard error, a line per group."""
     figure, where, drawn = panel_grid([""], 1, 380), grid_cell(0, 1), 0
+    missing = []
     for index, group in enumerate(groups):
         series = [run.metrics["val/loss"] for _, run in group.runs.values() if "val/loss" in run.metrics]
-        if len(series) < len(group.runs):
+        common = set.intersection(*(set(one.steps.tolist()) for one in series)) if series else set()
+        if len(series) < len(group.runs) or not common:
+            missing.append(group.name)
             continue
-        steps = np.array(sorted(set.intersection(*(set(one.steps.tolist()) for one in series))))
+        steps = np.array(sorted(common))
         values = np.array([one.values[np.isin(one.steps, steps)] for one in series])  # [seeds, steps]
         first = next(iter(group.runs.values()))[0]  # gives the clock
         mean = values.mean(axis=0)
@@ -107,6 +110,8 @@ def chart(groups: Sequence[Group]) -> Chart | None:
         drawn += 1
     figure.update_yaxes(title="nats per token")
     text = "Mean over the runs of a group at the steps at which all of them validated; the band is one standard error."
+    if missing:
+        text += f" Not shown, because there is no such step: {'; '.join(missing)}."
     return (
         Chart("groups", "Validation loss of groups (nats per token)", text, with_clock_axis(figure)) if drawn else None
     )
