@@ -87,7 +87,8 @@ def one_line_errors() -> Iterator[None]:
             traceback.print_exc()
         for line in error.messages if isinstance(error, Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(USAGE if isinstance(error, SettingError) else FAILURE) from error
+        of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
+        raise SystemExit(USAGE if of_setting else FAILURE) from error
 
 
 def _wait_for_first_rank() -> None:
