@@ -51,6 +51,11 @@ class SampleText(Callback):
         self._samples = [(step, text) for step, text in state_dict["samples"]]
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the texts of an earlier run; those of a resumed one are restored after this."""
+        self._samples = []
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the prompts fit.
 

@@ -140,3 +140,14 @@ def test_sample_text_needs_prompts() -> None:
     for prompts in ([], ["a", ""]):
         with pytest.raises(ValueError, match="prompts"):
             SampleText(prompts)
+
+
+def test_the_texts_of_a_second_run_are_its_own(tmp_path: Path) -> None:
+    class Spelt(SyntheticData):
+        encode, decode = staticmethod(lambda text: [1, 2]), staticmethod(str)
+
+    texts = SampleText(["a"], max_new_tokens=2)
+    for folder, steps in (("first", 1), ("second", 2)):
+        trainer(tmp_path / folder, texts, max_steps=steps).fit(MoEGPTModule(CONFIG), Spelt())
+    lines = (tmp_path / "second/samples.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("===")] == ["=== step 2"]
