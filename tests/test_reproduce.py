@@ -74,13 +74,18 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
     assert len(here.commands) == 8
     with pytest.raises(ValueError, match="has commit abc, this is def: runs of both are no pairs"):
         campaign("def")
-    # A second run of a cell gives the same loss to the bit.
-    shutil.rmtree(tmp_path / "runs/dense@1-seed1")
+    # In a new folder the trunk of a missing run is trained again, and gives the same loss to the bit.
+    shutil.rmtree(tmp_path / "runs")
     again = json.loads(results.read_text())
-    del again["runs"]["dense@1-seed1"]
+    del again["runs"]["dense@0.5-seed1"]
     results.write_text(json.dumps(again))
-    campaign().train([(Cell("dense"), 1)], 1)
-    assert json.loads(results.read_text())["runs"]["dense@1-seed1"]["val_loss"] == found["dense@1-seed1"]["val_loss"]
+    campaign().train(runs, 1)
+    repeated = json.loads(results.read_text())["runs"]
+    assert repeated["dense@0.5-seed1"]["val_loss"] == found["dense@0.5-seed1"]["val_loss"]
+    assert {name: run["val_loss_again"] for name, run in repeated.items() if "val_loss_again" in run} == {
+        "dense@1-seed1": found["dense@1-seed1"]["val_loss"]
+    }
+    assert len(here.commands) == 10
 
 
 def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:

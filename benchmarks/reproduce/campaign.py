@@ -90,7 +90,8 @@ class Campaign:
 
     Args:
         folder: of runs.
-        results: JSON file; what it has is not trained again.
+        results: JSON file; what it has is trained again only if another run needs its checkpoints and they are not in
+            `folder`. Then the second loss is kept beside the first.
         commit: of the code that trains.
         tree: where that code is.
         scale: how large everything is.
@@ -134,6 +135,8 @@ class Campaign:
 
     def _all(self, runs: list[tuple[Cell, int, float | None]], jobs: int) -> None:
         missing = [run for run in runs if self.key(*run) not in self.results["runs"]]
+        sources = {(one, seed) for cell, seed, rate in missing if rate is None for one in self._sources(cell, seed)}
+        missing = [run for run in runs if run in missing or (run[2] is None and run[:2] in sources)]
         self._left, self._began, self._done = sum(map(self._cost, missing)), time.monotonic(), 0.0
         pending: dict[str, Future[None]] = {}
         with ThreadPoolExecutor(jobs) as pool:
@@ -148,6 +151,13 @@ class Campaign:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _sources(self, cell: Cell, seed: int) -> list[Cell]:
+        """Return the cells from which this one goes on and whose checkpoints are not there."""
+        needed = [cell.trunk] if cell.trunk else []
+        if cell.distilled and not (self.folder / f"logits-seed{seed}").exists():
+            needed.append(TEACHER)
+        return [one for one in needed if not (self.folder / self.key(one, seed) / "checkpoints").exists()]
 
     def key(self, cell: Cell, seed: int, rate: float | None = None) -> str:
         """Return the name of a run."""
@@ -200,6 +210,8 @@ class Campaign:
             ).hexdigest(),
         }
         with self._lock:
+            if first := self.results["runs"].get(key):  # trained again for its checkpoints
+                record = {**first, "val_loss_again": record["val_loss"]}
             self.results["runs"][key] = record
             write_json(self.file, self.results)
             self._done += self._cost((cell, seed, rate))

@@ -36,6 +36,11 @@ def text_of(results: dict[str, Any]) -> str:
     rates = results["learning_rates"]
     if rates:
         lines += ["", "Learning rates found on seed 0: " + ", ".join(f"{k} {v:.2g}" for k, v in rates.items()) + "."]
+    again = {name: run["val_loss_again"] for name, run in results["runs"].items() if "val_loss_again" in run}
+    if again:
+        apart = max(abs(loss - results["runs"][name]["val_loss"]) for name, loss in again.items())
+        largest = f"the largest difference is {apart:.1e} nats" if apart else "the losses are equal to the last bit"
+        lines += ["", f"Trained a second time, on another machine: {', '.join(again)}; {largest}."]
     return "\n".join(lines)
 
 
