@@ -383,3 +383,22 @@ def test_a_gpt2_with_other_weights_is_refused(
     kept = {name: value for name, value in weights.items() if value is not None}
     save_file(kept, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
     assert message in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "o.ckpt")
+
+
+def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoint(
+    tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoints["moe"], run / "checkpoints/last.ckpt")
+    tokens = json.loads((checkpoints["moe"] / "checkpoint.json").read_text())["tokens_seen"]
+
+    def card(tokens: int) -> str:
+        summary = {"tokens": tokens, "val_loss": 3.14159, "bits_per_byte": {"all": 2.5, "code": 1.5, "own": None}}
+        (run / "summary.json").write_text(json.dumps(summary))
+        main(["export", str(run), str(tmp_path / f"exported-{tokens}")])
+        return (tmp_path / f"exported-{tokens}/README.md").read_text()
+
+    own, other = card(tokens), card(tokens + 1)
+    assert "| last validation of its run | 3.142 nats per token |\n| bits per byte of validation text | 2.50 |" in own
+    assert "| bits per byte, code | 1.50 |" in own and "own" not in own.partition("---")[2].partition("The model's")[0]
+    assert "validation" not in other

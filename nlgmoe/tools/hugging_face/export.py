@@ -115,7 +115,8 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         sha256 = _write_weights(temporary, meta, read, max_shard_size)
-        texts = bundled_sources() | {"README.md": model_card(folder.name, document, tokenizer is not None)}
+        card = model_card(folder.name, document, summary_of(path, document), tokenizer is not None)
+        texts = bundled_sources() | {"README.md": card}
         dtype = next(iter(meta.values())).dtype
         settings = {
             "config.json": model_settings(config, dtype) | {SHA256: sha256},
@@ -138,6 +139,15 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(path, len(sha256), size, tokenizer is not None)
+
+
+def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read."""
+    try:
+        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text())
+        return summary if summary["tokens"] == document["tokens_seen"] else {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}
 
 
 def model_settings(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -43,12 +43,13 @@ print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=40, do_sam
 _WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token ids."
 
 
-def model_card(name: str, document: dict[str, Any], with_tokenizer: bool) -> str:
+def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], with_tokenizer: bool) -> str:
     """Format the model card.
 
     Args:
         name: name of the folder.
         document: the checkpoint's `checkpoint.json`.
+        summary: `summary.json` of the run that ended with this checkpoint, or empty.
         with_tokenizer: True if the folder has a tokenizer.
     """
     config = GPTConfig.from_dict(document["model_config"])
@@ -66,6 +67,11 @@ def model_card(name: str, document: dict[str, Any], with_tokenizer: bool) -> str
         rows["experts per token"] = f"{moe.top_k}{residual}"
     if document["tokens_seen"]:
         rows["trained on"] = f"{document['tokens_seen']:,} tokens, {document['global_step']:,} steps"
+    if summary.get("val_loss") is not None:
+        rows["last validation of its run"] = f"{summary['val_loss']:.3f} nats per token"
+    measured = {name: bits for name, bits in summary.get("bits_per_byte", {}).items() if bits is not None}
+    for domain, bits in measured.items():
+        rows["bits per byte of validation text" if domain == "all" else f"bits per byte, {domain}"] = f"{bits:.2f}"
     return _CARD.format(
         name=name,
         kind="A mixture-of-experts language model" if moe is not None else "A GPT",
