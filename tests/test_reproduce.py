@@ -178,6 +178,17 @@ def test_verdicts() -> None:
     assert "8 pairs" in found[1].found and found[5].rows[2][0] == "pr_moe@1"
 
 
+@pytest.mark.parametrize(("staged", "verdict"), [(3.69, "shown"), (3.7125, "not shown"), (3.75, "contradicted")])
+def test_the_verdict_on_staged_distillation(staged: float, verdict: str) -> None:
+    names = {"pr_moe": "pr_moe", "none": "student", "full": "student-full", "staged": "student-staged"}
+    made = made_up(pr_moe=3.70, none=3.72, full=3.7125, staged=staged)
+    made["runs"] = {f"{names[key.partition('@')[0]]}@{key.partition('@')[2]}": run for key, run in made["runs"].items()}
+    (found,) = (one for one in verdicts(made) if one.number == 6)
+    assert found.verdict == verdict and len(found.rows) == 2
+    made["runs"] = {key: run for key, run in made["runs"].items() if run["seed"] < 3}
+    assert {one.verdict for one in verdicts(made)} == {"not run"}
+
+
 def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     sizes = dict(zip(WIDER, (4.0, 3.9, 3.8, 3.7, 3.6), strict=True))  # 0.1 nats for each doubling of the cost
     runs = made_up(**sizes, moe_16=3.75)["runs"]

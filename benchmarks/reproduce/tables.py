@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from benchmarks.reproduce.cells import BUDGETS, GROWTH, TEACHER, WIDER, Cell
+from benchmarks.reproduce.cells import BUDGETS, GROWTH, SEEDS, TEACHER, WIDER, Cell
 from benchmarks.reproduce.verdicts import of_cell, verdicts
 from benchmarks.runs import ROOT
 
@@ -61,7 +61,7 @@ def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, fig
 
 
 def draw(runs: dict[str, Any], file: Path) -> None:
-    """Draw loss against tokens, cost a token and parameters; points are means over seeds with their standard errors."""
+    """Draw loss against tokens, cost a token and parameters; points are means over the same seeds, with standard errors."""
     experts = {name: [Cell(name, budget) for budget in BUDGETS] for name in GROWTH}
     families = {
         "dense, wider": [Cell(name) for name in WIDER],
@@ -81,8 +81,8 @@ def draw(runs: dict[str, Any], file: Path) -> None:
         for name, cells in lines.items():
             if fact == "params_total" and name == "MoE, more experts":
                 cells = cells[1:]  # dense is a family of its own there
-            done = [cell for cell in cells if of_cell(runs, cell)]
-            losses = [np.array(list(of_cell(runs, cell).values())) for cell in done]
+            done = [cell for cell in cells if of_cell(runs, cell, seeds=SEEDS)]
+            losses = [np.array(list(of_cell(runs, cell, seeds=SEEDS).values())) for cell in done]
             if done:
                 axis.errorbar(
                     [next(iter(of_cell(runs, cell, fact).values())) for cell in done],

@@ -43,9 +43,10 @@ class Verdict:
     rows: list[list[str]] = field(default_factory=list)
 
 
-def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss") -> dict[int, float]:
-    """Return a fact of every run of a cell, by seed."""
-    return {run["seed"]: run[fact] for key, run in runs.items() if key == f"{cell.name}-seed{run['seed']}"}
+def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss", seeds: tuple[int, ...] = SEEDS_EQUAL) -> dict[int, float]:
+    """Return a fact of the runs of a cell, by seed."""
+    keys = {seed: f"{cell.name}-seed{seed}" for seed in seeds}
+    return {seed: runs[key][fact] for seed, key in keys.items() if key in runs}
 
 
 def difference(runs: Runs, first: Cell, second: Cell) -> PairedDifference | None:
@@ -56,8 +57,8 @@ def difference(runs: Runs, first: Cell, second: Cell) -> PairedDifference | None
 
 
 def is_lower(found: PairedDifference | None) -> tuple[str, str]:
-    """Return verdict and numbers of the claim that the first loss is lower."""
-    if found is None:
+    """Return verdict and numbers of the claim that the first loss is lower; none before the pairs of all `SEEDS` are there."""
+    if found is None or found.pairs < len(SEEDS):
         return NOT_RUN, ""
     low, high = found.interval()
     numbers = f"{found.mean:+.4f} ± {found.error:.4f} nats ({found.pairs} pairs, 95% {low:+.4f} to {high:+.4f})"
@@ -120,7 +121,7 @@ def _more_experts(results: dict[str, Any], verdict: Verdict) -> None:
     verdict.verdict, verdict.found = is_lower(difference(runs, Cell("moe_16"), Cell("dense")))
     verdict.rows = [["tokens", *GROWTH, "lowest"]]
     for budget in BUDGETS:
-        found = {name: of_cell(runs, Cell(name, budget)) for name in GROWTH}
+        found = {name: of_cell(runs, Cell(name, budget), seeds=SEEDS) for name in GROWTH}  # the same for all
         if all(found.values()):
             means = {name: float(np.mean(list(losses.values()))) for name, losses in found.items()}
             tokens = next(iter(of_cell(runs, Cell("dense", budget), "tokens").values()))
@@ -158,16 +159,18 @@ def _as_good(results: dict[str, Any], verdict: Verdict) -> None:
 
 def _staged(results: dict[str, Any], verdict: Verdict) -> None:
     runs = results["runs"]
-    verdict.rows = [["budget", "none", "to the end", "staged", "staged - none", "staged - to the end"]]
+    verdict.rows = [
+        ["budget", "none", "to the end", "staged", "staged - none", "staged - to the end", "staged - teacher"]
+    ]
     verdicts: list[tuple[str, str]] = []
     for budget in BUDGETS:
         none, full, staged = (Cell("student", budget, how) for how in (None, "full", "staged"))
-        pairs = [is_lower(difference(runs, staged, other)) for other in (none, full)]
+        pairs = [is_lower(difference(runs, staged, other)) for other in (none, full, TEACHER)]
         if NOT_RUN in (name for name, _ in pairs):
             continue
         means = [f"{np.mean(list(of_cell(runs, cell).values())):.4f}" for cell in (none, full, staged)]
         verdict.rows.append([f"{budget:g}", *means, *(numbers for _, numbers in pairs)])
-        verdicts = pairs  # of the largest budget
+        verdicts = pairs[:2] if budget == max(BUDGETS) else []
     if verdicts:
         names = {name for name, _ in verdicts}
         verdict.verdict = CONTRADICTED if CONTRADICTED in names else NOT_SHOWN if NOT_SHOWN in names else SHOWN
