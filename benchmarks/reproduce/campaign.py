@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -135,37 +135,41 @@ class Campaign:
 
     def _all(self, runs: list[tuple[Cell, int, float | None]], jobs: int) -> None:
         missing = [run for run in runs if self.key(*run) not in self.results["runs"]]
-        sources = {(one, seed) for cell, seed, rate in missing if rate is None for one in self._sources(cell, seed)}
+        sources = {one for run in missing for one in self._before(*run) if not self._has_checkpoints(*one)}
         missing = [run for run in runs if run in missing or (run[2] is None and run[:2] in sources)]
         self._left, self._began, self._done = sum(map(self._cost, missing)), time.monotonic(), 0.0
-        pending: dict[str, Future[None]] = {}
+        running: dict[Future[None], tuple[Cell, int]] = {}
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for cell, seed, rate in missing:
-                    needed = [cell.trunk] if rate is None else []
-                    needed += [TEACHER] if cell.distilled else []
-                    before = [pending[key] for one in needed if one and (key := self.key(one, seed)) in pending]
-                    pending[self.key(cell, seed, rate)] = pool.submit(self._one, cell, seed, rate, before)
-                for one in pending.values():
-                    one.result()
+                while missing or running:
+                    unfinished = {*running.values(), *((cell, seed) for cell, seed, rate in missing if rate is None)}
+                    ready = [run for run in missing if not unfinished & set(self._before(*run))]
+                    for run in ready[: jobs - len(running)]:
+                        missing.remove(run)
+                        running[pool.submit(self._one, *run)] = run[:2]
+                    for one in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[one]
+                        one.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _sources(self, cell: Cell, seed: int) -> list[Cell]:
-        """Return the cells from which this one goes on and whose checkpoints are not there."""
-        needed = [cell.trunk] if cell.trunk else []
-        if cell.distilled and not (self.folder / f"logits-seed{seed}").exists():
-            needed.append(TEACHER)
-        return [one for one in needed if not (self.folder / self.key(one, seed) / "checkpoints").exists()]
+    def _before(self, cell: Cell, seed: int, rate: float | None) -> list[tuple[Cell, int]]:
+        """Return the runs that this one goes on from."""
+        needed = [cell.trunk, TEACHER if cell.distilled else None] if rate is None else []
+        return [(one, seed) for one in needed if one is not None]
+
+    def _has_checkpoints(self, cell: Cell, seed: int) -> bool:
+        """Return True if others can go on from this run, or need it no longer: the teacher's logits are recorded."""
+        recorded = cell == TEACHER and (self.folder / f"logits-seed{seed}").exists()
+        folder = self.folder / self.key(cell, seed)
+        return recorded or ((folder / "checkpoints").exists() and (folder / "summary.json").exists())  # it has ended
 
     def key(self, cell: Cell, seed: int, rate: float | None = None) -> str:
         """Return the name of a run."""
         return f"{cell.name}-seed{seed}" + (f"-lr{rate:g}" if rate is not None else "")
 
-    def _one(self, cell: Cell, seed: int, rate: float | None, before: list[Future[None]]) -> None:
-        for one in before:
-            one.result()
+    def _one(self, cell: Cell, seed: int, rate: float | None) -> None:
         key = self.key(cell, seed, rate)
         folder, learning_rate = self.folder / key, rate or self.learning_rate(cell.config)
         settings = self.settings(cell, seed, learning_rate)
