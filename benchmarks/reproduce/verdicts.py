@@ -139,14 +139,13 @@ def _cheaper(results: dict[str, Any], verdict: Verdict) -> None:
     if "speed" in results:
         costs["seconds"] = results["speed"]["step_seconds"]
     found = {name: cost_at_equal_loss(runs, cost) for name, cost in costs.items()}
-    verdict.rows = [["cost", "dense / MoE-16 at equal loss", "95%", "largest dense"]]
-    for name, one in found.items():
-        if one is None:
-            return
-        verdict.rows.append([name, f"{one[0]:.2f}", f"{one[1]:.2f} to {one[2]:.2f}", f"{one[3]:.2f}"])
+    if None in found.values():
+        return
+    verdict.rows = _sizes(results, [*(Cell(name) for name in WIDER), Cell("moe_16")])
     ratio, low, high, largest = found["FLOPs"]  # type: ignore[misc]
     verdict.verdict = SHOWN if low > 2 else CONTRADICTED if high < 2 else NOT_SHOWN
-    verdict.found = f"{ratio:.1f} times the FLOPs (95% {low:.1f} to {high:.1f}); shown: at least 2" + (
+    times = [f"{one[0]:.2f} times the {name} (95% {one[1]:.2f} to {one[2]:.2f})" for name, one in found.items() if one]
+    verdict.found = f"{', '.join(times)}; shown: at least 2 times the FLOPs" + (
         f"; beyond the largest dense model, {largest:.1f}: extrapolated" if ratio > largest else ""
     )
 
@@ -215,16 +214,28 @@ def _capacity(results: dict[str, Any], verdict: Verdict) -> None:
 
 def _sizes(results: dict[str, Any], cells: list[Cell]) -> list[list[str]]:
     runs, seconds = results["runs"], results.get("speed", {}).get("step_seconds", {})
-    rows = [["model", "parameters", "active", "tokens per active parameter", "validation loss", "ms a step", "runs"]]
+    rows = [
+        [
+            "model",
+            "parameters",
+            "active",
+            "tokens per active parameter",
+            "FLOPs a token",
+            "validation loss",
+            "ms a step",
+            "runs",
+        ]
+    ]
     for cell in cells:
         own = [run for key, run in runs.items() if key == f"{cell.name}-seed{run['seed']}"]
         if own:
             losses = [run["val_loss"] for run in own]
             error = np.std(losses, ddof=1) / math.sqrt(len(own)) if len(own) > 1 else math.nan
+            one, milliseconds = own[0], f"{1000 * seconds[cell.config]:.0f}" if cell.config in seconds else ""
             rows.append(
-                [cell.name, f"{own[0]['params_total'] / 1e6:.2f}M", f"{own[0]['params_active'] / 1e6:.2f}M",
-                 f"{own[0]['tokens_per_active_parameter']:.1f}", f"{np.mean(losses):.4f} ± {error:.4f}",
-                 f"{1000 * seconds[cell.config]:.0f}" if cell.config in seconds else "", str(len(own))]
+                [cell.name, f"{one['params_total'] / 1e6:.2f}M", f"{one['params_active'] / 1e6:.2f}M",
+                 f"{one['tokens_per_active_parameter']:.1f}", f"{one['flops_per_token'] / 1e6:.2f}M",
+                 f"{np.mean(losses):.4f} ± {error:.4f}", milliseconds, str(len(own))]
             )  # fmt: skip
     return rows if len(rows) > 1 else []
 
