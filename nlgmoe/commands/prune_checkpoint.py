@@ -98,12 +98,14 @@ def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
     """Cut a file of text into sequences."""
     import torch
 
+    from nlgmoe.data.text.bad_data import UnusableError
+    from nlgmoe.data.text.documents import decode_text
+
     try:
-        ids = loaded.tokenizer.encode(Path(text).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"text={text} cannot be read ({type(error).__name__}); give a file of text in UTF-8"
-        ) from error
+        ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
+    except (OSError, UnusableError) as error:
+        reason = error.message if isinstance(error, UnusableError) else error.strerror
+        raise UsageError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
     length = loaded.model.config.seq_len
     count = min(windows, (len(ids) - 1) // length)
     if count < 1:

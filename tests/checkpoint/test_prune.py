@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from nlgmoe import GPT, HashRouterConfig, SigmoidTopK, load_model, load_pretrained
 from nlgmoe.checkpoint.folder import read_tokenizer
@@ -142,3 +143,16 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
     alone = whole(tmp_path, "softmax"), tmp_path / "x.ckpt", "--num-experts=[3,0,4]"
     assert "no config.yaml; give --text FILE" in error_of(capsys, "prune", *alone)
+
+
+@torch.no_grad()
+def test_a_text_is_measured_as_prepare_data_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "It was the best\r\nof times.\r\n" * 20
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    source = whole(tmp_path, "softmax")
+    main(["prune", str(source), str(tmp_path / "small.ckpt"), "--num-experts=[3,0,4]", f"--text={tmp_path}/text.txt"])
+    ids = torch.tensor(TOKENIZER.encode(text))
+    count = (len(ids) - 1) // 16
+    tokens, targets = ids[: count * 16].view(count, 16), ids[1 : count * 16 + 1]
+    loss = cross_entropy(logits(load_model(source), tokens).flatten(0, 1), targets)
+    assert f"loss {loss:.4f} -> " in capsys.readouterr().out

@@ -125,7 +125,7 @@ def _read_text(
             raise UnusableError("document too long", f"more than {fields.max_bytes:,} bytes; make several files of it")
         if number >= start.documents and number in shard:
             try:
-                yield Record(number, _from_text(content), None, FileOffset(number + 1, position))
+                yield Record(number, decode_text(content), None, FileOffset(number + 1, position))
             except UnusableError as error:
                 bad.handle(path, error)
         number += 1
@@ -133,7 +133,12 @@ def _read_text(
         raise UnusableError("empty file")
 
 
-def _from_text(content: bytes) -> str:
+def decode_text(content: bytes) -> str:
+    """Decode plain text; line ends are kept as they are, a byte order mark is not.
+
+    Raises:
+        UnusableError: it is no UTF-8 text, or there is none.
+    """
     if b"\0" in content:
         raise UnusableError("not text", "it has zero bytes, as binary files and UTF-16 have; convert it to UTF-8")
     try:
