@@ -231,7 +231,12 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Set training mode: an interrupted validation leaves the model in evaluation mode."""
+        """Set training mode: an interrupted validation leaves the model in evaluation mode.
+
+        Raises:
+            ValueError: a new run has the trainer, module or data of an earlier one.
+        """
+        check_new_run(self.trainer, self.tokens_seen)
         self.train()
 
     @override
@@ -240,11 +245,7 @@ class MoEGPTModule(GPTModule):
 
         Optimizer settings are those of the configuration, not of the checkpoint: a change takes effect on resume. A run
         that is resumed at its end is validated again.
-
-        Raises:
-            ValueError: a new run has the trainer, module or data of an earlier one.
         """
-        check_new_run(self.trainer, self.tokens_seen)
         end = reached_end(self.trainer, self._given_max_steps, self.tokens_seen, self.train_tokens)
         if self._given_max_steps is not None:
             self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps

@@ -104,9 +104,11 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
         validated: true if a validation was completed at this step.
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
-    batches = step * micro_batches
-    for counts in (loop["epoch_loop.batch_progress"][key] for key in ("total", "current")):
-        counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    for key in ("total", "current"):  # of all epochs, which data or a trainer in code may have; of this one
+        batches = steps[key]["completed"] * micro_batches
+        counts = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        loop["epoch_loop.batch_progress"][key] |= counts
     for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
         counts |= {"ready": int(not validated), "started": int(not validated), "processed": 0, "completed": 0}
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # resuming adds one

@@ -44,6 +44,7 @@ DEEPSPEED_REFUSED = (
     "is Lightning's plain DeepSpeed, which knows no experts, and whose gradients and checkpoints nothing here reads; write "
     "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}"
 )
+MINIMUM_REFUSED = "keeps a run going that is at its end or is told to stop; leave it out"
 _CALLBACKS_REFUSED = {
     GradientAccumulationScheduler: "counts epochs, and changes data.global_batch_size's batch; use data.batch_ramp_up",
     StochasticWeightAveraging: "counts epochs, which never end here; remove it",
@@ -82,7 +83,7 @@ def callback_refused(callback: Callback, ranks: int = 1, shares_experts: bool = 
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
-    """Check strategy, precision and callbacks, and make the portable checkpoint the trainer's format.
+    """Check strategy, precision, ends and callbacks, and make the portable checkpoint the trainer's format.
 
     Raises:
         ValueError: one of them is not supported.
@@ -95,6 +96,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
         if why := callback_refused(callback, trainer.world_size, getattr(strategy, "expert_parallel_size", 1) > 1):
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
+    for name in ("min_steps", "min_epochs") if stage == "fit" else ():
+        if value := getattr(trainer, name):
+            raise SettingError(f"trainer.{name}={value} {MINIMUM_REFUSED}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
         raise SettingError(

@@ -13,6 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
+    LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
@@ -268,7 +269,6 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -
 def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None:
     module, data, used = MoEGPTModule(CONFIG), SyntheticData(), trainer(tmp_path, max_steps=1)
     used.fit(module, data)
-    used.fit_loop.epoch_loop.max_steps = 2
     new = trainer(tmp_path, max_steps=1)
     for run, *again in (
         (new, module, SyntheticData()),
@@ -277,6 +277,30 @@ def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match="make all anew, or resume the earlier run"):
             run.fit(*again)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_path: Path) -> None:
+    settings = {
+        **{"max_epochs": 3, "limit_train_batches": 8, "accumulate_grad_batches": accumulated},
+        **{"limit_val_batches": 1.0, "enable_checkpointing": True},
+    }
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, saves, **settings).fit(MoEGPTModule(CONFIG), SyntheticData())
+    per_epoch = 8 // accumulated
+    for step in (per_epoch - 1, per_epoch + 1, 2 * per_epoch, 3 * per_epoch - 1):
+        validated: list[int] = []
+        notes = LambdaCallback(on_validation_end=lambda run, _, validated=validated: validated.append(run.global_step))
+        run = trainer(tmp_path, notes, ModelCheckpoint(tmp_path / "again"), **settings)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        ends = [end for end in (per_epoch, 2 * per_epoch, 3 * per_epoch) if end >= step]
+        assert (validated, run.global_step) == (ends, 3 * per_epoch)
+
+
+@pytest.mark.parametrize("name", ["min_steps", "min_epochs"])
+def test_what_keeps_a_run_going_at_its_end_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"trainer.{name}=2 keeps a run going that is at its end or is told to stop"):
+        trainer(tmp_path, max_steps=3, **{name: 2}).fit(MoEGPTModule(CONFIG, train_tokens=64), SyntheticData())
 
 
 @pytest.mark.parametrize(

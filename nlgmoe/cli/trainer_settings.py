@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.processes import check_processes
-from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, callback_refused
+from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, MINIMUM_REFUSED, callback_refused
 
 _UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
@@ -69,8 +69,7 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
         value = trainer[name]
         _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
     for name in ("min_steps", "min_epochs"):
-        why = "keeps a run going that is at its end or is told to stop; leave it out"
-        _require(trainer[name] is None, name, trainer[name], why)  # Lightning makes min_steps=0 a min_epochs of 1
+        _require(trainer[name] is None, name, trainer[name], MINIMUM_REFUSED)  # Lightning makes min_steps=0 a min_epochs of 1
     for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
         if unit not in _UNITS:
             raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
