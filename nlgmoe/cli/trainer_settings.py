@@ -69,7 +69,9 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
         value = trainer[name]
         _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
     for name in ("min_steps", "min_epochs"):
-        _require(trainer[name] is None, name, trainer[name], MINIMUM_REFUSED)  # Lightning makes min_steps=0 a min_epochs of 1
+        _require(
+            trainer[name] is None, name, trainer[name], MINIMUM_REFUSED
+        )  # Lightning makes min_steps=0 a min_epochs of 1
     for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
         if unit not in _UNITS:
             raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
