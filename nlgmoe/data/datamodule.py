@@ -220,7 +220,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `samples_consumed`, the `fingerprint`, a description of the `corpus` and a fingerprint of `validation`.
+        """Return `samples_consumed`, the `fingerprint`, a description of the `corpus`, and what was validated.
 
         With a `CursorSource` also the `cursors` of all streams; then this is a collective.
         """
@@ -229,6 +229,7 @@ class PileDataModule(TextFacts, LightningDataModule):
             "fingerprint": self.fingerprint(),
             "corpus": self.corpus_description,
             "validation": self._validation_fingerprint,
+            "validated_windows": self._validated_windows(),
         }
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
@@ -255,10 +256,19 @@ class PileDataModule(TextFacts, LightningDataModule):
                 "model.warm_start.checkpoint."
             )
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fits and state_dict.get("validation") not in (None, self._validation_fingerprint):
+        before, now = state_dict.get("validated_windows"), self._validated_windows() if fits else None
+        change = None
+        if state_dict.get("validation") not in (None, self._validation_fingerprint):
+            change = "the validation text, or data.max_eval_windows, is not that of the checkpoint's run"
+        elif before and now and before != now:
+            change = (
+                f"a validation takes {now} windows, and took {before} in the checkpoint's run: trainer.limit_val_batches counts "
+                "batches of each rank; data.max_eval_windows is the same on any number of ranks"
+            )
+        if fits and change is not None:
             rank_zero_warn(
-                "the validation text, or data.max_eval_windows, is not that of the checkpoint's run: val/loss and the best "
-                "scores of ModelCheckpoint and EarlyStopping before and after are not comparable"
+                f"{change}: val/loss and the best scores of ModelCheckpoint and EarlyStopping before and after are not "
+                "comparable"
             )
         self.samples_consumed = state_dict["samples_consumed"]
         self._cursors.load(state_dict.get("cursors", []))
@@ -286,6 +296,18 @@ class PileDataModule(TextFacts, LightningDataModule):
             sampled = covered[:: max(1, len(covered) // SAMPLED_TOKENS)]
             digest.update(f"{len(covered)} {sampled.tolist()}".encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def _validation_windows(self) -> int:
+        streams = self._opened().evaluation_tokens("validation") or []
+        return sum(count_domain_windows(streams, self.seq_len, self.max_eval_windows))
+
+    def _validated_windows(self) -> int:
+        """Return the windows that a validation takes, over all ranks; `trainer.limit_val_batches` may leave some out."""
+        windows, of_a_batch = self._validation_windows, self._rank_and_world_size()[1] * self.eval_micro_batch_size
+        limit = getattr(self.trainer, "limit_val_batches", 1.0)
+        batches = int(-(-windows // of_a_batch) * limit) if isinstance(limit, float) else limit
+        return min(windows, batches * of_a_batch)
 
     # ---- internals
 

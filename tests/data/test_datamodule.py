@@ -162,7 +162,9 @@ def test_other_validation_text_is_warned_of_when_a_run_goes_on(
 
     def resume(fn: TrainerFn = TrainerFn.FITTING, **options: Any) -> None:
         data = make_data(**options)
-        data.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            state=SimpleNamespace(fn=fn), limit_val_batches=1.0, global_rank=0, world_size=1
+        )
         data.load_state_dict(state)
 
     with warnings.catch_warnings():
@@ -175,6 +177,32 @@ def test_other_validation_text_is_warned_of_when_a_run_goes_on(
     monkeypatch.setattr(Streams, "evaluation_tokens", lambda self, split: [t[::-1] for t in tokens(self, split) or []])
     with pytest.warns(UserWarning, match="the validation text"):
         resume(max_eval_windows=2)
+
+
+def test_another_part_of_the_validation_text_is_warned_of_when_a_run_goes_on(make_data: Make) -> None:
+    def data(ranks: int, limit: int | float, **options: Any) -> PileDataModule:
+        made = make_data(micro_batch_size=2, max_eval_windows=4, **options)
+        made.trainer = SimpleNamespace(  # type: ignore[assignment]
+            state=SimpleNamespace(fn=TrainerFn.FITTING), limit_val_batches=limit, global_rank=0, world_size=ranks
+        )
+        return made
+
+    whole = data(1, 1.0)
+    alone = make_data(micro_batch_size=2, max_eval_windows=4)
+    windows, state = sum(len(batch["tokens"]) for batch in alone.val_dataloader()), data(1, 2).state_dict()
+    assert (whole.state_dict()["validated_windows"], state["validated_windows"]) == (windows, 4)
+    assert data(2, 0.5).state_dict()["validated_windows"] == int(-(-windows // 4) * 0.5) * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data(2, 1).load_state_dict(state)
+        data(1, 0).load_state_dict(state)  # validates nothing
+        data(1, 1, eval_micro_batch_size=4).load_state_dict(state)
+        data(2, 1.0).load_state_dict(whole.state_dict())
+        data(2, 2).load_state_dict({name: value for name, value in state.items() if name != "validated_windows"})
+    with pytest.warns(
+        UserWarning, match="a validation takes 8 windows, and took 4 in the checkpoint's run: trainer.limit"
+    ):
+        data(2, 2).load_state_dict(state)
 
 
 def test_a_run_whose_samples_came_in_another_order_is_refused(make_data: Make) -> None:
