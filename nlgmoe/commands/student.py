@@ -120,7 +120,7 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
     from nlgmoe.experiment import parse_with_defaults
 
     settings, defaults = parse_with_defaults(file)
-    text = yaml.safe_load(file.read_text())
+    text = yaml.safe_load(file.read_text(encoding="utf-8"))
     text.pop("ckpt_path", None)  # of the teacher's run
     for section in ("model", "data", "trainer"):
         if not isinstance(text.get(section, {}), dict):

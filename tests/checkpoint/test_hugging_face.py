@@ -230,6 +230,19 @@ def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -
     assert load_tokenizer(str(tmp_path), tmp_path).encode(PROBE) == TOKENIZER.encode(PROBE)
 
 
+def test_tokenizers_are_utf8_in_any_locale(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under LANG=en_US, the locale of some clusters, Python's default is Latin-1."""
+    monkeypatch.setattr("io.text_encoding", lambda encoding, stacklevel=2: encoding or "latin-1")
+    source = next(iter(checkpoints.values()))
+    main(["export", str(source), str(tmp_path / "exported")])
+    main(["import", str(tmp_path / "exported"), str(tmp_path / "back.ckpt")])
+    monkeypatch.undo()
+    there, back = (json.loads(read_tokenizer(path) or "") for path in (source, tmp_path / "back.ckpt"))
+    assert there == back
+
+
 def test_export_says_what_is_wrong(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

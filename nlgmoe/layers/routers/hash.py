@@ -102,7 +102,7 @@ def read_counts(path: str, vocab_size: int) -> list[int]:
     """
     remedy = "write one with PileDataModule.token_counts (docs/laboratory.md), or leave it out"
     try:
-        counts = json.loads(Path(path).read_text())
+        counts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingError(
             f"model.config.moe.router.init_args.counts={path} cannot be read ({type(error).__name__}); {remedy}"

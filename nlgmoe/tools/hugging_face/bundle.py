@@ -31,7 +31,7 @@ def bundled_sources() -> dict[str, str]:
         name = f"{flat_name(module)}.py"
         if name not in sources:
             file = f"{module.replace('.', '/')}.py"
-            text = (_ROOT / file).read_text()
+            text = (_ROOT / file).read_text(encoding="utf-8")
             queue += _project_imports(text, module)
             sources[name] = (
                 f"# {file} of nlgmoe {versions()['nlgmoe']}, copied by `nlgmoe export`; only its imports differ.\n"

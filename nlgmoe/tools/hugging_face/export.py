@@ -127,7 +127,7 @@ def export(
             settings["tokenizer_config.json"] = tokenizer_settings(tokenizer, config)
         texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
         for name, text in texts.items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         for file in temporary.glob("*.safetensors"):  # safetensors creates files with mode 600
             file.chmod((temporary / "config.json").stat().st_mode)
         size = sum(file.stat().st_size for file in temporary.iterdir())
@@ -144,7 +144,7 @@ def export(
 def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
     """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read."""
     try:
-        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text())
+        summary = json.loads((checkpoint.parents[1] / "summary.json").read_text(encoding="utf-8"))
         return summary if summary["tokens"] == document["tokens_seen"] else {}
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return {}

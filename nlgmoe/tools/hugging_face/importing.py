@@ -192,4 +192,4 @@ def _tokenizer(folder: Path, config: GPTConfig) -> tuple[str | None, str]:
         return None, str(error)
     if tokenizer.vocab_size > config.vocab_size:
         return None, f"the tokenizer of {folder} has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
-    return file.read_text() if file.exists() else tokenizer.to_json(), ""
+    return file.read_text(encoding="utf-8") if file.exists() else tokenizer.to_json(), ""

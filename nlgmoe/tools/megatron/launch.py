@@ -41,7 +41,7 @@ class Launch:
         words = [part for word in self.flags for part in word.split("=", 1)]
         for name, value in pairwise(words):
             if name == "--deepspeed_config" and (folder / value).is_file():
-                self.deepspeed_config = (folder / value).read_text().strip() or None
+                self.deepspeed_config = (folder / value).read_text(encoding="utf-8").strip() or None
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], list[str]] | None:

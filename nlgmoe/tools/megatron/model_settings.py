@@ -75,7 +75,7 @@ def tokenizer(job: Job) -> tuple[str, int] | None:
         return None
     folder = folders.pop()
     try:
-        return folder, max(json.loads(Path(folder, "vocab.json").read_text()).values()) + 1
+        return folder, max(json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8")).values()) + 1
     except (OSError, ValueError, AttributeError) as error:
         job.arguments.refuse(
             "--vocab-file", f"is needed to count its tokens ({error}); translate the script where it can be read"

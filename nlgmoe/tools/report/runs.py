@@ -198,8 +198,8 @@ def _changes(folder: Path) -> list[str]:
     """List the settings and versions that changed between starts of a run."""
     try:
         require_regular(folder / STARTS, "replace it")
-        starts = json.loads((folder / STARTS).read_text())
-        settings = [flattened(yaml.load((folder / start["config"]).read_text(), LOADER)) for start in starts]
+        starts = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+        settings = [flattened(yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)) for start in starts]
         found = []
         for (before, after), (old, new) in zip(pairwise(starts), pairwise(settings), strict=True):
             made = [{f"version of {name}": text for name, text in one["versions"].items()} for one in (before, after)]
@@ -231,7 +231,7 @@ def _document(path: Path, without: str, issues: list[str]) -> dict[str, Any]:
     """Read a mapping from a JSON or YAML file; if that fails, add an issue and return an empty one."""
     try:
         require_regular(path, "replace it")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         document = json.loads(text) if path.suffix == ".json" else yaml.load(text, LOADER)
     except FileNotFoundError:
         issues.append(f"No {path.name}: {without}.")
