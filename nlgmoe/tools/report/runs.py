@@ -199,7 +199,9 @@ def _changes(folder: Path) -> list[str]:
     try:
         require_regular(folder / STARTS, "replace it")
         starts = json.loads((folder / STARTS).read_text(encoding="utf-8"))
-        settings = [flattened(yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)) for start in starts]
+        settings = [
+            flattened(yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)) for start in starts
+        ]
         found = []
         for (before, after), (old, new) in zip(pairwise(starts), pairwise(settings), strict=True):
             made = [{f"version of {name}": text for name, text in one["versions"].items()} for one in (before, after)]
