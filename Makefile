@@ -23,12 +23,12 @@ constraints:  ## renew constraints.txt with the newest releases that pyproject.t
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
 	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//') >constraints.new && mv constraints.new constraints.txt
 
-quickstart: install  ## train a small PR-MoE on real text, and write its report (4 to 10 minutes on 2 cores)
+quickstart: install  ## train a small PR-MoE on real text, and write its report (5 to 10 minutes on 2 cores)
 	@echo "1 of 2: tokenize the pocket Pile, 33 MB of text from Python packages (1 minute; once)"
 	@$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
-	@echo "2 of 2: train a PR-MoE on 2.0M tokens (4 to 9 minutes); Ctrl+C saves, and --ckpt_path last goes on"
+	@echo "2 of 2: train a PR-MoE on 1.5M tokens (3 to 8 minutes); Ctrl+C saves, and --ckpt_path last goes on"
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 	@printf '\nThe report is $(RUN)/report.html. Next:\n  . $(BIN)/activate\n'
 	@printf '  nlgmoe generate $(RUN) --prompt "The king"                # text of this model\n'
