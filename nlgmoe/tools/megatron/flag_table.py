@@ -57,7 +57,7 @@ def main() -> None:
     """Write the tables into the documents of the current folder."""
     for name, titles in DOCUMENTS.items():
         path = Path(name)
-        path.write_text(with_table(path.read_text(), titles))
+        path.write_text(with_table(path.read_text(encoding="utf-8"), titles), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def run_script(script: Path, variables: Mapping[str, str]) -> Launch:
         UsageError: the variables are not the script's, or there is not exactly one launch.
         ValueError: there is no bash, or the time limit is over.
     """
-    source = script.read_text(errors="replace")
+    source = script.read_text(encoding="utf-8", errors="replace")
     for name in variables:
         if name not in _COUNTED and not re.search(rf"\b{re.escape(name)}\b", source):
             raise UsageError(f"there is no variable {name} in {script.name}; check the name given with --variables")
@@ -182,7 +182,7 @@ def _launch(script: Path, records: Sequence[_Record], work: Path, errors: str) -
         if one.words[0] == "sed":
             found = [match for word in one.words[1:] if (match := _SUBSTITUTION.fullmatch(word))]
             launch.substitutions |= {match[2]: match[3] for match in found}
-    code = re.sub(r"^\s*#.*", "", script.read_text(errors="replace"), flags=re.MULTILINE)
+    code = re.sub(r"^\s*#.*", "", script.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
     unset = {name for name in _REFERENCE.findall(code) if not re.search(rf"\b{name}(\+?=|\s+in\b)", code)}
     empty = sorted(f"${name}" for name in unset - record.names)
     empty += dict.fromkeys(f"the output of {one.words[0]}" for one in records if one.captured and one.words[0] != "sed")

@@ -29,7 +29,7 @@ _DEFAULTS = {
 
 def read_log(path: Path) -> Launch:
     """Read the last argument block of a log."""
-    blocks = _BLOCK.findall(path.read_text(errors="replace"))
+    blocks = _BLOCK.findall(path.read_text(encoding="utf-8", errors="replace"))
     if not blocks:
         raise UsageError(
             f"{path} has no argument block of Megatron's. If it is a launch script: --run-script runs it under bash and "
