@@ -44,7 +44,14 @@ DEEPSPEED_REFUSED = (
     "is Lightning's plain DeepSpeed, which knows no experts, and whose gradients and checkpoints nothing here reads; write "
     "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}"
 )
-MINIMUM_REFUSED = "keeps a run going that is at its end or is told to stop; leave it out"
+_MINIMUM = "keeps a run going that is at its end or is told to stop; leave it out"
+SETTINGS_REFUSED = {  # of a Trainer, unless they are 0 or null
+    "min_steps": _MINIMUM,
+    "min_epochs": _MINIMUM,
+    "overfit_batches": (
+        "must stay 0: which sequences come follows from data.seed and the samples trained on; give a small data.data_dir"
+    ),
+}
 _CALLBACKS_REFUSED = {
     GradientAccumulationScheduler: "counts epochs, and changes data.global_batch_size's batch; use data.batch_ramp_up",
     StochasticWeightAveraging: "counts epochs, which never end here; remove it",
@@ -96,9 +103,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
         if why := callback_refused(callback, trainer.world_size, getattr(strategy, "expert_parallel_size", 1) > 1):
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
-    for name in ("min_steps", "min_epochs") if stage == "fit" else ():
+    for name, why in SETTINGS_REFUSED.items() if stage == "fit" else ():
         if value := getattr(trainer, name):
-            raise SettingError(f"trainer.{name}={value} {MINIMUM_REFUSED}")
+            raise SettingError(f"trainer.{name}={value} {why}")
     plugin = trainer.precision_plugin
     if stage == "fit" and isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
         raise SettingError(

@@ -297,9 +297,9 @@ def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_pat
         assert (validated, run.global_step) == (ends, 3 * per_epoch)
 
 
-@pytest.mark.parametrize("name", ["min_steps", "min_epochs"])
-def test_what_keeps_a_run_going_at_its_end_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"trainer.{name}=2 keeps a run going that is at its end or is told to stop"):
+@pytest.mark.parametrize("name", ["min_steps", "min_epochs", "overfit_batches"])
+def test_settings_of_a_trainer_that_cannot_work_are_refused_in_code_too(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"trainer.{name}=2 (keeps a run going|must stay 0)"):
         trainer(tmp_path, max_steps=3, **{name: 2}).fit(MoEGPTModule(CONFIG, train_tokens=64), SyntheticData())
 
 

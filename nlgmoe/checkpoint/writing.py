@@ -124,7 +124,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"the checkpoint {path} cannot be written ({write_error_reason(error)}); earlier checkpoints are unchanged: make "
-            "room, or fix the reason given, and resume with --ckpt_path last"
+            "room, or fix the reason given, and start again (a run with --ckpt_path last)"
         ) from error
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.processes import check_processes
-from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, MINIMUM_REFUSED, callback_refused
+from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, SETTINGS_REFUSED, callback_refused
 
 _UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
@@ -68,10 +68,9 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     for name, (lowest, remedy) in at_least.items():
         value = trainer[name]
         _require(value is None or value >= lowest, name, value, f"must be at least {lowest}; {remedy}")
-    for name in ("min_steps", "min_epochs"):
-        _require(
-            trainer[name] is None, name, trainer[name], MINIMUM_REFUSED
-        )  # Lightning makes min_steps=0 a min_epochs of 1
+    for name, why in SETTINGS_REFUSED.items():
+        allowed = (0, None) if name == "overfit_batches" else (None,)  # Lightning makes min_steps=0 a min_epochs of 1
+        _require(trainer[name] in allowed, name, trainer[name], why)
     for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
         if unit not in _UNITS:
             raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
@@ -147,9 +146,6 @@ def _check_fractions(trainer: Mapping[str, Any]) -> None:
         highest = 1 if isinstance(value, float) else float("inf")
         why = "must be a fraction from 0.0 to 1.0, or a whole number of batches"
         _require(0 <= value <= highest, name, value, why)
-    overfit = trainer["overfit_batches"]
-    why = "must stay 0: which sequences come follows from data.seed and the samples trained on; give a small data.data_dir"
-    _require(not overfit, "overfit_batches", overfit, why)
 
 
 def _check_validation(trainer: Mapping[str, Any]) -> None:

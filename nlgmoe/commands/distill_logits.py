@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.errors import UsageError
@@ -126,8 +127,10 @@ def distill_logits(
     print(
         f"tail       {header['tail_mass']:.4f} of the probability is outside the {top_k} likeliest tokens, on average"
     )
-    print(f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={output} \\")
-    print(f"           --model.distiller.init_args.teacher={header['teacher']['checkpoint']}")
+    print(
+        f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
+    )
+    print(f"           --model.distiller.init_args.teacher={quote(header['teacher']['checkpoint'])}")
 
 
 def _distilled(experiment: Experiment, batch_size_after: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 from nlgmoe.cli.errors import UsageError
@@ -140,7 +141,9 @@ def _print_built(built: Progress, files: int, prefix: Path) -> None:
         if split_documents(sum(split), DEFAULT_SPLIT)[1] == split[0]
         else f" '--data.corpus.init_args.split={str(split).replace(' ', '')}'"
     )
-    print(f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={prefix}{given}")
+    print(
+        f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={quote(str(prefix))}{given}"
+    )
 
 
 def _about(name: str, tokenizer: Tokenizer) -> str:
