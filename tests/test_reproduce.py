@@ -178,13 +178,20 @@ def test_verdicts() -> None:
     assert "8 pairs" in found[1].found and found[5].rows[2][0] == "pr_moe@1"
 
 
-@pytest.mark.parametrize(("staged", "verdict"), [(3.69, "shown"), (3.7125, "not shown"), (3.75, "contradicted")])
+@pytest.mark.parametrize(("staged", "verdict"), [(3.69, "shown"), (3.7100, "not shown"), (3.75, "contradicted")])
 def test_the_verdict_on_staged_distillation(staged: float, verdict: str) -> None:
-    names = {"pr_moe": "pr_moe", "none": "student", "full": "student-full", "staged": "student-staged"}
-    made = made_up(pr_moe=3.70, none=3.72, full=3.7125, staged=staged)
+    names = {
+        "pr_moe": "pr_moe",
+        "moe_32": "moe_32",
+        "none": "student",
+        "full": "student-full",
+        "staged": "student-staged",
+    }
+    made = made_up(pr_moe=3.70, moe_32=3.70, none=3.72, full=3.7125, staged=staged)
     made["runs"] = {f"{names[key.partition('@')[0]]}@{key.partition('@')[2]}": run for key, run in made["runs"].items()}
-    (found,) = (one for one in verdicts(made) if one.number == 6)
-    assert found.verdict == verdict and len(found.rows) == 2
+    found = {one.number: one for one in verdicts(made)}
+    assert found[6].verdict == verdict and len(found[6].rows) == 2
+    assert found[8].verdict == ("contradicted" if staged > 3.72 else "shown")  # a lower loss is as good
     made["runs"] = {key: run for key, run in made["runs"].items() if run["seed"] < 3}
     assert {one.verdict for one in verdicts(made)} == {"not run"}
 
