@@ -254,7 +254,7 @@ class MoEGPTModule(GPTModule):
             rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
             validate_now(self.trainer, again=self.validated_step == self.trainer.global_step)
-        warn_about_end(self.config, self.curriculum, self.train_tokens, self.trainer)
+        warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr

@@ -33,7 +33,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.device import missing_compiler, total_memory
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.least_memory import check_fits
-from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.validation import SettingError
 
 FSDP_REFUSED = (
@@ -162,9 +162,13 @@ def require_compiler(device: torch.device) -> None:
 
 
 def warn_about_end(
-    config: GPTConfig, curriculum: SequenceCurriculum | None, train_tokens: int | None, trainer: Trainer
+    config: GPTConfig,
+    curriculum: SequenceCurriculum | None,
+    schedule: LearningRateSchedule,
+    train_tokens: int | None,
+    trainer: Trainer,
 ) -> None:
-    """Warn if training has no end, or ends before the curriculum does, or before the first sample of a part of a blend."""
+    """Warn if training has no end, or ends before curriculum or schedule, or the first sample of a part of a blend."""
     stoppers = (Timer, EarlyStopping)
     stopped = any(isinstance(one, stoppers) for one in trainer.callbacks)  # type: ignore[attr-defined]
     if train_tokens is None and trainer.max_steps < 0 and trainer.max_epochs in (None, -1) and not stopped:
@@ -175,6 +179,11 @@ def warn_about_end(
         rank_zero_warn(
             f"model.curriculum.tokens={curriculum.tokens} is above model.train_tokens={train_tokens}: training "
             f"ends before its sequences are {config.seq_len} tokens long; lower it"
+        )
+    if train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens:
+        rank_zero_warn(
+            f"model.train_tokens={train_tokens} ends the run before model.schedule.decay_tokens={schedule.decay_tokens}, with "
+            f"warmup_tokens={schedule.warmup_tokens}: the learning rate does not fall to its end; set both for this run"
         )
     data: Any = getattr(trainer, "datamodule", None)
     shares = getattr(data, "domain_shares", None)

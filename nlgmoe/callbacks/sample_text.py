@@ -67,7 +67,7 @@ class SampleText(Callback):
         if longest + self.max_new_tokens > pl_module.config.seq_len:
             raise SettingError(
                 f"SampleText: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit "
-                f"seq_len={pl_module.config.seq_len}; lower max_new_tokens"
+                f"seq_len={pl_module.config.seq_len}; lower init_args.max_new_tokens of SampleText in trainer.callbacks"
             )
 
     @override

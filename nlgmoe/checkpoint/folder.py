@@ -60,7 +60,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
             "because they hold pickled objects"
         )
     if not file.exists():
-        raise SettingError(f"no checkpoint at {path}: expected a folder with checkpoint.json in it")
+        found = "expected a folder with checkpoint.json in it" if Path(path).exists() else "it does not exist"
+        raise SettingError(f"no checkpoint at {path}: {found}")
     document = read_json(file)
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"

@@ -32,7 +32,7 @@ from nlgmoe.data.pocket_pile import (
     text_path,
     token_folder,
 )
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.data.tokenizer import BUILT, Tokenizer, load_tokenizer
 from nlgmoe.files import sha256_of, write_json
 
 POCKET_PILE = "pocket Pile"
@@ -85,6 +85,8 @@ def prepare(data_dir: Path, tokenizer: str) -> None:
     Raises:
         ValueError: a download fails, a file is damaged, or the tokenizer is unknown or not usable.
     """
+    if tokenizer not in BUILT:
+        load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
     with build_lock(data_dir):
         manifest = open_corpus(data_dir)
         tokenise(data_dir, manifest, load_tokenizer(tokenizer, data_dir))

@@ -65,16 +65,22 @@ class OwnLayer(Layer):
         return max(self.moe.min_capacity, math.ceil(share))
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
-        """See `Layer`; a gate that normalises its input, such as a cosine, computes no logits that a batch could choose."""
+        """See `Layer`; None also for a weight of that shape whose product with the input does not give the logits.
+
+        A gate that normalises its input, such as a cosine, or one of two factors, computes no logits that a batch could choose.
+        """
         shape, router = (self.num_experts, self.hidden_size), module.router
         weight = next((one for one in _tensors(router) if tuple(one.shape) == shape), None)  # type: ignore[arg-type]
         if weight is None:
             return None
-        zero = torch.zeros(1, 1, dtype=torch.long)
+        zero = torch.zeros(1, len(weight), dtype=torch.long)
         context = RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)
         with torch.no_grad():
-            one, two = (router(scale * weight[:1], context).logits for scale in (1, 2))  # type: ignore[operator]
-        return None if one is not None and torch.allclose(one, two, rtol=0.05) else weight
+            one, two = (router(scale * weight, context).logits for scale in (1, 2))  # type: ignore[operator]  # [E, E]
+            if one is None:
+                return weight
+            agreement = torch.corrcoef(torch.stack([one.flatten(), (weight @ weight.t()).flatten()]))[0, 1]
+        return weight if agreement > 0.5 and not torch.allclose(one, two, rtol=0.05) else None
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
         """See `Layer`."""
