@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-oldest test-faults mutate fuzz check constraints format docs notebooks compare mos reproduce reproduce-tables convergence bench gpu clean
+.PHONY: help install quickstart browser test test-oldest test-faults mutate fuzz check constraints format docs notebooks reproduce reproduce-tables convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,14 +79,6 @@ docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md),
 notebooks: install  ## run the notebooks and keep what they show; trains five small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python notebooks/execute.py
-
-compare: install  ## dense against PR-MoE at equal FLOPs per token, 3 seeds (about 25 minutes on 2 cores)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m benchmarks.compare
-
-mos: install  ## a teacher; students without it, with it, with it for the first 70%: 3 seeds (about 30 minutes on 2 cores)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m benchmarks.mos
 
 reproduce: install  ## the paper's claims with small models, CLAIM=5 for one; resumable (20 to 40 hours on 2 cores; docs/reproduce.md)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
