@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Let links of documents outside `docs/`, and those from it to outside, lead to the pages."""
-    markdown = re.sub(r"\]\((?:\.\./|docs/)", "](", markdown)
+    markdown = re.sub(r'(\]\(|src=")(?:\.\./|docs/)', r"\1", markdown)
     return markdown.replace("](README.md", "](index.md")
 
 
