@@ -1,13 +1,18 @@
 """The documents speak of things that exist."""
 
 import re
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields
+from functools import lru_cache
+from io import StringIO
 from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 
+from nlgmoe.commands.main import COMMANDS, OF_TRAIN_PY
+from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
@@ -85,3 +90,36 @@ def test_the_version_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("nlgmoe.versions.version", lambda package: "of the last pip install")
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released is not None and versions()["nlgmoe"] == released[1]
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Words of each command of `nlgmoe` or train.py in the indented and fenced blocks of a document."""
+    blocks = [*re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S), "\n".join(re.findall(r"^    (.*)$", text, re.M))]
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
+    found = [
+        re.search(r"(?:^|\s)(?:nlgmoe|train\.py) ([a-z][a-z-]*(?: .*|$))", line.partition("  #")[0]) for line in lines
+    ]
+    return [match[1].split() for match in found if match]
+
+
+@lru_cache
+def options_of(command: str) -> frozenset[str]:
+    """Options that the help of a command names."""
+    text = StringIO()
+    with redirect_stdout(text), suppress(SystemExit):
+        nlgmoe([command, "--help"])
+    return frozenset(option.replace("-", "_") for option in re.findall(r"--[\w.-]+", text.getvalue()))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_in_the_documents_have_the_options_that_they_are_given(name: str) -> None:
+    for command, *words in commands_in((ROOT / name).read_text()):
+        assert command in COMMANDS or command in OF_TRAIN_PY, f"nlgmoe {command}"
+        known = options_of(command)
+        for word in words:
+            option = re.match(r"'?(--[\w.-]+)", word)
+            if option and option[1] != "--print_config":
+                parts = option[1].replace("-", "_").split(".")
+                assert any(".".join(parts[:length]) in known for length in range(len(parts), 0, -1)), (
+                    f"{command} {word}"
+                )
