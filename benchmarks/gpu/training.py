@@ -55,6 +55,9 @@ def fit(
     experiment = load_config(
         ROOT / "configs/quickstart.yaml",
         model__config__moe__token_dropping=False,
+        model__train_tokens=2_000_000,  # those of the recorded run
+        model__schedule__warmup_tokens=200_000,
+        model__schedule__decay_tokens=2_000_000,
         data__data_dir=str(data),
         data__max_eval_windows=windows,
         trainer__accelerator=accelerator,

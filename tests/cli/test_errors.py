@@ -591,7 +591,7 @@ def _saves_to(folder: str) -> list[dict]:
 UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usable: found once it is opened
     "missing checkpoint": (
         validate(lambda _: "--ckpt_path=nowhere.ckpt"),
-        "no checkpoint at nowhere.ckpt: expected a folder",
+        "no checkpoint at nowhere.ckpt: it does not exist",
     ),
     "file as checkpoint": (
         validate(lambda place: f"--ckpt_path={place.trained / 'base.yaml'}"),
@@ -599,7 +599,7 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     ),
     "nothing to start from": (
         lambda place: place.args("--model.warm_start.checkpoint=nowhere.ckpt", f"--data.data_dir={place.folder}"),
-        "no checkpoint at nowhere.ckpt: expected",
+        "no checkpoint at nowhere.ckpt: it does not exist",
     ),
     "start from another model": (
         lambda place: place.args(place.start, "--model.config.hidden_size=32"),
@@ -761,7 +761,7 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     ),
     "sample longer than a sequence": (
         file(CALLBACK.format(SAMPLE, "prompts: [the cat], max_new_tokens: 16")),
-        "max_new_tokens=16 do not fit seq_len=16; lower max_new_tokens",
+        "max_new_tokens=16 do not fit seq_len=16; lower init_args.max_new_tokens",
     ),
     "monitor that is never logged": (
         file(CALLBACK.format("ModelCheckpoint", "every_n_train_steps: null, monitor: val/los, filename: best")),

@@ -79,8 +79,9 @@ class OwnLayer(Layer):
             one, two = (router(scale * weight, context).logits for scale in (1, 2))  # type: ignore[operator]  # [E, E]
             if one is None:
                 return weight
-            agreement = torch.corrcoef(torch.stack([one.flatten(), (weight @ weight.t()).flatten()]))[0, 1]
-        return weight if agreement > 0.5 and not torch.allclose(one, two, rtol=0.05) else None
+            pair = torch.stack([one.flatten(), (weight @ weight.t()).flatten()])  # [2, E * E]
+        linear = len(weight) == 1 or torch.corrcoef(pair)[0, 1] > 0.5
+        return weight if linear and not torch.allclose(one, two, rtol=0.05) else None
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
         """See `Layer`."""
