@@ -16,7 +16,7 @@ from nlgmoe.commands.main import COMMANDS, OF_TRAIN_PY, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md": "index.md"} | {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
-LINKED = ("CITATION.cff", "LICENSE", "notebooks/04_laboratory.ipynb")  # from documents
+LINKED = ("CITATION.cff", "LICENSE", "notebooks/02_routing.ipynb", "notebooks/04_laboratory.ipynb")  # from documents
 
 
 def on_files(files: Files, config: Any) -> Files:
