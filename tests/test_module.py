@@ -297,6 +297,18 @@ def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_pat
         assert (validated, run.global_step) == (ends, 3 * per_epoch)
 
 
+def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path) -> None:
+    for train_tokens, expected in ((256, ["ends the run before model.schedule.decay_tokens=512"]), (512, [])):
+        module = MoEGPTModule(
+            CONFIG, schedule=LearningRateSchedule("cosine", decay_tokens=512), train_tokens=train_tokens
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, max_steps=1).fit(module, SyntheticData())
+        found = [str(one.message) for one in caught if "decay_tokens" in str(one.message)]
+        assert len(found) == len(expected) and all(text in found[0] for text in expected)
+
+
 @pytest.mark.parametrize("name", ["min_steps", "min_epochs", "overfit_batches"])
 def test_settings_of_a_trainer_that_cannot_work_are_refused_in_code_too(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"trainer.{name}=2 (keeps a run going|must stay 0)"):

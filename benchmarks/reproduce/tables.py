@@ -40,7 +40,7 @@ def text_of(results: dict[str, Any]) -> str:
     if again:
         apart = max(abs(loss - results["runs"][name]["val_loss"]) for name, loss in again.items())
         largest = f"the largest difference is {apart:.1e} nats" if apart else "the losses are equal to the last bit"
-        lines += ["", f"Trained a second time, on another machine: {', '.join(again)}; {largest}."]
+        lines += ["", f"Trained a second time, from the first step: {', '.join(again)}; {largest}."]
     return "\n".join(lines)
 
 

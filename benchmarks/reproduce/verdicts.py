@@ -43,10 +43,15 @@ class Verdict:
     rows: list[list[str]] = field(default_factory=list)
 
 
+def runs_of_cell(runs: Runs, cell: Cell, seeds: tuple[int, ...] = SEEDS_EQUAL) -> list[dict[str, Any]]:
+    """Return the runs of a cell, in the order of the seeds."""
+    keys = (f"{cell.name}-seed{seed}" for seed in seeds)
+    return [runs[key] for key in keys if key in runs]
+
+
 def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss", seeds: tuple[int, ...] = SEEDS_EQUAL) -> dict[int, float]:
     """Return a fact of the runs of a cell, by seed."""
-    keys = {seed: f"{cell.name}-seed{seed}" for seed in seeds}
-    return {seed: runs[key][fact] for seed, key in keys.items() if key in runs}
+    return {run["seed"]: run[fact] for run in runs_of_cell(runs, cell, seeds)}
 
 
 def difference(runs: Runs, first: Cell, second: Cell) -> PairedDifference | None:
@@ -220,21 +225,10 @@ def _capacity(results: dict[str, Any], verdict: Verdict) -> None:
 
 def _sizes(results: dict[str, Any], cells: list[Cell]) -> list[list[str]]:
     runs, seconds = results["runs"], results.get("speed", {}).get("step_seconds", {})
-    rows = [
-        [
-            "model",
-            "parameters",
-            "active",
-            "tokens per active parameter",
-            "FLOPs a token",
-            "validation loss",
-            "ms a step",
-            "runs",
-        ]
-    ]
+    rows = [["model", "parameters", "active", "tokens per active parameter", "FLOPs a token", "validation loss", "ms a step",
+             "runs"]]  # fmt: skip
     for cell in cells:
-        own = [run for key, run in runs.items() if key == f"{cell.name}-seed{run['seed']}"]
-        if own:
+        if own := runs_of_cell(runs, cell):
             losses = [run["val_loss"] for run in own]
             error = np.std(losses, ddof=1) / math.sqrt(len(own)) if len(own) > 1 else math.nan
             one, milliseconds = own[0], f"{1000 * seconds[cell.config]:.0f}" if cell.config in seconds else ""

@@ -7,7 +7,7 @@ import pytest
 
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer
-from nlgmoe.data.pocket.build import build_pocket_pile
+from nlgmoe.data.pocket.build import build_pocket_pile, prepare
 from nlgmoe.data.pocket_pile import SPLITS, read_manifest, text_path
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
@@ -46,6 +46,12 @@ def test_pocket_pile(capsys: pytest.CaptureFixture[str]) -> None:
     bits = data.xz_bits_per_byte()
     assert 1 < bits["all"] < 4
     assert 5 < data.unigram_entropy() < 8
+
+
+def test_an_unknown_tokenizer_is_refused_before_the_corpus_is_built(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown tokenizer 'pocket-4k2'"):
+        prepare(tmp_path / "new", "pocket-4k2")
+    assert not (tmp_path / "new").exists()
 
 
 def test_gpt2_tokenizer() -> None:
