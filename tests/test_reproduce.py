@@ -178,7 +178,15 @@ def test_verdicts() -> None:
     assert "8 pairs" in found[1].found and found[5].rows[2][0] == "pr_moe@1"
 
 
-@pytest.mark.parametrize(("staged", "verdict"), [(3.69, "shown"), (3.7100, "not shown"), (3.75, "contradicted")])
+def test_more_experts_are_compared_over_the_same_seeds() -> None:
+    made = made_up(**dict.fromkeys(GROWTH, 3.8))
+    made["runs"] = {key: run for key, run in made["runs"].items() if run["seed"] < 4 or key.startswith("moe_32")}
+    (table,) = (one.rows for one in verdicts(made) if one.number == 1)
+    expected = np.mean([made["runs"][f"moe_32@1-seed{seed}"]["val_loss"] for seed in (1, 2, 3)])
+    assert table[1][4] == f"{expected:.4f}"
+
+
+@pytest.mark.parametrize(("staged", "verdict"), [(3.66, "shown"), (3.7100, "not shown"), (3.75, "contradicted")])
 def test_the_verdict_on_staged_distillation(staged: float, verdict: str) -> None:
     names = {
         "pr_moe": "pr_moe",

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -261,10 +262,12 @@ def test_plain_text_gets_a_split_that_can_be_trained_and_validated_with(
     for number, repeated in enumerate(counts):
         text = "".join(f"{line}: reading books\n" for line in range(20 * repeated))
         (tmp_path / "text" / f"{number:03}.txt").write_text(text)
-    prefix = str(tmp_path / "own")
+    prefix = str(tmp_path / "my own")
     main(["prepare-data", f"--tokenizer={tokenizer.name}", f"--input={tmp_path}/text", f"--output={prefix}"])
-    advice = capsys.readouterr().out.partition("train on")[2]
-    split = json.loads(advice.partition("split=")[2].partition("'")[0])
+    advice = capsys.readouterr().out.partition("train on")[2].splitlines()[0]
+    given = dict(word.removeprefix("--data.corpus.init_args.").split("=") for word in shlex.split(advice))
+    split = json.loads(given["split"])
+    assert given["prefix"] == prefix
     data = PileDataModule(str(tmp_path), tokenizer.name, MegatronIndexed(prefix, split), seq_len=16)
     data.prepare_data()
     assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader()))
