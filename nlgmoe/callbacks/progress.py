@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -10,11 +12,14 @@ from typing_extensions import override
 
 from nlgmoe.module import MoEGPTModule
 
+FILE_SECONDS = 10.0  # between updates where standard output is a file or a pipe: each is kept there
+
 
 class TokenProgressBar(TQDMProgressBar):
     """Lightning's progress bar in tokens instead of batches, whose lengths a curriculum changes.
 
-    The bar has a total if the run ends at a token count or a step count.
+    The bar has a total if the run ends at a token count or a step count. Where standard output is a file, it is updated every ten
+    seconds.
 
     Args:
         refresh_rate: micro-batches between updates; 0 hides the bar.
@@ -32,6 +37,8 @@ class TokenProgressBar(TQDMProgressBar):
         bar.unit, bar.unit_scale, bar.total = " tok", True, module.train_tokens
         bar.initial = bar.n = module.tokens_seen
         bar.set_description("Training")
+        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # neither a terminal nor a notebook
+            bar.mininterval = FILE_SECONDS
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from docstring_parser import parse as parse_docstring
 from typing_extensions import override
 
+from nlgmoe.cli.errors import Failures
 from nlgmoe.cli.parser import OneLineParser
 
 
@@ -57,3 +58,20 @@ class CommandParser(OneLineParser):
             *rest,
             **kwargs,
         )
+
+
+def name_as_typed(error: ValueError, function: Callable) -> None:
+    """Rewrite `NAME=VALUE` at the start of an error's message as people type it: `--NAME=VALUE`, or a positional VALUE."""
+
+    def typed(message: Any) -> Any:
+        name, equals, rest = str(message).partition("=")
+        parameter = signature.parameters.get(name)
+        if not equals or parameter is None:
+            return message
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+        return rest if required or "tuple" in str(parameter.annotation) else f"--{name.replace('_', '-')}={rest}"
+
+    signature = inspect.signature(function)
+    error.args = tuple(map(typed, error.args))
+    if isinstance(error, Failures):
+        error.messages = [typed(message) for message in error.messages]

@@ -82,14 +82,18 @@ def _run(name: str, args: list[str] | None) -> None:
     function: Any = getattr(import_interruptibly(module), function_name)
     from jsonargparse import auto_cli
 
-    from nlgmoe.cli.command_parser import CommandParser
+    from nlgmoe.cli.command_parser import CommandParser, name_as_typed
 
     try:
         auto_cli({name: function}, args=args, parser_class=CommandParser, prog="nlgmoe")
     except ForeignCodeError as error:
         takes_code = "allow_code" in signature(function).parameters
         allow = f"add --allow-code {error.module}, if you trust it"
-        raise ForeignCodeError(error.path, allow if takes_code else f"nlgmoe {name} takes no such code") from error
+        refuses = f"nlgmoe {name} takes no such code (docs/extending.md, which commands do)"
+        raise ForeignCodeError(error.path, allow if takes_code else refuses) from error
+    except ValueError as error:
+        name_as_typed(error, function)
+        raise
 
 
 if __name__ == "__main__":

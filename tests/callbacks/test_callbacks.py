@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,16 @@ def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:
     trainer(tmp_path, bar, enable_progress_bar=True, max_steps=3).fit(MoEGPTModule(CONFIG), SyntheticData())
     assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (192, 192)
     assert set(bar.get_metrics(bar.trainer, module)) == {"loss", "lr"}
+
+
+def test_progress_in_a_file_is_not_a_line_for_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenProgressBar, "on_train_batch_start", lambda *_: time.sleep(0.12))  # above tqdm's own 0.1 s
+    with (tmp_path / "log").open("w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        trainer(tmp_path, TokenProgressBar(), enable_progress_bar=True, max_steps=12).fit(
+            MoEGPTModule(CONFIG), SyntheticData()
+        )
+    assert 1 < (tmp_path / "log").read_text().count("Training:") < 6
 
 
 def test_sample_text_needs_prompts() -> None:

@@ -893,12 +893,12 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
     "no such input": (
         ["prepare-data", "--input=x/*.jsonl", "--output=y"],
         2,
-        "input=x/*.jsonl stands for no file; give a",
+        "--input=x/*.jsonl stands for no file; give a",
     ),
     "other input": (
         ["prepare-data", "--input=LICENSE", "--output=y"],
         2,
-        "input=LICENSE cannot be read; known endings",
+        "--input=LICENSE cannot be read; known endings",
     ),
     "input twice": (
         ["prepare-data", "--input=[{corpus}/text, {corpus}/text/prose.train.jsonl]", "--output=y"],

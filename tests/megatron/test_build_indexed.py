@@ -245,11 +245,11 @@ def test_from_text_to_training(tokenizer: Tokenizer, files: list[str], tmp_path:
     assert len(IndexedDataset(Path(prefix))) == 90
     with pytest.raises(SystemExit):
         main([*arguments, f"--input={tmp_path / 'text'}"])
-    assert f"error: output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err
+    assert f"error: --output={prefix}: {prefix}.idx exists already; name another output" in capsys.readouterr().err
     Path(f"{prefix}.idx").unlink()
     with pytest.raises(SystemExit):
         main([*arguments, f"--input={tmp_path / 'text'}"])
-    assert f"error: output={prefix}: {prefix}.bin exists already; name another output" in capsys.readouterr().err
+    assert f"error: --output={prefix}: {prefix}.bin exists already; name another output" in capsys.readouterr().err
     assert [path.name for path in Path(prefix).parent.iterdir()] == ["pile_text_document.bin"]
 
 

@@ -170,12 +170,15 @@ def test_a_damaged_file_affects_only_its_part_of_the_page(name: str, text: str, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "run=nowhere does not exist; give the folder of a run"),
-        (["empty"], "run=empty is no run folder: there is no metrics.csv, summary.json or config.yaml in it"),
-        (["run", "run/summary.json"], "run=run/summary.json is no run folder"),
+        (["nowhere"], "nowhere does not exist; give the folder of a run"),
+        (["empty"], "empty is no run folder: there is no metrics.csv, summary.json or config.yaml in it"),
+        (["run", "run/summary.json"], "run/summary.json is no run folder"),
         ([], "runs"),
-        (["run", "--output", "run"], "output=run is a folder; give the name of a file"),
-        (["run", "--output", "run/metrics.csv"], "output=run/metrics.csv is not a name of a page; let it end in .html"),
+        (["run", "--output", "run"], "--output=run is a folder; give the name of a file"),
+        (
+            ["run", "--output", "run/metrics.csv"],
+            "--output=run/metrics.csv is not a name of a page; let it end in .html",
+        ),
     ],
 )
 def test_a_wrong_command_ends_with_one_line(

@@ -132,10 +132,10 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     for path in paths:
         folder = Path(os.path.abspath(Path(path).expanduser()))
         if not folder.exists():
-            raise ValueError(f"run={path} does not exist; give the folder of a run (its trainer.default_root_dir)")
+            raise ValueError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
         if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
             raise ValueError(
-                f"run={path} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
+                f"{path} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
                 "trainer.default_root_dir"
             )
         found.setdefault(os.path.realpath(folder), folder)
