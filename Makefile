@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-oldest test-faults mutate fuzz check constraints format docs notebooks reproduce reproduce-tables convergence bench gpu clean
+.PHONY: help install quickstart browser test test-oldest test-faults soak mutate fuzz check constraints format docs notebooks reproduce reproduce-tables convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ test-oldest:  ## the suite with the oldest releases that pyproject.toml admits, 
 
 test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
+
+soak: install  ## two ranks for MINUTES=120, killed every ten minutes, beside an undisturbed run
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),120)
 
 mutate: install  ## which small faults of the package do tests notice? 200 of them, or all of FILES="nlgmoe/..."; resumable (hours)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

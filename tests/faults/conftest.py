@@ -1,12 +1,11 @@
 """What the tests of faults share: undisturbed runs, and the results that the campaign writes down."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import ROOT, Run
-from tests.faults.results import Results
+from tests.faults.harness import Run
+from tests.faults.results import Results, commit
 
 
 def _undisturbed(folder: Path, data: Path, ranks: int) -> Run:
@@ -31,5 +30,4 @@ def undisturbed_ranks(pocket_pile: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def results() -> Results:
     """`docs/results/faults.json` and the tables in `docs/reliability.md`."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return Results(commit.strip())
+    return Results(commit())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -179,7 +180,7 @@ class Launched:
         try:
             code = self.process.wait(timeout)
             ended = time.monotonic()
-            while self._runs():
+            while self.processes():
                 assert time.monotonic() < until, f"processes outlive {self.process.args}"
                 time.sleep(0.05)
             after = time.monotonic() - ended
@@ -193,20 +194,21 @@ class Launched:
 
     def kill(self) -> None:
         """SIGKILL to all of its processes."""
-        if self._runs():
+        if self.processes():
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _runs(self) -> bool:
-        """Whether a process of the group is alive; one that is dead but not collected by its parent is not."""
+    def processes(self) -> list[Path]:
+        """Folders in /proc of the group's processes; without one that is dead but not collected by its parent."""
+        found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
             except OSError:  # it has just ended
                 continue
             if int(group) == self.process.pid and state != "Z":
-                return True
-        return False
+                found.append(stat.parent)
+        return found
 
 
 def differences(run: Run, undisturbed: Run, may_lack: Collection[int] = ()) -> dict[str, float]:
@@ -225,7 +227,7 @@ def differences(run: Run, undisturbed: Run, may_lack: Collection[int] = ()) -> d
     found: dict[str, float] = {}
 
     def compare(name: str, mine: float, other: float) -> None:
-        if mine != other:
+        if mine != other and not (math.isnan(mine) and math.isnan(other)):
             found[name] = max(found.get(name, 0.0), abs(mine - other) / max(abs(other), 1e-12))
 
     for name in ("steps", "tokens", "train_loss", "val_loss"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs/results/faults.json"
 DOCUMENT = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- written by make test-faults: {} -->", "<!-- end -->"
+
+
+def commit() -> str:
+    """The short hash of the tree's commit."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 class Results:
@@ -32,7 +39,12 @@ class Results:
 
 def with_tables(document: str, parts: dict[str, Any]) -> str:
     """The document with the tables that belong to the results."""
-    for name, lines in {"kills": _kills(parts), "two hosts": _hosts(parts), "disk full": _disks(parts)}.items():
+    for name, lines in {
+        "kills": _kills(parts),
+        "two hosts": _hosts(parts),
+        "disk full": _disks(parts),
+        "soak": _soak(parts),
+    }.items():
         begin = BEGIN.format(name)
         before, _, rest = document.partition(begin)
         document = "\n".join([before + begin, "", *lines, ""]) + END + rest.partition(END)[2]
@@ -101,6 +113,22 @@ def _disks(parts: dict[str, Any]) -> Iterator[str]:
     for name, part in parts.items():
         if name.startswith(("disk full", "no folder")):
             yield from [f"    # {name}", *(f"    error: {error}" for error in part["errors"])]
+
+
+def _soak(parts: dict[str, Any]) -> Iterator[str]:
+    if (part := parts.get("soak")) is None:
+        return
+    largest = max(part["differences"].values(), default=0.0)
+    yield (
+        f"{part['minutes']:.0f} minutes, {part['steps']} steps, {part['kills']} kills. Commit {part['commit']}, "
+        f"{part['date']}. Largest difference between the two at the end: {_difference(largest)}."
+    )
+    yield ""
+    yield from _row(["run", "lives of a process", "growth of memory", "more open files", "memory, MB"], header=True)
+    for name in ("undisturbed", "killed"):
+        used = part[name]
+        growth, megabytes = f"{used['growth']:+.1%}", f"{used['peak_bytes'] / 1e6:.0f}"
+        yield from _row([name, used["lives"], growth, used["more_files"], megabytes])
 
 
 def _difference(value: float) -> str:
