@@ -114,7 +114,10 @@ def test_commands_import_what_they_are_allowed_to(
     assert "parts      moe.router=hash_router.HashRouterConfig: its entries" in capsys.readouterr().out
     for words, remedy in {
         tuple(generate): "add --allow-code hash_router, if you trust it",
-        ("inspect", str(run / "checkpoints/last.ckpt")): "nlgmoe inspect takes no such code (docs/extending.md, which commands do)",
+        (
+            "inspect",
+            str(run / "checkpoints/last.ckpt"),
+        ): "nlgmoe inspect takes no such code (docs/extending.md, which commands do)",
     }.items():
         capsys.readouterr()
         with pytest.raises(SystemExit):

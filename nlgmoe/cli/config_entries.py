@@ -69,30 +69,35 @@ class ConfigEntry:
         return f"{self.name}={one_line(value, limit=80)}{self.place}"
 
 
-def read_arguments(args: Sequence[str], config_options: Collection[str]) -> list[ConfigEntry]:
+def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iterator[tuple[int, list[ConfigEntry]]]:
     """Read `--name=value`, `--name value` and the files that `config_options` name, in the order in which they count.
+
+    Yields:
+        The index of an argument, and what it gives.
 
     Raises:
         UsageError: as `read_file`.
     """
-    entries: list[ConfigEntry] = []
     rest = list(args)
     while rest:
+        index = len(args) - len(rest)
         option, equals, text = rest.pop(0).partition("=")
         if not option.startswith("-"):
             continue
         if not equals and rest and not rest[0].startswith("--"):
             equals, text = "=", rest.pop(0)
         if option in config_options:
-            entries += read_file(text) if equals else []
+            yield index, read_file(text) if equals else []
         elif equals:
             try:
                 node = yaml.compose(text, Loader=ConfigLoader)
             except (yaml.YAMLError, UnicodeEncodeError):  # plain text
                 node = None
             node = node or yaml.ScalarNode(f"{_TAG}str", text)
-            entries += _walk(node, ConfigEntry(option.lstrip("-").rstrip("+"), None, appends=option.endswith("+")))
-    return entries
+            yield (
+                index,
+                list(_walk(node, ConfigEntry(option.lstrip("-").rstrip("+"), None, appends=option.endswith("+")))),
+            )
 
 
 def read_file(path: str) -> list[ConfigEntry]:

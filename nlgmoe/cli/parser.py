@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from nlgmoe.cli.config_entries import ConfigEntry, read_arguments, read_file
 from nlgmoe.cli.errors import UsageError, is_complaint, one_line, raised_in
 from nlgmoe.cli.explain import NAMED_BY_CLASS, Explainer, subcommands_of
+
+_ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # the name of a list of objects, in that of a setting of one of them
 
 # Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -39,23 +42,38 @@ class OneLineParser(ArgumentParser):
             UsageError: the arguments or a configuration file are wrong.
         """
         if self.exit_on_error and getattr(self, "parent_parser", None) is None:
-            self._read(list(sys.argv[1:] if args is None else args))
+            args = self._read(list(sys.argv[1:] if args is None else args))
         return super().parse_args(args, namespace, **kwargs)
 
-    def _read(self, args: list[str]) -> None:
-        """Note where each setting is given, for messages."""
+    def _read(self, args: list[str]) -> list[str]:
+        """Note where each setting is given, for messages.
+
+        Returns:
+            The arguments, with `--LIST=[]` before one that gives a list again: jsonargparse would keep the earlier items'
+            arguments, which the later one does not name, where both lists have as many items.
+        """
         choices = subcommands_of(self)
         subcommand = next((word for word in args if word in choices), "")
         parser = choices.get(subcommand, self)
         configs = {o for one in parser._actions if isinstance(one, ActionConfigFile) for o in one.option_strings}
         self._explainer = Explainer(parser, self.entries)
-        for given in read_arguments(args, configs):
-            entry = replace(given, name=given.name.removeprefix(f"{subcommand}."))  # as before the subcommand
-            self._explainer.check(entry)
-            self.entries.append(entry)
-            section = entry.name if self._explainer.inside(entry.name) else ""
-            if section and isinstance(entry.value, str):  # a file with the section's settings
-                self.entries += [replace(one, name=f"{section}.{one.name}") for one in read_file(entry.value)]
+        lists: set[str] = set()
+        read: list[str] = []
+        last = 0
+        for index, given in read_arguments(args, configs):
+            new = {match[1] for one in given if not one.appends and (match := _ITEM.match(one.name))}
+            again = [name for name in sorted(new) if name.replace(".init_args", "") in lists]
+            read += [*args[last:index], *(f"--{name}=[]" for name in again if not name.startswith(f"{subcommand}."))]
+            lists |= {name.replace(".init_args", "") for name in new}
+            last = index
+            for one in given:
+                entry = replace(one, name=one.name.removeprefix(f"{subcommand}."))  # as before the subcommand
+                self._explainer.check(entry)
+                self.entries.append(entry)
+                section = entry.name if self._explainer.inside(entry.name) else ""
+                if section and isinstance(entry.value, str):  # a file with the section's settings
+                    self.entries += [replace(one, name=f"{section}.{one.name}") for one in read_file(entry.value)]
+        return [*read, *args[last:]]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage."""

@@ -16,6 +16,7 @@ from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
+from nlgmoe.experiment import parse_config
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,35 @@ def test_one_callback_in_place_of_a_list_is_told(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("trainer:\n  callbacks: {class_path: nlgmoe.WriteReport}")
     with pytest.warns(UserWarning, match=r"takes the place of the earlier one, without ModelCheckpoint \("):
         load_config([ROOT / "configs/quickstart.yaml", tmp_path / "one.yaml"])
+
+
+@pytest.mark.parametrize("on_the_command_line", [False, True])
+def test_a_list_that_is_given_again_keeps_nothing_of_the_earlier_one(on_the_command_line: bool, tmp_path: Path) -> None:
+    def blend(*parts: str) -> str:
+        return f"{{class_path: nlgmoe.data.Blend, init_args: {{parts: [{', '.join(parts)}]}}}}"
+
+    def part(name: str, arguments: str = "") -> str:
+        corpus = f"{{class_path: nlgmoe.data.PocketPile{arguments}}}"
+        return f"{{name: {name}, weight: 1.0, corpus: {corpus}}}"
+
+    again = blend(part("c"), part("d"))
+    (tmp_path / "first.yaml").write_text(
+        f"data: {{corpus: {blend(part('a'), part('b', ', init_args: {domains: [prose]}'))}}}"
+    )
+    (tmp_path / "again.yaml").write_text(f"data: {{corpus: {again}}}")
+    files = [
+        "configs/quickstart.yaml",
+        tmp_path / "first.yaml",
+        *([] if on_the_command_line else [tmp_path / "again.yaml"]),
+    ]
+    parts = (
+        {"data__corpus__init_args__parts": yaml.safe_load(again)["init_args"]["parts"]} if on_the_command_line else {}
+    )
+    corpus = parse_config([ROOT / file for file in files], **parts)["data"]["corpus"]
+    assert [(each["name"], each["corpus"]["init_args"]["domains"]) for each in corpus["init_args"]["parts"]] == [
+        ("c", None),
+        ("d", None),
+    ]
 
 
 def test_a_setting_of_lightning_that_no_draw_depends_on_is_told() -> None:
