@@ -1,6 +1,6 @@
 """Reading a corpus while training on it: speed beside the tokenizer alone and beside tokens on disk, resuming, memory.
 
-    python -m benchmarks.data [--rounds 9] [--only speed|resume|memory|step]
+    python -m benchmarks.data [--rounds 9] [--only speed|loader|resume|memory|step]
 
 The text is the pocket Pile's training text in one order, tokenised with GPT-2's tokenizer by one process on one thread.
 
@@ -8,6 +8,8 @@ The text is the pocket Pile's training text in one order, tokenised with GPT-2's
     text         `StreamedText`'s samples, from JSON lines compressed by zstd, plain, and from Parquet
     ids          the same from JSON lines and Parquet that hold token ids
     mapped       `PackedSource` over the same tokens in Megatron's format: what `nlgmoe prepare-data` leaves to be done
+
+Loader: batches of 8 sequences from the data module, with so many data workers, while nothing is trained.
 
 Candidates go on where they stopped, round by round. Resuming is measured late in the corpus: seconds until the first sample,
 with the stream's cursor and without. Memory is the high-water mark of a process that reads the whole corpus and one of five
@@ -36,7 +38,18 @@ import pyarrow.parquet as pq
 from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarks.timing import ROOT, command_line, interleaved, settings
-from nlgmoe.data import IndexedDataset, IndexedWriter, PackedSource, Tokenizer, TokenSource, load_tokenizer
+from nlgmoe.data import (
+    Corpus,
+    IndexedDataset,
+    IndexedWriter,
+    MegatronIndexed,
+    PackedSource,
+    PileDataModule,
+    StreamedText,
+    Tokenizer,
+    TokenSource,
+    load_tokenizer,
+)
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.build import open_corpus
 from nlgmoe.data.pocket_pile import read_texts, text_path
@@ -131,6 +144,42 @@ def speed(folder: Path, texts: list[str], tokenizer: Tokenizer, rounds: int) -> 
     return {name: SAMPLES * SEQ_LEN / value for name, value in seconds.items()}
 
 
+def loaders(folder: Path, texts: list[str], tokenizer: Tokenizer, rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens per second of a data module's loader, by data workers and corpus."""
+    texts_of = write(folder, "loaded jsonl", [{"text": text} for text in texts])
+    ids_of = write(folder, "loaded parquet", [{"input_ids": tokenizer.encode(text)} for text in texts])
+    with IndexedWriter(folder / "loaded", token_dtype(tokenizer.vocab_size)) as writer:
+        for text in texts:
+            writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
+    corpora: dict[str, Corpus] = {
+        "text": StreamedText(str(Path(texts_of[0]).parent), evaluation_tokens=SEQ_LEN, **streamed(texts_of)),
+        "ids": StreamedText(
+            str(Path(ids_of[0]).parent), evaluation_tokens=SEQ_LEN, ids_field="input_ids", **streamed(ids_of)
+        ),
+        "mapped": MegatronIndexed(str(folder / "loaded"), (98, 2, 0)),
+    }
+    found = {}
+    for workers in (0, 1, 2):
+        candidates = {}
+        for name, corpus in corpora.items():
+            data = PileDataModule(
+                str(DATA_DIR), "gpt2", corpus, micro_batch_size=8, seq_len=SEQ_LEN, num_workers=workers
+            )
+            data.prepare_data()
+            data.setup()
+            batches = iter(data.train_dataloader())
+            candidates[name] = lambda batches=batches: [next(batches) for _ in range(SAMPLES // 8)]
+        seconds = interleaved(candidates, rounds)
+        found[f"{workers} workers"] = {name: SAMPLES * SEQ_LEN / value for name, value in seconds.items()}
+    return found
+
+
+def streamed(files: list[str]) -> dict[str, Any]:
+    """Arguments of a streamed corpus: all files to train on, the first one to validate on."""
+    names = [Path(file).name for file in files]
+    return {"data_files": {"train": names, "validation": names[:1]}, "num_streams": STREAMS, "shuffle_buffer": BUFFER}
+
+
 def passing_over(folder: Path, texts: list[str], rounds: int) -> float:
     """MB of text per second that a stream gets over which are other streams'."""
     files = write(folder, "shared jsonl.zst", [{"text": text} for text in texts])
@@ -218,10 +267,12 @@ def measured_child(files: list[str]) -> None:
 
 def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    arguments = command_line(__doc__.splitlines()[0], "data", 9, ["speed", "resume", "memory", "step"])
+    arguments = command_line(__doc__.splitlines()[0], "data", 9, ["speed", "loader", "resume", "memory", "step"])
     texts, tokenizer = corpus_texts(), load_tokenizer("gpt2", DATA_DIR)
     size = sum(len(text.encode()) for text in texts)
-    results: dict[str, Any] = {
+    output = Path(arguments.output)
+    results: dict[str, Any] = json.loads(output.read_text()) if arguments.only and output.exists() else {}
+    results |= {
         "settings": settings(
             rounds=arguments.rounds, bytes=size, documents=len(texts), seq_len=SEQ_LEN, streams=STREAMS, buffer=BUFFER
         )
@@ -236,6 +287,11 @@ def main() -> None:
                 print(f"{label:<18}{value:>14,.0f}{value / found['tokenizer']:>18.2f}", flush=True)
             results["passing_over_mb_per_second"] = passing_over(folder, texts, arguments.rounds)
             print(f"\npassing over the documents of other streams: {results['passing_over_mb_per_second']:.0f} MB/s")
+        if arguments.only in (None, "loader"):
+            results["loader_tokens_per_second"] = loaders(folder, texts, tokenizer, arguments.rounds)
+            print("\nloader, tokens/s")
+            for label, values in results["loader_tokens_per_second"].items():
+                print(label, ", ".join(f"{name} {value:,.0f}" for name, value in values.items()), flush=True)
         if arguments.only in (None, "resume"):
             results["seconds_to_the_first_sample"] = resuming(folder, texts, tokenizer)
             print(f"\n{'':<18}{'with its cursor':>18}{'without':>12}   seconds to the first sample")
@@ -250,7 +306,7 @@ def main() -> None:
             step = results["quickstart_step_seconds"] = quickstart_step(folder / "run")
             share = step["loader"] / sum(step.values())
             print(f"\na step of the quickstart: {sum(step.values()):.3f} s, {share:.2%} of it for the loader")
-    Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
+    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
     python -m benchmarks.generation [--rounds 7] [--only hugging_face|decoding|families] [--widths 128 256 512] [--cpu-time]
 
-    hugging face    greedy text, 64 tokens after 32, at batch 1, 8 and 32: GPT-2 as Hugging Face has it, our dense model of the
-                    same shape, and our MoE with 128 experts in every second block, top-1: as many active parameters, and the gate
+    hugging face    greedy text, 64 tokens after 32 and after 512, at batch 1, 8 and 32, fp32 and bf16: GPT-2 and OLMoE with
+                    either of its experts, all by `generate` of `transformers`; our dense model, and our MoE, with our decoding
+                    loop and exported. 64 experts in each block, top-1: as many active parameters in all, and the gates.
+                    Uneven: half of the prompts are half as long
     decoding        one token at batch 1, after 64 others: MoE-128 over dense of equal active parameters, by width
     families        standard MoE, PR-MoE and its student: size, memory, time per token at batch 1; the laptop twins, and the
                     shape of the paper's 350M models (128 experts; 32 and 64; 21/24 of the depth) with half the blocks, 256 wide
@@ -15,6 +17,7 @@ others use too: seconds that this process computed, in place of those that passe
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -33,7 +36,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import student_config
 
 Clock = Callable[[], float]
-BATCHES, PROMPT, NEW = (1, 8, 32), 32, 64  # of the comparison with Hugging Face
+BATCHES, PROMPTS, NEW, EXPERTS = (1, 8, 32), (32, 512), 64, 64  # of the comparison with Hugging Face
 CACHED, DECODED = 64, 32  # of decoding: tokens there before, tokens fed one by one in each round
 
 
@@ -47,31 +50,69 @@ def moe_128(config: GPTConfig) -> GPTConfig:
     return replace(config, moe=MoEConfig(128))
 
 
-def against_hugging_face(width: int, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Tokens/s of greedy generation, by batch and model."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # seconds of imports
+def hugging_face_models(config: GPTConfig, ours: GPT, dtype: torch.dtype) -> dict[str, Any]:
+    """GPT-2 and OLMoE with as many active parameters as ours, and ours as it is exported.
 
-    config = dense(width)
-    ours = {"nlgmoe dense": GPT(config).eval(), "nlgmoe MoE-128": GPT(moe_128(config)).eval()}
-    shape = {"n_embd": width, "n_layer": config.num_layers, "n_head": config.num_heads, "n_positions": config.seq_len}
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **shape, **ends)).eval()
-    found: dict[str, Any] = {"width": width, "prompt": PROMPT, "new": NEW, "tokens_per_second": {}}
-    print(f"\ngreedy, {NEW} tokens after {PROMPT}, {width} wide, tokens/s")
-    for batch in BATCHES:
-        tokens = torch.randint(config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-        mask = torch.ones_like(tokens)
+    OLMoE's experts are SwiGLU networks, three matrices in place of two, and two thirds as wide.
+    """
+    import transformers
+
+    from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
+    from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
+
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    shape = {"n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_heads}
+    gpt2 = transformers.GPT2Config(vocab_size=config.vocab_size, n_positions=config.seq_len, **shape, **ends)
+    olmoe = transformers.OlmoeConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_size * 2 // 3 // 16 * 16,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=config.seq_len,
+        num_experts=EXPERTS,
+        num_experts_per_tok=1,
+        tie_word_embeddings=True,
+        **ends,
+    )
+    exported = NlgmoeForCausalLM(NlgmoeConfig(**ours.config.to_dict(), **ends))
+    exported.model.load_state_dict(ours.state_dict())
+    models = {"GPT-2": transformers.GPT2LMHeadModel(gpt2), "ours exported": exported}
+    for experts in ("grouped_mm", "batched_mm"):
+        models[f"OLMoE {experts}"] = transformers.AutoModelForCausalLM.from_config(
+            olmoe, attn_implementation="sdpa", experts_implementation=experts
+        )
+    return {name: model.eval().to(dtype) for name, model in models.items()}
+
+
+def against_hugging_face(width: int, rounds: int, clock: Clock, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Tokens/s of greedy generation, by batch, prompt and model."""
+    base = replace(dense(width), seq_len=max(PROMPTS) + NEW)
+    ours = {"nlgmoe dense": GPT(base), "nlgmoe MoE": GPT(replace(base, moe=MoEConfig(EXPERTS, expert_interval=1)))}
+    ours = {name: model.eval().to(dtype) for name, model in ours.items()}
+    theirs = hugging_face_models(base, ours["nlgmoe MoE"], dtype)
+    found = []
+    print(f"\ngreedy, {NEW} tokens, {width} wide, {EXPERTS} experts in each block, top-1, {dtype}; tokens/s")
+    for batch, prompt in itertools.product(BATCHES, PROMPTS):
+        draw = torch.Generator().manual_seed(batch)
+        tokens = torch.randint(1, base.vocab_size, (batch, prompt), generator=draw)
         candidates: dict[str, Callable[[], object]] = {
-            "Hugging Face GPT-2": lambda t=tokens, m=mask: theirs.generate(
-                t, attention_mask=m, max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0
+            name: lambda t=tokens, m=model: m.generate(
+                t, attention_mask=torch.ones_like(t), max_new_tokens=NEW, do_sample=False, use_cache=True
             )
+            for name, model in theirs.items()
         }
         for name, model in ours.items():
             candidates[name] = lambda t=tokens, m=model: generate(m, t, NEW, temperature=0)
-        seconds = interleaved(candidates, rounds, warm_up=1, clock=clock)
-        found["tokens_per_second"][batch] = {name: batch * NEW / value for name, value in seconds.items()}
-        shown = ", ".join(f"{name} {value:,.0f}" for name, value in found["tokens_per_second"][batch].items())
-        print(f"batch {batch:>2}: {shown}")
+        uneven = [row[: prompt - (prompt // 2) * (index % 2)] for index, row in enumerate(tokens)]
+        candidates["nlgmoe MoE, uneven"] = lambda t=uneven: generate(ours["nlgmoe MoE"], t, NEW, temperature=0)
+        speed = {
+            name: batch * NEW / value for name, value in interleaved(candidates, rounds, warm_up=1, clock=clock).items()
+        }
+        found.append({"batch": batch, "prompt": prompt, "tokens_per_second": speed})
+        shown = ", ".join(f"{name} {value:,.0f}" for name, value in speed.items())
+        print(f"batch {batch:>2}, prompt {prompt:>3}: {shown}", flush=True)
     return found
 
 
@@ -155,7 +196,10 @@ def main() -> None:
     output = Path(arguments.output)
     result = json.loads(output.read_text()) if arguments.only and output.exists() else {}
     if arguments.only in (None, "hugging_face"):
-        result["hugging_face"] = against_hugging_face(256, arguments.rounds, clock)
+        result["hugging_face"] = {
+            str(dtype): against_hugging_face(256, arguments.rounds, clock, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
     if arguments.only in (None, "decoding"):
         result["decoding"] = moe_against_dense(arguments.widths, arguments.rounds, clock)
     if arguments.only in (None, "families"):

@@ -1,15 +1,18 @@
-"""A whole training step beside Hugging Face's MoE models of the same FLOPs per token.
+"""A whole training step beside other MoE models of the same FLOPs per token: time, and memory.
 
-    python -m benchmarks.peers [--rounds 7] [--threads 2]
+    python -m benchmarks.peers [--rounds 5] [--threads 2]
 
 6 blocks of width 256, 16 experts in each, top-1, 2,048 tokens, GPT-2's vocabulary, fused AdamW, gradient clipping. Candidates:
 
     ours          `GPT` with an MoE in every block, dropless, chunked cross-entropy
     olmoe, qwen3  `OlmoeForCausalLM` and `Qwen3MoeForCausalLM` with `grouped_mm` experts, fused attention, and their own loss
+    litgpt        litgpt's `GPT` with `LLaMAMoE`, where it is installed (`pip install --no-deps litgpt`)
+    deepspeed     our model with DeepSpeed's `MoE`, capacity 1.0, in a plain loop: see `good` in benchmarks/step.py
     head          our logits, loss and their gradients alone: three products that every candidate has to compute
 
-Their experts are SwiGLU networks of three matrices, ours GELU networks of two; theirs are two thirds as wide, for equal FLOPs and
-parameters. Types: fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
+Experts of Hugging Face and litgpt are SwiGLU networks of three matrices, ours GELU networks of two; theirs are two thirds as
+wide, for equal FLOPs and parameters. Memory is the most that a step allocates, beside weights, gradients and moments. Types: fp32;
+bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
 """
 
 from __future__ import annotations
@@ -18,17 +21,20 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.step import CHUNK, DENSE, TOKENS, batches_of, our_loss, step
+from benchmarks.step import CHUNK, DENSE, TOKENS, assembled, batches_of, our_loss, recomputed_loss, step
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import MoEConfig
+from nlgmoe.layers.attention import CausalSelfAttention
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from tests.memory import peak_bytes
 
 EXPERTS = 16
 TYPES = {
@@ -86,13 +92,18 @@ def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], 
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", experts_implementation="grouped_mm"
     ).to(dtype)
+    return plain_step(model, lambda tokens, _: model(input_ids=tokens, labels=tokens).loss, autocast)
+
+
+def plain_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], autocast: bool) -> Callable[[], None]:
+    """A step with PyTorch's own parts; `loss` is of tokens and targets, `[B, T]`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = batches_of(DENSE)
 
     def run() -> None:
-        tokens = next(batches)[:, :-1]
+        batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            value = model(input_ids=tokens, labels=tokens).loss
+            value = loss(batch[:, :-1], batch[:, 1:])
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -101,8 +112,44 @@ def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], 
     return run
 
 
+def litgpt(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
+    """The step of litgpt's model, its head tied as in the others."""
+    from litgpt import GPT as LitGPT
+    from litgpt import Config
+    from litgpt.utils import chunked_cross_entropy
+
+    config = Config(
+        block_size=DENSE.seq_len,
+        n_layer=DENSE.num_layers,
+        n_head=DENSE.num_heads,
+        n_embd=DENSE.hidden_size,
+        padded_vocab_size=DENSE.padded_vocab_size,
+        vocab_size=DENSE.padded_vocab_size,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMoE",
+        intermediate_size=DENSE.ffn_size,
+        moe_intermediate_size=DENSE.ffn_size * 2 // 3 // 16 * 16,
+        n_expert=EXPERTS,
+        n_expert_per_token=1,
+        bias=False,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+    )
+    model = LitGPT(config).to(dtype)
+    model.lm_head.weight = model.transformer.wte.weight
+    return plain_step(model, lambda tokens, targets: chunked_cross_entropy(model(tokens), targets, CHUNK), autocast)
+
+
+def deepspeed(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
+    """The step with DeepSpeed's layers and cross-entropy in recomputed chunks."""
+    config = replace(DENSE, moe=MoEConfig(EXPERTS, expert_interval=1, token_dropping=False))
+    model = assembled(config, CausalSelfAttention).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return step(model, recomputed_loss, optimizer, batches_of(config), autocast)
+
+
 def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], "peers", 7, [])
+    arguments = command_line(__doc__.splitlines()[0], "peers", 5, [])
     results: dict[str, Any] = {}
     for threads in (arguments.threads, 1):
         torch.set_num_threads(threads)
@@ -112,22 +159,27 @@ def main() -> None:
         file.write(json.dumps(results, indent=1) + "\n")
 
 
-def measure(label: str, rounds: int) -> dict[str, float]:
-    """Seconds of each candidate."""
+def measure(label: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of each candidate, and bytes at most."""
     kind = TYPES[label]
-    candidates = {"ours": ours(*kind), "head": head(*kind)}
-    candidates |= {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")}
-    found = interleaved(candidates, rounds, warm_up=4)  # until the heap has grown to its size
+    peers = {name: hugging_face(name, *kind) for name in ("olmoe", "qwen3")} | {"deepspeed": deepspeed(*kind)}
+    if find_spec("litgpt"):
+        peers["litgpt"] = litgpt(*kind)
+    candidates = {"ours": ours(*kind), "head": head(*kind), **peers}
+    found = interleaved(candidates, rounds, warm_up=3)  # until the heap has grown to its size
+    memory = {name: float(peak_bytes(candidate)) for name, candidate in candidates.items() if name != "head"}
     whole, loss = found["ours"], found["head"]
     ratios = ", ".join(
-        f"{name} / ours {found[name] / whole:.2f}, without head {(found[name] - loss) / (whole - loss):.2f}"
-        for name in ("olmoe", "qwen3")
+        f"{name} {found[name] / whole:.2f} (without head {(found[name] - loss) / (whole - loss):.2f}, "
+        f"memory {memory[name] / memory['ours']:.2f})"
+        for name in peers
     )
     print(
-        f"{torch.get_num_threads()} threads, {label}: ours {1000 * whole:.0f} ms, head {1000 * loss:.0f}; {ratios}",
+        f"{torch.get_num_threads()} threads, {label}: ours {1000 * whole:.0f} ms, head {1000 * loss:.0f}, "
+        f"{memory['ours'] / 1e6:.0f} MB; over ours: {ratios}",
         flush=True,
     )
-    return found
+    return {"seconds": found, "peak_bytes": memory}
 
 
 if __name__ == "__main__":

@@ -236,16 +236,14 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], "step", 5, ["assemblies", "growth"])
-    results: dict[str, Any] = {
-        "settings": settings(
-            freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds, tokens=TOKENS, chunk=CHUNK
-        )
-    }
-    print(json.dumps(results["settings"], indent=1))
+    output = Path(arguments.output)
+    results: dict[str, Any] = json.loads(output.read_text()) if arguments.only and output.exists() else {}
+    now = settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds, tokens=TOKENS, chunk=CHUNK)
+    print(json.dumps(now, indent=1))
     flops = {name: flops_per_token(config) for name, config in {"dense": DENSE, "MoE-32": moe(DENSE, 32)}.items()}
     print(f"MFLOP per token, forward and backward: {', '.join(f'{n} {v / 1e6:.1f}' for n, v in flops.items())}")
     if arguments.only != "growth":
-        results["assemblies"] = {}
+        results["assemblies"], results["settings"] = {}, now
         for half in (False, True):
             found = assemblies(32, half, arguments.rounds)
             name = "bf16" if half else "fp32"
@@ -259,15 +257,14 @@ def main() -> None:
             }.items():
                 print(f"  {label:<22} {found[one] / found[other]:.2f}", flush=True)
     if arguments.only != "assemblies":
-        results["growth"] = growth(False, max(3, arguments.rounds // 2))
+        results["growth"], results["growth_settings"] = growth(False, max(3, arguments.rounds // 2)), now
         for kind, found in results["growth"].items():
             print(
                 f"\n{kind}: " + ", ".join(f"{label} {1000 * value:.0f} ms" for label, value in found.items()),
                 flush=True,
             )
-        plot(results["growth"], Path(arguments.output).with_name("step_growth.png"))
-    with open(arguments.output, "w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
+        plot(results["growth"], output.with_name("step_growth.png"))
+    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
