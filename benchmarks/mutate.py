@@ -56,7 +56,7 @@ OPERATORS: dict[type, type] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
     **{ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd},
 }
-FIRST_TIME = 60.0  # seconds that a test file may take before its time is known
+FIRST_TIME = 60.0  # seconds of CPU time that a test file may take before its time is known; five times as many may pass
 SPAWN = multiprocessing.util.spawnv_passfds
 ORDERED = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 PAIRS = ("min max", "any all", "argmin argmax", "clamp_min clamp_max", "floor ceil", "zeros ones", "sum mean")
@@ -196,7 +196,7 @@ class Tree:
         root: of the repository.
         files: to copy.
         folder: of the copy.
-        seconds: test file -> its time without a mutant; None if it fails then. Is added to.
+        seconds: test file -> its CPU time without a mutant; None if it fails then. Is added to.
     """
 
     def __init__(self, root: Path, files: Iterable[str], folder: Path, seconds: dict[str, float | None]) -> None:
@@ -220,8 +220,10 @@ class Tree:
         files = []
         for file in sorted(steps, key=place):
             if file not in self.seconds and budget > 5 * steps[file]:  # to measure a distant one is worth less
-                failed, elapsed = self._run([file], FIRST_TIME)
-                self.seconds[file] = FIRST_TIME if elapsed > FIRST_TIME else None if failed else round(elapsed, 1)
+                failed, elapsed = self._run([file], 5 * FIRST_TIME)
+                self.seconds[file] = (
+                    FIRST_TIME if "timeout" in (failed or "") else None if failed else round(elapsed, 1)
+                )
             if (cost := self.seconds.get(file)) and cost <= budget:
                 files.append(file)
                 budget -= cost
@@ -231,7 +233,7 @@ class Tree:
             for some in filter(
                 None, (files[:1], files[1:])
             ):  # the likeliest alone: to collect the others takes its time
-                if failed := self._run(some, FIRST_TIME + 5 * sum(self.seconds[file] or 0 for file in some))[0]:
+                if failed := self._run(some, FIRST_TIME + 10 * sum(self.seconds[file] or 0 for file in some))[0]:
                     self.kills[mutant.file, failed.partition(":")[0]] += 1
                     return failed
             return None
@@ -243,8 +245,7 @@ class Tree:
         os.utime(self.folder / file, (moment := next(self._times), moment))
 
     def _run(self, files: list[str], limit: float) -> tuple[str | None, float]:
-        """Run test files in a forked process; returns the test that fails, or what else is wrong; and seconds."""
-        start = time.monotonic()
+        """Run test files in a forked process; returns the test that fails, or what else is wrong; and seconds of CPU time."""
         with tempfile.TemporaryFile("w+") as told:
             child = os.fork()
             if child == 0:
@@ -256,11 +257,12 @@ class Tree:
             os.close(descriptor)
             with suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)  # and what it has started
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            _, status, used = os.wait4(child, 0)
+            code = os.waitstatus_to_exitcode(status)
             told.seek(0)
             failed = told.read() or (f"{files[0]}: exit code {code}" if ended else f"{files[0]}: timeout")
         passed = ended and code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-        return None if passed else failed, time.monotonic() - start
+        return None if passed else failed, used.ru_utime + used.ru_stime
 
     def _pytest(self, files: list[str], told: Any) -> int:
         os.setsid()
@@ -310,7 +312,7 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="run those again that survived")
     parser.add_argument("--number", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=60, help="time of the tests that a mutant has to survive")
+    parser.add_argument("--seconds", type=float, default=60, help="CPU time of the tests that a mutant has to survive")
     parser.add_argument("--minutes", type=float, default=1e9, help="to stop after; the same command resumes")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

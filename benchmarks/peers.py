@@ -11,8 +11,8 @@
     head          our logits, loss and their gradients alone: three products that every candidate has to compute
 
 Experts of Hugging Face and litgpt are SwiGLU networks of three matrices, ours GELU networks of two; theirs are two thirds as
-wide, for equal FLOPs and parameters. Memory is the most that a step allocates, beside weights, gradients and moments. Types: fp32;
-bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
+wide, for equal FLOPs and parameters. Memory is the most that a step allocates, beside weights, gradients and moments. Types:
+fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
 """
 
 from __future__ import annotations
