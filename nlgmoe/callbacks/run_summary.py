@@ -26,16 +26,16 @@ class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
-    run. `tokens_per_second` and `step_seconds` cover only training steps; `wall_seconds` includes waiting for data, validation
-    and checkpoints.
+    run. `tokens_per_second` and `step_seconds` cover only training steps, `validation_seconds` only validation; `wall_seconds`
+    includes waiting for data, other callbacks and checkpoints.
     """
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=50)
         self._wall_seconds = 0.0
-        self._step_seconds = 0.0
+        self._step_seconds = self._validation_seconds = 0.0
         self._fed_tokens = 0
-        self._fit_started = self._batch_started = 0.0
+        self._fit_started = self._batch_started = self._validation_started = 0.0
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -44,6 +44,7 @@ class RunSummary(Callback):
             "losses": self._finite_losses(),
             "wall_seconds": self._wall_so_far(),
             "step_seconds": self._step_seconds,
+            "validation_seconds": self._validation_seconds,
             "fed_tokens": self._fed_tokens,
         }
 
@@ -53,6 +54,7 @@ class RunSummary(Callback):
         self._losses = deque(state_dict["losses"], maxlen=self._losses.maxlen)
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
+        self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0
         self._fed_tokens = state_dict["fed_tokens"]
 
     @override
@@ -89,6 +91,17 @@ class RunSummary(Callback):
         self._fed_tokens += batch["tokens"].numel() * trainer.world_size
         if ends_step(trainer):
             self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of a validation of the fit."""
+        self._validation_started = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop it."""
+        if self._fit_started:
+            self._validation_seconds += time.perf_counter() - self._validation_started
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,6 +144,7 @@ class RunSummary(Callback):
             "params_active": active,
             "wall_seconds": self._wall_seconds,
             "step_seconds": self._step_seconds,
+            "validation_seconds": self._validation_seconds,
             "versions": versions(),
         }
 

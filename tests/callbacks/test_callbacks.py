@@ -45,6 +45,7 @@ def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_
     assert (summary["params_total"], summary["params_active"]) == (count.total, count.active)
     assert math.isfinite(summary["train_loss"]) and summary["tokens_per_second"] > 0
     assert summary["peak_memory_bytes"] > 50e6 and summary["wall_seconds"] > 0
+    assert 0 < summary["validation_seconds"] < summary["wall_seconds"] - summary["step_seconds"]
     assert summary["versions"]["torch"]
 
 

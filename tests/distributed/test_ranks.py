@@ -649,6 +649,7 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
     document.pop("saved_at")
     for name in ("wall_seconds", "step_seconds"):
         assert summary.pop(name) > 0
+    assert summary.pop("validation_seconds") >= 0
     document.pop("loss_scale", None)
     return document, summary.pop("losses")
 

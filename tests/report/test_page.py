@@ -85,7 +85,8 @@ def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
     text = browser.evaluate("document.body.innerText")
     assert "No config.yaml" in text and "12, 768" in text and "even" in text
     summary = json.loads((run / "summary.json").read_text())
-    assert f"{1 - summary['step_seconds'] / summary['wall_seconds']:.1%}" in text
+    steps, validation = (summary[name] / summary["wall_seconds"] for name in ("step_seconds", "validation_seconds"))
+    assert f"validation\t{validation:.1%}" in text and f"checkpoints\t{1 - steps - validation:.1%}" in text
     assert f"{summary['train_loss']:.3f}" in text and f"{summary['val_loss']:.3f}" in text
 
 

@@ -30,7 +30,8 @@ def summary(runs: Sequence[Run]) -> str:
         "speed (tokens/s)": lambda run: _whole(_fact(run, "tokens_per_second", "train/tokens_per_second")),
         "peak memory (GB)": lambda run: _decimal(_fact(run, "peak_memory_bytes", "memory/process_bytes"), 1e9),
         "time": lambda run: _duration(_fact(run, "wall_seconds", "time/elapsed")),
-        "of it between steps: data, validation, checkpoints": _between_steps,
+        "of it validation": partial(_share_of_time, "validation_seconds"),
+        "of it between steps otherwise: data, texts, reports, checkpoints": _between_steps,
         "skipped steps": lambda run: _whole(_fact(run, "skipped_steps", "train/skipped_steps")),
         "nlgmoe, torch": lambda run: ", ".join(_versions(run).get(name, UNKNOWN) for name in ("nlgmoe", "torch")),
         "reached its end": lambda run: "yes" if run.summary else "no, or not yet",
@@ -106,9 +107,19 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _share_of_time(name: str, run: Run) -> str:
+    return UNKNOWN if (share := _share(run, name)) is None else f"{share:.1%}"
+
+
 def _between_steps(run: Run) -> str:
-    wall, steps = (finite_number(run.summary.get(name)) for name in ("wall_seconds", "step_seconds"))
-    return UNKNOWN if not wall or steps is None else f"{1 - steps / wall:.1%}"
+    shares = [_share(run, name) for name in ("step_seconds", "validation_seconds")]
+    return UNKNOWN if None in shares else f"{1 - sum(filter(None, shares)):.1%}"
+
+
+def _share(run: Run, name: str) -> float | None:
+    """Part of the run's time that a time of its summary is."""
+    wall, seconds = (finite_number(run.summary.get(each)) for each in ("wall_seconds", name))
+    return None if not wall or seconds is None else seconds / wall
 
 
 def _experts(run: Run) -> str:
