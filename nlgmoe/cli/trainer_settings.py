@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
@@ -54,6 +57,15 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         why = "names GPUs; on a CPU give a number of processes, such as 1"
         _require(devices == "auto" or str(devices).isdigit(), "devices", devices, why)
         check_processes("trainer.devices", _number(devices))
+        if "bf16" in str(trainer["precision"]) and platform.machine() == "x86_64" and not _has_bf16_products():
+            rank_zero_warn(
+                f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 (AVX512_BF16), "
+                "so that they take longer than in fp32; set it to 32-true for speed"
+            )
+
+
+def _has_bf16_products() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())  # AMX comes with it
 
 
 def _check_counts(trainer: Mapping[str, Any]) -> None:

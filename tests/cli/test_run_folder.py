@@ -245,3 +245,15 @@ def test_nothing_is_written_where_a_few_batches_are_tried(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     main([*command, *tried, f"--trainer.default_root_dir={run}", "--ckpt_path=last"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "told"), [("bf16-mixed", False, 1), ("bf16-true", True, 0), ("32-true", False, 0)]
+)
+def test_a_processor_without_products_in_bf16_is_told(
+    precision: str, native: bool, told: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    load_config(ROOT / "configs/quickstart.yaml", trainer__precision=precision)
+    assert sum("no instructions for products in bf16" in str(warning.message) for warning in recwarn) == told
