@@ -59,8 +59,8 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         check_processes("trainer.devices", _number(devices))
         if "bf16" in str(trainer["precision"]) and platform.machine() == "x86_64" and not _has_bf16_products():
             rank_zero_warn(
-                f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 (AVX512_BF16), "
-                "so that they take longer than in fp32; set it to 32-true for speed"
+                f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 "
+                "(AVX512_BF16), so that they take longer than in fp32; set it to 32-true for speed"
             )
 
 
