@@ -21,10 +21,12 @@ from nlgmoe.files import require_regular
 MAX_NODES = 100_000  # of a file; it is walked several times
 _TAG = "tag:yaml.org,2002:"
 ConfigLoader = get_yaml_default_loader()  # jsonargparse's own, for files and for single values
-# Numbers as in YAML 1.2: 0640 is 640, 1:30 is text. `.nan` and `.inf` are text too, which no setting of a number takes.
+# Numbers as in YAML 1.2: 0640 is 640, 1:30 is text. `.nan` and `.inf` are text too, which no setting of a number takes, and so
+# is a number that begins or ends with `_`.
+_DIGITS = "[0-9]{1,99}(_[0-9]{1,99}){0,9}"  # Python converts no more than 4,300 digits
 _NUMBERS = {
-    f"{_TAG}int": re.compile(r"([-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+)$"),
-    f"{_TAG}float": re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$"),
+    f"{_TAG}int": re.compile(rf"([-+]?{_DIGITS}|0x[0-9a-fA-F]+)$"),
+    f"{_TAG}float": re.compile(rf"[-+]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][-+]?[0-9]+)?$"),
 }
 ConfigLoader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]

@@ -407,6 +407,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("".join(f"a{i}: &a{i} {[f'*a{i - 1}'] * 9}\n".replace("'", "") for i in range(1, 9)).replace("*a0", "x")),
         "bad.yaml has more than 100,000 values",
     ),
+    "underscore at the end": (
+        file("model: {train_tokens: 1_500_}"),
+        "bad.yaml, line 1): expected a whole number or null",
+    ),
+    "more digits than Python converts": (
+        file(f"model: {{train_tokens: {'1' * 5000}}}"),
+        "bad.yaml, line 1): expected a whole number or null",
+    ),
     "clock in place of steps": (
         file("trainer: {val_check_interval: 1:30}"),
         "trainer.val_check_interval=1:30 goes by the clock of each rank",
