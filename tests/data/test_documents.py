@@ -216,6 +216,13 @@ def test_plain_text_is_one_document_or_cut_at_ends_of_lines(tmp_path: Path, endi
     assert read(path, cut, start=pieces[2].after) == pieces[3:]
 
 
+def test_cutting_a_text_loses_nothing_and_makes_no_blank_document(tmp_path: Path) -> None:
+    text = "\n" * 40 + "".join(f"\ufeffline {i}\n" + "\n" * (i % 30) for i in range(60)) + "\n" * 90
+    (tmp_path / "data.txt").write_text(text, encoding="utf-8")
+    pieces = [str(piece.content) for piece in read(tmp_path / "data.txt", Fields(text_bytes=20))]
+    assert "".join(pieces) == text and len(pieces) > 5
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [

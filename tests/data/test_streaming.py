@@ -421,6 +421,22 @@ def test_changed_files_are_evaluated_anew(open_corpus: Callable[..., PileDataMod
         assert name in data.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
 
 
+def test_what_was_skipped_for_evaluation_is_an_error_without_skip(
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path
+) -> None:
+    write(tmp_path / "pile" / "val.jsonl", make_texts(30, "validation"))
+    with (tmp_path / "pile" / "val.jsonl").open("a") as file:
+        file.write('{"text": 5}\n')
+    files = {"train": "train/*.jsonl.zst", "validation": "val.jsonl"}
+    for action in ("error", "skip", "error"):  # what one policy has kept, the other does not take for its own
+        with (
+            pytest.raises(ValueError, match=r"val\.jsonl, line \d+: not text")
+            if action == "error"
+            else pytest.warns(UserWarning, match="it is skipped")
+        ):
+            open_corpus(data_files=files, on_bad_data=action)
+
+
 def append(path: Path, *lines: bytes) -> None:
     content = zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
     path.write_bytes(zstandard.ZstdCompressor().compress(content + b"".join(line + b"\n" for line in lines)))

@@ -74,6 +74,27 @@ def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     assert "|3 (2 ended)|" in text and "|-0.0800|" in text
 
 
+def test_a_last_validation_that_is_not_finite_is_no_loss_and_no_earlier_one(runs: list[Path]) -> None:
+    (runs[5] / "summary.json").write_text(json.dumps({"val_loss": None}))
+    (runs[5] / "metrics.csv").write_text("step,train/loss,val/loss\n0,7,\n4,,4.68\n9,,nan\n")
+    found = read_runs(runs)
+    assert found[5].last("val/loss") is None and "val/loss is not finite in 1 of 2 rows." in found[5].issues
+    text = re.sub(r"<[^>]+>", "|", page(found, "seed"))
+    assert "|3 (1 without a finite loss)|" in text and "|3.7700|" in text and "4.680" not in text
+
+
+def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
+    assert "Losses per token of these" not in page(read_runs(runs), "seed")
+    for run in runs[3:]:
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["data"] |= {"tokenizer": "pocket-1k"}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert (
+        "Losses per token of these runs are not comparable, because data.tokenizer differs; compare bits per byte."
+        in page(read_runs(runs), "seed")
+    )
+
+
 def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:
     for run in runs[3:]:
         settings = yaml.safe_load((run / "config.yaml").read_text())

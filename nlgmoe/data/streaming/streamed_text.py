@@ -157,7 +157,9 @@ class StreamedText:
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
-        return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint))
+        # What "skip" has left out, "error" must find.
+        policy = () if self.on_bad_data == "error" else (self.on_bad_data,)
+        return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint, *policy))
 
 
 class OpenStreamedText:

@@ -118,14 +118,14 @@ def _read_lines(
 def _read_text(
     opened: Any, path: str, fields: Fields, bad: BadData, shard: Shard, start: FileOffset
 ) -> Iterator[Record]:
-    stream, number, position = _decompressed(opened, path), 0, 0
-    while content := stream.read(fields.text_bytes or fields.max_bytes + 1) + stream.readline(fields.max_bytes):
+    number = position = 0
+    for content in _pieces(_decompressed(opened, path), fields):
         position += len(content)
         if len(content) > fields.max_bytes:
             raise UnusableError("document too long", f"more than {fields.max_bytes:,} bytes; make several files of it")
         if number >= start.documents and number in shard:
             try:
-                yield Record(number, decode_text(content), None, FileOffset(number + 1, position))
+                yield Record(number, decode_text(content, number == 0), None, FileOffset(number + 1, position))
             except UnusableError as error:
                 bad.handle(path, error)
         number += 1
@@ -133,8 +133,19 @@ def _read_text(
         raise UnusableError("empty file")
 
 
-def decode_text(content: bytes) -> str:
-    """Decode plain text; line ends are kept as they are, a byte order mark is not.
+def _pieces(stream: io.BufferedReader, fields: Fields) -> Iterator[bytes]:
+    """Cut a text at ends of lines into pieces that are not blank: blank lines belong to the piece before them."""
+    rest = b""
+    while content := rest + stream.read(fields.text_bytes or fields.max_bytes + 1) + stream.readline(fields.max_bytes):
+        while (rest := stream.readline(fields.max_bytes)) and not (rest.strip() and content.strip()):
+            content += rest
+            if len(content) > fields.max_bytes:
+                break
+        yield content
+
+
+def decode_text(content: bytes, beginning: bool = True) -> str:
+    """Decode plain text; line ends are kept as they are, a byte order mark at the `beginning` of a file is not.
 
     Raises:
         UnusableError: it is no UTF-8 text, or there is none.
@@ -142,7 +153,7 @@ def decode_text(content: bytes) -> str:
     if b"\0" in content:
         raise UnusableError("not text", "it has zero bytes, as binary files and UTF-16 have; convert it to UTF-8")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig" if beginning else "utf-8")
     except UnicodeDecodeError as error:
         raise UnusableError("not UTF-8", f"from byte {error.start:,} on; convert it to UTF-8") from error
     if not text.strip():

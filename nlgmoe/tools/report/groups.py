@@ -135,8 +135,11 @@ def _row(index: int, group: Group, reference: Group) -> str:
     mean = f"{np.mean(ended_losses):.4f}" if ended_losses else "–"
     losses, others = _losses(group, reference), _losses(reference, group)
     pairs = [key for key in losses if key in others] if group is not reference else []
-    ended = "" if len(ended_losses) == len(group.runs) else f" ({len(ended_losses)} ended)"
-    cells = [f"{len(group.runs)}{ended}", mean, *[""] * 4]
+    ended = sum(bool(run.summary) for _, run in group.runs.values())
+    left_out = [f"{ended} ended"] if ended < len(group.runs) else []
+    if lost := ended - len(ended_losses):
+        left_out.append(f"{lost} without a finite loss")
+    cells = [f"{len(group.runs)} ({', '.join(left_out)})".removesuffix(" ()"), mean, *[""] * 4]
     if pairs:
         found = paired_difference([losses[key] for key in pairs], [others[key] for key in pairs])
         low, high = found.interval()
@@ -162,5 +165,5 @@ def _losses(group: Group, other: Group) -> dict[Key, float]:
 
 
 def _final_loss(run: Run) -> float | None:
-    """Return the loss of the last validation; None if the run has not ended: its loss is that of fewer steps than the others'."""
+    """Return the loss of the last validation; None if it is not finite, or the run has not ended: it is of fewer steps then."""
     return finite_number(run.summary.get("val_loss"))

@@ -71,6 +71,7 @@ def page(runs: Sequence[Run], group_by: str | None = None) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="made">Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {", ".join(escape(str(run.path)) for run in runs)}</p>',
         tables.summary(runs),
+        tables.other_tokens(runs),
         tables.issue_list(runs),
         f"<h2>Differences between groups, paired by {escape(str(group_by))}</h2>{groups.table(grouped)}"
         if grouped

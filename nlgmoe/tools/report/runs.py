@@ -93,10 +93,9 @@ class Run:
         return f"layer {index}" + (f" (block {self.blocks[index]})" if index < len(self.blocks) else "")
 
     def last(self, metric: str) -> float | None:
-        """Return the last finite value of a metric."""
+        """Return the last value of a metric; None if it is not finite: an earlier one is not the result."""
         series = self.metrics.get(metric)
-        finite = series.values[np.isfinite(series.values)] if series is not None else []
-        return float(finite[-1]) if len(finite) else None
+        return finite_number(float(series.values[-1])) if series is not None else None
 
     def mapping(self, fact: str) -> dict[str, Any]:
         """Return a mapping in the summary; empty if it is missing."""
@@ -163,7 +162,7 @@ def _read(folder: Path, name: str) -> Run:
     if bad := damaged_rows(folder / METRICS):
         issues.append(f"{METRICS} has {bad:,} damaged rows: what cannot be read of them is left out.")
     issues += _changes(folder)
-    for metric in ("train/loss", "train/grad_norm"):
+    for metric in ("train/loss", "val/loss", "train/grad_norm"):
         if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
             issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
     run = Run(name, folder, metrics, read_expert_loads(folder / LOADS), None, config, summary, versions, issues)

@@ -13,6 +13,7 @@ from nlgmoe.tools.report.drawing import run_colour
 from nlgmoe.tools.report.runs import Run, finite_number, flattened
 
 UNKNOWN = "–"
+SAME_TOKENS = ("data.tokenizer", "data.max_eval_windows", "data.mask_eod_loss")  # settings of what is evaluated
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
 
 
@@ -53,6 +54,19 @@ def differences(runs: Sequence[Run]) -> str:
     rows = [(name, [settings.get(name, UNKNOWN) for settings in flat]) for name in names]
     rows = [(name, values) for name, values in rows if any(value != values[0] for value in values)]
     return _by_run(runs, rows) if rows else "<p>All runs have the same settings.</p>"
+
+
+def other_tokens(runs: Sequence[Run]) -> str:
+    """Return a note that validation losses are of other tokens; empty if they are of the same ones."""
+    flat = [flattened(run.config) for run in runs if run.config]
+    names = [name for name in SAME_TOKENS if len({str(settings.get(name)) for settings in flat}) > 1]
+    if not names:
+        return ""
+    remedy = "; compare bits per byte" if names == ["data.tokenizer"] else ""
+    return (
+        f'<p class="notes">Losses per token of these runs are not comparable, because {" and ".join(names)} '
+        f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
+    )
 
 
 def settings(runs: Sequence[Run]) -> str:
