@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from nlgmoe.checkpoint.folder import run_config
@@ -76,9 +77,9 @@ def prune_checkpoint(
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
     print(
         "to train it on, with the whole model as teacher: python train.py fit --config "
-        f"{run_config(Path(run)) or 'CONFIG'} --model.config.moe.num_experts '{list(num_experts)}' "
-        f"--model.warm_start.checkpoint {checkpoint} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {loaded.path} --trainer.default_root_dir RUN"
+        f"{quote(str(run_config(Path(run)) or 'CONFIG'))} --model.config.moe.num_experts '{list(num_experts)}' "
+        f"--model.warm_start.checkpoint {quote(checkpoint)} --model.distiller nlgmoe.MixtureOfStudents "
+        f"--model.distiller.init_args.teacher {quote(str(loaded.path))} --trainer.default_root_dir RUN"
     )
 
 

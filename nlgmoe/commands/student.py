@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -86,7 +87,7 @@ def student(
     else:
         write_whole(output, written)
         print(
-            f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {output}"
+            f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {quote(output)}"
         )
         if note:
             print(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import Literal
 
 from nlgmoe.tools.hugging_face.import_checkpoint import check_new_checkpoint
@@ -50,4 +51,4 @@ def upcycle_checkpoint(
         f"{checkpoint}: {before.total:,} parameters of {done.dense} have become {after.total:,}, {after.active:,} for a token"
     )
     copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
-    print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={checkpoint}")
+    print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_use_is_the_sum_of_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ("[3,0]", "num_experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
+        ("[3,0]", "--num-experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
         ("[7,0,5]", "number 1 must be from 1 to 6"),
         ("[3,2,5]", "number 2 must be 0, the block there is dense"),
         ("[3,0,0]", "number 3 must be from 1 to 5"),
@@ -112,7 +113,7 @@ def test_a_router_without_a_gate_and_a_dense_model_are_refused() -> None:
 def test_a_run_is_pruned_and_healed_by_the_commands(
     pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, small, healed = tmp_path / "run", tmp_path / "small.ckpt", tmp_path / "healed"
+    run, small, healed = tmp_path / "a run", tmp_path / "a small one.ckpt", tmp_path / "healed"
     quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}"]
     train(
         [
@@ -136,10 +137,8 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
         ["prune", str(run), str(tmp_path / "other.ckpt"), f"--num-experts={numbers}", f"--text={tmp_path / 'text.txt'}"]
     )
     assert "nats per token" in capsys.readouterr().out
-    command = said.rstrip().splitlines()[-1].partition("python train.py ")[2].replace("'", "")
-    arguments = command.removesuffix(" RUN").split(" ")
-    arguments[arguments.index("--model.config.moe.num_experts") + 1] = numbers
-    train([*arguments, str(healed), "--trainer.max_steps=2"])
+    arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
+    train([*arguments[:-1], str(healed), "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
     alone = whole(tmp_path, "softmax"), tmp_path / "x.ckpt", "--num-experts=[3,0,4]"
     assert "no config.yaml; give --text FILE" in error_of(capsys, "prune", *alone)

@@ -107,15 +107,15 @@ def test_a_run_starts_at_the_dense_models_loss(dense: Path, tmp_path: Path) -> N
 
 
 def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "moe.ckpt"
+    out = tmp_path / "a moe.ckpt"
     main(["upcycle", str(dense), str(out), "--num-experts", "[2,4]", "--mlp-type", "residual", "--noise", "0.01"])
     said = capsys.readouterr().out
-    assert "noise of 0.01" in said and f"model.warm_start.checkpoint={out}" in said
+    assert "noise of 0.01" in said and f"model.warm_start.checkpoint='{out}'" in said
     assert load_model(out).config.moe == MoEConfig([2, 4], mlp_type="residual")
     assert "exists already" in error_of(capsys, "upcycle", dense, out)
     assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
-    assert "top_k=9" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--top-k=9")
-    assert "num_experts=[2]" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--num-experts=[2]")
+    assert "--top-k=9" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--top-k=9")
+    assert "--num-experts=[2]" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--num-experts=[2]")
     assert "noise=-1.0" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--noise=-1")
     assert "other.ckpt" in error_of(capsys, "upcycle", dense, tmp_path / "other")
 

@@ -65,7 +65,7 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("pr_moe/laptop.yaml", ["--num-layers=6"], "num_layers=6 must be at least 1 and below the teacher's 6"),
+        ("pr_moe/laptop.yaml", ["--num-layers=6"], "--num-layers=6 must be at least 1 and below the teacher's 6"),
         ("pr_moe/laptop.yaml", ["--num-layers=1"], "leaves no MoE layer among num_layers=1"),
         ("pr_moe/laptop.yaml", [], "missing setting num_layers (blocks of the student"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", f"--output={CONFIGS}/mos/laptop.yaml"], "laptop.yaml exists already"),

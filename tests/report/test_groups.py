@@ -114,7 +114,7 @@ def test_what_cannot_be_grouped_is_refused(
     nowhere = ["--output", str(tmp_path / "nowhere/page.html")]
     for extra, message in (
         (nowhere, f"there is no folder {tmp_path}/nowhere; make it first"),
-        (["--group-by", "sead"], "group_by=sead: dense-0 has no setting whose name ends so"),
+        (["--group-by", "sead"], "--group-by=sead: dense-0 has no setting whose name ends so"),
         ([str(write(again, "moe", 2, 3.0)), "--group-by", "seed"], "have the same settings and seed; leave one out"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 
 from nlgmoe.cli.errors import UsageError, UsageErrors
 from nlgmoe.cli.output_files import check_output, write_whole
@@ -53,7 +54,7 @@ def from_megatron(
         print(text, end="")
     else:
         write_whole(output, text)
-        print(f"{output}: read what its comments say, then train with python train.py fit --config {output}")
+        print(f"{output}: read what its comments say, then train with python train.py fit --config {quote(output)}")
 
 
 def read_launch(
