@@ -130,7 +130,10 @@ def distill_logits(
     print(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
-    print(f"           --model.distiller.init_args.teacher={quote(header['teacher']['checkpoint'])}")
+    print(
+        f"           --model.distiller.init_args.teacher={quote(header['teacher']['checkpoint'])} "
+        f"--model.distiller.init_args.temperature={temperature}"
+    )
 
 
 def _distilled(experiment: Experiment, batch_size_after: Any) -> int:

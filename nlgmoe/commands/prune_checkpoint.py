@@ -64,6 +64,7 @@ def prune_checkpoint(
     batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
     use = measure_use(loaded.model, batches)
     kept = most_used(use.weights, after)
+    check_new_checkpoint(checkpoint, overwrite)  # again: another process may have written it meanwhile
     prune(loaded.path, checkpoint, num_experts, kept)
 
     blocks = [block + 1 for block in moe_blocks(before)]

@@ -45,6 +45,7 @@ def upcycle_checkpoint(
     from nlgmoe.model.counting import count_parameters
 
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix)
+    check_new_checkpoint(checkpoint, overwrite)  # again: another process may have written it meanwhile
     done = upcycle(dense, checkpoint, moe, noise, seed)
     before, after = (count_parameters(config) for config in (done.dense_config, done.config))
     print(

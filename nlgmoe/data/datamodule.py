@@ -25,6 +25,7 @@ from nlgmoe.data.text_facts import TextFacts
 from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
+from nlgmoe.validation import SettingError
 
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
 
@@ -327,7 +328,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         derived = micro_batches_per_step(global_batch_size, self.micro_batch_size, world_size)
         assert self.trainer is not None
         if self.trainer.accumulate_grad_batches not in (1, derived):
-            raise ValueError(
+            raise SettingError(
                 f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches} and data.global_batch_size "
                 f"{global_batch_size} are both set, and the latter makes it {derived}: remove one of them."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from nlgmoe import GPT, HashRouterConfig, SigmoidTopK, load_model, load_pretrained
+from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.folder import read_tokenizer
 from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.eval.expert_use import measure_use
+from nlgmoe.eval.expert_use import ExpertUse, measure_use
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.end_to_end.test_train_cli import ROOT, TINY
 
@@ -142,6 +144,22 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
     alone = whole(tmp_path, "softmax"), tmp_path / "x.ckpt", "--num-experts=[3,0,4]"
     assert "no config.yaml; give --text FILE" in error_of(capsys, "prune", *alone)
+
+
+def test_a_checkpoint_that_appears_while_use_is_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, small = whole(tmp_path, "softmax"), tmp_path / "small.ckpt"
+    (tmp_path / "text.txt").write_text("It was the best of times. " * 20)
+
+    def measured(model: GPT, batches: list[Batch]) -> ExpertUse:
+        shutil.copytree(source, small)  # by another process
+        return measure_use(model, batches)
+
+    monkeypatch.setattr("nlgmoe.eval.expert_use.measure_use", measured)
+    arguments = "prune", source, small, "--num-experts=[3,0,4]", f"--text={tmp_path}/text.txt"
+    assert f"{small} exists already" in error_of(capsys, *arguments)
+    assert load_model(small).config.moe == MOES["softmax"]
 
 
 @torch.no_grad()

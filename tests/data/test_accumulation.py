@@ -10,6 +10,7 @@ import pytest
 from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
 from nlgmoe.callbacks import ValidationInterval
 from nlgmoe.data.accumulation import micro_batches_per_step
+from nlgmoe.validation import SettingError
 
 Make = Callable[..., PileDataModule]
 
@@ -85,6 +86,6 @@ def test_a_step_takes_the_micro_batches_of_the_global_batch(make_data: Make, tmp
 
 
 def test_accumulation_has_one_master(make_data: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches 2 and data.global_batch_size 12 .* makes it 3"):
+    with pytest.raises(SettingError, match=r"accumulate_grad_batches 2 and data.global_batch_size 12 .* makes it 3"):
         fit(tmp_path, make_data(global_batch_size=12), 1, accumulate_grad_batches=2)
     assert fit(tmp_path, make_data(), 2, accumulate_grad_batches=2).steps == [0, 2, 4]

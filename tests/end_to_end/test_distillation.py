@@ -49,7 +49,8 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     )
     config.write_text(yaml.safe_dump(settings))
     nlgmoe(["distill-logits", str(config), "--output", str(logits), "--top-k", "32"])
-    assert "12 of 32 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 of 32 tokens" in said and "--model.distiller.init_args.temperature=1.0" in said
     assert json.loads((logits / "header.json").read_text())["samples"] == 12
     written = tmp_path / "written.yaml"
     nlgmoe(["student", f"{teacher}/checkpoints/last.ckpt", "--num-layers=3", "--from-teacher", f"--output={written}"])
@@ -101,9 +102,9 @@ def test_a_recording_that_cannot_be_made_says_why(tmp_path: Path, capsys: pytest
     for options, message in {
         (): "missing setting output (folder to make); give it as --output=...",
         ("--output=.",): "output=. has no name of its own; name a folder that is not there yet",
-        ("--output=x", "--top_k=0"): "top_k=0 must be at least 1",
+        ("--output=x", "--top_k=0"): "--top-k=0 must be at least 1",
         ("--output=x", "--temperature=0"): "temperature=0.0 must be above 0",
-        ("--output=x", "--top-k=4097"): "top_k=4097 is above model.config.vocab_size=4096; lower it",
+        ("--output=x", "--top-k=4097"): "--top-k=4097 is above model.config.vocab_size=4096; lower it",
         ("--output=x", f"--teacher={tmp_path}/none", "--samples=1"): "none: no checkpoint at ",
     }.items():
         with pytest.raises(SystemExit):

@@ -93,6 +93,11 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
         "Losses per token of these runs are not comparable, because data.tokenizer differs; compare bits per byte."
         in page(read_runs(runs), "seed")
     )
+    for run in runs:
+        of_run = yaml.safe_load((run / "config.yaml").read_text())
+        of_run["data"] |= {"max_eval_windows": 8}
+        (run / "config.yaml").write_text(yaml.safe_dump(of_run))
+    assert "bits per byte, best without data.max_eval_windows, which cuts" in page(read_runs(runs), "seed")
 
 
 def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:

@@ -23,6 +23,7 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.tools.hugging_face.importing import import_folder
 
+    check_new_checkpoint(checkpoint, overwrite)  # again: another process may have written it meanwhile
     done = import_folder(source, checkpoint)
     entries = sum(map(len, read_manifest(checkpoint)["files"].values()))
     print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters in {entries:,} tensors")

@@ -63,6 +63,8 @@ def other_tokens(runs: Sequence[Run]) -> str:
     if not names:
         return ""
     remedy = "; compare bits per byte" if names == ["data.tokenizer"] else ""
+    if remedy and any(settings.get("data.max_eval_windows") is not None for settings in flat):
+        remedy += ", best without data.max_eval_windows, which cuts the text at another place for each tokenizer"
     return (
         f'<p class="notes">Losses per token of these runs are not comparable, because {" and ".join(names)} '
         f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
