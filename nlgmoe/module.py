@@ -33,9 +33,11 @@ from nlgmoe.resuming import (
     follow_moved_folder,
     forget_saves,
     keep_patience,
+    monitored,
     reached_end,
     set_loop_counters,
     validate_now,
+    warn_of_repeated_data,
     was_validated,
 )
 from nlgmoe.run_checks import warn_about_end
@@ -94,6 +96,9 @@ class MoEGPTModule(GPTModule):
         self._stops_after_step = False
         self._given_max_steps: int | None = None  # where a resumed run has taken so many
         self.saved_step = 0  # optimizer steps taken when this fit last saved, or loaded, a checkpoint to resume from
+        self._validation_due = False  # after the last optimizer step
+        self._validates_first = False  # a resumed run: the validation after its step had not ended
+        self._monitored: dict[str, float] = {}  # training metrics of a resumed run's step
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
 
     @property
@@ -207,6 +212,9 @@ class MoEGPTModule(GPTModule):
         # Set now, so that this step is logged and validated as the last one.
         if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
+        loop = self.trainer.fit_loop
+        assert loop._data_fetcher is not None
+        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -250,10 +258,16 @@ class MoEGPTModule(GPTModule):
         if self._given_max_steps is not None:
             self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps
             self._given_max_steps = None  # it may be raised before the next fit
+        metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._monitored.items()}
+        self.trainer._logger_connector._callback_metrics.update(metrics)
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             self.trainer.should_stop = True
+        elif self.trainer.ckpt_path is not None:
+            warn_of_repeated_data(self.trainer)
+        if end is not None or self._validates_first:
             validate_now(self.trainer, again=self.validated_step == self.trainer.global_step)
+        self._validates_first, self._monitored = False, {}
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
@@ -303,6 +317,7 @@ class MoEGPTModule(GPTModule):
             "step_samples": self._step_samples,
             "non_finite": self.guard.state_dict(),
             "seed": self.seed,
+            "monitored": monitored(self.trainer),
         }
         if "optimizer_states" in checkpoint:
             self.saved_step = checkpoint["global_step"]
@@ -318,6 +333,7 @@ class MoEGPTModule(GPTModule):
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
         else:
             validated = self.validated_step == checkpoint["global_step"]
+            checkpoint["validation_due"] = self._validation_due and not validated
             set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
 
     @override
@@ -345,8 +361,13 @@ class MoEGPTModule(GPTModule):
         if fits and "loops" in checkpoint:
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
             self.validated_step = step if validated else 0
-            # A step may have more or fewer micro-batches from here on.
-            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
+            self._validates_first = checkpoint.get("validation_due", False)
+            self._monitored = checkpoint.get("monitored", {})
+            # A step may have more or fewer micro-batches from here on. Where the checkpoint says if a validation was due,
+            # Lightning's loop runs none: at the end of an epoch it looks at the wrong epoch and batch.
+            set_loop_counters(
+                checkpoint, self.trainer.accumulate_grad_batches, validated or "validation_due" in checkpoint
+            )
             if 0 <= self.trainer.max_steps <= step:
                 self._given_max_steps = self.trainer.max_steps
                 self.trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning ends before `on_train_start`

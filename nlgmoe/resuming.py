@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nlgmoe.batch import TracksSamples
 from nlgmoe.checkpoint.agreement import AllRanksError
@@ -58,7 +62,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
-    current = {"callbacks": {one.state_key: one.state_dict() for one in ours}}
+    current = {"callbacks": {one.state_key: one.state_dict() for one in ours}, "validation_due": False, "monitored": {}}
     if "loops" in checkpoint:
         current["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
     _check_types(checkpoint, current, f"{trainer.ckpt_path}: ")
@@ -151,6 +155,29 @@ def forget_saves(trainer: Trainer) -> None:
             one._last_global_step_saved, one._last_checkpoint_saved = 0, ""
 
 
+def monitored(trainer: Trainer) -> dict[str, float]:
+    """Return the training metrics that callbacks monitor, which they read too if a resumed run begins with a validation."""
+    keepers: list[Any] = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
+    monitors = {getattr(one, "monitor", None) for one in keepers}
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name in monitors and not name.startswith("val/")
+    }
+
+
+def warn_of_repeated_data(trainer: Trainer) -> None:
+    """Warn if a resumed run takes endless data from their beginning again; of data with an end Lightning warns."""
+    data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
+    keeps = isinstance(data, TracksSamples) or (data is not None and is_overridden("state_dict", data))
+    keeps |= loader is not None and all(isinstance(one, _Stateful) for one in loader.flattened)
+    if trainer.global_step > 0 and trainer.num_training_batches == math.inf and not keeps:
+        rank_zero_warn(
+            f"the run goes on at step {trainer.global_step}, but its training data begin again: neither the data module nor its "
+            "dataloader has a state_dict; nlgmoe.batch.TracksSamples says what a data module needs"
+        )
+
+
 def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Give `ModelCheckpoint` its scores back if its folder was moved: Lightning forgets them where `dirpath` has changed."""
     for one in trainer.checkpoint_callbacks:
@@ -181,6 +208,14 @@ def reached_end(trainer: Trainer, max_steps: int | None, tokens: int, train_toke
             f"{tokens} tokens of train_tokens={train_tokens}; to go on, raise model.train_tokens and "
             "model.schedule.decay_tokens"
         )
+    if trainer.ckpt_path is not None:
+        for one in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                isinstance(one, Timer) and one._duration is not None
+            ):  # it looks before DeepSpeed's strategy loads its state
+                one._check_time_remaining(trainer)
+                if trainer.should_stop:
+                    return "trainer.max_time is over; to go on, raise it"
     stopper = stopped_early(trainer)
     if stopper is not None and trainer.ckpt_path is not None:
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,6 +76,16 @@ def callback_refused(callback: Callback, ranks: int = 1, shares_experts: bool = 
     for kind, reason in _CALLBACKS_REFUSED.items():
         if isinstance(callback, kind):
             return reason
+    if (
+        isinstance(callback, ModelCheckpoint)
+        and not callback._enable_version_counter
+        and callback.save_top_k not in (0, 1)
+        and "{" not in (callback.filename or "{step}")
+    ):
+        return (
+            f"has filename={callback.filename} for all of save_top_k={callback.save_top_k} checkpoints, of which only the last "
+            "one would be left; add {step} to it"
+        )
     if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
         intervals = {
             "every_n_train_steps": callback._every_n_train_steps or None,
@@ -87,6 +98,25 @@ def callback_refused(callback: Callback, ranks: int = 1, shares_experts: bool = 
                     "saves after validations"
                 )
     return None
+
+
+def check_filenames(keepers: Iterable[ModelCheckpoint]) -> None:
+    """Check that each `ModelCheckpoint` has names of its own: one would delete or replace what another one keeps.
+
+    Raises:
+        ValueError: two save under the same name.
+    """
+    earlier: dict[tuple[Any, ...], ModelCheckpoint] = {}
+    for one in keepers:
+        if one.save_top_k == 0:
+            continue
+        other = earlier.setdefault((one.dirpath, one.filename, one.auto_insert_metric_name), one)
+        counted = one._enable_version_counter and other._enable_version_counter
+        if other is not one and not counted and (one.save_top_k, other.save_top_k) != (-1, -1):
+            raise SettingError(
+                f"trainer.callbacks: ModelCheckpoint.filename={one.filename} is that of two ModelCheckpoints, monitor="
+                f"{other.monitor} and {one.monitor}, of which one would delete what the other keeps; set another one"
+            )
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
@@ -103,6 +133,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
         if why := callback_refused(callback, trainer.world_size, getattr(strategy, "expert_parallel_size", 1) > 1):
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
+    if stage == "fit":
+        check_filenames(one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
     for name, why in SETTINGS_REFUSED.items() if stage == "fit" else ():
         if value := getattr(trainer, name):
             raise SettingError(f"trainer.{name}={value} {why}")

@@ -3,25 +3,30 @@
 import csv
 import math
 import warnings
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    Timer,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from nlgmoe.callbacks import Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -30,7 +35,8 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.run_checks import check_trainer
-from tests.synthetic import SyntheticData
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import SyntheticData, _Samples
 
 CONFIG = GPTConfig(61, 16, 4, 32, 2, moe=MoEConfig([2, 4], mlp_type="residual", z_loss_coeff=0.001))
 
@@ -297,6 +303,123 @@ def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_pat
         assert (validated, run.global_step) == (ends, 3 * per_epoch)
 
 
+@pytest.mark.parametrize(
+    ("settings", "due"),
+    [({"check_val_every_n_epoch": 2}, [8]), ({"val_check_interval": 0.75}, [3, 7, 11])],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_resumed_at_the_end_of_an_epoch_validates_after_the_same_steps(
+    settings: dict[str, Any], due: list[int], tmp_path: Path
+) -> None:
+    settings = {
+        "max_epochs": 3,
+        "limit_train_batches": 4,
+        "limit_val_batches": 1.0,
+        "enable_checkpointing": True,
+        **settings,
+    }
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, saves, **settings).fit(MoEGPTModule(CONFIG), SyntheticData())
+    for step in (4, 7, 8, 11):
+        validated: list[int] = []
+        notes = LambdaCallback(on_validation_end=lambda run, _, validated=validated: validated.append(run.global_step))
+        run = trainer(tmp_path, notes, ModelCheckpoint(tmp_path / "again"), **settings)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert validated == [end for end in due if end >= step]
+
+
+def test_a_resumed_run_that_begins_with_a_validation_knows_the_training_metric_that_callbacks_read_then(
+    tmp_path: Path,
+) -> None:
+    def run(*callbacks: Callback, resume: Path | None = None) -> tuple[EarlyStopping, ModelCheckpoint]:
+        stops = EarlyStopping("train/loss", patience=100)
+        best = ModelCheckpoint(tmp_path / "best", monitor="train/loss", filename="{step}")
+        validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+        made = trainer(tmp_path, stops, best, *callbacks, max_steps=4, enable_checkpointing=True, **validation)
+        made.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
+        return stops, best
+
+    stops, best = run(ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    for step in (2, 4):  # at the end of the run too
+        stops_again, best_again = run(resume=tmp_path / f"step={step}.ckpt")
+        assert stops_again.best_score == stops.best_score and stops_again.wait_count == stops.wait_count
+        assert best_again.best_model_score == best.best_model_score
+
+
+class _RestoresLate(SingleDeviceStrategy):
+    """Loads checkpoints after `on_fit_start`, as DeepSpeed's strategy does."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, _RestoresLate])
+def test_a_run_whose_time_is_over_takes_no_step_when_it_is_resumed(
+    strategy: type[SingleDeviceStrategy], tmp_path: Path
+) -> None:
+    def run(resume: Path | None, *callbacks: Callback) -> int:
+        made = trainer(tmp_path, Timer(timedelta(seconds=10)), *callbacks, strategy=strategy("cpu"), max_steps=5)
+        made.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
+        return made.global_step
+
+    def wait(run: Trainer, *_: Any) -> None:
+        run.callbacks[0]._start_time["train"] -= 20
+
+    assert run(None, LambdaCallback(on_train_start=wait), SaveAt(1, tmp_path / "a.ckpt")) == 1
+    assert run(tmp_path / "a.ckpt") == 1
+
+
+class _Endless(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        samples = _Samples(61, 16, 0, 10**9)
+        yield from (samples[index] for index in range(10**9))
+
+
+class _KeepsPosition(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(_Endless(), batch_size=4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_resumed_run_whose_data_begin_again_says_so(tmp_path: Path) -> None:
+    trainer(tmp_path, SaveAt(1, tmp_path / "a.ckpt"), max_steps=1).fit(
+        MoEGPTModule(CONFIG), DataLoader(_Endless(), batch_size=4)
+    )
+    with pytest.warns(UserWarning, match="goes on at step 1, but its training data begin again"):
+        trainer(tmp_path, max_steps=2).fit(
+            MoEGPTModule(CONFIG), DataLoader(_Endless(), batch_size=4), ckpt_path=tmp_path / "a.ckpt"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*data begin again")
+        trainer(tmp_path, max_steps=2).fit(MoEGPTModule(CONFIG), _KeepsPosition(), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("other", ["best-{step}", "worst-{step}", "counted", "all"])
+def test_two_checkpoint_callbacks_delete_nothing_of_each_other(other: str, tmp_path: Path) -> None:
+    counts, everything = other == "counted", other == "all"
+    filename = "best-{step}" if counts or everything else other
+    keepers = [
+        ModelCheckpoint(
+            monitor="val/loss",
+            mode=mode,
+            filename=name,
+            auto_insert_metric_name=False,
+            enable_version_counter=counts,
+            save_top_k=-1 if everything else 1,
+        )
+        for mode, name in (("min", "best-{step}"), ("max", filename))
+    ]
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    run = trainer(tmp_path, *keepers, max_steps=4, enable_checkpointing=True, **validation)
+    if other == "best-{step}":
+        with pytest.raises(ValueError, match=r"filename=best-\{step\} is that of two ModelCheckpoints"):
+            run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    else:
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        assert all(Path(keeper.best_model_path).exists() for keeper in keepers)
+
+
 def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path) -> None:
     for train_tokens, expected in ((256, ["ends the run before model.schedule.decay_tokens=512"]), (512, [])):
         module = MoEGPTModule(
@@ -317,7 +440,11 @@ def test_settings_of_a_trainer_that_cannot_work_are_refused_in_code_too(name: st
 
 @pytest.mark.parametrize(
     "callback",
-    [GradientAccumulationScheduler({0: 2}), ModelCheckpoint(monitor="val/loss", every_n_train_steps=2)],
+    [
+        GradientAccumulationScheduler({0: 2}),
+        ModelCheckpoint(monitor="val/loss", every_n_train_steps=2),
+        ModelCheckpoint(filename="best", monitor="val/loss", save_top_k=3, enable_version_counter=False),
+    ],
     ids=lambda callback: type(callback).__name__,
 )
 def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, tmp_path: Path) -> None:

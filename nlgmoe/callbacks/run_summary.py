@@ -36,6 +36,7 @@ class RunSummary(Callback):
         self._step_seconds = self._validation_seconds = 0.0
         self._fed_tokens = 0
         self._fit_started = self._batch_started = self._validation_started = 0.0
+        self._tokens_before = 0
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -80,6 +81,8 @@ class RunSummary(Callback):
         """Start the step clock; at the first step remove the summary of an earlier end."""
         if not self._batch_started and trainer.is_global_zero:
             Path(trainer.default_root_dir, "summary.json").unlink(missing_ok=True)
+        assert isinstance(pl_module, MoEGPTModule)
+        self._tokens_before = pl_module.tokens_fed
         self._batch_started = time.perf_counter()
 
     @override
@@ -88,7 +91,8 @@ class RunSummary(Callback):
     ) -> None:
         """Add the micro-batch."""
         self._step_seconds += time.perf_counter() - self._batch_started
-        self._fed_tokens += batch["tokens"].numel() * trainer.world_size
+        assert isinstance(pl_module, MoEGPTModule)
+        self._fed_tokens += pl_module.tokens_fed - self._tokens_before  # after truncation by a curriculum
         if ends_step(trainer):
             self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
 

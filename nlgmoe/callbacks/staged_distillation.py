@@ -62,13 +62,20 @@ class StagedDistillation(Callback):
         """Check the settings against the module's.
 
         Raises:
-            ValueError: `fraction` needs `model.train_tokens`, `ramp_tokens` is above `fraction` of it, or there are two.
+            ValueError: `fraction` needs `model.train_tokens`, `ramp_tokens` is above `fraction` of it, there are two,
+                or a callback monitors what is logged while distilling only.
         """
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return
         if sum(isinstance(one, StagedDistillation) for one in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise AllRanksError("StagedDistillation is there twice, and the last one would set all weights; remove one")
+        for one in trainer.callbacks:  # type: ignore[attr-defined]
+            if (monitor := getattr(one, "monitor", None)) in LOGGED:
+                raise AllRanksError(
+                    f"{type(one).__name__}.monitor={monitor} is not logged once StagedDistillation has ended distillation; "
+                    "monitor train/loss"
+                )
         if pl_module.distiller is None:
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:

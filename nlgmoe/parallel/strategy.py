@@ -110,6 +110,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             hysteresis=hysteresis,
             min_loss_scale=min_loss_scale,
             timeout=timedelta(seconds=timeout_seconds),
+            logging_batch_size_per_gpu=1,  # "auto" makes the training data's loader, in evaluation too
             allgather_bucket_size=bucket_size,
             reduce_bucket_size=bucket_size,
         )

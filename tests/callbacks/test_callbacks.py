@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.checkpoint.test_portable import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
@@ -47,6 +48,14 @@ def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_
     assert summary["peak_memory_bytes"] > 50e6 and summary["wall_seconds"] > 0
     assert 0 < summary["validation_seconds"] < summary["wall_seconds"] - summary["step_seconds"]
     assert summary["versions"]["torch"]
+
+
+def test_the_speed_of_the_summary_leaves_out_what_a_curriculum_cuts_off(tmp_path: Path) -> None:
+    module = MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=200, start=4, increment=4))
+    trainer(tmp_path, RunSummary(), max_steps=6, accumulate_grad_batches=2).fit(module, SyntheticData())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["tokens"] < 6 * 2 * 64
+    assert summary["tokens_per_second"] * summary["step_seconds"] == pytest.approx(summary["tokens"])
 
 
 def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:

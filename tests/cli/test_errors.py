@@ -480,6 +480,11 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
             ("ModelPruning", "pruning_fn: l1_unstructured", "renames the parameters"),
             (
                 "ModelCheckpoint",
+                "filename: best, monitor: train/loss, save_top_k: 3, enable_version_counter: false",
+                "has filename=best for all of save_top_k=3 checkpoints, of which only the last one would be left; add {step}",
+            ),
+            (
+                "ModelCheckpoint",
                 "filename: '{val/loss:.2f}'",
                 "has filename={val/loss:.2f}, whose metric's name makes folders",
             ),

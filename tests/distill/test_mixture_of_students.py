@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.folder import TensorFiles
@@ -269,6 +269,11 @@ def test_evaluation_never_asks_for_the_teacher(tmp_path: Path) -> None:
 def test_a_fraction_needs_a_length(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fraction=0\.5 is of model.train_tokens, which is null"):
         fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
+
+
+def test_a_callback_that_monitors_distillation_beyond_its_end_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="monitor=train/teacher_agreement is not logged once StagedDistillation has"):
+        fit(tmp_path, teacher, StagedDistillation(step=9), EarlyStopping("train/teacher_agreement"))
 
 
 def test_two_ends_of_distillation_are_refused(teacher: Path, tmp_path: Path) -> None:

@@ -689,6 +689,7 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
     """All that `validate` and `test` say of an untrained model on 20 windows of text, and how many `predict` sees here."""
     config = GPTConfig(4096, 16, cell.layers, 32, 2, init_std=0.05, moe=MoEConfig(cell.experts, **cell.moe))
     data = PileDataModule(str(TEXT), "pocket-4k", micro_batch_size=3, seq_len=16, max_eval_windows=5)
+    data.global_batch_size = 3  # which no step on several ranks could have: evaluation has no steps
 
     def trainer() -> Trainer:
         return make_trainer(cell, ranks, folder, **({} if ranks == 1 else {"strategy": strategy_of(cell)}))
