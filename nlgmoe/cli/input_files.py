@@ -28,12 +28,12 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         if "://" in one:
             files = [one]
         elif Path(one).is_dir():
-            inside = sorted(Path(one).iterdir())
+            inside = sorted(path for path in Path(one).iterdir() if not path.name.startswith("."))  # as of a pattern
             readable = [path for path in inside if has_records(path)] or [
                 path for path in inside if is_plain_text(path)
             ]
             files = [str(path) for path in readable]
-            if others := [path.name for path in inside if path not in readable and not path.name.startswith(".")]:
+            if others := [path.name for path in inside if path not in readable]:
                 print(
                     f"note: {len(others)} of what is in {one} are left out, such as {others[0]}: known endings are {ENDINGS}; "
                     f"for folders inside give '{one}/**/*{Path(files[0]).suffix if files else JSON_LINES[0]}'",

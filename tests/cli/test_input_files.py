@@ -8,7 +8,7 @@ from nlgmoe.cli.input_files import input_files
 
 
 def test_what_a_folder_holds_beside_readable_files_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2", ".hidden"):
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2", ".hidden", "._a.jsonl"):
         (tmp_path / name).touch()
     assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
     assert "1 of what is in" in (told := capsys.readouterr().err) and "such as c.jsonl.bz2" in told
