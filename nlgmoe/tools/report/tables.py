@@ -57,7 +57,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def other_tokens(runs: Sequence[Run]) -> str:
-    """Return a note that validation losses are of other tokens; empty if they are of the same ones."""
+    """Return a note that validation losses may be of other tokens (a tokenizer has several paths); empty if they are not."""
     flat = [flattened(run.config) for run in runs if run.config]
     names = [name for name in SAME_TOKENS if len({str(settings.get(name)) for settings in flat}) > 1]
     if not names:
@@ -66,7 +66,7 @@ def other_tokens(runs: Sequence[Run]) -> str:
     if remedy and any(settings.get("data.max_eval_windows") is not None for settings in flat):
         remedy += ", best without data.max_eval_windows, which cuts the text at another place for each tokenizer"
     return (
-        f'<p class="notes">Losses per token of these runs are not comparable, because {" and ".join(names)} '
+        f'<p class="notes">Losses per token of these runs may not be comparable: {" and ".join(names)} '
         f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
     )
 
