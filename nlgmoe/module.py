@@ -208,13 +208,14 @@ class MoEGPTModule(GPTModule):
             # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             scheduler.step()
+        loop = self.trainer.fit_loop
+        assert loop._data_fetcher is not None
+        # Before the end is known: a run that is resumed with a later one has no validation at this end.
+        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
         # Set now, so that this step is logged and validated as the last one.
         if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
-        loop = self.trainer.fit_loop
-        assert loop._data_fetcher is not None
-        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -328,6 +328,20 @@ def test_a_run_resumed_at_the_end_of_an_epoch_validates_after_the_same_steps(
         assert validated == [end for end in due if end >= step]
 
 
+def test_a_longer_run_has_no_validation_at_the_end_of_the_shorter_one(tmp_path: Path) -> None:
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), max_steps=3, **validation).fit(
+        MoEGPTModule(CONFIG), SyntheticData()
+    )
+    for steps, expected in ((3, [3]), (6, [4, 6])):
+        validated: list[int] = []
+        notes = LambdaCallback(on_validation_end=lambda run, _, validated=validated: validated.append(run.global_step))
+        trainer(tmp_path, notes, max_steps=steps, **validation).fit(
+            MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / "a.ckpt"
+        )
+        assert validated == expected
+
+
 def test_a_resumed_run_that_begins_with_a_validation_knows_the_training_metric_that_callbacks_read_then(
     tmp_path: Path,
 ) -> None:
