@@ -62,7 +62,12 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
-    current = {"callbacks": {one.state_key: one.state_dict() for one in ours}, "validation_due": False, "monitored": {}}
+    metrics = dict.fromkeys(names, 0.0) if isinstance(names := checkpoint.get("monitored"), dict) else {}
+    current = {
+        "callbacks": {one.state_key: one.state_dict() for one in ours},
+        "validation_due": False,
+        "monitored": metrics,
+    }
     if "loops" in checkpoint:
         current["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
     _check_types(checkpoint, current, f"{trainer.ckpt_path}: ")
@@ -74,6 +79,9 @@ def _check_types(saved: Any, current: Any, where: str) -> None:
         raise ValueError(f"{where.rstrip('/')} is {saved!r}, not of type {type(current).__name__}; {REMEDY}")
     for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
         _check_types(saved[name], current[name], f"{where}{name}/")
+    for index, item in enumerate(saved if isinstance(current, list) else ()):
+        if isinstance(item, str | None):  # lists hold numbers, and lists and dictionaries of them
+            _check_types(item, 0.0, f"{where}{index}/")
 
 
 def check_new_run(trainer: Trainer, tokens: int) -> None:

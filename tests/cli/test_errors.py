@@ -646,6 +646,20 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         ),
         "broken.ckpt: callbacks/Throughput/elapsed is '', not of type float; use another checkpoint",
     ),
+    "text among numbers of a state": (
+        broken(
+            lambda ckpt: rewrite_json(
+                ckpt, "checkpoint.json", lambda one: one["callbacks"]["RunSummary"].update(losses=["x"])
+            )
+        ),
+        "broken.ckpt: callbacks/RunSummary/losses/0 is 'x', not of type float; use another checkpoint",
+    ),
+    "text in place of a monitored metric": (
+        broken(
+            lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one.update(monitored={"train/loss": "x"}))
+        ),
+        "broken.ckpt: monitored/train/loss is 'x', not of type float; use another checkpoint",
+    ),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
         broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
