@@ -249,7 +249,9 @@ def test_export_says_what_is_wrong(
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     assert "--overwrite" in error_of(capsys, "export", checkpoints["moe"], tmp_path / "full")
-    assert "max_shard_size=5" in error_of(capsys, "export", checkpoints["moe"], tmp_path / "new", "--max_shard_size=5")
+    assert "--max-shard-size=5 is" in error_of(
+        capsys, "export", checkpoints["moe"], tmp_path / "new", "--max_shard_size=5"
+    )
     assert "does not exist" in error_of(capsys, "export", tmp_path / "no.ckpt", tmp_path / "new")
     damaged = tmp_path / "damaged.ckpt"
     shutil.copytree(checkpoints["moe"], damaged)

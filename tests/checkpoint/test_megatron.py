@@ -180,9 +180,9 @@ def test_the_command_and_all_that_can_be_done_with_a_checkpoint(
         Trainer(**settings, max_steps=9, max_epochs=-1).fit(MoEGPTModule(trained.model.config), data, ckpt_path=ours)
 
     for arguments_, message in {
-        (ours, *words): r"output=.*ours\.ckpt exists already",
-        (str(tmp_path / "b"), *words): r"output=.*b must end in \.ckpt",
-        (str(tmp_path / "b.ckpt"), *words, "--vocab-size", "258"): "vocab_size=258 is below the 259 ids of tokenizer",
+        (ours, *words): r"error: /.*ours\.ckpt exists already",
+        (str(tmp_path / "b"), *words): r"error: /.*b must end in \.ckpt",
+        (str(tmp_path / "b.ckpt"), *words, "--vocab-size", "258"): "--vocab-size=258 is below the 259 ids of tokenizer",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             main(["import-megatron", str(tmp_path / "theirs"), *arguments_])
