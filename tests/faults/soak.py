@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -21,7 +22,8 @@ from nlgmoe.data.pocket.build import prepare
 from tests.faults.harness import ON_TWO_RANKS, ROOT, SETTINGS, Launched, Run, differences
 from tests.faults.results import Results, commit
 
-SAMPLE_SECONDS, WARM_UP_SECONDS, WINDOW_SECONDS = 2, 30, 10
+SAMPLE_SECONDS = 10
+WARM_UP, WINDOW = 60.0, 20.0  # seconds of a process's CPU time, which other work does not change
 CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
 BY_TIME = {
     "filename": "step-{step}",
@@ -69,26 +71,26 @@ class Soaked(Run):
 
 @dataclass
 class Process:
-    """What one process used over its life: (seconds since its start, bytes of its own memory, open files)."""
+    """What one process used over its life: (seconds of CPU time, bytes of its own memory, open files)."""
 
     samples: list[tuple[float, int, int]] = field(default_factory=list)
 
     def growth(self) -> float | None:
-        """Relative growth of memory from the minute after the warm-up to the last minute; None: it lived too briefly."""
+        """Relative growth of memory from the time after the warm-up to the last; None: it lived too briefly."""
         first, last = self._windows()
         return mean(each[1] for each in last) / mean(each[1] for each in first) - 1 if first and last else None
 
     def more_files(self) -> int | None:
-        """How many more files were open in the last minute than in the one after the warm-up, at least."""
+        """How many more files were open in the last time than in that after the warm-up, at least."""
         first, last = self._windows()
         return min(each[2] for each in last) - min(each[2] for each in first) if first and last else None
 
     def _windows(self) -> tuple[list[tuple[float, int, int]], list[tuple[float, int, int]]]:
         end = self.samples[-1][0]
-        if end < WARM_UP_SECONDS + 2 * WINDOW_SECONDS:
+        if end < WARM_UP + 2 * WINDOW:
             return [], []
-        first = [each for each in self.samples if 0 <= each[0] - WARM_UP_SECONDS < WINDOW_SECONDS]
-        return first, [each for each in self.samples if end - each[0] < WINDOW_SECONDS]
+        first = [each for each in self.samples if 0 <= each[0] - WARM_UP < WINDOW]
+        return first, [each for each in self.samples if end - each[0] < WINDOW]
 
 
 class Watched:
@@ -99,14 +101,12 @@ class Watched:
         self.lives: dict[tuple[int, int], Process] = defaultdict(Process)  # by start and process
         self.resumed_from: list[int] = []
         self._launched: Launched | None = None
-        self._began = 0.0
 
     def start(self) -> None:
         """Start its command, which resumes from the newest checkpoint."""
         if self.run.starts:
             self.resumed_from.append(max(self.run.checkpoints().values(), default=0))
         self._launched = self.run.launch(["--trainer.devices=2"], launcher=["nice", sys.executable])
-        self._began = time.monotonic()
 
     def sample(self) -> None:
         """Note what each of its processes uses.
@@ -120,11 +120,12 @@ class Watched:
             try:
                 memory = (process / "smaps_rollup").read_text()
                 files = len(list((process / "fd").iterdir()))
+                used = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
             except OSError:  # it has just ended
                 continue
             own = next(int(line.split()[1]) for line in memory.splitlines() if line.startswith("Anonymous:"))
             life = self.lives[self.run.starts, int(process.name)]
-            life.samples.append((time.monotonic() - self._began, own * 1024, files))
+            life.samples.append((sum(map(int, used)) / os.sysconf("SC_CLK_TCK"), own * 1024, files))
 
     def kill(self) -> None:
         """SIGKILL to all of its processes; none is left.
