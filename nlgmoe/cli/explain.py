@@ -65,11 +65,13 @@ class Explainer:
         self.subcommands = list(subcommands_of(parser))
 
     def check(self, entry: ConfigEntry) -> None:
-        """Refuse a value in place of a section, and null: jsonargparse accepts it for every setting.
+        """Refuse a value in place of a section, a number beyond 64 bits, and null: jsonargparse accepts it for every setting.
 
         Raises:
             UsageError: `entry` is such a one.
         """
+        if isinstance(entry.value, int) and abs(entry.value) >= 2**63:
+            raise UsageError(f"{entry} has more than 64 bits; give a smaller number")
         if inside := self.inside(entry.name):
             if entry.value != {} and not (isinstance(entry.value, str) and Path(entry.value).is_file()):
                 example = next(one for one in inside if not self.inside(one))

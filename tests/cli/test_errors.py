@@ -407,6 +407,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("".join(f"a{i}: &a{i} {[f'*a{i - 1}'] * 9}\n".replace("'", "") for i in range(1, 9)).replace("*a0", "x")),
         "bad.yaml has more than 100,000 values",
     ),
+    "more than 64 bits": (
+        flag(f"--data.eval_micro_batch_size={2**63}"),
+        "data.eval_micro_batch_size=9223372036854775808 has more than 64 bits; give a smaller number",
+    ),
     "underscore at the end": (
         file("model: {train_tokens: 1_500_}"),
         "bad.yaml, line 1): expected a whole number or null",
