@@ -94,7 +94,7 @@ convergence: install  ## does HEAD learn as commit AGAINST did? fp32 and bf16, 3
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.convergence --against $(or $(AGAINST),338e1af)
 
-bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading data (30 minutes)
+bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading and making data (an hour)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.startup
@@ -104,13 +104,16 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.layer
 	$(BIN)/python -m benchmarks.routers
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.prepare_data
 	$(BIN)/python -m benchmarks.blend
 	$(BIN)/python -m benchmarks.indexed_data
 	$(BIN)/python -m benchmarks.distillation
 	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.teacher_memory
+	$(BIN)/python -m benchmarks.growth
 
 gpu: install  ## shows on a machine with one GPU that results are the CPU's, and how fast (8 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
 	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.generation [--rounds 7] [--only hugging_face|decoding|families] [--widths 128 256 512] [--cpu-time]
 
-    hugging face    greedy text, 64 tokens after 32 and after 512, at batch 1, 8 and 32, fp32 and bf16: GPT-2 and OLMoE with
-                    either of its experts, all by `generate` of `transformers`; our dense model, and our MoE, with our decoding
+    hugging face    greedy text, 64 tokens after 32 at batch 1, 8 and 32, after 512 at 1; fp32 and bf16; GPT-2 and OLMoE,
+                    with either of its experts, by `generate` of `transformers`; our dense model, and our MoE, with our decoding
                     loop and exported. 64 experts in each block, top-1: as many active parameters in all, and the gates.
                     Uneven: half of the prompts are half as long
     decoding        one token at batch 1, after 64 others: MoE-128 over dense of equal active parameters, by width
@@ -17,7 +17,6 @@ others use too: seconds that this process computed, in place of those that passe
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -36,7 +35,8 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import student_config
 
 Clock = Callable[[], float]
-BATCHES, PROMPTS, NEW, EXPERTS = (1, 8, 32), (32, 512), 64, 64  # of the comparison with Hugging Face
+CELLS = ((1, 32), (8, 32), (32, 32), (1, 512))  # batch and prompt, of the comparison with Hugging Face
+NEW, EXPERTS = 64, 64
 CACHED, DECODED = 64, 32  # of decoding: tokens there before, tokens fed one by one in each round
 
 
@@ -88,13 +88,13 @@ def hugging_face_models(config: GPTConfig, ours: GPT, dtype: torch.dtype) -> dic
 
 def against_hugging_face(width: int, rounds: int, clock: Clock, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Tokens/s of greedy generation, by batch, prompt and model."""
-    base = replace(dense(width), seq_len=max(PROMPTS) + NEW)
+    base = replace(dense(width), seq_len=max(prompt for _, prompt in CELLS) + NEW)
     ours = {"nlgmoe dense": GPT(base), "nlgmoe MoE": GPT(replace(base, moe=MoEConfig(EXPERTS, expert_interval=1)))}
     ours = {name: model.eval().to(dtype) for name, model in ours.items()}
     theirs = hugging_face_models(base, ours["nlgmoe MoE"], dtype)
     found = []
     print(f"\ngreedy, {NEW} tokens, {width} wide, {EXPERTS} experts in each block, top-1, {dtype}; tokens/s")
-    for batch, prompt in itertools.product(BATCHES, PROMPTS):
+    for batch, prompt in CELLS:
         draw = torch.Generator().manual_seed(batch)
         tokens = torch.randint(1, base.vocab_size, (batch, prompt), generator=draw)
         candidates: dict[str, Callable[[], object]] = {
