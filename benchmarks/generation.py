@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers import hugging_face_shape, swiglu_width
 from benchmarks.timing import ROOT, interleaved, parse, parser_of, settings
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.generation import generate
@@ -64,17 +65,7 @@ def hugging_face_models(config: GPTConfig, ours: GPT, dtype: torch.dtype) -> dic
     shape = {"n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_heads}
     gpt2 = transformers.GPT2Config(vocab_size=config.vocab_size, n_positions=config.seq_len, **shape, **ends)
     olmoe = transformers.OlmoeConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_size * 2 // 3 // 16 * 16,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
-        max_position_embeddings=config.seq_len,
-        num_experts=EXPERTS,
-        num_experts_per_tok=1,
-        tie_word_embeddings=True,
-        **ends,
+        intermediate_size=swiglu_width(config), **hugging_face_shape(config, EXPERTS), **ends
     )
     exported = NlgmoeForCausalLM(NlgmoeConfig(**ours.config.to_dict(), **ends))
     exported.model.load_state_dict(ours.state_dict())

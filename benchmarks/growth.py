@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.documents import with_text
 from benchmarks.timing import ROOT
 
 DOCUMENT = ROOT / "docs/performance.md"
@@ -79,9 +80,8 @@ def table(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     """Write the table."""
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     lines = list(table(ROOT / "docs/results"))
-    DOCUMENT.write_text("\n".join([before + BEGIN, "", *lines, ""]) + END + rest.partition(END)[2])
+    DOCUMENT.write_text(with_text(DOCUMENT.read_text(), BEGIN, END, "\n".join(["", *lines])))
     print("\n".join(lines))
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.step import CHUNK, DENSE, TOKENS, assembled, batches_of, our_loss, recomputed_loss, step
 from benchmarks.timing import command_line, interleaved, settings
-from nlgmoe.config import MoEConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import CausalSelfAttention
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
@@ -66,24 +66,32 @@ def head(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
     return run
 
 
+def swiglu_width(config: GPTConfig) -> int:
+    """Width of experts of three matrices with the parameters of ours, which have two; a multiple of 16."""
+    return config.ffn_size * 2 // 3 // 16 * 16
+
+
+def hugging_face_shape(config: GPTConfig, experts: int) -> dict[str, Any]:
+    """Settings that Hugging Face's MoE models have in common, for an MoE with top-1 in every block."""
+    return {
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "max_position_embeddings": config.seq_len,
+        "num_experts": experts,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+    }
+
+
 def hugging_face(name: str, dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
     """The step of a model of `transformers` with random weights."""
     import transformers
 
-    wide = DENSE.ffn_size * 2 // 3 // 16 * 16
-    shape: dict[str, Any] = {
-        "vocab_size": DENSE.padded_vocab_size,
-        "hidden_size": DENSE.hidden_size,
-        "num_hidden_layers": DENSE.num_layers,
-        "num_attention_heads": DENSE.num_heads,
-        "num_key_value_heads": DENSE.num_heads,
-        "max_position_embeddings": DENSE.seq_len,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": 1,
-        "tie_word_embeddings": True,
-        "use_cache": False,
-        "output_router_logits": True,
-    }
+    wide = swiglu_width(DENSE)
+    shape = {**hugging_face_shape(DENSE, EXPERTS), "use_cache": False, "output_router_logits": True}
     if name == "olmoe":
         config = transformers.OlmoeConfig(intermediate_size=wide, **shape)
     else:
@@ -128,7 +136,7 @@ def litgpt(dtype: torch.dtype, autocast: bool) -> Callable[[], None]:
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMoE",
         intermediate_size=DENSE.ffn_size,
-        moe_intermediate_size=DENSE.ffn_size * 2 // 3 // 16 * 16,
+        moe_intermediate_size=swiglu_width(DENSE),
         n_expert=EXPERTS,
         n_expert_per_token=1,
         bias=False,

@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.data import corpus_texts
 from benchmarks.timing import ROOT, settings
 from nlgmoe.data.tokenizer import load_tokenizer
+from tests.processes import processes_of_group
 
 DATA = ROOT / "data/pocket_pile"
 MAP = """
@@ -79,11 +80,10 @@ def measure(command: list[str]) -> tuple[float, float]:
 def memory_of_group(group: int) -> float:
     """MB of the processes of a group."""
     total = 0.0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):  # it has just ended
-            if int(stat.read_text().rpartition(")")[2].split()[2]) == group:
-                rollup = (stat.parent / "smaps_rollup").read_text()
-                total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1e3
+    for process in processes_of_group(group):
+        with suppress(OSError):  # it has just ended
+            rollup = (process / "smaps_rollup").read_text()
+            total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1e3
     return total
 
 

@@ -218,9 +218,8 @@ def reached_end(trainer: Trainer, max_steps: int | None, tokens: int, train_toke
         )
     if trainer.ckpt_path is not None:
         for one in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                isinstance(one, Timer) and one._duration is not None
-            ):  # it looks before DeepSpeed's strategy loads its state
+            # A timer looks before DeepSpeed's strategy loads its state.
+            if isinstance(one, Timer) and one._duration is not None:
                 one._check_time_remaining(trainer)
                 if trainer.should_stop:
                     return "trainer.max_time is over; to go on, raise it"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
+from benchmarks.documents import with_text
 from benchmarks.reproduce.cells import BUDGETS, GROWTH, SEEDS, TEACHER, WIDER, Cell
 from benchmarks.reproduce.verdicts import of_cell, verdicts
 from benchmarks.runs import ROOT
@@ -51,12 +51,7 @@ def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, fig
         ValueError: a page has no place for them.
     """
     for file, content in ((page, text_of(results)), (readme, claims_of(results))):
-        text = file.read_text()
-        if BEGIN not in text or END not in text:
-            raise ValueError(f"{file} lacks the lines {BEGIN} and {END}; put them where the results belong")
-        file.write_text(
-            re.sub(f"{BEGIN}.*?{END}", lambda _, new=content: f"{BEGIN}\n{new}\n{END}", text, flags=re.DOTALL)
-        )  # type: ignore[misc]
+        file.write_text(with_text(file.read_text(), BEGIN, END, content, name=str(file)))
     draw(results["runs"], figure)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -28,6 +29,7 @@ class TokenProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._validation: dict[str, str] = {}  # metrics of the latest validation
+        self._drawn = 0.0  # when a bar of evaluation was last drawn in a file
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,7 +39,7 @@ class TokenProgressBar(TQDMProgressBar):
         bar.unit, bar.unit_scale, bar.total = " tok", True, module.train_tokens
         bar.initial = bar.n = module.tokens_seen
         bar.set_description("Training")
-        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # neither a terminal nor a notebook
+        if _writes_to_file():
             bar.mininterval = FILE_SECONDS
 
     @override
@@ -60,6 +62,17 @@ class TokenProgressBar(TQDMProgressBar):
             bar.update(module.tokens_seen - bar.n)
 
     @override
+    def _should_update(self, current: int, total: int) -> bool:
+        due = super()._should_update(current, total)
+        if (
+            total < 0 or current == total or not _writes_to_file()
+        ):  # below 0: training's bar, which tqdm draws when it is due
+            return due
+        if due := due and time.monotonic() - self._drawn >= FILE_SECONDS:
+            self._drawn = time.monotonic()
+        return due
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the validation loss from the device once, not at every update."""
         if (loss := trainer.callback_metrics.get("val/loss")) is not None:
@@ -72,6 +85,11 @@ class TokenProgressBar(TQDMProgressBar):
         loss = trainer.callback_metrics.get("train/loss")
         lr = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}" if trainer.optimizers else ""
         return ({} if loss is None else {"loss": f"{float(loss):.3f}"}) | self._validation | {"lr": lr}
+
+
+def _writes_to_file() -> bool:
+    """Return whether standard output is neither a terminal nor a notebook."""
+    return isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty()
 
 
 def _module(trainer: Trainer) -> MoEGPTModule:

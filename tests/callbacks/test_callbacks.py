@@ -154,7 +154,10 @@ def test_progress_in_a_file_is_not_a_line_for_each_step(tmp_path: Path, monkeypa
         trainer(tmp_path, TokenProgressBar(), enable_progress_bar=True, max_steps=12).fit(
             MoEGPTModule(CONFIG), SyntheticData()
         )
+        evaluation = trainer(tmp_path, TokenProgressBar(), enable_progress_bar=True, limit_val_batches=1.0)
+        evaluation.validate(MoEGPTModule(CONFIG), SyntheticData())
     assert 1 < (tmp_path / "log").read_text().count("Training:") < 6
+    assert " 2/3 " not in (tmp_path / "log").read_text() and " 3/3 " in (tmp_path / "log").read_text()
 
 
 def test_sample_text_needs_prompts() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from tests.distributed.cells import TINY_ON_RANKS
 from tests.faults.fault import Fault
-from tests.processes import ROOT, Started
+from tests.processes import ROOT, Started, processes_of_group
 
 STEPS, SAVE_EVERY = 48, 3
 SETTINGS = [
@@ -199,16 +199,8 @@ class Launched:
         self.process.wait()
 
     def processes(self) -> list[Path]:
-        """Folders in /proc of the group's processes; without one that is dead but not collected by its parent."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-            except OSError:  # it has just ended
-                continue
-            if int(group) == self.process.pid and state != "Z":
-                found.append(stat.parent)
-        return found
+        """Folders in /proc of its processes that are alive."""
+        return processes_of_group(self.process.pid)
 
 
 def differences(run: Run, undisturbed: Run, may_lack: Collection[int] = ()) -> dict[str, float]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.documents import with_text
+
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs/results/faults.json"
 DOCUMENT = ROOT / "docs/reliability.md"
@@ -45,9 +47,7 @@ def with_tables(document: str, parts: dict[str, Any]) -> str:
         "disk full": _disks(parts),
         "soak": _soak(parts),
     }.items():
-        begin = BEGIN.format(name)
-        before, _, rest = document.partition(begin)
-        document = "\n".join([before + begin, "", *lines, ""]) + END + rest.partition(END)[2]
+        document = with_text(document, BEGIN.format(name), END, "\n".join(["", *lines]))
     return document
 
 
@@ -117,6 +117,7 @@ def _disks(parts: dict[str, Any]) -> Iterator[str]:
 
 def _soak(parts: dict[str, Any]) -> Iterator[str]:
     if (part := parts.get("soak")) is None:
+        yield "Not run for two hours yet."
         return
     largest = max(part["differences"].values(), default=0.0)
     yield (
