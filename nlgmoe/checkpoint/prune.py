@@ -71,20 +71,27 @@ def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
     ]
 
 
-def prune(source: Path, checkpoint: str | Path, num_experts: Sequence[int], kept: Sequence[Sequence[int]]) -> GPTConfig:
-    """Write the checkpoint, replacing an older one when complete.
+def prune(
+    source: Path,
+    checkpoint: str | Path,
+    num_experts: Sequence[int],
+    kept: Sequence[Sequence[int]],
+    overwrite: bool = False,
+) -> GPTConfig:
+    """Write the checkpoint.
 
     Args:
         source: a checkpoint's folder.
         checkpoint: `NAME.ckpt`.
         num_experts: one for each MoE position.
         kept: experts to keep, for each MoE layer.
+        overwrite: replace an older checkpoint when the new one is complete.
 
     Returns:
         The new model's configuration.
 
     Raises:
-        ValueError: see `pruned_config`, or a file cannot be read or written.
+        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written.
     """
     document = read_document(source)
     before = GPTConfig.from_dict(document["model_config"])
@@ -100,5 +107,6 @@ def prune(source: Path, checkpoint: str | Path, num_experts: Sequence[int], kept
         value = files.read(name)
         return value[of_block[layer]] if name.startswith(f"{layer}.router.") else value
 
-    write_weights(checkpoint, read, config, read_tokenizer(source), document["global_step"], document["tokens_seen"])
+    trained = document["global_step"], document["tokens_seen"]
+    write_weights(checkpoint, read, config, read_tokenizer(source), *trained, overwrite)
     return config

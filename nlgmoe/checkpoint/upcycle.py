@@ -54,9 +54,14 @@ class Upcycled:
 
 
 def upcycle(
-    dense: str | Path, checkpoint: str | Path, moe: MoEConfig, noise: float = 0.0, seed: int = 1234
+    dense: str | Path,
+    checkpoint: str | Path,
+    moe: MoEConfig,
+    noise: float = 0.0,
+    seed: int = 1234,
+    overwrite: bool = False,
 ) -> Upcycled:
-    """Write the checkpoint, replacing an older one when complete. At most one of its files is in memory at a time.
+    """Write the checkpoint. At most one of its files is in memory at a time.
 
     Args:
         dense: checkpoint of a dense model; of a run's folder, the newest valid one.
@@ -65,10 +70,11 @@ def upcycle(
         noise: standard deviation of independent normal values added to each expert's matrices, as a multiple of the matrix's
             own. 0: experts are equal at first, and diverge as they learn from different tokens.
         seed: of the noise and the gates.
+        overwrite: replace an older checkpoint when the new one is complete.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, its model is not dense, the experts do not fit it, or the
-            router or the experts' network is not the paper's.
+        ValueError: `checkpoint` exists and `overwrite` is false; there is no dense checkpoint, it is damaged, or its model is not
+            dense; the experts do not fit it; the router or the experts' network is not the paper's.
     """
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
@@ -86,7 +92,7 @@ def upcycle(
     config = replace(dense_config, moe=moe)
     require_paper_parts(config.moe, "upcycling knows")
     read = _entry_reader(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
-    write_weights(checkpoint, read, config, read_tokenizer(path))
+    write_weights(checkpoint, read, config, read_tokenizer(path), overwrite=overwrite)
     return Upcycled(path, dense_config, config)
 
 

@@ -27,8 +27,9 @@ def write_weights(
     tokenizer: str | None = None,
     global_step: int = 0,
     tokens_seen: int = 0,
+    overwrite: bool = False,
 ) -> None:
-    """Write the folder `path`, file by file, in place of an older one once it is complete.
+    """Write the folder `path`, file by file; it has its name once it is complete.
 
     Args:
         path: the checkpoint, `NAME.ckpt`.
@@ -38,13 +39,14 @@ def write_weights(
         tokenizer: JSON of the `tokenizers` library; None writes no tokenizer.
         global_step: optimizer steps that the weights were trained for.
         tokens_seen: tokens that the weights were trained on.
+        overwrite: replace an older one.
 
     Raises:
-        ValueError: the folder cannot be written, another process has written it meanwhile, or `read` raised.
+        ValueError: the folder exists and `overwrite` is false, it cannot be written, or `read` raised.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     writing.recover_one(path)
-    is_new = not path.exists()
+    _require_free(path, overwrite)
     require(
         path.is_symlink() or not writing.is_last_to_resume(path),
         f"{path} is not replaced by weights alone: no other checkpoint beside it can be resumed; name another",
@@ -68,8 +70,12 @@ def write_weights(
         for number, names in enumerate(shards):
             entries = {name: read(name) for name in names}
             files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
-        require(not (is_new and path.exists()), f"{path} was written by another process meanwhile; name another")
+        _require_free(path, overwrite)  # another process may have written it meanwhile
         writing.finish(temporary, path, document, files, tokenizer)
+
+
+def _require_free(path: Path, overwrite: bool) -> None:
+    require(overwrite or not path.exists(), f"{path} exists already; name another, or add --overwrite")
 
 
 def weight_shapes(config: GPTConfig) -> Shapes:

@@ -29,7 +29,7 @@ class CommandParser(OneLineParser):
         texts = {entry.arg_name: entry.description for entry in parse_docstring(function.__doc__ or "").params}
         ours = set()
         for name, parameter in inspect.signature(function).parameters.items():
-            if types[name] == list[str] and parameter.default is parameter.empty:
+            if types[name] == list[str] and _is_positional(parameter):
                 self.add_argument(name, nargs="+", type=str, help=texts.get(name))
             elif types[name] == tuple[str, ...]:
                 self.add_argument(name, nargs="*", type=str, default=[], help=texts.get(name))
@@ -37,10 +37,10 @@ class CommandParser(OneLineParser):
                 self.add_argument(f"--{name}", action="append", type=str, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
                 self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
-            elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-                self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
-            elif parameter.default is parameter.empty:
+            elif _is_positional(parameter):
                 self.add_argument(name, type=types[name], help=texts.get(name))
+            elif parameter.default is parameter.empty:
+                self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
             else:
                 continue
             ours.add(name)
@@ -60,6 +60,12 @@ class CommandParser(OneLineParser):
         )
 
 
+def _is_positional(parameter: inspect.Parameter) -> bool:
+    """Return True if its value is typed without its name: it is required and not keyword-only, or a tuple of words."""
+    required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+    return required or "tuple[str, ...]" in str(parameter.annotation)
+
+
 def name_as_typed(error: ValueError, function: Callable) -> None:
     """Rewrite `NAME=VALUE` at the start of an error's message as people type it: `--NAME=VALUE`, or a positional VALUE."""
 
@@ -68,8 +74,7 @@ def name_as_typed(error: ValueError, function: Callable) -> None:
         parameter = signature.parameters.get(name)
         if not equals or parameter is None:
             return message
-        required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
-        return rest if required or "tuple" in str(parameter.annotation) else f"--{name.replace('_', '-')}={rest}"
+        return rest if _is_positional(parameter) else f"--{name.replace('_', '-')}={rest}"
 
     signature = inspect.signature(function)
     error.args = tuple(map(typed, error.args))

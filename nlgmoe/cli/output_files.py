@@ -44,3 +44,23 @@ def write_whole(output: str, text: str) -> None:
             check_output(output)
     except OSError as error:
         raise ValueError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error
+
+
+def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None:
+    """Check that a checkpoint can be written under this name, before anything is computed for it.
+
+    Args:
+        setting: name of the argument.
+        checkpoint: its value.
+        overwrite: a checkpoint of that name may be replaced.
+
+    Raises:
+        UsageError: the name does not end in .ckpt, is that of a file, or exists.
+    """
+    path = Path(checkpoint)
+    if path.suffix != ".ckpt":
+        raise UsageError(f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
+    if path.is_file():
+        raise UsageError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")

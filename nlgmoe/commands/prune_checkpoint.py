@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nlgmoe.checkpoint.folder import run_config
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.model_options import import_allowed
-from nlgmoe.tools.hugging_face.import_checkpoint import check_new_checkpoint
+from nlgmoe.cli.output_files import check_new_checkpoint
 
 if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel
@@ -44,7 +44,7 @@ def prune_checkpoint(
         ValueError: `num_experts` does not fit the model, or there is no text.
     """
     import_allowed(allow_code)
-    check_new_checkpoint(checkpoint, overwrite)
+    check_new_checkpoint("checkpoint", checkpoint, overwrite)
     if num_experts is None:
         raise UsageError(
             "missing setting num_experts (experts to keep at each MoE position); give it as --num-experts=[8,8,16]"
@@ -64,8 +64,7 @@ def prune_checkpoint(
     batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
     use = measure_use(loaded.model, batches)
     kept = most_used(use.weights, after)
-    check_new_checkpoint(checkpoint, overwrite)  # again: another process may have written it meanwhile
-    prune(loaded.path, checkpoint, num_experts, kept)
+    prune(loaded.path, checkpoint, num_experts, kept, overwrite)
 
     blocks = [block + 1 for block in moe_blocks(before)]
     for block, experts, weights in zip(blocks, kept, use.weights, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shlex import quote
 from typing import Literal
 
-from nlgmoe.tools.hugging_face.import_checkpoint import check_new_checkpoint
+from nlgmoe.cli.output_files import check_new_checkpoint
 
 
 def upcycle_checkpoint(
@@ -39,14 +39,13 @@ def upcycle_checkpoint(
     Raises:
         ValueError: the checkpoint does not exist or is not dense, or the experts do not fit it.
     """
-    check_new_checkpoint(checkpoint, overwrite)
+    check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.upcycle import upcycle  # these need torch
     from nlgmoe.config import MoEConfig
     from nlgmoe.model.counting import count_parameters
 
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix)
-    check_new_checkpoint(checkpoint, overwrite)  # again: another process may have written it meanwhile
-    done = upcycle(dense, checkpoint, moe, noise, seed)
+    done = upcycle(dense, checkpoint, moe, noise, seed, overwrite)
     before, after = (count_parameters(config) for config in (done.dense_config, done.config))
     print(
         f"{checkpoint}: {before.total:,} parameters of {done.dense} have become {after.total:,}, {after.active:,} for a token"

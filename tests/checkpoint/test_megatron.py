@@ -47,7 +47,7 @@ def logits(checkpoint: Path, tokens: Tensor = TOKENS) -> Tensor:
 
 
 def imported(folder: Path, **options: Any) -> Tensor:
-    import_checkpoint(folder / "theirs", folder / "ours.ckpt", **options)
+    import_checkpoint(folder / "theirs", folder / "ours.ckpt", overwrite=True, **options)
     assert list(find_problems(folder / "ours.ckpt")) == []
     return logits(folder / "ours.ckpt")
 
@@ -114,7 +114,6 @@ def test_since_fpdt_queries_keys_and_values_lie_one_after_the_other(tmp_path: Pa
     expected = theirs(TOKENS)
     same(imported(tmp_path), expected)
     edit(tmp_path / "theirs", lambda state: delattr(state["args"], "ds_sequence_parallel_fpdt"))
-    shutil.rmtree(tmp_path / "ours.ckpt")
     assert (imported(tmp_path) - expected).abs().max() > 0.1
     same(imported(tmp_path, qkv="thirds"), expected)
     edit(tmp_path / "theirs", lambda state: state.update(checkpoint_version=4.0))
@@ -181,7 +180,7 @@ def test_the_command_and_all_that_can_be_done_with_a_checkpoint(
 
     for arguments_, message in {
         (ours, *words): r"error: /.*ours\.ckpt exists already",
-        (str(tmp_path / "b"), *words): r"error: /.*b must end in \.ckpt",
+        (str(tmp_path / "b"), *words): r"error: /.*b does not end in \.ckpt",
         (str(tmp_path / "b.ckpt"), *words, "--vocab-size", "258"): "--vocab-size=258 is below the 259 ids of tokenizer",
     }.items():
         with pytest.raises(SystemExit) as stopped:

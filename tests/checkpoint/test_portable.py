@@ -174,7 +174,7 @@ def test_weights_alone_do_not_replace_the_only_checkpoint_that_can_be_resumed(tm
     with pytest.warns(UserWarning, match="last.ckpt is kept, and not replaced by weights alone"):
         fit(tmp_path, ModelCheckpoint(tmp_path, enable_version_counter=False, **weights_only), steps=7, resume=path)
     with pytest.raises(ValueError, match=r"last\.ckpt is not replaced by weights alone"):  # by prune, upcycle or import
-        write_weights(path, torch.zeros, CONFIG)
+        write_weights(path, torch.zeros, CONFIG, overwrite=True)
     assert "optimizer_groups" in read_document(path)
 
 

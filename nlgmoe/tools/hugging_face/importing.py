@@ -42,12 +42,13 @@ class Imported:
     no_tokenizer: str = ""
 
 
-def import_folder(source: str, checkpoint: str | Path) -> Imported:
-    """Write or replace the checkpoint atomically.
+def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
+    """Write the checkpoint atomically.
 
     Args:
         source: the folder, or the name of a model on the Hugging Face hub, such as `openai-community/gpt2`.
         checkpoint: output folder, `NAME.ckpt`.
+        overwrite: replace an older checkpoint.
 
     Raises:
         ValueError: the folder does not exist or is damaged, or its model is not supported.
@@ -65,7 +66,7 @@ def import_folder(source: str, checkpoint: str | Path) -> Imported:
     else:
         raise ValueError(f"model_type={model_type} of {folder} cannot be imported; supported are {READABLE}")
     tokenizer, missing = _tokenizer(folder, config)
-    write_weights(checkpoint, read, config, tokenizer)
+    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
     return Imported(config, model_type, tokenizer is not None, missing)
 
 

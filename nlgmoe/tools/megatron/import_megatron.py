@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.output_files import check_new_checkpoint
 
 
 def import_megatron(
@@ -16,6 +17,7 @@ def import_megatron(
     data_dir: str = "data/pocket_pile",
     qkv: Literal["auto", "heads", "thirds"] = "auto",
     accept_tanh_gelu: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Convert a Megatron-DeepSpeed checkpoint (dense, MoE or PR-MoE) into a portable one with weights only.
 
@@ -31,18 +33,16 @@ def import_megatron(
         qkv: layout of queries, keys and values in a weight: `heads`, interleaved by head; `thirds`, one after the other; `auto`,
             by the checkpoint's version and arguments. With a wrong layout the loss is that of an untrained model.
         accept_tanh_gelu: accept a model trained with --no-bias-gelu-fusion; its exact GELU becomes the tanh form.
+        overwrite: replace an existing checkpoint.
 
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
     """
+    check_new_checkpoint("output", output, overwrite)
     from nlgmoe.checkpoint.describe import describe
     from nlgmoe.data.tokenizer import load_tokenizer
     from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
 
-    if Path(output).suffix != ".ckpt":
-        raise UsageError(f"output={output} must end in .ckpt")
-    if Path(output).exists():
-        raise UsageError(f"output={output} exists already; name another, or delete it")
     found = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
     if found is not None and vocab_size is None:
         vocab_size = found.vocab_size
@@ -51,5 +51,5 @@ def import_megatron(
             f"vocab_size={vocab_size} is below the {found.vocab_size} ids of tokenizer {found.name}; leave it out"
         )
     text = None if found is None else found.to_json()
-    import_checkpoint(checkpoint, output, vocab_size, text, qkv, accept_tanh_gelu)
+    import_checkpoint(checkpoint, output, vocab_size, text, qkv, accept_tanh_gelu, overwrite)
     print(describe(Path(output)))

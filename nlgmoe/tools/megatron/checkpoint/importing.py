@@ -57,6 +57,7 @@ def import_checkpoint(
     tokenizer: str | None = None,
     qkv: QKV = "auto",
     accept_tanh_gelu: bool = False,
+    overwrite: bool = False,
 ) -> GPTConfig:
     """Write the weights of a Megatron-DeepSpeed checkpoint as a portable one, in fp32; return the model's configuration.
 
@@ -67,6 +68,7 @@ def import_checkpoint(
         tokenizer: for `tokenizer.json`.
         qkv: order of queries, keys and values (`docs/megatron_checkpoints.md`).
         accept_tanh_gelu: take a model with exact GELU, whose logits then differ a little.
+        overwrite: replace an older checkpoint.
 
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
@@ -81,7 +83,7 @@ def import_checkpoint(
         raise ValueError(f"{error} ({dense.file})") from error
     counts = moe_blocks(config)
     weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
-    write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens)
+    write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens, overwrite)
     return config
 
 
