@@ -40,7 +40,7 @@ from nlgmoe.resuming import (
     warn_of_repeated_data,
     was_validated,
 )
-from nlgmoe.run_checks import warn_about_end
+from nlgmoe.run_checks import require_no_stop_iteration, warn_about_end
 
 
 class MoEGPTModule(GPTModule):
@@ -287,7 +287,9 @@ class MoEGPTModule(GPTModule):
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
+            ValueError: an exception has ended the epoch.
         """
+        require_no_stop_iteration(self.trainer)
         self.guard.check_weights(self.trainer.global_step, first_non_finite_weight(self.gpt))
 
     @override

@@ -193,6 +193,23 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
+def require_no_stop_iteration(trainer: Trainer) -> None:
+    """Check, where an epoch ends, that its steps or data have: Lightning takes any StopIteration for the end of the data.
+
+    The next epoch would begin with what the exception has left, and without a batch there would be no end of epochs.
+
+    Raises:
+        ValueError: they have not.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    if not (loop.done or (fetcher.done and loop.batch_progress.current.ready > 0)):
+        raise ValueError(
+            f"after step {trainer.global_step} a callback or the data raised StopIteration, which Lightning takes for the end of "
+            "the data; next(iterator, None) raises none"
+        )
+
+
 def warn_about_end(
     config: GPTConfig,
     curriculum: SequenceCurriculum | None,

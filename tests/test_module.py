@@ -144,6 +144,27 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
     assert trained["train/loss"] and trained["time/step"] and validated["val/loss"]
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_validation_start"])
+def test_a_callback_that_raises_stop_iteration_ends_the_run_with_a_line(hook: str, tmp_path: Path) -> None:
+    """Lightning's loops take it for the end of the data: they began again, without an end or after part of a step."""
+
+    def empty(*_: Any) -> None:
+        next(iter(()))
+
+    run = trainer(tmp_path, LambdaCallback(**{hook: empty}), max_steps=4, limit_val_batches=1.0, val_check_interval=2)
+    with pytest.raises(ValueError, match=r"^after step \d .* raised StopIteration"):
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+
+
+def test_data_that_raise_stop_iteration_for_a_sample_end_the_run_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, texts = _Samples.__getitem__, iter(["text"] * 8)
+    monkeypatch.setattr(_Samples, "__getitem__", lambda self, index: next(texts) and sample(self, index))
+    with pytest.raises(ValueError, match=r"^after step 2 .* raised StopIteration"):
+        trainer(tmp_path, max_steps=4).fit(MoEGPTModule(CONFIG), SyntheticData())
+
+
 def test_checkpoints_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="AsyncCheckpointIO writes checkpoints that no run here resumes"):
         trainer(tmp_path, max_steps=1, plugins=[AsyncCheckpointIO()]).fit(MoEGPTModule(CONFIG), SyntheticData())

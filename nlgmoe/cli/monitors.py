@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.batch import HasTokenByteLengths
@@ -11,6 +11,7 @@ from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.staged_distillation import LOGGED
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.cli.errors import did_you_mean
+from nlgmoe.layers.routers import SigmoidTopK
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError
 
@@ -18,12 +19,13 @@ from nlgmoe.validation import SettingError
 def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
     """Check every callback's `monitor`, once the data are there; warn where the run validates too late for it.
 
-    Where a callback is of neither this package nor Lightning nothing is known: it may log what it likes.
+    Where a callback or the router is of neither this package nor Lightning nothing is known: it may log what it likes.
 
     Raises:
         ValueError: a callback waits for what is never logged.
     """
-    packages = {type(callback).__module__.split(".")[0] for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    parts = [*trainer.callbacks, *filter(None, [module.config.moe and module.config.moe.router])]  # type: ignore[attr-defined]
+    packages = {type(part).__module__.split(".")[0] for part in parts}
     known = type(module) is MoEGPTModule and not packages - {"nlgmoe", "lightning"}
     names = logged_names(trainer, module) if known else set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -48,11 +50,19 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
     names = {"epoch", "step", *(f"train/{name}" for name in ("loss", "lr", "tokens", "grad_norm", "skipped_steps"))}
     if module.config.moe is not None:
         names |= {"train/balance_loss", "train/z_loss"}
+        if isinstance(module.config.moe.router, SigmoidTopK) and module.config.moe.router.sequence_loss_coeff:
+            names.add("train/sequence_balance_loss")
+    if module.curriculum is not None:
+        names.add("train/seq_len")
     if module.distiller is not None:
         names |= set(LOGGED)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ExpertLoad | Throughput):
             names |= callback.logged_names(trainer, module)
+        if isinstance(callback, LearningRateMonitor):
+            names |= callback.lrs.keys()
+            names |= callback.last_momentum_values.keys() if callback.log_momentum else set()
+            names |= callback.last_weight_decay_values.keys() if callback.log_weight_decay else set()
     if trainer.enable_validation:
         data = getattr(trainer, "datamodule", None)
         domains = [f"/{name}" for name in data.domains] if isinstance(data, HasTokenByteLengths) else ["/all"]

@@ -83,7 +83,7 @@ class OneLineParser(ArgumentParser):
         explainer = outermost._explainer  # none if parsed from an object: nothing was written
         raise UsageError(explainer.explain(message) if explainer else one_line(message)) from ex
 
-    def construct(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
+    def construct(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Make an object of a configuration, and keep what its constructor raises.
 
         To be registered with `add_instantiator`: of a value that may have several types jsonargparse reports every attempt
