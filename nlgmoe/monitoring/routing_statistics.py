@@ -89,9 +89,12 @@ def routing_statistics(sums: RoutingSums, learned_mix: bool, gated: bool = True)
         sums: sums over an interval.
         learned_mix: the layer learns the weights of experts and shared MLP.
         gated: the router has a gate; else the statistics of `GATE` are omitted.
+
+    Returns:
+        The statistics; all are NaN without a token, as in an interval of skipped steps.
     """
-    requests, tokens = sums.requests, max(1.0, sums.tokens)
-    experts, assignments = len(requests), max(1.0, requests.sum())
+    requests, tokens = sums.requests, sums.tokens or math.nan
+    experts, assignments = len(requests), max(1.0, requests.sum()) if sums.tokens else math.nan
     load = requests * experts / assignments  # [E], 1 is the fair share
     percentiles = np.percentile(load, PERCENTILES)
     statistics = {

@@ -20,7 +20,7 @@ from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.heat_map import ROW, WIDTH, heat_map
 from nlgmoe.monitoring.loggers import RunCSVLogger, log_image, run_folder_loggers, with_run_csv
-from nlgmoe.monitoring.routing_statistics import RoutingSums, routing_statistics, routing_sums
+from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.non_finite import NonFinite
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
@@ -67,6 +67,8 @@ def test_statistics_by_hand() -> None:
         rel=1e-5,
     )
     assert "expert_share" not in routing_statistics(sums, learned_mix=False)
+    none = routing_statistics(RoutingSums.from_vector([0.0] * (4 + len(SUMS))), learned_mix=True)
+    assert all(map(math.isnan, none.values()))  # an interval of skipped steps: nothing was dropped, nothing balanced
 
 
 class Routings(Callback):
@@ -298,6 +300,17 @@ def test_a_callback_of_the_configuration_replaces_the_default_one() -> None:
     (one,) = [callback for callback in run.trainer.callbacks if isinstance(callback, ExpertLoad)]
     assert one.dead_window == 7
     assert sum(isinstance(callback, Throughput) for callback in run.trainer.callbacks) == 1
+
+
+class TakesAnyName(Callback):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+def test_a_setting_of_a_class_may_have_any_name() -> None:
+    named = [{"class_path": f"{__name__}.TakesAnyName", "init_args": {"kind": "own"}}]
+    run = load_config(LAPTOP, trainer__callbacks=named)
+    assert [one.kind for one in run.trainer.callbacks if isinstance(one, TakesAnyName)] == ["own"]
 
 
 def test_impossible_settings_are_refused_by_name() -> None:
