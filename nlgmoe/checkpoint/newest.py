@@ -58,13 +58,13 @@ def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
         return Path(path)
     skipped = []
     candidates = _broadcast_candidates(Path(path), to_train)
-    for candidate in candidates:
+    for index, candidate in enumerate(candidates):
         found = gather_problems(candidate.path)
         if not found and to_train and not candidate.resumable:
             found = [f"{candidate.path} holds weights only"]
         if not found:
             rank_zero_info(f"newest checkpoint: {candidate.path}, step {candidate.step}")
-            last = max(candidates, key=lambda one: one.step)
+            last = max(candidates[index:], key=lambda one: one.step)  # those before cannot be used
             if last.step > candidate.step:
                 rank_zero_warn(
                     f"{last.path} is of step {last.step}, but the run went back since; give its path to use it"

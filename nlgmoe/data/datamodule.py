@@ -27,6 +27,7 @@ from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
 from nlgmoe.validation import SettingError
 
+EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change what `val/loss` is of
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
 
 
@@ -231,6 +232,7 @@ class PileDataModule(TextFacts, LightningDataModule):
             "corpus": self.corpus_description,
             "validation": self._validation_fingerprint,
             "validated_windows": self._validated_windows(),
+            **{name: getattr(self, name) for name in EVALUATION_MASKS},
         }
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
@@ -258,7 +260,9 @@ class PileDataModule(TextFacts, LightningDataModule):
             )
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         before, now = state_dict.get("validated_windows"), self._validated_windows() if fits else None
-        change = None
+        masks = {name: (state_dict.get(name, getattr(self, name)), getattr(self, name)) for name in EVALUATION_MASKS}
+        masked = [f"data.{name} was {old}, and is {new}" for name, (old, new) in masks.items() if old != new]
+        change = " and ".join(masked) or None
         if state_dict.get("validation") not in (None, self._validation_fingerprint):
             change = "the validation text, or data.max_eval_windows, is not that of the checkpoint's run"
         elif before and now and before != now:

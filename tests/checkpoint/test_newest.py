@@ -226,6 +226,11 @@ def test_the_last_one_saved_is_the_newest_though_the_clock_was_set_back(
     monkeypatch.setattr(newest, "gather_problems", lambda path: [])
     with pytest.warns(UserWarning, match=r"step-9.ckpt is of step 9, but the run went back since"):
         assert choose_checkpoint(tmp_path) == tmp_path / "0/step-6.ckpt"
+    monkeypatch.setattr(newest, "gather_problems", lambda path: ["damaged"] if Path(path).name != "step-5.ckpt" else [])
+    os.rename(tmp_path / "1/step-9.ckpt", tmp_path / "step-9.lost")
+    with pytest.warns(UserWarning, match="skipping") as seen:
+        assert choose_checkpoint(tmp_path) == tmp_path / "1/step-5.ckpt"
+    assert not any("went back" in str(one.message) for one in seen)  # the later one is damaged
 
 
 def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

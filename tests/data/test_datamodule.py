@@ -173,6 +173,8 @@ def test_other_validation_text_is_warned_of_when_a_run_goes_on(
         resume(TrainerFn.VALIDATING, max_eval_windows=3)
     with pytest.warns(UserWarning, match="the validation text, or data.max_eval_windows, is not that"):
         resume(max_eval_windows=3)
+    with pytest.warns(UserWarning, match="^data.mask_eod_loss was False, and is True: val/loss and the best scores"):
+        resume(max_eval_windows=2, mask_eod_loss=True)
     tokens = Streams.evaluation_tokens
     monkeypatch.setattr(Streams, "evaluation_tokens", lambda self, split: [t[::-1] for t in tokens(self, split) or []])
     with pytest.warns(UserWarning, match="the validation text"):
