@@ -66,6 +66,7 @@ class GPTModule(LightningModule):
         self.compiles = compile
         self.loss_chunk_size = loss_chunk_size
         self.warm_start = warm_start
+        self.started_from: str | None = None  # the checkpoint of the warm start
         self.curriculum = curriculum
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
@@ -104,6 +105,7 @@ class GPTModule(LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         tokenizer = data.tokenizer_json() if isinstance(data, HasTokenizer) else None
         loaded = load_initial_weights(model, start, tokenizer=tokenizer)
+        self.started_from = str(loaded.path)
         changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
         rank_zero_info(loaded.report + (f"\n  model.config was another: {', '.join(changed)}" if changed else ""))
 

@@ -322,6 +322,8 @@ class MoEGPTModule(GPTModule):
             "seed": self.seed,
             "monitored": monitored(self.trainer),
         }
+        if self.started_from is not None:
+            checkpoint["started_from"] = self.started_from
         if "optimizer_states" in checkpoint:
             self.saved_step = checkpoint["global_step"]
         data = getattr(self.trainer, "datamodule", None)
@@ -351,6 +353,7 @@ class MoEGPTModule(GPTModule):
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_state(checkpoint, self.trainer)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
+        self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             self.saved_step = checkpoint["global_step"]

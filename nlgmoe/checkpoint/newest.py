@@ -16,6 +16,7 @@ from nlgmoe.checkpoint.folder import read_document, walk_folder
 from nlgmoe.checkpoint.verify import gather_problems
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.files import require_regular
+from nlgmoe.validation import SettingError, require
 
 _last_timestamp = ""  # of the last checkpoint that this process saved, in any folder
 
@@ -51,6 +52,7 @@ def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
 
     Raises:
         AllRanksError: there is no valid checkpoint.
+        SettingError: there is none at all.
     """
     if is_checkpoint(path):
         if distributed.is_initialized() and (found := gather_problems(path)):
@@ -76,7 +78,7 @@ def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
     if (Path(path) / "config.json").exists() and not skipped:  # as `nlgmoe export` writes
         remedy = "it is a folder for transformers; make a checkpoint of it with nlgmoe import"
     why = f" ({skipped[0]}{f'; and {len(skipped) - 1} more' if len(skipped) > 1 else ''})" if skipped else ""
-    raise AllRanksError(f"no valid checkpoint in {path}{why}; {remedy}")
+    raise (AllRanksError if skipped else SettingError)(f"no valid checkpoint in {path}{why}; {remedy}")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -89,7 +91,12 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Return True if `path` names one checkpoint, False if it is a folder of them."""
+    """Return True if `path` names one checkpoint, False if it is a folder of them.
+
+    Raises:
+        SettingError: it is empty, as an unset variable of a shell is; it would be the working directory.
+    """
+    require(str(path) != "", "the name of a checkpoint or run folder is empty; give one")
     path = Path(path)
     return path.suffix == ".ckpt" or (path / "checkpoint.json").exists() or not path.is_dir()
 

@@ -107,6 +107,6 @@ def prune(
         value = files.read(name)
         return value[of_block[layer]] if name.startswith(f"{layer}.router.") else value
 
-    trained = document["global_step"], document["tokens_seen"]
-    write_weights(checkpoint, read, config, read_tokenizer(source), *trained, overwrite)
+    trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
+    write_weights(checkpoint, read, config, read_tokenizer(source), *trained, overwrite, start)
     return config

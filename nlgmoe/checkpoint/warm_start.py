@@ -31,6 +31,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.validation import SettingError
 
 _BLOCK = re.compile(r"blocks\.(?P<block>\d+)\.(?P<rest>.*)")
 
@@ -61,10 +62,12 @@ class WarmStartResult:
     Attributes:
         model_config: the model configuration of the checkpoint.
         report: how many values were loaded, and one line for each difference.
+        path: the checkpoint.
     """
 
     model_config: dict[str, Any]
     report: str
+    path: Path
 
 
 @torch.no_grad()
@@ -119,7 +122,7 @@ def load_initial_weights(
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     more = "; differences:" if different else ""
     lines = [f"the weights are those of {path}{blocks}: loaded {loaded:,} of {total:,} values{more}"]
-    return WarmStartResult(model_config, "\n  ".join(lines + format_differences(different)))
+    return WarmStartResult(model_config, "\n  ".join(lines + format_differences(different)), path)
 
 
 def _has_same_ids(data: str, checkpoint: str | None) -> bool:
@@ -137,19 +140,19 @@ def check_layers(layers: list[int], checkpoint: GPTConfig, model: GPTConfig, pat
     """
     setting = f"model.warm_start.layers={layers}"
     if len(layers) != model.num_layers:
-        raise ValueError(
+        raise SettingError(
             f"{setting} has {len(layers)} blocks, the model has {model.num_layers}; name one of {path} for each, or use null"
         )
     counts = experts_per_layer(checkpoint)
     for block, (layer, experts) in enumerate(zip(layers, experts_per_layer(model), strict=True)):
         if not 0 <= layer < checkpoint.num_layers:
-            raise ValueError(
+            raise SettingError(
                 f"{setting}: there is no block {layer} in {path}; its blocks are 0 to {checkpoint.num_layers - 1}"
             )
         if counts[layer] != experts:
             same_kind = ", ".join(str(other) for other, count in enumerate(counts) if count == experts)
             remedy = f"use one of {same_kind}" if same_kind else "no block of it is; change model.config.moe"
-            raise ValueError(
+            raise SettingError(
                 f"{setting}: block {block} of the model is {_kind(experts)}, block {layer} of {path} {_kind(counts[layer])}; "
                 f"{remedy}"
             )

@@ -28,6 +28,7 @@ def write_weights(
     global_step: int = 0,
     tokens_seen: int = 0,
     overwrite: bool = False,
+    started_from: str | None = None,
 ) -> None:
     """Write the folder `path`, file by file; it has its name once it is complete.
 
@@ -40,6 +41,7 @@ def write_weights(
         global_step: optimizer steps that the weights were trained for.
         tokens_seen: tokens that the weights were trained on.
         overwrite: replace an older one.
+        started_from: the checkpoint that this training started from; None: random weights.
 
     Raises:
         ValueError: the folder exists and `overwrite` is false, it cannot be written, or `read` raised.
@@ -62,7 +64,8 @@ def write_weights(
             "step_samples": None,
             "non_finite": {"skipped": 0, "in_a_row": 0},
             "seed": 0,
-        },
+        }
+        | ({} if started_from is None else {"started_from": started_from}),
         path.parent,
     )
     with writing.new_folder(path) as temporary:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from docstring_parser import parse as parse_docstring
 from typing_extensions import override
 
-from nlgmoe.cli.errors import Failures
+from nlgmoe.cli.errors import Failures, UsageError
 from nlgmoe.cli.parser import OneLineParser
 
 
@@ -48,10 +48,18 @@ class CommandParser(OneLineParser):
 
     @override
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse, with dashes inside an option's name taken for underscores."""
+        """Parse, with dashes inside an option's name taken for underscores.
+
+        Raises:
+            UsageError: a value is empty, as an unset variable of a shell is: a path would be the working directory.
+        """
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         options = [word.partition("=") for word in words[:end]]
+        for before, (word, equals, value) in zip(["", *words], options, strict=False):
+            name = word if equals else before if before.startswith("--") else "an argument"
+            if (value if equals else word) == "" and name != "--prompt":
+                raise UsageError(f"{name} is empty; give a value, or leave it out")
         return super().parse_args(
             [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
             + [f"--flags={word}" for word in words[end + 1 :]],

@@ -17,7 +17,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # of `meta` there are no values
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise UsageError(f"device={device} cannot be used here ({reason}); set it to cpu") from error

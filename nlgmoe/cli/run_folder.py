@@ -184,7 +184,7 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
     )
 
 
-def require_checkpoint(path: Path) -> None:
+def require_checkpoint(path: str | Path) -> None:
     """Check that there is a checkpoint at `ckpt_path`; reading it verifies it.
 
     Raises:
@@ -192,7 +192,7 @@ def require_checkpoint(path: Path) -> None:
     """
     if is_checkpoint(path):
         read_document(path)
-    elif not has_checkpoints(path):
+    elif not has_checkpoints(Path(path)):
         raise SettingError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
 
 

@@ -234,7 +234,7 @@ class TrainCLI(LightningCLI):
         if arguments.get("ckpt_path") is not None:
             self.model.warm_start = None
         elif self.model.warm_start is not None:
-            require_checkpoint(Path(self.model.warm_start.checkpoint))
+            require_checkpoint(self.model.warm_start.checkpoint)
         return arguments
 
     @override

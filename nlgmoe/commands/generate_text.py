@@ -166,7 +166,7 @@ def _read_prompts(path: str) -> list[str]:
             continue
         try:
             record = json_format.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UsageError(

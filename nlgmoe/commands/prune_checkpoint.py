@@ -13,6 +13,7 @@ from nlgmoe.cli.model_options import import_allowed
 from nlgmoe.cli.output_files import check_new_checkpoint
 
 if TYPE_CHECKING:
+    from nlgmoe.config import GPTConfig
     from nlgmoe.eval.loaded_model import LoadedModel
 
 BATCH = 8  # sequences of `text` at a time
@@ -75,12 +76,27 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
+    config, more = _settings_to_train_on(Path(run), before)
     print(
         "to train it on, with the whole model as teacher: python train.py fit --config "
-        f"{quote(str(run_config(Path(run)) or 'CONFIG'))} --model.config.moe.num_experts '{list(num_experts)}' "
+        f"{config} --model.config.moe.num_experts '{list(num_experts)}' "
         f"--model.warm_start.checkpoint {quote(checkpoint)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {quote(str(loaded.path))} --trainer.default_root_dir RUN"
+        f"--model.distiller.init_args.teacher {quote(str(loaded.path))}{more} --trainer.default_root_dir RUN"
     )
+
+
+def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
+    """Return the run's configuration, if it describes the model, and the options that undo what is of the model's own start."""
+    from nlgmoe.config import GPTConfig
+    from nlgmoe.experiment import parse_with_defaults
+
+    if (file := run_config(run)) is None:
+        return "CONFIG", ""
+    settings = parse_with_defaults(file)[0]["model"]
+    if GPTConfig.from_dict(settings["config"]) != model:  # such as an upcycled one in its dense model's run
+        return "CONFIG", ""
+    mapped = (settings["warm_start"] or {}).get("layers") is not None
+    return quote(str(file)), " --model.warm_start.layers null" if mapped else ""
 
 
 def _run_batches(run: str, windows: int) -> Any:

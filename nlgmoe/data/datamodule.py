@@ -25,7 +25,7 @@ from nlgmoe.data.text_facts import TextFacts
 from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change what `val/loss` is of
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
@@ -95,6 +95,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         check_processes("num_workers", num_workers)
         if batch_ramp_up is not None:
             check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
+        require(str(data_dir) != "", "data.data_dir is empty; give a folder")
         self.data_dir = Path(data_dir)
         self.corpus = corpus or PocketPile()
         self.micro_batch_size = micro_batch_size

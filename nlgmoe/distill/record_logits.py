@@ -42,6 +42,7 @@ from nlgmoe.distill.teacher_logits import (
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.first_non_finite import require_finite_logits
+from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
 RECORD_SECONDS = 30.0  # between two writes of the progress, which is what a killed process loses
@@ -86,7 +87,7 @@ def record_logits(
     work = building(folder)
     if folder.exists():
         if not (folder / HEADER).exists():
-            raise ValueError(f"output={folder} exists already, and holds no teacher's logits; name another output")
+            raise SettingError(f"output={folder} exists already, and holds no teacher's logits; name another output")
         header = TeacherLogits(folder).header
         _check_same(header, settings, folder)
         shutil.rmtree(work, ignore_errors=True)  # an earlier process was killed before it removed it
@@ -174,7 +175,7 @@ def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) 
         one | one["data"] | {"teacher": one["teacher"]["weights"], "data": None} for one in (earlier, settings)
     )
     if changes := differing(there, here, earlier.get("corpus"), settings.get("corpus", {})):
-        raise ValueError(
+        raise SettingError(
             f"{where} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )
 

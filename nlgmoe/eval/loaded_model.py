@@ -15,6 +15,7 @@ from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import SettingError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def load_pretrained(
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
     found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
     if found is None:
-        raise ValueError(f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with")
+        raise SettingError(
+            f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
+        )
     return LoadedModel(path, load_model(path).to(device, PRECISIONS.get(precision or "")), found, document)
 
 
@@ -74,11 +77,11 @@ def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> 
     if found is None:
         return None
     if given is not None and not given.has_same_ids(found):
-        raise ValueError(
+        raise SettingError(
             f"tokenizer={given.name} differs from the tokenizer that {path} was trained with; leave it out"
         )
     if found.vocab_size > config.vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"tokenizer={found.name} has {found.vocab_size} ids, the model {config.vocab_size}; set it to the tokenizer that the "
             "model was trained with"
         )

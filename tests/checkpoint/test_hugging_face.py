@@ -24,6 +24,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM
 
@@ -406,14 +407,15 @@ def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoin
     run = tmp_path / "run"
     shutil.copytree(checkpoints["moe"], run / "checkpoints/last.ckpt")
     tokens = json.loads((checkpoints["moe"] / "checkpoint.json").read_text())["tokens_seen"]
+    size = count_parameters(load_model(checkpoints["moe"]).config).total
 
-    def card(tokens: int) -> str:
-        summary = {"tokens": tokens, "val_loss": 3.14159, "bits_per_byte": {"all": 2.5, "code": 1.5, "own": None}}
-        (run / "summary.json").write_text(json.dumps(summary))
-        main(["export", str(run), str(tmp_path / f"exported-{tokens}")])
-        return (tmp_path / f"exported-{tokens}/README.md").read_text()
+    def card(tokens: int, size: int) -> str:
+        summary = {"val_loss": 3.14159, "bits_per_byte": {"all": 2.5, "code": 1.5, "own": None}}
+        (run / "summary.json").write_text(json.dumps(summary | {"tokens": tokens, "params_total": size}))
+        main(["export", str(run), str(tmp_path / f"exported-{tokens}-{size}")])
+        return (tmp_path / f"exported-{tokens}-{size}/README.md").read_text()
 
-    own, other = card(tokens), card(tokens + 1)
+    own, other, pruned = card(tokens, size), card(tokens + 1, size), card(tokens, size + 1)
     assert "| last validation of its run | 3.142 nats per token |\n| bits per byte of validation text | 2.50 |" in own
     assert "| bits per byte, code | 1.50 |" in own and "own" not in own.partition("---")[2].partition("The model's")[0]
-    assert "validation" not in other
+    assert "validation" not in other and "validation" not in pruned

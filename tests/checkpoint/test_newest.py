@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nlgmoe.checkpoint import newest, portable, writing
 from nlgmoe.checkpoint.folder import is_complete, is_of_run, read_document
-from nlgmoe.checkpoint.newest import choose_checkpoint, has_checkpoints, list_checkpoints
+from nlgmoe.checkpoint.newest import choose_checkpoint, find_checkpoint, has_checkpoints, list_checkpoints
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.validation import SettingError
 from tests.checkpoint.runs import ACCUMULATE, NEEDED, SaveAt, fit
 from tests.test_module import Recorder
 
@@ -61,6 +62,13 @@ def killed_at(moment: int, action: Callable[[], None]) -> bool:
         action()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "other.ckpt", 0.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match="the name of a checkpoint or run folder is empty"):
+        find_checkpoint("")
 
 
 @pytest.mark.parametrize("before", ["nothing", "a folder", "a link"])

@@ -146,6 +146,37 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     assert "no config.yaml; give --text FILE" in error_of(capsys, "prune", *alone)
 
 
+def test_the_command_to_go_on_with_is_for_the_model_that_was_pruned(
+    pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that started by a map of blocks, and an upcycled checkpoint in its dense model's run."""
+
+    def fit(name: str, *settings: str) -> Path:
+        config, run = str(ROOT / "configs/moe/laptop.yaml"), tmp_path / name
+        quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}", "--model.train_tokens=256"]
+        train(["fit", "--config", config, *TINY, *quiet, f"--trainer.default_root_dir={run}", *settings])
+        return run
+
+    def command(pruned: Path, name: str, numbers: str) -> list[str]:
+        text = f"--text={tmp_path / 'text.txt'}"
+        capsys.readouterr()
+        main(["prune", str(pruned), str(tmp_path / name), f"--num-experts={numbers}", text])
+        return shlex.split(capsys.readouterr().out.rstrip().splitlines()[-1].partition("python train.py ")[2])
+
+    (tmp_path / "text.txt").write_text("It was the best of times. " * 200)
+    teacher = fit("teacher", "--model.config.num_layers=4", "--model.config.moe.num_experts=[4, 4]")
+    start = (
+        f"--model.warm_start.checkpoint={teacher}",
+        "--model.warm_start.layers=[0, 3]",
+        "--model.config.moe.num_experts=[4]",
+    )
+    train([*command(fit("mapped", *start), "a.ckpt", "[2]")[:-1], str(tmp_path / "healed"), "--trainer.max_steps=2"])
+    assert load_pretrained(tmp_path / "healed").model.config.moe.num_experts == [2]
+    dense = fit("dense", "--model.config.moe=null")
+    main(["upcycle", str(dense), str(dense / "moe.ckpt"), "--num-experts=4", "--expert-interval=1"])
+    assert command(dense / "moe.ckpt", "b.ckpt", "[2, 2]")[:3] == ["fit", "--config", "CONFIG"]
+
+
 def test_a_checkpoint_that_appears_while_use_is_measured_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

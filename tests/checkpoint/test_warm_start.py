@@ -10,14 +10,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nlgmoe.checkpoint.describe import describe
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.layout import Entry, describe_differences
+from nlgmoe.checkpoint.prune import prune
 from nlgmoe.checkpoint.warm_start import WarmStart, format_differences, load_initial_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
 from tests.test_module import Recorder, run_validation, trainer
 
@@ -55,6 +58,20 @@ def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tm
     by_hand.gpt.load_state_dict(warm_weights(start))
     trainer(tmp_path, first, max_steps=2).fit(by_hand, SyntheticData())
     assert recorder.losses == first.losses  # the same optimizer, data and noise as a new run with these weights
+
+
+def test_a_checkpoint_says_from_which_weights_its_training_started(trained: Path, tmp_path: Path) -> None:
+    source, path = trained / "whole.ckpt", tmp_path / "warm.ckpt"
+    for start, steps, resumed in ((WarmStart(str(source)), 2, None), (None, 4, path)):
+        run = trainer(tmp_path, max_steps=steps)
+        run.fit(module(start), SyntheticData(), ckpt_path=resumed)
+        run.save_checkpoint(path)
+        assert f"{steps * 4 * 16} tokens, from the weights of {source}\n" in describe(path)
+    prune(path, tmp_path / "small.ckpt", [1, 1], [[0], [0]])
+    for name in ("warm.ckpt", "small.ckpt"):
+        export(tmp_path / name, tmp_path / "exported", overwrite=True)
+        assert f"256 tokens, 4 steps, from the weights of {source} |" in (tmp_path / "exported/README.md").read_text()
+    assert "from the weights" not in describe(source)
 
 
 def test_a_tensor_of_another_shape_with_as_many_values_is_not_loaded(trained: Path) -> None:

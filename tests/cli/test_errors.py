@@ -434,6 +434,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "epochs to take at least": (flag("--trainer.min_epochs=1"), "trainer.min_epochs=1 keeps a run going"),
     "no run folder": (file("trainer: {default_root_dir: null}"), "trainer.default_root_dir=null names no folder"),
     "empty run folder": (file("trainer: {default_root_dir: ''}"), "trainer.default_root_dir= names no folder"),
+    "empty data folder": (flag("--data.data_dir="), "data.data_dir is empty; give a folder"),
     "empty checkpoint": (flag("--ckpt_path="), "ckpt_path= names no checkpoint; give its path"),
     "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),
     "no steps": (flag("--trainer.max_steps=0"), "trainer.max_steps=0 trains nothing; raise it, or leave it out"),
@@ -920,6 +921,9 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         2,
         "configs/quickstart.yaml exists already; name another folder",
     ),
+    "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),
+    "empty folder": (["export", "x", "", "--overwrite"], 2, "an argument is empty"),
+    "empty teacher": (["student", "x", "--num-layers=3", "--teacher="], 2, "--teacher is empty"),
     "no output": (["prepare-data", "--input=x"], 2, "missing setting output; --input and --output go together"),
     "no such input": (
         ["prepare-data", "--input=x/*.jsonl", "--output=y"],

@@ -119,7 +119,12 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompts", "TMP/empty.jsonl"), 2, "has no prompt"),
         (("CKPT", "--prompts", "TMP/latin.jsonl"), 2, "is not UTF-8"),
         (("CKPT", "--prompt=a", "--prompt=\udce9"), 2, "prompt 2 is no text"),
-        (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
+        (("CKPT", "--prompts", "TMP/deep.jsonl"), 2, 'deep.jsonl, line 1 is no JSON object with a text "prompt"'),
+        (("CKPT", "--prompt=a", "--device=meta"), 2, "--device=meta cannot be used"),
+        (("CKPT", "--prompt=a", "--tokenizer="), 2, "--tokenizer is empty; give a value, or leave it out"),
+        (("", "--prompt=a"), 2, "an argument is empty"),
+        (("TMP/nothing", "--prompt=a"), 2, "no valid checkpoint"),
+        (("TMP/damaged", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT", "--promt=a"), 2, "did you mean prompt"),
         (("CKPT",), 2, "give a text with --prompt"),
     ],
@@ -130,6 +135,9 @@ def test_mistakes_end_with_one_line(
 ) -> None:  # fmt: skip
     (tmp_path / "text.jsonl").write_text('{"prompt": "a"}\nthe king\n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "deep.jsonl").write_text('{"prompt": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (tmp_path / "damaged/last.ckpt").mkdir(parents=True)
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)

@@ -25,6 +25,7 @@ from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from nlgmoe.tools.lm_eval.paper import results_table
 from nlgmoe.tools.lm_eval.tasks import Tasks
 from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge_results, metrics
+from nlgmoe.validation import SettingError
 from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
 
 PIQA = [{"goal": text(n, 3), "sol1": text(n, 4), "sol2": text(n + 1, 5), "label": int(n > 1)} for n in range(6)]
@@ -82,6 +83,16 @@ def test_a_task_that_keeps_0_examples_is_named(tmp_path: Path) -> None:
     (folder / "tiny_word.yaml").write_text((folder / "tiny_word.yaml").read_text() + "num_fewshot: 0\n")
     with pytest.warns(UserWarning, match="num_fewshot=1 does not count for task tiny_word: its YAML sets 0 examples"):
         Tasks(["tiny_word"], include_path=folder, num_fewshot=1).load("tiny_word")
+
+
+def test_more_examples_than_documents_are_refused(lm: EvaluatedGPT, tmp_path: Path) -> None:
+    """A document is no example for itself."""
+    folder = write_tasks(tmp_path)
+    (folder / "tiny_word.yaml").write_text((folder / "tiny_word.yaml").read_text() + "fewshot_split: test\n")
+    there = len(Tasks(["tiny_word"], include_path=folder).load("tiny_word")["tasks"]["tiny_word"].eval_docs) - 1
+    evaluate_task(lm, Tasks(["tiny_word"], include_path=folder, num_fewshot=there), "tiny_word")
+    with pytest.raises(SettingError, match=f"task tiny_word has documents for {there} examples; lower it"):
+        Tasks(["tiny_word"], include_path=folder, num_fewshot=there + 1).load("tiny_word")
 
 
 def test_a_local_file_counts_for_groups_and_tags_and_is_read_anew(tmp_path: Path) -> None:

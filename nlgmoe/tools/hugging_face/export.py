@@ -43,6 +43,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
 from nlgmoe.files import sha256_of
+from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
@@ -142,10 +143,14 @@ def export(
 
 
 def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read."""
+    """Return `summary.json` of the run that ended with this checkpoint; empty if it is another's, or cannot be read.
+
+    A pruned checkpoint in the run's folder is of as many tokens, but another model.
+    """
+    size = count_parameters(GPTConfig.from_dict(document["model_config"])).total
     try:
         summary = json.loads((checkpoint.parents[1] / "summary.json").read_text(encoding="utf-8"))
-        return summary if summary["tokens"] == document["tokens_seen"] else {}
+        return summary if (summary["tokens"], summary["params_total"]) == (document["tokens_seen"], size) else {}
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return {}
 

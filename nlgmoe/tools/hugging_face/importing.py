@@ -20,6 +20,7 @@ from nlgmoe.files import sha256_of
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS, SHA256
 from nlgmoe.tools.hugging_face.export import PREFIX
 from nlgmoe.tools.hugging_face.gpt2 import gpt2_config, gpt2_weights
+from nlgmoe.validation import SettingError
 
 READABLE = "nlgmoe (what `nlgmoe export` writes) and gpt2"
 _NEEDED = ["*.json", "*.safetensors", "merges.txt"]
@@ -64,7 +65,7 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
         config = gpt2_config(values, folder)
         read = gpt2_weights(folder, config)
     else:
-        raise ValueError(f"model_type={model_type} of {folder} cannot be imported; supported are {READABLE}")
+        raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {READABLE}")
     tokenizer, missing = _tokenizer(folder, config)
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
     return Imported(config, model_type, tokenizer is not None, missing)
@@ -80,14 +81,14 @@ def _local(source: str) -> Path:
             snapshot_download(source, allow_patterns="*.bin")
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
+        raise (SettingError if isinstance(error, HFValidationError) else ValueError)(
             f"{source} is neither a folder nor a model that the Hugging Face hub provides ({error}); name another source"
         ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ValueError(f"{file.parent} has no {file.name}; name a folder of Hugging Face's format")
+        raise SettingError(f"{file.parent} has no {file.name}; name a folder of Hugging Face's format")
     return read_json(file, "export the model again")
 
 

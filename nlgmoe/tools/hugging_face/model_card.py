@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nlgmoe.checkpoint.describe import describe_start
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import experts_per_layer
@@ -66,7 +67,8 @@ def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], wit
         rows["experts per block (0: dense)"] = ", ".join(map(str, experts_per_layer(config)))
         rows["experts per token"] = f"{moe.top_k}{residual}"
     if document["tokens_seen"]:
-        rows["trained on"] = f"{document['tokens_seen']:,} tokens, {document['global_step']:,} steps"
+        clock = f"{document['tokens_seen']:,} tokens, {document['global_step']:,} steps"
+        rows["trained on"] = f"{clock}{describe_start(document)}"
     if summary.get("val_loss") is not None:
         rows["last validation of its run"] = f"{summary['val_loss']:.3f} nats per token"
     measured = {name: bits for name, bits in summary.get("bits_per_byte", {}).items() if bits is not None}

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.files import sha256_of
 from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager, load_yaml
 from nlgmoe.tools.lm_eval.lockstep import describe
+from nlgmoe.validation import require
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 HUB_TIMEOUT = 5.0  # seconds
@@ -102,6 +103,7 @@ class Tasks:
         for each, task in loaded["tasks"].items():
             given = task.get_config("num_fewshot")
             if self.num_fewshot is not None and given != 0:
+                _check_examples(each, task, self.num_fewshot)
                 task.set_config(key="num_fewshot", value=self.num_fewshot)
             elif given is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -110,6 +112,13 @@ class Tasks:
                     f"num_fewshot={self.num_fewshot} does not count for task {each}: its YAML sets 0 examples"
                 )
         return loaded
+
+
+def _check_examples(name: str, task: Any, wanted: int) -> None:
+    """Check that a task has documents for `wanted` examples, beside the document that is evaluated."""
+    itself = task.fewshot_cfg.split == task.config.test_split
+    there = max(len(task.sampler.df) - itself, 0) if hasattr(task, "sampler") else 0
+    require(wanted <= there, f"num_fewshot={wanted}: task {name} has documents for {there} examples; lower it")
 
 
 def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:

@@ -31,6 +31,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, FileOffset
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
+from nlgmoe.validation import SettingError
 
 CHUNK_BYTES = 1 << 18  # of text, tokenised together: a tokenizer holds a hundred times as much for a moment
 QUEUED = 3  # chunks per thread that are read ahead
@@ -135,7 +136,7 @@ def _check_new(prefix: Path) -> None:
     moved = (parts / "idx").exists() and not (parts / "bin").exists()
     for kind in ("idx",) if moved else ("idx", "bin"):
         if Path(f"{prefix}.{kind}").exists():
-            raise ValueError(f"output={prefix}: {prefix}.{kind} exists already; name another output, or delete it")
+            raise SettingError(f"output={prefix}: {prefix}.{kind} exists already; name another output, or delete it")
 
 
 def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, dict[str, int] | None]:
