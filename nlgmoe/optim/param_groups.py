@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,11 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because other
     ranks share their gradients and states than those of dense parameters.
     """
-    groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {("", True): [], ("", False): []}
+    groups = defaultdict[tuple[str, bool], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
-            groups.setdefault(key, []).append((name, parameter))
+            groups[key].append((name, parameter))
     optimizer = torch.optim.AdamW(
         [
             # DeepSpeed looks up the ranks of a group of experts by its name.
