@@ -20,10 +20,11 @@ def describe(path: Path) -> str:
     for file, contents in sorted(files.items()):
         by_kind.setdefault(kind_of(file), {}).update(contents)
     size = sum(file.stat().st_size for file in path.iterdir())
+    start = f", from the weights of {document['started_from']}" if "started_from" in document else ""
     lines = [
         f"{path}",
         f"saved      {document['saved_at'][:19].replace('T', ' ')} UTC by nlgmoe {saved_by['nlgmoe']}, torch {saved_by['torch']}",
-        f"position   step {document['global_step']:,}, {document['tokens_seen']:,} tokens{describe_start(document)}",
+        f"position   step {document['global_step']:,}, {document['tokens_seen']:,} tokens{start}",
         *(f"{kind:<10} {_count_values(contents)}" for kind, contents in by_kind.items()),
         *_describe_model(document["model_config"]),
         f"tokenizer  {'included' if TOKENIZER in manifest else 'not included: commands need --tokenizer'}",
@@ -31,11 +32,6 @@ def describe(path: Path) -> str:
         f"valid      {sum(map(len, files.values())):,} tensors in {len(files)} files, {size / 1e6:,.1f} MB",
     ]
     return "\n".join(lines)
-
-
-def describe_start(document: dict[str, Any]) -> str:
-    """Say which weights training started from, as the end of a line with its tokens; nothing for random ones."""
-    return f", from the weights of {document['started_from']}" if "started_from" in document else ""
 
 
 def _count_values(contents: Contents) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from nlgmoe.checkpoint.describe import describe_start
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.pyramid import experts_per_layer
@@ -68,7 +68,9 @@ def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], wit
         rows["experts per token"] = f"{moe.top_k}{residual}"
     if document["tokens_seen"]:
         clock = f"{document['tokens_seen']:,} tokens, {document['global_step']:,} steps"
-        rows["trained on"] = f"{clock}{describe_start(document)}"
+        # A card is published: of the path to the checkpoint it has the run's folder alone.
+        start = "/".join(Path(document.get("started_from", "")).parts[-3:])
+        rows["trained on"] = f"{clock}, from the weights of {start}" if start else clock
     if summary.get("val_loss") is not None:
         rows["last validation of its run"] = f"{summary['val_loss']:.3f} nats per token"
     measured = {name: bits for name, bits in summary.get("bits_per_byte", {}).items() if bits is not None}
