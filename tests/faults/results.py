@@ -128,7 +128,8 @@ def _soak(parts: dict[str, Any]) -> Iterator[str]:
     yield from _row(["run", "lives of a process", "growth of memory", "more open files", "memory, MB"], header=True)
     for name in ("undisturbed", "killed"):
         used = part[name]
-        growth, megabytes = f"{used['growth']:+.1%}", f"{used['peak_bytes'] / 1e6:.0f}"
+        growth = "too brief" if used["growth"] is None else f"{used['growth']:+.1%}"
+        megabytes = f"{used['peak_bytes'] / 1e6:.0f}"
         yield from _row([name, used["lives"], growth, used["more_files"], megabytes])
 
 

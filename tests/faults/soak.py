@@ -153,11 +153,16 @@ class Watched:
         assert not self.run.leftovers(), self.run.leftovers()
 
     def used(self) -> dict[str, Any]:
-        """Growth of memory and of open files over those lives of a process that were long enough."""
+        """Growth of memory and of open files over those lives of a process that were long enough; None: there is no such life."""
         growth = [found for each in self.lives.values() if (found := each.growth()) is not None]
         files = [found for each in self.lives.values() if (found := each.more_files()) is not None]
         peak = max(each[1] for life in self.lives.values() for each in life.samples)
-        return {"lives": len(growth), "growth": max(growth), "more_files": max(files), "peak_bytes": peak}
+        return {
+            "lives": len(growth),
+            "growth": max(growth, default=None),
+            "more_files": max(files, default=None),
+            "peak_bytes": peak,
+        }
 
 
 def soak(folder: Path, data: Path, minutes: float, every: float) -> dict[str, Any]:
