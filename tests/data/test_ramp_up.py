@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
 from nlgmoe import PileDataModule
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
@@ -46,6 +47,13 @@ def steps(data: PileDataModule, micro_batches: int, count: int, world_size: int)
         [row for index in range(micro_batches) for rank in by_rank for row in rows(rank[step * micro_batches + index])]
         for step in range(count)
     ]
+
+
+def test_without_a_global_size_a_step_is_what_the_trainer_accumulates(make_data: Make) -> None:
+    data = make_data(micro_batch_size=3)
+    assert data.batch_size_after(0) == 3
+    data.trainer = Trainer(accumulate_grad_batches=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert data.batch_size_after(0) == 12
 
 
 @pytest.mark.parametrize(

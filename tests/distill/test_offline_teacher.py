@@ -55,7 +55,13 @@ class Longer(NumberedData):
         return super().fingerprint() | {"corpus": "a longer walk"}
 
 
-def record(teacher: Path, folder: Path, data: NumberedData | None = None, **changes: Any) -> dict[str, Any]:
+def record(
+    teacher: Path,
+    folder: Path,
+    data: NumberedData | None = None,
+    report: Callable[[Any], None] = lambda progress: None,
+    **changes: Any,
+) -> dict[str, Any]:
     data = data or NumberedData()
     spoken = MixtureOfStudents(str(teacher))
     spoken.load(STUDENT, torch.empty(0), data)
@@ -71,7 +77,7 @@ def record(teacher: Path, folder: Path, data: NumberedData | None = None, **chan
         "micro_batch_size": 4,
         "loss_chunk_size": 24,
     }
-    return record_logits(spoken, data, settings | changes, folder, lambda progress: None)
+    return record_logits(spoken, data, settings | changes, folder, report)
 
 
 class Losses(Callback):
@@ -170,7 +176,9 @@ def test_a_run_goes_on_before_at_and_after_the_end(saved: int, logits: Path, tmp
     assert run(tmp_path / "resumed", resume=path).losses == whole.losses[2 * saved :]
 
 
-def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, logits: Path, tmp_path: Path) -> None:
+def test_a_student_goes_on_with_the_teacher_it_had(
+    teacher: Path, logits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A folder of the same name that another teacher was recorded in is refused; another folder is another teacher."""
     folder, saved = tmp_path / "logits", tmp_path / "saved.ckpt"
     shutil.copytree(logits, folder)
@@ -182,8 +190,17 @@ def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, logits: Path, 
     with pytest.raises(ValueError, match=r"holds logits of .*other.* now, this run has learned from "):
         fit(tmp_path, OfflineTeacher(str(folder), 1.0, 2.0), resume=saved)
     folder.rename(tmp_path / "others")
+    was = f"the teacher was {teacher}, of other weights"
+    assert was not in caplog.text
     other = fit(tmp_path, OfflineTeacher(str(tmp_path / "others"), 1.0, 2.0), resume=saved)
     assert other.losses != whole.losses[4:]
+    assert was in caplog.text
+
+
+def test_what_is_recorded_already_is_reported_whole(teacher: Path, logits: Path) -> None:
+    found: list[Any] = []
+    record(teacher, logits, report=found.append, top_k=8, corpus={"walk": {"tokens": 1000}})
+    assert [progress.samples for progress in found] == [SAMPLES]
 
 
 def test_ranks_read_their_own_samples(logits: Path) -> None:

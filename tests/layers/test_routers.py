@@ -148,6 +148,18 @@ def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself()
         assert min(added.values()) > 0
 
 
+def test_a_sequence_balance_loss_is_multiplied_by_its_coefficient() -> None:
+    batch = next(iter(SyntheticData().train_dataloader()))
+    gpt = GPT(model(MoEConfig(4, router=SigmoidTopK(sequence_loss_coeff=0.1))))
+    losses = []
+    for coefficient in (0.1, 0.3):
+        for block in gpt.blocks:
+            if block.moe is not None:
+                block.moe.router.settings = SigmoidTopK(sequence_loss_coeff=coefficient)
+        losses.append(training_loss(gpt, batch, (0, 0, 0), 64)[1]["train/sequence_balance_loss"])
+    expect(losses[1], 3 * losses[0])
+
+
 def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
     # Plus one each: 7, 4, 3, 1, 1. The first is alone until the others have 7; then one more for either.
     table = balanced_table([6, 3, 2, 0, 0], 2, seed=0)
