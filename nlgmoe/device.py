@@ -25,6 +25,12 @@ def default_device() -> str:
     return "cpu" if found is None else found.type
 
 
+def name_deepspeeds_device() -> None:
+    """Tell DeepSpeed, before it is imported, of a machine without accelerator: it would log its search to standard output."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def is_accelerator(device: torch.device) -> bool:
     """Return True if host tensors must be copied to `device`."""
     return device.type != "cpu"

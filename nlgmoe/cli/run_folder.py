@@ -106,8 +106,8 @@ class RunFolder(SaveConfigCallback):
         """Write `config.yaml` and `versions.json`, and record the start.
 
         The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from.
-        `starts.json` lists the starts in the order of time, each with the step from which its settings held, and the
-        checkpoint that it resumed.
+        `starts.json` lists the starts in the order of time, each with the step from which its settings held, the
+        checkpoint that it resumed, and the rows that `metrics.csv` had.
         """
         folder = Path(trainer.default_root_dir)
         (folder / "starts").mkdir(parents=True, exist_ok=True)
@@ -126,6 +126,8 @@ class RunFolder(SaveConfigCallback):
         if resumed is not None and Path(resumed).is_relative_to(os.path.abspath(folder)):
             resumed = os.path.relpath(resumed, folder)  # the folder may be moved
         start = {"step": trainer.global_step, "config": name, "versions": versions(), "checkpoint": resumed}
+        metrics = folder / "metrics.csv"
+        start["rows"] = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
         write_json(folder / "starts.json", [*starts, start])
         write_json(folder / "versions.json", start["versions"])
 

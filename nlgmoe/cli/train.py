@@ -45,6 +45,7 @@ from nlgmoe.cli.run_folder import (
 )
 from nlgmoe.cli.trainer_settings import check_callbacks, check_machine, check_trainer
 from nlgmoe.data import PileDataModule
+from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may be named by its class alone)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
@@ -64,6 +65,7 @@ class TrainCLI(LightningCLI):
     """fit, validate, test and predict from YAML files and flags."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        name_deepspeeds_device()  # to parse a strategy imports DeepSpeed
         self._runs = run
         words = sys.argv[1:] if args is None else args
         self._given = words[0] if isinstance(words, list) and words else None

@@ -92,8 +92,12 @@ def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
 
     if (file := run_config(run)) is None:
         return "CONFIG", ""
-    settings = parse_with_defaults(file)[0]["model"]
-    if GPTConfig.from_dict(settings["config"]) != model:  # such as an upcycled one in its dense model's run
+    try:
+        settings = parse_with_defaults(file)[0]["model"]
+        same = GPTConfig.from_dict(settings["config"]) == model  # it is not of one upcycled in its dense model's run
+    except (ValueError, OSError, ImportError):  # of another version, edited, or with a callback that is not here
+        same = False
+    if not same:
         return "CONFIG", ""
     mapped = (settings["warm_start"] or {}).get("layers") is not None
     return quote(str(file)), " --model.warm_start.layers null" if mapped else ""

@@ -16,6 +16,7 @@ from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, load_tokenizer
+from nlgmoe.validation import require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
@@ -43,6 +44,7 @@ class MegatronIndexed:
                 f"split {list(split)} must be three shares of documents (training, validation, test), none negative and "
                 "not all 0, such as [98, 2, 0]."
             )
+        require(str(prefix) != "", "prefix is empty; give the path of the corpus without .bin and .idx")
         self.prefix = Path(prefix)
         self.split = tuple(split)
 

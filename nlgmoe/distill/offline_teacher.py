@@ -20,6 +20,7 @@ from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, 
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import require
 
 
 class OfflineTeacher:
@@ -37,6 +38,7 @@ class OfflineTeacher:
 
     def __init__(self, logits: str, beta: float = 1.0, temperature: float = 1.0, teacher: str | None = None) -> None:
         check_loss(beta, temperature)
+        require(logits != "", "model.distiller.logits is empty; give the folder that nlgmoe distill-logits has written")
         self.logits = logits
         self.beta = beta
         self.temperature = temperature

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import time
 import warnings
@@ -29,6 +28,7 @@ from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import read_checkpoint
 from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.config import GPTConfig
+from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.non_finite import StepGradients
@@ -95,8 +95,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         require(size >= 1, f"trainer.strategy.expert_parallel_size={size} must be at least 1")
         require(timeout_seconds > 0, f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
         require(stage > 0 or not offload_optimizer, "trainer.strategy.offload_optimizer=true needs stage 1 or 2")
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed detects it, with a warning
+        name_deepspeeds_device()
         super().__init__(
             accelerator=accelerator,
             zero_optimization=stage > 0,

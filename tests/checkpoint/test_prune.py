@@ -175,6 +175,9 @@ def test_the_command_to_go_on_with_is_for_the_model_that_was_pruned(
     dense = fit("dense", "--model.config.moe=null")
     main(["upcycle", str(dense), str(dense / "moe.ckpt"), "--num-experts=4", "--expert-interval=1"])
     assert command(dense / "moe.ckpt", "b.ckpt", "[2, 2]")[:3] == ["fit", "--config", "CONFIG"]
+    for number, text in enumerate(("model: {old_setting: 3}", "", "model: [", "trainer: {callbacks: [gone.Callback]}")):
+        (dense / "config.yaml").write_text(text)  # the checkpoint is written by then
+        assert command(dense / "moe.ckpt", f"{number}.ckpt", "[2, 2]")[2] == "CONFIG"
 
 
 def test_a_checkpoint_that_appears_while_use_is_measured_is_kept(

@@ -434,6 +434,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "epochs to take at least": (flag("--trainer.min_epochs=1"), "trainer.min_epochs=1 keeps a run going"),
     "no run folder": (file("trainer: {default_root_dir: null}"), "trainer.default_root_dir=null names no folder"),
     "empty run folder": (file("trainer: {default_root_dir: ''}"), "trainer.default_root_dir= names no folder"),
+    "empty prefix": (
+        file("data: {corpus: {class_path: nlgmoe.data.MegatronIndexed, init_args: {prefix: ''}}}"),
+        "prefix is empty; give the path of the corpus",
+    ),
+    "empty logits": (
+        file("model: {distiller: {class_path: nlgmoe.OfflineTeacher, init_args: {logits: ''}}}"),
+        "model.distiller.logits is empty; give the folder",
+    ),
     "empty data folder": (flag("--data.data_dir="), "data.data_dir is empty; give a folder"),
     "empty checkpoint": (flag("--ckpt_path="), "ckpt_path= names no checkpoint; give its path"),
     "negative steps": (flag("--trainer.max_steps=-2"), "trainer.max_steps=-2 must be at least -1"),

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,30 @@ def test_the_trainers_ranks_and_strategy(trainer: dict[str, Any], expected: tupl
     topology = layout({"trainer": trainer, "data": {"micro_batch_size": 2}, "model": {}}, {})
     assert (topology.gpus, topology.expert_parallel_size, topology.zero_stage, topology.deepspeed) == expected
     assert topology.global_batch_size == 2 * topology.gpus
+
+
+def test_a_strategy_adds_no_line_to_what_is_printed(tmp_path: Path) -> None:
+    """DeepSpeed, imported to parse the strategy's arguments, logged to standard output."""
+    (tmp_path / "ranks.yaml").write_text("trainer: {strategy: {class_path: nlgmoe.ExpertParallelStrategy}}")
+    words = ["fit", "--config", LAPTOP, "--config", str(tmp_path / "ranks.yaml"), "--print_config"]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "nlgmoe", *words]
+    printed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "ExpertParallelStrategy" in yaml.safe_load(printed)["trainer"]["strategy"]["class_path"]
+
+
+def test_the_network_is_between_the_files_nodes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    def seconds(devices: Any, nodes: int, *options: str) -> float:
+        strategy = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": {"expert_parallel_size": 16}}
+        trainer = {"accelerator": "gpu", "devices": devices, "num_nodes": nodes, "strategy": strategy}
+        (tmp_path / "nodes.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+        found = inspect_json(capsys, LAPTOP, str(tmp_path / "nodes.yaml"), *options)
+        assert found["inputs"]["topology"]["gpus"] == 16
+        return found["step_seconds_by_part"]["all_to_all"]
+
+    one, two, four, sixteen = (seconds(16 // nodes, nodes) for nodes in (1, 2, 4, 16))
+    assert one < two < four < sixteen
+    assert seconds("auto", 2, "--gpus=16") == two  # nodes as sold
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,13 @@ def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are
     )
     assert (run / "checkpoints" / "last.ckpt").exists() and not list((tmp_path / "elsewhere").rglob("*.ckpt"))
 
+    logged = len((run / "metrics.csv").read_text().splitlines())
     main([*command, "--model.train_tokens=512", "--ckpt_path=auto"])
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (8, 512)
     starts = json.loads((run / "starts.json").read_text())
     assert [start["step"] for start in starts] == [0, 4]
+    assert [start["rows"] for start in starts] == [0, logged - 1]
     tokens = [yaml.safe_load((run / start["config"]).read_text())["model"]["train_tokens"] for start in starts]
     assert tokens == [256, 512]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["train_tokens"] == 512

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -32,6 +33,7 @@ from nlgmoe.data.streaming.streamed_source import StreamedSource, reads_per_stre
 from nlgmoe.data.text.bad_data import KINDS
 from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
+from nlgmoe.validation import SettingError
 from tests.data.conftest import WORDS, tokens_of
 from tests.data.test_datamodule import make_trainer, rows
 
@@ -556,6 +558,19 @@ def test_ids_of_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path,
         corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
 
 
+def test_a_domain_without_text_is_told(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Also where its tokens are cached."""
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.jsonl", make_texts(6), domains=2)
+    for field, absent in (("meta.name", "typo"), ("meta.nme", "domain 0, typo"), ("meta.name", "typo")):
+        corpus = StreamedText(str(tmp_path), domain_field=field, domains=["domain 0", "typo"])
+        with pytest.warns(UserWarning, match=f"no validation document is of {absent} by domain_field={field}"):
+            corpus.prepare(tmp_path, str(tiny_corpus / "tokenizer"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        StreamedText(str(tmp_path)).prepare(tmp_path, str(tiny_corpus / "tokenizer"))
+
+
 def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:
     for options, message in [
         ({"num_streams": 0}, "num_streams=0 must be at least 1"),
@@ -567,6 +582,10 @@ def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None
     tokenizer = str(tiny_corpus / "tokenizer")
     with pytest.raises(ValueError, match=r"path=.*nowhere: .*set it to a folder or to a data set"):
         StreamedText(str(tmp_path / "nowhere")).prepare(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"path=\S+: it names no files; set it to"):
+        StreamedText(str(tmp_path), {}).prepare(tmp_path, tokenizer)
+    with pytest.raises(SettingError, match="path is empty"):
+        StreamedText("")
     write(tmp_path / "train.jsonl", make_texts(3))
     gone: dict[str, str | list[str]] = {"train": "train.jsonl", "validation": "gone.jsonl"}
     with pytest.raises(

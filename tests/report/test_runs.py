@@ -1,5 +1,6 @@
 """Reading of run folders, complete and incomplete."""
 
+import errno
 import json
 import os
 from html.parser import HTMLParser
@@ -50,6 +51,18 @@ def test_a_run_that_goes_back_leaves_nothing_of_its_earlier_branch(tmp_path: Pat
     file = folder(tmp_path / "a", metrics__csv="step,train/loss,teacher,val/loss\n" + rows) / "metrics.csv"
     steps = {name: series.steps.tolist() for name, series in read_metrics(file).items()}
     assert steps == {"train/loss": [0, 1, 2], "teacher": [0, 1], "val/loss": [2]}
+
+
+def test_the_branch_ends_where_the_run_was_resumed_and_not_where_it_is_logged_again(tmp_path: Path) -> None:
+    """It goes back from step 6 to 2 twice, is killed once before a row, and logs rarely then."""
+    rows = "".join(f"{step},8,\n{step},,7\n" for step in range(6))
+    run = folder(tmp_path / "a", metrics__csv=f"step,train/loss,val/loss\n{rows}4,6,\n5,5,\n5,,4\n")
+    starts = [{"step": 0}, {"step": 1, "rows": 12}, {"step": 2, "rows": 12}]
+    (run / "starts.json").write_text(json.dumps(starts))
+    metrics = read_runs([run])[0].metrics
+    assert metrics["train/loss"].steps.tolist() == [0, 1, 4, 5] and metrics["val/loss"].steps.tolist() == [1, 2, 6]
+    (run / "starts.json").write_text('[{"rows": "x"}]')
+    assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
@@ -193,10 +206,24 @@ def test_a_wrong_command_ends_with_one_line(
     folder(tmp_path / "run", summary__json=json.dumps({"steps": 1}))
     with pytest.raises(SystemExit) as end:
         main(["report", *arguments])
-    assert end.value.code in (1, 2)
+    assert end.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob(".*writing"))
+
+
+def test_a_full_disk_is_no_wrong_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder(tmp_path / "run", summary__json=json.dumps({"steps": 1}))
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path / "run")])
+    assert end.value.code == 1 and "cannot be written (No space left on device); make room" in capsys.readouterr().err
 
 
 def test_a_run_with_a_router_that_is_not_imported_shows_its_experts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
+from torch import Tensor, nn
 
 from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK
 from nlgmoe.commands.main import main as nlgmoe
@@ -153,6 +154,23 @@ def test_a_layer_that_knows_nothing_of_us_is_taken() -> None:
     assert sum(text.startswith("pass") for text in found.values()) >= 11
     aux = "the auxiliary loss reaches the gate"
     assert verdicts(bad, {aux})[aux].startswith("fail")
+
+
+class NotANumber(nn.Linear):
+    """A MoE layer whose output is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 4, bias=False)
+        self.hidden_size, self.num_experts, self.top_k, self.gate = 16, 4, 1, nn.Linear(16, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).sum(-1, keepdim=True) * x * float("nan")
+
+
+def test_nan_passes_no_comparison() -> None:
+    (layer,) = find_layers([f"{__name__}.NotANumber"])
+    for name in ("gradients equal finite differences", "the output's loss reaches the gate"):
+        assert verdicts(layer, {name})[name].startswith("fail"), name
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ def find_files(
 
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
-    except (OSError, ValueError) as error:
-        # Behind that comes a list of endings, longer than all else.
+    except (OSError, ValueError, IndexError, StopIteration) as error:
+        # Behind that comes a list of endings, longer than all else. The last two are of a path or data_files without any name.
         what = str(error).partition(" with any supported extension")[0].rstrip(".")
+        what = what if isinstance(error, OSError | ValueError) else "it names no files"
         raise ValueError(
             f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"

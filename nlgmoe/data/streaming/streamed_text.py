@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.data.corpus import OpenCorpus, build_lock
 from nlgmoe.data.description import Description
@@ -22,6 +23,7 @@ from nlgmoe.data.streaming.streamed_source import StreamedSource
 from nlgmoe.data.text.bad_data import Action
 from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.validation import require
 
 OTHER = "other"
 DESCRIBED_FILES = 100
@@ -74,6 +76,7 @@ class StreamedText:
             "max_document_bytes": max_document_bytes,
             "evaluation_tokens": evaluation_tokens,
         }
+        require(path != "", "path is empty; set it to a folder or to a data set on the Hugging Face hub")
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
@@ -104,7 +107,16 @@ class StreamedText:
         with build_lock(data_dir):
             loaded = load_tokenizer(tokenizer, data_dir)
             files = find_files(self.path, self.data_files, self.revision)
-            cache_eval_tokens(self._folder(data_dir, loaded), files, self._config(loaded, []), self.evaluation_tokens)
+            folder = self._folder(data_dir, loaded)
+            cache_eval_tokens(folder, files, self._config(loaded, []), self.evaluation_tokens)
+            cache = open_eval_cache(folder, len(self._names()))
+            assert cache is not None
+            named = zip(self.domains or [], cache.tokens["validation"], strict=False)
+            if absent := [name for name, tokens in named if not len(tokens)]:
+                rank_zero_warn(
+                    f"domains: no validation document is of {', '.join(absent)} by domain_field={self.fields.domain}; if that "
+                    f"is not meant, put the names right ({OTHER} has what is of none)"
+                )
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
         """Map the cached tokens; the training files are opened when they are read.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.router import Routing
 from nlgmoe.tools.check.layer import Batch, Layer, Output
 
@@ -72,6 +73,7 @@ class DeepSpeedLayer(Layer):
 
     def build(self) -> nn.Module:
         """See `Layer`."""
+        name_deepspeeds_device()
         from deepspeed.moe.layer import MoE
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

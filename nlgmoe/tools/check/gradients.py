@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -44,7 +45,7 @@ def gradients_are_finite_differences(layer: Layer) -> str:
         actual = 0.0 if gradient is None else float((gradient * direction).sum())
         scale = max(abs(expected), 1e-2 * abs(float(loss.detach())), 1e-2)
         errors.append(abs(actual - expected) / scale)
-        if abs(actual - expected) > TOLERANCE * scale:
+        if not abs(actual - expected) <= TOLERANCE * scale:  # nor if it is NaN
             raise Failed(f"gradient of {name}: {actual:.4g} along a direction, finite differences {expected:.4g}")
     if not errors:
         raise NotApplicable("every step changes a choice")
@@ -80,7 +81,10 @@ def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     if not loss.requires_grad:
         return 0.0
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return max(0.0 if one is None else float(one.norm()) for one in found)
+    norms = [0.0 if one is None else float(one.norm()) for one in found]
+    if any(map(math.isnan, norms)):
+        raise Failed("the gradient in the gate is NaN")
+    return max(norms)
 
 
 def output_reaches_the_gate(layer: Layer) -> str:

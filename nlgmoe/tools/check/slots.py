@@ -73,7 +73,7 @@ def dropped_tokens_give_zero(layer: Layer) -> str:
         x = batch.x.flatten(0, 1)
         expected = layer.join(module, x, torch.zeros_like(x))
     difference = float((output.y.flatten(0, 1) - expected)[dropped].abs().max())
-    if difference > 1e-6:
+    if not difference <= 1e-6:
         raise Failed(f"a dropped token gets up to {difference:.3g} from the experts")
     return f"{int(dropped.sum())} dropped tokens"
 
@@ -141,7 +141,7 @@ def padding_takes_no_slot(layer: Layer) -> str:
             raise Failed(f"real tokens asked {asked.tolist()}, and kept {kept.tolist()}, not {expected.tolist()}")
         nothing = layer.join(module, x, torch.zeros_like(x))
         rest = float((output.y.flatten(0, 1) - nothing)[~real].abs().max())
-    if rest > 1e-6:
+    if not rest <= 1e-6:
         raise Failed(f"a padded token gets up to {rest:.3g} from the experts")
     return f"{int((~real).sum())} of {TOKENS} tokens are padding"
 

@@ -80,7 +80,7 @@ def gate_is_not_squashed_twice(layer: Layer) -> str:
     else:
         weight = _ask(layer, module, chosen, -5.0, 8.0)
         ratio, least = float(weight.max() / weight.min().clamp_min(1e-9)), 100.0
-    if ratio < least:
+    if not ratio >= least:
         raise Failed(
             f"weights of very different logits differ by a factor of {ratio:.3g}; at least {least:.3g} are due"
         )
@@ -122,7 +122,7 @@ def balance_loss_sees_a_collapse(layer: Layer) -> str:
         batch = steered(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0))
         values.append(float(layer.run(module, batch).balance.detach()))
     ratio, least = values[1] / values[0], 0.9 * layer.num_experts / layer.top_k
-    if ratio < least:
+    if not ratio >= least:
         raise Failed(
             f"{values[1]:.3g} collapsed, {values[0]:.3g} balanced: a factor of {ratio:.3g}, {least:.3g} are due"
         )

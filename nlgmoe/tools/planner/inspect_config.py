@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,6 +63,7 @@ def inspect_config(
         "activation_checkpointing": activation_checkpointing or None,
     }
     topology = layout(settings, {name: value for name, value in given.items() if value is not None})
+    gpu = replace(gpu, gpus_per_node=gpus_per_node(settings, gpu.gpus_per_node))
     cost = estimate(model, topology, gpu, utilisation)
     changes = [] if cost.fits else suggestions(model, topology, gpu, utilisation)
     inputs = {"files": files, "hardware": hardware, "utilisation": utilisation}
@@ -122,6 +124,15 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     engine = "deepspeed" in name.lower() or "ExpertParallel" in name or (name == "auto" and values["gpus"] > 1)
     values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
     return Topology(**values)
+
+
+def gpus_per_node(settings: dict[str, Any], usual: int) -> int:
+    """Return the GPUs that are joined in a node: the devices of each of several nodes, else `usual` or all that one has."""
+    trainer = settings.get("trainer", {})
+    if str(trainer.get("devices") or "auto") in ("auto", "-1"):
+        return usual
+    devices = _devices(trainer["devices"])
+    return devices if (trainer.get("num_nodes") or 1) > 1 else max(devices, usual)
 
 
 def _devices(devices: Any) -> int:

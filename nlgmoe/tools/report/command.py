@@ -24,8 +24,5 @@ def report(runs: list[str], output: str | None = None, group_by: str | None = No
         found = read_runs(runs)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    try:
-        file = write_report(found, output, group_by)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    file = write_report(found, output, group_by)
     print(f"report written to {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")

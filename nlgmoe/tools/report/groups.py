@@ -14,6 +14,7 @@ from nlgmoe.tools.report.drawing import Chart, add_line, grid_cell, panel_grid, 
 from nlgmoe.tools.report.metrics import Series
 from nlgmoe.tools.report.runs import Run, finite_number, flattened
 from nlgmoe.tools.statistics import paired_difference
+from nlgmoe.validation import SettingError
 
 PLACES = ("default_root_dir", "dirpath", "save_dir", "ckpt_path")  # settings of where a run writes, by their last part
 MAX_NAMED = 3  # settings in a group's name
@@ -49,7 +50,7 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
         settings = {name: "null" if value is None else str(value) for name, value in flattened(run.config).items()}
         values = {name: value for name, value in settings.items() if f".{name}".endswith(f".{setting}")}
         if not values:
-            raise ValueError(
+            raise SettingError(
                 f"group_by={setting}: {run.name} has no setting whose name ends so in config.yaml; use seed"
             )
         rest = {n: v for n, v in settings.items() if n not in values and n.rpartition(".")[2] not in PLACES}
@@ -58,7 +59,7 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
             shared.append(rest)
         key = tuple(sorted(values.items()))
         if key in group:
-            raise ValueError(
+            raise SettingError(
                 f"group_by={setting}: {group[key][1].name} and {run.name} have the same settings and {setting}; leave one out"
             )
         group[key] = (number, run)

@@ -43,14 +43,30 @@ class Series:
         return Series(np.add.reduceat(self.steps, starts) / sizes, values)
 
 
-def read_metrics(path: Path) -> dict[str, Series]:
+def read_metrics(path: Path, starts: Mapping[int, int] | None = None) -> dict[str, Series]:
     """Read every column of `metrics.csv`; a missing file is empty.
 
     The last row of a step counts. Where a resumed run goes back, all earlier rows of later steps are discarded, also of columns
     that it does not log any more. An incomplete row is discarded.
+
+    Args:
+        path: the file.
+        starts: step at which the run was resumed, by the number of rows before; without it the first row of a resumed run, at the
+            end of an interval, says where it goes back to.
     """
     columns: dict[str, list[tuple[float, float]]] = {}
-    for row in _rows(path):
+
+    def keep(steps: float) -> dict[str, list[tuple[float, float]]]:
+        """Return the rows of the first `steps` steps."""
+        kept = {
+            name: [one for one in rows if one[0] < steps + name.startswith(AFTER_STEP)]
+            for name, rows in columns.items()
+        }
+        return {name: rows for name, rows in kept.items() if rows}
+
+    for number, row in enumerate(_rows(path)):
+        if starts is not None and number in starts:
+            columns = keep(starts[number])
         step = _number(row.get("step"))
         if step is None or not np.isfinite(step):
             continue
@@ -60,9 +76,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
             if (value := _number(text)) is not None and name not in ("step", "epoch")
         }
         if any(name in columns and columns[name][-1][0] > taken for name, (taken, _) in cells.items()):
-            for name, rows in columns.items():
-                columns[name] = [one for one in rows if one[0] <= step + name.startswith(AFTER_STEP)]
-            columns = {name: rows for name, rows in columns.items() if rows}
+            columns = keep(step + 1)
         for name, cell in cells.items():
             rows = columns.setdefault(name, [])
             if rows and rows[-1][0] == cell[0]:

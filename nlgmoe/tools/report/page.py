@@ -18,6 +18,7 @@ from nlgmoe.files import atomic_write
 from nlgmoe.tools.report import expert_figures, groups, specialisation_figures, tables, training_figures
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
+from nlgmoe.validation import SettingError
 
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
 
@@ -38,9 +39,9 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
-        raise ValueError(f"output={output} is a folder; give the name of a file")
+        raise SettingError(f"output={output} is a folder; give the name of a file")
     if file.suffix not in (".html", ".htm"):  # protects the files of a run folder
-        raise ValueError(f"output={output} is not a name of a page; let it end in .html")
+        raise SettingError(f"output={output} is not a name of a page; let it end in .html")
     require_folder(file)
     text = page(runs, group_by)
     try:

@@ -156,7 +156,7 @@ def _read(folder: Path, name: str) -> Run:
     config = _document(folder / CONFIG, "no settings, and no names of blocks", issues)
     summary = _document(folder / SUMMARY, "the run did not reach its end, or has not yet", issues)
     versions = _document(folder / VERSIONS, "no versions", issues)
-    metrics = read_metrics(folder / METRICS)
+    metrics = read_metrics(folder / METRICS, _starts(folder))
     if not metrics:
         issues.append(f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.")
     if bad := damaged_rows(folder / METRICS):
@@ -191,6 +191,16 @@ def _samples(path: Path, issues: list[str]) -> str:
     except (OSError, ValueError) as error:
         issues.append(f"{path.name} cannot be read ({' '.join(str(error).split())}): no generated text.")
         return ""
+
+
+def _starts(folder: Path) -> dict[int, int]:
+    """Return the step of each start by the rows that were logged before; without those of an older nlgmoe."""
+    try:
+        require_regular(folder / STARTS, "replace it")
+        starts = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+        return {int(start["rows"]): int(start["step"]) for start in starts if "rows" in start}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return {}  # `_changes` reports it
 
 
 def _changes(folder: Path) -> list[str]:
