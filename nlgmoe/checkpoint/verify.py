@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,11 @@ def _damaged_tensors(folder: Path, files: dict[str, Contents], rank: int, ranks:
     for file, name in names[rank::ranks]:
         mine.setdefault(file, []).append(name)
     for file, wanted in mine.items():
-        try:
-            with open_tensors(folder / file) as tensors:
-                for name in sorted(set(wanted) & set(tensors.keys())):
-                    if found := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
-                        yield f"{folder / file}: {name} {found}"
-        except ValueError:
-            continue  # `file_problems` has reported it
+        # `file_problems` has reported a file that cannot be read.
+        with suppress(ValueError), open_tensors(folder / file) as tensors:
+            for name in sorted(set(wanted) & set(tensors.keys())):
+                if found := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
+                    yield f"{folder / file}: {name} {found}"
 
 
 def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:
