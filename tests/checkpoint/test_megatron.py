@@ -236,6 +236,31 @@ def test_exact_gelu_is_taken_when_told(moe: Path, tmp_path: Path) -> None:
     same(imported(tmp_path, accept_tanh_gelu=True), GPTModel(arguments(**PR_MOE))(TOKENS))
 
 
+def test_other_arguments_are_one_line(moe: Path, tmp_path: Path) -> None:
+    changes: dict[str, Callable[[Any], Any]] = {
+        "bias_gelu_fusion=False": lambda args: delattr(args, "bias_gelu_fusion"),
+        "its arguments describe no model": lambda args: setattr(args, "make_vocab_size_divisible_by", 0),
+        "its arguments describe no model .*'str'": lambda args: setattr(args, "seq_length", "x"),
+        "has encoder.layers.1.mlp.coefficient": lambda args: setattr(args, "num_experts", None),
+    }
+    for number, (message, change) in enumerate(changes.items()):
+        shutil.copytree(moe, tmp_path / f"{number}/theirs")
+        edit(tmp_path / f"{number}/theirs", lambda state, change=change: change(state["args"]))
+        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+            imported(tmp_path / str(number))
+
+
+@pytest.mark.parametrize("mark", [b"      ", b"\xdfittle"])
+def test_a_file_with_another_byte_order_mark_is_damaged(mark: bytes, moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe, tmp_path / "theirs")
+    file = tmp_path / "theirs/global_step7" / EXPERT
+    content = file.read_bytes()
+    assert content.count(b"little") == 1
+    file.write_bytes(content.replace(b"little", mark))
+    with pytest.raises(ValueError, match=r"cannot be read \(.*; copy the checkpoint anew"):
+        imported(tmp_path)
+
+
 def encoder(state: dict[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = state["module"]["language_model"]["encoder"]
     return found

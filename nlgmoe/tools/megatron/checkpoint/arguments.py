@@ -53,7 +53,9 @@ def check_supported(args: Namespace, accept_tanh_gelu: bool) -> None:
     if channels is not None and channels * heads != hidden:
         raise ValueError(f"kv_channels={channels} is not hidden_size / num_attention_heads; {_NOT_HERE}")
     # `megatron/model/transformer.py`, ParallelMLP: the fused form and OpenAI's are tanh, F.gelu and `erf_gelu` exact.
-    tanh = getattr(args, "openai_gelu", False) or (args.bias_gelu_fusion and not getattr(args, "onnx_safe", False))
+    tanh = getattr(args, "openai_gelu", False) or (
+        getattr(args, "bias_gelu_fusion", False) and not getattr(args, "onnx_safe", False)
+    )
     if not tanh and not accept_tanh_gelu:
         raise ValueError(
             "bias_gelu_fusion=False is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu takes the model "
@@ -66,7 +68,7 @@ def experts_of(args: Namespace) -> int | list[int] | None:
 
     Megatron builds a layer of one expert as a dense one.
     """
-    given = getattr(args, "num_experts", [1])
+    given = getattr(args, "num_experts", None) or [1]
     counts: list[int] = list(given) if isinstance(given, list | tuple) else [given]
     if max(counts) <= 1:
         return None

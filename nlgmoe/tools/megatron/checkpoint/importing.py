@@ -81,6 +81,8 @@ def import_checkpoint(
         config = model_config(dense.args, rows, positions, vocab_size)
     except ValueError as error:
         raise ValueError(f"{error} ({dense.file})") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{dense.file}: its arguments describe no model ({error}); use another checkpoint") from error
     counts = moe_blocks(config)
     weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens, overwrite)

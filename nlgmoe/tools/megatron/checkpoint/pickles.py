@@ -50,17 +50,17 @@ def load(file: Path) -> Any:
         )
     try:
         names = set(get_unsafe_globals_in_checkpoint(file)) - {_NAMESPACE}
-        for name in sorted(names):
-            if name not in _NAMES and name.partition(".")[0] not in _PACKAGES:
-                raise ValueError(
-                    f"{file} holds {name}, which no Megatron-DeepSpeed checkpoint needs and which could run code; nothing "
-                    "was read: get the checkpoint from where it was trained"
-                )
-        placeholders: list[Any] = [(type(name, (Placeholder,), {}), name) for name in names]
-        with safe_globals([Namespace, *placeholders]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        foreign = sorted(name for name in names - {*_NAMES} if name.partition(".")[0] not in _PACKAGES)
+        if not foreign:
+            placeholders: list[Any] = [(type(name, (Placeholder,), {}), name) for name in names]
+            with safe_globals([Namespace, *placeholders]):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{file} cannot be read ({reason or type(error).__name__}); copy the checkpoint anew"
         ) from error
+    raise ValueError(
+        f"{file} holds {foreign[0]}, which no Megatron-DeepSpeed checkpoint needs and which could run code; nothing was read: "
+        "get the checkpoint from where it was trained"
+    )
