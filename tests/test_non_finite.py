@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.monitors import check_monitors, logged_names
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SigmoidTopK
@@ -269,6 +270,26 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
     assert 0 < summary["train_loss"] < 10
     with pytest.raises(NonFiniteError, match=r"^step 3: .*; 2 steps in a row"):
         fit(5, checkpoint=path)
+
+
+def test_a_run_is_resumed_where_no_step_was_taken_yet_or_parameters_are_frozen(tmp_path: Path) -> None:
+    class Freezes(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.gpt.blocks[0].requires_grad_(False)
+
+    def fit(checkpoint: Path | None = None) -> MoEGPTModule:
+        module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), non_finite=NonFinite("skip"))
+        spoils = Spoils({0, 1}, gradient_of("token_embedding.weight", torch.nan))
+        saves = [] if checkpoint else [SaveAt(step, tmp_path / f"{step}.ckpt") for step in (1, 4)]
+        trainer(tmp_path, Freezes(), spoils, *saves, max_steps=6).fit(module, SyntheticData(), ckpt_path=checkpoint)
+        return module
+
+    undisturbed = fit()
+    for step in (1, 4):
+        assert list(find_problems(tmp_path / f"{step}.ckpt")) == []
+        resumed = fit(tmp_path / f"{step}.ckpt")
+        for parameter, same in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
+            assert torch.equal(parameter, same)
 
 
 def fit_fp16(tmp_path: Path, spoils: Spoils, steps: int, *callbacks: Callback, **settings: Any) -> tuple[Any, ...]:

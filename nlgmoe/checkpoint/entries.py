@@ -44,16 +44,30 @@ def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def optimizer_to_entries(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Split an optimizer's state into named tensors and groups, which refer to parameters by name."""
+def initial_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return AdamW's state of a parameter before its first step."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step} | {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+
+
+def optimizer_to_entries(
+    state: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Split an optimizer's state into named tensors and groups, which refer to parameters by name.
+
+    Args:
+        state: of AdamW, which has none of a parameter without a gradient so far: it is frozen, or all steps were skipped.
+        weights: every parameter by name.
+    """
     names = {
         index: name
         for group in state["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
+    states = {name: state["state"].get(index) or initial_state(weights[name]) for index, name in names.items()}
     entries: dict[str, Tensor] = {}
-    for moment in sorted({moment for values in state["state"].values() for moment in values}):
-        values = {names[index]: values[moment] for index, values in state["state"].items()}
+    for moment in ("step", *MOMENTS):
+        values = {name: values[moment] for name, values in states.items()}
         entries |= {f"{moment}/{name}": value for name, value in split_experts(values).items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
     return entries, groups

@@ -56,7 +56,9 @@ class PortableCheckpointIO(CheckpointIO):
         entries = {"model": split_experts(model)}
         if rest.get("optimizer_states"):
             (state,) = rest.pop("optimizer_states")
-            entries["optimizer"], rest["optimizer_groups"] = optimizer_to_entries(state)
+            moments, rest["optimizer_groups"] = optimizer_to_entries(state, model)
+            # Before its first step AdamW has no state.
+            entries["optimizer"] = moments if rest["global_step"] > 0 else {}
         document, entries["state"] = make_document(rest, Path(path).parent)
         with writing.new_folder(Path(path)) as temporary:
             files: dict[str, Contents] = {}

@@ -46,6 +46,8 @@ def gather_owned_entries(
         with_moments: False leaves `optimizer` empty.
     """
     state = EngineState(engine)
+    if with_moments and not state.has_moments:  # all steps were skipped
+        state.init_moments()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     loads: dict[Any, list[int]] = {}  # group of ranks -> values that each writes
@@ -60,7 +62,7 @@ def gather_owned_entries(
         load[owner] += entry.shape.numel()
         if (weight := state.gather(entry, None, owner)) is not None:
             weights[entry.name] = weight
-        if not (with_moments and state.has_moments):
+        if not with_moments:
             continue
         for key in MOMENTS:
             if (moment := state.gather(entry, key, owner)) is not None:
@@ -80,7 +82,8 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     tokenizer = rest.pop("tokenizer", None)
     resumable = "optimizer_states" in checkpoint  # absent with ModelCheckpoint(save_weights_only=True)
-    weights, moments = gather_owned_entries(model, engine, with_moments=resumable)
+    # Before its first step AdamW has no state.
+    weights, moments = gather_owned_entries(model, engine, with_moments=resumable and checkpoint["global_step"] > 0)
     if resumable:
         rest |= {"optimizer_groups": optimizer_groups(model, engine), "loss_scale": loss_scale(engine)}
     temporary: list[Path | None] = [None]

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, distributed
 
-from nlgmoe.checkpoint.entries import MOMENTS
+from nlgmoe.checkpoint.entries import initial_state
 from nlgmoe.checkpoint.layout import Entry
 
 
@@ -95,9 +95,7 @@ class EngineState:
         else:
             targets = [parameter for group in self._base.param_groups for parameter in group["params"]]
         for target in targets:
-            state = self._base.state[target]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=target.device)
-            state |= {key: torch.zeros_like(target) for key in MOMENTS}
+            self._base.state[target] = initial_state(target)
         if self._zero:
             self._link_moments()
 

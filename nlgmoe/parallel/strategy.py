@@ -250,12 +250,17 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
+        if frozen := [name for name, parameter in model.named_parameters() if not parameter.requires_grad]:
+            raise AllRanksError(
+                "trainer.strategy=ExpertParallelStrategy trains all parameters, and requires_grad of "
+                f"{frozen[0]} is False; train on one process or with ddp, or leave it True"
+            )
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
             config=self.config,
             model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            model_parameters=list(model.parameters()),
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             dist_init_required=False,

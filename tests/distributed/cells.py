@@ -591,7 +591,8 @@ class Spoilt:
 
 
 def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
-    """A run that skips its third step, and one that stops there."""
+    """A run that skips its third step, and one that stops there; before, one that skips its only step."""
+    on_ranks(replace(cell, name=f"{cell.name}, first", steps=1), ranks, folder, Spoils(0))
     skips = Spoils(2)
     outcome = on_ranks(cell, ranks, folder, skips)
     error = ""

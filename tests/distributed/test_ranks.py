@@ -22,6 +22,7 @@ import nlgmoe
 from benchmarks.gpu_ranks import wrong
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.checkpointing import LOSS_SCALE_KEYS
@@ -380,7 +381,10 @@ def test_an_overflow_at_the_lowest_scale_is_an_error_of_one_line(found: Found) -
 
 
 @pytest.mark.parametrize("cell", SPOILT, ids=lambda cell: cell.name)
-def test_a_bad_expert_of_one_rank_stops_or_skips_all_ranks(cell: Cell, found: Found, tmp_path: Path) -> None:
+def test_a_bad_expert_of_one_rank_stops_or_skips_all_ranks(
+    cell: Cell, found: Found, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert list(find_problems(checkpoint.parent / "2" / f"{cell.name}, first at the end.ckpt")) == []
     same = Spoils(2)
     expected = train(replace(cell, precision="32-true"), 1, tmp_path, SAMPLES, cell.accumulate, same)
     exact = cell.precision == "32-true"
@@ -573,6 +577,15 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
         assert "expert_parallel_size=2 cannot shard a layer of the teacher: no number" in spread
+
+
+def test_frozen_parameters_are_refused_by_name() -> None:
+    module = nlgmoe.MoEGPTModule(nlgmoe.GPTConfig(61, 16, 2, 16, 2))
+    module.gpt.final_norm.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"requires_grad of model\.final_norm\.weight is False; train on one process or with"
+    ):
+        nlgmoe.ExpertParallelStrategy()._setup_model_and_optimizer(module, None)
 
 
 @cases(TOPOLOGIES)
