@@ -111,6 +111,9 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set `data.seq_len` to `model.config.seq_len`."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
+        # As text, which Lightning's type tries first, a class named again would lose the arguments that a file gives it.
+        (strategy,) = (action for action in parser._actions if action.dest == "trainer.strategy")
+        strategy._typehint = Strategy | str  # type: ignore[attr-defined]
         if not self._runs:  # a run's own config.yaml says how it was started too
             parser.add_argument("--ckpt_path", type=Any, default=None, help="checkpoint of a run; not used here")
         # Lightning's switch for unpickling. Configurations of earlier runs name it, and people take it for a warm start.

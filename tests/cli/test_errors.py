@@ -1233,3 +1233,14 @@ def test_a_strategy_is_named_by_its_class_alone(tmp_path: Path) -> None:
         ValueError, match=r"strategy=pathlib.Path is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp"
     ):
         load_config(path, trainer__strategy="pathlib.Path", **here)
+
+
+def test_a_strategy_named_again_keeps_the_arguments_of_a_file(tmp_path: Path) -> None:
+    run, ranks = tmp_path / "run.yaml", tmp_path / "ranks.yaml"
+    run.write_text(BASE)
+    ranks.write_text(
+        "trainer: {strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 1, expert_parallel_size: 4}}}"
+    )
+    again = {"trainer__strategy": "nlgmoe.ExpertParallelStrategy", "trainer__strategy__init_args__stage": 0}
+    arguments = parse_config([run, ranks], **again)["trainer"]["strategy"]["init_args"]
+    assert (arguments["stage"], arguments["expert_parallel_size"]) == (0, 4)
