@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
-from nlgmoe.checkpoint.warm_start import WarmStart
+from nlgmoe.checkpoint.warm_start import WarmStart, has_same_ids
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
@@ -346,11 +346,16 @@ class MoEGPTModule(GPTModule):
         """Restore the clock.
 
         Raises:
-            ValueError: the checkpoint is of another model or run (the message lists the differences), or the run to resume
-                has weights only. Evaluation ignores settings that only affect training.
+            ValueError: the checkpoint is of another model or run (the message lists the differences), has another tokenizer, or
+                the run to resume has weights only. Evaluation ignores settings that only affect training.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, HasTokenizer) and not has_same_ids(data.tokenizer_json(), checkpoint["path"]):
+            raise ValueError(
+                f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
+            )
         check_state(checkpoint, self.trainer)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.started_from = checkpoint.get("started_from")

@@ -101,7 +101,7 @@ def load_initial_weights(
         available = {name: stored[source] for name, source in sources.items()}
         fitting = {name for name, shape in shapes.items() if available.get(name) == shape}
         different = describe_differences(shapes, available)
-        if tokenizer is not None and not _has_same_ids(tokenizer, read_tokenizer(path)):
+        if tokenizer is not None and not has_same_ids(tokenizer, path):
             different = {"token_embedding.weight": "of another tokenizer than data.tokenizer"} | different
         if not fitting:
             raise ValueError(
@@ -125,8 +125,9 @@ def load_initial_weights(
     return WarmStartResult(model_config, "\n  ".join(lines + format_differences(different)), path)
 
 
-def _has_same_ids(data: str, checkpoint: str | None) -> bool:
-    """Return True if both tokenizers have the same ids, or the checkpoint has no tokenizer."""
+def has_same_ids(data: str, path: str | Path) -> bool:
+    """Return True if the data's tokenizer, as JSON, has the ids of the checkpoint's, or the checkpoint has none."""
+    checkpoint = read_tokenizer(path)
     if checkpoint is None or checkpoint == data:
         return True
     return Tokenizer.from_json(data, "of the run").has_same_ids(Tokenizer.from_json(checkpoint, "of the checkpoint"))

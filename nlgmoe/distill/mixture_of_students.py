@@ -20,7 +20,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nlgmoe.batch import Batch
+from nlgmoe.batch import Batch, HasTokenizer
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.folder import TensorFiles, is_complete, read_document
 from nlgmoe.checkpoint.layout import (
@@ -31,6 +31,7 @@ from nlgmoe.checkpoint.layout import (
     summarize_differences,
 )
 from nlgmoe.checkpoint.newest import find_checkpoint, is_checkpoint, list_checkpoints
+from nlgmoe.checkpoint.warm_start import has_same_ids
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import check_loss
@@ -255,9 +256,13 @@ def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
 
 
 def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
-    """Compare the tokenizers of both runs, if both data modules recorded theirs."""
+    """Compare the tokenizers of both runs, if both data modules recorded theirs, and that of a checkpoint without a run."""
     if data is None:
         return
+    if isinstance(data, HasTokenizer) and not has_same_ids(data.tokenizer_json(), path):
+        raise ValueError(
+            f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
+        )
     theirs, ours = (
         state.get("fingerprint", {}).get("tokenizer")
         for state in (document.get(type(data).__qualname__, {}), data.state_dict())

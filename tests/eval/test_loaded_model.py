@@ -8,10 +8,11 @@ import pytest
 import torch
 from lightning import Trainer
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
-from nlgmoe.checkpoint.folder import read_tokenizer
+from nlgmoe import GPTConfig, MixtureOfStudents, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
+from nlgmoe.checkpoint.folder import TensorFiles, read_tokenizer
 from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.verify import find_problems
+from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
@@ -103,3 +104,14 @@ def test_another_tokenizer_of_the_same_size_is_refused(
     with caplog.at_level("INFO"):
         start(strict=False)
     assert "token_embedding.weight: of another tokenizer than data.tokenizer" in caplog.text
+
+    weights = tmp_path / "weights.ckpt"
+    write_weights(weights, TensorFiles(checkpoint, "model").read, CONFIG, TOKENIZER.to_json())
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "limit_val_batches": 1}
+    with pytest.raises(ValueError, match=r"weights.ckpt has another tokenizer than data.tokenizer; set it to"):
+        Trainer(**quiet).validate(MoEGPTModule(CONFIG), data, ckpt_path=weights, verbose=False)
+    learner = MoEGPTModule(CONFIG, distiller=MixtureOfStudents(str(weights)))
+    with pytest.raises(ValueError, match=r"weights.ckpt has another tokenizer than data.tokenizer; use a teacher with"):
+        Trainer(**quiet, max_steps=1, enable_checkpointing=False).fit(learner, data)
+    data.tokenizer_json = TOKENIZER.to_json  # type: ignore[method-assign]
+    Trainer(**quiet).validate(MoEGPTModule(CONFIG), data, ckpt_path=weights, verbose=False)
