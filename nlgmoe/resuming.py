@@ -117,10 +117,15 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-    for key in ("total", "current"):  # of all epochs, which data or a trainer in code may have; of this one
-        batches = steps[key]["completed"] * micro_batches
-        counts = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
-        loop["epoch_loop.batch_progress"][key] |= counts
+    # Of this epoch, and of all, which data or a trainer in code may have. An epoch's last step may have fewer micro-batches.
+    progress = loop["epoch_loop.batch_progress"]
+    ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
+    progress["is_last_batch"] = progress["is_last_batch"] and taken >= ready
+    current = ready if progress["is_last_batch"] else taken
+    within = 0 <= ready - current < micro_batches  # else a step had more or fewer when the checkpoint was saved
+    total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
+    for key, batches in {"total": total, "current": current}.items():
+        progress[key] |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
     for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
         counts |= {"ready": int(not validated), "started": int(not validated), "processed": 0, "completed": 0}
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # resuming adds one

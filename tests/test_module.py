@@ -326,7 +326,20 @@ def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_pat
 
 @pytest.mark.parametrize(
     ("settings", "due"),
-    [({"check_val_every_n_epoch": 2}, [8]), ({"val_check_interval": 0.75}, [3, 7, 11])],
+    [
+        ({"check_val_every_n_epoch": 2}, [8]),
+        ({"val_check_interval": 0.75}, [3, 7, 11]),
+        # The last step of an epoch has one micro-batch.
+        (
+            {
+                "accumulate_grad_batches": 2,
+                "limit_train_batches": 5,
+                "val_check_interval": 3,
+                "check_val_every_n_epoch": None,
+            },
+            [1, 3, 5, 7, 9],
+        ),
+    ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_run_resumed_at_the_end_of_an_epoch_validates_after_the_same_steps(
@@ -341,7 +354,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_validates_after_the_same_steps(
     }
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path, saves, **settings).fit(MoEGPTModule(CONFIG), SyntheticData())
-    for step in (4, 7, 8, 11):
+    for step in (3, 4, 6, 7, 8):
         validated: list[int] = []
         notes = LambdaCallback(on_validation_end=lambda run, _, validated=validated: validated.append(run.global_step))
         run = trainer(tmp_path, notes, ModelCheckpoint(tmp_path / "again"), **settings)
