@@ -209,9 +209,9 @@ class PileDataModule(TextFacts, LightningDataModule):
         return batch
 
     def teardown(self, stage: str) -> None:
-        """Warn of skipped data after a fit."""
+        """Warn of skipped data after a fit, of all ranks."""
         source = self._cursor_source if stage == "fit" else None
-        if source is not None and (remark := source.skipped_summary(self._cursors.latest())):
+        if source is not None and (remark := source.skipped_summary(self._cursors.gather())):
             rank_zero_warn(remark)
 
     # ---- state

@@ -49,6 +49,7 @@ class ExpertCounts(Metric):
             domain: `[B]` domain ids.
             routings: one for each MoE layer.
         """
+        domain = domain if len(self.domains) > 1 else torch.zeros_like(domain)  # data that do not name theirs have one
         group = domain.unsqueeze(1).expand_as(tokens) * len(self.class_names)  # [B, T]
         if self.classes is not None:
             group = group + self.classes[tokens]

@@ -480,6 +480,19 @@ def test_skipped_data_is_counted_over_restarts(
         fit(data, 6, tmp_path, tmp_path / "three.ckpt")
 
 
+def test_skipped_data_is_counted_over_ranks(
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = tmp_path / "pile" / "train"
+    append(train / "01.jsonl.zst", b"nonsense")
+    data = open_corpus(0, on_bad_data="skip", num_streams=4, shuffle_buffer=63)
+    other = [9, *Cursor(window=1, skipped=tuple(2 * (kind == "not JSON") for kind in KINDS)).to_numbers()]
+    gather = Cursors.gather
+    monkeypatch.setattr(Cursors, "gather", lambda cursors: [*gather(cursors), other])
+    with pytest.warns(UserWarning, match="was skipped: not JSON: 3$"):
+        fit(data, 3, tmp_path)
+
+
 def test_skipped_data_is_counted_where_it_is_passed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Block by block, and the same whether a run was interrupted or not."""
     path = tmp_path / "data.jsonl"

@@ -99,6 +99,14 @@ class Spelt(SyntheticData):
         return [b" a", b"7", b"{"] * 20 + [b""]
 
 
+def test_data_without_names_of_domains_are_one_domain(tmp_path: Path) -> None:
+    module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4]))), SyntheticData()
+    run = trainer(tmp_path, ExpertSpecialisation(), max_steps=1, val_check_interval=1, limit_val_batches=1.0)
+    run.fit(module, text.train_dataloader(), text.val_dataloader())
+    written = Specialisation.load(tmp_path)
+    assert (written.domains, written.counts.sum()) == (["all"], 2 * 12 * 16)
+
+
 @pytest.mark.parametrize("data", [SyntheticData, Spelt])
 def test_a_run_writes_the_specialisation_of_its_validation_data(data: type[SyntheticData], tmp_path: Path) -> None:
     module, text = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 4], top_k=2))), data(padded=True)
