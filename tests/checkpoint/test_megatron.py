@@ -308,6 +308,13 @@ def test_expert_files_that_do_not_fit_are_refused(moe: Path, tmp_path: Path) -> 
     refused("has shape", lambda: edit(tmp_path / "theirs", lambda s: s.update(wide), EXPERT))
     refused("cannot be read", lambda: os.truncate(step / EXPERT, 900))
 
+    def flip() -> None:
+        weight = torch.load(step / EXPERT, weights_only=True)[part].numpy().tobytes()
+        content = (step / EXPERT).read_bytes()
+        (step / EXPERT).write_bytes(content.replace(weight, weight[:-1] + bytes([weight[-1] ^ 64])))
+
+    refused("the checksum of .* is wrong", flip)
+
 
 def test_other_folders_are_refused_by_name(tmp_path: Path) -> None:
     def refused(message: str, *files: str) -> None:

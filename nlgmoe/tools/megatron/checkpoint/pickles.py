@@ -37,7 +37,7 @@ class Placeholder:
 
 
 def load(file: Path) -> Any:
-    """Load a file to the CPU; tensors are memory-mapped.
+    """Load a file to the CPU, and compare its checksums; tensors are memory-mapped.
 
     Raises:
         ValueError: it cannot be read, or holds something that could run code.
@@ -49,13 +49,24 @@ def load(file: Path) -> Any:
             "load and save it with a newer PyTorch where it was trained"
         )
     try:
+        with zipfile.ZipFile(file) as archive:  # `torch.load` compares no checksums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
         names = set(get_unsafe_globals_in_checkpoint(file)) - {_NAMESPACE}
         foreign = sorted(name for name in names - {*_NAMES} if name.partition(".")[0] not in _PACKAGES)
         if not foreign:
             placeholders: list[Any] = [(type(name, (Placeholder,), {}), name) for name in names]
             with safe_globals([Namespace, *placeholders]):
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{file} cannot be read ({reason or type(error).__name__}); copy the checkpoint anew"
