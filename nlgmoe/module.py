@@ -352,7 +352,13 @@ class MoEGPTModule(GPTModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, HasTokenizer) and not has_same_ids(data.tokenizer_json(), checkpoint["path"]):
+        # The data module compares the tokenizer with that of its own state, which an imported checkpoint lacks.
+        lacks_data = type(data).__qualname__ not in checkpoint
+        if (
+            lacks_data
+            and isinstance(data, HasTokenizer)
+            and not has_same_ids(data.tokenizer_json(), checkpoint["path"])
+        ):
             raise ValueError(
                 f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
             )
