@@ -46,7 +46,8 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
     except (ValueError, OSError) as error:
         yield str(error).removesuffix(f"; {REMEDY}")
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write
-        yield f"{path} is not an nlgmoe checkpoint ({type(error).__name__}: {error})"
+        reason = str(error).partition("\n")[0]  # PyTorch may add the stack
+        yield f"{path} is not an nlgmoe checkpoint ({type(error).__name__}: {reason})"
 
 
 def gather_problems(path: str | Path) -> list[str]:

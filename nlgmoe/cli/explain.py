@@ -20,6 +20,7 @@ import yaml
 from nlgmoe.cli.config_entries import ConfigEntry
 from nlgmoe.cli.errors import UsageError, did_you_mean, one_line
 from nlgmoe.parts import ExpertConfig, RouterConfig
+from nlgmoe.validation import fits_64_bits
 
 NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses of which a configuration names a subclass
 _WORDS = {
@@ -70,7 +71,7 @@ class Explainer:
         Raises:
             UsageError: `entry` is such a one.
         """
-        if isinstance(entry.value, int) and abs(entry.value) >= 2**63:
+        if not fits_64_bits(entry.value):
             raise UsageError(f"{entry} has more than 64 bits; give a smaller number")
         if inside := self.inside(entry.name):
             if entry.value != {} and not (isinstance(entry.value, str) and Path(entry.value).is_file()):

@@ -165,6 +165,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"ffn_hidden_size": 0}, "ffn_hidden_size=0 must be at least 1"),
     *(({name: p}, rf"{name}={p} must be in") for name in ("hidden_dropout", "attention_dropout") for p in (1.0, -0.1)),
     ({"init_std": float("inf")}, "init_std=inf must be finite"),
+    ({"hidden_size": 2**63}, "hidden_size=9223372036854775808 has more than 64 bits"),
     *(({name: 0.0}, f"{name}=0.0 must be above 0") for name in ("init_std", "layer_norm_eps")),
     ({"moe": {"expert_interval": 3}}, "expert_interval=3 leaves no MoE layer among num_layers=2"),
     (
