@@ -3,8 +3,9 @@
 import re
 
 import pytest
+import torch
 
-from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe import ExpertParallelStrategy, GPTConfig, MoEConfig
 from nlgmoe.parallel.expert_groups import describe_degrees, layer_degrees
 
 
@@ -60,3 +61,12 @@ def test_the_layout_is_told() -> None:
         "blocks 2, 4 of the teacher: 4 experts, expert-parallel degree 4, 1 a rank (0.0M parameters), each on 1",
         "blocks 6 of the teacher: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), each on 1",
     ]
+
+
+def test_a_strategy_tells_the_layout_of_experts_alone(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = ExpertParallelStrategy()
+    strategy.parallel_devices = [torch.device("cpu")]
+    assert strategy.expert_placements(GPTConfig(61, 16, 2, 32, 2), of="teacher") == {} and not caplog.records
+    (placement,) = strategy.expert_placements(pyramid(4), of="teacher").values()
+    assert (placement.first, placement.count, placement.group) == (0, 4, None)
+    assert "of the teacher: 4 experts, expert-parallel degree 1, 4 a rank" in caplog.text
