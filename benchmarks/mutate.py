@@ -24,6 +24,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import select
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -283,7 +285,11 @@ class Tree:
                     told.write(report.nodeid)
                     told.flush()
 
-        return int(pytest.main(["-x", "-n", "0", "--tb=no", "-p", "no:cacheprovider", *files], [FirstFailure()]))
+        code = int(pytest.main(["-x", "-n", "0", "--tb=no", "-p", "no:cacheprovider", *files], [FirstFailure()]))
+        if (server := multiprocessing.forkserver._forkserver._forkserver_pid) is not None:  # type: ignore[attr-defined]
+            os.kill(server, signal.SIGKILL)
+            os.waitpid(server, 0)  # so that its CPU time counts
+        return code
 
 
 def _fork_server(path: bytes, args: list[str], descriptors: list[int]) -> int:
@@ -291,6 +297,8 @@ def _fork_server(path: bytes, args: list[str], descriptors: list[int]) -> int:
     if "forkserver" not in args[-1]:
         return SPAWN(path, args, descriptors)
     if (child := os.fork()) == 0:
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # temporary folders are the parent's to remove
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest has replaced them
         try:
             exec(args[-1], {})
         finally:
@@ -355,10 +363,14 @@ def main() -> None:
     folder = Path(
         tempfile.mkdtemp()
     )  # `TemporaryDirectory` would be removed by a forked process that runs exit functions
+    folder.chmod(0o755)  # tests that act as another user import from it
     try:
         pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, str(folder)])  # imports its plugins
         gc.freeze()
-        tree = Tree(ROOT, tracked, folder, results.setdefault("seconds", {}))
+        # A file that failed without a mutant is tried again.
+        known = {file: seconds for file, seconds in results.get("seconds", {}).items() if seconds is not None}
+        results["seconds"] = known
+        tree = Tree(ROOT, tracked, folder, known)
         for key, result in found.items():
             if result["killed_by"]:
                 tree.kills[key.partition(":")[0], result["killed_by"].partition(":")[0]] += 1
