@@ -108,8 +108,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 def _is_record(value: Any) -> bool:
     match value:
-        case [str(), [*sizes], str()]:
-            return all(isinstance(size, int) for size in sizes)
+        case [str(dtype), [*sizes], str()]:
+            return isinstance(getattr(torch, dtype, None), torch.dtype) and all(isinstance(size, int) for size in sizes)
     return False
 
 

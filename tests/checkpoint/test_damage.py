@@ -121,7 +121,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
             ),
             "manifest.json is not nlgmoe's",
         )
-        for key, value in (("files", 3), ("files", {"a": {"b": ["float32", 3, ""]}}), ("checkpoint.json", None))
+        for key, value in (
+            ("files", 3),
+            ("files", {"a": {"b": ["float32", 3, ""]}}),
+            ("files", {"a": {"b": ["nn", [3], ""]}}),
+            ("checkpoint.json", None),
+        )
     },
     "a forged manifest": (edit("manifest.json", EXPERT, "blocks.9.x"), "manifest.json is damaged"),
 }
