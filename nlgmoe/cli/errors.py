@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from nlgmoe.validation import SettingError
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
-FIRST_RANK_SECONDS = 10.0  # that other ranks wait for it: longer than ranks started together are apart
+FIRST_RANK_SECONDS = 30.0  # that other ranks wait for it: on a busy machine their starts are far apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
 _RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
