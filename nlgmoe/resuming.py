@@ -67,6 +67,8 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         "callbacks": {one.state_key: one.state_dict() for one in ours},
         "validation_due": False,
         "monitored": metrics,
+        "tokens_seen": 0,
+        "non_finite": {"skipped": 0, "in_a_row": 0},
     }
     if "loops" in checkpoint:
         current["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}

@@ -673,6 +673,10 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         ),
         "broken.ckpt: monitored/train/loss is 'x', not of type float; use another checkpoint",
     ),
+    "a list in place of a count": (
+        broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one["non_finite"].update(skipped=[[1]]))),
+        "broken.ckpt: non_finite/skipped is [[1]], not of type int; use another checkpoint",
+    ),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
         broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
