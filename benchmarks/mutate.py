@@ -278,6 +278,7 @@ class Tree:
         for name in [name for name in sys.modules if name.partition(".")[0] in ("benchmarks", "tests", "nlgmoe")]:
             del sys.modules[name]
         multiprocessing.util.spawnv_passfds = _fork_server
+        multiprocessing.forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]  # the parent's
 
         class FirstFailure:
             def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
