@@ -75,7 +75,7 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md), and build the site: site/index.html
-	$(BIN)/python -m nlgmoe.tools.megatron.flag_table
+	$(BIN)/python -m benchmarks.flag_table
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

@@ -64,9 +64,8 @@ class TokenProgressBar(TQDMProgressBar):
     @override
     def _should_update(self, current: int, total: int) -> bool:
         due = super()._should_update(current, total)
-        if (
-            total < 0 or current == total or not _writes_to_file()
-        ):  # below 0: training's bar, which tqdm draws when it is due
+        # Below 0: training's bar, which tqdm draws when it is due.
+        if total < 0 or current == total or not _writes_to_file():
             return due
         if due := due and time.monotonic() - self._drawn >= FILE_SECONDS:
             self._drawn = time.monotonic()

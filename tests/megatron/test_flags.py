@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning import Trainer
 
+from benchmarks.flag_table import DOCUMENTS, with_table
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.tools.megatron.flag_table import DOCUMENTS, with_table
 from nlgmoe.tools.megatron.flags import FLAGS
 from nlgmoe.tools.megatron.from_megatron import translated
 from nlgmoe.tools.megatron.launch import Launch

@@ -193,11 +193,15 @@ def _samples(path: Path, issues: list[str]) -> str:
         return ""
 
 
+def _load_starts(folder: Path) -> Any:
+    require_regular(folder / STARTS, "replace it")
+    return json.loads((folder / STARTS).read_text(encoding="utf-8"))
+
+
 def _starts(folder: Path) -> dict[int, int]:
     """Return the step of each start by the rows that were logged before; without those of an older nlgmoe."""
     try:
-        require_regular(folder / STARTS, "replace it")
-        starts = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+        starts = _load_starts(folder)
         return {int(start["rows"]): int(start["step"]) for start in starts if "rows" in start}
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return {}  # `_changes` reports it
@@ -206,8 +210,7 @@ def _starts(folder: Path) -> dict[int, int]:
 def _changes(folder: Path) -> list[str]:
     """List the settings and versions that changed between starts of a run."""
     try:
-        require_regular(folder / STARTS, "replace it")
-        starts = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+        starts = _load_starts(folder)
         settings = [
             flattened(yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)) for start in starts
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.documents import with_text
 from nlgmoe.tools.megatron.flags import SECTIONS, Flag, Row
 
 BEGIN = "<!-- flags: written by `make docs` from nlgmoe/tools/megatron/flags.py -->"
@@ -25,11 +26,7 @@ def with_table(document: str, titles: list[str]) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the document has no place for the table; put these lines around it:\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n{markdown_table(titles)}{END}{after}"
+    return with_text(document, BEGIN, END, markdown_table(titles))
 
 
 def markdown_table(titles: list[str]) -> str:
@@ -41,7 +38,7 @@ def markdown_table(titles: list[str]) -> str:
             here = {"setting": row.here, "ignored": "not needed", "refused": "refused"}[row.kind]
             names = ", ".join(f"`{flag.name}`" + _exceptions(flag, row) for flag in row.flags)
             lines.append(f"| {names} | {here} | {row.note} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _exceptions(flag: Flag, row: Row) -> str:
