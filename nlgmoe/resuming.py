@@ -51,14 +51,14 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
 
 def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Check that saved state has the types of this run's: a value of another type would fail steps later.
+    """Check that saved state has the types of this run's, and no count below 0: either would fail steps later.
 
     Args:
         checkpoint: Lightning's dictionary.
         trainer: of the fit; callbacks of nlgmoe and Lightning are checked.
 
     Raises:
-        ValueError: a value has another type.
+        ValueError: a value has another type, or is a count below 0.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
@@ -79,6 +79,8 @@ def _check_types(saved: Any, current: Any, where: str) -> None:
     kind: Any = next((one for one in (bool, Real, str, dict, list | tuple) if isinstance(current, one)), object)
     if not isinstance(saved, kind):
         raise ValueError(f"{where.rstrip('/')} is {saved!r}, not of type {type(current).__name__}; {REMEDY}")
+    if isinstance(current, int) and saved < 0 <= current:
+        raise ValueError(f"{where.rstrip('/')} is {saved}, a count below 0; {REMEDY}")
     for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
         _check_types(saved[name], current[name], f"{where}{name}/")
     for index, item in enumerate(saved if isinstance(current, list) else ()):

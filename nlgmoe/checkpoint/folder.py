@@ -68,8 +68,11 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
     _check_bytes(file, read_manifest(path)["checkpoint.json"])
     for name, kind in DOCUMENT.items():
-        if not isinstance(document.get(name), kind):
-            raise ValueError(f"{file}: {name} is {document.get(name)!r}, not of type {kind.__name__}; {REMEDY}")
+        value = document.get(name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{file}: {name} is {value!r}, not of type {kind.__name__}; {REMEDY}")
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"{file}: {name} is {value}, below 0; {REMEDY}")
     if not isinstance(document.get("optimizer_groups", []), list):
         raise ValueError(f"{file}: optimizer_groups is no list; {REMEDY}")
     if unknown := unknown_fields(document["model_config"]):

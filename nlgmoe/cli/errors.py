@@ -13,6 +13,7 @@ machine.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -88,7 +89,8 @@ def one_line_errors() -> Iterator[None]:
         for line in error.messages if isinstance(error, Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
         of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
-        raise SystemExit(USAGE if of_setting else FAILURE) from error
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
 
 
 def _wait_for_first_rank() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import re
 import types
 import typing
@@ -74,7 +75,7 @@ class Explainer:
         if not fits_64_bits(entry.value):
             raise UsageError(f"{entry} has more than 64 bits; give a smaller number")
         if inside := self.inside(entry.name):
-            if entry.value != {} and not (isinstance(entry.value, str) and Path(entry.value).is_file()):
+            if entry.value != {} and not (isinstance(entry.value, str) and os.path.isfile(entry.value)):
                 example = next(one for one in inside if not self.inside(one))
                 raise UsageError(f"{entry}: {entry.name} is a section with settings such as {example}; give those")
         elif not entry.file and self.known.get(entry.name) == list[str]:  # an option with a text, which may be `null`

@@ -298,6 +298,7 @@ def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
     [
         {"global_step": "x"},
         {"tokens_seen": None},
+        {"tokens_seen": -1},
         {"saved_at": 5},
         {"optimizer_groups": "x"},
         {"model_config": [1]},

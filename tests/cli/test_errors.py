@@ -216,6 +216,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model: {config: 3}"),
         "model.config is a section with settings such as model.config.",
     ),
+    "section with a text that is too long for a file's name": (
+        file(f"model: {{optimizer: {'x' * 300}}}"),
+        "model.optimizer is a section with settings such as model.optimizer.lr; give those",
+    ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
     "flag without value": (flag("--model.seed"), "--model.seed has no value; write --model.seed=..., a whole number"),
     "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size (number of token ids"),
@@ -615,6 +619,7 @@ def _saves_to(folder: str) -> list[dict]:
 
 
 UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usable: found once it is opened
+    "a name that is too long": (flag(f"--data.data_dir={'x' * 300}"), "xxx: File name too long"),
     "missing checkpoint": (
         validate(lambda _: "--ckpt_path=nowhere.ckpt"),
         "no checkpoint at nowhere.ckpt: it does not exist",
@@ -676,6 +681,10 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     "a list in place of a count": (
         broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one["non_finite"].update(skipped=[[1]]))),
         "broken.ckpt: non_finite/skipped is [[1]], not of type int; use another checkpoint",
+    ),
+    "a count below 0": (
+        broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one["non_finite"].update(in_a_row=-1))),
+        "broken.ckpt: non_finite/in_a_row is -1, a count below 0; use another checkpoint",
     ),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
@@ -826,6 +835,7 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
 }
 SETTINGS = {
+    "a name that is too long",
     "missing checkpoint",
     "file as checkpoint",
     "nothing to start from",
