@@ -234,19 +234,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             h, target, one = hidden[part], targets[part, None], counted[part, None]  # [C, H], [C, 1], [C, 1]
-            log_probs = padded_logits(h, unembedding, vocab_size).log_softmax(
-                dim=-1
-            )  # [C, P]; two such exist at a time, never three; five with a teacher
+            logits = padded_logits(h, unembedding, vocab_size)
+            probs = logits.softmax(dim=-1)  # [C, P]; two such exist at a time, never three; five with a teacher
+            # log softmax(z) = z - max z + log max p: one exponential of all logits, where log_softmax and exp take two.
+            largest, likeliest = logits.amax(dim=-1, keepdim=True), probs.amax(dim=-1, keepdim=True).log()  # [C, 1]
+            picked = logits.gather(1, target) - largest + likeliest  # [C, 1]
             difference = None
             if teacher is not None:
-                divergence, agrees, difference = teacher.compare(log_probs[:, :vocab_size], part)
+                log_probs = logits.sub_(largest).add_(likeliest)[:, :vocab_size]
+                divergence, agrees, difference = teacher.compare(log_probs, part)
+                del log_probs
                 distillation += (one * divergence).sum()
                 agreement += (one * agrees).sum()
-            picked = log_probs.gather(1, target)
+            del logits
             loss -= (one * picked).sum()
             if not (needs_hidden or needs_unembedding):
                 continue
-            grad = log_probs.exp_().scatter_(1, target, picked.expm1())  # d loss / d logits: probs - onehot
+            grad = probs.scatter_(1, target, picked.expm1())  # d loss / d logits: probs - onehot
             if teacher is not None and difference is not None:
                 grad[:, :vocab_size].add_(difference, alpha=teacher.weight * teacher.temperature)
             grad = grad.to(hidden.dtype)
@@ -259,7 +263,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_unembedding.addmm_(grad.t(), h)
                 else:
                     grad_unembedding += grad.t() @ h
-            del log_probs, grad, difference
+            del probs, grad, difference
         ctx.save_for_backward(grad_hidden, grad_unembedding, factor)
         loss *= factor
         if teacher is None:

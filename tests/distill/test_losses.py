@@ -51,6 +51,17 @@ def test_the_loss_is_its_formula(temperature: float, masked: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(found.loss, (hidden, unembedding)), expected)
 
 
+def test_a_target_whose_probability_is_zero_in_fp32_has_its_loss_and_gradient() -> None:
+    hidden, unembedding, targets, _, _ = inputs(torch.float32)
+    hidden = (300 * hidden).detach().requires_grad_()
+    logits = hidden @ unembedding[:VOCABULARY].t()
+    assert (logits.softmax(-1).gather(1, targets[:, None]) == 0).any()
+    found, expected = cross_entropy(hidden, unembedding, VOCABULARY, targets, None, 3), F.cross_entropy(logits, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    variables = hidden, unembedding
+    torch.testing.assert_close(torch.autograd.grad(found, variables), torch.autograd.grad(expected, variables))
+
+
 def test_the_gradient_is_the_losses() -> None:
     hidden, unembedding, targets, mask, teacher = inputs()
 
