@@ -51,27 +51,31 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
 
 def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Check that saved state has the types of this run's, and no count below 0: either would fail steps later.
+    """Check that saved state has the types of this run's, and that its numbers can be: else a later step would fail.
 
     Args:
         checkpoint: Lightning's dictionary.
         trainer: of the fit; callbacks of nlgmoe and Lightning are checked.
 
     Raises:
-        ValueError: a value has another type, or is a count below 0.
+        ValueError: a value has another type, is a count below 0, or is not finite.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
-    metrics = dict.fromkeys(names, 0.0) if isinstance(names := checkpoint.get("monitored"), dict) else {}
+    metrics = dict.fromkeys(names, math.nan) if isinstance(names := checkpoint.get("monitored"), dict) else {}
     current = {
         "callbacks": {one.state_key: one.state_dict() for one in ours},
         "validation_due": False,
         "monitored": metrics,
         "tokens_seen": 0,
         "non_finite": {"skipped": 0, "in_a_row": 0},
+        "lr_schedulers": [{"_step_count": 0, "last_epoch": 0}],
     }
+    if isinstance(data := getattr(trainer, "datamodule", None), TracksSamples):
+        current[type(data).__qualname__] = {"samples_consumed": 0}
     if "loops" in checkpoint:
-        current["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
+        loops = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+        current["loops"] = {name: getattr(trainer, name).state_dict() for name in loops}
     _check_types(checkpoint, current, f"{trainer.ckpt_path}: ")
 
 
@@ -81,11 +85,14 @@ def _check_types(saved: Any, current: Any, where: str) -> None:
         raise ValueError(f"{where.rstrip('/')} is {saved!r}, not of type {type(current).__name__}; {REMEDY}")
     if isinstance(current, int) and saved < 0 <= current:
         raise ValueError(f"{where.rstrip('/')} is {saved}, a count below 0; {REMEDY}")
+    if isinstance(current, float) and math.isfinite(current) and not math.isfinite(saved):
+        raise ValueError(f"{where.rstrip('/')} is {saved}, not finite; {REMEDY}")
     for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
         _check_types(saved[name], current[name], f"{where}{name}/")
     for index, item in enumerate(saved if isinstance(current, list) else ()):
-        if isinstance(item, str | None):  # lists hold numbers, and lists and dictionaries of them
-            _check_types(item, 0.0, f"{where}{index}/")
+        # Lists that grow hold numbers, and lists and dictionaries of them.
+        known = current[index] if index < len(current) else 0.0 if isinstance(item, str | None) else item
+        _check_types(item, known, f"{where}{index}/")
 
 
 def check_new_run(trainer: Trainer, tokens: int) -> None:

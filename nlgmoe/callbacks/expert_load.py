@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nlgmoe.checkpoint.folder import REMEDY
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
@@ -62,11 +63,15 @@ class ExpertLoad(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the last step in which each expert got a token."""
-        self._last_used = state_dict["served"]
+        self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the first interval."""
+        """Start the first interval.
+
+        Raises:
+            ValueError: the steps of a checkpoint do not belong to this model's experts.
+        """
         assert isinstance(pl_module, MoEGPTModule)
         self._file = None
         self._experts = list(moe_blocks(pl_module.config).values())
@@ -77,8 +82,10 @@ class ExpertLoad(Callback):
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
         self._squares, self._skipped = None, pl_module.guard.skipped
-        if not self._last_used:
+        if trainer.ckpt_path is None or not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
+        if [len(layer) for layer in self._last_used] != self._experts:
+            raise ValueError(f"{trainer.ckpt_path}: callbacks/ExpertLoad/served has no step for each expert; {REMEDY}")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -52,7 +52,7 @@ class RunSummary(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums."""
-        self._losses = deque(state_dict["losses"], maxlen=self._losses.maxlen)
+        self._losses = deque(map(float, state_dict["losses"]), maxlen=self._losses.maxlen)
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
         self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0

@@ -48,7 +48,7 @@ class SampleText(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the samples."""
-        self._samples = [(step, text) for step, text in state_dict["samples"]]
+        self._samples = [(int(step), str(text)) for step, text in state_dict["samples"]]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -77,7 +77,7 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     """Undo `optimizer_to_entries`; parameters are numbered in the order of the groups' names.
 
     Raises:
-        ValueError: a parameter lacks a moment that others have.
+        ValueError: a group is damaged, or a parameter lacks a moment that others have.
     """
     by_moment: dict[str, dict[str, Tensor]] = {}
     for key, value in entries.items():
@@ -87,6 +87,11 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     state: dict[int, dict[str, Tensor]] = {}
     numbered, index = [], 0
     for group in groups:
+        match group:
+            case {"param_names": [*_], "decays": bool()}:
+                pass
+            case _:
+                raise ValueError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
             found = {moment: values[name] for moment, values in by_moment.items() if name in values}

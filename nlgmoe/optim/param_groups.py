@@ -81,4 +81,5 @@ def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> Non
     )
     for group in optimizer.param_groups:
         weight_decay = config.weight_decay if group["decays"] else 0.0
-        group |= {"initial_lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": weight_decay}
+        group |= optimizer.defaults | {"lr": group["lr"], "initial_lr": config.lr, "betas": config.betas}
+        group |= {"eps": config.eps, "weight_decay": weight_decay}

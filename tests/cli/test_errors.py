@@ -184,6 +184,10 @@ def broken(break_it: Callable[[Path], object]) -> Args:
     return validate(lambda place: place.checkpoint(break_it))
 
 
+def broken_to_resume(break_it: Callable[[Path], object]) -> Args:
+    return lambda place: place.args(place.checkpoint(break_it), "--model.train_tokens=128")
+
+
 def blend(*parts: str) -> Args:
     lines = "".join(f"        - {{{part}}}\n" for part in parts)
     return file(f"data:\n  corpus:\n    class_path: nlgmoe.data.Blend\n    init_args:\n      parts:\n{lines}")
@@ -685,6 +689,38 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     "a count below 0": (
         broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one["non_finite"].update(in_a_row=-1))),
         "broken.ckpt: non_finite/in_a_row is -1, a count below 0; use another checkpoint",
+    ),
+    "text in place of the data's position": (
+        broken(
+            lambda ckpt: rewrite_json(
+                ckpt, "checkpoint.json", lambda one: one["PileDataModule"].update(samples_consumed="x")
+            )
+        ),
+        "broken.ckpt: PileDataModule/samples_consumed is 'x', not of type int; use another checkpoint",
+    ),
+    "a list in place of a scheduler's count": (
+        broken(
+            lambda ckpt: rewrite_json(
+                ckpt, "checkpoint.json", lambda one: one["lr_schedulers"][0].update(_step_count=[])
+            )
+        ),
+        "broken.ckpt: lr_schedulers/0/_step_count is [], not of type int; use another checkpoint",
+    ),
+    "a step in place of a layer's": (
+        broken_to_resume(
+            lambda ckpt: rewrite_json(
+                ckpt, "checkpoint.json", lambda one: one["callbacks"]["ExpertLoad"].update(served=[[5]])
+            )
+        ),
+        "broken.ckpt: callbacks/ExpertLoad/served has no step for each expert; use another checkpoint",
+    ),
+    "a number in place of a group's parameters": (
+        broken_to_resume(
+            lambda ckpt: rewrite_json(
+                ckpt, "checkpoint.json", lambda one: one["optimizer_groups"][0].update(param_names=5)
+            )
+        ),
+        "in place of a group; use another checkpoint",
     ),
     "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
     "another format": (
