@@ -156,7 +156,7 @@ def _cheaper(results: dict[str, Any], verdict: Verdict) -> None:
     ratio, low, high, largest = found["FLOPs"]  # type: ignore[misc]
     verdict.verdict = SHOWN if low > 2 else CONTRADICTED if high < 2 else NOT_SHOWN
     times = [f"{one[0]:.2f} times the {name} (95% {one[1]:.2f} to {one[2]:.2f})" for name, one in found.items() if one]
-    verdict.found = f"{', '.join(times)}; shown: at least 2 times the FLOPs" + (
+    verdict.found = f"{', '.join(times)}; the claim needs at least 2 times the FLOPs" + (
         f"; beyond the largest dense model, {largest:.1f}: extrapolated" if ratio > largest else ""
     )
 
