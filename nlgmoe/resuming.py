@@ -63,8 +63,10 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
     metrics = dict.fromkeys(names, math.nan) if isinstance(names := checkpoint.get("monitored"), dict) else {}
-    current = {
-        "callbacks": {one.state_key: one.state_dict() for one in ours},
+    where = f"{trainer.ckpt_path}: "
+    # A time may start as the integer 0.
+    _check_types(checkpoint, {"callbacks": {one.state_key: one.state_dict() for one in ours}}, where, Real)
+    counts = {
         "validation_due": False,
         "monitored": metrics,
         "tokens_seen": 0,
@@ -72,15 +74,17 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         "lr_schedulers": [{"_step_count": 0, "last_epoch": 0}],
     }
     if isinstance(data := getattr(trainer, "datamodule", None), TracksSamples):
-        current[type(data).__qualname__] = {"samples_consumed": 0}
+        counts[type(data).__qualname__] = {"samples_consumed": 0}
     if "loops" in checkpoint:
         loops = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
-        current["loops"] = {name: getattr(trainer, name).state_dict() for name in loops}
-    _check_types(checkpoint, current, f"{trainer.ckpt_path}: ")
+        counts["loops"] = {name: getattr(trainer, name).state_dict() for name in loops}
+    _check_types(checkpoint, counts, where, int)
 
 
-def _check_types(saved: Any, current: Any, where: str) -> None:
-    kind: Any = next((one for one in (bool, Real, str, dict, list | tuple) if isinstance(current, one)), object)
+def _check_types(saved: Any, current: Any, where: str, integer: type) -> None:
+    """Compare saved state with this run's; where that has an integer, the saved value is of type `integer`."""
+    kinds = {bool: bool, int: integer, float: Real, str: str, dict: dict, list: list, tuple: list | tuple}
+    kind: Any = next((kind for one, kind in kinds.items() if isinstance(current, one)), object)
     if not isinstance(saved, kind):
         raise ValueError(f"{where.rstrip('/')} is {saved!r}, not of type {type(current).__name__}; {REMEDY}")
     if isinstance(current, int) and saved < 0 <= current:
@@ -88,11 +92,11 @@ def _check_types(saved: Any, current: Any, where: str) -> None:
     if isinstance(current, float) and math.isfinite(current) and not math.isfinite(saved):
         raise ValueError(f"{where.rstrip('/')} is {saved}, not finite; {REMEDY}")
     for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
-        _check_types(saved[name], current[name], f"{where}{name}/")
+        _check_types(saved[name], current[name], f"{where}{name}/", integer)
     for index, item in enumerate(saved if isinstance(current, list) else ()):
         # Lists that grow hold numbers, and lists and dictionaries of them.
         known = current[index] if index < len(current) else 0.0 if isinstance(item, str | None) else item
-        _check_types(item, known, f"{where}{index}/")
+        _check_types(item, known, f"{where}{index}/", integer)
 
 
 def check_new_run(trainer: Trainer, tokens: int) -> None:

@@ -69,7 +69,7 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
-    """Replace the settings that the groups have from a checkpoint by those of `config`, except the current learning rate.
+    """Replace the settings that the groups have from a checkpoint by those of `config`; the learning rate is its peak.
 
     Raises:
         SettingError: the optimizer is not `build_adamw`'s.
@@ -81,5 +81,5 @@ def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> Non
     )
     for group in optimizer.param_groups:
         weight_decay = config.weight_decay if group["decays"] else 0.0
-        group |= optimizer.defaults | {"lr": group["lr"], "initial_lr": config.lr, "betas": config.betas}
+        group |= optimizer.defaults | {"lr": config.lr, "initial_lr": config.lr, "betas": config.betas}
         group |= {"eps": config.eps, "weight_decay": weight_decay}
