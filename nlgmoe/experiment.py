@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -78,7 +80,15 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
     paths = [path] if isinstance(path, str | Path) else list(path)
     args = [part for item in paths for part in ("--config", str(item))]
     for name, value in overrides.items():
-        args.append(f"--{name.replace('__', '.')}={str(value) if isinstance(value, str | Path) else json.dumps(value)}")
+        setting = name.replace("__", ".")
+        try:
+            text = str(value) if isinstance(value, str | Path) else json.dumps(value, default=_number)
+        except TypeError:
+            raise UsageError(
+                f"{setting}={value!r} is of type {type(value).__name__}; give text, numbers, lists and dictionaries, as a file "
+                "would, such as {'class_path': ..., 'init_args': {...}} for an object"
+            ) from None
+        args.append(f"--{setting}={text}")
     mute_advertising()
     with warnings.catch_warnings():  # sys.argv is the notebook's
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -86,3 +96,10 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
             return cli_class(args=args, run=False)
         except UsageError as error:  # without a hundred frames of the parser's
             raise error.with_traceback(None) from None
+
+
+def _number(value: Any) -> Any:
+    """Return a number of numpy or a tensor as Python's; `json` calls this for what it does not know."""
+    if not isinstance(value, np.generic | torch.Tensor):
+        raise TypeError
+    return value.tolist()

@@ -230,8 +230,8 @@ class MoEGPTModule(GPTModule):
             require_same_end(self.trainer.global_step)
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
-        """Warn if a step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
-        if self._step_samples not in (None, samples) and samples != planned:
+        """Warn if a resumed run's step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
+        if self.trainer.ckpt_path is not None and self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(
                 f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
                 f"data.global_batch_size={self._step_samples} keeps it the same on any number of ranks"

@@ -157,11 +157,17 @@ def validate_now(trainer: Trainer, again: bool) -> None:
 
     Args:
         trainer: of the fit.
-        again: true if `EarlyStopping` has counted this validation already.
+        again: true if the callbacks that decide by scores have counted this validation already.
     """
     if trainer.enable_validation:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        kept = [one for one in callbacks if not (again and isinstance(one, EarlyStopping))]
+        # A `ModelCheckpoint` would delete its worst checkpoint to make room for one that it has.
+        counted = [
+            one
+            for one in callbacks
+            if isinstance(one, EarlyStopping) or (isinstance(one, ModelCheckpoint) and one.best_model_path)
+        ]
+        kept = [one for one in callbacks if not (again and one in counted)]
         trainer.callbacks = kept  # type: ignore[attr-defined]
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()

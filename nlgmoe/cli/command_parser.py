@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -51,7 +53,8 @@ class CommandParser(OneLineParser):
         """Parse, with dashes inside an option's name taken for underscores.
 
         Raises:
-            UsageError: a value is empty, as an unset variable of a shell is: a path would be the working directory.
+            UsageError: a value is empty, as an unset variable of a shell is: a path would be the working directory. Or an
+                option that takes one value is given several times.
         """
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
@@ -60,6 +63,13 @@ class CommandParser(OneLineParser):
             name = word if equals else before if before.startswith("--") else "an argument"
             if (value if equals else word) == "" and name != "--prompt":
                 raise UsageError(f"{name} is empty; give a value, or leave it out")
+        names = Counter("--" + w[2:].replace("-", "_") for w, _, _ in options if w.startswith("--"))
+        for action in self._actions:
+            for name in action.option_strings:
+                if names[name] > 1 and not isinstance(action, argparse._AppendAction):
+                    takes_list = "list" in str(getattr(action, "_typehint", ""))
+                    remedy = f"give a list, {name}='[A, B]'" if takes_list else "give it once"
+                    raise UsageError(f"{name} is given {names[name]} times, and only one of them would count; {remedy}")
         return super().parse_args(
             [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
             + [f"--flags={word}" for word in words[end + 1 :]],

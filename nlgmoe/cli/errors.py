@@ -70,6 +70,9 @@ def one_line_errors() -> Iterator[None]:
     Raises:
         SystemExit: in place of any other exception, with the exit code.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, which wants none of it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         yield
     except KeyboardInterrupt:

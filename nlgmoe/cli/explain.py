@@ -32,7 +32,7 @@ _WORDS = {
     type(None): "null",
     dict: "a mapping",
     Path: "a path",
-    timedelta: "a duration",
+    timedelta: "a duration such as 00:12:00:00 (12 hours)",
     None: "a value",
     Any: "a value",
 }

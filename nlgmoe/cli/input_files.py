@@ -48,6 +48,8 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     for file in found:
         if not (has_records(file) or is_plain_text(file)):
             raise UsageError(f"input={file} cannot be read; known endings are {ENDINGS}")
+        if "://" not in file and not Path(file).is_file():  # to open a FIFO would block
+            raise UsageError(f"input={file} is no regular file; give one, or a folder of them")
         itself = file if "://" in file else os.path.realpath(file)  # under whatever name, or behind a link
         if itself in seen:
             raise UsageError(f"input={file} is given more than once; its documents would be there more than once")

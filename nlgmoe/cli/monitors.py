@@ -37,6 +37,15 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
                 f"trainer.callbacks: {type(callback).__name__}.monitor={callback.monitor} is not logged by this run"
                 f"{did_you_mean(str(callback.monitor), names) or '.'} It logs {listed}"
             )
+        steps, seconds = getattr(callback, "_every_n_train_steps", 0), getattr(callback, "_train_time_interval", None)
+        between = seconds is not None or steps % trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if between and callback.monitor in interval_names(trainer, module):
+            raise SettingError(
+                f"trainer.callbacks: ModelCheckpoint.monitor={callback.monitor} is logged every trainer.log_every_n_steps="
+                f"{trainer.log_every_n_steps} steps, so that "  # type: ignore[attr-defined]
+                f"{f'every_n_train_steps={steps}' if steps else 'train_time_interval'} would take an earlier step's; set "
+                "every_n_train_steps to a multiple"
+            )
         after_validation = isinstance(callback, EarlyStopping) or callback._every_n_epochs > 0
         if after_validation and not isinstance(trainer.val_check_interval, int):
             rank_zero_warn(
@@ -56,6 +65,19 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
         names.add("train/seq_len")
     if module.distiller is not None:
         names |= set(LOGGED)
+    names |= interval_names(trainer, module)
+    if trainer.enable_validation:
+        data = getattr(trainer, "datamodule", None)
+        domains = [f"/{name}" for name in data.domains] if isinstance(data, HasTokenByteLengths) else ["/all"]
+        metrics = ("loss", "perplexity", *(["bits_per_byte"] if isinstance(data, HasTokenByteLengths) else []))
+        names |= {f"val/{metric}{domain}" for metric in metrics for domain in ["", *domains]}
+        names |= {"val/blend_loss"} if getattr(data, "domain_shares", None) else set()
+    return names
+
+
+def interval_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
+    """Return what callbacks log once an interval of logging, not at every step."""
+    names: set[str] = set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ExpertLoad | Throughput):
             names |= callback.logged_names(trainer, module)
@@ -63,10 +85,4 @@ def logged_names(trainer: Trainer, module: MoEGPTModule) -> set[str]:
             names |= callback.lrs.keys()
             names |= callback.last_momentum_values.keys() if callback.log_momentum else set()
             names |= callback.last_weight_decay_values.keys() if callback.log_weight_decay else set()
-    if trainer.enable_validation:
-        data = getattr(trainer, "datamodule", None)
-        domains = [f"/{name}" for name in data.domains] if isinstance(data, HasTokenByteLengths) else ["/all"]
-        metrics = ("loss", "perplexity", *(["bits_per_byte"] if isinstance(data, HasTokenByteLengths) else []))
-        names |= {f"val/{metric}{domain}" for metric in metrics for domain in ["", *domains]}
-        names |= {"val/blend_loss"} if getattr(data, "domain_shares", None) else set()
     return names

@@ -7,22 +7,38 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from enum import Enum
 from itertools import groupby
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
 
 from nlgmoe.cli.config_entries import ConfigEntry, read_arguments, read_file
 from nlgmoe.cli.errors import UsageError, is_complaint, one_line, raised_in
 from nlgmoe.cli.explain import NAMED_BY_CLASS, Explainer, subcommands_of
 
+_DURATION = re.compile(
+    r"((?P<days>\d+)( days?, |:))?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+(\.\d+)?)"  # as Lightning and Python write it
+)
 _ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # the name of a list of objects, in that of a setting of one of them
 
 # Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_parsing_settings(subclasses_enabled=list(NAMED_BY_CLASS))  # of jsonargparse, which takes dataclasses for sections
+
+
+def _duration(text: str) -> timedelta:
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text} is no duration; write DD:HH:MM:SS or HH:MM:SS")
+    return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
+
+
+# jsonargparse's own reads DD:HH:MM:SS as H:MM:SS, and leaves out the rest.
+register_type(timedelta, deserializer=_duration)
 
 
 class OneLineParser(ArgumentParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -141,6 +142,8 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
             why = (
                 f"has filename={one.filename}, whose metric's name makes folders; set auto_insert_metric_name to false"
             )
+        elif isinstance(one, ModelCheckpoint) and one._train_time_interval == timedelta(0):
+            why = "has a train_time_interval of 0, which saves after every step; raise it, or set every_n_train_steps"
         elif isinstance(one, Timer) and one._interval == "epoch":
             why = "has interval=epoch, which never ends here; set it to step"
         elif type(one).state_dict is not Callback.state_dict and one.state_key in states:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
 
     Raises:
         UsageError: there is no such file, or one exists in the folder.
+        ValueError: they cannot be written.
     """
     shipped = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/*.yaml")])
     known = [str(path) for path in [*shipped, *sorted({path.parent for path in shipped} - {Path()})]]
@@ -38,10 +40,15 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
         raise UsageError(
             f"output={output}: {Path(output) / existing[0]} exists already; name another folder, or delete it"
         )
+    written: list[Path] = []
     try:
         for path in wanted:
-            (Path(output) / path.parent).mkdir(parents=True, exist_ok=True)
-            (Path(output) / path).write_bytes((ROOT / path).read_bytes())
+            written.append(Path(output) / path)
+            written[-1].parent.mkdir(parents=True, exist_ok=True)
+            written[-1].write_bytes((ROOT / path).read_bytes())
     except OSError as error:
-        raise UsageError(f"output={output} cannot be written ({error.strerror}); name another folder") from error
-    print(*(Path(output) / path for path in wanted), sep="\n")
+        for file in written:  # the same command works once there is room
+            with suppress(OSError):
+                file.unlink()
+        raise ValueError(f"output={output} cannot be written ({error.strerror}); name another folder") from error
+    print(*written, sep="\n")

@@ -60,6 +60,10 @@ def prune_checkpoint(
     from nlgmoe.pyramid import moe_blocks
 
     loaded = load_pretrained(run)
+    if Path(checkpoint).resolve() == loaded.path.resolve():
+        raise UsageError(
+            f"checkpoint={checkpoint} is the one to prune, which its training needs as teacher; name another"
+        )
     before = loaded.model.config
     after = pruned_config(before, num_experts)
     batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))

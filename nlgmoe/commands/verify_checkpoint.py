@@ -20,7 +20,9 @@ def verify_checkpoint(checkpoint: str) -> None:
     from nlgmoe.checkpoint.newest import is_checkpoint, list_checkpoints  # these need torch, and the model
     from nlgmoe.checkpoint.verify import find_problems
 
-    if not is_checkpoint(checkpoint):
+    if checkpoint and not Path(checkpoint).exists():
+        raise UsageError(f"{checkpoint} does not exist; name a checkpoint")
+    if not is_checkpoint(checkpoint) or not Path(checkpoint).is_dir():
         names = ", ".join(str(path) for path in list_checkpoints(Path(checkpoint))[:3])
         raise UsageError(
             f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")

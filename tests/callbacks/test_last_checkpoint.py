@@ -61,6 +61,20 @@ def test_a_trainer_that_goes_back_saves_its_steps_again(tmp_path: Path) -> None:
     assert steps(tmp_path) == {"back.ckpt": 4, "step=8.ckpt": 8, "step=8-v1.ckpt": 8}
 
 
+def test_the_best_checkpoints_stay_when_a_run_is_validated_again(tmp_path: Path) -> None:
+    def kept() -> dict[str, int]:
+        keeper = ModelCheckpoint(
+            tmp_path, "best-{step}", monitor="val/loss", save_top_k=2, enable_version_counter=False
+        )
+        resume = tmp_path if any(tmp_path.iterdir()) else None
+        fit(tmp_path, keeper, SaveAtEnd(), resume=resume)
+        return steps(tmp_path)
+
+    first = kept()
+    assert sorted(first.values()) == [4, 8]
+    assert kept().items() >= first.items()
+
+
 def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> None:
     fit(tmp_path, SaveAtEnd(), steps=2)
     assert steps(tmp_path) == {}

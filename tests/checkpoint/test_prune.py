@@ -196,6 +196,12 @@ def test_a_checkpoint_that_appears_while_use_is_measured_is_kept(
     assert load_model(small).config.moe == MOES["softmax"]
 
 
+def test_a_checkpoint_does_not_replace_its_own_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = whole(tmp_path, "softmax")
+    arguments = "prune", source, source, "--num-experts=[3,0,4]", "--text=x", "--overwrite"
+    assert "is the one to prune, which its training needs as teacher; name another" in error_of(capsys, *arguments)
+
+
 @torch.no_grad()
 def test_a_text_is_measured_as_prepare_data_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "It was the best\r\nof times.\r\n" * 20

@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -495,6 +497,12 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
                 "monitor: val/loss, every_n_train_steps: null, train_time_interval: '01:00:00'",
                 "has train_time_interval=1:00:00, where monitor=val/loss is of an earlier step",
             ),
+            (
+                "ModelCheckpoint",
+                "every_n_train_steps: null, train_time_interval: '00:00:00:00'",
+                "has a train_time_interval of 0, which saves after every step",
+            ),
+            ("BackboneFinetuning", "", "trains an attribute `backbone`"),
             ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
             ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
             ("LearningRateFinder", "", "sets the learning rate of one optimizer group"),
@@ -852,6 +860,11 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         file(CALLBACK.format(SAMPLE, "prompts: [the cat], max_new_tokens: 16")),
         "max_new_tokens=16 do not fit seq_len=16; lower init_args.max_new_tokens",
     ),
+    "monitor that is logged at other steps": (
+        file(CALLBACK.format("ModelCheckpoint", "every_n_train_steps: 3, monitor: train/flops, filename: best")),
+        "ModelCheckpoint.monitor=train/flops is logged every trainer.log_every_n_steps=50 steps, so that "
+        "every_n_train_steps=3 would take an earlier step's; set every_n_train_steps to a multiple",
+    ),
     "monitor that is never logged": (
         file(CALLBACK.format("ModelCheckpoint", "every_n_train_steps: null, monitor: val/los, filename: best")),
         "trainer.callbacks: ModelCheckpoint.monitor=val/los is not logged by this run; did you mean val/loss? It logs epoch, ",
@@ -885,6 +898,7 @@ SETTINGS = {
     "unknown tokenizer",
     "ids over the vocabulary",
     "sample longer than a sequence",
+    "monitor that is logged at other steps",
     "monitor that is never logged",
     "micro-batch that no machine holds",
     "model that no machine holds",
@@ -979,6 +993,12 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         2,
         "configs/quickstart.yaml exists already; name another folder",
     ),
+    "option twice": (
+        ["prepare-data", "--input=x", "--input", "y", "--output=z"],
+        2,
+        "--input is given 2 times, and only one of them would count; give a list, --input='[A, B]'",
+    ),
+    "no checkpoint to verify": (["verify", "nope.ckpt"], 2, "nope.ckpt does not exist; name a checkpoint"),
     "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),
     "empty folder": (["export", "x", "", "--overwrite"], 2, "an argument is empty"),
     "empty teacher": (["student", "x", "--num-layers=3", "--teacher="], 2, "--teacher is empty"),
@@ -1215,7 +1235,12 @@ def test_an_interrupt_is_quiet(
         (["nowhere.yaml"], {}, "--config nowhere.yaml: there is no such file"),
         ([], {}, "missing setting model.config.vocab_size"),
         (["base.yaml"], {"model__config__moe__top_k": 9}, "model.config.moe.top_k=9 must be between 1 and"),
-        (["base.yaml"], {"trainer__max_steps": -2}, "trainer.max_steps=-2 must be at least -1"),
+        (
+            ["base.yaml"],
+            {"trainer__logger": object},
+            "trainer.logger=<class 'object'> is of type type; give text, numbers",
+        ),
+        (["base.yaml"], {"trainer__max_steps": np.int64(-2)}, "trainer.max_steps=-2 must be at least -1"),
     ],
 )
 def test_load_config_raises_the_same_line(files: list[str], settings: dict, words: str, place: Place) -> None:
@@ -1226,6 +1251,17 @@ def test_load_config_raises_the_same_line(files: list[str], settings: dict, word
     assert "\n" not in str(error.value)
     # A notebook shows all frames: this one, load_config, _read.
     assert len(error.traceback) == 3 and error.value.__cause__ is None and error.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("text", "hours"), [("00:12:00:00", 12), ("01:00:00:00", 24), ("0:30:00", 0.5), ("1 day, 2:00:00", 26)]
+)
+def test_an_interval_of_time_is_read_as_max_time_is(text: str, hours: float, place: Place) -> None:
+    path = place.folder / "interval.yaml"
+    settings = f"every_n_train_steps: null, train_time_interval: '{text}'"
+    path.write_text(CALLBACK.format("ModelCheckpoint", settings))
+    (callback,) = parse_config([place.trained / "base.yaml", path])["trainer"]["callbacks"]
+    assert callback["init_args"]["train_time_interval"] == timedelta(hours=hours)
 
 
 def test_numbers_mean_what_they_look_like(place: Place) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.cli.output_files import write_whole
+from nlgmoe.commands.configs import configs
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.tools.hugging_face import export as exporting
 from tests.checkpoint.test_hugging_face import CONFIGS, write
@@ -26,6 +27,24 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatc
         with pytest.raises(ValueError, match=r"output=.*out cannot be written \(No space left on device\); make room"):
             write_whole(str(path), "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_configurations_that_do_not_fit_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def full(file: Path, content: bytes) -> int:
+        file.open("w").close()
+        written.append(file)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        return 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(ValueError, match=r"output=.*out cannot be written \(No space left on device\)"):
+            configs("copy", output=str(tmp_path / "out"))
+    assert len(written) == 3 and not any(file.exists() for file in written)
+    configs("copy", output=str(tmp_path / "out"))
 
 
 def test_what_another_process_has_written_meanwhile_is_not_replaced(

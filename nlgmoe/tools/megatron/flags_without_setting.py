@@ -112,7 +112,7 @@ REFUSED = (
         Flag("--end-weight-decay", float),
     ),
     refused(
-        "a checkpoint is resumed int here, or a new run starts from its weights (`model.warm_start`); remove it",
+        "a checkpoint is resumed here, or a new run starts from its weights (`model.warm_start`); remove it",
         *switches(
             "--finetune",
             "--no-load-optim",
