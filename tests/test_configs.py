@@ -16,6 +16,7 @@ from nlgmoe.cli.train import TrainCLI
 from nlgmoe.config import GPTConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
+from nlgmoe.data.pocket.tokenizers import VOCABULARIES
 from nlgmoe.data.streaming.streamed_source import reads_per_stream
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
@@ -89,6 +90,16 @@ def parse(*names: str) -> Any:
         return Parsed(
             args=[part for name in names for part in ("--config", str(ROOT / f"{name}.yaml"))], run=False
         ).config
+
+
+def test_a_pocket_tokenizer_has_as_many_tokens_as_its_model() -> None:
+    files = [yaml.safe_load(path.read_text()) for path in ROOT.rglob("*.yaml")]
+    pairs = {
+        (one["data"]["tokenizer"], one["model"]["config"]["vocab_size"])
+        for one in files
+        if "pocket" in str(one.get("data", {}).get("tokenizer")) and "config" in one.get("model", {})
+    }
+    assert len(pairs) >= 2 and pairs <= set(VOCABULARIES.items())
 
 
 def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:

@@ -68,7 +68,7 @@ def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(tmp_path: Pa
 
 
 def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
-    for name, noise, seed in (("a", 0.1, 1), ("b", 0.1, 1), ("c", 0.1, 2)):
+    for name, noise, seed in (("a", 0.1, 0), ("b", 0.1, 0), ("c", 0.1, 2)):
         upcycle(dense, tmp_path / f"{name}.ckpt", MoEConfig(4, top_k=2), noise, seed)
     a, b, c = (load_model(tmp_path / f"{name}.ckpt").blocks[1].moe.experts for name in "abc")
     ffn = load_model(dense).blocks[1].ffn

@@ -1,12 +1,14 @@
 """The real corpus, in the folder that the quickstart and `make test` use; built there if it is missing."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer
+from nlgmoe.data.pocket import packages
 from nlgmoe.data.pocket.build import build_pocket_pile, prepare
 from nlgmoe.data.pocket_pile import SPLITS, read_manifest, text_path
 
@@ -59,3 +61,14 @@ def test_gpt2_tokenizer() -> None:
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (50257, 50256)
     assert tokenizer.eod_id not in tokenizer.encode("<|endoftext|>")
+
+
+def test_a_package_that_is_not_the_pinned_one_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(command[command.index("--dest") + 1]) / packages.GENSIM.archive).write_bytes(b"another")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", download)
+    with pytest.raises(ValueError, match=packages.GENSIM.archive):
+        packages.fetch(packages.GENSIM, tmp_path)
+    assert list(tmp_path.iterdir()) == []

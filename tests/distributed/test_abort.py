@@ -21,6 +21,9 @@ child = subprocess.Popen(["sleep", "1000"])
 watch = AbortWatch("the line", [child.pid])
 signal.signal(signal.SIGTERM, lambda *_: None)
 os.kill(os.getpid(), signal.SIGTERM)
+if sys.argv[1] == "is aborted":
+    os.kill(os.getpid(), signal.SIGABRT)  # by another process, for Python
+    time.sleep(10)
 if sys.argv[1] == "aborts":
     threading.Timer(0.1, ctypes.CDLL(None).abort).start()
     ctypes.CDLL(None).sleep(1000)
@@ -37,8 +40,9 @@ def run(how: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_aborted_process_says_why_and_takes_its_children_along() -> None:
-    done = run("aborts")
+@pytest.mark.parametrize("how", ["aborts", "is aborted"])
+def test_an_aborted_process_says_why_and_takes_its_children_along(how: str) -> None:
+    done = run(how)
     assert (done.returncode, done.stderr, done.stdout) == (-6, "the line\n", "")
 
 
