@@ -75,6 +75,20 @@ def test_limit_samples_and_keeps_the_order() -> None:
     assert chosen == [d for d in documents if d in chosen] and chosen != documents[: len(chosen)]
 
 
+def test_a_limit_is_of_one_domain_of_one_archive(tmp_path: Path) -> None:
+    kinds = (("prose", "a"), ("prose", "b"), ("verse", "a"))
+    documents = [
+        replace(document, domain=domain, source=f"{archive}:{index}")
+        for seed, (domain, archive) in enumerate(kinds)
+        for index, document in enumerate(make_documents(30, "prose", seed))
+    ]
+    write_corpus(tmp_path, "tiny", documents, {}, {("prose", "a"): 6_000})
+    lines = [json.loads(line) for file in (tmp_path / "text").iterdir() for line in file.read_text().splitlines()]
+    kept = {kind: [one for one in lines if (one["domain"], one["source"][0]) == kind] for kind in kinds}
+    assert 4_000 < sum(len(one["text"].encode()) for one in kept["prose", "a"]) <= 6_000
+    assert len(kept["prose", "b"]) == len(kept["verse", "a"]) == 30
+
+
 def test_corpus_is_reproducible_verified_and_never_half_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = make_documents(30, "prose", 1) + make_documents(20, "verse", 2)
     first = write_corpus(tmp_path, "tiny", documents, {})
