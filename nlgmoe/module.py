@@ -304,14 +304,6 @@ class MoEGPTModule(GPTModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
-    def on_validation_start(self) -> None:
-        """Set the step number that loggers use to the last step's, also if a resumed run begins with a validation."""
-        trainer = self.trainer
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            loop = trainer.fit_loop.epoch_loop
-            loop._batches_that_stepped = trainer.global_step - (not loop._should_accumulate())
-
-    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint |= {
