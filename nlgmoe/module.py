@@ -23,7 +23,7 @@ from nlgmoe.layers.router import Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.objective import LearningRouters, Window, mean_over_ranks, training_loss
-from nlgmoe.optim.param_groups import AdamWConfig, apply_settings, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming import (
@@ -273,7 +273,7 @@ class MoEGPTModule(GPTModule):
         self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
-        apply_settings(optimizer, self.optimizer_config)
+        require_adamw(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = peak * self._lr_factor()  # the scheduler's formula, to the last bit
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):

@@ -196,7 +196,7 @@ class StepGuard:
                 f"{problem}; nothing was updated. Resume from the last checkpoint, or one before it, with {fp16}a lower "
                 "model.optimizer.lr, or with model.non_finite.action set to skip"
             )
-        if self.in_a_row == self.settings.limit:
+        if self.in_a_row >= self.settings.limit:
             raise NonFiniteError(
                 f"{problem}; {self.in_a_row} steps in a row were skipped before it, which is model.non_finite.limit. Resume from "
                 f"an earlier checkpoint with {fp16}a lower model.optimizer.lr"

@@ -94,8 +94,7 @@ def _check_types(saved: Any, current: Any, where: str, integer: type) -> None:
     for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
         _check_types(saved[name], current[name], f"{where}{name}/", integer)
     for index, item in enumerate(saved if isinstance(current, list) else ()):
-        # Lists that grow hold numbers, and lists and dictionaries of them.
-        known = current[index] if index < len(current) else 0.0 if isinstance(item, str | None) else item
+        known = current[index] if index < len(current) else item  # of a list that grows, its owner checks the rest
         _check_types(item, known, f"{where}{index}/", integer)
 
 

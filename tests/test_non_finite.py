@@ -256,8 +256,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
-    def fit(steps: int, *callbacks: Callback, checkpoint: Path | None = None) -> MoEGPTModule:
-        module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
+    def fit(steps: int, *callbacks: Callback, checkpoint: Path | None = None, limit: int = 2) -> MoEGPTModule:
+        module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit))
         spoils = Spoils({1, 2, 3}, output_of("blocks.0.ffn", lambda out: out * torch.nan))
         run = trainer(tmp_path, spoils, *callbacks, max_steps=steps)
         run.fit(module, SyntheticData(), ckpt_path=checkpoint)
@@ -268,8 +268,23 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["skipped_steps"] == 2
     assert 0 < summary["train_loss"] < 10
-    with pytest.raises(NonFiniteError, match=r"^step 3: .*; 2 steps in a row"):
-        fit(5, checkpoint=path)
+    for limit in (2, 1):
+        with pytest.raises(NonFiniteError, match=r"^step 3: .*; 2 steps in a row"):
+            fit(5, checkpoint=path, limit=limit)
+
+
+def test_a_skipped_step_is_one_of_the_last_fifty_after_a_restart_too(tmp_path: Path) -> None:
+    def fit(steps: int, *callbacks: Callback, checkpoint: Path | None = None) -> float:
+        module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip"))
+        spoils = Spoils({4, 5}, output_of("blocks.0.ffn", lambda out: out * torch.nan))
+        settings = {"max_steps": steps, "limit_val_batches": 0}
+        trainer(tmp_path, spoils, RunSummary(), *callbacks, **settings).fit(
+            module, SyntheticData(), ckpt_path=checkpoint
+        )
+        return float(json.loads((tmp_path / "summary.json").read_text())["train_loss"])
+
+    expected = fit(56, SaveAt(20, tmp_path / "a.ckpt"))
+    assert fit(56, checkpoint=tmp_path / "a.ckpt") == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_is_resumed_where_no_step_was_taken_yet_or_parameters_are_frozen(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, for a resumed run."""
         return {
-            "losses": self._finite_losses(),
+            "losses": [
+                loss if math.isfinite(loss) else None for loss in self._losses
+            ],  # each is one of the last 50 steps
             "wall_seconds": self._wall_so_far(),
             "step_seconds": self._step_seconds,
             "validation_seconds": self._validation_seconds,
@@ -52,7 +54,9 @@ class RunSummary(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums."""
-        self._losses = deque(map(float, state_dict["losses"]), maxlen=self._losses.maxlen)
+        self._losses = deque(
+            (math.nan if loss is None else float(loss) for loss in state_dict["losses"]), self._losses.maxlen
+        )
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
         self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0

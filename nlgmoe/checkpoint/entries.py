@@ -88,7 +88,7 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     numbered, index = [], 0
     for group in groups:
         match group:
-            case {"param_names": [*_], "decays": bool()}:
+            case {"param_names": [*_]}:
                 pass
             case _:
                 raise ValueError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")

@@ -248,13 +248,13 @@ class PileDataModule(TextFacts, LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             ours = {"tokenizer": ours["tokenizer"]}
         if "order" in ours and theirs.get("order") != ours["order"]:
-            raise ValueError(
+            raise SettingError(
                 f"The checkpoint's run took its samples in another order ({theirs.get('order', 'an older one')} there, "
                 f"{ours['order']} here): resume it with the version of nlgmoe that saved it, or start a new run from its "
                 "weights with model.warm_start.checkpoint."
             )
         if changes := differing(theirs, ours, state_dict.get("corpus"), self.corpus_description):
-            raise ValueError(
+            raise SettingError(
                 f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "
                 "model.warm_start.checkpoint."

@@ -18,10 +18,12 @@ class TextFacts:
     Attributes:
         seq_len: tokens per sequence.
         max_eval_windows: sequences evaluated per domain; None: all.
+        mask_eod_loss: the first token of each document has no loss.
     """
 
     seq_len: int
     max_eval_windows: int | None
+    mask_eod_loss: bool
 
     def _opened(self) -> OpenCorpus:
         raise NotImplementedError
@@ -73,10 +75,12 @@ class TextFacts:
         return self._opened().tokenizer.spellings
 
     def unigram_entropy(self) -> float:
-        """Loss of the best context-free model on the tokens that evaluation covers, in nats per token."""
-        return unigram_entropy(
-            self._opened().training_tokens(), list(self._evaluated_tokens().values()), self.vocab_size
-        )
+        """Loss of the best context-free model on the tokens that have a loss in evaluation, in nats per token."""
+        evaluated = list(self._evaluated_tokens().values())
+        if self.mask_eod_loss:
+            eod = self.eod_id
+            evaluated = [tokens[np.concatenate(([eod], tokens[:-1])) != eod] for tokens in evaluated]
+        return unigram_entropy(self._opened().training_tokens(), evaluated, self.vocab_size)
 
     def token_counts(self) -> list[int]:
         """Return the number of training tokens of each id, `[V]`; of a long corpus, in evenly spaced slices."""

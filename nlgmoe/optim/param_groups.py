@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,27 +60,35 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
             for (ranks, decay), parameters in groups.items()
         ],
         lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
         fused=True,
     )
-    apply_settings(optimizer, config)
+    for group in optimizer.param_groups:
+        group |= {"initial_lr": config.lr, "weight_decay": config.weight_decay if group["decays"] else 0.0}
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
     # A fused step can unscale fp16 gradients itself, so Lightning refuses to clip them under mixed precision. Disable this:
     # the gradient scaler unscales them, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
-def apply_settings(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
-    """Replace the settings that the groups have from a checkpoint by those of `config`; the learning rate is its peak.
+def require_adamw(optimizer: torch.optim.Optimizer) -> None:
+    """Check that the optimizer is `build_adamw`'s.
 
     Raises:
-        SettingError: the optimizer is not `build_adamw`'s.
+        SettingError: it is not.
     """
     require(
         all("decays" in group for group in optimizer.param_groups),
         f"configure_optimizers returns {type(optimizer).__name__}, where schedule and checkpoints need nlgmoe's AdamW: return "
         "super().configure_optimizers(), and set model.optimizer",
     )
-    for group in optimizer.param_groups:
-        weight_decay = config.weight_decay if group["decays"] else 0.0
-        group |= optimizer.defaults | {"lr": config.lr, "initial_lr": config.lr, "betas": config.betas}
-        group |= {"eps": config.eps, "weight_decay": weight_decay}
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Restore moments alone: all settings are those of this run's configuration."""
+    own = ({key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups)
+    # PyTorch names a different number of groups.
+    groups = [saved | settings for saved, settings in zip(state["param_groups"], own, strict=False)]
+    return state | {"param_groups": groups or state["param_groups"]}

@@ -284,6 +284,18 @@ def test_unigram_entropy_is_that_of_the_smoothed_counts(make_data: Make) -> None
     assert set(data.xz_bits_per_byte()) == {*data.domains, "all"}
 
 
+def test_a_baseline_is_of_the_tokens_that_have_a_loss(make_data: Make) -> None:
+    data = make_data(mask_eod_loss=True)
+    counts = torch.zeros(data.vocab_size)
+    for batch in data.val_dataloader():
+        counted = batch["loss_mask"] & batch["token_mask"]
+        counts += batch["targets"][counted].bincount(minlength=data.vocab_size)
+    train = torch.tensor(data.token_counts()) + 1
+    expected = -(counts * (train / train.sum()).log()).sum() / counts.sum()
+    assert data.unigram_entropy() == pytest.approx(float(expected), rel=1e-6)
+    assert data.unigram_entropy() != pytest.approx(make_data().unigram_entropy(), rel=1e-6)
+
+
 def test_shards_are_reused_and_repaired(make_data: Make) -> None:
     data = make_data()
     (folder,) = (data.data_dir / "tokenized").iterdir()
