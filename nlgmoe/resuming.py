@@ -94,7 +94,8 @@ def _check_types(saved: Any, current: Any, where: str, integer: type) -> None:
     for name in saved.keys() & current.keys() if isinstance(current, dict) else ():
         _check_types(saved[name], current[name], f"{where}{name}/", integer)
     for index, item in enumerate(saved if isinstance(current, list) else ()):
-        known = current[index] if index < len(current) else item  # of a list that grows, its owner checks the rest
+        # Lists that grow hold numbers, None for NaN, and lists and dictionaries of them.
+        known = current[index] if index < len(current) else 0.0 if isinstance(item, str) else item
         _check_types(item, known, f"{where}{index}/", integer)
 
 

@@ -248,10 +248,8 @@ def open_tensors(file: Path) -> Any:
     try:
         file.open("rb").close()  # safetensors reports a file without read permission as missing
         return safe_open(file, framework="pt")
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # safetensors raises a type of its own, without the file's name
-        raise ValueError(f"{file} cannot be read ({error})") from error
+        raise ValueError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def record_of(tensor: Tensor) -> list[Any]:

@@ -16,7 +16,7 @@ from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, load_tokenizer
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
@@ -76,7 +76,7 @@ class MegatronIndexed:
         parts = zip(("train", "validation", "test"), pairwise(ends), strict=True)
         tokens = {name: [dataset.tokens[first:end]] for name, (first, end) in parts if end > first}
         if missing := {"train", "validation"} - set(tokens):
-            raise ValueError(
+            raise SettingError(
                 f"split {list(self.split)} leaves {' and '.join(sorted(missing))} none of the {bounds[-1]:,} documents of "
                 f"{self.prefix}: raise the share, or use a larger corpus."
             )

@@ -682,7 +682,7 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
                 ckpt, "checkpoint.json", lambda one: one["callbacks"]["RunSummary"].update(losses=["x"])
             )
         ),
-        "broken.ckpt: its state cannot be restored (ValueError: could not convert string to float: 'x')",
+        "broken.ckpt: callbacks/RunSummary/losses/0 is 'x', not of type float; use another checkpoint",
     ),
     "text in place of a monitored metric": (
         broken(
@@ -885,6 +885,8 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
 }
 SETTINGS = {
     "a name that is too long",
+    "another tokenizer",
+    "other data to go on",
     "missing checkpoint",
     "file as checkpoint",
     "nothing to start from",

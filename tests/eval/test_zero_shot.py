@@ -77,6 +77,14 @@ def test_every_kind_of_task_from_a_users_folder(lm: EvaluatedGPT, tmp_path: Path
     assert set(results["n-shot"].values()) == {1}
 
 
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Of two results with one name lm-eval's form has room for the last one."""
+    one, two = (write_tasks(tmp_path / name) / "tiny_word.yaml" for name in "ab")
+    for names in ([str(one), str(two)], [str(one), "tiny_word"]):
+        with pytest.raises(ValueError, match="two have the name tiny_word, and one result would be left"):
+            Tasks(names, include_path=one.parent)
+
+
 def test_a_task_that_keeps_0_examples_is_named(tmp_path: Path) -> None:
     """So do lm-eval's of chat models."""
     folder = write_tasks(tmp_path)

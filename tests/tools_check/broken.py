@@ -374,6 +374,10 @@ DEFECTS: dict[str, tuple[str, Defect]] = {
         "capacity is the formula",
         (TWO, routed(lambda routing, x: replace(routing, all_kept=True))),
     ),
+    "all_kept of padding": (
+        "padding takes no slot",
+        (DROPLESS, routed(lambda routing, x: replace(routing, all_kept=True))),
+    ),
     "a capacity below the kept tokens": (
         "capacity is the formula",
         (TWO, routed(lambda routing, x: replace(routing, capacity=4))),

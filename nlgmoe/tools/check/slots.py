@@ -135,6 +135,8 @@ def padding_takes_no_slot(layer: Layer) -> str:
         real, x = batch.mask.flatten(), batch.x.flatten(0, 1)
         if bool(routing.kept[~real].any()):
             raise Failed(f"{int(routing.kept[~real].any(dim=1).sum())} padded tokens take slots")
+        if routing.all_kept:
+            raise Failed("all_kept is True, and padding is not kept")
         asked, kept = _requests(routing, real, layer.num_experts), _kept(routing, layer.num_experts)
         expected = asked.clamp_max(layer.capacity(TOKENS)) if layer.drops else asked
         if not torch.equal(kept, expected):

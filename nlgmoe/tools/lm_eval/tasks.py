@@ -55,6 +55,14 @@ class Tasks:
             if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f"{setting}={folder} is not a folder")
         self.names, self.num_fewshot = list(dict.fromkeys(names)), num_fewshot
+        called = [
+            found[1] if Path(name).is_file() and (found := _NAME.search(Path(name).read_text())) else name
+            for name in self.names
+        ]
+        if again := [name for name in called if called.count(name) > 1]:
+            raise ValueError(
+                f"tasks: two have the name {again[0]}, and one result would be left; rename it in its file"
+            )
         self._data_dir = None if data_dir is None else Path(data_dir)
         self._manager = _manager(self.names, include_path)
         self._files = {} if data_dir is None else _read_from_files(self._manager.task_index, Path(data_dir))
