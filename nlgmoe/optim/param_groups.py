@@ -88,7 +88,9 @@ def require_adamw(optimizer: torch.optim.Optimizer) -> None:
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Restore moments alone: all settings are those of this run's configuration."""
-    own = ({key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups)
-    # PyTorch names a different number of groups.
-    groups = [saved | settings for saved, settings in zip(state["param_groups"], own, strict=False)]
-    return state | {"param_groups": groups or state["param_groups"]}
+    saved, own = state["param_groups"], optimizer.param_groups
+    if len(saved) != len(own):
+        return state  # which PyTorch refuses
+    return state | {
+        "param_groups": [group | one | {"params": group["params"]} for group, one in zip(saved, own, strict=True)]
+    }

@@ -132,3 +132,23 @@ def test_optimizer_settings_reach_adamw() -> None:
     decay, no_decay = optimizer.param_groups
     assert (decay["lr"], decay["betas"], decay["eps"], decay["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
     assert no_decay["weight_decay"] == 0.0
+
+
+def test_a_checkpoint_restores_moments_and_no_settings() -> None:
+    model = GPT(GPTConfig(11, 8, 1, 8, 1))
+    saved = build_adamw(model, AdamWConfig(lr=1e-3))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    saved.step()
+    state = saved.state_dict()
+    for group in state["param_groups"]:
+        group |= {"betas": (0.5, 0.5), "amsgrad": True, "maximize": {}, "lr": "x"}
+    restored = build_adamw(model, AdamWConfig(lr=2e-3, weight_decay=0.3))
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups]
+    restored.load_state_dict(state)
+    assert [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups] == fresh
+    for parameter in model.parameters():
+        assert torch.equal(restored.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])
+    state["param_groups"].append(state["param_groups"][0] | {"params": []})
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        restored.load_state_dict(state)
