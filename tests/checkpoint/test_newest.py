@@ -270,3 +270,8 @@ def test_a_folder_for_transformers_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a folder for transformers; make a checkpoint of it with nlgmoe import"):
         choose_checkpoint(tmp_path, to_train=False)
+
+
+def test_a_summary_counts_the_other_problems() -> None:
+    assert newest._summary(["a"]) == "a"
+    assert newest._summary(["a", "b", "c"]) == "a (and 2 more problems: nlgmoe verify lists them)"

@@ -72,3 +72,12 @@ def test_a_package_that_is_not_the_pinned_one_is_not_kept(tmp_path: Path, monkey
     with pytest.raises(ValueError, match=packages.GENSIM.archive):
         packages.fetch(packages.GENSIM, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "a warning\nERROR: nobody answers\n"
+    monkeypatch.setattr(
+        packages.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
+    )
+    with pytest.raises(ValueError, match=r"\(ERROR: nobody answers\); check the network"):
+        packages.fetch(packages.GENSIM, tmp_path)
