@@ -36,14 +36,8 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import student_config
 
 Clock = Callable[[], float]
-CELLS = (
-    (1, 32),
-    (8, 32),
-    (32, 32),
-    (1, 512),
-    (8, 512),
-    (32, 512),
-)  # batch and prompt, of the comparison with Hugging Face
+# Batch and prompt, of the comparison with Hugging Face.
+CELLS = ((1, 32), (8, 32), (32, 32), (1, 512), (8, 512), (32, 512))
 NEW, EXPERTS = 64, 64
 LONGEST = {"OLMoE batched_mm": 1024, "OLMoE grouped_mm": 4096}  # tokens of prompts: longer ones take minutes
 CACHED, DECODED = 64, 32  # of decoding: tokens there before, tokens fed one by one in each round

@@ -42,9 +42,8 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, for a resumed run."""
         return {
-            "losses": [
-                loss if math.isfinite(loss) else None for loss in self._losses
-            ],  # each is one of the last 50 steps
+            # With those that are not finite: each is one of the last 50 steps.
+            "losses": [loss if math.isfinite(loss) else None for loss in self._losses],
             "wall_seconds": self._wall_so_far(),
             "step_seconds": self._step_seconds,
             "validation_seconds": self._validation_seconds,

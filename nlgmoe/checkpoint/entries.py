@@ -87,11 +87,8 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     state: dict[int, dict[str, Tensor]] = {}
     numbered, index = [], 0
     for group in groups:
-        match group:
-            case {"param_names": [*_]}:
-                pass
-            case _:
-                raise ValueError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
+        if not isinstance(group, dict) or not isinstance(group.get("param_names"), list):
+            raise ValueError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
             found = {moment: values[name] for moment, values in by_moment.items() if name in values}

@@ -241,8 +241,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, target) - largest + likeliest  # [C, 1]
             difference = None
             if teacher is not None:
-                log_probs = logits.sub_(largest).add_(likeliest)[:, :vocab_size]
-                divergence, agrees, difference = teacher.compare(log_probs, part)
+                del probs  # as many again are needed here
+                log_probs = logits.sub_(largest).add_(likeliest)
+                divergence, agrees, difference = teacher.compare(log_probs[:, :vocab_size], part)
+                probs = log_probs.exp_()
                 del log_probs
                 distillation += (one * divergence).sum()
                 agreement += (one * agrees).sum()

@@ -56,7 +56,9 @@ class Tasks:
                 raise ValueError(f"{setting}={folder} is not a folder")
         self.names, self.num_fewshot = list(dict.fromkeys(names)), num_fewshot
         called = [
-            found[1] if Path(name).is_file() and (found := _NAME.search(Path(name).read_text())) else name
+            found[1]
+            if Path(name).is_file() and (found := _NAME.search(Path(name).read_text(errors="replace")))
+            else name
             for name in self.names
         ]
         if again := [name for name in called if called.count(name) > 1]:
