@@ -47,6 +47,7 @@ def test_the_loss_is_its_formula(temperature: float, masked: bool) -> None:
     torch.testing.assert_close(found.distillation, distillation)
     torch.testing.assert_close(found.loss, language + 0.7 * distillation)
     assert float(found.agreement) == pytest.approx(2 / 5 if masked else 3 / 7)  # token 2 is masked
+    assert [value.requires_grad for value in found] == [True, False, False, False]
     expected = torch.autograd.grad(language + 0.7 * distillation, (hidden, unembedding))
     torch.testing.assert_close(torch.autograd.grad(found.loss, (hidden, unembedding)), expected)
 

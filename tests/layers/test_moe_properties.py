@@ -18,7 +18,7 @@ from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.layers.losses import cross_entropy, token_losses
 from nlgmoe.layers.moe import MoELayer
-from nlgmoe.layers.router import RoutingContext, capacity
+from nlgmoe.layers.router import Routing, RoutingContext, capacity
 
 WIDTH, INNER = 6, 10
 properties = settings(max_examples=50)
@@ -76,6 +76,7 @@ def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Cas
     dispatch = Dispatch.from_routing(routing, experts)
     served = dispatch.order[: int(dispatch.tokens_per_expert.sum())]
     assert len(dispatch.order) == max(len(served), 1), "dropped rows are computed on a CPU"
+    assert dispatch.all_used == (len(dispatch.order) == len(served))
     assert sorted(served.tolist()) == routing.kept.flatten().nonzero().flatten().tolist()
     owner = torch.arange(experts).repeat_interleave(dispatch.tokens_per_expert)
     assert torch.equal(routing.expert.flatten()[served], owner), "a row is in another expert's block"
@@ -252,6 +253,12 @@ def test_cross_entropy_passes_gradcheck_and_is_log_vocabulary_for_uniform_logits
     targets, mask = torch.randint(9, (7,)), torch.tensor([True, False, True, True, False, True, True])
     assert torch.autograd.gradcheck(lambda h, t: cross_entropy(h, t, 9, targets, mask, 3), (hidden, table))
     assert cross_entropy(torch.zeros(7, 4), table.float(), 9, targets, mask, 3).item() == pytest.approx(math.log(9))
+
+
+def test_a_routing_that_says_nothing_of_drops_may_have_some() -> None:
+    kept = torch.tensor([[True], [False], [True]])
+    dispatch = Dispatch.from_routing(Routing(torch.tensor([[1], [0], [1]]), kept.double(), kept, 2), 2)
+    assert dispatch.order.tolist() == [0, 2] and dispatch.tokens_per_expert.tolist() == [0, 2]
 
 
 def test_rows_of_an_expert_are_in_token_order(monkeypatch: pytest.MonkeyPatch) -> None:

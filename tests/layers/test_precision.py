@@ -133,6 +133,15 @@ def test_cross_entropy_rounds_the_logits_once_and_sums_loss_and_gradient_in_fp32
         assert error < 0.005, f"{error:.4f}"  # 250 sums in bf16 would lose much more
 
 
+def test_autocast_computes_the_products_of_the_heads_gradient_in_its_dtype() -> None:
+    torch.manual_seed(0)
+    hidden, table = torch.randn(20, 16).requires_grad_(), torch.randn(50, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(hidden, table, 50, torch.randint(50, (20,)), None, 8, divisor=torch.tensor(1.0))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.dtype == torch.float32 and torch.equal(gradient, gradient.bfloat16().float())
+
+
 TOKENS, VOCABULARY, ROWS, WIDTH = 512, 2001, 2048, 32
 DIVISOR = 8192 * 50257 / VOCABULARY  # a probability divided by it is as small as in 8,192 tokens of 50,257 classes
 

@@ -102,6 +102,8 @@ def test_top_3_serves_the_highest_gate_first() -> None:
     assert routing.tokens_per_expert.tolist() == [3, 2, 2, 2]
     mean = torch.tensor(probs, dtype=torch.float64).mean(0)
     expect(balance_loss(routing), 4 * (mean * torch.tensor([3, 2, 2, 2]) / 9).sum().item())
+    tied = route(replace(config, train_capacity_factor=1.0), [probs[0]] * 100).kept  # 75 slots each
+    assert tied.tolist() == [[token < 75] * 3 for token in range(100)]  # for the earliest of equal gates
 
 
 def test_min_capacity_saves_what_the_factor_would_drop() -> None:

@@ -25,6 +25,7 @@ from nlgmoe import (
     generate,
 )
 from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.layers.router import Router
 from nlgmoe.layers.routers.hash import balanced_table
 from nlgmoe.layers.routers.sigmoid import sequence_balance
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
@@ -65,6 +66,23 @@ def gated(moe: MoEConfig, logits: list[list[float]], context: RoutingContext = R
 
 def expect(actual: Tensor, expected: Any) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=1e-6, atol=1e-6)
+
+
+# ---- the base class
+
+
+def test_a_router_s_modules_move_with_it_and_its_buffers_keep_their_dtype() -> None:
+    class Nested(Router):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.inner = torch.nn.BatchNorm1d(4)
+            self.register_buffer("bias", torch.tensor(1.001))
+
+    router = Nested().to(torch.bfloat16)
+    assert router.inner.weight.dtype == router.inner.running_mean.dtype == torch.bfloat16
+    assert router.bias.dtype == torch.float32 and router.bias == torch.tensor(1.001)
+    with pytest.raises(NotImplementedError, match=r"Nested has no forward\(x, context\)"):
+        router(torch.zeros(1, 4), RoutingContext())
 
 
 # ---- by hand
@@ -150,10 +168,11 @@ def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself()
 
 def test_a_sequence_balance_loss_is_multiplied_by_its_coefficient() -> None:
     batch = next(iter(SyntheticData().train_dataloader()))
-    gpt = GPT(model(MoEConfig(4, router=SigmoidTopK(sequence_loss_coeff=0.1))))
-    _, parts, (routing,) = training_loss(gpt, batch, (0, 0, 0), 64)
-    expected = 0.1 * sequence_balance(routing.probs, 1, len(batch["tokens"]), routing.token_mask)
-    expect(parts["train/sequence_balance_loss"], expected)
+    gpt = GPT(model(MoEConfig(4, expert_interval=1, router=SigmoidTopK(sequence_loss_coeff=0.1))))
+    _, parts, routings = training_loss(gpt, batch, (0, 0, 0), 64)
+    assert len(routings) == 2  # their losses are summed
+    sums = [sequence_balance(one.probs, 1, len(batch["tokens"]), one.token_mask) for one in routings]
+    expect(parts["train/sequence_balance_loss"], 0.1 * float(sum(sums)))
 
 
 def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
