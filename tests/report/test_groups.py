@@ -98,6 +98,9 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
         of_run["data"] |= {"max_eval_windows": 8}
         (run / "config.yaml").write_text(yaml.safe_dump(of_run))
     assert "bits per byte, best without data.max_eval_windows, which cuts" in page(read_runs(runs), "seed")
+    of_run["data"] |= {"corpus": {"class_path": "nlgmoe.data.MegatronIndexed", "init_args": {"prefix": "other"}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(of_run))
+    assert "comparable: data.tokenizer and data.corpus differ.</p>" in page(read_runs(runs), "seed")
 
 
 def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:

@@ -13,7 +13,7 @@ from nlgmoe.tools.report.drawing import run_colour
 from nlgmoe.tools.report.runs import Run, finite_number, flattened
 
 UNKNOWN = "–"
-SAME_TOKENS = ("data.tokenizer", "data.max_eval_windows", "data.mask_eod_loss")  # settings of what is evaluated
+SAME_TOKENS = ("tokenizer", "corpus", "max_eval_windows", "mask_eod_loss")  # settings `data.*` of what is evaluated
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
 
 
@@ -58,12 +58,12 @@ def differences(runs: Sequence[Run]) -> str:
 
 def other_tokens(runs: Sequence[Run]) -> str:
     """Return a note that validation losses may be of other tokens (a tokenizer has several paths); empty if they are not."""
-    flat = [flattened(run.config) for run in runs if run.config]
-    names = [name for name in SAME_TOKENS if len({str(settings.get(name)) for settings in flat}) > 1]
+    data = [settings for run in runs if isinstance(settings := run.config.get("data"), dict)]
+    names = [f"data.{name}" for name in SAME_TOKENS if len({str(settings.get(name)) for settings in data}) > 1]
     if not names:
         return ""
     remedy = "; compare bits per byte" if names == ["data.tokenizer"] else ""
-    if remedy and any(settings.get("data.max_eval_windows") is not None for settings in flat):
+    if remedy and any(settings.get("max_eval_windows") is not None for settings in data):
         remedy += ", best without data.max_eval_windows, which cuts the text at another place for each tokenizer"
     return (
         f'<p class="notes">Losses per token of these runs may not be comparable: {" and ".join(names)} '
