@@ -31,6 +31,7 @@ from nlgmoe.resuming import (
     check_same_run,
     check_state,
     follow_moved_folder,
+    forget_deferred_saves,
     forget_saves,
     keep_patience,
     monitored,
@@ -224,6 +225,8 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: a callback has stopped this rank alone.
         """
+        if self.trainer.global_step == 0:
+            forget_deferred_saves(self.trainer)
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
             self.trainer.should_stop, self._stops_after_step = False, True
         elif self.trainer.should_stop:

@@ -189,6 +189,16 @@ def forget_saves(trainer: Trainer) -> None:
             one._last_global_step_saved, one._last_checkpoint_saved = 0, ""
 
 
+def forget_deferred_saves(trainer: Trainer) -> None:
+    """Make `ModelCheckpoint` not save after the next validation what it could not save yet, its metric being unknown.
+
+    Before the first step, whose number is a multiple of every interval, it would save a step that is none.
+    """
+    for one in trainer.checkpoint_callbacks:
+        if isinstance(one, ModelCheckpoint):
+            one._defer_save_until_validation = False
+
+
 def monitored(trainer: Trainer) -> dict[str, float]:
     """Return the training metrics that callbacks monitor, which they read too if a resumed run begins with a validation."""
     keepers: list[Any] = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]

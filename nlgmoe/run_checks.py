@@ -61,6 +61,9 @@ _CALLBACKS_REFUSED = {
     LearningRateFinder: "sets the learning rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
     BatchSizeFinder: "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size",
     BackboneFinetuning: "trains an attribute `backbone`, which this module has not; remove it",
+    OnExceptionCheckpoint: (
+        "makes every later run with it resume what it has saved; remove it, and set save_on_exception of ModelCheckpoint"
+    ),
     ModelPruning: "renames the parameters, which no checkpoint would then hold; remove it",
 }
 
@@ -71,10 +74,10 @@ def callback_refused(callback: Callback, ranks: int = 1, shares_experts: bool = 
         return (
             "takes no optimizer whose groups of shared experts have one name; remove it: train/lr is the learning rate"
         )
-    saves_on_exception = isinstance(callback, ModelCheckpoint) and callback.save_on_exception
-    if ranks > 1 and (saves_on_exception or isinstance(callback, OnExceptionCheckpoint)):
-        remedy = "set save_on_exception to false" if saves_on_exception else "remove it"
-        return f"saves where one of {ranks} ranks fails, which would wait for the others; {remedy}"
+    if ranks > 1 and isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+        return (
+            f"saves where one of {ranks} ranks fails, which would wait for the others; set save_on_exception to false"
+        )
     for kind, reason in _CALLBACKS_REFUSED.items():
         if isinstance(callback, kind):
             return reason

@@ -394,6 +394,25 @@ def test_a_resumed_run_that_begins_with_a_validation_knows_the_training_metric_t
         assert best_again.best_model_score == best.best_model_score
 
 
+def test_what_could_not_be_saved_before_the_first_step_is_not_saved_after_a_validation(tmp_path: Path) -> None:
+    """0 is a multiple of every interval; a run that is resumed would not save it either."""
+    keeper = ModelCheckpoint(
+        tmp_path, monitor="train/loss", filename="{step}", every_n_train_steps=3, save_top_k=-1, save_last=False
+    )
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 8, "check_val_every_n_epoch": None}
+    run = trainer(
+        tmp_path,
+        keeper,
+        max_steps=5,
+        enable_checkpointing=True,
+        accumulate_grad_batches=2,
+        log_every_n_steps=1,
+        **validation,
+    )
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())  # validated at step 4
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt"]
+
+
 class _RestoresLate(SingleDeviceStrategy):
     """Loads checkpoints after `on_fit_start`, as DeepSpeed's strategy does."""
 
@@ -502,14 +521,15 @@ def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, 
 
 
 @pytest.mark.parametrize(
-    "callback",
-    [OnExceptionCheckpoint("."), ModelCheckpoint(save_on_exception=True), LearningRateMonitor()],
+    ("callback", "why"),
+    [
+        (OnExceptionCheckpoint("."), "makes every later run with it resume what it has saved"),
+        (ModelCheckpoint(save_on_exception=True), "saves where one of 2 ranks fails, which"),
+        (LearningRateMonitor(), "takes no optimizer"),
+    ],
     ids=lambda one: type(one).__name__,
 )
-def test_callbacks_that_cannot_work_on_ranks_are_refused(callback: Callback) -> None:
-    why = (
-        "takes no optimizer" if isinstance(callback, LearningRateMonitor) else "saves where one of 2 ranks fails, which"
-    )
+def test_callbacks_that_cannot_work_on_ranks_are_refused(callback: Callback, why: str) -> None:
     run: Any = SimpleNamespace(strategy=SimpleNamespace(expert_parallel_size=2), callbacks=[callback], world_size=2)
     with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} {why}"):
         check_trainer(run, "fit")

@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.distill.distiller import End
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import distillation_weight
+from nlgmoe.validation import SettingError
 
 LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while distilling
 
@@ -69,10 +69,10 @@ class StagedDistillation(Callback):
         if stage != "fit":
             return
         if sum(isinstance(one, StagedDistillation) for one in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise AllRanksError("StagedDistillation is there twice, and the last one would set all weights; remove one")
+            raise SettingError("StagedDistillation is there twice, and the last one would set all weights; remove one")
         for one in trainer.callbacks:  # type: ignore[attr-defined]
             if (monitor := getattr(one, "monitor", None)) in LOGGED:
-                raise AllRanksError(
+                raise SettingError(
                     f"{type(one).__name__}.monitor={monitor} is not logged once StagedDistillation has ended distillation; "
                     "monitor train/loss"
                 )
@@ -80,12 +80,12 @@ class StagedDistillation(Callback):
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:
             if pl_module.train_tokens is None:
-                raise AllRanksError(
+                raise SettingError(
                     f"StagedDistillation: fraction={self.fraction} is of model.train_tokens, which is null; set it, or use "
                     "step or tokens"
                 )
             if self.ramp_tokens > self.fraction * pl_module.train_tokens:
-                raise AllRanksError(
+                raise SettingError(
                     f"StagedDistillation: ramp_tokens={self.ramp_tokens} is above fraction={self.fraction} of "
                     f"model.train_tokens={pl_module.train_tokens}; lower it"
                 )

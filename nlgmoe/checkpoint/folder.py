@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from nlgmoe.validation import SettingError
 FORMAT = "nlgmoe-portable"
 VERSION = 2
 REMEDY = "use another checkpoint"
+REPLACED = "was replaced while it was read, as by a run that saves it; run this again, or give a checkpoint that stays"
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
 TOKENIZER = "tokenizer.json"
 DOCUMENT = {
@@ -107,6 +109,23 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not known or not all(isinstance(one, str) for one in sums):
         raise ValueError(f"{file} is not nlgmoe's; {REMEDY}")
     return manifest
+
+
+@contextmanager
+def unchanged(path: Path, since: str | None = None) -> Iterator[None]:
+    """Check that a checkpoint is not replaced in the block: what is read in it would be of two steps.
+
+    Args:
+        path: of the checkpoint.
+        since: `checksum` of the manifest that was read before; None: of the manifest at the block's beginning.
+
+    Raises:
+        ValueError: the run that saves the checkpoint, or another command, has replaced it.
+    """
+    before = since or read_manifest(path)["checksum"]
+    yield
+    if read_manifest(path)["checksum"] != before:
+        raise ValueError(f"{path} {REPLACED}")
 
 
 def _is_record(value: Any) -> bool:

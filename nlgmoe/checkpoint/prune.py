@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer, unchanged
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
@@ -77,6 +77,7 @@ def prune(
     num_experts: Sequence[int],
     kept: Sequence[Sequence[int]],
     overwrite: bool = False,
+    measured: str | None = None,
 ) -> GPTConfig:
     """Write the checkpoint.
 
@@ -86,19 +87,21 @@ def prune(
         num_experts: one for each MoE position.
         kept: experts to keep, for each MoE layer.
         overwrite: replace an older checkpoint when the new one is complete.
+        measured: checksum of the source's manifest when `kept` was measured; None: not compared.
 
     Returns:
         The new model's configuration.
 
     Raises:
-        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written.
+        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written; the
+            source was replaced.
     """
-    document = read_document(source)
+    with unchanged(source, measured):
+        document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
     blocks = list(moe_blocks(before))
     of_block = {f"blocks.{block}.moe": list(experts) for block, experts in zip(blocks, kept, strict=True)}
-    files = TensorFiles(source, "model")
 
     def read(name: str) -> Tensor:
         layer = name.partition(".moe.")[0] + ".moe"
@@ -108,5 +111,5 @@ def prune(
         return value[of_block[layer]] if name.startswith(f"{layer}.router.") else value
 
     trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
-    write_weights(checkpoint, read, config, read_tokenizer(source), *trained, overwrite, start)
+    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start)
     return config

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer, unchanged
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
@@ -79,7 +79,9 @@ def upcycle(
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
     path = find_checkpoint(dense)
-    dense_config = GPTConfig.from_dict(read_document(path)["model_config"])
+    with unchanged(path):
+        dense_config = GPTConfig.from_dict(read_document(path)["model_config"])
+        files, tokenizer = TensorFiles(path, "model"), read_tokenizer(path)
     require(
         dense_config.moe is None, f"{path} is no dense model: it has experts; use the checkpoint of one with moe=null"
     )
@@ -91,8 +93,8 @@ def upcycle(
         )
     config = replace(dense_config, moe=moe)
     require_paper_parts(config.moe, "upcycling knows")
-    read = _entry_reader(TensorFiles(path, "model"), config, weight_shapes(config), noise, seed)
-    write_weights(checkpoint, read, config, read_tokenizer(path), overwrite=overwrite)
+    read = _entry_reader(files, config, weight_shapes(config), noise, seed)
+    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
     return Upcycled(path, dense_config, config)
 
 

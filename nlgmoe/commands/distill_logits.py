@@ -59,12 +59,11 @@ def distill_logits(
     # Here and not above: Lightning comes along, and a typing error should not wait for it.
     import torch
 
-    from nlgmoe.checkpoint.folder import read_document
     from nlgmoe.data import BatchRampUp
     from nlgmoe.data.accumulation import batch_size_after
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.record_logits import record_logits
-    from nlgmoe.distill.teacher_logits import record_type, weights_of
+    from nlgmoe.distill.teacher_logits import record_type
     from nlgmoe.experiment import load_config, parse_config
     from nlgmoe.tools.planner.inspect_config import layout
 
@@ -97,12 +96,11 @@ def distill_logits(
     data.setup()
     spoken = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
     like = torch.empty(0, device=experiment.trainer.strategy.root_device)
-    checkpoint = spoken.load(module.config, like, data)
-    document = read_document(checkpoint)
+    checkpoint, document = spoken.load(module.config, like, data)
     recipe = {
         "teacher": {
             "checkpoint": str(checkpoint),
-            "weights": weights_of(checkpoint),
+            "weights": spoken.state_dict()["weights"],
             "step": document["global_step"],
             "tokens": document["tokens_seen"],
         },

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nlgmoe.batch import Batch, HasTokenizer
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
-from nlgmoe.checkpoint.folder import TensorFiles, is_complete, read_document
+from nlgmoe.checkpoint.folder import REPLACED, TensorFiles, is_complete, read_document
 from nlgmoe.checkpoint.layout import (
     PRECISIONS,
     describe_differences,
@@ -115,8 +115,8 @@ class MixtureOfStudents:
             student.config, student.token_embedding.weight, getattr(trainer, "datamodule", None), trainer.strategy
         )
 
-    def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> Path:
-        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint.
+    def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> tuple[Path, dict[str, Any]]:
+        """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document.
 
         Args:
             student: configuration of the student.
@@ -136,8 +136,11 @@ class MixtureOfStudents:
         placed = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
         with raise_on_all_ranks():
             self.model = _load(path, config, placed, like.device, PRECISIONS.get(self.precision or "", like.dtype))
+        with raise_on_all_ranks():  # all ranks have read it
+            if weights_of(path) != self._used["weights"]:
+                raise ValueError(f"model.distiller.teacher={path} {REPLACED}")
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
-        return path
+        return path, document
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
         """Return the checkpoint (the one already learned from; of a run, the newest valid one) and its document."""

@@ -34,7 +34,8 @@ class AbortWatch:
         # A new session, so that Ctrl+C in the terminal does not end it.
         self._process: subprocess.Popen[bytes] = subprocess.Popen(command, stdin=read, start_new_session=True)
         os.close(read)
-        self._previous_handler: Any = signal.signal(signal.SIGABRT, _abort)
+        # None is a handler in C, such as faulthandler's, which Python cannot restore.
+        self._previous_handler: Any = signal.signal(signal.SIGABRT, _abort) or signal.SIG_DFL
         self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
     def stop(self) -> None:
@@ -42,6 +43,7 @@ class AbortWatch:
         signal.set_wakeup_fd(self._previous_pipe)
         signal.signal(signal.SIGABRT, self._previous_handler)
         os.close(self._write)
+        self._process.kill()  # it would not find the pipe closed: data-loading processes, forked since, have it open
         self._process.wait()
 
 

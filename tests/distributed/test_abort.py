@@ -15,9 +15,10 @@ from nlgmoe.callbacks.explain_abort import ExplainAbort
 ROOT = Path(__file__).parents[2]
 # A thread that is not Python's aborts, as NCCL's watchdog does, while the main thread waits in C for another rank.
 PROCESS = """
-import ctypes, os, signal, subprocess, sys, threading, time
+import ctypes, faulthandler, os, signal, subprocess, sys, threading, time
 from nlgmoe.parallel.abort_watch import AbortWatch
 child = subprocess.Popen(["sleep", "1000"])
+faulthandler.enable()  # a handler in C
 opened = len(os.listdir("/proc/self/fd"))
 watch = AbortWatch("the line", [child.pid])
 signal.signal(signal.SIGTERM, lambda *_: None)
@@ -28,7 +29,10 @@ if sys.argv[1] == "is aborted":
 if sys.argv[1] == "aborts":
     threading.Timer(0.1, ctypes.CDLL(None).abort).start()
     ctypes.CDLL(None).sleep(1000)
+if (worker := os.fork()) == 0:  # as data-loading processes are: with all open files
+    time.sleep(1000)
 watch.stop()
+os.kill(worker, signal.SIGKILL)
 print(child.poll(), signal.set_wakeup_fd(-1), len(os.listdir("/proc/self/fd")) - opened)
 child.kill()
 """

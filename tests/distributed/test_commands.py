@@ -71,6 +71,7 @@ def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> 
 
 
 SPOILT = [
+    "--data.num_workers=1",
     "--model.optimizer.lr=1e39",
     "--model.non_finite.action=skip",
     "--trainer.callbacks.init_args.max_new_tokens=4",
