@@ -132,7 +132,7 @@ def _shown(record: dict[str, Any]) -> str:
 
 
 def _read_stdin() -> str:
-    """Read one prompt; remove the line break that `echo` adds.
+    """Read one prompt; remove the line break that `echo` adds, and a byte order mark.
 
     Raises:
         UsageError: stdin is a terminal or has no text.
@@ -140,7 +140,7 @@ def _read_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise UsageError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.read().removesuffix("\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UsageError("prompt: what is piped in is not UTF-8") from error
 

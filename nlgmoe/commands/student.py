@@ -118,10 +118,11 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
         UsageError: the file is not a configuration of train.py.
     """
     # train.py's own parser; it costs seconds of imports.
+    from nlgmoe.cli.config_entries import ConfigLoader
     from nlgmoe.experiment import parse_with_defaults
 
     settings, defaults = parse_with_defaults(file)
-    text = yaml.safe_load(file.read_text(encoding="utf-8"))
+    text = yaml.load(file.read_text(encoding="utf-8"), ConfigLoader)
     text.pop("ckpt_path", None)  # of the teacher's run
     for section in ("model", "data", "trainer"):
         if not isinstance(text.get(section, {}), dict):

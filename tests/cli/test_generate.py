@@ -90,7 +90,7 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(
 def test_a_piped_text_is_a_prompt(
     checkpoint: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the king\nand\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffthe king\nand\n"))
     out, _ = run(capsys, checkpoint, "--max-new-tokens=3")
     assert out.startswith("the king\nand")
     assert out == run(capsys, checkpoint, "--max-new-tokens=3", "--prompt=the king\nand")[0]

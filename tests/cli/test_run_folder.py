@@ -210,6 +210,23 @@ def test_the_last_checkpoint_is_saved_once_the_best_one_is_known(tmp_path: Path)
     assert [one.monitor for one in run.trainer.checkpoint_callbacks] == ["val/loss", None]
 
 
+@pytest.mark.parametrize("text", ["1234e5", "1.5e5", ".5e3", "08", "1_0", "0x1F", "1:30", "2024-01-01", "no"])
+def test_text_that_could_be_something_else_is_recorded_as_text(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": text, "name": text}}
+    settings = {"trainer": {"logger": [logger], "default_root_dir": text}}
+    given, recorded = tmp_path / "given.yaml", tmp_path / "recorded.yaml"
+    given.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(given), "--print_config"])
+    recorded.write_text(capsys.readouterr().out)
+    for found in (parse_config(recorded)["trainer"], yaml.safe_load(recorded.read_text())["trainer"]):
+        assert found["default_root_dir"] == text
+        (made,) = (one["init_args"] for one in found["logger"])
+        assert (made["save_dir"], made["name"]) == (text, text)
+
+
 def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReport\n")
     (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReprt\n")

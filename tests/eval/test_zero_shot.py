@@ -137,6 +137,10 @@ def test_what_is_missing_is_named_with_the_remedy(
     (data_dir / "boolq.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"task boolq: there are no documents in .*boolq\.jsonl; put them into it"):
         Tasks(["boolq"], data_dir).load("boolq")
+    (other := data_dir / "boolq.csv").write_text("")
+    with pytest.raises(ValueError, match=r"data_dir=.*: boolq\.jsonl and boolq\.csv are of one task; remove one"):
+        Tasks(["boolq"], data_dir)
+    other.unlink()
     for settings, message in (
         ({"names": ["piqua"]}, r"tasks=piqua: lm-eval has no such task; did you mean piqa\?"),
         ({"names": []}, "name at least one"),

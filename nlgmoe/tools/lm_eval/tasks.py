@@ -132,10 +132,15 @@ def _check_examples(name: str, task: Any, wanted: int) -> None:
 
 
 def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Let the tasks of an index read the documents in `folder`, whether chosen by name, group or tag; the file of each."""
+    """Let the tasks of an index read the documents in `folder`, whether chosen by name, group or tag; the file of each.
+
+    Raises:
+        ValueError: a task has several files.
+    """
     files: dict[str, Path] = {}
-    for suffix in FORMATS:
-        files = {file.stem: file for file in folder.glob(f"*{suffix}") if file.stem in index} | files
+    for file in (one for suffix in FORMATS for one in folder.glob(f"*{suffix}") if one.stem in index):
+        if (other := files.setdefault(file.stem, file)) != file:
+            raise ValueError(f"data_dir={folder}: {other.name} and {file.name} are of one task; remove one of them")
     for name, file in files.items():
         if index[name].kind.name == "TASK" and file.is_file():
             settings = load_yaml(index[name].yaml_path)
