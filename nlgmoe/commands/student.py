@@ -64,6 +64,8 @@ def student(
         )
 
     folder = settings["trainer"]["default_root_dir"]
+    if run is not None and file.parent.resolve() != Path(folder).resolve():
+        folder = str(file.parent)  # the run was moved
     teacher = teacher or run or folder
     model["config"]["num_layers"] = ours.num_layers
     if ours.moe is not None:

@@ -62,6 +62,12 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path, capsys: 
     assert callbacks[1]["init_args"]["dirpath"] is None
 
 
+def test_the_student_of_a_moved_run_is_beside_it(tmp_path: Path) -> None:
+    (run := tmp_path / "moved").mkdir()
+    (run / "config.yaml").write_text((CONFIGS / "pr_moe/laptop.yaml").read_text())
+    assert written(tmp_path, run, "--num-layers=4")["trainer"]["default_root_dir"] == f"{run}_student_4"
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
