@@ -21,6 +21,7 @@ from nlgmoe.checkpoint.folder import (
     read_document,
     read_manifest,
     read_tokenizer,
+    unchanged,
 )
 from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes
 from nlgmoe.config import GPTConfig
@@ -37,12 +38,14 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         ranks: number of parts.
     """
     try:
-        document, files = read_document(path), read_manifest(path)["files"]
-        read_tokenizer(path)
-        yield from file_problems(Path(path), files)
-        yield from _damaged_tensors(Path(path), files, rank, ranks)
-        if rank == 0:
-            yield from _model_differences(path, document, files)
+        document, manifest = read_document(path), read_manifest(path)
+        files = manifest["files"]
+        with unchanged(Path(path), manifest["checksum"]):
+            read_tokenizer(path)
+            yield from file_problems(Path(path), files)
+            yield from _damaged_tensors(Path(path), files, rank, ranks)
+            if rank == 0:
+                yield from _model_differences(path, document, files)
     except (ValueError, OSError) as error:
         yield str(error).removesuffix(f"; {REMEDY}")
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write

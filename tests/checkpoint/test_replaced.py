@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from nlgmoe import GPT, GPTConfig, MixtureOfStudents, MoEConfig, WarmStart, load_pretrained
-from nlgmoe.checkpoint.folder import TensorFiles, read_manifest
+from nlgmoe.checkpoint import verify
+from nlgmoe.checkpoint.folder import TensorFiles, open_tensors, read_manifest
 from nlgmoe.checkpoint.prune import prune
 from nlgmoe.checkpoint.upcycle import upcycle
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.tools.hugging_face.export import export
 from tests.checkpoint.test_hugging_face import TOKENIZER, write
@@ -50,6 +52,24 @@ def test_a_checkpoint_replaced_while_it_is_read_is_refused(
     with pytest.raises(ValueError, match=r"a\.ckpt was replaced while it was read, as by a run that saves it"):
         read(first, tmp_path)
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.ckpt").exists()
+
+
+def test_what_is_replaced_while_it_is_verified_is_not_called_damaged_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {"a": MIXTURE, "b": replace(MIXTURE, init_std=0.3)}
+    first, second = (write(tmp_path / f"{name}.ckpt", one) for name, one in configs.items())
+
+    def replaced(file: Path) -> Any:
+        if second.exists():
+            os.rename(first, tmp_path / "old")
+            os.rename(second, first)
+        return open_tensors(file)
+
+    monkeypatch.setattr(verify, "open_tensors", replaced)
+    *damaged, last = find_problems(first)
+    assert "is damaged" in damaged[0] and last.startswith(f"{first} was replaced while it was read")
+    assert list(find_problems(first)) == []
 
 
 def test_experts_are_not_pruned_by_the_use_of_other_weights(tmp_path: Path) -> None:
