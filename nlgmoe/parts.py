@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from nlgmoe.validation import SettingError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -120,7 +122,7 @@ def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)
             raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
 
 
-class ForeignCodeError(ValueError):
+class ForeignCodeError(SettingError):
     """A checkpoint names a class of a module that is not imported.
 
     Args:

@@ -32,6 +32,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     folder = trainer["default_root_dir"]
     _require(folder is not None and bool(str(folder).strip()), "default_root_dir", folder, "names no folder; give one")
     _require("://" not in str(folder), "default_root_dir", folder, "must be a folder, which may be a mounted one")
+    why = "has the name of a checkpoint, for which commands would take it; name a folder that does not end with .ckpt"
+    _require(not str(folder).rstrip("/").endswith(".ckpt"), "default_root_dir", folder, why)
     why = "turns off what a run is for; set trainer.logger and trainer.enable_checkpointing to false"
     _require(not trainer["barebones"], "barebones", trainer["barebones"], why)
     _check_counts(trainer)

@@ -444,6 +444,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "epochs to take at least": (flag("--trainer.min_epochs=1"), "trainer.min_epochs=1 keeps a run going"),
     "no run folder": (file("trainer: {default_root_dir: null}"), "trainer.default_root_dir=null names no folder"),
     "empty run folder": (file("trainer: {default_root_dir: ''}"), "trainer.default_root_dir= names no folder"),
+    "run folder with the name of a checkpoint": (
+        flag("--trainer.default_root_dir=runs/x.ckpt"),
+        "trainer.default_root_dir=runs/x.ckpt has the name of a checkpoint",
+    ),
     "empty prefix": (
         file("data: {corpus: {class_path: nlgmoe.data.MegatronIndexed, init_args: {prefix: ''}}}"),
         "prefix is empty; give the path of the corpus",

@@ -71,7 +71,7 @@ def test_options_override_the_files_and_later_files_the_earlier(capsys: pytest.C
     ("trainer", "expected"),
     [
         ({"devices": "auto"}, (1, 1, 0, False)),
-        ({"devices": -1, "num_nodes": 2}, (2, 1, 0, True)),
+        ({"devices": -1, "num_nodes": 2}, (2, 1, 0, False)),
         ({"devices": [0, 2], "strategy": "ddp"}, (2, 1, 0, False)),
         ({"devices": 2, "strategy": "deepspeed"}, (2, 1, 2, True)),
         ({"devices": "0,2,3", "strategy": "deepspeed_stage_2"}, (3, 1, 2, True)),

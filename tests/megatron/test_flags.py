@@ -114,6 +114,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--tensorboard-dir logs", {"trainer.default_root_dir": "logs"}),
     ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 5}),
     ("--eval-iters 3", {"data.max_eval_windows": 24}),
+    ("--eval-iters 0", {"trainer.limit_val_batches": 0}),
     ("--log-interval 3", {"trainer.log_every_n_steps": 3}),
     ("--checkpoint-activations", {"model.activation_checkpointing": True}),
     ("--deepspeed-activation-checkpointing", {"model.activation_checkpointing": True}),
@@ -221,8 +222,14 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
         ("--fp16 yes", "--fp16 yes: takes no value"),
         ("--lr", "--lr: has no value; give it"),
-        ("--moe-expert-parallel-size -2", "--moe-expert-parallel-size -2: is below 1"),
+        ("--moe-expert-parallel-size -2", "--moe-expert-parallel-size -2: is not at least 1"),
         ("--num_gpus 0", "--num_gpus 0: is 0, not a count; correct it"),
+        ("--micro-batch-size 0", "--micro-batch-size 0: is not at least 1; correct it"),
+        ("--fp16 --initial-loss-scale inf", "--initial-loss-scale inf: is not at least 1"),
+        ("--clip-grad nan", "--clip-grad nan: is not a number from 0 on"),
+        ("--exit-duration-in-mins -5", "--exit-duration-in-mins -5: is not a number from 0 on"),
+        ("--split nan,1,0", "--split nan,1,0: has a share that is not a number from 0 on"),
+        ("--split 110,-10,0", "--split 110,-10,0: has a share that is not a number from 0 on"),
     ],
 )
 def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: str) -> None:
@@ -321,6 +328,24 @@ def test_steps_and_sequences_of_a_curriculum_are_the_tokens_that_it_feeds(tmp_pa
         (filled(1, "true"), "", "has fp16 on, --fp16 is off; make them agree"),
         (filled(1), "--zero-stage 2", "--zero-stage 2: is 1 in the DeepSpeed configuration; make them agree"),
         ("{oops}", "", "the DeepSpeed configuration: is no JSON"),
+        ("[]", "", "the DeepSpeed configuration: is no JSON object"),
+        ('{"zero_optimization": true}', "", "has zero_optimization=true, no object; correct it"),
+        ('{"zero_optimization": {"stage": 1.0}}', "", "has stage=1.0, not a whole number from 0 on"),
+        (
+            '{"fp16": {"enabled": true, "loss_scale": 4096}}',
+            "--fp16",
+            "has loss_scale=4096: fp16's loss scale is dynamic",
+        ),
+        (
+            '{"fp16": {"enabled": true, "min_loss_scale": 512}}',
+            "--fp16",
+            "has min_loss_scale=512: fp16's loss scale is",
+        ),
+        (
+            '{"curriculum_learning": {"enabled": true, "min_difficulty": 8, "schedule_config": null}}',
+            "",
+            "turns the curriculum on, and its max_difficulty is None",
+        ),
     ],
 )
 def test_the_deepspeed_configuration_must_agree_with_the_flags(

@@ -69,6 +69,7 @@ exec torchrun --nproc_per_node 2 pretrain_gpt.py --lr 1
         ),
         ('R="/no/bin/python3 -u"; $R pretrain_gpt_moe.py $FLAGS', "/no/bin/python3 -u"),
         ('srun -N 2 bash -c "torchrun /x/pretrain_gpt.py $FLAGS"', "srun -N 2 bash -c torchrun"),
+        ('srun -N 2 bash -c "torchrun pretrain_gpt.py $FLAGS"', "srun -N 2 bash -c torchrun"),
         ("nohup numactl -N 0 python pretrain_gpt.py $FLAGS &", "nohup numactl -N 0 python"),
         ("f() { $1 pretrain_gpt.py $FLAGS; }; f mpirun", "mpirun"),
         (

@@ -196,6 +196,17 @@ def test_where_nothing_helps_more_gpus_or_larger_ones_are_suggested() -> None:
     assert all(way.cost.fits for way in found)
 
 
+def test_what_is_suggested_for_ddp_is_computed_for_ddp() -> None:
+    ddp = Topology(2, deepspeed=False, precision="bf16-mixed", micro_batch_size=4, global_batch_size=8)
+    dense = replace(paper(False), num_layers=48, moe=None)
+    found = suggestions(dense, ddp, HARDWARE["a100-40"], UTILISATION)
+    assert found and all("hardware" in way.changes for way in found)
+    for way in found:
+        changes = dict(way.changes)
+        gpu = HARDWARE[changes.pop("hardware")]
+        assert estimate(dense, replace(ddp, **changes), gpu, UTILISATION).memory == way.cost.memory
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK
+from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.tools.check.foreign import ADAPTERS
 from nlgmoe.tools.check.layer import Layer
@@ -85,6 +88,24 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
 def test_unusual_settings_raise_no_alarm(moe: MoEConfig, verdict: str, name: str) -> None:
     found = verdicts(clean(moe), {name})[name]
     assert found.startswith(verdict), found
+
+
+@dataclass(frozen=True)
+class ReLU(ExpertConfig):
+    """Experts with a kink, as in the Switch Transformer."""
+
+    def weights(self, hidden_size: int, ffn_size: int) -> dict[str, tuple[int, int, str]]:
+        return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
+
+    def forward(self, x: Tensor, linear: Any) -> Tensor:
+        return linear("project", linear("expand", x), through=F.relu)
+
+
+def test_a_kink_is_no_wrong_gradient() -> None:
+    name = "gradients equal finite differences"
+    for top_k in (1, 2):
+        found = verdicts(clean(MoEConfig(8, top_k=top_k, expert=ReLU())), {name})[name]
+        assert found.startswith("pass"), found
 
 
 # What fails, and docs/check.md explains.

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nlgmoe.tools.megatron.flags import FLAGS, Flag, Row
+
+AT_LEAST_1 = {
+    *(
+        "--micro-batch-size",
+        "--global-batch-size",
+        "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--seq-length",
+    ),
+    *("--eval-interval", "--save-interval", "--log-interval", "--distributed-timeout-minutes"),
+    "--moe-expert-parallel-size",
+    *("--initial-loss-scale", "--loss-scale-window"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,11 +127,16 @@ class Arguments:
     def _parsed(self, use: Use, value: str) -> Any:
         assert use.flag.parse is not None
         try:
-            return use.flag.parse(value)
+            parsed = use.flag.parse(value)
         except ValueError:
             kind = "an integer" if use.flag.parse is int else "a number"
             self.problem(use.text, f"{value!r} is not {kind}; correct it")
             return None
+        least = 1 if use.flag.name in AT_LEAST_1 else 0
+        if isinstance(parsed, int | float) and not least <= parsed < math.inf:  # nor NaN
+            self.problem(use.text, f"is not {'at least 1' if least else 'a number from 0 on'}; correct it")
+            return None
+        return parsed
 
 
 def _is_flag(text: str) -> bool:

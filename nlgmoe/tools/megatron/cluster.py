@@ -15,6 +15,9 @@ from nlgmoe.tools.megatron.launch import Launch
 TEMPLATE_FP16 = {"initial_scale_power": 11, "loss_scale_window": 500, "hysteresis": 2}
 # Megatron's own loss scaler, without DeepSpeed (megatron/arguments.py).
 MEGATRON_FP16 = {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2}
+# DeepSpeed's own defaults (deepspeed/runtime/constants.py) for what the block leaves out
+SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
+DYNAMIC = "fp16's loss scale is dynamic here, and may fall to 1"
 
 _DEVICE_FLAGS = ("--num_gpus", "--nproc_per_node", "--nproc-per-node")
 _NODE_FLAGS = ("--num_nodes", "--nnodes")
@@ -150,28 +153,44 @@ def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
     except json.JSONDecodeError as error:
         arguments.problem("the DeepSpeed configuration", f"is no JSON ({error}); correct it")
         return DeepSpeedConfig()
-    zero, fp16 = config.get("zero_optimization", {}), config.get("fp16", {})
-    curriculum = config.get("curriculum_learning", {})
+    subject = "the DeepSpeed configuration"
+    if not isinstance(config, dict):
+        arguments.problem(subject, "is no JSON object; correct it")
+        return DeepSpeedConfig()
+
+    def section(name: str, of: dict[str, Any]) -> dict[str, Any]:
+        found = of.get(name) or {}
+        if not isinstance(found, dict):
+            arguments.problem(subject, f"has {name}={json.dumps(found)}, no object; correct it")
+            return {}
+        return found
+
+    zero, fp16, curriculum = (section(name, config) for name in ("zero_optimization", "fp16", "curriculum_learning"))
+    scale = {name: fp16.get(name) or default for name, default in SCALE.items()}
+    stage = zero.get("stage", 0)
+    for name, value in {"stage": stage, **scale}.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            arguments.problem(subject, f"has {name}={json.dumps(value)}, not a whole number from 0 on; correct it")
+    if fp16.get("enabled") is True:
+        for name, dynamic in {"loss_scale": 0, "min_loss_scale": 1}.items():
+            if fp16.get(name) not in (None, dynamic):
+                arguments.problem(subject, f"has {name}={json.dumps(fp16[name])}: {DYNAMIC}; remove it")
     return DeepSpeedConfig(
-        stage=zero.get("stage", 0),
+        stage=stage,
         fp16=fp16.get("enabled", False),
-        bf16=config.get("bf16", config.get("bfloat16", {})).get("enabled", False),
+        bf16=section("bf16" if "bf16" in config else "bfloat16", config).get("enabled", False),
         curriculum=_curriculum(curriculum, arguments) if curriculum.get("enabled") else None,
-        offload=zero.get("offload_optimizer", {}).get("device", "none") != "none" or zero.get("cpu_offload", False),
+        offload=section("offload_optimizer", zero).get("device", "none") != "none" or zero.get("cpu_offload", False),
         gradient_clipping=config.get("gradient_clipping", 0.0),
-        # DeepSpeed's own defaults (deepspeed/runtime/constants.py) for what the block leaves out
-        fp16_scale={
-            "initial_scale_power": fp16.get("initial_scale_power", 16),
-            "loss_scale_window": fp16.get("loss_scale_window", 1000),
-            "hysteresis": fp16.get("hysteresis", 2),
-        },
+        fp16_scale=scale,
         source=source,
     )
 
 
 def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum | None:
     """Return the values of an enabled section; None with a problem."""
-    values = section | section.get("schedule_config", {})
+    schedule = section.get("schedule_config") or {}
+    values = section | (schedule if isinstance(schedule, dict) else {})
     names = ("min_difficulty", "max_difficulty", "total_curriculum_step", "difficulty_step")
     unusable = [name for name in names if not str(values.get(name)).isdigit()]
     if unusable:

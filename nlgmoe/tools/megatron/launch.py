@@ -51,7 +51,7 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """
     flat: list[str] = []
     for word in words:
-        nested = " " in word and _ENTRY_POINT.match(word) and not _ENTRY_POINT.fullmatch(word)
+        nested = " " in word and _ENTRY_POINT.search(word) and not _ENTRY_POINT.fullmatch(word)
         flat += shlex.split(word) if nested else [word]
     for index, word in enumerate(flat):
         if _ENTRY_POINT.fullmatch(word) and any(flag.startswith("--") for flag in flat[index + 1 :]):

@@ -78,8 +78,6 @@ def _strategy(job: Job, precision: str) -> None:
     if job.is_moe and degree is not None:
         if job.cluster is not None and degree > job.cluster.world_size:
             job.arguments.refuse("--moe-expert-parallel-size", f"is above the {job.cluster.world_size} GPUs; lower it")
-        if degree < 1:
-            job.arguments.refuse("--moe-expert-parallel-size", "is below 1; correct it")
         job.set(
             f"{path}expert_parallel_size",
             degree,
@@ -138,6 +136,9 @@ def _loss_scale(job: Job, path: str) -> None:
 def _evaluation(job: Job) -> None:
     interval, iterations = job.arguments.value("--eval-interval"), job.arguments.value("--eval-iters")
     if interval is None or iterations is None:
+        return
+    if iterations == 0:
+        job.set("trainer.limit_val_batches", 0, "--eval-iters 0")
         return
     job.set("trainer.val_check_interval", interval, "steps")
     job.set("trainer.check_val_every_n_epoch", None, "training has no epochs")

@@ -209,6 +209,9 @@ def _split(job: Job) -> list[float] | None:
         job.arguments.refuse("--split", "is not a list of numbers; correct it")
         return None
     shares = [*shares, 0.0, 0.0][:3]
+    if not all(0 <= share < math.inf for share in shares):  # nor NaN
+        job.arguments.refuse("--split", "has a share that is not a number from 0 on; correct it")
+        return None
     if shares[1] == 0:
         job.arguments.refuse("--split", "leaves nothing to validate on; give the second share some documents")
     return [int(share) if share.is_integer() else share for share in shares]

@@ -110,7 +110,7 @@ def _with_gpus(topology: Topology, gpus: int) -> Topology:
     return replace(
         topology,
         gpus=gpus,
-        deepspeed=topology.deepspeed or gpus > 1,
+        deepspeed=topology.deepspeed or topology.gpus == 1 < gpus,  # several without it are `ddp`
         global_batch_size=share * gpus,
         micro_batch_size=math.gcd(share, topology.micro_batch_size),
     )

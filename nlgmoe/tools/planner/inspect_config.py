@@ -120,8 +120,9 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     accumulation = trainer.get("accumulate_grad_batches") or 1
     global_batch = data.get("global_batch_size") or values["micro_batch_size"] * values["gpus"] * accumulation
     values.setdefault("global_batch_size", global_batch)
-    # Several GPUs without a strategy: assume this project's strategy, not Lightning's default.
-    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or (name == "auto" and values["gpus"] > 1)
+    # --gpus without a strategy: assume this project's strategy. For `devices` in the files, "auto" is ddp, as in train.py.
+    assumed = name == "auto" and given.get("gpus", 1) > 1
+    engine = "deepspeed" in name.lower() or "ExpertParallel" in name or assumed
     values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
     return Topology(**values)
 
