@@ -15,10 +15,11 @@ from typing_extensions import override
 
 
 class PredictionFile(BasePredictionWriter):
-    """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked.
+    """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked; `windows` `[N]`.
 
-    Rows are in the order of the data module's prediction windows. With several ranks, each writes its own shard, with its
-    rank in the file name; files of an earlier prediction are removed. The files' metadata name the `checkpoint` and its `step`.
+    `windows` has the place of each row among the data module's prediction windows. With several ranks, each writes a file
+    with its rank in the name, whose windows lie among those of the others: sort the rows of all files by `windows`. Files of
+    an earlier prediction are removed. The files' metadata name the `checkpoint` and its `step`.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,10 @@ class PredictionFile(BasePredictionWriter):
             }:
                 earlier.unlink()
         path = paths[trainer.global_rank]
-        save_file({"losses": torch.cat([batch.float().cpu() for batch in predictions])}, path, self._metadata)
+        windows = torch.tensor([index for loader in batch_indices for batch in loader for index in batch])
+        losses = torch.cat([batch.float().cpu() for batch in predictions])
+        real = windows >= 0  # ranks have equally many rows: the last ones may be padding
+        save_file({"losses": losses[real], "windows": windows[real]}, path, self._metadata)
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
-        rank_zero_info(f"token losses written to {path}")
+        more = f" and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
+        rank_zero_info(f"token losses written to {path}{more}")

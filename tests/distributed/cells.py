@@ -22,6 +22,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing
 
 from benchmarks.gpu_ranks import measure
@@ -32,6 +33,7 @@ from nlgmoe.callbacks import (
     StagedDistillation,
     Throughput,
 )
+from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.warm_start import WarmStart
@@ -687,20 +689,22 @@ TEXT = Path(__file__).parents[2] / "data" / "pocket_pile"  # where the fixture `
 
 
 def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
-    """All that `validate` and `test` say of an untrained model on 20 windows of text, and how many `predict` sees here."""
+    """All that `validate` and `test` say of an untrained model on 20 windows of text, and what `predict` writes here."""
     config = GPTConfig(4096, 16, cell.layers, 32, 2, init_std=0.05, moe=MoEConfig(cell.experts, **cell.moe))
     data = PileDataModule(str(TEXT), "pocket-4k", micro_batch_size=3, seq_len=16, max_eval_windows=5)
     data.global_batch_size = 3  # which no step on several ranks could have: evaluation has no steps
 
-    def trainer() -> Trainer:
-        return make_trainer(cell, ranks, folder, **({} if ranks == 1 else {"strategy": strategy_of(cell)}))
+    def trainer(*callbacks: Callback) -> Trainer:
+        settings = {} if ranks == 1 else {"strategy": strategy_of(cell)}
+        return make_trainer(cell, ranks, folder / "evaluated", *callbacks, **settings)
 
     (validated,) = trainer().validate(MoEGPTModule(config), data, verbose=False)
     (tested,) = trainer().test(MoEGPTModule(config), data, verbose=False)
-    predicted = trainer().predict(MoEGPTModule(config), data)
-    assert predicted is not None
-    windows = sum(int(losses.any(dim=1).sum()) for losses in predicted)  # type: ignore[union-attr]
-    return {**validated, **tested, "windows": windows}
+    (run := trainer(PredictionFile())).predict(MoEGPTModule(config), data, return_predictions=False)
+    rank = f"-{run.global_rank}" if ranks > 1 else ""
+    written = load_file(folder / f"evaluated/predictions{rank}.safetensors")
+    losses = zip(written["windows"].tolist(), written["losses"].mean(dim=1).tolist(), strict=True)
+    return {**validated, **tested, **{f"window {window}": loss for window, loss in losses}}
 
 
 class Hears(Callback):

@@ -74,6 +74,7 @@ def test_the_quickstart_from_training_to_resuming_and_validating(pocket_pile: Pa
     assert [path.name for path in run.glob("predictions*")] == ["predictions.safetensors"]
     with safe_open(run / "predictions.safetensors", "pt") as predicted:
         assert predicted.get_tensor("losses").shape == (16, 32)
+        assert predicted.get_tensor("windows").tolist() == list(range(16))
         assert predicted.metadata() == {"checkpoint": str(run / "checkpoints/last.ckpt"), "step": "11"}
     rows = (run / "metrics.csv").read_text()
     main(["validate", *quickstart(run, data), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
