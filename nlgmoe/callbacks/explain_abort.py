@@ -10,6 +10,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
 from nlgmoe.parallel.abort_watch import AbortWatch
+from nlgmoe.parallel.launcher import outlive_launcher
 
 REMEDY = (
     "another rank has stopped or does not answer if a collective's timeout is reported above; look for that rank's error. "
@@ -28,7 +29,8 @@ class ExplainAbort(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start watching; all ranks have been started."""
+        """Start watching; all ranks have been started, and are connected."""
+        outlive_launcher()
         # Python handles signals only in the main thread.
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             launcher = trainer.strategy.launcher

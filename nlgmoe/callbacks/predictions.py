@@ -56,5 +56,5 @@ class PredictionFile(BasePredictionWriter):
         real = windows >= 0  # ranks have equally many rows: the last ones may be padding
         save_file({"losses": losses[real], "windows": windows[real]}, path, self._metadata)
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
-        more = f" and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
+        more = " and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
         rank_zero_info(f"token losses written to {path}{more}")

@@ -49,6 +49,7 @@ from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may be named by its class alone)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
+from nlgmoe.parallel.launcher import end_with_launcher, named_launcher
 
 _NEWEST = "a checkpoint, or the newest valid one of a run folder (last: of trainer.default_root_dir)"
 _CKPT_PATH_HELP = {
@@ -225,7 +226,7 @@ class TrainCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         configure_allocator(self.trainer.strategy.root_device)
-        with ExitStack() as self._while_running:
+        with ExitStack() as self._while_running, named_launcher():
             super()._run_subcommand(subcommand)
 
     @override
@@ -308,6 +309,7 @@ def _strategy(class_path: str) -> Strategy:
 
 def main(args: ArgsType = None) -> None:
     """Run `train.py`; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
+    end_with_launcher()
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
