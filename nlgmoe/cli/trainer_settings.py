@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -60,6 +61,10 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         why = "names GPUs; on a CPU give a number of processes, such as 1"
         _require(devices == "auto" or str(devices).isdigit(), "devices", devices, why)
         check_processes("trainer.devices", _number(devices))
+        started = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; with other devices each would be a run of its own
+        there = "1" if devices == "auto" else str(devices)
+        why = f"is not the number of processes that torchrun has started here, {started}; set it to that"
+        _require(started in (None, there), "devices", devices, why)
         if "bf16" in str(trainer["precision"]) and platform.machine() == "x86_64" and not _has_bf16_products():
             rank_zero_warn(
                 f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 "
