@@ -136,6 +136,8 @@ def describe(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if error.filename2 is None else error.filename2
+        if error.errno == errno.ENOSPC and file is None:
+            return f"{error.strerror}; make room and run this again, a training with --ckpt_path auto"
         return f"{file}: {error.strerror}" if file is not None else error.strerror
     if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"

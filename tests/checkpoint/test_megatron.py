@@ -22,6 +22,7 @@ from nlgmoe.commands.main import main
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint
 from nlgmoe.tools.megatron.checkpoint.pickles import load
+from nlgmoe.validation import SettingError
 from tests.checkpoint.megatron_engine import write_from_engine
 from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
 from tests.distributed.cells import spawn
@@ -317,18 +318,18 @@ def test_expert_files_that_do_not_fit_are_refused(moe: Path, tmp_path: Path) -> 
 
 
 def test_other_folders_are_refused_by_name(tmp_path: Path) -> None:
-    def refused(message: str, *files: str) -> None:
+    def refused(message: str, *files: str, kind: type[ValueError] = ValueError) -> None:
         folder = tmp_path / "theirs"
         shutil.rmtree(folder, ignore_errors=True)
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text("global_step8")
-        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+        with pytest.raises(kind, match=rf"^[^\n]*{message}[^\n]*$"):
             imported(tmp_path)
 
     dense = "mp_rank_00_model_states.pt"
-    refused("is no folder")
-    refused("is no Megatron-DeepSpeed checkpoint", "model.bin")
+    refused("is no folder", kind=SettingError)
+    refused("is no Megatron-DeepSpeed checkpoint", "model.bin", kind=SettingError)
     refused("without --deepspeed", "iter_0000007/mp_rank_00/model_optim_rng.pt")
     refused("has no file latest; name one of its folders: global_step7", f"global_step7/{dense}")
     refused(

@@ -1185,6 +1185,8 @@ def test_a_data_loading_process_that_was_killed_may_have_read_a_file_that_was_cu
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:
+    line = describe(OSError(28, "No space left on device"))  # of a logger, say
+    assert line == "No space left on device; make room and run this again, a training with --ckpt_path auto"
     line = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
     assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.validation import SettingError
 
 _MISSING = object()
 _NOT_HERE = "nlgmoe's GPT has none of it: this checkpoint stays with Megatron-DeepSpeed"
@@ -91,7 +92,9 @@ def model_config(args: Namespace, rows: int, positions: int, vocab_size: int | N
     multiple = getattr(args, "make_vocab_size_divisible_by", 1)
     vocab_size = rows if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= rows:
-        raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {rows} rows of the checkpoint's embedding")
+        raise SettingError(
+            f"vocab_size={vocab_size} must be between 1 and the {rows} rows of the checkpoint's embedding"
+        )
     return GPTConfig(
         vocab_size=vocab_size,
         seq_len=min(positions, getattr(args, "seq_length", None) or positions),  # those past it were never trained

@@ -26,6 +26,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.megatron.checkpoint.arguments import check_supported, model_config
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
+from nlgmoe.validation import SettingError
 
 QKV = Literal["auto", "heads", "thirds"]
 
@@ -80,7 +81,8 @@ def import_checkpoint(
         rows, positions = (_rows(dense, name) for name in (_WORDS, _POSITIONS))
         config = model_config(dense.args, rows, positions, vocab_size)
     except ValueError as error:
-        raise ValueError(f"{error} ({dense.file})") from error
+        kind = SettingError if isinstance(error, SettingError) else ValueError
+        raise kind(f"{error} ({dense.file})") from error
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{dense.file}: its arguments describe no model ({error}); use another checkpoint") from error
     counts = moe_blocks(config)

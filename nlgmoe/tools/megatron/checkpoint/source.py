@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.tools.megatron.checkpoint.pickles import load
+from nlgmoe.validation import SettingError
 
 DENSE = "mp_rank_00_model_states.pt"
 _STEP = re.compile(r"global_step\d+")
@@ -55,7 +56,7 @@ def find_folder(path: Path) -> Path:
         ValueError: there is none, or its weights are sharded in a way that is not supported.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder; name a Megatron-DeepSpeed checkpoint, such as OUT/global_step1000")
+        raise SettingError(f"{path} is no folder; name a Megatron-DeepSpeed checkpoint, such as OUT/global_step1000")
     folder = path
     if not any(path.glob("*model_states.pt")):
         steps = sorted(one.name for one in path.iterdir() if _STEP.fullmatch(one.name))
@@ -71,7 +72,7 @@ def find_folder(path: Path) -> Path:
         elif any(path.glob("**/model_optim_rng.pt")):
             raise ValueError(f"{path} was written without --deepspeed; only checkpoints of Megatron-DeepSpeed are read")
         else:
-            raise ValueError(f"{path} is no Megatron-DeepSpeed checkpoint: it has neither {DENSE} nor a file latest")
+            raise SettingError(f"{path} is no Megatron-DeepSpeed checkpoint: it has neither {DENSE} nor a file latest")
     _check_unsharded(folder)
     return folder
 
