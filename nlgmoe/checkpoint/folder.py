@@ -112,19 +112,31 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def unchanged(path: Path, since: str | None = None) -> Iterator[None]:
-    """Check that a checkpoint is not replaced in the block: what is read in it would be of two steps.
+def unchanged(path: Path, since: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the `checkpoint.json`, and check that the checkpoint is not replaced in the block: it would be read of two steps.
 
     Args:
         path: of the checkpoint.
         since: `checksum` of the manifest that was read before; None: of the manifest at the block's beginning.
 
     Raises:
-        ValueError: the run that saves the checkpoint, or another command, has replaced it.
+        ValueError: as `read_document`; the run that saves the checkpoint, or another command, has replaced it.
     """
-    before = since or read_manifest(path)["checksum"]
-    yield
-    if read_manifest(path)["checksum"] != before:
+    if since is None and (path / "manifest.json").exists():  # else `read_document` says what is there instead
+        since = read_manifest(path)["checksum"]
+    document = read_document(path)
+    assert since is not None
+    yield document
+    require_unchanged(path, since)
+
+
+def require_unchanged(path: Path, checksum: str) -> None:
+    """Check that a checkpoint still has the manifest with this `checksum`.
+
+    Raises:
+        ValueError: it has been replaced.
+    """
+    if read_manifest(path)["checksum"] != checksum:
         raise ValueError(f"{path} {REPLACED}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer, unchanged
+from nlgmoe.checkpoint.folder import TensorFiles, read_tokenizer, unchanged
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
@@ -96,8 +96,8 @@ def prune(
         ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written; the
             source was replaced.
     """
-    with unchanged(source, measured):
-        document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
+    with unchanged(source, measured) as document:
+        files, tokenizer = TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
     blocks = list(moe_blocks(before))

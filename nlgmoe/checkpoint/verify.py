@@ -18,7 +18,6 @@ from nlgmoe.checkpoint.folder import (
     file_problems,
     kind_of,
     open_tensors,
-    read_document,
     read_manifest,
     read_tokenizer,
     unchanged,
@@ -38,9 +37,8 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         ranks: number of parts.
     """
     try:
-        document, manifest = read_document(path), read_manifest(path)
-        files = manifest["files"]
-        with unchanged(Path(path), manifest["checksum"]):
+        with unchanged(Path(path)) as document:
+            files = read_manifest(path)["files"]
             read_tokenizer(path)
             yield from file_problems(Path(path), files)
             yield from _damaged_tensors(Path(path), files, rank, ranks)

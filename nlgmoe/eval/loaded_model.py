@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from nlgmoe.checkpoint.folder import read_document, read_manifest, read_tokenizer, unchanged
+from nlgmoe.checkpoint.folder import read_manifest, read_tokenizer, unchanged
 from nlgmoe.checkpoint.layout import PRECISIONS
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.portable import load_model
@@ -58,15 +58,14 @@ def load_pretrained(
             more ids than the model.
     """
     path = find_checkpoint(checkpoint)
-    document, checksum = read_document(path), read_manifest(path)["checksum"]
-    with unchanged(path, checksum):
+    with unchanged(path) as document:
         given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
         found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
         if found is None:
             raise SettingError(
                 f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
             )
-        model = load_model(path)
+        model, checksum = load_model(path), read_manifest(path)["checksum"]
     return LoadedModel(path, model.to(device, PRECISIONS.get(precision or "")), found, document, checksum)
 
 

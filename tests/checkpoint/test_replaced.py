@@ -17,6 +17,7 @@ from nlgmoe.checkpoint.upcycle import upcycle
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.checkpoint.warm_start import load_initial_weights
 from nlgmoe.tools.hugging_face.export import export
+from nlgmoe.validation import SettingError
 from tests.checkpoint.test_hugging_face import TOKENIZER, write
 
 DENSE = GPTConfig(300, 16, 2, 16, 2)
@@ -31,6 +32,12 @@ READERS: dict[str, tuple[GPTConfig, Callable[[Path, Path], Any]]] = {
 }
 
 
+def replace_once(checkpoint: Path, new: Path) -> None:
+    if new.exists():
+        os.rename(checkpoint, checkpoint.with_name("old"))
+        os.rename(new, checkpoint)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_checkpoint_replaced_while_it_is_read_is_refused(
     reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -43,15 +50,25 @@ def test_a_checkpoint_replaced_while_it_is_read_is_refused(
     opened = TensorFiles.__init__
 
     def replaced(*arguments: Any, **settings: Any) -> None:
-        if second.exists():  # as a run does: the document has been read, the weights have not
-            os.rename(first, tmp_path / "old")
-            os.rename(second, first)
+        replace_once(first, second)  # as a run does: the document has been read, the weights have not
         opened(*arguments, **settings)
 
     monkeypatch.setattr(TensorFiles, "__init__", replaced)
     with pytest.raises(ValueError, match=r"a\.ckpt was replaced while it was read, as by a run that saves it"):
         read(first, tmp_path)
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.ckpt").exists()
+
+
+@pytest.mark.parametrize("reader", ["load", "prune", "upcycle", "export", "warm start"])
+def test_what_is_no_checkpoint_is_said_first(reader: str, tmp_path: Path) -> None:
+    (empty := tmp_path / "empty.ckpt").mkdir()
+    (file := tmp_path / "file.ckpt").touch()
+    for path, message in (
+        (empty, "expected a folder with checkpoint.json"),
+        (file, "is a file, not a checkpoint folder"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            READERS[reader][1](path, tmp_path)
 
 
 def test_what_is_replaced_while_it_is_verified_is_not_called_damaged_alone(
@@ -61,9 +78,7 @@ def test_what_is_replaced_while_it_is_verified_is_not_called_damaged_alone(
     first, second = (write(tmp_path / f"{name}.ckpt", one) for name, one in configs.items())
 
     def replaced(file: Path) -> Any:
-        if second.exists():
-            os.rename(first, tmp_path / "old")
-            os.rename(second, first)
+        replace_once(first, second)
         return open_tensors(file)
 
     monkeypatch.setattr(verify, "open_tensors", replaced)
