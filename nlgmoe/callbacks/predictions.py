@@ -17,9 +17,10 @@ from typing_extensions import override
 class PredictionFile(BasePredictionWriter):
     """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked; `windows` `[N]`.
 
-    `windows` has the place of each row among the data module's prediction windows. With several ranks, each writes a file
-    with its rank in the name, whose windows lie among those of the others: sort the rows of all files by `windows`. Files of
-    an earlier prediction are removed. The files' metadata name the `checkpoint` and its `step`.
+    `windows` has the place of each row among the data module's prediction windows; it is absent for an iterable data set.
+    With several ranks, each writes a file with its rank in the name, whose windows lie among those of the others: sort the
+    rows of all files by `windows`. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
+    and its `step`.
     """
 
     def __init__(self) -> None:
@@ -53,8 +54,11 @@ class PredictionFile(BasePredictionWriter):
         path = paths[trainer.global_rank]
         windows = torch.tensor([index for loader in batch_indices for batch in loader for index in batch])
         losses = torch.cat([batch.float().cpu() for batch in predictions])
-        real = windows >= 0  # ranks have equally many rows: the last ones may be padding
-        save_file({"losses": losses[real], "windows": windows[real]}, path, self._metadata)
+        written = {"losses": losses}
+        if len(windows) == len(losses):  # Lightning does not know those of data without a sampler
+            real = windows >= 0  # ranks have equally many rows: the last ones may be padding
+            written = {"losses": losses[real], "windows": windows[real]}
+        save_file(written, path, self._metadata)
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
         more = " and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
         rank_zero_info(f"token losses written to {path}{more}")
