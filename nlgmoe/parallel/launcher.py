@@ -12,9 +12,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _LAUNCHER = "NLGMOE_LAUNCHER"  # environment variable: the process that starts ranks
-_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2  # of Linux: the signal that a process gets when its parent ends
 
 
 @contextmanager
@@ -32,16 +33,19 @@ def end_with_launcher() -> None:
     launcher = os.environ.pop(_LAUNCHER, None)
     if launcher is None or os.environ.get("LOCAL_RANK", "0") == "0":
         return
-    _signal_of_parents_end(signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):
         sys.exit(1)
 
 
 def outlive_launcher() -> None:
-    """Let this process find out itself that the one that started it has ended."""
-    _signal_of_parents_end(0)
+    """Undo that. Another signal stays: PyTorch sets one for processes that it spawns."""
+    found = ctypes.c_int()
+    _prctl(_PR_GET_PDEATHSIG, ctypes.byref(found))
+    if found.value == signal.SIGKILL:
+        _prctl(_PR_SET_PDEATHSIG, 0)
 
 
-def _signal_of_parents_end(number: int) -> None:
+def _prctl(option: int, argument: Any) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        ctypes.CDLL(None).prctl(option, argument)

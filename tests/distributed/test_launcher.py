@@ -43,6 +43,21 @@ def test_a_rank_ends_with_its_launcher_until_it_is_connected(how: str, local_ran
         assert pipe.read() == (b"outlived" if outlives else b"")
 
 
+def test_a_signal_that_others_have_set_stays() -> None:
+    """As PyTorch does for the ranks of `ddp_spawn`."""
+    program = """
+import ctypes, signal
+from nlgmoe.parallel.launcher import outlive_launcher
+libc, found = ctypes.CDLL(None), ctypes.c_int()
+libc.prctl(1, signal.SIGINT)
+outlive_launcher()
+libc.prctl(2, ctypes.byref(found))
+print(found.value)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
+
+
 def test_a_rank_whose_launcher_has_ended_ends_at_once() -> None:
     environment = os.environ | {"NLGMOE_LAUNCHER": "4194305", "LOCAL_RANK": "1"}
     command = [sys.executable, "-c", RANK, "waits", "0"]
