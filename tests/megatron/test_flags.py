@@ -278,6 +278,12 @@ def configured(flags: str, config: str | dict[str, str], folder: Path) -> Launch
     return launch
 
 
+def test_a_scale_of_zero_is_kept_and_a_null_one_is_deepspeeds_default(tmp_path: Path) -> None:
+    config = '{"fp16": {"enabled": true, "initial_scale_power": 0, "hysteresis": null}}'
+    made = settings_of(configured("--fp16", config, tmp_path))["trainer"]["strategy"]["init_args"]
+    assert (made["initial_scale_power"], made["loss_scale_window"], made["hysteresis"]) == (0, 1000, 2)
+
+
 def test_where_a_deepspeed_configuration_was_read_or_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,20 +10,6 @@ from typing import Any
 
 from nlgmoe.tools.megatron.flags import FLAGS, Flag, Row
 
-AT_LEAST_1 = {
-    *(
-        "--micro-batch-size",
-        "--global-batch-size",
-        "--num-layers",
-        "--hidden-size",
-        "--num-attention-heads",
-        "--seq-length",
-    ),
-    *("--eval-interval", "--save-interval", "--log-interval", "--distributed-timeout-minutes"),
-    "--moe-expert-parallel-size",
-    *("--initial-loss-scale", "--loss-scale-window"),
-}
-
 
 @dataclass(frozen=True)
 class Use:
@@ -132,9 +118,9 @@ class Arguments:
             kind = "an integer" if use.flag.parse is int else "a number"
             self.problem(use.text, f"{value!r} is not {kind}; correct it")
             return None
-        least = 1 if use.flag.name in AT_LEAST_1 else 0
+        least = use.flag.least
         if isinstance(parsed, int | float) and not least <= parsed < math.inf:  # nor NaN
-            self.problem(use.text, f"is not {'at least 1' if least else 'a number from 0 on'}; correct it")
+            self.problem(use.text, f"is not {f'at least {least}' if least else 'a number from 0 on'}; correct it")
             return None
         return parsed
 

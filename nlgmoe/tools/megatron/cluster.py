@@ -166,7 +166,7 @@ def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
         return found
 
     zero, fp16, curriculum = (section(name, config) for name in ("zero_optimization", "fp16", "curriculum_learning"))
-    scale = {name: fp16.get(name) or default for name, default in SCALE.items()}
+    scale = SCALE | {name: fp16[name] for name in SCALE if fp16.get(name) is not None}
     stage = zero.get("stage", 0)
     for name, value in {"stage": stage, **scale}.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):

@@ -22,6 +22,7 @@ class Flag:
         setting: dotted path of the setting that takes the value unchanged; "" where it is derived.
         allowed: the only values that work here; empty: any.
         optional: there is no default, and without it the setting is left out.
+        least: the lowest number that works here.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Flag:
     setting: str = ""
     allowed: tuple[Any, ...] = ()
     optional: bool = False
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,16 @@ class Row:
 
 
 def same(
-    setting: str, name: str, parse: Parse | None, default: Any = None, note: str = "", optional: bool = False
+    setting: str,
+    name: str,
+    parse: Parse | None,
+    default: Any = None,
+    note: str = "",
+    optional: bool = False,
+    least: int = 0,
 ) -> Row:
     """One flag that is one setting."""
-    flag = Flag(name, parse, default=default, setting=setting, optional=optional)
+    flag = Flag(name, parse, default=default, setting=setting, optional=optional, least=least)
     return Row((flag,), "setting", f"`{setting}`", note)
 
 

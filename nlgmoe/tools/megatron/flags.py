@@ -10,8 +10,8 @@ from nlgmoe.tools.megatron.flag_rows import Flag, Row, derived, same, switches
 from nlgmoe.tools.megatron.flags_without_setting import IGNORED, REFUSED
 
 _MODEL = (
-    same("model.config.num_layers", "--num-layers", int),
-    same("model.config.hidden_size", "--hidden-size", int),
+    same("model.config.num_layers", "--num-layers", int, least=1),
+    same("model.config.hidden_size", "--hidden-size", int, least=1),
     same(
         "model.config.ffn_hidden_size",
         "--ffn-hidden-size",
@@ -19,10 +19,10 @@ _MODEL = (
         note="4 x hidden size in both if not given",
         optional=True,
     ),
-    same("model.config.num_heads", "--num-attention-heads", int),
+    same("model.config.num_heads", "--num-attention-heads", int, least=1),
     derived(
         "`model.config.seq_len`",
-        [Flag("--seq-length", int), Flag("--max-position-embeddings", int)],
+        [Flag("--seq-length", int, least=1), Flag("--max-position-embeddings", int)],
         "positions past the sequence length are never trained; here they do not exist",
     ),
     same("model.config.hidden_dropout", "--hidden-dropout", float, 0.1, "0 here by default"),
@@ -75,7 +75,7 @@ _EXPERTS = (
     ),
     derived(
         "`trainer.strategy.init_args.expert_parallel_size`",
-        [Flag("--moe-expert-parallel-size", int, default=1)],
+        [Flag("--moe-expert-parallel-size", int, default=1, least=1)],
         "each layer has the largest degree up to this that divides its experts: with 64, a layer of 32 has degree 32",
     ),
 )
@@ -114,8 +114,8 @@ _OPTIMISATION = (
     derived(
         "`trainer.strategy.init_args`: `initial_scale_power`, `loss_scale_window`, `hysteresis`",
         [
-            Flag("--initial-loss-scale", float),
-            Flag("--loss-scale-window", float),
+            Flag("--initial-loss-scale", float, least=1),
+            Flag("--loss-scale-window", float, least=1),
             Flag("--hysteresis", int, default=2),
         ],
         "fp16 only; the DeepSpeed configuration has precedence; default with `--deepspeed`: the tutorial's 11, 500, 2",
@@ -141,8 +141,10 @@ _LENGTH = (
 )
 
 _BATCH_AND_DATA = (
-    same("data.micro_batch_size", "--micro-batch-size", int),
-    derived("`data.global_batch_size`", [Flag("--global-batch-size", int)], "micro-batch x ranks if not given"),
+    same("data.micro_batch_size", "--micro-batch-size", int, least=1),
+    derived(
+        "`data.global_batch_size`", [Flag("--global-batch-size", int, least=1)], "micro-batch x ranks if not given"
+    ),
     derived(
         "`data.batch_ramp_up`: `start`, `increment`, `tokens`",
         [Flag("--rampup-batch-size", int, many=True)],
@@ -177,7 +179,7 @@ _BATCH_AND_DATA = (
 _RUN = (
     derived(
         "`trainer.callbacks`: `ModelCheckpoint`, `every_n_train_steps`",
-        [Flag("--save-interval", int)],
+        [Flag("--save-interval", int, least=1)],
         "all are kept, as there",
     ),
     derived(
@@ -190,13 +192,15 @@ _RUN = (
         [Flag("--load", str)],
         "given on the command line, not in YAML; refused if it differs from `--save`",
     ),
-    derived("`trainer.val_check_interval`", [Flag("--eval-interval", int, default=1000)], "optimizer steps in both"),
+    derived(
+        "`trainer.val_check_interval`", [Flag("--eval-interval", int, default=1000, least=1)], "optimizer steps in both"
+    ),
     derived(
         "`data.max_eval_windows`",
         [Flag("--eval-iters", int, default=100)],
         "sequences, the same ones every time: global batches times their size",
     ),
-    same("trainer.log_every_n_steps", "--log-interval", int, 100),
+    same("trainer.log_every_n_steps", "--log-interval", int, 100, least=1),
     derived(
         "`model.activation_checkpointing`",
         switches("--checkpoint-activations", "--deepspeed-activation-checkpointing"),
@@ -225,7 +229,7 @@ _RUN = (
         "its section `curriculum_learning`, if the file is given; steps become tokens. ZeRO and precision in it must "
         "agree with the flags; its clipping has precedence",
     ),
-    derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", int)]),
+    derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", int, least=1)]),
 )
 
 _DISTILLATION = (
