@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -39,13 +40,7 @@ def gradients_are_finite_differences(layer: Layer) -> str:
         actual = 0.0 if gradient is None else float((gradient * direction).sum())
         differences = []
         for step in STEPS:
-            sides = []
-            with torch.no_grad():
-                original = tensor.detach().clone()
-                for sign in (1, -1):
-                    tensor.copy_(original + sign * step * direction)
-                    sides.append(value(replace(tracked, x=tracked.x.detach())))
-                tensor.copy_(original)
+            sides = _values_beside(tensor, step * direction, lambda: value(replace(tracked, x=tracked.x.detach())))
             if any(_choices_differ(base, side) for _, side in sides):
                 continue  # the loss jumps where a choice changes
             expected = float(sides[0][0] - sides[1][0]) / (2 * step)
@@ -61,6 +56,19 @@ def gradients_are_finite_differences(layer: Layer) -> str:
     if not errors:
         raise NotApplicable("every step changes a choice")
     return f"{len(errors)} of {len(named)} tensors, worst relative error {max(errors):.0e}"
+
+
+@torch.no_grad()
+def _values_beside(
+    tensor: Tensor, change: Tensor, value: Callable[[], tuple[Tensor, Output]]
+) -> list[tuple[Tensor, Output]]:
+    """Evaluate `value` with `change` added to a tensor, and subtracted from it."""
+    original, found = tensor.detach().clone(), []
+    for sign in (1, -1):
+        tensor.copy_(original + sign * change)
+        found.append(value())
+    tensor.copy_(original)
+    return found
 
 
 def separated(layer: Layer, module: nn.Module, tokens: int = 24) -> Batch:

@@ -19,6 +19,7 @@ MEGATRON_FP16 = {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteres
 SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
 DYNAMIC = "fp16's loss scale is dynamic here, and may fall to 1"
 
+_SUBJECT = "the DeepSpeed configuration"
 _DEVICE_FLAGS = ("--num_gpus", "--nproc_per_node", "--nproc-per-node")
 _NODE_FLAGS = ("--num_nodes", "--nnodes")
 
@@ -139,7 +140,7 @@ _PLACEHOLDER = re.compile(r"ZERO_STAGE|CONFIG_\w+")
 def read_deepspeed_config(launch: Launch, arguments: Arguments) -> DeepSpeedConfig:
     """Read DeepSpeed's configuration, or the values with which `sed` fills in a template that is not there."""
     if launch.deepspeed_config is not None:
-        return _parse(launch.deepspeed_config, "the DeepSpeed configuration", arguments)
+        return _parse(launch.deepspeed_config, _SUBJECT, arguments)
     if not set(_PLACEHOLDER.findall(_TEMPLATE)) & launch.substitutions.keys():
         return DeepSpeedConfig()
     filled = _PLACEHOLDER.sub(lambda match: launch.substitutions.get(match[0]) or "null", _TEMPLATE)
@@ -149,53 +150,54 @@ def read_deepspeed_config(launch: Launch, arguments: Arguments) -> DeepSpeedConf
 
 def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
     try:
-        config: dict[str, Any] = json.loads(text)
+        config = json.loads(text)
     except json.JSONDecodeError as error:
-        arguments.problem("the DeepSpeed configuration", f"is no JSON ({error}); correct it")
+        arguments.problem(_SUBJECT, f"is no JSON ({error}); correct it")
         return DeepSpeedConfig()
-    subject = "the DeepSpeed configuration"
     if not isinstance(config, dict):
-        arguments.problem(subject, "is no JSON object; correct it")
+        arguments.problem(_SUBJECT, "is no JSON object; correct it")
         return DeepSpeedConfig()
-
-    def section(name: str, of: dict[str, Any]) -> dict[str, Any]:
-        found = of.get(name) or {}
-        if not isinstance(found, dict):
-            arguments.problem(subject, f"has {name}={json.dumps(found)}, no object; correct it")
-            return {}
-        return found
-
-    zero, fp16, curriculum = (section(name, config) for name in ("zero_optimization", "fp16", "curriculum_learning"))
+    sections = ("zero_optimization", "fp16", "curriculum_learning")
+    zero, fp16, curriculum = (_section(config, name, arguments) for name in sections)
     scale = SCALE | {name: fp16[name] for name in SCALE if fp16.get(name) is not None}
     stage = zero.get("stage", 0)
     for name, value in {"stage": stage, **scale}.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            arguments.problem(subject, f"has {name}={json.dumps(value)}, not a whole number from 0 on; correct it")
+            arguments.problem(_SUBJECT, f"has {name}={json.dumps(value)}, not a whole number from 0 on; correct it")
     if fp16.get("enabled") is True:
         for name, dynamic in {"loss_scale": 0, "min_loss_scale": 1}.items():
             if fp16.get(name) not in (None, dynamic):
-                arguments.problem(subject, f"has {name}={json.dumps(fp16[name])}: {DYNAMIC}; remove it")
+                arguments.problem(_SUBJECT, f"has {name}={json.dumps(fp16[name])}: {DYNAMIC}; remove it")
     return DeepSpeedConfig(
         stage=stage,
         fp16=fp16.get("enabled", False),
-        bf16=section("bf16" if "bf16" in config else "bfloat16", config).get("enabled", False),
+        bf16=_section(config, "bf16" if "bf16" in config else "bfloat16", arguments).get("enabled", False),
         curriculum=_curriculum(curriculum, arguments) if curriculum.get("enabled") else None,
-        offload=section("offload_optimizer", zero).get("device", "none") != "none" or zero.get("cpu_offload", False),
+        offload=_section(zero, "offload_optimizer", arguments).get("device", "none") != "none"
+        or zero.get("cpu_offload", False),
         gradient_clipping=config.get("gradient_clipping", 0.0),
         fp16_scale=scale,
         source=source,
     )
 
 
+def _section(config: dict[str, Any], name: str, arguments: Arguments) -> dict[str, Any]:
+    """Return an object in the configuration; empty if it is absent, null, or of another type, which is a problem."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        arguments.problem(_SUBJECT, f"has {name}={json.dumps(found)}, no object; correct it")
+        return {}
+    return found
+
+
 def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum | None:
     """Return the values of an enabled section; None with a problem."""
-    schedule = section.get("schedule_config") or {}
-    values = section | (schedule if isinstance(schedule, dict) else {})
+    values = section | _section(section, "schedule_config", arguments)
     names = ("min_difficulty", "max_difficulty", "total_curriculum_step", "difficulty_step")
     unusable = [name for name in names if not str(values.get(name)).isdigit()]
     if unusable:
         arguments.problem(
-            "the DeepSpeed configuration",
+            _SUBJECT,
             f"turns the curriculum on, and its {unusable[0]} is {values.get(unusable[0])}; give a number, or turn it off",
         )
         return None
