@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 
-from nlgmoe.tools.megatron.cluster import MEGATRON_FP16, TEMPLATE_FP16
+from nlgmoe.tools.megatron.deepspeed_config import MEGATRON_FP16, TEMPLATE_FP16
 from nlgmoe.tools.megatron.job import DEFAULT, Job
 
 
@@ -121,6 +121,8 @@ def _loss_scale(job: Job, path: str) -> None:
     comments = dict.fromkeys(scale, comment)
     if config.fp16_scale is None:
         initial = job.arguments.value("--initial-loss-scale")
+        if initial is not None and not math.log2(initial).is_integer():
+            job.arguments.refuse("--initial-loss-scale", "is no power of 2, as loss scales are here; change it")
         given = {
             "initial_scale_power": None if initial is None else round(math.log2(initial)),
             "loss_scale_window": job.arguments.value("--loss-scale-window"),
