@@ -94,6 +94,12 @@ def test_the_trainers_ranks_and_strategy(trainer: dict[str, Any], expected: tupl
     assert topology.global_batch_size == 2 * topology.gpus
 
 
+@pytest.mark.parametrize("devices", ["x", "1.5", [0, "a"]])
+def test_devices_that_are_no_number_are_refused(devices: Any) -> None:
+    with pytest.raises(ValueError, match=r"^trainer\.devices=.* is no number of GPUs and no list of indices"):
+        layout({"trainer": {"devices": devices}, "data": {}, "model": {}}, {})
+
+
 def test_a_strategy_adds_no_line_to_what_is_printed(tmp_path: Path) -> None:
     """DeepSpeed, imported to parse the strategy's arguments, logged to standard output."""
     (tmp_path / "ranks.yaml").write_text("trainer: {strategy: {class_path: nlgmoe.ExpertParallelStrategy}}")

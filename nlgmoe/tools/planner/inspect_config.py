@@ -101,11 +101,12 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     name = strategy["class_path"] if isinstance(strategy, dict) else strategy
     init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     alias = re.fullmatch(r"deepspeed(?:_stage_(\d))?(_offload)?", name)  # Lightning's aliases; the default is stage 2
+    devices = _devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
 
     values: dict[str, Any] = {
-        "gpus": _devices(trainer.get("devices")) * (trainer.get("num_nodes") or 1),
+        "gpus": (1 if devices is None else devices) * (trainer.get("num_nodes") or 1),
         "expert_parallel_size": init.get("expert_parallel_size", 1),
         "zero_stage": init.get("stage", int(alias[1] or 2) if alias else 0),
         "offload_optimizer": init.get("offload_optimizer", bool(alias and alias[2])),
@@ -130,20 +131,22 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
 def gpus_per_node(settings: dict[str, Any], usual: int) -> int:
     """Return the GPUs that are joined in a node: the devices of each of several nodes, else `usual` or all that one has."""
     trainer = settings.get("trainer", {})
-    if str(trainer.get("devices") or "auto") in ("auto", "-1"):
-        return usual
-    devices = _devices(trainer["devices"])
-    return devices if (trainer.get("num_nodes") or 1) > 1 else max(devices, usual)
+    devices, several = _devices(trainer.get("devices")), (trainer.get("num_nodes") or 1) > 1
+    return usual if devices is None else devices if several else max(devices, usual)
 
 
-def _devices(devices: Any) -> int:
-    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; 1 for "auto" and -1."""
-    text = str(devices if devices is not None else "auto").strip("[] ")
-    if "," in text:
-        return len([index for index in text.split(",") if index.strip()])
-    if isinstance(devices, list):
-        return len(devices)
-    return int(text) if text.isdigit() else 1
+def _devices(devices: Any) -> int | None:
+    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
+    if words in (["auto"], ["-1"], [-1]):
+        return None
+    if not all(str(word).strip().isdigit() for word in words):
+        raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
+    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
 
 
 def _precision(name: Any) -> Precision:
