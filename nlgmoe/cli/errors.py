@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,7 @@ def one_line_errors() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, which wants none of it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    threading.excepthook = _print_error_of_thread
     try:
         yield
     except KeyboardInterrupt:
@@ -94,6 +96,15 @@ def one_line_errors() -> Iterator[None]:
         of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
+
+
+def _print_error_of_thread(raised: threading.ExceptHookArgs) -> None:
+    """Print one line, where Python prints a traceback: as of the thread that writes TensorBoard's files."""
+    if os.environ.get("NLGMOE_TRACEBACK") == "1":
+        threading.__excepthook__(raised)
+    elif raised.exc_value is not None and not isinstance(raised.exc_value, SystemExit):
+        name = "" if raised.thread is None else f" {raised.thread.name}"
+        print(f"error: in thread{name}: {describe(raised.exc_value)}", file=sys.stderr)
 
 
 def _wait_for_first_rank() -> None:

@@ -1184,6 +1184,30 @@ def test_a_data_loading_process_that_was_killed_may_have_read_a_file_that_was_cu
     assert line.startswith("DataLoader worker (pid 3) is killed by signal: Bus error. Or a data file was cut")
 
 
+@pytest.mark.parametrize("traceback", [False, True])
+def test_an_error_of_a_thread_is_one_line_too(traceback: bool, tmp_path: Path) -> None:
+    """TensorBoard writes its files in one."""
+    (tmp_path / "run.py").write_text(
+        "import threading\n"
+        "from nlgmoe.cli.errors import one_line_errors\n"
+        "def write() -> None:\n"
+        "    raise OSError(28, 'No space left on device')\n"
+        "with one_line_errors():\n"
+        "    thread = threading.Thread(target=write, name='writer')\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+    )
+    environment = os.environ | {"NLGMOE_TRACEBACK": "1" if traceback else "0", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    first, *rest = ended.stderr.splitlines()
+    if traceback:
+        assert "in thread writer" in first and any("Traceback" in line for line in rest)
+    else:
+        assert first.startswith("error: in thread writer: No space left on device; make room") and not rest
+
+
 def test_a_full_gpu_says_what_to_lower() -> None:
     line = describe(OSError(28, "No space left on device"))  # of a logger, say
     assert line == "No space left on device; make room and run this again, a training with --ckpt_path auto"
