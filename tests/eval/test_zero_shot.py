@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 import zipfile
 from dataclasses import replace
@@ -93,14 +94,41 @@ def test_a_task_that_keeps_0_examples_is_named(tmp_path: Path) -> None:
         Tasks(["tiny_word"], include_path=folder, num_fewshot=1).load("tiny_word")
 
 
-def test_more_examples_than_documents_are_refused(lm: EvaluatedGPT, tmp_path: Path) -> None:
-    """A document is no example for itself."""
-    folder = write_tasks(tmp_path)
-    (folder / "tiny_word.yaml").write_text((folder / "tiny_word.yaml").read_text() + "fewshot_split: test\n")
-    there = len(Tasks(["tiny_word"], include_path=folder).load("tiny_word")["tasks"]["tiny_word"].eval_docs) - 1
-    evaluate_task(lm, Tasks(["tiny_word"], include_path=folder, num_fewshot=there), "tiny_word")
-    with pytest.raises(SettingError, match=f"task tiny_word has documents for {there} examples; lower it"):
-        Tasks(["tiny_word"], include_path=folder, num_fewshot=there + 1).load("tiny_word")
+@pytest.mark.parametrize(
+    "splits",
+    [
+        "test_split: test\n",
+        "test_split: test\nfewshot_split: test\n",
+        "validation_split: test\n",
+        "validation_split: test\nfewshot_split: test\n",
+    ],
+)
+def test_a_document_is_no_example_for_itself(splits: str, lm: EvaluatedGPT, tmp_path: Path) -> None:
+    """lm-eval does so only for some of these settings."""
+    file = write_tasks(tmp_path) / "tiny_word.yaml"
+    file.write_text(file.read_text().replace("test_split: test\n", splits))
+    documents = len(Tasks(["tiny_word"], include_path=tmp_path).load("tiny_word")["tasks"]["tiny_word"].eval_docs)
+    chosen = Tasks(["tiny_word"], include_path=tmp_path, num_fewshot=documents - 1)
+    task = chosen.load("tiny_word")["tasks"]["tiny_word"]
+    for document in task.eval_docs:
+        answer = task.doc_to_text(document) + task.config.target_delimiter + task.doc_to_target(document)
+        assert answer not in task.fewshot_context(document, documents - 1)
+    evaluate_task(lm, chosen, "tiny_word")
+    with pytest.raises(SettingError, match=f"task tiny_word has documents for {documents - 1} examples; lower it"):
+        Tasks(["tiny_word"], include_path=tmp_path, num_fewshot=documents).load("tiny_word")
+    file.write_text(f"{file.read_text()}num_fewshot: {documents}\n")  # the task's own number
+    with pytest.raises(SettingError, match=f"task tiny_word has documents for {documents - 1} examples; lower it"):
+        Tasks(["tiny_word"], include_path=tmp_path).load("tiny_word")
+
+
+def test_examples_that_lm_eval_cannot_write_are_refused_before_the_evaluation(tmp_path: Path) -> None:
+    """It takes the first of several answers for the text, also where it is the number of a choice."""
+    file = write_tasks(tmp_path) / "tiny_choice.yaml"
+    file.write_text(re.sub("doc_to_target: .*", 'doc_to_target: "{{[0]}}"', file.read_text()))
+    with pytest.raises(
+        SettingError, match=r"num_fewshot=1: lm-eval cannot write examples for task tiny_choice \(.*set 0$"
+    ):
+        Tasks(["tiny_choice"], include_path=tmp_path, num_fewshot=1).load("tiny_choice")
 
 
 def test_a_local_file_counts_for_groups_and_tags_and_is_read_anew(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.files import sha256_of
 from nlgmoe.tools.lm_eval.lm_eval_model import BUILT_IN, TaskManager, load_yaml
 from nlgmoe.tools.lm_eval.lockstep import describe
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 HUB_TIMEOUT = 5.0  # seconds
+SEED = 1234  # of the choice of examples; lm-eval's
 _NAME = re.compile(r"^task:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
 
 
@@ -87,7 +88,7 @@ class Tasks:
             self._loaded[name] = self._load(name)
         loaded = self._loaded[name]
         for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=1234)
+            task.set_fewshot_seed(seed=SEED)
         return loaded
 
     def _load(self, name: str) -> dict[str, Any]:
@@ -113,7 +114,6 @@ class Tasks:
         for each, task in loaded["tasks"].items():
             given = task.get_config("num_fewshot")
             if self.num_fewshot is not None and given != 0:
-                _check_examples(each, task, self.num_fewshot)
                 task.set_config(key="num_fewshot", value=self.num_fewshot)
             elif given is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -121,14 +121,33 @@ class Tasks:
                 rank_zero_warn(
                     f"num_fewshot={self.num_fewshot} does not count for task {each}: its YAML sets 0 examples"
                 )
+            if wanted := task.get_config("num_fewshot"):
+                _prepare_examples(each, task, wanted)
         return loaded
 
 
-def _check_examples(name: str, task: Any, wanted: int) -> None:
-    """Check that a task has documents for `wanted` examples, beside the document that is evaluated."""
-    itself = task.fewshot_cfg.split == task.config.test_split
+def _prepare_examples(name: str, task: Any, wanted: int) -> None:
+    """Make no document an example for itself, and check that lm-eval can write the examples of the first one.
+
+    lm-eval draws them without the document that is evaluated only where `fewshot_split` is the `test_split`, not where it
+    takes them from that split for want of another, or from a `validation_split` that is evaluated.
+    """
+    drawn, splits = getattr(task, "fewshot_cfg", None), task.config
+    itself = False
+    if drawn is not None and (drawn.split is not None or drawn.samples is None):
+        sources = (drawn.split, splits.training_split, splits.validation_split, splits.test_split)
+        itself = next(filter(None, sources), None) == (splits.test_split or splits.validation_split)
+        if itself:
+            drawn.split = splits.test_split  # compared with that split only: the documents have been read
     there = max(len(task.sampler.df) - itself, 0) if hasattr(task, "sampler") else 0
     require(wanted <= there, f"num_fewshot={wanted}: task {name} has documents for {there} examples; lower it")
+    task.set_fewshot_seed(seed=SEED)
+    try:
+        task.fewshot_context(task.eval_docs[0], wanted)
+    except Exception as error:
+        raise SettingError(
+            f"num_fewshot={wanted}: lm-eval cannot write examples for task {name} ({describe(error)}); set 0"
+        ) from error
 
 
 def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:
