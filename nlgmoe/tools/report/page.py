@@ -150,7 +150,10 @@ def clock_values(run: Run) -> dict[str, list[float | None]]:
     for clock, metric in CLOCKS.items():
         if metric in run.metrics:
             series = run.metrics[metric]
-            found[clock] = rounded(np.interp(knots, series.steps, series.values), 9)
+            # A metric of a finished step stands one step after the tokens before it; all are 0 before the first.
+            origin = [0.0] if series.steps[0] > 0 else []
+            known = np.interp(knots, [*origin, *series.steps], [*origin, *series.values])
+            found[clock] = rounded(known, 9)
     return found
 
 
