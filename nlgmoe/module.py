@@ -363,7 +363,7 @@ class MoEGPTModule(GPTModule):
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             self.saved_step = checkpoint["global_step"]
-            forget_saves(self.trainer)
+            forget_saves(self.trainer, checkpoint["global_step"])
             keep_patience(checkpoint, self.trainer)
             follow_moved_folder(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):

@@ -182,11 +182,20 @@ def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             state["patience"] = one.patience
 
 
-def forget_saves(trainer: Trainer) -> None:
-    """Make `ModelCheckpoint` save steps that an earlier fit of the trainer has saved: this one goes back to before them."""
+def forget_saves(trainer: Trainer, step: int) -> None:
+    """Make `ModelCheckpoint` save steps after the resumed one that an earlier fit of the trainer has saved.
+
+    The resumed step itself may be validated, and saved, once more; not in the first micro-batch of the next step, where Lightning
+    still counts it: there its metric would be judged a second time.
+
+    Args:
+        trainer: of the fit.
+        step: that the checkpoint was saved at.
+    """
     for one in trainer.checkpoint_callbacks:
         if isinstance(one, ModelCheckpoint):
-            one._last_global_step_saved, one._last_checkpoint_saved = 0, ""
+            by_steps = one._every_n_train_steps > 0 or one._train_time_interval is not None
+            one._last_global_step_saved, one._last_checkpoint_saved = step if by_steps else 0, ""
 
 
 def forget_deferred_saves(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv, without_run_csv
+from nlgmoe.tools.report.metrics import read_metrics
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:
@@ -37,12 +38,16 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     assert log(tmp_path, {"loss": 0.5}).split() == ["loss,step", "2.0,0", "0.5,0"]
 
 
-def test_a_validation_is_written_again_once_a_resumed_run_has_trained(tmp_path: Path) -> None:
-    """Reports discard the earlier branch, so the later one needs rows of its own."""
-    steps: tuple[dict[str, float], ...] = ({"val/loss": 3.0}, {"train/loss": 2.0}, {"val/loss": 1.0})
-    for rows in (steps, steps):
-        text = log(tmp_path, *rows)
-    assert text.split()[1:] == ["0,,3.0", "1,2.0,", "2,,1.0", "1,2.0,", "2,,1.0"]
+def test_a_validation_that_a_resumed_run_repeats_counts_once(tmp_path: Path) -> None:
+    """Whether it goes back to before the step or is validated again at its end, then also with metrics that are new."""
+    first: tuple[dict[str, float], ...] = ({"train/loss": 3.0}, {"val/loss": 2.0})
+    log(tmp_path, *first)
+    log(tmp_path, {}, {"val/loss": 2.0, "val/mine": 5.0})
+    for starts in (None, {2: 1}, {2: 2}):
+        found = read_metrics(tmp_path / "metrics.csv", starts)
+        assert {name: (list(one.steps), list(one.values)) for name, one in found.items()} == {
+            "train/loss": ([0], [3.0]), "val/loss": ([2], [2.0]), "val/mine": ([2], [5.0]),
+        }  # fmt: skip
 
 
 def test_rows_of_a_run_folder_survive_a_logger_that_would_delete_them(

@@ -99,23 +99,12 @@ class RunCSVLogger(CSVLogger):
 class _AppendingWriter(ExperimentWriter):
     @override
     def _check_log_dir_exists(self) -> None:
-        """Read the columns and validations of an existing file, and discard an incomplete last row."""
-        self._validated: set[tuple[str, str]] = set()
+        """Read the columns of an existing file, and discard an incomplete last row."""
         if os.path.exists(self.metrics_file_path):
             with open(self.metrics_file_path, "rb+") as whole:
                 whole.truncate(whole.read().rfind(b"\n") + 1)
             with open(self.metrics_file_path, newline="") as file:
-                rows = csv.DictReader(file)
-                self._validated = {(row["step"], row["val/loss"]) for row in rows if row.get("val/loss")}
-                self.metrics_keys = list(rows.fieldnames or [])
-
-    @override
-    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Record a row, unless a resumed run has repeated its validation, which it does before it trains."""
-        if (str(step), str(metrics_dict.get("val/loss"))) not in self._validated:
-            super().log_metrics(metrics_dict, step)
-        if "train/loss" in metrics_dict:
-            self._validated.clear()
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,10 @@ def stopped(root: Path, *callbacks: Callback, **settings: Any) -> int:
 
 
 def logged(root: Path) -> list[dict[str, str]]:
+    """The rows of `metrics.csv`, once where a resumed run has repeated a validation."""
     with (root / "metrics.csv").open() as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row, _ in groupby(rows)]
 
 
 @pytest.fixture(scope="module")
