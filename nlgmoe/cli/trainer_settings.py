@@ -56,20 +56,26 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         "nvidia-smi"
     )
     _require(not lacks_gpu(accelerator), "accelerator", accelerator, why)
-    if default_device() == "cpu" or accelerator == "cpu":  # each is a process; of GPUs there are as many as there are
-        devices = trainer["devices"]
+    on_cpu, devices = default_device() == "cpu" or accelerator == "cpu", trainer["devices"]
+    if on_cpu:  # each is a process; of GPUs there are as many as there are
         why = "names GPUs; on a CPU give a number of processes, such as 1"
         _require(devices == "auto" or str(devices).isdigit(), "devices", devices, why)
         check_processes("trainer.devices", _number(devices))
-        started = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; with other devices each would be a run of its own
-        there = "1" if devices == "auto" else str(devices)
-        why = f"is not the number of processes that torchrun has started here, {started}; set it to that"
-        _require(started in (None, there), "devices", devices, why)
-        if "bf16" in str(trainer["precision"]) and platform.machine() == "x86_64" and not _has_bf16_products():
-            rank_zero_warn(
-                f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 "
-                "(AVX512_BF16), so that they take longer than in fp32; set it to 32-true for speed"
-            )
+    # By torchrun or DeepSpeed's launcher; with other devices each would be a run of its own.
+    started = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE" if "LOCAL_RANK" in os.environ else "")
+    named = [one for one in str(devices).strip("[]").split(",") if one.strip()]
+    if named in (["auto"], ["-1"]):
+        there = 1 if on_cpu else torch.accelerator.device_count()
+    else:
+        there = _number(devices) if str(devices).isdigit() else len(named)
+    why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
+    _require(started in (None, str(there)), "devices", devices, why)
+    in_bf16 = on_cpu and "bf16" in str(trainer["precision"])
+    if in_bf16 and platform.machine() == "x86_64" and not _has_bf16_products():
+        rank_zero_warn(
+            f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 "
+            "(AVX512_BF16), so that they take longer than in fp32; set it to 32-true for speed"
+        )
 
 
 def _has_bf16_products() -> bool:

@@ -946,13 +946,15 @@ def test_a_wrong_command_is_refused_before_anything_runs(
     assert not (place.folder / "run").exists()
 
 
-def test_as_many_devices_as_torchrun_has_started(
-    place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_as_many_devices_as_torchrun_or_deepspeed_has_started(
+    variable: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv(variable, "3")
     for devices in ("1", "auto", "2"):
         code, line = says(place.args(f"--trainer.devices={devices}"))
-        expected = f"trainer.devices={devices} is not the number of processes that torchrun has started here, 3"
+        expected = f"trainer.devices={devices} is not the number of processes that the launcher has started here, 3"
         assert (code, expected in line) == (2, True), line
 
 
