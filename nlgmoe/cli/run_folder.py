@@ -113,8 +113,7 @@ class RunFolder(SaveConfigCallback):
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         self._start = len(starts)
-        if "ckpt_path" in config:
-            config["ckpt_path"] = None
+        config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         with atomic_write(folder / "config.yaml") as new:
             self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
             text = new.read_bytes()

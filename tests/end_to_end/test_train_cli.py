@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,9 @@ def test_the_saved_config_repeats_the_run(pocket_pile: Path, tmp_path: Path) -> 
     again = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert (again["val_loss"], again["train_loss"]) == (first["val_loss"], first["train_loss"])
     assert load_config(run / "config.yaml").module.train_tokens == 300
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no --ckpt_path")
+        main(["validate", "--ckpt_path=last", "--config", str(run / "config.yaml")])  # in any order
 
 
 def test_load_config_overrides_settings_and_keeps_runs_apart(pocket_pile: Path, tmp_path: Path) -> None:
