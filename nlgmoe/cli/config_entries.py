@@ -20,6 +20,7 @@ from nlgmoe.files import require_regular
 
 MAX_NODES = 100_000  # of a file; it is walked several times
 _TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
 ConfigLoader = get_yaml_default_loader()  # jsonargparse's own, for files and for single values
 # Numbers as in YAML 1.2: 0640 is 640, 1:30 is text. `.nan` and `.inf` are text too, which no setting of a number takes, and so
 # is a number that begins or ends with `_`.
@@ -193,20 +194,56 @@ def _walk(node: yaml.Node, entry: ConfigEntry) -> Iterator[ConfigEntry]:
 
 
 def _walk_mapping(node: yaml.MappingNode, entry: ConfigEntry) -> Iterator[ConfigEntry]:
-    lines: dict[str, int] = {}
+    _check_names(node, entry)
     for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise UsageError(f"{entry.file}, line {line}: a setting's name is plain text, not a list or a mapping")
-        if key.tag == f"{_TAG}merge":  # `<<: *other`
-            for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+        if key.tag == _MERGE:
+            for other in _merged(value):
                 yield from _walk(other, entry)
             continue
         name = f"{entry.name}.{key.value}".removeprefix(".")
-        if name in lines:
-            raise UsageError(
-                f"{entry.file}, line {line}: {name} stands here again, after line {lines[name]}; remove one"
-            )
-        lines[name] = line
         appends = entry.appends or name.endswith("+")
+        line = key.start_mark.line + 1
         yield from _walk(value, replace(entry, name=name.removesuffix("+"), line=line, appends=appends))
+
+
+def _check_names(node: yaml.MappingNode, entry: ConfigEntry) -> None:
+    """Check that no two names of a mapping stand for one setting, or for a setting and its section.
+
+    jsonargparse takes one of them: the later of equal ones, `x+` in place of `x`, a section in place of `section.x` before it.
+
+    Raises:
+        UsageError: two do; only the equal name of a merged mapping may stand again.
+    """
+    settings: dict[str, tuple[str, int, bool]] = {}
+    sections: dict[str, tuple[str, int, bool]] = {}  # those of dotted names
+    for name, line, merged in _names(node, entry.file):
+        setting = name.removesuffix("+")
+        outer = [setting[: dot.start()] for dot in re.finditer(r"\.", setting)]
+        found = settings.get(setting) or sections.get(setting) or next(filter(None, map(settings.get, outer)), None)
+        if found is not None and not (found[0] == name and (merged or found[2])):
+            this, other = (f"{entry.name}.{one}".removeprefix(".") for one in (name, found[0]))
+            why = f"beside {other} (line {found[1]}), and one of them would be lost; write them as one"
+            if this == other:
+                why = f"again, after line {found[1]}; remove one"
+            raise UsageError(f"{entry.file}, line {line}: {this} stands here {why}")
+        settings[setting] = name, line, merged
+        sections |= dict.fromkeys(outer, (name, line, merged))
+
+
+def _names(node: yaml.MappingNode, file: str, merged: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """Yield each name of a mapping, its line, and whether it is that of a merged one."""
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{file}, line {line}: a setting's name is plain text, not a list or a mapping")
+        if key.tag != _MERGE:
+            yield key.value, line, merged
+            continue
+        for other in _merged(value):
+            if isinstance(other, yaml.MappingNode):
+                yield from _names(other, file, merged=True)
+
+
+def _merged(value: yaml.Node) -> list[yaml.Node]:
+    """Return the mappings of `<<: *other` or `<<: [*one, *other]`."""
+    return value.value if isinstance(value, yaml.SequenceNode) else [value]

@@ -377,6 +377,22 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model:\n  seed: 3\n  seed: 4"),
         "{folder}/bad.yaml, line 3: model.seed stands here again, after line 2",
     ),
+    "a list and what adds to it in a config": (
+        file("trainer:\n  callbacks: []\n  callbacks+: []"),
+        "{folder}/bad.yaml, line 3: trainer.callbacks+ stands here beside trainer.callbacks (line 2), and one of them would be",
+    ),
+    "a list merged and what adds to it in a config": (
+        file("model: &base {lr: 1}\ntrainer: {<<: {callbacks: []}, callbacks+: []}"),
+        "{folder}/bad.yaml, line 2: trainer.callbacks+ stands here beside trainer.callbacks (line 2), and one of them would be",
+    ),
+    "a dotted setting before its section in a config": (
+        file("model.optimizer.lr: 0.1\nmodel:\n  optimizer: {weight_decay: 0.3}"),
+        "{folder}/bad.yaml, line 2: model stands here beside model.optimizer.lr (line 1), and one of them would be lost",
+    ),
+    "a dotted setting behind its section in a config": (
+        file("model:\n  optimizer: {lr: 0.3}\n  optimizer.lr: 0.1"),
+        "{folder}/bad.yaml, line 3: model.optimizer.lr stands here beside model.optimizer (line 2), and one of them would be",
+    ),
     "checkpoint as config": (
         lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt")],
         "is a folder, not a configuration; give a checkpoint to --ckpt_path",

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import random
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -50,11 +51,16 @@ def make_texts(count: int, name: str = "text") -> list[str]:
 
 
 def write(path: Path, texts: list[str], domains: int = 1) -> str:
-    records = [{"text": text, "meta": {"name": f"domain {i % domains}"}} for i, text in enumerate(texts)]
+    return write_records(
+        path, [{"text": text, "meta": {"name": f"domain {i % domains}"}} for i, text in enumerate(texts)]
+    )
+
+
+def write_records(path: Path, records: list[dict[str, Any]], group: int = 7) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=7)
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=group)
     else:
         path.write_bytes(zstandard.ZstdCompressor().compress(content) if path.suffix == ".zst" else content)
     return str(path)
@@ -307,8 +313,7 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(
 
 
 @pytest.fixture
-def open_corpus(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PileDataModule]:
-    monkeypatch.setattr(eval_cache, "TRAINING_DOCUMENTS", 50)
+def open_corpus(tiny_corpus: Path, tmp_path: Path) -> Callable[..., PileDataModule]:
     folder = tmp_path / "pile"
     for i in range(4):
         write(folder / "train" / f"{i:02}.jsonl.zst", make_texts(60, f"file {i}"), domains=3)
@@ -401,19 +406,45 @@ def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
 def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Callable[..., PileDataModule]) -> None:
     data = open_corpus(evaluation_tokens=60)
     assert data.domains == ["domain 0", "domain 1", "other"]
-    for split, count in (("validation", 30), ("test", 20), ("train", 60)):
+    for split, count in (("validation", 30), ("test", 20)):
         for domain, tokens in enumerate(tokens_of(data, split)):
             ends = np.flatnonzero(tokens == data.eod_id)
             texts = [data.decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
-            written = make_texts(count, "file 0" if split == "train" else split)[domain::3]
-            assert texts == written[: len(texts)] and ends[-1] == len(tokens) - 1
-            assert split == "train" or ends[-2] + 1 < 60 <= len(tokens)
+            assert texts == make_texts(count, split)[domain::3][: len(texts)] and ends[-1] == len(tokens) - 1
+            assert ends[-2] + 1 < 60 <= len(tokens)
     documents = [int((tokens == data.eod_id).sum()) for tokens in tokens_of(data, "train")]
-    assert documents == [17, 17, 16], "the first 50 of all: the domains' shares are not those of evaluation_tokens"
+    assert documents == [80, 80, 80], "all: evaluation_tokens is of what is evaluated"
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {*data.domains, "all"}
     data = open_corpus(domains=["domain 1", "absent"])
     assert [len(tokens) > 0 for tokens in tokens_of(data, "validation")] == [True, False, True]
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "parquet"])
+def test_the_training_sample_has_the_shares_of_all_files(
+    ending: str, open_corpus: Callable[..., PileDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file for each domain, one with long documents; of every third file where there are many."""
+    texts = [
+        [f"{i} {' '.join(random.Random(i).choices(WORDS, k=400))}" for i in range(40)],
+        [f"{i} {' '.join(random.Random(i).choices(WORDS, k=10))}" for i in range(400)],
+    ]
+    for i in range(6):
+        records = [{"text": text, "meta": {"name": f"domain {i % 2}"}} for text in texts[i % 2]]
+        write_records(tmp_path / "pile/grouped" / f"{i}.{ending}", records, group=400)
+    write(tmp_path / "pile" / f"val.{ending}", texts[1], domains=2)
+    options = {"data_files": {"train": f"grouped/*.{ending}", "validation": f"val.{ending}"}}
+
+    def sizes(**others: Any) -> np.ndarray:
+        return np.array([len(tokens) for tokens in tokens_of(open_corpus(**options, **others), "train")])
+
+    whole = sizes()
+    monkeypatch.setattr(eval_cache, "TRAINING_BYTES", 25_000)
+    part = sizes(evaluation_tokens=61)  # a cache of its own
+    assert part.sum() < whole.sum() / 3 and whole[2] == part[2] == 0
+    assert part[0] / part.sum() == pytest.approx(whole[0] / whole.sum(), abs=0.05)
+    monkeypatch.setattr(eval_cache, "TRAINING_FILES", 2)
+    assert (sizes(evaluation_tokens=62)[:2] > 0).all()  # of the files 0 and 3
 
 
 def test_changed_files_are_evaluated_anew(open_corpus: Callable[..., PileDataModule], tmp_path: Path) -> None:
@@ -445,8 +476,9 @@ def append(path: Path, *lines: bytes) -> None:
 
 
 def test_bad_data_ends_the_run_with_one_line_from_workers_too(
-    open_corpus: Callable[..., PileDataModule], tmp_path: Path
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(eval_cache, "TRAINING_BYTES", 100)  # what is bad is not in the sample
     path = tmp_path / "pile" / "train" / "02.jsonl.zst"
     append(path, b'{"text": 5}')
     for workers in (0, 2):

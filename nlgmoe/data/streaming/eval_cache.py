@@ -1,10 +1,11 @@
-"""Tokens of a streamed corpus's first documents, kept on disk for evaluation and statistics.
+"""Tokens of some of a streamed corpus's documents, kept on disk for evaluation and statistics.
 
 FOLDER/{number of the domain}.{split}.bin, .idx
 FOLDER/files.json                                the corpus's files by split; written last
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,11 +20,10 @@ from nlgmoe.data.streaming.data_files import DataFile
 from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import Record
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 
-TRAINING_DOCUMENTS, TRAINING_TOKENS = 2000, 10_000_000  # at most, for statistics and the domains' shares
+TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
 
 
@@ -41,13 +41,13 @@ class EvalCache:
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
-    """Write the first documents of each split and domain, unless the cache has those of the same files.
+    """Write the first documents of each evaluated split and domain, and of the training files, unless it is done.
 
     Args:
         folder: of the cache.
         files: of the corpus, by split.
         config: of the streams.
-        limit: of evaluated tokens of a domain; the document that reaches it is kept whole.
+        limit: of evaluated tokens of a domain.
 
     Raises:
         ValueError: data is unusable and the policy is "error", or the ids are another tokenizer's.
@@ -58,20 +58,17 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
     (folder / "files.json").unlink(missing_ok=True)
     bad = BadData(config.on_bad_data)
 
-    def records(split: str) -> Iterator[Record]:
-        for file in files[split]:
-            yield from read_documents(file.path, config.fields, bad)
-
     if config.fields.ids is not None:
-        first = [np.asarray(record.content) for record in islice(records("train"), CHECKED_DOCUMENTS)]
+        records = (one for file in files["train"] for one in read_documents(file.path, config.fields, bad))
+        first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
         if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
             raise ValueError(
                 f"ids_field={config.fields.ids} holds another tokenizer's ids: {same:.0%} of the first ones come back when their "
                 f"text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
             )
     for split in files:
-        chosen = islice(records(split), TRAINING_DOCUMENTS) if split == "train" else records(split)
-        if not _write(folder, split, chosen, config, limit):
+        sample = _training_sample if split == "train" else _first_of_each_domain
+        if not _write(folder, split, sample(files[split], config, bad, limit), config):
             raise ValueError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
     write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
@@ -104,20 +101,52 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
     return EvalCache(files, tokens)
 
 
-def _write(folder: Path, split: str, records: Iterator[Record], config: StreamConfig, limit: int) -> int:
-    """Write the first documents of each domain, of "train" the first of all: domains keep their shares; returns the tokens."""
-    kept = [0] * len(config.domains)
-    dtype = token_dtype(config.tokenizer.vocab_size)
-    with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in range(len(kept))]
-        for record in records:
-            if sum(kept) >= TRAINING_TOKENS if split == "train" else min(kept) >= limit:
+def _training_sample(
+    files: Sequence[DataFile], config: StreamConfig, bad: BadData, limit: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the tokens and domain of the first documents of each file, as much of each as its share of all bytes.
+
+    The files may be of one domain each. Of many files every n-th is read.
+    """
+    chosen = files[:: -(-len(files) // TRAINING_FILES)]
+    share = TRAINING_BYTES / max(1, sum(file.bytes for file in chosen))
+    for file in chosen:
+        quota, start = share * file.bytes if share < 1 else math.inf, 0
+        for record in read_documents(file.path, config.fields, bad):
+            ((tokens, domain),) = config.tokens([record])
+            # Parquet has no positions.
+            end = record.after.bytes or start + len(record.content) * (4 if config.fields.ids else 1)
+            yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - start) / (end - start)))], domain
+            start = end
+            if start >= quota:
                 break
-            if split == "train" or kept[config.domain(record)] < limit:
+
+
+def _first_of_each_domain(
+    files: Sequence[DataFile], config: StreamConfig, bad: BadData, limit: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the tokens and domain of documents until there are `limit` of each domain; the last document is whole."""
+    kept = [0] * len(config.domains)
+    for file in files:
+        for record in read_documents(file.path, config.fields, bad):
+            if min(kept) >= limit:
+                return
+            if kept[config.domain(record)] < limit:
                 ((tokens, domain),) = config.tokens([record])
-                writers[domain].add_document(tokens)
                 kept[domain] += len(tokens)
-    return sum(kept)
+                yield tokens, domain
+
+
+def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]], config: StreamConfig) -> int:
+    """Write the documents of each domain; returns the tokens."""
+    written, dtype = 0, token_dtype(config.tokenizer.vocab_size)
+    with ExitStack() as stack:
+        domains = range(len(config.domains))
+        writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in domains]
+        for tokens, domain in documents:
+            writers[domain].add_document(tokens)
+            written += len(tokens)
+    return written
 
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:

@@ -171,7 +171,8 @@ class StreamedText:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
         # What "skip" has left out, "error" must find.
         policy = () if self.on_bad_data == "error" else (self.on_bad_data,)
-        return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint, *policy))
+        sample = "of every training file"  # up to 0.3.0 of the first documents of all
+        return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint, sample, *policy))
 
 
 class OpenStreamedText:
@@ -197,7 +198,7 @@ class OpenStreamedText:
         return StreamedSource(self._config, seq_len, seed)
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Return those of the first training documents."""
+        """Return those of a sample of the training documents."""
         return self._tokens["train"]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
