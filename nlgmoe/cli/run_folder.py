@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
 from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
+from nlgmoe.cli.first_save import step_past_first_save
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
@@ -198,7 +198,12 @@ def require_checkpoint(path: str | Path) -> None:
 
 
 def resolve_checkpoint(
-    name: Any, folder: Path, remedy: str, may_start: bool, places: Sequence[Path] = (), first_save: int = 1
+    name: Any,
+    folder: Path,
+    remedy: str,
+    may_start: bool,
+    places: Sequence[Path] = (),
+    keepers: Sequence[ModelCheckpoint] = (),
 ) -> Any:
     """Replace `last` and `auto` by the run folder, or `auto` by None where a run may start and there is no checkpoint.
 
@@ -210,7 +215,7 @@ def resolve_checkpoint(
         remedy: what to do if there is none.
         may_start: whether a new run is the alternative.
         places: where the run saves checkpoints.
-        first_save: step at which a run has saved its first checkpoint; one that was killed before is started again.
+        keepers: the run's; one that was killed before its first checkpoint was due is started again.
 
     Raises:
         ValueError: there is no checkpoint, or the run does not save them in its folder; or `auto` would start a run again
@@ -229,24 +234,12 @@ def resolve_checkpoint(
         raise SettingError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
     if found:
         return str(folder)
-    step = _last_logged_step(folder)
-    if step >= first_save or (step and (folder / "summary.json").exists()):
+    if (step := step_past_first_save(folder, keepers)) is not None:
         raise ValueError(
             f"ckpt_path={name}: {folder} has logged {step} steps but holds no checkpoint, and the run would start again at "
             "step 0; bring its checkpoints back, or choose another trainer.default_root_dir"
         )
     return None
-
-
-def _last_logged_step(folder: Path) -> int:
-    """Return the highest step of `metrics.csv`; 0 if there is none."""
-    require_regular(folder / "metrics.csv", "remove it")
-    try:
-        with (folder / "metrics.csv").open(newline="") as file:
-            steps = [row.get("step") or "" for row in csv.DictReader(file)]
-    except OSError:
-        return 0
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 @contextmanager

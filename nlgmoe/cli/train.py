@@ -218,9 +218,8 @@ class TrainCLI(LightningCLI):
     def _find_checkpoint(self, remedy: str) -> None:
         name, folder = self._get(self.config, "ckpt_path"), Path(self.trainer.default_root_dir)
         keepers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        intervals = [keeper._every_n_train_steps for keeper in keepers if keeper._every_n_train_steps]
-        places, first_save = checkpoint_folders(self.trainer), min(intervals, default=0) + 1
-        found = resolve_checkpoint(name, folder, remedy, self.subcommand == "fit", places, first_save)
+        places = checkpoint_folders(self.trainer)
+        found = resolve_checkpoint(name, folder, remedy, self.subcommand == "fit", places, keepers)
         self.config_init[self.subcommand]["ckpt_path"] = found
 
     @override

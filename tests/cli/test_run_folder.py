@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from filelock import FileLock
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
@@ -113,11 +114,32 @@ def test_a_setting_of_lightning_that_no_draw_depends_on_is_told() -> None:
         load_config(ROOT / "configs/quickstart.yaml", seed_everything=0)
 
 
-def test_auto_starts_a_run_again_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n9,4.0\n19,3.0\n")
-    assert resolve_checkpoint("auto", tmp_path, "", True, first_save=21) is None
+@pytest.mark.parametrize(
+    ("keepers", "starts"),
+    [
+        ([{"every_n_train_steps": 20}], True),
+        ([{"every_n_train_steps": 18}], False),
+        ([{"train_time_interval": timedelta(seconds=50)}], True),
+        ([{"train_time_interval": timedelta(seconds=50)}, {"every_n_train_steps": 18}], False),
+        ([{"train_time_interval": timedelta(seconds=20)}], False),
+        ([{"monitor": "val/loss"}], False),
+        ([{"monitor": "val/loss", "every_n_epochs": 2}], True),
+        ([{"save_on_train_epoch_end": True}], True),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_auto_starts_a_run_again_that_was_killed_before_its_first_checkpoint(
+    keepers: list[dict[str, Any]], starts: bool, tmp_path: Path
+) -> None:
+    rows = "step,train/loss,time/elapsed,val/loss\n9,4.0,30,\n9,,,4.0\n19,3.0,60,\n"
+    (tmp_path / "metrics.csv").write_text(rows)
+    made = [ModelCheckpoint(tmp_path, **one) for one in keepers]
+    if starts:
+        assert resolve_checkpoint("auto", tmp_path, "", True, keepers=made) is None
+        (tmp_path / "summary.json").touch()
     with pytest.raises(ValueError, match="has logged 19 steps but holds no checkpoint"):
-        resolve_checkpoint("auto", tmp_path, "", True, first_save=19)
+        resolve_checkpoint("auto", tmp_path, "", True, keepers=made)
 
 
 def test_checkpoints_of_another_run_are_not_replaced(
