@@ -34,6 +34,7 @@ from nlgmoe.resuming import (
     forget_deferred_saves,
     forget_saves,
     keep_patience,
+    missed_keepers,
     monitored,
     reached_end,
     set_loop_counters,
@@ -99,6 +100,8 @@ class MoEGPTModule(GPTModule):
         self.saved_step = 0  # optimizer steps taken when this fit last saved, or loaded, a checkpoint to resume from
         self._validation_due = False  # after the last optimizer step
         self._validates_first = False  # a resumed run: the validation after its step had not ended
+        self._seen_step = 0  # steps taken when all callbacks had seen the latest validation
+        self._missed: list[Any] = []  # callbacks of a resumed run that had not
         self._monitored: dict[str, float] = {}  # training metrics of a resumed run's step
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
 
@@ -270,8 +273,9 @@ class MoEGPTModule(GPTModule):
         elif self.trainer.ckpt_path is not None:
             warn_of_repeated_data(self.trainer)
         if end is not None or self._validates_first:
-            validate_now(self.trainer, again=self.validated_step == self.trainer.global_step)
-        self._validates_first, self._monitored = False, {}
+            again = self.validated_step == self.trainer.global_step
+            validate_now(self.trainer, again, self._missed)
+        self._validates_first, self._missed, self._monitored = False, [], {}
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
@@ -307,6 +311,11 @@ class MoEGPTModule(GPTModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
+    def on_validation_end(self) -> None:
+        """Note that all callbacks have seen the validation: Lightning calls this hook of theirs before."""
+        self._seen_step = self.trainer.global_step
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint |= {
@@ -334,6 +343,7 @@ class MoEGPTModule(GPTModule):
         else:
             validated = self.validated_step == checkpoint["global_step"]
             checkpoint["validation_due"] = self._validation_due and not validated
+            checkpoint["validation_unseen"] = validated and self._seen_step != checkpoint["global_step"]
             set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
 
     @override
@@ -373,7 +383,8 @@ class MoEGPTModule(GPTModule):
         if fits and "loops" in checkpoint:
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
             self.validated_step = step if validated else 0
-            self._validates_first = checkpoint.get("validation_due", False)
+            self._missed, self._seen_step = missed_keepers(checkpoint, self.trainer), self.validated_step
+            self._validates_first = checkpoint.get("validation_due", False) or bool(self._missed)
             self._monitored = checkpoint.get("monitored", {})
             # A step may have more or fewer micro-batches from here on. Where the checkpoint says if a validation was due,
             # Lightning's loop runs none: at the end of an epoch it looks at the wrong epoch and batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     _check_types(checkpoint, {"callbacks": {one.state_key: one.state_dict() for one in ours}}, where, Real)
     counts = {
         "validation_due": False,
+        "validation_unseen": False,
         "monitored": metrics,
         "tokens_seen": 0,
         "non_finite": {"skipped": 0, "in_a_row": 0},
@@ -152,12 +154,32 @@ def was_validated(checkpoint: dict[str, Any]) -> bool:
     return bool(counts["ready"] == counts["completed"])
 
 
-def validate_now(trainer: Trainer, again: bool) -> None:
+def missed_keepers(checkpoint: dict[str, Any], trainer: Trainer) -> list[Any]:
+    """Return the `ModelCheckpoint` that had not seen the validation after which another one saved a checkpoint.
+
+    They save one after the other, each with its own choice in its checkpoint already.
+
+    Args:
+        checkpoint: Lightning's dictionary, of the run that is resumed.
+        trainer: of the fit.
+    """
+    keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    written = Path(checkpoint["path"]).parts[-2:]  # the run folder may have been moved
+    for index, one in enumerate(keepers if checkpoint.get("validation_unseen") else []):
+        state = checkpoint.get("callbacks", {}).get(one.state_key, {})
+        paths = [*state.get("best_k_models", ()), state.get("best_model_path", ""), state.get("last_model_path", "")]
+        if written in [Path(path).parts[-2:] for path in paths]:
+            return keepers[index + 1 :]
+    return []
+
+
+def validate_now(trainer: Trainer, again: bool, missed: Sequence[Any] = ()) -> None:
     """Validate during a fit, as the training loop does, if validation is enabled.
 
     Args:
         trainer: of the fit.
         again: true if the callbacks that decide by scores have counted this validation already.
+        missed: those of them that have not.
     """
     if trainer.enable_validation:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -167,7 +189,7 @@ def validate_now(trainer: Trainer, again: bool) -> None:
             for one in callbacks
             if isinstance(one, EarlyStopping) or (isinstance(one, ModelCheckpoint) and one.best_model_path)
         ]
-        kept = [one for one in callbacks if not (again and one in counted)]
+        kept = [one for one in callbacks if not (again and one in counted) or one in missed]
         trainer.callbacks = kept  # type: ignore[attr-defined]
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 
 from nlgmoe.callbacks import SaveAtEnd
@@ -91,6 +92,39 @@ def test_a_resumed_run_keeps_the_best_steps_of_an_undisturbed_one(tmp_path: Path
         with pytest.raises(ZeroDivisionError):
             kept(folder, crash)
         assert kept(folder, resume=folder / f"step={step}.ckpt") == undisturbed
+
+
+@pytest.mark.parametrize("killed_at", [4, 8])
+def test_keepers_that_a_kill_left_out_see_the_validation_again(killed_at: int, tmp_path: Path) -> None:
+    """Killed when the first of three had saved; also in the validation at the end of a run."""
+
+    def kept(folder: Path, kill: bool, resume: Path | None = None) -> list[dict[str, int]]:
+        keepers = [
+            ModelCheckpoint(folder / name, "{step}", monitor=name, save_top_k=-1, enable_version_counter=False)
+            for name in ("val/perplexity", "val/loss", "val/loss/odd")
+        ]
+        stopper = EarlyStopping("val/loss", min_delta=100, patience=2)  # a step counted twice would end the run
+
+        def killed(trainer: Trainer, path: str) -> None:
+            if trainer.global_step == killed_at:
+                raise KeyError(path)
+            ModelCheckpoint._save_checkpoint(keepers[1], trainer, path)
+
+        if kill:
+            keepers[1]._save_checkpoint = killed  # type: ignore[method-assign]
+            with pytest.raises(KeyError):
+                fit(folder, stopper, *keepers, steps=8)
+        else:
+            fit(folder, stopper, *keepers, steps=8, resume=resume)
+            assert stopper.wait_count == 1
+        return [steps(Path(str(one.dirpath))) for one in keepers]
+
+    undisturbed = kept(tmp_path / "whole", kill=False)
+    assert [sorted(found.values()) for found in undisturbed] == [[4, 8]] * 3
+    first, second, third = kept(tmp_path / "killed", kill=True)
+    assert killed_at in first.values() and killed_at not in {*second.values(), *third.values()}
+    saved = tmp_path / f"killed/val/perplexity/step={killed_at}.ckpt"
+    assert kept(tmp_path / "killed", kill=False, resume=saved) == undisturbed
 
 
 def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> None:
