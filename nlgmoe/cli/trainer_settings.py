@@ -17,6 +17,7 @@ from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.processes import check_processes
 from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, SETTINGS_REFUSED, callback_refused
+from nlgmoe.validation import SettingError
 
 _UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
@@ -70,6 +71,13 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         there = _number(devices) if str(devices).isdigit() else len(named)
     why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
     _require(started in (None, str(there)), "devices", devices, why)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if on_cpu and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The store has the addresses of the ranks before.
+        raise SettingError(
+            f"torchrun --max-restarts {restarts}: restarted ranks that use gloo may wait for those that have ended; start it with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+        )
     in_bf16 = on_cpu and "bf16" in str(trainer["precision"])
     if in_bf16 and platform.machine() == "x86_64" and not _has_bf16_products():
         rank_zero_warn(

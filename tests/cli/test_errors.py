@@ -974,6 +974,16 @@ def test_as_many_devices_as_torchrun_or_deepspeed_has_started(
         assert (code, expected in line) == (2, True), line
 
 
+def test_restarts_of_torchrun_need_a_store_of_their_own(
+    place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's gloo finds the addresses of the ranks before the restart in the shared one, in some of the restarts."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    code, line = says(place.args())
+    assert (code, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment" in line) == (2, True), line
+
+
 @pytest.mark.parametrize("mistake", UNUSABLE)
 def test_what_cannot_be_used_is_named(
     mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
