@@ -75,8 +75,8 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     if on_cpu and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The store has the addresses of the ranks before.
         raise SettingError(
-            f"torchrun --max-restarts {restarts}: restarted ranks that use gloo may wait for those that have ended; start it with "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+            f"torchrun --max-restarts {restarts}: restarted ranks that use gloo may wait for those that have ended; start it "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
         )
     in_bf16 = on_cpu and "bf16" in str(trainer["precision"])
     if in_bf16 and platform.machine() == "x86_64" and not _has_bf16_products():

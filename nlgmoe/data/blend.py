@@ -19,6 +19,7 @@ from nlgmoe.data.interleaving import Interleaving, integer_weights
 from nlgmoe.data.sources import CursorSource, Sample, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import SettingError
 
 SMALLEST_SHARE = 1e-9  # 300 billion tokens are 146 million samples of 2,048
 
@@ -118,7 +119,7 @@ class OpenBlend:
         self.description: Description = {}
         for name, weight, corpus in self._parts:
             if corpus.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise ValueError(
+                raise SettingError(
                     f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with "
                     f"{self.tokenizer.name}: give the parts of a blend one tokenizer."
                 )
@@ -131,7 +132,7 @@ class OpenBlend:
                 self.description |= {f"{name}/{inner}": of_inner for inner, of_inner in facts.items()}
             self.description[name] = share
         if twice := {name for name in self.domains if self.domains.count(name) > 1}:
-            raise ValueError(f"Two domains of the blend are called {min(twice)}: change the `name` of a part.")
+            raise SettingError(f"two domains of the blend are called {min(twice)}; change the name of a part")
         described = [(name, weight, corpus.fingerprint) for name, weight, corpus in self._parts]
         self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
@@ -248,4 +249,5 @@ def _naming(part: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"In the part {part!r} of the blend: {error}") from error
+        kind = SettingError if isinstance(error, SettingError) else ValueError
+        raise kind(f"In the part {part!r} of the blend: {error}") from error

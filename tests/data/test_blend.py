@@ -22,6 +22,7 @@ from nlgmoe.data.interleaving import Interleaving, integer_weights
 from nlgmoe.data.pocket_pile import read_texts, text_path, token_folder
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import SettingError
 from tests.data.conftest import tokens_of
 from tests.data.test_datamodule import Ranks, batches, make_trainer, rows
 from tests.data.test_tokenizer import small
@@ -379,7 +380,7 @@ def test_what_cannot_be_blended_is_named_by_its_part(
         make_blend((1, "mix", Blend([BlendPart(1, "b", PocketPile(["opera"]))])))
     with pytest.raises(ValueError, match=r"part 'b' is tokenised with small, 'a' with .*: give .* one tokenizer"):
         make_blend((1, "a", indexed), (1, "b", Other()))
-    with pytest.raises(ValueError, match="Two domains of the blend are called a/prose: change the `name`"):
+    with pytest.raises(SettingError, match="two domains of the blend are called a/prose; change the name of a part"):
         make_blend((1, "a", PocketPile()), (1, "a/prose", indexed))
     with pytest.raises(ValueError, match="In the part 'a' of the blend: No domain has 5000 tokens to train on"):
         make_blend((1, "a", indexed), seq_len=5000).train_dataloader()

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK
 from nlgmoe.commands.main import main as nlgmoe
-from nlgmoe.tools.check.foreign import ADAPTERS
+from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.router import RoutingContext
+from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
 from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
@@ -56,6 +58,32 @@ def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
     found = verdicts(clean(moe), QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
     assert sum(text.startswith("pass") for text in found.values()) >= asked
+
+
+class Plain(nn.Module):
+    """A module of the user's own, with a capacity that it does not declare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = MoELayer(GPTConfig(61, hidden_size=16, num_heads=2, moe=MoEConfig(8, expert_interval=1)), 0)
+        self.router = self.layer.router
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        y, routing = self.layer(x, RoutingContext(mask=mask))
+        return y, routing
+
+
+def test_a_capacity_that_is_not_declared_raises_no_alarm() -> None:
+    names = {
+        "capacity is the formula",
+        "the declared tokens are dropped",
+        "padding takes no slot",
+        "micro-batches add up",
+    }
+    layer = ForeignLayer("plain", num_experts=8, top_k=1, takes_mask=True, factory=Plain)
+    found = verdicts(layer, QUICK)
+    assert not [text for text in found.values() if text.startswith("fail")], found
+    assert [text.split(":")[0] for name, text in found.items() if name in names].count("not applicable") >= 3
 
 
 def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:

@@ -136,15 +136,16 @@ def micro_batches_add_up(layer: Layer) -> str:
     """Check that, without a capacity, gradients of two micro-batches add up, and that two copies have the loss of one."""
     if layer.drops:
         raise NotApplicable("capacity is that of a micro-batch")
-    module, batch = layer.make(), Batch.random(layer, 4, 12)
+    module, batch, halves = layer.make(), Batch.random(layer, 4, 12), (slice(0, 2), slice(2, 4))
     with torch.no_grad():
         if not torch.equal(layer.run(module, batch).y, layer.run(module, batch, seed=1).y):
             raise NotApplicable("the layer draws noise in training")
+        if layer.drops is None and not torch.allclose(
+            torch.cat([layer.run(module, batch.sequences(half)).y for half in halves]), layer.run(module, batch).y
+        ):
+            raise NotApplicable("outputs depend on the batch, as with a capacity, and the layer declares none")
     whole = gradients(module, layer.run(module, batch).y.square().sum())
-    parts = [
-        gradients(module, layer.run(module, batch.sequences(half)).y.square().sum())
-        for half in (slice(0, 2), slice(2, 4))
-    ]
+    parts = [gradients(module, layer.run(module, batch.sequences(half)).y.square().sum()) for half in halves]
     errors = [require_close(f"gradient of {name}", sum(p[name] for p in parts), whole[name], 1e-5) for name in whole]  # type: ignore[arg-type]
     twice = replace(batch, x=torch.cat([batch.x, batch.x]), tokens=torch.cat([batch.tokens, batch.tokens]))
     one, two = (layer.run(module, each).aux for each in (batch, twice))

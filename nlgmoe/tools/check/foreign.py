@@ -69,7 +69,7 @@ class DeepSpeedLayer(Layer):
     """`deepspeed.moe.layer.MoE` with its defaults, which drop tokens in evaluation too; for k = 2 without sampling."""
 
     takes_mask: bool = True
-    drops: bool = True
+    drops: bool | None = True
 
     def build(self) -> nn.Module:
         """See `Layer`."""
@@ -123,6 +123,7 @@ class TransformersLayer(Layer):
         coefficient: of the model's balance loss, 0: it has none.
     """
 
+    drops: bool | None = False
     family: str = "mixtral"
     block: str = "MixtralSparseMoeBlock"
     config: str = "MixtralConfig"

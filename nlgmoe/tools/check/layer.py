@@ -103,7 +103,7 @@ class Layer:
             `score`; None: not declared.
         takes_mask: `forward` reads `Batch.mask`.
         takes_key: `forward` passes `Batch.noise_key` on; random numbers then depend on nothing else.
-        drops: training has a capacity, `capacity`.
+        drops: training has a capacity, `capacity`, or drops nothing; None: not declared.
         drops_in_evaluation: evaluation is declared to drop tokens.
     """
 
@@ -115,7 +115,7 @@ class Layer:
     order: Literal["random", "position", "score"] | None = None
     takes_mask: bool = False
     takes_key: bool = False
-    drops: bool = False
+    drops: bool | None = None
     drops_in_evaluation: bool = False
 
     def build(self) -> nn.Module:
@@ -162,7 +162,7 @@ class Layer:
     @property
     def accumulates(self) -> bool:
         """Return True if ranks equal one process that accumulates their micro-batches, not one with the whole batch."""
-        return self.drops
+        return bool(self.drops)
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
         """Make this rank's part of `whole`, with its weights. A collective."""

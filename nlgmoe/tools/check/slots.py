@@ -33,6 +33,17 @@ def _requests(routing: Routing, real: Tensor | None, num_experts: int) -> Tensor
     return torch.bincount(expert.flatten(), minlength=num_experts)
 
 
+def _slots(layer: Layer, tokens: int, kept: Tensor) -> int | None:
+    """Return the slots of an expert; None where nothing is dropped.
+
+    Raises:
+        NotApplicable: the layer drops assignments of the tokens in `kept`, `[N, k]`, and declares no capacity.
+    """
+    if layer.drops is None and not bool(kept.all()):
+        raise NotApplicable("the layer drops tokens, and declares no capacity")
+    return layer.capacity(tokens) if layer.drops else None
+
+
 def capacity_is_the_formula(layer: Layer) -> str:
     """Check that each expert keeps as many assignments as are asked of it, or its capacity if that is less."""
     module = layer.make()
@@ -45,7 +56,7 @@ def capacity_is_the_formula(layer: Layer) -> str:
         with torch.no_grad():
             routing = layer.routing(layer.run(built, batch))
         asked, kept = _requests(routing, None, layer.num_experts), _kept(routing, layer.num_experts)
-        slots = layer.capacity(len(routing.kept)) if layer.drops else None
+        slots = _slots(layer, len(routing.kept), routing.kept)
         expected = asked if slots is None else asked.clamp_max(slots)
         if not torch.equal(kept, expected):
             name = "no capacity" if slots is None else f"a capacity of {slots}"
@@ -81,7 +92,7 @@ def dropped_tokens_give_zero(layer: Layer) -> str:
 def the_declared_tokens_are_dropped(layer: Layer) -> str:
     """Check who keeps the slots of an overfull expert."""
     if not layer.drops:
-        raise NotApplicable("the layer drops no token")
+        raise NotApplicable("the layer declares no capacity" if layer.drops is None else "the layer drops no token")
     require_choice(layer)
     if layer.order is None:
         raise NotApplicable("the layer declares no order")
@@ -138,7 +149,8 @@ def padding_takes_no_slot(layer: Layer) -> str:
         if routing.all_kept:
             raise Failed("all_kept is True, and padding is not kept")
         asked, kept = _requests(routing, real, layer.num_experts), _kept(routing, layer.num_experts)
-        expected = asked.clamp_max(layer.capacity(TOKENS)) if layer.drops else asked
+        slots = _slots(layer, TOKENS, routing.kept[real])
+        expected = asked if slots is None else asked.clamp_max(slots)
         if not torch.equal(kept, expected):
             raise Failed(f"real tokens asked {asked.tolist()}, and kept {kept.tolist()}, not {expected.tolist()}")
         nothing = layer.join(module, x, torch.zeros_like(x))
