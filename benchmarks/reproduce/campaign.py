@@ -180,7 +180,7 @@ class Campaign:
             }
         if cell.distilled == "staged":
             stage = {"class_path": "nlgmoe.StagedDistillation", "init_args": {"fraction": STAGED}}
-            settings["trainer"]["callbacks+"] = [stage]
+            settings["trainer"]["callbacks"].append(stage)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
         files = [CONFIGS / "base.yaml", CONFIGS / f"{cell.config}.yaml", folder / "settings.yaml"]
