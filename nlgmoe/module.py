@@ -101,6 +101,7 @@ class MoEGPTModule(GPTModule):
         self._validation_due = False  # after the last optimizer step
         self._validates_first = False  # a resumed run: the validation after its step had not ended
         self._seen_step = 0  # steps taken when all callbacks had seen the latest validation
+        self._ended_step = 0  # steps taken when all callbacks had seen the latest step
         self._missed: list[Any] = []  # callbacks of a resumed run that had not
         self._monitored: dict[str, float] = {}  # training metrics of a resumed run's step
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
@@ -228,6 +229,7 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: a callback has stopped this rank alone.
         """
+        self._ended_step = self.trainer.global_step
         if self.trainer.global_step == 0:
             forget_deferred_saves(self.trainer)
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
@@ -343,6 +345,7 @@ class MoEGPTModule(GPTModule):
         else:
             validated = self.validated_step == checkpoint["global_step"]
             checkpoint["validation_due"] = self._validation_due and not validated
+            checkpoint["step_unseen"] = self._ended_step != checkpoint["global_step"]
             checkpoint["validation_unseen"] = validated and self._seen_step != checkpoint["global_step"]
             set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
 
@@ -373,7 +376,7 @@ class MoEGPTModule(GPTModule):
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             self.saved_step = checkpoint["global_step"]
-            forget_saves(self.trainer, checkpoint["global_step"])
+            forget_saves(checkpoint, self.trainer)
             keep_patience(checkpoint, self.trainer)
             follow_moved_folder(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
@@ -383,6 +386,7 @@ class MoEGPTModule(GPTModule):
         if fits and "loops" in checkpoint:
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
             self.validated_step = step if validated else 0
+            self._ended_step = step
             self._missed, self._seen_step = missed_keepers(checkpoint, self.trainer), self.validated_step
             self._validates_first = checkpoint.get("validation_due", False) or bool(self._missed)
             self._monitored = checkpoint.get("monitored", {})

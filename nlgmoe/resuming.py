@@ -70,6 +70,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     counts = {
         "validation_due": False,
         "validation_unseen": False,
+        "step_unseen": False,
         "monitored": metrics,
         "tokens_seen": 0,
         "non_finite": {"skipped": 0, "in_a_row": 0},
@@ -154,8 +155,8 @@ def was_validated(checkpoint: dict[str, Any]) -> bool:
     return bool(counts["ready"] == counts["completed"])
 
 
-def missed_keepers(checkpoint: dict[str, Any], trainer: Trainer) -> list[Any]:
-    """Return the `ModelCheckpoint` that had not seen the validation after which another one saved a checkpoint.
+def keepers_behind_writer(checkpoint: dict[str, Any], trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the `ModelCheckpoint` that come after the one that wrote a checkpoint; none if no one of the run has.
 
     They save one after the other, each with its own choice in its checkpoint already.
 
@@ -165,12 +166,23 @@ def missed_keepers(checkpoint: dict[str, Any], trainer: Trainer) -> list[Any]:
     """
     keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     written = Path(checkpoint["path"]).parts[-2:]  # the run folder may have been moved
-    for index, one in enumerate(keepers if checkpoint.get("validation_unseen") else []):
+    for index, one in enumerate(keepers):
         state = checkpoint.get("callbacks", {}).get(one.state_key, {})
         paths = [*state.get("best_k_models", ()), state.get("best_model_path", ""), state.get("last_model_path", "")]
         if written in [Path(path).parts[-2:] for path in paths]:
             return keepers[index + 1 :]
     return []
+
+
+def missed_keepers(checkpoint: dict[str, Any], trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the `ModelCheckpoint` that had not seen the validation after which another one saved a checkpoint."""
+    behind = keepers_behind_writer(checkpoint, trainer) if checkpoint.get("validation_unseen") else []
+    return [one for one in behind if not saves_by_steps(one)]
+
+
+def saves_by_steps(keeper: ModelCheckpoint) -> bool:
+    """Return whether a `ModelCheckpoint` saves after training steps, not after validations."""
+    return keeper._every_n_train_steps > 0 or keeper._train_time_interval is not None
 
 
 def validate_now(trainer: Trainer, again: bool, missed: Sequence[Any] = ()) -> None:
@@ -204,20 +216,22 @@ def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             state["patience"] = one.patience
 
 
-def forget_saves(trainer: Trainer, step: int) -> None:
+def forget_saves(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Make `ModelCheckpoint` save steps after the resumed one that an earlier fit of the trainer has saved.
 
-    The resumed step itself may be validated, and saved, once more; not in the first micro-batch of the next step, where Lightning
-    still counts it: there its metric would be judged a second time.
+    The resumed step itself may be validated, and saved, once more; in the first micro-batch of the next step, where Lightning
+    still counts it, only by those that had not seen it: others would judge its metric a second time.
 
     Args:
+        checkpoint: Lightning's dictionary, of the run that is resumed.
         trainer: of the fit.
-        step: that the checkpoint was saved at.
     """
+    unseen = keepers_behind_writer(checkpoint, trainer) if checkpoint.get("step_unseen") else []
     for one in trainer.checkpoint_callbacks:
         if isinstance(one, ModelCheckpoint):
-            by_steps = one._every_n_train_steps > 0 or one._train_time_interval is not None
-            one._last_global_step_saved, one._last_checkpoint_saved = step if by_steps else 0, ""
+            seen = saves_by_steps(one) and one not in unseen
+            one._last_global_step_saved = checkpoint["global_step"] if seen else 0
+            one._last_checkpoint_saved = ""
 
 
 def forget_deferred_saves(trainer: Trainer) -> None:

@@ -50,7 +50,9 @@ def save_last(trainer: Trainer, force: bool = False) -> Path:
     saved = [
         Path(callback._last_checkpoint_saved)
         for callback in callbacks
-        if callback._last_global_step_saved == trainer.global_step and not callback.save_weights_only
+        if callback._last_global_step_saved == trainer.global_step
+        and callback._last_checkpoint_saved  # "" where a resumed run has not saved
+        and not callback.save_weights_only
     ]
     assert isinstance(trainer.lightning_module, MoEGPTModule)
     exists = trainer.lightning_module.saved_step == trainer.global_step and (

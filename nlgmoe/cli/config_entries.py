@@ -211,14 +211,17 @@ def _check_names(node: yaml.MappingNode, entry: ConfigEntry) -> None:
 
     jsonargparse takes one of them: the later of equal ones, `x+` in place of `x`, a section in place of `section.x` before it.
 
+    The names in the value of a class's argument are its own, whatever dots they have.
+
     Raises:
         UsageError: two do; only the equal name of a merged mapping may stand again.
     """
+    in_value = entry.name.rpartition("init_args")[2].startswith(".")
     settings: dict[str, tuple[str, int, bool]] = {}
     sections: dict[str, tuple[str, int, bool]] = {}  # those of dotted names
     for name, line, merged in _names(node, entry.file):
-        setting = name.removesuffix("+")
-        outer = [setting[: dot.start()] for dot in re.finditer(r"\.", setting)]
+        setting = name if in_value else name.removesuffix("+")
+        outer = [] if in_value else [setting[: dot.start()] for dot in re.finditer(r"\.", setting)]
         found = settings.get(setting) or sections.get(setting) or next(filter(None, map(settings.get, outer)), None)
         if found is not None and not (found[0] == name and (merged or found[2])):
             this, other = (f"{entry.name}.{one}".removeprefix(".") for one in (name, found[0]))
@@ -226,7 +229,8 @@ def _check_names(node: yaml.MappingNode, entry: ConfigEntry) -> None:
             if this == other:
                 why = f"again, after line {found[1]}; remove one"
             raise UsageError(f"{entry.file}, line {line}: {this} stands here {why}")
-        settings[setting] = name, line, merged
+        if not (merged and setting in settings):
+            settings[setting] = name, line, merged
         sections |= dict.fromkeys(outer, (name, line, merged))
 
 

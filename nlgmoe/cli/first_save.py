@@ -32,10 +32,17 @@ def _must_have_saved(keeper: ModelCheckpoint, rows: Sequence[dict[str, str]], la
     if keeper._every_n_train_steps:
         return last > keeper._every_n_train_steps
     if keeper._train_time_interval is not None:
-        elapsed = [float(row["time/elapsed"]) for row in rows if row.get("time/elapsed")]
+        elapsed = [value for row in rows if (value := _number(row.get("time/elapsed"))) is not None]
         return sum(one > keeper._train_time_interval.total_seconds() for one in elapsed) > 1  # steps after it was over
     validated = [int(row["step"]) for row in rows if row.get("val/loss")]
     return keeper._every_n_epochs == 1 and not keeper._save_on_train_epoch_end and last > min(validated, default=last)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -72,7 +72,12 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
     _require(started in (None, str(there)), "devices", devices, why)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if on_cpu and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if (
+        on_cpu
+        and restarts != "0"
+        and os.environ.get("WORLD_SIZE") != "1"
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
         # The store has the addresses of the ranks before.
         raise SettingError(
             f"torchrun --max-restarts {restarts}: restarted ranks that use gloo may wait for those that have ended; start it "

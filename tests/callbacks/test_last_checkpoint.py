@@ -1,5 +1,6 @@
 """The last step of a run is saved for all settings of ModelCheckpoint."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -76,13 +77,21 @@ def test_the_best_checkpoints_stay_when_a_run_is_validated_again(tmp_path: Path)
     assert kept().items() >= first.items()
 
 
-def test_a_resumed_run_keeps_the_best_steps_of_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("best_first", [True, False])
+def test_a_resumed_run_keeps_the_best_steps_of_an_undisturbed_one(best_first: bool, tmp_path: Path) -> None:
     """Lightning counts the resumed step until the next one ends, in three micro-batches here: it was judged in each."""
 
     def kept(folder: Path, *callbacks: Callback, resume: Path | None = None) -> dict[str, int]:
-        best = ModelCheckpoint(folder / "best", "{step}", monitor="train/loss", save_top_k=2, every_n_train_steps=1)
+        best = ModelCheckpoint(
+            folder / "best",
+            "{step}",
+            monitor="train/loss",
+            save_top_k=2,
+            every_n_train_steps=1,
+            enable_version_counter=False,
+        )
         every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-        fit(folder, best, every, *callbacks, resume=resume)
+        fit(folder, *([best, every] if best_first else [every, best]), *callbacks, resume=resume)
         return steps(folder / "best")
 
     undisturbed = kept(tmp_path)
@@ -92,6 +101,30 @@ def test_a_resumed_run_keeps_the_best_steps_of_an_undisturbed_one(tmp_path: Path
         with pytest.raises(ZeroDivisionError):
             kept(folder, crash)
         assert kept(folder, resume=folder / f"step={step}.ckpt") == undisturbed
+
+
+def test_the_end_is_saved_into_another_folder_too(tmp_path: Path) -> None:
+    for folder, resume in (("a", None), ("b", tmp_path / "a/step=8.ckpt")):
+        keeper = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is at its end
+            fit(tmp_path / folder, keeper, SaveAtEnd(), resume=resume)
+    assert steps(tmp_path / "b") == {"last.ckpt": 8}
+
+
+def test_a_keeper_of_steps_repeats_no_validation(tmp_path: Path) -> None:
+    """It stands behind the keeper that wrote the checkpoint, and does nothing after validations."""
+
+    def validated(resume: Path | None = None) -> list[int]:
+        seen: list[int] = []
+        notes = LambdaCallback(on_validation_end=lambda trainer, _: seen.append(trainer.global_step))
+        best = ModelCheckpoint(tmp_path / "best", "{step}", monitor="val/loss", save_top_k=-1)
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+        fit(tmp_path, notes, best, every, resume=resume)
+        return seen
+
+    assert validated() == [4, 8]
+    assert validated(tmp_path / "best/step=4.ckpt") == [8]
 
 
 @pytest.mark.parametrize("killed_at", [4, 8])

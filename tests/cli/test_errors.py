@@ -385,6 +385,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model: &base {lr: 1}\ntrainer: {<<: {callbacks: []}, callbacks+: []}"),
         "{folder}/bad.yaml, line 2: trainer.callbacks+ stands here beside trainer.callbacks (line 2), and one of them would be",
     ),
+    "a setting twice around a merged one in a config": (
+        file("model:\n  seed: 3\n  <<: {seed: 5}\n  seed: 4"),
+        "{folder}/bad.yaml, line 4: model.seed stands here again, after line 2",
+    ),
     "a dotted setting before its section in a config": (
         file("model.optimizer.lr: 0.1\nmodel:\n  optimizer: {weight_decay: 0.3}"),
         "{folder}/bad.yaml, line 2: model stands here beside model.optimizer.lr (line 1), and one of them would be lost",

@@ -109,6 +109,14 @@ def test_a_list_that_is_given_again_keeps_nothing_of_the_earlier_one(on_the_comm
     ]
 
 
+def test_names_in_the_value_of_an_argument_are_its_own(tmp_path: Path) -> None:
+    files = {"train": "a.jsonl", "validation": "b.jsonl", "validation.wiki": "c.jsonl"}
+    streamed = {"class_path": "nlgmoe.data.StreamedText", "init_args": {"path": "x", "data_files": files}}
+    (tmp_path / "streamed.yaml").write_text(yaml.safe_dump({"data": {"corpus": streamed}}))
+    parsed = parse_config([ROOT / "configs/quickstart.yaml", tmp_path / "streamed.yaml"])
+    assert parsed["data"]["corpus"]["init_args"]["data_files"] == files
+
+
 def test_a_setting_of_lightning_that_no_draw_depends_on_is_told() -> None:
     with pytest.warns(UserWarning, match=r"seed_everything=0 changes nothing .* set those"):
         load_config(ROOT / "configs/quickstart.yaml", seed_everything=0)

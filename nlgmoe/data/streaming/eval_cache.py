@@ -6,6 +6,7 @@ FOLDER/files.json                                the corpus's files by split; wr
 
 import json
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from nlgmoe.data.streaming.data_files import DataFile
 from nlgmoe.data.streaming.logical_stream import StreamConfig
 from nlgmoe.data.text.bad_data import BadData
 from nlgmoe.data.text.documents import read_documents
+from nlgmoe.data.text.records import FileOffset
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
 
@@ -106,19 +108,22 @@ def _training_sample(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the tokens and domain of the first documents of each file, as much of each as its share of all bytes.
 
-    The files may be of one domain each. Of many files every n-th is read.
+    The files may be of one domain each. Of many files some are drawn.
     """
-    chosen = files[:: -(-len(files) // TRAINING_FILES)]
+    drawn = random.Random(0).sample(range(len(files)), min(len(files), TRAINING_FILES))
+    chosen = [files[index] for index in sorted(drawn)]
     share = TRAINING_BYTES / max(1, sum(file.bytes for file in chosen))
     for file in chosen:
-        quota, start = share * file.bytes if share < 1 else math.inf, 0
+        quota, taken = share * file.bytes if share < 1 else math.inf, 0
+        offset = FileOffset()
         for record in read_documents(file.path, config.fields, bad):
             ((tokens, domain),) = config.tokens([record])
-            # Parquet has no positions.
-            end = record.after.bytes or start + len(record.content) * (4 if config.fields.ids else 1)
-            yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - start) / (end - start)))], domain
-            start = end
-            if start >= quota:
+            size = record.after.bytes - offset.bytes
+            if record.after.bytes == 0 or record.number > offset.documents:  # Parquet, or unusable documents before
+                size = len(record.content) * (4 if config.fields.ids else 1)
+            yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - taken) / size))], domain
+            offset, taken = record.after, taken + size
+            if taken >= quota:
                 break
 
 

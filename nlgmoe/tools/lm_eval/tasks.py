@@ -139,6 +139,8 @@ def _prepare_examples(name: str, task: Any, wanted: int) -> None:
         itself = next(filter(None, sources), None) == (splits.test_split or splits.validation_split)
         if itself:
             drawn.split = splits.test_split  # compared with that split only: the documents have been read
+    # lm-eval draws one more where it takes the document out, which it does by that comparison alone.
+    itself |= drawn is not None and drawn.split == splits.test_split and drawn.sampler != "first_n"
     there = max(len(task.sampler.df) - itself, 0) if hasattr(task, "sampler") else 0
     require(wanted <= there, f"num_fewshot={wanted}: task {name} has documents for {there} examples; lower it")
     task.set_fewshot_seed(seed=SEED)

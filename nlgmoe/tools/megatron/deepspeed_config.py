@@ -131,8 +131,8 @@ def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
         fp16=_switch(fp16, sections[1], arguments),
         bf16=_switch(bf16, sections[2], arguments),
         curriculum=_curriculum(curriculum, arguments) if _switch(curriculum, sections[3], arguments) else None,
-        offload=_section(zero, "offload_optimizer", arguments).get("device", "none") != "none"
-        or zero.get("cpu_offload", False),
+        offload=(_section(zero, "offload_optimizer", arguments).get("device") or "none") != "none"
+        or bool(zero.get("cpu_offload")),
         gradient_clipping=clipping,
         fp16_scale=scale,
         batch=batch,
