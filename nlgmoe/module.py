@@ -387,7 +387,8 @@ class MoEGPTModule(GPTModule):
             step, validated = checkpoint["global_step"], was_validated(checkpoint)
             self.validated_step = step if validated else 0
             self._ended_step = step
-            self._missed, self._seen_step = missed_keepers(checkpoint, self.trainer), self.validated_step
+            self._missed = missed_keepers(checkpoint, self.trainer)
+            self._seen_step = 0 if self._missed else self.validated_step
             self._validates_first = checkpoint.get("validation_due", False) or bool(self._missed)
             self._monitored = checkpoint.get("monitored", {})
             # A step may have more or fewer micro-batches from here on. Where the checkpoint says if a validation was due,

@@ -201,12 +201,22 @@ def validate_now(trainer: Trainer, again: bool, missed: Sequence[Any] = ()) -> N
             for one in callbacks
             if isinstance(one, EarlyStopping) or (isinstance(one, ModelCheckpoint) and one.best_model_path)
         ]
-        kept = [one for one in callbacks if not (again and one in counted) or one in missed]
-        trainer.callbacks = kept  # type: ignore[attr-defined]
+        idle = [one for one in counted if again and one not in missed]
+        for (
+            one
+        ) in idle:  # they stay in the trainer's list: a checkpoint that another one saves here has their states too
+            vars(one)["on_validation_end"] = _do_nothing
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.run()
+        finally:
+            for one in idle:
+                del vars(one)["on_validation_end"]
         trainer.training = True
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
 
 
 def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:

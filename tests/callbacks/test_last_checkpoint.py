@@ -129,9 +129,9 @@ def test_a_keeper_of_steps_repeats_no_validation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed_at", [4, 8])
 def test_keepers_that_a_kill_left_out_see_the_validation_again(killed_at: int, tmp_path: Path) -> None:
-    """Killed when the first of three had saved; also in the validation at the end of a run."""
+    """Killed when the first of three had saved, and again when the second had; also in the validation at the end of a run."""
 
-    def kept(folder: Path, kill: bool, resume: Path | None = None) -> list[dict[str, int]]:
+    def kept(folder: Path, kill: int | None, resume: Path | None = None) -> list[dict[str, int]]:
         keepers = [
             ModelCheckpoint(folder / name, "{step}", monitor=name, save_top_k=-1, enable_version_counter=False)
             for name in ("val/perplexity", "val/loss", "val/loss/odd")
@@ -141,23 +141,26 @@ def test_keepers_that_a_kill_left_out_see_the_validation_again(killed_at: int, t
         def killed(trainer: Trainer, path: str) -> None:
             if trainer.global_step == killed_at:
                 raise KeyError(path)
-            ModelCheckpoint._save_checkpoint(keepers[1], trainer, path)
+            ModelCheckpoint._save_checkpoint(keepers[kill or 0], trainer, path)
 
-        if kill:
-            keepers[1]._save_checkpoint = killed  # type: ignore[method-assign]
+        if kill is not None:
+            keepers[kill]._save_checkpoint = killed  # type: ignore[method-assign]
             with pytest.raises(KeyError):
-                fit(folder, stopper, *keepers, steps=8)
+                fit(folder, stopper, *keepers, steps=8, resume=resume)
         else:
             fit(folder, stopper, *keepers, steps=8, resume=resume)
             assert stopper.wait_count == 1
         return [steps(Path(str(one.dirpath))) for one in keepers]
 
-    undisturbed = kept(tmp_path / "whole", kill=False)
+    undisturbed = kept(tmp_path / "whole", kill=None)
     assert [sorted(found.values()) for found in undisturbed] == [[4, 8]] * 3
-    first, second, third = kept(tmp_path / "killed", kill=True)
+    first, second, third = kept(tmp_path / "killed", kill=1)
     assert killed_at in first.values() and killed_at not in {*second.values(), *third.values()}
     saved = tmp_path / f"killed/val/perplexity/step={killed_at}.ckpt"
-    assert kept(tmp_path / "killed", kill=False, resume=saved) == undisturbed
+    _, second, third = kept(tmp_path / "killed", kill=2, resume=saved)  # again, in the repeated validation
+    assert killed_at in second.values() and killed_at not in third.values()
+    saved = tmp_path / f"killed/val/loss/step={killed_at}.ckpt"
+    assert kept(tmp_path / "killed", kill=None, resume=saved) == undisturbed
 
 
 def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> None:
