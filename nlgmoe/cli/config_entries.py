@@ -210,7 +210,6 @@ def _check_names(node: yaml.MappingNode, entry: ConfigEntry) -> None:
     """Check that no two names of a mapping stand for one setting, or for a setting and its section.
 
     jsonargparse takes one of them: the later of equal ones, `x+` in place of `x`, a section in place of `section.x` before it.
-
     The names in the value of a class's argument are its own, whatever dots they have.
 
     Raises:

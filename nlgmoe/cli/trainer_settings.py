@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
-from nlgmoe.processes import check_processes
+from nlgmoe.processes import check_processes, named_devices
 from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, SETTINGS_REFUSED, callback_refused
 from nlgmoe.validation import SettingError
 
@@ -64,13 +64,12 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         check_processes("trainer.devices", _number(devices))
     # By torchrun or DeepSpeed's launcher; with other devices each would be a run of its own.
     started = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE" if "LOCAL_RANK" in os.environ else "")
-    named = [one for one in str(devices).strip("[]").split(",") if one.strip()]
-    if named in (["auto"], ["-1"]):
-        there = 1 if on_cpu else torch.accelerator.device_count()
-    else:
-        there = _number(devices) if str(devices).isdigit() else len(named)
-    why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
-    _require(started in (None, str(there)), "devices", devices, why)
+    if started is not None:
+        there = named_devices(devices)
+        if there is None:
+            there = 1 if on_cpu else torch.accelerator.device_count()
+        why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
+        _require(started == str(there), "devices", devices, why)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if (
         on_cpu

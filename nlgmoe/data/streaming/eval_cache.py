@@ -69,8 +69,11 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
                 f"text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
             )
     for split in files:
-        sample = _training_sample if split == "train" else _first_of_each_domain
-        if not _write(folder, split, sample(files[split], config, bad, limit), config):
+        if split == "train":
+            documents = _training_sample(files[split], config, bad)
+        else:
+            documents = _first_of_each_domain(files[split], config, bad, limit)
+        if not _write(folder, split, documents, config):
             raise ValueError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
     write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
@@ -103,9 +106,7 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
     return EvalCache(files, tokens)
 
 
-def _training_sample(
-    files: Sequence[DataFile], config: StreamConfig, bad: BadData, limit: int
-) -> Iterator[tuple[np.ndarray, int]]:
+def _training_sample(files: Sequence[DataFile], config: StreamConfig, bad: BadData) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the tokens and domain of the first documents of each file, as much of each as its share of all bytes.
 
     The files may be of one domain each. Of many files some are drawn.

@@ -19,7 +19,7 @@ MEGATRON_FP16 = {"initial_scale_power": 32, "loss_scale_window": 1000, "hysteres
 SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
 DYNAMIC = "fp16's loss scale is dynamic here, and may fall to 1"
 
-_SUBJECT = "the DeepSpeed configuration"
+SUBJECT = "the DeepSpeed configuration"
 
 # What changes no number of a run: speed, memory, reports. Megatron counts the micro-batches of a step itself.
 _WITHOUT_EFFECT = {
@@ -93,7 +93,7 @@ _PLACEHOLDER = re.compile(r"ZERO_STAGE|CONFIG_\w+")
 def read_deepspeed_config(launch: Launch, arguments: Arguments) -> DeepSpeedConfig:
     """Read DeepSpeed's configuration, or the values with which `sed` fills in a template that is not there."""
     if launch.deepspeed_config is not None:
-        return _parse(launch.deepspeed_config, _SUBJECT, arguments)
+        return _parse(launch.deepspeed_config, SUBJECT, arguments)
     if not set(_PLACEHOLDER.findall(_TEMPLATE)) & launch.substitutions.keys():
         return DeepSpeedConfig()
     filled = _PLACEHOLDER.sub(lambda match: launch.substitutions.get(match[0]) or "null", _TEMPLATE)
@@ -105,27 +105,27 @@ def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:
-        arguments.problem(_SUBJECT, f"is no JSON ({error}); correct it")
+        arguments.problem(SUBJECT, f"is no JSON ({error}); correct it")
         return DeepSpeedConfig()
     if not isinstance(config, dict):
-        arguments.problem(_SUBJECT, "is no JSON object; correct it")
+        arguments.problem(SUBJECT, "is no JSON object; correct it")
         return DeepSpeedConfig()
     for name in config.keys() - _WITHOUT_EFFECT - _READ:
         if _is_on(config[name]):
-            arguments.problem(_SUBJECT, f"has {name}, which cannot be had here; remove it")
+            arguments.problem(SUBJECT, f"has {name}, which cannot be had here; remove it")
     sections = ("zero_optimization", "fp16", "bf16" if "bf16" in config else "bfloat16", "curriculum_learning")
     zero, fp16, bf16, curriculum = (_section(config, name, arguments) for name in sections)
     scale = SCALE | {name: fp16[name] for name in SCALE if fp16.get(name) is not None}
     batch = {name: config.get(name) for name in _BATCH}
     for name, value in {"stage": zero.get("stage"), **scale, **batch}.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            arguments.problem(_SUBJECT, f"has {name}={json.dumps(value)}, not a whole number from 0 on; correct it")
+            arguments.problem(SUBJECT, f"has {name}={json.dumps(value)}, not a whole number from 0 on; correct it")
     for name, value in {"loss_scale": 0, "min_loss_scale": 1}.items():
         if fp16.get("enabled") is True and fp16.get(name) not in (None, value):
-            arguments.problem(_SUBJECT, f"has {name}={json.dumps(fp16[name])}: {DYNAMIC}; remove it")
+            arguments.problem(SUBJECT, f"has {name}={json.dumps(fp16[name])}: {DYNAMIC}; remove it")
     clipping = config.get("gradient_clipping", 0.0)
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
-        arguments.problem(_SUBJECT, f"has gradient_clipping={json.dumps(clipping)}, not a number from 0 on; correct it")
+        arguments.problem(SUBJECT, f"has gradient_clipping={json.dumps(clipping)}, not a number from 0 on; correct it")
     return DeepSpeedConfig(
         stage=zero.get("stage", 0),
         fp16=_switch(fp16, sections[1], arguments),
@@ -150,7 +150,7 @@ def _switch(section: dict[str, Any], name: str, arguments: Arguments) -> bool | 
     value = section.get("enabled", False)
     if value is None or isinstance(value, bool):
         return value
-    arguments.problem(_SUBJECT, f"has {name} enabled={json.dumps(value)}, not true or false; correct it")
+    arguments.problem(SUBJECT, f"has {name} enabled={json.dumps(value)}, not true or false; correct it")
     return None
 
 
@@ -158,7 +158,7 @@ def _section(config: dict[str, Any], name: str, arguments: Arguments) -> dict[st
     """Return an object in the configuration; empty if it is absent, null, or of another type, which is a problem."""
     found = config.get(name) or {}
     if not isinstance(found, dict):
-        arguments.problem(_SUBJECT, f"has {name}={json.dumps(found)}, no object; correct it")
+        arguments.problem(SUBJECT, f"has {name}={json.dumps(found)}, no object; correct it")
         return {}
     return found
 
@@ -170,7 +170,7 @@ def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum | N
     unusable = [name for name in names if not str(values.get(name)).isdigit()]
     if unusable:
         arguments.problem(
-            _SUBJECT,
+            SUBJECT,
             f"turns the curriculum on, and its {unusable[0]} is {values.get(unusable[0])}; give a number, or turn it off",
         )
         return None

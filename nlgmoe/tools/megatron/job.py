@@ -7,7 +7,7 @@ from typing import Any
 
 from nlgmoe.tools.megatron.arguments import Arguments
 from nlgmoe.tools.megatron.cluster import read_cluster
-from nlgmoe.tools.megatron.deepspeed_config import read_deepspeed_config
+from nlgmoe.tools.megatron.deepspeed_config import SUBJECT, read_deepspeed_config
 from nlgmoe.tools.megatron.flags import SECTIONS
 from nlgmoe.tools.megatron.launch import Launch
 
@@ -100,9 +100,7 @@ class Job:
         for name, value in {"train_batch_size": batch, "train_micro_batch_size_per_gpu": int(micro_batch)}.items():
             configured = self.deepspeed.batch.get(name)
             if configured not in (None, value):
-                self.arguments.problem(
-                    "the DeepSpeed configuration", f"has {name}={configured}, the flags {value}; make them agree"
-                )
+                self.arguments.problem(SUBJECT, f"has {name}={configured}, the flags {value}; make them agree")
         if batch % one:
             self.arguments.refuse(
                 "--global-batch-size",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 
-from nlgmoe.tools.megatron.deepspeed_config import MEGATRON_FP16, TEMPLATE_FP16
+from nlgmoe.tools.megatron.deepspeed_config import MEGATRON_FP16, SUBJECT, TEMPLATE_FP16
 from nlgmoe.tools.megatron.job import DEFAULT, Job
 
 
@@ -54,7 +54,7 @@ def _precision(job: Job) -> str:
         if configured is not None and configured != given:
             there, here = ("on", "off") if configured else ("off", "on")
             job.arguments.problem(
-                "the DeepSpeed configuration",
+                SUBJECT,
                 f"has {flag} {there}, --{flag} is {here}; make them agree",
             )
     return "16-mixed" if fp16 else "bf16-mixed" if bf16 else "32-true"

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.config import GPTConfig
 from nlgmoe.monitoring.hardware import hardware as find_hardware
+from nlgmoe.processes import named_devices
 from nlgmoe.tools.planner.cost import UTILISATION, estimate
 from nlgmoe.tools.planner.fitting import suggestions
 from nlgmoe.tools.planner.inspect_report import as_json, as_text
@@ -101,7 +102,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     name = strategy["class_path"] if isinstance(strategy, dict) else strategy
     init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     alias = re.fullmatch(r"deepspeed(?:_stage_(\d))?(_offload)?", name)  # Lightning's aliases; the default is stage 2
-    devices = _devices(trainer.get("devices"))
+    devices = named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
 
@@ -131,22 +132,8 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
 def gpus_per_node(settings: dict[str, Any], usual: int) -> int:
     """Return the GPUs that are joined in a node: the devices of each of several nodes, else `usual` or all that one has."""
     trainer = settings.get("trainer", {})
-    devices, several = _devices(trainer.get("devices")), (trainer.get("num_nodes") or 1) > 1
+    devices, several = named_devices(trainer.get("devices")), (trainer.get("num_nodes") or 1) > 1
     return usual if devices is None else devices if several else max(devices, usual)
-
-
-def _devices(devices: Any) -> int | None:
-    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
-    if words in (["auto"], ["-1"], [-1]):
-        return None
-    if not all(str(word).strip().isdigit() for word in words):
-        raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
-    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
 
 
 def _precision(name: Any) -> Precision:
