@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from nlgmoe.monitoring.table_file import number, read_rows
 
 AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # metrics of the state after the logged step
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
@@ -64,16 +64,16 @@ def read_metrics(path: Path, starts: Mapping[int, int] | None = None) -> dict[st
         }
         return {name: rows for name, rows in kept.items() if rows}
 
-    for number, row in enumerate(_rows(path)):
-        if starts is not None and number in starts:
-            columns = keep(starts[number])
-        step = _number(row.get("step"))
+    for index, row in enumerate(read_rows(path)):
+        if starts is not None and index in starts:
+            columns = keep(starts[index])
+        step = number(row.get("step"))
         if step is None or not np.isfinite(step):
             continue
         cells = {
             name: (step + name.startswith(AFTER_STEP), value)
             for name, text in row.items()
-            if (value := _number(text)) is not None and name not in ("step", "epoch")
+            if (value := number(text)) is not None and name not in ("step", "epoch")
         }
         if any(name in columns and columns[name][-1][0] > taken for name, (taken, _) in cells.items()):
             columns = keep(step + 1)
@@ -88,8 +88,8 @@ def read_metrics(path: Path, starts: Mapping[int, int] | None = None) -> dict[st
 def damaged_rows(path: Path) -> int:
     """Count rows of `metrics.csv` with missing, extra or non-numeric cells, which `read_metrics` skips."""
     return sum(
-        None in row.values() or "" in row or any(text and _number(text) is None for text in row.values())
-        for row in _rows(path)
+        None in row.values() or "" in row or any(text and number(text) is None for text in row.values())
+        for row in read_rows(path)
     )
 
 
@@ -117,9 +117,9 @@ def read_expert_loads(path: Path) -> ExpertLoads | None:
     """Read `expert_load.csv`, with repeated steps and incomplete rows as in `read_metrics`; None if it is empty."""
     found: dict[int, dict[int, list[float]]] = {}
     experts: dict[int, int] = {}  # of each layer
-    for row in _rows(path):
-        step, layer = _number(row.get("step")), _number(row.get("layer"))
-        cells = [_number(text) for name, text in row.items() if name and name.startswith("expert_")]
+    for row in read_rows(path):
+        step, layer = number(row.get("step")), number(row.get("layer"))
+        cells = [number(text) for name, text in row.items() if name and name.startswith("expert_")]
         counts = [cell for cell in cells if cell is not None]
         if step is None or layer is None or None in row.values() or not np.isfinite([step, layer, *counts]).all():
             continue
@@ -134,18 +134,3 @@ def read_expert_loads(path: Path) -> ExpertLoads | None:
         return None
     requests = [np.array([interval[layer] for interval in whole.values()]) for layer in range(layers)]
     return ExpertLoads(np.array(list(whole), dtype=float) + 1, requests)
-
-
-def _rows(path: Path) -> Iterator[Mapping[str, str | None]]:
-    """Yield the rows; of a damaged file, those before the damage."""
-    if not path.is_file():
-        return
-    with path.open(newline="", errors="replace") as file, suppress(csv.Error):
-        yield from csv.DictReader(file, restkey="")
-
-
-def _number(text: object) -> float | None:
-    try:
-        return float(text) if isinstance(text, str) and text else None
-    except ValueError:
-        return None
