@@ -25,7 +25,7 @@ from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.resuming import differences
+from nlgmoe.resuming.checks import differences
 from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler
 from nlgmoe.validation import require
 
@@ -70,7 +70,6 @@ class GPTModule(LightningModule):
         self.curriculum = curriculum
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
-        self.validated_step = 0  # optimizer steps taken when the latest validation ended
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @override
@@ -172,7 +171,6 @@ class GPTModule(LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
-        self.validated_step = self.trainer.global_step
         self._log_evaluation("val")
 
     @override

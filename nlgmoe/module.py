@@ -26,22 +26,9 @@ from nlgmoe.objective import LearningRouters, Window, mean_over_ranks, training_
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
-from nlgmoe.resuming import (
-    check_new_run,
-    check_same_run,
-    check_state,
-    follow_moved_folder,
-    forget_deferred_saves,
-    forget_saves,
-    keep_patience,
-    missed_keepers,
-    monitored,
-    reached_end,
-    set_loop_counters,
-    validate_now,
-    warn_of_repeated_data,
-    was_validated,
-)
+from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state
+from nlgmoe.resuming.keepers import forget_deferred_saves
+from nlgmoe.resuming.position import Position
 from nlgmoe.run_checks import require_no_stop_iteration, warn_about_end
 
 
@@ -96,14 +83,7 @@ class MoEGPTModule(GPTModule):
         self.guard = StepGuard(non_finite)
         self._window = Window()
         self._stops_after_step = False
-        self._given_max_steps: int | None = None  # where a resumed run has taken so many
-        self.saved_step = 0  # optimizer steps taken when this fit last saved, or loaded, a checkpoint to resume from
-        self._validation_due = False  # after the last optimizer step
-        self._validates_first = False  # a resumed run: the validation after its step had not ended
-        self._seen_step = 0  # steps taken when all callbacks had seen the latest validation
-        self._ended_step = 0  # steps taken when all callbacks had seen the latest step
-        self._missed: list[Any] = []  # callbacks of a resumed run that had not
-        self._monitored: dict[str, float] = {}  # training metrics of a resumed run's step
+        self.position = Position()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
 
     @property
@@ -216,7 +196,7 @@ class MoEGPTModule(GPTModule):
         loop = self.trainer.fit_loop
         assert loop._data_fetcher is not None
         # Before the end is known: a run that is resumed with a later one has no validation at this end.
-        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.position.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
         # Set now, so that this step is logged and validated as the last one.
         if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
@@ -229,7 +209,7 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: a callback has stopped this rank alone.
         """
-        self._ended_step = self.trainer.global_step
+        self.position.step_seen = self.trainer.global_step
         if self.trainer.global_step == 0:
             forget_deferred_saves(self.trainer)
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
@@ -263,21 +243,7 @@ class MoEGPTModule(GPTModule):
         Optimizer settings are those of the configuration, not of the checkpoint: a change takes effect on resume. A run
         that is resumed at its end is validated again.
         """
-        end = reached_end(self.trainer, self._given_max_steps, self.tokens_seen, self.train_tokens)
-        if self._given_max_steps is not None:
-            self.trainer.fit_loop.epoch_loop.max_steps = self._given_max_steps
-            self._given_max_steps = None  # it may be raised before the next fit
-        metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._monitored.items()}
-        self.trainer._logger_connector._callback_metrics.update(metrics)
-        if end is not None:
-            rank_zero_warn(f"the run is at its end: {end}")
-            self.trainer.should_stop = True
-        elif self.trainer.ckpt_path is not None:
-            warn_of_repeated_data(self.trainer)
-        if end is not None or self._validates_first:
-            again = self.validated_step == self.trainer.global_step
-            validate_now(self.trainer, again, self._missed)
-        self._validates_first, self._missed, self._monitored = False, [], {}
+        self.position.begin(self.trainer, self, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
@@ -313,9 +279,15 @@ class MoEGPTModule(GPTModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
+        self.position.validated = self.trainer.global_step
+        super().on_validation_epoch_end()
+
+    @override
     def on_validation_end(self) -> None:
         """Note that all callbacks have seen the validation: Lightning calls this hook of theirs before."""
-        self._seen_step = self.trainer.global_step
+        self.position.validation_seen = self.trainer.global_step
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -326,12 +298,9 @@ class MoEGPTModule(GPTModule):
             "step_samples": self._step_samples,
             "non_finite": self.guard.state_dict(),
             "seed": self.seed,
-            "monitored": monitored(self.trainer),
         }
         if self.started_from is not None:
             checkpoint["started_from"] = self.started_from
-        if "optimizer_states" in checkpoint:
-            self.saved_step = checkpoint["global_step"]
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, HasTokenizer):
             checkpoint["tokenizer"] = data.tokenizer_json()
@@ -340,14 +309,7 @@ class MoEGPTModule(GPTModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
-        if checkpoint["global_step"] == 0:
-            del checkpoint["loops"]  # nothing has been trained on: to resume is to start
-        else:
-            validated = self.validated_step == checkpoint["global_step"]
-            checkpoint["validation_due"] = self._validation_due and not validated
-            checkpoint["step_unseen"] = self._ended_step != checkpoint["global_step"]
-            checkpoint["validation_unseen"] = validated and self._seen_step != checkpoint["global_step"]
-            set_loop_counters(checkpoint, self.trainer.accumulate_grad_batches, validated)
+        self.position.save(checkpoint, self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -375,27 +337,8 @@ class MoEGPTModule(GPTModule):
         self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
-            self.saved_step = checkpoint["global_step"]
-            forget_saves(checkpoint, self.trainer)
-            keep_patience(checkpoint, self.trainer)
-            follow_moved_folder(checkpoint, self.trainer)
+            self.position.load(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         else:  # log where training logs a validation of this step
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)
-        if fits and "loops" in checkpoint:
-            step, validated = checkpoint["global_step"], was_validated(checkpoint)
-            self.validated_step = step if validated else 0
-            self._ended_step = step
-            self._missed = missed_keepers(checkpoint, self.trainer)
-            self._seen_step = 0 if self._missed else self.validated_step
-            self._validates_first = checkpoint.get("validation_due", False) or bool(self._missed)
-            self._monitored = checkpoint.get("monitored", {})
-            # A step may have more or fewer micro-batches from here on. Where the checkpoint says if a validation was due,
-            # Lightning's loop runs none: at the end of an epoch it looks at the wrong epoch and batch.
-            set_loop_counters(
-                checkpoint, self.trainer.accumulate_grad_batches, validated or "validation_due" in checkpoint
-            )
-            if 0 <= self.trainer.max_steps <= step:
-                self._given_max_steps = self.trainer.max_steps
-                self.trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning ends before `on_train_start`

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.resuming import stopped_early
+from nlgmoe.resuming.keepers import stopped_early
 
 
 class SaveAtEnd(Callback):
@@ -55,7 +55,7 @@ def save_last(trainer: Trainer, force: bool = False) -> Path:
         and not callback.save_weights_only
     ]
     assert isinstance(trainer.lightning_module, MoEGPTModule)
-    exists = trainer.lightning_module.saved_step == trainer.global_step and (
+    exists = trainer.lightning_module.position.saved == trainer.global_step and (
         _step_of(path) == trainer.global_step or bool(saved and not path.exists())
     )
     if not force and trainer.strategy.broadcast(exists):

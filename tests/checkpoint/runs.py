@@ -47,12 +47,15 @@ class SaveAt(Callback):
 def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | None = None, **settings: Any) -> Trainer:
     schedule = LearningRateSchedule("cosine", min_lr=1e-4, warmup_tokens=400, decay_tokens=1500)
     module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule)
+    settings = {
+        "accumulate_grad_batches": ACCUMULATE,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    } | settings
     trainer = Trainer(
         default_root_dir=root,
         callbacks=list(callbacks),
         max_steps=steps,
         max_epochs=-1,
-        accumulate_grad_batches=ACCUMULATE,
         gradient_clip_val=1.0,
         accelerator="cpu",
         logger=False,
@@ -61,7 +64,7 @@ def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | N
         num_sanity_val_steps=0,
         val_check_interval=4 * ACCUMULATE,
         check_val_every_n_epoch=None,
-        **{"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **settings},
+        **settings,
     )
     trainer.fit(module, SyntheticData(), ckpt_path=resume)
     return trainer
