@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
-from nlgmoe.checkpoint.warm_start import WarmStart, has_same_ids
+from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
@@ -26,7 +26,7 @@ from nlgmoe.objective import LearningRouters, Window, mean_over_ranks, training_
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
-from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state
+from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state, check_tokenizer
 from nlgmoe.resuming.keepers import forget_deferred_saves
 from nlgmoe.resuming.position import Position
 from nlgmoe.run_checks import require_no_stop_iteration, warn_about_end
@@ -321,17 +321,7 @@ class MoEGPTModule(GPTModule):
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
-        data = getattr(self.trainer, "datamodule", None)
-        # The data module compares the tokenizer with that of its own state, which an imported checkpoint lacks.
-        lacks_data = type(data).__qualname__ not in checkpoint
-        if (
-            lacks_data
-            and isinstance(data, HasTokenizer)
-            and not has_same_ids(data.tokenizer_json(), checkpoint["path"])
-        ):
-            raise ValueError(
-                f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
-            )
+        check_tokenizer(checkpoint, getattr(self.trainer, "datamodule", None))
         check_state(checkpoint, self.trainer)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.started_from = checkpoint.get("started_from")

@@ -11,9 +11,10 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from nlgmoe.batch import TracksSamples
+from nlgmoe.batch import HasTokenizer, TracksSamples
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.folder import REMEDY
+from nlgmoe.checkpoint.warm_start import has_same_ids
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.validation import SettingError
 
@@ -45,6 +46,24 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         )
     if resumes and checkpoint["seed"] != seed:
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_tokenizer(checkpoint: dict[str, Any], data: Any) -> None:
+    """Check that a checkpoint without state of the data module has its tokenizer; else the module compares it itself.
+
+    Args:
+        checkpoint: Lightning's dictionary, such as one that was imported.
+        data: the data module.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    if type(data).__qualname__ in checkpoint or not isinstance(data, HasTokenizer):
+        return
+    if not has_same_ids(data.tokenizer_json(), checkpoint["path"]):
+        raise ValueError(
+            f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
+        )
 
 
 def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
