@@ -29,7 +29,7 @@ from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state, check_tokenizer
 from nlgmoe.resuming.keepers import forget_deferred_saves
 from nlgmoe.resuming.position import Position
-from nlgmoe.run_checks import require_no_stop_iteration, warn_about_end
+from nlgmoe.run_checks import require_completed_epoch, require_no_stop_iteration, warn_about_end
 
 
 class MoEGPTModule(GPTModule):
@@ -269,7 +269,12 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not need."""
+        """Free the teacher, which evaluation does not need.
+
+        Raises:
+            ValueError: an exception has ended the run.
+        """
+        require_completed_epoch(self.trainer)
         if self.distiller is not None:
             self.distiller.release()
 

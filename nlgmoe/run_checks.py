@@ -47,6 +47,10 @@ DEEPSPEED_REFUSED = (
     "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}"
 )
 _MINIMUM = "keeps a run going that is at its end or is told to stop; leave it out"
+STOP_ITERATION = (
+    "after step {} a callback or the data raised StopIteration, which Lightning takes for the end of the data; "
+    "next(iterator, None) raises none"
+)
 SETTINGS_REFUSED = {  # of a Trainer, unless they are 0 or null
     "min_steps": _MINIMUM,
     "min_epochs": _MINIMUM,
@@ -209,10 +213,18 @@ def require_no_stop_iteration(trainer: Trainer) -> None:
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     assert fetcher is not None
     if not (loop.done or (fetcher.done and loop.batch_progress.current.ready > 0)):
-        raise ValueError(
-            f"after step {trainer.global_step} a callback or the data raised StopIteration, which Lightning takes for the end of "
-            "the data; next(iterator, None) raises none"
-        )
+        raise ValueError(STOP_ITERATION.format(trainer.global_step))
+
+
+def require_completed_epoch(trainer: Trainer) -> None:
+    """Check, where a run ends, that no StopIteration of a callback that sees an epoch begin or end has ended it.
+
+    Raises:
+        ValueError: one has.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.completed < epochs.ready and not trainer.should_stop:
+        raise ValueError(STOP_ITERATION.format(trainer.global_step))
 
 
 def warn_about_end(

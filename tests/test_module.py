@@ -144,7 +144,9 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
     assert trained["train/loss"] and trained["time/step"] and validated["val/loss"]
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_validation_start"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step", "on_validation_start"]
+)
 def test_a_callback_that_raises_stop_iteration_ends_the_run_with_a_line(hook: str, tmp_path: Path) -> None:
     """Lightning's loops take it for the end of the data: they began again, without an end or after part of a step."""
 
