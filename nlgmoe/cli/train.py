@@ -115,6 +115,9 @@ class TrainCLI(LightningCLI):
         # As text, which Lightning's type tries first, a class named again would lose the arguments that a file gives it.
         (strategy,) = (action for action in parser._actions if action.dest == "trainer.strategy")
         strategy._typehint = Strategy | str  # type: ignore[attr-defined]
+        for action in parser._actions:  # 1 is a number of batches, 1.0 a fraction: whole numbers are tried first
+            if action.dest.startswith("trainer.limit_"):
+                action._typehint = int | float | None  # type: ignore[attr-defined]
         if not self._runs:  # a run's own config.yaml says how it was started too
             parser.add_argument("--ckpt_path", type=Any, default=None, help="checkpoint of a run; not used here")
         # Lightning's switch for unpickling. Configurations of earlier runs name it, and people take it for a warm start.

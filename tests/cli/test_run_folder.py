@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,26 @@ def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are
     with pytest.raises(SystemExit):
         main([*command, "--model.train_tokens=768", "--ckpt_path=auto"])
     assert "has logged 7 steps but holds no checkpoint" in capsys.readouterr().err
+
+
+def test_one_batch_is_not_all_of_them_whatever_was_imported_before() -> None:
+    """`typing` keeps one of two optional unions that differ in their order; Lightning's own `Fabric` has the other one."""
+    program = """if True:
+        import sys, typing
+
+        class OtherOrder:
+            def find_spec(self, name, *_):
+                if name == "lightning.pytorch.trainer.trainer":
+                    for clear in typing._cleanups:
+                        clear()
+                    typing.Optional[typing.Union[float, int]]
+
+        sys.meta_path.insert(0, OtherOrder())
+        from nlgmoe import load_config
+        trainer = load_config("configs/quickstart.yaml", trainer__limit_val_batches=1).trainer
+        print(repr(trainer.limit_val_batches))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["1"], done.stderr
 
 
 def test_one_callback_in_place_of_a_list_is_told(tmp_path: Path) -> None:

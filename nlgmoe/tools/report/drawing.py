@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
 from nlgmoe.tools.report.metrics import Series
@@ -77,6 +78,11 @@ class Panel:
 def run_colour(run: int) -> str:
     """Return the colour of a run, the same in every chart."""
     return PALETTE[run % len(PALETTE)]
+
+
+def band_colour(run: int) -> str:
+    """Return the colour of a run's band of error: its own, at a fifth of the opacity."""
+    return f"rgba{(*hex_to_rgb(run_colour(run)), 0.2)}"
 
 
 def panel_grid(titles: Sequence[str], columns: int, panel: int = PANEL, between: float = 0.08) -> go.Figure:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nlgmoe.tools.report.drawing import Chart, add_line, grid_cell, panel_grid, run_colour, with_clock_axis
+from nlgmoe.tools.report.drawing import Chart, add_line, band_colour, grid_cell, panel_grid, run_colour, with_clock_axis
 from nlgmoe.tools.report.metrics import Series
 from nlgmoe.tools.report.runs import Run, finite_number, flattened
 from nlgmoe.tools.statistics import paired_difference
@@ -105,7 +105,7 @@ def chart(groups: Sequence[Group]) -> Chart | None:
             add_line(figure, first, group.name, Series(steps, mean - error), where, **edge)
             add_line(
                 figure, first, group.name, Series(steps, mean + error), where, fill="tonexty",
-                fillcolor=f"{run_colour(index)}33", **edge,
+                fillcolor=band_colour(index), **edge,
             )  # fmt: skip
         add_line(figure, first, group.name, Series(steps, mean), where, legend=True, mode="lines+markers", **look)
         drawn += 1
