@@ -62,3 +62,8 @@ def require_regular(file: str | Path, remedy: str) -> None:
         return
     if not stat.S_ISREG(mode):
         raise ValueError(f"{file} is {_KINDS[stat.S_IFMT(mode)]}, not a regular file; {remedy}")
+
+
+def expand_home(text: str) -> str:
+    """Replace `~/` at the beginning by the home folder, which a shell does not do in `--name=~/...`."""
+    return os.path.expanduser(text) if text.startswith("~/") else text

@@ -233,7 +233,8 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: a new run has the trainer, module or data of an earlier one.
         """
-        check_new_run(self.trainer, self.tokens_seen)
+        if not self.trainer.strategy.restore_checkpoint_after_setup:  # else `on_train_start` knows if it is a new one
+            check_new_run(self.trainer, self.tokens_seen)
         self.train()
 
     @override
@@ -243,6 +244,7 @@ class MoEGPTModule(GPTModule):
         Optimizer settings are those of the configuration, not of the checkpoint: a change takes effect on resume. A run
         that is resumed at its end is validated again.
         """
+        check_new_run(self.trainer, self.tokens_seen)
         self.position.begin(self.trainer, self, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False

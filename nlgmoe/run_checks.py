@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     EarlyStopping,
@@ -64,7 +64,7 @@ _CALLBACKS_REFUSED = {
     WeightAveraging: "replaces the weights at the end, so that a run would not go on as it was; remove it",
     LearningRateFinder: "sets the learning rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
     BatchSizeFinder: "tries batches that data.global_batch_size does not know; remove it and set data.micro_batch_size",
-    BackboneFinetuning: "trains an attribute `backbone`, which this module has not; remove it",
+    BaseFinetuning: "freezes a module before it has layers, and adds optimizer groups, which no checkpoint here holds; remove it",
     OnExceptionCheckpoint: (
         "makes every later run with it resume what it has saved; remove it, and set save_on_exception of ModelCheckpoint"
     ),

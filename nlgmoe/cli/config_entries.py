@@ -16,7 +16,7 @@ import yaml
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from nlgmoe.cli.errors import UsageError, one_line
-from nlgmoe.files import require_regular
+from nlgmoe.files import expand_home, require_regular
 
 MAX_NODES = 100_000  # of a file; it is walked several times
 _TAG = "tag:yaml.org,2002:"
@@ -36,6 +36,7 @@ ConfigLoader.yaml_implicit_resolvers = {
 for _tag, _pattern in _NUMBERS.items():
     ConfigLoader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
     yaml.SafeDumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))  # writes text that looks so in quotes
+ConfigLoader.add_constructor(f"{_TAG}str", lambda _, node: expand_home(node.value))
 ConfigLoader.add_constructor(f"{_TAG}int", lambda _, node: int(node.value, 16 if node.value.startswith("0x") else 10))
 
 

@@ -16,6 +16,7 @@ import difflib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -65,8 +66,11 @@ class UsageErrors(Failures, UsageError):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(trains: bool = False) -> Iterator[None]:
     """End the process with one line where the block raises.
+
+    Args:
+        trains: to be told too if the reader of standard output has ended.
 
     Raises:
         SystemExit: in place of any other exception, with the exit code.
@@ -79,14 +83,17 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:  # the reader has seen enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(FAILURE) from None
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
             raise SystemExit(INTERRUPTED) from None
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not trains:  # it has seen enough, such as `head`
+                raise SystemExit(FAILURE) from None
+            error.filename = "standard output"
+            error.strerror = "its reader has ended, and with it the run; go on with --ckpt_path auto, output to a file"
         if getattr(error, "on_every_rank", False):
             _wait_for_first_rank()
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
@@ -96,6 +103,13 @@ def one_line_errors() -> Iterator[None]:
         of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
+
+
+def _reader_has_ended() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _print_error_of_thread(raised: threading.ExceptHookArgs) -> None:
@@ -145,6 +159,8 @@ def describe(error: BaseException) -> str:
         return (
             f"{one_line(str(error))} Or a data file was cut while it was read (Bus error), or memory is full (Killed)"
         )
+    if isinstance(error, UnicodeEncodeError):  # as Python reads names in the file system
+        return f"{one_line(ascii(error.object), 100)} is not text in UTF-8; rename what it names, or set PYTHONUTF8=1"
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if error.filename2 is None else error.filename2
         if error.errno == errno.ENOSPC and file is None:

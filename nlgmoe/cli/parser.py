@@ -19,6 +19,7 @@ from jsonargparse.typing import register_type
 from nlgmoe.cli.config_entries import ConfigEntry, read_arguments, read_file
 from nlgmoe.cli.errors import UsageError, is_complaint, one_line, raised_in
 from nlgmoe.cli.explain import NAMED_BY_CLASS, Explainer, subcommands_of
+from nlgmoe.files import expand_home
 
 _DURATION = re.compile(
     r"((?P<days>\d+)( days?, |:))?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+(\.\d+)?)"  # as Lightning and Python write it
@@ -41,6 +42,15 @@ def _duration(text: str) -> timedelta:
 register_type(timedelta, deserializer=_duration)
 
 
+def _with_home(words: list[str]) -> list[str]:
+    """Expand `~/` in `--name=~/...` and in words of their own, but in no prompt."""
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        found.append(word if name == "--prompt" else f"{name}={expand_home(value)}" if equals else expand_home(word))
+    return found
+
+
 class OneLineParser(ArgumentParser):
     """Raises `UsageError` where jsonargparse prints its usage and ends the process."""
 
@@ -58,7 +68,7 @@ class OneLineParser(ArgumentParser):
             UsageError: the arguments or a configuration file are wrong.
         """
         if self.exit_on_error and getattr(self, "parent_parser", None) is None:
-            args = self._read(list(sys.argv[1:] if args is None else args))
+            args = self._read(_with_home(list(sys.argv[1:] if args is None else args)))
         return super().parse_args(args, namespace, **kwargs)
 
     def _read(self, args: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
@@ -29,6 +30,11 @@ from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
+_ANOTHER_RUN = (
+    "{} holds a run already, and {} is not of it: choose another trainer.default_root_dir to go on "
+    "from that checkpoint there"
+)
+
 
 class RunFolder(SaveConfigCallback):
     """Saves the resolved configuration and the versions into the run folder, `trainer.default_root_dir`."""
@@ -36,16 +42,17 @@ class RunFolder(SaveConfigCallback):
     _holding: ExitStack | None = None  # the folder, in `fit`
     _resumed: str | None = None  # the checkpoint that this start resumes
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
+    _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the path of the checkpoint, also where a run folder was given."""
-        self._resumed, self._start = checkpoint["path"], checkpoint.get("start")
+        self._resumed, self._start, self._run = checkpoint["path"], checkpoint.get("start"), checkpoint.get("run")
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the start of the run that saved the checkpoint."""
-        checkpoint["start"] = self._start
+        """Record the run, and its start, that saved the checkpoint."""
+        checkpoint |= {"start": self._start, "run": self._run}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,8 +94,13 @@ class RunFolder(SaveConfigCallback):
         assert isinstance(pl_module, MoEGPTModule)
         self.already_saved = False  # each fit of a notebook is a start
         check_monitors(trainer, pl_module)
+        folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
-            refuse_second_run(Path(trainer.default_root_dir), trainer.ckpt_path, checkpoint_folders(trainer))
+            refuse_second_run(folder, trainer.ckpt_path, checkpoint_folders(trainer))
+        if trainer.is_global_zero and (starts := _recorded_starts(folder)):
+            recorded = starts[0].get("run")
+            if None not in (recorded, self._run) and recorded != self._run:
+                raise ValueError(_ANOTHER_RUN.format(folder, trainer.ckpt_path))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -113,18 +125,25 @@ class RunFolder(SaveConfigCallback):
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         self._start = len(starts)
+        self._run = starts[0].get("run") if starts else self._run or uuid4().hex
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         with atomic_write(folder / "config.yaml") as new:
             self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
             text = new.read_bytes()
         name = starts[-1]["config"] if starts else ""
-        if not starts or (folder / name).read_bytes() != text:
+        if not starts or not (folder / name).is_file() or (folder / name).read_bytes() != text:
             name = f"starts/{len(starts)}-step-{trainer.global_step}.yaml"
             (folder / name).write_bytes(text)
         resumed = None if self._resumed is None else os.path.abspath(self._resumed)
         if resumed is not None and Path(resumed).is_relative_to(os.path.abspath(folder)):
             resumed = os.path.relpath(resumed, folder)  # the folder may be moved
-        start = {"step": trainer.global_step, "config": name, "versions": versions(), "checkpoint": resumed}
+        start = {
+            "run": self._run,
+            "step": trainer.global_step,
+            "config": name,
+            "versions": versions(),
+            "checkpoint": resumed,
+        }
         metrics = folder / "metrics.csv"
         start["rows"] = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
         write_json(folder / "starts.json", [*starts, start])
@@ -133,9 +152,18 @@ class RunFolder(SaveConfigCallback):
 
 def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
     """Read `starts.json`. A run of an older version has none: its `config.yaml` and `versions.json` become the first start."""
-    require_regular(folder / "starts.json", "remove it")
-    if (folder / "starts.json").exists():
-        return list(json.loads((folder / "starts.json").read_text()))
+    file = folder / "starts.json"
+    require_regular(file, "remove it")
+    if file.exists():
+        try:
+            starts = json.loads(file.read_text())
+            if all(isinstance(start["config"], str) for start in starts):
+                return list(starts)
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(
+            f"{file} is damaged; remove it, and reports will not show what changed between starts of the run"
+        )
     if not (folder / "config.yaml").exists() or not (folder / "versions.json").exists():
         return []
     name = "starts/0-step-0.yaml"
@@ -179,10 +207,7 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
         raise ValueError(
             f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
         )
-    raise ValueError(
-        f"{folder} holds a run already, and {checkpoint} is not of it: choose another trainer.default_root_dir to go on "
-        "from that checkpoint there"
-    )
+    raise ValueError(_ANOTHER_RUN.format(folder, checkpoint))
 
 
 def require_checkpoint(path: str | Path) -> None:

@@ -160,13 +160,11 @@ class TrainCLI(LightningCLI):
                 "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights "
                 "of one, set model.warm_start.checkpoint"
             )
-        config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
         path = config.get("ckpt_path")
         if path is not None and not str(path).strip():
             raise UsageError(f"ckpt_path={path} names no checkpoint; give its path, or leave ckpt_path out")
         if path is not None and path not in ("last", "auto", "hpc"):
-            config["ckpt_path"] = os.path.expanduser(path)
-            require_checkpoint(Path(config["ckpt_path"]))
+            require_checkpoint(Path(path))
 
     @override
     def instantiate_classes(self) -> None:
@@ -314,7 +312,7 @@ def main(args: ArgsType = None) -> None:
     end_with_launcher()
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
-    with one_line_errors():
+    with one_line_errors(trains=True):
         mute_advertising()
         TrainCLI(args)
 

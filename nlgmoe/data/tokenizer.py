@@ -58,7 +58,7 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         found = [token for token in EOD_NAMES if token in vocabulary]
         if not found:
-            raise ValueError(
+            raise SettingError(
                 f"Tokenizer {name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}. "
                 "Add one to its tokenizer.json, or set `tokenizer` to another."
             )
@@ -69,7 +69,7 @@ class Tokenizer:
             # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
             faithful = self.decode(ids) == text and int(self.token_bytes[ids].sum()) == len(text.encode())
             if not faithful or self.eod_id in ids:
-                raise ValueError(
+                raise SettingError(
                     f"Tokenizer {name!r} does not reproduce every text: {text!r} came back as {self.decode(ids)!r}. "
                     "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
                     "whose end-of-document token is special."

@@ -69,7 +69,9 @@ class Experts(nn.Module):
         """
         x = cast_by_autocast(x)
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
-        if select_backend(x.device.type, x.dtype, self.widths, capability) == "loop":
+        # Anomaly detection would take rows that grouped_mm leaves uninitialised for the model's NaN.
+        detects_nan = not all_used and torch.is_anomaly_enabled()
+        if detects_nan or select_backend(x.device.type, x.dtype, self.widths, capability) == "loop":
             return self._loop(x, tokens_per_expert)
         linear = self._grouped(x, tokens_per_expert)
         if all_used:

@@ -228,6 +228,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients | None:
         """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
         assert self._gradients is not None
+        _require_all_trained(self._gpt)  # a callback may freeze one in the middle
         return self._gradients.of_step()
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
@@ -250,11 +251,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
-        if frozen := [name for name, parameter in model.named_parameters() if not parameter.requires_grad]:
-            raise AllRanksError(
-                "trainer.strategy=ExpertParallelStrategy trains all parameters, and requires_grad of "
-                f"{frozen[0]} is False; train on one process or with ddp, or leave it True"
-            )
+        _require_all_trained(model)
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
@@ -353,3 +350,17 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Wait for all ranks."""
         if distributed.is_initialized():
             distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
+
+
+def _require_all_trained(model: nn.Module) -> None:
+    """Check that no parameter is frozen: ZeRO's optimizer takes zeros for its gradient, and moves it on.
+
+    Raises:
+        AllRanksError: one is.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            raise AllRanksError(
+                "trainer.strategy=ExpertParallelStrategy trains all parameters, and requires_grad of "
+                f"{name} is False; train on one process or with ddp, or leave it True"
+            )

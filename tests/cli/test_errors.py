@@ -526,7 +526,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
                 "every_n_train_steps: null, train_time_interval: '00:00:00:00'",
                 "has a train_time_interval of 0, which saves after every step",
             ),
-            ("BackboneFinetuning", "", "trains an attribute `backbone`"),
+            ("BackboneFinetuning", "", "freezes a module before it has layers"),
             ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
             ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
             ("LearningRateFinder", "", "sets the learning rate of one optimizer group"),
@@ -1238,6 +1238,49 @@ def test_an_error_of_a_thread_is_one_line_too(traceback: bool, tmp_path: Path) -
         assert "in thread writer" in first and any("Traceback" in line for line in rest)
     else:
         assert first.startswith("error: in thread writer: No space left on device; make room") and not rest
+
+
+@pytest.mark.parametrize(("closed", "trains"), [("stdout", True), ("stdout", False), ("pipe", False)])
+def test_a_pipe_that_nobody_reads_ends_a_run_with_a_line(closed: str, trains: bool) -> None:
+    """`nlgmoe generate | head` ends without one: its reader has seen enough."""
+    program = (
+        "import os, sys\n"
+        "from nlgmoe.cli.errors import one_line_errors\n"
+        "reader, writer = os.pipe()\n"
+        "os.close(reader)\n"
+        f"with one_line_errors(trains={trains}):\n"
+        "    sys.stdin.read()\n"
+        f"    print('loss', flush=True) if {closed == 'stdout'} else os.write(writer, b'loss')\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdin and run.stdout and run.stderr
+    if closed == "stdout":
+        run.stdout.close()
+    run.stdin.close()
+    said = run.stderr.read()
+    assert run.wait() == 1
+    expected = {
+        (
+            "stdout",
+            True,
+        ): "error: standard output: its reader has ended, and with it the run; go on with --ckpt_path auto",
+        ("stdout", False): "",
+        ("pipe", False): "error: Broken pipe",
+    }[closed, trains]
+    assert said.startswith(expected) and said.count("\n") == bool(expected), said
+
+
+def test_a_name_that_is_not_text_is_told() -> None:
+    with pytest.raises(UnicodeEncodeError) as raised:
+        "run\udce9".encode()
+    assert describe(raised.value) == r"'run\udce9' is not text in UTF-8; rename what it names, or set PYTHONUTF8=1"
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
+from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
 from tests.end_to_end.test_train_cli import TINY
 
@@ -186,6 +188,61 @@ def test_checkpoints_of_another_run_are_not_replaced(
     refuse_second_run(run, place / "step-4.ckpt", [place])
     with pytest.raises(ValueError, match="is not of it"):
         refuse_second_run(run, place / "step-4.ckpt")
+
+
+def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its path does not say whose it is, and the folder's metrics would be those of two runs."""
+    place = tmp_path / "scratch"
+    keeper = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={place}"]
+    keeper += ["--trainer.callbacks.save_last=true"]
+    other = tmp_path / "other"
+    main([*command, *keeper, "--model.train_tokens=128"])
+    main([*command, "--model.train_tokens=128", f"--trainer.default_root_dir={other}"])
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    more = ["--model.train_tokens=256", f"--ckpt_path={place / 'last.ckpt'}"]
+    with pytest.raises(SystemExit):
+        main([*command, *keeper, *more, f"--trainer.default_root_dir={other}"])
+    assert f"{other} holds a run already, and {place / 'last.ckpt'} is not of it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    main([*command, *keeper, *more])
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    main([*command, *keeper, *more, "--model.train_tokens=384", f"--trainer.default_root_dir={moved}"])
+    starts = json.loads((moved / "starts.json").read_text())
+    assert [start["step"] for start in starts] == [0, 2, 4] and len({start["run"] for start in starts}) == 1
+
+
+def test_a_damaged_record_of_starts_is_told_before_anything_is_lost(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main([*command, "--model.train_tokens=128"])
+    shutil.rmtree(run / "starts")
+    main([*command, "--model.train_tokens=192", "--ckpt_path=last"])
+    starts = (run / "starts.json").read_text()
+    assert [Path(start["config"]).name for start in json.loads(starts)] == ["0-step-0.yaml", "1-step-2.yaml"]
+    for damaged in (starts[:30], "[{}]", "3"):
+        (run / "starts.json").write_text(damaged)
+        with pytest.raises(SystemExit):
+            main([*command, "--model.train_tokens=256", "--ckpt_path=last"])
+        assert f"error: {run / 'starts.json'} is damaged; remove it" in capsys.readouterr().err
+        assert (run / "summary.json").exists()
+    (run / "starts.json").unlink()
+    main([*command, "--model.train_tokens=256", "--ckpt_path=last"])
+
+
+def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here.yaml").write_text("data: {data_dir: ~/pile}\ntrainer: {default_root_dir: '~/run'}")
+    found = parse_config(
+        [ROOT / "configs/quickstart.yaml", tmp_path / "here.yaml"], model__warm_start__checkpoint="~/a.ckpt"
+    )
+    assert found["data"]["data_dir"] == f"{tmp_path}/pile"
+    assert found["trainer"]["default_root_dir"] == f"{tmp_path}/run"
+    assert found["model"]["warm_start"]["checkpoint"] == f"{tmp_path}/a.ckpt"
+    nlgmoe_command.main(["configs", "copy", "quickstart.yaml", "--output=~/mine"])
+    assert (tmp_path / "mine/quickstart.yaml").is_file()
 
 
 def test_an_evaluation_leaves_the_rows_of_training_alone(command: list[str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing
@@ -606,7 +606,8 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
 
 
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
-    """What is said of a folder that lacks a rank's file, a module built before, and a teacher that cannot be spread."""
+    """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, and a parameter
+    that is frozen after the first step; last, the steps of a trainer that has gone on from its own checkpoint."""
     messages = []
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
@@ -630,7 +631,18 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
         learn(cell, ranks, folder, folder / "three experts at the end.ckpt")
     except ValueError as error:
         messages.append(str(error))
-    return messages
+    freezes = LambdaCallback(on_train_batch_end=lambda _, module, *rest: module.gpt.final_norm.requires_grad_(False))
+    two = replace(cell, steps=2)
+    try:
+        make_trainer(two, ranks, folder, freezes, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
+    except ValueError as error:
+        messages.append(str(error))
+    trainer, module, data = make_trainer(two, ranks, folder, strategy=strategy_of(cell)), cell.module(), SyntheticData()
+    trainer.fit(module, data)
+    trainer.save_checkpoint(folder / "two steps.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.fit(module, data, ckpt_path=folder / "two steps.ckpt")
+    return [*messages, str(trainer.global_step)]
 
 
 def engine_facts(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def find_files(
             f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
             "with data_files"
         )
+    if both := sorted({*found["train"]} & {*found["validation"], *found.get("test", ())}):
+        raise ValueError(
+            f"path={path}: data_files names {both[0]} for train and for evaluation, which would then measure text that was "
+            "trained on; give patterns without common files, or copy the file if that is what you want"
+        )
     return {split: [describe_file(file) for file in files] for split, files in found.items()}
 
 
