@@ -127,6 +127,9 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self._loading: Path | None = None  # the checkpoint being loaded
         self._engine: Any = None  # the engine of training, also during evaluation afterwards
         self._gradients: EngineGradients | None = None
+        self._versions: list[int] | None = (
+            None  # of the weights that the engine has written, where its optimizer has a copy
+        )
 
     # ---- processes and groups
 
@@ -213,6 +216,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self._engine = self.model
         self._gradients = EngineGradients(self._engine)
         self._restore_fp32_warm_start()
+        self._note_weights()
 
     def _restore_fp32_warm_start(self) -> None:
         """Load a warm start's fp32 weights into the engine, which in half precision has copied rounded ones."""
@@ -229,7 +233,30 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
         assert self._gradients is not None
         _require_all_trained(self._gpt)  # a callback may freeze one in the middle
+        self._warn_of_changed_weights()
         return self._gradients.of_step()
+
+    def _warn_of_changed_weights(self) -> None:
+        """Warn once if anything but the engine has changed weights of which the optimizer has a copy.
+
+        The engine's own writes to them do not count in their versions.
+        """
+        versions = [parameter._version for parameter in self._gpt.parameters()]
+        if self._versions is not None and versions != self._versions:
+            changed = zip(self._gpt.named_parameters(), self._versions, versions, strict=True)
+            name = next(name for (name, _), before, now in changed if before != now)
+            warnings.warn(  # other ranks may hold other experts
+                f"{name} was changed outside of the optimizer, whose own copy counts in steps and checkpoints: change weights "
+                "on one process, with ddp, or at trainer.strategy.stage 0 in 32-true",
+                stacklevel=2,
+            )
+            self._versions = None
+
+    def _note_weights(self) -> None:
+        """Take the weights for those of the engine."""
+        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
+        copied = self.stage > 0 or self.precision_plugin._desired_dtype != torch.float32
+        self._versions = [parameter._version for parameter in self._gpt.parameters()] if copied else None
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
         if plugin._desired_dtype != torch.float16:
@@ -299,6 +326,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         if self._engine is None:
             raise ValueError(f"{filepath}: nothing to save without training; copy the checkpoint that was evaluated")
+        self._warn_of_changed_weights()
         save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self._engine)
 
     @override
@@ -321,6 +349,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert self._loading is not None
         engine = None if isinstance(self.model, LightningModule) else self.deepspeed_engine
         load_weights(self._gpt, engine, TensorFiles(self._loading, "model"))
+        if engine is not None:
+            self._note_weights()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -606,8 +606,9 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
 
 
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
-    """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, and a parameter
-    that is frozen after the first step; last, the steps of a trainer that has gone on from its own checkpoint."""
+    """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, a parameter that
+    is frozen after the first step, and weights that a callback has changed; last, the steps of a trainer that has gone on from
+    its own checkpoint."""
     messages = []
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
@@ -637,11 +638,23 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
         make_trainer(two, ranks, folder, freezes, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
     except ValueError as error:
         messages.append(str(error))
+
+    @torch.no_grad()
+    def change(_: Trainer, module: MoEGPTModule, *rest: Any) -> None:
+        module.gpt.final_norm.weight.add_(1.0)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = LambdaCallback(on_train_start=change)
+        make_trainer(two, ranks, folder, callback, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
+    messages += [text for one in caught if "outside of" in (text := str(one.message))]
     trainer, module, data = make_trainer(two, ranks, folder, strategy=strategy_of(cell)), cell.module(), SyntheticData()
-    trainer.fit(module, data)
-    trainer.save_checkpoint(folder / "two steps.ckpt")
-    trainer.fit_loop.epoch_loop.max_steps = 3
-    trainer.fit(module, data, ckpt_path=folder / "two steps.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* outside of the optimizer")
+        trainer.fit(module, data)
+        trainer.save_checkpoint(folder / "two steps.ckpt")
+        trainer.fit_loop.epoch_loop.max_steps = 3
+        trainer.fit(module, data, ckpt_path=folder / "two steps.ckpt")
     return [*messages, str(trainer.global_step)]
 
 
