@@ -276,7 +276,8 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: an exception has ended the run.
         """
-        require_completed_epoch(self.trainer)
+        if not self.position.at_end:
+            require_completed_epoch(self.trainer)
         if self.distiller is not None:
             self.distiller.release()
 

@@ -217,13 +217,13 @@ def require_no_stop_iteration(trainer: Trainer) -> None:
 
 
 def require_completed_epoch(trainer: Trainer) -> None:
-    """Check, where a run ends, that no StopIteration of a callback that sees an epoch begin or end has ended it.
+    """Check, where a run ends that has not begun at its end, that no StopIteration where an epoch begins or ends has ended it.
 
     Raises:
         ValueError: one has.
     """
     epochs = trainer.fit_loop.epoch_progress.current
-    if epochs.completed < epochs.ready and not trainer.should_stop:
+    if epochs.completed < epochs.ready:
         raise ValueError(STOP_ITERATION.format(trainer.global_step))
 
 

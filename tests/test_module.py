@@ -145,7 +145,14 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
 
 
 @pytest.mark.parametrize(
-    "hook", ["on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step", "on_validation_start"]
+    "hook",
+    [
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_before_optimizer_step",
+        "on_validation_start",
+        "on_train_epoch_end",
+    ],
 )
 def test_a_callback_that_raises_stop_iteration_ends_the_run_with_a_line(hook: str, tmp_path: Path) -> None:
     """Lightning's loops take it for the end of the data: they began again, without an end or after part of a step."""
@@ -355,7 +362,13 @@ def test_a_run_resumed_at_the_end_of_an_epoch_validates_after_the_same_steps(
         **settings,
     }
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer(tmp_path, saves, **settings).fit(MoEGPTModule(CONFIG), SyntheticData())
+    best = ModelCheckpoint(tmp_path / "best", filename="{step}", monitor="val/loss", save_top_k=-1)
+    whole = trainer(tmp_path, saves, best, **settings)
+    whole.fit(MoEGPTModule(CONFIG), SyntheticData())
+    for path in (tmp_path / "best").iterdir():  # of a validation within an accumulation window, too
+        run = trainer(tmp_path, ModelCheckpoint(tmp_path / "again"), **settings)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=path)
+        assert run.global_step == whole.global_step
     for step in (3, 4, 6, 7, 8):
         validated: list[int] = []
         notes = LambdaCallback(on_validation_end=lambda run, _, validated=validated: validated.append(run.global_step))

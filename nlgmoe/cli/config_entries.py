@@ -36,7 +36,7 @@ ConfigLoader.yaml_implicit_resolvers = {
 for _tag, _pattern in _NUMBERS.items():
     ConfigLoader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
     yaml.SafeDumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))  # writes text that looks so in quotes
-ConfigLoader.add_constructor(f"{_TAG}str", lambda _, node: expand_home(node.value))
+ConfigLoader.add_constructor(f"{_TAG}str", lambda loader, node: expand_home(loader.construct_scalar(node)))
 ConfigLoader.add_constructor(f"{_TAG}int", lambda _, node: int(node.value, 16 if node.value.startswith("0x") else 10))
 
 

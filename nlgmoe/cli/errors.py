@@ -159,8 +159,10 @@ def describe(error: BaseException) -> str:
         return (
             f"{one_line(str(error))} Or a data file was cut while it was read (Bus error), or memory is full (Killed)"
         )
-    if isinstance(error, UnicodeEncodeError):  # as Python reads names in the file system
-        return f"{one_line(ascii(error.object), 100)} is not text in UTF-8; rename what it names, or set PYTHONUTF8=1"
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # as Python reads names in the file system
+        return f"{one_line(ascii(error.object), 100)} is not text in UTF-8; rename what it names"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[error.start]!a} cannot be written as {error.encoding}; set PYTHONUTF8=1"
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if error.filename2 is None else error.filename2
         if error.errno == errno.ENOSPC and file is None:

@@ -97,9 +97,11 @@ class RunFolder(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
             refuse_second_run(folder, trainer.ckpt_path, checkpoint_folders(trainer))
-        if trainer.is_global_zero and (starts := _recorded_starts(folder)):
+        if trainer.is_global_zero and (starts := _read_starts(folder)):
             recorded = starts[0].get("run")
-            if None not in (recorded, self._run) and recorded != self._run:
+            resumed_before = {os.path.abspath(folder / one["checkpoint"]) for one in starts if one.get("checkpoint")}
+            of_it = recorded == self._run or os.path.abspath(self._resumed or "") in resumed_before
+            if not of_it and None not in (recorded, self._run):
                 raise ValueError(_ANOTHER_RUN.format(folder, trainer.ckpt_path))
 
     @override
@@ -125,7 +127,12 @@ class RunFolder(SaveConfigCallback):
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         self._start = len(starts)
-        self._run = starts[0].get("run") if starts else self._run or uuid4().hex
+        if starts:
+            self._run = starts[0].get("run")
+        elif self._resumed is None or not any(
+            is_of_run(self._resumed, one) for one in (folder, *checkpoint_folders(trainer))
+        ):
+            self._run = uuid4().hex  # a new run, or one that goes on from another
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         with atomic_write(folder / "config.yaml") as new:
             self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
@@ -150,20 +157,29 @@ class RunFolder(SaveConfigCallback):
         write_json(folder / "versions.json", start["versions"])
 
 
-def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
-    """Read `starts.json`. A run of an older version has none: its `config.yaml` and `versions.json` become the first start."""
+def _read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Read `starts.json`; empty if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     file = folder / "starts.json"
     require_regular(file, "remove it")
-    if file.exists():
-        try:
-            starts = json.loads(file.read_text())
-            if all(isinstance(start["config"], str) for start in starts):
-                return list(starts)
-        except (ValueError, TypeError, KeyError):
-            pass
-        raise ValueError(
-            f"{file} is damaged; remove it, and reports will not show what changed between starts of the run"
-        )
+    if not file.exists():
+        return []
+    try:
+        starts = json.loads(file.read_text())
+        if all(isinstance(start["config"], str) for start in starts):
+            return list(starts)
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{file} is damaged; remove it: the run goes on, without a record of its earlier starts")
+
+
+def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
+    """Read the starts. A run of an older version has no record: its `config.yaml` and `versions.json` become the first one."""
+    if starts := _read_starts(folder):
+        return starts
     if not (folder / "config.yaml").exists() or not (folder / "versions.json").exists():
         return []
     name = "starts/0-step-0.yaml"

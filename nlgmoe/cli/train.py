@@ -312,7 +312,9 @@ def main(args: ArgsType = None) -> None:
     end_with_launcher()
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
-    with one_line_errors(trains=True):
+    words = sys.argv[1:] if args is None else args
+    trains = isinstance(words, list) and words[:1] == ["fit"] and "--print_config" not in words
+    with one_line_errors(trains):
         mute_advertising()
         TrainCLI(args)
 

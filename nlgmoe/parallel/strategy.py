@@ -127,9 +127,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self._loading: Path | None = None  # the checkpoint being loaded
         self._engine: Any = None  # the engine of training, also during evaluation afterwards
         self._gradients: EngineGradients | None = None
-        self._versions: list[int] | None = (
-            None  # of the weights that the engine has written, where its optimizer has a copy
-        )
+        # Of the weights as the engine has written them, where its optimizer has a copy
+        self._versions: list[int] | None = None
 
     # ---- processes and groups
 
@@ -349,8 +348,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert self._loading is not None
         engine = None if isinstance(self.model, LightningModule) else self.deepspeed_engine
         load_weights(self._gpt, engine, TensorFiles(self._loading, "model"))
-        if engine is not None:
-            self._note_weights()
+        self._note_weights()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -392,5 +390,5 @@ def _require_all_trained(model: nn.Module) -> None:
         if not parameter.requires_grad:
             raise AllRanksError(
                 "trainer.strategy=ExpertParallelStrategy trains all parameters, and requires_grad of "
-                f"{name} is False; train on one process or with ddp, or leave it True"
+                f"{name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
             )

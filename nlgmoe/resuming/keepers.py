@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
@@ -35,23 +35,21 @@ def saves_by_steps(keeper: ModelCheckpoint) -> bool:
     return keeper._every_n_train_steps > 0 or keeper._train_time_interval is not None
 
 
-def set_saved_step(trainer: Trainer, step: int) -> None:
+def set_saved_step(trainer: Trainer, step: int, missed: Sequence[ModelCheckpoint] = ()) -> None:
     """Make `ModelCheckpoint` save steps after a resumed one that an earlier fit of the trainer has saved.
 
     The resumed step itself may be validated, and saved, once more, but not in the first micro-batch of the next step, where
     Lightning still counts it: a metric would be judged a second time.
+
+    Args:
+        trainer: of the fit.
+        step: the resumed one.
+        missed: those that had not seen the step.
     """
     for one in trainer.checkpoint_callbacks:
         if isinstance(one, ModelCheckpoint):
-            one._last_global_step_saved = step if saves_by_steps(one) else 0
+            one._last_global_step_saved = step if saves_by_steps(one) and one not in missed else 0
             one._last_checkpoint_saved = ""
-
-
-def save_missed_step(keeper: ModelCheckpoint, trainer: Trainer, module: LightningModule) -> None:
-    """Let a `ModelCheckpoint` see the resumed step, whose end it had not seen."""
-    step, keeper._last_global_step_saved = keeper._last_global_step_saved, 0
-    keeper.on_train_batch_end(trainer, module, None, None, 0)
-    keeper._last_global_step_saved = step
 
 
 def validate_now(trainer: Trainer, again: bool, missed: Sequence[Any] = ()) -> None:

@@ -27,7 +27,7 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
     within = 0 <= ready - current < micro_batches  # else a step had more or fewer when the checkpoint was saved
     total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
     for key, batches in {"total": total, "current": current}.items():
-        progress[key] |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        progress[key] |= {"ready": batches, "started": batches, "processed": batches, "completed": max(0, batches - 1)}
     for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
         counts |= {"ready": int(not validated), "started": int(not validated), "processed": 0, "completed": 0}
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # resuming adds one

@@ -15,7 +15,6 @@ from nlgmoe.resuming.keepers import (
     keep_patience,
     keepers_behind_writer,
     monitored,
-    save_missed_step,
     saves_by_steps,
     set_saved_step,
     stopped_early,
@@ -36,6 +35,7 @@ class Position:
         step_seen: latest step that all callbacks have seen.
         validation_seen: step of the latest validation that all callbacks have seen.
         validation_due: whether a validation follows the last step.
+        at_end: whether the fit began at the end of the run.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,7 @@ class Position:
         self.step_seen = 0
         self.validation_seen = 0
         self.validation_due = False
+        self.at_end = False
         # Of a resumed run, until it begins
         self._validates_first = False
         self._missed_step: list[ModelCheckpoint] = []
@@ -69,18 +70,19 @@ class Position:
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
-        set_saved_step(trainer, step)
+        behind = keepers_behind_writer(checkpoint, trainer)
+        self._missed_step = [one for one in behind if saves_by_steps(one) and checkpoint.get("step_unseen")]
+        set_saved_step(trainer, step, self._missed_step)
         keep_patience(checkpoint, trainer)
         follow_moved_folder(checkpoint, trainer)
         if "loops" not in checkpoint:
             return
         validated = was_validated(checkpoint)
-        behind = keepers_behind_writer(checkpoint, trainer)
-        self._missed_step = [one for one in behind if saves_by_steps(one) and checkpoint.get("step_unseen")]
         self._missed_validation = [
             one for one in behind if not saves_by_steps(one) and checkpoint.get("validation_unseen")
         ]
-        self._validates_first = checkpoint.get("validation_due", False) or bool(self._missed_validation)
+        self.validation_due = checkpoint.get("validation_due", False)
+        self._validates_first = self.validation_due or bool(self._missed_validation)
         self._monitored = checkpoint.get("monitored", {})
         self.validated = step if validated else 0
         self.step_seen = 0 if self._missed_step else step
@@ -107,13 +109,14 @@ class Position:
             self._max_steps = None  # it may be raised before the next fit
         metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._monitored.items()}
         trainer._logger_connector._callback_metrics.update(metrics)
+        self.at_end = end is not None
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             trainer.should_stop = True
         elif trainer.ckpt_path is not None:
             warn_of_repeated_data(trainer)
         for one in self._missed_step:
-            save_missed_step(one, trainer, module)
+            one.on_train_batch_end(trainer, module, None, None, 0)
         self.step_seen = trainer.global_step
         if end is not None or self._validates_first:
             validate_now(trainer, self.validated == trainer.global_step, self._missed_validation)

@@ -163,41 +163,53 @@ def test_keepers_that_a_kill_left_out_see_the_validation_again(killed_at: int, t
     assert kept(tmp_path / "killed", kill=None, resume=saved) == undisturbed
 
 
-@pytest.mark.parametrize("killed_at", [2, 8])
+@pytest.mark.parametrize("killed_at", [2, 4, 8])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_keepers_that_a_kill_left_out_save_the_step(micro_batches: int, killed_at: int, tmp_path: Path) -> None:
-    """Killed when the first of three had saved, and again when the second had; also at the end of a run."""
+@pytest.mark.parametrize("best_first", [False, True])
+def test_keepers_that_a_kill_left_out_save_the_step(
+    best_first: bool, micro_batches: int, killed_at: int, tmp_path: Path
+) -> None:
+    """Killed when the first of three had saved, and again when the second had; also before a validation and at the end."""
 
     def kept(folder: Path, kill: int | None, resume: Path | None = None) -> list[dict[str, int]]:
-        keepers = [
-            ModelCheckpoint(folder / f"{every}", "{step}", every_n_train_steps=every, save_top_k=-1) for every in (1, 2)
+        by_step = [
+            ModelCheckpoint(folder / name, "{step}", monitor=monitor, every_n_train_steps=every, save_top_k=-1)
+            for name, monitor, every in (("1", None, 1), ("2", None, 2), ("best", "train/loss", 1))
         ]
-        best = ModelCheckpoint(folder / "best", "{step}", monitor="train/loss", every_n_train_steps=1, save_top_k=-1)
-        keepers.append(best)
+        best = ModelCheckpoint(
+            folder / "val", "{step}", monitor="val/loss", save_top_k=-1, enable_version_counter=False
+        )
 
         def killed(trainer: Trainer, path: str) -> None:
             if trainer.global_step == killed_at:
                 raise KeyError(path)
-            ModelCheckpoint._save_checkpoint(keepers[kill or 0], trainer, path)
+            ModelCheckpoint._save_checkpoint(by_step[kill or 0], trainer, path)
 
         def run() -> None:
-            fit(folder, *keepers, resume=resume, accumulate_grad_batches=micro_batches)
+            keepers = [best, *by_step] if best_first else [*by_step, best]
+            fit(
+                folder,
+                *keepers,
+                resume=resume,
+                accumulate_grad_batches=micro_batches,
+                val_check_interval=4 * micro_batches,
+            )
 
         if kill is not None:
-            keepers[kill]._save_checkpoint = killed  # type: ignore[method-assign]
+            by_step[kill]._save_checkpoint = killed  # type: ignore[method-assign]
             with pytest.raises(KeyError):
                 run()
         else:
             run()
-        return [steps(Path(str(one.dirpath))) for one in keepers]
+        return [steps(Path(str(one.dirpath))) for one in (*by_step, best)]
 
     undisturbed = kept(tmp_path / "whole", kill=None)
-    assert [len(found) for found in undisturbed] == [8, 4, 8]
-    first, second, third = kept(tmp_path / "killed", kill=1)
+    assert [len(found) for found in undisturbed] == [8, 4, 8, 2]
+    first, second, third, _ = kept(tmp_path / "killed", kill=1)
     assert killed_at in first.values() and killed_at not in {*second.values(), *third.values()}
     saved = tmp_path / f"killed/1/step={killed_at}.ckpt"
-    _, second, third = kept(tmp_path / "killed", kill=2, resume=saved)  # again, when the resumed run begins
-    assert killed_at in second.values() and killed_at not in third.values()
+    _, second, third, validated = kept(tmp_path / "killed", kill=2, resume=saved)  # again, when the resumed run begins
+    assert killed_at in second.values() and killed_at not in {*third.values(), *validated.values()}
     assert kept(tmp_path / "killed", kill=None, resume=tmp_path / f"killed/2/step={killed_at}.ckpt") == undisturbed
 
 

@@ -49,6 +49,7 @@ def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | N
     module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule)
     settings = {
         "accumulate_grad_batches": ACCUMULATE,
+        "val_check_interval": 4 * ACCUMULATE,
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
     } | settings
     trainer = Trainer(
@@ -62,7 +63,6 @@ def fit(root: Path, *callbacks: Callback, steps: int = 8, resume: Path | str | N
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        val_check_interval=4 * ACCUMULATE,
         check_val_every_n_epoch=None,
         **settings,
     )

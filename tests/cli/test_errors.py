@@ -1280,7 +1280,10 @@ def test_a_pipe_that_nobody_reads_ends_a_run_with_a_line(closed: str, trains: bo
 def test_a_name_that_is_not_text_is_told() -> None:
     with pytest.raises(UnicodeEncodeError) as raised:
         "run\udce9".encode()
-    assert describe(raised.value) == r"'run\udce9' is not text in UTF-8; rename what it names, or set PYTHONUTF8=1"
+    assert describe(raised.value) == r"'run\udce9' is not text in UTF-8; rename what it names"
+    with pytest.raises(UnicodeEncodeError) as raised:
+        "a \u2192".encode("ascii")
+    assert describe(raised.value) == r"'\u2192' cannot be written as ascii; set PYTHONUTF8=1"
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:

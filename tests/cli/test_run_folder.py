@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
+from nlgmoe.cli.parser import _with_home
 from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
@@ -212,6 +213,20 @@ def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
     starts = json.loads((moved / "starts.json").read_text())
     assert [start["step"] for start in starts] == [0, 2, 4] and len({start["run"] for start in starts}) == 1
 
+    fork = [*command, "--model.train_tokens=512", f"--trainer.default_root_dir={tmp_path / 'fork'}"]
+    main([*fork, f"--ckpt_path={place / 'last.ckpt'}"])
+    (started,) = json.loads((tmp_path / "fork/starts.json").read_text())
+    assert started["run"] != starts[0]["run"]
+    shutil.rmtree(tmp_path / "fork/checkpoints")  # as if it had been killed before its first save
+    main([*fork, "--ckpt_path=last"])
+    assert len(json.loads((tmp_path / "fork/starts.json").read_text())) == 2
+    main([*fork, "--ckpt_path=last", "--model.train_tokens=640"])
+    with pytest.raises(SystemExit):
+        there = tmp_path / "fork/checkpoints"
+        taken = [f"--ckpt_path={there / 'last.ckpt'}", f"--trainer.callbacks.dirpath={there}"]
+        main([*command, keeper[0], *taken, f"--trainer.default_root_dir={moved}", "--model.train_tokens=768"])
+    assert "is not of it" in capsys.readouterr().err
+
 
 def test_a_damaged_record_of_starts_is_told_before_anything_is_lost(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -229,7 +244,9 @@ def test_a_damaged_record_of_starts_is_told_before_anything_is_lost(
         assert f"error: {run / 'starts.json'} is damaged; remove it" in capsys.readouterr().err
         assert (run / "summary.json").exists()
     (run / "starts.json").unlink()
+    shutil.rmtree(run / "starts")  # a run of an older version has neither
     main([*command, "--model.train_tokens=256", "--ckpt_path=last"])
+    assert [start["step"] for start in json.loads((run / "starts.json").read_text())] == [0, 3]
 
 
 def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +258,14 @@ def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.
     assert found["data"]["data_dir"] == f"{tmp_path}/pile"
     assert found["trainer"]["default_root_dir"] == f"{tmp_path}/run"
     assert found["model"]["warm_start"]["checkpoint"] == f"{tmp_path}/a.ckpt"
+    assert _with_home(["a", "~/a", "--b=~/b", "--prompt=~/c", "--prompt", "~/d"]) == [
+        "a",
+        f"{tmp_path}/a",
+        f"--b={tmp_path}/b",
+        "--prompt=~/c",
+        "--prompt",
+        "~/d",
+    ]
     nlgmoe_command.main(["configs", "copy", "quickstart.yaml", "--output=~/mine"])
     assert (tmp_path / "mine/quickstart.yaml").is_file()
 

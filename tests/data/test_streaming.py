@@ -638,7 +638,7 @@ def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None
     ):
         StreamedText(str(tmp_path), gone).prepare(tmp_path, tokenizer)
     for both in ({"train": "*.jsonl", "validation": "train.jsonl"}, {"train": "train.jsonl", "validation": "*.jsonl"}):
-        with pytest.raises(ValueError, match=r"data_files names \S+train\.jsonl for train and for evaluation, which"):
+        with pytest.raises(ValueError, match=r"\S+train\.jsonl is a file of training and of evaluation, which"):
             StreamedText(str(tmp_path), both).prepare(tmp_path, tokenizer)
     with pytest.raises(ValueError, match="has no files for validation: name them in data_files"):
         StreamedText(str(tmp_path)).prepare(tmp_path, tokenizer)

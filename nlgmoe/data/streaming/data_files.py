@@ -1,5 +1,6 @@
 """The files of a data set on the Hugging Face hub, or in a folder, by split."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,10 +56,11 @@ def find_files(
             f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
             "with data_files"
         )
-    if both := sorted({*found["train"]} & {*found["validation"], *found.get("test", ())}):
+    evaluated = {os.path.realpath(file) for split in ("validation", "test") for file in found.get(split, ())}
+    if both := [file for file in found["train"] if os.path.realpath(file) in evaluated]:
         raise ValueError(
-            f"path={path}: data_files names {both[0]} for train and for evaluation, which would then measure text that was "
-            "trained on; give patterns without common files, or copy the file if that is what you want"
+            f"path={path}: {both[0]} is a file of training and of evaluation, which would then measure text that was trained on; "
+            "give other names or patterns in data_files, or copy the file if that is what you want"
         )
     return {split: [describe_file(file) for file in files] for split, files in found.items()}
 
