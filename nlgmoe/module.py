@@ -196,7 +196,7 @@ class MoEGPTModule(GPTModule):
         loop = self.trainer.fit_loop
         assert loop._data_fetcher is not None
         # Before the end is known: a run that is resumed with a later one has no validation at this end.
-        self.position.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.position.take_step(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
         fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
         # Set now, so that this step is logged and validated as the last one.
         if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
@@ -209,7 +209,6 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: a callback has stopped this rank alone.
         """
-        self.position.step_seen = self.trainer.global_step
         if self.trainer.global_step == 0:
             forget_deferred_saves(self.trainer)
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
@@ -289,13 +288,8 @@ class MoEGPTModule(GPTModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
-        self.position.validated = self.trainer.global_step
+        self.position.end_validation(self.trainer.global_step)
         super().on_validation_epoch_end()
-
-    @override
-    def on_validation_end(self) -> None:
-        """Note that all callbacks have seen the validation: Lightning calls this hook of theirs before."""
-        self.position.validation_seen = self.trainer.global_step
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -68,6 +69,7 @@ _CALLBACKS_REFUSED = {
     OnExceptionCheckpoint: (
         "makes every later run with it resume what it has saved; remove it, and set save_on_exception of ModelCheckpoint"
     ),
+    SpikeDetection: "fails where a run with it is resumed; remove it: model.non_finite handles steps that are not finite",
     ModelPruning: "renames the parameters, which no checkpoint would then hold; remove it",
 }
 

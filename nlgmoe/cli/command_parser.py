@@ -16,6 +16,16 @@ from nlgmoe.cli.errors import Failures, UsageError
 from nlgmoe.cli.parser import OneLineParser
 
 
+class text(str):  # --help shows the name
+    """Type of an option that is given several times: a text of the command line, or all texts that a file gives."""
+
+    def __new__(cls, value: Any) -> Any:
+        """Return the value as it is; `str` would make one text of a list."""
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            return value
+        raise ValueError("expected a list, each item text")
+
+
 class CommandParser(OneLineParser):
     """Options as people type them.
 
@@ -36,7 +46,7 @@ class CommandParser(OneLineParser):
             elif types[name] == tuple[str, ...]:
                 self.add_argument(name, nargs="*", type=str, default=[], help=texts.get(name))
             elif types[name] == list[str] | None:
-                self.add_argument(f"--{name}", action="append", type=str, help=texts.get(name))
+                self.add_argument(f"--{name}", action="append", type=text, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
                 self.add_argument(f"--{name}", action="store_true", help=texts.get(name))
             elif _is_positional(parameter):

@@ -62,6 +62,7 @@ class Explainer:
     def __init__(self, parser: argparse.ArgumentParser, entries: Sequence[ConfigEntry]) -> None:
         self.entries = entries
         self.known = known_settings(parser)
+        self.repeated = {one.dest for one in parser._actions if isinstance(one, argparse._AppendAction)}
         self.help = {action.dest: action.help for action in parser._actions}
         self.positionals = {a.dest: getattr(a, "_typehint", a.type) for a in parser._actions if not a.option_strings}
         self.subcommands = list(subcommands_of(parser))
@@ -78,8 +79,11 @@ class Explainer:
             if entry.value != {} and not (isinstance(entry.value, str) and os.path.isfile(entry.value)):
                 example = next(one for one in inside if not self.inside(one))
                 raise UsageError(f"{entry}: {entry.name} is a section with settings such as {example}; give those")
-        elif not entry.file and self.known.get(entry.name) == list[str]:  # an option with a text, which may be `null`
-            return
+        elif entry.name in self.repeated:  # an option with a text, which may be `null`; in a file a list of them
+            texts = entry.value if isinstance(entry.value, list) else [entry.value]
+            is_list = texts is entry.value and all(isinstance(one, str) for one in texts)
+            if entry.file and entry.value is not None and not is_list:
+                raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
         elif entry.value is None and not {Any, None, type(None)} & set(parts_of(self.known.get(entry.name))):
             raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
 

@@ -84,8 +84,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     _check_types(checkpoint, {"callbacks": {one.state_key: one.state_dict() for one in ours}}, where, Real)
     counts = {
         "validation_due": False,
-        "validation_unseen": False,
-        "step_unseen": False,
+        "unseen": {"on_train_batch_end": {}, "on_validation_end": {}},
         "monitored": metrics,
         "tokens_seen": 0,
         "non_finite": {"skipped": 0, "in_a_row": 0},

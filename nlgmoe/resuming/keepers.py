@@ -6,36 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 
-def keepers_behind_writer(checkpoint: dict[str, Any], trainer: Trainer) -> list[ModelCheckpoint]:
-    """Return the `ModelCheckpoint` that come after the one that wrote a checkpoint; none if no one of the run has.
-
-    They save one after the other, each with its own choice in its checkpoint already.
-
-    Args:
-        checkpoint: Lightning's dictionary, of the run that is resumed.
-        trainer: of the fit.
-    """
-    keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    written = Path(checkpoint["path"]).parts[-2:]  # the run folder may have been moved
-    for index, one in enumerate(keepers):
-        state = checkpoint.get("callbacks", {}).get(one.state_key, {})
-        paths = [*state.get("best_k_models", ()), state.get("best_model_path", ""), state.get("last_model_path", "")]
-        if written in [Path(path).parts[-2:] for path in paths]:
-            return keepers[index + 1 :]
-    return []
+def saves_by_steps(callback: Callback) -> bool:
+    """Return whether a callback is a `ModelCheckpoint` that saves after training steps, not after validations."""
+    return isinstance(callback, ModelCheckpoint) and (
+        callback._every_n_train_steps > 0 or callback._train_time_interval is not None
+    )
 
 
-def saves_by_steps(keeper: ModelCheckpoint) -> bool:
-    """Return whether a `ModelCheckpoint` saves after training steps, not after validations."""
-    return keeper._every_n_train_steps > 0 or keeper._train_time_interval is not None
-
-
-def set_saved_step(trainer: Trainer, step: int, missed: Sequence[ModelCheckpoint] = ()) -> None:
+def set_saved_step(trainer: Trainer, step: int, missed: Sequence[Callback]) -> None:
     """Make `ModelCheckpoint` save steps after a resumed one that an earlier fit of the trainer has saved.
 
     The resumed step itself may be validated, and saved, once more, but not in the first micro-batch of the next step, where
@@ -50,38 +33,6 @@ def set_saved_step(trainer: Trainer, step: int, missed: Sequence[ModelCheckpoint
         if isinstance(one, ModelCheckpoint):
             one._last_global_step_saved = step if saves_by_steps(one) and one not in missed else 0
             one._last_checkpoint_saved = ""
-
-
-def validate_now(trainer: Trainer, again: bool, missed: Sequence[Any] = ()) -> None:
-    """Validate during a fit, as the training loop does, if validation is enabled.
-
-    Args:
-        trainer: of the fit.
-        again: true if the callbacks that decide by scores have counted this validation already.
-        missed: those of them that have not.
-    """
-    if trainer.enable_validation:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        # A `ModelCheckpoint` would delete its worst checkpoint to make room for one that it has.
-        counted = [
-            one
-            for one in callbacks
-            if isinstance(one, EarlyStopping) or (isinstance(one, ModelCheckpoint) and one.best_model_path)
-        ]
-        idle = [one for one in counted if again and one not in missed]
-        for one in idle:  # in the trainer's list still: a checkpoint that another one saves here has their states too
-            vars(one)["on_validation_end"] = _do_nothing
-        trainer.validating = True
-        try:
-            trainer.fit_loop.epoch_loop.val_loop.run()
-        finally:
-            for one in idle:
-                del vars(one)["on_validation_end"]
-        trainer.training = True
-
-
-def _do_nothing(*_: Any) -> None:
-    pass
 
 
 def keep_patience(checkpoint: dict[str, Any], trainer: Trainer) -> None:

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.resuming.checks import warn_of_repeated_data
 from nlgmoe.resuming.keepers import (
     follow_moved_folder,
     keep_patience,
-    keepers_behind_writer,
     monitored,
     saves_by_steps,
     set_saved_step,
     stopped_early,
-    validate_now,
 )
 from nlgmoe.resuming.loops import set_loop_counters, was_validated
+
+STEP, VALIDATION = (
+    "on_train_batch_end",
+    "on_validation_end",
+)  # hooks in which callbacks decide by a score or a number of steps
 
 
 class Position:
     """The position of a fit. Steps are numbers of optimizer steps taken; 0: none yet.
 
-    Callbacks see a step, then its validation, one after the other; a `ModelCheckpoint` among them may save, and a kill may leave
-    out those behind it.
+    `ModelCheckpoint` and `EarlyStopping` see a step, then its validation, one after the other. One of them may save a checkpoint,
+    and a kill may leave out those that come after it: a checkpoint names them, and a resumed run shows it to them.
 
     Attributes:
         saved: step of the checkpoint that the fit has last saved, or loaded, to resume from.
         validated: step of the latest validation.
-        step_seen: latest step that all callbacks have seen.
-        validation_seen: step of the latest validation that all callbacks have seen.
         validation_due: whether a validation follows the last step.
         at_end: whether the fit began at the end of the run.
     """
@@ -41,16 +43,25 @@ class Position:
     def __init__(self) -> None:
         self.saved = 0
         self.validated = 0
-        self.step_seen = 0
-        self.validation_seen = 0
         self.validation_due = False
         self.at_end = False
+        self._seen: dict[str, set[str]] = {STEP: set(), VALIDATION: set()}  # state keys of callbacks, by the hook
         # Of a resumed run, until it begins
         self._validates_first = False
-        self._missed_step: list[ModelCheckpoint] = []
-        self._missed_validation: list[ModelCheckpoint] = []
+        self._missed: dict[str, list[Callback]] = {STEP: [], VALIDATION: []}
+        self._idle: set[str] = set()  # state keys of callbacks that do not count a repeated validation again
         self._monitored: dict[str, float] = {}  # training metrics of the last step
         self._max_steps: int | None = None  # where the run has taken so many
+
+    def take_step(self, validation_due: bool) -> None:
+        """Note that a step was taken, before callbacks see it."""
+        self.validation_due = validation_due
+        self._seen[STEP] = set()
+
+    def end_validation(self, step: int) -> None:
+        """Note that a validation has ended, before callbacks see it."""
+        self.validated = step
+        self._seen[VALIDATION] = set(self._idle)
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add the position to Lightning's dictionary, and set its loops to the last optimizer step."""
@@ -63,30 +74,34 @@ class Position:
             return
         validated = self.validated == step
         checkpoint["validation_due"] = self.validation_due and not validated
-        checkpoint["step_unseen"] = self.step_seen != step
-        checkpoint["validation_unseen"] = validated and self.validation_seen != step
+        keys = {one.state_key for one in _deciding(trainer)}
+        checkpoint["unseen"] = {
+            STEP: dict.fromkeys(sorted(keys - self._seen[STEP]), True),
+            VALIDATION: dict.fromkeys(sorted(keys - self._seen[VALIDATION]), True) if validated else {},
+        }
         set_loop_counters(checkpoint, trainer.accumulate_grad_batches, validated)
 
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
-        behind = keepers_behind_writer(checkpoint, trainer)
-        self._missed_step = [one for one in behind if saves_by_steps(one) and checkpoint.get("step_unseen")]
-        set_saved_step(trainer, step, self._missed_step)
+        unseen = checkpoint.get("unseen", {})
+        for hook in (STEP, VALIDATION):
+            self._missed[hook] = [
+                one
+                for one in _deciding(trainer)
+                if one.state_key in unseen.get(hook, {}) and saves_by_steps(one) == (hook == STEP)
+            ]
+            self._seen[hook] = {one.state_key for one in _deciding(trainer) if one not in self._missed[hook]}
+        set_saved_step(trainer, step, self._missed[STEP])
         keep_patience(checkpoint, trainer)
         follow_moved_folder(checkpoint, trainer)
         if "loops" not in checkpoint:
             return
         validated = was_validated(checkpoint)
-        self._missed_validation = [
-            one for one in behind if not saves_by_steps(one) and checkpoint.get("validation_unseen")
-        ]
-        self.validation_due = checkpoint.get("validation_due", False)
-        self._validates_first = self.validation_due or bool(self._missed_validation)
-        self._monitored = checkpoint.get("monitored", {})
         self.validated = step if validated else 0
-        self.step_seen = 0 if self._missed_step else step
-        self.validation_seen = 0 if self._missed_validation else self.validated
+        self.validation_due = checkpoint.get("validation_due", False)
+        self._validates_first = self.validation_due or bool(self._missed[VALIDATION])
+        self._monitored = checkpoint.get("monitored", {})
         # A step may have more or fewer micro-batches from here on. Where the checkpoint says if a validation was due,
         # Lightning's loop runs none: at the end of an epoch it looks at the wrong epoch and batch.
         set_loop_counters(checkpoint, trainer.accumulate_grad_batches, validated or "validation_due" in checkpoint)
@@ -103,6 +118,9 @@ class Position:
             tokens: that the run has seen.
             train_tokens: at which it ends; None: never.
         """
+        for one in _deciding(trainer):
+            for hook in (STEP, VALIDATION):
+                vars(one)[hook] = partial(self._show, one, hook)
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps = self._max_steps
@@ -115,12 +133,30 @@ class Position:
             trainer.should_stop = True
         elif trainer.ckpt_path is not None:
             warn_of_repeated_data(trainer)
-        for one in self._missed_step:
+        for one in self._missed[STEP]:
             one.on_train_batch_end(trainer, module, None, None, 0)
-        self.step_seen = trainer.global_step
-        if end is not None or self._validates_first:
-            validate_now(trainer, self.validated == trainer.global_step, self._missed_validation)
-        self._validates_first, self._missed_step, self._missed_validation, self._monitored = False, [], [], {}
+        if (end is not None or self._validates_first) and trainer.enable_validation:
+            self._validate(trainer)
+        self._validates_first, self._missed, self._monitored = False, {STEP: [], VALIDATION: []}, {}
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Validate as the training loop does; callbacks that have counted this validation already do not count it again."""
+        if self.validated == trainer.global_step:
+            # A `ModelCheckpoint` would delete its worst checkpoint to make room for one that it has.
+            counted = [one for one in _deciding(trainer) if isinstance(one, EarlyStopping) or one.best_model_path]
+            self._idle = {one.state_key for one in counted if one not in self._missed[VALIDATION]}
+        trainer.validating = True
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.run()
+        finally:
+            self._idle = set()
+        trainer.training = True
+
+    def _show(self, callback: Callback, hook: str, *args: Any, **kwargs: Any) -> None:
+        """Call a callback's hook, and note that it has seen the step or validation, which its state in a checkpoint then has."""
+        self._seen[hook].add(callback.state_key)
+        if hook == STEP or callback.state_key not in self._idle:
+            getattr(type(callback), hook)(callback, *args, **kwargs)
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
         """Return which end the run stands at, and the remedy; None: it goes on."""
@@ -146,3 +182,9 @@ class Position:
                 "raise its patience if that ran out, or remove it from trainer.callbacks"
             )
         return None
+
+
+def _deciding(trainer: Trainer) -> list[Any]:
+    """Return the callbacks that decide by a score or a number of steps."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in callbacks if isinstance(one, EarlyStopping | ModelCheckpoint)]

@@ -163,6 +163,53 @@ def test_keepers_that_a_kill_left_out_see_the_validation_again(killed_at: int, t
     assert kept(tmp_path / "killed", kill=None, resume=saved) == undisturbed
 
 
+def test_keepers_of_one_last_checkpoint_judge_no_validation_twice(tmp_path: Path) -> None:
+    """Its path is in the states of both. Judged again, the best one would take the place of the second best."""
+    scores = {1: 2.0, 2: 1.0, 3: 9.0, 4: 9.0}
+    score = LambdaCallback(
+        on_validation_epoch_end=lambda trainer, module: module.log("val/score", scores[trainer.global_step])
+    )
+
+    def kept(folder: Path, *callbacks: Callback, resume: Path | None = None) -> dict[str, int]:
+        keepers = [
+            ModelCheckpoint(
+                folder,
+                f"{name}-{{step}}",
+                monitor=f"val/{name}",
+                save_top_k=2,
+                save_last=True,
+                auto_insert_metric_name=False,
+                enable_version_counter=False,
+            )
+            for name in ("loss", "score")
+        ]
+        fit(folder, score, *keepers, *callbacks, resume=resume, steps=4, val_check_interval=ACCUMULATE)
+        return steps(folder)
+
+    undisturbed = kept(tmp_path / "whole")
+    assert {"score-1.ckpt", "score-2.ckpt"} < undisturbed.keys()
+    crash = LambdaCallback(on_train_batch_start=lambda trainer, *_: 1 / (2 - trainer.global_step))
+    with pytest.raises(ZeroDivisionError):
+        kept(tmp_path / "killed", crash)
+    assert kept(tmp_path / "killed", resume=tmp_path / "killed/last.ckpt") == undisturbed
+
+
+@pytest.mark.parametrize("names", [("val/loss", "val/perplexity"), ("val/loss",)], ids=["another order", "alone"])
+def test_a_keeper_that_a_kill_left_out_is_found_among_others(names: tuple[str, ...], tmp_path: Path) -> None:
+    def kept(folder: Path, *monitors: str, kill: bool = False, resume: Path | None = None) -> dict[str, int]:
+        keepers = {name: ModelCheckpoint(folder / name, "{step}", monitor=name, save_top_k=-1) for name in monitors}
+        if kill:
+            keepers["val/loss"]._save_checkpoint = lambda *_: 1 / 0  # type: ignore[method-assign,return-value]
+        fit(folder, *keepers.values(), resume=resume)
+        return steps(folder / "val/loss")
+
+    undisturbed = kept(tmp_path / "whole", "val/perplexity", "val/loss")
+    with pytest.raises(ZeroDivisionError):
+        kept(tmp_path / "killed", "val/perplexity", "val/loss", kill=True)
+    assert not (tmp_path / "killed/val/loss").exists()
+    assert kept(tmp_path / "killed", *names, resume=tmp_path / "killed/val/perplexity/step=4.ckpt") == undisturbed
+
+
 @pytest.mark.parametrize("killed_at", [2, 4, 8])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("best_first", [False, True])

@@ -495,7 +495,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         }.items()
     },
     **{
-        f"callback: {name} {settings}": (file(CALLBACK.format(name, settings)), f"trainer.callbacks: {name} {why}")
+        f"callback: {name} {settings}": (
+            file(CALLBACK.format(name, settings)),
+            f"trainer.callbacks: {name.rpartition('.')[2]} {why}",
+        )
         for name, settings, why in (
             ("GradientAccumulationScheduler", "scheduling: {0: 2}", "counts epochs"),
             ("StochasticWeightAveraging", "swa_lrs: 0.1", "counts epochs"),
@@ -527,6 +530,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
                 "has a train_time_interval of 0, which saves after every step",
             ),
             ("BackboneFinetuning", "", "freezes a module before it has layers"),
+            ("lightning.pytorch.callbacks.spike.SpikeDetection", "", "fails where a run with it is resumed"),
             ("BatchSizeFinder", "", "tries batches that data.global_batch_size does not know"),
             ("Timer", "duration: '00:00:01:00', interval: epoch", "has interval=epoch, which never ends"),
             ("LearningRateFinder", "", "sets the learning rate of one optimizer group"),

@@ -51,6 +51,27 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
             assert (out, err) == (detokenize(TOKENIZER, ids) + "\n", "")
 
 
+def test_prompts_of_a_configuration_are_those_of_its_list(
+    checkpoint: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """A list was taken for its characters."""
+    words = [checkpoint, "--prompt", "the king", "--prompt=[queen]", "--max-new-tokens=2", "--temperature=0", "--json"]
+    out, _ = run(capsys, *words)
+    with pytest.raises(SystemExit):
+        run(capsys, *words, "--print_config")
+    file = tmp_path / "generate.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert run(capsys, "--config", file)[0] == out
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["the king", "[queen]"]
+    more = run(capsys, "--config", file, "--prompt=and")[0]
+    assert [json.loads(line)["prompt"] for line in more.splitlines()] == ["the king", "[queen]", "and"]
+    for wrong in ("the king", "[1]", "{a: b}"):
+        file.write_text(f"checkpoint: {checkpoint}\nprompt: {wrong}\n")
+        with pytest.raises(SystemExit):
+            run(capsys, "--config", file)
+        assert "generate.yaml, line 2): expected a list, each item text" in capsys.readouterr().err
+
+
 def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     out, err = run(capsys, checkpoint, "--prompt", "the king", "--temperature=0", "--json")
     record = json.loads(out)

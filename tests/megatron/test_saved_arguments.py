@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nlgmoe.cli.errors import UsageError
 from nlgmoe.tools.megatron.from_megatron import read_launch, translated
 from tests.checkpoint import megatron_model
 from tests.megatron.writing import NEEDED, launched, settings_of
@@ -55,6 +56,29 @@ def test_the_last_argument_block_of_a_log(prefix: str, tmp_path: Path) -> None:
     log.write_text(printed({"num_layers": 6}, prefix) + printed({}, prefix))
     assert settings(log) == expected()
     assert "# 2 other arguments of train.log are in no table" in translated(read_launch([str(log)], ()))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"save": "/lustre/project/experiments/moe-350m"}, {"num_experts": [8] * 12}], ids=["a path", "a list"]
+)
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_log_with_wrapped_lines_is_refused(changes: dict[str, Any], width: int, tmp_path: Path) -> None:
+    """As it is copied from a terminal: a value was cut, or no list any more. Lines of other programs are none of its rests."""
+    log, whole = tmp_path / "train.log", printed(changes)
+    log.write_text("\n".join(line[at : at + width] for line in whole.splitlines() for at in range(0, len(line), width)))
+    with pytest.raises(
+        UsageError, match=rf"train.log: its lines are wrapped at {width} characters, and .* is the rest"
+    ):
+        read_launch([str(log)], ())
+    longest = max(whole.splitlines(), key=len)
+    log.write_text(whole.replace(longest, f"{longest}\n[WARNING] async_io requires the dev libaio package\n\nwarning:"))
+    with_noise = read_launch([str(log)], ())
+    log.write_text(whole)
+    assert with_noise == read_launch([str(log)], ())
+    log.write_text(whole.replace("[8, 8", "[8, 8,\nnoise that ends here\n").replace(" 8]", " 8"))
+    if "num_experts" in changes:
+        with pytest.raises(UsageError, match=r"num_experts \[8, 8, is no list; give the log as it was written"):
+            read_launch([str(log)], ())
 
 
 def test_the_arguments_of_a_checkpoint(tmp_path: Path) -> None:

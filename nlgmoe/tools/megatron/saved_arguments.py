@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
@@ -35,7 +36,26 @@ def read_log(path: Path) -> Launch:
             f"{path} has no argument block of Megatron's. If it is a launch script: --run-script runs it under bash and "
             "records what it launches. Otherwise give the log of a run, a checkpoint's folder, or the flags after --"
         )
+    _require_whole_lines(blocks[-1], path)
     return _launch(dict(_LINE.findall(blocks[-1])), path.name, path.stem)
+
+
+def _require_whole_lines(block: str, path: Path) -> None:
+    """Check that the log was not wrapped, as by a terminal that it was copied from: a value would be cut.
+
+    Raises:
+        UsageError: one of the longest lines is followed by the rest of its value. Other lines may stand between arguments.
+    """
+    lines = block.splitlines()
+    width = max(map(len, lines), default=0)
+    for before, line in pairwise(lines):
+        rest = line.strip()
+        is_rest = rest and not _LINE.search(line) and (" " not in rest or rest.endswith("]"))
+        if len(before) == width and is_rest and _LINE.search(before):
+            raise UsageError(
+                f"{path}: its lines are wrapped at {width} characters, and {rest} is the rest of one; give the log as it was "
+                "written"
+            )
 
 
 def read_checkpoint(path: Path) -> Launch:
@@ -68,7 +88,12 @@ def _valued(flag: Flag, argument: str, values: Mapping[str, str]) -> list[str]:
     value = values.get(argument, "None")
     if value in ("None", "", _DEFAULTS.get(argument), _derived(argument, values)):
         return []
-    words = [str(item) for item in ast.literal_eval(value)] if value.startswith("[") else [value]
+    try:
+        words = [str(item) for item in ast.literal_eval(value)] if value.startswith("[") else [value]
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"{argument} {value} is no list; give the log as it was written, without wrapped lines"
+        ) from error
     try:
         parsed = [flag.parse(word) for word in words] if flag.parse else []
     except ValueError:  # is reported with the other problems
