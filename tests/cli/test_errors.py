@@ -1328,7 +1328,7 @@ def test_ctrl_c_while_modules_are_imported_is_quiet(command: list[str], seconds:
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
-    assert (process.returncode, stderr) == (130, "")
+    assert process.returncode in (130, -signal.SIGINT) and stderr == ""  # a shell calls both 130
 
 
 def test_an_aborted_communicator_is_the_error_of_another_rank() -> None:
