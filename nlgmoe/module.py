@@ -288,7 +288,7 @@ class MoEGPTModule(GPTModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
-        self.position.end_validation(self.trainer.global_step)
+        self.position.end_validation(self.trainer)
         super().on_validation_epoch_end()
 
     @override

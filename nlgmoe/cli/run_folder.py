@@ -97,12 +97,26 @@ class RunFolder(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
             refuse_second_run(folder, trainer.ckpt_path, checkpoint_folders(trainer))
-        if trainer.is_global_zero and (starts := _read_starts(folder)):
-            recorded = starts[0].get("run")
+        if trainer.is_global_zero:
+            self._identify(folder, checkpoint_folders(trainer))
+
+    def _identify(self, folder: Path, places: Sequence[Path]) -> None:
+        """Set the run's id: that of the folder, of a checkpoint in it, or a new one; before anything is saved.
+
+        Raises:
+            ValueError: the folder holds another run than the checkpoint's, or its record of starts is damaged.
+        """
+        starts, theirs = _read_starts(folder), self._run
+        if starts:
+            self._run = starts[0].get("run")
             resumed_before = {os.path.abspath(folder / one["checkpoint"]) for one in starts if one.get("checkpoint")}
-            of_it = recorded == self._run or os.path.abspath(self._resumed or "") in resumed_before
-            if not of_it and None not in (recorded, self._run):
-                raise ValueError(_ANOTHER_RUN.format(folder, trainer.ckpt_path))
+            of_it = self._run == theirs or os.path.abspath(self._resumed or "") in resumed_before
+            if not of_it and None not in (self._run, theirs):
+                raise ValueError(_ANOTHER_RUN.format(folder, self._resumed))
+        elif self._resumed is None or not any(is_of_run(self._resumed, one) for one in (folder, *places)):
+            self._run = uuid4().hex  # a new run, or one that goes on from another
+        if self._run != theirs:
+            self._start = None  # of another run
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -127,12 +141,6 @@ class RunFolder(SaveConfigCallback):
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         self._start = len(starts)
-        if starts:
-            self._run = starts[0].get("run")
-        elif self._resumed is None or not any(
-            is_of_run(self._resumed, one) for one in (folder, *checkpoint_folders(trainer))
-        ):
-            self._run = uuid4().hex  # a new run, or one that goes on from another
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         with atomic_write(folder / "config.yaml") as new:
             self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
@@ -169,7 +177,7 @@ def _read_starts(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         starts = json.loads(file.read_text())
-        if all(isinstance(start["config"], str) for start in starts):
+        if all(isinstance(one["config"], str) and isinstance(one.get("checkpoint"), str | None) for one in starts):
             return list(starts)
     except (ValueError, TypeError, KeyError):
         pass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.resuming.checks import warn_of_repeated_data
@@ -37,7 +39,7 @@ class Position:
         saved: step of the checkpoint that the fit has last saved, or loaded, to resume from.
         validated: step of the latest validation.
         validation_due: whether a validation follows the last step.
-        at_end: whether the fit began at the end of the run.
+        at_end: whether the fit stands at the end of the run before its first step.
     """
 
     def __init__(self) -> None:
@@ -58,10 +60,11 @@ class Position:
         self.validation_due = validation_due
         self._seen[STEP] = set()
 
-    def end_validation(self, step: int) -> None:
-        """Note that a validation has ended, before callbacks see it."""
-        self.validated = step
-        self._seen[VALIDATION] = set(self._idle)
+    def end_validation(self, trainer: Trainer) -> None:
+        """Note that a validation of the fit has ended, before callbacks see it."""
+        if _trains(trainer):
+            self.validated = trainer.global_step
+            self._seen[VALIDATION] = set(self._idle)
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add the position to Lightning's dictionary, and set its loops to the last optimizer step."""
@@ -120,14 +123,16 @@ class Position:
         """
         for one in _deciding(trainer):
             for hook in (STEP, VALIDATION):
-                vars(one)[hook] = partial(self._show, one, hook)
+                call = getattr(one, hook)
+                if isinstance(call, partial) and getattr(call.func, "__func__", None) is Position._show:
+                    call = call.args[2]  # of an earlier fit
+                vars(one)[hook] = partial(self._show, one, hook, call)
         end = self._end(trainer, tokens, train_tokens)
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps = self._max_steps
             self._max_steps = None  # it may be raised before the next fit
         metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._monitored.items()}
         trainer._logger_connector._callback_metrics.update(metrics)
-        self.at_end = end is not None
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             trainer.should_stop = True
@@ -137,6 +142,7 @@ class Position:
             one.on_train_batch_end(trainer, module, None, None, 0)
         if (end is not None or self._validates_first) and trainer.enable_validation:
             self._validate(trainer)
+        self.at_end = trainer.should_stop
         self._validates_first, self._missed, self._monitored = False, {STEP: [], VALIDATION: []}, {}
 
     def _validate(self, trainer: Trainer) -> None:
@@ -152,11 +158,12 @@ class Position:
             self._idle = set()
         trainer.training = True
 
-    def _show(self, callback: Callback, hook: str, *args: Any, **kwargs: Any) -> None:
+    def _show(self, callback: Callback, hook: str, call: Callable[..., None], trainer: Trainer, *args: Any) -> None:
         """Call a callback's hook, and note that it has seen the step or validation, which its state in a checkpoint then has."""
-        self._seen[hook].add(callback.state_key)
+        if _trains(trainer):
+            self._seen[hook].add(callback.state_key)
         if hook == STEP or callback.state_key not in self._idle:
-            getattr(type(callback), hook)(callback, *args, **kwargs)
+            call(trainer, *args)
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
         """Return which end the run stands at, and the remedy; None: it goes on."""
@@ -182,6 +189,11 @@ class Position:
                 "raise its patience if that ran out, or remove it from trainer.callbacks"
             )
         return None
+
+
+def _trains(trainer: Trainer) -> bool:
+    """Return whether this is a fit, in which a validation counts."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def _deciding(trainer: Trainer) -> list[Any]:

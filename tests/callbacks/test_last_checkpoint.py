@@ -260,6 +260,38 @@ def test_keepers_that_a_kill_left_out_save_the_step(
     assert kept(tmp_path / "killed", kill=None, resume=tmp_path / f"killed/2/step={killed_at}.ckpt") == undisturbed
 
 
+def test_early_stopping_may_decide_in_the_validation_that_was_left(tmp_path: Path) -> None:
+    def run(*callbacks: Callback, resume: Path | None = None) -> int:
+        stopper = EarlyStopping("val/loss", min_delta=100, patience=1)
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+        return fit(tmp_path, stopper, every, SaveAtEnd(), *callbacks, steps=40, resume=resume).global_step
+
+    crash = LambdaCallback(on_validation_start=lambda trainer, _: 1 / (8 - trainer.global_step))
+    with pytest.raises(ZeroDivisionError):
+        run(crash)
+    assert run(resume=tmp_path / "step=8.ckpt") == 8
+
+
+def test_a_validation_outside_of_the_fit_is_none_of_it(tmp_path: Path) -> None:
+    """Nor does the note of what a keeper has seen take the place of a hook that it was given."""
+    saved: list[int] = []
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    save = every.on_train_batch_end
+
+    def on_train_batch_end(trainer: Trainer, *rest: object) -> None:
+        saved.append(trainer.global_step)
+        save(trainer, *rest)  # type: ignore[arg-type]
+
+    every.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign,assignment]
+    trainer = fit(tmp_path, every, steps=8)
+    assert set(saved) == set(range(9)) and every.best_model_path
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    alone = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    for one in (trainer, alone):
+        one.validate(trainer.lightning_module, SyntheticData(), verbose=False)
+    assert trainer.lightning_module.position.validated == 8
+
+
 def test_nothing_is_saved_where_checkpoints_are_turned_off(tmp_path: Path) -> None:
     fit(tmp_path, SaveAtEnd(), steps=2)
     assert steps(tmp_path) == {}

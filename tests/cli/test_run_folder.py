@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
+from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.cli.parser import _with_home
 from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
@@ -26,6 +28,14 @@ from nlgmoe.experiment import parse_config
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
+
+
+class Kill(Callback):
+    """Ends a run before its fourth step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3:
+            raise ValueError("killed")
 
 
 @pytest.fixture
@@ -226,6 +236,27 @@ def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
         taken = [f"--ckpt_path={there / 'last.ckpt'}", f"--trainer.callbacks.dirpath={there}"]
         main([*command, keeper[0], *taken, f"--trainer.default_root_dir={moved}", "--model.train_tokens=768"])
     assert "is not of it" in capsys.readouterr().err
+
+
+def test_what_a_fork_saves_when_it_begins_is_its_own(command: list[str], tmp_path: Path) -> None:
+    """A validation that the other run still had to do; the fork is killed before its next save, and goes on."""
+    options = {"auto_insert_metric_name": "false", "enable_version_counter": "false"}
+    keepers = []
+    for one in (
+        {"filename": "step-{step}", "every_n_train_steps": 2, "save_last": "true"},
+        {"filename": "best-{step}", "monitor": "val/loss"},
+    ):
+        keepers += ["--trainer.callbacks+=ModelCheckpoint"]
+        keepers += [f"--trainer.callbacks.{name}={value}" for name, value in (one | options).items()]
+    train = [*command, *keepers, "--trainer.val_check_interval=2", "--model.train_tokens=256"]
+    kill = ["--trainer.callbacks+=tests.cli.test_run_folder.Kill"]
+    fork = [f"--trainer.default_root_dir={tmp_path / 'fork'}"]
+    for more in ([], [*fork, f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"]):
+        with pytest.raises(SystemExit):
+            main([*train, *kill, *more])
+    runs = [read_document(tmp_path / name / "checkpoints/best-2.ckpt") for name in ("run", "fork")]
+    assert runs[0]["run"] != runs[1]["run"] and runs[1]["start"] is None
+    main([*train, *fork, "--ckpt_path=last"])
 
 
 def test_a_damaged_record_of_starts_is_told_before_anything_is_lost(
