@@ -80,9 +80,7 @@ class Explainer:
                 example = next(one for one in inside if not self.inside(one))
                 raise UsageError(f"{entry}: {entry.name} is a section with settings such as {example}; give those")
         elif entry.name in self.repeated:  # an option with a text, which may be `null`; in a file a list of them
-            texts = entry.value if isinstance(entry.value, list) else [entry.value]
-            is_list = texts is entry.value and all(isinstance(one, str) for one in texts)
-            if entry.file and entry.value is not None and not is_list:
+            if entry.file and not isinstance(entry.value, list | None):
                 raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
         elif entry.value is None and not {Any, None, type(None)} & set(parts_of(self.known.get(entry.name))):
             raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")

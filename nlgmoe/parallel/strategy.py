@@ -231,9 +231,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients | None:
         """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
         assert self._gradients is not None
-        _require_all_trained(self._gpt)  # a callback may freeze one in the middle
-        self._warn_of_changed_weights()
-        return self._gradients.of_step()
+        gradients = self._gradients.of_step()
+        if gradients is not None:
+            _require_all_trained(self._gpt)  # a callback may freeze one in the middle
+            self._warn_of_changed_weights()
+        return gradients
 
     def _warn_of_changed_weights(self) -> None:
         """Warn once if anything but the engine has changed weights of which the optimizer has a copy.
@@ -252,7 +254,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             self._versions = None
 
     def _note_weights(self) -> None:
-        """Take the weights for those of the engine."""
+        """Note the versions of the weights, which the engine has just written or loaded."""
         assert isinstance(self.precision_plugin, DeepSpeedPrecision)
         copied = self.stage > 0 or self.precision_plugin._desired_dtype != torch.float32
         self._versions = [parameter._version for parameter in self._gpt.parameters()] if copied else None

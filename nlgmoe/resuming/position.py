@@ -23,10 +23,8 @@ from nlgmoe.resuming.keepers import (
 )
 from nlgmoe.resuming.loops import set_loop_counters, was_validated
 
-STEP, VALIDATION = (
-    "on_train_batch_end",
-    "on_validation_end",
-)  # hooks in which callbacks decide by a score or a number of steps
+# Hooks in which callbacks decide by a score or a number of steps
+STEP, VALIDATION = "on_train_batch_end", "on_validation_end"
 
 
 class Position:
