@@ -44,7 +44,8 @@ def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
     if name == "04_laboratory":
         return values | {"RUNS": str(runs / "laboratory"), "WINDOWS": 4, "SETTINGS": SIX_LAYERS}
     students = {"RUNS": str(runs / "students"), "TEACHER_TOKENS": 512, "WINDOWS": 4}
-    return values | students | {"TEACHER_SETTINGS": DEEPER, "SETTINGS": TINY}
+    settings = TINY | {"model__distiller__init_args__beta": 0.5}
+    return values | students | {"TEACHER_SETTINGS": DEEPER, "SETTINGS": settings}
 
 
 @pytest.fixture(scope="module")

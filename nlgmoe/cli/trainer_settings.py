@@ -186,6 +186,8 @@ def _check_fractions(trainer: Mapping[str, Any]) -> None:
         highest = 1 if isinstance(value, float) else float("inf")
         why = "must be a fraction from 0.0 to 1.0, or a whole number of batches"
         _require(0 <= value <= highest, name, value, why)
+        why = "leaves nothing to do for the command of that name; leave it out"
+        _require(value != 0 or name == "limit_val_batches", name, value, why)
 
 
 def _check_validation(trainer: Mapping[str, Any]) -> None:

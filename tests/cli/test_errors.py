@@ -481,6 +481,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "no steps": (flag("--trainer.max_steps=0"), "trainer.max_steps=0 trains nothing; raise it, or leave it out"),
     "no time": (flag("--trainer.max_time=00:00:00:00"), "trainer.max_time=00:00:00:00 trains nothing"),
     "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
+    "no batches": (
+        flag("--trainer.limit_predict_batches=0"),
+        "limit_predict_batches=0 leaves nothing to do for the command",
+    ),
     **{
         f"without an end of data: {setting}": (flag(f"--trainer.{setting}"), f"trainer.{setting} {why}")
         for setting, why in {

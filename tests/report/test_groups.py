@@ -64,6 +64,11 @@ def test_groups_that_differ_in_much_are_named_by_their_folders(runs: list[Path])
         group_runs(read_runs(runs), "model.config.moe.num_experts")
 
 
+def test_groups_are_named_by_the_whole_name_of_settings_whose_ends_are_equal(runs: list[Path]) -> None:
+    names = [group.name for group in group_runs(read_runs(runs[3:5]), "num_experts")]
+    assert names == ["data.seed=0, model.seed=0", "data.seed=1, model.seed=1"]
+
+
 def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     text = re.sub(r"<[^>]+>", "|", page(read_runs(runs), "seed"))
     assert "|-0.0600|" in text and "|0.0231|" in text and "|-0.1594 to +0.0394|" in text

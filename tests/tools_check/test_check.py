@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -171,7 +172,8 @@ def test_the_command_prints_json_and_ends_with_a_code(
     assert [one["layer"] for one in found["layers"]] == [
         f"nlgmoe.SigmoidTopK, top_k {end}" for end in ("1", "2", "2, dropless")
     ]
-    nlgmoe(["check", "configs/moe/laptop.yaml"])
+    (tmp_path / "laptop.json").write_text(json.dumps(yaml.safe_load(Path("configs/moe/laptop.yaml").read_text())))
+    nlgmoe(["check", str(tmp_path / "laptop.json")])
     nlgmoe(["check", "swiglu_expert.SwiGLUExpert"])
     assert "pass            evaluation does not see neighbours" in capsys.readouterr().out
 

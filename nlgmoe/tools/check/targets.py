@@ -35,7 +35,7 @@ def find_layers(words: Sequence[str]) -> list[Layer]:
 
 
 def _find(words: list[str]) -> list[Layer]:
-    if all(word.endswith((".yaml", ".yml")) for word in words):
+    if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
         from nlgmoe.experiment import parse_config  # its imports take seconds
 
         config = GPTConfig.from_dict(parse_config(words)["model"]["config"])

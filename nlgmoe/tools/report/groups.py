@@ -76,7 +76,9 @@ def _names(settings: list[dict[str, str]], runs: list[str]) -> list[str]:
     ]
     if not 0 < len(different) <= MAX_NAMED:
         return runs
-    return [", ".join(f"{n.rpartition('.')[2]}={one[n]}" for n in different if n in one) for one in settings]
+    short = [name.rpartition(".")[2] for name in different]
+    labels = {name: end if short.count(end) == 1 else name for name, end in zip(different, short, strict=True)}
+    return [", ".join(f"{labels[n]}={one[n]}" for n in different if n in one) for one in settings]
 
 
 def _common(names: list[str]) -> str:
