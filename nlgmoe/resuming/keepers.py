@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,15 @@ def forget_deferred_saves(trainer: Trainer) -> None:
 
 
 def monitored(trainer: Trainer) -> dict[str, float]:
-    """Return the training metrics that callbacks monitor, which they read too if a resumed run begins with a validation."""
-    keepers: list[Any] = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
-    monitors = {getattr(one, "monitor", None) for one in keepers}
+    """Return the training metrics that callbacks monitor or write into file names; a resumed run may begin with them."""
+    names: set[str | None] = {one.monitor for one in trainer.early_stopping_callbacks if one is not None}
+    for one in trainer.checkpoint_callbacks:
+        if isinstance(one, ModelCheckpoint):
+            names |= {one.monitor, *re.findall(r"{([^}:]+)", one.filename or "")}
     return {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name in monitors and not name.startswith("val/")
+        if name in names and not name.startswith("val/")
     }
 
 
