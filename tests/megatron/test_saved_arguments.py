@@ -27,7 +27,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def printed(changes: dict[str, Any], prefix: str = "") -> str:
+def printed(changes: dict[str, Any], written: str = "{}") -> str:
     """As `_print_args` of megatron/arguments.py prints them."""
     lines = [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in (ARGUMENTS | changes).items()]
     block = [
@@ -35,7 +35,7 @@ def printed(changes: dict[str, Any], prefix: str = "") -> str:
         *sorted(lines, key=str.lower),
         "-------------------- end of arguments ---------------------",
     ]
-    return "".join(f"{prefix}{line}\n" for line in ["using world size: 4", *block, "building GPT model ..."])
+    return "".join(written.format(line) + "\n" for line in ["using world size: 4", *block, "building GPT model ..."])
 
 
 def settings(source: Path) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def expected() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("prefix", ["", "worker-0: "])
-def test_the_last_argument_block_of_a_log(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["{}", "worker-0: {}", "\x1b[32m{}\x1b[0m"])
+def test_the_last_argument_block_of_a_log(line: str, tmp_path: Path) -> None:
     log = tmp_path / "train.log"
-    log.write_text(printed({"num_layers": 6}, prefix) + printed({}, prefix))
+    log.write_text(printed({"num_layers": 6}, line) + printed({}, line))
     assert settings(log) == expected()
     assert "# 2 other arguments of train.log are in no table" in translated(read_launch([str(log)], ()))
 

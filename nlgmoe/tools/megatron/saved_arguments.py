@@ -17,6 +17,7 @@ from nlgmoe.tools.megatron.launch import Launch
 
 _BLOCK = re.compile(r"-{5,} arguments -{5,}\n(.*?)-{5,} end of arguments -{5,}", re.DOTALL)  # `_print_args`
 _LINE = re.compile(r"\b(\w+) \.+ (.*?)\s*$", re.MULTILINE)  # a launcher may put the rank in front
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")  # of a launcher's prefix
 # Megatron's defaults that the table of flags does not need.
 _DEFAULTS = {
     "initial_loss_scale": "4294967296",
@@ -30,7 +31,7 @@ _DEFAULTS = {
 
 def read_log(path: Path) -> Launch:
     """Read the last argument block of a log."""
-    blocks = _BLOCK.findall(path.read_text(encoding="utf-8", errors="replace"))
+    blocks = _BLOCK.findall(_COLOUR.sub("", path.read_text(encoding="utf-8", errors="replace")))
     if not blocks:
         raise UsageError(
             f"{path} has no argument block of Megatron's. If it is a launch script: --run-script runs it under bash and "
