@@ -44,7 +44,7 @@ class CommandParser(OneLineParser):
             if types[name] == list[str] and _is_positional(parameter):
                 self.add_argument(name, nargs="+", type=str, help=texts.get(name))
             elif types[name] == tuple[str, ...]:
-                self.add_argument(name, nargs="*", type=str, default=[], help=texts.get(name))
+                self.add_argument(name, nargs="*", type=str, default=argparse.SUPPRESS, help=texts.get(name))
             elif types[name] == list[str] | None:
                 self.add_argument(f"--{name}", action="append", type=text, help=texts.get(name))
             elif types[name] is bool and parameter.default is False:
@@ -86,6 +86,12 @@ class CommandParser(OneLineParser):
             *rest,
             **kwargs,
         )
+
+    @override
+    def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take a text that a file gives for several words as one word."""
+        one_word = isinstance(value, str) and action.nargs in ("+", "*")
+        return super()._check_value_key(action, [value] if one_word else value, *args, **kwargs)
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:
