@@ -61,6 +61,8 @@ def generate_text(
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.eval.sampling import Sampling
 
+    if prompt == []:
+        raise UsageError("prompt=[]: give a text with --prompt, a file with --prompts, or pipe one in without either")
     if prompt is not None and prompts is not None:
         raise UsageError(f"prompts={prompts} cannot be had beside prompt; leave one of them out")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):

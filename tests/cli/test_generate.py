@@ -70,6 +70,10 @@ def test_prompts_of_a_configuration_are_those_of_its_list(
         with pytest.raises(SystemExit):
             run(capsys, "--config", file)
         assert "generate.yaml, line 2): expected a list, each item text" in capsys.readouterr().err
+    file.write_text(f"checkpoint: {checkpoint}\nprompt: []\n")
+    with pytest.raises(SystemExit):
+        run(capsys, "--config", file)
+    assert "error: --prompt=[]: give a text with --prompt" in capsys.readouterr().err
 
 
 def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
