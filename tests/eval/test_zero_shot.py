@@ -86,6 +86,17 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
             Tasks(names, include_path=one.parent)
 
 
+def test_documents_for_a_task_that_names_its_own_are_refused(tmp_path: Path) -> None:
+    task = write_tasks(tmp_path) / "tiny_word.yaml"
+    documents = tmp_path / "tiny_word.jsonl"
+    documents.write_text("{}\n")
+    message = rf"^data_dir=.*: tiny_word.jsonl cannot be the documents of {task}, .* as tiny_word, with include_path="
+    with pytest.raises(ValueError, match=message):
+        Tasks([str(task)], data_dir=tmp_path)
+    documents.unlink()
+    Tasks([str(task)], data_dir=tmp_path)
+
+
 def test_a_task_that_keeps_0_examples_is_named(tmp_path: Path) -> None:
     """So do lm-eval's of chat models."""
     folder = write_tasks(tmp_path)

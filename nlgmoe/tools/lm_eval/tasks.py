@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -67,6 +68,13 @@ class Tasks:
                 f"tasks: two have the name {again[0]}, and one result would be left; rename it in its file"
             )
         self._data_dir = None if data_dir is None else Path(data_dir)
+        for name, task in zip(self.names, called, strict=True):
+            given = [] if data_dir is None or name == task else Path(data_dir).glob(f"{glob.escape(task)}.*")
+            if ignored := [file.name for file in given if file.suffix in FORMATS]:
+                raise ValueError(
+                    f"data_dir={data_dir}: {ignored[0]} cannot be the documents of {name}, which names its own; give "
+                    f"the task as {task}, with include_path={Path(name).parent}"
+                )
         self._manager = _manager(self.names, include_path)
         self._files = {} if data_dir is None else _read_from_files(self._manager.task_index, Path(data_dir))
         self._loaded: dict[str, dict[str, Any]] = {}
