@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from nlgmoe.files import require_regular
 from nlgmoe.validation import SettingError
@@ -28,11 +28,13 @@ _PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
 }
-PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
+PROBES = ("  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234", "no space before")
 
 
 class Tokenizer:
     """A lossless tokenizer with an end-of-document token.
+
+    The normaliser NFC, as of GPT-NeoX's tokenizer, is left out: text in this form has the same ids, other text keeps its bytes.
 
     Args:
         backend: the `tokenizers` object that does the work; must be byte-level.
@@ -53,6 +55,8 @@ class Tokenizer:
             backend.post_processor = None
         if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
             backend.model.dropout = None
+        if isinstance(backend.normalizer, normalizers.NFC):  # changes no text but that which it would not reproduce
+            backend.normalizer = None
         self._backend = backend
         self.name = name
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -64,16 +68,19 @@ class Tokenizer:
             )
         self.eod_id: int = vocabulary[found[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
-        for text in (PROBE, *(f"a {added.content} b" for added in backend.get_added_tokens_decoder().values())):
+        problem = _changes_text(backend)
+        for text in (*PROBES, *(f"a {added.content} b" for added in backend.get_added_tokens_decoder().values())):
             ids = self.encode(text)
             # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
             faithful = self.decode(ids) == text and int(self.token_bytes[ids].sum()) == len(text.encode())
             if not faithful or self.eod_id in ids:
-                raise SettingError(
-                    f"Tokenizer {name!r} does not reproduce every text: {text!r} came back as {self.decode(ids)!r}. "
-                    "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
-                    "whose end-of-document token is special."
-                )
+                problem = problem or f"{text!r} came back as {self.decode(ids)!r}"
+        if problem is not None:
+            raise SettingError(
+                f"Tokenizer {name!r} does not reproduce every text: {problem}. "
+                "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
+                "whose end-of-document token is special."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end-of-document token."""
@@ -153,6 +160,17 @@ class Tokenizer:
         for setting in ("version", "truncation", "padding", "post_processor"):
             description.pop(setting, None)  # without effect on the ids used here
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _changes_text(backend: tokenizers.Tokenizer) -> str | None:
+    """Return which part of a tokenizer changes texts, for a message; None: none is known to."""
+    normalizer, splitter = (
+        "" if part is None else part.__getstate__().decode() for part in (backend.normalizer, backend.pre_tokenizer)
+    )
+    if normalizer and json.loads(normalizer) != {"type": "Sequence", "normalizers": []}:
+        return f"its normaliser is {normalizer}"
+    removes = '"Removed"' in splitter or '"CharDelimiterSplit"' in splitter
+    return f"its pre-tokeniser removes text, {splitter}" if removes else None
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:

@@ -86,6 +86,36 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
             Tasks(names, include_path=one.parent)
 
 
+def test_chance_is_that_of_the_choices(lm: EvaluatedGPT, tmp_path: Path) -> None:
+    """Whatever lm-eval computes beside them; a score of a task's own has none."""
+    file = write_tasks(tmp_path) / "tiny_choice.yaml"
+    text = file.read_text()
+    (tmp_path / "own.py").write_text("def score(document, results):\n    return {'acc': 0.5}\n")
+
+    def of(text: str) -> dict[str, float]:
+        file.write_text(text)
+        return evaluate_task(lm, Tasks(["tiny_choice"], include_path=tmp_path), "tiny_choice")["chance"]["tiny_choice"]
+
+    assert of(text) == pytest.approx({"guess": 1 / 3, "constant": 5 / 9})
+    assert of(text.replace("[{metric: acc,", "[{metric: acc_mutual_info}, {metric: acc,"))["guess"] == pytest.approx(
+        1 / 3
+    )
+    assert of(text.replace("target: answer", "target: 0")) == pytest.approx({"guess": 1 / 3})
+    assert of(text.replace("target: answer", "target: [0, 1]")) == pytest.approx({"guess": 2 / 3})
+    assert of(text + "process_results: !function own.score\n") == {}
+
+
+def test_what_lm_eval_cannot_evaluate_is_named(lm: EvaluatedGPT, tmp_path: Path) -> None:
+    """Such as a score that needs equally many choices."""
+    file = write_tasks(tmp_path) / "tiny_choice.yaml"
+    for old, new in {"{{choices}}": "{{choices[:answer+2]}}", "metric: acc": "metric: brier_score"}.items():
+        file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(
+        ValueError, match=r"^task tiny_choice: lm-eval cannot evaluate it \(.*; correct its YAML or its documents$"
+    ):
+        evaluate_task(lm, Tasks(["tiny_choice"], include_path=tmp_path), "tiny_choice")
+
+
 def test_documents_for_a_task_that_names_its_own_are_refused(tmp_path: Path) -> None:
     task = write_tasks(tmp_path) / "tiny_word.yaml"
     documents = tmp_path / "tiny_word.jsonl"

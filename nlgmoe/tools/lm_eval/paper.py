@@ -5,7 +5,7 @@ Source: tables 2 and 5 of DeepSpeed-MoE (arXiv 2201.05596), percent.
 
 from __future__ import annotations
 
-from nlgmoe.tools.lm_eval.zero_shot import FRACTIONS, Results, metrics
+from nlgmoe.tools.lm_eval.zero_shot import ACCURACIES, Results, metrics
 
 TASKS = ("lambada_openai", "piqa", "boolq", "race", "triviaqa", "webqs")  # the paper's columns, under lm-eval's names
 METRIC = {"triviaqa": "exact_match", "webqs": "exact_match"}  # other tasks: acc
@@ -30,9 +30,9 @@ def results_table(results: Results) -> str:
         + "".join(f" {name:>{width}}" for name, width in _COLUMNS),
     ]
     for task, metric, value, error in metrics(results):
-        is_fraction = metric.partition("/")[0] in FRACTIONS
-        unit = 100 if is_fraction else 1
-        guess = results["chance"].get(task, {}).get("guess") if is_fraction else None
+        name = metric.partition("/")[0]
+        unit = 100 if name in ACCURACIES or name == "f1" else 1
+        guess = results["chance"].get(task, {}).get("guess") if name in ACCURACIES else None
         if metric == "exact_match":
             guess = 0.0  # lists of answers too: an answer has to be generated word for word
         stderr = "-" if error is None else f"{unit * error:.3g}"

@@ -13,11 +13,12 @@ from unittest import mock
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from nlgmoe.cli.errors import raised_in
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, quiet_contexts, run_tasks
-from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, LockstepError
+from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, LockstepError, describe
 from nlgmoe.tools.lm_eval.tasks import Tasks
 
-FRACTIONS = ("acc", "acc_norm", "exact_match", "em", "f1")  # metrics between 0 and 1
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em")
 Results = dict[str, Any]
 
 
@@ -59,29 +60,45 @@ def evaluate_task(
 
 def _evaluate(model: EvaluatedGPT, tasks: Tasks, name: str, limit: float | None, bootstrap_iters: int) -> Results:
     loaded = tasks.load(name)
-    # DISABLE_MULTIPROC: the bootstrap must not fork this process, which has threads and perhaps a GPU.
-    with quiet_contexts(), mock.patch.dict("os.environ", {"DISABLE_MULTIPROC": "1"}):
-        results: Results = run_tasks(
-            lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False
-        )
-    results["chance"] = {task: chance(loaded["tasks"][task]) for task in loaded["tasks"]}
+    try:
+        # DISABLE_MULTIPROC: the bootstrap must not fork this process, which has threads and perhaps a GPU.
+        with quiet_contexts(), mock.patch.dict("os.environ", {"DISABLE_MULTIPROC": "1"}):
+            results: Results = run_tasks(
+                lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=False
+            )
+        results["chance"] = {task: chance(loaded["tasks"][task]) for task in loaded["tasks"]}
+    except Exception as error:
+        if isinstance(error, RuntimeError | OSError) or raised_in(error).split(".")[0] in ("nlgmoe", "torch"):
+            raise
+        raise ValueError(
+            f"task {name}: lm-eval cannot evaluate it ({describe(error)}); correct its YAML or its documents"
+        ) from error
     return results
 
 
 def chance(task: Any) -> dict[str, float]:
-    """Return the chance levels of an evaluated task.
+    """Return the chance levels of an evaluated task; empty if it computes its scores in a way of its own.
 
-    For multiple choice, `guess` is the mean of 1 / choices, `constant` the accuracy of always giving the most frequent answer.
-    For generated text, `guess` is 0.
+    For multiple choice, `guess` is the mean of right choices / choices, `constant` the accuracy of always giving the most
+    frequent answer, where there are several. For generated text, `guess` is 0.
     """
     if task.OUTPUT_TYPE != "multiple_choice":
         return {"guess": 0.0}
-    choices = Counter(instance.doc_id for instance in task.instances)
+    if callable(task.config.process_results):  # such as truthfulqa_mc2's share of probability
+        return {}
+    requests = Counter(instance.doc_id for instance in task.instances)
+    of_a_choice = 1 + (
+        "acc_mutual_info" in task._metric_fn_list
+    )  # its score needs each choice without the question too
     documents = {instance.doc_id: instance.doc for instance in task.instances}
     targets = [task.doc_to_target(document) for document in documents.values()]
-    levels = {"guess": sum(1 / count for count in choices.values()) / len(choices)}
-    if all(isinstance(target, int) for target in targets):
-        levels["constant"] = max(Counter(targets).values()) / len(targets)
+    right = [len(set(target)) if isinstance(target, list) else 1 for target in targets]
+    levels = {
+        "guess": float(np.mean([n * of_a_choice / requests[doc] for n, doc in zip(right, documents, strict=True)]))
+    }
+    answers = Counter(target for target in targets if isinstance(target, int))
+    if answers.total() == len(targets) and len(answers) > 1:
+        levels["constant"] = max(answers.values()) / len(targets)
     return levels
 
 
