@@ -119,7 +119,7 @@ def require_paper_parts(moe: Any, what: str, parts: Iterable[str] = tuple(PARTS)
     for name in parts if moe is not None else ():
         part = getattr(moe, name)
         if part is not None:
-            raise ValueError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
+            raise SettingError(f"{what} the paper's {name} alone, not {type(part).__name__} (model.config.moe.{name})")
 
 
 class ForeignCodeError(SettingError):

@@ -167,6 +167,8 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
             why = (
                 f"has filename={one.filename}, whose metric's name makes folders; set auto_insert_metric_name to false"
             )
+        elif isinstance(one, ModelCheckpoint) and (problem := _problem_of_name(one)):
+            why = f"has filename={one.filename}, which cannot be filled in ({problem}); write it as {{step}}-{{val/loss:.2f}}"
         elif isinstance(one, ModelCheckpoint) and one._train_time_interval == timedelta(0):
             why = "has a train_time_interval of 0, which saves after every step; raise it, or set every_n_train_steps"
         elif isinstance(one, Timer) and one._interval == "epoch":
@@ -176,6 +178,16 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
         if why is not None:
             raise ValueError(f"trainer.callbacks: {type(one).__name__} {why}")
         states.add(one.state_key)
+
+
+def _problem_of_name(keeper: ModelCheckpoint) -> str | None:
+    """Return why a `filename` cannot be filled in when a checkpoint is saved; None if it can."""
+    whole, names = ("epoch", "step"), re.findall(r"{([^:}]*)", keeper.filename or "")
+    try:
+        keeper.format_checkpoint_name({name: torch.tensor(0 if name in whole else 0.5) for name in (*whole, *names)})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _check_fractions(trainer: Mapping[str, Any]) -> None:

@@ -90,6 +90,8 @@ def _tokenise_input(
         raise UsageError(f"workers={workers} must be at least 1")
     check_processes("workers", workers or 1)
     prefix = Path(output)
+    if prefix.name in ("", ".."):
+        raise UsageError(f"output={output} is a folder; give the beginning of the files' names, such as data/own/text")
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
     from nlgmoe.data.corpus import build_lock

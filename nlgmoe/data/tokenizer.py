@@ -28,7 +28,7 @@ _PRINT = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
 }
-PROBES = ("  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234", "no space before")
+PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
 
 
 class Tokenizer:
@@ -69,7 +69,11 @@ class Tokenizer:
         self.eod_id: int = vocabulary[found[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
         problem = _changes_text(backend)
-        for text in (*PROBES, *(f"a {added.content} b" for added in backend.get_added_tokens_decoder().values())):
+        for text in (
+            PROBE,
+            "no space before",
+            *(f"a {added.content} b" for added in backend.get_added_tokens_decoder().values()),
+        ):
             ids = self.encode(text)
             # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
             faithful = self.decode(ids) == text and int(self.token_bytes[ids].sum()) == len(text.encode())

@@ -192,6 +192,11 @@ def test_what_transformers_asks_of_a_model(folders: dict[str, Path], tmp_path: P
         following, model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1:], rtol=1e-4, atol=1e-5
     )
 
+    asked = NlgmoeForCausalLM.from_pretrained(folders["pr_moe"], output_hidden_states=True)
+    asked.config.output_router_logits = True
+    assert len(asked(tokens).hidden_states) == 5 and len(asked(tokens).router_logits) == 2
+    assert not asked(tokens, output_hidden_states=False).hidden_states
+    assert isinstance(NlgmoeForCausalLM.from_pretrained(folders["pr_moe"], return_dict=False)(tokens), tuple)
     with pytest.raises(ValueError, match="output_attentions=True"):
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match=r"attention_mask is \[2, 5\]"):

@@ -548,6 +548,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
                 "filename: '{val/loss:.2f}'",
                 "has filename={val/loss:.2f}, whose metric's name makes folders",
             ),
+            *(
+                (
+                    "ModelCheckpoint",
+                    f"filename: '{name}', auto_insert_metric_name: false",
+                    f"has filename={name}, which cannot be filled in (",
+                )
+                for name in ("{step}-{val/loss:.3d}", "{step", "best}", "x{}", "{0}", "{step:foo}")
+            ),
         )
     },
     "callback: ModelCheckpoint without validation": (
@@ -1057,6 +1065,11 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
     "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),
     "empty folder": (["export", "x", "", "--overwrite"], 2, "an argument is empty"),
     "empty teacher": (["student", "x", "--num-layers=3", "--teacher="], 2, "--teacher is empty"),
+    "output in a folder": (
+        ["prepare-data", "--input=LICENSE", "--output=."],
+        2,
+        "--output=. is a folder; give the beginning",
+    ),
     "no output": (["prepare-data", "--input=x"], 2, "missing setting output; --input and --output go together"),
     "no such input": (
         ["prepare-data", "--input=x/*.jsonl", "--output=y"],

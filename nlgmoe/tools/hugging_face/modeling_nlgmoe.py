@@ -78,6 +78,10 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
             self.model.config = replace(self.model.config, vocab_size=table.num_embeddings, vocab_size_multiple=1)
         return table
 
+    def _or_of_config(self, given: bool | None, name: str) -> bool | None:
+        """Return a setting of a call; where it is not given, that of the configuration, as `from_pretrained` sets it."""
+        return getattr(self.config, name, None) if given is None else given
+
     def forward(
         self,
         input_ids: Tensor,
@@ -110,7 +114,10 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the sequence is longer than `seq_len`, or an option is not supported.
         """
-        if output_attentions:
+        output_hidden_states = self._or_of_config(output_hidden_states, "output_hidden_states")
+        output_router_logits = self._or_of_config(output_router_logits, "output_router_logits")
+        return_dict = self._or_of_config(return_dict, "return_dict")
+        if self._or_of_config(output_attentions, "output_attentions"):
             raise ValueError(
                 "output_attentions=True is not supported: fused attention does not compute weights; leave it out"
             )

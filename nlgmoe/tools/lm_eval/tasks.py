@@ -50,12 +50,12 @@ class Tasks:
         num_fewshot: int | None = None,
     ) -> None:
         if not names:
-            raise ValueError("tasks= names no task; name at least one, such as lambada_openai")
+            raise SettingError("tasks= names no task; name at least one, such as lambada_openai")
         if num_fewshot is not None and num_fewshot < 0:
-            raise ValueError(f"num_fewshot={num_fewshot} must be at least 0")
+            raise SettingError(f"num_fewshot={num_fewshot} must be at least 0")
         for setting, folder in (("data_dir", data_dir), ("include_path", include_path)):
             if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"{setting}={folder} is not a folder")
+                raise SettingError(f"{setting}={folder} is not a folder")
         self.names, self.num_fewshot = list(dict.fromkeys(names)), num_fewshot
         called = [
             found[1]
@@ -64,14 +64,14 @@ class Tasks:
             for name in self.names
         ]
         if again := [name for name in called if called.count(name) > 1]:
-            raise ValueError(
+            raise SettingError(
                 f"tasks: two have the name {again[0]}, and one result would be left; rename it in its file"
             )
         self._data_dir = None if data_dir is None else Path(data_dir)
         for name, task in zip(self.names, called, strict=True):
             given = [] if data_dir is None or name == task else Path(data_dir).glob(f"{glob.escape(task)}.*")
             if ignored := [file.name for file in given if file.suffix in FORMATS]:
-                raise ValueError(
+                raise SettingError(
                     f"data_dir={data_dir}: {ignored[0]} cannot be the documents of {name}, which names its own; give "
                     f"the task as {task}, with include_path={Path(name).parent}"
                 )
@@ -81,7 +81,7 @@ class Tasks:
         for name in self.names:
             if name not in self._manager.task_index and not Path(name).is_file():
                 close = difflib.get_close_matches(name, {*self._manager.task_index, *_built_in()}, n=1)
-                raise ValueError(
+                raise SettingError(
                     f"tasks={name}: lm-eval has no such task{f'; did you mean {close[0]}?' if close else ''}"
                     f"{'' if include_path is not None else '; tasks of your own need include_path'}"
                 )
@@ -169,7 +169,7 @@ def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for file in (one for suffix in FORMATS for one in folder.glob(f"*{suffix}") if one.stem in index):
         if (other := files.setdefault(file.stem, file)) != file:
-            raise ValueError(f"data_dir={folder}: {other.name} and {file.name} are of one task; remove one of them")
+            raise SettingError(f"data_dir={folder}: {other.name} and {file.name} are of one task; remove one of them")
     for name, file in files.items():
         if index[name].kind.name == "TASK" and file.is_file():
             settings = load_yaml(index[name].yaml_path)
