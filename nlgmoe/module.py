@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -22,7 +21,7 @@ from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
-from nlgmoe.objective import LearningRouters, Window, mean_over_ranks, training_loss
+from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
@@ -89,7 +88,7 @@ class MoEGPTModule(GPTModule):
     @property
     def tokens_fed(self) -> int:
         """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
-        return self.tokens_seen + self._window.tokens * self.trainer.world_size
+        return self.tokens_seen + self._window.tokens
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -99,10 +98,9 @@ class MoEGPTModule(GPTModule):
             batch = truncate(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
         loss, losses, self.routings = self._loss(batch, len(self._window.batches))
-        of_all_ranks = mean_over_ranks(torch.stack([value.detach().float() for value in losses.values()]))
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
-        self._window.add(batch, list(losses), of_all_ranks)
+        self._window.add(batch, losses)
         self._learning_routers.count(self.routings)
         return loss
 
@@ -128,7 +126,7 @@ class MoEGPTModule(GPTModule):
         if gradients is None:
             return
         window, step = self._window, self.trainer.global_step
-        *losses, norm = torch.cat([window.mean_losses(), gradients.norm().to(window.losses)[None]]).tolist()
+        losses, norm = window.read(gradients.norm())
         for name, value in zip(window.names, losses, strict=True):
             self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/grad_norm", norm)
@@ -178,13 +176,12 @@ class MoEGPTModule(GPTModule):
         Lightning calls this once after every optimizer step, before a callback can save a checkpoint. A checkpoint that is
         saved within an accumulation window therefore holds the position of the window's start, like its weights.
         """
-        world = self.trainer.world_size
-        self.tokens_seen += self._window.tokens * world
+        self.tokens_seen += self._window.tokens
         data = getattr(self.trainer, "datamodule", None)
         planned = data.planned_batch_size() if isinstance(data, HasPlannedBatchSize) else None
         if isinstance(data, TracksSamples):
-            data.advance(self._window.samples * world)
-        self._warn_of_another_batch(self._window.samples * world, planned)
+            data.advance(self._window.samples)
+        self._warn_of_another_batch(self._window.samples, planned)
         if self._window.taken:
             self._learning_routers.after_step()
         self._window = Window()
@@ -218,6 +215,8 @@ class MoEGPTModule(GPTModule):
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
         """Warn if a resumed run's step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
+        if self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return  # an epoch's last step may have fewer
         if self.trainer.ckpt_path is not None and self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(
                 f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "

@@ -79,26 +79,44 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 class Window:
-    """The micro-batches of this rank since the last optimizer step, and their losses over all ranks, on the device."""
+    """The micro-batches of this rank since the last optimizer step, and their losses and sizes over all ranks, on the device.
+
+    Attributes:
+        samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
+        tokens: positions of all ranks, likewise.
+        taken: the optimizer's step has been, or is about to be, taken.
+    """
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.samples = self.tokens = 0
         self.names: list[str] = []  # that the losses are logged under
-        self.losses = torch.zeros(0)  # [names], sum over micro-batches
-        self.taken = False  # the optimizer's step has been, or is about to be, taken
+        self.taken = False
+        self._ranks = 1
+        self._sums = torch.zeros(
+            0
+        )  # [names + 2] means over ranks of losses, sequences and positions; over micro-batches, sums
 
-    def add(self, batch: Batch, names: list[str], losses: Tensor) -> None:
-        """Count one micro-batch."""
-        self.losses = self.losses + losses if self.batches else losses
-        self.names = names
+    def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        """Count one micro-batch; a collective."""
+        samples, tokens = batch["tokens"].shape[0], batch["tokens"].numel()
+        means = torch.stack([value.detach().float() for value in losses.values()])
+        if distributed.is_initialized():  # ranks may have batches of other sizes; float64 holds their numbers
+            self._ranks = distributed.get_world_size()
+            means = torch.cat([means.double(), means.new_full((1,), samples), means.new_full((1,), tokens)])
+            mean_over_ranks(means)
+        self._sums = self._sums + means if self.batches else means
+        self.names = list(losses)
         self.batches.append(batch)
-        self.samples += batch["tokens"].shape[0]
-        self.tokens += batch["tokens"].numel()
+        self.samples += samples * self._ranks
+        self.tokens += tokens * self._ranks
 
-    def mean_losses(self) -> Tensor:
-        """Return the mean over micro-batches, `[names]`."""
-        return self.losses / len(self.batches)
+    def read(self, norm: Tensor) -> tuple[list[float], float]:
+        """Read the mean losses over micro-batches and a norm from the device in one copy, and the sizes of all ranks."""
+        *sums, norm_read = torch.cat([self._sums, norm.to(self._sums)[None]]).tolist()
+        if self._ranks > 1:
+            self.samples, self.tokens = (round(mean * self._ranks) for mean in sums[len(self.names) :])
+        return [value / len(self.batches) for value in sums[: len(self.names)]], norm_read
 
 
 class LearningRouters:

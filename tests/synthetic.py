@@ -6,6 +6,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from nlgmoe.batch import truncate
 from nlgmoe.data.datamodule import collate
 from nlgmoe.seeding import derive_seed
 
@@ -100,6 +101,20 @@ class _Endless:
         while True:
             yield list(range(start, start + self.batch_size))
             start += self.batch_size * self.world
+
+
+class ToLongest(SyntheticData):
+    """The same, each batch of training cut to its longest text: its size is another on each rank."""
+
+    def train_dataloader(self) -> DataLoader:
+        loader = super().train_dataloader()
+        loader.collate_fn = _to_longest
+        return loader
+
+
+def _to_longest(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    batch = collate(samples)
+    return truncate(batch, int(batch["token_mask"].sum(1).max()))  # type: ignore[arg-type,return-value]
 
 
 class NumberedData(SyntheticData):

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
-def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated: bool) -> None:
+from nlgmoe.validation import SettingError
+
+_AFTER_STEP = (
+    "was saved {} micro-batches after its last optimizer step, and the dataloader's own state is behind them; save at steps, "
+    "with trainer.val_check_interval a multiple of accumulate_grad_batches"
+)
+
+
+def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated: bool, saved: bool = False) -> int:
     """Set Lightning's loops to the last optimizer step, before or after the validation of that step.
 
     The training loop gets its state in `on_train_batch_end` of the step's last micro-batch, where Lightning's own checkpoints are
@@ -16,13 +27,17 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
         checkpoint: Lightning's dictionary, before saving or after loading.
         micro_batches: accumulated micro-batches of a step in this run.
         validated: true if a validation was completed at this step.
+        saved: true after loading.
+
+    Returns:
+        Micro-batches after the step. After loading: 0, or any other number where `micro_batches` was another one.
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     # Of this epoch, and of all, which data or a trainer in code may have. An epoch's last step may have fewer micro-batches.
     progress = loop["epoch_loop.batch_progress"]
     ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
-    progress["is_last_batch"] = progress["is_last_batch"] and taken >= ready
+    progress["is_last_batch"] = progress["is_last_batch"] and (saved or taken >= ready)
     current = ready if progress["is_last_batch"] else taken
     within = 0 <= ready - current < micro_batches  # else a step had more or fewer when the checkpoint was saved
     total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
@@ -31,6 +46,61 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
     for counts in (loop["epoch_loop.val_loop.batch_progress"][key] for key in ("total", "current")):
         counts |= {"ready": int(not validated), "started": int(not validated), "processed": 0, "completed": 0}
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # resuming adds one
+    return int(ready - current)
+
+
+def check_dataloader(checkpoint: dict[str, Any], path: Any) -> None:
+    """Check that a dataloader that keeps its own state, such as torchdata's `StatefulDataLoader`, goes on at the step.
+
+    Raises:
+        SettingError: it was saved some micro-batches after it, or at an epoch's last batch, where nothing is left of the epoch.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    if not loop["state_dict"].get("combined_loader"):
+        return
+    if after := checkpoint.get("micro_batches_after_step"):
+        raise SettingError(f"{path} {_AFTER_STEP.format(after)}; resume another one")
+    epochs = loop["epoch_progress"]["current"]
+    if loop["epoch_loop.batch_progress"]["is_last_batch"] and epochs["processed"] < epochs["ready"]:
+        raise SettingError(
+            f"{path} was saved at the last step of an epoch, before its end, where the dataloader's own state has no batch left: "
+            "resume another one; ModelCheckpoint with save_on_train_epoch_end=True saves at the end"
+        )
+
+
+def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
+    """Note in a checkpoint how many micro-batches after the step it is saved, if a dataloader's own state is behind them."""
+    if after and checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader"):
+        checkpoint["micro_batches_after_step"] = after
+        rank_zero_warn(f"a checkpoint that no run can resume: it {_AFTER_STEP.format(after)}")
+
+
+def require_whole_epochs(trainer: Trainer, other_steps: bool) -> None:
+    """Check that steps divide each epoch of data that have an end.
+
+    Args:
+        trainer: of the fit that begins.
+        other_steps: whether it goes on within an epoch of steps of more or fewer micro-batches.
+
+    Raises:
+        SettingError: `other_steps`, where Lightning miscounts the rest of the epoch; or DeepSpeed's engine, which counts the
+            micro-batches of all epochs, would step at others than Lightning, which counts each epoch's.
+    """
+    batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if batches == math.inf:
+        return
+    if other_steps:
+        raise SettingError(
+            f"trainer.accumulate_grad_batches={window} is not that of the checkpoint's run, in an epoch that has begun: set it "
+            "as before, or resume a checkpoint of an epoch's end"
+        )
+    ends_before = 0 <= trainer.max_steps <= batches // window
+    if trainer.strategy.handles_gradient_accumulation and batches % window and not ends_before:
+        remedy = f"limit_train_batches={batches // window * window}" if batches >= window else "it lower"
+        raise SettingError(
+            f"trainer.accumulate_grad_batches={window} does not divide an epoch's {batches} micro-batches, and DeepSpeed would "
+            f"take those that are left for the next epoch's first step; set {remedy}"
+        )
 
 
 def was_validated(checkpoint: dict[str, Any]) -> bool:

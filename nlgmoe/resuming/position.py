@@ -21,7 +21,13 @@ from nlgmoe.resuming.keepers import (
     set_saved_step,
     stopped_early,
 )
-from nlgmoe.resuming.loops import set_loop_counters, was_validated
+from nlgmoe.resuming.loops import (
+    check_dataloader,
+    require_whole_epochs,
+    set_loop_counters,
+    warn_of_dataloader,
+    was_validated,
+)
 
 # Hooks in which callbacks decide by a score or a number of steps
 STEP, VALIDATION = "on_train_batch_end", "on_validation_end"
@@ -51,6 +57,7 @@ class Position:
         self._missed: dict[str, list[Callback]] = {STEP: [], VALIDATION: []}
         self._idle: set[str] = set()  # state keys of callbacks that do not count a repeated validation again
         self._monitored: dict[str, float] = {}  # training metrics of the last step
+        self._other_steps = False  # the run had steps of more or fewer micro-batches
         self._max_steps: int | None = None  # where the run has taken so many
 
     def take_step(self, validation_due: bool) -> None:
@@ -80,7 +87,7 @@ class Position:
             STEP: dict.fromkeys(sorted(keys - self._seen[STEP]), True),
             VALIDATION: dict.fromkeys(sorted(keys - self._seen[VALIDATION]), True) if validated else {},
         }
-        set_loop_counters(checkpoint, trainer.accumulate_grad_batches, validated)
+        warn_of_dataloader(checkpoint, set_loop_counters(checkpoint, trainer.accumulate_grad_batches, validated))
 
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
@@ -98,6 +105,7 @@ class Position:
         follow_moved_folder(checkpoint, trainer)
         if "loops" not in checkpoint:
             return
+        check_dataloader(checkpoint, trainer.ckpt_path)
         validated = was_validated(checkpoint)
         self.validated = step if validated else 0
         self.validation_due = checkpoint.get("validation_due", False)
@@ -105,7 +113,8 @@ class Position:
         self._monitored = checkpoint.get("monitored", {})
         # A step may have more or fewer micro-batches from here on. Where the checkpoint says if a validation was due,
         # Lightning's loop runs none: at the end of an epoch it looks at the wrong epoch and batch.
-        set_loop_counters(checkpoint, trainer.accumulate_grad_batches, validated or "validation_due" in checkpoint)
+        done = validated or "validation_due" in checkpoint
+        self._other_steps = set_loop_counters(checkpoint, trainer.accumulate_grad_batches, done, saved=True) != 0
         if 0 <= trainer.max_steps <= step:
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning ends before `on_train_start`
@@ -118,7 +127,11 @@ class Position:
             module: that it trains.
             tokens: that the run has seen.
             train_tokens: at which it ends; None: never.
+
+        Raises:
+            SettingError: an epoch of data that have an end would not be gone over once.
         """
+        require_whole_epochs(trainer, self._other_steps)
         for one in _deciding(trainer):
             for hook in (STEP, VALIDATION):
                 call = getattr(one, hook)
@@ -142,6 +155,7 @@ class Position:
             self._validate(trainer)
         self.at_end = trainer.should_stop
         self._validates_first, self._missed, self._monitored = False, {STEP: [], VALIDATION: []}, {}
+        self._other_steps = False
 
     def _validate(self, trainer: Trainer) -> None:
         """Validate as the training loop does; callbacks that have counted this validation already do not count it again."""

@@ -53,7 +53,7 @@ from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
 from tests.eval.tiny_tasks import CONFIG as TINY
 from tests.eval.tiny_tasks import TASKS, TokenizedData, write_tasks
 from tests.memory import peak_bytes
-from tests.synthetic import NumberedData, SyntheticData
+from tests.synthetic import NumberedData, SyntheticData, ToLongest
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
 
@@ -879,6 +879,17 @@ def growing(cell: Cell, ranks: int, folder: Path) -> Grown:
     trainer.fit(module, data)
     sequences = [later - earlier for earlier, later in pairwise(counts.consumed)]
     return Grown(recorder.losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float]:
+    """Steps, clock, positions fed to all ranks, and learning rate after 400 tokens of batches that differ between ranks."""
+    module, fed = cell.module(), torch.zeros(1)
+    module.train_tokens, module.schedule = 400, LearningRateSchedule("cosine", 0.0, 0, 1000)
+    count = LambdaCallback(on_train_batch_start=lambda trainer, module, batch, _: fed.add_(batch["tokens"].numel()))
+    trainer = make_trainer(cell, ranks, folder, count, strategy=strategy_of(cell), accumulate_grad_batches=2)
+    trainer.fit(module, ToLongest(micro_batch_size=2, padded=True))
+    distributed.all_reduce(fed)
+    return trainer.global_step, module.tokens_seen, int(fed), trainer.optimizers[0].param_groups[0]["lr"]
 
 
 def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:

@@ -7,6 +7,7 @@ themselves (capacity, `aux_scope: rank`): N ranks equal one process that accumul
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -61,6 +62,7 @@ from tests.distributed.cells import (
     traffic,
     train,
     typed,
+    uneven,
     warm_start,
     with_state,
     zero_shot,
@@ -156,6 +158,7 @@ INTERRUPTED = [(CELLS[2][8], 3), (CELLS[2][-1], 4)]  # accumulates: asked after 
 ZERO_SHOT = [Cell("zero-shot, spread", 2, 1, moe=DROPLESS, steps=2), Cell("zero-shot, ddp", strategy="ddp", steps=2)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
+UNEQUAL = [Cell("unequal, spread", 2, 1, moe=DROPLESS, steps=20), Cell("unequal, ddp", strategy="ddp", steps=20)]
 GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [
@@ -249,6 +252,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
         if ranks == 2:
             jobs += [*((typed, cell) for cell in [*HALF, *TYPED]), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
+            jobs += [(uneven, cell) for cell in UNEQUAL]
             jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
             jobs += [(specialised, SPECIALISED), (engine_facts, REFUSED)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
@@ -563,6 +567,14 @@ def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path)
     for rank in found[growing, GROWING.name]:
         assert (rank.sequences, rank.tokens, rank.rate) == (expected.sequences, expected.tokens, expected.rate)
         assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", UNEQUAL, ids=lambda cell: cell.name)
+def test_the_clock_counts_the_tokens_of_all_ranks(cell: Cell, found: Found) -> None:
+    (steps, clock, fed, rate), other = found[uneven, cell.name]
+    assert (steps, clock, fed, rate) == other
+    assert 400 <= clock == fed and 2 < steps < cell.steps
+    assert rate == pytest.approx(3e-3 * (1 + math.cos(math.pi * clock / 1000)) / 2)
 
 
 def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""A trainer's own dataloader, with an end, and with a state of its own as torchdata's `StatefulDataLoader` has."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from nlgmoe import MoEGPTModule
+from nlgmoe.data.datamodule import collate
+from nlgmoe.resuming.loops import require_whole_epochs
+from nlgmoe.validation import SettingError
+from tests.checkpoint.runs import SaveAt
+from tests.synthetic import _Samples
+from tests.test_module import CONFIG, trainer
+
+BATCHES = 12
+
+
+class Stateful:
+    """As `StatefulDataLoader`, goes on in the next pass where its state is, and then begins anew."""
+
+    def __init__(self) -> None:
+        self._samples, self._first, self._taken = _Samples(61, 16, 0, 2 * BATCHES), 0, 0
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first, self._first = self._first % BATCHES, 0
+        for self._taken in range(first + 1, BATCHES + 1):
+            yield collate([self._samples[2 * self._taken - 2], self._samples[2 * self._taken - 1]])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._first = state["taken"]
+
+
+def fit(*callbacks: Callback, accumulate: int = 2, resume: Path | None = None) -> tuple[int, dict[str, Tensor]]:
+    """Two epochs of 6 steps, of 2 micro-batches each; steps and weights at the end."""
+    run = trainer(
+        Path("unused"), *callbacks, max_epochs=2, accumulate_grad_batches=accumulate, enable_checkpointing=True
+    )
+    module = MoEGPTModule(CONFIG)
+    run.fit(module, Stateful(), ckpt_path=resume)
+    return run.global_step, dict(module.gpt.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every step; of the end of the first epoch; and of a micro-batch after the second step."""
+    folder = tmp_path_factory.mktemp("saved")
+    steps = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    ends = ModelCheckpoint(folder, "end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    with pytest.warns(
+        UserWarning, match="no run can resume: it was saved 1 micro-batches after its last optimizer step"
+    ):
+        fit(steps, ends, SaveAt(5, folder / "within.ckpt"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["step=4", "step=8", "end-epoch=0"])
+def test_a_run_goes_on_with_what_is_left_of_the_epoch(name: str, saved: Path, tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path)
+    steps, weights = fit(keeper, resume=saved / f"{name}.ckpt")
+    expected, others = fit(keeper)
+    assert steps == expected == 12
+    assert all(torch.equal(weights[key], value) for key, value in others.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate", "message"),
+    [
+        (
+            "within",
+            2,
+            "within.ckpt was saved 1 micro-batches after .* a multiple of accumulate_grad_batches; resume another",
+        ),
+        ("step=6", 2, "step=6.ckpt was saved at the last step of an epoch, before its end, where the dataloader's own"),
+        *(
+            (
+                "step=4",
+                accumulate,
+                f"accumulate_grad_batches={accumulate} is not that of the checkpoint's run, in an epoch",
+            )
+            for accumulate in (1, 3, 4)
+        ),
+    ],
+)
+def test_what_would_leave_out_micro_batches_is_refused(
+    name: str, accumulate: int, message: str, saved: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        fit(ModelCheckpoint(tmp_path), accumulate=accumulate, resume=saved / f"{name}.ckpt")
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 6 + 12), (3, 6 + 4), (4, 6 + 3)])
+def test_steps_may_change_where_an_epoch_ends(accumulate: int, steps: int, saved: Path, tmp_path: Path) -> None:
+    found, _ = fit(ModelCheckpoint(tmp_path), accumulate=accumulate, resume=saved / "end-epoch=0.ckpt")
+    assert found == steps
+
+
+def test_deepspeed_counts_steps_of_whole_epochs_only() -> None:
+    def check(batches: float, accumulate: int, max_steps: int = -1) -> None:
+        counts = {"num_training_batches": batches, "accumulate_grad_batches": accumulate, "max_steps": max_steps}
+        run: Any = SimpleNamespace(**counts, strategy=SimpleNamespace(handles_gradient_accumulation=True))
+        require_whole_epochs(run, other_steps=False)
+
+    check(12, 3)
+    check(math.inf, 5)
+    check(10, 3, max_steps=3)  # ends within the first epoch
+    with pytest.raises(
+        SettingError, match=r"=3 does not divide an epoch's 10 micro-batches, .*; set limit_train_batches=9$"
+    ):
+        check(10, 3, max_steps=4)
+    with pytest.raises(SettingError, match=r"set it lower$"):
+        check(2, 3)
