@@ -126,13 +126,13 @@ def test_a_tokenizer_that_changes_texts_is_refused(part: str, value: object, mes
 
 def test_the_normaliser_of_composed_characters_is_left_out() -> None:
     """GPT-NeoX's has it. Bytes per token are those of the text, in whichever form it is."""
-    plain, backend = (train_byte_level_bpe(iter(["caf\u00e9 caf\u00e9"] * 9), 300) for _ in range(2))
+    plain, backend = (train_byte_level_bpe(iter(["th\u00e9 th\u00e9"] * 9), 300) for _ in range(2))
     backend.normalizer = normalizers.NFC()
     tokenizer = Tokenizer(backend, "composes")
-    apart = "cafe\u0301"
+    apart = "the\u0301"
     ids = tokenizer.encode(apart)
     assert tokenizer.decode(ids) == apart and tokenizer.token_bytes[ids].sum() == len(apart.encode())
-    assert tokenizer.encode("caf\u00e9") == plain.encode("caf\u00e9").ids
+    assert tokenizer.encode("th\u00e9") == plain.encode("th\u00e9").ids
     assert tokenizer.fingerprint == Tokenizer(plain, "plain").fingerprint
     assert Tokenizer.from_json(tokenizer.to_json(), "exported").encode(apart) == ids
 
