@@ -215,7 +215,8 @@ class MoEGPTModule(GPTModule):
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
         """Warn if a resumed run's step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
-        if self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        loop = self.trainer.fit_loop.epoch_loop
+        if loop._num_ready_batches_reached() and loop.batch_idx + 1 > len(self._window.batches):
             return  # an epoch's last step may have fewer
         if self.trainer.ckpt_path is not None and self._step_samples not in (None, samples) and samples != planned:
             rank_zero_warn(

@@ -1,6 +1,7 @@
 """A trainer's own dataloader, with an end, and with a state of its own as torchdata's `StatefulDataLoader` has."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,8 @@ BATCHES = 12
 class Stateful:
     """As `StatefulDataLoader`, goes on in the next pass where its state is, and then begins anew."""
 
-    def __init__(self) -> None:
-        self._samples, self._first, self._taken = _Samples(61, 16, 0, 2 * BATCHES), 0, 0
+    def __init__(self, samples: int) -> None:
+        self._samples, self._first, self._taken, self._of_a_batch = _Samples(61, 16, 0, 100), 0, 0, samples
 
     def __len__(self) -> int:
         return BATCHES
@@ -35,7 +36,9 @@ class Stateful:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first, self._first = self._first % BATCHES, 0
         for self._taken in range(first + 1, BATCHES + 1):
-            yield collate([self._samples[2 * self._taken - 2], self._samples[2 * self._taken - 1]])
+            yield collate(
+                [self._samples[self._of_a_batch * self._taken + number] for number in range(self._of_a_batch)]
+            )
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self._taken}
@@ -44,13 +47,15 @@ class Stateful:
         self._first = state["taken"]
 
 
-def fit(*callbacks: Callback, accumulate: int = 2, resume: Path | None = None) -> tuple[int, dict[str, Tensor]]:
+def fit(
+    *callbacks: Callback, accumulate: int = 2, resume: Path | None = None, samples: int = 2
+) -> tuple[int, dict[str, Tensor]]:
     """Two epochs of 6 steps, of 2 micro-batches each; steps and weights at the end."""
     run = trainer(
         Path("unused"), *callbacks, max_epochs=2, accumulate_grad_batches=accumulate, enable_checkpointing=True
     )
     module = MoEGPTModule(CONFIG)
-    run.fit(module, Stateful(), ckpt_path=resume)
+    run.fit(module, Stateful(samples), ckpt_path=resume)
     return run.global_step, dict(module.gpt.named_parameters())
 
 
@@ -108,18 +113,38 @@ def test_steps_may_change_where_an_epoch_ends(accumulate: int, steps: int, saved
     assert found == steps
 
 
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_a_run_at_its_end_takes_no_step(accumulate: int, saved: Path, tmp_path: Path) -> None:
+    assert fit(ModelCheckpoint(tmp_path), accumulate=accumulate, resume=saved / "step=12.ckpt")[0] == 12
+
+
+@pytest.mark.parametrize(("accumulate", "warned"), [(5, False), (12, True)])
+def test_a_warning_of_another_batch_leaves_out_the_smaller_last_step(
+    accumulate: int, warned: bool, tmp_path: Path
+) -> None:
+    """With 12 micro-batches a step, an epoch is one step, and the batch is another one in fact."""
+    ends = ModelCheckpoint(tmp_path, "end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    fit(ends, accumulate=accumulate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ends, accumulate=accumulate, resume=tmp_path / "end-epoch=0.ckpt", samples=1 if warned else 2)
+    assert any("a step had 24 sequences when" in str(one.message) for one in caught) == warned
+    assert any("a step had" in str(one.message) for one in caught) == warned
+
+
 def test_deepspeed_counts_steps_of_whole_epochs_only() -> None:
-    def check(batches: float, accumulate: int, max_steps: int = -1) -> None:
+    def check(batches: float, accumulate: int, max_steps: int = -1, max_epochs: int | None = None) -> None:
         counts = {"num_training_batches": batches, "accumulate_grad_batches": accumulate, "max_steps": max_steps}
+        counts |= {"max_epochs": max_epochs, "current_epoch": 2}
         run: Any = SimpleNamespace(**counts, strategy=SimpleNamespace(handles_gradient_accumulation=True))
-        require_whole_epochs(run, other_steps=False)
+        require_whole_epochs(run, other_steps=False, of_dataloader=None)
 
     check(12, 3)
     check(math.inf, 5)
     check(10, 3, max_steps=3)  # ends within the first epoch
-    with pytest.raises(
-        SettingError, match=r"=3 does not divide an epoch's 10 micro-batches, .*; set limit_train_batches=9$"
-    ):
-        check(10, 3, max_steps=4)
+    check(10, 3, max_epochs=3)
+    for more in ({"max_steps": 4}, {"max_epochs": 4}):
+        with pytest.raises(SettingError, match=r"=3 does not divide an epoch's 10 .*; set limit_train_batches=9$"):
+            check(10, 3, **more)
     with pytest.raises(SettingError, match=r"set it lower$"):
         check(2, 3)

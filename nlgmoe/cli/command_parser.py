@@ -89,9 +89,10 @@ class CommandParser(OneLineParser):
 
     @override
     def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take a text that a file gives for several words as one word."""
-        one_word = isinstance(value, str) and action.nargs in ("+", "*")
-        return super()._check_value_key(action, [value] if one_word else value, *args, **kwargs)
+        """Take a text that a file gives for several words as one word, and null for none."""
+        if action.nargs in ("+", "*") and (value is None or isinstance(value, str)):
+            value = [] if value is None else [value]
+        return super()._check_value_key(action, value, *args, **kwargs)
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:

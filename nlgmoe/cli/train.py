@@ -141,7 +141,7 @@ class TrainCLI(LightningCLI):
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
         with parser.blaming_settings():
-            check_trainer(config["trainer"])
+            check_trainer(config["trainer"], self.config.get("subcommand"))
         for entry in parser.entries:  # jsonargparse refuses the flag; it replaces the value of a file without a word
             if entry.name == "data.seq_len" and entry.value != config["model"]["config"]["seq_len"]:
                 raise UsageError(f"{entry} always equals model.config.seq_len; set that instead")

@@ -22,11 +22,12 @@ from nlgmoe.validation import SettingError
 _UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
 
-def check_trainer(trainer: Mapping[str, Any]) -> None:
+def check_trainer(trainer: Mapping[str, Any], subcommand: str | None) -> None:
     """Check the `trainer` section.
 
     Args:
         trainer: setting -> value, as parsed.
+        subcommand: that it is for, such as fit.
 
     Raises:
         ValueError: a setting is out of its range, or does not go with another; the message says what to write.
@@ -40,7 +41,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     _require(not trainer["barebones"], "barebones", trainer["barebones"], why)
     _check_counts(trainer)
     _check_epochs(trainer)
-    _check_fractions(trainer)
+    _check_fractions(trainer, subcommand)
     _check_validation(trainer)
     _check_strategy(trainer)
 
@@ -190,7 +191,7 @@ def _problem_of_name(keeper: ModelCheckpoint) -> str | None:
     return None
 
 
-def _check_fractions(trainer: Mapping[str, Any]) -> None:
+def _check_fractions(trainer: Mapping[str, Any], subcommand: str | None) -> None:
     for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches"):
         value = trainer[name]
         if value is None:
@@ -198,8 +199,8 @@ def _check_fractions(trainer: Mapping[str, Any]) -> None:
         highest = 1 if isinstance(value, float) else float("inf")
         why = "must be a fraction from 0.0 to 1.0, or a whole number of batches"
         _require(0 <= value <= highest, name, value, why)
-        why = "leaves nothing to do for the command of that name; leave it out"
-        _require(value != 0 or name == "limit_val_batches", name, value, why)
+        nothing = value == 0 and name == f"limit_{subcommand}_batches"
+        _require(not nothing, name, value, f"leaves nothing to {subcommand}; leave it out")
 
 
 def _check_validation(trainer: Mapping[str, Any]) -> None:

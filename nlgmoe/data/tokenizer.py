@@ -9,11 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.files import require_regular
 from nlgmoe.validation import SettingError
@@ -29,6 +31,8 @@ BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
 }
 PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
+_OTHERS = [*range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]
+PROBES = (PROBE, "no space before", "".join(map(chr, [*range(0x801), *_OTHERS])))  # the last: each byte of UTF-8
 
 
 class Tokenizer:
@@ -55,7 +59,9 @@ class Tokenizer:
             backend.post_processor = None
         if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
             backend.model.dropout = None
-        if isinstance(backend.normalizer, normalizers.NFC):  # changes no text but that which it would not reproduce
+        self._left_out: Any = None
+        if _normalisers(backend) == ["NFC"]:  # it changes no text but that which it would not reproduce
+            self._left_out = json.loads(backend.normalizer.__getstate__())
             backend.normalizer = None
         self._backend = backend
         self.name = name
@@ -68,23 +74,26 @@ class Tokenizer:
             )
         self.eod_id: int = vocabulary[found[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
-        problem = _changes_text(backend)
-        for text in (
-            PROBE,
-            "no space before",
-            *(f"a {added.content} b" for added in backend.get_added_tokens_decoder().values()),
-        ):
-            ids = self.encode(text)
-            # The second: tokens of other kinds than byte-level have other lengths than `token_bytes` says.
-            faithful = self.decode(ids) == text and int(self.token_bytes[ids].sum()) == len(text.encode())
-            if not faithful or self.eod_id in ids:
-                problem = problem or f"{text!r} came back as {self.decode(ids)!r}"
-        if problem is not None:
+        added = (f"a {token.content} b" for token in backend.get_added_tokens_decoder().values())
+        problems = [f"{text!r} came back as {back!r}" for text, back in map(self._lost, (*PROBES, *added)) if text]
+        if changing := _normalisers(backend):  # no sample shows what each of them changes
+            problems = [f"it has the normaliser {', '.join(changing)}"]
+        if problems:
             raise SettingError(
-                f"Tokenizer {name!r} does not reproduce every text: {problem}. "
+                f"Tokenizer {name!r} does not reproduce every text: {problems[0]}. "
                 "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
                 "whose end-of-document token is special."
             )
+
+    def _lost(self, text: str) -> tuple[str, str]:
+        """Return where a text differs from the one that comes back, and what that has there; nothing if it comes back."""
+        ids = self.encode(text)
+        back = self.decode(ids)
+        # Tokens of other kinds than byte-level have other lengths than `token_bytes` says.
+        if back == text and int(self.token_bytes[ids].sum()) == len(text.encode()) and self.eod_id not in ids:
+            return "", ""
+        begin = max(0, len(commonprefix([text, back])) - 10) if back != text else 0  # noqa: RUF071 (characters are meant)
+        return text[begin : begin + 60], back[begin : begin + 60]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end-of-document token."""
@@ -161,20 +170,19 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of its JSON, hexadecimal: two tokenizers with the same one give the same ids."""
         description = json.loads(self._backend.to_str())
+        if self._left_out is not None:  # as earlier versions, which did not leave it out
+            description["normalizer"] = self._left_out
         for setting in ("version", "truncation", "padding", "post_processor"):
             description.pop(setting, None)  # without effect on the ids used here
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _changes_text(backend: tokenizers.Tokenizer) -> str | None:
-    """Return which part of a tokenizer changes texts, for a message; None: none is known to."""
-    normalizer, splitter = (
-        "" if part is None else part.__getstate__().decode() for part in (backend.normalizer, backend.pre_tokenizer)
-    )
-    if normalizer and json.loads(normalizer) != {"type": "Sequence", "normalizers": []}:
-        return f"its normaliser is {normalizer}"
-    removes = '"Removed"' in splitter or '"CharDelimiterSplit"' in splitter
-    return f"its pre-tokeniser removes text, {splitter}" if removes else None
+def _normalisers(backend: tokenizers.Tokenizer) -> list[str]:
+    """Return the types of a tokenizer's normalisers."""
+    if backend.normalizer is None:
+        return []
+    settings = json.loads(backend.normalizer.__getstate__())
+    return [one["type"] for one in settings.get("normalizers", [settings])]
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:

@@ -49,23 +49,29 @@ def set_loop_counters(checkpoint: dict[str, Any], micro_batches: int, validated:
     return int(ready - current)
 
 
-def check_dataloader(checkpoint: dict[str, Any], path: Any) -> None:
-    """Check that a dataloader that keeps its own state, such as torchdata's `StatefulDataLoader`, goes on at the step.
+def problem_of_dataloader(checkpoint: dict[str, Any], max_epochs: int | None) -> str | None:
+    """Return why a dataloader that keeps its own state, such as torchdata's `StatefulDataLoader`, does not go on at the step.
 
-    Raises:
-        SettingError: it was saved some micro-batches after it, or at an epoch's last batch, where nothing is left of the epoch.
+    Args:
+        checkpoint: Lightning's dictionary, after loading.
+        max_epochs: of this run.
+
+    Returns:
+        It was saved some micro-batches after the step, or at an epoch's last batch, where nothing is left of the epoch; None: it
+        goes on, or there is no such dataloader.
     """
     loop = checkpoint["loops"]["fit_loop"]
     if not loop["state_dict"].get("combined_loader"):
-        return
+        return None
     if after := checkpoint.get("micro_batches_after_step"):
-        raise SettingError(f"{path} {_AFTER_STEP.format(after)}; resume another one")
+        return f"{_AFTER_STEP.format(after)}; resume another one"
     epochs = loop["epoch_progress"]["current"]
-    if loop["epoch_loop.batch_progress"]["is_last_batch"] and epochs["processed"] < epochs["ready"]:
-        raise SettingError(
-            f"{path} was saved at the last step of an epoch, before its end, where the dataloader's own state has no batch left: "
-            "resume another one; ModelCheckpoint with save_on_train_epoch_end=True saves at the end"
+    if loop["epoch_loop.batch_progress"]["is_last_batch"] and epochs["processed"] < epochs["ready"] != max_epochs:
+        return (
+            "was saved at the last step of an epoch, before its end, where the dataloader's own state has no batch left: resume "
+            "another one; ModelCheckpoint with save_on_train_epoch_end=True saves at the end"
         )
+    return None
 
 
 def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
@@ -75,18 +81,21 @@ def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
         rank_zero_warn(f"a checkpoint that no run can resume: it {_AFTER_STEP.format(after)}")
 
 
-def require_whole_epochs(trainer: Trainer, other_steps: bool) -> None:
-    """Check that steps divide each epoch of data that have an end.
+def require_whole_epochs(trainer: Trainer, other_steps: bool, of_dataloader: str | None) -> None:
+    """Check that a run that has steps to take goes over each epoch of data that have an end once.
 
     Args:
         trainer: of the fit that begins.
         other_steps: whether it goes on within an epoch of steps of more or fewer micro-batches.
+        of_dataloader: `problem_of_dataloader` of its checkpoint.
 
     Raises:
-        SettingError: `other_steps`, where Lightning miscounts the rest of the epoch; or DeepSpeed's engine, which counts the
-            micro-batches of all epochs, would step at others than Lightning, which counts each epoch's.
+        SettingError: it does not: `of_dataloader`; `other_steps`, where Lightning miscounts the rest of the epoch; or DeepSpeed's
+            engine, which counts the micro-batches of all epochs, would step at others than Lightning, which counts each epoch's.
     """
     batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if of_dataloader is not None:
+        raise SettingError(f"{trainer.ckpt_path} {of_dataloader}")
     if batches == math.inf:
         return
     if other_steps:
@@ -94,8 +103,8 @@ def require_whole_epochs(trainer: Trainer, other_steps: bool) -> None:
             f"trainer.accumulate_grad_batches={window} is not that of the checkpoint's run, in an epoch that has begun: set it "
             "as before, or resume a checkpoint of an epoch's end"
         )
-    ends_before = 0 <= trainer.max_steps <= batches // window
-    if trainer.strategy.handles_gradient_accumulation and batches % window and not ends_before:
+    in_one_epoch = trainer.max_epochs == trainer.current_epoch + 1 or 0 <= trainer.max_steps <= batches // window
+    if trainer.strategy.handles_gradient_accumulation and batches % window and not in_one_epoch:
         remedy = f"limit_train_batches={batches // window * window}" if batches >= window else "it lower"
         raise SettingError(
             f"trainer.accumulate_grad_batches={window} does not divide an epoch's {batches} micro-batches, and DeepSpeed would "

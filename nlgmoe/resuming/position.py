@@ -22,7 +22,7 @@ from nlgmoe.resuming.keepers import (
     stopped_early,
 )
 from nlgmoe.resuming.loops import (
-    check_dataloader,
+    problem_of_dataloader,
     require_whole_epochs,
     set_loop_counters,
     warn_of_dataloader,
@@ -58,6 +58,7 @@ class Position:
         self._idle: set[str] = set()  # state keys of callbacks that do not count a repeated validation again
         self._monitored: dict[str, float] = {}  # training metrics of the last step
         self._other_steps = False  # the run had steps of more or fewer micro-batches
+        self._of_dataloader: str | None = None  # a problem
         self._max_steps: int | None = None  # where the run has taken so many
 
     def take_step(self, validation_due: bool) -> None:
@@ -105,7 +106,7 @@ class Position:
         follow_moved_folder(checkpoint, trainer)
         if "loops" not in checkpoint:
             return
-        check_dataloader(checkpoint, trainer.ckpt_path)
+        self._of_dataloader = problem_of_dataloader(checkpoint, trainer.max_epochs)
         validated = was_validated(checkpoint)
         self.validated = step if validated else 0
         self.validation_due = checkpoint.get("validation_due", False)
@@ -131,7 +132,6 @@ class Position:
         Raises:
             SettingError: an epoch of data that have an end would not be gone over once.
         """
-        require_whole_epochs(trainer, self._other_steps)
         for one in _deciding(trainer):
             for hook in (STEP, VALIDATION):
                 call = getattr(one, hook)
@@ -147,15 +147,17 @@ class Position:
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")
             trainer.should_stop = True
-        elif trainer.ckpt_path is not None:
-            warn_of_repeated_data(trainer)
+        else:
+            require_whole_epochs(trainer, self._other_steps, self._of_dataloader)
+            if trainer.ckpt_path is not None:
+                warn_of_repeated_data(trainer)
         for one in self._missed[STEP]:
             one.on_train_batch_end(trainer, module, None, None, 0)
         if (end is not None or self._validates_first) and trainer.enable_validation:
             self._validate(trainer)
         self.at_end = trainer.should_stop
         self._validates_first, self._missed, self._monitored = False, {STEP: [], VALIDATION: []}, {}
-        self._other_steps = False
+        self._other_steps, self._of_dataloader = False, None
 
     def _validate(self, trainer: Trainer) -> None:
         """Validate as the training loop does; callbacks that have counted this validation already do not count it again."""

@@ -481,10 +481,6 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "no steps": (flag("--trainer.max_steps=0"), "trainer.max_steps=0 trains nothing; raise it, or leave it out"),
     "no time": (flag("--trainer.max_time=00:00:00:00"), "trainer.max_time=00:00:00:00 trains nothing"),
     "fraction above 1": (flag("--trainer.limit_val_batches=1.5"), "trainer.limit_val_batches=1.5 must be a fraction"),
-    "no batches": (
-        flag("--trainer.limit_predict_batches=0"),
-        "limit_predict_batches=0 leaves nothing to do for the command",
-    ),
     **{
         f"without an end of data: {setting}": (flag(f"--trainer.{setting}"), f"trainer.{setting} {why}")
         for setting, why in {
@@ -1358,6 +1354,17 @@ def test_ctrl_c_while_modules_are_imported_is_quiet(command: list[str], module: 
 def test_an_aborted_communicator_is_the_error_of_another_rank() -> None:
     error = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1. Original reason: timeout")
     assert describe(error).startswith("rank 0 stops because another rank has stopped or does not answer")
+
+
+@pytest.mark.parametrize("command", ["predict", "test"])
+def test_no_batches_are_refused_by_the_command_that_they_are_for(
+    command: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = f"--trainer.limit_{command}_batches=0"
+    for of, words in ((command, f"limit_{command}_batches=0 leaves nothing to {command}"), ("fit", "nowhere.ckpt")):
+        with pytest.raises(SystemExit) as end:
+            main(place.args(limit, "--ckpt_path=nowhere.ckpt", command=of))
+        assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hook", ["before_validate", "configure_model"])

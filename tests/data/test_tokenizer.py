@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 from nlgmoe.data.tokenizer import EOD, SAME_TOKENIZER, Tokenizer, load_tokenizer, train_byte_level_bpe
 
@@ -103,15 +104,26 @@ def test_files_are_loaded_again_only_if_they_change(tmp_path: Path) -> None:
 LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
+def rest(pattern: object, behavior: str, invert: bool = False) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, behavior, invert), LEVEL])
+
+
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("normalizer", normalizers.Lowercase(), r'its normaliser is {"type":"Lowercase"}'),
-        ("normalizer", normalizers.NFKC(), "its normaliser is"),
-        ("normalizer", normalizers.Replace("q", "z"), "its normaliser is"),
-        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Split("q", "removed"), LEVEL]), "removes text"),
-        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("q"), LEVEL]), "removes text"),
+        ("normalizer", normalizers.Lowercase(), "it has the normaliser Lowercase"),
+        ("normalizer", normalizers.NFKC(), "it has the normaliser NFKC"),
+        (
+            "normalizer",
+            normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]),
+            "it has the normaliser NFC, Strip",
+        ),
+        ("normalizer", normalizers.Replace("``", '"'), "it has the normaliser Replace"),
+        ("pre_tokenizer", rest("q", "removed"), "'ghijklmnopqrst.*' came back as 'ghijklmnoprst"),
+        ("pre_tokenizer", rest(Regex("[a-z ]+"), "removed", invert=True), "came back as"),
+        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("q"), LEVEL]), "came back as"),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "'no space before' came back as ' no space"),
+        ("model", models.BPE({"a": 0, EOD: 1}, []), "came back as"),
     ],
     ids=str,
 )
@@ -124,17 +136,34 @@ def test_a_tokenizer_that_changes_texts_is_refused(part: str, value: object, mes
         Tokenizer(backend, "changes texts")
 
 
-def test_the_normaliser_of_composed_characters_is_left_out() -> None:
+@pytest.mark.parametrize(
+    "value",
+    [rest(Regex("z+"), "isolated"), rest(Regex(r"\w+|\W+"), "removed", invert=True)],
+    ids=["isolated", "tiktoken"],
+)
+def test_a_pattern_that_keeps_every_text_is_none_that_removes(value: pre_tokenizers.PreTokenizer) -> None:
+    """Conversions of tiktoken's tokenizers remove what lies between the matches, which is nothing."""
+    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
+    backend.pre_tokenizer = value
+    assert Tokenizer(backend, "keeps all").decode(Tokenizer(backend, "keeps all").encode("Quick, QZ")) == "Quick, QZ"
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Sequence([normalizers.NFC()])], ids=str)
+def test_the_normaliser_of_composed_characters_is_left_out(normalizer: normalizers.Normalizer) -> None:
     """GPT-NeoX's has it. Bytes per token are those of the text, in whichever form it is."""
     plain, backend = (train_byte_level_bpe(iter(["th\u00e9 th\u00e9"] * 9), 300) for _ in range(2))
-    backend.normalizer = normalizers.NFC()
+    backend.normalizer = normalizer
+    with_it = json.loads(backend.to_str())
     tokenizer = Tokenizer(backend, "composes")
     apart = "the\u0301"
     ids = tokenizer.encode(apart)
     assert tokenizer.decode(ids) == apart and tokenizer.token_bytes[ids].sum() == len(apart.encode())
     assert tokenizer.encode("th\u00e9") == plain.encode("th\u00e9").ids
-    assert tokenizer.fingerprint == Tokenizer(plain, "plain").fingerprint
-    assert Tokenizer.from_json(tokenizer.to_json(), "exported").encode(apart) == ids
+    exported = Tokenizer.from_json(tokenizer.to_json(), "exported")
+    assert exported.encode(apart) == ids and exported.has_same_ids(tokenizer)
+    for setting in ("version", "truncation", "padding", "post_processor"):
+        with_it.pop(setting)
+    assert tokenizer.fingerprint == hashlib.sha256(json.dumps(with_it, sort_keys=True).encode()).hexdigest()
 
 
 def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
