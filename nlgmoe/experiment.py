@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import strip_meta
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -54,17 +55,27 @@ def parse_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> d
     Raises:
         ValueError: as `load_config`.
     """
-    return _read(_ParseCLI, path, overrides).config.as_dict()
+    return _settings(_read(_ParseCLI, path, overrides))
 
 
-def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `parse_config`'s settings, and all defaults.
+def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return `parse_config`'s settings, all defaults, and in YAML the settings that differ from them.
 
     Raises:
         ValueError: as `load_config`.
     """
     cli = _read(_ParseCLI, path, {})
-    return cli.config.as_dict(), cli.parser.get_defaults().as_dict()
+    return (
+        _settings(cli),
+        cli.parser.get_defaults().as_dict(),
+        cli.parser.dump(cli.config, skip_default=True, skip_none=False),
+    )
+
+
+def _settings(cli: TrainCLI) -> dict[str, Any]:
+    """Return all settings, without jsonargparse's notes of the files that sections are read from."""
+    settings: dict[str, Any] = strip_meta(cli.config).as_dict()
+    return settings
 
 
 class _ParseCLI(TrainCLI):

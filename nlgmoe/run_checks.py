@@ -146,6 +146,12 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
     if stage == "fit":
         check_filenames(one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
+    for logger in trainer.loggers if stage == "fit" else ():
+        if kept := getattr(logger, "_log_model", False):  # of Lightning's MLFlowLogger and WandbLogger
+            raise SettingError(
+                f"trainer.logger: {type(logger).__name__}.log_model={kept} takes checkpoints that are files, and here they are "
+                "folders; leave it out, and upload the folder as docs/metrics.md shows"
+            )
     for name, why in SETTINGS_REFUSED.items() if stage == "fit" else ():
         if value := getattr(trainer, name):
             raise SettingError(f"trainer.{name}={value} {why}")

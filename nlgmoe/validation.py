@@ -15,6 +15,11 @@ class SettingError(ValueError):
     on_every_rank = True  # `cli/errors.py`: the first rank of a machine prints it
 
 
+def type_for(error: Exception) -> type[ValueError]:
+    """Return the type of an error that says more about another one: that of a setting stays one."""
+    return SettingError if isinstance(error, SettingError) else ValueError
+
+
 def require_valid(settings: Any) -> None:
     """Check the fields of a dataclass, whose values may come from Python or JSON.
 

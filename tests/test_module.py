@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     Timer,
 )
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch.nn import functional as F
@@ -35,6 +35,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.run_checks import check_trainer
+from nlgmoe.validation import SettingError
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData, _Samples
 
@@ -547,6 +548,18 @@ def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, 
 def test_callbacks_that_cannot_work_on_ranks_are_refused(callback: Callback, why: str) -> None:
     run: Any = SimpleNamespace(strategy=SimpleNamespace(expert_parallel_size=2), callbacks=[callback], world_size=2)
     with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} {why}"):
+        check_trainer(run, "fit")
+
+
+@pytest.mark.parametrize("logger", [MLFlowLogger, WandbLogger])
+def test_loggers_that_upload_files_are_refused(logger: type[Logger], tmp_path: Path) -> None:
+    """Lightning's upload checkpoints that are files, and pass over folders."""
+    where = {"tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"} if logger is MLFlowLogger else {}
+    run: Any = SimpleNamespace(strategy=None, callbacks=[], checkpoint_callbacks=[], world_size=1)
+    run.loggers = [logger(log_model=True, **where)]
+    with pytest.raises(
+        SettingError, match=rf"^trainer.logger: {logger.__name__}.log_model=True takes checkpoints that"
+    ):
         check_trainer(run, "fit")
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import distributed
 
+from nlgmoe.validation import SettingError
+
 
 class AllRanksError(ValueError):
     """An error that every rank raises; the first rank of each machine prints it (`cli/errors.py`)."""
@@ -20,6 +22,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
     Raises:
         AllRanksError: a rank raised; the message begins with its number unless all ranks have the same one.
+        SettingError: all ranks raised it, with the same message.
     """
     mine: Exception | None = None
     try:
@@ -33,5 +36,8 @@ def raise_on_all_ranks() -> Iterator[None]:
     found: list[str | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, None if mine is None else f"{mine}")
     for rank, message in enumerate(found):
-        if message is not None:
-            raise AllRanksError(message if len(set(found)) == 1 else f"rank {rank}: {message}") from mine
+        if message is None:
+            continue
+        if len(set(found)) > 1:
+            raise AllRanksError(f"rank {rank}: {message}") from mine
+        raise (SettingError if isinstance(mine, SettingError) else AllRanksError)(message) from mine

@@ -104,11 +104,11 @@ def load_initial_weights(
         if tokenizer is not None and not has_same_ids(tokenizer, path):
             different = {"token_embedding.weight": "of another tokenizer than data.tokenizer"} | different
         if not fitting:
-            raise ValueError(
+            raise SettingError(
                 f"no tensor of {start.checkpoint} fits the model: {summarize_differences(different)}; use another checkpoint"
             )
         if different and start.strict:
-            raise ValueError(
+            raise SettingError(
                 f"the weights of {path} do not fit the model: {summarize_differences(different)}; use another checkpoint, or "
                 "model.warm_start.strict=false to load what fits"
             )

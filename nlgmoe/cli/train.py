@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -177,7 +178,8 @@ class TrainCLI(LightningCLI):
         self.parser.add_instantiator(self.parser.construct, object)
         with self.parser.blaming_settings():
             check_machine(self._get(self.config, "trainer"))
-            super().instantiate_classes()
+            with _ranks_in_turn(self._get(self.config, "trainer")["logger"]):
+                super().instantiate_classes()
 
     def before_fit(self) -> None:
         """Refuse two runs in one folder, and a new run where one was to be resumed.
@@ -317,6 +319,18 @@ def main(args: ArgsType = None) -> None:
     with one_line_errors(trains):
         mute_advertising()
         TrainCLI(args)
+
+
+def _ranks_in_turn(logger: Any) -> AbstractContextManager[Any]:
+    """Let the processes of a launcher make their loggers one after the other: each rank's `MLFlowLogger` makes the database.
+
+    Args:
+        logger: setting `trainer.logger`.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if ranks == 1 or "MLFlowLogger" not in str(logger):
+        return nullcontext()
+    return FileLock(Path(gettempdir()) / f"nlgmoe-loggers-{os.getuid()}.lock")
 
 
 def mute_advertising() -> None:

@@ -123,13 +123,29 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
     from nlgmoe.cli.config_entries import ConfigLoader
     from nlgmoe.experiment import parse_with_defaults
 
-    settings, defaults = parse_with_defaults(file)
+    settings, defaults, changed = parse_with_defaults(file)
     text = yaml.load(file.read_text(encoding="utf-8"), ConfigLoader)
+    if not _is_nested(text):
+        text = yaml.load(changed, ConfigLoader)
     text.pop("ckpt_path", None)  # of the teacher's run
-    for section in ("model", "data", "trainer"):
-        if not isinstance(text.get(section, {}), dict):
-            raise UsageError(f"{section}={text[section]} ({file}) is a file of its own; put its settings in its place")
     return settings, _without(text, defaults) if complete else text
+
+
+def _is_nested(text: dict[str, Any]) -> bool:
+    """Return whether a configuration has no dotted names, no `NAME+`, and no settings in files of their own."""
+    names, values = list(text), list(text.values())
+    for value in values:
+        if isinstance(value, dict):
+            names += value
+            values += value.values()
+    model, trainer = text.get("model"), text.get("trainer", {})
+    config = model.get("config") if isinstance(model, dict) else None
+    moe = config.get("moe") if isinstance(config, dict) else None
+    return (
+        not any("." in str(name) or str(name).endswith("+") for name in names)
+        and all(isinstance(section, dict) for section in (config, moe or {}, trainer, text.get("data", {})))
+        and not (isinstance(trainer.get("callbacks"), str) and Path(trainer["callbacks"]).is_file())
+    )
 
 
 def _without(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
+from nlgmoe.validation import SettingError, type_for
 
 
 class MixtureOfStudents:
@@ -75,7 +76,7 @@ class MixtureOfStudents:
     ) -> None:
         check_loss(beta, temperature)
         if precision not in (None, *PRECISIONS):
-            raise ValueError(f"precision={precision} must be fp32, bf16 or null")
+            raise SettingError(f"precision={precision} must be fp32, bf16 or null")
         self.teacher = teacher
         self.beta = beta
         self.temperature = temperature
@@ -152,7 +153,7 @@ class MixtureOfStudents:
             path = path or find_checkpoint(self.teacher)
             document, weights = read_document(path), weights_of(path)
         except (ValueError, OSError) as error:
-            raise ValueError(
+            raise type_for(error)(
                 f"model.distiller.teacher={self.teacher}: {error}; set it to a trained checkpoint, or model.distiller=null "
                 "to train on text alone"
             ) from error
@@ -239,7 +240,7 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
             found = counts or 0
             same = value == counts or (isinstance(value, int) and set(counts) == {value} - {0})
         if value is not None and not same:
-            raise ValueError(
+            raise SettingError(
                 f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {found}; use the teacher that is meant, "
                 f"or set {name} to null to take what it has"
             )
@@ -247,12 +248,12 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
 
 def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
     if teacher.vocab_size != student.vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"model.distiller.teacher={path} has vocab_size={teacher.vocab_size}, the student {student.vocab_size}; use a "
             "teacher with the student's tokenizer"
         )
     if teacher.seq_len < student.seq_len:
-        raise ValueError(
+        raise SettingError(
             f"model.distiller.teacher={path} reads seq_len={teacher.seq_len} tokens, the student {student.seq_len}; use "
             "another teacher, or lower model.config.seq_len"
         )
@@ -263,7 +264,7 @@ def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
     if data is None:
         return
     if isinstance(data, HasTokenizer) and not has_same_ids(data.tokenizer_json(), path):
-        raise ValueError(
+        raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
         )
     theirs, ours = (
@@ -271,7 +272,7 @@ def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
         for state in (document.get(type(data).__qualname__, {}), data.state_dict())
     )
     if None not in (theirs, ours) and theirs != ours:
-        raise ValueError(
+        raise SettingError(
             f"model.distiller.teacher={path} was trained with another tokenizer ({theirs}, here {ours}); use a teacher with "
             "the student's"
         )

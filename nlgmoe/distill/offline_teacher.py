@@ -20,7 +20,7 @@ from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, 
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require, type_for
 
 
 class OfflineTeacher:
@@ -72,7 +72,7 @@ class OfflineTeacher:
             try:
                 found = TeacherLogits(self.logits)
             except ValueError as error:
-                raise ValueError(f"model.distiller.logits={self.logits}: {error}") from error
+                raise type_for(error)(f"model.distiller.logits={self.logits}: {error}") from error
             self._check(found.header, student.config)
             self._check_data(found.header, trainer)
             self._check_used(found.header["teacher"])
@@ -115,12 +115,12 @@ class OfflineTeacher:
         where = f"model.distiller.logits={self.logits}"
         for name in ("vocab_size", "seq_len"):
             if header[name] != getattr(student, name):
-                raise ValueError(
+                raise SettingError(
                     f"{where} has {name}={header[name]}, the student {getattr(student, name)}; record the teacher's logits for "
                     "this configuration"
                 )
         if header["temperature"] != self.temperature:
-            raise ValueError(
+            raise SettingError(
                 f"{where} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
                 f"{self.temperature}; set it to that, or record at another: the tail's probability at another is not known"
             )
@@ -129,14 +129,14 @@ class OfflineTeacher:
         """Check that the logits are of this run's data, and cover every sample that it distils."""
         where, data = f"model.distiller.logits={self.logits}", getattr(trainer, "datamodule", None)
         if not isinstance(data, HasSampleNumbers):
-            raise ValueError(
+            raise SettingError(
                 f"{where}: the data module does not number its samples, so that nothing can be looked up; use "
                 "nlgmoe.PileDataModule, or nlgmoe.MixtureOfStudents"
             )
         here = {**data.fingerprint(), "document_attention": data.document_attention}
         there = {**header["data"], "document_attention": header["document_attention"]}
         if changes := differing(there, here, header.get("corpus"), getattr(data, "corpus_description", {})):
-            raise ValueError(
+            raise SettingError(
                 f"{where} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"
             )
@@ -150,7 +150,7 @@ class OfflineTeacher:
             begin,
         )
         if needed is not None and needed > header["samples"]:
-            raise ValueError(
+            raise SettingError(
                 f"{where} holds {header['samples']:,} samples, this run distils {needed:,}; record that many with --samples "
                 f"{needed}, or end distillation earlier with nlgmoe.StagedDistillation"
             )
@@ -176,11 +176,11 @@ class OfflineTeacher:
                 read_document(path)
                 weights = weights_of(path)
             except (ValueError, OSError) as error:
-                raise ValueError(
+                raise type_for(error)(
                     f"model.distiller.teacher={teacher}: {error}; set it to the teacher whose logits these are, or to null"
                 ) from error
             if weights != header["teacher"]["weights"]:
-                raise ValueError(
+                raise SettingError(
                     f"model.distiller.teacher={path} is another teacher than that of model.distiller.logits={self.logits}, "
                     f"{header['teacher']['checkpoint']} (weights {weights} and {header['teacher']['weights']}); record its "
                     "logits, or set it to null"

@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from nlgmoe.checkpoint.folder import checksum_of_manifest, kind_of, read_manifest
+from nlgmoe.validation import SettingError
 
 FORMAT, VERSION = "nlgmoe-teacher-logits", 1
 HEADER, RECORDS = "header.json", "logits.bin"
@@ -85,7 +86,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         if building(folder).exists() and not folder.exists():
             raise ValueError(f"{folder} is not finished; start the command again that was recording it")
-        raise ValueError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
+        raise SettingError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
     try:
         header = json.loads(file.read_text())
         sound = header["checksum"] == checksum_of_manifest(header)

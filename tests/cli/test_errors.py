@@ -925,6 +925,7 @@ SETTINGS = {
     "missing checkpoint",
     "file as checkpoint",
     "nothing to start from",
+    "start from another model",
     "weights alone to go on",
     "nothing to resume",
     "fp16 alone",

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from nlgmoe.commands.main import main
+from nlgmoe.config import GPTConfig
 from nlgmoe.experiment import parse_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,6 +40,31 @@ def test_the_shipped_students_are_those_of_their_teachers(
     for settings in (found, shipped):
         del settings["config"]  # the files
     assert found == shipped
+
+
+@pytest.mark.parametrize(
+    "form", ["dotted", "added callbacks", "the model's file", "the experts' file", "callbacks' file"]
+)
+def test_other_forms_of_a_configuration_have_the_same_student(form: str, tmp_path: Path) -> None:
+    text = yaml.safe_load((CONFIGS / "pr_moe/laptop.yaml").read_text())
+    (plain := tmp_path / "plain.yaml").write_text(yaml.safe_dump(text))
+    expected = written(tmp_path, plain, "--num-layers=4", "--teacher=x")
+    (tmp_path / "student.yaml").unlink()
+    part: dict[str, Any] = {"model": text["model"], "config": text["model"]["config"], "trainer": text["trainer"]}
+    owner, name = {"the model's file": ("model", "config"), "the experts' file": ("config", "moe")}.get(
+        form, ("trainer", "callbacks")
+    )
+    if form == "dotted":
+        text |= {f"trainer.{key}": value for key, value in text.pop("trainer").items()}
+    elif form == "added callbacks":
+        part["trainer"]["callbacks+"] = part["trainer"].pop("callbacks")
+    else:
+        (file := tmp_path / "part.yaml").write_text(yaml.safe_dump(part[owner][name]))
+        part[owner][name] = str(file)
+    (other := tmp_path / "other.yaml").write_text(yaml.safe_dump(text))
+    found = written(tmp_path, other, "--num-layers=4", "--teacher=x")
+    assert {**found, "config": None} == {**expected, "config": None}
+    assert GPTConfig.from_dict(parse_config(other)["model"]["config"]).num_layers == 6
 
 
 def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from tests.distributed.cells import TINY_ON_RANKS, free_port
 from tests.processes import ROOT, Started, python
@@ -42,9 +43,13 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     assert len(list((run / "checkpoints" / "last.ckpt").glob("model-*"))) == 2
     assert (run / "samples.txt").read_text().count("---") == 6  # three prompts at two validations
 
-    rest = ("--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=last")
+    rest = ["--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=last"]
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"  # each rank's logger makes it
+    rest += ["--trainer.logger=MLFlowLogger", f"--trainer.logger.tracking_uri={database}"]
+    rest += [f"--trainer.logger.artifact_location={tmp_path}"]
     done = train_py("fit", *settings, samples, *rest, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
+    assert len(MlflowClient(database).search_runs(["1"])) == 1
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 

@@ -87,10 +87,11 @@ def test_a_teacher_that_is_missing_is_named(
         *TINY,
         *QUIET,
     ]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         main(
             [*command, f"--trainer.default_root_dir={tmp_path}", f"--model.distiller.init_args.teacher={tmp_path}/none"]
         )
+    assert end.value.code == 2
     assert f"model.distiller.teacher={tmp_path}/none" in capsys.readouterr().err
     corrected = ["--model.distiller=null", "--model.train_tokens=128", f"--trainer.default_root_dir={tmp_path}"]
     main([*command, *corrected])  # a run that was refused is none: its folder is free
