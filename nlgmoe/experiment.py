@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import strip_meta
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -68,13 +67,13 @@ def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any
     return (
         _settings(cli),
         cli.parser.get_defaults().as_dict(),
-        cli.parser.dump(cli.config, skip_default=True, skip_none=False),
+        cli.parser.dump(cli.config, skip_default=True, skip_unset=False),
     )
 
 
 def _settings(cli: TrainCLI) -> dict[str, Any]:
     """Return all settings, without jsonargparse's notes of the files that sections are read from."""
-    settings: dict[str, Any] = strip_meta(cli.config).as_dict()
+    settings: dict[str, Any] = cli.config.clone(with_meta=False).as_dict()
     return settings
 
 

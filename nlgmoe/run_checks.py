@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -130,6 +131,20 @@ def check_filenames(keepers: Iterable[ModelCheckpoint]) -> None:
             )
 
 
+def check_loggers(loggers: Iterable[Logger]) -> None:
+    """Check that loggers upload no checkpoints: Lightning's pass over folders without a word.
+
+    Raises:
+        ValueError: one is to.
+    """
+    for one in loggers:
+        if kept := vars(one).get("_log_model"):  # of MLFlowLogger and WandbLogger
+            raise SettingError(
+                f"trainer.logger: {type(one).__name__}.log_model={kept} takes checkpoints that are files, and here they are "
+                "folders; leave it out, and upload the folder as docs/metrics.md shows"
+            )
+
+
 def check_trainer(trainer: Trainer, stage: str) -> None:
     """Check strategy, precision, ends and callbacks, and make the portable checkpoint the trainer's format.
 
@@ -146,12 +161,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
     if stage == "fit":
         check_filenames(one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
-    for logger in trainer.loggers if stage == "fit" else ():
-        if kept := getattr(logger, "_log_model", False):  # of Lightning's MLFlowLogger and WandbLogger
-            raise SettingError(
-                f"trainer.logger: {type(logger).__name__}.log_model={kept} takes checkpoints that are files, and here they are "
-                "folders; leave it out, and upload the folder as docs/metrics.md shows"
-            )
+    if stage == "fit":
+        check_loggers(trainer.loggers)
     for name, why in SETTINGS_REFUSED.items() if stage == "fit" else ():
         if value := getattr(trainer, name):
             raise SettingError(f"trainer.{name}={value} {why}")

@@ -143,7 +143,8 @@ def test_deepspeed_counts_steps_of_whole_epochs_only() -> None:
     check(math.inf, 5)
     check(10, 3, max_steps=3)  # ends within the first epoch
     check(10, 3, max_epochs=3)
-    for more in ({"max_steps": 4}, {"max_epochs": 4}):
+    check(10, 3, max_epochs=2)  # at its end
+    for more in ({"max_steps": 4}, {"max_epochs": 4}, {"max_epochs": -1}):
         with pytest.raises(SettingError, match=r"=3 does not divide an epoch's 10 .*; set limit_train_batches=9$"):
             check(10, 3, **more)
     with pytest.raises(SettingError, match=r"set it lower$"):

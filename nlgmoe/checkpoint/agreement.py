@@ -16,13 +16,17 @@ class AllRanksError(ValueError):
     on_every_rank = True
 
 
+class AllRanksSettingError(AllRanksError, SettingError):
+    """A wrong setting that every rank finds."""
+
+
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on every rank if the block raises on one. A collective: every rank must enter the block.
 
     Raises:
         AllRanksError: a rank raised; the message begins with its number unless all ranks have the same one.
-        SettingError: all ranks raised it, with the same message.
+            A `SettingError` too, if that is one.
     """
     mine: Exception | None = None
     try:
@@ -40,4 +44,4 @@ def raise_on_all_ranks() -> Iterator[None]:
             continue
         if len(set(found)) > 1:
             raise AllRanksError(f"rank {rank}: {message}") from mine
-        raise (SettingError if isinstance(mine, SettingError) else AllRanksError)(message) from mine
+        raise (AllRanksSettingError if isinstance(mine, SettingError) else AllRanksError)(message) from mine

@@ -51,6 +51,7 @@ from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may b
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
 from nlgmoe.parallel.launcher import end_with_launcher, named_launcher
+from nlgmoe.run_checks import check_loggers
 
 _NEWEST = "a checkpoint, or the newest valid one of a run folder (last: of trainer.default_root_dir)"
 _CKPT_PATH_HELP = {
@@ -273,6 +274,8 @@ class TrainCLI(LightningCLI):
         if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
             kwargs["strategy"] = _strategy(trainer["strategy"])
         made = super().instantiate_trainer(**kwargs)
+        if trains:
+            check_loggers(made.loggers)  # before they begin runs of their own
         # It may end the run: those after it then log the step.
         made.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # type: ignore[attr-defined]
         # Those without `monitor` save `last.ckpt` after a validation: once the others know its score.

@@ -138,13 +138,14 @@ def _is_nested(text: dict[str, Any]) -> bool:
         if isinstance(value, dict):
             names += value
             values += value.values()
-    model, trainer = text.get("model"), text.get("trainer", {})
+        elif isinstance(value, list):
+            values += value
+    model = text.get("model")
     config = model.get("config") if isinstance(model, dict) else None
-    moe = config.get("moe") if isinstance(config, dict) else None
     return (
         not any("." in str(name) or str(name).endswith("+") for name in names)
-        and all(isinstance(section, dict) for section in (config, moe or {}, trainer, text.get("data", {})))
-        and not (isinstance(trainer.get("callbacks"), str) and Path(trainer["callbacks"]).is_file())
+        and all(isinstance(section, dict) for section in (config, text.get("trainer", {}), text.get("data", {})))
+        and not any(isinstance(value, str) and value.endswith((".yaml", ".yml")) for value in values)
     )
 
 

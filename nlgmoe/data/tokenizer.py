@@ -31,8 +31,9 @@ BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
 }
 PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
-_OTHERS = [*range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000]
-PROBES = (PROBE, "no space before", "".join(map(chr, [*range(0x801), *_OTHERS])))  # the last: each byte of UTF-8
+# The last: nearly every character of two bytes, and one of each first byte of three and four that is in use.
+_OTHERS = [*range(0x1000, 0xD800, 0x1000), 0xFB01, 0x10000]
+PROBES = (PROBE, "no space before", "".join(filter(str.isprintable, map(chr, [*range(0x801), *_OTHERS]))))
 
 
 class Tokenizer:
@@ -76,8 +77,8 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         added = (f"a {token.content} b" for token in backend.get_added_tokens_decoder().values())
         problems = [f"{text!r} came back as {back!r}" for text, back in map(self._lost, (*PROBES, *added)) if text]
-        if changing := _normalisers(backend):  # no sample shows what each of them changes
-            problems = [f"it has the normaliser {', '.join(changing)}"]
+        if changing := [*_normalisers(backend), *_removals(backend)]:  # no sample shows what each of them changes
+            problems = [f"it has {', '.join(changing)}"]
         if problems:
             raise SettingError(
                 f"Tokenizer {name!r} does not reproduce every text: {problems[0]}. "
@@ -183,6 +184,19 @@ def _normalisers(backend: tokenizers.Tokenizer) -> list[str]:
         return []
     settings = json.loads(backend.normalizer.__getstate__())
     return [one["type"] for one in settings.get("normalizers", [settings])]
+
+
+def _removals(backend: tokenizers.Tokenizer) -> list[str]:
+    """Return the types of a tokenizer's pre-tokenisers that remove what they match."""
+    if backend.pre_tokenizer is None:
+        return []
+    settings = json.loads(backend.pre_tokenizer.__getstate__())
+    return [
+        one["type"]
+        for one in settings.get("pretokenizers", [settings])
+        # Inverted, as conversions of tiktoken's are, it removes what lies between the matches, which may be nothing.
+        if one["type"] == "CharDelimiterSplit" or (one.get("behavior") == "Removed" and not one.get("invert"))
+    ]
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:

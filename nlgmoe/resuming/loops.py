@@ -8,7 +8,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.validation import SettingError
+from nlgmoe.checkpoint.agreement import AllRanksSettingError
 
 _AFTER_STEP = (
     "was saved {} micro-batches after its last optimizer step, and the dataloader's own state is behind them; save at steps, "
@@ -90,23 +90,24 @@ def require_whole_epochs(trainer: Trainer, other_steps: bool, of_dataloader: str
         of_dataloader: `problem_of_dataloader` of its checkpoint.
 
     Raises:
-        SettingError: it does not: `of_dataloader`; `other_steps`, where Lightning miscounts the rest of the epoch; or DeepSpeed's
-            engine, which counts the micro-batches of all epochs, would step at others than Lightning, which counts each epoch's.
+        AllRanksSettingError: it does not: `of_dataloader`; `other_steps`, where Lightning miscounts the rest of the epoch; or
+            DeepSpeed's engine, which counts the micro-batches of all epochs, would step at others than Lightning.
     """
     batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
     if of_dataloader is not None:
-        raise SettingError(f"{trainer.ckpt_path} {of_dataloader}")
+        raise AllRanksSettingError(f"{trainer.ckpt_path} {of_dataloader}")
     if batches == math.inf:
         return
     if other_steps:
-        raise SettingError(
+        raise AllRanksSettingError(
             f"trainer.accumulate_grad_batches={window} is not that of the checkpoint's run, in an epoch that has begun: set it "
             "as before, or resume a checkpoint of an epoch's end"
         )
-    in_one_epoch = trainer.max_epochs == trainer.current_epoch + 1 or 0 <= trainer.max_steps <= batches // window
+    last_epoch = 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= trainer.current_epoch + 1
+    in_one_epoch = last_epoch or 0 <= trainer.max_steps <= batches // window
     if trainer.strategy.handles_gradient_accumulation and batches % window and not in_one_epoch:
         remedy = f"limit_train_batches={batches // window * window}" if batches >= window else "it lower"
-        raise SettingError(
+        raise AllRanksSettingError(
             f"trainer.accumulate_grad_batches={window} does not divide an epoch's {batches} micro-batches, and DeepSpeed would "
             f"take those that are left for the next epoch's first step; set {remedy}"
         )

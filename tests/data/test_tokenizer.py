@@ -111,17 +111,25 @@ def rest(pattern: object, behavior: str, invert: bool = False) -> pre_tokenizers
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("normalizer", normalizers.Lowercase(), "it has the normaliser Lowercase"),
-        ("normalizer", normalizers.NFKC(), "it has the normaliser NFKC"),
+        ("normalizer", normalizers.Lowercase(), "it has Lowercase"),
+        ("normalizer", normalizers.NFKC(), "it has NFKC"),
         (
             "normalizer",
             normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]),
-            "it has the normaliser NFC, Strip",
+            "it has NFC, Strip",
         ),
-        ("normalizer", normalizers.Replace("``", '"'), "it has the normaliser Replace"),
-        ("pre_tokenizer", rest("q", "removed"), "'ghijklmnopqrst.*' came back as 'ghijklmnoprst"),
-        ("pre_tokenizer", rest(Regex("[a-z ]+"), "removed", invert=True), "came back as"),
-        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("q"), LEVEL]), "came back as"),
+        ("normalizer", normalizers.Replace("``", '"'), "it has Replace"),
+        ("pre_tokenizer", rest("<br>", "removed"), "it has Split"),
+        (
+            "pre_tokenizer",
+            rest(Regex("[^q]+"), "removed", invert=True),
+            "'ghijklmnopqrst.*' came back as 'ghijklmnoprst",
+        ),
+        (
+            "pre_tokenizer",
+            pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("▁"), LEVEL]),
+            "it has CharDelimiterSplit",
+        ),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "'no space before' came back as ' no space"),
         ("model", models.BPE({"a": 0, EOD: 1}, []), "came back as"),
     ],
