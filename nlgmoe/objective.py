@@ -93,9 +93,8 @@ class Window:
         self.names: list[str] = []  # that the losses are logged under
         self.taken = False
         self._ranks = 1
-        self._sums = torch.zeros(
-            0
-        )  # [names + 2] means over ranks of losses, sequences and positions; over micro-batches, sums
+        # [names + 2] sums over micro-batches of means over ranks: of losses, sequences and positions
+        self._sums = torch.zeros(0)
 
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         """Count one micro-batch; a collective."""

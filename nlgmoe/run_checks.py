@@ -161,7 +161,6 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             raise SettingError(f"trainer.callbacks: {type(callback).__name__} {why}")
     if stage == "fit":
         check_filenames(one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
-    if stage == "fit":
         check_loggers(trainer.loggers)
     for name, why in SETTINGS_REFUSED.items() if stage == "fit" else ():
         if value := getattr(trainer, name):

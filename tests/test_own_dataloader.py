@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nlgmoe import MoEGPTModule
 from nlgmoe.data.datamodule import collate
-from nlgmoe.resuming.loops import require_whole_epochs
+from nlgmoe.resuming.dataloaders import require_whole_epochs
 from nlgmoe.validation import SettingError
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import _Samples

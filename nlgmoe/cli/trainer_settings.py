@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
 from nlgmoe.processes import check_processes, named_devices
+from nlgmoe.resuming.keepers import metrics_in_name
 from nlgmoe.run_checks import DEEPSPEED_REFUSED, FSDP_REFUSED, SETTINGS_REFUSED, callback_refused
 from nlgmoe.validation import SettingError
 
@@ -163,7 +164,7 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
         elif (
             isinstance(one, ModelCheckpoint)
             and one.auto_insert_metric_name
-            and re.search(r"{[^}]*/", one.filename or "")
+            and any("/" in name for name in metrics_in_name(one))
         ):
             why = (
                 f"has filename={one.filename}, whose metric's name makes folders; set auto_insert_metric_name to false"
@@ -183,9 +184,9 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
 
 def _problem_of_name(keeper: ModelCheckpoint) -> str | None:
     """Return why a `filename` cannot be filled in when a checkpoint is saved; None if it can."""
-    whole, names = ("epoch", "step"), re.findall(r"{([^:}]*)", keeper.filename or "")
+    metrics = {name: torch.tensor(0.5) for name in metrics_in_name(keeper)}
     try:
-        keeper.format_checkpoint_name({name: torch.tensor(0 if name in whole else 0.5) for name in (*whole, *names)})
+        keeper.format_checkpoint_name(metrics | {"epoch": torch.tensor(0), "step": torch.tensor(0)})
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -92,12 +92,12 @@ def prune_checkpoint(
 def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
     """Return the run's configuration, if it describes the model, and the options that undo what is of the model's own start."""
     from nlgmoe.config import GPTConfig
-    from nlgmoe.experiment import parse_with_defaults
+    from nlgmoe.experiment import parse_config
 
     if (file := run_config(run)) is None:
         return "CONFIG", ""
     try:
-        settings = parse_with_defaults(file)[0]["model"]
+        settings = parse_config(file)["model"]
         same = GPTConfig.from_dict(settings["config"]) == model  # it is not of one upcycled in its dense model's run
     except (ValueError, OSError, ImportError):  # of another version, edited, or with a callback that is not here
         same = False

@@ -61,9 +61,9 @@ class Tokenizer:
         if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
             backend.model.dropout = None
         self._left_out: Any = None
-        if _normalisers(backend) == ["NFC"]:  # it changes no text but that which it would not reproduce
+        if [one["type"] for one in _parts(backend.normalizer, "normalizers")] == ["NFC"]:
             self._left_out = json.loads(backend.normalizer.__getstate__())
-            backend.normalizer = None
+            backend.normalizer = None  # it changes no text but that which it would not reproduce
         self._backend = backend
         self.name = name
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -77,7 +77,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         added = (f"a {token.content} b" for token in backend.get_added_tokens_decoder().values())
         problems = [f"{text!r} came back as {back!r}" for text, back in map(self._lost, (*PROBES, *added)) if text]
-        if changing := [*_normalisers(backend), *_removals(backend)]:  # no sample shows what each of them changes
+        if changing := _changes_texts(backend):  # no sample shows what each of them changes
             problems = [f"it has {', '.join(changing)}"]
         if problems:
             raise SettingError(
@@ -178,25 +178,22 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _normalisers(backend: tokenizers.Tokenizer) -> list[str]:
-    """Return the types of a tokenizer's normalisers."""
-    if backend.normalizer is None:
+def _parts(component: Any, name: str) -> list[dict[str, Any]]:
+    """Return the settings of a tokenizer's component, or of the parts, its list `name`, that it is a sequence of."""
+    if component is None:
         return []
-    settings = json.loads(backend.normalizer.__getstate__())
-    return [one["type"] for one in settings.get("normalizers", [settings])]
+    settings = json.loads(component.__getstate__())
+    parts: list[dict[str, Any]] = settings.get(name, [settings])
+    return parts
 
 
-def _removals(backend: tokenizers.Tokenizer) -> list[str]:
-    """Return the types of a tokenizer's pre-tokenisers that remove what they match."""
-    if backend.pre_tokenizer is None:
-        return []
-    settings = json.loads(backend.pre_tokenizer.__getstate__())
-    return [
-        one["type"]
-        for one in settings.get("pretokenizers", [settings])
-        # Inverted, as conversions of tiktoken's are, it removes what lies between the matches, which may be nothing.
-        if one["type"] == "CharDelimiterSplit" or (one.get("behavior") == "Removed" and not one.get("invert"))
-    ]
+def _changes_texts(backend: tokenizers.Tokenizer) -> list[str]:
+    """Return the types of a tokenizer's normalisers, and of its pre-tokenisers that remove what they match."""
+    splitters = _parts(backend.pre_tokenizer, "pretokenizers")
+    # Inverted, as conversions of tiktoken's are, it removes what lies between the matches, which may be nothing.
+    removals = [one for one in splitters if one.get("behavior") == "Removed" and not one.get("invert")]
+    removals += [one for one in splitters if one["type"] == "CharDelimiterSplit"]
+    return [one["type"] for one in [*_parts(backend.normalizer, "normalizers"), *removals]]
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:

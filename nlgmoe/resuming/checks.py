@@ -7,9 +7,6 @@ from numbers import Real
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nlgmoe.batch import HasTokenizer, TracksSamples
 from nlgmoe.checkpoint.agreement import AllRanksError
@@ -132,18 +129,6 @@ def check_new_run(trainer: Trainer, tokens: int) -> None:
         raise AllRanksError(
             f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "
             f"data at sample {samples}: make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
-        )
-
-
-def warn_of_repeated_data(trainer: Trainer) -> None:
-    """Warn if a resumed run takes endless data from their beginning again; of data with an end Lightning warns."""
-    data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
-    keeps = isinstance(data, TracksSamples) or (data is not None and is_overridden("state_dict", data))
-    keeps |= loader is not None and all(isinstance(one, _Stateful) for one in loader.flattened)
-    if trainer.global_step > 0 and trainer.num_training_batches == math.inf and not keeps:
-        rank_zero_warn(
-            f"the run goes on at step {trainer.global_step}, but its training data begin again: neither the data module nor its "
-            "dataloader has a state_dict; nlgmoe.batch.TracksSamples says what a data module needs"
         )
 
 

@@ -19,6 +19,11 @@ def saves_by_steps(callback: Callback) -> bool:
     )
 
 
+def metrics_in_name(keeper: ModelCheckpoint) -> list[str]:
+    """Return the metrics that a `ModelCheckpoint` writes into file names."""
+    return re.findall(r"{([^}:]+)", keeper.filename or "")
+
+
 def set_saved_step(trainer: Trainer, step: int, missed: Sequence[Callback]) -> None:
     """Make `ModelCheckpoint` save steps after a resumed one that an earlier fit of the trainer has saved.
 
@@ -72,7 +77,7 @@ def monitored(trainer: Trainer) -> dict[str, float]:
     names: set[str | None] = {one.monitor for one in trainer.early_stopping_callbacks if one is not None}
     for one in trainer.checkpoint_callbacks:
         if isinstance(one, ModelCheckpoint):
-            names |= {one.monitor, *re.findall(r"{([^}:]+)", one.filename or "")}
+            names |= {one.monitor, *metrics_in_name(one)}
     return {
         name: float(value)
         for name, value in trainer.callback_metrics.items()

@@ -12,7 +12,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.resuming.checks import warn_of_repeated_data
+from nlgmoe.resuming.dataloaders import (
+    problem_of_dataloader,
+    require_whole_epochs,
+    warn_of_dataloader,
+    warn_of_repeated_data,
+)
 from nlgmoe.resuming.keepers import (
     follow_moved_folder,
     keep_patience,
@@ -21,13 +26,7 @@ from nlgmoe.resuming.keepers import (
     set_saved_step,
     stopped_early,
 )
-from nlgmoe.resuming.loops import (
-    problem_of_dataloader,
-    require_whole_epochs,
-    set_loop_counters,
-    warn_of_dataloader,
-    was_validated,
-)
+from nlgmoe.resuming.loops import set_loop_counters, was_validated
 
 # Hooks in which callbacks decide by a score or a number of steps
 STEP, VALIDATION = "on_train_batch_end", "on_validation_end"
@@ -93,6 +92,7 @@ class Position:
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
+        self._other_steps, self._of_dataloader = False, None
         unseen = checkpoint.get("unseen", {})
         for hook in (STEP, VALIDATION):
             self._missed[hook] = [
@@ -157,7 +157,6 @@ class Position:
             self._validate(trainer)
         self.at_end = trainer.should_stop
         self._validates_first, self._missed, self._monitored = False, {STEP: [], VALIDATION: []}, {}
-        self._other_steps, self._of_dataloader = False, None
 
     def _validate(self, trainer: Trainer) -> None:
         """Validate as the training loop does; callbacks that have counted this validation already do not count it again."""

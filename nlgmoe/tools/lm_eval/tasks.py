@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -69,8 +68,10 @@ class Tasks:
             )
         self._data_dir = None if data_dir is None else Path(data_dir)
         for name, task in zip(self.names, called, strict=True):
-            given = [] if data_dir is None or name == task else Path(data_dir).glob(f"{glob.escape(task)}.*")
-            if ignored := [file.name for file in given if file.suffix in FORMATS]:
+            given = (
+                [] if data_dir is None or name == task else [Path(data_dir, f"{task}{suffix}") for suffix in FORMATS]
+            )
+            if ignored := [file.name for file in given if file.exists()]:
                 raise SettingError(
                     f"data_dir={data_dir}: {ignored[0]} cannot be the documents of {name}, which names its own; give "
                     f"the task as {task}, with include_path={Path(name).parent}"

@@ -88,9 +88,8 @@ def chance(task: Any) -> dict[str, float]:
     if callable(task.config.process_results):  # such as truthfulqa_mc2's share of probability
         return {}
     requests = Counter(instance.doc_id for instance in task.instances)
-    of_a_choice = 1 + (
-        "acc_mutual_info" in task._metric_fn_list
-    )  # its score needs each choice without the question too
+    # This score needs each choice without the question too.
+    of_a_choice = 2 if "acc_mutual_info" in task._metric_fn_list else 1
     documents = {instance.doc_id: instance.doc for instance in task.instances}
     targets = [task.doc_to_target(document) for document in documents.values()]
     right = [len(set(target)) if isinstance(target, list) else 1 for target in targets]
