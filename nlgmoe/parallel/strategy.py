@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
 
-from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.agreement import AllRanksError, AllRanksSettingError
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.checkpoint.portable import read_checkpoint
@@ -227,6 +227,21 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         state = EngineState(self._engine)
         load_initial_weights(self._gpt, start, lambda entry, whole: state.load(entry, None, whole.float()))  # type: ignore[arg-type]
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Check that an epoch begins with a step of the engine, which goes on counting micro-batches where Lightning begins anew.
+
+        Raises:
+            AllRanksSettingError: the epoch before, whose length was not known, has ended within a step.
+        """
+        window = self._engine.gradient_accumulation_steps()
+        left = self._engine.micro_steps % window
+        if batch_idx == 0 and left:
+            raise AllRanksSettingError(
+                f"trainer.accumulate_grad_batches={window} does not divide the epoch that has ended: {left} of its micro-batches "
+                "are left; set trainer.limit_train_batches to a multiple of it"
+            )
 
     def step_gradients(self) -> StepGradients | None:
         """Return the gradients of the coming step; None after a micro-batch that does not end a step."""

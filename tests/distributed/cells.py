@@ -53,7 +53,7 @@ from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
 from tests.eval.tiny_tasks import CONFIG as TINY
 from tests.eval.tiny_tasks import TASKS, TokenizedData, write_tasks
 from tests.memory import peak_bytes
-from tests.synthetic import NumberedData, SyntheticData, ToLongest
+from tests.synthetic import NumberedData, OfUnknownLength, SyntheticData, ToLongest
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
 
@@ -607,8 +607,10 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
 
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
     """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, a parameter that
-    is frozen after the first step, and weights that a callback has changed; last, the steps of a trainer that has gone on from
-    its own checkpoint."""
+    is frozen after the first step, an epoch that ends within a step, and weights that a callback has changed.
+
+    Last, the steps of a trainer that has gone on from its own checkpoint.
+    """
     messages = []
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
@@ -643,6 +645,11 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
     def change(_: Trainer, module: MoEGPTModule, *rest: Any) -> None:
         module.gpt.final_norm.weight.add_(1.0)
 
+    divided = make_trainer(replace(cell, steps=9), ranks, folder, strategy=strategy_of(cell), accumulate_grad_batches=2)
+    try:
+        divided.fit(cell.module(), OfUnknownLength(micro_batch_size=2))
+    except ValueError as error:
+        messages.append(str(error))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback = LambdaCallback(on_train_start=change)

@@ -587,11 +587,15 @@ def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
     for messages in found[refused, REFUSED.name]:
-        lacks, built, spread, frozen, changed, steps = messages
+        lacks, built, spread, frozen, divided, changed, steps = messages
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
         assert "expert_parallel_size=2 cannot shard a layer of the teacher: no number" in spread
         assert "trains all parameters, and requires_grad of final_norm.weight is False; train on one process" in frozen
+        assert (
+            "accumulate_grad_batches=2 does not divide the epoch that has ended: 1 of its micro-batches are left"
+            in divided
+        )
         assert changed.startswith(
             "final_norm.weight was changed outside of the optimizer, whose own copy counts in steps"
         )
