@@ -24,7 +24,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -586,11 +592,19 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData(vocab_size=80))
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_strategies_that_divide_the_weights_are_refused(strategy: type[Strategy]) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (FSDPStrategy(), "trainer.strategy=FSDPStrategy divides the weights, which"),
+        (ModelParallelStrategy(), "trainer.strategy=ModelParallelStrategy divides the weights, which"),
+        (DDPStrategy(static_graph=True), "DDPStrategy.static_graph=true fails where micro-batches are accumulated"),
+    ],
+    ids=["FSDP", "ModelParallel", "static graph"],
+)
+def test_strategies_that_cannot_train_it_are_refused(strategy: Strategy, words: str) -> None:
     module = MoEGPTModule(CONFIG)
-    module._trainer = SimpleNamespace(strategy=strategy())  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=f"trainer.strategy={strategy.__name__} divides the weights, which"):
+    module._trainer = SimpleNamespace(strategy=strategy, callbacks=[])  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=words):
         module.setup("fit")
 
 

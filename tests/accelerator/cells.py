@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning import LightningModule, Trainer
@@ -24,7 +26,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK, UniformRouterConfig, generate, load_config
+from nlgmoe import (
+    GPTConfig,
+    MoEConfig,
+    MoEGPTModule,
+    SigmoidTopK,
+    UniformRouterConfig,
+    generate,
+    load_config,
+    objective,
+)
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
@@ -303,6 +314,18 @@ def checkpoints(root: Path) -> dict[str, Any]:
     return found[FAKE.type] | {"expected": found[CPU.type]}
 
 
+def one_of_two_ranks(precision: str, root: Path) -> dict[str, Any]:
+    """What a rank exchanges with one that has the same: losses and sizes, on the device."""
+    ranks = SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda value: value.mul_(2)
+    )
+    accumulated = {"accumulate_grad_batches": 2}
+    with mock.patch.object(objective, "distributed", ranks):
+        found, _, made = train(FAKE, precision, root / "fake", config({}), None, accumulated)
+    expected, _, alone = train(CPU, precision, root / "cpu", config({}), None, accumulated)
+    return found | {"tokens": made.tokens_seen, "expected": expected | {"tokens": 2 * alone.tokens_seen}}
+
+
 class Spoil(Callback):
     """NaN in one gradient of the second step."""
 
@@ -378,6 +401,7 @@ CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "online teacher in bf16 of a student in fp32": partial(online_teacher, "32-true", "bf16"),
     "online teacher in bf16-true": partial(online_teacher, "bf16-true", None),
     "online teacher in bf16-mixed": partial(online_teacher, "bf16-mixed", None),
+    **{f"one of two ranks in {precision}": partial(one_of_two_ranks, precision) for precision in PRECISIONS},
     "recorded logits": recorded_logits,
     "generation": generation,
     "checkpoints": checkpoints,
