@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import wandb
+from lightning.pytorch.loggers import Logger
 from mlflow.tracking import MlflowClient
 
 from nlgmoe.commands.main import main
@@ -44,3 +46,47 @@ def test_metrics_and_files(pocket_pile: Path, tmp_path: Path, monkeypatch: pytes
     (artifact,) = artifacts
     assert set(artifact.manifest.entries) == files and any(Path("wandb").glob("offline-run-*/*.wandb"))
     wandb.finish()
+
+
+class Refusing(Logger):
+    """Fails as a package of its own does: not in nlgmoe or Lightning."""
+
+    name = version = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        json.loads("the server's answer")
+
+    def log_hyperparams(self, *args: object, **kwargs: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("logger", "code", "words"),
+    [
+        (["lightning.pytorch.loggers.MLFlowLogger"], 2, ["MLFlowLogger fails: The filesystem tracking", "sqlite:///"]),
+        (["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=no://x"], 2, ["MLFlowLogger fails: ", "'no://x'"]),
+        (
+            ["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=http://127.0.0.1:9"],
+            2,
+            ["MLFlowLogger connects to http://127.0.0.1:9; it tries for minutes", "MLFlowLogger fails: "],
+        ),
+        (["tests.test_other_loggers.Refusing"], 1, ["Refusing fails: Expecting value"]),
+    ],
+    ids=["a file store", "no such store", "no server", "while training"],
+)
+def test_a_logger_that_fails_is_named(
+    logger: list[str],
+    code: int,
+    words: list[str],
+    pocket_pile: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    flags = [f"--trainer.logger={logger[0]}", *(f"--trainer.logger.{one}" for one in logger[1:])]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *quickstart(tmp_path / "run", f"--data.data_dir={pocket_pile}"), *flags])
+    said = caplog.text + capfd.readouterr().err
+    assert end.value.code == code and all(one in said for one in words) and "unexpected" not in said

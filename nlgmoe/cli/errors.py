@@ -31,6 +31,7 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 FIRST_RANK_SECONDS = 30.0  # that other ranks wait for it: on a busy machine their starts are far apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
 _RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+_LOGGERS = "lightning.pytorch.loggers.logger"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
 _OF_ANOTHER_RANK = (
     "Connection closed by peer",
@@ -101,6 +102,7 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
         for line in error.messages if isinstance(error, Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
         of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
+        of_setting |= (_failed_logger(error) or ("", False))[1]
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
 
@@ -168,6 +170,8 @@ def describe(error: BaseException) -> str:
         if error.errno == errno.ENOSPC and file is None:
             return f"{error.strerror}; make room and run this again, a training with --ckpt_path auto"
         return f"{file}: {error.strerror}" if file is not None else error.strerror
+    if (logger := _failed_logger(error)) is not None:
+        return f"trainer.logger: {logger[0]} fails: {one_line(str(error))} ({type(error).__name__}); docs/metrics.md has settings"
     if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"
@@ -177,6 +181,18 @@ def describe(error: BaseException) -> str:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         return f"{checkpoint}: its state cannot be restored ({reason}); use another checkpoint"
     return f"unexpected {type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
+
+
+def _failed_logger(error: BaseException) -> tuple[str, bool] | None:
+    """Return the class of the logger, of another package, in which the exception was raised, and whether it was being made."""
+    if raised_in(error).split(".")[0] in ("nlgmoe", "lightning"):
+        return None
+    made_in, name = False, None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        kind = type(frame.f_locals.get("self"))
+        if any(base.__module__ == _LOGGERS for base in kind.__mro__):
+            name, made_in = kind.__name__, made_in or frame.f_code.co_name in ("__init__", "experiment")
+    return None if name is None else (name, made_in)
 
 
 def _being_restored(error: BaseException) -> str | None:

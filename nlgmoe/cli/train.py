@@ -17,7 +17,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
@@ -229,6 +229,9 @@ class TrainCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         configure_allocator(self.trainer.strategy.root_device)
+        for one in self.trainer.loggers:
+            if str(server := vars(one).get("_tracking_uri")).startswith("http"):
+                rank_zero_info(f"{type(one).__name__} connects to {server}; it tries for minutes if no server answers")
         with ExitStack() as self._while_running, named_launcher():
             super()._run_subcommand(subcommand)
 

@@ -129,7 +129,7 @@ def distill_logits(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
     print(
-        f"           --model.distiller.init_args.teacher={quote(header['teacher']['checkpoint'])} "
+        f"           --model.distiller.init_args.teacher={quote(str(checkpoint))} "
         f"--model.distiller.init_args.temperature={temperature}"
     )
 

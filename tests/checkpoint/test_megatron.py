@@ -1,5 +1,6 @@
 """Megatron-DeepSpeed's checkpoints: the imported model says what theirs does, and what it cannot be is refused by name."""
 
+import math
 import os
 import re
 import shutil
@@ -275,6 +276,9 @@ DENSE_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "wg.weight has shape [3, 16], its arguments say [2, 16]": lambda s: encoder(s).update({GATE: torch.zeros(3, 16)}),
     "lacks Megatron's arguments": lambda s: s.pop("args"),
     "holds no model": lambda s: s.update(module=None),
+    "iteration is [4, 8], not a number": lambda s: s.update(iteration=[4, 8]),
+    "tokens is inf, not a number": lambda s: s.update(tokens=math.inf),
+    "wg.weight is of type torch.complex64, not": lambda s: encoder(s).update({GATE: torch.zeros(2, 16).cfloat()}),
     "has output_layer.weight": lambda s: s["module"]["language_model"].update(
         {"output_layer": {"weight": torch.zeros(1)}}
     ),

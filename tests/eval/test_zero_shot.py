@@ -220,6 +220,33 @@ def test_what_is_missing_is_named_with_the_remedy(
             Tasks(**settings)  # type: ignore[arg-type]
 
 
+def test_a_task_that_imports_what_is_missing_is_named_and_stops_no_other(lm: EvaluatedGPT, tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    data = tmp_path / "documents"
+    data.mkdir()
+    for number, function in enumerate(["no_such_package.f", "functions.f", "os.no_such_function"]):
+        (tmp_path / f"imports{number}.yaml").write_text(
+            f"task: imports{number}\ndataset_path: none/none\ntest_split: test\noutput_type: generate_until\n"
+            f"doc_to_text: !function {function}\ndoc_to_target: a\n"
+        )
+        (data / f"imports{number}.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "functions.py").write_text("import no_such_package\n")
+    (tmp_path / "group.yaml").write_text("group: imports\ntask: [imports1]\n")
+    tasks = Tasks(["tiny_choice", "imports0", "imports1", "imports2", "imports"], data, tmp_path)
+    assert evaluate_task(lm, tasks, "tiny_choice", None)
+    for name, words in {
+        "imports0": "no_such_package",
+        "imports1": "no_such_package",
+        "imports2": "no_such_function",
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"task {name}: .*{name}.yaml cannot be used .*{words}.*; install or write"
+        ):
+            tasks.load(name)
+    with pytest.raises(ValueError, match=r"task imports: lm-eval cannot load it .*no_such_package.*; install or write"):
+        tasks.load("imports")
+
+
 def test_an_unreachable_hub_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers HEAD with 501: there is a way
     Thread(target=server.serve_forever, daemon=True).start()

@@ -168,6 +168,7 @@ def test_nothing_in_a_run_becomes_html(tmp_path: Path) -> None:
         ("expert_load.csv", "step,tokens,layer,dropped,expert_0,expert_1\n1,1,0,0,1,2\n2,2,0,0,1,"),
         ("expert_load.csv", "step,tokens,layer,dropped,expert_0\n1,1,nan,0,1\ninf,1,0,0,1\n2,2,0,0,nan\n"),
         ("metrics.csv", "step,train/loss\n1,2\n2,inf\nnan,1\ninf,3\n"),
+        ("metrics.csv", "step,experts/0/confidence,experts/8/confidence\n1,0.5,0.6\n2,0.5,0.6\n"),
         ("metrics.csv", 'step,train/loss\n1,2\n2,"' + "x" * 200_000),
         ("summary.json", '{"params_total": 3, "bits_per_byte": [1], "steps": "many", "versions": 7, "val_loss": {}}'),
         ("config.yaml", "model: 3\ntrainer: [1]\n1: {2: 3}\n"),

@@ -24,6 +24,7 @@ from nlgmoe.validation import SettingError, require
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 HUB_TIMEOUT = 5.0  # seconds
 SEED = 1234  # of the choice of examples; lm-eval's
+_IMPORTS = "install or write what it imports, or leave the task out"
 _NAME = re.compile(r"^task:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
 
 
@@ -110,9 +111,17 @@ class Tasks:
         if file is not None and not (file.is_file() and file.stat().st_size):
             raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
         local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
+        path = entry.yaml_path if entry is not None else Path(name)
+        try:
+            if path is not None:
+                load_yaml(path)  # imports the functions that it names
+        except Exception as error:
+            raise ValueError(f"task {name}: {path} cannot be used ({describe(error)}); {_IMPORTS}") from error
         try:
             with _quiet(), nullcontext() if local else _hub():
                 loaded = dict(self._manager.load([name]))
+        except ImportError as error:
+            raise ValueError(f"task {name}: lm-eval cannot load it ({describe(error)}); {_IMPORTS}") from error
         except Exception as error:
             if local:
                 where = file or "the files that its YAML names"
@@ -173,7 +182,10 @@ def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:
             raise SettingError(f"data_dir={folder}: {other.name} and {file.name} are of one task; remove one of them")
     for name, file in files.items():
         if index[name].kind.name == "TASK" and file.is_file():
-            settings = load_yaml(index[name].yaml_path)
+            try:
+                settings = load_yaml(index[name].yaml_path)
+            except Exception:  # `Tasks.load` says why, if the task is evaluated
+                continue
             index[name] = replace(index[name], yaml_path=None, cfg=settings | _documents_in(file, settings))
     return files
 

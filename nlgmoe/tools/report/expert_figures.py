@@ -98,7 +98,7 @@ def _mean(series: list[Series]) -> Series | None:
 
 def _depth_colour(layer: int, layers: int) -> str:
     """Return a colour that gets lighter with depth."""
-    colour: str = sample_colorscale("Viridis", [0.85 * layer / max(1, layers - 1)])[0]
+    colour: str = sample_colorscale("Viridis", [0.85 * min(1.0, layer / max(1, layers - 1))])[0]
     return colour
 
 

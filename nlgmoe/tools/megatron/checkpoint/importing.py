@@ -181,6 +181,8 @@ def _tensor(dense: Dense, name: str) -> Tensor:
 
 
 def _check_shape(file: Path, name: str, found: Tensor, expected: list[int]) -> None:
+    if not found.is_floating_point():
+        raise ValueError(f"{file}: {name} is of type {found.dtype}, not floating point; use another checkpoint")
     if list(found.shape) != expected:
         raise ValueError(
             f"{file}: {name} has shape {list(found.shape)}, its arguments say {expected}; use another checkpoint"

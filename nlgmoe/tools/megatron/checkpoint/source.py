@@ -10,6 +10,7 @@ Names are those that follow `language_model.` in Megatron's own model, such as `
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -113,7 +114,11 @@ def read_dense(folder: Path) -> Dense:
     tensors = {
         _current_name(name): value for name, value in _flatten(state["module"]).items() if _ANY_EXPERT not in name
     }
-    version, step, tokens = (state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens"))
+    numbers = {key: state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens")}
+    for key, value in numbers.items():
+        if not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+            raise ValueError(f"{file}: {key} is {value!r}, not a number; use another checkpoint")
+    version, step, tokens = numbers.values()
     return Dense(file, state["args"], tensors, float(version), int(step), int(tokens))
 
 
