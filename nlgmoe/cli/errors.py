@@ -190,7 +190,7 @@ def _failed_logger(error: BaseException) -> tuple[str, bool] | None:
     made_in, name = False, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         kind = type(frame.f_locals.get("self"))
-        if any(base.__module__ == _LOGGERS for base in kind.__mro__):
+        if any(base.__module__ == _LOGGERS for base in kind.__mro__) and not kind.__module__.startswith("nlgmoe."):
             name, made_in = kind.__name__, made_in or frame.f_code.co_name in ("__init__", "experiment")
     return None if name is None else (name, made_in)
 

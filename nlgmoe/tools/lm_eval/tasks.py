@@ -67,8 +67,9 @@ class Tasks:
             raise SettingError(
                 f"tasks: two have the name {again[0]}, and one result would be left; rename it in its file"
             )
+        self._called = dict(zip(self.names, called, strict=True))
         self._data_dir = None if data_dir is None else Path(data_dir)
-        for name, task in zip(self.names, called, strict=True):
+        for name, task in self._called.items():
             given = (
                 [] if data_dir is None or name == task else [Path(data_dir, f"{task}{suffix}") for suffix in FORMATS]
             )
@@ -127,7 +128,8 @@ class Tasks:
                 where = file or "the files that its YAML names"
                 raise ValueError(f"task {name}: {where} cannot be read: {describe(error)}") from error
             raise ValueError(
-                f"task {name}: {_without_documents('TASK' if group else name, source, self._data_dir, error)}"
+                f"task {name}: "
+                f"{_without_documents('TASK' if group else self._called[name], source, self._data_dir, error)}"
             ) from error
         for each, task in loaded["tasks"].items():
             given = task.get_config("num_fewshot")

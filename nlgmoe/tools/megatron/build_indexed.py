@@ -116,11 +116,12 @@ def build_indexed(
             f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it."
         ) from None
     except BaseException as error:
-        if not (folder / "progress.json").exists():
+        if not (resumes := (folder / "progress.json").exists()):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:  # of a write
+            then = "it goes on" if resumes else "from the beginning"
             raise ValueError(
-                f"output={prefix} cannot be written ({error.strerror}); make room, and start again: it goes on"
+                f"output={prefix} cannot be written ({error.strerror}); make room, and start again: {then}"
             ) from error
         raise
     return done
