@@ -29,6 +29,26 @@ TINY = {
     "trainer__log_every_n_steps": 1,
     "trainer__enable_progress_bar": False,
 }
+DOCUMENTS = {
+    "data__document_attention": True,
+    "data__mask_eod_loss": True,
+}  # each changes what a model computes, or counts
+CHECKS = {  # of its variables, after a notebook
+    "02_routing": """
+for layer, counts in enumerate(by_token):
+    assert (counts.sum(axis=0) == found.by_domain(layer).sum(axis=0)).all()
+""",
+    "03_mixture_of_students": """
+summary = json.loads(Path(TEACHER, "summary.json").read_text())
+assert abs(rows["teacher"][0] - summary["val_loss"]) < 1e-5 and rows["teacher"][2] == summary["params_total"]
+""",
+    "04_laboratory": """
+import pandas
+metrics = pandas.read_csv(f"{folders[-1]}/metrics.csv")
+for domain, value in zip(data.domains, whole):
+    assert abs(metrics[f"val/loss/{domain}"].dropna().iloc[-1] - value) < 1e-5
+""",
+}
 DEEPER = TINY | {"model__config__num_layers": 4, "model__config__moe__num_experts": [2, 4]}
 SIX_LAYERS = {name: value for name, value in TINY.items() if "num_layers" not in name and "num_experts" not in name}
 
@@ -39,13 +59,13 @@ def parameters(name: str, data: Path, runs: Path) -> dict[str, Any]:
     if name == "01_first_prmoe":
         return values | {"RUN": str(runs / "first"), "SETTINGS": DEEPER, "PROMPTS": ["The", "In the year"]}
     if name == "02_routing":  # its configuration's last callback writes samples
-        settings = DEEPER | {"trainer__callbacks": []}
+        settings = DEEPER | DOCUMENTS | {"trainer__callbacks": [], "model__config__moe__top_k": 2}
         return values | {"RUN": str(runs / "routing"), "SETTINGS": settings, "WINDOWS": 4}
     if name == "04_laboratory":
-        return values | {"RUNS": str(runs / "laboratory"), "WINDOWS": 4, "SETTINGS": SIX_LAYERS}
-    students = {"RUNS": str(runs / "students"), "TEACHER_TOKENS": 512, "WINDOWS": 4}
-    settings = TINY | {"model__distiller__init_args__beta": 0.5}
-    return values | students | {"TEACHER_SETTINGS": DEEPER, "SETTINGS": settings}
+        return values | {"RUNS": str(runs / "laboratory"), "WINDOWS": 2, "SETTINGS": SIX_LAYERS | DOCUMENTS}
+    students = {"RUNS": str(runs / "students"), "TEACHER_TOKENS": 512, "WINDOWS": 2}
+    settings = TINY | DOCUMENTS | {"model__distiller__init_args__beta": 0.5}
+    return values | students | {"TEACHER_SETTINGS": DEEPER | DOCUMENTS, "SETTINGS": settings}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +92,7 @@ def test_it_runs(
     assert set(values) <= names
     notebook = with_parameters(notebook, values)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # of the notebook before
+    notebook.cells.append(nbformat.v4.new_code_cell(CHECKS.get(path.stem, "")))
     outputs = [output for cell in run(notebook, kernel).cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= sum(cell.source.count("plt.subplots") for cell in notebook.cells) >= 2

@@ -113,6 +113,32 @@ def test_steps_may_change_where_an_epoch_ends(accumulate: int, steps: int, saved
     assert found == steps
 
 
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"limit_train_batches": 4, "max_epochs": 3}, False),
+        ({"limit_train_batches": BATCHES, "max_steps": 30}, False),
+        ({"limit_train_batches": 4, "max_steps": 10}, True),
+    ],
+    ids=str,
+)
+def test_the_next_epoch_begins_anew_or_is_refused(settings: dict[str, int], refused: bool, tmp_path: Path) -> None:
+    """Where `max_steps` ends a run, Lightning goes back to the dataloader's state at an epoch's end too."""
+
+    def run(resume: Path | None, folder: Path) -> list[Tensor]:
+        module = MoEGPTModule(CONFIG)
+        ends = ModelCheckpoint(folder, "end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        trainer(tmp_path, ends, enable_checkpointing=True, **settings).fit(module, Stateful(2), ckpt_path=resume)
+        return list(module.gpt.parameters())
+
+    whole, saved = run(None, tmp_path / "whole"), tmp_path / "whole" / "end-epoch=0.ckpt"
+    if refused:
+        with pytest.raises(SettingError, match=r"end-epoch=0.ckpt is of the end of an epoch that .* by max_epochs$"):
+            run(saved, tmp_path / "again")
+    else:
+        assert all(torch.equal(one, other) for one, other in zip(whole, run(saved, tmp_path / "again"), strict=True))
+
+
 @pytest.mark.parametrize("accumulate", [2, 5])
 def test_a_run_at_its_end_takes_no_step(accumulate: int, saved: Path, tmp_path: Path) -> None:
     assert fit(ModelCheckpoint(tmp_path), accumulate=accumulate, resume=saved / "step=12.ckpt")[0] == 12

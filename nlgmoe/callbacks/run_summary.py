@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -159,7 +160,8 @@ class RunSummary(Callback):
 def _leaves_out_domains(trainer: Trainer) -> bool:
     """Return whether `trainer.limit_val_batches` cuts the validation, whose windows are in the order of their domains."""
     loader, fast_dev_run = trainer.val_dataloaders, trainer.fast_dev_run  # type: ignore[attr-defined]
-    return loader is not None and not fast_dev_run and sum(trainer.num_val_batches) < len(loader)
+    whole = sized_len(loader)  # None of a loader without a length
+    return whole is not None and not fast_dev_run and sum(trainer.num_val_batches) < whole
 
 
 def _baseline(trainer: Trainer, name: str) -> Any:

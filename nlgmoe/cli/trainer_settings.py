@@ -237,6 +237,10 @@ def _check_strategy(trainer: Mapping[str, Any]) -> None:
     _require(not copied, "strategy", shown, "makes ranks out of this process; use ddp, whose ranks start by themselves")
     plain = shown.startswith("deepspeed") or shown.endswith("DeepSpeedStrategy")
     _require(not plain, "strategy", shown, DEEPSPEED_REFUSED)
+    by_value = trainer["gradient_clip_algorithm"] == "value" and shown.endswith("ExpertParallelStrategy")
+    _require(
+        not by_value, "gradient_clip_algorithm", "value", "is nothing that DeepSpeed does; leave it out, or use ddp"
+    )
 
 
 def _number(devices: Any) -> int:

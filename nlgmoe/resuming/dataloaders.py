@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning import Trainer
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -44,6 +45,12 @@ def problem_of_dataloader(checkpoint: dict[str, Any], max_epochs: int | None) ->
     return None
 
 
+def begins_anew(checkpoint: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is of an epoch's end and has the state of a dataloader, which Lightning restores there too."""
+    loop = checkpoint["loops"]["fit_loop"]
+    return bool(loop["state_dict"].get("combined_loader")) and loop["epoch_loop.batch_progress"]["is_last_batch"]
+
+
 def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
     """Note in a checkpoint how many micro-batches after the step it is saved, if a dataloader's own state is behind them."""
     if after and checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader"):
@@ -51,23 +58,31 @@ def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
         rank_zero_warn(f"a checkpoint that no run can resume: it {_AFTER_STEP.format(after)}")
 
 
-def require_whole_epochs(trainer: Trainer, other_steps: bool, of_dataloader: str | None) -> None:
+def require_whole_epochs(trainer: Trainer, other_steps: bool, of_dataloader: str | None, anew: bool = False) -> None:
     """Check that a run that has steps to take goes over each epoch of data that have an end once.
 
     Args:
         trainer: of the fit that begins.
         other_steps: whether it goes on within an epoch of steps of more or fewer micro-batches.
         of_dataloader: `problem_of_dataloader` of its checkpoint.
+        anew: `begins_anew` of its checkpoint.
 
     Raises:
-        AllRanksSettingError: it does not: `of_dataloader`; `other_steps`, where Lightning miscounts the rest of the epoch; or
-            DeepSpeed's engine, which counts the micro-batches of all epochs, would step at others than Lightning.
+        AllRanksSettingError: it does not: `of_dataloader`; `anew` with `max_steps`, where Lightning goes back to the state of a
+            dataloader of which `limit_train_batches` has left some; `other_steps`, where Lightning miscounts the rest of an
+            epoch; or DeepSpeed's engine, which counts the micro-batches of all epochs, would step at others than Lightning.
     """
     batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
     if of_dataloader is not None:
         raise AllRanksSettingError(f"{trainer.ckpt_path} {of_dataloader}")
     if batches == math.inf:
         return
+    loaders = trainer.fit_loop._combined_loader.flattened if anew and trainer.max_steps >= 0 else []  # type: ignore[union-attr]
+    if any(length is None or length > batches for length in map(sized_len, loaders)):
+        raise AllRanksSettingError(
+            f"{trainer.ckpt_path} is of the end of an epoch that trainer.limit_train_batches cuts, where the dataloader's own "
+            "state has batches left, with which trainer.max_steps would go on: resume another one, or end the run by max_epochs"
+        )
     if other_steps:
         raise AllRanksSettingError(
             f"trainer.accumulate_grad_batches={window} is not that of the checkpoint's run, in an epoch that has begun: set it "
