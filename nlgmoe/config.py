@@ -234,6 +234,8 @@ class GPTConfig:
         moe = values.get("moe")
         if moe is None:
             return GPTConfig(**values)
+        if not isinstance(moe, dict):
+            raise ValueError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
         own = {name: part_from_dict(moe[name], base) for name, base in PARTS.items() if moe.get(name) is not None}
         return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
 

@@ -356,7 +356,7 @@ def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
     require_regular(file, remedy)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged (a {type(found).__name__}, not a mapping); {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class CommandParser(OneLineParser):
 
         Raises:
             UsageError: a value is empty, as an unset variable of a shell is: a path would be the working directory. Or an
-                option that takes one value is given several times.
+                option that takes one value is given several times, or a number is not finite.
         """
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
@@ -80,12 +81,16 @@ class CommandParser(OneLineParser):
                     takes_list = "list" in str(getattr(action, "_typehint", ""))
                     remedy = f"give a list, {name}='[A, B]'" if takes_list else "give it once"
                     raise UsageError(f"{name} is given {names[name]} times, and only one of them would count; {remedy}")
-        return super().parse_args(
+        parsed = super().parse_args(
             [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
             + [f"--flags={word}" for word in words[end + 1 :]],
             *rest,
             **kwargs,
         )
+        for name, value in vars(parsed.as_flat()).items():
+            if isinstance(value, float) and not math.isfinite(value):  # 1e400 too
+                raise UsageError(f"--{name.rpartition('.')[2].replace('_', '-')}={value} must be a finite number")
+        return parsed
 
     @override
     def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:

@@ -177,6 +177,8 @@ def describe(error: BaseException) -> str:
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"
     if is_complaint(error):
         return one_line(str(error))
+    if isinstance(error, RecursionError) and raised_in(error).split(".")[0] in ("json", "yaml"):
+        return "a file is nested too deeply to be read"
     if (checkpoint := _being_restored(error)) is not None:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         return f"{checkpoint}: its state cannot be restored ({reason}); use another checkpoint"

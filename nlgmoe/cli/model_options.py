@@ -32,7 +32,7 @@ def import_allowed(modules: Sequence[str] | None) -> None:
     for module in modules or ():
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot, as a path does
             raise UsageError(
                 f"allow_code={module} cannot be imported ({error}); start the command where it is"
             ) from error

@@ -9,12 +9,32 @@ import sys
 import threading
 from types import ModuleType
 
-from nlgmoe.cli.errors import INTERRUPTED, one_line_errors
+from nlgmoe.cli.errors import INTERRUPTED, UsageError, one_line_errors
+
+_OF_LAUNCHERS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID"),
+)
+
+
+def _check_environment() -> None:
+    """Check the numbers that a launcher gives to its ranks, which Lightning reads as it is imported.
+
+    Raises:
+        UsageError: one is no number.
+    """
+    for name in _OF_LAUNCHERS:
+        value = os.environ.get(name, "0")
+        if not value.removeprefix("-").isdecimal():
+            raise UsageError(
+                f"the environment variable {name}={value} is no whole number; unset it, or start ranks by torchrun or srun"
+            )
 
 
 def train() -> None:
     """Run `train.py`."""
     with one_line_errors():
+        _check_environment()
         import_interruptibly("nlgmoe.cli.train").main()
 
 
@@ -23,6 +43,7 @@ def nlgmoe() -> None:
     # For a configuration's own modules, behind all others; `python train.py` has its folder too.
     sys.path.append(os.getcwd())
     with one_line_errors():
+        _check_environment()
         importlib.import_module("nlgmoe.commands.main").main()
 
 

@@ -235,14 +235,14 @@ def _load(name: str, *files: Path) -> Tokenizer:
 @lru_cache(maxsize=4)
 def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
     files = [file for file, _, _ in versions]
-    return Tokenizer(_from_json(*files) if len(files) == 1 else _from_vocabulary(*files), name)
-
-
-def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises `Exception` itself, and does not name the file
-        raise ValueError(f"{path} is damaged or not a tokenizer ({error}); replace it") from error
+        made = tokenizers.Tokenizer.from_file(str(files[0])) if len(files) == 1 else _from_vocabulary(*files)
+    except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, and does not name the file
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        which = " or ".join(map(str, files))
+        raise ValueError(f"{which} is damaged or not a tokenizer ({error}); replace it") from error
+    return Tokenizer(made, name)
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

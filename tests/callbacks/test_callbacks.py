@@ -4,6 +4,7 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
 from nlgmoe.model.counting import count_parameters
@@ -56,6 +58,25 @@ def test_the_speed_of_the_summary_leaves_out_what_a_curriculum_cuts_off(tmp_path
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["tokens"] < 6 * 2 * 64
     assert summary["tokens_per_second"] * summary["step_seconds"] == pytest.approx(summary["tokens"])
+
+
+class Unsized(torch.utils.data.IterableDataset):
+    """Samples without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = SyntheticData().val_dataloader()
+        return (loader.dataset[index] for index in range(len(loader.dataset)))
+
+
+def test_data_of_evaluation_without_a_length(tmp_path: Path) -> None:
+    data, summaries = SyntheticData(), []
+    sized = data.val_dataloader()
+    for loader in (sized, DataLoader(Unsized(), sized.batch_size, collate_fn=sized.collate_fn)):
+        data.val_dataloader = lambda loader=loader: loader  # type: ignore[method-assign]
+        trainer(tmp_path, RunSummary(), max_steps=1, limit_val_batches=1.0).fit(MoEGPTModule(CONFIG), data)
+        summaries.append(json.loads((tmp_path / "summary.json").read_text())["val_loss"])
+        data = SyntheticData()
+    assert summaries[0] == summaries[1] is not None
 
 
 def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:

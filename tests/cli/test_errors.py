@@ -604,6 +604,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("{model: {config: {moe: null}}, trainer: {strategy: deepspeed_stage_2}}"),
         "trainer.strategy: {class_path: nlgmoe.ExpertParallelStrategy, init_args: {",
     ),
+    "clipping by value under DeepSpeed": (
+        file("trainer: {strategy: nlgmoe.ExpertParallelStrategy, gradient_clip_algorithm: value}"),
+        "trainer.gradient_clip_algorithm=value is nothing that DeepSpeed does; leave it out, or use ddp",
+    ),
     "FSDP": (flag("--trainer.strategy=fsdp"), "trainer.strategy=fsdp divides the weights, which gradient norms, named"),
     "FSDP by its class": (
         flag("--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"),
@@ -1181,6 +1185,13 @@ def test_a_new_run_from_the_weights_of_another(place: Place, capsys: pytest.Capt
     assert (document["global_step"], document["tokens_seen"]) == (2, 64)
     assert place.start.partition("=")[2] in (place.folder / "run/config.yaml").read_text()
     main(place.args(f"--ckpt_path={place.folder / 'run/checkpoints/last.ckpt'}", gone, "--model.train_tokens=128"))
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
+def test_a_number_of_a_launcher_is_checked(name: str, place: Place) -> None:
+    done = python("train.py", *place.args(), env={name: "x"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"error: the environment variable {name}=x is no whole number" in done.stderr
 
 
 def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(

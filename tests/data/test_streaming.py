@@ -616,6 +616,15 @@ def test_a_domain_without_text_is_told(tiny_corpus: Path, tmp_path: Path) -> Non
         StreamedText(str(tmp_path)).prepare(tmp_path, str(tiny_corpus / "tokenizer"))
 
 
+def test_a_baseline_without_the_ends_of_documents_where_a_domain_is_empty(
+    open_corpus: Callable[..., PileDataModule],
+) -> None:
+    data = open_corpus(domains=["domain 0", "domain 1", "domain 2"])  # so that "other" has no document
+    every = data.unigram_entropy()
+    data.mask_eod_loss = True
+    assert 0 < data.unigram_entropy() != every
+
+
 def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None:
     for options, message in [
         ({"num_streams": 0}, "num_streams=0 must be at least 1"),

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,19 @@ def test_folder_in_both_layouts(tmp_path: Path) -> None:
     one, two = (load_tokenizer(str(tmp_path / name), tmp_path) for name in ("one", "two"))
     assert one.encode("lowest low") == two.encode("lowest low") and one.eod_id == two.eod_id
     assert one.vocab_size == two.vocab_size == len(json.loads((tmp_path / "two" / "vocab.json").read_text()))
+
+
+def test_files_that_are_damaged_are_named(tmp_path: Path) -> None:
+    backend = train_byte_level_bpe(iter(["low lower lowest"] * 9), 300)
+    backend.model.save(str(tmp_path))
+    os.truncate(tmp_path / "vocab.json", 100)
+    with pytest.raises(ValueError, match=r"vocab.json or .*merges.txt is damaged or not a tokenizer \(.*; replace it$"):
+        load_tokenizer(str(tmp_path), tmp_path)
+    settings = json.loads(backend.to_str())
+    settings["model"]["continuing_subword_prefix"] = "##"  # that no merge has: the library panics
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged or not a tokenizer"):
+        load_tokenizer(str(tmp_path), tmp_path)
 
 
 def test_a_tokenizer_that_others_read_adds_no_token_either() -> None:

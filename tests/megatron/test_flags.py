@@ -17,6 +17,7 @@ from nlgmoe import MoEGPTModule, PileDataModule
 from nlgmoe.tools.megatron.flags import FLAGS
 from nlgmoe.tools.megatron.from_megatron import translated
 from nlgmoe.tools.megatron.launch import Launch
+from nlgmoe.validation import SettingError
 from tests.megatron.writing import get, launched, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -304,6 +305,21 @@ def test_train_samples_are_whole_steps_of_a_batch_that_grows() -> None:
     for samples, trained in ((200, 200), (215, 200), (103, 96)):
         flags = f"--global-batch-size 16 --rampup-batch-size 8 8 100 --train-samples {samples}"
         assert settings_of(launched(flags))["model"]["train_tokens"] == trained * 32
+    long = "--global-batch-size 16 --rampup-batch-size 8 8 1000000000000"  # that no step of the run reaches
+    assert settings_of(launched(f"{long} --train-samples 200"))["model"]["train_tokens"] == 200 * 32
+
+
+def test_a_configuration_of_another_encoding_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(SettingError, match=r"--deepspeed_config c.json is no text in UTF-8"):
+        launched("--deepspeed_config c.json")
+
+
+def test_a_number_that_is_no_count_is_named() -> None:
+    for count in ("²", "1" * 5000):
+        with pytest.raises(ValueError, match=f"--num_gpus {count}: is {count}, not a count"):
+            translated(launched("", f"deepspeed --num_gpus {count}"))
 
 
 def test_steps_and_sequences_of_a_curriculum_are_the_tokens_that_it_feeds(tmp_path: Path) -> None:
@@ -336,6 +352,13 @@ def test_steps_and_sequences_of_a_curriculum_are_the_tokens_that_it_feeds(tmp_pa
         (filled(1), "--zero-stage 2", "--zero-stage 2: is 1 in the DeepSpeed configuration; make them agree"),
         ("{oops}", "", "the DeepSpeed configuration: is no JSON"),
         ("[]", "", "the DeepSpeed configuration: is no JSON object"),
+        ("[" * 100_000, "", "the DeepSpeed configuration: is no JSON (maximum recursion"),
+        (
+            '{"zero_optimization": {"stage": 1' + "0" * 5000 + "}}",
+            "",
+            "the DeepSpeed configuration: is no JSON (Exceeds",
+        ),
+        (SECTION.replace(" 16,", ' "²",', 1), "", "its min_difficulty is ²; give a number"),
         ('{"zero_optimization": true}', "", "has zero_optimization=true, no object; correct it"),
         ('{"zero_optimization": {"stage": 1.0}}', "", "has stage=1.0, not a whole number from 0 on"),
         ('{"gradient_clipping": "1"}', "", 'has gradient_clipping="1", not a number from 0 on; correct it'),

@@ -88,7 +88,7 @@ def test_given_variables_win_and_empty_ones_and_missing_files_are_named(tmp_path
 # $COMMENT
 GPUS=8; local_size() { local GPUS=2; X=$GPUS; }; local_size
 RATE=$(compute | wc -l); NAME=$(date | wc -l)
-source conf/small.env; SEED=$(cat seed.txt)
+source conf/small.env; . $NOTHING; source ''; SEED=$(cat seed.txt)
 for node in 1 2; do :; done
 deepspeed pretrain_gpt.py --gpus $GPUS $X --node $node ${DEFAULT:-5} --empty $SLURM_NNODES "${MORE}" --quoted "a  b"
 """
@@ -96,7 +96,7 @@ deepspeed pretrain_gpt.py --gpus $GPUS $X --node $node ${DEFAULT:-5} --empty $SL
     assert launch.flags == ["--gpus", "64", "64", "--node", "2", "5", "--empty", "", "--quoted", "a  b"]
     assert launch.variables["NUM_GPUS"] == "64"
     assert launch.notes == [
-        "Empty in this run: $MORE, $SLURM_NNODES, the output of compute. Give values with --variables.NAME VALUE.",
+        "Empty in this run: $MORE, $NOTHING, $SLURM_NNODES, the output of compute. Give values with --variables.NAME VALUE.",
         "Not read in this run: conf/small.env, seed.txt. Put what the script needs beside it, as a .sh or .json file.",
     ]
 
@@ -125,6 +125,7 @@ deepspeed pretrain_gpt.py --deepspeed_config $PWD/c.json --save $PWD/out
         ),
         ("X=1\nif [ $X = 1 ]; then\n", r"\(bash: run.sh: line 3: syntax error: unexpected end of file"),
         ("python pretrain_gpt.py --lr 1\npython pretrain_gpt.py --lr 2", "launches pretrain_gpt.py 2 times"),
+        ('srun bash -c "python pretrain_gpt.py --lr \'1"', "is not one .No closing quotation.; correct its quotes"),
         ("while true; do date > FOLDER/beat; done &", "the script ran longer than 1 s and was ended"),
     ],
 )

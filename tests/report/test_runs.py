@@ -171,6 +171,9 @@ def test_nothing_in_a_run_becomes_html(tmp_path: Path) -> None:
         ("metrics.csv", "step,experts/0/confidence,experts/8/confidence\n1,0.5,0.6\n2,0.5,0.6\n"),
         ("metrics.csv", 'step,train/loss\n1,2\n2,"' + "x" * 200_000),
         ("summary.json", '{"params_total": 3, "bits_per_byte": [1], "steps": "many", "versions": 7, "val_loss": {}}'),
+        ("summary.json", "[" * 100_000),
+        ("config.yaml", "model: {config: {moe: 4}}\n"),
+        ("config.yaml", "model: {config: null}\n"),
         ("config.yaml", "model: 3\ntrainer: [1]\n1: {2: 3}\n"),
     ],
 )

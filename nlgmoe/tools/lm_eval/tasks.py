@@ -107,10 +107,16 @@ class Tasks:
         settings = (entry.cfg if entry is not None else None) or {}
         file, source = self._files.get(name), settings.get("dataset_path")
         group = entry is not None and entry.kind.name in ("GROUP", "TAG")
+        if not isinstance(shots := settings.get("num_fewshot"), int | None):
+            raise SettingError(f"task {name}: num_fewshot={shots!r} of its YAML is no whole number; correct it")
         if file is not None and group:
             raise ValueError(f"task {name}: it is a group, {file} cannot be its documents; name files after its tasks")
         if file is not None and not (file.is_file() and file.stat().st_size):
             raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
+        if file is not None and FORMATS[file.suffix] == "json":
+            with file.open("rb") as opened:  # `datasets` dies of null
+                if opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+                    raise ValueError(f"task {name}: {file} begins with no JSON object; put a document into each line")
         local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
         path = entry.yaml_path if entry is not None else Path(name)
         try:

@@ -125,5 +125,10 @@ class Arguments:
         return parsed
 
 
+def is_count(text: str) -> bool:
+    """Return whether a text is a whole number from 0 on that 64 bits hold."""
+    return text.isdecimal() and len(text) < 19
+
+
 def _is_flag(text: str) -> bool:
     return text.startswith("-") and not re.fullmatch(r"-[\d.]+(e[-+]?\d+)?", text)

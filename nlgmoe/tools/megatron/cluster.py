@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nlgmoe.tools.megatron.arguments import Arguments
+from nlgmoe.tools.megatron.arguments import Arguments, is_count
 from nlgmoe.tools.megatron.launch import Launch
 
 _DEVICE_FLAGS = ("--num_gpus", "--nproc_per_node", "--nproc-per-node")
@@ -50,7 +50,7 @@ def read_cluster(launch: Launch, arguments: Arguments) -> Cluster | None:
     if not total:
         return None
     per_node = launch.variables.get("NUM_GPUS_PERNODE", "")
-    known = int(per_node) if per_node.isdigit() else None
+    known = int(per_node) if is_count(per_node) else None
     devices = known or (total // nodes if nodes else min(total, 8))
     if devices < 1 or total % devices:
         arguments.problem(f"{name}={total}", f"is no multiple of {devices} GPUs a node; correct it")
@@ -67,7 +67,7 @@ def _given(names: tuple[str, ...], launch: Launch, arguments: Arguments) -> int 
 
 
 def _count(text: str, subject: str, arguments: Arguments) -> int:
-    if text.isdigit() and int(text) > 0:
+    if is_count(text) and int(text) > 0:
         return int(text)
     arguments.problem(subject, f"is {text or 'empty'}, not a count; correct it")
     return 0

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nlgmoe.tools.megatron.arguments import Arguments
+from nlgmoe.tools.megatron.arguments import Arguments, is_count
 from nlgmoe.tools.megatron.launch import Launch
 
 # The tutorial's ds_config_gpt_TEMPLATE.json, for a configuration that is not known.
@@ -104,7 +104,7 @@ def read_deepspeed_config(launch: Launch, arguments: Arguments) -> DeepSpeedConf
 def _parse(text: str, source: str, arguments: Arguments) -> DeepSpeedConfig:
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         arguments.problem(SUBJECT, f"is no JSON ({error}); correct it")
         return DeepSpeedConfig()
     if not isinstance(config, dict):
@@ -167,7 +167,7 @@ def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum | N
     """Return the values of an enabled section; None with a problem."""
     values = section | _section(section, "schedule_config", arguments)
     names = ("min_difficulty", "max_difficulty", "total_curriculum_step", "difficulty_step")
-    unusable = [name for name in names if not str(values.get(name)).isdigit()]
+    unusable = [name for name in names if not is_count(str(values.get(name)))]
     if unusable:
         arguments.problem(
             SUBJECT,

@@ -48,7 +48,7 @@ def from_megatron(
     """
     if output is not None:
         check_output(output)
-    given = {name: str(value) for name, value in (variables or {}).items()}
+    given = {str(name): str(value) for name, value in (variables or {}).items()}
     text = translated(read_launch(source, flags or [], run_script, given), skip_unknown)
     if output is None:
         print(text, end="")

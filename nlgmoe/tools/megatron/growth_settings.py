@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
@@ -84,7 +86,7 @@ def samples_of_steps(job: Job, steps: int) -> int | None:
     """Sequences of the first optimizer steps; None where the batch is a problem."""
     if job.global_batch is None:
         return None
-    ramp_up = _ramp_up_batches(job)[:steps]
+    ramp_up = list(islice(_ramp_up_batches(job), steps))
     return sum(ramp_up) + (steps - len(ramp_up)) * job.global_batch
 
 
@@ -100,19 +102,19 @@ def whole_steps(job: Job, samples: int) -> int | None:
     return trained + (samples - trained) // job.global_batch * job.global_batch
 
 
-def _ramp_up_batches(job: Job) -> list[int]:
+def _ramp_up_batches(job: Job) -> Iterator[int]:
     """Sequences of each step of the ramp-up; none without one."""
     ramp_up = _ramp_up(job)
     if ramp_up is None:
-        return []
+        return
     from nlgmoe.data.accumulation import batch_size_after
 
     assert job.seq_len is not None and job.global_batch is not None
-    batches, samples = [], 0
+    samples = 0
     while samples * job.seq_len < ramp_up.tokens:
-        batches.append(batch_size_after(samples, job.seq_len, job.global_batch, ramp_up))
-        samples += batches[-1]
-    return batches
+        batch = batch_size_after(samples, job.seq_len, job.global_batch, ramp_up)
+        yield batch
+        samples += batch
 
 
 def _ramp_up(job: Job) -> BatchRampUp | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from nlgmoe.validation import SettingError
+
 _ENTRY_POINT = re.compile(r"(.*/)?pretrain_gpt\w*\.py")
 
 
@@ -41,7 +43,10 @@ class Launch:
         words = [part for word in self.flags for part in word.split("=", 1)]
         for name, value in pairwise(words):
             if name == "--deepspeed_config" and (folder / value).is_file():
-                self.deepspeed_config = (folder / value).read_text(encoding="utf-8").strip() or None
+                try:
+                    self.deepspeed_config = (folder / value).read_text(encoding="utf-8").strip() or None
+                except UnicodeDecodeError as error:
+                    raise SettingError(f"--deepspeed_config {value} is no text in UTF-8; convert it") from error
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], list[str]] | None:
@@ -52,7 +57,10 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]] | None:
     flat: list[str] = []
     for word in words:
         nested = " " in word and _ENTRY_POINT.search(word) and not _ENTRY_POINT.fullmatch(word)
-        flat += shlex.split(word) if nested else [word]
+        try:
+            flat += shlex.split(word) if nested else [word]
+        except ValueError as error:
+            raise SettingError(f"the command in {word!r} is not one ({error}); correct its quotes") from error
     for index, word in enumerate(flat):
         if _ENTRY_POINT.fullmatch(word) and any(flag.startswith("--") for flag in flat[index + 1 :]):
             return flat[:index], flat[index + 1 :]

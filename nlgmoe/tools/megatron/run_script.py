@@ -188,9 +188,9 @@ def _launch(script: Path, records: Sequence[_Record], work: Path, errors: str) -
     empty += dict.fromkeys(f"the output of {one.words[0]}" for one in records if one.captured and one.words[0] != "sed")
     if empty:
         launch.notes.append(f"Empty in this run: {', '.join(empty)}. Give values with --variables.NAME VALUE.")
-    unread = {one.words[1] for one in records if one.words[0] == "source"}
+    unread = {one.words[1] for one in records if one.words[0] == "source" and any(one.words[1:2])}
     unread |= {match[1].replace(str(work), ".") for line in errors.splitlines() if (match := _MISSING.fullmatch(line))}
-    if unread:
+    if unread := unread - {"''"}:
         launch.notes.append(
             f"Not read in this run: {', '.join(sorted(unread))}. Put what the script needs beside it, as a .sh or .json file."
         )

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from nlgmoe.cli.errors import UsageError
+from nlgmoe.tools.megatron.arguments import is_count
 from nlgmoe.tools.megatron.flags import FLAGS, Flag
 from nlgmoe.tools.megatron.launch import Launch
 
@@ -109,8 +110,8 @@ def _derived(argument: str, values: Mapping[str, str]) -> str | None:
         return values.get("weight_decay")
     if argument == "num_key_value_heads":
         return heads
-    if argument == "ffn_hidden_size" and hidden.isdigit():
+    if argument == "ffn_hidden_size" and is_count(hidden):
         return str(4 * int(hidden))
-    if argument == "kv_channels" and hidden.isdigit() and heads.isdigit() and int(heads):
+    if argument == "kv_channels" and is_count(hidden) and is_count(heads) and int(heads):
         return str(int(hidden) // int(heads))
     return None

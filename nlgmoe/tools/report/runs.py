@@ -79,7 +79,7 @@ class Run:
             except ForeignCodeError:
                 own = {name: value for name, value in values["moe"].items() if name not in PARTS}
                 return GPTConfig.from_dict(values | {"moe": own})
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
     @cached_property
@@ -129,7 +129,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """
     found: dict[str, Path] = {}  # by where links lead
     for path in paths:
-        folder = Path(os.path.abspath(Path(path).expanduser()))
+        folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.exists():
             raise ValueError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
         if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
@@ -203,7 +203,7 @@ def _starts(folder: Path) -> dict[int, int]:
     try:
         starts = _load_starts(folder)
         return {int(start["rows"]): int(start["step"]) for start in starts if "rows" in start}
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}  # `_changes` reports it
 
 
@@ -225,7 +225,7 @@ def _changes(folder: Path) -> list[str]:
                 found.append(f"From step {after['step']:,} on: {', '.join(changed)}.")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return [f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings."]
     return found
 
@@ -250,7 +250,7 @@ def _document(path: Path, without: str, issues: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         issues.append(f"No {path.name}: {without}.")
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         issues.append(f"{path.name} cannot be read ({' '.join(str(error).split())}): {without}.")
         return {}
     if not isinstance(document, dict):
