@@ -156,9 +156,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         raise SettingError(f"trainer.strategy={type(strategy).__name__} {FSDP_REFUSED}")
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, PlacesExperts):
         raise SettingError(f"trainer.strategy={type(strategy).__name__} {DEEPSPEED_REFUSED}")
-    if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):  # of DDPStrategy
+    if stage == "fit" and getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):  # of DDPStrategy
         raise SettingError(
-            "trainer.strategy: DDPStrategy.static_graph=true fails where micro-batches are accumulated; leave it out"
+            "trainer.strategy: DDPStrategy.static_graph=true fails where a step has several micro-batches; leave it out"
         )
     for callback in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
         if why := callback_refused(callback, trainer.world_size, getattr(strategy, "expert_parallel_size", 1) > 1):

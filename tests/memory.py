@@ -8,15 +8,19 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(job: Callable[[], object]) -> int:
-    """Most that `job` allocated at once: tensors on the CPU, and objects of Python such as `bytes`."""
+    """Most that `job` allocated at once: tensors on the CPU, and objects of Python such as `bytes`.
+
+    Allocations are traced from then on: to stop that crashes a process in which a thread of gloo allocates at that moment.
+    """
     tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         job()
     _, objects = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
     live = tensors = 0
     for event in sorted(found.profiler.kineto_results.events(), key=lambda one: one.start_ns()):  # type: ignore[union-attr]
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
             live += event.nbytes()
             tensors = max(tensors, live)
-    return tensors + objects
+    return tensors + objects - before

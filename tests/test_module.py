@@ -597,7 +597,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     [
         (FSDPStrategy(), "trainer.strategy=FSDPStrategy divides the weights, which"),
         (ModelParallelStrategy(), "trainer.strategy=ModelParallelStrategy divides the weights, which"),
-        (DDPStrategy(static_graph=True), "DDPStrategy.static_graph=true fails where micro-batches are accumulated"),
+        (DDPStrategy(static_graph=True), "DDPStrategy.static_graph=true fails where a step has several"),
     ],
     ids=["FSDP", "ModelParallel", "static graph"],
 )

@@ -65,9 +65,9 @@ class Refusing(Logger):
         (["lightning.pytorch.loggers.MLFlowLogger"], 2, ["MLFlowLogger fails: The filesystem tracking", "sqlite:///"]),
         (["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=no://x"], 2, ["MLFlowLogger fails: ", "'no://x'"]),
         (
-            ["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=http://127.0.0.1:9"],
+            ["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=http://user:secret@127.0.0.1:9"],
             2,
-            ["MLFlowLogger connects to http://127.0.0.1:9; it tries for minutes", "MLFlowLogger fails: "],
+            ["MLFlowLogger connects to 127.0.0.1, port 9; it tries for minutes", "MLFlowLogger fails: "],
         ),
         (["tests.test_other_loggers.Refusing"], 1, ["Refusing fails: Expecting value"]),
     ],

@@ -113,30 +113,57 @@ def test_steps_may_change_where_an_epoch_ends(accumulate: int, steps: int, saved
     assert found == steps
 
 
+CUT, WHOLE = {"limit_train_batches": 4}, {"limit_train_batches": BATCHES}
+
+
 @pytest.mark.parametrize(
-    ("settings", "refused"),
+    ("first", "then", "goes_on"),
     [
-        ({"limit_train_batches": 4, "max_epochs": 3}, False),
-        ({"limit_train_batches": BATCHES, "max_steps": 30}, False),
-        ({"limit_train_batches": 4, "max_steps": 10}, True),
+        (CUT | {"max_epochs": 3}, CUT | {"max_epochs": 3}, True),
+        (WHOLE | {"max_steps": 30}, WHOLE | {"max_steps": 30}, True),
+        (WHOLE | {"max_steps": 13}, CUT | {"max_steps": 14}, True),
+        (CUT | {"max_steps": 10}, CUT | {"max_steps": 10}, False),
+        (CUT | {"max_steps": 10}, WHOLE | {"max_steps": 30}, False),
+        (CUT | {"max_steps": 10, "max_epochs": 3}, CUT | {"max_steps": 10, "max_epochs": 3}, False),
     ],
     ids=str,
 )
-def test_the_next_epoch_begins_anew_or_is_refused(settings: dict[str, int], refused: bool, tmp_path: Path) -> None:
+def test_the_next_epoch_begins_anew_or_is_refused(
+    first: dict[str, int], then: dict[str, int], goes_on: bool, tmp_path: Path
+) -> None:
     """Where `max_steps` ends a run, Lightning goes back to the dataloader's state at an epoch's end too."""
 
-    def run(resume: Path | None, folder: Path) -> list[Tensor]:
-        module = MoEGPTModule(CONFIG)
-        ends = ModelCheckpoint(folder, "end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
-        trainer(tmp_path, ends, enable_checkpointing=True, **settings).fit(module, Stateful(2), ckpt_path=resume)
-        return list(module.gpt.parameters())
+    class Fed(Callback):
+        def __init__(self) -> None:
+            self.batches: list[list[int]] = []
 
-    whole, saved = run(None, tmp_path / "whole"), tmp_path / "whole" / "end-epoch=0.ckpt"
-    if refused:
-        with pytest.raises(SettingError, match=r"end-epoch=0.ckpt is of the end of an epoch that .* by max_epochs$"):
-            run(saved, tmp_path / "again")
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.batches.append(batch["tokens"].tolist())  # the first of an epoch
+
+    def run(settings: dict[str, int], folder: Path, resume: Path | None = None) -> list[list[int]]:
+        fed, ends = Fed(), ModelCheckpoint(folder, "end-{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        one = trainer(tmp_path, fed, ends, enable_checkpointing=True, **settings)
+        one.fit(MoEGPTModule(CONFIG), Stateful(2), ckpt_path=resume)
+        return fed.batches
+
+    begun, saved = run(first, tmp_path / "first"), tmp_path / "first" / "end-epoch=0.ckpt"
+    if goes_on:
+        assert begun[0] == run(then, tmp_path / "then", saved)[0]
     else:
-        assert all(torch.equal(one, other) for one, other in zip(whole, run(saved, tmp_path / "again"), strict=True))
+        with pytest.raises(
+            SettingError, match=r"end-epoch=0.ckpt is of the end of an epoch of 4 batches, .* set max_epochs"
+        ):
+            run(then, tmp_path / "then", saved)
+
+
+def test_a_run_at_its_last_epochs_end_ends(tmp_path: Path) -> None:
+    """A step's checkpoint, which is saved before the epoch ends."""
+    for resume in (None, tmp_path / "step=4.ckpt"):
+        steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        run = trainer(tmp_path, steps, enable_checkpointing=True, **CUT | {"max_epochs": 1, "max_steps": 100})
+        run.fit(MoEGPTModule(CONFIG), Stateful(2), ckpt_path=resume)
+        assert run.global_step == 4
 
 
 @pytest.mark.parametrize("accumulate", [2, 5])

@@ -102,7 +102,8 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
         for line in error.messages if isinstance(error, Failures) else [describe(error)]:
             print(f"error: {line}", file=sys.stderr)
         of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
-        of_setting |= (_failed_logger(error) or ("", False))[1]
+        if not isinstance(error, OSError):  # a disk that is full is no wrong setting
+            of_setting |= (_failed_logger(error) or ("", False))[1]
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
 
@@ -171,7 +172,10 @@ def describe(error: BaseException) -> str:
             return f"{error.strerror}; make room and run this again, a training with --ckpt_path auto"
         return f"{file}: {error.strerror}" if file is not None else error.strerror
     if (logger := _failed_logger(error)) is not None:
-        return f"trainer.logger: {logger[0]} fails: {one_line(str(error))} ({type(error).__name__}); docs/metrics.md has settings"
+        return (
+            f"trainer.logger: {logger[0]} fails: {one_line(str(error))} ({type(error).__name__}); docs/metrics.md has its "
+            "settings, and NLGMOE_TRACEBACK=1 shows the traceback"
+        )
     if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"

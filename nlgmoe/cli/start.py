@@ -24,8 +24,10 @@ def _check_environment() -> None:
         UsageError: one is no number.
     """
     for name in _OF_LAUNCHERS:
-        value = os.environ.get(name, "0")
-        if not value.removeprefix("-").isdecimal():
+        value = os.environ.get(name, "0").strip()
+        if not value:
+            del os.environ[name]  # an empty one is as one that is not set
+        elif not value.removeprefix("-").isdecimal():
             raise UsageError(
                 f"the environment variable {name}={value} is no whole number; unset it, or start ranks by torchrun or srun"
             )

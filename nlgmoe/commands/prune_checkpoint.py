@@ -126,8 +126,8 @@ def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
     from nlgmoe.data.text.bad_data import UnusableError
     from nlgmoe.data.text.documents import decode_text
 
-    if Path(text).exists() and not Path(text).is_file():
-        raise UsageError(f"text={text} is no regular file; give a file of text in UTF-8")
+    if Path(text).is_char_device():  # some have no end
+        raise UsageError(f"text={text} is a device; give a file of text in UTF-8")
     try:
         ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
     except (OSError, UnusableError) as error:

@@ -45,10 +45,12 @@ def problem_of_dataloader(checkpoint: dict[str, Any], max_epochs: int | None) ->
     return None
 
 
-def begins_anew(checkpoint: dict[str, Any]) -> bool:
-    """Return whether a checkpoint is of an epoch's end and has the state of a dataloader, which Lightning restores there too."""
+def batches_of_ended_epoch(checkpoint: dict[str, Any]) -> int | None:
+    """Return how many batches an epoch had that has ended with the checkpoint, which has a dataloader's own state; else None."""
     loop = checkpoint["loops"]["fit_loop"]
-    return bool(loop["state_dict"].get("combined_loader")) and loop["epoch_loop.batch_progress"]["is_last_batch"]
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["current"]
+    ended = batches["is_last_batch"] and epochs["processed"] >= epochs["ready"]
+    return batches["current"]["ready"] if ended and loop["state_dict"].get("combined_loader") else None
 
 
 def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
@@ -58,18 +60,20 @@ def warn_of_dataloader(checkpoint: dict[str, Any], after: int) -> None:
         rank_zero_warn(f"a checkpoint that no run can resume: it {_AFTER_STEP.format(after)}")
 
 
-def require_whole_epochs(trainer: Trainer, other_steps: bool, of_dataloader: str | None, anew: bool = False) -> None:
+def require_whole_epochs(
+    trainer: Trainer, other_steps: bool, of_dataloader: str | None, ended: int | None = None
+) -> None:
     """Check that a run that has steps to take goes over each epoch of data that have an end once.
 
     Args:
         trainer: of the fit that begins.
         other_steps: whether it goes on within an epoch of steps of more or fewer micro-batches.
         of_dataloader: `problem_of_dataloader` of its checkpoint.
-        anew: `begins_anew` of its checkpoint.
+        ended: `batches_of_ended_epoch` of its checkpoint.
 
     Raises:
-        AllRanksSettingError: it does not: `of_dataloader`; `anew` with `max_steps`, where Lightning goes back to the state of a
-            dataloader of which `limit_train_batches` has left some; `other_steps`, where Lightning miscounts the rest of an
+        AllRanksSettingError: it does not: `of_dataloader`; `ended` with `max_steps`, where Lightning goes back to the state of a
+            dataloader of which `limit_train_batches` had left some; `other_steps`, where Lightning miscounts the rest of an
             epoch; or DeepSpeed's engine, which counts the micro-batches of all epochs, would step at others than Lightning.
     """
     batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
@@ -77,12 +81,13 @@ def require_whole_epochs(trainer: Trainer, other_steps: bool, of_dataloader: str
         raise AllRanksSettingError(f"{trainer.ckpt_path} {of_dataloader}")
     if batches == math.inf:
         return
-    loaders = trainer.fit_loop._combined_loader.flattened if anew and trainer.max_steps >= 0 else []  # type: ignore[union-attr]
-    if any(length is None or length > batches for length in map(sized_len, loaders)):
-        raise AllRanksSettingError(
-            f"{trainer.ckpt_path} is of the end of an epoch that trainer.limit_train_batches cuts, where the dataloader's own "
-            "state has batches left, with which trainer.max_steps would go on: resume another one, or end the run by max_epochs"
-        )
+    if ended is not None and trainer.max_steps >= 0:
+        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        if any(length is None or length > ended for length in map(sized_len, loaders)):
+            raise AllRanksSettingError(
+                f"{trainer.ckpt_path} is of the end of an epoch of {ended} batches, behind which the dataloader's own state goes "
+                "on where trainer.max_steps is set: resume another one, or leave max_steps out and set max_epochs"
+            )
     if other_steps:
         raise AllRanksSettingError(
             f"trainer.accumulate_grad_batches={window} is not that of the checkpoint's run, in an epoch that has begun: set it "

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.resuming.dataloaders import (
-    begins_anew,
+    batches_of_ended_epoch,
     problem_of_dataloader,
     require_whole_epochs,
     warn_of_dataloader,
@@ -59,7 +59,7 @@ class Position:
         self._monitored: dict[str, float] = {}  # training metrics of the last step
         self._other_steps = False  # the run had steps of more or fewer micro-batches
         self._of_dataloader: str | None = None  # a problem
-        self._anew = False  # an epoch of a dataloader with a state of its own begins
+        self._ended: int | None = None  # batches of the epoch that ended with the checkpoint
         self._max_steps: int | None = None  # where the run has taken so many
 
     def take_step(self, validation_due: bool) -> None:
@@ -94,7 +94,7 @@ class Position:
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
-        self._other_steps, self._of_dataloader, self._anew = False, None, False
+        self._other_steps, self._of_dataloader, self._ended = False, None, None
         unseen = checkpoint.get("unseen", {})
         for hook in (STEP, VALIDATION):
             self._missed[hook] = [
@@ -108,7 +108,8 @@ class Position:
         follow_moved_folder(checkpoint, trainer)
         if "loops" not in checkpoint:
             return
-        self._of_dataloader, self._anew = problem_of_dataloader(checkpoint, trainer.max_epochs), begins_anew(checkpoint)
+        self._of_dataloader = problem_of_dataloader(checkpoint, trainer.max_epochs)
+        self._ended = batches_of_ended_epoch(checkpoint)
         validated = was_validated(checkpoint)
         self.validated = step if validated else 0
         self.validation_due = checkpoint.get("validation_due", False)
@@ -150,7 +151,7 @@ class Position:
             rank_zero_warn(f"the run is at its end: {end}")
             trainer.should_stop = True
         else:
-            require_whole_epochs(trainer, self._other_steps, self._of_dataloader, self._anew)
+            require_whole_epochs(trainer, self._other_steps, self._of_dataloader, self._ended)
             if trainer.ckpt_path is not None:
                 warn_of_repeated_data(trainer)
         for one in self._missed[STEP]:

@@ -1192,6 +1192,7 @@ def test_a_number_of_a_launcher_is_checked(name: str, place: Place) -> None:
     done = python("train.py", *place.args(), env={name: "x"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"error: the environment variable {name}=x is no whole number" in done.stderr
+    assert python("-m", "nlgmoe", "configs", "list", env={name: ""}).returncode == 0
 
 
 def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(

@@ -253,12 +253,13 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
             jobs += [*((typed, cell) for cell in [*HALF, *TYPED]), (overflow, OVERFLOW), (lowest_scale, OVERFLOW)]
             jobs += [*((traffic, cell) for cell in TRAFFIC), *((spoilt, cell) for cell in SPOILT)]
             jobs += [(uneven, cell) for cell in UNEQUAL]
-            jobs += [(growing, GROWING), (refused, REFUSED), (save_large, LARGE), (resume_halves, FROM_HALF)]
+            jobs += [(growing, GROWING), (refused, REFUSED), (resume_halves, FROM_HALF)]
             jobs += [(specialised, SPECIALISED), (engine_facts, REFUSED)]
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
             jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
             jobs += [(taught, cell) for cell in (TAUGHT, *TAUGHT_TOO)] + [(taught_on, TAUGHT), (taught_offline, TAUGHT)]
             jobs += [(zero_shot, cell) for cell in ZERO_SHOT]
+            jobs += [(save_large, LARGE)]  # the last one: from then on allocations are traced
         if ranks == 4:
             jobs += [(taught, TAUGHT_ON_FOUR)]
         if ranks in GPU_RANKS:

@@ -115,8 +115,8 @@ class Tasks:
             raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
         if file is not None and FORMATS[file.suffix] == "json":
             with file.open("rb") as opened:  # `datasets` dies of null
-                if opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
-                    raise ValueError(f"task {name}: {file} begins with no JSON object; put a document into each line")
+                if opened.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:4] == b"null":
+                    raise ValueError(f"task {name}: {file} begins with null, which is no document; remove it")
         local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
         path = entry.yaml_path if entry is not None else Path(name)
         try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -86,7 +87,7 @@ def samples_of_steps(job: Job, steps: int) -> int | None:
     """Sequences of the first optimizer steps; None where the batch is a problem."""
     if job.global_batch is None:
         return None
-    ramp_up = list(islice(_ramp_up_batches(job), steps))
+    ramp_up = list(islice(_ramp_up_batches(job), min(steps, sys.maxsize)))
     return sum(ramp_up) + (steps - len(ramp_up)) * job.global_batch
 
 
