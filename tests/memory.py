@@ -3,6 +3,7 @@
 import tracemalloc
 from collections.abc import Callable
 
+from torch import distributed
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -10,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(job: Callable[[], object]) -> int:
     """Most that `job` allocated at once: tensors on the CPU, and objects of Python such as `bytes`.
 
-    Allocations are traced from then on: to stop that crashes a process in which a thread of gloo allocates at that moment.
+    Ranks trace allocations from then on: to stop that crashes a process in which a thread of gloo allocates at that moment.
     """
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
@@ -18,6 +19,8 @@ def peak_bytes(job: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         job()
     _, objects = tracemalloc.get_traced_memory()
+    if not distributed.is_initialized():
+        tracemalloc.stop()
     live = tensors = 0
     for event in sorted(found.profiler.kineto_results.events(), key=lambda one: one.start_ns()):  # type: ignore[union-attr]
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
