@@ -67,11 +67,12 @@ class Refusing(Logger):
         (
             ["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=http://user:secret@127.0.0.1:9"],
             2,
-            ["MLFlowLogger connects to 127.0.0.1, port 9; it tries for minutes", "MLFlowLogger fails: "],
+            ["MLFlowLogger connects to 127.0.0.1:9; it tries for minutes", "MLFlowLogger fails: "],
         ),
+        (["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=http://h:port"], 2, ["MLFlowLogger fails: "]),
         (["tests.test_other_loggers.Refusing"], 1, ["Refusing fails: Expecting value"]),
     ],
-    ids=["a file store", "no such store", "no server", "while training"],
+    ids=["a file store", "no such store", "no server", "no port", "while training"],
 )
 def test_a_logger_that_fails_is_named(
     logger: list[str],

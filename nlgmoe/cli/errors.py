@@ -193,12 +193,12 @@ def _failed_logger(error: BaseException) -> tuple[str, bool] | None:
     """Return the class of the logger, of another package, in which the exception was raised, and whether it was being made."""
     if raised_in(error).split(".")[0] in ("nlgmoe", "lightning"):
         return None
-    made_in, name = False, None
+    being_made, name = False, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         kind = type(frame.f_locals.get("self"))
         if any(base.__module__ == _LOGGERS for base in kind.__mro__) and not kind.__module__.startswith("nlgmoe."):
-            name, made_in = kind.__name__, made_in or frame.f_code.co_name in ("__init__", "experiment")
-    return None if name is None else (name, made_in)
+            name, being_made = kind.__name__, being_made or frame.f_code.co_name in ("__init__", "experiment")
+    return None if name is None else (name, being_made)
 
 
 def _being_restored(error: BaseException) -> str | None:

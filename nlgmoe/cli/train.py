@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 from lightning import Trainer
@@ -231,10 +230,9 @@ class TrainCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         configure_allocator(self.trainer.strategy.root_device)
         for one in self.trainer.loggers:
-            server = urlsplit(str(vars(one).get("_tracking_uri")))
-            if server.scheme.startswith("http"):  # without a password that the address may have
-                where = f"{server.hostname}, port {server.port}" if server.port else server.hostname
-                rank_zero_info(f"{type(one).__name__} connects to {where}; it tries for minutes if no server answers")
+            if (address := str(vars(one).get("_tracking_uri"))).startswith("http"):
+                server = address.rpartition("@")[2]  # without a password
+                rank_zero_info(f"{type(one).__name__} connects to {server}; it tries for minutes if no server answers")
         with ExitStack() as self._while_running, named_launcher():
             super()._run_subcommand(subcommand)
 
