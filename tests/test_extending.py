@@ -132,15 +132,28 @@ def test_a_file_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "thawed.py").write_text(
         "import dataclasses, nlgmoe\n@dataclasses.dataclass\nclass Thawed(nlgmoe.RouterConfig):\n    seed: int = 1\n"
     )
+    (tmp_path / "unwritten.py").write_text("def (\n")
+    (tmp_path / "script_that_ends.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    file = ROOT / "configs/moe/laptop.yaml"
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", str(file), "--model.config.moe.router={class_path: thawed.Thawed}"])
-    assert end.value.code == 2
-    assert (
-        "model.config.moe.router.class_path=thawed.Thawed: cannot import thawed (TypeError: cannot inherit non-frozen "
-        "dataclass from a frozen one)"
-    ) in capsys.readouterr().err
+    router, file = "model.config.moe.router", ROOT / "configs/moe/laptop.yaml"
+    unwritten = (
+        "unwritten.X: cannot import unwritten (SyntaxError: invalid syntax (unwritten.py, line 1)); put that right"
+    )
+    ends = "script_that_ends ends the program where it is imported (SystemExit: 0); put what it runs below if __name__"
+    for given, message in {
+        "{class_path: thawed.Thawed}": f"{router}.class_path=thawed.Thawed: cannot import thawed (TypeError: cannot inherit "
+        "non-frozen dataclass from a frozen one)",
+        "thawed.Thawed": f"{router}=thawed.Thawed: cannot import thawed (TypeError: cannot inherit",
+        "unwritten.X": f"{router}={unwritten}",
+        "script_that_ends.X": ends,
+    }.items():
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config", str(file), f"--{router}={given}"])
+        assert (end.value.code, message in capsys.readouterr().err) == (2, True), given
+    for target, message in {"unwritten.X": unwritten, "script_that_ends.X": ends}.items():
+        with pytest.raises(SystemExit) as end:
+            nlgmoe(["check", target])
+        assert (end.value.code, message in capsys.readouterr().err) == (2, True), target
 
 
 def test_a_router_reads_the_settings_that_it_names_and_chooses_top_k_experts() -> None:

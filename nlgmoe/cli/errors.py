@@ -87,6 +87,13 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
             raise SystemExit(INTERRUPTED) from None
+        if module := _imported_in(end):
+            print(
+                f"error: {module} ends the program where it is imported (SystemExit: {end}); put what it runs below "
+                'if __name__ == "__main__":',
+                file=sys.stderr,
+            )
+            raise SystemExit(USAGE) from None
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_ended():
@@ -207,6 +214,13 @@ def _being_restored(error: BaseException) -> str | None:
         if frame.f_globals.get("__name__") == _RESTORING and "dump" not in frame.f_code.co_name:
             return str(frame.f_locals["self"].trainer.ckpt_path)
     return None
+
+
+def _imported_in(error: BaseException) -> str | None:
+    """Return the name of the module that was being imported when the exception was raised; None: there was none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    name = str(frames[-1].f_globals.get("__name__")) if frames else "__main__"
+    return None if name == "__main__" else name
 
 
 def is_complaint(error: BaseException) -> bool:

@@ -176,7 +176,10 @@ class Explainer:
         path = ".".join(keys)
         hint = self._hint(path, classes[-1] if len(keys) > 1 and classes else "")
         entry = self._find(path, classes[-1] if classes else "", got[1] if got else None)
-        if named := [one for one in self.entries if one.leaf == "class_path" and _plain(one.name).startswith(path)]:
+        named = [one for one in self.entries if one.leaf == "class_path" and _plain(one.name).startswith(path)]
+        if entry is not None and "by class_path" in in_words(hint) and re.fullmatch(r"\w+(\.\w+)+", str(entry.value)):
+            named = [entry]
+        if named:
             try:
                 find_class(str(named[-1].value), hint)
             except ValueError as error:
@@ -293,20 +296,27 @@ def find_class(path: str, hint: Any = None) -> Any:
         if name in known:
             return known[name]
         raise ValueError(f"there is no such class{did_you_mean(name, known)}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"cannot import {module_name} ({error}); put its file beside train.py or on PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"cannot import {module_name} ({type(error).__name__}: {error}); put that right in its file"
-        ) from error
+    module = import_by_name(module_name)
     if not hasattr(module, name):
         classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
         raise ValueError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")
     return getattr(module, name)
+
+
+def import_by_name(name: str) -> types.ModuleType:
+    """Import a user's module.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {name} ({error}); put its file beside train.py or on PYTHONPATH") from error
+    except Exception as error:
+        raise ValueError(
+            f"cannot import {name} ({type(error).__name__}: {error}); put that right in its file"
+        ) from error
 
 
 def _subclasses(base: Any) -> Iterator[Any]:

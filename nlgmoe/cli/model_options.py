@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from nlgmoe.cli.errors import UsageError
+from nlgmoe.cli.errors import UsageError, one_line
 
 
 def check_device(device: str) -> None:
@@ -32,7 +32,8 @@ def import_allowed(modules: Sequence[str] | None) -> None:
     for module in modules or ():
         try:
             importlib.import_module(module)
-        except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot, as a path does
+        except Exception as error:  # also of the module's own code
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
             raise UsageError(
-                f"allow_code={module} cannot be imported ({error}); start the command where it is"
+                f"allow_code={module} cannot be imported ({reason}); start the command where it is"
             ) from error

@@ -147,6 +147,7 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompts", "TMP/deep.jsonl"), 2, 'deep.jsonl, line 1 is no JSON object with a text "prompt"'),
         (("CKPT", "--prompt=a", "--temperature=1e400"), 2, "--temperature=inf must be a finite number"),
         (("CKPT", "--prompt=a", "--allow-code=./router.py"), 2, "--allow-code=./router.py cannot be imported"),
+        (("CKPT", "--prompt=a", "--allow-code=unwritten"), 2, "--allow-code=unwritten cannot be imported (SyntaxError"),
         (("CKPT", "--prompt=a", "--device=meta"), 2, "--device=meta cannot be used"),
         (("CKPT", "--prompt=a", "--tokenizer="), 2, "--tokenizer is empty; give a value, or leave it out"),
         (("", "--prompt=a"), 2, "an argument is empty"),
@@ -162,6 +163,8 @@ def test_mistakes_end_with_one_line(
 ) -> None:  # fmt: skip
     (tmp_path / "text.jsonl").write_text('{"prompt": "a"}\nthe king\n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "unwritten.py").write_text("def (\n")
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "deep.jsonl").write_text('{"prompt": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}")
     (tmp_path / "damaged/last.ckpt").mkdir(parents=True)
     (tmp_path / "nothing").mkdir()

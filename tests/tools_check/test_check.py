@@ -218,6 +218,33 @@ class NotANumber(nn.Linear):
         return self.gate(x).sum(-1, keepdim=True) * x * float("nan")
 
 
+class FloatLoss(NotANumber):
+    """Its auxiliary loss has no gradient, since it is no tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        return x, 0.5
+
+
+class VectorLoss(NotANumber):
+    def forward(self, x: Tensor) -> Any:
+        return x, x.sum().view(1)
+
+
+class Dictionary(NotANumber):
+    def forward(self, x: Tensor) -> Any:
+        return {"y": x}
+
+
+class Flat(NotANumber):
+    def forward(self, x: Tensor) -> Any:
+        return x.flatten(0, 1)
+
+
+class AsksForMore(NotANumber):
+    def forward(self, x: Tensor, positions: Tensor) -> Any:
+        return x
+
+
 def test_nan_passes_no_comparison() -> None:
     (layer,) = find_layers([f"{__name__}.NotANumber"])
     for name in ("gradients equal finite differences", "the output's loss reaches the gate"):
@@ -228,12 +255,23 @@ def test_nan_passes_no_comparison() -> None:
     ("target", "message"),
     [
         ("nothing", "nothing is no YAML file, checkpoint or class_path, and none of deepspeed, mixtral"),
-        ("no.such.Class", "no.such.Class cannot be imported"),
+        ("no.such.Class", "no.such.Class: cannot import no.such"),
         ("nlgmoe.RouterConfig", "nlgmoe.RouterConfig takes no layer of 8 experts"),
         ("no.yaml", "no.yaml"),
         ("configs/dense/laptop.yaml", "configs/dense/laptop.yaml has no MoE layer; set model.config.moe"),
         ("math.pi", "math.pi is no class and no function"),
         ("torch.nn.Identity", "torch.nn.Identity makes a module without the attribute hidden_size"),
+        (
+            f"{__name__}.FloatLoss",
+            "FloatLoss cannot be called with x of [2, 8, 16]: ValueError: forward returns a float behind y",
+        ),
+        (
+            f"{__name__}.VectorLoss",
+            "forward returns a tensor of [1] behind y; return the auxiliary loss as a tensor without",
+        ),
+        (f"{__name__}.Dictionary", "forward returns a dict, not a tensor y of [2, 8, 16]"),
+        (f"{__name__}.Flat", "forward returns [16, 16], not a tensor y of [2, 8, 16]"),
+        (f"{__name__}.AsksForMore", "missing 1 required positional argument: 'positions'"),
     ],
 )
 def test_a_wrong_command_is_one_line(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from nlgmoe.tools.check.layer import Batch, Layer, Output
 class ForeignLayer(Layer):
     """A module that takes `x`, and `mask` if its `forward` has one, and returns `y`, or a tuple that begins with `y`.
 
-    A scalar among the others is the auxiliary loss, a `Routing` the routing. Its gate is its child `router` or `gate`.
+    A scalar tensor among the others is the auxiliary loss, a `Routing` the routing. Its gate is its child `router` or `gate`.
 
     Attributes:
         factory: makes the module.
@@ -40,8 +40,20 @@ class ForeignLayer(Layer):
         masked = self.takes_mask and batch.mask is not None
         found: Any = module(batch.x, mask=batch.mask) if masked else module(batch.x)
         y, *rest = found if isinstance(found, tuple | list) else (found,)
-        aux = next((one for one in rest if isinstance(one, Tensor) and one.ndim == 0), None)
-        return Output(y, next((one for one in rest if isinstance(one, Routing)), None), aux)
+        if not isinstance(y, Tensor) or y.shape != batch.x.shape:
+            is_now = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise ValueError(
+                f"forward returns {is_now}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
+            )
+        losses = [one for one in rest if isinstance(one, Tensor) and one.ndim == 0]
+        for one in rest:
+            if not (one is None or isinstance(one, Routing) or any(one is loss for loss in losses)):
+                what = f"a tensor of {list(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
+                raise ValueError(
+                    f"forward returns {what} behind y; return the auxiliary loss as a tensor without dimensions, an "
+                    "nlgmoe.Routing, or None"
+                )
+        return Output(y, next((one for one in rest if isinstance(one, Routing)), None), losses[0] if losses else None)
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
         """See `Layer`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import sys
@@ -10,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from nlgmoe.cli.errors import UsageError, describe
+from nlgmoe.cli.errors import UsageError, describe, one_line
+from nlgmoe.cli.explain import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.parts import ExpertConfig, ForeignCodeError, RouterConfig
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
@@ -56,16 +57,14 @@ def _find(words: list[str]) -> list[Layer]:
 
 def _import(path: str) -> Any:
     """Import a class_path; the working directory counts."""
-    module, _, name = path.rpartition(".")
-    names = ", ".join(ADAPTERS)
-    if not module or os.sep in path:
-        raise UsageError(f"{path} is no YAML file, checkpoint or class_path, and none of {names}")
+    if "." not in path or os.sep in path:
+        raise UsageError(f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join(ADAPTERS)}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be imported ({error}); give MODULE.CLASS, or one of {names}") from error
+        return find_class(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _of_class(path: str, found: Any) -> list[Layer]:
@@ -87,7 +86,14 @@ def _of_class(path: str, found: Any) -> list[Layer]:
     if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
         raise UsageError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
     takes_mask = "mask" in inspect.signature(module.forward).parameters
-    return [ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=found)]  # type: ignore[arg-type]
+    layer = ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=found)  # type: ignore[arg-type]
+    try:
+        layer.run(layer.make(torch.float32), Batch.random(layer, 2, 8, dtype=torch.float32))
+    except Exception as error:
+        raise UsageError(
+            f"{path} cannot be called with x of [2, 8, {layer.hidden_size}]: {type(error).__name__}: {one_line(str(error))}"
+        ) from error
+    return [layer]
 
 
 def _make(path: str, factory: Callable[[], Any]) -> Any:
