@@ -98,6 +98,8 @@ class Window:
 
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         """Count one micro-batch; a collective."""
+        if self.batches and self.names != list(losses):
+            raise ValueError(f"a step's micro-batches have other losses: {self.names} and {list(losses)}")
         samples, tokens = batch["tokens"].shape[0], batch["tokens"].numel()
         means = torch.stack([value.detach().float() for value in losses.values()])
         if distributed.is_initialized():  # ranks may have batches of other sizes; float64 holds their numbers

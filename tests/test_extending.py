@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -34,9 +35,11 @@ from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.layers import contract
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.non_finite import NonFinite
+from nlgmoe.objective import Window
 from tests.end_to_end.test_train_cli import ROOT, TINY
 from tests.synthetic import SyntheticData
 
@@ -177,9 +180,42 @@ def test_a_router_says_correctly_what_it_reads() -> None:
         MoEConfig(4, router=field())
 
 
-def test_a_cosine_router_learns_by_the_balance_loss_and_half_precision_weights_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: None, "returned a NoneType; return an nlgmoe.Routing"),
+        (lambda r: replace(r, weight=r.weight.bfloat16()), "returned weights of torch.bfloat16; compute them in fp32"),
+        (lambda r: replace(r, weight=r.weight[:, 0]), "returned weight of [32], not [tokens, top_k] = [32, 2]"),
+        (lambda r: replace(r, kept=r.kept[:, :1]), "returned kept of [32, 1], not [tokens, top_k] = [32, 2]"),
+        (lambda r: replace(r, kept=r.kept.float()), "returned kept of torch.float32, not torch.bool"),
+        (
+            lambda r: replace(r, num_experts=3),
+            "returned num_experts=3 and logits or probs of [[32, 4], [32, 4]], in a layer of 4",
+        ),
+        (lambda r: replace(r, probs=r.probs.T), "logits or probs of [[32, 4], [4, 32]]"),
+        (lambda r: replace(r, losses={"mine": 0.5}), "loss mine is no tensor without dimensions"),
+        (lambda r: replace(r, losses={"mine": r.logits.mean(0)}), "loss mine is no tensor without dimensions"),
+        (lambda r: replace(r, losses={"loss": r.logits.mean()}), "loss loss would be logged in place of train/loss"),
+    ],
+)
+def test_what_a_router_returns_is_checked(change: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(replace(CONFIG, moe=MoEConfig(4, top_k=2, router=CosineRouterConfig())))
+    forward = type(model.blocks[1].moe.router).forward
+    monkeypatch.setattr(type(model.blocks[1].moe.router), "forward", lambda *args: change(forward(*args)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(torch.zeros(2, 16, dtype=torch.long))
+
+
+def test_a_routers_loss_takes_the_name_of_no_metric() -> None:
+    named = re.findall(r"^\| `train/(\w+)`", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert {*named} - {"sequence_balance_loss"} == contract._TAKEN
+    window, batch = Window(), {"tokens": torch.zeros(1, 8)}
+    window.add(batch, {"train/loss": torch.ones(()), "train/mine": torch.ones(())})
+    with pytest.raises(ValueError, match=r"a step's micro-batches have other losses"):
+        window.add(batch, {"train/loss": torch.ones(()), "train/other": torch.ones(())})
+
+
+def test_a_cosine_router_learns_by_the_balance_loss() -> None:
     config = replace(CONFIG, moe=MoEConfig(4, top_k=2, loss_coeff=0.1, router=CosineRouterConfig(0.2)))
     model, tokens = GPT(config), torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
     router = model.blocks[1].moe.router
@@ -191,12 +227,6 @@ def test_a_cosine_router_learns_by_the_balance_loss_and_half_precision_weights_a
     assert not routing.kept[7].any() and not routing.weight[7].any()
     router_losses(model(tokens).routings)[0].backward()
     assert router.weight.grad.any()
-    forward = type(router).forward
-    monkeypatch.setattr(
-        type(router), "forward", lambda *args: replace(routed := forward(*args), weight=routed.weight.bfloat16())
-    )
-    with pytest.raises(ValueError, match=r"CosineRouter returned weights of torch.bfloat16; compute them in fp32"):
-        model(tokens)
 
 
 def test_the_configuration_comes_back_from_plain_values() -> None:

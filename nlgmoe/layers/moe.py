@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.all_to_all import AllToAllDispatch, fixed_slots
+from nlgmoe.layers.contract import require_routing
 from nlgmoe.layers.dispatch import Dispatch
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
@@ -68,19 +68,10 @@ class MoELayer(nn.Module):
             `y` `[B, T, H]` in the dtype of `x`, and the routing. E(x) of a dropped token is 0.
 
         Raises:
-            ValueError: the router chose another number of experts a token than `top_k`, or its weights are in half precision.
+            ValueError: the router returned something else than a `Routing` of such shapes and types.
         """
         tokens = x.flatten(0, 1)  # [N, H]
-        routing: Routing = self.router(tokens, context)
-        if routing.expert.shape != (len(tokens), self.top_k):
-            raise ValueError(
-                f"{type(self.router).__name__} chose experts {list(routing.expert.shape)}, not [tokens, top_k] = "
-                f"{[len(tokens), self.top_k]}; set model.config.moe.top_k to what it chooses"
-            )
-        if routing.weight.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{type(self.router).__name__} returned weights of {routing.weight.dtype}; compute them in fp32"
-            )
+        routing = require_routing(self.router(tokens, context), self.router, len(tokens), self.top_k)
         if self.placement.group is None and self.experts.can_decode(tokens, routing.expert.numel()):
             mlp = self.mlp(tokens) if self.mlp is not None else None
             y = self.experts.decode(tokens, routing.expert, routing.weight)  # [N, H], at least fp32

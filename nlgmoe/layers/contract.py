@@ -1,0 +1,60 @@
+"""What a router has to return, its own or a user's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlgmoe.layers.router import Router, Routing
+
+# `train/NAME` of the metrics that a run logs without a router's own losses (docs/metrics.md)
+_TAKEN = frozenset(
+    (
+        *("loss", "balance_loss", "z_loss", "distillation_loss", "teacher_agreement"),
+        *("lr", "seq_len", "tokens", "skipped_steps", "grad_norm", "grad_norm_dense"),
+        *("tokens_per_second", "tflops_per_second", "mfu", "flops"),
+    )
+)
+
+
+def require_routing(found: Any, router: Router, num_tokens: int, top_k: int) -> Routing:
+    """Check what a router returned, by its types and shapes: no value is read from the device.
+
+    Args:
+        found: that the router returned.
+        router: which.
+        num_tokens: N.
+        top_k: k.
+
+    Raises:
+        ValueError: it is no `Routing`, or one of another shape or type, or it has a loss that is no scalar or has a taken name.
+    """
+    name, shape = type(router).__name__, (num_tokens, top_k)
+    if not isinstance(found, Routing):
+        raise ValueError(f"{name} returned a {type(found).__name__}; return an nlgmoe.Routing")
+    if found.expert.shape != shape:
+        raise ValueError(
+            f"{name} chose experts {list(found.expert.shape)}, not [tokens, top_k] = {list(shape)}; set model.config.moe.top_k "
+            "to what it chooses"
+        )
+    if found.weight.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} returned weights of {found.weight.dtype}; compute them in fp32")
+    for field_name in ("weight", "kept"):
+        if (one := getattr(found, field_name)).shape != shape:
+            raise ValueError(f"{name} returned {field_name} of {list(one.shape)}, not [tokens, top_k] = {list(shape)}")
+    if found.kept.dtype != torch.bool:
+        raise ValueError(f"{name} returned kept of {found.kept.dtype}, not torch.bool")
+    of_gate = [one for one in (found.logits, found.probs) if one is not None]
+    if found.num_experts != router.num_experts or any(one.shape != (num_tokens, found.num_experts) for one in of_gate):
+        raise ValueError(
+            f"{name} returned num_experts={found.num_experts} and logits or probs of "
+            f"{[list(one.shape) for one in of_gate]}, in a layer of {router.num_experts} experts and {num_tokens} tokens"
+        )
+    for loss_name, loss in found.losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim > 0:
+            raise ValueError(f"{name}'s loss {loss_name} is no tensor without dimensions; return a mean over tokens")
+        if loss_name in _TAKEN:
+            raise ValueError(f"{name}'s loss {loss_name} would be logged in place of train/{loss_name}; rename it")
+    return found
