@@ -254,6 +254,28 @@ def test_a_swiglu_expert_computes_what_it_says_and_is_counted() -> None:
     assert std["project_weight"] < 0.7 * std["gate_weight"]  # divided by sqrt(2 * 2)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("weights", [(16, 16, "expand")], "Wrong.weights returned a list; return a dictionary"),
+        (
+            "weights",
+            {"a": (16, 16)},
+            "Wrong.weights has 'a': (16, 16); write name: (inputs, outputs, 'expand' or 'project')",
+        ),
+        ("weights", {"a": (16, 16, "up")}, "Wrong.weights has 'a': (16, 16, 'up')"),
+        ("weights", {"a": (16, 24.0, "expand")}, "Wrong.weights has 'a': (16, 24.0, 'expand')"),
+        ("weights", {"a.b": (16, 16, "expand")}, "Wrong.weights has 'a.b'"),
+        ("forward", None, "Wrong.forward returned a NoneType for rows of ["),
+        ("forward", torch.zeros(1, 16), "Wrong.forward returned [1, 16] for rows of ["),
+    ],
+)
+def test_what_an_expert_declares_and_returns_is_checked(part: str, value: Any, message: str) -> None:
+    wrong = dataclass(frozen=True)(type("Wrong", (SwiGLUExpert,), {part: lambda *arguments: value}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GPT(replace(CONFIG, moe=MoEConfig(4, expert=wrong())))(torch.zeros(2, 16, dtype=torch.long))
+
+
 class DropsOddTokens(Router):
     """Declares nothing but what it drops."""
 

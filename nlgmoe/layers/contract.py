@@ -1,4 +1,4 @@
-"""What a router has to return, its own or a user's."""
+"""What routers and expert networks, which may be a user's own, have to return."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.layers.router import Router, Routing
+from nlgmoe.parts import ExpertConfig
 
 # `train/NAME` of the metrics that a run logs without a router's own losses (docs/metrics.md)
 _TAKEN = frozenset(
@@ -57,4 +58,18 @@ def require_routing(found: Any, router: Router, num_tokens: int, top_k: int) -> 
             raise ValueError(f"{name}'s loss {loss_name} is no tensor without dimensions; return a mean over tokens")
         if loss_name in _TAKEN:
             raise ValueError(f"{name}'s loss {loss_name} would be logged in place of train/{loss_name}; rename it")
+    return found
+
+
+def require_rows(found: Any, x: Tensor, network: ExpertConfig) -> Tensor:
+    """Check what an expert network returned for the rows `x`, `[M, H]`.
+
+    Raises:
+        ValueError: it is no tensor of their shape.
+    """
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        what = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"{type(network).__name__}.forward returned {what} for rows of {list(x.shape)}; return one row for each"
+        )
     return found

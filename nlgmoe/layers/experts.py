@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nlgmoe.layers.contract import require_rows
 from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear, Through
 from nlgmoe.roles import Role
@@ -48,7 +49,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.first, self.count, self.network = first, count, network
-        self.stacks = network.weights(hidden_size, ffn_size)
+        self.stacks = network.stacks(hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
         self.roles: dict[str, Role] = {}
         for name, (inputs, outputs, kind) in self.stacks.items():
@@ -75,10 +76,10 @@ class Experts(nn.Module):
             return self._loop(x, tokens_per_expert)
         linear = self._grouped(x, tokens_per_expert)
         if all_used:
-            return self.network.forward(x, linear)
+            return self._apply_network(x, linear)
         # grouped_mm leaves rows of no expert uninitialised, in its output and in the gradient of its input.
         unused = (torch.arange(len(x), device=x.device) >= tokens_per_expert.sum()).unsqueeze(-1)  # [M, 1]
-        return self.network.forward(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
+        return self._apply_network(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
     def can_decode(self, x: Tensor, assignments: int) -> bool:
         """Return True for few rows, one at least, on a CPU without gradients (generation)."""
@@ -97,11 +98,14 @@ class Experts(nn.Module):
         """
         x = cast_by_autocast(x)
         rows = [
-            self.network.forward(token, _dense(lambda name, e=e: getattr(self, name)[e]))  # type: ignore[misc]
+            self._apply_network(token, _dense(lambda name, e=e: getattr(self, name)[e]))  # type: ignore[misc]
             for token, chosen in zip(x.split(1), expert.tolist(), strict=True)  # [1, H]
             for e in chosen
         ]
         return (torch.cat(rows).unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
+
+    def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
+        return require_rows(self.network.forward(x, linear), x, self.network)
 
     def _grouped(self, x: Tensor, tokens_per_expert: Tensor) -> Linear:
         """Return `linear` as one grouped product; the host does not read the numbers of rows."""
@@ -140,7 +144,7 @@ class Experts(nn.Module):
         # `unbind`: its gradient is one stack, where indexing would add up E of them.
         stacks = {name: stack.unbind() for name, stack in self.named_parameters(recurse=False)}
         parts = [
-            self.network.forward(part, _dense(lambda name, e=e: stacks[name][e]))  # type: ignore[misc]
+            self._apply_network(part, _dense(lambda name, e=e: stacks[name][e]))  # type: ignore[misc]
             for e, part in enumerate(rows)
         ]
         return torch.cat([*parts, torch.zeros_like(rest)])

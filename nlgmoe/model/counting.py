@@ -74,12 +74,12 @@ def expert_stacks(config: GPTConfig) -> list[Stack]:
     """Return the matrices of an expert; none in a dense model."""
     if config.moe is None:
         return []
-    return list(expert_network(config).weights(config.hidden_size, config.expert_ffn_size).values())
+    return list(expert_network(config).stacks(config.hidden_size, config.expert_ffn_size).values())
 
 
 def network_stacks(config: GPTConfig, ffn_size: int) -> list[Stack]:
     """Return the matrices of a feed-forward layer or shared MLP of that inner width."""
-    return list(NETWORKS[config.ffn_network].weights(config.hidden_size, ffn_size).values())
+    return list(NETWORKS[config.ffn_network].stacks(config.hidden_size, ffn_size).values())
 
 
 def matmul_flops(stacks: list[Stack]) -> int:
