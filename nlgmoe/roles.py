@@ -12,7 +12,7 @@ layers are known. Its attribute `init_std`, if it has one that is not None, repl
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -28,11 +28,15 @@ def role_of(name: str, module: nn.Module) -> Role:
         module: the module that owns it.
 
     Raises:
-        ValueError: the module does not declare it.
+        ValueError: the module does not declare it, or a role that there is not.
     """
     leaf = name.rpartition(".")[2]
     declared: dict[str, Role] = getattr(module, "roles", {})
     if leaf in declared:
+        if declared[leaf] not in get_args(Role):
+            raise ValueError(
+                f"{name}: {type(module).__name__} declares {leaf} as {declared[leaf]!r}; a role is one of {', '.join(get_args(Role))}"
+            )
         return declared[leaf]
     if leaf == "bias" and isinstance(module, nn.Linear | nn.LayerNorm):
         return "bias"

@@ -48,6 +48,10 @@ def test_a_parameter_that_no_module_declares(use: str) -> None:
         ValueError, match=r"^blocks.0.ffn_norm.gain: Scale does not declare its parameter gain; add roles = "
     ):
         USES[use](with_norm(Scale()))
+    misspelt = Scale()
+    misspelt.roles = {"gain": "scales"}
+    with pytest.raises(ValueError, match=r"^blocks.0.ffn_norm.gain: Scale declares gain as 'scales'; a role is one of"):
+        USES[use](with_norm(misspelt))
 
 
 def test_a_declared_parameter() -> None:
