@@ -34,8 +34,9 @@ def role_of(name: str, module: nn.Module) -> Role:
     declared: dict[str, Role] = getattr(module, "roles", {})
     if leaf in declared:
         if declared[leaf] not in get_args(Role):
+            known = ", ".join(get_args(Role))
             raise ValueError(
-                f"{name}: {type(module).__name__} declares {leaf} as {declared[leaf]!r}; a role is one of {', '.join(get_args(Role))}"
+                f"{name}: {type(module).__name__} declares {leaf} as {declared[leaf]!r}; a role is one of {known}"
             )
         return declared[leaf]
     if leaf == "bias" and isinstance(module, nn.Linear | nn.LayerNorm):
