@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cosine_router import CosineRouterConfig
 from hash_router import HashRouterConfig
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from line_corpus import LineCorpus
 from swiglu_expert import SwiGLUExpert
 from torch.nn import functional as F
 
@@ -35,6 +37,7 @@ from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
+from nlgmoe.data import load_tokenizer
 from nlgmoe.layers import contract
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
@@ -274,6 +277,33 @@ def test_what_an_expert_declares_and_returns_is_checked(part: str, value: Any, m
     wrong = dataclass(frozen=True)(type("Wrong", (SwiGLUExpert,), {part: lambda *arguments: value}))
     with pytest.raises(ValueError, match=re.escape(message)):
         GPT(replace(CONFIG, moe=MoEConfig(4, expert=wrong())))(torch.zeros(2, 16, dtype=torch.long))
+
+
+def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(
+    pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (train := tmp_path / "train.txt").write_text("the king and the queen\nwent to the sea\n" * 50)
+    (validation := tmp_path / "validation.txt").write_text("the queen and the king\n" * 20)
+    files = {"train": str(train), "validation": str(validation)}
+    tokenizer = load_tokenizer("pocket-1k", pocket_pile)
+    tokens = LineCorpus(**files).open(pocket_pile, "pocket-1k").training_tokens()[0]
+    assert tokens[-1] == tokenizer.eod_id and (tokens == tokenizer.eod_id).sum() == 100
+    assert tokenizer.decode([one for one in tokens if one != tokenizer.eod_id]) == train.read_text().replace("\n", "")
+    lines = {"class_path": "line_corpus.LineCorpus", "init_args": files}
+    part = {"name": "lines", "weight": 1.0, "corpus": lines}
+    corpora = {"alone": lines, "blend": {"class_path": "nlgmoe.data.Blend", "init_args": {"parts": [part]}}}
+    for name, corpus in corpora.items():
+        (file := tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"data": {"corpus": corpus}}))
+        command = ["fit", "--config", str(ROOT / "configs/moe/laptop.yaml"), *TINY, "--config", str(file)]
+        command += [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / name}"]
+        command += ["--trainer.enable_progress_bar=false"]
+        main([*command, "--model.train_tokens=128"])
+        main([*command, "--model.train_tokens=256", "--ckpt_path=last"])
+        assert "lines" in json.loads((tmp_path / name / "summary.json").read_text())["bits_per_byte"]
+    train.write_text("another text\n" * 99)
+    with pytest.raises(SystemExit):
+        main([*command, "--model.train_tokens=512", "--ckpt_path=last"])
+    assert "The checkpoint was trained on other data; these differ: corpus" in capsys.readouterr().err
 
 
 class DropsOddTokens(Router):

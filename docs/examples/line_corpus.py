@@ -1,0 +1,39 @@
+"""A corpus that is tokenised as a run starts, and kept in memory: two text files with a document in each line."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from nlgmoe.data import OpenCorpus, Streams, Tokenizer, load_tokenizer
+
+
+class LineCorpus:
+    """Text files with a document in each line.
+
+    Args:
+        train: file of the training text.
+        validation: file of the validation text.
+    """
+
+    def __init__(self, train: str, validation: str) -> None:
+        self.files = {"train": Path(train), "validation": Path(validation)}
+
+    def prepare(self, data_dir: Path, tokenizer: str) -> None:
+        """Fetch the tokenizer where it is missing; one process a node."""
+        load_tokenizer(tokenizer, data_dir)
+
+    def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
+        """Tokenise both files; every process."""
+        loaded = load_tokenizer(tokenizer, data_dir)
+        tokens = {split: [_tokenise(file, loaded)] for split, file in self.files.items()}
+        fingerprint = hashlib.sha256(
+            self.files["train"].read_bytes()
+        ).hexdigest()  # a checkpoint resumes on this text alone
+        return Streams(loaded, ["lines"], tokens, fingerprint)  # one domain
+
+
+def _tokenise(file: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the documents' tokens, `[N]`, each document closed by the end-of-document token."""
+    documents = tokenizer.encode_batch(file.read_text(encoding="utf-8").splitlines())
+    return np.array([token for ids in documents for token in [*ids, tokenizer.eod_id]], np.int32)
