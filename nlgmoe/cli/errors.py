@@ -19,17 +19,21 @@ import re
 import select
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from nlgmoe.validation import SettingError
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 FIRST_RANK_SECONDS = 30.0  # that other ranks wait for it: on a busy machine their starts are far apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
+# Folders of code that is not a user's
+_PACKAGES = (str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 _RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 _LOGGERS = "lightning.pytorch.loggers.logger"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
@@ -193,7 +197,19 @@ def describe(error: BaseException) -> str:
     if (checkpoint := _being_restored(error)) is not None:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         return f"{checkpoint}: its state cannot be restored ({reason}); use another checkpoint"
-    return f"unexpected {type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
+    raised = f"{type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
+    return f"unexpected {raised}" if (place := _in_users_code(error)) is None else f"{place}: {raised}"
+
+
+def _in_users_code(error: BaseException) -> str | None:
+    """Return the innermost line of a user's own code in the traceback, such as of a callback; None: there is none."""
+    frames = [
+        (frame.f_code.co_filename, line, frame.f_globals) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    for file, line, names in reversed(frames):
+        if names.get("__name__") != "__main__" and os.path.exists(file) and not file.startswith(_PACKAGES):
+            return f"{os.path.relpath(file) if file.startswith(os.getcwd()) else file}, line {line}"
+    return None
 
 
 def _failed_logger(error: BaseException) -> tuple[str, bool] | None:

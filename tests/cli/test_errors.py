@@ -1208,9 +1208,18 @@ def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(
             main(place.args(command="validate"))
         stderr = capsys.readouterr().err
         assert end.value.code == 1
-        line = "error: unexpected RuntimeError: two lines; set NLGMOE_TRACEBACK=1 for the traceback"
-        assert stderr.splitlines()[-1] == line
+        said = stderr.splitlines()[-1]  # `bug` is no code of this package
+        assert said.startswith("error: tests/cli/test_errors.py, line ")
+        assert said.endswith(": RuntimeError: two lines; set NLGMOE_TRACEBACK=1 for the traceback")
         assert ("in bug" in stderr) == traceback
+
+
+def test_a_bug_of_a_package_is_unexpected() -> None:
+    with pytest.raises(TypeError) as caught:
+        json.dumps(object())
+    assert describe(caught.value.with_traceback(caught.tb.tb_next)).startswith(
+        "unexpected TypeError: Object of type object"
+    )
 
 
 class Broken(Dataset):
