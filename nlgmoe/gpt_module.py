@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
@@ -26,6 +27,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.resuming.checks import differences
+from nlgmoe.resuming.dataloaders import warn_of_repeated_samples
 from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler
 from nlgmoe.validation import require
 
@@ -70,6 +72,7 @@ class GPTModule(LightningModule):
         self.curriculum = curriculum
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
+        self._warned_of_repeated_samples = False
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @override
@@ -127,6 +130,7 @@ class GPTModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, HasLargestBatch):
             check_memory(self.config, self.curriculum, data, self.trainer, stage)
+        self._domain_loss = []  # without what an interrupted evaluation has left
         if not isinstance(data, HasTokenByteLengths):
             return
         check_vocabulary(self.config, data)
@@ -154,6 +158,13 @@ class GPTModule(LightningModule):
         super().log(name, value, *args, **kwargs)
 
     @override
+    def on_validation_start(self) -> None:
+        """Warn, once a fit, of samples that count twice."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self._warned_of_repeated_samples:
+            self._warned_of_repeated_samples = True
+            warn_of_repeated_samples(self.trainer.val_dataloaders)
+
+    @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one micro-batch to the loss by domain."""
         self._evaluate(batch, self.trainer.num_val_batches)
@@ -169,6 +180,16 @@ class GPTModule(LightningModule):
         return self._token_losses(batch) * loss_mask(batch)
 
     @override
+    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """End a prediction that is told to stop, as Lightning ends other loops.
+
+        Raises:
+            SIGTERMException: it is.
+        """
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
+
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
         self._log_evaluation("val")
@@ -179,7 +200,9 @@ class GPTModule(LightningModule):
         self._log_evaluation("test")
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        losses, self.routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
+        losses, routings = batch_losses(self.gpt, batch, self.loss_chunk_size)
+        if self._trainer is None or not self._trainer.training:  # else of a user's callback, not of the step
+            self.routings = routings
         return losses
 
     def _evaluate(self, batch: Batch, loaders: Sequence[int | float]) -> None:

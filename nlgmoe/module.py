@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,7 +26,7 @@ from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.parallel.same_end import require_same_end
-from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state, check_tokenizer
+from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state, check_tokenizer, keep_states_of_fit
 from nlgmoe.resuming.keepers import forget_deferred_saves
 from nlgmoe.resuming.position import Position
 from nlgmoe.run_checks import require_completed_epoch, require_no_stop_iteration, warn_about_end
@@ -77,13 +78,16 @@ class MoEGPTModule(GPTModule):
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.train_tokens = train_tokens
-        self.distiller = distiller
+        self.distiller = copy(distiller)  # a fit changes it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.guard = StepGuard(non_finite)
         self._window = Window()
         self._stops_after_step = False
         self.position = Position()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
+        self._evaluated: tuple[str, int] | None = (
+            None  # a checkpoint whose weights an evaluation has loaded, and its step
+        )
 
     @property
     def tokens_fed(self) -> int:
@@ -293,7 +297,16 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step."""
+        """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step.
+
+        Raises:
+            ValueError: the weights are those of another step than the trainer's.
+        """
+        if self._evaluated is not None and self._evaluated[1] != checkpoint["global_step"]:
+            raise ValueError(
+                f"the model has the weights of {self._evaluated[0]}, step {self._evaluated[1]}, which an evaluation has loaded; "
+                f"the optimizer is at step {checkpoint['global_step']}: copy that checkpoint, or save before the evaluation"
+            )
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
@@ -328,9 +341,12 @@ class MoEGPTModule(GPTModule):
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])
+        self._evaluated = None if fits else (checkpoint["path"], checkpoint["global_step"])
         if fits:
             self.position.load(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
-        else:  # log where training logs a validation of this step
+        else:
+            keep_states_of_fit(checkpoint, self.trainer)
+            # Log where training logs a validation of this step.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)

@@ -219,7 +219,7 @@ def require_compiler(device: torch.device) -> None:
         ValueError: it cannot.
     """
     if missing := missing_compiler(device):
-        raise ValueError(
+        raise SettingError(
             f"model.compile=true needs {missing}, which this machine lacks; install one, or set model.compile to false"
         )
 

@@ -32,12 +32,16 @@ class RunSummary(Callback):
     """
 
     def __init__(self) -> None:
+        self._begin_run()
+
+    def _begin_run(self) -> None:
         self._losses: deque[float] = deque(maxlen=50)
         self._wall_seconds = 0.0
         self._step_seconds = self._validation_seconds = 0.0
         self._fed_tokens = 0
         self._fit_started = self._batch_started = self._validation_started = 0.0
         self._tokens_before = 0
+        self._is_counted, self._global_step = True, 0  # the micro-batch; the step as it began
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -61,6 +65,19 @@ class RunSummary(Callback):
         self._step_seconds = state_dict["step_seconds"]
         self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0
         self._fed_tokens = state_dict["fed_tokens"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, or one that was evaluated; the sums of a resumed run are restored after this."""
+        if stage == "fit":
+            self._begin_run()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count a step that a callback saves before this one sees its end."""
+        if not self._is_counted and trainer.global_step > self._global_step and "callbacks" in checkpoint:
+            self._count(trainer, pl_module)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,6 +104,7 @@ class RunSummary(Callback):
             Path(trainer.default_root_dir, "summary.json").unlink(missing_ok=True)
         assert isinstance(pl_module, MoEGPTModule)
         self._tokens_before = pl_module.tokens_fed
+        self._is_counted, self._global_step = False, trainer.global_step
         self._batch_started = time.perf_counter()
 
     @override
@@ -94,9 +112,14 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Add the micro-batch."""
+        if not self._is_counted:
+            self._count(trainer, pl_module)
+
+    def _count(self, trainer: Trainer, module: LightningModule) -> None:
+        self._is_counted = True
         self._step_seconds += time.perf_counter() - self._batch_started
-        assert isinstance(pl_module, MoEGPTModule)
-        self._fed_tokens += pl_module.tokens_fed - self._tokens_before  # after truncation by a curriculum
+        assert isinstance(module, MoEGPTModule)
+        self._fed_tokens += module.tokens_fed - self._tokens_before  # after truncation by a curriculum
         if ends_step(trainer):
             self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
 

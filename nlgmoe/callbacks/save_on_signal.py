@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from nlgmoe.callbacks.last_checkpoint import save_last
 from nlgmoe.callbacks.slurm import requeue, requeue_signal
+from nlgmoe.checkpoint.folder import is_of_run
 from nlgmoe.device import side_stream
 
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
@@ -174,7 +175,8 @@ class SaveOnSignal(Callback):
         name, code, done = signal.Signals(self._agreed).name, 0, f"ended after step {trainer.global_step:,}"
         if trainer.checkpoint_callbacks:
             path = save_last(trainer)
-            rank_zero_info(f"\n{name}: {done}, saved in {path}; resume with --ckpt_path last")
+            how = "last" if is_of_run(path, trainer.default_root_dir) else path
+            rank_zero_info(f"\n{name}: {done}, saved in {path}; resume with --ckpt_path {how}")
         else:
             rank_zero_info(f"\n{name}: {done}; nothing was saved, because trainer.enable_checkpointing is false")
             # Processes started by Lightning exit with 0: at any other code it kills all ranks, this one included.

@@ -42,10 +42,15 @@ class Throughput(Callback):
             raise ValueError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
+        self._begin_run()
+
+    def _begin_run(self) -> None:
         self._flops = self._step_flops = 0  # of all finished steps of the run; of the current step
         self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
         self._tokens_before, self._started = 0, 0.0
+        self._batch: Batch | None = None  # not counted yet
+        self._global_step = 0  # as it began
 
     def _begin_interval(self) -> None:
         self._tokens = self._steps = 0
@@ -60,6 +65,19 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the totals."""
         self._flops, self._elapsed = state_dict["flops"], state_dict["elapsed"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, or one that was evaluated; the totals of a resumed run are restored after this."""
+        if stage == "fit":
+            self._begin_run()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count a step that a callback saves before this one sees its end."""
+        if self._batch is not None and trainer.global_step > self._global_step and "callbacks" in checkpoint:
+            self._count(trainer, pl_module)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,6 +98,7 @@ class Throughput(Callback):
         """Start timing a micro-batch."""
         assert isinstance(pl_module, MoEGPTModule)
         self._tokens_before = pl_module.tokens_fed
+        self._batch, self._global_step = batch, trainer.global_step
         self._started = time.perf_counter()
         if trainer.world_size > 1 and self._is_timed:
             self._collectives.start()
@@ -89,21 +108,27 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Add the micro-batch; log once per interval."""
-        assert isinstance(pl_module, MoEGPTModule)
+        if self._batch is not None:
+            self._count(trainer, pl_module)
+        if ends_step(trainer) and is_logged(trainer):
+            assert isinstance(pl_module, MoEGPTModule)
+            self._log(trainer, pl_module)
+
+    def _count(self, trainer: Trainer, module: LightningModule) -> None:
+        """Add the micro-batch, and the step that it ends."""
+        assert isinstance(module, MoEGPTModule) and self._batch is not None
         self._collectives.stop()
         self._seconds += time.perf_counter() - self._started
-        tokens = pl_module.tokens_fed - self._tokens_before
+        tokens = module.tokens_fed - self._tokens_before
         self._tokens += tokens
-        length = tokens // (trainer.world_size * batch["tokens"].shape[0])  # after truncation by a curriculum
-        self._step_flops += tokens * flops_per_token(pl_module.config, length)
-        if not ends_step(trainer):
-            return
-        self._steps += 1
-        self._flops += self._step_flops
-        self._interval_flops += self._step_flops
-        self._step_flops = 0
-        if is_logged(trainer):
-            self._log(trainer, pl_module)
+        length = tokens // (trainer.world_size * self._batch["tokens"].shape[0])  # after truncation by a curriculum
+        self._step_flops += tokens * flops_per_token(module.config, length)
+        self._batch = None
+        if ends_step(trainer):
+            self._steps += 1
+            self._flops += self._step_flops
+            self._interval_flops += self._step_flops
+            self._step_flops = 0
 
     def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
         seconds = self._stopwatch.seconds()

@@ -91,6 +91,11 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
             raise SystemExit(INTERRUPTED) from None
+        if type(end).__name__ == "SIGTERMException":  # of Lightning's evaluation, which has told of the signal
+            started_by_lightning = (
+                os.environ.get("LOCAL_RANK") or "0"
+            ) != "0"  # at another code than 0 it kills all ranks
+            raise SystemExit(0 if started_by_lightning else 128 + signal.SIGTERM) from None
         if module := _imported_in(end):
             print(
                 f"error: {module} ends the program where it is imported (SystemExit: {end}); put what it runs below "
@@ -157,7 +162,7 @@ def _wait_for_first_rank() -> None:
 
 def describe(error: BaseException) -> str:
     """Return the line for an exception; an unexpected one also names its type and how to see the traceback."""
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # on a GPU, on a CPU
         return (
             f"{one_line(str(error))}; lower data.micro_batch_size or model.loss_chunk_size, or set "
             f"model.activation_checkpointing to true ({_ASK_FOR_TRACEBACK})"
@@ -187,6 +192,9 @@ def describe(error: BaseException) -> str:
             f"trainer.logger: {logger[0]} fails: {one_line(str(error))} ({type(error).__name__}); docs/metrics.md has its "
             "settings, and NLGMOE_TRACEBACK=1 shows the traceback"
         )
+    if type(error).__name__ == "DistNetworkError":
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        return f"ranks cannot meet at {address} ({one_line(str(error))}); set MASTER_PORT to a free port there, or unset it"
     if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fsspec.core import url_to_fs
+
 from nlgmoe.cli.errors import UsageError
 from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, PLAIN_TEXT, has_records, is_plain_text
 
@@ -23,9 +25,17 @@ def input_files(given: str | Sequence[str]) -> list[str]:
     Raises:
         UsageError: one stands for no file, for one twice, or for one that is no JSON lines, Parquet or plain text.
     """
+    if not given:
+        raise UsageError(f"input={given} names nothing; give a path, a folder, or a pattern in quotes")
     found: list[str] = []
     for one in [given] if isinstance(given, str) else given:
         if "://" in one:
+            try:
+                url_to_fs(one)
+            except (ImportError, ValueError) as error:
+                raise UsageError(
+                    f"input={one} cannot be read here ({error}); install what reads it, or give a path"
+                ) from error
             files = [one]
         elif Path(one).is_dir():
             inside = sorted(path for path in Path(one).iterdir() if not path.name.startswith("."))  # as of a pattern

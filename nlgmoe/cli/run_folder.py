@@ -68,7 +68,9 @@ class RunFolder(SaveConfigCallback):
                 logger.records = stage == "fit"
         folder = Path(trainer.default_root_dir)
         if stage in ("fit", "predict"):
-            require_writable(folder)
+            require_writable(folder, checkpoint_folders(trainer) if stage == "fit" else ())
+        if stage == "fit":  # not what an evaluation has loaded; a checkpoint to resume is loaded after this
+            self._resumed = self._start = self._run = None
         if stage == "fit" and trainer.is_global_zero:
             self._holding = ExitStack()
             self._holding.enter_context(held(folder))
@@ -313,17 +315,23 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, places: Sequence[Path] = (), setting: str = "trainer.default_root_dir") -> None:
     """Check that the run folder can be written, before a corpus is tokenised.
 
+    Args:
+        folder: the run folder.
+        places: where the run saves checkpoints.
+        setting: that names the folder.
+
     Raises:
-        ValueError: the run folder cannot be written.
+        ValueError: one of them cannot be written.
     """
+    for place in places:
+        if place.exists() or not is_of_run(place, folder):  # a new run leaves the folder empty until it saves
+            require_writable(place, setting="ModelCheckpoint.dirpath")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
-            f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise ValueError(f"{setting}={folder} cannot be written ({error.strerror}); choose another folder") from error

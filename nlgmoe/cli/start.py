@@ -13,7 +13,7 @@ from nlgmoe.cli.errors import INTERRUPTED, UsageError, one_line_errors
 
 _OF_LAUNCHERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID", "MASTER_PORT"),
 )
 
 
@@ -23,6 +23,8 @@ def _check_environment() -> None:
     Raises:
         UsageError: one is no number.
     """
+    if os.environ.get("COLUMNS", "").strip() == "1":
+        del os.environ["COLUMNS"]  # Lightning's tables divide by it, less one
     for name in _OF_LAUNCHERS:
         value = os.environ.get(name, "0").strip()
         if not value:
@@ -31,6 +33,8 @@ def _check_environment() -> None:
             raise UsageError(
                 f"the environment variable {name}={value} is no whole number; unset it, or start ranks by torchrun or srun"
             )
+        elif name == "MASTER_PORT" and not 0 <= int(value) < 2**16:
+            raise UsageError(f"the environment variable MASTER_PORT={value} is no port; set it to a number up to 65535")
 
 
 def train() -> None:

@@ -193,7 +193,7 @@ class TrainCLI(LightningCLI):
         name, checkpoint = self._get(self.config, "ckpt_path"), self._get(self.config_init, "ckpt_path")
         if self.trainer.is_global_zero and name != "auto":
             refuse_second_run(folder, checkpoint, checkpoint_folders(self.trainer))
-        require_writable(folder)
+        require_writable(folder, checkpoint_folders(self.trainer))
         if self.trainer.is_global_zero:
             self._while_running.enter_context(held(folder))
             if checkpoint is None:

@@ -4,6 +4,7 @@
 """
 
 import errno
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from nlgmoe.data.description import Description
 from nlgmoe.data.sources import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.validation import SettingError
+
+WAITING_SECONDS = 3.0  # without a word, for another process that builds
 
 
 class OpenCorpus(Protocol):
@@ -121,10 +125,17 @@ def build_lock(data_dir: Path) -> Iterator[None]:
 
     A user who may not write there needs no lock: if something is missing, writing it raises the error.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise SettingError(f"data_dir={data_dir} is no folder; give one") from error
     lock = FileLock(data_dir / ".lock")
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=WAITING_SECONDS)
+        except Timeout:
+            print(f"waiting for another process, which builds in {data_dir}", file=sys.stderr, flush=True)
+            lock.acquire()
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

@@ -56,7 +56,7 @@ class MegatronIndexed:
         """
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             if not Path(path).exists():
-                raise ValueError(
+                raise SettingError(
                     f"{path} is missing: set `prefix` of the corpus to files that `nlgmoe prepare-data --input` or Megatron's "
                     "tools/preprocess_data.py --append-eod has written, without the .bin."
                 )

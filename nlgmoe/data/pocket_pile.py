@@ -21,6 +21,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.files import require_regular
+from nlgmoe.validation import SettingError
 
 SPLITS = ("train", "validation")
 
@@ -113,7 +114,7 @@ class PocketPile:
             raise ValueError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
         domains = manifest.domains if self._domains is None else self._domains
         if unknown := sorted(set(domains) - set(manifest.domains)):
-            raise ValueError(
+            raise SettingError(
                 f"domains={self._domains}: {data_dir} has no {unknown[0]}; choose from {', '.join(manifest.domains)}."
             )
         loaded = load_tokenizer(tokenizer, data_dir)

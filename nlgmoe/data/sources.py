@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nlgmoe.data.packing import count_windows, cut_window, epoch_permutation
+from nlgmoe.validation import SettingError
 
 
 class Sample(TypedDict):
@@ -85,7 +86,7 @@ class PackedSource:
         self._ends = np.cumsum(counts)
         self.num_windows = int(sum(counts))
         if self.num_windows == 0:
-            raise ValueError(f"No domain has {seq_len} tokens to train on: lower `seq_len` or add text.")
+            raise SettingError(f"No domain has {seq_len} tokens to train on: lower `seq_len` or add text.")
 
     def sample(self, index: int) -> Sample:
         """Window `order(seed, epoch)[index % n]` with `epoch = index // n`, n the number of windows."""

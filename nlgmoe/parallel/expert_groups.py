@@ -12,7 +12,7 @@ from datetime import timedelta
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.agreement import AllRanksSettingError
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.model.counting import expert_parameters
@@ -49,10 +49,10 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
         of: name of the model in errors.
 
     Raises:
-        AllRanksError: `limit` exceeds the number of ranks, or no layer's experts can be sharded over them.
+        AllRanksSettingError: `limit` exceeds the number of ranks, or no layer's experts can be sharded over them.
     """
     if limit > world_size:
-        raise AllRanksError(
+        raise AllRanksSettingError(
             f"trainer.strategy.expert_parallel_size={limit} is above the number of ranks, {world_size}; lower it to "
             f"{world_size}, or run on more devices"
         )
@@ -60,7 +60,7 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
     degrees = {layer: expert_parallel_degree(count, world_size, limit) for layer, count in experts.items()}
     if limit > 1 and degrees and max(degrees.values()) == 1:
         counts = ", ".join(map(str, sorted(set(experts.values()))))
-        raise AllRanksError(
+        raise AllRanksSettingError(
             f"trainer.strategy.expert_parallel_size={limit} cannot shard a layer of the {of}: no number from 2 to {limit} "
             f"divides both its number of experts ({counts}) and the number of ranks ({world_size}); change one, or use 1"
         )

@@ -73,8 +73,7 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     Raises:
         ValueError: a value has another type, is a count below 0, or is not finite.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    ours = [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
+    ours = _known_callbacks(trainer)
     metrics = dict.fromkeys(names, math.nan) if isinstance(names := checkpoint.get("monitored"), dict) else {}
     where = f"{trainer.ckpt_path}: "
     # A time may start as the integer 0.
@@ -93,6 +92,18 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         loops = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
         counts["loops"] = {name: getattr(trainer, name).state_dict() for name in loops}
     _check_types(checkpoint, counts, where, int)
+
+
+def keep_states_of_fit(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Remove states of callbacks from a checkpoint that is evaluated: a best score, or a sum, is that of the trainer's fit."""
+    for one in _known_callbacks(trainer):
+        checkpoint.get("callbacks", {}).pop(one.state_key, None)
+
+
+def _known_callbacks(trainer: Trainer) -> list[Any]:
+    """Return the callbacks of nlgmoe and Lightning."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in callbacks if type(one).__module__.split(".")[0] in ("nlgmoe", "lightning")]
 
 
 def _check_types(saved: Any, current: Any, where: str, integer: type) -> None:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DistributedSampler
 
 from nlgmoe.batch import TracksSamples
 from nlgmoe.checkpoint.agreement import AllRanksSettingError
@@ -113,3 +114,14 @@ def warn_of_repeated_data(trainer: Trainer) -> None:
             f"the run goes on at step {trainer.global_step}, but its training data begin again: neither the data module nor its "
             "dataloader has a state_dict; nlgmoe.batch.TracksSamples says what a data module needs"
         )
+
+
+def warn_of_repeated_samples(loaders: Any) -> None:
+    """Warn of samples that a validation on ranks counts twice: Lightning's sampler gives each rank equally many."""
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        sampler = getattr(loader, "sampler", None)
+        if type(sampler) is DistributedSampler and (twice := sampler.total_size - len(loader.dataset)) > 0:
+            rank_zero_warn(
+                f"val/loss counts {twice} of {len(loader.dataset)} samples twice, so that {sampler.num_replicas} ranks have "
+                "equally many; add samples without tokens (token_mask), or leave some out"
+            )

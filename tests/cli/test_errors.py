@@ -8,8 +8,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +27,7 @@ from filelock import FileLock
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import GPTConfig, load_config, load_model
@@ -31,6 +35,7 @@ from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, main
 from nlgmoe.commands import main as nlgmoe_command
+from nlgmoe.data import corpus
 from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.deduplication import Document
 from nlgmoe.data.sampling import SourceDataset
@@ -859,6 +864,36 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         flag("--trainer.default_root_dir=/proc/nowhere"),
         "trainer.default_root_dir=/proc/nowhere cannot be written",
     ),
+    "unwritable folder of checkpoints": (
+        file(CALLBACK.format("ModelCheckpoint", "dirpath: /proc/nowhere")),
+        "ModelCheckpoint.dirpath=/proc/nowhere cannot be written (No such file or directory); choose another folder",
+    ),
+    "file as folder of checkpoints": (
+        lambda place: place.args(
+            place.yaml(CALLBACK.format("ModelCheckpoint", f"dirpath: {place.trained / 'base.yaml'}"))
+        ),
+        "base.yaml cannot be written (File exists); choose another folder",
+    ),
+    "file as folder of data": (
+        lambda place: place.args(f"--data.data_dir={place.trained / 'base.yaml'}"),
+        "base.yaml is no folder; give one",
+    ),
+    "more ranks for experts than there are": (
+        flag("--trainer.strategy={class_path: nlgmoe.ExpertParallelStrategy, init_args: {expert_parallel_size: 2}}"),
+        "trainer.strategy.expert_parallel_size=2 is above the number of ranks, 1; lower it to 1",
+    ),
+    "missing corpus": (
+        file("data: {corpus: {class_path: nlgmoe.data.MegatronIndexed, init_args: {prefix: /nowhere/x}}}"),
+        "/nowhere/x.idx is missing: set `prefix` of the corpus",
+    ),
+    "unknown domain": (
+        file("data: {corpus: {class_path: nlgmoe.data.PocketPile, init_args: {domains: [cod]}}}"),
+        "domains=['cod']: {corpus} has no cod; choose from prose",
+    ),
+    "missing text to stream": (
+        file("data: {corpus: {class_path: nlgmoe.data.StreamedText, init_args: {path: /nowhere}}}"),
+        "path=/nowhere",
+    ),
     "unwritable folder of predictions": (
         lambda place: place.args("--trainer.default_root_dir=/proc/nowhere", command="predict"),
         "trainer.default_root_dir=/proc/nowhere cannot be written",
@@ -945,6 +980,13 @@ SETTINGS = {
     "micro-batch that no machine holds",
     "model that no machine holds",
     "experts that no machine holds",
+    "more ranks for experts than there are",
+    "missing corpus",
+    "unknown domain",
+    "missing text to stream",
+    "file as folder of data",
+    "empty corpus",
+    "sequence longer than the text",
 }  # exit code 2: a setting is wrong, no file is
 
 
@@ -1011,7 +1053,7 @@ def test_what_cannot_be_used_is_named(
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # nobody answers there
     args, words = UNUSABLE[mistake]
     code, line = says(args(place))
-    assert words.replace("{folder}", str(place.folder)) in line
+    assert words.replace("{folder}", str(place.folder)).replace("{corpus}", str(place.corpus)) in line
     assert code == (2 if mistake in SETTINGS else 1)
 
 
@@ -1076,6 +1118,16 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         ["prepare-data", "--input=x/*.jsonl", "--output=y"],
         2,
         "--input=x/*.jsonl stands for no file; give a",
+    ),
+    "no input at all": (
+        ["prepare-data", "--input=[]", "--output=y"],
+        2,
+        "--input=[] names nothing; give a path, a folder",
+    ),
+    "input by an unknown protocol": (
+        ["prepare-data", "--input=gcs2://a/b.jsonl", "--output=y"],
+        2,
+        "--input=gcs2://a/b.jsonl cannot be read here (Protocol not known: gcs2)",
     ),
     "other input": (
         ["prepare-data", "--input=LICENSE", "--output=y"],
@@ -1185,6 +1237,60 @@ def test_a_new_run_from_the_weights_of_another(place: Place, capsys: pytest.Capt
     assert (document["global_step"], document["tokens_seen"]) == (2, 64)
     assert place.start.partition("=")[2] in (place.folder / "run/config.yaml").read_text()
     main(place.args(f"--ckpt_path={place.folder / 'run/checkpoints/last.ckpt'}", gone, "--model.train_tokens=128"))
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_an_evaluation_that_is_told_to_stop_says_so_by_its_exit_code(
+    command: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = MoEGPTModule._token_losses
+
+    def losses(self: MoEGPTModule, batch: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(MoEGPTModule, "_token_losses", losses)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(place.args(place.whole, "--data.eval_micro_batch_size=1", command=command))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143
+    assert not (place.folder / "run/predictions.safetensors").exists()
+
+
+def test_a_process_that_waits_for_another_one_that_builds_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(corpus, "WAITING_SECONDS", 0.01)
+    is_held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / ".lock"):
+            is_held.set()
+            time.sleep(0.2)
+
+    threading.Thread(target=hold).start()
+    is_held.wait()
+    with corpus.build_lock(tmp_path):
+        pass
+    assert capsys.readouterr().err == f"waiting for another process, which builds in {tmp_path}\n"
+
+
+def test_memory_and_ports_of_the_system_are_named() -> None:
+    asked = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+    assert "lower data.micro_batch_size" in describe(asked)
+    with socket.create_server(("", 0)) as server, pytest.raises(distributed.DistNetworkError) as taken:
+        distributed.TCPStore("127.0.0.1", server.getsockname()[1], is_master=True)
+    assert describe(taken.value).startswith("ranks cannot meet at MASTER_ADDR=")
+    assert "; set MASTER_PORT to a free port there, or unset it" in describe(taken.value)
+
+
+@pytest.mark.parametrize(("value", "message"), [("x", "is no whole number"), ("99999", "is no port")])
+def test_a_port_is_checked(value: str, message: str) -> None:
+    done = python("-m", "nlgmoe", "configs", "list", env={"MASTER_PORT": value})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])

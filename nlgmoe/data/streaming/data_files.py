@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fsspec.core import url_to_fs
 
 from nlgmoe.data.text.documents import has_records
+from nlgmoe.validation import SettingError
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,28 @@ def find_files(
 
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
-    except (OSError, ValueError, IndexError, StopIteration) as error:
+    except (OSError, ValueError, ImportError, IndexError, StopIteration) as error:
         # Behind that comes a list of endings, longer than all else. The last two are of a path or data_files without any name.
         what = str(error).partition(" with any supported extension")[0].rstrip(".")
-        what = what if isinstance(error, OSError | ValueError) else "it names no files"
-        raise ValueError(
+        what = what if isinstance(error, OSError | ValueError | ImportError) else "it names no files"
+        raise SettingError(
             f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"
         ) from error
     found = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
     if missing := {"train", "validation"} - found.keys():
-        raise ValueError(
+        raise SettingError(
             f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
             "{train: train/*.jsonl.zst, validation: val.jsonl.zst}"
         )
     if unknown := [file for files in found.values() for file in files if not has_records(file)]:
-        raise ValueError(
+        raise SettingError(
             f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
             "with data_files"
         )
     evaluated = {os.path.realpath(file) for split in ("validation", "test") for file in found.get(split, ())}
     if both := [file for file in found["train"] if os.path.realpath(file) in evaluated]:
-        raise ValueError(
+        raise SettingError(
             f"path={path}: {both[0]} is a file of training and of evaluation, which would then measure text that was trained on; "
             "give other names or patterns in data_files, or copy the file if that is what you want"
         )

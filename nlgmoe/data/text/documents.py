@@ -63,7 +63,7 @@ def read_documents(
         # Decompression fails without an errno; else a disk or a network fails, which is nothing to skip.
         if not isinstance(failure, pa.ArrowException) and (type(failure) is not OSError or failure.errno is not None):
             raise ValueError(
-                f"{place}: cannot be read ({details}); once it can be, go on with --ckpt_path last"
+                f"{place}: cannot be read ({details}); once it can be, run this again, a training with --ckpt_path last"
             ) from failure
         error = UnusableError("file cut off" if "Truncated" in details else "damaged file", details)
     if shard.index == 0 or bad.action == "error":  # one of a file's readers counts it

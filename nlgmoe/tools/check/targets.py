@@ -27,12 +27,23 @@ def find_layers(words: Sequence[str]) -> list[Layer]:
     Raises:
         UsageError: the words name none.
     """
+    (word, *others) = words
+    if not others and word not in ADAPTERS and (Path(word).is_dir() or word.endswith(".ckpt")):
+        return [_of_checkpoint(word)]
     try:
         return _find(list(words))
     except (UsageError, ForeignCodeError):
         raise
     except (ValueError, OSError) as error:
         raise UsageError(describe(error)) from error
+
+
+def _of_checkpoint(word: str) -> Layer:
+    from nlgmoe.checkpoint.folder import read_document
+    from nlgmoe.checkpoint.newest import find_checkpoint
+
+    path = find_checkpoint(word)
+    return own_layer(GPTConfig.from_dict(read_document(path)["model_config"]), str(path), str(path))
 
 
 def _find(words: list[str]) -> list[Layer]:
@@ -46,12 +57,6 @@ def _find(words: list[str]) -> list[Layer]:
     (word,) = words
     if word in ADAPTERS:
         return ADAPTERS[word]()
-    if Path(word).is_dir() or word.endswith(".ckpt"):
-        from nlgmoe.checkpoint.folder import read_document
-        from nlgmoe.checkpoint.newest import find_checkpoint
-
-        path = find_checkpoint(word)
-        return [own_layer(GPTConfig.from_dict(read_document(path)["model_config"]), str(path), str(path))]
     return _of_class(word, _import(word))
 
 

@@ -1,0 +1,144 @@
+"""Trainers, callbacks, teachers and modules in Python that serve twice, or between two steps: each run counts its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
+
+from nlgmoe.callbacks import ExpertLoad, RunSummary, StagedDistillation, Throughput
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+from nlgmoe.module import MoEGPTModule
+from tests.checkpoint.test_portable import SaveAt
+from tests.synthetic import SyntheticData
+from tests.test_module import CONFIG, trainer
+
+VALIDATES: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+
+
+def totals(*callbacks: Callback) -> list[Any]:
+    """What they have counted, without times."""
+    states = [one.state_dict() for one in callbacks]
+    return [
+        {name: value for name, value in state.items() if not name.endswith(("elapsed", "seconds"))} for state in states
+    ]
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps, and its last checkpoint."""
+    folder = tmp_path_factory.mktemp("baseline")
+    keeper = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True)
+    stopper = EarlyStopping("val/loss", patience=9)
+    run = trainer(
+        folder, RunSummary(), Throughput(), stopper, keeper, max_steps=6, enable_checkpointing=True, **VALIDATES
+    )
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    return folder / "last.ckpt"
+
+
+def test_a_run_after_an_evaluation_counts_its_own_steps(baseline: Path, tmp_path: Path) -> None:
+    counted = []
+    for evaluates in (False, True):
+        folder = tmp_path / str(evaluates)
+        callbacks = RunSummary(), Throughput()
+        stopper, keeper = EarlyStopping("val/loss", patience=9), ModelCheckpoint(folder, "best", monitor="val/loss")
+        run = trainer(folder, *callbacks, stopper, keeper, max_steps=3, enable_checkpointing=True, **VALIDATES)
+        if evaluates:
+            run.validate(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=baseline, verbose=False)
+            assert keeper.best_model_path == "" and not torch.isfinite(stopper.best_score)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        counted.append([*totals(*callbacks), float(stopper.best_score), float(keeper.best_model_score)])
+    assert counted[0] == counted[1]
+
+
+def test_callbacks_of_a_second_run_count_its_own_steps(tmp_path: Path) -> None:
+    callbacks = RunSummary(), Throughput()
+    found = []
+    for _ in range(2):
+        trainer(tmp_path, *callbacks, max_steps=3).fit(MoEGPTModule(CONFIG), SyntheticData())
+        found.append(totals(*callbacks))
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_has_the_weights_of_its_step(baseline: Path, tmp_path: Path) -> None:
+    run, module, data = trainer(tmp_path, max_steps=8), MoEGPTModule(CONFIG), SyntheticData()
+    run.fit(module, data, ckpt_path=baseline)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    run.test(module, data, ckpt_path=baseline, verbose=False)
+    with pytest.raises(
+        ValueError, match=r"last.ckpt, step 6, which an evaluation has loaded; the optimizer is at step 8: copy"
+    ):
+        run.save_checkpoint(tmp_path / "mixed.ckpt")
+    assert not (tmp_path / "mixed.ckpt").exists()
+    run.test(module, data, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    run.save_checkpoint(tmp_path / "same.ckpt")
+    assert read_document(tmp_path / "same.ckpt")["global_step"] == 8
+
+
+def test_a_step_that_another_callback_saves_is_counted(tmp_path: Path) -> None:
+    """A user's callback is called before those that count."""
+    counted = []
+    for resumes in (False, True):
+        callbacks = RunSummary(), Throughput()
+        if resumes:
+            run = trainer(tmp_path, SaveAt(4, tmp_path / "4.ckpt"), *callbacks, max_steps=3, accumulate_grad_batches=2)
+            run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        run = trainer(tmp_path, *callbacks, max_steps=6, accumulate_grad_batches=2)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / "4.ckpt" if resumes else None)
+        counted.append(totals(*callbacks))
+    assert counted[0] == counted[1] and len(counted[0][0]["losses"]) == 6
+
+
+def test_a_teacher_serves_two_runs(baseline: Path, tmp_path: Path) -> None:
+    teacher, logged = MixtureOfStudents(str(baseline)), []
+    for callbacks in ([StagedDistillation(step=2)], []):
+        run = trainer(
+            tmp_path,
+            *callbacks,
+            LambdaCallback(
+                on_train_batch_end=lambda trainer, *_: logged.append(
+                    "train/distillation_loss" in trainer.callback_metrics
+                )
+            ),
+            max_steps=3,
+        )
+        run.fit(MoEGPTModule(CONFIG, distiller=teacher), SyntheticData())
+    assert logged == [True, True, False, True, True, True] and teacher.loss_weight == 1
+
+
+def test_an_interrupted_validation_counts_in_no_other(tmp_path: Path) -> None:
+    module, loader = MoEGPTModule(CONFIG), SyntheticData().val_dataloader()
+
+    def interrupt(*arguments: Any) -> None:
+        raise ValueError("interrupted")
+
+    with pytest.raises(ValueError, match="interrupted"):
+        trainer(tmp_path, LambdaCallback(on_validation_batch_end=interrupt), **VALIDATES).validate(module, loader)
+    again, new = (
+        trainer(tmp_path, **VALIDATES).validate(one, loader, verbose=False) for one in (module, MoEGPTModule(CONFIG))
+    )
+    assert again == new
+
+
+def test_a_probe_of_a_callback_is_not_the_steps_routing(tmp_path: Path) -> None:
+    probe = next(iter(SyntheticData().val_dataloader()))
+    loads = []
+    for probes in (False, True):
+
+        def measure(trainer: Trainer, module: MoEGPTModule, *rest: Any, probes: bool = probes) -> None:
+            if probes:
+                module.predict_step(probe, 0)
+
+        folder = tmp_path / str(probes)
+        run = trainer(
+            folder, LambdaCallback(on_train_batch_end=measure), ExpertLoad(), max_steps=3, log_every_n_steps=1
+        )
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        loads.append((folder / "expert_load.csv").read_text())
+    assert loads[0] == loads[1] and "0," in loads[0]
