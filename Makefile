@@ -115,7 +115,7 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.teacher_memory
 	$(BIN)/python -m benchmarks.growth
 
-gpu: install  ## shows on a machine with one GPU that results are the CPU's, and how fast (8 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
+gpu: install  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 14 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
 	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)
 
 clean:  ## remove the virtual environment and caches; data and runs stay

@@ -48,7 +48,6 @@ def interleaved(
 def settings(**more: Any) -> dict[str, Any]:
     """Machine, threads, allocator, versions and commit."""
     model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "cpu": model.partition(": ")[2] or model,
         "threads": torch.get_num_threads(),
@@ -57,10 +56,18 @@ def settings(**more: Any) -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "LD_PRELOAD"))
         },
-        "commit": commit.stdout.strip(),
+        "commit": output_of(["git", "describe", "--always", "--dirty"]),
         "versions": versions(),
         **more,
     }
+
+
+def output_of(command: list[str]) -> str:
+    """What a command prints; empty if it fails, or is not installed."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _lines(path: str) -> list[str]:

@@ -6,6 +6,7 @@ micro-batches, which is what 8 GPUs have. 16 experts a layer are what a GPU hold
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,12 @@ def measure(run: Run, folder: Path, name: str, config: GPTConfig) -> Modes:
         trainer.fit(MoEGPTModule(config), SyntheticData(config.vocab_size, config.seq_len, SEQUENCES))
     except Exception as error:  # what was measured before it counts, and so does the other model
         modes.error = error
+    if trainer.strategy._engine is not None:
+        trainer.strategy._engine.destroy()  # its buffers would outlive the trainer, and count in the next model's peak
+    del trainer
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
     report(run, name, config, modes)
     return modes
 

@@ -72,7 +72,7 @@ class Cell:
             callbacks=[losses, *callbacks],
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )
-        trainer.fit(MoEGPTModule(self.config, AdamWConfig(lr=3e-3)), self.data, ckpt_path=checkpoint)
+        trainer.fit(MoEGPTModule(self.config, AdamWConfig(lr=1e-3)), self.data, ckpt_path=checkpoint)
         return losses.found, trainer
 
 

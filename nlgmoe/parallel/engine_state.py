@@ -26,6 +26,7 @@ class EngineState:
     """
 
     def __init__(self, engine: Any) -> None:
+        self._device = engine.device  # of collectives; at the end of a fit Lightning moves parameters to the CPU
         self._optimizer = engine.optimizer
         self._base = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's AdamW
         self._zero = isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
@@ -75,7 +76,7 @@ class EngineState:
             if not is_destination:
                 return None
             return values[entry.start : entry.stop].to("cpu", torch.float32, copy=True).view(entry.shape)
-        whole = torch.zeros(entry.shape.numel(), device=entry.parameter.device)
+        whole = torch.zeros(entry.shape.numel(), device=self._device)
         if (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
             whole[part] = values

@@ -205,8 +205,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.deepspeed_moe import mark_as_deepspeed_moe
         from nlgmoe.parallel.engine_gradients import EngineGradients
 
-        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
+        assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         self._check_fp16(self.precision_plugin)
+        if (
+            self.stage > 0
+        ):  # with it the host waits for the device behind every backward pass; one rank has nothing to overlap
+            self.config["zero_optimization"]["overlap_comm"] = self.world_size > 1
         for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count
             if degree > 1:

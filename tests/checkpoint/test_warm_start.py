@@ -251,6 +251,6 @@ def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
     """A warm start in half precision loads its entries into ZeRO's fp32 copies, which buffers do not have."""
     from nlgmoe.parallel.engine_state import EngineState  # imports DeepSpeed
 
-    state, bias = EngineState(SimpleNamespace(optimizer=SimpleNamespace())), torch.zeros(4)
+    state, bias = EngineState(SimpleNamespace(optimizer=None, device="cpu")), torch.zeros(4)
     state._zero = True
     state.load(Entry("bias", "bias", True, bias, 0, bias.shape), None, torch.ones(4))

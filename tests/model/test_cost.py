@@ -62,7 +62,9 @@ def test_ranks_hold_and_send_what_a_cut_up_model_says(zero: int, limit: int, deg
     assert cost.memory.gradients == pytest.approx(4 * divided if zero == 2 else 2 * held, abs=4 * padding)
     assert cost.memory.optimizer == pytest.approx(12 * (divided if zero else held), abs=12 * padding)
     assert cost.memory.buckets == (2 * 2 * BUCKET if zero else 0)
-    assert cost.memory.step == pytest.approx(4 * divided if zero == 1 else 0, abs=4 * padding)
+    assert cost.memory.step == pytest.approx(6 * divided if zero == 1 else 0, abs=6 * padding)
+    alone = estimate(PYRAMID, Topology(1, 1, zero, micro_batch_size=2, global_batch_size=6), A100)
+    assert alone.memory.buckets == (2 * BUCKET if zero else 0)
 
     ring = sum(size * (copies - 1) / copies for size, copies in pieces)
     reductions = 3 if zero == 2 else 1

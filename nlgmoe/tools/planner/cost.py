@@ -25,7 +25,7 @@ UTILISATION = 0.44
 """Achieved fraction of peak FLOP/s: Megatron-LM's 1.7B model on 32 A100s, 137 TFLOP/s (arXiv 2104.04473, table 1)."""
 
 BUCKET = 200_000_000
-"""Elements of a ZeRO reduction bucket: Lightning's default. There are two: reducing one overlaps with filling the other."""
+"""Elements of a ZeRO reduction bucket: Lightning's default. Several GPUs have two: one is reduced while the other is filled."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Memory:
         optimizer: Adam's moments and fp32 master weights.
         activations: see `activation_memory.py`.
         buckets: ZeRO's reduction buffers.
-        step: fp32 copies of gradients in ZeRO's optimizer step, after activations and buckets are freed.
+        step: flat copies of gradients in ZeRO's optimizer step, after activations and buckets are freed.
         host: offloaded optimizer state in host memory; not part of `total`.
     """
 
@@ -155,13 +155,15 @@ def _memory(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]
     uncast = count.norms + count.router + config.seq_len * config.hidden_size  # parameters that autocast leaves in fp32
     optimizer = (sharded if topology.zero_stage else full) * (size.master + size.moments)
     in_fp32 = size.accumulated > size.gradient  # the step needs no copy
+    copies = 4 + (size.gradient if size.gradient < 4 else 0)  # bytes of the flat gradient, in fp32 and before
+    buckets = 2 if topology.gpus > 1 else 1
     return Memory(
         weights=full * size.weight + (full - uncast) * size.cast,
         gradients=(sharded if topology.zero_stage == 2 else full) * size.accumulated,
         optimizer=0 if topology.offload_optimizer else optimizer,
         activations=activation_bytes(config, topology),
-        buckets=2 * BUCKET * size.gradient if topology.zero_stage and topology.gpus > 1 else 0,
-        step=4 * sharded if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
+        buckets=buckets * BUCKET * size.gradient if topology.zero_stage else 0,
+        step=copies * sharded if topology.zero_stage and not topology.offload_optimizer and not in_fp32 else 0,
         host=optimizer if topology.offload_optimizer else 0,
     )
 

@@ -1,0 +1,55 @@
+"""DeepSpeed's engine where its ranks compute on a device; here `meta` takes the device's place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from lightning.pytorch.plugins import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, distributed, nn
+
+from nlgmoe.checkpoint.layout import Entry
+from nlgmoe.parallel.engine_state import EngineState
+from nlgmoe.parallel.strategy import ExpertParallelStrategy
+
+
+def test_pieces_of_zero_are_gathered_on_the_device_at_the_end_of_a_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning has moved the parameters to the CPU by then, whose tensors NCCL does not take."""
+    optimizer = object.__new__(DeepSpeedZeroOptimizer)
+    vars(optimizer).update(optimizer=SimpleNamespace(state={}), single_partition_of_fp32_groups=[], bit16_groups=[])
+    state = EngineState(SimpleNamespace(optimizer=optimizer, device=torch.device("meta")))
+    parameter = nn.Parameter(torch.zeros(4))
+    address = SimpleNamespace(start=0)
+    parameter._hp_mapping = SimpleNamespace(lp_fragment_address=address, get_hp_fragment=lambda key: torch.ones(4))  # type: ignore[attr-defined]
+    reduced: list[Tensor] = []
+    monkeypatch.setattr(state, "ranks_of", lambda parameter: None)
+    monkeypatch.setattr(distributed, "get_rank", lambda group=None: 1)
+    monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: rank)
+    monkeypatch.setattr(distributed, "reduce", lambda whole, *arguments, **named: reduced.append(whole))
+    assert state.gather(Entry("a", "a", True, parameter, 0, parameter.shape), None, to=0) is None
+    assert [(whole.device.type, whole.numel()) for whole in reduced] == [("meta", 4)]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "overlaps"), [(1, 1, False), (2, 1, False), (2, 8, True), (0, 8, None)])
+def test_one_rank_overlaps_no_communication(
+    stage: Any, ranks: int, overlaps: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(self: DeepSpeedStrategy, model: nn.Module) -> None:
+        raise Started
+
+    monkeypatch.setattr(DeepSpeedStrategy, "_initialize_deepspeed_train", start)
+    monkeypatch.setattr(ExpertParallelStrategy, "world_size", ranks)
+    monkeypatch.setattr(ExpertParallelStrategy, "_check_fp16", lambda self, plugin: None)
+    strategy = ExpertParallelStrategy(stage=stage)
+    strategy._precision_plugin = DeepSpeedPrecision("32-true")
+    with pytest.raises(Started):
+        strategy._initialize_deepspeed_train(nn.Linear(1, 1))
+    assert isinstance(strategy.config, dict)
+    assert strategy.config.get("zero_optimization", {}).get("overlap_comm") is overlaps
