@@ -19,23 +19,18 @@ import re
 import select
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from nlgmoe.cli.tracebacks import being_restored, failed_logger, imported_in, in_users_code, is_complaint, raised_in
 from nlgmoe.validation import SettingError
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 FIRST_RANK_SECONDS = 30.0  # that other ranks wait for it: on a busy machine their starts are far apart
 _ASK_FOR_TRACEBACK = "set NLGMOE_TRACEBACK=1 for the traceback"
-# Folders of code that is not a user's
-_PACKAGES = (str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-_RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
-_LOGGERS = "lightning.pytorch.loggers.logger"
 # What collectives of gloo and NCCL say on a rank whose partner is gone or hangs.
 _OF_ANOTHER_RANK = (
     "Connection closed by peer",
@@ -96,7 +91,7 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
                 os.environ.get("LOCAL_RANK") or "0"
             ) != "0"  # at another code than 0 it kills all ranks
             raise SystemExit(0 if started_by_lightning else 128 + signal.SIGTERM) from None
-        if module := _imported_in(end):
+        if module := imported_in(end):
             print(
                 f"error: {module} ends the program where it is imported (SystemExit: {end}); put what it runs below "
                 'if __name__ == "__main__":',
@@ -119,7 +114,7 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
             print(f"error: {line}", file=sys.stderr)
         of_setting = isinstance(error, SettingError) or type(error).__name__ == "MisconfigurationException"
         if not isinstance(error, OSError):  # a disk that is full is no wrong setting
-            of_setting |= (_failed_logger(error) or ("", False))[1]
+            of_setting |= (failed_logger(error) or ("", False))[1]
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
 
@@ -187,7 +182,7 @@ def describe(error: BaseException) -> str:
         if error.errno == errno.ENOSPC and file is None:
             return f"{error.strerror}; make room and run this again, a training with --ckpt_path auto"
         return f"{file}: {error.strerror}" if file is not None else error.strerror
-    if (logger := _failed_logger(error)) is not None:
+    if (logger := failed_logger(error)) is not None:
         return (
             f"trainer.logger: {logger[0]} fails: {one_line(str(error))} ({type(error).__name__}); docs/metrics.md has its "
             "settings, and NLGMOE_TRACEBACK=1 shows the traceback"
@@ -202,66 +197,11 @@ def describe(error: BaseException) -> str:
         return one_line(str(error))
     if isinstance(error, RecursionError) and raised_in(error).split(".")[0] in ("json", "yaml"):
         return "a file is nested too deeply to be read"
-    if (checkpoint := _being_restored(error)) is not None:
+    if (checkpoint := being_restored(error)) is not None:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         return f"{checkpoint}: its state cannot be restored ({reason}); use another checkpoint"
     raised = f"{type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
-    return f"unexpected {raised}" if (place := _in_users_code(error)) is None else f"{place}: {raised}"
-
-
-def _in_users_code(error: BaseException) -> str | None:
-    """Return the innermost line of a user's own code in the traceback, such as of a callback; None: there is none."""
-    frames = [
-        (frame.f_code.co_filename, line, frame.f_globals) for frame, line in traceback.walk_tb(error.__traceback__)
-    ]
-    for file, line, names in reversed(frames):
-        if names.get("__name__") != "__main__" and os.path.exists(file) and not file.startswith(_PACKAGES):
-            return f"{os.path.relpath(file) if file.startswith(os.getcwd()) else file}, line {line}"
-    return None
-
-
-def _failed_logger(error: BaseException) -> tuple[str, bool] | None:
-    """Return the class of the logger, of another package, in which the exception was raised, and whether it was being made."""
-    if raised_in(error).split(".")[0] in ("nlgmoe", "lightning"):
-        return None
-    being_made, name = False, None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        kind = type(frame.f_locals.get("self"))
-        if any(base.__module__ == _LOGGERS for base in kind.__mro__) and not kind.__module__.startswith("nlgmoe."):
-            name, being_made = kind.__name__, being_made or frame.f_code.co_name in ("__init__", "experiment")
-    return None if name is None else (name, being_made)
-
-
-def _being_restored(error: BaseException) -> str | None:
-    """Return the checkpoint that Lightning was restoring when the exception was raised; None if it was not."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__") == _RESTORING and "dump" not in frame.f_code.co_name:
-            return str(frame.f_locals["self"].trainer.ckpt_path)
-    return None
-
-
-def _imported_in(error: BaseException) -> str | None:
-    """Return the name of the module that was being imported when the exception was raised; None: there was none."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
-    name = str(frames[-1].f_globals.get("__name__")) if frames else "__main__"
-    return None if name == "__main__" else name
-
-
-def is_complaint(error: BaseException) -> bool:
-    """Return whether an exception is a message to the user, from this project or from Lightning's checks."""
-    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
-        return True
-    package = raised_in(error).split(".")[0]
-    expected = {"nlgmoe": ValueError | ImportError, "lightning": ValueError | ImportError | RuntimeError}
-    return isinstance(error, expected.get(package, ()))
-
-
-def raised_in(error: BaseException) -> str:
-    """Name of the module whose code raised the exception; empty if it was never raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return f"unexpected {raised}" if (place := in_users_code(error)) is None else f"{place}: {raised}"
 
 
 def one_line(text: str, limit: int = 600) -> str:

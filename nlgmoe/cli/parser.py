@@ -17,8 +17,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from jsonargparse.typing import register_type
 
 from nlgmoe.cli.config_entries import ConfigEntry, read_arguments, read_file
-from nlgmoe.cli.errors import UsageError, is_complaint, one_line, raised_in
+from nlgmoe.cli.errors import UsageError, one_line
 from nlgmoe.cli.explain import NAMED_BY_CLASS, Explainer, subcommands_of
+from nlgmoe.cli.tracebacks import is_complaint, raised_in
 from nlgmoe.files import expand_home
 
 _DURATION = re.compile(

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from nlgmoe.cli.errors import raised_in
+from nlgmoe.cli.tracebacks import raised_in
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, quiet_contexts, run_tasks
 from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, LockstepError, describe
 from nlgmoe.tools.lm_eval.tasks import Tasks
