@@ -9,7 +9,6 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
@@ -178,16 +177,6 @@ class GPTModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of every token, `[B, T]` nats; 0 where the loss is masked."""
         return self._token_losses(batch) * loss_mask(batch)
-
-    @override
-    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """End a prediction that is told to stop, as Lightning ends other loops.
-
-        Raises:
-            SIGTERMException: it is.
-        """
-        if self.trainer.received_sigterm:
-            raise SIGTERMException
 
     @override
     def on_validation_epoch_end(self) -> None:

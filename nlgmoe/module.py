@@ -52,7 +52,8 @@ class MoEGPTModule(GPTModule):
         seed: seed of the initial weights and of all random draws in training.
         warm_start: initial weights from a checkpoint; null: random ones. `train.py` ignores it when `--ckpt_path` resumes a run.
         non_finite: handling of a step whose loss or gradients are NaN or infinite: stop the run or skip the step.
-        distiller: teacher to distil from until `StagedDistillation` ends distillation; null: train on text alone.
+        distiller: teacher to distil from until `StagedDistillation` ends distillation; null: train on text alone. The module
+            makes a copy of its own, `module.distiller`.
     """
 
     def __init__(
@@ -248,6 +249,7 @@ class MoEGPTModule(GPTModule):
         that is resumed at its end is validated again.
         """
         check_new_run(self.trainer, self.tokens_seen)
+        self._evaluated = None
         self.position.begin(self.trainer, self, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
@@ -302,7 +304,9 @@ class MoEGPTModule(GPTModule):
         Raises:
             ValueError: the weights are those of another step than the trainer's.
         """
-        if self._evaluated is not None and self._evaluated[1] != checkpoint["global_step"]:
+        if self._evaluated is not None and "optimizer_states" not in checkpoint:
+            checkpoint["global_step"] = self._evaluated[1]
+        elif self._evaluated is not None and self._evaluated[1] != checkpoint["global_step"]:
             raise ValueError(
                 f"the model has the weights of {self._evaluated[0]}, step {self._evaluated[1]}, which an evaluation has loaded; "
                 f"the optimizer is at step {checkpoint['global_step']}: copy that checkpoint, or save before the evaluation"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,23 +100,6 @@ class ExpertConfig:
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, linear)")
-
-    def stacks(self, hidden_size: int, ffn_size: int) -> dict[str, Stack]:
-        """Return what `weights` declares.
-
-        Raises:
-            SettingError: it is no mapping of a name to (inputs, outputs, role).
-        """
-        name, found = type(self).__name__, self.weights(hidden_size, ffn_size)
-        require(isinstance(found, dict), f"{name}.weights returned a {type(found).__name__}; return a dictionary")
-        for key, stack in found.items():
-            *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
-            whole = len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
-            require(
-                whole and role in ("expand", "project") and str(key).isidentifier(),
-                f"{name}.weights has {key!r}: {stack}; write name: (inputs, outputs, 'expand' or 'project'), with whole numbers",
-            )
-        return found
 
 
 PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class

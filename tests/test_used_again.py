@@ -76,9 +76,24 @@ def test_a_checkpoint_has_the_weights_of_its_step(baseline: Path, tmp_path: Path
     ):
         run.save_checkpoint(tmp_path / "mixed.ckpt")
     assert not (tmp_path / "mixed.ckpt").exists()
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert read_document(tmp_path / "weights.ckpt")["global_step"] == 6
     run.test(module, data, ckpt_path=tmp_path / "end.ckpt", verbose=False)
     run.save_checkpoint(tmp_path / "same.ckpt")
     assert read_document(tmp_path / "same.ckpt")["global_step"] == 8
+
+
+def test_a_run_from_what_was_evaluated_at_step_0_is_saved(tmp_path: Path) -> None:
+    saved = tmp_path / "zero.ckpt"
+    save = LambdaCallback(on_train_start=lambda trainer, module: trainer.save_checkpoint(saved))
+    trainer(tmp_path, save, max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert read_document(saved)["global_step"] == 0
+    module = MoEGPTModule(CONFIG)
+    trainer(tmp_path).validate(module, SyntheticData(), ckpt_path=saved, verbose=False)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, SyntheticData())
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    assert read_document(tmp_path / "two.ckpt")["global_step"] == 2
 
 
 def test_a_step_that_another_callback_saves_is_counted(tmp_path: Path) -> None:

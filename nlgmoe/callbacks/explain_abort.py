@@ -30,7 +30,8 @@ class ExplainAbort(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start watching; all ranks have been started, and are connected."""
-        outlive_launcher()
+        if stage == "fit":  # a run is saved before it ends
+            outlive_launcher()
         # Python handles signals only in the main thread.
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             launcher = trainer.strategy.launcher

@@ -75,9 +75,13 @@ class SaveOnSignal(Callback):
         self._received = max(self._received, number)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prevent Lightning from installing its handlers and from its blocking broadcast in every micro-batch."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prevent Lightning from installing its handlers: an evaluation, which has nothing to save, ends at once."""
         vars(trainer._signal_connector)["register_signal_handlers"] = _do_nothing
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prevent Lightning's blocking broadcast in every micro-batch."""
         vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _do_nothing
 
     @override

@@ -41,6 +41,7 @@ _OF_ANOTHER_RANK = (
     "pair closure",
     "waiting for clients",
     "communicator was aborted",
+    "got 0 bytes",
 )
 # The innermost frame and the message of the traceback that a data-loading process sends.
 _OF_A_WORKER = re.compile(
@@ -80,24 +81,13 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     threading.excepthook = _print_error_of_thread
     try:
-        yield
+        with _imports_end_with_an_error():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
             raise SystemExit(INTERRUPTED) from None
-        if type(end).__name__ == "SIGTERMException":  # of Lightning's evaluation, which has told of the signal
-            started_by_lightning = (
-                os.environ.get("LOCAL_RANK") or "0"
-            ) != "0"  # at another code than 0 it kills all ranks
-            raise SystemExit(0 if started_by_lightning else 128 + signal.SIGTERM) from None
-        if module := imported_in(end):
-            print(
-                f"error: {module} ends the program where it is imported (SystemExit: {end}); put what it runs below "
-                'if __name__ == "__main__":',
-                file=sys.stderr,
-            )
-            raise SystemExit(USAGE) from None
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_ended():
@@ -117,6 +107,20 @@ def one_line_errors(trains: bool = False) -> Iterator[None]:
             of_setting |= (failed_logger(error) or ("", False))[1]
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         raise SystemExit(USAGE if of_setting or too_long else FAILURE) from error
+
+
+@contextmanager
+def _imports_end_with_an_error() -> Iterator[None]:
+    """Raise an error where a module of a user's ends the program as it is imported, with whatever exit code."""
+    try:
+        yield
+    except SystemExit as end:
+        if (module := imported_in(end)) is None:
+            raise
+        raise UsageError(
+            f"{module} ends the program where it is imported (SystemExit: {one_line(str(end)) or 0}); put what it runs below "
+            'if __name__ == "__main__":'
+        ) from end
 
 
 def _reader_has_ended() -> bool:
@@ -187,12 +191,12 @@ def describe(error: BaseException) -> str:
             f"trainer.logger: {logger[0]} fails: {one_line(str(error))} ({type(error).__name__}); docs/metrics.md has its "
             "settings, and NLGMOE_TRACEBACK=1 shows the traceback"
         )
-    if type(error).__name__ == "DistNetworkError":
-        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        return f"ranks cannot meet at {address} ({one_line(str(error))}); set MASTER_PORT to a free port there, or unset it"
     if any(sign in str(error) for sign in _OF_ANOTHER_RANK):
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
         return f"rank {rank} stops because another rank has stopped or does not answer; what is wrong is its error, not this"
+    if type(error).__name__ == "DistNetworkError":
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        return f"ranks cannot meet at {address} ({one_line(str(error))}); set MASTER_PORT to a free port there, or unset it"
     if is_complaint(error):
         return one_line(str(error))
     if isinstance(error, RecursionError) and raised_in(error).split(".")[0] in ("json", "yaml"):

@@ -36,9 +36,15 @@ def in_users_code(error: BaseException) -> str | None:
         (frame.f_code.co_filename, line, frame.f_globals) for frame, line in traceback.walk_tb(error.__traceback__)
     ]
     for file, line, names in reversed(frames):
-        if names.get("__name__") != "__main__" and os.path.exists(file) and not file.startswith(_PACKAGES):
-            return f"{os.path.relpath(file) if file.startswith(os.getcwd()) else file}, line {line}"
+        if names.get("__name__") != "__main__" and os.path.exists(file) and not _is_of_package(Path(file)):
+            return f"{os.path.relpath(file) if Path(file).is_relative_to(Path.cwd()) else file}, line {line}"
     return None
+
+
+def _is_of_package(file: Path) -> bool:
+    """Return whether a file is of nlgmoe, Python or an installed package, or was made by `torch.compile`."""
+    made = any(part in ("site-packages", "dist-packages") or part.startswith("torchinductor_") for part in file.parts)
+    return made or any(file.is_relative_to(folder) for folder in _PACKAGES)
 
 
 def imported_in(error: BaseException) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nlgmoe.layers.router import Router, Routing
-from nlgmoe.parts import ExpertConfig
+from nlgmoe.parts import ExpertConfig, Stack
+from nlgmoe.validation import require
 
 # `train/NAME` of the metrics that a run logs without a router's own losses (docs/metrics.md)
 _TAKEN = frozenset(
@@ -35,6 +38,11 @@ def require_routing(found: Any, router: Router, num_tokens: int, top_k: int) -> 
     name, shape = type(router).__name__, (num_tokens, top_k)
     if not isinstance(found, Routing):
         raise ValueError(f"{name} returned a {type(found).__name__}; return an nlgmoe.Routing")
+    for field_name in ("expert", "weight", "kept"):
+        if not isinstance(one := getattr(found, field_name), Tensor):
+            raise ValueError(f"{name} returned {field_name} of type {type(one).__name__}; return a tensor")
+    if found.expert.is_floating_point() or found.expert.dtype == torch.bool:
+        raise ValueError(f"{name} returned expert of {found.expert.dtype}; return numbers of experts, torch.int64")
     if found.expert.shape != shape:
         raise ValueError(
             f"{name} chose experts {list(found.expert.shape)}, not [tokens, top_k] = {list(shape)}; set model.config.moe.top_k "
@@ -53,6 +61,8 @@ def require_routing(found: Any, router: Router, num_tokens: int, top_k: int) -> 
             f"{name} returned num_experts={found.num_experts} and logits or probs of "
             f"{[list(one.shape) for one in of_gate]}, in a layer of {router.num_experts} experts and {num_tokens} tokens"
         )
+    if not isinstance(found.losses, Mapping):
+        raise ValueError(f"{name} returned losses of type {type(found.losses).__name__}; return a dictionary")
     for loss_name, loss in found.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             raise ValueError(f"{name}'s loss {loss_name} is no tensor without dimensions; return a mean over tokens")
@@ -71,5 +81,23 @@ def require_rows(found: Any, x: Tensor, network: ExpertConfig) -> Tensor:
         what = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ValueError(
             f"{type(network).__name__}.forward returned {what} for rows of {list(x.shape)}; return one row for each"
+        )
+    return found
+
+
+def stacks_of(network: ExpertConfig, hidden_size: int, ffn_size: int) -> Mapping[str, Stack]:
+    """Return the matrices that an expert network declares.
+
+    Raises:
+        SettingError: it declares no mapping of a name to (inputs, outputs, role).
+    """
+    name, found = type(network).__name__, network.weights(hidden_size, ffn_size)
+    require(isinstance(found, Mapping), f"{name}.weights returned a {type(found).__name__}; return a dictionary")
+    for key, stack in found.items():
+        *sizes, role = stack if isinstance(stack, tuple | list) and len(stack) == 3 else (None,)
+        whole = len(sizes) == 2 and all(isinstance(size, Integral) and size > 0 for size in sizes)
+        require(
+            whole and role in ("expand", "project") and str(key).isidentifier(),
+            f"{name}.weights has {key!r}: {stack}; write name: (inputs, outputs, 'expand' or 'project'), with whole numbers",
         )
     return found

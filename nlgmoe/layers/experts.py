@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nlgmoe.layers.contract import require_rows
+from nlgmoe.layers.contract import require_rows, stacks_of
 from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
 from nlgmoe.parts import ExpertConfig, Linear, Through
 from nlgmoe.roles import Role
@@ -49,7 +49,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.first, self.count, self.network = first, count, network
-        self.stacks = network.stacks(hidden_size, ffn_size)
+        self.stacks = stacks_of(network, hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
         self.roles: dict[str, Role] = {}
         for name, (inputs, outputs, kind) in self.stacks.items():

@@ -80,7 +80,7 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, ffn_size: int, network: str = "gelu") -> None:
         super().__init__()
         self.network = NETWORKS[network]
-        for name, (inputs, outputs, _) in self.network.stacks(hidden_size, ffn_size).items():
+        for name, (inputs, outputs, _) in self.network.weights(hidden_size, ffn_size).items():
             self.add_module(name, nn.Linear(inputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.layers.contract import stacks_of
 from nlgmoe.layers.feed_forward import NETWORKS, expert_network
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.parts import Stack
@@ -74,12 +75,12 @@ def expert_stacks(config: GPTConfig) -> list[Stack]:
     """Return the matrices of an expert; none in a dense model."""
     if config.moe is None:
         return []
-    return list(expert_network(config).stacks(config.hidden_size, config.expert_ffn_size).values())
+    return list(stacks_of(expert_network(config), config.hidden_size, config.expert_ffn_size).values())
 
 
 def network_stacks(config: GPTConfig, ffn_size: int) -> list[Stack]:
     """Return the matrices of a feed-forward layer or shared MLP of that inner width."""
-    return list(NETWORKS[config.ffn_network].stacks(config.hidden_size, ffn_size).values())
+    return list(NETWORKS[config.ffn_network].weights(config.hidden_size, ffn_size).values())
 
 
 def matmul_flops(stacks: list[Stack]) -> int:

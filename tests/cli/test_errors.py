@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe import GPTConfig, load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli.errors import describe
+from nlgmoe.cli.tracebacks import _is_of_package
 from nlgmoe.cli.train import TrainCLI, main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.data import corpus
@@ -201,6 +202,7 @@ def blend(*parts: str) -> Args:
 
 CALLBACK = "trainer: {{callbacks: [{{class_path: {}, init_args: {{{}}}}}]}}"
 SAMPLE = "nlgmoe.callbacks.SampleText"
+SHARDED = ("--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--trainer.strategy.init_args.expert_parallel_size=2")
 WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "misspelt subcommand": (lambda _: ["fitt"], "unknown subcommand fitt; did you mean fit?"),
     "no subcommand": (lambda _: [], "no subcommand; give one of fit, validate, test, predict"),
@@ -1239,25 +1241,29 @@ def test_a_new_run_from_the_weights_of_another(place: Place, capsys: pytest.Capt
     main(place.args(f"--ckpt_path={place.folder / 'run/checkpoints/last.ckpt'}", gone, "--model.train_tokens=128"))
 
 
-@pytest.mark.parametrize("command", ["validate", "predict"])
-def test_an_evaluation_that_is_told_to_stop_says_so_by_its_exit_code(
-    command: str, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = MoEGPTModule._token_losses
-
-    def losses(self: MoEGPTModule, batch: Any) -> torch.Tensor:
+STOPPED = """
+import os, signal, sys
+from nlgmoe.cli.train import main
+from nlgmoe.module import MoEGPTModule
+step = MoEGPTModule._token_losses
+def losses(self, batch):
+    if self.trainer.global_rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch)
+    return step(self, batch)
+MoEGPTModule._token_losses = losses
+main(sys.argv[1:])
+"""
 
-    monkeypatch.setattr(MoEGPTModule, "_token_losses", losses)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as end:
-            main(place.args(place.whole, "--data.eval_micro_batch_size=1", command=command))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 143
-    assert not (place.folder / "run/predictions.safetensors").exists()
+
+@pytest.mark.parametrize(
+    ("command", "ranks"), [("validate", ()), ("predict", ()), ("validate", ("--trainer.devices=2", *SHARDED))]
+)
+def test_an_evaluation_that_is_told_to_stop_ends_at_once(command: str, ranks: tuple[str, ...], place: Place) -> None:
+    """With experts on several ranks too, where a rank waits for the others in each layer."""
+    (script := place.folder / "stopped.py").write_text(STOPPED)
+    done = python(str(script), *place.args(place.whole, *ranks, command=command))
+    assert done.returncode == -signal.SIGTERM
+    assert "Traceback" not in done.stderr and not (place.folder / "run/predictions.safetensors").exists()
 
 
 def test_a_process_that_waits_for_another_one_that_builds_says_so(
@@ -1318,6 +1324,13 @@ def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(
         assert said.startswith("error: tests/cli/test_errors.py, line ")
         assert said.endswith(": RuntimeError: two lines; set NLGMOE_TRACEBACK=1 for the traceback")
         assert ("in bug" in stderr) == traceback
+
+
+def test_places_that_are_no_users_code() -> None:
+    ours = ["site-packages/a.py", "usr/lib/python3/dist-packages/a.py", "torchinductor_root/x/a.py"]
+    assert all(_is_of_package(Path("/home/me") / name) for name in ours)
+    package = Path(nlgmoe_command.__file__).parents[1]
+    assert _is_of_package(package / "module.py") and not _is_of_package(package.with_name("nlgmoe_parts") / "a.py")
 
 
 def test_a_bug_of_a_package_is_unexpected() -> None:

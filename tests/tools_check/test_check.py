@@ -267,7 +267,7 @@ def test_nan_passes_no_comparison() -> None:
         ),
         (
             f"{__name__}.VectorLoss",
-            "forward returns a tensor of [1] behind y; return the auxiliary loss as a tensor without",
+            "forward returns a tensor of [1] behind y; return a loss as a tensor without dimensions",
         ),
         (f"{__name__}.Dictionary", "forward returns a dict, not a tensor y of [2, 8, 16]"),
         (f"{__name__}.Flat", "forward returns [16, 16], not a tensor y of [2, 8, 16]"),

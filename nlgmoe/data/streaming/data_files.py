@@ -42,7 +42,8 @@ def find_files(
         # Behind that comes a list of endings, longer than all else. The last two are of a path or data_files without any name.
         what = str(error).partition(" with any supported extension")[0].rstrip(".")
         what = what if isinstance(error, OSError | ValueError | ImportError) else "it names no files"
-        raise SettingError(
+        of_network = isinstance(error, ConnectionError | TimeoutError)
+        raise (ValueError if of_network else SettingError)(
             f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"
         ) from error

@@ -46,13 +46,10 @@ class ForeignLayer(Layer):
                 f"forward returns {is_now}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
             )
         losses = [one for one in rest if isinstance(one, Tensor) and one.ndim == 0]
-        for one in rest:
-            if not (one is None or isinstance(one, Routing) or any(one is loss for loss in losses)):
+        for one in rest:  # what is like a loss, and would have no gradient or not be one
+            if isinstance(one, int | float) or (isinstance(one, Tensor) and one.ndim > 0 and one.numel() == 1):
                 what = f"a tensor of {list(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
-                raise ValueError(
-                    f"forward returns {what} behind y; return the auxiliary loss as a tensor without dimensions, an "
-                    "nlgmoe.Routing, or None"
-                )
+                raise ValueError(f"forward returns {what} behind y; return a loss as a tensor without dimensions")
         return Output(y, next((one for one in rest if isinstance(one, Routing)), None), losses[0] if losses else None)
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:

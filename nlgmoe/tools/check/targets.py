@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nlgmoe.cli.errors import UsageError, describe, one_line
@@ -93,7 +92,7 @@ def _of_class(path: str, found: Any) -> list[Layer]:
     takes_mask = "mask" in inspect.signature(module.forward).parameters
     layer = ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=found)  # type: ignore[arg-type]
     try:
-        layer.run(layer.make(torch.float32), Batch.random(layer, 2, 8, dtype=torch.float32))
+        layer.run(layer.make(), Batch.random(layer, 2, 8))
     except Exception as error:
         raise UsageError(
             f"{path} cannot be called with x of [2, 8, {layer.hidden_size}]: {type(error).__name__}: {one_line(str(error))}"

@@ -95,6 +95,8 @@ class ZeroShotEval(Callback):
         """
         if stage not in ("fit", "validate"):
             return
+        if stage == "fit":  # not of an earlier run
+            self._latest, self._warned = {"step": 0, "tokens": 0}, set()
         from nlgmoe.tools.lm_eval.tasks import Tasks
 
         if not isinstance(getattr(trainer, "datamodule", None), HasTokenizer):
