@@ -59,7 +59,7 @@ def run(
     commit: str, tree: Path, precision: str, seed: int, control: bool, args: argparse.Namespace
 ) -> dict[str, float]:
     """Train once: the validation loss at the end, and the mean training loss of the last steps."""
-    folder = args.out / f"{commit[:10]}-{precision}-{seed}{'-control' if control else ''}"
+    folder = args.out / f"{commit[:10]}-{precision}-{seed}{'-control' if control else ''}{'-tiny' if args.tiny else ''}"
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
     settings = {
@@ -104,10 +104,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two steps of one seed, to see that it runs")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/pocket_pile")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/convergence", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/convergence.json")
+    parser.add_argument("--results", type=Path, help="by default docs/results/convergence.json, with --tiny in --out")
     args = parser.parse_args()
     args.out = args.out.resolve()  # git runs in the repository's root
     args.out.mkdir(parents=True, exist_ok=True)
+    args.results = args.results or (args.out if args.tiny else ROOT / "docs/results") / "convergence.json"
 
     commits = {"old": git("rev-parse", "--verify", f"{args.against}^{{commit}}")}
     commits["new"] = commits["old"] if args.control else git("rev-parse", "--verify", f"{args.revision}^{{commit}}")

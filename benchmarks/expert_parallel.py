@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps a run; the first 5 are not counted")
     parser.add_argument("--output", default=str(ROOT / "docs/results/expert_parallel.json"), help="where the JSON goes")
     arguments = parser.parse_args()
+    if arguments.steps <= 5:
+        parser.error(f"--steps {arguments.steps} leaves none to measure; give 6 or more")
     medians: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     traffic: dict[str, int] = {}
     for _ in range(arguments.rounds):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
@@ -18,6 +19,7 @@ from nlgmoe.checkpoint.writing import recover
 from nlgmoe.files import require_regular
 from nlgmoe.validation import SettingError, require
 
+LOCK_SECONDS = 10.0  # for a process that ends in a run folder
 _last_timestamp = ""  # of the last checkpoint that this process saved, in any folder
 
 
@@ -31,6 +33,7 @@ class _Candidate:
         step: optimizer steps; -1 of a damaged checkpoint.
         resumable: false if it is damaged or holds weights only.
         start: index in `starts.json` of the start that saved it; None if unknown.
+        problem: why the run cannot go on from it, although it may be valid.
     """
 
     path: Path
@@ -38,6 +41,7 @@ class _Candidate:
     step: int
     resumable: bool
     start: int | None = None
+    problem: str | None = None
 
 
 def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
@@ -61,7 +65,7 @@ def choose_checkpoint(path: str | Path, to_train: bool = True) -> Path:
     skipped = []
     candidates = _broadcast_candidates(Path(path), to_train)
     for index, candidate in enumerate(candidates):
-        found = gather_problems(candidate.path)
+        found = [candidate.problem] if candidate.problem is not None else gather_problems(candidate.path)
         if not found and to_train and not candidate.resumable:
             found = [f"{candidate.path} holds weights only"]
         if not found:
@@ -102,9 +106,11 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Return True if a folder has a checkpoint to resume from, valid or not, or one that a killed process was replacing."""
-    _, resumed = _last_start(folder)
-    return (resumed is not None and resumed.exists()) or any(
+    """Return True if a folder has a checkpoint to resume from, valid or not, or one that a killed process was replacing.
+
+    So has one whose last start has resumed a checkpoint elsewhere, also if that is gone: it is not to begin again.
+    """
+    return _last_start(folder).resumed is not None or any(
         path.suffix == ".ckpt" or ".ckpt.replaced-" in path.name for path in walk_folder(folder)
     )
 
@@ -152,7 +158,7 @@ def _broadcast_candidates(folder: Path, to_train: bool) -> list[_Candidate]:
     found: list[list[_Candidate]] = [[]]
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         if to_train:
-            recover(folder)
+            _recover_alone(folder)
         found = [_sort_last_start_first(folder, _candidates(folder))]
     if distributed.is_initialized():
         distributed.broadcast_object_list(found)
@@ -164,24 +170,66 @@ def _sort_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candi
 
     So a run that went back to an earlier checkpoint stays on that branch, even if it was killed before it saved another.
     """
-    number, resumed = _last_start(folder)
-    first = [candidate for candidate in found if candidate.start == number]
-    if resumed is not None and resumed.exists():
-        if not first and found and os.path.realpath(resumed) != os.path.realpath(found[0].path):
-            rank_zero_info(f"the last start of the run went on from {resumed} and saved nothing")
-        first.append(_read(resumed))
+    last = _last_start(folder)
+    first = [candidate for candidate in found if candidate.start == last.number]
+    if last.resumed is not None and all(os.path.realpath(last.resumed) != os.path.realpath(one.path) for one in first):
+        resumed = _resumed_by(last)
+        if not first and found and os.path.realpath(last.resumed) != os.path.realpath(found[0].path):
+            rank_zero_info(f"the last start of the run went on from {last.resumed} and saved nothing")
+        found = [one for one in found if os.path.realpath(one.path) != os.path.realpath(last.resumed)]
+        first.append(resumed)
     return first + [one for one in found if one not in first]
 
 
-def _last_start(folder: Path) -> tuple[int, Path | None]:
-    """Return index and resumed checkpoint, if any, of the last start in `starts.json`; -1 and None if there is none."""
+@dataclass(frozen=True)
+class _Start:
+    """The last start in `starts.json`: its index, the checkpoint that it resumed, and the step of that; -1 and None: none."""
+
+    number: int = -1
+    resumed: Path | None = None
+    step: int | None = None
+
+
+def _last_start(folder: Path) -> _Start:
     try:
         require_regular(folder / "starts.json", "remove it")
         starts = json.loads((folder / "starts.json").read_text())
-        resumed = starts[-1].get("checkpoint")
-        return len(starts) - 1, folder / resumed if resumed is not None else None
+        resumed, step = starts[-1].get("checkpoint"), starts[-1].get("step")
+        return _Start(len(starts) - 1, folder / resumed if resumed is not None else None, step)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return -1, None
+        return _Start()
+
+
+def _resumed_by(last: _Start) -> _Candidate:
+    """Return the checkpoint that the last start resumed; it may have been deleted or replaced since, as by another run."""
+    assert last.resumed is not None
+    if not last.resumed.exists():
+        problem = f"{last.resumed}, from which the run went on at step {last.step}, is gone; bring it back, or give another path"
+        return _Candidate(last.resumed, "", -1, False, problem=problem)
+    found = _read(last.resumed)
+    if last.step is not None and found.step not in (-1, last.step):
+        problem = (
+            f"{last.resumed} is of step {found.step} now, and the run went on from step {last.step} of it; give the path of a "
+            "checkpoint to go on from"
+        )
+        return replace(found, problem=problem)
+    return found
+
+
+def _recover_alone(folder: Path) -> None:
+    """Clean up after killed processes, unless another one, on whatever machine, trains in the folder."""
+    path = Path(os.path.realpath(folder), ".lock")
+    if not path.exists():
+        return recover(folder)
+    lock = FileLock(path, timeout=LOCK_SECONDS, is_singleton=True)  # as `held` makes it, which this process may have
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # it is taken, or the folder is another user's
+        return None
+    try:
+        return recover(folder)
+    finally:
+        lock.release()
 
 
 def _summary(found: list[str]) -> str:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
-from nlgmoe.checkpoint.newest import has_checkpoints, is_checkpoint
+from nlgmoe.checkpoint.newest import LOCK_SECONDS, has_checkpoints, is_checkpoint
 from nlgmoe.cli.first_save import step_past_first_save
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
@@ -302,7 +302,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process has the folder, and keeps it for ten seconds.
     """
-    lock = FileLock(folder / ".lock", timeout=10, is_singleton=True)
+    lock = FileLock(Path(os.path.realpath(folder), ".lock"), timeout=LOCK_SECONDS, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:

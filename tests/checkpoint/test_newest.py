@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -264,6 +267,53 @@ def test_a_run_that_went_back_goes_on_from_there(tmp_path: Path, monkeypatch: py
     (tmp_path / "branch").mkdir()
     (tmp_path / "branch/starts.json").write_text(json.dumps([{"checkpoint": str(tmp_path / "run/step-8.ckpt")}]))
     assert has_checkpoints(tmp_path / "branch") and choose_checkpoint(tmp_path / "branch").name == "step-8.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(40, "is of step 40 now, and the run went on from step 20 of it"), (None, "at step 20, is gone; bring it")],
+)
+def test_a_branch_does_not_go_on_from_what_has_taken_the_place_of_its_checkpoint(
+    step: int | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before it saved one of its own; the run that it began from went on."""
+    monkeypatch.setattr(newest, "gather_problems", lambda path: [])
+    theirs, branch = tmp_path / "run/last.ckpt", tmp_path / "branch"
+    branch.mkdir()
+    (branch / "starts.json").write_text(json.dumps([{"step": 20, "checkpoint": str(theirs)}]))
+
+    def save(step: int) -> None:
+        checkpoint = NEEDED | {"state_dict": {"model.x": torch.ones(1)}, "global_step": step, "optimizer_groups": []}
+        PortableCheckpointIO().save_checkpoint(checkpoint, theirs)
+
+    save(20)
+    assert choose_checkpoint(branch) == theirs
+    if step is None:
+        shutil.rmtree(theirs)
+    else:
+        save(step)
+    assert has_checkpoints(branch)  # it is not to begin again
+    with pytest.warns(UserWarning, match="skipping"), pytest.raises(ValueError, match=message):
+        choose_checkpoint(branch)
+
+
+def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    """Another machine's, whose number may be no process here; a lock says that it trains in the folder."""
+    writing = tmp_path / ".step-8.ckpt.writing-4194305"
+    writing.mkdir()
+    holds = (
+        "import sys\nfrom filelock import FileLock\n"
+        f"with FileLock({str(tmp_path / '.lock')!r}):\n    print(flush=True)\n    sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline()
+    with pytest.raises(ValueError, match="no valid checkpoint"):
+        choose_checkpoint(tmp_path)
+    assert writing.exists()
+    other.communicate()
+    with pytest.raises(ValueError, match="no valid checkpoint"):
+        choose_checkpoint(tmp_path)
+    assert not writing.exists()
 
 
 def test_a_folder_for_transformers_is_no_run(tmp_path: Path) -> None:
