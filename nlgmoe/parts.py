@@ -71,7 +71,7 @@ class RouterConfig:
         Returns:
             A `layers.router.Router`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no build(config, layer_index)")
+        raise SettingError(f"{type(self).__name__} has no build(config, layer_index)")
 
 
 class Linear(Protocol):
@@ -95,11 +95,11 @@ class ExpertConfig:
 
         `project` matrices write to the residual stream: their initial standard deviation is divided by `sqrt(2 * num_layers)`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
+        raise SettingError(f"{type(self).__name__} has no weights(hidden_size, ffn_size)")
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network to rows sorted by expert, `[M, H] -> [M, H]`; `linear(name, x)` applies each row's matrix `name`."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward(x, linear)")
+        raise SettingError(f"{type(self).__name__} has no forward(x, linear)")
 
 
 PARTS = {"router": RouterConfig, "expert": ExpertConfig}  # fields of `MoEConfig` that name a class

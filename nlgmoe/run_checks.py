@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +100,10 @@ def callback_refused(callback: Callback, ranks: int = 1, shares_experts: bool = 
             f"has filename={callback.filename} for all of save_top_k={callback.save_top_k} checkpoints, of which only the last "
             "one would be left; add {step} to it"
         )
+    if isinstance(callback, ModelCheckpoint) and callback.filename:
+        file = Path(re.sub(r"{[^}]*}", "", callback.filename))
+        if file.is_absolute() or ".." in file.parts:
+            return f"has filename={callback.filename}, which leaves the folder of its checkpoints; set dirpath to another one"
     if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
         intervals = {
             "every_n_train_steps": callback._every_n_train_steps or None,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,7 +38,7 @@ from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
-from nlgmoe.data import load_tokenizer
+from nlgmoe.data import Streams, load_tokenizer
 from nlgmoe.layers import contract
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
@@ -303,6 +304,23 @@ def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(
         main([*command, "--model.train_tokens=128"])
         main([*command, "--model.train_tokens=256", "--ckpt_path=last"])
         assert "lines" in json.loads((tmp_path / name / "summary.json").read_text())["bits_per_byte"]
+    (nothing := tmp_path / "nothing.txt").write_text("")
+    with pytest.raises(ValueError, match=r"Streams.tokens has no token of validation; give some text for it"):
+        LineCorpus(str(train), str(nothing)).open(pocket_pile, "pocket-1k")
+    ids = np.arange(9)
+    for arrays, message in (
+        ({"train": [ids]}, "Streams.tokens has ['train']; give train and validation"),
+        (
+            {"train": [ids, ids], "validation": [ids]},
+            "has 2 arrays of train for the domains ['lines']; give one for each",
+        ),
+        ({"train": [ids], "validation": [[1, 2]]}, "has no array of token ids in validation; give numpy arrays"),
+        ({"train": [ids * 1.0], "validation": [ids]}, "has no array of token ids in train"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Streams(tokenizer, ["lines"], arrays, "")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Streams.tokenizer is 'gpt2'; give what load_tokenizer returns"):
+        Streams("gpt2", ["lines"], {}, "")  # type: ignore[arg-type]
     train.write_text("another text\n" * 99)
     with pytest.raises(SystemExit):
         main([*command, "--model.train_tokens=512", "--ckpt_path=last"])

@@ -43,6 +43,7 @@ _OF_ANOTHER_RANK = (
     "communicator was aborted",
     "got 0 bytes",
 )
+_WRONG_CALL = re.compile(r"([\w.]+)\(\) (?:takes|missing|got)")
 # The innermost frame and the message of the traceback that a data-loading process sends.
 _OF_A_WORKER = re.compile(
     r'^Caught \w+ in DataLoader worker process.*  File "(?P<file>[^"\n]+)", line \d+.*?\n[\w.]+: (?P<text>.*)',
@@ -204,6 +205,12 @@ def describe(error: BaseException) -> str:
     if (checkpoint := being_restored(error)) is not None:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         return f"{checkpoint}: its state cannot be restored ({reason}); use another checkpoint"
+    if (
+        isinstance(error, TypeError)
+        and (called := _WRONG_CALL.match(str(error)))
+        and raised_in(error).startswith("lightning")
+    ):
+        return f"{one_line(str(error))}: give {called[1]} the arguments that it has in its base class; {_ASK_FOR_TRACEBACK}"
     raised = f"{type(error).__name__}: {one_line(str(error))}; {_ASK_FOR_TRACEBACK}"
     return f"unexpected {raised}" if (place := in_users_code(error)) is None else f"{place}: {raised}"
 

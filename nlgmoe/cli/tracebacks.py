@@ -26,7 +26,11 @@ def is_complaint(error: BaseException) -> bool:
     if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException":
         return True
     package = raised_in(error).split(".")[0]
-    expected = {"nlgmoe": ValueError | ImportError, "lightning": ValueError | ImportError | RuntimeError}
+    expected = {
+        "nlgmoe": ValueError | ImportError,
+        "lightning": ValueError | ImportError | RuntimeError,
+        "fsspec": ImportError,
+    }
     return isinstance(error, expected.get(package, ()))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.cli.errors import did_you_mean
@@ -72,6 +73,16 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
             there = 1 if on_cpu else torch.accelerator.device_count()
         why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
         _require(started == str(there), "devices", devices, why)
+    if str(trainer["strategy"]) != "auto":  # without a launcher, which compares them itself
+        local, node = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("NODE_RANK") or 0)
+        there = named_devices(devices) if named_devices(devices) is not None else 1 if on_cpu else None
+        why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
+        _require(there is None or local < there, "devices", devices, why.format("LOCAL_RANK", local))
+        _require(node < trainer["num_nodes"], "num_nodes", trainer["num_nodes"], why.format("NODE_RANK", node))
+    if SLURMEnvironment.detect() and not {"SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"} <= os.environ.keys():
+        raise SettingError(
+            "this is a Slurm job, and not a process that srun has started; start it by srun, or unset SLURM_NTASKS"
+        )
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if (
         on_cpu
@@ -114,6 +125,9 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
         if unit not in _UNITS:
             raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
+    if isinstance(trainer["max_time"], Mapping):
+        why = "trains nothing; raise it, or leave it out"
+        _require(timedelta(**trainer["max_time"]) >= timedelta(0), "max_time", dict(trainer["max_time"]), why)
     for name in ("max_steps", "max_time"):
         nothing = trainer[name] is not None and not re.search("[1-9]", str(trainer[name]))
         _require(not nothing, name, trainer[name], "trains nothing; raise it, or leave it out")
@@ -173,6 +187,8 @@ def check_callbacks(callbacks: Iterable[Callback], limit_val_batches: int | floa
             why = f"has filename={one.filename}, which cannot be filled in ({problem}); write it as {{step}}-{{val/loss:.2f}}"
         elif isinstance(one, ModelCheckpoint) and one._train_time_interval == timedelta(0):
             why = "has a train_time_interval of 0, which saves after every step; raise it, or set every_n_train_steps"
+        elif isinstance(one, Timer) and one._duration is not None and one._duration <= 0:
+            why = "has a duration that trains nothing; raise it"
         elif isinstance(one, Timer) and one._interval == "epoch":
             why = "has interval=epoch, which never ends here; set it to step"
         elif type(one).state_dict is not Callback.state_dict and one.state_key in states:
@@ -233,7 +249,8 @@ def _check_strategy(trainer: Mapping[str, Any]) -> None:
     )
     fsdp = shown.startswith("fsdp") or shown.endswith(("FSDPStrategy", "ModelParallelStrategy"))
     _require(not fsdp, "strategy", shown, FSDP_REFUSED)
-    copied = shown.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
+    started = strategy.get("init_args", {}).get("start_method") if hasattr(strategy, "get") else None
+    copied = shown.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")) or started not in (None, "popen")
     _require(not copied, "strategy", shown, "makes ranks out of this process; use ddp, whose ranks start by themselves")
     plain = shown.startswith("deepspeed") or shown.endswith("DeepSpeedStrategy")
     _require(not plain, "strategy", shown, DEEPSPEED_REFUSED)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from nlgmoe.data.description import Description
 from nlgmoe.data.sources import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import SettingError, require
 
 WAITING_SECONDS = 3.0  # without a word, for another process that builds
 
@@ -80,6 +80,35 @@ class Streams:
     tokens: Mapping[str, Sequence[np.ndarray]]
     fingerprint: str
     facts: Description = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what may be a user's own.
+
+        Raises:
+            SettingError: a split is missing, has other domains, no arrays of token ids, or nothing to validate.
+        """
+        require(
+            isinstance(self.tokenizer, Tokenizer),
+            f"Streams.tokenizer is {self.tokenizer!r}; give what load_tokenizer returns",
+        )
+        require(
+            {"train", "validation"} <= self.tokens.keys(),
+            f"Streams.tokens has {[*self.tokens]}; give train and validation",
+        )
+        for split, arrays in self.tokens.items():
+            require(
+                len(arrays) == len(self.domains),
+                f"Streams.tokens has {len(arrays)} arrays of {split} for the domains {self.domains}; give one for each",
+            )
+            integers = all(isinstance(one, np.ndarray) and np.issubdtype(one.dtype, np.integer) for one in arrays)
+            require(
+                integers, f"Streams.tokens has no array of token ids in {split}; give numpy arrays of an integer type"
+            )
+        texts = {split: sum(map(len, arrays)) for split, arrays in self.tokens.items()}
+        require(
+            texts["validation"] > 0 or not texts["train"],
+            "Streams.tokens has no token of validation; give some text for it",
+        )
 
     @property
     def description(self) -> Description:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import Router, Routing
 from nlgmoe.parts import ExpertConfig, Stack
 from nlgmoe.validation import require
@@ -21,6 +22,24 @@ _TAKEN = frozenset(
         *("tokens_per_second", "tflops_per_second", "mfu", "flops"),
     )
 )
+
+
+def build_router(config: GPTConfig, layer_index: int, num_experts: int) -> Router:
+    """Build the router that `config.moe.router` names.
+
+    Raises:
+        SettingError: it builds no `Router` of that many experts.
+    """
+    assert config.moe is not None and config.moe.router is not None
+    router, name = config.moe.router.build(config, layer_index), type(config.moe.router).__name__
+    require(isinstance(router, Router), f"{name}.build returned a {type(router).__name__}; return a Router")
+    found: Router = router
+    require(
+        found.num_experts == num_experts,
+        f"{name}.build returned a Router of {found.num_experts} experts for a layer of {num_experts}; experts_at(config, "
+        "layer_index) is their number",
+    )
+    return found
 
 
 def require_routing(found: Any, router: Router, num_tokens: int, top_k: int) -> Routing:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.all_to_all import AllToAllDispatch, fixed_slots
-from nlgmoe.layers.contract import require_routing
+from nlgmoe.layers.contract import build_router, require_routing
 from nlgmoe.layers.dispatch import Dispatch
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
@@ -44,11 +44,7 @@ class MoELayer(nn.Module):
         if config.moe.router is None:
             self.router: Router = TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
         else:
-            self.router = config.moe.router.build(config, layer_index)
-            if not isinstance(self.router, Router) or self.router.num_experts != num_experts:
-                raise ValueError(
-                    f"{type(config.moe.router).__name__}.build has to return a Router of {num_experts} experts"
-                )
+            self.router = build_router(config, layer_index, num_experts)
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
         count, first, network = self.placement.count, self.placement.first, expert_network(config)
         self.experts = Experts(count, config.hidden_size, config.expert_ffn_size, first, network)

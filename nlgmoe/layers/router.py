@@ -30,6 +30,7 @@ from nlgmoe.config import MoEConfig
 from nlgmoe.layers.counts import count, requests_per_expert
 from nlgmoe.layers.uniform import Uniform
 from nlgmoe.roles import Role
+from nlgmoe.validation import SettingError
 
 JITTER = 1e-2  # half-width of the multiplicative noise, DeepSpeed's default
 
@@ -121,7 +122,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Route the tokens `x`, `[N, H]` with N = B * T."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward(x, context)")
+        raise SettingError(f"{type(self).__name__} has no forward(x, context)")
 
     def after_step(self, requests: Tensor) -> None:
         """Update the buffers after an optimizer step.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.contract import stacks_of
+from nlgmoe.layers.contract import build_router, stacks_of
 from nlgmoe.layers.feed_forward import NETWORKS, expert_network
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.parts import Stack
@@ -109,7 +109,7 @@ def _router_parameters(config: GPTConfig) -> int:
     if config.moe is None or config.moe.router is None:
         return sum(count for _, count in layers) * config.hidden_size
     with torch.device("meta"):
-        routers = [config.moe.router.build(config, layer) for layer, _ in layers]
+        routers = [build_router(config, layer, count) for layer, count in layers]
     return sum(parameter.numel() for router in routers for parameter in router.parameters())
 
 

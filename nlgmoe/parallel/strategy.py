@@ -94,6 +94,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         size = expert_parallel_size
         require(size >= 1, f"trainer.strategy.expert_parallel_size={size} must be at least 1")
         require(timeout_seconds > 0, f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
+        why = "must be an even number of values, at least 2"
+        require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {why}")
         require(stage > 0 or not offload_optimizer, "trainer.strategy.offload_optimizer=true needs stage 1 or 2")
         name_deepspeeds_device()
         super().__init__(

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
@@ -202,8 +203,20 @@ def blend(*parts: str) -> Args:
 
 CALLBACK = "trainer: {{callbacks: [{{class_path: {}, init_args: {{{}}}}}]}}"
 SAMPLE = "nlgmoe.callbacks.SampleText"
-SHARDED = ("--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--trainer.strategy.init_args.expert_parallel_size=2")
 WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
+    "time that is over": (flag("--trainer.max_time={hours: -1}"), "trainer.max_time={'hours': -1} trains nothing"),
+    "timer that is over": (
+        file(CALLBACK.format("Timer", "duration: {hours: -1}")),
+        "Timer has a duration that trains nothing",
+    ),
+    "file name elsewhere": (
+        file(CALLBACK.format("ModelCheckpoint", "filename: ../other/step, auto_insert_metric_name: false")),
+        "ModelCheckpoint has filename=../other/step, which leaves the folder of its checkpoints; set dirpath",
+    ),
+    "ranks that are spawned": (
+        file("trainer: {strategy: {class_path: DDPStrategy, init_args: {start_method: spawn}}}"),
+        "makes ranks out of this process; use ddp",
+    ),
     "misspelt subcommand": (lambda _: ["fitt"], "unknown subcommand fitt; did you mean fit?"),
     "no subcommand": (lambda _: [], "no subcommand; give one of fit, validate, test, predict"),
     "misspelt flag": (
@@ -866,6 +879,26 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         flag("--trainer.default_root_dir=/proc/nowhere"),
         "trainer.default_root_dir=/proc/nowhere cannot be written",
     ),
+    "second machine of one": (
+        lambda place: (os.environ.update(NODE_RANK="1"), place.args("--trainer.strategy=ddp"))[1],
+        "trainer.num_nodes=1 is too low for the environment's NODE_RANK=1, which counts from 0; raise it, or unset",
+    ),
+    "second process of one": (
+        lambda place: (os.environ.update(LOCAL_RANK="1"), place.args("--trainer.strategy=ddp"))[1],
+        "trainer.devices=1 is too low for the environment's LOCAL_RANK=1",
+    ),
+    "Slurm without srun": (
+        lambda place: (os.environ.update(SLURM_JOB_NAME="train", SLURM_NTASKS="2"), place.args())[1],
+        "not a process that srun has started; start it by srun, or unset SLURM_NTASKS",
+    ),
+    "router without a network": (
+        file("model: {config: {moe: {router: {class_path: nlgmoe.RouterConfig}}}}"),
+        "RouterConfig has no build(config, layer_index)",
+    ),
+    "bucket of nothing": (
+        flag("--trainer.strategy={class_path: nlgmoe.ExpertParallelStrategy, init_args: {bucket_size: 0}}"),
+        "bucket_size=0 must be an even number of values, at least 2",
+    ),
     "unwritable folder of checkpoints": (
         file(CALLBACK.format("ModelCheckpoint", "dirpath: /proc/nowhere")),
         "ModelCheckpoint.dirpath=/proc/nowhere cannot be written (No such file or directory); choose another folder",
@@ -983,6 +1016,11 @@ SETTINGS = {
     "model that no machine holds",
     "experts that no machine holds",
     "more ranks for experts than there are",
+    "second machine of one",
+    "second process of one",
+    "Slurm without srun",
+    "router without a network",
+    "bucket of nothing",
     "missing corpus",
     "unknown domain",
     "missing text to stream",
@@ -1053,6 +1091,9 @@ def test_what_cannot_be_used_is_named(
     mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # nobody answers there
+    for name in ("NODE_RANK", "LOCAL_RANK", "SLURM_JOB_NAME", "SLURM_NTASKS"):  # cases set them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     args, words = UNUSABLE[mistake]
     code, line = says(args(place))
     assert words.replace("{folder}", str(place.folder)).replace("{corpus}", str(place.corpus)) in line
@@ -1241,31 +1282,6 @@ def test_a_new_run_from_the_weights_of_another(place: Place, capsys: pytest.Capt
     main(place.args(f"--ckpt_path={place.folder / 'run/checkpoints/last.ckpt'}", gone, "--model.train_tokens=128"))
 
 
-STOPPED = """
-import os, signal, sys
-from nlgmoe.cli.train import main
-from nlgmoe.module import MoEGPTModule
-step = MoEGPTModule._token_losses
-def losses(self, batch):
-    if self.trainer.global_rank == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, batch)
-MoEGPTModule._token_losses = losses
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize(
-    ("command", "ranks"), [("validate", ()), ("predict", ()), ("validate", ("--trainer.devices=2", *SHARDED))]
-)
-def test_an_evaluation_that_is_told_to_stop_ends_at_once(command: str, ranks: tuple[str, ...], place: Place) -> None:
-    """With experts on several ranks too, where a rank waits for the others in each layer."""
-    (script := place.folder / "stopped.py").write_text(STOPPED)
-    done = python(str(script), *place.args(place.whole, *ranks, command=command))
-    assert done.returncode == -signal.SIGTERM
-    assert "Traceback" not in done.stderr and not (place.folder / "run/predictions.safetensors").exists()
-
-
 def test_a_process_that_waits_for_another_one_that_builds_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1331,6 +1347,19 @@ def test_places_that_are_no_users_code() -> None:
     assert all(_is_of_package(Path("/home/me") / name) for name in ours)
     package = Path(nlgmoe_command.__file__).parents[1]
     assert _is_of_package(package / "module.py") and not _is_of_package(package.with_name("nlgmoe_parts") / "a.py")
+
+
+class WrongHook(Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any) -> None:  # type: ignore[override]
+        pass
+
+
+def test_a_hook_with_other_arguments_is_named(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(place.args("--trainer.callbacks+", f"{__name__}.WrongHook"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1 and "unexpected" not in line
+    assert "WrongHook.on_train_batch_end() takes 3 positional arguments but 6 were given: give" in line
 
 
 def test_a_bug_of_a_package_is_unexpected() -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -123,3 +124,27 @@ def test_a_rank_brings_the_others_down_and_its_error_is_shown(pocket_pile: Path,
     assert sum("rank 1 has had enough" in line for line in errors) == (0 if hangs else 1)
     assert any("another rank has stopped or does not answer" in line for line in errors) or not hangs
     assert "Traceback" not in done.stderr
+
+
+STOPPED = """
+import os, signal, sys
+from nlgmoe.cli.train import main
+from nlgmoe.module import MoEGPTModule
+step = MoEGPTModule._token_losses
+def losses(self, batch):
+    if self.trainer.global_rank == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch)
+MoEGPTModule._token_losses = losses
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_an_evaluation_that_is_told_to_stop_ends_at_once(command: str, pocket_pile: Path, tmp_path: Path) -> None:
+    """Also where a rank waits for the others in each layer."""
+    (script := tmp_path / "stopped.py").write_text(STOPPED)
+    place = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    done = python(str(script), command, *SETTINGS, *place, "--trainer.devices=2", env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGTERM
+    assert "Traceback" not in done.stderr and not list((tmp_path / "run").glob("*.safetensors"))

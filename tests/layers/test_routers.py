@@ -81,7 +81,7 @@ def test_a_router_s_modules_move_with_it_and_its_buffers_keep_their_dtype() -> N
     router = Nested().to(torch.bfloat16)
     assert router.inner.weight.dtype == router.inner.running_mean.dtype == torch.bfloat16
     assert router.bias.dtype == torch.float32 and router.bias == torch.tensor(1.001)
-    with pytest.raises(NotImplementedError, match=r"Nested has no forward\(x, context\)"):
+    with pytest.raises(ValueError, match=r"Nested has no forward\(x, context\)"):
         router(torch.zeros(1, 4), RoutingContext())
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from zipfile import BadZipFile
 
 from fsspec.core import url_to_fs
 
@@ -38,10 +39,10 @@ def find_files(
 
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
-    except (OSError, ValueError, ImportError, IndexError, StopIteration) as error:
+    except (OSError, ValueError, ImportError, BadZipFile, IndexError, StopIteration) as error:
         # Behind that comes a list of endings, longer than all else. The last two are of a path or data_files without any name.
         what = str(error).partition(" with any supported extension")[0].rstrip(".")
-        what = what if isinstance(error, OSError | ValueError | ImportError) else "it names no files"
+        what = what if isinstance(error, OSError | ValueError | ImportError | BadZipFile) else "it names no files"
         of_network = isinstance(error, ConnectionError | TimeoutError)
         raise (ValueError if of_network else SettingError)(
             f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "

@@ -26,7 +26,7 @@ def ranks_equal_one_process(layer: Layer) -> str:
         raise NotApplicable("PyTorch has no gloo")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=max(WORLDS))
+            multiprocessing.spawn(_rank, (layer, Path(folder)), nprocs=max(WORLDS), daemon=True)
         except Exception as error:
             files = sorted(Path(folder).glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
             if not files:
