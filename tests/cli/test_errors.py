@@ -913,10 +913,6 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         lambda place: place.args(f"--data.data_dir={place.trained / 'base.yaml'}"),
         "base.yaml is no folder; give one",
     ),
-    "more ranks for experts than there are": (
-        flag("--trainer.strategy={class_path: nlgmoe.ExpertParallelStrategy, init_args: {expert_parallel_size: 2}}"),
-        "trainer.strategy.expert_parallel_size=2 is above the number of ranks, 1; lower it to 1",
-    ),
     "missing corpus": (
         file("data: {corpus: {class_path: nlgmoe.data.MegatronIndexed, init_args: {prefix: /nowhere/x}}}"),
         "/nowhere/x.idx is missing: set `prefix` of the corpus",
@@ -1015,7 +1011,6 @@ SETTINGS = {
     "micro-batch that no machine holds",
     "model that no machine holds",
     "experts that no machine holds",
-    "more ranks for experts than there are",
     "second machine of one",
     "second process of one",
     "Slurm without srun",

@@ -22,7 +22,7 @@ def test_a_difference_between_two_commits_is_judged(
 
     found = compare()
     assert abs(found["validation"]["difference"]) < 1e-4 and found["old"][0]["training"] == pytest.approx(8.3, abs=0.2)
-    (other,) = (tmp_path / "out").glob("*-control")
+    (other,) = (tmp_path / "out").glob("*-control-tiny")
     summary = json.loads((other / "summary.json").read_text())
     assert summary["steps"] == 2
     (other / "summary.json").write_text(json.dumps(summary | {"val_loss": summary["val_loss"] - 0.01}))
