@@ -10,11 +10,11 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
@@ -23,7 +23,7 @@ from nlgmoe.monitoring.memory import peak_memory_bytes
 from nlgmoe.versions import versions
 
 
-class RunSummary(Callback):
+class RunSummary(CountsSteps):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
@@ -31,17 +31,14 @@ class RunSummary(Callback):
     includes waiting for data, other callbacks and checkpoints.
     """
 
-    def __init__(self) -> None:
-        self._begin_run()
-
-    def _begin_run(self) -> None:
+    @override
+    def begin_run(self) -> None:
+        """See `CountsSteps`."""
         self._losses: deque[float] = deque(maxlen=50)
         self._wall_seconds = 0.0
         self._step_seconds = self._validation_seconds = 0.0
         self._fed_tokens = 0
-        self._fit_started = self._batch_started = self._validation_started = 0.0
-        self._tokens_before = 0
-        self._is_counted, self._global_step = True, 0  # the micro-batch; the step as it began
+        self._fit_started = self._validation_started = 0.0
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -67,19 +64,6 @@ class RunSummary(Callback):
         self._fed_tokens = state_dict["fed_tokens"]
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, or one that was evaluated; the sums of a resumed run are restored after this."""
-        if stage == "fit":
-            self._begin_run()
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count a step that a callback saves before this one sees its end."""
-        if not self._is_counted and trainer.global_step > self._global_step and "callbacks" in checkpoint:
-            self._count(trainer, pl_module)
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the parameter count, and start the wall clock."""
         assert isinstance(pl_module, MoEGPTModule)
@@ -95,31 +79,20 @@ class RunSummary(Callback):
                 f"trainer.limit_val_batches={trainer.limit_val_batches} validates on the first domains alone, so summary.json "
                 "compares nothing with other models; remove it and set data.max_eval_windows, which counts for every domain"
             )
-        self._fit_started, self._batch_started = time.perf_counter(), 0.0
+        self._fit_started, self._started = time.perf_counter(), 0.0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start the step clock; at the first step remove the summary of an earlier end."""
-        if not self._batch_started and trainer.is_global_zero:
+        if not self._started and trainer.is_global_zero:
             Path(trainer.default_root_dir, "summary.json").unlink(missing_ok=True)
-        assert isinstance(pl_module, MoEGPTModule)
-        self._tokens_before = pl_module.tokens_fed
-        self._is_counted, self._global_step = False, trainer.global_step
-        self._batch_started = time.perf_counter()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def count(self, trainer: Trainer, module: MoEGPTModule, batch: Batch, tokens: int, seconds: float) -> None:
         """Add the micro-batch."""
-        if not self._is_counted:
-            self._count(trainer, pl_module)
-
-    def _count(self, trainer: Trainer, module: LightningModule) -> None:
-        self._is_counted = True
-        self._step_seconds += time.perf_counter() - self._batch_started
-        assert isinstance(module, MoEGPTModule)
-        self._fed_tokens += module.tokens_fed - self._tokens_before  # after truncation by a curriculum
+        self._step_seconds += seconds
+        self._fed_tokens += tokens
         if ends_step(trainer):
             self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.device import product_name
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
@@ -20,7 +20,7 @@ from nlgmoe.monitoring.memory import MEMORY, memory_bytes
 from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCollectives
 
 
-class Throughput(Callback):
+class Throughput(CountsSteps):
     """Logs throughput, step time by part and memory once per logging interval (docs/metrics.md).
 
     `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` cover all ranks, `time/...` is the mean over ranks of
@@ -42,15 +42,14 @@ class Throughput(Callback):
             raise ValueError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
-        self._begin_run()
+        super().__init__()
 
-    def _begin_run(self) -> None:
+    @override
+    def begin_run(self) -> None:
+        """See `CountsSteps`."""
         self._flops = self._step_flops = 0  # of all finished steps of the run; of the current step
         self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
-        self._tokens_before, self._started = 0, 0.0
-        self._batch: Batch | None = None  # not counted yet
-        self._global_step = 0  # as it began
 
     def _begin_interval(self) -> None:
         self._tokens = self._steps = 0
@@ -65,19 +64,6 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the totals."""
         self._flops, self._elapsed = state_dict["flops"], state_dict["elapsed"]
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, or one that was evaluated; the totals of a resumed run are restored after this."""
-        if stage == "fit":
-            self._begin_run()
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count a step that a callback saves before this one sees its end."""
-        if self._batch is not None and trainer.global_step > self._global_step and "callbacks" in checkpoint:
-            self._count(trainer, pl_module)
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,10 +82,7 @@ class Throughput(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start timing a micro-batch."""
-        assert isinstance(pl_module, MoEGPTModule)
-        self._tokens_before = pl_module.tokens_fed
-        self._batch, self._global_step = batch, trainer.global_step
-        self._started = time.perf_counter()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if trainer.world_size > 1 and self._is_timed:
             self._collectives.start()
 
@@ -108,22 +91,19 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Add the micro-batch; log once per interval."""
-        if self._batch is not None:
-            self._count(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if ends_step(trainer) and is_logged(trainer):
             assert isinstance(pl_module, MoEGPTModule)
             self._log(trainer, pl_module)
 
-    def _count(self, trainer: Trainer, module: LightningModule) -> None:
+    @override
+    def count(self, trainer: Trainer, module: MoEGPTModule, batch: Batch, tokens: int, seconds: float) -> None:
         """Add the micro-batch, and the step that it ends."""
-        assert isinstance(module, MoEGPTModule) and self._batch is not None
         self._collectives.stop()
-        self._seconds += time.perf_counter() - self._started
-        tokens = module.tokens_fed - self._tokens_before
+        self._seconds += seconds
         self._tokens += tokens
-        length = tokens // (trainer.world_size * self._batch["tokens"].shape[0])  # after truncation by a curriculum
+        length = tokens // (trainer.world_size * batch["tokens"].shape[0])  # after truncation by a curriculum
         self._step_flops += tokens * flops_per_token(module.config, length)
-        self._batch = None
         if ends_step(trainer):
             self._steps += 1
             self._flops += self._step_flops

@@ -65,19 +65,18 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         why = "names GPUs; on a CPU give a number of processes, such as 1"
         _require(devices == "auto" or str(devices).isdigit(), "devices", devices, why)
         check_processes("trainer.devices", _number(devices))
+    there = named_devices(devices)
+    if there is None:
+        there = 1 if on_cpu else torch.accelerator.device_count()
     # By torchrun or DeepSpeed's launcher; with other devices each would be a run of its own.
     started = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE" if "LOCAL_RANK" in os.environ else "")
     if started is not None:
-        there = named_devices(devices)
-        if there is None:
-            there = 1 if on_cpu else torch.accelerator.device_count()
         why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
         _require(started == str(there), "devices", devices, why)
     if str(trainer["strategy"]) != "auto":  # without a launcher, which compares them itself
         local, node = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("NODE_RANK") or 0)
-        there = named_devices(devices) if named_devices(devices) is not None else 1 if on_cpu else None
         why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
-        _require(there is None or local < there, "devices", devices, why.format("LOCAL_RANK", local))
+        _require(local < there, "devices", devices, why.format("LOCAL_RANK", local))
         _require(node < trainer["num_nodes"], "num_nodes", trainer["num_nodes"], why.format("NODE_RANK", node))
     if SLURMEnvironment.detect() and not {"SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"} <= os.environ.keys():
         raise SettingError(

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
+from nlgmoe.data.datamodule import collate
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -93,6 +94,17 @@ def test_samples_that_ranks_validate_twice(samples: int, twice: int, recwarn: py
         ]
         * twice
     )
+
+
+def test_a_fit_says_once_that_its_validations_count_samples_twice(tmp_path: Path) -> None:
+    data = SyntheticData().val_dataloader().dataset
+    sampler = DistributedSampler(data, len(data) - 1, 0, shuffle=False)
+    loader = DataLoader(data, batch_size=1, sampler=sampler, collate_fn=collate)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(MoEGPTModule(CONFIG), SyntheticData().train_dataloader(), loader)
+    assert sum("samples twice" in str(one.message) for one in caught) == 1
 
 
 def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import GPTConfig, load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.cli import start
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.tracebacks import _is_of_package
 from nlgmoe.cli.train import TrainCLI, main
@@ -1302,6 +1303,14 @@ def test_memory_and_ports_of_the_system_are_named() -> None:
         distributed.TCPStore("127.0.0.1", server.getsockname()[1], is_master=True)
     assert describe(taken.value).startswith("ranks cannot meet at MASTER_ADDR=")
     assert "; set MASTER_PORT to a free port there, or unset it" in describe(taken.value)
+
+
+def test_a_terminal_of_one_column_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's tables divide by its width, less one."""
+    for width, left in (("1", None), ("2", "2")):
+        monkeypatch.setenv("COLUMNS", width)
+        start._check_environment()
+        assert os.environ.get("COLUMNS") == left
 
 
 @pytest.mark.parametrize(("value", "message"), [("x", "is no whole number"), ("99999", "is no port")])

@@ -339,6 +339,14 @@ def test_python_keeps_a_run_folder_as_the_command_does(
     rows = (tmp_path / "metrics.csv").read_text()
     call("validate", data__max_eval_windows=1)
     assert (tmp_path / "metrics.csv").read_text() == rows
+    another = load_config(
+        ROOT / "configs/quickstart.yaml", **(settings | {"trainer__default_root_dir": str(tmp_path / "another")})
+    )
+    old = load_config(ROOT / "configs/quickstart.yaml", **settings)
+    another.trainer.validate(old.module, old.data, ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    another.trainer.fit(another.module, another.data)
+    (start,) = json.loads((tmp_path / "another/starts.json").read_text())
+    assert (start["step"], start["checkpoint"]) == (0, None)  # nothing of what was evaluated before
     monkeypatch.setattr("nlgmoe.cli.run_folder.FileLock", lambda path, **_: FileLock(path, timeout=0))
     with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another process trains in"):
         call("fit")
