@@ -65,6 +65,8 @@ def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> N
     again = Counting(["tiny_choice"], 3, every_n_tokens=100, include_path=str(folder))
     trainer(tmp_path, again, max_steps=4).fit(MoEGPTModule(CONFIG), TokenizedData(), ckpt_path=tmp_path / "a.ckpt")
     assert again.at == [4]  # what was done before the checkpoint is not done again
+    trainer(tmp_path, again, max_steps=4).fit(MoEGPTModule(CONFIG), TokenizedData())
+    assert again.at == [4, 2, 4]  # of a second run
 
     alone = Counting(["tiny_choice"], 3, every_n_steps=5, include_path=str(folder))
     module = MoEGPTModule(CONFIG)
