@@ -119,9 +119,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self.expert_parallel_size = expert_parallel_size
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW also steps offloaded states
-        self.config["timers"] = {
-            "throughput": {"enabled": False}
-        }  # it synchronises with the device in every micro-batch
+        # The throughput timer synchronises with the device in every micro-batch.
+        self.config["timers"] = {"throughput": {"enabled": False}}
         if stage == 2 and not offload_optimizer:
             # DeepSpeed refuses this at stage 0; at stage 1 every rank would keep the whole sum, in bf16 with another optimizer.
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -209,9 +208,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         self._check_fp16(self.precision_plugin)
-        if (
-            self.stage > 0
-        ):  # with it the host waits for the device behind every backward pass; one rank has nothing to overlap
+        if self.stage > 0:
+            # The host waits for the device behind every backward pass with it, and one rank has nothing to overlap.
             self.config["zero_optimization"]["overlap_comm"] = self.world_size > 1
         for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count

@@ -119,10 +119,9 @@ def sequence_balance(probs: Tensor, top_k: int, sequences: int, token_mask: Tens
         token_mask: `[N]` bool, False at padding; None: no padding.
     """
     chosen = torch.zeros_like(probs).scatter_(1, probs.detach().topk(top_k, dim=-1).indices, 1)  # [N, E]
-    counted = (
-        torch.ones_like(probs[:, :1]) if token_mask is None else token_mask.unsqueeze(-1).to(probs.dtype)
-    )  # [N, 1]
-    columns = torch.cat([chosen, probs, torch.ones_like(counted)], dim=1) * counted
+    ones = torch.ones_like(probs[:, :1])  # [N, 1]
+    counted = ones if token_mask is None else token_mask.unsqueeze(-1).to(probs.dtype)
+    columns = torch.cat([chosen, probs, ones], dim=1) * counted
     sums = columns.unflatten(0, (sequences, len(columns) // max(sequences, 1))).sum(dim=1)  # [B, 2 E + 1]
     requested, scored, tokens = sums.split([probs.shape[1], probs.shape[1], 1], dim=1)
     tokens = tokens.clamp_min(1)

@@ -48,9 +48,9 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices
     if residual:
-        per_token += inner * config.shared_ffn_size * c + (
-            width * c if separate else 0
-        )  # else it shares the gate's input
+        per_token += inner * config.shared_ffn_size * c
+        if separate:  # else it shares the gate's input
+            per_token += width * c
         if moe.residual_mix == "learned":
             per_token += 2 * 4 * width + 8 + (4 * width if copies or (jitter and c != r) else 0)  # both branches; input
     return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32

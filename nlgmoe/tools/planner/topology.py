@@ -93,9 +93,8 @@ class Topology:
     def bytes_per(self) -> BytesPer:
         """Bytes per parameter and per activation for this precision and engine."""
         if self.precision == "32-true":
-            return BytesPer(
-                4, 4, 4, 4 if self.zero_stage else 0, 8, 0, 4, 4
-            )  # ZeRO copies its shard of fp32 weights too
+            copies = 4 if self.zero_stage else 0  # ZeRO copies its shard of fp32 weights too
+            return BytesPer(4, 4, 4, copies, 8, 0, 4, 4)
         if self.deepspeed:
             in_fp32 = self.zero_stage == 2 and not self.offload_optimizer  # see ExpertParallelStrategy
             return BytesPer(2, 2, 4 if in_fp32 else 2, 4, 8, 0, 2, 2)
