@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nlgmoe.batch import Batch
+from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.checkpoint.folder import REMEDY
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
@@ -27,12 +28,12 @@ from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_ga
 from nlgmoe.pyramid import moe_blocks
 
 
-class ExpertLoad(Callback):
+class ExpertLoad(CountsSteps):
     """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/LAYER/...` (docs/metrics.md).
 
-    A value covers a logging interval, all ranks and micro-batches; skipped steps are excluded, and a resumed run starts a new
-    interval. `expert_load.csv` in the run folder has the load of every expert over time. Sums stay on the device until the
-    step is logged; one collective then adds them over ranks.
+    A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
+    `expert_load.csv` in the run folder has the load of every expert over time. Sums stay on the device until the step is
+    logged, or saved in a checkpoint; one collective then adds them over ranks.
 
     Args:
         dead_window: an expert without tokens in the last `dead_window` steps, rounded up to logging intervals, is dead.
@@ -48,29 +49,38 @@ class ExpertLoad(Callback):
         self.dead_window, self.heat_maps = dead_window, heat_maps
         self._experts: list[int] = []  # number of experts of each MoE layer
         self._parts: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
-        self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._squares: Tensor | None = None  # squared gradients of the current step, this rank's part
         self._skipped = 0
         self._warned = False  # that the router has no gate
-        self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
         self._file: ExpertLoadFile | None = None
+        super().__init__()
+
+    @override
+    def begin_run(self) -> None:
+        """Start without a step."""
+        self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
+        self._resumed: list[float] = []  # sums of the interval that a checkpoint is in, over all ranks
+        self._sums: list[float] = []  # of an interval that has ended, until it is logged
+        self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the last step in which each expert got a token."""
-        return {"served": self._last_used}
+        """Return the last logged step in which each expert got a token, and the sums since. A collective in a fit."""
+        sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else []
+        return {"served": self._last_used, "interval": sums}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the last step in which each expert got a token."""
+        """Restore them; older checkpoints have no sums."""
         self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
+        self._resumed = state_dict.get("interval", [])
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the first interval.
+        """Start the first interval, or go on with that of a checkpoint.
 
         Raises:
-            ValueError: the steps of a checkpoint do not belong to this model's experts.
+            ValueError: the state in a checkpoint is not of this model's experts.
         """
         assert isinstance(pl_module, MoEGPTModule)
         self._file = None
@@ -82,14 +92,17 @@ class ExpertLoad(Callback):
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
         self._squares, self._skipped = None, pl_module.guard.skipped
-        if trainer.ckpt_path is None or not self._last_used:
+        if not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
-        if [len(layer) for layer in self._last_used] != self._experts:
-            raise ValueError(f"{trainer.ckpt_path}: callbacks/ExpertLoad/served has no step for each expert; {REMEDY}")
+        if [len(layer) for layer in self._last_used] != self._experts or len(self._resumed) not in (0, length):
+            raise ValueError(f"{trainer.ckpt_path}: callbacks/ExpertLoad is not of this model's experts; {REMEDY}")
+        if self._resumed and trainer.is_global_zero:
+            self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._file is None and self._experts and trainer.is_global_zero:
             self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
@@ -104,36 +117,48 @@ class ExpertLoad(Callback):
             self._squares = gradients.squared_norms(self._parts)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Add the micro-batch; log once per interval."""
-        assert isinstance(pl_module, MoEGPTModule)
+    def count(self, trainer: Trainer, module: MoEGPTModule, batch: Batch, tokens: int, seconds: float) -> None:
+        """Add the micro-batch, and the step that it ends."""
         if not self._experts:
             return
-        self._step += torch.cat([routing_sums(routing) for routing in pl_module.routings])
+        self._step += torch.cat([routing_sums(routing) for routing in module.routings])
         if not ends_step(trainer):
             return
-        if pl_module.guard.skipped == self._skipped:
+        if module.guard.skipped == self._skipped:
             self._interval += self._step
         else:
             self._squares = None
         self._step.zero_()
-        self._skipped = pl_module.guard.skipped
+        self._skipped = module.guard.skipped
         if is_logged(trainer):
+            self._end_interval(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Add the micro-batch; log once per interval."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._experts and ends_step(trainer) and is_logged(trainer):
+            assert isinstance(pl_module, MoEGPTModule)
+            if not self._sums:  # a callback has made it the last step since it was counted
+                self._end_interval(trainer)
             self._log(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
+    def _end_interval(self, trainer: Trainer) -> None:
         squares = self._squares
         if squares is None:  # the step was skipped, or became the last one after its gradients were computed
             squares = self._interval.new_full((len(self._parts),), torch.nan)
-        sums = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
+        self._sums = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()
         self._squares = None
-        layers = self._split(sums)
-        for last_used, layer in zip(self._last_used, layers, strict=True):
+        for last_used, layer in zip(self._last_used, self._split(self._sums), strict=True):
             for expert in np.flatnonzero(layer.requests):
                 last_used[expert] = trainer.global_step
+
+    def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
+        sums, self._sums = self._sums, []
+        layers = self._split(sums)
         norms = [math.sqrt(square) for square in sums[-len(self._parts) :]]
         gated = all(map(has_gate, module.routings))
         if not (gated or self._warned):
