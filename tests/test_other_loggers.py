@@ -70,9 +70,14 @@ class Refusing(Logger):
             ["MLFlowLogger connects to 127.0.0.1:9; it tries for minutes", "MLFlowLogger fails: "],
         ),
         (["lightning.pytorch.loggers.MLFlowLogger", "tracking_uri=http://h:port"], 2, ["MLFlowLogger fails: "]),
+        (
+            ["lightning.pytorch.loggers.TensorBoardLogger", "save_dir=x", "dict_kwargs.foo=1"],
+            2,
+            ["TensorBoardLogger fails: SummaryWriter.__init__() got an unexpected keyword argument 'foo'"],
+        ),
         (["tests.test_other_loggers.Refusing"], 1, ["Refusing fails: Expecting value"]),
     ],
-    ids=["a file store", "no such store", "no server", "no port", "while training"],
+    ids=["a file store", "no such store", "no server", "no port", "another argument", "while training"],
 )
 def test_a_logger_that_fails_is_named(
     logger: list[str],
@@ -90,4 +95,4 @@ def test_a_logger_that_fails_is_named(
     with pytest.raises(SystemExit) as end:
         main(["fit", *quickstart(tmp_path / "run", f"--data.data_dir={pocket_pile}"), *flags])
     said = caplog.text + capfd.readouterr().err
-    assert end.value.code == code and all(one in said for one in words) and "unexpected" not in said
+    assert end.value.code == code and all(one in said for one in words) and "error: unexpected" not in said

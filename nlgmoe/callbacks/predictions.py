@@ -10,8 +10,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typing_extensions import override
+
+from nlgmoe.checkpoint.writing import write_error_reason
+from nlgmoe.files import atomic_write
 
 
 class PredictionFile(BasePredictionWriter):
@@ -41,7 +45,11 @@ class PredictionFile(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the file."""
+        """Write the file.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         ranks = [f"-{rank}" for rank in range(trainer.world_size)] if trainer.world_size > 1 else [""]
@@ -58,7 +66,14 @@ class PredictionFile(BasePredictionWriter):
         if len(windows) == len(losses):  # Lightning does not know those of data without a sampler
             real = windows >= 0  # ranks have equally many rows: the last ones may be padding
             written = {"losses": losses[real], "windows": windows[real]}
-        save_file(written, path, self._metadata)
-        path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
+        try:
+            with atomic_write(path) as temporary:
+                save_file(written, temporary, self._metadata)
+                temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be written ({write_error_reason(error)}); make room, or set trainer.default_root_dir to another "
+                "folder, and give the checkpoint's path"
+            ) from error
         more = " and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
         rank_zero_info(f"token losses written to {path}{more}")

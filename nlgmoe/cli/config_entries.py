@@ -21,6 +21,7 @@ from nlgmoe.files import expand_home, require_regular
 MAX_NODES = 100_000  # of a file; it is walked several times
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
+_COLLECTIONS = (f"{_TAG}map", f"{_TAG}seq")
 ConfigLoader = get_yaml_default_loader()  # jsonargparse's own, for files and for single values
 # Numbers as in YAML 1.2: 0640 is 640, 1:30 is text. `.nan` and `.inf` are text too, which no setting of a number takes, and so
 # is a number that begins or ends with `_`.
@@ -179,6 +180,10 @@ def _size(node: yaml.Node, known: dict[int, float]) -> float:
 
 def _walk(node: yaml.Node, entry: ConfigEntry) -> Iterator[ConfigEntry]:
     """Yield the entries that `node`, the value of `entry`, consists of."""
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+        raise UsageError(
+            f"{entry.name}{entry.place}: {node.tag.removeprefix(_TAG)} is no value of a setting; write a list or a mapping"
+        )
     if isinstance(node, yaml.MappingNode) and node.value:
         yield from _walk_mapping(node, entry)
     elif isinstance(node, yaml.SequenceNode) and any(isinstance(item, yaml.MappingNode) for item in node.value):

@@ -37,6 +37,8 @@ _WORDS = {
     Any: "a value",
 }
 
+_SINGLE = {bool, int, float, str, Path, type(None)}  # types of values that have no parts
+
 # Parts of jsonargparse's messages. It names settings and classes from the outermost to the innermost.
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -71,10 +73,11 @@ class Explainer:
         """Refuse a value in place of a section, a number beyond 64 bits, and null: jsonargparse accepts it for every setting.
 
         Raises:
-            UsageError: `entry` is such a one.
+            UsageError: `entry` is such a one, or is inside a setting that is none of parts.
         """
         if not fits_64_bits(entry.value):
             raise UsageError(f"{entry} has more than 64 bits; give a smaller number")
+        self._check_outer(entry)
         if inside := self.inside(entry.name):
             if entry.value != {} and not (isinstance(entry.value, str) and os.path.isfile(entry.value)):
                 example = next(one for one in inside if not self.inside(one))
@@ -84,6 +87,38 @@ class Explainer:
                 raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
         elif entry.value is None and not {Any, None, type(None)} & set(parts_of(self.known.get(entry.name))):
             raise UsageError(f"{entry}: expected {in_words(self.known[entry.name])}")
+
+    def _check_outer(self, entry: ConfigEntry) -> None:
+        """Check that `entry` is in no list that stands for a section, and in no mapping that stands for a single value."""
+        for end in (match.start() for match in re.finditer(r"[.\[]", entry.name)):
+            outer, is_list = entry.name[:end], entry.name[end] == "["
+            if is_list and (inside := self.inside(outer)):
+                raise UsageError(
+                    f"{outer}{entry.place}: it is a section with settings such as {inside[0]}, not a list; write them without "
+                    "a dash"
+                )
+            hint = self.known.get(outer, Any)
+            if not is_list and not self.inside(outer) and "dict" not in str(hint) and set(parts_of(hint)) <= _SINGLE:
+                raise UsageError(f"{outer}{entry.place}: expected {in_words(hint)}, not a mapping")
+
+    def check_null(self, entry: ConfigEntry) -> None:
+        """Refuse null for an argument of a class that takes none; to be called once the classes are known.
+
+        Raises:
+            UsageError: `entry` is such a one.
+        """
+        holder, _, name = entry.name.rpartition(".")
+        path = self._class_path_of(holder.removesuffix(".init_args"))
+        if entry.value is not None or entry.name in self.known or path is None:
+            return
+        try:
+            kind = find_class(path, self.known.get(_plain(holder)))
+            parameter = inspect.signature(kind).parameters.get(name)
+            hint = typing.get_type_hints(kind.__init__).get(name, Any)
+        except (ValueError, NameError, TypeError, AttributeError):
+            return
+        if parameter is not None and parameter.default is not None and set(parts_of(hint)) <= _SINGLE - {type(None)}:
+            raise UsageError(f"{entry}: expected {in_words(hint)}")
 
     def inside(self, name: str) -> list[str]:
         """Return the settings of the section `name`; empty if it is no section, or one that may be null."""
@@ -212,9 +247,13 @@ class Explainer:
 
     def _class_of(self, holder: str) -> str | None:
         """Return the name of the class that is given for `holder`, without its module."""
+        path = self._class_path_of(holder)
+        return None if path is None else _short(path)
+
+    def _class_path_of(self, holder: str) -> str | None:
         names = (holder, f"{holder}.class_path")
-        paths = [str(one.value) for one in self.entries if one.name in names and isinstance(one.value, str)]
-        return _short(paths[-1]) if paths else None
+        paths = [one.value for one in self.entries if one.name in names and isinstance(one.value, str)]
+        return paths[-1] if paths else None
 
 
 def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,10 @@ def _with_home(words: list[str]) -> list[str]:
     return found
 
 
+def _config_options(parser: argparse.ArgumentParser) -> set[str]:
+    return {name for one in parser._actions if isinstance(one, ActionConfigFile) for name in one.option_strings}
+
+
 class OneLineParser(ArgumentParser):
     """Raises `UsageError` where jsonargparse prints its usage and ends the process."""
 
@@ -61,6 +66,7 @@ class OneLineParser(ArgumentParser):
         self.entries: list[ConfigEntry] = []
         self._explainer: Explainer | None = None
         self._refusal: Exception | None = None
+        self._refused = ""  # the class whose constructor raised it
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse the arguments and the files that they name.
@@ -82,7 +88,9 @@ class OneLineParser(ArgumentParser):
         choices = subcommands_of(self)
         subcommand = next((word for word in args if word in choices), "")
         parser = choices.get(subcommand, self)
-        configs = {o for one in parser._actions if isinstance(one, ActionConfigFile) for o in one.option_strings}
+        configs = _config_options(parser)
+        if found := (_config_options(self) - configs) & {word.partition("=")[0] for word in args}:
+            raise UsageError(f"unknown setting {found.pop().lstrip('-')}; {subcommand} takes no file of settings")
         self._explainer = Explainer(parser, self.entries)
         lists: set[str] = set()
         read: list[str] = []
@@ -100,6 +108,8 @@ class OneLineParser(ArgumentParser):
                 section = entry.name if self._explainer.inside(entry.name) else ""
                 if section and isinstance(entry.value, str):  # a file with the section's settings
                     self.entries += [replace(one, name=f"{section}.{one.name}") for one in read_file(entry.value)]
+        for entry in self.entries:
+            self._explainer.check_null(entry)
         return [*read, *args[last:]]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -119,7 +129,7 @@ class OneLineParser(ArgumentParser):
         try:
             return kind(*args, **kwargs)
         except Exception as error:
-            self._refusal = error
+            self._refusal, self._refused = error, kind.__name__
             raise
 
     @contextmanager
@@ -136,6 +146,8 @@ class OneLineParser(ArgumentParser):
             raise
         except Exception as error:
             cause = self._refusal if raised_in(error).startswith("jsonargparse") and self._refusal else error
+            if cause is self._refusal and isinstance(cause, TypeError) and raised_in(cause).startswith("lightning"):
+                raise UsageError(f"{self._refused} cannot take its arguments: {one_line(str(cause))}") from error
             if isinstance(cause, OSError) or not is_complaint(cause):
                 if cause is error:
                     raise

@@ -60,7 +60,7 @@ def imported_in(error: BaseException) -> str | None:
 
 def failed_logger(error: BaseException) -> tuple[str, bool] | None:
     """Return the class of the logger, of another package, in which the exception was raised, and whether it was being made."""
-    if raised_in(error).split(".")[0] in ("nlgmoe", "lightning"):
+    if raised_in(error).split(".")[0] in ("nlgmoe", "lightning") and not isinstance(error, TypeError):
         return None
     being_made, name = False, None
     for frame, _ in traceback.walk_tb(error.__traceback__):

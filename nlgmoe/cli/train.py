@@ -148,6 +148,10 @@ class TrainCLI(LightningCLI):
             if entry.name == "data.seq_len" and entry.value != config["model"]["config"]["seq_len"]:
                 raise UsageError(f"{entry} always equals model.config.seq_len; set that instead")
         if (seed := config.get("seed_everything")) is not None and seed is not False:
+            if seed is not True and not 0 <= seed < 2**32:
+                raise UsageError(
+                    f"seed_everything={seed} must be from 0 to {2**32 - 1}; leave it out, and set model.seed"
+                )
             rank_zero_warn(
                 f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
                 "(order); set those"
@@ -308,12 +312,12 @@ def _checkpoint() -> ModelCheckpoint:
 def _strategy(class_path: str) -> Strategy:
     """Return the strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
     try:
-        made = find_class(class_path)()
+        kind = find_class(class_path)
     except ValueError as error:
         raise ValueError(f"trainer.strategy={class_path}: {error}") from error
-    if not isinstance(made, Strategy):
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
         raise ValueError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
-    return made
+    return kind()
 
 
 def main(args: ArgsType = None) -> None:

@@ -205,6 +205,40 @@ def blend(*parts: str) -> Args:
 CALLBACK = "trainer: {{callbacks: [{{class_path: {}, init_args: {{{}}}}}]}}"
 SAMPLE = "nlgmoe.callbacks.SampleText"
 WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
+    "section as a list": (
+        file("trainer:\n  - max_steps: 3"),
+        "trainer ({folder}/bad.yaml, line 2): it is a section with settings such as trainer.accelerator, not a list",
+    ),
+    "inner section as a list": (
+        file("model: {optimizer: [{lr: 1.0e-3}]}"),
+        "model.optimizer ({folder}/bad.yaml, line 1): it is a section with settings such as model.optimizer.lr, not a list",
+    ),
+    "section as a list of nothing": (file("data: [{}]"), "data ({folder}/bad.yaml, line 1): it is a section"),
+    "section as a set": (file("trainer: !!set {a, b}"), "trainer ({folder}/bad.yaml, line 1): set is no value"),
+    "mapping in place of a number": (
+        file("model: {config: {moe: {num_experts: {0: 4}}}}"),
+        "model.config.moe.num_experts ({folder}/bad.yaml, line 1): expected a whole number or a list, each item a whole number",
+    ),
+    "null for a class's number": (
+        file("model: {distiller: {init_args: {teacher: x, beta: }, class_path: nlgmoe.MixtureOfStudents}}"),
+        "model.distiller.init_args.beta=null ({folder}/bad.yaml, line 1): expected a number",
+    ),
+    "null for a class's number on the command line": (
+        lambda place: place.args(
+            "--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--trainer.strategy.expert_parallel_size=null"
+        ),
+        "trainer.strategy.expert_parallel_size=null: expected a whole number",
+    ),
+    "null in a list of classes": (
+        file(CALLBACK.format("EarlyStopping", "monitor: val/loss, min_delta: ")),
+        "trainer.callbacks[0].init_args.min_delta=null ({folder}/bad.yaml, line 1): expected a number",
+    ),
+    "misspelt unit of a timer": (
+        file(CALLBACK.format("Timer", "duration: {hour: 1}")),
+        "Timer cannot take its arguments: 'hour' is an invalid keyword argument",
+    ),
+    "class that is no strategy": (flag("--trainer.strategy=nlgmoe.GPT"), "trainer.strategy=nlgmoe.GPT is no strategy"),
+    "seed out of range": (flag("--seed_everything=-1"), "seed_everything=-1 must be from 0 to 4294967295"),
     "time that is over": (flag("--trainer.max_time={hours: -1}"), "trainer.max_time={'hours': -1} trains nothing"),
     "timer that is over": (
         file(CALLBACK.format("Timer", "duration: {hours: -1}")),
@@ -780,7 +814,7 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
                 ckpt, "checkpoint.json", lambda one: one["callbacks"]["ExpertLoad"].update(served=[[5]])
             )
         ),
-        "broken.ckpt: callbacks/ExpertLoad/served has no step for each expert; use another checkpoint",
+        "broken.ckpt: callbacks/ExpertLoad is not of this model's experts; use another checkpoint",
     ),
     "a number in place of a group's parameters": (
         broken_to_resume(
@@ -1142,6 +1176,11 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         ["prepare-data", "--input=x", "--input", "y", "--output=z"],
         2,
         "--input is given 2 times, and only one of them would count; give a list, --input='[A, B]'",
+    ),
+    "configuration for a command without": (
+        ["verify", "--config={corpus}/text/prose.train.jsonl"],
+        2,
+        "unknown setting config; verify takes no file of settings",
     ),
     "no checkpoint to verify": (["verify", "nope.ckpt"], 2, "nope.ckpt does not exist; name a checkpoint"),
     "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),
