@@ -21,6 +21,7 @@ from swiglu_expert import SwiGLUExpert
 
 import nlgmoe
 from benchmarks.gpu_ranks import wrong
+from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.checkpoint.verify import find_problems
@@ -29,8 +30,10 @@ from nlgmoe.non_finite import NonFinite
 from nlgmoe.parallel.checkpointing import LOSS_SCALE_KEYS
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.topology import Topology
+from tests.checkpoint.runs import SaveAt
 from tests.distill.test_offline_teacher import record
 from tests.distributed.cells import (
+    LOGGED,
     SAMPLES,
     Cell,
     Outcome,
@@ -212,9 +215,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one process, after three steps; beside it `bf16-true.ckpt`, likewise, and `step=5.ckpt`, after two more."""
     folder = tmp_path_factory.mktemp("alone")
     for name, precision in {"three": "32-true", "bf16-true": "bf16-true"}.items():
-        trainer = make_trainer(replace(ALONE, steps=3, precision=precision), 1, folder)
+        callbacks = [ExpertLoad(), SaveAt(3, folder / f"{name}.ckpt")]
+        trainer = make_trainer(
+            replace(ALONE, steps=4, precision=precision), 1, folder, *callbacks, log_every_n_steps=LOGGED
+        )
         trainer.fit(ALONE.module(), SyntheticData(micro_batch_size=SAMPLES))
-        trainer.save_checkpoint(folder / f"{name}.ckpt")
     train(ALONE, 1, folder, SAMPLES, 1, *with_state(folder), checkpoint=folder / "three.ckpt")
     record(folder / "three.ckpt", folder / "three.logits", top_k=8, samples=6 * SAMPLES)
     return folder / "three.ckpt"
@@ -526,6 +531,12 @@ def test_a_checkpoint_goes_on_in_any_topology(ranks: int, cell: Cell, found: Fou
     for outcome in found[resume, cell.name]:
         assert outcome.losses == pytest.approx(undisturbed.losses[3:], rel=1e-5)
         assert outcome.validation == pytest.approx(undisturbed.validation, rel=1e-5)
+        experts = [
+            name for name in undisturbed.metrics if name.startswith("experts/")
+        ]  # of an interval that began before
+        assert len(experts) >= 2 * 12
+        for name in experts:
+            assert outcome.metrics[name] == pytest.approx(undisturbed.metrics[name], rel=1e-3, abs=1e-6), name
 
 
 @cases(TOPOLOGIES)
