@@ -20,6 +20,7 @@ from nlgmoe.files import require_regular
 from nlgmoe.validation import SettingError, require
 
 LOCK_SECONDS = 10.0  # for a process that ends in a run folder
+RESUMING = ".resuming.json"  # in a run folder: what a start resumes, until it is recorded in `starts.json`
 _last_timestamp = ""  # of the last checkpoint that this process saved, in any folder
 
 
@@ -183,7 +184,7 @@ def _sort_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candi
 
 @dataclass(frozen=True)
 class _Start:
-    """The last start in `starts.json`: its index, the checkpoint that it resumed, and the step of that; -1 and None: none."""
+    """The last start, its index in `starts.json`, the checkpoint that it resumed, and the step of that; -1 and None: none."""
 
     number: int = -1
     resumed: Path | None = None
@@ -191,6 +192,12 @@ class _Start:
 
 
 def _last_start(folder: Path) -> _Start:
+    try:
+        require_regular(folder / RESUMING, "remove it")
+        note = json.loads((folder / RESUMING).read_text())
+        return _Start(-1, folder / note["checkpoint"], note["step"])  # killed before it was recorded
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
     try:
         require_regular(folder / "starts.json", "remove it")
         starts = json.loads((folder / "starts.json").read_text())
@@ -204,7 +211,8 @@ def _resumed_by(last: _Start) -> _Candidate:
     """Return the checkpoint that the last start resumed; it may have been deleted or replaced since, as by another run."""
     assert last.resumed is not None
     if not last.resumed.exists():
-        problem = f"{last.resumed}, from which the run went on at step {last.step}, is gone; bring it back, or give another path"
+        at = "" if last.step is None else f" at step {last.step}"
+        problem = f"{last.resumed}, from which the run went on{at}, is gone; bring it back, or give another path"
         return _Candidate(last.resumed, "", -1, False, problem=problem)
     found = _read(last.resumed)
     if last.step is not None and found.step not in (-1, last.step):

@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
-from nlgmoe.checkpoint.newest import LOCK_SECONDS, has_checkpoints, is_checkpoint
+from nlgmoe.checkpoint.newest import LOCK_SECONDS, RESUMING, has_checkpoints, is_checkpoint
 from nlgmoe.cli.first_save import step_past_first_save
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
@@ -43,11 +44,28 @@ class RunFolder(SaveConfigCallback):
     _resumed: str | None = None  # the checkpoint that this start resumes
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
+    _noted: bytes | None = None  # what the folder's note said before this start
+    _notes: Path | None = None  # that note, once this start has written it
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the path of the checkpoint, also where a run folder was given."""
         self._resumed, self._start, self._run = checkpoint["path"], checkpoint.get("start"), checkpoint.get("run")
+        if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+            self.note(Path(trainer.default_root_dir), checkpoint["path"], checkpoint["global_step"])
+
+    def note(self, folder: Path, checkpoint: Any, step: int | None = None) -> None:
+        """Note in the run folder what this start resumes: it may be killed before it is recorded, by the first step.
+
+        Args:
+            folder: the run folder.
+            checkpoint: its path.
+            step: of it; None: not read yet.
+        """
+        if self._notes is None:
+            self._notes = folder / RESUMING
+            self._noted = self._notes.read_bytes() if self._notes.is_file() else None
+        write_json(self._notes, {"checkpoint": os.path.abspath(checkpoint), "step": step})
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -83,7 +101,12 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the folder."""
+        """Release the folder; if the start is refused, as it was."""
+        if self._notes is not None and isinstance(exception, ValueError):
+            self._notes.unlink(missing_ok=True)
+            if self._noted is not None:
+                self._notes.write_bytes(self._noted)
+            self._notes = None
         self.teardown(trainer, pl_module, "fit")
 
     @override
@@ -164,6 +187,8 @@ class RunFolder(SaveConfigCallback):
         metrics = folder / "metrics.csv"
         start["rows"] = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
         write_json(folder / "starts.json", [*starts, start])
+        (folder / RESUMING).unlink(missing_ok=True)
+        self._notes = None
         write_json(folder / "versions.json", start["versions"])
 
 

@@ -20,11 +20,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.newest import RESUMING
 from nlgmoe.cli.parser import _with_home
 from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
+from nlgmoe.module import MoEGPTModule
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +261,39 @@ def test_what_a_fork_saves_when_it_begins_is_its_own(command: list[str], tmp_pat
     runs = [read_document(tmp_path / name / "checkpoints/best-2.ckpt") for name in ("run", "fork")]
     assert runs[0]["run"] != runs[1]["run"] and runs[1]["start"] is None
     main([*train, *fork, "--ckpt_path=last"])
+
+
+@pytest.mark.parametrize("hook", ["on_load_checkpoint", "on_train_start"])
+def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
+    hook: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise SystemExit(9)
+
+    main([*command, "--model.train_tokens=256"])
+    folder = tmp_path / "fork"
+    fork = [*command, "--model.train_tokens=512", f"--trainer.default_root_dir={folder}"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(MoEGPTModule, hook, killed)
+        main([*fork, f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"])
+    noted = (folder / RESUMING).read_text()
+    refused = tmp_path / "refused.ckpt"
+    shutil.copytree(tmp_path / "run/checkpoints/last.ckpt", refused)
+    with pytest.raises(SystemExit):  # a start that is refused is none
+        main([*fork, f"--ckpt_path={refused}", "--model.seed=99"])
+    assert (folder / RESUMING).read_text() == noted
+    main([*fork, "--ckpt_path=auto"])
+    (start,) = json.loads((folder / "starts.json").read_text())
+    assert start["step"] == 4 and not (folder / RESUMING).exists()
+
+
+def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RESUMING).write_text(json.dumps({"checkpoint": "/gone/last.ckpt", "step": 4}))
+    with pytest.raises(SystemExit):
+        main([*command, "--ckpt_path=auto"])
+    main([*command, "--model.train_tokens=256"])
+    assert not (tmp_path / "run" / RESUMING).exists()
 
 
 def test_a_damaged_record_of_starts_is_told_before_anything_is_lost(
