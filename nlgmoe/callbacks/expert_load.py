@@ -65,8 +65,8 @@ class ExpertLoad(CountsSteps):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the last logged step in which each expert got a token, and the sums since. A collective in a fit."""
-        sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else []
+        """Return the last logged step in which each expert got a token, and the sums since. A collective once a fit has begun."""
+        sums = sum_over_ranks(self._interval.clone()).tolist() if len(self._interval) else self._resumed
         return {"served": self._last_used, "interval": sums}
 
     @override
@@ -94,7 +94,8 @@ class ExpertLoad(CountsSteps):
         self._squares, self._skipped = None, pl_module.guard.skipped
         if not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
-        if [len(layer) for layer in self._last_used] != self._experts or len(self._resumed) not in (0, length):
+        numbers = all(isinstance(one, float) for one in self._resumed) and len(self._resumed) in (0, length)
+        if [len(layer) for layer in self._last_used] != self._experts or not numbers:
             raise ValueError(f"{trainer.ckpt_path}: callbacks/ExpertLoad is not of this model's experts; {REMEDY}")
         if self._resumed and trainer.is_global_zero:
             self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)

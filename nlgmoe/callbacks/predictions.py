@@ -54,11 +54,6 @@ class PredictionFile(BasePredictionWriter):
         folder.mkdir(parents=True, exist_ok=True)
         ranks = [f"-{rank}" for rank in range(trainer.world_size)] if trainer.world_size > 1 else [""]
         paths = [folder / f"predictions{rank}.safetensors" for rank in ranks]
-        if trainer.is_global_zero:
-            for earlier in {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {
-                *paths
-            }:
-                earlier.unlink()
         path = paths[trainer.global_rank]
         windows = torch.tensor([index for loader in batch_indices for batch in loader for index in batch])
         losses = torch.cat([batch.float().cpu() for batch in predictions])
@@ -75,5 +70,9 @@ class PredictionFile(BasePredictionWriter):
                 f"{path} cannot be written ({write_error_reason(error)}); make room, or set trainer.default_root_dir to another "
                 "folder, and give the checkpoint's path"
             ) from error
+        if trainer.is_global_zero:
+            others = {*folder.glob("predictions.safetensors"), *folder.glob("predictions-*.safetensors")} - {*paths}
+            for earlier in others:  # of another number of ranks
+                earlier.unlink()
         more = " and a file for each other rank; `windows` has the order of the rows" if len(ranks) > 1 else ""
         rank_zero_info(f"token losses written to {path}{more}")

@@ -101,24 +101,33 @@ class Explainer:
             if not is_list and not self.inside(outer) and "dict" not in str(hint) and set(parts_of(hint)) <= _SINGLE:
                 raise UsageError(f"{outer}{entry.place}: expected {in_words(hint)}, not a mapping")
 
-    def check_null(self, entry: ConfigEntry) -> None:
-        """Refuse null for an argument of a class that takes none; to be called once the classes are known.
+    def check_nulls(self, value: Any, name: str = "") -> None:
+        """Refuse null for an argument of a class of nlgmoe's that takes none.
+
+        Args:
+            value: what was parsed, or a part of it.
+            name: of that part.
 
         Raises:
-            UsageError: `entry` is such a one.
+            UsageError: there is one.
         """
-        holder, _, name = entry.name.rpartition(".")
-        path = self._class_path_of(holder.removesuffix(".init_args"))
-        if entry.value is not None or entry.name in self.known or path is None:
-            return
-        try:
-            kind = find_class(path, self.known.get(_plain(holder)))
-            parameter = inspect.signature(kind).parameters.get(name)
-            hint = typing.get_type_hints(kind.__init__).get(name, Any)
-        except (ValueError, NameError, TypeError, AttributeError):
-            return
-        if parameter is not None and parameter.default is not None and set(parts_of(hint)) <= _SINGLE - {type(None)}:
-            raise UsageError(f"{entry}: expected {in_words(hint)}")
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                self.check_nulls(item, f"{name}[{index}]")
+        inner = vars(value) if isinstance(value, argparse.Namespace) else value if isinstance(value, dict) else {}
+        arguments = inner.get("init_args")
+        if str(inner.get("class_path")).startswith("nlgmoe.") and isinstance(arguments, argparse.Namespace):
+            kind = find_class(inner["class_path"])
+            hints, parameters = typing.get_type_hints(kind.__init__), inspect.signature(kind).parameters
+            for one in (one for one, given in vars(arguments).items() if given is None and one in parameters):
+                if parameters[one].default is not None and set(parts_of(hints.get(one))) <= _SINGLE - {type(None)}:
+                    path = f"{name}.init_args.{one}"
+                    null = [
+                        entry for entry in self.entries if entry.value is None and _plain(entry.name) == _plain(path)
+                    ]
+                    raise UsageError(f"{path}=null{null[-1].place if null else ''}: expected {in_words(hints[one])}")
+        for key, part in inner.items():
+            self.check_nulls(part, f"{name}.{key}".lstrip("."))
 
     def inside(self, name: str) -> list[str]:
         """Return the settings of the section `name`; empty if it is no section, or one that may be null."""
@@ -247,13 +256,9 @@ class Explainer:
 
     def _class_of(self, holder: str) -> str | None:
         """Return the name of the class that is given for `holder`, without its module."""
-        path = self._class_path_of(holder)
-        return None if path is None else _short(path)
-
-    def _class_path_of(self, holder: str) -> str | None:
         names = (holder, f"{holder}.class_path")
-        paths = [one.value for one in self.entries if one.name in names and isinstance(one.value, str)]
-        return paths[-1] if paths else None
+        paths = [str(one.value) for one in self.entries if one.name in names and isinstance(one.value, str)]
+        return _short(paths[-1]) if paths else None
 
 
 def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

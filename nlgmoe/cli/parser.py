@@ -74,9 +74,13 @@ class OneLineParser(ArgumentParser):
         Raises:
             UsageError: the arguments or a configuration file are wrong.
         """
-        if self.exit_on_error and getattr(self, "parent_parser", None) is None:
+        outermost = self.exit_on_error and getattr(self, "parent_parser", None) is None
+        if outermost:
             args = self._read(_with_home(list(sys.argv[1:] if args is None else args)))
-        return super().parse_args(args, namespace, **kwargs)
+        parsed = super().parse_args(args, namespace, **kwargs)
+        if outermost and self._explainer is not None:
+            self._explainer.check_nulls(parsed.get(parsed.get("subcommand") or "", parsed))
+        return parsed
 
     def _read(self, args: list[str]) -> list[str]:
         """Note where each setting is given, for messages.
@@ -108,8 +112,6 @@ class OneLineParser(ArgumentParser):
                 section = entry.name if self._explainer.inside(entry.name) else ""
                 if section and isinstance(entry.value, str):  # a file with the section's settings
                     self.entries += [replace(one, name=f"{section}.{one.name}") for one in read_file(entry.value)]
-        for entry in self.entries:
-            self._explainer.check_null(entry)
         return [*read, *args[last:]]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -320,9 +320,10 @@ def _strategy(class_path: str) -> Strategy:
         kind = find_class(class_path)
     except ValueError as error:
         raise ValueError(f"trainer.strategy={class_path}: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+    made = None if isinstance(kind, type) and not issubclass(kind, Strategy) else kind()
+    if not isinstance(made, Strategy):
         raise ValueError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
-    return kind()
+    return made
 
 
 def main(args: ArgsType = None) -> None:

@@ -180,6 +180,12 @@ def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path, saved_at: int, 
     assert (tmp_path / "expert_load.csv").read_text() == rows
 
 
+def test_what_is_saved_before_the_first_step_is_what_was_loaded() -> None:
+    load, state = ExpertLoad(), {"served": [[3, 1]], "interval": [2.0, 0.0, 2.0, 2.0, 0.5, 1.0, 3.0, 0.0]}
+    load.load_state_dict(state)
+    assert load.state_dict() == state
+
+
 def test_a_resumed_run_repeats_no_row(tmp_path: Path) -> None:
     straight, again = tmp_path / "straight", tmp_path / "again"
     for folder in (straight, again):

@@ -227,11 +227,15 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         lambda place: place.args(
             "--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--trainer.strategy.expert_parallel_size=null"
         ),
-        "trainer.strategy.expert_parallel_size=null: expected a whole number",
+        "trainer.strategy.init_args.expert_parallel_size=null: expected a whole number",
     ),
     "null in a list of classes": (
+        file(CALLBACK.format("nlgmoe.callbacks.ExpertLoad", "dead_window: ")),
+        "trainer.callbacks[0].init_args.dead_window=null ({folder}/bad.yaml, line 1): expected a whole number",
+    ),
+    "null for a number of Lightning's": (
         file(CALLBACK.format("EarlyStopping", "monitor: val/loss, min_delta: ")),
-        "trainer.callbacks[0].init_args.min_delta=null ({folder}/bad.yaml, line 1): expected a number",
+        "EarlyStopping cannot take its arguments: ",
     ),
     "misspelt unit of a timer": (
         file(CALLBACK.format("Timer", "duration: {hour: 1}")),
@@ -1630,6 +1634,15 @@ def test_an_interval_of_time_is_read_as_max_time_is(text: str, hours: float, pla
     path.write_text(CALLBACK.format("ModelCheckpoint", settings))
     (callback,) = parse_config([place.trained / "base.yaml", path])["trainer"]["callbacks"]
     assert callback["init_args"]["train_time_interval"] == timedelta(hours=hours)
+
+
+def test_null_is_judged_by_the_class_that_counts(place: Place) -> None:
+    """As in a recorded configuration, to which a callback is added with an argument of the same name that takes no null."""
+    (place.folder / "first.yaml").write_text(CALLBACK.format("ModelCheckpoint", "monitor: "))
+    added = place.folder / "second.yaml"
+    added.write_text(CALLBACK.format("EarlyStopping", "monitor: val/loss").replace("callbacks", "callbacks+"))
+    found = parse_config([place.trained / "base.yaml", place.folder / "first.yaml", added])["trainer"]["callbacks"]
+    assert [one["init_args"]["monitor"] for one in found] == [None, "val/loss"]
 
 
 def test_numbers_mean_what_they_look_like(place: Place) -> None:
