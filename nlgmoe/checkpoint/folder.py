@@ -341,7 +341,11 @@ def walk_folder(folder: Path) -> Iterator[Path]:
         if os.path.realpath(here) in seen:
             continue
         seen.add(os.path.realpath(here))
-        for path in here.iterdir():
+        try:
+            inside = list(here.iterdir())
+        except FileNotFoundError:  # deleted since, as by a run
+            continue
+        for path in inside:
             yield path
             if ".ckpt" not in path.name and path.is_dir() and not holds_run(path):
                 waiting.append(path)

@@ -137,10 +137,12 @@ def _candidates(folder: Path) -> list[_Candidate]:
     for path in sorted(walk_folder(folder)):
         if path.suffix == ".ckpt" and not path.name.startswith("."):
             found.setdefault(os.path.realpath(path), path)
-    return sorted(map(_read, found.values()), key=lambda one: one.saved_at, reverse=True)
+    there = [one for one in map(_read, found.values()) if one is not None]
+    return sorted(there, key=lambda one: one.saved_at, reverse=True)
 
 
-def _read(path: Path) -> _Candidate:
+def _read(path: Path) -> _Candidate | None:
+    """Return the checkpoint `path`; None if it was deleted since it was listed."""
     try:
         document = read_document(path)
         saved_at, step, resumable = (
@@ -150,6 +152,8 @@ def _read(path: Path) -> _Candidate:
         )
         return _Candidate(path, saved_at, step, resumable, document.get("start"))
     except (ValueError, KeyError, TypeError, OSError):
+        if not os.path.lexists(path):
+            return None
         modified = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return _Candidate(path, modified.isoformat(timespec="microseconds"), -1, False)
 
@@ -210,11 +214,11 @@ def _last_start(folder: Path) -> _Start:
 def _resumed_by(last: _Start) -> _Candidate:
     """Return the checkpoint that the last start resumed; it may have been deleted or replaced since, as by another run."""
     assert last.resumed is not None
-    if not last.resumed.exists():
+    found = _read(last.resumed) if last.resumed.exists() else None
+    if found is None:
         at = "" if last.step is None else f" at step {last.step}"
         problem = f"{last.resumed}, from which the run went on{at}, is gone; bring it back, or give another path"
         return _Candidate(last.resumed, "", -1, False, problem=problem)
-    found = _read(last.resumed)
     if last.step is not None and found.step not in (-1, last.step):
         problem = (
             f"{last.resumed} is of step {found.step} now, and the run went on from step {last.step} of it; give the path of a "

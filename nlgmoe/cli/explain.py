@@ -77,6 +77,8 @@ class Explainer:
         """
         if not fits_64_bits(entry.value):
             raise UsageError(f"{entry} has more than 64 bits; give a smaller number")
+        if entry.leaf == "init_args" and entry.value is None:
+            raise UsageError(f"{entry}: expected settings of the class; leave init_args out if there are none")
         self._check_outer(entry)
         if inside := self.inside(entry.name):
             if entry.value != {} and not (isinstance(entry.value, str) and os.path.isfile(entry.value)):
@@ -307,7 +309,7 @@ def _same(given: Any, text: str) -> bool:
     try:
         value = yaml.safe_load(text)
         return bool(given == value or float(given) == float(value))
-    except (yaml.YAMLError, TypeError, ValueError):
+    except (yaml.YAMLError, TypeError, ValueError, OverflowError):
         return str(given) == text
 
 

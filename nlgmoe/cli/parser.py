@@ -37,7 +37,10 @@ def _duration(text: str) -> timedelta:
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text} is no duration; write DD:HH:MM:SS or HH:MM:SS")
-    return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
+    try:
+        return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
+    except OverflowError as error:
+        raise ValueError(f"{text} is above the largest duration, {timedelta.max.days} days; leave it out") from error
 
 
 # jsonargparse's own reads DD:HH:MM:SS as H:MM:SS, and leaves out the rest.
@@ -148,7 +151,11 @@ class OneLineParser(ArgumentParser):
             raise
         except Exception as error:
             cause = self._refusal if raised_in(error).startswith("jsonargparse") and self._refusal else error
-            if cause is self._refusal and isinstance(cause, TypeError) and raised_in(cause).startswith("lightning"):
+            if (
+                cause is self._refusal
+                and isinstance(cause, TypeError | OverflowError)
+                and raised_in(cause).startswith("lightning")
+            ):
                 raise UsageError(f"{self._refused} cannot take its arguments: {one_line(str(cause))}") from error
             if isinstance(cause, OSError) or not is_complaint(cause):
                 if cause is error:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from inspect import isabstract
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -320,6 +321,8 @@ def _strategy(class_path: str) -> Strategy:
         kind = find_class(class_path)
     except ValueError as error:
         raise ValueError(f"trainer.strategy={class_path}: {error}") from error
+    if isabstract(kind):
+        raise ValueError(f"trainer.strategy={class_path} is the base class of others; name one of those")
     made = None if isinstance(kind, type) and not issubclass(kind, Strategy) else kind()
     if not isinstance(made, Strategy):
         raise ValueError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")

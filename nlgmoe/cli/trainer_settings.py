@@ -124,9 +124,17 @@ def _check_counts(trainer: Mapping[str, Any]) -> None:
     for unit, count in dict(trainer["max_time"]).items() if isinstance(trainer["max_time"], Mapping) else ():
         if unit not in _UNITS:
             raise ValueError(f"{unit}={count} is no unit of trainer.max_time{did_you_mean(unit, _UNITS)}")
+    above = f"is above the largest duration, {timedelta.max.days} days; leave it out"
     if isinstance(trainer["max_time"], Mapping):
         why = "trains nothing; raise it, or leave it out"
-        _require(timedelta(**trainer["max_time"]) >= timedelta(0), "max_time", dict(trainer["max_time"]), why)
+        try:
+            ends = timedelta(**trainer["max_time"]) >= timedelta(0)
+        except OverflowError:
+            ends, why = False, above
+        _require(ends, "max_time", dict(trainer["max_time"]), why)
+    elif trainer["max_time"] is not None:
+        numbers = map(int, re.findall("[0-9]+", str(trainer["max_time"])))
+        _require(all(number <= timedelta.max.days for number in numbers), "max_time", trainer["max_time"], above)
     for name in ("max_steps", "max_time"):
         nothing = trainer[name] is not None and not re.search("[1-9]", str(trainer[name]))
         _require(not nothing, name, trainer[name], "trains nothing; raise it, or leave it out")

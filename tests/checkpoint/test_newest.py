@@ -185,6 +185,28 @@ def test_what_a_checkpoint_says_is_read_once(tmp_path: Path, monkeypatch: pytest
     assert sorted(read) == ["a.ckpt", "b.ckpt"]
 
 
+def test_what_a_run_deletes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint, once it is listed, and a folder."""
+
+    def gone(path: Path) -> dict[str, Any]:
+        if path.name == "a.ckpt":
+            shutil.rmtree(path)
+        return read_document(path)
+
+    def is_dir(path: Path) -> bool:
+        found = os.path.isdir(path)
+        if path.name == "folder":
+            path.rmdir()
+        return found
+
+    save(tmp_path / "a.ckpt", 1.0)
+    save(tmp_path / "b.ckpt", 2.0)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(newest, "read_document", gone)
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert list_checkpoints(tmp_path) == [tmp_path / "b.ckpt"]
+
+
 def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     save(tmp_path / "scratch" / "a.ckpt", 1.0)
     run = tmp_path / "run"

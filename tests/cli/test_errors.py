@@ -243,6 +243,27 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "class that is no strategy": (flag("--trainer.strategy=nlgmoe.GPT"), "trainer.strategy=nlgmoe.GPT is no strategy"),
     "seed out of range": (flag("--seed_everything=-1"), "seed_everything=-1 must be from 0 to 4294967295"),
+    "time beyond all": (
+        flag("--trainer.max_time={hours: 99999999999}"),
+        "trainer.max_time={'hours': 99999999999} is above the largest duration",
+    ),
+    "time beyond all, as text": (
+        flag("--trainer.max_time=99999999999:00:00:00"),
+        "trainer.max_time=99999999999:00:00:00 is above the largest duration",
+    ),
+    "timer beyond all": (
+        file(CALLBACK.format("Timer", "duration: {hours: 99999999999}")),
+        "Timer cannot take its arguments: ",
+    ),
+    "arguments left empty": (
+        file("trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args:\n      # monitor: val/loss"),
+        "trainer.callbacks[0].init_args=null ({folder}/bad.yaml, line 4): expected settings of the class; leave init_args out",
+    ),
+    "number of 400 digits": (flag(f"--model.config.num_layers=1{'0' * 400}"), "model.config.num_layers=1000"),
+    "strategy that is abstract": (
+        flag("--trainer.strategy=lightning.pytorch.strategies.ParallelStrategy"),
+        "trainer.strategy=lightning.pytorch.strategies.ParallelStrategy is the base class of others",
+    ),
     "time that is over": (flag("--trainer.max_time={hours: -1}"), "trainer.max_time={'hours': -1} trains nothing"),
     "timer that is over": (
         file(CALLBACK.format("Timer", "duration: {hours: -1}")),
