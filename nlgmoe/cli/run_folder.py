@@ -95,7 +95,13 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release the folder."""
+        """Release the folder; a run that was at its end has recorded no start."""
+        if self._notes is not None:
+            self._notes.unlink(missing_ok=True)
+            self._notes = None
+        self._release()
+
+    def _release(self) -> None:
         if self._holding is not None:
             self._holding.close()
 
@@ -107,7 +113,7 @@ class RunFolder(SaveConfigCallback):
             if self._noted is not None:
                 self._notes.write_bytes(self._noted)
             self._notes = None
-        self.teardown(trainer, pl_module, "fit")
+        self._release()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -285,6 +285,8 @@ def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
     main([*fork, "--ckpt_path=auto"])
     (start,) = json.loads((folder / "starts.json").read_text())
     assert start["step"] == 4 and not (folder / RESUMING).exists()
+    main([*fork, "--ckpt_path=last"])  # at its end
+    assert not (folder / RESUMING).exists()
 
 
 def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(command: list[str], tmp_path: Path) -> None:
