@@ -100,7 +100,8 @@ class Explainer:
                     "a dash"
                 )
             hint = self.known.get(outer, Any)
-            if not is_list and not self.inside(outer) and "dict" not in str(hint) and set(parts_of(hint)) <= _SINGLE:
+            single = set(parts_of(hint)) <= _SINGLE - {str, Path}  # a path may look like a mapping: `runs/a: b`
+            if not is_list and not self.inside(outer) and "dict" not in str(hint) and single:
                 raise UsageError(f"{outer}{entry.place}: expected {in_words(hint)}, not a mapping")
 
     def check_nulls(self, value: Any, name: str = "") -> None:

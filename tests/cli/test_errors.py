@@ -1167,6 +1167,7 @@ def test_what_cannot_be_used_is_named(
         ["--trainer.logger", "false", "--model.seed", "3", "--trainer.max_steps", "-1"],
         ["--trainer.strategy={class_path: DDPStrategy, dict_kwargs: {find_unused_parameters: true}}"],
         ["--model.config.moe=null"],
+        ["--trainer.default_root_dir=runs/a: b"],
         ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=0640", "--trainer.max_time=12:30:10:05"],
         ["--model.train_tokens=07", "--model.seed=0x10"],
         ["--config={model: {config: {moe: {num_experts: 4}}}}"],

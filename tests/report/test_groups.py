@@ -1,9 +1,12 @@
 """Groups of runs by seed: who belongs together, their bands, and paired differences."""
 
+import functools
 import json
 import math
+import operator
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -106,6 +109,28 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
     of_run["data"] |= {"corpus": {"class_path": "nlgmoe.data.MegatronIndexed", "init_args": {"prefix": "other"}}}
     (run / "config.yaml").write_text(yaml.safe_dump(of_run))
     assert "comparable: data.tokenizer and data.corpus differ.</p>" in page(read_runs(runs), "seed")
+
+
+def test_losses_of_other_parts_of_the_text_are_named(runs: list[Path]) -> None:
+    known = ["model.config.seq_len", "data.max_eval_windows", "data.micro_batch_size"]
+    known += ["trainer.limit_val_batches", "trainer.devices"]
+
+    def note(of_all: dict[str, Any], of_some: dict[str, Any]) -> list[str]:
+        for index, run in enumerate(runs):
+            settings = yaml.safe_load((run / "config.yaml").read_text())
+            for name in known:
+                *outer, leaf = name.split(".")
+                section = functools.reduce(operator.getitem, outer, settings)
+                section[leaf] = (of_all | of_some if index > 2 else of_all).get(name)
+            (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        return re.findall(r"may not be comparable: (.*?) differs?", page(read_runs(runs), "seed"))
+
+    length, windows = {"model.config.seq_len": 128}, {"data.max_eval_windows": 8}
+    assert note({}, length) == [] and note(windows, length) == ["model.config.seq_len"]
+    limit, batch = {"trainer.limit_val_batches": 2}, {"data.micro_batch_size": 4}
+    assert note({}, {"trainer.limit_val_batches": 1.0}) == [] and note({}, batch) == []
+    assert note({}, limit) == ["trainer.limit_val_batches"] and note(limit, batch) == ["data.eval_micro_batch_size"]
+    assert note(limit, {"trainer.devices": 2}) == ["trainer.devices"]
 
 
 def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:

@@ -14,6 +14,7 @@ from nlgmoe.tools.report.runs import Run, finite_number, flattened
 
 UNKNOWN = "–"
 SAME_TOKENS = ("tokenizer", "corpus", "max_eval_windows", "mask_eod_loss")  # settings `data.*` of what is evaluated
+OF_BATCHES = ("data.eval_micro_batch_size", "trainer.devices", "trainer.num_nodes")  # a batch of all ranks
 PER_RUN = ("trainer.default_root_dir", "ckpt_path")  # settings that differ between all runs
 
 
@@ -58,17 +59,40 @@ def differences(runs: Sequence[Run]) -> str:
 
 def other_tokens(runs: Sequence[Run]) -> str:
     """Return a note that validation losses may be of other tokens (a tokenizer has several paths); empty if they are not."""
-    data = [settings for run in runs if isinstance(settings := run.config.get("data"), dict)]
-    names = [f"data.{name}" for name in SAME_TOKENS if len({str(settings.get(name)) for settings in data}) > 1]
+    found = [_evaluated(run.config["data"], flattened(run.config)) for run in runs if _has_data(run)]
+    cut = any(of_run["data.max_eval_windows"] is not None for of_run in found)  # in sequences
+    limited = any(of_run["trainer.limit_val_batches"] is not None for of_run in found)  # in batches of a rank
+    counted = {"model.config.seq_len": cut or limited, **dict.fromkeys(OF_BATCHES, limited)}
+    names = [
+        name
+        for name in dict.fromkeys(name for of_run in found for name in of_run)
+        if counted.get(name, True) and len({str(of_run[name]) for of_run in found}) > 1
+    ]
     if not names:
         return ""
     remedy = "; compare bits per byte" if names == ["data.tokenizer"] else ""
-    if remedy and any(settings.get("max_eval_windows") is not None for settings in data):
+    if remedy and cut:
         remedy += ", best without data.max_eval_windows, which cuts the text at another place for each tokenizer"
     return (
         f'<p class="notes">Losses per token of these runs may not be comparable: {" and ".join(names)} '
         f"differ{'s' * (len(names) == 1)}{remedy}.</p>"
     )
+
+
+def _has_data(run: Run) -> bool:
+    return isinstance(run.config.get("data"), dict)
+
+
+def _evaluated(data: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine which tokens are evaluated, by name."""
+    limit = flat.get("trainer.limit_val_batches")
+    return {
+        **{f"data.{name}": data.get(name) for name in SAME_TOKENS},
+        "model.config.seq_len": data.get("seq_len", flat.get("model.config.seq_len")),
+        "trainer.limit_val_batches": None if isinstance(limit, float) and limit == 1 else limit,
+        "data.eval_micro_batch_size": data.get("eval_micro_batch_size") or data.get("micro_batch_size"),
+        **{name: flat.get(name) for name in OF_BATCHES[1:]},
+    }
 
 
 def settings(runs: Sequence[Run]) -> str:
