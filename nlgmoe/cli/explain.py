@@ -37,7 +37,7 @@ _WORDS = {
     Any: "a value",
 }
 
-_SINGLE = {bool, int, float, str, Path, type(None)}  # types of values that have no parts
+_NUMBERS = {bool, int, float}
 
 # Parts of jsonargparse's messages. It names settings and classes from the outermost to the innermost.
 _KEY = re.compile(r'Parser key "([^"]+)"')
@@ -99,9 +99,8 @@ class Explainer:
                     f"{outer}{entry.place}: it is a section with settings such as {inside[0]}, not a list; write them without "
                     "a dash"
                 )
-            hint = self.known.get(outer, Any)
-            single = set(parts_of(hint)) <= _SINGLE - {str, Path}  # a path may look like a mapping: `runs/a: b`
-            if not is_list and not self.inside(outer) and "dict" not in str(hint) and single:
+            hint = self.known.get(outer, Any)  # of text nothing is known: `runs/a: b` looks like a mapping
+            if not is_list and set(parts_of(hint)) <= {*_NUMBERS, type(None)}:
                 raise UsageError(f"{outer}{entry.place}: expected {in_words(hint)}, not a mapping")
 
     def check_nulls(self, value: Any, name: str = "") -> None:
@@ -122,13 +121,13 @@ class Explainer:
         if str(inner.get("class_path")).startswith("nlgmoe.") and isinstance(arguments, argparse.Namespace):
             kind = find_class(inner["class_path"])
             hints, parameters = typing.get_type_hints(kind.__init__), inspect.signature(kind).parameters
-            for one in (one for one, given in vars(arguments).items() if given is None and one in parameters):
-                if parameters[one].default is not None and set(parts_of(hints.get(one))) <= _SINGLE - {type(None)}:
-                    path = f"{name}.init_args.{one}"
-                    null = [
-                        entry for entry in self.entries if entry.value is None and _plain(entry.name) == _plain(path)
-                    ]
-                    raise UsageError(f"{path}=null{null[-1].place if null else ''}: expected {in_words(hints[one])}")
+            for key, given in vars(arguments).items():
+                takes_null = key not in parameters or parameters[key].default is None
+                if given is not None or takes_null or not set(parts_of(hints.get(key))) <= {*_NUMBERS, str, Path}:
+                    continue
+                path = f"{name}.init_args.{key}"
+                places = [one.place for one in self.entries if one.value is None and _plain(one.name) == _plain(path)]
+                raise UsageError(f"{path}=null{places[-1] if places else ''}: expected {in_words(hints[key])}")
         for key, part in inner.items():
             self.check_nulls(part, f"{name}.{key}".lstrip("."))
 

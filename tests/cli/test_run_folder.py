@@ -263,13 +263,14 @@ def test_what_a_fork_saves_when_it_begins_is_its_own(command: list[str], tmp_pat
     main([*train, *fork, "--ckpt_path=last"])
 
 
+def killed(*_: Any) -> None:
+    raise SystemExit(9)
+
+
 @pytest.mark.parametrize("hook", ["on_load_checkpoint", "on_train_start"])
 def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
     hook: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise SystemExit(9)
-
     main([*command, "--model.train_tokens=256"])
     folder = tmp_path / "fork"
     fork = [*command, "--model.train_tokens=512", f"--trainer.default_root_dir={folder}"]
@@ -289,12 +290,17 @@ def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
     assert not (folder / RESUMING).exists()
 
 
-def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(command: list[str], tmp_path: Path) -> None:
+def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is killed before its own first step."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RESUMING).write_text(json.dumps({"checkpoint": "/gone/last.ckpt", "step": 4}))
     with pytest.raises(SystemExit):
         main([*command, "--ckpt_path=auto"])
-    main([*command, "--model.train_tokens=256"])
+    monkeypatch.setattr(MoEGPTModule, "on_train_start", killed)
+    with pytest.raises(SystemExit):
+        main([*command, "--model.train_tokens=256"])
     assert not (tmp_path / "run" / RESUMING).exists()
 
 

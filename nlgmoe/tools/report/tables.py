@@ -59,7 +59,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 def other_tokens(runs: Sequence[Run]) -> str:
     """Return a note that validation losses may be of other tokens (a tokenizer has several paths); empty if they are not."""
-    found = [_evaluated(run.config["data"], flattened(run.config)) for run in runs if _has_data(run)]
+    found = [_evaluated(run.config, data) for run in runs if isinstance(data := run.config.get("data"), dict)]
     cut = any(of_run["data.max_eval_windows"] is not None for of_run in found)  # in sequences
     limited = any(of_run["trainer.limit_val_batches"] is not None for of_run in found)  # in batches of a rank
     counted = {"model.config.seq_len": cut or limited, **dict.fromkeys(OF_BATCHES, limited)}
@@ -79,12 +79,9 @@ def other_tokens(runs: Sequence[Run]) -> str:
     )
 
 
-def _has_data(run: Run) -> bool:
-    return isinstance(run.config.get("data"), dict)
-
-
-def _evaluated(data: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+def _evaluated(config: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine which tokens are evaluated, by name."""
+    flat = flattened(config)
     limit = flat.get("trainer.limit_val_batches")
     return {
         **{f"data.{name}": data.get(name) for name in SAME_TOKENS},
