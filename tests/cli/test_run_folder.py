@@ -267,16 +267,23 @@ def killed(*_: Any) -> None:
     raise SystemExit(9)
 
 
-@pytest.mark.parametrize("hook", ["on_load_checkpoint", "on_train_start"])
+@pytest.mark.parametrize(
+    ("hook", "source"),
+    [
+        ("on_load_checkpoint", "run/checkpoints/last.ckpt"),
+        ("on_train_start", "run/checkpoints/last.ckpt"),
+        ("on_train_start", "run"),
+    ],
+)
 def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
-    hook: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hook: str, source: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main([*command, "--model.train_tokens=256"])
     folder = tmp_path / "fork"
     fork = [*command, "--model.train_tokens=512", f"--trainer.default_root_dir={folder}"]
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(MoEGPTModule, hook, killed)
-        main([*fork, f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"])
+        main([*fork, f"--ckpt_path={tmp_path / source}"])
     noted = (folder / RESUMING).read_text()
     refused = tmp_path / "refused.ckpt"
     shutil.copytree(tmp_path / "run/checkpoints/last.ckpt", refused)
