@@ -177,6 +177,8 @@ def _sort_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candi
     """
     last = _last_start(folder)
     first = [candidate for candidate in found if candidate.start == last.number]
+    if last.resumed is not None and not is_checkpoint(last.resumed):  # killed before one of that run folder was chosen
+        return _sort_last_start_first(last.resumed, _candidates(last.resumed))
     if last.resumed is not None and all(os.path.realpath(last.resumed) != os.path.realpath(one.path) for one in first):
         resumed = _resumed_by(last)
         if not first and found and os.path.realpath(last.resumed) != os.path.realpath(found[0].path):
@@ -188,7 +190,7 @@ def _sort_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candi
 
 @dataclass(frozen=True)
 class _Start:
-    """The last start, its index in `starts.json`, the checkpoint that it resumed, and the step of that; -1 and None: none."""
+    """The last start, its index in `starts.json` (-1: none), the checkpoint that it resumed, or a run folder, and the step."""
 
     number: int = -1
     resumed: Path | None = None

@@ -59,7 +59,7 @@ class RunFolder(SaveConfigCallback):
 
         Args:
             folder: the run folder.
-            checkpoint: its path.
+            checkpoint: its path, or that of the run folder in which it is still to be chosen.
             step: of it; None: not read yet.
         """
         if self._notes is None:

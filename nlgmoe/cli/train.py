@@ -31,6 +31,7 @@ from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.checkpoint.folder import is_of_run
 from nlgmoe.checkpoint.newest import RESUMING, is_checkpoint
 from nlgmoe.checkpoint.writing import recover
 from nlgmoe.cli.errors import UsageError, one_line_errors
@@ -204,11 +205,16 @@ class TrainCLI(LightningCLI):
             self._while_running.enter_context(held(folder))
             if checkpoint is None:
                 recover(folder)  # the run was killed in its first save, and left an unfinished folder
-                (folder / RESUMING).unlink(missing_ok=True)
-            elif is_checkpoint(checkpoint) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                (recorder,) = (one for one in self.trainer.callbacks if isinstance(one, RunFolder))  # type: ignore[attr-defined]
-                recorder.note(folder, checkpoint)
+            if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._note(folder, checkpoint)
         self._spare_run_folder()
+
+    def _note(self, folder: Path, checkpoint: Any) -> None:
+        if checkpoint is None:
+            (folder / RESUMING).unlink(missing_ok=True)
+        elif is_checkpoint(checkpoint) or not is_of_run(checkpoint, folder):  # not the newest one of the run itself
+            (recorder,) = (one for one in self.trainer.callbacks if isinstance(one, RunFolder))  # type: ignore[attr-defined]
+            recorder.note(folder, checkpoint)
 
     def before_validate(self) -> None:
         """Warn if the weights are random.

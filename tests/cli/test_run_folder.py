@@ -273,6 +273,7 @@ def killed(*_: Any) -> None:
         ("on_load_checkpoint", "run/checkpoints/last.ckpt"),
         ("on_train_start", "run/checkpoints/last.ckpt"),
         ("on_train_start", "run"),
+        ("configure_model", "run"),  # before the checkpoint is chosen
     ],
 )
 def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
