@@ -190,25 +190,26 @@ def _sort_last_start_first(folder: Path, found: list[_Candidate]) -> list[_Candi
 
 @dataclass(frozen=True)
 class _Start:
-    """The last start, its index in `starts.json` (-1: none), the checkpoint that it resumed, or a run folder, and the step."""
+    """The last start: its index in `starts.json` (-1: none), the checkpoint (or run folder) that it resumed, step and time."""
 
     number: int = -1
     resumed: Path | None = None
     step: int | None = None
+    saved_at: str | None = None
 
 
 def _last_start(folder: Path) -> _Start:
+    found = _read_start(folder / RESUMING, folder)  # killed before it was recorded
+    return found if found.resumed is not None else _read_start(folder / "starts.json", folder)
+
+
+def _read_start(file: Path, folder: Path) -> _Start:
     try:
-        require_regular(folder / RESUMING, "remove it")
-        note = json.loads((folder / RESUMING).read_text())
-        return _Start(-1, folder / note["checkpoint"], note["step"])  # killed before it was recorded
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    try:
-        require_regular(folder / "starts.json", "remove it")
-        starts = json.loads((folder / "starts.json").read_text())
-        resumed, step = starts[-1].get("checkpoint"), starts[-1].get("step")
-        return _Start(len(starts) - 1, folder / resumed if resumed is not None else None, step)
+        require_regular(file, "remove it")
+        starts = json.loads(file.read_text())
+        number, last = (len(starts) - 1, starts[-1]) if isinstance(starts, list) else (-1, starts)
+        resumed = last.get("checkpoint")
+        return _Start(number, None if resumed is None else folder / resumed, last.get("step"), last.get("saved_at"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return _Start()
 
@@ -221,10 +222,11 @@ def _resumed_by(last: _Start) -> _Candidate:
         at = "" if last.step is None else f" at step {last.step}"
         problem = f"{last.resumed}, from which the run went on{at}, is gone; bring it back, or give another path"
         return _Candidate(last.resumed, "", -1, False, problem=problem)
-    if last.step is not None and found.step not in (-1, last.step):
+    another = last.step != found.step if last.saved_at is None else last.saved_at != found.saved_at  # an older nlgmoe's
+    if last.step is not None and found.step != -1 and another:
         problem = (
-            f"{last.resumed} is of step {found.step} now, and the run went on from step {last.step} of it; give the path of a "
-            "checkpoint to go on from"
+            f"{last.resumed} was saved again since, at step {found.step}, and the run went on from step {last.step} of it; give "
+            "the path of a checkpoint to go on from"
         )
         return replace(found, problem=problem)
     return found

@@ -42,6 +42,7 @@ class RunFolder(SaveConfigCallback):
 
     _holding: ExitStack | None = None  # the folder, in `fit`
     _resumed: str | None = None  # the checkpoint that this start resumes
+    _resumed_of: str | None = None  # time at which that was saved
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
     _noted: bytes | None = None  # what the folder's note said before this start
@@ -50,22 +51,26 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the path of the checkpoint, also where a run folder was given."""
-        self._resumed, self._start, self._run = checkpoint["path"], checkpoint.get("start"), checkpoint.get("run")
+        self._resumed, self._resumed_of = checkpoint["path"], checkpoint["saved_at"]
+        self._start, self._run = checkpoint.get("start"), checkpoint.get("run")
         if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
-            self.note(Path(trainer.default_root_dir), checkpoint["path"], checkpoint["global_step"])
+            self.note(
+                Path(trainer.default_root_dir), checkpoint["path"], checkpoint["global_step"], checkpoint["saved_at"]
+            )
 
-    def note(self, folder: Path, checkpoint: Any, step: int | None = None) -> None:
+    def note(self, folder: Path, checkpoint: Any, step: int | None = None, saved_at: str | None = None) -> None:
         """Note in the run folder what this start resumes: it may be killed before it is recorded, by the first step.
 
         Args:
             folder: the run folder.
             checkpoint: its path, or that of the run folder in which it is still to be chosen.
             step: of it; None: not read yet.
+            saved_at: when it was saved; None: not read yet.
         """
         if self._notes is None:
             self._notes = folder / RESUMING
             self._noted = self._notes.read_bytes() if self._notes.is_file() else None
-        write_json(self._notes, {"checkpoint": os.path.abspath(checkpoint), "step": step})
+        write_json(self._notes, {"checkpoint": os.path.abspath(checkpoint), "step": step, "saved_at": saved_at})
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -88,7 +93,7 @@ class RunFolder(SaveConfigCallback):
         if stage in ("fit", "predict"):
             require_writable(folder, checkpoint_folders(trainer) if stage == "fit" else ())
         if stage == "fit":  # not what an evaluation has loaded; a checkpoint to resume is loaded after this
-            self._resumed = self._start = self._run = None
+            self._resumed = self._resumed_of = self._start = self._run = None
         if stage == "fit" and trainer.is_global_zero:
             self._holding = ExitStack()
             self._holding.enter_context(held(folder))
@@ -189,6 +194,7 @@ class RunFolder(SaveConfigCallback):
             "config": name,
             "versions": versions(),
             "checkpoint": resumed,
+            "saved_at": self._resumed_of,
         }
         metrics = folder / "metrics.csv"
         start["rows"] = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
