@@ -80,6 +80,9 @@ class Explainer:
         if entry.leaf == "init_args" and entry.value is None:
             raise UsageError(f"{entry}: expected settings of the class; leave init_args out if there are none")
         self._check_outer(entry)
+        hint = self.known.get(re.sub(r"\[\d+\]$", "", entry.name))  # None: of a section, or of a class's argument
+        if entry.value == {} and not any(kind in (None, Any, dict) or is_section(kind) for kind in parts_of(hint)):
+            raise UsageError(f"{entry}: expected {in_words(hint)}")
         if inside := self.inside(entry.name):
             if entry.value != {} and not (isinstance(entry.value, str) and os.path.isfile(entry.value)):
                 example = next(one for one in inside if not self.inside(one))

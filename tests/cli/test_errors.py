@@ -214,6 +214,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "model.optimizer ({folder}/bad.yaml, line 1): it is a section with settings such as model.optimizer.lr, not a list",
     ),
     "section as a list of nothing": (file("data: [{}]"), "data ({folder}/bad.yaml, line 1): it is a section"),
+    "nothing in place of a class": (
+        file("trainer: {strategy: {}}"),
+        "trainer.strategy={} ({folder}/bad.yaml, line 1): expected a Strategy by class_path or text",
+    ),
+    "nothing in a list of classes": (
+        file("trainer: {callbacks+: [{}]}"),
+        "trainer.callbacks[0]={} ({folder}/bad.yaml, line 1):",
+    ),
     "section as a set": (file("trainer: !!set {a, b}"), "trainer ({folder}/bad.yaml, line 1): set is no value"),
     "mapping in place of a number": (
         file("model: {config: {moe: {num_experts: {0: 4}}}}"),
