@@ -15,7 +15,7 @@ install: $(VENV)/.installed  ## virtual environment with nlgmoe and the developm
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "nlgmoe needs Python 3.11 or newer; say which with make PYTHON=...")'
-	@echo "installing nlgmoe, PyTorch and the development tools into $(VENV): 2.5 GB, some minutes"
+	@echo "installing nlgmoe, PyTorch and the development tools into $(VENV): 2.5 GB, some minutes; several times that with a CUDA build of PyTorch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	touch $@

@@ -38,7 +38,10 @@ def parity(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     It is held against the whole layer on each rank, whose gradients of the experts are summed over ranks.
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    width, tokens, experts = (32, 48, 4 * ranks) if tiny else (1024, 4096, 16 * ranks)
+    each = max(
+        1, min(16, 256 // ranks)
+    )  # the whole layer is on every rank, and grouped_mm takes fewer than 1,024 experts
+    width, tokens, experts = (32, 48, 4 * ranks) if tiny else (1024, 4096, each * ranks)
     config = GPTConfig(257, 64, 2, width, 4, moe=MoEConfig(experts, token_dropping=False, mlp_type="residual"))
     whole = MoELayer(config, 1).to(device, dtype)
     draw(whole, std=0.1)
@@ -151,8 +154,9 @@ def main() -> int:
     local = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
-    found = measure(torch.device("cuda", local) if on_gpu else torch.device("cpu"), arguments.tiny)
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    found = measure(device, arguments.tiny)
     if distributed.get_rank() == 0:
         print(json.dumps({"ranks": distributed.get_world_size(), **found}, indent=1))
     distributed.destroy_process_group()

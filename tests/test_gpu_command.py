@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, main, one, parse
 from benchmarks.gpu.run import Results, Run
@@ -37,11 +38,23 @@ def test_all_limits_fit_into_the_whole() -> None:
     assert sum(step.limit for step in STEPS.values()) <= SECONDS
 
 
-def test_without_a_gpu_it_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("driver", "cuda", "why"),
+    [
+        ("", None, "no CUDA GPU here"),
+        ("570.1", None, f"PyTorch {torch.__version__} is built without CUDA"),
+        ("570.1\n570.1", "13.0", "PyTorch's CUDA 13.0 cannot use this GPU with driver 570.1; CUDA 13 needs driver 580"),
+    ],
+)
+def test_without_a_usable_gpu_it_says_why_in_a_line(
+    driver: str, cuda: str | None, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("benchmarks.gpu.__main__.output_of", lambda command: driver)
     assert main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("no CUDA GPU here")
+    assert line.startswith(why)
 
 
 def test_a_step_in_a_process_of_its_own_adds_to_the_results(tmp_path: Path) -> None:

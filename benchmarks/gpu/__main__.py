@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps; the exit code."""
     arguments = parse(argv)
     if not arguments.dry_run and not torch.cuda.is_available():
-        print("no CUDA GPU here: make gpu DRY_RUN=1 runs every step at tiny shapes on the CPU", file=sys.stderr)
+        print(f"{why_no_gpu()}: make gpu DRY_RUN=1 runs every step at tiny shapes on the CPU", file=sys.stderr)
         return 2
     if arguments.record:
         from benchmarks.gpu.training import record
@@ -79,6 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in steps:
         results = one(name, arguments, results, deadline)
     return conclude(results)
+
+
+def why_no_gpu() -> str:
+    """Why PyTorch finds no CUDA GPU."""
+    if not (driver := output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])):
+        return "no CUDA GPU here"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA; install one with it"
+    return (
+        f"PyTorch's CUDA {torch.version.cuda} cannot use this GPU with driver {driver.splitlines()[0]}; CUDA 13 needs driver 580 "
+        "or newer, older ones a PyTorch from another index"
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,7 +1,8 @@
 """Step `shapes`: training steps of the 350M models, dense and with 16 experts: speed, memory and what takes the time.
 
 Each is built once and trained through the strategy: eager, recomputed, compiled, each a step of warm-up and a measured one of 8
-micro-batches, which is what 8 GPUs have. 16 experts a layer are what a GPU holds where 8 share 128.
+micro-batches, which is what 8 GPUs have. 16 experts a layer are what a GPU holds where 8 share 128. ZeRO 1; the one with experts
+also under ZeRO 2, which `configs/hardware/gpu.yaml` sets, eager.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import gc
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.run import ROOT, Run, quiet_trainer, synchronize
@@ -71,7 +73,10 @@ class Modes(Callback):
         mode, position = divmod(batch_idx, 2 * self.accumulated)
         if batch_idx == self.accumulated - 1:
             self._profile.stop()
-            taken = {event.key: event.self_device_time_total / 1e3 for event in self._profile.key_averages()}
+            events = [
+                one for one in self._profile.key_averages() if one.device_type != DeviceType.CPU
+            ]  # not their callers
+            taken = {event.key: event.self_device_time_total / 1e3 for event in events}
             taken = {name: value for name, value in taken.items() if value > 0}
             self.kernels = dict(sorted(taken.items(), key=lambda item: -item[1])[:SHOWN])
         if position == 2 * self.accumulated - 1:
@@ -83,11 +88,15 @@ class Modes(Callback):
 
 def shapes(run: Run, folder: Path) -> None:
     """Measure the dense model, then the one with experts."""
+    with_experts, name = config_of("moe/350m_moe_128", run.dry), f"MoE-{EXPERTS}"
     dense = measure(run, folder, "dense", config_of("dense/350m_dense", run.dry))
-    experts = measure(run, folder, f"MoE-{EXPERTS}", config_of("moe/350m_moe_128", run.dry))
+    experts = measure(run, folder, name, with_experts)
+    sharded = measure(run, folder, f"{name} under ZeRO 2", with_experts, stage=2, modes=MODES[:1])
+    if "eager" in experts.seconds and "eager" in sharded.seconds:
+        run.note("ZeRO 2 over ZeRO 1, a micro-batch, eager", sharded.seconds["eager"] / experts.seconds["eager"])
     for mode in [mode for mode in MODES if mode in dense.seconds and mode in experts.seconds]:
         run.aim(f"MoE over dense, {mode}", experts.seconds[mode] / dense.seconds[mode], at_most=1.3)
-    for modes in (dense, experts):
+    for modes in (dense, experts, sharded):
         if modes.error is not None:
             raise modes.error
 
@@ -101,38 +110,41 @@ def config_of(name: str, dry: bool) -> GPTConfig:
     return GPTConfig.from_dict(values | tiny)
 
 
-def measure(run: Run, folder: Path, name: str, config: GPTConfig) -> Modes:
+def measure(
+    run: Run, folder: Path, name: str, config: GPTConfig, stage: Literal[1, 2] = 1, modes: tuple[str, ...] = MODES
+) -> Modes:
     """Train a model through the modes."""
     # Compiling takes longer than the rest of a dry run.
-    modes = Modes(MODES[:2], 2) if run.dry else Modes(MODES, ACCUMULATED)
+    measured = Modes(modes[:2], 2) if run.dry else Modes(modes, ACCUMULATED)
     trainer = quiet_trainer(
         run,
         folder,
-        strategy=ExpertParallelStrategy(stage=1),
+        strategy=ExpertParallelStrategy(stage=stage),
         precision="bf16-mixed",
-        max_steps=2 * len(modes.modes),
-        accumulate_grad_batches=modes.accumulated,
+        max_steps=2 * len(measured.modes),
+        accumulate_grad_batches=measured.accumulated,
         log_every_n_steps=1000,
-        callbacks=[modes],
+        limit_val_batches=0,  # the end would be validated, and compiled for it
+        callbacks=[measured],
     )
     try:
         trainer.fit(MoEGPTModule(config), SyntheticData(config.vocab_size, config.seq_len, SEQUENCES))
     except Exception as error:  # what was measured before it counts, and so does the other model
-        modes.error = error
+        measured.error = error
     if trainer.strategy._engine is not None:
         trainer.strategy._engine.destroy()  # its buffers would outlive the trainer, and count in the next model's peak
     del trainer
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    report(run, name, config, modes)
-    return modes
+    report(run, name, config, stage, measured)
+    return measured
 
 
-def report(run: Run, name: str, config: GPTConfig, modes: Modes) -> None:
+def report(run: Run, name: str, config: GPTConfig, stage: int, modes: Modes) -> None:
     """Figures of a model."""
     tokens, peak = SEQUENCES * config.seq_len, peak_of(run.card, "bf16-mixed", tf32=False)
-    topology = Topology(1, 1, 1, SEQUENCES, SEQUENCES * modes.accumulated)
+    topology = Topology(1, 1, stage, SEQUENCES, SEQUENCES * modes.accumulated)
     for mode, seconds in modes.seconds.items():
         run.note(f"ms a micro-batch, {name}, {mode}", 1e3 * seconds)
         if peak is not None:

@@ -111,9 +111,10 @@ class Throughput(CountsSteps):
             self._step_flops = 0
 
     def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
+        started = time.perf_counter()
         seconds = self._stopwatch.seconds()
-        data = seconds.get("data", 0.0)
-        total = data + self._seconds
+        data, waited = seconds.get("data", 0.0), time.perf_counter() - started  # on a GPU, for the optimizer's step
+        total = data + self._seconds + waited
         seconds["optimizer"] = seconds.get("batch", 0.0) - seconds.get("forward", 0.0) - seconds.get("backward", 0.0)
         parts = [seconds.get(part, 0.0) / self._steps for part in PARTS] + [total / self._steps]
         memory = memory_bytes(trainer.strategy.root_device)

@@ -44,7 +44,7 @@ def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
         counted = loss_mask(batch)
         total += float(losses[counted].sum(dtype=torch.float64))
         tokens += int(counted.sum())
-        weights = weights or [torch.zeros(routing.num_experts, dtype=torch.float64) for routing in routings]
+        weights = weights or [one.weight.new_zeros(one.num_experts, dtype=torch.float64) for one in routings]
         for sums, routing in zip(weights, routings, strict=True):
             sums.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())  # padding weighs 0
     if not tokens:

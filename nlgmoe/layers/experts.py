@@ -69,10 +69,9 @@ class Experts(nn.Module):
             `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
         """
         x = cast_by_autocast(x)
-        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
         # Anomaly detection would take rows that grouped_mm leaves uninitialised for the model's NaN.
         detects_nan = not all_used and torch.is_anomaly_enabled()
-        if detects_nan or select_backend(x.device.type, x.dtype, self.widths, capability) == "loop":
+        if detects_nan or self._backend(x) == "loop":
             return self._loop(x, tokens_per_expert)
         linear = self._grouped(x, tokens_per_expert)
         if all_used:
@@ -82,8 +81,10 @@ class Experts(nn.Module):
         return self._apply_network(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
     def can_decode(self, x: Tensor, assignments: int) -> bool:
-        """Return True for few rows, one at least, on a CPU without gradients (generation)."""
-        return 0 < assignments <= MAX_DECODE and x.device.type == "cpu" and not torch.is_grad_enabled()
+        """Return True for few rows, one at least, without gradients (generation), on a CPU or where the host waits anyway."""
+        if not 0 < assignments <= MAX_DECODE or torch.is_grad_enabled():
+            return False
+        return x.device.type == "cpu" or self._backend(cast_by_autocast(x)) == "loop"
 
     def decode(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """Apply experts to a few tokens without sorting; reads the weights of the chosen experts only.
@@ -103,6 +104,10 @@ class Experts(nn.Module):
             for e in chosen
         ]
         return (torch.cat(rows).unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
+
+    def _backend(self, x: Tensor) -> str:
+        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+        return select_backend(x.device.type, x.dtype, self.widths, capability)
 
     def _apply_network(self, x: Tensor, linear: Linear) -> Tensor:
         return require_rows(self.network.forward(x, linear), x, self.network)

@@ -76,7 +76,7 @@ def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
         tf32: PyTorch computes fp32 products in TF32.
     """
     found = next((name for parts, name in BOARDS.items() if all(part in gpu for part in parts)), None)
-    if found is None or "64" in precision:
+    if found is None or "NVL" in gpu or "64" in precision:  # H200 NVL has another peak than the SXM board
         return None
     peaks = HARDWARE[found]
     if "16" in precision:

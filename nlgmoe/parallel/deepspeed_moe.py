@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import torch
 from deepspeed import ops
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
@@ -64,6 +68,13 @@ def disable_deepspeed_extensions() -> None:
     on CPUs compiles one, an all-reduce for inference.
     """
     ops.__compatible_ops__ = {}
+
+
+def use_device(device: torch.device) -> None:
+    """Make DeepSpeed compute on the device of the run; it takes the machine's GPU, also where `trainer.accelerator` is cpu."""
+    known = {"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}
+    if device.type in known and get_accelerator().device_name() != device.type:
+        set_accelerator(known[device.type]())
 
 
 def resolve_collectives_at_call() -> None:

@@ -142,6 +142,7 @@ def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytes
         ("NVIDIA H100 80GB HBM3", "16-mixed", False, 989),
         ("NVIDIA H100 PCIe", "16-mixed", False, None),
         ("NVIDIA H200", "bf16-true", True, 989),
+        ("NVIDIA H200 NVL", "bf16-true", True, None),
         ("Tesla V100-SXM2-32GB", "32-true", True, 15.7),
         ("NVIDIA GeForce RTX 4090", "bf16-mixed", False, None),
         ("NVIDIA H200", "64-true", False, None),

@@ -353,6 +353,8 @@ class Types(Callback):
             return
         from nlgmoe.parallel.engine_state import EngineState
 
+        if hasattr(trainer.strategy.model.optimizer, "bit16_groups"):  # weights are views of one buffer
+            assert all(one.data_ptr() % 16 == 0 for one in pl_module.gpt.parameters())
         state = EngineState(trainer.strategy.model)
         for name, key in (("stepped on", None), ("moments", "exp_avg")):
             if (fragment := state.fragment(weight, key)) is not None:  # ZeRO gives some ranks none of it

@@ -13,7 +13,8 @@ from mlflow.tracking import MlflowClient
 from tests.distributed.cells import TINY_ON_RANKS, free_port
 from tests.processes import ROOT, Started, python
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+# DeepSpeed finds a GPU, as on a machine with one that the trainer leaves alone.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cuda"}
 SETTINGS = [
     *TINY_ON_RANKS,
     "--data.micro_batch_size=2",

@@ -34,9 +34,12 @@ def test_pieces_of_zero_are_gathered_on_the_device_at_the_end_of_a_fit_too(monke
     assert [(whole.device.type, whole.numel()) for whole in reduced] == [("meta", 4)]
 
 
-@pytest.mark.parametrize(("stage", "ranks", "overlaps"), [(1, 1, False), (2, 1, False), (2, 8, True), (0, 8, None)])
-def test_one_rank_overlaps_no_communication(
-    stage: Any, ranks: int, overlaps: bool | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "ranks", "bucket", "overlaps"),
+    [(1, 1, 64, False), (2, 1, 64, False), (2, 8, 64, True), (2, 8, 62, False), (0, 8, 64, None)],
+)
+def test_communication_overlaps_between_ranks_where_every_gradient_fits_the_bucket(
+    stage: Any, ranks: int, bucket: int, overlaps: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Started(Exception):
         pass
@@ -47,9 +50,9 @@ def test_one_rank_overlaps_no_communication(
     monkeypatch.setattr(DeepSpeedStrategy, "_initialize_deepspeed_train", start)
     monkeypatch.setattr(ExpertParallelStrategy, "world_size", ranks)
     monkeypatch.setattr(ExpertParallelStrategy, "_check_fp16", lambda self, plugin: None)
-    strategy = ExpertParallelStrategy(stage=stage)
+    strategy = ExpertParallelStrategy(stage=stage, bucket_size=bucket)
     strategy._precision_plugin = DeepSpeedPrecision("32-true")
     with pytest.raises(Started):
-        strategy._initialize_deepspeed_train(nn.Linear(1, 1))
+        strategy._initialize_deepspeed_train(nn.Linear(8, 8))
     assert isinstance(strategy.config, dict)
     assert strategy.config.get("zero_optimization", {}).get("overlap_comm") is overlaps

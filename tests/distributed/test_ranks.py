@@ -137,7 +137,7 @@ HALF = [
     Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
-ONE_STEP: dict[str, Any] = {"moe": DROPLESS, "steps": 1, "accumulate": 2}
+ONE_STEP: dict[str, Any] = {"moe": DROPLESS | {"mlp_type": "residual"}, "steps": 1, "accumulate": 2}
 TYPED = [
     Cell("types, fp32", 2, 2, **ONE_STEP),
     Cell("types, bf16-true, ZeRO 2", 2, 2, precision="bf16-true", **ONE_STEP),

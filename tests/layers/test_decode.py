@@ -54,3 +54,13 @@ def test_experts_that_are_not_hit_are_not_touched() -> None:
     for parameter in moe.experts.parameters():
         parameter[sorted(idle)] = float("nan")
     assert torch.equal(moe(x)[0], expected)
+
+
+@torch.no_grad()
+def test_few_tokens_are_decoded_where_the_host_waits_for_the_experts_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "cast_by_autocast", lambda x: x)  # there is no autocast for `meta`
+    found = layer(MoEConfig(8)).experts
+    few = {kind: torch.empty(4, 16, dtype=kind, device="meta") for kind in (torch.float32, torch.float64)}
+    assert found.can_decode(few[torch.float64], 4)  # experts one by one
+    assert not found.can_decode(few[torch.float32], 4)  # one grouped product
+    assert not found.can_decode(few[torch.float64], 9) and not found.can_decode(few[torch.float64], 0)
