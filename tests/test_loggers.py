@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv, without_run_csv
-from nlgmoe.tools.report.metrics import read_metrics
+from nlgmoe.tools.report.metrics import Start, read_metrics
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:
@@ -43,7 +43,7 @@ def test_a_validation_that_a_resumed_run_repeats_counts_once(tmp_path: Path) -> 
     first: tuple[dict[str, float], ...] = ({"train/loss": 3.0}, {"val/loss": 2.0})
     log(tmp_path, *first)
     log(tmp_path, {}, {"val/loss": 2.0, "val/mine": 5.0})
-    for starts in (None, {2: 1}, {2: 2}):
+    for starts in ([], [Start(0, 0), Start(1, 2)], [Start(0, 0), Start(2, 2)]):
         found = read_metrics(tmp_path / "metrics.csv", starts)
         assert {name: (list(one.steps), list(one.values)) for name, one in found.items()} == {
             "train/loss": ([0], [3.0]), "val/loss": ([2], [2.0]), "val/mine": ([2], [5.0]),

@@ -35,5 +35,6 @@ class LineCorpus:
 
 def _tokenise(file: Path, tokenizer: Tokenizer) -> np.ndarray:
     """Return the documents' tokens, `[N]`, each document closed by the end-of-document token."""
-    documents = tokenizer.encode_batch(file.read_text(encoding="utf-8").splitlines())
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would also split at form feeds and U+2028
+        documents = tokenizer.encode_batch([line.removesuffix("\n") for line in lines])
     return np.array([token for ids in documents for token in [*ids, tokenizer.eod_id]], np.int32)

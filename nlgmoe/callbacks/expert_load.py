@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -26,6 +27,7 @@ from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.resuming.branches import first_step_of_others
 
 
 class ExpertLoad(CountsSteps):
@@ -62,6 +64,7 @@ class ExpertLoad(CountsSteps):
         self._resumed: list[float] = []  # sums of the interval that a checkpoint is in, over all ranks
         self._sums: list[float] = []  # of an interval that has ended, until it is logged
         self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
+        self._first_step: int | None = None  # from which rows of the file are not of a resumed run
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -74,6 +77,12 @@ class ExpertLoad(CountsSteps):
         """Restore them; older checkpoints have no sums."""
         self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find out which rows of the file are of another branch of the run."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+            self._first_step = first_step_of_others(Path(trainer.default_root_dir), checkpoint)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,7 +114,13 @@ class ExpertLoad(CountsSteps):
         """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._file is None and self._experts and trainer.is_global_zero:
-            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
+            step, first = trainer.global_step, self._first_step
+            if first is not None and first < step:
+                rank_zero_warn(
+                    f"the run went back to step {first} before, and returns to step {step} of an earlier branch: "
+                    f"{ExpertLoadFile.NAME} has lost the rows between"
+                )
+            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, step if first is None else first)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

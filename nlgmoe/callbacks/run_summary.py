@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -27,8 +28,8 @@ class RunSummary(CountsSteps):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
-    run. `tokens_per_second` and `step_seconds` cover only training steps, `validation_seconds` only validation; `wall_seconds`
-    includes waiting for data, other callbacks and checkpoints.
+    run, and `peak_memory_bytes` is the largest of them. `tokens_per_second` and `step_seconds` cover only training steps,
+    `validation_seconds` only validation; `wall_seconds` includes waiting for data, other callbacks and checkpoints.
     """
 
     @override
@@ -39,6 +40,8 @@ class RunSummary(CountsSteps):
         self._step_seconds = self._validation_seconds = 0.0
         self._fed_tokens = 0
         self._fit_started = self._validation_started = 0.0
+        self._peak_memory = 0  # of earlier starts, in bytes
+        self._device: torch.device | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -50,6 +53,7 @@ class RunSummary(CountsSteps):
             "step_seconds": self._step_seconds,
             "validation_seconds": self._validation_seconds,
             "fed_tokens": self._fed_tokens,
+            "peak_memory_bytes": self._peak_so_far(),
         }
 
     @override
@@ -62,6 +66,7 @@ class RunSummary(CountsSteps):
         self._step_seconds = state_dict["step_seconds"]
         self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0
         self._fed_tokens = state_dict["fed_tokens"]
+        self._peak_memory = state_dict.get("peak_memory_bytes", 0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,6 +85,7 @@ class RunSummary(CountsSteps):
                 "compares nothing with other models; remove it and set data.max_eval_windows, which counts for every domain"
             )
         self._fit_started, self._started = time.perf_counter(), 0.0
+        self._device = trainer.strategy.root_device
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -123,6 +129,9 @@ class RunSummary(CountsSteps):
         running = time.perf_counter() - self._fit_started if self._fit_started else 0.0
         return self._wall_seconds + running
 
+    def _peak_so_far(self) -> int:
+        return self._peak_memory if self._device is None else max(self._peak_memory, peak_memory_bytes(self._device))
+
     def _finite_losses(self) -> list[float]:
         return [loss for loss in self._losses if math.isfinite(loss)]
 
@@ -143,7 +152,7 @@ class RunSummary(CountsSteps):
                 **{name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)},
             },
             "tokens_per_second": self._fed_tokens / self._step_seconds if self._step_seconds else None,
-            "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
+            "peak_memory_bytes": self._peak_so_far(),
             "params_total": total,
             "params_active": active,
             "wall_seconds": self._wall_seconds,

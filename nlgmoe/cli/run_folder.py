@@ -45,6 +45,7 @@ class RunFolder(SaveConfigCallback):
     _resumed_of: str | None = None  # time at which that was saved
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
+    _rows = 0  # that `metrics.csv` had before this start
     _noted: bytes | None = None  # what the folder's note said before this start
     _notes: Path | None = None  # that note, once this start has written it
 
@@ -99,8 +100,15 @@ class RunFolder(SaveConfigCallback):
             self._holding.enter_context(held(folder))
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record a run that was at its end, and was validated with other settings or versions than the last start's."""
+        if not self.already_saved:
+            self.already_saved = True
+            self._record(trainer, trained=False)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release the folder; a run that was at its end has recorded no start."""
+        """Release the folder; a run that was at its end may have recorded no start."""
         if self._notes is not None:
             self._notes.unlink(missing_ok=True)
             self._notes = None
@@ -135,6 +143,8 @@ class RunFolder(SaveConfigCallback):
             refuse_second_run(folder, trainer.ckpt_path, checkpoint_folders(trainer))
         if trainer.is_global_zero:
             self._identify(folder, checkpoint_folders(trainer))
+            metrics = folder / "metrics.csv"  # before the validation that a resumed run may have left
+            self._rows = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
 
     def _identify(self, folder: Path, places: Sequence[Path]) -> None:
         """Set the run's id: that of the folder, of a checkpoint in it, or a new one; before anything is saved.
@@ -165,26 +175,37 @@ class RunFolder(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
 
     @override
-    @rank_zero_only
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` and `versions.json`, and record the start.
+        """Write `config.yaml` and `versions.json`, and record the start."""
+        self._record(trainer, trained=True)
+
+    @rank_zero_only
+    def _record(self, trainer: Trainer, trained: bool) -> None:
+        """Record the start, and that it trains in `config.yaml` and `versions.json`.
 
         The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from.
-        `starts.json` lists the starts in the order of time, each with the step from which its settings held, the
-        checkpoint that it resumed, and the rows that `metrics.csv` had.
+        `starts.json` lists the starts in the order of time, each with the step from which its settings held, the checkpoint
+        that it resumed, the start that had saved that, and the rows that `metrics.csv` had.
+
+        Args:
+            trainer: of the fit.
+            trained: it takes a step; if not, it is recorded only where anything has changed.
         """
         folder = Path(trainer.default_root_dir)
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
-        self._start = len(starts)
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
-        with atomic_write(folder / "config.yaml") as new:
-            self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
-            text = new.read_bytes()
+        text = (self.parser.dump(config, skip_none=False)).encode()
         name = starts[-1]["config"] if starts else ""
-        if not starts or not (folder / name).is_file() or (folder / name).read_bytes() != text:
+        changed = not starts or not (folder / name).is_file() or (folder / name).read_bytes() != text
+        if not trained and not changed and starts[-1]["versions"] == versions():
+            return
+        if changed:
             name = f"starts/{len(starts)}-step-{trainer.global_step}.yaml"
             (folder / name).write_bytes(text)
+        if trained or not starts:
+            with atomic_write(folder / "config.yaml") as new:
+                new.write_bytes(text)
         resumed = None if self._resumed is None else os.path.abspath(self._resumed)
         if resumed is not None and Path(resumed).is_relative_to(os.path.abspath(folder)):
             resumed = os.path.relpath(resumed, folder)  # the folder may be moved
@@ -195,13 +216,15 @@ class RunFolder(SaveConfigCallback):
             "versions": versions(),
             "checkpoint": resumed,
             "saved_at": self._resumed_of,
+            "of": self._start,
+            "rows": self._rows,
         }
-        metrics = folder / "metrics.csv"
-        start["rows"] = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
         write_json(folder / "starts.json", [*starts, start])
+        self._start = len(starts)
         (folder / RESUMING).unlink(missing_ok=True)
         self._notes = None
-        write_json(folder / "versions.json", start["versions"])
+        if trained or not starts:
+            write_json(folder / "versions.json", start["versions"])
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -268,7 +291,8 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
                 "before it saved one, start it again with --ckpt_path auto"
             )
         raise ValueError(
-            f"{folder} holds a run already: continue it with --ckpt_path last, or choose another trainer.default_root_dir"
+            f"{folder} holds a run already: continue it with --ckpt_path last (in Python, its folder as ckpt_path), or choose "
+            "another trainer.default_root_dir"
         )
     raise ValueError(_ANOTHER_RUN.format(folder, checkpoint))
 
@@ -325,7 +349,8 @@ def resolve_checkpoint(
     if (step := step_past_first_save(folder, keepers)) is not None:
         raise ValueError(
             f"ckpt_path={name}: {folder} has logged {step} steps but holds no checkpoint, and the run would start again at "
-            "step 0; bring its checkpoints back, or choose another trainer.default_root_dir"
+            "step 0; bring its checkpoints back, or choose another trainer.default_root_dir (a run that was killed before its "
+            "first save starts again with the interval of saves that it had)"
         )
     return None
 

@@ -7,12 +7,12 @@ up process groups in tables of `deepspeed.utils.groups`; here they are filled wi
 from __future__ import annotations
 
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 from deepspeed import ops
 from deepspeed.accelerator import get_accelerator, set_accelerator
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.accelerator.real_accelerator import SUPPORTED_ACCELERATOR_LIST
 from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
@@ -72,9 +72,10 @@ def disable_deepspeed_extensions() -> None:
 
 def use_device(device: torch.device) -> None:
     """Make DeepSpeed compute on the device of the run; it takes the machine's GPU, also where `trainer.accelerator` is cpu."""
-    known = {"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}
-    if device.type in known and get_accelerator().device_name() != device.type:
-        set_accelerator(known[device.type]())
+    name = device.type
+    if name in SUPPORTED_ACCELERATOR_LIST and get_accelerator().device_name() != name:
+        module = import_module(f"deepspeed.accelerator.{name}_accelerator")
+        set_accelerator(getattr(module, f"{name.upper()}_Accelerator")())
 
 
 def resolve_collectives_at_call() -> None:

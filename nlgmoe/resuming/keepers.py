@@ -10,6 +10,9 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.utilities import rank_zero_warn
+
+from nlgmoe.checkpoint.folder import read_document
 
 
 def saves_by_steps(callback: Callback) -> bool:
@@ -62,6 +65,51 @@ def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         state["best_k_models"] = {path.replace(old, new, 1): score for path, score in state["best_k_models"].items()}
 
 
+def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Leave out of `ModelCheckpoint`'s best what was saved again since, as by another branch, and all beyond `save_top_k`.
+
+    Lightning would take the score for that of the new weights, and delete nothing any more with more than `save_top_k`.
+    """
+    for one in trainer.checkpoint_callbacks:
+        state = checkpoint.get("callbacks", {}).get(one.state_key)
+        if not isinstance(one, ModelCheckpoint) or one.monitor is None or not state:
+            continue
+        best = {path: state["best_k_models"][path] for path in _by_score(one, state["best_k_models"])}
+        replaced = [path for path in best if _saved_at(path) > checkpoint["saved_at"]]
+        kept = [path for path in best if path not in replaced]
+        kept, surplus = (kept[: one.save_top_k], kept[one.save_top_k :]) if one.save_top_k > 0 else (kept, [])
+        if not replaced and not surplus:
+            continue
+        of = f"ModelCheckpoint, monitor={one.monitor}:"
+        if replaced:
+            rank_zero_warn(
+                f"{of} {', '.join(replaced)} was saved again after the checkpoint that is resumed, and does not have the weights "
+                "of its score any more; it does not count among the best"
+            )
+        if surplus:
+            rank_zero_warn(
+                f"{of} {len(surplus)} checkpoints exceed save_top_k={one.save_top_k}, and stay in {one.dirpath}: "
+                f"{', '.join(Path(path).name for path in surplus)}"
+            )
+        state["best_k_models"] = {path: best[path] for path in kept}
+        state["best_model_path"], state["kth_best_model_path"] = (kept[0], kept[-1]) if kept else ("", "")
+        state["best_model_score"] = best[kept[0]] if kept else None
+        if kept:
+            state["kth_value"] = best[kept[-1]]
+
+
+def _by_score(keeper: ModelCheckpoint, scores: dict[str, Any]) -> list[str]:
+    return sorted(scores, key=lambda path: float(scores[path]), reverse=keeper.mode == "max")
+
+
+def _saved_at(path: str) -> str:
+    """Return when a checkpoint was saved; an empty text if there is none any more."""
+    try:
+        return str(read_document(path)["saved_at"])
+    except (ValueError, OSError):
+        return ""
+
+
 def forget_deferred_saves(trainer: Trainer) -> None:
     """Make `ModelCheckpoint` not save after the next validation what it could not save yet, its metric being unknown.
 
@@ -73,16 +121,12 @@ def forget_deferred_saves(trainer: Trainer) -> None:
 
 
 def monitored(trainer: Trainer) -> dict[str, float]:
-    """Return the training metrics that callbacks monitor or write into file names; a resumed run may begin with them."""
+    """Return the metrics that callbacks monitor or write into file names; a resumed run begins with them."""
     names: set[str | None] = {one.monitor for one in trainer.early_stopping_callbacks if one is not None}
     for one in trainer.checkpoint_callbacks:
         if isinstance(one, ModelCheckpoint):
             names |= {one.monitor, *metrics_in_name(one)}
-    return {
-        name: float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name in names and not name.startswith("val/")
-    }
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
 
 
 def stopped_early(trainer: Trainer) -> EarlyStopping | None:

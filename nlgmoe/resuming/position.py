@@ -21,6 +21,7 @@ from nlgmoe.resuming.dataloaders import (
 )
 from nlgmoe.resuming.keepers import (
     follow_moved_folder,
+    keep_own_best,
     keep_patience,
     monitored,
     saves_by_steps,
@@ -56,7 +57,7 @@ class Position:
         self._validates_first = False
         self._missed: dict[str, list[Callback]] = {STEP: [], VALIDATION: []}
         self._idle: set[str] = set()  # state keys of callbacks that do not count a repeated validation again
-        self._monitored: dict[str, float] = {}  # training metrics of the last step
+        self._monitored: dict[str, float] = {}  # metrics of the last step and the latest validation
         self._other_steps = False  # the run had steps of more or fewer micro-batches
         self._of_dataloader: str | None = None  # a problem
         self._ended: int | None = None  # batches of the epoch that ended with the checkpoint
@@ -106,6 +107,7 @@ class Position:
         set_saved_step(trainer, step, self._missed[STEP])
         keep_patience(checkpoint, trainer)
         follow_moved_folder(checkpoint, trainer)
+        keep_own_best(checkpoint, trainer)
         if "loops" not in checkpoint:
             return
         self._of_dataloader = problem_of_dataloader(checkpoint, trainer.max_epochs)

@@ -62,6 +62,14 @@ def test_the_speed_of_the_summary_leaves_out_what_a_curriculum_cuts_off(tmp_path
     assert summary["tokens_per_second"] * summary["step_seconds"] == pytest.approx(summary["tokens"])
 
 
+def test_the_peak_of_memory_is_that_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for peak, resume in ((900, None), (600, tmp_path / "some.ckpt")):
+        monkeypatch.setattr("nlgmoe.callbacks.run_summary.peak_memory_bytes", lambda device: peak)  # noqa: B023
+        run = trainer(tmp_path, RunSummary(), SaveAt(2, tmp_path / "some.ckpt"), max_steps=3)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
+        assert json.loads((tmp_path / "summary.json").read_text())["peak_memory_bytes"] == 900
+
+
 class Unsized(torch.utils.data.IterableDataset):
     """Samples without a length."""
 

@@ -319,3 +319,42 @@ def test_a_run_that_early_stopping_has_ended_goes_on_with_more_patience_only(tmp
         with pytest.warns(UserWarning, match="EarlyStopping, monitor=val/loss, ended it at step 8; to go on, raise"):
             assert run(patience=1) == 8
     assert run(patience=2) == 12
+
+
+def test_a_resumed_run_writes_the_latest_validation_into_names(tmp_path: Path) -> None:
+    def names(folder: Path, *callbacks: Callback, resume: Path | None = None) -> set[str]:
+        keeper = {"every_n_train_steps": 2, "save_top_k": -1, "auto_insert_metric_name": False}
+        named = ModelCheckpoint(folder / "named", "{step}-{val/loss:.3f}-{train/loss:.3f}", **keeper)
+        every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(folder, named, every, *callbacks, resume=resume)
+        return {path.name for path in (folder / "named").iterdir()}
+
+    undisturbed = names(tmp_path)
+    assert len(undisturbed) == 4 and sum("-0.000-" in name for name in undisturbed) == 2  # before the first validation
+    crash = LambdaCallback(on_train_batch_start=lambda trainer, *_: 1 / (5 - trainer.global_step))
+    with pytest.raises(ZeroDivisionError):
+        names(tmp_path / "killed", crash)
+    assert names(tmp_path / "killed", resume=tmp_path / "killed/step=5.ckpt") == undisturbed
+
+
+@pytest.mark.parametrize(("mode", "before"), [("max", 4), ("min", 4), ("min", -1)])
+def test_a_lower_save_top_k_holds_from_then_on(mode: str, before: int, tmp_path: Path) -> None:
+    def fit_with(top_k: int, steps: int, resume: Path | None = None) -> ModelCheckpoint:
+        keeper = ModelCheckpoint(
+            tmp_path / "best",
+            "{step}",
+            monitor="train/tokens",
+            mode=mode,
+            save_top_k=top_k,
+            every_n_train_steps=1,
+            enable_version_counter=False,
+        )
+        fit(tmp_path, keeper, ModelCheckpoint(tmp_path, "last"), SaveAtEnd(), steps=steps, resume=resume)
+        return keeper
+
+    fit_with(before, 4)
+    with pytest.warns(UserWarning, match=r"2 checkpoints exceed save_top_k=2, and stay in .*/best: step=.*, step=.*"):
+        keeper = fit_with(2, 8, tmp_path)
+    best, surplus = ([7, 8], [1, 2]) if mode == "max" else ([1, 2], [3, 4])
+    assert sorted(steps(tmp_path / "best").values()) == sorted(best + surplus)
+    assert sorted(Path(path).name for path in keeper.best_k_models) == [f"step={step}.ckpt" for step in best]

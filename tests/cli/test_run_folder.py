@@ -27,6 +27,8 @@ from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.tools.report.tables import other_tokens
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -310,6 +312,90 @@ def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(
     with pytest.raises(SystemExit):
         main([*command, "--model.train_tokens=256"])
     assert not (tmp_path / "run" / RESUMING).exists()
+
+
+def test_a_finished_run_that_is_validated_with_other_settings_says_so(command: list[str], tmp_path: Path) -> None:
+    """It trains nothing, so `config.yaml` stays; its results are of the settings of the last start."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    fit = [*command, "--model.train_tokens=256"]
+    main([*fit, "--data.max_eval_windows=1"])
+    main([*fit, "--data.max_eval_windows=1", f"--trainer.default_root_dir={other}"])
+    trained, losses = (folder / "config.yaml").read_bytes(), []
+    for windows in (1, 3, 3):
+        main([*fit, f"--data.max_eval_windows={windows}", "--ckpt_path=auto"])
+        losses.append(json.loads((folder / "summary.json").read_text())["val_loss"])
+    assert losses[0] != losses[1] and (folder / "config.yaml").read_bytes() == trained
+    first, second = json.loads((folder / "starts.json").read_text())  # none for what has changed nothing
+    assert (first["step"], second["step"], second["of"]) == (0, 4, 0)
+    assert "max_eval_windows: 3" in (folder / second["config"]).read_text()
+    runs = read_runs([folder, other])
+    assert any("From step 4 on: data.max_eval_windows 1 -> 3" in issue for issue in runs[0].issues)
+    assert "data.max_eval_windows differs" in other_tokens(runs)
+    main([*command, "--model.train_tokens=320", "--data.max_eval_windows=1", "--ckpt_path=auto"])
+    assert other_tokens(read_runs([folder, other])) == ""
+
+
+def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes back to step 4 with another rate, is killed at step 7, and goes on from step 8 of the first branch."""
+    keepers = tmp_path / "keepers.yaml"
+    every = {"every_n_train_steps": 4, "filename": "step-{step}", "auto_insert_metric_name": False, "save_top_k": -1}
+    best = every | {"every_n_train_steps": None, "monitor": "val/loss", "filename": "best-{step}"}
+    keepers.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "callbacks": [
+                        {
+                            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                            "init_args": one | {"enable_version_counter": False},
+                        }
+                        for one in (every, best)
+                    ],
+                    "val_check_interval": 2,
+                    "log_every_n_steps": 1,
+                    "logger": None,
+                }
+            }
+        )
+    )
+
+    def train(folder: str, steps: int, *more: str) -> Path:
+        place = [f"--trainer.default_root_dir={tmp_path / folder}", f"--model.train_tokens={64 * steps}"]
+        main([*command, f"--config={keepers}", *place, *more])
+        return tmp_path / folder
+
+    undisturbed = train("undisturbed", 10)
+    run = train("run", 8)
+    saved = run / "checkpoints"
+    kill = "--trainer.callbacks+=tests.cli.test_run_folder.KillLater"
+    with pytest.raises(SystemExit):
+        train("run", 16, "--model.optimizer.lr=0.01", f"--ckpt_path={saved / 'step-4.ckpt'}", kill)
+    lost = (run / "expert_load.csv").read_text()
+    assert lost.splitlines()[-1].startswith("6,")
+    capsys.readouterr()
+    train("run", 10, f"--ckpt_path={saved / 'step-8.ckpt'}")
+    told = capsys.readouterr().err
+    ours, expected = read_runs([run, undisturbed])
+    for name in ("train/loss", "train/lr", "val/loss"):
+        assert ours.metrics[name].steps.tolist() == expected.metrics[name].steps.tolist(), name
+        assert ours.metrics[name].values.tolist() == expected.metrics[name].values.tolist(), name
+    assert not [issue for issue in ours.issues if issue.startswith("From step") and "lr" in issue]
+    assert any(issue.startswith("The run went back to step 4, and then went on from step 8") for issue in ours.issues)
+    whole = (undisturbed / "expert_load.csv").read_text().splitlines()
+    rows = [line for line in whole if not line.startswith(("4,", "5,", "6,", "7,"))]
+    assert (run / "expert_load.csv").read_text().splitlines() == rows
+    assert "the run went back to step 4 before, and returns to step 8 of an earlier branch" in told
+    assert "was saved again after the checkpoint that is resumed" in told
+
+
+class KillLater(Callback):
+    """Ends a run before its eighth step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 7:
+            raise ValueError("killed")
 
 
 def test_a_damaged_record_of_starts_is_told_before_anything_is_lost(

@@ -239,11 +239,11 @@ def _put_in_place(temporary: Path, folder: Path, overwrite: bool) -> None:
     if not (overwrite and folder.is_dir()):
         temporary.rename(folder)  # fails if another process has written there since
         return
-    for file in folder.iterdir():
+    # config.json first, and last: without it an incomplete folder cannot be loaded.
+    for file in sorted(folder.iterdir(), key=lambda file: file.name != "config.json"):
         if _REPLACED.fullmatch(file.name) and file.is_file():
             file.unlink()
     if (folder / "README.md").exists():
         (temporary / "README.md").unlink()
-    # config.json last: without it an incomplete folder cannot be loaded.
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(folder / file.name)

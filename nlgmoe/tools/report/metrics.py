@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,21 @@ from nlgmoe.monitoring.table_file import number, read_rows
 
 AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # metrics of the state after the logged step
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a run.
+
+    Attributes:
+        step: at which it began.
+        rows: that `metrics.csv` had before; None: unknown.
+        of: index of the start that had saved the checkpoint it resumed; None: the one before.
+    """
+
+    step: int
+    rows: int | None
+    of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,18 +58,19 @@ class Series:
         return Series(np.add.reduceat(self.steps, starts) / sizes, values)
 
 
-def read_metrics(path: Path, starts: Mapping[int, int] | None = None) -> dict[str, Series]:
+def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
     """Read every column of `metrics.csv`; a missing file is empty.
 
     The last row of a step counts. Where a resumed run goes back, all earlier rows of later steps are discarded, also of columns
-    that it does not log any more. An incomplete row is discarded.
+    that it does not log any more; where it returns to the checkpoint of an earlier start, that one's rows count again. An
+    incomplete row is discarded.
 
     Args:
         path: the file.
-        starts: step at which the run was resumed, by the number of rows before; without it the first row of a resumed run, at the
-            end of an interval, says where it goes back to.
+        starts: of the run; without them the first row of a resumed run, at the end of an interval, says where it goes back to.
     """
     columns: dict[str, list[tuple[float, float]]] = {}
+    branches: dict[int, dict[str, list[tuple[float, float]]]] = {}  # columns at the end of each start
 
     def keep(steps: float) -> dict[str, list[tuple[float, float]]]:
         """Return the rows of the first `steps` steps."""
@@ -64,9 +80,14 @@ def read_metrics(path: Path, starts: Mapping[int, int] | None = None) -> dict[st
         }
         return {name: rows for name, rows in kept.items() if rows}
 
+    latest = 0
     for index, row in enumerate(read_rows(path)):
-        if starts is not None and index in starts:
-            columns = keep(starts[index])
+        before = columns
+        for at, start in enumerate(starts):
+            if at and start.rows == index:
+                branches[latest], latest = columns, at
+                columns = before if start.of is None else branches.get(start.of, before)
+                columns = keep(start.step)
         step = number(row.get("step"))
         if step is None or not np.isfinite(step):
             continue

@@ -26,6 +26,7 @@ from nlgmoe.tools.report.metrics import (
     METRICS,
     ExpertLoads,
     Series,
+    Start,
     damaged_rows,
     read_expert_loads,
     read_metrics,
@@ -51,7 +52,8 @@ class Run:
         metrics: columns of `metrics.csv`.
         loads: `expert_load.csv`.
         specialisation: specialisation at the last validation.
-        config: the resolved configuration, nested.
+        config: the resolved configuration with which it trained last, nested.
+        validated: that of the last start, which may have validated alone.
         summary: `summary.json`.
         versions: `versions.json`.
         issues: missing or damaged files and changed settings, a sentence each.
@@ -68,6 +70,7 @@ class Run:
     versions: dict[str, str]
     issues: list[str] = field(default_factory=list)
     samples: str = ""
+    validated: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> GPTConfig | None:
@@ -167,6 +170,7 @@ def _read(folder: Path, name: str) -> Run:
             issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
     run = Run(name, folder, metrics, read_expert_loads(folder / LOADS), None, config, summary, versions, issues)
     run.samples = _samples(folder / SAMPLES, issues)
+    run.validated = _last_config(folder) or config
     if run.model is not None and run.model.moe is None:
         issues.append("A dense model: it has no experts to show.")
         return run
@@ -198,35 +202,74 @@ def _load_starts(folder: Path) -> Any:
     return json.loads((folder / STARTS).read_text(encoding="utf-8"))
 
 
-def _starts(folder: Path) -> dict[int, int]:
-    """Return the step of each start by the rows that were logged before; without those of an older nlgmoe."""
+def _starts(folder: Path) -> list[Start]:
+    """Return the starts of a run; empty if they cannot be read."""
     try:
-        starts = _load_starts(folder)
-        return {int(start["rows"]): int(start["step"]) for start in starts if "rows" in start}
+        return [
+            Start(int(start["step"]), start.get("rows"), _index(start.get("of"), at))
+            for at, start in enumerate(_load_starts(folder))
+        ]
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return {}  # `_changes` reports it
+        return []  # `_changes` reports it
+
+
+def _index(of: Any, at: int) -> int | None:
+    return of if isinstance(of, int) and 0 <= of < at else None
+
+
+def _branch(starts: list[Start]) -> list[int]:
+    """Return the starts that led to the last one, oldest first; others were left, and trained nothing of the result."""
+    at, found = len(starts) - 1, []
+    while at >= 0:
+        found.append(at)
+        of = starts[at].of
+        at = at - 1 if of is None else of
+    return found[::-1]
+
+
+def _last_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the last start; empty if it cannot be read."""
+    try:
+        return _config(folder, _load_starts(folder)[-1])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
+        return {}
+
+
+def _config(folder: Path, start: Any) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)
+    return found
 
 
 def _changes(folder: Path) -> list[str]:
-    """List the settings and versions that changed between starts of a run."""
+    """List the settings and versions that changed between starts of a run, and what it lost where it returned to a branch."""
     try:
-        starts = _load_starts(folder)
-        settings = [
-            flattened(yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)) for start in starts
+        starts, of = _load_starts(folder), _starts(folder)
+        branch = [
+            (start["step"], start["versions"], flattened(_config(folder, start)))
+            for start in map(starts.__getitem__, _branch(of))
         ]
         found = []
-        for (before, after), (old, new) in zip(pairwise(starts), pairwise(settings), strict=True):
-            made = [{f"version of {name}": text for name, text in one["versions"].items()} for one in (before, after)]
-            old, new = old | made[0], new | made[1]
+        for (_, made, old), (step, made_now, new) in pairwise(branch):
+            old, new = (
+                settings | {f"version of {name}": text for name, text in by.items()}
+                for settings, by in ((old, made), (new, made_now))
+            )
             changed = [
                 f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)
             ]
             if changed:
-                found.append(f"From step {after['step']:,} on: {', '.join(changed)}.")
+                found.append(f"From step {step:,} on: {', '.join(changed)}.")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return [f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings."]
+    for at, start in enumerate(of):
+        left = min([other.step for other in of[start.of + 1 : at]] if start.of is not None else [], default=start.step)
+        if left < start.step and at in _branch(of):
+            found.append(
+                f"The run went back to step {left:,}, and then went on from step {start.step:,} of the branch that it had left: "
+                f"{LOADS} has no rows between."
+            )
     return found
 
 
