@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -81,7 +80,7 @@ class ExpertLoad(CountsSteps):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find out which rows of the file are of another branch of the run."""
-        if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+        if trainer.is_global_zero:
             self._first_step = first_step_of_others(Path(trainer.default_root_dir), checkpoint)
 
     @override

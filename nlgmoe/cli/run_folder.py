@@ -42,7 +42,9 @@ class RunFolder(SaveConfigCallback):
 
     _holding: ExitStack | None = None  # the folder, in `fit`
     _resumed: str | None = None  # the checkpoint that this start resumes
-    _resumed_of: str | None = None  # time at which that was saved
+    _resumed_saved_at: str | None = (
+        None  # when that was saved, if it is outside the folder; the run saves its own again
+    )
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
     _rows = 0  # that `metrics.csv` had before this start
@@ -52,12 +54,11 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the path of the checkpoint, also where a run folder was given."""
-        self._resumed, self._resumed_of = checkpoint["path"], checkpoint["saved_at"]
-        self._start, self._run = checkpoint.get("start"), checkpoint.get("run")
+        folder = Path(trainer.default_root_dir)
+        self._resumed, self._start, self._run = checkpoint["path"], checkpoint.get("start"), checkpoint.get("run")
+        self._resumed_saved_at = None if is_of_run(checkpoint["path"], folder) else checkpoint["saved_at"]
         if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
-            self.note(
-                Path(trainer.default_root_dir), checkpoint["path"], checkpoint["global_step"], checkpoint["saved_at"]
-            )
+            self.note(folder, checkpoint["path"], checkpoint["global_step"], self._resumed_saved_at)
 
     def note(self, folder: Path, checkpoint: Any, step: int | None = None, saved_at: str | None = None) -> None:
         """Note in the run folder what this start resumes: it may be killed before it is recorded, by the first step.
@@ -66,7 +67,7 @@ class RunFolder(SaveConfigCallback):
             folder: the run folder.
             checkpoint: its path, or that of the run folder in which it is still to be chosen.
             step: of it; None: not read yet.
-            saved_at: when it was saved; None: not read yet.
+            saved_at: when it was saved; None: not read yet, or of this run.
         """
         if self._notes is None:
             self._notes = folder / RESUMING
@@ -94,14 +95,14 @@ class RunFolder(SaveConfigCallback):
         if stage in ("fit", "predict"):
             require_writable(folder, checkpoint_folders(trainer) if stage == "fit" else ())
         if stage == "fit":  # not what an evaluation has loaded; a checkpoint to resume is loaded after this
-            self._resumed = self._resumed_of = self._start = self._run = None
+            self._resumed = self._resumed_saved_at = self._start = self._run = None
         if stage == "fit" and trainer.is_global_zero:
             self._holding = ExitStack()
             self._holding.enter_context(held(folder))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record a run that was at its end, and was validated with other settings or versions than the last start's."""
+        """Record a start that took no step, as at the end of a run, if settings or versions differ from the last start's."""
         if not self.already_saved:
             self.already_saved = True
             self._record(trainer, trained=False)
@@ -189,21 +190,21 @@ class RunFolder(SaveConfigCallback):
 
         Args:
             trainer: of the fit.
-            trained: it takes a step; if not, it is recorded only where anything has changed.
+            trained: it takes a step; if not, it is recorded only if the folder has a start, with other settings or versions.
         """
         folder = Path(trainer.default_root_dir)
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
-        text = (self.parser.dump(config, skip_none=False)).encode()
+        text = self.parser.dump(config, skip_none=False).encode()
         name = starts[-1]["config"] if starts else ""
         changed = not starts or not (folder / name).is_file() or (folder / name).read_bytes() != text
-        if not trained and not changed and starts[-1]["versions"] == versions():
+        if not trained and (not starts or (not changed and starts[-1]["versions"] == versions())):
             return
         if changed:
             name = f"starts/{len(starts)}-step-{trainer.global_step}.yaml"
             (folder / name).write_bytes(text)
-        if trained or not starts:
+        if trained:
             with atomic_write(folder / "config.yaml") as new:
                 new.write_bytes(text)
         resumed = None if self._resumed is None else os.path.abspath(self._resumed)
@@ -215,15 +216,15 @@ class RunFolder(SaveConfigCallback):
             "config": name,
             "versions": versions(),
             "checkpoint": resumed,
-            "saved_at": self._resumed_of,
-            "of": self._start,
+            "saved_at": self._resumed_saved_at,
+            "parent": self._start,
             "rows": self._rows,
         }
         write_json(folder / "starts.json", [*starts, start])
         self._start = len(starts)
         (folder / RESUMING).unlink(missing_ok=True)
         self._notes = None
-        if trained or not starts:
+        if trained:
             write_json(folder / "versions.json", start["versions"])
 
 

@@ -218,8 +218,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if self.stage > 0:
             # The host waits for the device behind every backward pass with it, and one rank has nothing to overlap. DeepSpeed may
             # free the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
-            fit = all(one.numel() <= self._bucket_size for one in model.parameters())
-            self.config["zero_optimization"]["overlap_comm"] = self.world_size > 1 and fit
+            fits = all(one.numel() <= self._bucket_size for one in model.parameters())
+            self.config["zero_optimization"]["overlap_comm"] = self.world_size > 1 and fits
         for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count
             if degree > 1:

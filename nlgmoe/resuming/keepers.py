@@ -74,28 +74,32 @@ def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         state = checkpoint.get("callbacks", {}).get(one.state_key)
         if not isinstance(one, ModelCheckpoint) or one.monitor is None or not state:
             continue
+        if state["dirpath"] != str(one.dirpath):
+            continue  # of another run: Lightning does not take them
         best = {path: state["best_k_models"][path] for path in _by_score(one, state["best_k_models"])}
-        replaced = [path for path in best if _saved_at(path) > checkpoint["saved_at"]]
+        # Rank 0 decides: others may see a file later, and `ModelCheckpoint` needs the same scores on all.
+        saved_at = {path: _saved_at(path) for path in best} if trainer.is_global_zero else {}
+        saved_at = trainer.strategy.broadcast(saved_at)
+        replaced = [path for path in best if saved_at[path] > checkpoint["saved_at"]]
         kept = [path for path in best if path not in replaced]
         kept, surplus = (kept[: one.save_top_k], kept[one.save_top_k :]) if one.save_top_k > 0 else (kept, [])
-        if not replaced and not surplus:
+        if len(kept) == len(best):
             continue
-        of = f"ModelCheckpoint, monitor={one.monitor}:"
+        there = [Path(path).name for path in surplus if saved_at[path]]
+        name = f"ModelCheckpoint, monitor={one.monitor}:"
         if replaced:
             rank_zero_warn(
-                f"{of} {', '.join(replaced)} was saved again after the checkpoint that is resumed, and does not have the weights "
-                "of its score any more; it does not count among the best"
+                f"{name} {', '.join(replaced)} was saved again after the checkpoint that is resumed, and has not the weights of "
+                "its score any more; it does not count among the best"
             )
-        if surplus:
+        if there:
             rank_zero_warn(
-                f"{of} {len(surplus)} checkpoints exceed save_top_k={one.save_top_k}, and stay in {one.dirpath}: "
-                f"{', '.join(Path(path).name for path in surplus)}"
+                f"{name} {len(there)} checkpoints exceed save_top_k={one.save_top_k}, and stay in {one.dirpath}: "
+                f"{', '.join(there)}"
             )
         state["best_k_models"] = {path: best[path] for path in kept}
         state["best_model_path"], state["kth_best_model_path"] = (kept[0], kept[-1]) if kept else ("", "")
         state["best_model_score"] = best[kept[0]] if kept else None
-        if kept:
-            state["kth_value"] = best[kept[-1]]
 
 
 def _by_score(keeper: ModelCheckpoint, scores: dict[str, Any]) -> list[str]:

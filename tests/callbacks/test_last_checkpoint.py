@@ -358,3 +358,15 @@ def test_a_lower_save_top_k_holds_from_then_on(mode: str, before: int, tmp_path:
     best, surplus = ([7, 8], [1, 2]) if mode == "max" else ([1, 2], [3, 4])
     assert sorted(steps(tmp_path / "best").values()) == sorted(best + surplus)
     assert sorted(Path(path).name for path in keeper.best_k_models) == [f"step={step}.ckpt" for step in best]
+
+
+def test_the_best_of_another_folder_are_none(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for folder, top_k in (("a", 3), ("b", 1)):
+        keeper = ModelCheckpoint(
+            tmp_path / folder, "{step}", monitor="train/loss", save_top_k=top_k, every_n_train_steps=1
+        )
+        fit(
+            tmp_path / folder, keeper, steps=4 if folder == "a" else 6, resume=tmp_path / "a" if folder == "b" else None
+        )
+    assert not [one for one in recwarn if "save_top_k" in str(one.message)]
+    assert len(steps(tmp_path / "a")) == 3 and len(steps(tmp_path / "b")) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def test_a_finished_run_that_is_validated_with_other_settings_says_so(command: l
         losses.append(json.loads((folder / "summary.json").read_text())["val_loss"])
     assert losses[0] != losses[1] and (folder / "config.yaml").read_bytes() == trained
     first, second = json.loads((folder / "starts.json").read_text())  # none for what has changed nothing
-    assert (first["step"], second["step"], second["of"]) == (0, 4, 0)
+    assert (first["step"], second["step"], second["parent"]) == (0, 4, 0)
     assert "max_eval_windows: 3" in (folder / second["config"]).read_text()
     runs = read_runs([folder, other])
     assert any("From step 4 on: data.max_eval_windows 1 -> 3" in issue for issue in runs[0].issues)
@@ -336,7 +337,7 @@ def test_a_finished_run_that_is_validated_with_other_settings_says_so(command: l
 
 
 def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """It goes back to step 4 with another rate, is killed at step 7, and goes on from step 8 of the first branch."""
     keepers = tmp_path / "keepers.yaml"
@@ -374,9 +375,9 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
         train("run", 16, "--model.optimizer.lr=0.01", f"--ckpt_path={saved / 'step-4.ckpt'}", kill)
     lost = (run / "expert_load.csv").read_text()
     assert lost.splitlines()[-1].startswith("6,")
-    capsys.readouterr()
+    recwarn.clear()
     train("run", 10, f"--ckpt_path={saved / 'step-8.ckpt'}")
-    told = capsys.readouterr().err
+    told = " ".join(str(one.message) for one in recwarn)
     ours, expected = read_runs([run, undisturbed])
     for name in ("train/loss", "train/lr", "val/loss"):
         assert ours.metrics[name].steps.tolist() == expected.metrics[name].steps.tolist(), name
@@ -388,6 +389,52 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
     assert (run / "expert_load.csv").read_text().splitlines() == rows
     assert "the run went back to step 4 before, and returns to step 8 of an earlier branch" in told
     assert "was saved again after the checkpoint that is resumed" in told
+
+
+class Terminate(Callback):
+    """Gets a signal at the end of the fourth step, whose validation is due; or `kill` ends the run after so many steps."""
+
+    def __init__(self, kill: int = 0) -> None:
+        self.kill = kill
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.kill and trainer.global_step == self.kill:
+            killed()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4 and not self.kill:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("killed_at", [4, 5])
+def test_a_run_that_saves_the_resumed_checkpoint_again_goes_on_from_it(
+    killed_at: int, command: list[str], tmp_path: Path
+) -> None:
+    """After the validation that was due; it is killed before the start is recorded, or after that."""
+    saved = tmp_path / "run/checkpoints/last.ckpt"
+    keeper = ["ModelCheckpoint", "filename=last", "enable_version_counter=false"]
+    fit = [*command, "--model.train_tokens=384", f"--trainer.callbacks+={keeper[0]}"]
+    fit += [f"--trainer.callbacks.{one}" for one in keeper[1:]]
+    times = []
+    for kill in (0, killed_at):
+        end = ["--trainer.callbacks+=tests.cli.test_run_folder.Terminate", f"--trainer.callbacks.kill={kill}"]
+        with pytest.raises(SystemExit):
+            main([*fit, *end, "--ckpt_path=auto"])
+        times.append(read_document(saved)["saved_at"])
+    assert times[0] < times[1] and read_document(saved)["global_step"] == 4
+    main([*fit, "--ckpt_path=auto"])
+    steps = [one["step"] for one in json.loads((tmp_path / "run/starts.json").read_text())]
+    assert steps == ([0, 4] if killed_at == 4 else [0, 4, 4])
+
+
+def test_a_fork_at_its_end_is_no_run_yet(command: list[str], tmp_path: Path) -> None:
+    main([*command, "--model.train_tokens=256"])
+    fork = [*command, f"--trainer.default_root_dir={tmp_path / 'fork'}"]
+    fork += [f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"]
+    main([*fork, "--model.train_tokens=256"])
+    main([*fork, "--model.train_tokens=320"])  # as the warning of the first one says
+    (start,) = json.loads((tmp_path / "fork/starts.json").read_text())
+    assert start["step"] == 4
 
 
 class KillLater(Callback):

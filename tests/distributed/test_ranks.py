@@ -695,7 +695,7 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
     summary = document["callbacks"]["RunSummary"]
     assert document["callbacks"]["Throughput"].pop("elapsed") > 0
     document.pop("saved_at")
-    for name in ("wall_seconds", "step_seconds"):
+    for name in ("wall_seconds", "step_seconds", "peak_memory_bytes"):
         assert summary.pop(name) > 0
     assert summary.pop("validation_seconds") >= 0
     document.pop("loss_scale", None)

@@ -63,4 +63,6 @@ def test_few_tokens_are_decoded_where_the_host_waits_for_the_experts_anyway(monk
     few = {kind: torch.empty(4, 16, dtype=kind, device="meta") for kind in (torch.float32, torch.float64)}
     assert found.can_decode(few[torch.float64], 4)  # experts one by one
     assert not found.can_decode(few[torch.float32], 4)  # one grouped product
+    with torch.enable_grad():
+        assert not found.can_decode(few[torch.float64], 4)
     assert not found.can_decode(few[torch.float64], 9) and not found.can_decode(few[torch.float64], 0)

@@ -135,6 +135,29 @@ def test_damaged_rows_and_changed_settings_are_listed(tmp_path: Path) -> None:
     assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
 
 
+@pytest.mark.parametrize("damaged", ["[{}]", '[{"step": "x"}]', '{"a": 1}', "[1, 2]", '[{"step": 0, "parent": 0}]'])
+def test_a_damaged_record_of_starts_is_an_issue(damaged: str, tmp_path: Path) -> None:
+    (folder(tmp_path / "run", metrics__csv=METRICS) / "starts.json").write_text(damaged)
+    assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
+
+
+def test_a_configuration_that_is_none_is_an_issue(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics__csv=METRICS, config__yaml="data: {corpus: a}")
+    (run / "bad.yaml").write_text("- data")
+    (run / "starts.json").write_text(json.dumps([{"step": 0, "config": "bad.yaml", "versions": {}}]))
+    (found,) = read_runs([run])
+    assert any("starts.json cannot be read" in note for note in found.issues)
+    assert found.validated == found.config == {"data": {"corpus": "a"}}
+
+
+def test_a_run_that_was_killed_and_resumed_has_lost_no_rows(tmp_path: Path) -> None:
+    """The second start saved nothing."""
+    run = folder(tmp_path / "run", metrics__csv=METRICS)
+    starts = [{"step": 0}, {"step": 4, "parent": 0}, {"step": 4, "parent": 0}, {"step": 8, "parent": 2}]
+    (run / "starts.json").write_text(json.dumps(starts))
+    assert not [note for note in read_runs([run])[0].issues if note.startswith("The run went back")]
+
+
 def test_settings_that_differ(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
         folder(

@@ -21,12 +21,12 @@ class Start:
     Attributes:
         step: at which it began.
         rows: that `metrics.csv` had before; None: unknown.
-        of: index of the start that had saved the checkpoint it resumed; None: the one before.
+        parent: index of the start that had saved the checkpoint it resumed; None: the one before.
     """
 
     step: int
     rows: int | None
-    of: int | None = None
+    parent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
         for at, start in enumerate(starts):
             if at and start.rows == index:
                 branches[latest], latest = columns, at
-                columns = before if start.of is None else branches.get(start.of, before)
+                columns = before if start.parent is None else branches.get(start.parent, before)
                 columns = keep(start.step)
         step = number(row.get("step"))
         if step is None or not np.isfinite(step):

@@ -66,11 +66,11 @@ class Run:
     loads: ExpertLoads | None
     specialisation: Specialisation | None
     config: dict[str, Any]
+    validated: dict[str, Any]
     summary: dict[str, Any]
     versions: dict[str, str]
     issues: list[str] = field(default_factory=list)
     samples: str = ""
-    validated: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> GPTConfig | None:
@@ -159,18 +159,21 @@ def _read(folder: Path, name: str) -> Run:
     config = _document(folder / CONFIG, "no settings, and no names of blocks", issues)
     summary = _document(folder / SUMMARY, "the run did not reach its end, or has not yet", issues)
     versions = _document(folder / VERSIONS, "no versions", issues)
-    metrics = read_metrics(folder / METRICS, _starts(folder))
+    record = _read_starts(folder, issues)
+    metrics = read_metrics(folder / METRICS, record.starts)
     if not metrics:
         issues.append(f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.")
     if bad := damaged_rows(folder / METRICS):
         issues.append(f"{METRICS} has {bad:,} damaged rows: what cannot be read of them is left out.")
-    issues += _changes(folder)
+    issues += _changes(record)
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
         if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
             issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
-    run = Run(name, folder, metrics, read_expert_loads(folder / LOADS), None, config, summary, versions, issues)
+    validated = record.configs[-1] if record.configs else config
+    run = Run(
+        name, folder, metrics, read_expert_loads(folder / LOADS), None, config, validated, summary, versions, issues
+    )
     run.samples = _samples(folder / SAMPLES, issues)
-    run.validated = _last_config(folder) or config
     if run.model is not None and run.model.moe is None:
         issues.append("A dense model: it has no experts to show.")
         return run
@@ -197,77 +200,60 @@ def _samples(path: Path, issues: list[str]) -> str:
         return ""
 
 
-def _load_starts(folder: Path) -> Any:
-    require_regular(folder / STARTS, "replace it")
-    return json.loads((folder / STARTS).read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class _Record:
+    """`starts.json`: the starts, their package versions and configurations; those are empty if one cannot be read."""
+
+    starts: list[Start] = field(default_factory=list)
+    versions: list[dict[str, str]] = field(default_factory=list)
+    configs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _starts(folder: Path) -> list[Start]:
-    """Return the starts of a run; empty if they cannot be read."""
+def _read_starts(folder: Path, issues: list[str]) -> _Record:
+    record = _Record()
     try:
-        return [
-            Start(int(start["step"]), start.get("rows"), _index(start.get("of"), at))
-            for at, start in enumerate(_load_starts(folder))
-        ]
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return []  # `_changes` reports it
-
-
-def _index(of: Any, at: int) -> int | None:
-    return of if isinstance(of, int) and 0 <= of < at else None
+        require_regular(folder / STARTS, "replace it")
+        found = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+        starts = [Start(int(one["step"]), one.get("rows"), one.get("parent")) for one in found]
+        if any(one.parent is not None and not 0 <= one.parent < at for at, one in enumerate(starts)):
+            raise ValueError("a start has a later one as its parent")
+        record = _Record(starts)
+        configs = [yaml.load((folder / one["config"]).read_text(encoding="utf-8"), LOADER) for one in found]
+        record = _Record(starts, [dict(one["versions"]) for one in found], [dict(one) for one in configs])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        issues.append(f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings.")
+    return record
 
 
 def _branch(starts: list[Start]) -> list[int]:
-    """Return the starts that led to the last one, oldest first; others were left, and trained nothing of the result."""
+    """Return the starts that led to the last one, oldest first; others did not contribute to the result."""
     at, found = len(starts) - 1, []
     while at >= 0:
         found.append(at)
-        of = starts[at].of
-        at = at - 1 if of is None else of
+        parent = starts[at].parent
+        at = at - 1 if parent is None else parent
     return found[::-1]
 
 
-def _last_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of the last start; empty if it cannot be read."""
-    try:
-        return _config(folder, _load_starts(folder)[-1])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
-        return {}
-
-
-def _config(folder: Path, start: Any) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.load((folder / start["config"]).read_text(encoding="utf-8"), LOADER)
-    return found
-
-
-def _changes(folder: Path) -> list[str]:
-    """List the settings and versions that changed between starts of a run, and what it lost where it returned to a branch."""
-    try:
-        starts, of = _load_starts(folder), _starts(folder)
-        branch = [
-            (start["step"], start["versions"], flattened(_config(folder, start)))
-            for start in map(starts.__getitem__, _branch(of))
-        ]
-        found = []
-        for (_, made, old), (step, made_now, new) in pairwise(branch):
-            old, new = (
-                settings | {f"version of {name}": text for name, text in by.items()}
-                for settings, by in ((old, made), (new, made_now))
-            )
-            changed = [
-                f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)
-            ]
-            if changed:
-                found.append(f"From step {step:,} on: {', '.join(changed)}.")
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        return [f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings."]
-    for at, start in enumerate(of):
-        left = min([other.step for other in of[start.of + 1 : at]] if start.of is not None else [], default=start.step)
-        if left < start.step and at in _branch(of):
+def _changes(record: _Record) -> list[str]:
+    """List the settings and versions that changed between starts of a run, and the rows lost where it returned to a branch."""
+    starts, branch, found = record.starts, _branch(record.starts), []
+    for before, after in pairwise(branch if record.configs else []):
+        old, new = (
+            flattened(record.configs[at]) | {f"version of {name}": text for name, text in record.versions[at].items()}
+            for at in (before, after)
+        )
+        changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+        if changed:
+            found.append(f"From step {starts[after].step:,} on: {', '.join(changed)}.")
+    for at in branch:
+        step, parent = starts[at].step, starts[at].parent
+        left = step if parent is None else min([one.step for one in starts[parent + 1 : at]], default=step)
+        if left < step:
             found.append(
-                f"The run went back to step {left:,}, and then went on from step {start.step:,} of the branch that it had left: "
+                f"The run went back to step {left:,}, and then went on from step {step:,} of the branch that it had left: "
                 f"{LOADS} has no rows between."
             )
     return found
