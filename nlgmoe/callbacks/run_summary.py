@@ -117,7 +117,10 @@ class RunSummary(CountsSteps):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
-        if not trainer.is_global_zero:
+        kept = (
+            not self._started and not trainer.enable_validation
+        )  # no step and no validation: the results are those there
+        if not trainer.is_global_zero or (kept and Path(trainer.default_root_dir, "summary.json").exists()):
             return
         assert isinstance(pl_module, MoEGPTModule)
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)

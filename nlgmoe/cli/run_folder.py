@@ -190,17 +190,22 @@ class RunFolder(SaveConfigCallback):
 
         Args:
             trainer: of the fit.
-            trained: it takes a step; if not, it is recorded only if the folder has a start, with other settings or versions.
+            trained: it takes a step. If not, it is recorded only where the last start was of another branch, or had other
+                settings or versions.
         """
         folder = Path(trainer.default_root_dir)
-        (folder / "starts").mkdir(parents=True, exist_ok=True)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         text = self.parser.dump(config, skip_none=False).encode()
         name = starts[-1]["config"] if starts else ""
         changed = not starts or not (folder / name).is_file() or (folder / name).read_bytes() != text
-        if not trained and (not starts or (not changed and starts[-1]["versions"] == versions())):
+        if self._start is not None and self._start >= len(starts):
+            self._start = None  # its record was removed
+        last = _last_trained(starts, len(starts) - 1)
+        base = last if self._start is None else _last_trained(starts, self._start)
+        if not trained and (not starts or (not changed and starts[-1]["versions"] == versions() and base == last)):
             return
+        (folder / "starts").mkdir(parents=True, exist_ok=True)
         if changed:
             name = f"starts/{len(starts)}-step-{trainer.global_step}.yaml"
             (folder / name).write_bytes(text)
@@ -218,14 +223,18 @@ class RunFolder(SaveConfigCallback):
             "checkpoint": resumed,
             "saved_at": self._resumed_saved_at,
             "parent": self._start,
+            "trained": trained,
             "rows": self._rows,
         }
         write_json(folder / "starts.json", [*starts, start])
-        self._start = len(starts)
         (folder / RESUMING).unlink(missing_ok=True)
         self._notes = None
         if trained:
             write_json(folder / "versions.json", start["versions"])
+        elif base != last and (folder / starts[base]["config"]).is_file():  # it returned to the branch of another start
+            shutil.copy(folder / starts[base]["config"], folder / "config.yaml")
+            write_json(folder / "versions.json", starts[base]["versions"])
+        self._start = len(starts)
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -254,8 +263,17 @@ def _recorded_starts(folder: Path) -> list[dict[str, Any]]:
     if not (folder / "config.yaml").exists() or not (folder / "versions.json").exists():
         return []
     name = "starts/0-step-0.yaml"
+    (folder / "starts").mkdir(exist_ok=True)
     shutil.copy(folder / "config.yaml", folder / name)
     return [{"step": 0, "config": name, "versions": json.loads((folder / "versions.json").read_text())}]
+
+
+def _last_trained(starts: list[dict[str, Any]], at: int) -> int:
+    """Return the start whose steps led to start `at`: itself, or that of the checkpoint which it only validated."""
+    while at > 0 and not starts[at].get("trained", True):
+        parent = starts[at].get("parent")
+        at = at - 1 if parent is None else parent
+    return at
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:

@@ -25,6 +25,6 @@ def first_step_of_others(folder: Path, checkpoint: dict[str, Any]) -> int:
         starts = json.loads((folder / "starts.json").read_text())
         if start is None or starts[0]["run"] != checkpoint.get("run"):
             return int(step)
-        return int(min([step, *(one["step"] for one in starts[start + 1 :])]))
+        return int(min([step, *(one["step"] for one in starts[start + 1 :] if one.get("trained", True))]))
     except (OSError, ValueError, LookupError, TypeError):
         return int(step)

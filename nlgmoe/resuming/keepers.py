@@ -66,9 +66,9 @@ def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Leave out of `ModelCheckpoint`'s best what was saved again since, as by another branch, and all beyond `save_top_k`.
+    """Leave out of `ModelCheckpoint`'s best what another branch has deleted or replaced since, and all beyond `save_top_k`.
 
-    Lightning would take the score for that of the new weights, and delete nothing any more with more than `save_top_k`.
+    Lightning would hold new scores against those, and delete nothing any more with more than `save_top_k`.
     """
     for one in trainer.checkpoint_callbacks:
         state = checkpoint.get("callbacks", {}).get(one.state_key)
@@ -80,7 +80,7 @@ def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         # Rank 0 decides: others may see a file later, and `ModelCheckpoint` needs the same scores on all.
         saved_at = {path: _saved_at(path) for path in best} if trainer.is_global_zero else {}
         saved_at = trainer.strategy.broadcast(saved_at)
-        replaced = [path for path in best if saved_at[path] > checkpoint["saved_at"]]
+        replaced = [path for path in best if not saved_at[path] or saved_at[path] > checkpoint["saved_at"]]
         kept = [path for path in best if path not in replaced]
         kept, surplus = (kept[: one.save_top_k], kept[one.save_top_k :]) if one.save_top_k > 0 else (kept, [])
         if len(kept) == len(best):
@@ -89,8 +89,8 @@ def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         name = f"ModelCheckpoint, monitor={one.monitor}:"
         if replaced:
             rank_zero_warn(
-                f"{name} {', '.join(replaced)} was saved again after the checkpoint that is resumed, and has not the weights of "
-                "its score any more; it does not count among the best"
+                f"{name} {', '.join(replaced)} is gone, or was saved again after the checkpoint that is resumed: its score does "
+                "not count among the best"
             )
         if there:
             rank_zero_warn(

@@ -147,7 +147,11 @@ class Position:
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps = self._max_steps
             self._max_steps = None  # it may be raised before the next fit
-        metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._monitored.items()}
+        metrics = {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in self._monitored.items()
+            if trainer.enable_validation or not name.startswith("val/")  # else it would be the result of the run
+        }
         trainer._logger_connector._callback_metrics.update(metrics)
         if end is not None:
             rank_zero_warn(f"the run is at its end: {end}")

@@ -1,13 +1,17 @@
 """The last step of a run is saved for all settings of ModelCheckpoint."""
 
+import json
+import shutil
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint, Timer
 
-from nlgmoe.callbacks import SaveAtEnd
+from nlgmoe.callbacks import RunSummary, SaveAtEnd
 from nlgmoe.checkpoint.folder import read_document
 from tests.checkpoint.runs import ACCUMULATE, SaveAt, fit
 from tests.synthetic import SyntheticData
@@ -370,3 +374,41 @@ def test_the_best_of_another_folder_are_none(tmp_path: Path, recwarn: pytest.War
         )
     assert not [one for one in recwarn if "save_top_k" in str(one.message)]
     assert len(steps(tmp_path / "a")) == 3 and len(steps(tmp_path / "b")) == 1
+
+
+def test_a_best_checkpoint_that_is_gone_is_none(tmp_path: Path) -> None:
+    """Another branch has replaced it by a better one; of this branch the best is kept."""
+
+    def keeper() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "best", "{step}", monitor="train/tokens", every_n_train_steps=1)
+
+    fit(tmp_path, keeper(), SaveAt(2 * ACCUMULATE, tmp_path / "two.ckpt"), steps=2)
+    shutil.rmtree(tmp_path / "best/step=1.ckpt")
+    with pytest.warns(UserWarning, match=r"best/step=1.ckpt is gone, or was saved again"):
+        fit(tmp_path, keeper(), steps=4, resume=tmp_path / "two.ckpt")
+    assert steps(tmp_path / "best") == {"step=2.ckpt": 2}  # which the keeper had not seen yet
+
+
+def test_a_validation_before_is_not_the_result_of_a_run_that_validates_no_more(tmp_path: Path) -> None:
+    keeper = {"filename": "{step}-{val/loss:.3f}", "every_n_train_steps": 2, "auto_insert_metric_name": False}
+    fit(tmp_path, ModelCheckpoint(tmp_path, **keeper), RunSummary(), steps=4)
+    results = (tmp_path / "summary.json").read_bytes()
+    assert json.loads(results)["val_loss"] > 0
+    fit(tmp_path, RunSummary(), steps=4, resume=tmp_path, limit_val_batches=0)  # no step and no validation
+    assert (tmp_path / "summary.json").read_bytes() == results
+    fit(tmp_path, ModelCheckpoint(tmp_path, **keeper), RunSummary(), steps=6, resume=tmp_path, limit_val_batches=0)
+    assert json.loads((tmp_path / "summary.json").read_text())["val_loss"] is None
+
+
+def test_a_run_with_a_timer_is_resumed_from_within_a_validation(tmp_path: Path) -> None:
+    """Lightning's time of validations is below 0 within the second one."""
+
+    class Saves(Callback):
+        def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    fit(tmp_path, Timer(timedelta(hours=1)), Saves(), steps=8)
+    state = read_document(tmp_path / "within.ckpt")["callbacks"]["Timer"]["time_elapsed"]
+    assert state["validate"] < 0 < state["train"]
+    assert fit(tmp_path, Timer(timedelta(hours=1)), steps=10, resume=tmp_path / "within.ckpt").global_step == 10

@@ -375,6 +375,15 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
         train("run", 16, "--model.optimizer.lr=0.01", f"--ckpt_path={saved / 'step-4.ckpt'}", kill)
     lost = (run / "expert_load.csv").read_text()
     assert lost.splitlines()[-1].startswith("6,")
+    whole = (undisturbed / "expert_load.csv").read_text().splitlines()
+    rows = [line for line in whole if not line.startswith(("4,", "5,", "6,", "7,"))]
+    trained = (run / "starts/0-step-0.yaml").read_text()
+    assert (run / "config.yaml").read_text() != trained
+    train("run", 8, f"--ckpt_path={saved / 'step-8.ckpt'}")  # it is at its end there, and only validated
+    (ours,) = read_runs([run])
+    assert (run / "config.yaml").read_text() == trained and not [one for one in ours.issues if "lr" in one]
+    assert ours.metrics["train/loss"].steps.tolist() == list(range(8))
+    assert ours.loads is not None and ours.loads.steps.tolist() == [1, 2, 3, 4]
     recwarn.clear()
     train("run", 10, f"--ckpt_path={saved / 'step-8.ckpt'}")
     told = " ".join(str(one.message) for one in recwarn)
@@ -383,12 +392,27 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
         assert ours.metrics[name].steps.tolist() == expected.metrics[name].steps.tolist(), name
         assert ours.metrics[name].values.tolist() == expected.metrics[name].values.tolist(), name
     assert not [issue for issue in ours.issues if issue.startswith("From step") and "lr" in issue]
-    assert any(issue.startswith("The run went back to step 4, and then went on from step 8") for issue in ours.issues)
-    whole = (undisturbed / "expert_load.csv").read_text().splitlines()
-    rows = [line for line in whole if not line.startswith(("4,", "5,", "6,", "7,"))]
+    assert any(issue.startswith("The run went back to step 4, and then returned to step 8") for issue in ours.issues)
     assert (run / "expert_load.csv").read_text().splitlines() == rows
     assert "the run went back to step 4 before, and returns to step 8 of an earlier branch" in told
     assert "was saved again after the checkpoint that is resumed" in told
+
+
+def test_a_start_that_only_validates_leaves_no_branch(command: list[str], tmp_path: Path) -> None:
+    """It validates an earlier checkpoint; what was logged after that stays."""
+    save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
+    save += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.filename=step-{step}"]
+    fit = [*command, *save, "--trainer.callbacks.auto_insert_metric_name=false"]
+    main([*fit, "--model.train_tokens=384"])
+    rows = (tmp_path / "run/expert_load.csv").read_text()
+    for step, tokens in ((4, 256), (6, 448)):
+        main([*fit, f"--model.train_tokens={tokens}", f"--ckpt_path={tmp_path}/run/checkpoints/step-{step}.ckpt"])
+        if step == 4:
+            (run,) = read_runs([tmp_path / "run"])
+            assert run.loads is not None and run.loads.steps.max() == 4
+    assert (tmp_path / "run/expert_load.csv").read_text().startswith(rows)
+    (run,) = read_runs([tmp_path / "run"])
+    assert not [issue for issue in run.issues if issue.startswith("The run went back")]
 
 
 class Terminate(Callback):

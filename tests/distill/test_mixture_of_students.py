@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.folder import TensorFiles
@@ -150,6 +150,29 @@ def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None
     with torch.no_grad():
         expected = alone.logits(alone(tokens[:, text]).hidden)[0]
     torch.testing.assert_close(said.logits(slice(0, 12))[text], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_is_resumed_at_the_end_of_distillation_begins_without_its_metrics(
+    teacher: Path, tmp_path: Path
+) -> None:
+    """A checkpoint's name has one, so that a resumed run begins with it."""
+    keeper = {"every_n_train_steps": 1, "save_top_k": -1, "auto_insert_metric_name": False}
+    for folder, resume in (("a", None), ("b", tmp_path / "two.ckpt")):
+        named = ModelCheckpoint(tmp_path / folder, "{step}-{train/distillation_loss:.3f}", **keeper)  # type: ignore[arg-type]
+        save = [SaveAt(4, tmp_path / "two.ckpt")] if resume is None else []
+        run = trainer(
+            tmp_path,
+            StagedDistillation(step=2),
+            named,
+            *save,
+            max_steps=4,
+            accumulate_grad_batches=2,
+            enable_checkpointing=True,
+        )
+        module = MoEGPTModule(STUDENT, AdamWConfig(lr=1e-2), distiller=MixtureOfStudents(str(teacher)))
+        run.fit(module, SyntheticData(), ckpt_path=resume)
+    late = {path.name for path in (tmp_path / "a").iterdir() if path.name.startswith(("3-", "4-"))}
+    assert late == {"3-0.000.ckpt", "4-0.000.ckpt"} <= {path.name for path in (tmp_path / "b").iterdir()}
 
 
 @pytest.mark.parametrize("end", [{"step": 2}, {"tokens": 2 * TOKENS - 5}, {"fraction": 0.5}])

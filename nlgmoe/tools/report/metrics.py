@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ class Start:
         step: at which it began.
         rows: that `metrics.csv` had before; None: unknown.
         parent: index of the start that had saved the checkpoint it resumed; None: the one before.
+        trained: it took a step.
     """
 
     step: int
     rows: int | None
     parent: int | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,13 @@ class ExpertLoads:
         return ExpertLoads(self.steps[ends], [np.add.reduceat(requests, starts) for requests in self.requests])
 
 
-def read_expert_loads(path: Path) -> ExpertLoads | None:
-    """Read `expert_load.csv`, with repeated steps and incomplete rows as in `read_metrics`; None if it is empty."""
+def read_expert_loads(path: Path, end: float = math.inf) -> ExpertLoads | None:
+    """Read `expert_load.csv`, with repeated steps and incomplete rows as in `read_metrics`; None if it is empty.
+
+    Args:
+        path: the file.
+        end: step from which rows are of a branch that the run has left, and that only a start which trains removes.
+    """
     found: dict[int, dict[int, list[float]]] = {}
     experts: dict[int, int] = {}  # of each layer
     for row in read_rows(path):
@@ -144,6 +152,8 @@ def read_expert_loads(path: Path) -> ExpertLoads | None:
         counts = [cell for cell in cells if cell is not None]
         if step is None or layer is None or None in row.values() or not np.isfinite([step, layer, *counts]).all():
             continue
+        if step >= end:
+            break
         if len(counts) != experts.setdefault(int(layer), len(counts)):  # an incomplete row
             continue
         for later in [known for known in found if known > step or (known == step and int(layer) in found[known])]:

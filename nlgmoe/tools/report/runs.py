@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -170,9 +171,9 @@ def _read(folder: Path, name: str) -> Run:
         if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
             issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
     validated = record.configs[-1] if record.configs else config
-    run = Run(
-        name, folder, metrics, read_expert_loads(folder / LOADS), None, config, validated, summary, versions, issues
-    )
+    end = math.inf if not record.starts or record.starts[-1].trained else _left(record.starts, len(record.starts) - 1)
+    loads = read_expert_loads(folder / LOADS, end)
+    run = Run(name, folder, metrics, loads, None, config, validated, summary, versions, issues)
     run.samples = _samples(folder / SAMPLES, issues)
     if run.model is not None and run.model.moe is None:
         issues.append("A dense model: it has no experts to show.")
@@ -214,7 +215,9 @@ def _read_starts(folder: Path, issues: list[str]) -> _Record:
     try:
         require_regular(folder / STARTS, "replace it")
         found = json.loads((folder / STARTS).read_text(encoding="utf-8"))
-        starts = [Start(int(one["step"]), one.get("rows"), one.get("parent")) for one in found]
+        starts = [
+            Start(int(one["step"]), one.get("rows"), one.get("parent"), one.get("trained", True)) for one in found
+        ]
         if any(one.parent is not None and not 0 <= one.parent < at for at, one in enumerate(starts)):
             raise ValueError("a start has a later one as its parent")
         record = _Record(starts)
@@ -249,14 +252,19 @@ def _changes(record: _Record) -> list[str]:
         if changed:
             found.append(f"From step {starts[after].step:,} on: {', '.join(changed)}.")
     for at in branch:
-        step, parent = starts[at].step, starts[at].parent
-        left = step if parent is None else min([one.step for one in starts[parent + 1 : at]], default=step)
-        if left < step:
+        if (left := _left(starts, at)) < starts[at].step:
             found.append(
-                f"The run went back to step {left:,}, and then went on from step {step:,} of the branch that it had left: "
-                f"{LOADS} has no rows between."
+                f"The run went back to step {left:,}, and then returned to step {starts[at].step:,} of the branch that it had "
+                f"left: {LOADS} has no rows between."
             )
     return found
+
+
+def _left(starts: list[Start], at: int) -> int:
+    """Return the step from which starts after the one that start `at` goes on from have trained; its own step if none has."""
+    step, parent = starts[at].step, starts[at].parent
+    others = [] if parent is None else [one.step for one in starts[parent + 1 : at] if one.trained]
+    return min([step, *others])
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
