@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import deque
@@ -117,10 +118,8 @@ class RunSummary(CountsSteps):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
-        kept = (
-            not self._started and not trainer.enable_validation
-        )  # no step and no validation: the results are those there
-        if not trainer.is_global_zero or (kept and Path(trainer.default_root_dir, "summary.json").exists()):
+        nothing_new = not self._started and not self._validation_started
+        if not trainer.is_global_zero or (nothing_new and _is_of_step(trainer.global_step, trainer.default_root_dir)):
             return
         assert isinstance(pl_module, MoEGPTModule)
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
@@ -163,6 +162,14 @@ class RunSummary(CountsSteps):
             "validation_seconds": self._validation_seconds,
             "versions": versions(),
         }
+
+
+def _is_of_step(step: int, folder: str) -> bool:
+    """Return whether the `summary.json` of a folder is of so many steps."""
+    try:
+        return bool(json.loads(Path(folder, "summary.json").read_text())["steps"] == step)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
-from nlgmoe.checkpoint.newest import LOCK_SECONDS, RESUMING, has_checkpoints, is_checkpoint
+from nlgmoe.checkpoint.newest import LOCK_SECONDS, RESUMING, has_checkpoints, is_checkpoint, list_checkpoints
 from nlgmoe.cli.first_save import step_past_first_save
 from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
@@ -301,8 +301,8 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
                 f"ModelCheckpoint.dirpath={place} holds checkpoints of another run, which this one would replace: set it to a "
                 "folder of its own, or leave it out; to go on with the other run, give the path of a checkpoint in it"
             )
-    if not holds_run(folder):
-        return
+    if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
+        return  # one that goes on from another run's end holds a checkpoint and no configuration
     if checkpoint is None:
         if not has_checkpoints(folder):
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
@@ -66,9 +67,10 @@ def follow_moved_folder(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
 
 def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
-    """Leave out of `ModelCheckpoint`'s best what another branch has deleted or replaced since, and all beyond `save_top_k`.
+    """Let `ModelCheckpoint` hold new scores against its own checkpoints only, and keep no more than `save_top_k` from here on.
 
-    Lightning would hold new scores against those, and delete nothing any more with more than `save_top_k`.
+    A checkpoint that is gone, as by another branch of the run, does not count. One that was saved again since counts as the
+    worst: it does not have the weights of its score, and is to be replaced. Those beyond `save_top_k` stay where they are.
     """
     for one in trainer.checkpoint_callbacks:
         state = checkpoint.get("callbacks", {}).get(one.state_key)
@@ -76,34 +78,31 @@ def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             continue
         if state["dirpath"] != str(one.dirpath):
             continue  # of another run: Lightning does not take them
-        best = {path: state["best_k_models"][path] for path in _by_score(one, state["best_k_models"])}
+        scores = state["best_k_models"]
         # Rank 0 decides: others may see a file later, and `ModelCheckpoint` needs the same scores on all.
-        saved_at = {path: _saved_at(path) for path in best} if trainer.is_global_zero else {}
+        saved_at = {path: _saved_at(path) for path in scores} if trainer.is_global_zero else {}
         saved_at = trainer.strategy.broadcast(saved_at)
-        replaced = [path for path in best if not saved_at[path] or saved_at[path] > checkpoint["saved_at"]]
-        kept = [path for path in best if path not in replaced]
+        gone = [path for path in scores if not saved_at[path]]
+        replaced = [path for path in scores if saved_at[path] > checkpoint["saved_at"]]
+        worst = torch.tensor(torch.inf if one.mode == "min" else -torch.inf)
+        scores = {path: worst if path in replaced else score for path, score in scores.items() if path not in gone}
+        kept = sorted(scores, key=lambda path: float(scores[path]), reverse=one.mode == "max")
         kept, surplus = (kept[: one.save_top_k], kept[one.save_top_k :]) if one.save_top_k > 0 else (kept, [])
-        if len(kept) == len(best):
-            continue
-        there = [Path(path).name for path in surplus if saved_at[path]]
         name = f"ModelCheckpoint, monitor={one.monitor}:"
-        if replaced:
+        if gone or replaced:
             rank_zero_warn(
-                f"{name} {', '.join(replaced)} is gone, or was saved again after the checkpoint that is resumed: its score does "
-                "not count among the best"
+                f"{name} {', '.join([*gone, *replaced])} is gone, or was saved again after the checkpoint that is resumed: its "
+                "score does not count among the best"
             )
-        if there:
+        if surplus:
             rank_zero_warn(
-                f"{name} {len(there)} checkpoints exceed save_top_k={one.save_top_k}, and stay in {one.dirpath}: "
-                f"{', '.join(there)}"
+                f"{name} {len(surplus)} checkpoints exceed save_top_k={one.save_top_k}, and stay in {one.dirpath}: "
+                f"{', '.join(Path(path).name for path in surplus)}"
             )
-        state["best_k_models"] = {path: best[path] for path in kept}
-        state["best_model_path"], state["kth_best_model_path"] = (kept[0], kept[-1]) if kept else ("", "")
-        state["best_model_score"] = best[kept[0]] if kept else None
-
-
-def _by_score(keeper: ModelCheckpoint, scores: dict[str, Any]) -> list[str]:
-    return sorted(scores, key=lambda path: float(scores[path]), reverse=keeper.mode == "max")
+        if gone or replaced or surplus:
+            state["best_k_models"] = {path: scores[path] for path in kept}
+            state["best_model_path"], state["kth_best_model_path"] = (kept[0], kept[-1]) if kept else ("", "")
+            state["best_model_score"] = scores[kept[0]] if kept else None
 
 
 def _saved_at(path: str) -> str:

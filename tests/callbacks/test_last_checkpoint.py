@@ -412,3 +412,21 @@ def test_a_run_with_a_timer_is_resumed_from_within_a_validation(tmp_path: Path) 
     state = read_document(tmp_path / "within.ckpt")["callbacks"]["Timer"]["time_elapsed"]
     assert state["validate"] < 0 < state["train"]
     assert fit(tmp_path, Timer(timedelta(hours=1)), steps=10, resume=tmp_path / "within.ckpt").global_step == 10
+
+
+def test_a_best_checkpoint_of_a_fixed_name_is_that_of_an_undisturbed_run(tmp_path: Path) -> None:
+    """It was replaced after the checkpoint that is resumed."""
+
+    def kept(folder: Path, *callbacks: Callback, resume: Path | None = None) -> dict[str, int]:
+        best = ModelCheckpoint(folder / "best", "best", monitor="train/tokens", mode="max", every_n_train_steps=3)
+        every = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+        fit(folder, best, every, *callbacks, resume=resume)
+        return steps(folder / "best")
+
+    undisturbed = kept(tmp_path)
+    crash = LambdaCallback(on_train_batch_start=lambda trainer, *_: 1 / (7 - trainer.global_step))
+    with pytest.raises(ZeroDivisionError):
+        kept(tmp_path / "killed", crash)
+    assert steps(tmp_path / "killed/best") == undisturbed == {"best.ckpt": 6}
+    with pytest.warns(UserWarning, match=r"best/best.ckpt is gone, or was saved again"):
+        assert kept(tmp_path / "killed", resume=tmp_path / "killed/step=4.ckpt") == undisturbed

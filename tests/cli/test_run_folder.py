@@ -456,6 +456,8 @@ def test_a_fork_at_its_end_is_no_run_yet(command: list[str], tmp_path: Path) -> 
     fork = [*command, f"--trainer.default_root_dir={tmp_path / 'fork'}"]
     fork += [f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"]
     main([*fork, "--model.train_tokens=256"])
+    with pytest.raises(SystemExit):  # a new run would replace its `last.ckpt`
+        main([*fork[:-1], "--model.train_tokens=192"])
     main([*fork, "--model.train_tokens=320"])  # as the warning of the first one says
     (start,) = json.loads((tmp_path / "fork/starts.json").read_text())
     assert start["step"] == 4

@@ -65,6 +65,12 @@ def test_the_branch_ends_where_the_run_was_resumed_and_not_where_it_is_logged_ag
     assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_start_that_has_logged_nothing_counts(tmp_path: Path) -> None:
+    run = folder(tmp_path / "a", metrics__csv="step,train/loss\n0,8\n1,7\n2,6\n")
+    (run / "starts.json").write_text(json.dumps([{"step": 0, "rows": 0}, {"step": 1, "rows": 3, "trained": False}]))
+    assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0]
+
+
 def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
     series = Series(np.arange(5.0), np.array([1, 3, np.nan, 5, 9])).thinned(3)
     assert series.steps.tolist() == [0.5, 2.5, 4]
@@ -135,7 +141,9 @@ def test_damaged_rows_and_changed_settings_are_listed(tmp_path: Path) -> None:
     assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
 
 
-@pytest.mark.parametrize("damaged", ["[{}]", '[{"step": "x"}]', '{"a": 1}', "[1, 2]", '[{"step": 0, "parent": 0}]'])
+@pytest.mark.parametrize(
+    "damaged", ["[{}]", '[{"step": Infinity}]', '[{"step": "x"}]', '{"a": 1}', "[1, 2]", '[{"step": 0, "parent": 0}]']
+)
 def test_a_damaged_record_of_starts_is_an_issue(damaged: str, tmp_path: Path) -> None:
     (folder(tmp_path / "run", metrics__csv=METRICS) / "starts.json").write_text(damaged)
     assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)

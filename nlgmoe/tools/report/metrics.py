@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
         return {name: rows for name, rows in kept.items() if rows}
 
     latest = 0
-    for index, row in enumerate(read_rows(path)):
+    for index, row in enumerate(chain(read_rows(path), [{}])):  # a start may have logged nothing yet
         before = columns
         for at, start in enumerate(starts):
             if at and start.rows == index:

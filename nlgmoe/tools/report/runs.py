@@ -225,7 +225,7 @@ def _read_starts(folder: Path, issues: list[str]) -> _Record:
         record = _Record(starts, [dict(one["versions"]) for one in found], [dict(one) for one in configs])
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         issues.append(f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings.")
     return record
 
