@@ -38,9 +38,8 @@ def parity(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     It is held against the whole layer on each rank, whose gradients of the experts are summed over ranks.
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    each = max(
-        1, min(16, 256 // ranks)
-    )  # the whole layer is on every rank, and grouped_mm takes fewer than 1,024 experts
+    # The whole layer is on every rank, and grouped_mm takes fewer than 1,024 experts.
+    each = max(1, min(16, 256 // ranks))
     width, tokens, experts = (32, 48, 4 * ranks) if tiny else (1024, 4096, each * ranks)
     config = GPTConfig(257, 64, 2, width, 4, moe=MoEConfig(experts, token_dropping=False, mlp_type="residual"))
     whole = MoELayer(config, 1).to(device, dtype)

@@ -8,7 +8,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv, without_run_csv
-from nlgmoe.tools.report.metrics import Start, read_metrics
+from nlgmoe.resuming.branches import Start
+from nlgmoe.tools.report.metrics import read_metrics
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:

@@ -73,9 +73,8 @@ class Modes(Callback):
         mode, position = divmod(batch_idx, 2 * self.accumulated)
         if batch_idx == self.accumulated - 1:
             self._profile.stop()
-            events = [
-                one for one in self._profile.key_averages() if one.device_type != DeviceType.CPU
-            ]  # not their callers
+            # Not operators of the host: their time is that of their kernels.
+            events = [one for one in self._profile.key_averages() if one.device_type != DeviceType.CPU]
             taken = {event.key: event.self_device_time_total / 1e3 for event in events}
             taken = {name: value for name, value in taken.items() if value > 0}
             self.kernels = dict(sorted(taken.items(), key=lambda item: -item[1])[:SHOWN])

@@ -26,7 +26,7 @@ from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.resuming.branches import first_step_of_others
+from nlgmoe.resuming.branches import first_step_left
 
 
 class ExpertLoad(CountsSteps):
@@ -81,7 +81,7 @@ class ExpertLoad(CountsSteps):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find out which rows of the file are of another branch of the run."""
         if trainer.is_global_zero:
-            self._first_step = first_step_of_others(Path(trainer.default_root_dir), checkpoint)
+            self._first_step = first_step_left(Path(trainer.default_root_dir), checkpoint)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,13 +113,14 @@ class ExpertLoad(CountsSteps):
         """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._file is None and self._experts and trainer.is_global_zero:
-            step, first = trainer.global_step, self._first_step
-            if first is not None and first < step:
+            step = trainer.global_step
+            first = step if self._first_step is None else self._first_step
+            if first < step:
                 rank_zero_warn(
                     f"the run went back to step {first} before, and returns to step {step} of an earlier branch: "
                     f"{ExpertLoadFile.NAME} has lost the rows between"
                 )
-            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, step if first is None else first)
+            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, first)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

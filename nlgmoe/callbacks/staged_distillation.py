@@ -105,17 +105,18 @@ class StagedDistillation(Callback):
         if distiller is None:
             return
         distiller.loss_weight = self._weight(trainer, pl_module)
-        if distiller.loss_weight == 0:
-            released = distiller.release()
+        if distiller.loss_weight != 0:
+            return
+        connector, released = trainer._logger_connector, distiller.release()
+        if released or not connector._callback_metrics.keys().isdisjoint(LOGGED):
             # The run is one epoch to Lightning, which would keep logging the last values; a resumed run begins with them.
             for key in [key for key in trainer.fit_loop.epoch_loop._results if key.endswith(LOGGED)]:
                 del trainer.fit_loop.epoch_loop._results[key]
-            connector = trainer._logger_connector
             for metrics in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
                 for key in [key for key in metrics if key in LOGGED]:
                     del metrics[key]
-            if released:
-                rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is freed")
+        if released:
+            rank_zero_info(f"step {trainer.global_step:,}: distillation has ended, the teacher is freed")
 
     def distillation_end(self, train_tokens: int | None) -> End:
         """Return the end of distillation in a run of `train_tokens`."""

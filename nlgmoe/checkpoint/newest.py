@@ -222,7 +222,8 @@ def _resumed_by(last: _Start) -> _Candidate:
         at = "" if last.step is None else f" at step {last.step}"
         problem = f"{last.resumed}, from which the run went on{at}, is gone; bring it back, or give another path"
         return _Candidate(last.resumed, "", -1, False, problem=problem)
-    another = last.step != found.step if last.saved_at is None else last.saved_at != found.saved_at  # an older nlgmoe's
+    # The run saves its own again at the same step; of those, and by an older nlgmoe, no time is recorded.
+    another = last.step != found.step if last.saved_at is None else last.saved_at != found.saved_at
     if last.step is not None and found.step != -1 and another:
         problem = (
             f"{last.resumed} was saved again since, at step {found.step}, and the run went on from step {last.step} of it; give "

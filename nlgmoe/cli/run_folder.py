@@ -42,9 +42,8 @@ class RunFolder(SaveConfigCallback):
 
     _holding: ExitStack | None = None  # the folder, in `fit`
     _resumed: str | None = None  # the checkpoint that this start resumes
-    _resumed_saved_at: str | None = (
-        None  # when that was saved, if it is outside the folder; the run saves its own again
-    )
+    # When that was saved, if it is outside the folder: the run saves its own again.
+    _resumed_saved_at: str | None = None
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
     _rows = 0  # that `metrics.csv` had before this start
@@ -102,7 +101,7 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record a start that took no step, as at the end of a run, if settings or versions differ from the last start's."""
+        """Record a start that took no step, as at the end of a run, if settings, versions or branch are not the last start's."""
         if not self.already_saved:
             self.already_saved = True
             self._record(trainer, trained=False)

@@ -118,14 +118,10 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         )
         self.stage = stage
         self.expert_parallel_size = expert_parallel_size
-        self._bucket_size = bucket_size
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW also steps offloaded states
         # The throughput timer synchronises with the device in every micro-batch.
         self.config["timers"] = {"throughput": {"enabled": False}}
-        if stage > 0:
-            # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products want them at 16 bytes.
-            self.config["zero_optimization"]["parameter_alignment"] = True
         if stage == 2 and not offload_optimizer:
             # DeepSpeed refuses this at stage 0; at stage 1 every rank would keep the whole sum, in bf16 with another optimizer.
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -216,10 +212,13 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         self._check_fp16(self.precision_plugin)
         if self.stage > 0:
+            zero = self.config["zero_optimization"]
+            # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products want them at 16 bytes.
+            zero["parameter_alignment"] = True
             # The host waits for the device behind every backward pass with it, and one rank has nothing to overlap. DeepSpeed may
             # free the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
-            fits = all(one.numel() <= self._bucket_size for one in model.parameters())
-            self.config["zero_optimization"]["overlap_comm"] = self.world_size > 1 and fits
+            fits = all(one.numel() <= zero["reduce_bucket_size"] for one in model.parameters())
+            zero["overlap_comm"] = self.world_size > 1 and fits
         for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count
             if degree > 1:

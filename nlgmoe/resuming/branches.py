@@ -3,28 +3,63 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nlgmoe.files import require_regular
 
 
-def first_step_of_others(folder: Path, checkpoint: dict[str, Any]) -> int:
+@dataclass(frozen=True)
+class Start:
+    """A start of a run, as `starts.json` records it.
+
+    Attributes:
+        step: at which it began.
+        rows: that `metrics.csv` had before; None: unknown.
+        parent: index of the start that had saved the checkpoint it resumed; None: the one before.
+        trained: it took a step.
+    """
+
+    step: int
+    rows: int | None = None
+    parent: int | None = None
+    trained: bool = True
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Start:
+        """Make it of an entry; an older nlgmoe has written fewer values."""
+        rows, parent = (None if values.get(name) is None else int(values[name]) for name in ("rows", "parent"))
+        return Start(int(values["step"]), rows, parent, values.get("trained", True))
+
+
+def first_step_of_others(later: Sequence[Start], step: int) -> int:
     """Return the step from which the tables of a run folder have rows of branches that a checkpoint is not of.
 
     Args:
-        folder: the run folder.
-        checkpoint: Lightning's dictionary of what is resumed.
+        later: starts after the one that saved the checkpoint.
+        step: of the checkpoint.
 
     Returns:
-        The checkpoint's step, or an earlier one to which a start went back after the checkpoint's.
+        `step`, or an earlier one to which one of `later` went back to train.
     """
-    step, start = checkpoint["global_step"], checkpoint.get("start")
+    return min([step, *(one.step for one in later if one.trained)])
+
+
+def first_step_left(folder: Path, checkpoint: dict[str, Any]) -> int:
+    """Return `first_step_of_others` of what is resumed in a run folder.
+
+    Args:
+        folder: the run folder.
+        checkpoint: Lightning's dictionary.
+    """
+    step, start = int(checkpoint["global_step"]), checkpoint.get("start")
     try:
         require_regular(folder / "starts.json", "remove it")
         starts = json.loads((folder / "starts.json").read_text())
         if start is None or starts[0]["run"] != checkpoint.get("run"):
-            return int(step)
-        return int(min([step, *(one["step"] for one in starts[start + 1 :] if one.get("trained", True))]))
-    except (OSError, ValueError, LookupError, TypeError):
-        return int(step)
+            return step
+        return first_step_of_others([Start.from_dict(one) for one in starts[start + 1 :]], step)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return step

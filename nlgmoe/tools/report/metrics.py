@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,26 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from nlgmoe.monitoring.table_file import number, read_rows
+from nlgmoe.resuming.branches import Start
 
 AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # metrics of the state after the logged step
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
-
-
-@dataclass(frozen=True)
-class Start:
-    """A start of a run.
-
-    Attributes:
-        step: at which it began.
-        rows: that `metrics.csv` had before; None: unknown.
-        parent: index of the start that had saved the checkpoint it resumed; None: the one before.
-        trained: it took a step.
-    """
-
-    step: int
-    rows: int | None
-    parent: int | None = None
-    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,24 +59,29 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
         starts: of the run; without them the first row of a resumed run, at the end of an interval, says where it goes back to.
     """
     columns: dict[str, list[tuple[float, float]]] = {}
-    branches: dict[int, dict[str, list[tuple[float, float]]]] = {}  # columns at the end of each start
+    branches: dict[int, dict[str, list[tuple[float, float]]]] = {}  # columns at the end of starts that are returned to
 
     def keep(steps: float) -> dict[str, list[tuple[float, float]]]:
         """Return the rows of the first `steps` steps."""
         kept = {
-            name: [one for one in rows if one[0] < steps + name.startswith(AFTER_STEP)]
-            for name, rows in columns.items()
+            name: rows[: bisect_left(rows, (steps + name.startswith(AFTER_STEP),))] for name, rows in columns.items()
         }
         return {name: rows for name, rows in kept.items() if rows}
 
+    began: dict[int | None, list[int]] = {}  # starts by the rows before them
+    for at, start in enumerate(starts[1:], 1):
+        began.setdefault(start.rows, []).append(at)
+    returned_to = {start.parent for at, start in enumerate(starts) if start.parent != at - 1}
     latest = 0
     for index, row in enumerate(chain(read_rows(path), [{}])):  # a start may have logged nothing yet
         before = columns
-        for at, start in enumerate(starts):
-            if at and start.rows == index:
-                branches[latest], latest = columns, at
-                columns = before if start.parent is None else branches.get(start.parent, before)
-                columns = keep(start.step)
+        for at in began.get(index, ()):
+            if latest in returned_to:
+                branches[latest] = columns
+            parent = starts[at].parent
+            if parent != latest:
+                columns = before if parent is None else branches.get(parent, before)
+            columns, latest = keep(starts[at].step), at
         step = number(row.get("step"))
         if step is None or not np.isfinite(step):
             continue

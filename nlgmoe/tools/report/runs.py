@@ -22,12 +22,12 @@ from nlgmoe.files import require_regular
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.resuming.branches import Start, first_step_of_others
 from nlgmoe.tools.report.metrics import (
     LOADS,
     METRICS,
     ExpertLoads,
     Series,
-    Start,
     damaged_rows,
     read_expert_loads,
     read_metrics,
@@ -35,6 +35,7 @@ from nlgmoe.tools.report.metrics import (
 
 CONFIG, SUMMARY, VERSIONS, STARTS = "config.yaml", "summary.json", "versions.json", "starts.json"
 SAMPLES = "samples.txt"
+DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CLOCKS = {  # x axis -> metric
     "tokens": "train/tokens",
@@ -215,9 +216,7 @@ def _read_starts(folder: Path, issues: list[str]) -> _Record:
     try:
         require_regular(folder / STARTS, "replace it")
         found = json.loads((folder / STARTS).read_text(encoding="utf-8"))
-        starts = [
-            Start(int(one["step"]), one.get("rows"), one.get("parent"), one.get("trained", True)) for one in found
-        ]
+        starts = [Start.from_dict(one) for one in found]
         if any(one.parent is not None and not 0 <= one.parent < at for at, one in enumerate(starts)):
             raise ValueError("a start has a later one as its parent")
         record = _Record(starts)
@@ -225,7 +224,16 @@ def _read_starts(folder: Path, issues: list[str]) -> _Record:
         record = _Record(starts, [dict(one["versions"]) for one in found], [dict(one) for one in configs])
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
         issues.append(f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings.")
     return record
 
@@ -261,10 +269,9 @@ def _changes(record: _Record) -> list[str]:
 
 
 def _left(starts: list[Start], at: int) -> int:
-    """Return the step from which starts after the one that start `at` goes on from have trained; its own step if none has."""
-    step, parent = starts[at].step, starts[at].parent
-    others = [] if parent is None else [one.step for one in starts[parent + 1 : at] if one.trained]
-    return min([step, *others])
+    """Return the step from which the tables have rows of branches that start `at` is not of; its own if there are none."""
+    parent = starts[at].parent
+    return first_step_of_others([] if parent is None else starts[parent + 1 : at], starts[at].step)
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
