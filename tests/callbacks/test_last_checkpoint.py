@@ -376,28 +376,45 @@ def test_the_best_of_another_folder_are_none(tmp_path: Path, recwarn: pytest.War
     assert len(steps(tmp_path / "a")) == 3 and len(steps(tmp_path / "b")) == 1
 
 
-def test_a_best_checkpoint_that_is_gone_is_none(tmp_path: Path) -> None:
-    """Another branch has replaced it by a better one; of this branch the best is kept."""
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_best_checkpoint_that_is_gone_or_replaced_has_no_score(replaced: bool, tmp_path: Path) -> None:
+    """Another branch has deleted it, or saved it again; of this branch the best is kept."""
 
     def keeper() -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / "best", "{step}", monitor="train/tokens", every_n_train_steps=1)
 
-    fit(tmp_path, keeper(), SaveAt(2 * ACCUMULATE, tmp_path / "two.ckpt"), steps=2)
+    saves = [SaveAt(step * ACCUMULATE, tmp_path / f"{step}.ckpt") for step in (2, 3)]
+    fit(tmp_path, keeper(), *saves, steps=3)
     shutil.rmtree(tmp_path / "best/step=1.ckpt")
+    if replaced:
+        shutil.copytree(tmp_path / "3.ckpt", tmp_path / "best/step=1.ckpt")
     with pytest.warns(UserWarning, match=r"best/step=1.ckpt is gone, or was saved again"):
-        fit(tmp_path, keeper(), steps=4, resume=tmp_path / "two.ckpt")
+        fit(tmp_path, keeper(), steps=4, resume=tmp_path / "2.ckpt")
     assert steps(tmp_path / "best") == {"step=2.ckpt": 2}  # which the keeper had not seen yet
 
 
+def test_a_resumed_run_that_keeps_all_goes_on_keeping_all(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for end in (4, 6):
+        keeper = ModelCheckpoint(tmp_path, "{step}", monitor="train/tokens", save_top_k=-1, every_n_train_steps=1)
+        fit(tmp_path, keeper, steps=end, resume=tmp_path / "step=4.ckpt" if end == 6 else None)
+    assert len(keeper.best_k_models) == 6 and not [one for one in recwarn if "save_top_k" in str(one.message)]
+
+
 def test_a_validation_before_is_not_the_result_of_a_run_that_validates_no_more(tmp_path: Path) -> None:
-    keeper = {"filename": "{step}-{val/loss:.3f}", "every_n_train_steps": 2, "auto_insert_metric_name": False}
-    fit(tmp_path, ModelCheckpoint(tmp_path, **keeper), RunSummary(), steps=4)
-    results = (tmp_path / "summary.json").read_bytes()
-    assert json.loads(results)["val_loss"] > 0
-    fit(tmp_path, RunSummary(), steps=4, resume=tmp_path, limit_val_batches=0)  # no step and no validation
-    assert (tmp_path / "summary.json").read_bytes() == results
-    fit(tmp_path, ModelCheckpoint(tmp_path, **keeper), RunSummary(), steps=6, resume=tmp_path, limit_val_batches=0)
-    assert json.loads((tmp_path / "summary.json").read_text())["val_loss"] is None
+    def result(end: int, resume: Path | None, *callbacks: Callback, **settings: Any) -> dict[str, Any]:
+        named = {"filename": "{step}-{val/loss:.3f}", "every_n_train_steps": 2, "save_top_k": -1}
+        keeper = ModelCheckpoint(tmp_path, **named, auto_insert_metric_name=False)  # type: ignore[arg-type]
+        fit(tmp_path, keeper, RunSummary(), *callbacks, steps=end, resume=resume, **settings)
+        found: dict[str, Any] = json.loads((tmp_path / "summary.json").read_text())
+        return found
+
+    (tmp_path / "kept").mkdir()
+    last = tmp_path / "kept/last.ckpt"  # of step 6, after the validation of step 4
+    whole = result(6, None, SaveAt(6 * ACCUMULATE, last), SaveAt(4 * ACCUMULATE, tmp_path / "kept/four.ckpt"))
+    assert whole["val_loss"] > 0 and result(6, last, limit_val_batches=0) == whole  # no step and no validation
+    assert result(4, tmp_path / "kept/four.ckpt", limit_val_batches=0)["steps"] == 4
+    longer = result(8, last, limit_val_batches=0)
+    assert (longer["steps"], longer["val_loss"]) == (8, None)
 
 
 def test_a_run_with_a_timer_is_resumed_from_within_a_validation(tmp_path: Path) -> None:
