@@ -34,7 +34,7 @@ from lightning.pytorch.strategies import (
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from nlgmoe.callbacks import Throughput
+from nlgmoe.callbacks import Throughput, ValidationInterval
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.module import MoEGPTModule
@@ -338,6 +338,23 @@ def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_pat
         run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=tmp_path / f"step={step}.ckpt")
         ends = [end for end in (per_epoch, 2 * per_epoch, 3 * per_epoch) if end >= step]
         assert (validated, run.global_step) == (ends, 3 * per_epoch)
+
+
+def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) -> None:
+    """Lightning compares the number of steps, as if it were of micro-batches, with the epoch."""
+    settings = {"accumulate_grad_batches": 4, "limit_train_batches": 8, "limit_val_batches": 1.0, "max_epochs": 2}
+    for interval, epochs in ((2, 1), (3, None)):
+        run = trainer(
+            tmp_path,
+            ValidationInterval(),
+            val_check_interval=interval,
+            check_val_every_n_epoch=epochs,
+            **settings,
+        )
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    run = trainer(tmp_path, ValidationInterval(), val_check_interval=3, check_val_every_n_epoch=1, **settings)
+    with pytest.raises(ValueError, match=r"val_check_interval=3 steps are 12 micro-batches, and an epoch has 8"):
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing_extensions import override
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.resuming.keepers import stopped_early
+from nlgmoe.resuming.position import Position
 
 
 class SaveAtEnd(Callback):
@@ -55,9 +56,8 @@ def save_last(trainer: Trainer, force: bool = False) -> Path:
         and not callback.save_weights_only
     ]
     assert isinstance(trainer.lightning_module, MoEGPTModule)
-    exists = trainer.lightning_module.position.saved == trainer.global_step and (
-        _step_of(path) == trainer.global_step or bool(saved and not path.exists())
-    )
+    position = trainer.lightning_module.position
+    exists = position.saved == trainer.global_step and (_is_of(path, position) or bool(saved and not path.exists()))
     if not force and trainer.strategy.broadcast(exists):
         return saved[0] if saved else path
     if callbacks and callbacks[0].save_last:
@@ -66,9 +66,11 @@ def save_last(trainer: Trainer, force: bool = False) -> Path:
     return path
 
 
-def _step_of(path: Path) -> int | None:
+def _is_of(path: Path, position: Position) -> bool:
+    """Return whether a run can go on from a checkpoint, and it is of the last step, on this branch of the run."""
     try:
         document = read_document(path)
     except (ValueError, OSError):
-        return None
-    return document["global_step"] if "optimizer_groups" in document else None
+        return False
+    of_branch = document["global_step"] == position.saved and document.get("fit") == position.saved_by
+    return of_branch and "optimizer_groups" in document

@@ -28,6 +28,7 @@ from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import RunCSVLogger
+from nlgmoe.resuming.keepers import save_nothing_on_exception
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
@@ -46,6 +47,7 @@ class RunFolder(SaveConfigCallback):
     _resumed_saved_at: str | None = None
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
+    _began = 0  # at this step
     _rows = 0  # that `metrics.csv` had before this start
     _noted: bytes | None = None  # what the folder's note said before this start
     _notes: Path | None = None  # that note, once this start has written it
@@ -55,6 +57,7 @@ class RunFolder(SaveConfigCallback):
         """Remember the path of the checkpoint, also where a run folder was given."""
         folder = Path(trainer.default_root_dir)
         self._resumed, self._start, self._run = checkpoint["path"], checkpoint.get("start"), checkpoint.get("run")
+        self._began = checkpoint["global_step"]
         self._resumed_saved_at = None if is_of_run(checkpoint["path"], folder) else checkpoint["saved_at"]
         if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
             self.note(folder, checkpoint["path"], checkpoint["global_step"], self._resumed_saved_at)
@@ -95,6 +98,7 @@ class RunFolder(SaveConfigCallback):
             require_writable(folder, checkpoint_folders(trainer) if stage == "fit" else ())
         if stage == "fit":  # not what an evaluation has loaded; a checkpoint to resume is loaded after this
             self._resumed = self._resumed_saved_at = self._start = self._run = None
+            self._began = trainer.global_step
         if stage == "fit" and trainer.is_global_zero:
             self._holding = ExitStack()
             self._holding.enter_context(held(folder))
@@ -121,6 +125,8 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the folder; if the start is refused, as it was."""
+        if trainer.global_step == self._began:
+            save_nothing_on_exception(trainer)
         if self._notes is not None and isinstance(exception, ValueError):
             self._notes.unlink(missing_ok=True)
             if self._noted is not None:

@@ -99,10 +99,20 @@ def keep_own_best(checkpoint: dict[str, Any], trainer: Trainer) -> None:
                 f"{name} {len(surplus)} checkpoints exceed save_top_k={one.save_top_k}, and stay in {one.dirpath}: "
                 f"{', '.join(Path(path).name for path in surplus)}"
             )
-        if gone or replaced or surplus:
-            state["best_k_models"] = {path: scores[path] for path in kept}
-            state["best_model_path"], state["kth_best_model_path"] = (kept[0], kept[-1]) if kept else ("", "")
-            state["best_model_score"] = scores[kept[0]] if kept else None
+        if state["best_k_models"]:
+            _set_best(state, {path: score for path, score in scores.items() if path in kept}, one.mode)
+
+
+def _set_best(state: dict[str, Any], scores: dict[str, torch.Tensor], mode: str) -> None:
+    """Set what a `ModelCheckpoint` keeps, and which is the best and the worst of them.
+
+    Lightning names the worst, which the next better one replaces, only once there are `save_top_k`; that may have been lowered.
+    """
+    best, worst = (min, max) if mode == "min" else (max, min)
+    state["best_k_models"] = scores
+    state["best_model_path"] = best(scores, key=lambda path: float(scores[path]), default="")
+    state["kth_best_model_path"] = worst(scores, key=lambda path: float(scores[path]), default="")
+    state["best_model_score"] = scores.get(state["best_model_path"])
 
 
 def _saved_at(path: str) -> str:
@@ -111,6 +121,13 @@ def _saved_at(path: str) -> str:
         return str(read_document(path)["saved_at"])
     except (ValueError, OSError):
         return ""
+
+
+def save_nothing_on_exception(trainer: Trainer) -> None:
+    """Make `ModelCheckpoint.save_on_exception` not save: nothing was trained, and the file name may be that of another branch."""
+    for one in trainer.checkpoint_callbacks:
+        if isinstance(one, ModelCheckpoint):
+            one._last_global_step_saved = trainer.global_step
 
 
 def forget_deferred_saves(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -42,6 +43,8 @@ class Position:
 
     Attributes:
         saved: step of the checkpoint that the fit has last saved, or loaded, to resume from.
+        fit: names the fit; a checkpoint has that of the one that saved it, None in 0.3.0.
+        saved_by: the fit that saved the checkpoint of step `saved`.
         validated: step of the latest validation.
         validation_due: whether a validation follows the last step.
         at_end: whether the fit stands at the end of the run before its first step.
@@ -49,6 +52,8 @@ class Position:
 
     def __init__(self) -> None:
         self.saved = 0
+        self.fit = uuid4().hex
+        self.saved_by: str | None = None
         self.validated = 0
         self.validation_due = False
         self.at_end = False
@@ -78,7 +83,8 @@ class Position:
         """Add the position to Lightning's dictionary, and set its loops to the last optimizer step."""
         step = checkpoint["global_step"]
         if "optimizer_states" in checkpoint:
-            self.saved = step
+            self.saved, self.saved_by = step, self.fit
+        checkpoint["fit"] = self.fit
         checkpoint["monitored"] = monitored(trainer)
         if step == 0:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
@@ -95,6 +101,7 @@ class Position:
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
+        self.saved_by = checkpoint.get("fit")
         self._other_steps, self._of_dataloader, self._ended = False, None, None
         unseen = checkpoint.get("unseen", {})
         for hook in (STEP, VALIDATION):
@@ -137,6 +144,7 @@ class Position:
         Raises:
             SettingError: an epoch of data that have an end would not be gone over once.
         """
+        self.fit = uuid4().hex
         for one in _deciding(trainer):
             for hook in (STEP, VALIDATION):
                 call = getattr(one, hook)

@@ -60,6 +60,17 @@ def test_a_run_that_goes_back_saves_its_own_end(tmp_path: Path) -> None:
     assert saved_at(tmp_path / "step=4.ckpt") > first
 
 
+def test_a_run_that_goes_back_replaces_the_end_of_the_other_branch(tmp_path: Path) -> None:
+    """Also where another `ModelCheckpoint` has saved its last step."""
+    for mode, resume in (("min", None), ("max", tmp_path / "4.ckpt")):
+        best = ModelCheckpoint(tmp_path / "best", f"{mode}-{{step}}", monitor="train/tokens", mode=mode)
+        keeper = ModelCheckpoint(tmp_path / "all", every_n_train_steps=5)
+        fit(tmp_path, keeper, best, SaveAt(4 * ACCUMULATE, tmp_path / "4.ckpt"), SaveAtEnd(), steps=8, resume=resume)
+        assert steps(tmp_path / "all")["last.ckpt"] == 8
+    ends = [read_document(tmp_path / name) for name in ("all/last.ckpt", "best/max-step=8.ckpt")]
+    assert ends[0]["fit"] == ends[1]["fit"]
+
+
 def test_a_trainer_that_goes_back_saves_its_steps_again(tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
     trainer = fit(tmp_path, keeper, SaveAt(4 * ACCUMULATE, tmp_path / "back.ckpt"), SaveAtEnd())
@@ -362,6 +373,15 @@ def test_a_lower_save_top_k_holds_from_then_on(mode: str, before: int, tmp_path:
     best, surplus = ([7, 8], [1, 2]) if mode == "max" else ([1, 2], [3, 4])
     assert sorted(steps(tmp_path / "best").values()) == sorted(best + surplus)
     assert sorted(Path(path).name for path in keeper.best_k_models) == [f"step={step}.ckpt" for step in best]
+
+
+def test_a_save_top_k_that_is_lowered_to_what_there_is_holds(tmp_path: Path) -> None:
+    """Lightning names the worst, which a better one replaces, only once there are `save_top_k`."""
+    for top_k, end in ((3, 2), (2, 4)):
+        keeper = {"filename": "{step}", "monitor": "train/tokens", "mode": "max", "every_n_train_steps": 1}
+        best = ModelCheckpoint(tmp_path, save_top_k=top_k, **keeper)  # type: ignore[arg-type]
+        fit(tmp_path, best, steps=end, resume=tmp_path if end == 4 else None)
+    assert steps(tmp_path) == {"step=3.ckpt": 3, "step=4.ckpt": 4}
 
 
 def test_the_best_of_another_folder_are_none(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from nlgmoe.experiment import parse_config
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.report.tables import other_tokens
+from tests.checkpoint.runs import rewrite_json
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -301,6 +303,65 @@ def test_a_fork_that_is_killed_before_its_first_step_goes_on_as_one(
     assert not (folder / RESUMING).exists()
 
 
+def test_a_fork_whose_source_was_saved_again_at_the_same_step_says_so(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*command, "--model.train_tokens=256"])
+    source = tmp_path / "run/checkpoints/last.ckpt"
+    fork = [*command, "--model.train_tokens=512", f"--trainer.default_root_dir={tmp_path / 'fork'}"]
+    kill = [f"--trainer.callbacks+={__name__}.KillLater", "--trainer.callbacks.after=5"]
+    with pytest.raises(SystemExit):
+        main([*fork, *kill, f"--ckpt_path={source}"])
+    rewrite_json(source, "checkpoint.json", lambda document: document.update(saved_at="2999-01-01T00:00:00+00:00"))
+    with pytest.raises(SystemExit):
+        main([*fork, "--ckpt_path=auto"])
+    assert f"{source} was saved again since, at step 4" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_start_that_only_validates_is_recorded_if_branch_or_versions_are_others(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same settings. So that reports show its branch."""
+    save = ["+=ModelCheckpoint", ".every_n_train_steps=2", ".filename={step}", ".save_top_k=-1"]
+    fit = [*command, "--model.train_tokens=256", *(f"--trainer.callbacks{one}" for one in save)]
+    saved = tmp_path / "run/checkpoints"
+
+    def parents(resumed: str) -> list[int | None]:
+        main([*fit, f"--ckpt_path={saved / resumed}"])
+        return [one["parent"] for one in json.loads((tmp_path / "run/starts.json").read_text())]
+
+    main(fit)
+    assert parents("step=2.ckpt") == [None, 0]  # saves step=4-v1.ckpt
+    assert parents("step=4-v1.ckpt") == [None, 0]
+    assert parents("step=4.ckpt") == parents("step=4.ckpt") == [None, 0, 0]
+    monkeypatch.setattr("nlgmoe.cli.run_folder.versions", lambda: {"nlgmoe": "another"})
+    assert parents("step=4.ckpt") == [None, 0, 0, 0]
+    results = []
+    for rate, resumed in (("0.1", "step=4.ckpt"), ("0.5", "step=2.ckpt"), ("0.1", "step=4.ckpt")):
+        again = ["--trainer.limit_val_batches=0", f"--model.optimizer.lr={rate}", f"--ckpt_path={saved / resumed}"]
+        main([*fit, *again])
+        results.append(json.loads((tmp_path / "run/summary.json").read_text())["train_loss"])
+    assert results[0] == results[2] != results[1]  # without steps and without a validation
+
+
+def test_a_start_that_is_refused_saves_nothing(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are not those whose validation the best checkpoint has been kept for."""
+    best = ["+=ModelCheckpoint", ".monitor=val/loss", ".filename=best", ".enable_version_counter=false"]
+    fit = [*command, *(f"--trainer.callbacks{one}" for one in [*best, ".save_on_exception=true"])]
+    main([*fit, "--model.train_tokens=256"])
+    saved = tmp_path / "run/checkpoints/best.ckpt"
+    before = read_document(saved)["saved_at"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(MoEGPTModule, "on_train_start", lambda _: 1 / 0)
+        main([*fit, "--model.train_tokens=512", "--ckpt_path=last"])
+    assert read_document(saved)["saved_at"] == before
+    with pytest.raises(SystemExit):  # after a step it does
+        main([*fit, "--model.train_tokens=512", "--ckpt_path=last", f"--trainer.callbacks+={__name__}.KillLater"])
+    assert read_document(saved)["global_step"] == 7
+
+
 def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,8 +414,9 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
                             "init_args": one | {"enable_version_counter": False},
                         }
                         for one in (every, best)
-                    ],
-                    "val_check_interval": 2,
+                    ]
+                    + [{"class_path": "SampleText", "init_args": {"prompts": ["a"], "max_new_tokens": 1}}],
+                    "val_check_interval": 3,
                     "log_every_n_steps": 1,
                     "logger": None,
                 }
@@ -367,12 +429,18 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
         main([*command, f"--config={keepers}", *place, *more])
         return tmp_path / folder
 
-    undisturbed = train("undisturbed", 10)
+    train("undisturbed", 8)
+    undisturbed = train("undisturbed", 10, "--ckpt_path=last")
     run = train("run", 8)
-    saved = run / "checkpoints"
+    saved, first_samples = run / "checkpoints", (run / "samples.txt").read_text()
     kill = "--trainer.callbacks+=tests.cli.test_run_folder.KillLater"
-    with pytest.raises(SystemExit):
-        train("run", 16, "--model.optimizer.lr=0.01", f"--ckpt_path={saved / 'step-4.ckpt'}", kill)
+    for after, validated in ((5, None), (7, 6)):
+        back = [f"--ckpt_path={saved / 'step-4.ckpt'}", kill, f"--trainer.callbacks.after={after}"]
+        with pytest.raises(SystemExit):
+            train("run", 16, "--model.optimizer.lr=0.01", *back)
+        (ours,) = read_runs([run])
+        assert re.findall(r"=== step (\d+)", ours.samples) == (["3"] if validated is None else ["3", "6"])
+        assert (None if ours.specialisation is None else ours.specialisation.step) == validated
     lost = (run / "expert_load.csv").read_text()
     assert lost.splitlines()[-1].startswith("6,")
     whole = (undisturbed / "expert_load.csv").read_text().splitlines()
@@ -381,6 +449,8 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
     assert (run / "config.yaml").read_text() != trained
     train("run", 8, f"--ckpt_path={saved / 'step-8.ckpt'}")  # it is at its end there, and only validated
     (ours,) = read_runs([run])
+    assert re.findall(r"=== step (\d+)", ours.samples) == ["3", "6", "8"]
+    assert (run / "samples.txt").read_text() == first_samples
     assert (run / "config.yaml").read_text() == trained and not [one for one in ours.issues if "lr" in one]
     assert ours.metrics["train/loss"].steps.tolist() == list(range(8))
     assert ours.loads is not None and ours.loads.steps.tolist() == [1, 2, 3, 4]
@@ -464,10 +534,13 @@ def test_a_fork_at_its_end_is_no_run_yet(command: list[str], tmp_path: Path) -> 
 
 
 class KillLater(Callback):
-    """Ends a run before its eighth step."""
+    """Ends a run after so many steps."""
+
+    def __init__(self, after: int = 7) -> None:
+        self.after = after
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 7:
+        if trainer.global_step == self.after:
             raise ValueError("killed")
 
 

@@ -71,6 +71,15 @@ def test_a_start_that_has_logged_nothing_counts(tmp_path: Path) -> None:
     assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0]
 
 
+def test_a_table_that_was_removed_between_starts_keeps_its_new_rows(tmp_path: Path) -> None:
+    """The second start had 8 rows of a file that is gone; those of the third are all there is."""
+    rows = "".join(f"{step},{9 - step}\n" for step in range(4, 14))
+    run = folder(tmp_path / "a", metrics__csv=f"step,train/loss\n{rows}")
+    starts = [{"step": 0, "rows": 0}, {"step": 6, "rows": 8}, {"step": 4, "rows": 0}, {"step": 12, "rows": 9}]
+    (run / "starts.json").write_text(json.dumps(starts))
+    assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [*range(4, 12), 13]
+
+
 def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
     series = Series(np.arange(5.0), np.array([1, 3, np.nan, 5, 9])).thinned(3)
     assert series.steps.tolist() == [0.5, 2.5, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,9 +69,12 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
         }
         return {name: rows for name, rows in kept.items() if rows}
 
-    began: dict[int | None, list[int]] = {}  # starts by the rows before them
-    for at, start in enumerate(starts[1:], 1):
-        began.setdefault(start.rows, []).append(at)
+    began: dict[int, list[int]] = {}  # starts by the rows before them
+    fewest = sys.maxsize  # fewer before a later start: the file of the earlier rows is gone
+    for at in range(len(starts) - 1, 0, -1):
+        if (rows_before := starts[at].rows) is not None:
+            fewest = min(fewest, rows_before)
+            began.setdefault(fewest, []).insert(0, at)
     returned_to = {start.parent for at, start in enumerate(starts) if start.parent != at - 1}
     latest = 0
     for index, row in enumerate(chain(read_rows(path), [{}])):  # a start may have logged nothing yet
