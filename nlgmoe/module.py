@@ -82,8 +82,10 @@ class MoEGPTModule(GPTModule):
         self.distiller = copy(distiller)  # a fit changes it
         self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
         self.guard = StepGuard(non_finite)
+        self._lengths = 0  # of `lengths_fed`, up to the last optimizer step
         self._window = Window()
         self._stops_after_step = False
+        self.taking_step = False  # an optimizer step is being taken: weights and clock are not of one step
         self.position = Position()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
         self._evaluated: tuple[str, int] | None = (
@@ -95,6 +97,11 @@ class MoEGPTModule(GPTModule):
         """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
         return self.tokens_seen + self._window.tokens
 
+    @property
+    def lengths_fed(self) -> int:
+        """Return the sum over positions fed, by all ranks since the module was made, of the lengths of their sequences."""
+        return self._lengths + self._window.lengths
+
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one micro-batch."""
@@ -103,7 +110,6 @@ class MoEGPTModule(GPTModule):
             batch = truncate(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
         loss, losses, self.routings = self._loss(batch, len(self._window.batches))
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.log("train/tokens", float(self.tokens_seen))
         self._window.add(batch, losses)
         self._learning_routers.count(self.routings)
@@ -121,20 +127,19 @@ class MoEGPTModule(GPTModule):
     ) -> None:
         """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`), and log the step.
 
-        Lightning calls this between the backward pass and the optimizer's step; its DeepSpeedStrategy calls it after every
-        micro-batch. The host reads losses and gradient norm from the device in one copy.
+        Lightning calls this between the backward pass and the optimizer's step. The host reads losses and gradient norm from
+        the device in one copy.
 
         Raises:
             NonFiniteError: `non_finite` stops the run.
         """
         gradients = self.step_gradients()
-        if gradients is None:
-            return
         window, step = self._window, self.trainer.global_step
         losses, norm = window.read(gradients.norm())
         for name, value in zip(window.names, losses, strict=True):
             self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/grad_norm", norm)
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         loss = sum(losses)
 
         def find_source() -> str:
@@ -155,9 +160,10 @@ class MoEGPTModule(GPTModule):
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
+        self.taking_step = True
 
-    def step_gradients(self) -> StepGradients | None:
-        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on; None if no step is due."""
+    def step_gradients(self) -> StepGradients:
+        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
         trainer = self.trainer
         if isinstance(trainer.strategy, HasStepGradients):
             return trainer.strategy.step_gradients()
@@ -182,6 +188,7 @@ class MoEGPTModule(GPTModule):
         saved within an accumulation window therefore holds the position of the window's start, like its weights.
         """
         self.tokens_seen += self._window.tokens
+        self._lengths += self._window.lengths
         data = getattr(self.trainer, "datamodule", None)
         planned = data.planned_batch_size() if isinstance(data, HasPlannedBatchSize) else None
         if isinstance(data, TracksSamples):
@@ -191,6 +198,7 @@ class MoEGPTModule(GPTModule):
             self._learning_routers.after_step()
         self._window = Window()
         self._learning_routers.begin_step()
+        self.taking_step = False
         with warnings.catch_warnings():
             # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -252,7 +260,7 @@ class MoEGPTModule(GPTModule):
         self._evaluated = None
         self.position.begin(self.trainer, self, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        self._window, self._stops_after_step = Window(), False
+        self._window, self._stops_after_step, self.taking_step = Window(), False, False
         self._learning_routers = LearningRouters(self.gpt)
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         require_adamw(optimizer)
@@ -302,8 +310,12 @@ class MoEGPTModule(GPTModule):
         """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step.
 
         Raises:
-            ValueError: the weights are those of another step than the trainer's.
+            ValueError: the weights are those of another step than the trainer's, or between two steps.
         """
+        if self.taking_step:
+            raise ValueError(
+                "no checkpoint within an optimizer step, as by an exception there: its weights are of no step"
+            )
         if self._evaluated is not None and "optimizer_states" not in checkpoint:
             checkpoint["global_step"] = self._evaluated[1]
         elif self._evaluated is not None and self._evaluated[1] != checkpoint["global_step"]:

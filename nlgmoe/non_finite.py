@@ -81,8 +81,8 @@ class StepGradients(Protocol):
 class HasStepGradients(Protocol):
     """A strategy that keeps gradients elsewhere than in `parameter.grad`."""
 
-    def step_gradients(self) -> StepGradients | None:
-        """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
+    def step_gradients(self) -> StepGradients:
+        """Return the gradients of the coming step, from `on_before_optimizer_step` on."""
         ...
 
 

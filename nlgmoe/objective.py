@@ -84,39 +84,42 @@ class Window:
     Attributes:
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
         tokens: positions of all ranks, likewise.
+        lengths: sum over those positions of the lengths of their sequences.
         taken: the optimizer's step has been, or is about to be, taken.
     """
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        self.samples = self.tokens = 0
+        self.samples = self.tokens = self.lengths = 0
         self.names: list[str] = []  # that the losses are logged under
         self.taken = False
         self._ranks = 1
-        # [names + 2] sums over micro-batches of means over ranks: of losses, sequences and positions
+        # [names + 3] sums over micro-batches of means over ranks: of losses, sequences, positions and lengths
         self._sums = torch.zeros(0)
 
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         """Count one micro-batch; a collective."""
         if self.batches and self.names != list(losses):
             raise ValueError(f"a step's micro-batches have other losses: {self.names} and {list(losses)}")
-        samples, tokens = batch["tokens"].shape[0], batch["tokens"].numel()
+        samples, length = batch["tokens"].shape
+        sizes = (samples, samples * length, samples * length**2)
         means = torch.stack([value.detach().float() for value in losses.values()])
         if distributed.is_initialized():  # ranks may have batches of other sizes; float64 holds their numbers
             self._ranks = distributed.get_world_size()
-            means = torch.cat([means.double(), means.new_full((1,), samples), means.new_full((1,), tokens)])
+            means = torch.cat([means.double(), *(means.new_full((1,), size, dtype=torch.float64) for size in sizes)])
             mean_over_ranks(means)
         self._sums = self._sums + means if self.batches else means
         self.names = list(losses)
         self.batches.append(batch)
-        self.samples += samples * self._ranks
-        self.tokens += tokens * self._ranks
+        self.samples += sizes[0] * self._ranks
+        self.tokens += sizes[1] * self._ranks
+        self.lengths += sizes[2] * self._ranks
 
     def read(self, norm: Tensor) -> tuple[list[float], float]:
         """Read the mean losses over micro-batches and a norm from the device in one copy, and the sizes of all ranks."""
         *sums, norm_read = torch.cat([self._sums, norm.to(self._sums)[None]]).tolist()
         if self._ranks > 1:
-            self.samples, self.tokens = (round(mean * self._ranks) for mean in sums[len(self.names) :])
+            self.samples, self.tokens, self.lengths = (round(mean * self._ranks) for mean in sums[len(self.names) :])
         return [value / len(self.batches) for value in sums[: len(self.names)]], norm_read
 
 

@@ -340,6 +340,33 @@ def test_a_run_of_several_epochs_is_resumed_within_one(accumulated: int, tmp_pat
         assert (validated, run.global_step) == (ends, 3 * per_epoch)
 
 
+def test_the_logged_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
+    """Also where a callback sets it before the step."""
+
+    def set_rate(trainer: Trainer, module: Any, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.001 * trainer.global_step
+
+    logged: list[float] = []
+    looks = LambdaCallback(
+        on_before_optimizer_step=set_rate,
+        on_train_batch_end=lambda trainer, *_: logged.append(float(trainer.callback_metrics["train/lr"])),
+    )
+    trainer(tmp_path, looks, max_steps=3).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert logged == pytest.approx([0.0, 0.001, 0.002])
+
+
+def test_nothing_is_saved_within_an_optimizer_step(tmp_path: Path) -> None:
+    """The weights are not of the step of the clock."""
+
+    def save(trainer: Trainer, *_: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: trainer.save_checkpoint(tmp_path / "within.ckpt"))
+
+    with pytest.raises(ValueError, match="no checkpoint within an optimizer step"):
+        trainer(tmp_path, LambdaCallback(on_train_start=save), max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData())
+    assert not (tmp_path / "within.ckpt").exists()
+
+
 def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) -> None:
     """Lightning compares the number of steps, as if it were of micro-batches, with the epoch."""
     settings = {"accumulate_grad_batches": 4, "limit_train_batches": 8, "limit_val_batches": 1.0, "max_epochs": 2}

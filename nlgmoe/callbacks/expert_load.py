@@ -126,14 +126,11 @@ class ExpertLoad(CountsSteps):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Measure the gradients of a logged step before clipping."""
         assert isinstance(pl_module, MoEGPTModule)
-        if not self._experts or not is_logged(trainer):
-            return
-        gradients = pl_module.step_gradients()
-        if gradients is not None:
-            self._squares = gradients.squared_norms(self._parts)
+        if self._experts and is_logged(trainer):
+            self._squares = pl_module.step_gradients().squared_norms(self._parts)
 
     @override
-    def count(self, trainer: Trainer, module: MoEGPTModule, batch: Batch, tokens: int, seconds: float) -> None:
+    def count(self, trainer: Trainer, module: MoEGPTModule, tokens: int, lengths: int, seconds: float) -> None:
         """Add the micro-batch, and the step that it ends."""
         if not self._experts:
             return

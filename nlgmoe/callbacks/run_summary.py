@@ -104,7 +104,7 @@ class RunSummary(CountsSteps):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
-    def count(self, trainer: Trainer, module: MoEGPTModule, batch: Batch, tokens: int, seconds: float) -> None:
+    def count(self, trainer: Trainer, module: MoEGPTModule, tokens: int, lengths: int, seconds: float) -> None:
         """Add the micro-batch."""
         self._step_seconds += seconds
         self._fed_tokens += tokens

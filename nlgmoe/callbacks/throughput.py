@@ -12,7 +12,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch
 from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.device import product_name
-from nlgmoe.model.counting import flops_per_token
+from nlgmoe.model.counting import flops_of_tokens
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
@@ -97,13 +97,12 @@ class Throughput(CountsSteps):
             self._log(trainer, pl_module)
 
     @override
-    def count(self, trainer: Trainer, module: MoEGPTModule, batch: Batch, tokens: int, seconds: float) -> None:
+    def count(self, trainer: Trainer, module: MoEGPTModule, tokens: int, lengths: int, seconds: float) -> None:
         """Add the micro-batch, and the step that it ends."""
         self._collectives.stop()
         self._seconds += seconds
         self._tokens += tokens
-        length = tokens // (trainer.world_size * batch["tokens"].shape[0])  # after truncation by a curriculum
-        self._step_flops += tokens * flops_per_token(module.config, length)
+        self._step_flops += flops_of_tokens(module.config, tokens, lengths)
         if ends_step(trainer):
             self._steps += 1
             self._flops += self._step_flops

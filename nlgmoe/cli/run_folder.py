@@ -46,6 +46,7 @@ class RunFolder(SaveConfigCallback):
     # When that was saved, if it is outside the folder: the run saves its own again.
     _resumed_saved_at: str | None = None
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
+    _identified = _recorded = False  # this start
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
     _began = 0  # at this step
     _rows = 0  # that `metrics.csv` had before this start
@@ -74,11 +75,13 @@ class RunFolder(SaveConfigCallback):
         if self._notes is None:
             self._notes = folder / RESUMING
             self._noted = self._notes.read_bytes() if self._notes.is_file() else None
-        write_json(self._notes, {"checkpoint": os.path.abspath(checkpoint), "step": step, "saved_at": saved_at})
+        write_json(self._notes, {"checkpoint": _within(folder, checkpoint), "step": step, "saved_at": saved_at})
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the run, and its start, that saved the checkpoint."""
+        """Record the run, and its start, that saved the checkpoint: also one that has validated, and taken no step yet."""
+        if trainer.state.fn == TrainerFn.FITTING and self._identified and not self.already_saved:
+            self._record(trainer, trained=False, saves=True)
         checkpoint |= {"start": self._start, "run": self._run}
 
     @override
@@ -98,7 +101,7 @@ class RunFolder(SaveConfigCallback):
             require_writable(folder, checkpoint_folders(trainer) if stage == "fit" else ())
         if stage == "fit":  # not what an evaluation has loaded; a checkpoint to resume is loaded after this
             self._resumed = self._resumed_saved_at = self._start = self._run = None
-            self._began = trainer.global_step
+            self._began, self._identified, self._recorded = trainer.global_step, False, False
         if stage == "fit" and trainer.is_global_zero:
             self._holding = ExitStack()
             self._holding.enter_context(held(folder))
@@ -125,7 +128,8 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the folder; if the start is refused, as it was."""
-        if trainer.global_step == self._began:
+        assert isinstance(pl_module, MoEGPTModule)
+        if trainer.global_step == self._began or pl_module.taking_step:
             save_nothing_on_exception(trainer)
         if self._notes is not None and isinstance(exception, ValueError):
             self._notes.unlink(missing_ok=True)
@@ -149,6 +153,8 @@ class RunFolder(SaveConfigCallback):
             refuse_second_run(folder, trainer.ckpt_path, checkpoint_folders(trainer))
         if trainer.is_global_zero:
             self._identify(folder, checkpoint_folders(trainer))
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                _claim(folder, checkpoint_folders(trainer), self._run)
             metrics = folder / "metrics.csv"  # before the validation that a resumed run may have left
             self._rows = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
 
@@ -169,6 +175,7 @@ class RunFolder(SaveConfigCallback):
             self._run = uuid4().hex  # a new run, or one that goes on from another
         if self._run != theirs:
             self._start = None  # of another run
+        self._identified = True
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -186,7 +193,7 @@ class RunFolder(SaveConfigCallback):
         self._record(trainer, trained=True)
 
     @rank_zero_only
-    def _record(self, trainer: Trainer, trained: bool) -> None:
+    def _record(self, trainer: Trainer, trained: bool, saves: bool = False) -> None:
         """Record the start, and that it trains in `config.yaml` and `versions.json`.
 
         The configuration repeats the run from its beginning: without the checkpoint it may have been resumed from.
@@ -195,11 +202,14 @@ class RunFolder(SaveConfigCallback):
 
         Args:
             trainer: of the fit.
-            trained: it takes a step. If not, it is recorded only where the last start was of another branch, or had other
-                settings or versions.
+            trained: it takes a step. If not, it is recorded only if it saves, or where the last start was of another branch, or
+                had other settings or versions.
+            saves: it saves a checkpoint before its first step.
         """
         folder = Path(trainer.default_root_dir)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
+        if self._recorded:  # as it saved a checkpoint
+            self._start = starts.pop()["parent"]
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         text = self.parser.dump(config, skip_none=False).encode()
         name = starts[-1]["config"] if starts else ""
@@ -208,7 +218,8 @@ class RunFolder(SaveConfigCallback):
             self._start = None  # its record was removed
         last = _last_trained(starts, len(starts) - 1)
         base = last if self._start is None else _last_trained(starts, self._start)
-        if not trained and (not starts or (not changed and starts[-1]["versions"] == versions() and base == last)):
+        same = not changed and starts[-1]["versions"] == versions() and base == last
+        if not trained and (not starts or (same and not saves and not self._recorded)):
             return
         (folder / "starts").mkdir(parents=True, exist_ok=True)
         if changed:
@@ -217,15 +228,12 @@ class RunFolder(SaveConfigCallback):
         if trained:
             with atomic_write(folder / "config.yaml") as new:
                 new.write_bytes(text)
-        resumed = None if self._resumed is None else os.path.abspath(self._resumed)
-        if resumed is not None and Path(resumed).is_relative_to(os.path.abspath(folder)):
-            resumed = os.path.relpath(resumed, folder)  # the folder may be moved
         start = {
             "run": self._run,
             "step": trainer.global_step,
             "config": name,
             "versions": versions(),
-            "checkpoint": resumed,
+            "checkpoint": None if self._resumed is None else _within(folder, self._resumed),
             "saved_at": self._resumed_saved_at,
             "parent": self._start,
             "trained": trained,
@@ -239,7 +247,39 @@ class RunFolder(SaveConfigCallback):
         elif base != last and (folder / starts[base]["config"]).is_file():  # it returned to the branch of another start
             shutil.copy(folder / starts[base]["config"], folder / "config.yaml")
             write_json(folder / "versions.json", starts[base]["versions"])
-        self._start = len(starts)
+        self._start, self._recorded = len(starts), True
+
+
+def _claim(folder: Path, places: Sequence[Path], run: str | None) -> None:
+    """Note in folders of checkpoints outside the run folder, as where `checkpoints` is a link, which run folder they are of.
+
+    Args:
+        folder: the run folder.
+        places: where the run saves checkpoints.
+        run: its id.
+
+    Raises:
+        ValueError: they are of a run folder of which this one is a copy.
+    """
+    real = os.path.realpath(folder)
+    for place in places:
+        note = Path(os.path.realpath(place), ".run_folder")
+        if note.is_relative_to(real):
+            continue
+        other = note.read_text() if note.is_file() else real
+        if other != real and run is not None and [one.get("run") for one in _read_starts(Path(other))][:1] == [run]:
+            raise ValueError(
+                f"{place} has the checkpoints of {other}, of which {folder} is a copy: give this one its own, as a copy in place "
+                "of the link, or another ModelCheckpoint.dirpath"
+            )
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(real)
+
+
+def _within(folder: Path, path: Any) -> str:
+    """Return a path relative to a run folder, which may be moved, if it is in it; else an absolute one."""
+    found = os.path.abspath(path)
+    return os.path.relpath(found, folder) if Path(found).is_relative_to(os.path.abspath(folder)) else found
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -298,13 +338,23 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
     Raises:
         ValueError: `folder` holds a run, or one of `places` checkpoints, and there is none to resume, or it is of another run.
     """
-    if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
+    for place in places:
+        above = (place.resolve(), *place.resolve().parents)
+        other = next((one for one in above if (one / "starts.json").is_file()), folder.resolve())
+        if not is_of_run(place, folder) and other != folder.resolve():
+            raise ValueError(
+                f"ModelCheckpoint.dirpath={place} is in the folder of another run, {other}, whose checkpoints this one would "
+                "replace: leave it out, or set it to a folder of its own"
+            )
+    own = (folder, *places) if holds_run(folder) else (folder,)
+    if checkpoint is not None and any(is_of_run(checkpoint, place) for place in own):
         return
     for place in places:
         if not is_of_run(place, folder) and has_checkpoints(place):
             raise ValueError(
                 f"ModelCheckpoint.dirpath={place} holds checkpoints of another run, which this one would replace: set it to a "
-                "folder of its own, or leave it out; to go on with the other run, give the path of a checkpoint in it"
+                "folder of its own, or leave it out; to go on with the other run, give its trainer.default_root_dir and the path "
+                "of a checkpoint"
             )
     if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
         return  # one that goes on from another run's end holds a checkpoint and no configuration

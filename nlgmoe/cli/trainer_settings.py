@@ -68,20 +68,7 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     there = named_devices(devices)
     if there is None:
         there = 1 if on_cpu else torch.accelerator.device_count()
-    # By torchrun or DeepSpeed's launcher; with other devices each would be a run of its own.
-    started = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE" if "LOCAL_RANK" in os.environ else "")
-    if started is not None:
-        why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
-        _require(started == str(there), "devices", devices, why)
-    if str(trainer["strategy"]) != "auto":  # without a launcher, which compares them itself
-        local, node = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("NODE_RANK") or 0)
-        why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
-        _require(local < there, "devices", devices, why.format("LOCAL_RANK", local))
-        _require(node < trainer["num_nodes"], "num_nodes", trainer["num_nodes"], why.format("NODE_RANK", node))
-    if SLURMEnvironment.detect() and not {"SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"} <= os.environ.keys():
-        raise SettingError(
-            "this is a Slurm job, and not a process that srun has started; start it by srun, or unset SLURM_NTASKS"
-        )
+    _check_launcher(trainer, there)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if (
         on_cpu
@@ -99,6 +86,41 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
         rank_zero_warn(
             f"trainer.precision={trainer['precision']}: this processor has no instructions for products in bf16 "
             "(AVX512_BF16), so that they take longer than in fp32; set it to 32-true for speed"
+        )
+
+
+def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
+    """Check that the variables of a launcher fit `trainer.devices`, here `there`, and `num_nodes`.
+
+    Raises:
+        ValueError: they do not.
+    """
+    devices, nodes = trainer["devices"], trainer["num_nodes"]
+    # By torchrun or DeepSpeed's launcher; with other devices each would be a run of its own.
+    started = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE" if "LOCAL_RANK" in os.environ else "")
+    if started is not None:
+        why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
+        _require(started == str(there), "devices", devices, why)
+    if str(trainer["strategy"]) != "auto":  # without a launcher, which compares them itself
+        local, node = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("NODE_RANK") or 0)
+        why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
+        _require(local < there, "devices", devices, why.format("LOCAL_RANK", local))
+        _require(node < nodes, "num_nodes", nodes, why.format("NODE_RANK", node))
+    if there * nodes == 1:
+        # Lightning takes each for the rank of the process, and logs nothing on ranks but 0.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "JSM_NAMESPACE_RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in alone.items():
+            found = os.environ.get(name) or value
+            why = f"and num_nodes=1 make one process, and the environment has {name}={found}; raise them, or unset it"
+            _require(found == value, "devices", devices, why)
+    if SLURMEnvironment.detect() and not {"SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"} <= os.environ.keys():
+        raise SettingError(
+            "this is a Slurm job, and not a process that srun has started; start it by srun, or unset SLURM_NTASKS"
+        )
+    if there * nodes > 1 and "LOCAL_RANK" in os.environ and not os.environ.get("WORLD_SIZE"):
+        raise SettingError(
+            f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as of a launcher, and no WORLD_SIZE: ranks would wait "
+            "for others that nothing starts; unset it, or set WORLD_SIZE"
         )
 
 

@@ -84,10 +84,8 @@ class EngineGradients:
         else:
             self._patch_stage_0()
 
-    def of_step(self) -> EngineGradients | None:
-        """Return the gradients of the coming step, after the backward pass of its last micro-batch; None after others."""
-        if not self._engine.is_gradient_accumulation_boundary():
-            return None
+    def of_step(self) -> EngineGradients:
+        """Return the gradients of the coming step, after the backward pass of its last micro-batch."""
         self._measured = False
         if self._zero:
             self._engine.optimizer._wait_for_offload_copies()

@@ -6,7 +6,7 @@ import argparse
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -245,9 +245,21 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Check that an epoch begins with a step of the engine, which goes on counting micro-batches where Lightning begins anew.
 
         Raises:
-            AllRanksSettingError: the epoch before, whose length was not known, has ended within a step.
+            AllRanksSettingError: the epoch before, whose length was not known, has ended within a step, or a callback has
+                changed a setting that the engine took at the start.
         """
         window = self._engine.gradient_accumulation_steps()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        for name, engine in (
+            ("accumulate_grad_batches", window),
+            ("gradient_clip_val", self._engine.gradient_clipping()),
+        ):
+            if (value := getattr(trainer, name) or 0) != engine:
+                raise AllRanksSettingError(
+                    f"trainer.{name}={value} was set during the run, and DeepSpeed's engine keeps {engine}: leave it, or "
+                    "train on one process or with ddp"
+                )
         left = self._engine.micro_steps % window
         if batch_idx == 0 and left:
             raise AllRanksSettingError(
@@ -255,14 +267,21 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                 "are left; set trainer.limit_train_batches to a multiple of it"
             )
 
-    def step_gradients(self) -> StepGradients | None:
-        """Return the gradients of the coming step; None after a micro-batch that does not end a step."""
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Call the hooks of a step before a step only: Lightning calls this after every micro-batch, which the engine counts."""
+        if self._engine.is_gradient_accumulation_boundary():
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        loss = closure()
+        self._engine.step()
+        return loss
+
+    def step_gradients(self) -> StepGradients:
+        """Return the gradients of the coming step."""
         assert self._gradients is not None
-        gradients = self._gradients.of_step()
-        if gradients is not None:
-            _require_all_trained(self._gpt)  # a callback may freeze one in the middle
-            self._warn_of_changed_weights()
-        return gradients
+        _require_all_trained(self._gpt)  # a callback may freeze one in the middle
+        self._warn_of_changed_weights()
+        return self._gradients.of_step()
 
     def _warn_of_changed_weights(self) -> None:
         """Warn once if anything but the engine has changed weights of which the optimizer has a copy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,21 @@ class Start:
         rows: that `metrics.csv` had before; None: unknown.
         parent: index of the start that had saved the checkpoint it resumed; None: the one before.
         trained: it took a step.
+        forked: it resumed a checkpoint outside the run folder.
     """
 
     step: int
     rows: int | None = None
     parent: int | None = None
     trained: bool = True
+    forked: bool = False
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Start:
         """Make it of an entry; an older nlgmoe has written fewer values."""
         rows, parent = (None if values.get(name) is None else int(values[name]) for name in ("rows", "parent"))
-        return Start(int(values["step"]), rows, parent, values.get("trained", True))
+        forked = os.path.isabs(values.get("checkpoint") or "")
+        return Start(int(values["step"]), rows, parent, values.get("trained", True), forked)
 
 
 def first_step_of_others(later: Sequence[Start], step: int) -> int:

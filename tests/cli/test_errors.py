@@ -1139,6 +1139,27 @@ def test_as_many_devices_as_torchrun_or_deepspeed_has_started(
         assert (code, expected in line) == (2, True), line
 
 
+@pytest.mark.parametrize(
+    "variable", ["RANK=1", "LOCAL_RANK=1", "SLURM_PROCID=3", "JSM_NAMESPACE_RANK=1", "WORLD_SIZE=2"]
+)
+def test_a_run_of_one_process_is_no_rank_of_a_larger_one(
+    variable: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would log nothing on it, and each node of torchrun would train alone."""
+    monkeypatch.setenv(*variable.split("="))
+    code, line = says(place.args())
+    expected = f"num_nodes=1 make one process, and the environment has {variable}; raise them, or unset it"
+    assert (code, expected in line) == (2, True), line
+
+
+def test_ranks_that_nothing_starts_are_not_waited_for(
+    place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, line = says(place.args("--trainer.devices=2", "--trainer.strategy=ddp"))
+    assert (code, "LOCAL_RANK=0, as of a launcher, and no WORLD_SIZE" in line) == (2, True), line
+
+
 def test_restarts_of_torchrun_need_a_store_of_their_own(
     place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

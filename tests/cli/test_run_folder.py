@@ -233,6 +233,9 @@ def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
     assert [start["step"] for start in starts] == [0, 2, 4] and len({start["run"] for start in starts}) == 1
 
     fork = [*command, "--model.train_tokens=512", f"--trainer.default_root_dir={tmp_path / 'fork'}"]
+    with pytest.raises(SystemExit):  # it would replace those of the run that it goes on from
+        main([*fork, *keeper, f"--ckpt_path={place / 'last.ckpt'}"])
+    assert f"ModelCheckpoint.dirpath={place} holds checkpoints of another run" in capsys.readouterr().err
     main([*fork, f"--ckpt_path={place / 'last.ckpt'}"])
     (started,) = json.loads((tmp_path / "fork/starts.json").read_text())
     assert started["run"] != starts[0]["run"]
@@ -244,7 +247,7 @@ def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
         there = tmp_path / "fork/checkpoints"
         taken = [f"--ckpt_path={there / 'last.ckpt'}", f"--trainer.callbacks.dirpath={there}"]
         main([*command, keeper[0], *taken, f"--trainer.default_root_dir={moved}", "--model.train_tokens=768"])
-    assert "is not of it" in capsys.readouterr().err
+    assert f"ModelCheckpoint.dirpath={there} is in the folder of another run" in capsys.readouterr().err
 
 
 def test_what_a_fork_saves_when_it_begins_is_its_own(command: list[str], tmp_path: Path) -> None:
@@ -357,9 +360,27 @@ def test_a_start_that_is_refused_saves_nothing(
         patched.setattr(MoEGPTModule, "on_train_start", lambda _: 1 / 0)
         main([*fit, "--model.train_tokens=512", "--ckpt_path=last"])
     assert read_document(saved)["saved_at"] == before
+    within = f"--trainer.callbacks+={__name__}.FailWithin"
+    with pytest.raises(SystemExit):  # the weights are of step 6, and the clock is at step 5
+        main([*fit, "--model.train_tokens=512", "--ckpt_path=last", within])
+    assert read_document(saved)["saved_at"] == before
     with pytest.raises(SystemExit):  # after a step it does
         main([*fit, "--model.train_tokens=512", "--ckpt_path=last", f"--trainer.callbacks+={__name__}.KillLater"])
     assert read_document(saved)["global_step"] == 7
+
+
+class FailWithin(Callback):
+    """Fails at the end of the second optimizer step, before the loop counts it."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        calls: list[Any] = []
+
+        def fail(*arguments: Any) -> None:
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+
+        trainer.optimizers[0].register_step_post_hook(fail)
 
 
 def test_a_new_run_forgets_what_an_earlier_start_would_have_resumed(
@@ -447,8 +468,16 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
     rows = [line for line in whole if not line.startswith(("4,", "5,", "6,", "7,"))]
     trained = (run / "starts/0-step-0.yaml").read_text()
     assert (run / "config.yaml").read_text() != trained
-    train("run", 8, f"--ckpt_path={saved / 'step-8.ckpt'}")  # it is at its end there, and only validated
+    back = [f"--ckpt_path={saved / 'step-8.ckpt'}"]  # it is at its end there, and takes no step
+    unvalidated = tmp_path / "unvalidated.yaml"
+    samples = {"class_path": "SampleText", "init_args": {"prompts": ["a"], "max_new_tokens": 1}}
+    unvalidated.write_text(yaml.safe_dump({"trainer": {"limit_val_batches": 0, "callbacks": [samples]}}))
+    train("run", 8, *back, f"--config={unvalidated}")
     (ours,) = read_runs([run])
+    assert (run / "samples.txt").read_text() == first_samples and ours.specialisation is None
+    train("run", 8, *back)
+    (ours,) = read_runs([run])
+    assert ours.specialisation is not None and ours.specialisation.step == 8
     assert re.findall(r"=== step (\d+)", ours.samples) == ["3", "6", "8"]
     assert (run / "samples.txt").read_text() == first_samples
     assert (run / "config.yaml").read_text() == trained and not [one for one in ours.issues if "lr" in one]
@@ -466,6 +495,10 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
     assert (run / "expert_load.csv").read_text().splitlines() == rows
     assert "the run went back to step 4 before, and returns to step 8 of an earlier branch" in told
     assert "was saved again after the checkpoint that is resumed" in told
+    with pytest.raises(SystemExit):
+        train("run", 16, "--ckpt_path=last", kill, "--trainer.callbacks.after=11")
+    (ours,) = read_runs([run])
+    assert ours.specialisation is not None and ours.specialisation.step == 10
 
 
 def test_a_start_that_only_validates_leaves_no_branch(command: list[str], tmp_path: Path) -> None:
@@ -504,7 +537,7 @@ class Terminate(Callback):
 def test_a_run_that_saves_the_resumed_checkpoint_again_goes_on_from_it(
     killed_at: int, command: list[str], tmp_path: Path
 ) -> None:
-    """After the validation that was due; it is killed before the start is recorded, or after that."""
+    """After the validation that was due; it is killed before its first step, or after that."""
     saved = tmp_path / "run/checkpoints/last.ckpt"
     keeper = ["ModelCheckpoint", "filename=last", "enable_version_counter=false"]
     fit = [*command, "--model.train_tokens=384", f"--trainer.callbacks+={keeper[0]}"]
@@ -517,8 +550,11 @@ def test_a_run_that_saves_the_resumed_checkpoint_again_goes_on_from_it(
         times.append(read_document(saved)["saved_at"])
     assert times[0] < times[1] and read_document(saved)["global_step"] == 4
     main([*fit, "--ckpt_path=auto"])
-    steps = [one["step"] for one in json.loads((tmp_path / "run/starts.json").read_text())]
-    assert steps == ([0, 4] if killed_at == 4 else [0, 4, 4])
+    starts = json.loads((tmp_path / "run/starts.json").read_text())
+    assert [(one["step"], one["parent"]) for one in starts] == [(0, None), (4, 0), (4, 1)]
+    assert [one["trained"] for one in starts] == [True, killed_at == 5, True]
+    (run,) = read_runs([tmp_path / "run"])
+    assert run.metrics["val/loss"].steps.tolist() == [4, 6]
 
 
 def test_a_fork_at_its_end_is_no_run_yet(command: list[str], tmp_path: Path) -> None:
@@ -531,6 +567,45 @@ def test_a_fork_at_its_end_is_no_run_yet(command: list[str], tmp_path: Path) -> 
     main([*fork, "--model.train_tokens=320"])  # as the warning of the first one says
     (start,) = json.loads((tmp_path / "fork/starts.json").read_text())
     assert start["step"] == 4
+    (run,) = read_runs([tmp_path / "fork"])
+    assert run.metrics["val/loss"].steps.tolist() == [5]  # the first fork may have been of another run
+
+
+def test_a_moved_run_goes_on_from_its_own_checkpoint(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went back to an earlier one, and was killed before its first step."""
+    save = ["+=ModelCheckpoint", ".every_n_train_steps=2", ".filename={step}", ".save_top_k=-1"]
+    fit = [*command, *(f"--trainer.callbacks{one}" for one in save)]
+    main([*fit, "--model.train_tokens=256"])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(MoEGPTModule, "on_train_start", killed)
+        main([*fit, "--model.train_tokens=384", f"--ckpt_path={tmp_path}/run/checkpoints/step=2.ckpt"])
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    main([*fit, "--model.train_tokens=384", "--ckpt_path=auto", f"--trainer.default_root_dir={tmp_path / 'copy'}"])
+    assert json.loads((tmp_path / "copy/starts.json").read_text())[-1]["checkpoint"] == "checkpoints/step=2.ckpt"
+
+
+def test_a_copy_of_a_run_does_not_save_into_the_checkpoints_of_the_first(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have a link to the same disk."""
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    disk.mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    main([*command, "--model.train_tokens=128"])
+    saved = read_document(disk / "last.ckpt")
+    shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    more = ["--model.train_tokens=256", "--ckpt_path=auto"]
+    with pytest.raises(SystemExit):
+        main([*command, *more, f"--trainer.default_root_dir={tmp_path / 'copy'}"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"has the checkpoints of {run}, of which {tmp_path / 'copy'} is a copy" in told
+    assert read_document(disk / "last.ckpt") == saved
+    moved = run.rename(tmp_path / "moved")
+    main([*command, *more, f"--trainer.default_root_dir={moved}"])
+    assert read_document(disk / "last.ckpt")["global_step"] == 4
 
 
 class KillLater(Callback):

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing
 
 from benchmarks.gpu_ranks import measure
+from nlgmoe.batch import Batch
 from nlgmoe.callbacks import (
     ExpertLoad,
     ExpertSpecialisation,
@@ -44,7 +45,7 @@ from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
-from nlgmoe.model.counting import count_parameters
+from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -152,10 +153,8 @@ class Recorder(Callback):
             self.clip_norms.append(float(engine.get_global_grad_norm()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        if (batch := trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # DeepSpeed's engine is asked to step after every micro-batch
         gradients = full_gradients(pl_module)
-        if batch == trainer.accumulate_grad_batches:
+        if not self.squares:
             self.gradients = gradients
         self.squares.append({name: float(value.double().square().sum()) for name, value in gradients.items()})
 
@@ -334,8 +333,6 @@ class Types(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         zero = getattr(trainer.strategy.model, "optimizer", None)
-        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
         if not hasattr(zero, "averaged_gradients"):
             self._note("sums", pl_module.gpt.token_embedding.weight.grad)
         elif zero.cpu_offload:
@@ -609,7 +606,8 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
 
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
     """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, a parameter that
-    is frozen after the first step, an epoch that ends within a step, and weights that a callback has changed.
+    is frozen after the first step, an epoch that ends within a step, another number of micro-batches of a step, another limit of
+    the gradient's norm, and weights that a callback has changed.
 
     Last, the steps of a trainer that has gone on from its own checkpoint.
     """
@@ -652,6 +650,12 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
         divided.fit(cell.module(), OfUnknownLength(micro_batch_size=2))
     except ValueError as error:
         messages.append(str(error))
+    for name, value in (("accumulate_grad_batches", 2), ("gradient_clip_val", 0.5)):
+        more = LambdaCallback(on_train_batch_end=lambda trainer, *_: setattr(trainer, name, value))  # noqa: B023
+        try:
+            make_trainer(two, ranks, folder, more, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
+        except ValueError as error:
+            messages.append(str(error))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback = LambdaCallback(on_train_start=change)
@@ -890,15 +894,24 @@ def growing(cell: Cell, ranks: int, folder: Path) -> Grown:
     return Grown(recorder.losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float]:
-    """Steps, clock, positions fed to all ranks, and learning rate after 400 tokens of batches that differ between ranks."""
-    module, fed = cell.module(), torch.zeros(1)
+def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float, float]:
+    """Steps, clock, positions fed to all ranks, and learning rate after 400 tokens of batches that differ between ranks.
+
+    Last, the FLOPs by `Throughput` over those of each batch of each rank.
+    """
+    module, fed = cell.module(), torch.zeros(2, dtype=torch.float64)
     module.train_tokens, module.schedule = 400, LearningRateSchedule("cosine", 0.0, 0, 1000)
-    count = LambdaCallback(on_train_batch_start=lambda trainer, module, batch, _: fed.add_(batch["tokens"].numel()))
-    trainer = make_trainer(cell, ranks, folder, count, strategy=strategy_of(cell), accumulate_grad_batches=2)
+
+    def add(trainer: Trainer, module: MoEGPTModule, batch: Batch, _: int) -> None:
+        tokens = batch["tokens"]
+        fed.add_(torch.tensor([1, flops_per_token(module.config, tokens.shape[1])]) * tokens.numel())
+
+    count, speed = LambdaCallback(on_train_batch_start=add), Throughput()
+    trainer = make_trainer(cell, ranks, folder, count, speed, strategy=strategy_of(cell), accumulate_grad_batches=2)
     trainer.fit(module, ToLongest(micro_batch_size=2, padded=True))
     distributed.all_reduce(fed)
-    return trainer.global_step, module.tokens_seen, int(fed), trainer.optimizers[0].param_groups[0]["lr"]
+    flops = speed.state_dict()["flops"] / float(fed[1])
+    return trainer.global_step, module.tokens_seen, int(fed[0]), trainer.optimizers[0].param_groups[0]["lr"], flops
 
 
 def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:

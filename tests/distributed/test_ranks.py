@@ -583,8 +583,9 @@ def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path)
 
 @pytest.mark.parametrize("cell", UNEQUAL, ids=lambda cell: cell.name)
 def test_the_clock_counts_the_tokens_of_all_ranks(cell: Cell, found: Found) -> None:
-    (steps, clock, fed, rate), other = found[uneven, cell.name]
-    assert (steps, clock, fed, rate) == other
+    (steps, clock, fed, rate, flops), other = found[uneven, cell.name]
+    assert (steps, clock, fed, rate, flops) == other
+    assert flops == pytest.approx(1, rel=1e-12)
     assert 400 <= clock == fed and 2 < steps < cell.steps
     assert rate == pytest.approx(3e-3 * (1 + math.cos(math.pi * clock / 1000)) / 2)
 
@@ -599,7 +600,7 @@ def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
     for messages in found[refused, REFUSED.name]:
-        lacks, built, spread, frozen, divided, changed, steps = messages
+        lacks, built, spread, frozen, divided, more, clip, changed, steps = messages
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
         assert "expert_parallel_size=2 cannot shard a layer of the teacher: no number" in spread
@@ -608,6 +609,10 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
             "accumulate_grad_batches=2 does not divide the epoch that has ended: 1 of its micro-batches are left"
             in divided
         )
+        assert more.startswith(
+            "trainer.accumulate_grad_batches=2 was set during the run, and DeepSpeed's engine keeps 1"
+        )
+        assert clip.startswith("trainer.gradient_clip_val=0.5 was set during the run, and DeepSpeed's engine keeps")
         assert changed.startswith(
             "final_norm.weight was changed outside of the optimizer, whose own copy counts in steps"
         )

@@ -78,6 +78,8 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
     returned_to = {start.parent for at, start in enumerate(starts) if start.parent != at - 1}
     latest = 0
     for index, row in enumerate(chain(read_rows(path), [{}])):  # a start may have logged nothing yet
+        if starts and starts[0].forked and starts[0].rows == index:
+            columns = {}  # those before are of forks that took no step, perhaps of other runs
         before = columns
         for at in began.get(index, ()):
             if latest in returned_to:
