@@ -357,6 +357,7 @@ class MoEGPTModule(GPTModule):
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])
+        self.taking_step = False
         self._evaluated = None if fits else (checkpoint["path"], checkpoint["global_step"])
         if fits:
             self.position.load(checkpoint, self.trainer)

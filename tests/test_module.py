@@ -366,22 +366,31 @@ def test_nothing_is_saved_within_an_optimizer_step(tmp_path: Path) -> None:
         trainer(tmp_path, LambdaCallback(on_train_start=save), max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData())
     assert not (tmp_path / "within.ckpt").exists()
 
+    def fail(trainer: Trainer, *_: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: 1 / (trainer.global_step - 2))
+
+    saves = ModelCheckpoint(tmp_path / "saved", save_on_exception=True, monitor="val/loss")
+    settings = {"max_steps": 4, "enable_checkpointing": True}
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, saves, LambdaCallback(on_train_start=fail), **settings).fit(
+            MoEGPTModule(CONFIG), SyntheticData()
+        )
+    assert not (tmp_path / "saved").exists()
+
 
 def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) -> None:
     """Lightning compares the number of steps, as if it were of micro-batches, with the epoch."""
     settings = {"accumulate_grad_batches": 4, "limit_train_batches": 8, "limit_val_batches": 1.0, "max_epochs": 2}
-    for interval, epochs in ((2, 1), (3, None)):
-        run = trainer(
-            tmp_path,
-            ValidationInterval(),
-            val_check_interval=interval,
-            check_val_every_n_epoch=epochs,
-            **settings,
-        )
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    run = trainer(tmp_path, ValidationInterval(), val_check_interval=3, check_val_every_n_epoch=1, **settings)
+
+    def fit(interval: int, epochs: int | None, **more: Any) -> None:
+        more |= {"val_check_interval": interval, "check_val_every_n_epoch": epochs}
+        trainer(tmp_path, ValidationInterval(), **settings | more).fit(MoEGPTModule(CONFIG), SyntheticData())
+
+    fit(2, 1)
+    fit(3, None)
+    fit(3, 1, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"val_check_interval=3 steps are 12 micro-batches, and an epoch has 8"):
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+        fit(3, 1)
 
 
 @pytest.mark.parametrize(

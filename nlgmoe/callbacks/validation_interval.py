@@ -30,6 +30,6 @@ class ValidationInterval(Callback):
             require(
                 batches <= trainer.num_training_batches,
                 f"trainer.val_check_interval={interval} steps are {batches} micro-batches, and an epoch has "
-                f"{trainer.num_training_batches}: there would be no validation; lower it, or set "
+                f"{trainer.num_training_batches}: no epoch would have a validation; lower it, or set "
                 "trainer.check_val_every_n_epoch=null to count steps over epochs",
             )

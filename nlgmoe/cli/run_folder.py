@@ -28,7 +28,6 @@ from nlgmoe.cli.monitors import check_monitors
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import RunCSVLogger
-from nlgmoe.resuming.keepers import save_nothing_on_exception
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
@@ -36,6 +35,8 @@ _ANOTHER_RUN = (
     "{} holds a run already, and {} is not of it: choose another trainer.default_root_dir to go on "
     "from that checkpoint there"
 )
+
+_OWNER = ".run_folder"  # in a folder of checkpoints outside the run folder: which it is
 
 
 class RunFolder(SaveConfigCallback):
@@ -48,7 +49,6 @@ class RunFolder(SaveConfigCallback):
     _start: int | None = None  # index of this start in `starts.json`; until it is recorded, that of the resumed one
     _identified = _recorded = False  # this start
     _run: str | None = None  # identifies the run, wherever it is moved; none in what an older nlgmoe has written
-    _began = 0  # at this step
     _rows = 0  # that `metrics.csv` had before this start
     _noted: bytes | None = None  # what the folder's note said before this start
     _notes: Path | None = None  # that note, once this start has written it
@@ -58,7 +58,6 @@ class RunFolder(SaveConfigCallback):
         """Remember the path of the checkpoint, also where a run folder was given."""
         folder = Path(trainer.default_root_dir)
         self._resumed, self._start, self._run = checkpoint["path"], checkpoint.get("start"), checkpoint.get("run")
-        self._began = checkpoint["global_step"]
         self._resumed_saved_at = None if is_of_run(checkpoint["path"], folder) else checkpoint["saved_at"]
         if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
             self.note(folder, checkpoint["path"], checkpoint["global_step"], self._resumed_saved_at)
@@ -101,7 +100,7 @@ class RunFolder(SaveConfigCallback):
             require_writable(folder, checkpoint_folders(trainer) if stage == "fit" else ())
         if stage == "fit":  # not what an evaluation has loaded; a checkpoint to resume is loaded after this
             self._resumed = self._resumed_saved_at = self._start = self._run = None
-            self._began, self._identified, self._recorded = trainer.global_step, False, False
+            self._identified = self._recorded = False
         if stage == "fit" and trainer.is_global_zero:
             self._holding = ExitStack()
             self._holding.enter_context(held(folder))
@@ -128,9 +127,6 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the folder; if the start is refused, as it was."""
-        assert isinstance(pl_module, MoEGPTModule)
-        if trainer.global_step == self._began or pl_module.taking_step:
-            save_nothing_on_exception(trainer)
         if self._notes is not None and isinstance(exception, ValueError):
             self._notes.unlink(missing_ok=True)
             if self._noted is not None:
@@ -208,8 +204,8 @@ class RunFolder(SaveConfigCallback):
         """
         folder = Path(trainer.default_root_dir)
         config, starts = copy.deepcopy(self.config), _recorded_starts(folder)
-        if self._recorded:  # as it saved a checkpoint
-            self._start = starts.pop()["parent"]
+        if self._recorded and starts:  # as it saved a checkpoint
+            self._start = starts.pop().get("parent")
         config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
         text = self.parser.dump(config, skip_none=False).encode()
         name = starts[-1]["config"] if starts else ""
@@ -261,25 +257,53 @@ def _claim(folder: Path, places: Sequence[Path], run: str | None) -> None:
     Raises:
         ValueError: they are of a run folder of which this one is a copy.
     """
-    real = os.path.realpath(folder)
     for place in places:
-        note = Path(os.path.realpath(place), ".run_folder")
-        if note.is_relative_to(real):
-            continue
-        other = note.read_text() if note.is_file() else real
-        if other != real and run is not None and [one.get("run") for one in _read_starts(Path(other))][:1] == [run]:
+        real = Path(os.path.realpath(place))
+        owner = _owner(place, folder)
+        if owner is not None and run is not None and _run_of(owner) == run and not owner.samefile(folder):
             raise ValueError(
-                f"{place} has the checkpoints of {other}, of which {folder} is a copy: give this one its own, as a copy in place "
-                "of the link, or another ModelCheckpoint.dirpath"
+                f"{place} has the checkpoints of {owner}, of which {folder} is a copy: give this one its own, as a copy in place "
+                f"of the link, or another ModelCheckpoint.dirpath; if {owner} is not to go on, remove it"
             )
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(real)
+        if real.is_dir() and not real.is_relative_to(os.path.realpath(folder)):
+            write_json(real / _OWNER, {"folder": os.path.realpath(folder), "run": run})
+
+
+def _owner(place: Path, folder: Path) -> Path | None:
+    """Return the run folder whose checkpoints a folder has; None if that is not known, or the run is there no more.
+
+    Args:
+        place: the folder.
+        folder: a run folder that it may be of, also before that has a record of starts.
+    """
+    real = Path(os.path.realpath(place))
+    try:
+        noted = json.loads((real / _OWNER).read_text())
+        found, run = Path(noted["folder"]), noted["run"]
+    except (OSError, ValueError, TypeError, KeyError):
+        above = (real, *real.parents)
+        return next((one for one in above if (one / "starts.json").is_file()), None)
+    if found.exists() and (found.samefile(folder) or _run_of(found) == run is not None):
+        return found
+    return None
+
+
+def _run_of(folder: Path) -> str | None:
+    """Return the id of the run that a folder has a record of."""
+    try:
+        run = json.loads((folder / "starts.json").read_text())[0]["run"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return run if isinstance(run, str) else None
 
 
 def _within(folder: Path, path: Any) -> str:
     """Return a path relative to a run folder, which may be moved, if it is in it; else an absolute one."""
-    found = os.path.abspath(path)
-    return os.path.relpath(found, folder) if Path(found).is_relative_to(os.path.abspath(folder)) else found
+    for resolve in (os.path.abspath, os.path.realpath):
+        inner, outer = Path(resolve(path)), Path(resolve(folder))
+        if inner.is_relative_to(outer):
+            return str(inner.relative_to(outer))
+    return os.path.abspath(path)
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -339,23 +363,18 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
         ValueError: `folder` holds a run, or one of `places` checkpoints, and there is none to resume, or it is of another run.
     """
     for place in places:
-        above = (place.resolve(), *place.resolve().parents)
-        other = next((one for one in above if (one / "starts.json").is_file()), folder.resolve())
-        if not is_of_run(place, folder) and other != folder.resolve():
-            raise ValueError(
-                f"ModelCheckpoint.dirpath={place} is in the folder of another run, {other}, whose checkpoints this one would "
-                "replace: leave it out, or set it to a folder of its own"
-            )
-    own = (folder, *places) if holds_run(folder) else (folder,)
-    if checkpoint is not None and any(is_of_run(checkpoint, place) for place in own):
-        return
-    for place in places:
-        if not is_of_run(place, folder) and has_checkpoints(place):
+        if is_of_run(place, folder) or not has_checkpoints(place):
+            continue
+        owner = _owner(place, folder)
+        own = holds_run(folder) if owner is None else owner.samefile(folder)
+        if not own or checkpoint is None:
             raise ValueError(
                 f"ModelCheckpoint.dirpath={place} holds checkpoints of another run, which this one would replace: set it to a "
                 "folder of its own, or leave it out; to go on with the other run, give its trainer.default_root_dir and the path "
                 "of a checkpoint"
             )
+    if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
+        return
     if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
         return  # one that goes on from another run's end holds a checkpoint and no configuration
     if checkpoint is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LSFEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.cli.errors import did_you_mean
@@ -106,21 +106,25 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
         why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
         _require(local < there, "devices", devices, why.format("LOCAL_RANK", local))
         _require(node < nodes, "num_nodes", nodes, why.format("NODE_RANK", node))
-    if there * nodes == 1:
-        # Lightning takes each for the rank of the process, and logs nothing on ranks but 0.
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "JSM_NAMESPACE_RANK": "0", "WORLD_SIZE": "1"}
-        for name, value in alone.items():
-            found = os.environ.get(name) or value
-            why = f"and num_nodes=1 make one process, and the environment has {name}={found}; raise them, or unset it"
-            _require(found == value, "devices", devices, why)
     if SLURMEnvironment.detect() and not {"SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"} <= os.environ.keys():
         raise SettingError(
             "this is a Slurm job, and not a process that srun has started; start it by srun, or unset SLURM_NTASKS"
         )
-    if there * nodes > 1 and "LOCAL_RANK" in os.environ and not os.environ.get("WORLD_SIZE"):
+    ranks, started = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), os.environ.get("WORLD_SIZE")
+    name = next(
+        (one for one in ranks if os.environ.get(one)), None
+    )  # Lightning takes the first for the rank of the process
+    if name is None or (name == "LOCAL_RANK" and not started and "MASTER_PORT" in os.environ):
+        return  # Lightning's own launcher has left them, after an earlier run of this process
+    if there * nodes == 1:  # a run of its own, of which Lightning logs nothing unless it is of rank 0
+        found = {name: os.environ[name]} | ({"WORLD_SIZE": started or "1"} if name in ranks[:2] else {})
+        wrong = next((f"{one}={value}" for one, value in found.items() if value != str(int(one == "WORLD_SIZE"))), None)
+        why = f"and num_nodes=1 make one process, and the environment has {wrong}; raise them, or unset it"
+        _require(wrong is None, "devices", devices, why)
+    elif name == "LOCAL_RANK" and not started and not any(one.detect() for one in (SLURMEnvironment, LSFEnvironment)):
         raise SettingError(
-            f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as of a launcher, and no WORLD_SIZE: ranks would wait "
-            "for others that nothing starts; unset it, or set WORLD_SIZE"
+            f"the environment has LOCAL_RANK={os.environ[name]}, as of a launcher, and no WORLD_SIZE: ranks would wait for "
+            "others that nothing starts; unset it, or set WORLD_SIZE"
         )
 
 

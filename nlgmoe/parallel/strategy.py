@@ -273,6 +273,10 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if self._engine.is_gradient_accumulation_boundary():
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         loss = closure()
+        if loss is None:
+            raise ValueError(
+                "training_step has returned None, and DeepSpeed's engine needs the loss of every micro-batch"
+            )
         self._engine.step()
         return loss
 

@@ -123,13 +123,6 @@ def _saved_at(path: str) -> str:
         return ""
 
 
-def save_nothing_on_exception(trainer: Trainer) -> None:
-    """Make `ModelCheckpoint.save_on_exception` not save: nothing was trained, and the file name may be that of another branch."""
-    for one in trainer.checkpoint_callbacks:
-        if isinstance(one, ModelCheckpoint):
-            one._last_global_step_saved = trainer.global_step
-
-
 def forget_deferred_saves(trainer: Trainer) -> None:
     """Make `ModelCheckpoint` not save after the next validation what it could not save yet, its metric being unknown.
 

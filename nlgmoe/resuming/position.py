@@ -67,6 +67,7 @@ class Position:
         self._of_dataloader: str | None = None  # a problem
         self._ended: int | None = None  # batches of the epoch that ended with the checkpoint
         self._max_steps: int | None = None  # where the run has taken so many
+        self._began = 0  # step at which the fit began
 
     def take_step(self, validation_due: bool) -> None:
         """Note that a step was taken, before callbacks see it."""
@@ -102,6 +103,7 @@ class Position:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
         self.saved_by = checkpoint.get("fit")
+        self._guard_exceptions(trainer, step)
         self._other_steps, self._of_dataloader, self._ended = False, None, None
         unseen = checkpoint.get("unseen", {})
         for hook in (STEP, VALIDATION):
@@ -145,6 +147,7 @@ class Position:
             SettingError: an epoch of data that have an end would not be gone over once.
         """
         self.fit = uuid4().hex
+        self._guard_exceptions(trainer, trainer.global_step)
         for one in _deciding(trainer):
             for hook in (STEP, VALIDATION):
                 call = getattr(one, hook)
@@ -194,6 +197,19 @@ class Position:
             self._seen[hook].add(callback.state_key)
         if hook == STEP or callback.state_key not in self._idle:
             call(trainer, *args)
+
+    def _guard_exceptions(self, trainer: Trainer, step: int) -> None:
+        """Make `ModelCheckpoint.save_on_exception` save whole steps of this fit only, which begins at `step`.
+
+        Without a step, as where the start is refused, the file name may be that of a best checkpoint of another branch.
+        """
+        self._began = step
+        for one in trainer.checkpoint_callbacks:
+            vars(one)["on_exception"] = partial(self._save_on_exception, one)
+
+    def _save_on_exception(self, callback: Callback, trainer: Trainer, module: Any, exception: BaseException) -> None:
+        if trainer.global_step > self._began and not module.taking_step:
+            type(callback).on_exception(callback, trainer, module, exception)
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
         """Return which end the run stands at, and the remedy; None: it goes on."""

@@ -37,6 +37,7 @@ from nlgmoe.cli import start
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.tracebacks import _is_of_package
 from nlgmoe.cli.train import TrainCLI, main
+from nlgmoe.cli.trainer_settings import _check_launcher
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.data import corpus
 from nlgmoe.data.pocket.build import write_corpus
@@ -1147,9 +1148,27 @@ def test_a_run_of_one_process_is_no_rank_of_a_larger_one(
 ) -> None:
     """Lightning would log nothing on it, and each node of torchrun would train alone."""
     monkeypatch.setenv(*variable.split("="))
+    if variable.startswith("WORLD_SIZE"):
+        monkeypatch.setenv("RANK", "0")
     code, line = says(place.args())
     expected = f"num_nodes=1 make one process, and the environment has {variable}; raise them, or unset it"
     assert (code, expected in line) == (2, True), line
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        ("LOCAL_RANK=1 MASTER_PORT=29500", 1),  # left by Lightning's launcher, after an earlier run of the process
+        ("LOCAL_RANK=1 MASTER_PORT=29500", 2),
+        ("RANK=0 WORLD_SIZE=1 SLURM_PROCID=3", 1),  # torchrun within srun
+        ("WORLD_SIZE=8", 1),
+        ("SLURM_JOB_NAME=train SLURM_NTASKS=4 SLURM_PROCID=1 SLURM_NODEID=0 SLURM_LOCALID=1 LOCAL_RANK=1", 4),
+    ],
+)
+def test_variables_of_launchers_that_fit_the_run(variables: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in variables.split():
+        monkeypatch.setenv(*one.split("="))
+    _check_launcher({"devices": devices, "num_nodes": 1, "strategy": "ddp" if devices > 1 else "auto"}, devices)
 
 
 def test_ranks_that_nothing_starts_are_not_waited_for(

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
     more = ["--model.train_tokens=256", f"--ckpt_path={place / 'last.ckpt'}"]
     with pytest.raises(SystemExit):
         main([*command, *keeper, *more, f"--trainer.default_root_dir={other}"])
-    assert f"{other} holds a run already, and {place / 'last.ckpt'} is not of it" in capsys.readouterr().err
+    assert f"ModelCheckpoint.dirpath={place} holds checkpoints of another run" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
     main([*command, *keeper, *more])
     moved = (tmp_path / "run").rename(tmp_path / "moved")
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_run_in_a_folder_of_its_own_is_not_resumed_here(
         there = tmp_path / "fork/checkpoints"
         taken = [f"--ckpt_path={there / 'last.ckpt'}", f"--trainer.callbacks.dirpath={there}"]
         main([*command, keeper[0], *taken, f"--trainer.default_root_dir={moved}", "--model.train_tokens=768"])
-    assert f"ModelCheckpoint.dirpath={there} is in the folder of another run" in capsys.readouterr().err
+    assert f"ModelCheckpoint.dirpath={there} holds checkpoints of another run" in capsys.readouterr().err
 
 
 def test_what_a_fork_saves_when_it_begins_is_its_own(command: list[str], tmp_path: Path) -> None:
@@ -518,6 +518,25 @@ def test_a_start_that_only_validates_leaves_no_branch(command: list[str], tmp_pa
     assert not [issue for issue in run.issues if issue.startswith("The run went back")]
 
 
+def test_a_fork_that_saves_elsewhere_and_is_killed_before_its_first_step_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has saved a validation that was due; the folder has no record of it yet."""
+    with pytest.raises(SystemExit):
+        main([*command, "--model.train_tokens=384", f"--trainer.callbacks+={__name__}.Terminate"])
+    best = ["+=ModelCheckpoint", f".dirpath={tmp_path / 'out'}", ".monitor=val/loss", ".filename=best"]
+    fork = [*command, *(f"--trainer.callbacks{one}" for one in best), "--model.train_tokens=384"]
+    fork += [f"--trainer.default_root_dir={tmp_path / 'fork'}"]
+    source = tmp_path / "run/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit):
+        kill = ["--trainer.callbacks+=tests.cli.test_run_folder.Terminate", "--trainer.callbacks.kill=4"]
+        main([*fork, *kill, f"--ckpt_path={source}"])
+    assert read_document(tmp_path / "out/best.ckpt")["global_step"] == 4
+    main([*fork, f"--ckpt_path={tmp_path / 'out/best.ckpt'}"])
+    (start,) = json.loads((tmp_path / "fork/starts.json").read_text())
+    assert start["step"] == 4
+
+
 class Terminate(Callback):
     """Gets a signal at the end of the fourth step, whose validation is due; or `kill` ends the run after so many steps."""
 
@@ -589,21 +608,28 @@ def test_a_moved_run_goes_on_from_its_own_checkpoint(
 def test_a_copy_of_a_run_does_not_save_into_the_checkpoints_of_the_first(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both have a link to the same disk."""
-    disk, run = tmp_path / "disk", tmp_path / "run"
+    """Both have a link to the same disk, or one has a link to the other's checkpoints."""
+    disk, run, copy = tmp_path / "disk", tmp_path / "run", tmp_path / "copy"
     disk.mkdir()
     run.mkdir()
     (run / "checkpoints").symlink_to(disk)
     main([*command, "--model.train_tokens=128"])
     saved = read_document(disk / "last.ckpt")
-    shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    shutil.copytree(run, copy, symlinks=True)
     more = ["--model.train_tokens=256", "--ckpt_path=auto"]
-    with pytest.raises(SystemExit):
-        main([*command, *more, f"--trainer.default_root_dir={tmp_path / 'copy'}"])
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"has the checkpoints of {run}, of which {tmp_path / 'copy'} is a copy" in told
-    assert read_document(disk / "last.ckpt") == saved
-    moved = run.rename(tmp_path / "moved")
+    for linked in (True, False):
+        if not linked:
+            (run / "checkpoints").unlink()
+            disk = disk.rename(run / "checkpoints")
+            (disk / ".run_folder").unlink()
+            (copy / "checkpoints").unlink()
+            (copy / "checkpoints").symlink_to(disk)
+        with pytest.raises(SystemExit):
+            main([*command, *more, f"--trainer.default_root_dir={copy}"])
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"has the checkpoints of {run}, of which {copy} is a copy" in told
+        assert read_document(disk / "last.ckpt") == saved
+    moved, disk = run.rename(tmp_path / "moved"), tmp_path / "moved/checkpoints"
     main([*command, *more, f"--trainer.default_root_dir={moved}"])
     assert read_document(disk / "last.ckpt")["global_step"] == 4
 

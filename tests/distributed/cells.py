@@ -650,7 +650,7 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
         divided.fit(cell.module(), OfUnknownLength(micro_batch_size=2))
     except ValueError as error:
         messages.append(str(error))
-    for name, value in (("accumulate_grad_batches", 2), ("gradient_clip_val", 0.5)):
+    for name, value in (("accumulate_grad_batches", 2), ("gradient_clip_val", 0.25)):
         more = LambdaCallback(on_train_batch_end=lambda trainer, *_: setattr(trainer, name, value))  # noqa: B023
         try:
             make_trainer(two, ranks, folder, more, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())

@@ -612,7 +612,7 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
         assert more.startswith(
             "trainer.accumulate_grad_batches=2 was set during the run, and DeepSpeed's engine keeps 1"
         )
-        assert clip.startswith("trainer.gradient_clip_val=0.5 was set during the run, and DeepSpeed's engine keeps")
+        assert clip.startswith("trainer.gradient_clip_val=0.25 was set during the run, and DeepSpeed's engine keeps")
         assert changed.startswith(
             "final_norm.weight was changed outside of the optimizer, whose own copy counts in steps"
         )
@@ -699,7 +699,8 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
     document = json.loads((path / "checkpoint.json").read_text().replace(str(path.parent), "FOLDER"))
     summary = document["callbacks"]["RunSummary"]
     assert document["callbacks"]["Throughput"].pop("elapsed") > 0
-    document.pop("saved_at")
+    for name in ("saved_at", "fit"):
+        document.pop(name)
     for name in ("wall_seconds", "step_seconds", "peak_memory_bytes"):
         assert summary.pop(name) > 0
     assert summary.pop("validation_seconds") >= 0
