@@ -260,7 +260,7 @@ def _claim(folder: Path, places: Sequence[Path], run: str | None) -> None:
     for place in places:
         real = Path(os.path.realpath(place))
         owner = _owner(place, folder)
-        if owner is not None and run is not None and _run_of(owner) == run and not owner.samefile(folder):
+        if owner is not None and run is not None and _run_of(owner) == run and not _same(owner, folder):
             raise ValueError(
                 f"{place} has the checkpoints of {owner}, of which {folder} is a copy: give this one its own, as a copy in place "
                 f"of the link, or another ModelCheckpoint.dirpath; if {owner} is not to go on, remove it"
@@ -283,9 +283,15 @@ def _owner(place: Path, folder: Path) -> Path | None:
     except (OSError, ValueError, TypeError, KeyError):
         above = (real, *real.parents)
         return next((one for one in above if (one / "starts.json").is_file()), None)
-    if found.exists() and (found.samefile(folder) or _run_of(found) == run is not None):
-        return found
-    return None
+    return found if _same(found, folder) or (run is not None and _run_of(found) == run) else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to one folder, also by a mount."""
+    try:
+        return one.samefile(other)
+    except OSError:  # there is none, or not yet
+        return False
 
 
 def _run_of(folder: Path) -> str | None:
@@ -366,7 +372,7 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
         if is_of_run(place, folder) or not has_checkpoints(place):
             continue
         owner = _owner(place, folder)
-        own = holds_run(folder) if owner is None else owner.samefile(folder)
+        own = holds_run(folder) if owner is None else _same(owner, folder)
         if not own or checkpoint is None:
             raise ValueError(
                 f"ModelCheckpoint.dirpath={place} holds checkpoints of another run, which this one would replace: set it to a "
