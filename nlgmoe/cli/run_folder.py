@@ -6,37 +6,26 @@ import copy
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
-from nlgmoe.checkpoint.newest import LOCK_SECONDS, RESUMING, has_checkpoints, is_checkpoint, list_checkpoints
-from nlgmoe.cli.first_save import step_past_first_save
+from nlgmoe.checkpoint.folder import is_of_run
+from nlgmoe.checkpoint.newest import RESUMING
 from nlgmoe.cli.monitors import check_monitors
+from nlgmoe.cli.ownership import ANOTHER_RUN, checkpoint_folders, claim, held, refuse_second_run, require_writable
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import RunCSVLogger
-from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
-
-_ANOTHER_RUN = (
-    "{} holds a run already, and {} is not of it: choose another trainer.default_root_dir to go on "
-    "from that checkpoint there"
-)
-
-_OWNER = ".run_folder"  # in a folder of checkpoints outside the run folder: which it is
 
 
 class RunFolder(SaveConfigCallback):
@@ -150,7 +139,7 @@ class RunFolder(SaveConfigCallback):
         if trainer.is_global_zero:
             self._identify(folder, checkpoint_folders(trainer))
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                _claim(folder, checkpoint_folders(trainer), self._run)
+                claim(folder, checkpoint_folders(trainer), self._run)
             metrics = folder / "metrics.csv"  # before the validation that a resumed run may have left
             self._rows = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
 
@@ -166,7 +155,7 @@ class RunFolder(SaveConfigCallback):
             resumed_before = {os.path.abspath(folder / one["checkpoint"]) for one in starts if one.get("checkpoint")}
             of_it = self._run == theirs or os.path.abspath(self._resumed or "") in resumed_before
             if not of_it and None not in (self._run, theirs):
-                raise ValueError(_ANOTHER_RUN.format(folder, self._resumed))
+                raise ValueError(ANOTHER_RUN.format(folder, self._resumed))
         elif self._resumed is None or not any(is_of_run(self._resumed, one) for one in (folder, *places)):
             self._run = uuid4().hex  # a new run, or one that goes on from another
         if self._run != theirs:
@@ -246,63 +235,6 @@ class RunFolder(SaveConfigCallback):
         self._start, self._recorded = len(starts), True
 
 
-def _claim(folder: Path, places: Sequence[Path], run: str | None) -> None:
-    """Note in folders of checkpoints outside the run folder, as where `checkpoints` is a link, which run folder they are of.
-
-    Args:
-        folder: the run folder.
-        places: where the run saves checkpoints.
-        run: its id.
-
-    Raises:
-        ValueError: they are of a run folder of which this one is a copy.
-    """
-    for place in places:
-        real = Path(os.path.realpath(place))
-        owner = _owner(place, folder)
-        if owner is not None and run is not None and _run_of(owner) == run and not _same(owner, folder):
-            raise ValueError(
-                f"{place} has the checkpoints of {owner}, of which {folder} is a copy: give this one its own, as a copy in place "
-                f"of the link, or another ModelCheckpoint.dirpath; if {owner} is not to go on, remove it"
-            )
-        if real.is_dir() and not real.is_relative_to(os.path.realpath(folder)):
-            write_json(real / _OWNER, {"folder": os.path.realpath(folder), "run": run})
-
-
-def _owner(place: Path, folder: Path) -> Path | None:
-    """Return the run folder whose checkpoints a folder has; None if that is not known, or the run is there no more.
-
-    Args:
-        place: the folder.
-        folder: a run folder that it may be of, also before that has a record of starts.
-    """
-    real = Path(os.path.realpath(place))
-    try:
-        noted = json.loads((real / _OWNER).read_text())
-        found, run = Path(noted["folder"]), noted["run"]
-    except (OSError, ValueError, TypeError, KeyError):
-        above = (real, *real.parents)
-        return next((one for one in above if (one / "starts.json").is_file()), None)
-    return found if _same(found, folder) or (run is not None and _run_of(found) == run) else None
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to one folder, also by a mount."""
-    try:
-        return one.samefile(other)
-    except OSError:  # there is none, or not yet
-        return False
-
-
-def _run_of(folder: Path) -> str | None:
-    """Return the id of the run that a folder has a record of."""
-    try:
-        run = json.loads((folder / "starts.json").read_text())[0]["run"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return run if isinstance(run, str) else None
-
-
 def _within(folder: Path, path: Any) -> str:
     """Return a path relative to a run folder, which may be moved, if it is in it; else an absolute one."""
     for resolve in (os.path.abspath, os.path.realpath):
@@ -349,150 +281,3 @@ def _last_trained(starts: list[dict[str, Any]], at: int) -> int:
         parent = starts[at].get("parent")
         at = at - 1 if parent is None else parent
     return at
-
-
-def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Return the folder of each `ModelCheckpoint`."""
-    keepers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    return [Path(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None]
-
-
-def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Path] = ()) -> None:
-    """Refuse a second run in a folder; a run may be resumed.
-
-    Args:
-        folder: the run folder.
-        checkpoint: to resume.
-        places: where the run saves checkpoints.
-
-    Raises:
-        ValueError: `folder` holds a run, or one of `places` checkpoints, and there is none to resume, or it is of another run.
-    """
-    for place in places:
-        if is_of_run(place, folder) or not has_checkpoints(place):
-            continue
-        owner = _owner(place, folder)
-        own = holds_run(folder) if owner is None else _same(owner, folder)
-        if not own or checkpoint is None:
-            raise ValueError(
-                f"ModelCheckpoint.dirpath={place} holds checkpoints of another run, which this one would replace: set it to a "
-                "folder of its own, or leave it out; to go on with the other run, give its trainer.default_root_dir and the path "
-                "of a checkpoint"
-            )
-    if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
-        return
-    if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
-        return  # one that goes on from another run's end holds a checkpoint and no configuration
-    if checkpoint is None:
-        if not has_checkpoints(folder):
-            raise ValueError(
-                f"{folder} holds a run that left no checkpoint: choose another trainer.default_root_dir, or, if it was killed "
-                "before it saved one, start it again with --ckpt_path auto"
-            )
-        raise ValueError(
-            f"{folder} holds a run already: continue it with --ckpt_path last (in Python, its folder as ckpt_path), or choose "
-            "another trainer.default_root_dir"
-        )
-    raise ValueError(_ANOTHER_RUN.format(folder, checkpoint))
-
-
-def require_checkpoint(path: str | Path) -> None:
-    """Check that there is a checkpoint at `ckpt_path`; reading it verifies it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if is_checkpoint(path):
-        read_document(path)
-    elif not has_checkpoints(Path(path)):
-        raise SettingError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
-
-
-def resolve_checkpoint(
-    name: Any,
-    folder: Path,
-    remedy: str,
-    may_start: bool,
-    places: Sequence[Path] = (),
-    keepers: Sequence[ModelCheckpoint] = (),
-) -> Any:
-    """Replace `last` and `auto` by the run folder, or `auto` by None where a run may start and there is no checkpoint.
-
-    All ranks choose the checkpoint together later (`checkpoint/newest.py`).
-
-    Args:
-        name: `ckpt_path` as it was given.
-        folder: the run folder.
-        remedy: what to do if there is none.
-        may_start: whether a new run is the alternative.
-        places: where the run saves checkpoints.
-        keepers: the run's; one that was killed before its first checkpoint was due is started again.
-
-    Raises:
-        ValueError: there is no checkpoint, or the run does not save them in its folder; or `auto` would start a run again
-            that has ended or must have saved a checkpoint.
-    """
-    if name not in ("last", "auto"):
-        return name
-    for place in places:
-        if not is_of_run(place, folder):
-            raise ValueError(
-                f"ckpt_path={name} looks into trainer.default_root_dir={folder}, but ModelCheckpoint.dirpath={place} is outside: "
-                "leave dirpath out (the folder checkpoints may be a link), or give the path of a checkpoint"
-            )
-    found = has_checkpoints(folder)
-    if not found and not (name == "auto" and may_start):
-        raise SettingError(f"ckpt_path={name}: there is no checkpoint in {folder}; {remedy}")
-    if found:
-        return str(folder)
-    if (step := step_past_first_save(folder, keepers)) is not None:
-        raise ValueError(
-            f"ckpt_path={name}: {folder} has logged {step} steps but holds no checkpoint, and the run would start again at "
-            "step 0; bring its checkpoints back, or choose another trainer.default_root_dir (a run that was killed before its "
-            "first save starts again with the interval of saves that it had)"
-        )
-    return None
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Lock `folder` against a second process that trains in it and would replace checkpoints; a process may lock it twice.
-
-    The operating system releases the lock when the process ends.
-
-    Raises:
-        ValueError: another process has the folder, and keeps it for ten seconds.
-    """
-    lock = FileLock(Path(os.path.realpath(folder), ".lock"), timeout=LOCK_SECONDS, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def require_writable(folder: Path, places: Sequence[Path] = (), setting: str = "trainer.default_root_dir") -> None:
-    """Check that the run folder can be written, before a corpus is tokenised.
-
-    Args:
-        folder: the run folder.
-        places: where the run saves checkpoints.
-        setting: that names the folder.
-
-    Raises:
-        ValueError: one of them cannot be written.
-    """
-    for place in places:
-        if place.exists() or not is_of_run(place, folder):  # a new run leaves the folder empty until it saves
-            require_writable(place, setting="ModelCheckpoint.dirpath")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{setting}={folder} cannot be written ({error.strerror}); choose another folder") from error

@@ -34,19 +34,13 @@ from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.checkpoint.folder import is_of_run
 from nlgmoe.checkpoint.newest import RESUMING, is_checkpoint
 from nlgmoe.checkpoint.writing import recover
+from nlgmoe.cli.ckpt_path import require_checkpoint, resolve_checkpoint
 from nlgmoe.cli.errors import UsageError, one_line_errors
 from nlgmoe.cli.explain import find_class
 from nlgmoe.cli.memory import configure_allocator
+from nlgmoe.cli.ownership import checkpoint_folders, held, refuse_second_run, require_writable
 from nlgmoe.cli.parser import OneLineParser
-from nlgmoe.cli.run_folder import (
-    RunFolder,
-    checkpoint_folders,
-    held,
-    refuse_second_run,
-    require_checkpoint,
-    require_writable,
-    resolve_checkpoint,
-)
+from nlgmoe.cli.run_folder import RunFolder
 from nlgmoe.cli.trainer_settings import check_callbacks, check_machine, check_trainer
 from nlgmoe.data import PileDataModule
 from nlgmoe.device import name_deepspeeds_device

@@ -23,8 +23,9 @@ from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import RESUMING
+from nlgmoe.cli.ckpt_path import resolve_checkpoint
+from nlgmoe.cli.ownership import refuse_second_run
 from nlgmoe.cli.parser import _with_home
-from nlgmoe.cli.run_folder import refuse_second_run, resolve_checkpoint
 from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
@@ -731,7 +732,7 @@ def test_python_keeps_a_run_folder_as_the_command_does(
     another.trainer.fit(another.module, another.data)
     (start,) = json.loads((tmp_path / "another/starts.json").read_text())
     assert (start["step"], start["checkpoint"]) == (0, None)  # nothing of what was evaluated before
-    monkeypatch.setattr("nlgmoe.cli.run_folder.FileLock", lambda path, **_: FileLock(path, timeout=0))
+    monkeypatch.setattr("nlgmoe.cli.ownership.FileLock", lambda path, **_: FileLock(path, timeout=0))
     with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another process trains in"):
         call("fit")
 
