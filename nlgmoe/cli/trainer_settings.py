@@ -122,8 +122,8 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
             _require(os.environ[one] == value, "devices", devices, why)
     elif "LOCAL_RANK" in os.environ and not (started or SLURMEnvironment.detect() or LSFEnvironment.detect()):
         raise SettingError(
-            f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as of a launcher, and no WORLD_SIZE: ranks would wait for "
-            "others that nothing starts; unset it, or set WORLD_SIZE"
+            f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as of a launcher, and no WORLD_SIZE: ranks would wait "
+            "for others that nothing starts; unset it, or set WORLD_SIZE"
         )
 
 
