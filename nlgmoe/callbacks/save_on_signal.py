@@ -26,6 +26,7 @@ from nlgmoe.callbacks.last_checkpoint import save_last
 from nlgmoe.callbacks.slurm import requeue, requeue_signal
 from nlgmoe.checkpoint.folder import is_of_run
 from nlgmoe.device import side_stream
+from nlgmoe.module import MoEGPTModule
 
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
 SAME_PRESS_SECONDS = 1.0
@@ -37,8 +38,9 @@ class SaveOnSignal(Callback):
 
     Clusters send SIGTERM before they reclaim a machine, Slurm sends SIGUSR1 before the time limit if asked to
     (`--signal=USR1@90`), Ctrl+C is SIGINT; a second Ctrl+C ends at once, as without this callback. If any rank gets a signal,
-    all ranks end after the same step. A validation is interrupted; the resumed run repeats it. A run that has taken its last
-    step is saved, and then finishes.
+    all ranks end after the same step. A validation is interrupted; the resumed run repeats it. One for which a callback has
+    exchanged the weights, as for their average, runs to its end: until then there are no trained weights to save. A run that
+    has taken its last step is saved, and then finishes.
 
     The checkpoint is the run's `last.ckpt`, see `save_last`. With `trainer.enable_checkpointing=false` nothing
     is saved, and the exit code is 128 + the signal's number. A signal that is ignored when training starts remains ignored.
@@ -134,17 +136,17 @@ class SaveOnSignal(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Skip the validation if the run is to end."""
         if self._agreed:
-            self._interrupt_validation(trainer)
+            self._interrupt_validation(trainer, pl_module)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Interrupt the validation if the run is to end. The reduction is read a batch later, so that ranks do not wait."""
-        if self._training:
+        if self._training and not self._agreed:
             self._agreed = self._finish_reduction(trainer)
             if self._agreed:
-                self._interrupt_validation(trainer)
+                self._interrupt_validation(trainer, pl_module)
             else:
                 self._start_reduction(trainer)
 
@@ -152,7 +154,7 @@ class SaveOnSignal(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the signal received during the last batch."""
         if self._training:
-            self._agreed = self._finish_reduction(trainer)
+            self._agreed = self._agreed or self._finish_reduction(trainer)
 
     def _start_reduction(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:
@@ -166,7 +168,10 @@ class SaveOnSignal(Callback):
 
     # ---- the end
 
-    def _interrupt_validation(self, trainer: Trainer) -> None:
+    def _interrupt_validation(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, MoEGPTModule)
+        if trainer.strategy.reduce_boolean_decision(module.has_other_weights(), all=False):
+            return  # `_agreed` ends the run after the validation
         if not trainer.should_stop and not trainer.fit_loop.epoch_loop._is_training_done:
             self._stop(trainer)
         # All that is left is one validation and the summary: save, then let them run.

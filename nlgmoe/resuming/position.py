@@ -199,7 +199,7 @@ class Position:
             call(trainer, *args)
 
     def _guard_exceptions(self, trainer: Trainer, step: int) -> None:
-        """Make `ModelCheckpoint.save_on_exception` save whole steps of this fit only, which begins at `step`.
+        """Make `ModelCheckpoint.save_on_exception` save the weights of whole steps of this fit only, which begins at `step`.
 
         Without a step, as where the start is refused, the file name may be that of a best checkpoint of another branch.
         """
@@ -208,7 +208,7 @@ class Position:
             vars(one)["on_exception"] = partial(self._save_on_exception, one)
 
     def _save_on_exception(self, callback: Callback, trainer: Trainer, module: Any, exception: BaseException) -> None:
-        if trainer.global_step > self._began and not module.taking_step:
+        if trainer.global_step > self._began and not module.taking_step and not module.has_other_weights():
             type(callback).on_exception(callback, trainer, module, exception)
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:

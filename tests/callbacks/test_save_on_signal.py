@@ -116,6 +116,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert all(torch.equal(value, final[name]) for name, value in weights(trainer).items())
 
 
+class Average(Callback):
+    """Validates with other weights than it trains."""
+
+    def __init__(self) -> None:
+        self.trained: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.trained = [parameter.clone() for parameter in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.mul_(0.5)
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        for parameter, trained in zip(pl_module.parameters(), self.trained, strict=True):
+            parameter.copy_(trained)
+
+
+@pytest.mark.parametrize(
+    ("hook", "batch_idx"),
+    [("on_train_batch_start", 11), ("on_validation_batch_start", 1), ("on_validation_batch_end", 2)],
+)
+def test_weights_of_a_validation_alone_are_not_saved(hook: str, batch_idx: int, tmp_path: Path) -> None:
+    """The validation runs to its end, and the run ends then; a run that fails in it saves nothing."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    final = weights(fit(whole, Average(), keeper(whole)))
+    assert stopped(run, Average(), keeper(run), Send(hook, batch_idx, signal.SIGTERM)) == 0
+    trainer = fit(run, Average(), keeper(run), resume=run / "kept/last.ckpt")
+    assert all(torch.equal(value, final[name]) for name, value in weights(trainer).items())
+    assert logged(run) == logged(whole)
+    failed = tmp_path / "failed"
+    with pytest.raises(KeyError):
+        fit(failed, Average(), keeper(failed, save_on_exception=True), Crash(4))
+    assert not (failed / "kept").exists()
+
+
 @pytest.mark.parametrize("settings", [{}, {"monitor": None, "every_n_train_steps": 4}], ids=["after", "before"])
 def test_an_interrupted_validation_is_repeated_once(settings: dict[str, Any], undisturbed: Any, tmp_path: Path) -> None:
     """Also where a ModelCheckpoint has saved just before it."""
