@@ -149,7 +149,8 @@ def _wait_for_first_rank() -> None:
     Raises:
         SystemExit: the process that started this one is gone.
     """
-    if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
+    launched = "MASTER_PORT" in os.environ or "SLURM_NTASKS" in os.environ  # else LOCAL_RANK alone is left by something
+    if not launched or (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
