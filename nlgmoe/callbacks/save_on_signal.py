@@ -45,6 +45,8 @@ class SaveOnSignal(Callback):
     The checkpoint is the run's `last.ckpt`, see `save_last`. With `trainer.enable_checkpointing=false` nothing
     is saved, and the exit code is 128 + the signal's number. A signal that is ignored when training starts remains ignored.
 
+    It stands first in the list of callbacks: none has then begun the next micro-batch, whose state would be saved with the step.
+
     On Slurm the job is requeued after its requeue signal (SIGUSR1), if `SLURMEnvironment(auto_requeue=True)`, the default.
 
     Raises:

@@ -290,8 +290,8 @@ class TrainCLI(LightningCLI):
         made = super().instantiate_trainer(**kwargs)
         if trains:
             check_loggers(made.loggers)  # before they begin runs of their own
-        # It may end the run: those after it then log the step.
-        made.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # type: ignore[attr-defined]
+        # They may end the run: those after them then log the step, or have begun nothing of the next one.
+        made.callbacks.sort(key=lambda one: not isinstance(one, SaveOnSignal | Timer))  # type: ignore[attr-defined]
         # Those without `monitor` save `last.ckpt` after a validation: once the others know its score.
         made.callbacks.sort(key=lambda one: isinstance(one, ModelCheckpoint) and one.monitor is None)  # type: ignore[attr-defined]
         if made.fast_dev_run:  # type: ignore[attr-defined]
