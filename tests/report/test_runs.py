@@ -65,6 +65,16 @@ def test_the_branch_ends_where_the_run_was_resumed_and_not_where_it_is_logged_ag
     assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_callbacks_metric_over_something_else_than_steps_cuts_nothing(tmp_path: Path) -> None:
+    """As of positions in the sequence, at each validation; the last value at a position counts."""
+    rows = "".join(f"{step},{9 - step},\n" + "".join(f"{at},,{step + at}\n" for at in range(3)) for step in range(5))
+    run = folder(tmp_path / "a", metrics__csv=f"step,train/loss,by_position\n{rows}")
+    (run / "starts.json").write_text(json.dumps([{"step": 0, "rows": 0}]))
+    metrics = read_runs([run])[0].metrics
+    assert metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4]
+    assert metrics["by_position"].values.tolist() == [4, 5, 6]
+
+
 def test_a_start_that_has_logged_nothing_counts(tmp_path: Path) -> None:
     run = folder(tmp_path / "a", metrics__csv="step,train/loss\n0,8\n1,7\n2,6\n")
     (run / "starts.json").write_text(json.dumps([{"step": 0, "rows": 0}, {"step": 1, "rows": 3, "trained": False}]))

@@ -57,7 +57,8 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
 
     Args:
         path: the file.
-        starts: of the run; without them the first row of a resumed run, at the end of an interval, says where it goes back to.
+        starts: of the run; without them, or their rows, the first row of a resumed run, at the end of an interval, says where it
+            goes back to.
     """
     columns: dict[str, list[tuple[float, float]]] = {}
     branches: dict[int, dict[str, list[tuple[float, float]]]] = {}  # columns at the end of starts that are returned to
@@ -76,6 +77,7 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
             fewest = min(fewest, rows_before)
             began.setdefault(fewest, []).insert(0, at)
     returned_to = {start.parent for at, start in enumerate(starts) if start.parent != at - 1}
+    recorded = bool(starts) and all(start.rows is not None for start in starts)
     latest = 0
     for index, row in enumerate(chain(read_rows(path), [{}])):  # a start may have logged nothing yet
         if starts and starts[0].forked and starts[0].rows == index:
@@ -96,13 +98,12 @@ def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
             for name, text in row.items()
             if (value := number(text)) is not None and name not in ("step", "epoch")
         }
-        if any(name in columns and columns[name][-1][0] > taken for name, (taken, _) in cells.items()):
+        if not recorded and any(name in columns and columns[name][-1][0] > taken for name, (taken, _) in cells.items()):
             columns = keep(step + 1)
         for name, cell in cells.items():
             rows = columns.setdefault(name, [])
-            if rows and rows[-1][0] == cell[0]:
-                rows.pop()
-            rows.append(cell)
+            at = bisect_left(rows, (cell[0],))  # at the end, but for a callback's metric over something else than steps
+            rows[at : at + (at < len(rows) and rows[at][0] == cell[0])] = [cell]
     return {name: Series(*(np.array(values) for values in zip(*rows, strict=True))) for name, rows in columns.items()}
 
 
