@@ -30,6 +30,7 @@ from nlgmoe.parallel.same_end import require_same_end
 from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state, check_tokenizer, keep_states_of_fit
 from nlgmoe.resuming.keepers import forget_deferred_saves
 from nlgmoe.resuming.position import Position
+from nlgmoe.resuming.reserved import RESERVED, require_free
 from nlgmoe.run_checks import require_completed_epoch, require_no_stop_iteration, warn_about_end
 
 
@@ -334,8 +335,10 @@ class MoEGPTModule(GPTModule):
         """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step.
 
         Raises:
-            ValueError: the weights are those of another step than the trainer's, or between two steps.
+            ValueError: the weights are those of another step than the trainer's, or between two steps, or a callback has stored
+                something under a name that is used here.
         """
+        require_free(checkpoint, RESERVED)
         if self.taking_step:
             raise ValueError(
                 "no checkpoint within an optimizer step, as by an exception there: its weights are of no step"

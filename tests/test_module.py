@@ -356,6 +356,14 @@ def test_the_logged_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
     assert logged == pytest.approx([0.0, 0.001, 0.002])
 
 
+def test_names_of_the_checkpoint_are_not_those_of_a_callback(tmp_path: Path) -> None:
+    stores = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint.update(version="mine"))
+    run = trainer(tmp_path, stores, max_steps=1)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    with pytest.raises(ValueError, match=r"a callback has stored checkpoint\['version'\] in on_save_checkpoint"):
+        run.save_checkpoint(tmp_path / "a.ckpt")
+
+
 def test_nothing_is_saved_within_an_optimizer_step(tmp_path: Path) -> None:
     """The weights are not of the step of the clock."""
 

@@ -19,7 +19,9 @@ def step_past_first_save(folder: Path, keepers: Sequence[ModelCheckpoint]) -> in
         keepers: the run's; without any, a run that has logged a step counts as one that has saved.
     """
     require_regular(folder / "metrics.csv", "remove it")
-    rows = [row for row in read_rows(folder / "metrics.csv") if (row.get("step") or "").isdecimal()]
+    # Of the run itself: a callback may log something over other numbers than steps.
+    rows = [row for row in read_rows(folder / "metrics.csv") if row.get("train/loss") or row.get("val/loss")]
+    rows = [row for row in rows if (row.get("step") or "").isdecimal()]
     last = max(map(_step, rows), default=0)
     if not last:
         return None

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint.folder import holds_run, is_of_run
+from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
 from nlgmoe.checkpoint.newest import LOCK_SECONDS, has_checkpoints, list_checkpoints
 from nlgmoe.files import write_json
 
@@ -55,6 +55,8 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
             )
     if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
         return
+    if checkpoint is not None and (run := _run_of(folder)) is not None and _saved_by(checkpoint) == run:
+        return  # its own, copied elsewhere
     if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
         return  # one that goes on from another run's end holds a checkpoint and no configuration
     if checkpoint is None:
@@ -160,6 +162,14 @@ def _same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:  # there is none, or not yet
         return False
+
+
+def _saved_by(checkpoint: Any) -> Any:
+    """Return the id of the run that has saved a checkpoint; None if it is not known."""
+    try:
+        return read_document(checkpoint).get("run")
+    except (ValueError, OSError):
+        return None
 
 
 def _run_of(folder: Path) -> str | None:

@@ -25,6 +25,7 @@ from nlgmoe.cli.ownership import ANOTHER_RUN, checkpoint_folders, claim, held, r
 from nlgmoe.files import atomic_write, require_regular, write_json
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import RunCSVLogger
+from nlgmoe.resuming.reserved import require_free
 from nlgmoe.versions import versions
 
 
@@ -68,6 +69,7 @@ class RunFolder(SaveConfigCallback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record the run, and its start, that saved the checkpoint: also one that has validated, and taken no step yet."""
+        require_free(checkpoint, {"run", "start"})
         if trainer.state.fn == TrainerFn.FITTING and self._identified and not self.already_saved:
             self._record(trainer, trained=False, saves=True)
         checkpoint |= {"start": self._start, "run": self._run}

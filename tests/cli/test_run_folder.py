@@ -24,6 +24,7 @@ from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import RESUMING
 from nlgmoe.cli.ckpt_path import resolve_checkpoint
+from nlgmoe.cli.first_save import step_past_first_save
 from nlgmoe.cli.ownership import refuse_second_run
 from nlgmoe.cli.parser import _with_home
 from nlgmoe.cli.train import main
@@ -604,6 +605,16 @@ def test_a_moved_run_goes_on_from_its_own_checkpoint(
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     main([*fit, "--model.train_tokens=384", "--ckpt_path=auto", f"--trainer.default_root_dir={tmp_path / 'copy'}"])
     assert json.loads((tmp_path / "copy/starts.json").read_text())[-1]["checkpoint"] == "checkpoints/step=2.ckpt"
+    backup = (tmp_path / "run/checkpoints/step=4.ckpt").rename(tmp_path / "backup.ckpt")
+    main([*fit, "--model.train_tokens=384", f"--ckpt_path={backup}"])  # the run's own
+    assert json.loads((tmp_path / "run/starts.json").read_text())[-1]["parent"] == 0
+
+
+def test_what_a_callback_logs_over_something_else_is_no_step_of_a_run(tmp_path: Path) -> None:
+    rows = "step,train/loss,by_position\n0,8,\n1,7,\n20,,5\n"
+    (tmp_path / "metrics.csv").write_text(rows)
+    keepers = [ModelCheckpoint(tmp_path, every_n_train_steps=10)]
+    assert step_past_first_save(tmp_path, keepers) is None and step_past_first_save(tmp_path, []) == 1
 
 
 def test_a_copy_of_a_run_does_not_save_into_the_checkpoints_of_the_first(

@@ -607,7 +607,7 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
     """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, a parameter that
     is frozen after the first step, an epoch that ends within a step, another number of micro-batches of a step, another limit of
-    the gradient's norm, and weights that a callback has changed.
+    the gradient's norm, weights in a checkpoint that a callback has added, and weights that a callback has changed.
 
     Last, the steps of a trainer that has gone on from its own checkpoint.
     """
@@ -656,6 +656,13 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
             make_trainer(two, ranks, folder, more, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
         except ValueError as error:
             messages.append(str(error))
+    fills = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint["state_dict"].update(a=fed))
+    trainer, fed = make_trainer(two, ranks, folder, fills, strategy=strategy_of(cell)), torch.zeros(1)
+    trainer.fit(cell.module(), SyntheticData())
+    try:
+        trainer.save_checkpoint(folder / "filled.ckpt")
+    except ValueError as error:
+        messages.append(str(error))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback = LambdaCallback(on_train_start=change)

@@ -600,7 +600,7 @@ def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
     for messages in found[refused, REFUSED.name]:
-        lacks, built, spread, frozen, divided, more, clip, changed, steps = messages
+        lacks, built, spread, frozen, divided, more, clip, filled, changed, steps = messages
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
         assert "expert_parallel_size=2 cannot shard a layer of the teacher: no number" in spread
@@ -613,6 +613,7 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
             "trainer.accumulate_grad_batches=2 was set during the run, and DeepSpeed's engine keeps 1"
         )
         assert clip.startswith("trainer.gradient_clip_val=0.25 was set during the run, and DeepSpeed's engine keeps")
+        assert filled.startswith("a callback has put weights into checkpoint['state_dict']")
         assert changed.startswith(
             "final_norm.weight was changed outside of the optimizer, whose own copy counts in steps"
         )
