@@ -24,6 +24,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
 from tests.checkpoint.test_portable import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
@@ -404,6 +405,21 @@ def test_what_lightning_and_an_own_router_log_may_be_monitored(tmp_path: Path) -
     router = type("OwnRouter", (SigmoidTopK,), {"__module__": "own"})()
     module.config = replace(CONFIG, moe=MoEConfig([2, 4], router=router))
     check_monitors(run, module)
+
+
+def test_what_zero_shot_tasks_measure_may_be_monitored_when_they_do(tmp_path: Path) -> None:
+    """A checkpoint between two validations would have the score of an earlier step."""
+    module, tasks = MoEGPTModule(CONFIG), ZeroShotEval(["piqa"])
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, SyntheticData())
+    run.callbacks += [tasks, ModelCheckpoint(tmp_path, monitor="zero_shot/piqa/acc")]  # type: ignore[attr-defined]
+    check_monitors(run, module)
+    run.callbacks[-1] = ModelCheckpoint(tmp_path, monitor="zero_shot/piqa/acc", every_n_train_steps=4)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="zero_shot/piqa/acc is of an earlier step between validations"):
+        check_monitors(run, module)
+    run.callbacks.remove(tasks)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="zero_shot/piqa/acc is not logged by this run"):
+        check_monitors(run, module)
 
 
 @pytest.mark.parametrize("settings", [{"action": "ignore"}, {"limit": 0}])

@@ -31,7 +31,9 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor is None:
             continue
-        if known and callback.monitor not in names:
+        by_tasks = [one for one in trainer.callbacks if hasattr(one, "at_validation")]  # type: ignore[attr-defined]
+        of_task = bool(by_tasks) and str(callback.monitor).startswith("zero_shot/")  # by `nlgmoe.ZeroShotEval`
+        if known and callback.monitor not in names and not of_task:
             listed = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
             raise SettingError(
                 f"trainer.callbacks: {type(callback).__name__}.monitor={callback.monitor} is not logged by this run"
@@ -45,6 +47,12 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
                 f"{trainer.log_every_n_steps} steps, so that "  # type: ignore[attr-defined]
                 f"{f'every_n_train_steps={steps}' if steps else 'train_time_interval'} would take an earlier step's; set "
                 "every_n_train_steps to a multiple"
+            )
+        if of_task and any(one.at_validation for one in by_tasks) and (steps or seconds is not None):
+            raise SettingError(
+                f"trainer.callbacks: ModelCheckpoint.monitor={callback.monitor} is of an earlier step between validations, "
+                f"at which ZeroShotEval evaluates; leave {'every_n_train_steps' if steps else 'train_time_interval'} out: it "
+                "then saves after validations"
             )
         after_validation = isinstance(callback, EarlyStopping) or callback._every_n_epochs > 0
         if after_validation and not isinstance(trainer.val_check_interval, int):
