@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.linalg import vector_norm
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -87,7 +88,7 @@ class MoEGPTModule(GPTModule):
         self._lengths = 0  # of `lengths_fed`, up to the last optimizer step
         self._window = Window()
         self._stops_after_step = False
-        self._norm_of_weights: Tensor | None = None  # before the validation that runs
+        self._norms: Tensor | None = None  # before the validation that runs
         self.taking_step = False  # an optimizer step is being taken: weights and clock are not of one step
         self.position = Position()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
@@ -263,7 +264,7 @@ class MoEGPTModule(GPTModule):
         self._evaluated = None
         self.position.begin(self.trainer, self, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        self._window, self._norm_of_weights = Window(), None
+        self._window, self._norms = Window(), None
         self._stops_after_step = self.taking_step = False
         self._learning_routers = LearningRouters(self.gpt)
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
@@ -308,21 +309,22 @@ class MoEGPTModule(GPTModule):
         """Note the weights, before a callback can exchange them for the validation, as for their average."""
         super().on_validation_model_eval()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._norm_of_weights = self._measure_weights()
+            self._norms = self._measure_weights()
 
     @override
-    def on_validation_model_train(self) -> None:
+    def on_validation_end(self) -> None:
         """Forget them: the callback has put the trained weights back."""
-        super().on_validation_model_train()
-        self._norm_of_weights = None
+        super().on_validation_end()
+        self._norms = None
 
     def has_other_weights(self) -> bool:
         """Return whether a callback has exchanged this rank's weights for the validation that runs."""
-        before = self._norm_of_weights
-        return before is not None and bool(self._measure_weights() != before)
+        return self._norms is not None and not torch.equal(self._measure_weights(), self._norms)
 
     def _measure_weights(self) -> Tensor:
-        return get_total_norm([parameter.detach() for parameter in self.gpt.parameters()])
+        """Return the norm of every parameter and buffer of this rank, in fp32: a half-precision one would not show an average."""
+        entries = (*self.gpt.parameters(), *self.gpt.buffers())
+        return torch.stack([vector_norm(entry.detach().float()) for entry in entries])
 
     @override
     def on_validation_epoch_end(self) -> None:

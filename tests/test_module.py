@@ -356,11 +356,36 @@ def test_the_logged_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
     assert logged == pytest.approx([0.0, 0.001, 0.002])
 
 
+def test_a_validation_restores_the_modes_of_parts(tmp_path: Path) -> None:
+    module = MoEGPTModule(CONFIG)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
+    modes: list[bool] = []
+
+    def look(trainer: Trainer, *_: Any) -> None:
+        modes.append(module.gpt.blocks[0].training)
+        module.gpt.blocks[0].eval()
+
+    run.callbacks.append(LambdaCallback(on_train_batch_start=look))  # type: ignore[attr-defined]
+    run.fit(module, SyntheticData())
+    assert modes == [True, False]
+
+
+def test_a_fit_that_is_refused_saves_no_weights_of_its_own(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_on_exception=True, save_top_k=-1)
+    run = trainer(tmp_path, saves, max_steps=4, enable_checkpointing=True)
+    run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    with pytest.raises(ValueError, match="trainer"):
+        run.fit(MoEGPTModule(CONFIG, seed=99), SyntheticData())
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
+
+
 def test_names_of_the_checkpoint_are_not_those_of_a_callback(tmp_path: Path) -> None:
     stores = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint.update(version="mine"))
     run = trainer(tmp_path, stores, max_steps=1)
     run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    with pytest.raises(ValueError, match=r"a callback has stored checkpoint\['version'\] in on_save_checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"a callback, or the module, has stored checkpoint\['version'\] in on_save_checkpoint"
+    ):
         run.save_checkpoint(tmp_path / "a.ckpt")
 
 

@@ -45,7 +45,8 @@ class SaveOnSignal(Callback):
     The checkpoint is the run's `last.ckpt`, see `save_last`. With `trainer.enable_checkpointing=false` nothing
     is saved, and the exit code is 128 + the signal's number. A signal that is ignored when training starts remains ignored.
 
-    It stands first in the list of callbacks: none has then begun the next micro-batch, whose state would be saved with the step.
+    The command puts it first in the list of callbacks, and so should Python: none has then begun the next micro-batch, whose
+    state would be saved with the step.
 
     On Slurm the job is requeued after its requeue signal (SIGUSR1), if `SLURMEnvironment(auto_requeue=True)`, the default.
 
@@ -173,7 +174,7 @@ class SaveOnSignal(Callback):
     def _interrupt_validation(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, MoEGPTModule)
         if trainer.strategy.reduce_boolean_decision(module.has_other_weights(), all=False):
-            return  # `_agreed` ends the run after the validation
+            return  # `_agreed` ends the run after the validation; after the last one it ends anyway
         if not trainer.should_stop and not trainer.fit_loop.epoch_loop._is_training_done:
             self._stop(trainer)
         # All that is left is one validation and the summary: save, then let them run.

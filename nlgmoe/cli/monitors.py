@@ -28,11 +28,12 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
     packages = {type(part).__module__.split(".")[0] for part in parts}
     known = type(module) is MoEGPTModule and not packages - {"nlgmoe", "lightning"}
     names = logged_names(trainer, module) if known else set()
+    # By `nlgmoe.ZeroShotEval`; at other steps it writes to the loggers alone.
+    at_validations = any(getattr(one, "at_validation", False) for one in trainer.callbacks)  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor is None:
             continue
-        by_tasks = [one for one in trainer.callbacks if hasattr(one, "at_validation")]  # type: ignore[attr-defined]
-        of_task = bool(by_tasks) and str(callback.monitor).startswith("zero_shot/")  # by `nlgmoe.ZeroShotEval`
+        of_task = at_validations and str(callback.monitor).startswith("zero_shot/")
         if known and callback.monitor not in names and not of_task:
             listed = ", ".join(sorted(name for name in names if not name.startswith("experts/")))
             raise SettingError(
@@ -48,7 +49,7 @@ def check_monitors(trainer: Trainer, module: MoEGPTModule) -> None:
                 f"{f'every_n_train_steps={steps}' if steps else 'train_time_interval'} would take an earlier step's; set "
                 "every_n_train_steps to a multiple"
             )
-        if of_task and any(one.at_validation for one in by_tasks) and (steps or seconds is not None):
+        if of_task and (steps or seconds is not None):
             raise SettingError(
                 f"trainer.callbacks: ModelCheckpoint.monitor={callback.monitor} is of an earlier step between validations, "
                 f"at which ZeroShotEval evaluates; leave {'every_n_train_steps' if steps else 'train_time_interval'} out: it "

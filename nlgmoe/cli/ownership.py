@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document
+from nlgmoe.checkpoint.folder import holds_run, is_of_run, read_document, run_config
 from nlgmoe.checkpoint.newest import LOCK_SECONDS, has_checkpoints, list_checkpoints
 from nlgmoe.files import write_json
 
@@ -55,8 +55,11 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
             )
     if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
         return
-    if checkpoint is not None and (run := _run_of(folder)) is not None and _saved_by(checkpoint) == run:
-        return  # its own, copied elsewhere
+    run = _run_of(folder)
+    if checkpoint is not None and run is not None and _saved_by(checkpoint) == run:  # a copy of its own
+        lies_in = run_config(Path(os.path.realpath(checkpoint)))  # the original of this folder, or a copy of it
+        if lies_in is None:
+            return
     if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
         return  # one that goes on from another run's end holds a checkpoint and no configuration
     if checkpoint is None:
@@ -125,17 +128,20 @@ def claim(folder: Path, places: Sequence[Path], run: str | None) -> None:
         run: its id.
 
     Raises:
-        ValueError: they are of a run folder of which this one is a copy.
+        ValueError: they are of another run folder, of which this one may be a copy.
     """
     for place in places:
         real = Path(os.path.realpath(place))
+        if real.is_relative_to(os.path.realpath(folder)):
+            continue
         owner = _owner(place, folder)
-        if owner is not None and run is not None and _run_of(owner) == run and not _same(owner, folder):
+        copied = owner is not None and run is not None and _run_of(owner) == run
+        if owner is not None and not _same(owner, folder) and (copied or (real / _OWNER).is_file()):
             raise ValueError(
-                f"{place} has the checkpoints of {owner}, of which {folder} is a copy: give this one its own, as a copy in place "
-                f"of the link, or another ModelCheckpoint.dirpath; if {owner} is not to go on, remove it"
+                f"{place} has the checkpoints of {owner}, which {folder} would replace: give this one its own, as a copy in "
+                f"place of a link, or another ModelCheckpoint.dirpath; if {owner} is not to go on, remove it"
             )
-        if real.is_dir() and not real.is_relative_to(os.path.realpath(folder)):
+        if real.is_dir():
             write_json(real / _OWNER, {"folder": os.path.realpath(folder), "run": run})
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.agreement import AllRanksError, raise_on_all_ranks
+from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import MOMENTS
 from nlgmoe.checkpoint.folder import Contents, TensorFiles
 from nlgmoe.checkpoint.layout import (
@@ -80,11 +80,12 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
             checkpoint at `path` is unchanged.
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    if checkpoint.get("state_dict"):
-        raise AllRanksError(
-            "a callback has put weights into checkpoint['state_dict'], which ExpertParallelStrategy collects from the ranks "
-            "itself: keep them under another name, or train on one process or with ddp"
-        )
+    with raise_on_all_ranks():
+        if checkpoint.get("state_dict"):
+            raise ValueError(
+                "a callback has put weights into checkpoint['state_dict'], which ExpertParallelStrategy collects from the ranks "
+                "itself: keep them under another name, or train on one process or with ddp"
+            )
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     tokenizer = rest.pop("tokenizer", None)
     resumable = "optimizer_states" in checkpoint  # absent with ModelCheckpoint(save_weights_only=True)

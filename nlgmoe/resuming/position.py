@@ -208,7 +208,9 @@ class Position:
             vars(one)["on_exception"] = partial(self._save_on_exception, one)
 
     def _save_on_exception(self, callback: Callback, trainer: Trainer, module: Any, exception: BaseException) -> None:
-        if trainer.global_step > self._began and not module.taking_step and not module.has_other_weights():
+        fits = trainer.state.fn == TrainerFn.FITTING and getattr(module, "position", None) is self  # not a later fit
+        whole = fits and trainer.global_step > self._began and not module.taking_step
+        if whole and getattr(callback, "save_on_exception", False) and not module.has_other_weights():
             type(callback).on_exception(callback, trainer, module, exception)
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:

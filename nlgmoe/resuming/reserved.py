@@ -9,7 +9,7 @@ from typing import Any
 RESERVED = {
     *("format", "version", "versions", "saved_at", "path", "optimizer_groups", "loss_scale"),
     *("model_config", "tokens_seen", "step_samples", "non_finite", "seed", "started_from", "tokenizer", "distiller"),
-    *("fit", "monitored", "validation_due", "unseen"),
+    *("fit", "monitored", "validation_due", "unseen", "micro_batches_after_step"),
 }
 
 
@@ -21,6 +21,6 @@ def require_free(checkpoint: dict[str, Any], names: Set[str]) -> None:
     """
     if taken := names & checkpoint.keys():
         raise ValueError(
-            f"a callback has stored checkpoint[{min(taken)!r}] in on_save_checkpoint, which nlgmoe writes itself: store it "
-            "under another name"
+            f"a callback, or the module, has stored checkpoint[{min(taken)!r}] in on_save_checkpoint, which nlgmoe writes: "
+            "store it under another name"
         )

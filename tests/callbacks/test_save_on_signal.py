@@ -126,7 +126,7 @@ class Average(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.trained = [parameter.clone() for parameter in pl_module.parameters()]
         for parameter in pl_module.parameters():
-            parameter.mul_(0.5)
+            parameter.mul_(1 - 2**-7)
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -135,20 +135,25 @@ class Average(Callback):
 
 
 @pytest.mark.parametrize(
-    ("hook", "batch_idx"),
-    [("on_train_batch_start", 11), ("on_validation_batch_start", 1), ("on_validation_batch_end", 2)],
+    ("hook", "batch_idx", "precision"),
+    [
+        ("on_train_batch_start", 11, "32-true"),
+        ("on_validation_batch_start", 1, "bf16-true"),
+        ("on_validation_batch_end", 2, "32-true"),
+    ],
 )
-def test_weights_of_a_validation_alone_are_not_saved(hook: str, batch_idx: int, tmp_path: Path) -> None:
+def test_weights_of_a_validation_alone_are_not_saved(hook: str, batch_idx: int, precision: Any, tmp_path: Path) -> None:
     """The validation runs to its end, and the run ends then; a run that fails in it saves nothing."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    final = weights(fit(whole, Average(), keeper(whole)))
-    assert stopped(run, Average(), keeper(run), Send(hook, batch_idx, signal.SIGTERM)) == 0
-    trainer = fit(run, Average(), keeper(run), resume=run / "kept/last.ckpt")
+    final = weights(fit(whole, Average(), keeper(whole), precision=precision))
+    stop = Send(hook, batch_idx, signal.SIGTERM)
+    assert stopped(run, Average(), keeper(run), stop, precision=precision) == 0
+    trainer = fit(run, Average(), keeper(run), resume=run / "kept/last.ckpt", precision=precision)
     assert all(torch.equal(value, final[name]) for name, value in weights(trainer).items())
     assert logged(run) == logged(whole)
     failed = tmp_path / "failed"
     with pytest.raises(KeyError):
-        fit(failed, Average(), keeper(failed, save_on_exception=True), Crash(4))
+        fit(failed, Average(), keeper(failed, save_on_exception=True), Crash(4), precision=precision)
     assert not (failed / "kept").exists()
 
 

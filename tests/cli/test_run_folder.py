@@ -639,7 +639,7 @@ def test_a_copy_of_a_run_does_not_save_into_the_checkpoints_of_the_first(
         with pytest.raises(SystemExit):
             main([*command, *more, f"--trainer.default_root_dir={copy}"])
         told = " ".join(capsys.readouterr().err.split())
-        assert f"has the checkpoints of {run}, of which {copy} is a copy" in told
+        assert f"has the checkpoints of {run}, which {copy} would replace" in told
         assert read_document(disk / "last.ckpt") == saved
     moved, disk = run.rename(tmp_path / "moved"), tmp_path / "moved/checkpoints"
     main([*command, *more, f"--trainer.default_root_dir={moved}"])

@@ -613,7 +613,7 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
             "trainer.accumulate_grad_batches=2 was set during the run, and DeepSpeed's engine keeps 1"
         )
         assert clip.startswith("trainer.gradient_clip_val=0.25 was set during the run, and DeepSpeed's engine keeps")
-        assert filled.startswith("a callback has put weights into checkpoint['state_dict']")
+        assert "a callback has put weights into checkpoint['state_dict']" in filled
         assert changed.startswith(
             "final_norm.weight was changed outside of the optimizer, whose own copy counts in steps"
         )
