@@ -26,7 +26,6 @@ from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.resuming.branches import first_step_left
 
 
 class ExpertLoad(CountsSteps):
@@ -63,7 +62,6 @@ class ExpertLoad(CountsSteps):
         self._resumed: list[float] = []  # sums of the interval that a checkpoint is in, over all ranks
         self._sums: list[float] = []  # of an interval that has ended, until it is logged
         self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
-        self._first_step: int | None = None  # from which rows of the file are not of a resumed run
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -76,12 +74,6 @@ class ExpertLoad(CountsSteps):
         """Restore them; older checkpoints have no sums."""
         self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find out which rows of the file are of another branch of the run."""
-        if trainer.is_global_zero:
-            self._first_step = first_step_left(Path(trainer.default_root_dir), checkpoint)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,8 +105,9 @@ class ExpertLoad(CountsSteps):
         """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._file is None and self._experts and trainer.is_global_zero:
-            step = trainer.global_step
-            first = step if self._first_step is None else self._first_step
+            assert isinstance(pl_module, MoEGPTModule)
+            step, others = trainer.global_step, pl_module.position.others_from
+            first = step if others is None else others
             if first < step:
                 rank_zero_warn(
                     f"the run went back to step {first} before, and returns to step {step} of an earlier branch: "

@@ -22,7 +22,6 @@ from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.logging_step import ends_step
 from nlgmoe.monitoring.memory import peak_memory_bytes
-from nlgmoe.resuming.branches import first_step_left
 from nlgmoe.versions import versions
 
 
@@ -44,7 +43,6 @@ class RunSummary(CountsSteps):
         self._fit_started = self._validation_started = 0.0
         self._peak_memory = 0  # of earlier starts, in bytes
         self._device: torch.device | None = None
-        self._returned = False  # to a branch that another one of the run has left
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -70,12 +68,6 @@ class RunSummary(CountsSteps):
         self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0
         self._fed_tokens = state_dict["fed_tokens"]
         self._peak_memory = state_dict.get("peak_memory_bytes", 0)
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find out whether the file may be of another branch of the run."""
-        if trainer.is_global_zero:
-            self._returned = first_step_left(Path(trainer.default_root_dir), checkpoint) < checkpoint["global_step"]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,11 +118,12 @@ class RunSummary(CountsSteps):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
-        nothing_new = not self._started and not self._validation_started
-        of_it = not self._returned and _is_of_step(trainer.global_step, trainer.default_root_dir)
-        if not trainer.is_global_zero or (nothing_new and of_it):
-            return
         assert isinstance(pl_module, MoEGPTModule)
+        step, others = trainer.global_step, pl_module.position.others_from
+        nothing_new = not self._started and not self._validation_started
+        same_branch = others is None or others >= step
+        if not trainer.is_global_zero or (nothing_new and same_branch and _is_of_step(step, trainer.default_root_dir)):
+            return
         folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary, indent=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -15,7 +14,6 @@ from nlgmoe.eval.expert_counts import ExpertCounts
 from nlgmoe.eval.specialisation import remove_later
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.resuming.branches import first_step_left
 
 
 class ExpertSpecialisation(Callback):
@@ -27,33 +25,28 @@ class ExpertSpecialisation(Callback):
 
     def __init__(self) -> None:
         self._counts: ExpertCounts | None = None
-        self._first_step: int | None = None  # from which a file is not of a resumed run; None: it is
+        self._is_own = False  # the file, or it is not there
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run."""
-        self._first_step = None
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find out which files are of another branch of the run."""
-        if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
-            self._first_step = first_step_left(Path(trainer.default_root_dir), checkpoint)
+        self._is_own = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remove a file of another branch, once nothing has refused the run."""
-        self._remove_other(trainer)
+        self._remove_other(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove it, if no step was taken."""
-        self._remove_other(trainer)
+        self._remove_other(trainer, pl_module)
 
-    def _remove_other(self, trainer: Trainer) -> None:
-        if self._first_step is not None:
-            remove_later(trainer.default_root_dir, self._first_step)
-            self._first_step = None
+    def _remove_other(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, MoEGPTModule)
+        if not self._is_own and module.position.others_from is not None and trainer.is_global_zero:
+            remove_later(trainer.default_root_dir, module.position.others_from)
+        self._is_own = True
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,4 +84,4 @@ class ExpertSpecialisation(Callback):
         found = self._counts.specialisation(trainer.global_step)
         if trainer.is_global_zero:
             found.save(trainer.default_root_dir)
-        self._counts = self._first_step = None
+        self._counts, self._is_own = None, True

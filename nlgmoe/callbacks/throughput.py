@@ -47,7 +47,8 @@ class Throughput(CountsSteps):
     @override
     def begin_run(self) -> None:
         """See `CountsSteps`."""
-        self._flops = self._step_flops = 0  # of all finished steps of the run; of the current step
+        self._flops = 0  # of all finished steps of the run
+        self._step_tokens = self._step_lengths = 0  # of the current step
         self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
 
@@ -76,7 +77,7 @@ class Throughput(CountsSteps):
         if self._is_timed:
             trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
         self._fit_started = time.perf_counter()
-        self._step_flops = 0
+        self._step_tokens = self._step_lengths = 0
         self._begin_interval()
 
     @override
@@ -102,12 +103,14 @@ class Throughput(CountsSteps):
         self._collectives.stop()
         self._seconds += seconds
         self._tokens += tokens
-        self._step_flops += flops_of_tokens(module.config, tokens, lengths)
+        self._step_tokens += tokens
+        self._step_lengths += lengths
         if ends_step(trainer):
+            flops = flops_of_tokens(module.config, self._step_tokens, self._step_lengths)
             self._steps += 1
-            self._flops += self._step_flops
-            self._interval_flops += self._step_flops
-            self._step_flops = 0
+            self._flops += flops
+            self._interval_flops += flops
+            self._step_tokens = self._step_lengths = 0
 
     def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
         started = time.perf_counter()

@@ -20,8 +20,11 @@ def step_past_first_save(folder: Path, keepers: Sequence[ModelCheckpoint]) -> in
     """
     require_regular(folder / "metrics.csv", "remove it")
     # Of the run itself: a callback may log something over other numbers than steps.
-    rows = [row for row in read_rows(folder / "metrics.csv") if row.get("train/loss") or row.get("val/loss")]
-    rows = [row for row in rows if (row.get("step") or "").isdecimal()]
+    rows = [
+        row
+        for row in read_rows(folder / "metrics.csv")
+        if (row.get("train/loss") or row.get("val/loss")) and (row.get("step") or "").isdecimal()
+    ]
     last = max(map(_step, rows), default=0)
     if not last:
         return None

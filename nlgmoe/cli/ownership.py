@@ -56,10 +56,9 @@ def refuse_second_run(folder: Path, checkpoint: Any = None, places: Sequence[Pat
     if checkpoint is not None and any(is_of_run(checkpoint, place) for place in (folder, *places)):
         return
     run = _run_of(folder)
-    if checkpoint is not None and run is not None and _saved_by(checkpoint) == run:  # a copy of its own
-        lies_in = run_config(Path(os.path.realpath(checkpoint)))  # the original of this folder, or a copy of it
-        if lies_in is None:
-            return
+    backed_up = checkpoint is not None and run is not None and _saved_by(checkpoint) == run
+    if backed_up and run_config(Path(os.path.realpath(checkpoint))) is None:
+        return  # its own, in no run folder; in one, that is a copy of this folder, or the original
     if not holds_run(folder) and (checkpoint is not None or not list_checkpoints(folder)):
         return  # one that goes on from another run's end holds a checkpoint and no configuration
     if checkpoint is None:

@@ -127,7 +127,7 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the run before anything is written.
+        """Check the run before it saves anything.
 
         Raises:
             ValueError: the folder holds another run, or a callback monitors what is never logged.
@@ -135,13 +135,13 @@ class RunFolder(SaveConfigCallback):
         assert isinstance(pl_module, MoEGPTModule)
         self.already_saved = False  # each fit of a notebook is a start
         check_monitors(trainer, pl_module)
-        folder = Path(trainer.default_root_dir)
+        folder, places = Path(trainer.default_root_dir), checkpoint_folders(trainer)
         if trainer.is_global_zero and self.config.get("ckpt_path") != "auto":
-            refuse_second_run(folder, trainer.ckpt_path, checkpoint_folders(trainer))
+            refuse_second_run(folder, trainer.ckpt_path, places)
         if trainer.is_global_zero:
-            self._identify(folder, checkpoint_folders(trainer))
+            self._identify(folder, places)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                claim(folder, checkpoint_folders(trainer), self._run)
+                claim(folder, places, self._run)
             metrics = folder / "metrics.csv"  # before the validation that a resumed run may have left
             self._rows = max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.is_file() else 0
 

@@ -111,16 +111,16 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
             "this is a Slurm job, and not a process that srun has started; start it by srun, or unset SLURM_NTASKS"
         )
     # Lightning takes the first for the rank of the process.
-    ranks, started = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), os.environ.get("WORLD_SIZE")
+    ranks, world_size = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), os.environ.get("WORLD_SIZE")
     name = next((one for one in ranks if os.environ.get(one)), None)
-    if name is None or (name == "LOCAL_RANK" and not started and "MASTER_PORT" in os.environ):
+    if name is None or (name == "LOCAL_RANK" and not world_size and "MASTER_PORT" in os.environ):
         return  # Lightning's own launcher has left them, after an earlier run of this process
     if there * nodes == 1:  # a run of its own, of which Lightning logs nothing unless it is of rank 0
-        expected = {name: "0"} | ({"WORLD_SIZE": "1"} if started and name in ("RANK", "LOCAL_RANK") else {})
+        expected = {name: "0"} | ({"WORLD_SIZE": "1"} if world_size and name in ("RANK", "LOCAL_RANK") else {})
         for one, value in expected.items():
             why = f"and num_nodes=1 make one process, and the environment has {one}={os.environ[one]}; raise them, or unset it"
             _require(os.environ[one] == value, "devices", devices, why)
-    elif "LOCAL_RANK" in os.environ and not (started or SLURMEnvironment.detect() or LSFEnvironment.detect()):
+    elif "LOCAL_RANK" in os.environ and not (world_size or SLURMEnvironment.detect() or LSFEnvironment.detect()):
         raise SettingError(
             f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as of a launcher, and no WORLD_SIZE: ranks would wait "
             "for others that nothing starts; unset it, or set WORLD_SIZE"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from nlgmoe.resuming.branches import first_step_left
 from nlgmoe.resuming.dataloaders import (
     batches_of_ended_epoch,
     problem_of_dataloader,
@@ -45,6 +47,8 @@ class Position:
         saved: step of the checkpoint that the fit has last saved, or loaded, to resume from.
         fit: names the fit; a checkpoint has that of the one that saved it, None in 0.3.0.
         saved_by: the fit that saved the checkpoint of step `saved`.
+        others_from: step from which files of the run folder are of branches that the resumed checkpoint is not of
+            (`first_step_left`); None: the fit has resumed nothing.
         validated: step of the latest validation.
         validation_due: whether a validation follows the last step.
         at_end: whether the fit stands at the end of the run before its first step.
@@ -54,6 +58,7 @@ class Position:
         self.saved = 0
         self.fit = uuid4().hex
         self.saved_by: str | None = None
+        self.others_from: int | None = None
         self.validated = 0
         self.validation_due = False
         self.at_end = False
@@ -103,6 +108,7 @@ class Position:
         """Take the position from Lightning's dictionary before the trainer does, and adapt its callbacks' states to the run."""
         self.saved = step = checkpoint["global_step"]
         self.saved_by = checkpoint.get("fit")
+        self.others_from = first_step_left(Path(trainer.default_root_dir), checkpoint)
         self._guard_exceptions(trainer, step)
         self._other_steps, self._of_dataloader, self._ended = False, None, None
         unseen = checkpoint.get("unseen", {})
@@ -147,6 +153,8 @@ class Position:
             SettingError: an epoch of data that have an end would not be gone over once.
         """
         self.fit = uuid4().hex
+        if trainer.ckpt_path is None:
+            self.others_from = None
         self._guard_exceptions(trainer, trainer.global_step)
         for one in _deciding(trainer):
             for hook in (STEP, VALIDATION):

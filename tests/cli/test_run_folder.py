@@ -474,7 +474,7 @@ def test_a_run_that_returns_to_a_branch_shows_nothing_of_the_one_between(
     unvalidated = tmp_path / "unvalidated.yaml"
     samples = {"class_path": "SampleText", "init_args": {"prompts": ["a"], "max_new_tokens": 1}}
     unvalidated.write_text(yaml.safe_dump({"trainer": {"limit_val_batches": 0, "callbacks": [samples]}}))
-    train("run", 8, *back, f"--config={unvalidated}")
+    train("run", 8, f"--ckpt_path={saved / 'best-8.ckpt'}", f"--config={unvalidated}")  # which has the text of step 8
     (ours,) = read_runs([run])
     assert (run / "samples.txt").read_text() == first_samples and ours.specialisation is None
     train("run", 8, *back)

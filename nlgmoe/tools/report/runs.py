@@ -35,7 +35,6 @@ from nlgmoe.tools.report.metrics import (
 
 CONFIG, SUMMARY, VERSIONS, STARTS = "config.yaml", "summary.json", "versions.json", "starts.json"
 SAMPLES = "samples.txt"
-DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CLOCKS = {  # x axis -> metric
     "tokens": "train/tokens",
