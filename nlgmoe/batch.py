@@ -76,6 +76,14 @@ class HasPlannedBatchSize(Protocol):
 
 
 @runtime_checkable
+class HasEqualBatches(Protocol):
+    """A data module that knows whether all ranks train on micro-batches of one size: expert parallelism need not count them."""
+
+    def has_equal_batches(self) -> bool:
+        """Return True if each micro-batch of training has as many tokens on every rank, padding included."""
+
+
+@runtime_checkable
 class HasLargestBatch(Protocol):
     """A data module that knows the size of its micro-batches in advance."""
 

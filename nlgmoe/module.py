@@ -16,11 +16,12 @@ from torch.linalg import vector_norm
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
+from nlgmoe.batch import Batch, HasEqualBatches, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
@@ -267,6 +268,9 @@ class MoEGPTModule(GPTModule):
         self._window, self._norms = Window(), None
         self._stops_after_step = self.taking_step = False
         self._learning_routers = LearningRouters(self.gpt)
+        data = getattr(self.trainer, "datamodule", None)
+        for moe in moe_layers(self.gpt):
+            moe.equal_batches = isinstance(data, HasEqualBatches) and data.has_equal_batches()
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         require_adamw(optimizer)
         for group in optimizer.param_groups:

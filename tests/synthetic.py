@@ -66,6 +66,9 @@ class SyntheticData(LightningDataModule):
     def token_byte_lengths(self) -> torch.Tensor:
         return torch.ones(self.vocab_size)
 
+    def has_equal_batches(self) -> bool:
+        return True
+
     def advance(self, samples: int) -> None:
         self.samples_consumed += samples
 
@@ -106,6 +109,9 @@ class _Endless:
 
 class ToLongest(SyntheticData):
     """The same, each batch of training cut to its longest text: its size is another on each rank."""
+
+    def has_equal_batches(self) -> bool:
+        return False
 
     def train_dataloader(self) -> DataLoader:
         loader = super().train_dataloader()

@@ -22,10 +22,11 @@ VALIDATES: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 2, 
 
 
 def totals(*callbacks: Callback) -> list[Any]:
-    """What they have counted, without times."""
+    """What they have counted, without times and the peak of the process's memory."""
     states = [one.state_dict() for one in callbacks]
     return [
-        {name: value for name, value in state.items() if not name.endswith(("elapsed", "seconds"))} for state in states
+        {name: value for name, value in state.items() if not name.endswith(("elapsed", "seconds", "memory_bytes"))}
+        for state in states
     ]
 
 

@@ -181,6 +181,10 @@ class Explainer:
         shown, place = (entry.name, entry.place) if entry else (name, "")
         if before := re.search(r"before subcommand '(.*)'", found.string):
             return f"unknown setting {shown}{place}; settings stand behind `{before[1]}`"
+        if place and "." in shown and not any("." in one for one in self.known):
+            return (
+                f"unknown setting {shown}{place}; --config takes this command's options, not the settings of train.py"
+            )
         if not owner:
             return f"unknown setting {shown}{place}; {_nearest(shown, self.known)}"
         kind, holder = find_class(owner), _holder(shown, path)

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.plugins.environments import LSFEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import distributed
 
 from nlgmoe.cli.errors import did_you_mean
 from nlgmoe.device import default_device, lacks_gpu
@@ -101,6 +102,10 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
     if started is not None:
         why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
         _require(started == str(there), "devices", devices, why)
+    if distributed.is_initialized():  # by an earlier run of this process
+        size = distributed.get_world_size()
+        why = f"and num_nodes={nodes} make {there * nodes} processes; an earlier run has connected {size}: start another program"
+        _require(there * nodes in (1, size), "devices", devices, why)
     if str(trainer["strategy"]) != "auto":  # without a launcher, which compares them itself
         local, node = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("NODE_RANK") or 0)
         why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
@@ -113,8 +118,11 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
     # Lightning takes the first for the rank of the process.
     ranks, world_size = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), os.environ.get("WORLD_SIZE")
     name = next((one for one in ranks if os.environ.get(one)), None)
-    if name is None or (name == "LOCAL_RANK" and not world_size and "MASTER_PORT" in os.environ):
-        return  # Lightning's own launcher has left them, after an earlier run of this process
+    left = (
+        not world_size and {"LOCAL_RANK", "MASTER_PORT"} <= os.environ.keys()
+    )  # by Lightning's launcher, after such a run
+    if name is None or (left and name in ("RANK", "LOCAL_RANK")):
+        return
     if there * nodes == 1:  # a run of its own, of which Lightning logs nothing unless it is of rank 0
         expected = {name: "0"} | ({"WORLD_SIZE": "1"} if world_size and name in ("RANK", "LOCAL_RANK") else {})
         for one, value in expected.items():

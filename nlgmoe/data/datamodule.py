@@ -186,6 +186,10 @@ class PileDataModule(TextFacts, LightningDataModule):
         """Return the sequences of the next optimizer step, over all ranks; None without `batch_ramp_up`: constant size."""
         return None if self.batch_ramp_up is None else self.batch_size_after(self.samples_consumed)
 
+    def has_equal_batches(self) -> bool:
+        """Return whether each micro-batch has as many tokens on every rank; a subclass with another loader may say so itself."""
+        return type(self).train_dataloader is PileDataModule.train_dataloader
+
     def batch_size_after(self, samples: int) -> int:
         """Return the sequences of the optimizer step after the first `samples` samples, over all ranks."""
         whole = self.global_batch_size

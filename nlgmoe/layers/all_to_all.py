@@ -4,9 +4,10 @@
     dispatch                waits for the rows of all ranks, and sorts them by the experts held here
     combine                 sends the experts' outputs back to the ranks of their rows
 
-The host has to know the sizes of the messages. If experts have a capacity, every rank sends as many slots to every expert, and
-pads them. Otherwise the host waits for the device to count the rows, once a layer, and exactly those are sent. Each all-to-all
-has the opposite one as its backward pass, which overlaps with what ran between the constructor and `dispatch`.
+The host has to know the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends as
+many slots to every expert, and pads them. Otherwise the host waits for the device to count the rows, once a layer, and exactly
+those are sent. Each all-to-all has the opposite one as its backward pass, which overlaps with what ran between the constructor
+and `dispatch`.
 
 Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
 rows of one rank, R rows of this rank, H hidden size.
@@ -29,7 +30,7 @@ MAX_SLOTS = 1.25  # per assignment; with more, to send the padding costs more th
 def fixed_slots(routing: Routing) -> int | None:
     """Return C where experts have a capacity and few slots can stay empty; None: rows have to be counted.
 
-    It is the same on all ranks if their micro-batches have equally many tokens.
+    It is the same only on ranks whose micro-batches have equally many tokens.
     """
     if routing.capacity is None or routing.capacity * routing.num_experts > MAX_SLOTS * routing.expert.numel():
         return None

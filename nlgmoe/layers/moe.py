@@ -34,13 +34,17 @@ class MoELayer(nn.Module):
         config: the model's configuration; `config.moe` must be set.
         layer_index: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
+
+    Attributes:
+        equal_batches: each rank of the placement's group trains on as many tokens at a time as this one, so that the host need
+            not wait to count rows (`all_to_all.fixed_slots`). False unless it is set.
     """
 
     def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
         num_experts = experts_at(config, layer_index)
         assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
-        self.top_k = config.moe.top_k
+        self.top_k, self.equal_batches = config.moe.top_k, False
         if config.moe.router is None:
             self.router: Router = TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
         else:
@@ -93,7 +97,7 @@ class MoELayer(nn.Module):
             mlp = self.mlp(tokens) if self.mlp is not None else None
             return dispatch.combine(self.experts(rows, counts, dispatch.all_used), routing.weight), mlp
         # In evaluation the ranks' last micro-batches may differ in size.
-        slots = fixed_slots(routing) if self.training else None
+        slots = fixed_slots(routing) if self.training and self.equal_batches else None
         exchange = AllToAllDispatch(rows, counts, self.placement, slots)
         mlp = self.mlp(tokens) if self.mlp is not None else None  # overlaps with the all-to-all
         y = exchange.combine(self.experts(*exchange.dispatch(), all_used=slots is None))

@@ -1160,6 +1160,7 @@ def test_a_run_of_one_process_is_no_rank_of_a_larger_one(
     [
         ("LOCAL_RANK=1 MASTER_PORT=29500", 1),  # left by Lightning's launcher, after an earlier run of the process
         ("LOCAL_RANK=1 MASTER_PORT=29500", 2),
+        ("LOCAL_RANK=1 RANK=1 MASTER_PORT=29500", 2),  # and by DeepSpeedStrategy
         ("RANK=0 WORLD_SIZE=1 SLURM_PROCID=3", 1),  # torchrun within srun
         ("WORLD_SIZE=8", 1),
         ("SLURM_JOB_NAME=train SLURM_NTASKS=4 SLURM_PROCID=1 SLURM_NODEID=0 SLURM_LOCALID=1 LOCAL_RANK=1", 4),
@@ -1255,6 +1256,11 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         ["verify", "--config={corpus}/text/prose.train.jsonl"],
         2,
         "unknown setting config; verify takes no file of settings",
+    ),
+    "a configuration of train.py": (
+        ["distill-logits", "--config=configs/mos/laptop.yaml", "--teacher=x", "--output=y"],
+        2,
+        "(configs/mos/laptop.yaml, line 15); --config takes this command's options, not the settings of train.py",
     ),
     "no checkpoint to verify": (["verify", "nope.ckpt"], 2, "nope.ckpt does not exist; name a checkpoint"),
     "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),

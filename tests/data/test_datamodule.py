@@ -75,6 +75,14 @@ def test_batches_for_an_accelerator_are_pinned(make_data: Make) -> None:
         assert [loader.pin_memory for loader in loaders] == [pinned] * 4
 
 
+def test_batches_of_another_loader_may_differ_in_size_between_ranks(make_data: Make) -> None:
+    class Padded(PileDataModule):
+        def train_dataloader(self) -> Any:
+            return []
+
+    assert make_data().has_equal_batches() and not Padded().has_equal_batches()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_divide_the_global_batch(make_data: Make, workers: int) -> None:
     one = batches(make_data(micro_batch_size=12), 60)  # several epochs

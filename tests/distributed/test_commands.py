@@ -55,6 +55,43 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
+SWEEP = """
+import sys
+from nlgmoe import load_config
+
+data, *folders = sys.argv[1:]
+for folder, devices in zip(folders, (2, 2, 4), strict=True):
+    experiment = load_config(
+        "configs/quickstart.yaml",
+        model__config__num_layers=4,
+        model__config__moe__num_experts=[2, 4],
+        model__config__hidden_size=32,
+        model__config__seq_len=32,
+        model__config__num_heads=2,
+        data__data_dir=data,
+        data__micro_batch_size=2,
+        data__max_eval_windows=2,
+        trainer__default_root_dir=folder,
+        trainer__max_steps=2,
+        trainer__callbacks=[],
+        trainer__devices=devices,
+        trainer__strategy="nlgmoe.ExpertParallelStrategy",
+        trainer__strategy__expert_parallel_size=2,
+    )
+    experiment.trainer.fit(experiment.module, experiment.data)
+"""
+
+
+def test_a_program_makes_several_runs_on_the_ranks_of_the_first(pocket_pile: Path, tmp_path: Path) -> None:
+    program, folders = tmp_path / "sweep.py", [tmp_path / name for name in "abc"]
+    program.write_text(SWEEP)
+    done = python(str(program), str(pocket_pile), *map(str, folders), env=ENVIRONMENT, timeout=300)
+    assert "num_nodes=1 make 4 processes; an earlier run has connected 2: start another program" in done.stderr
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders[:2])
+    assert first["steps"] == second["steps"] == 2 and first["val_loss"] == second["val_loss"]
+    assert done.returncode == 1 and not folders[2].exists()
+
+
 def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hosts = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0]}).encode()).decode()

@@ -161,7 +161,11 @@ INTERRUPTED = [(CELLS[2][8], 3), (CELLS[2][-1], 4)]  # accumulates: asked after 
 ZERO_SHOT = [Cell("zero-shot, spread", 2, 1, moe=DROPLESS, steps=2), Cell("zero-shot, ddp", strategy="ddp", steps=2)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
-UNEQUAL = [Cell("unequal, spread", 2, 1, moe=DROPLESS, steps=20), Cell("unequal, ddp", strategy="ddp", steps=20)]
+UNEQUAL = [
+    Cell("unequal, spread", 2, 1, moe=DROPLESS, steps=20),
+    Cell("unequal, spread, capacity", 2, 1, moe=CAPACITY, steps=20),
+    Cell("unequal, ddp", strategy="ddp", steps=20),
+]
 GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
 REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
 TRAFFIC = [

@@ -292,6 +292,7 @@ def test_a_group_of_one_rank_changes_nothing(
     draw(alone, std=0.1)
     spread = MoELayer(config, 1, ExpertPlacement(0, 8, one_rank))
     spread.load_state_dict(alone.state_dict())
+    spread.equal_batches = True
     results = []
     for layer in (alone.to(device), spread.to(device)):
         x = tensor(4, 64, width).to(device).requires_grad_()
