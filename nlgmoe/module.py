@@ -268,7 +268,7 @@ class MoEGPTModule(GPTModule):
         self._window, self._norms = Window(), None
         self._stops_after_step = self.taking_step = False
         self._learning_routers = LearningRouters(self.gpt)
-        data = getattr(self.trainer, "datamodule", None)
+        data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
         for moe in moe_layers(self.gpt):
             moe.equal_batches = isinstance(data, HasEqualBatches) and data.has_equal_batches()
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from nlgmoe.callbacks import Throughput, ValidationInterval
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
@@ -671,6 +672,16 @@ def test_dataloaders_without_names_of_domains_are_one_domain(tmp_path: Path) -> 
     assert found["val/loss/all"] == found["val/loss"] == pytest.approx(run_validation(MoEGPTModule(CONFIG), tmp_path))
     with pytest.raises(ValueError, match="2 dataloaders of evaluation, where one is expected: join them"):
         run.validate(MoEGPTModule(CONFIG), [loader, loader], verbose=False)
+
+
+def test_the_data_module_of_an_evaluation_promises_nothing_for_a_loader_of_training(tmp_path: Path) -> None:
+    found = []
+    for fits_on_loader in (True, False):
+        run, module, data = trainer(tmp_path, max_steps=1), MoEGPTModule(CONFIG), SyntheticData()
+        run.validate(module, datamodule=data, verbose=False)
+        run.fit(module, data.train_dataloader() if fits_on_loader else data)
+        found.append([moe.equal_batches for moe in moe_layers(module.gpt)])
+    assert found == [[False, False], [True, True]]
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:

@@ -177,11 +177,11 @@ class Explainer:
         if found[1] and not found[1].startswith("-"):
             return f"unexpected argument {found[1]}; settings are written --name=value"
         name = name.lstrip("-").partition("=")[0]
-        entry = self._find(name, owner)
+        entry = self._find(_plain(name), owner)
         shown, place = (entry.name, entry.place) if entry else (name, "")
         if before := re.search(r"before subcommand '(.*)'", found.string):
             return f"unknown setting {shown}{place}; settings stand behind `{before[1]}`"
-        if place and "." in shown and not any("." in one for one in self.known):
+        if place and re.match(r"(model|data|trainer|seed_everything)\b", shown) and "model" not in self.known:
             return (
                 f"unknown setting {shown}{place}; --config takes this command's options, not the settings of train.py"
             )

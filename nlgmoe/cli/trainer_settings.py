@@ -103,9 +103,11 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
         why = f"is not the number of processes that the launcher has started here, {started}; set it to that"
         _require(started == str(there), "devices", devices, why)
     if distributed.is_initialized():  # by an earlier run of this process
-        size = distributed.get_world_size()
-        why = f"and num_nodes={nodes} make {there * nodes} processes; an earlier run has connected {size}: start another program"
-        _require(there * nodes in (1, size), "devices", devices, why)
+        size, remedy = distributed.get_world_size(), "start another program"
+        if there * nodes == 1:
+            remedy = "call torch.distributed.destroy_process_group() on all of them first, or " + remedy
+        why = f"and num_nodes={nodes} do not make the {size} processes that an earlier run has connected; {remedy}"
+        _require(there * nodes == size, "devices", devices, why)
     if str(trainer["strategy"]) != "auto":  # without a launcher, which compares them itself
         local, node = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("NODE_RANK") or 0)
         why = "is too low for the environment's {}={}, which counts from 0; raise it, or unset that variable"
@@ -118,9 +120,8 @@ def _check_launcher(trainer: Mapping[str, Any], there: int) -> None:
     # Lightning takes the first for the rank of the process.
     ranks, world_size = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), os.environ.get("WORLD_SIZE")
     name = next((one for one in ranks if os.environ.get(one)), None)
-    left = (
-        not world_size and {"LOCAL_RANK", "MASTER_PORT"} <= os.environ.keys()
-    )  # by Lightning's launcher, after such a run
+    # Lightning's launcher leaves these, after an earlier run of this process.
+    left = not world_size and {"LOCAL_RANK", "MASTER_PORT"} <= os.environ.keys()
     if name is None or (left and name in ("RANK", "LOCAL_RANK")):
         return
     if there * nodes == 1:  # a run of its own, of which Lightning logs nothing unless it is of rank 0

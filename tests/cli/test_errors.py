@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1160,7 +1161,7 @@ def test_a_run_of_one_process_is_no_rank_of_a_larger_one(
     [
         ("LOCAL_RANK=1 MASTER_PORT=29500", 1),  # left by Lightning's launcher, after an earlier run of the process
         ("LOCAL_RANK=1 MASTER_PORT=29500", 2),
-        ("LOCAL_RANK=1 RANK=1 MASTER_PORT=29500", 2),  # and by DeepSpeedStrategy
+        ("RANK=1 LOCAL_RANK=1 MASTER_PORT=29500", 1),  # and by DeepSpeedStrategy
         ("RANK=0 WORLD_SIZE=1 SLURM_PROCID=3", 1),  # torchrun within srun
         ("WORLD_SIZE=8", 1),
         ("SLURM_JOB_NAME=train SLURM_NTASKS=4 SLURM_PROCID=1 SLURM_NODEID=0 SLURM_LOCALID=1 LOCAL_RANK=1", 4),
@@ -1170,6 +1171,26 @@ def test_variables_of_launchers_that_fit_the_run(variables: str, devices: int, m
     for one in variables.split():
         monkeypatch.setenv(*one.split("="))
     _check_launcher({"devices": devices, "num_nodes": 1, "strategy": "ddp" if devices > 1 else "auto"}, devices)
+
+
+@pytest.mark.parametrize(
+    ("devices", "why"),
+    [
+        (1, "the 2 processes that an earlier run has connected; call torch.distributed.destroy_process_group()"),
+        (2, None),
+        (3, "the 2 processes that an earlier run has connected; start another program"),
+    ],
+)
+def test_runs_of_a_program_have_equally_many_ranks(
+    devices: int, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "MASTER_PORT": "29500"}.items():  # left by DeepSpeedStrategy
+        monkeypatch.setenv(name, value)
+    refused = pytest.raises(ValueError, match=re.escape(why)) if why else nullcontext()
+    with refused:
+        _check_launcher({"devices": devices, "num_nodes": 1, "strategy": "auto" if devices == 1 else "ddp"}, devices)
 
 
 def test_ranks_that_nothing_starts_are_not_waited_for(
@@ -1261,6 +1282,11 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         ["distill-logits", "--config=configs/mos/laptop.yaml", "--teacher=x", "--output=y"],
         2,
         "(configs/mos/laptop.yaml, line 15); --config takes this command's options, not the settings of train.py",
+    ),
+    "the configuration of a run": (
+        ["generate", "--config=configs/hardware/gpus_64.yaml"],
+        2,
+        "); --config takes this command's options, not the settings of train.py",
     ),
     "no checkpoint to verify": (["verify", "nope.ckpt"], 2, "nope.ckpt does not exist; name a checkpoint"),
     "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),
