@@ -77,7 +77,10 @@ class HasPlannedBatchSize(Protocol):
 
 @runtime_checkable
 class HasEqualBatches(Protocol):
-    """A data module that knows whether all ranks train on micro-batches of one size: expert parallelism need not count them."""
+    """A data module that knows whether all ranks train on micro-batches of one size.
+
+    If they do, expert parallelism need not wait for the number of rows that it sends (`MoELayer.equal_batches`).
+    """
 
     def has_equal_batches(self) -> bool:
         """Return True if each micro-batch of training has as many tokens on every rank, padding included."""

@@ -269,8 +269,9 @@ class MoEGPTModule(GPTModule):
         self._stops_after_step = self.taking_step = False
         self._learning_routers = LearningRouters(self.gpt)
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
+        equal = isinstance(data, HasEqualBatches) and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
-            moe.equal_batches = isinstance(data, HasEqualBatches) and data.has_equal_batches()
+            moe.equal_batches = equal
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         require_adamw(optimizer)
         for group in optimizer.param_groups:

@@ -187,7 +187,7 @@ class PileDataModule(TextFacts, LightningDataModule):
         return None if self.batch_ramp_up is None else self.batch_size_after(self.samples_consumed)
 
     def has_equal_batches(self) -> bool:
-        """Return whether each micro-batch has as many tokens on every rank; a subclass with another loader may say so itself."""
+        """Return whether each micro-batch has as many tokens on every rank: not known of a subclass with another loader."""
         return type(self).train_dataloader is PileDataModule.train_dataloader
 
     def batch_size_after(self, samples: int) -> int:

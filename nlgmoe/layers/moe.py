@@ -36,15 +36,16 @@ class MoELayer(nn.Module):
         placement: the experts that this rank holds; None: all.
 
     Attributes:
-        equal_batches: each rank of the placement's group trains on as many tokens at a time as this one, so that the host need
-            not wait to count rows (`all_to_all.fixed_slots`). False unless it is set.
+        equal_batches: all ranks of the placement's group train on micro-batches of equally many tokens, so that the host need not
+            wait for the number of rows (`all_to_all.fixed_slots`). False unless it is set.
     """
 
     def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
         num_experts = experts_at(config, layer_index)
         assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
-        self.top_k, self.equal_batches = config.moe.top_k, False
+        self.top_k = config.moe.top_k
+        self.equal_batches = False
         if config.moe.router is None:
             self.router: Router = TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
         else:

@@ -1188,8 +1188,7 @@ def test_runs_of_a_program_have_equally_many_ranks(
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     for name, value in {"LOCAL_RANK": "1", "RANK": "1", "MASTER_PORT": "29500"}.items():  # left by DeepSpeedStrategy
         monkeypatch.setenv(name, value)
-    refused = pytest.raises(ValueError, match=re.escape(why)) if why else nullcontext()
-    with refused:
+    with pytest.raises(ValueError, match=re.escape(why)) if why else nullcontext():
         _check_launcher({"devices": devices, "num_nodes": 1, "strategy": "auto" if devices == 1 else "ddp"}, devices)
 
 

@@ -133,6 +133,7 @@ class OwnLayer(Layer):
         count = self.num_experts // distributed.get_world_size()
         first = distributed.get_rank() * count
         part = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
+        part.equal_batches = True  # as in training on `PileDataModule`
         values = whole.state_dict()
         for name in values:
             if name.startswith("experts."):
