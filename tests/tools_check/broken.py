@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from nlgmoe import GPTConfig, MoEConfig, MoELayer, Router, Routing, RoutingContext
+from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.router import TopKRouter
 from nlgmoe.layers.uniform import Uniform
@@ -86,6 +87,18 @@ def experts(forward: Callable[..., Tensor]) -> Callable[[MoELayer], None]:
         module.experts.__class__ = type("BrokenExperts", (Experts,), {"forward": forward})
 
     return spoil
+
+
+def outputs_of_other_slots(module: MoELayer) -> None:
+    """Let each row of a rank take the output of another one's slot."""
+    pad = all_to_all._pad_to_slots
+
+    def rolled(*args: Any) -> tuple[Tensor, Tensor]:
+        row_of_slot, slot_of_row = pad(*args)
+        return row_of_slot, slot_of_row.roll(1)
+
+    if distributed.is_initialized():
+        all_to_all._pad_to_slots = rolled
 
 
 # ---- routers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,17 @@ from nlgmoe.tools.check.layer import Layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
 from tests.synthetic import SyntheticData
-from tests.tools_check.broken import CAPACITY, DEFECTS, DROPLESS, TWO, broken, clean, gate_of_ranks, own_loss
+from tests.tools_check.broken import (
+    CAPACITY,
+    DEFECTS,
+    DROPLESS,
+    TWO,
+    broken,
+    clean,
+    gate_of_ranks,
+    outputs_of_other_slots,
+    own_loss,
+)
 
 RANKS = "ranks equal one process"
 QUICK = set(PROPERTIES) - {RANKS}
@@ -90,6 +100,12 @@ def test_a_capacity_that_is_not_declared_raises_no_alarm() -> None:
 def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:
     found = verdicts(broken(CAPACITY, gate_of_ranks), {RANKS})[RANKS]
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
+
+
+def test_ranks_find_outputs_of_other_slots() -> None:
+    """Few slots may stay empty, so that ranks send them padded, as in training."""
+    found = verdicts(broken(replace(CAPACITY, min_capacity=1), outputs_of_other_slots), {RANKS})[RANKS]
+    assert found.startswith("fail: 2 ranks, rank") and "output" in found
 
 
 def test_idioms_of_routers_raise_no_alarm() -> None:
