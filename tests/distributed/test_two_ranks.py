@@ -1,0 +1,40 @@
+"""Two ranks in seconds: the parts of `test_ranks.py` that a change of exchange, gradients or clocks breaks first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.cells import Cell, Outcome, alone, on_ranks, run_all, spawn
+from tests.distributed.test_ranks import CAPACITY, DROPLESS, assert_close
+
+CELLS = [
+    Cell("two ranks, dropless, ZeRO 1", 2, 1, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2, padded=True),
+    Cell("two ranks, capacity, ZeRO 2", 2, 2, moe=CAPACITY),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    """The outcome of each rank by the name of the cell."""
+    folder = tmp_path_factory.mktemp("ranks")
+    by_rank = spawn(2, run_all, [(on_ranks, cell) for cell in CELLS], 2, folder, folder=folder)
+    return {cell.name: [rank[index] for rank in by_rank] for index, cell in enumerate(CELLS)}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_losses_gradients_and_norms_are_those_of_one_process(
+    cell: Cell, outcomes: dict[str, list[Outcome]], tmp_path: Path
+) -> None:
+    expected, ranks = alone(cell, 2, tmp_path), outcomes[cell.name]
+    norms = [sum(squares.values()) ** 0.5 for squares in expected.squares]
+    for rank in ranks:
+        assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert rank.validation == pytest.approx(expected.validation, rel=1e-5)
+        assert rank.clip_norms == pytest.approx(norms, rel=1e-3) and rank.clip_norms[0] == pytest.approx(
+            norms[0], rel=1e-5
+        )
+        for name in ("train/tokens", "train/grad_norm", "train/grad_norm_dense", "experts/0/grad_norm_experts"):
+            assert rank.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-3), name
+    assert_close({name: value for rank in ranks for name, value in rank.gradients.items()}, expected.gradients, 1e-5)
