@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart browser test test-oldest test-faults soak mutate fuzz check constraints format docs notebooks reproduce reproduce-tables convergence bench gpu clean
+.PHONY: help install quickstart browser test test-nightly test-oldest planted test-faults soak mutate fuzz check constraints format docs notebooks reproduce reproduce-tables convergence bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,9 +39,17 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 browser:  ## Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
 	@CHROMIUM=$(CHROMIUM) sh .ci/browser
 
-test: install  ## the whole suite
+test: install  ## the suite (9 minutes on 2 cores)
 	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without
 	$(BIN)/python -m pytest
+
+test-nightly: install  ## slow tests of what changes rarely: launchers, faults, notebooks, the wheel, a dry run of make gpu, 5 minutes of fuzz
+	$(BIN)/python -m pytest --nightly
+	$(BIN)/python -m tests.fuzz --minutes 5
+
+planted: install  ## plant faults in a copy of the package, and show that the test named beside each fails (10 minutes); ONLY=router for some
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python -m tests.planted $(if $(ONLY),--only "$(ONLY)")
 
 test-oldest:  ## the suite with the oldest releases that pyproject.toml admits, in an environment of its own (6 GB)
 	$(PYTHON) -m venv $(OLDEST)

@@ -37,16 +37,44 @@ settings.load_profile("suite")
 SLOW = (
     "test_ranks",
     "test_commands",
-    "test_errors",
     "test_gpu_command",
     "accelerator/",
-    "faults/",
+    "test_run_folder",
+    "test_errors",
     "end_to_end/",
-    "test_notebooks",
 )
 
+# Slow tests of what changes rarely. `make test` leaves them out, `make test-nightly` runs them alone; named on the command line,
+# they run.
+NIGHTLY = (
+    "tests/cli/test_wheel.py",
+    "tests/distributed/test_commands.py",
+    "tests/distributed/test_launcher.py",
+    "tests/end_to_end/test_convergence.py",
+    "tests/end_to_end/test_told_to_stop.py",
+    "tests/faults/",
+    "tests/layers/test_experts.py::test_compiled_parts_compute_the_same",
+    "tests/test_gpu_command.py::test_a_dry_run_takes_every_step",
+    "tests/test_mutate.py",
+    "tests/test_notebooks.py",
+    "tests/test_reproduce.py::test_runs_go_on_from_trunks_and_logits_and_are_not_repeated",
+)
+IN_BOTH = ("tests/distributed/test_commands.py::test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved",)
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the slow tests, and no others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    nightly = config.getoption("--nightly")
+    if nightly or config.args_source == pytest.Config.ArgsSource.TESTPATHS:
+        slow = [item for item in items if item.nodeid.startswith(NIGHTLY)]
+        quick = [item for item in items if not item.nodeid.startswith(NIGHTLY) or item.nodeid.startswith(IN_BOTH)]
+        chosen, others = (slow, quick) if nightly else (quick, slow)
+        items[:] = chosen
+        config.hook.pytest_deselected(items=[item for item in others if item not in set(chosen)])
+
     def place(item: pytest.Item) -> int:
         file = item.nodeid.partition("::")[0]
         return next((place for place, name in enumerate(SLOW) if name in file), len(SLOW))
