@@ -10,8 +10,6 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from nlgmoe import moved
-
 if TYPE_CHECKING:
     from nlgmoe.callbacks.staged_distillation import StagedDistillation
     from nlgmoe.checkpoint.portable import load_model
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
 # Without ipywidgets, Jupyter shows progress bars as text.
 warnings.filterwarnings("ignore", message="IProgress not found")
-
-moved.install()
 
 _HOMES = {
     "Experiment": "nlgmoe.experiment",
@@ -120,5 +116,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        return moved.moved_attribute(__name__, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import nlgmoe
-from nlgmoe import moved
 
 ROOT = Path(nlgmoe.__file__).parent
 
@@ -25,7 +23,6 @@ RANKS = {
     "config": 0,
     "batch": 0,
     "files": 0,
-    "moved": 0,
     "processes": 0,
     "roles": 0,
     "validation": 0,
@@ -156,19 +153,6 @@ def test_public_names_resolve() -> None:
         _ = nlgmoe.nothing
 
 
-@pytest.mark.parametrize(("old", "name"), (moved.NAMES | moved.MODULES).items())
-def test_names_of_older_versions_resolve(old: str, name: str) -> None:
-    sys.modules.pop(old, None)
-    with pytest.warns(FutureWarning, match=f"{old} is now {name};"):
-        found = pkgutil.resolve_name(old)
-    new = pkgutil.resolve_name(name)
-    if isinstance(new, ModuleType):
-        classes = [name for name, value in vars(new).items() if isinstance(value, type)]
-        assert classes and all(getattr(found, name) is getattr(new, name) for name in classes)
-    else:
-        assert found is new
-
-
 PATHS = re.compile(r"class_path[\"']?: [\"']?(nlgmoe(?:\.\w+)+)")
 
 
@@ -182,15 +166,3 @@ def test_class_paths_of_yaml_files_and_docs_resolve() -> None:
     assert len(found) > 5
     for path in found:
         assert isinstance(pkgutil.resolve_name(path), type)
-
-
-def test_an_old_class_path_in_a_yaml_file_is_taken_with_a_warning(tmp_path: Path) -> None:
-    (tmp_path / "old.yaml").write_text(
-        "trainer:\n  callbacks+:\n    - class_path: nlgmoe.callbacks.WriteReport\n"
-        "    - class_path: nlgmoe.callbacks.zero_shot_eval.ZeroShotEval\n      init_args: {tasks: [lambada_openai]}\n"
-    )
-    sys.modules.pop("nlgmoe.callbacks.zero_shot_eval", None)
-    with pytest.warns(FutureWarning, match="is now nlgmoe.WriteReport"):
-        made = nlgmoe.load_config([ROOT.parent / "configs" / "quickstart.yaml", tmp_path / "old.yaml"])
-    kinds = {type(callback) for callback in made.trainer.callbacks}
-    assert {nlgmoe.WriteReport, nlgmoe.ZeroShotEval} <= kinds

@@ -22,7 +22,6 @@ from nlgmoe.parallel.strategy import ExpertParallelStrategy
 from tests.synthetic import SyntheticData
 
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ZeRO 0, bf16": ("bf16-mixed", {"stage": 0}),
     "ZeRO 1, bf16": ("bf16-mixed", {"stage": 1}),
     "ZeRO 2, bf16": ("bf16-mixed", {"stage": 2}),
     "ZeRO 1, fp16": ("16-mixed", {"stage": 1}),

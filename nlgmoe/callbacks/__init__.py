@@ -1,6 +1,4 @@
-"""Lightning callbacks, one concern per file. They read the module and the trainer; only StagedDistillation changes training."""
-
-from typing import Any
+"""Lightning callbacks, one concern per file. They read the module and the trainer; most leave training alone."""
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
@@ -13,7 +11,6 @@ from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
-from nlgmoe.moved import moved_attribute
 
 __all__ = [
     "ExpertLoad",
@@ -28,7 +25,3 @@ __all__ = [
     "TokenProgressBar",
     "ValidationInterval",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return moved_attribute(__name__, name)

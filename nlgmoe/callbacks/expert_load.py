@@ -71,7 +71,7 @@ class ExpertLoad(CountsSteps):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them; older checkpoints have no sums."""
+        """Restore them."""
         self._last_used = [[int(step) for step in layer] for layer in state_dict["served"]]
         self._resumed = state_dict.get("interval", [])
 

@@ -65,7 +65,7 @@ class RunSummary(CountsSteps):
         )
         self._wall_seconds = state_dict["wall_seconds"]
         self._step_seconds = state_dict["step_seconds"]
-        self._validation_seconds = state_dict.get("validation_seconds", 0.0)  # absent in 0.3.0
+        self._validation_seconds = state_dict.get("validation_seconds", 0.0)
         self._fed_tokens = state_dict["fed_tokens"]
         self._peak_memory = state_dict.get("peak_memory_bytes", 0)
 

@@ -262,7 +262,7 @@ class PileDataModule(TextFacts, LightningDataModule):
                 f"{ours['order']} here): resume it with the version of nlgmoe that saved it, or start a new run from its "
                 "weights with model.warm_start.checkpoint."
             )
-        if changes := differing(theirs, ours, state_dict.get("corpus"), self.corpus_description):
+        if changes := differing(theirs, ours, state_dict.get("corpus", {}), self.corpus_description):
             raise SettingError(
                 f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "

@@ -17,18 +17,18 @@ def description_of(corpus: object) -> Description:
 
 
 def differing(
-    there: Mapping[str, object], here: Mapping[str, object], corpus_there: Description | None, corpus_here: Description
+    there: Mapping[str, object], here: Mapping[str, object], corpus_there: Description, corpus_here: Description
 ) -> list[str]:
     """Return what differs between two fingerprints of data, in words for each of the present one's entries.
 
     Args:
         there: saved fingerprint.
         here: present fingerprint.
-        corpus_there: saved description of the corpus; None: an earlier version saved none.
+        corpus_there: saved description of the corpus.
         corpus_here: present description.
     """
     changes = {key: f"{there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value}
-    if "corpus" in changes and corpus_there is not None:
+    if "corpus" in changes:
         changes["corpus"] = _describe_change(corpus_there, corpus_here) or changes["corpus"]
     return [f"{key} ({change})" for key, change in changes.items()]
 

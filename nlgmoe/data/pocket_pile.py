@@ -50,14 +50,14 @@ class TokenFile:
         tokens: number of tokens, one end-of-document token per document included.
         documents: number of documents.
         bytes: UTF-8 bytes of the texts.
-        xxh3: checksum of the tokens; empty: an older version recorded none.
+        xxh3: checksum of the tokens.
     """
 
     text_sha256: str
     tokens: int
     documents: int
     bytes: int
-    xxh3: str = ""
+    xxh3: str
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,10 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     `expert_parallel_size`. Checkpoints do not depend on it.
 
     Args:
-        stage: ZeRO stage: 0 shards nothing (not with fp16), 1 the optimizer's states, 2 also the gradients. (DeepSpeed does
-            not support 3, which also shards the weights, with expert parallelism.)
+        stage: ZeRO stage: 1 shards the optimizer's states, 2 also the gradients; 0 is taken as 1, which computes the same.
+            (DeepSpeed does not support 3, which also shards the weights, with expert parallelism.)
         expert_parallel_size: maximum number of ranks that share one layer's experts; 1 keeps all experts on every rank.
-        offload_optimizer: keep the optimizer's states in the host's memory and step there; stage 1 or 2.
+        offload_optimizer: keep the optimizer's states in the host's memory and step there.
         initial_scale_power: fp16 only: power of 2 of the initial loss scale.
         loss_scale_window: fp16 only: steps without overflow after which the loss scale doubles.
         hysteresis: fp16 only: overflows after which the loss scale halves.
@@ -89,18 +89,22 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     ) -> None:
         require(
             stage in (0, 1, 2),
-            f"trainer.strategy.stage={stage}: DeepSpeed cannot shard the weights of sharded experts (ZeRO 3); use 0, 1 or 2",
+            f"trainer.strategy.stage={stage}: DeepSpeed cannot shard the weights of sharded experts (ZeRO 3); use 1 or 2",
         )
         size = expert_parallel_size
         require(size >= 1, f"trainer.strategy.expert_parallel_size={size} must be at least 1")
         require(timeout_seconds > 0, f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
         why = "must be an even number of values, at least 2"
         require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {why}")
-        require(stage > 0 or not offload_optimizer, "trainer.strategy.offload_optimizer=true needs stage 1 or 2")
+        if stage == 0:
+            rank_zero_info(
+                "trainer.strategy.stage=0 is taken as 1: the same numbers, with the optimizer's states sharded"
+            )
+            stage = 1
         name_deepspeeds_device()
         super().__init__(
             accelerator=accelerator,
-            zero_optimization=stage > 0,
+            zero_optimization=True,
             stage=stage,
             offload_optimizer=offload_optimizer,
             pin_memory=True,  # copies from and to pageable memory would make the host wait
@@ -123,14 +127,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         # The throughput timer synchronises with the device in every micro-batch.
         self.config["timers"] = {"throughput": {"enabled": False}}
         if stage == 2 and not offload_optimizer:
-            # DeepSpeed refuses this at stage 0; at stage 1 every rank would keep the whole sum, in bf16 with another optimizer.
+            # At stage 1 every rank would keep the whole sum, in bf16 with another optimizer.
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         self._groups: dict[int, ExpertGroups] = {}
         self._loading: Path | None = None  # the checkpoint being loaded
         self._engine: Any = None  # the engine of training, also during evaluation afterwards
         self._gradients: EngineGradients | None = None
-        # Of the weights as the engine has written them, where its optimizer has a copy
-        self._versions: list[int] | None = None
 
     # ---- processes and groups
 
@@ -211,14 +213,13 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         self._check_fp16(self.precision_plugin)
-        if self.stage > 0:
-            zero = self.config["zero_optimization"]
-            # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products want them at 16 bytes.
-            zero["parameter_alignment"] = True
-            # The host waits for the device behind every backward pass with it, and one rank has nothing to overlap. DeepSpeed may
-            # free the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
-            fits = all(one.numel() <= zero["reduce_bucket_size"] for one in model.parameters())
-            zero["overlap_comm"] = self.world_size > 1 and fits
+        zero = self.config["zero_optimization"]
+        # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products want them at 16 bytes.
+        zero["parameter_alignment"] = True
+        # The host waits for the device behind every backward pass with it, and one rank has nothing to overlap. DeepSpeed may
+        # free the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
+        fits = all(one.numel() <= zero["reduce_bucket_size"] for one in model.parameters())
+        zero["overlap_comm"] = self.world_size > 1 and fits
         for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count
             if degree > 1:
@@ -227,7 +228,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self._engine = self.model
         self._gradients = EngineGradients(self._engine)
         self._restore_fp32_warm_start()
-        self._note_weights()
 
     def _restore_fp32_warm_start(self) -> None:
         """Load a warm start's fp32 weights into the engine, which in half precision has copied rounded ones."""
@@ -284,30 +284,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Return the gradients of the coming step."""
         assert self._gradients is not None
         _require_all_trained(self._gpt)  # a callback may freeze one in the middle
-        self._warn_of_changed_weights()
         return self._gradients.of_step()
-
-    def _warn_of_changed_weights(self) -> None:
-        """Warn once if anything but the engine has changed weights of which the optimizer has a copy.
-
-        The engine's own writes to them do not count in their versions.
-        """
-        versions = [parameter._version for parameter in self._gpt.parameters()]
-        if self._versions is not None and versions != self._versions:
-            changed = zip(self._gpt.named_parameters(), self._versions, versions, strict=True)
-            name = next(name for (name, _), before, now in changed if before != now)
-            warnings.warn(  # other ranks may hold other experts
-                f"{name} was changed outside of the optimizer, whose own copy counts in steps and checkpoints: change weights "
-                "on one process, with ddp, or at trainer.strategy.stage 0 in 32-true",
-                stacklevel=2,
-            )
-            self._versions = None
-
-    def _note_weights(self) -> None:
-        """Note the versions of the weights, which the engine has just written or loaded."""
-        assert isinstance(self.precision_plugin, DeepSpeedPrecision)
-        copied = self.stage > 0 or self.precision_plugin._desired_dtype != torch.float32
-        self._versions = [parameter._version for parameter in self._gpt.parameters()] if copied else None
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
         if plugin._desired_dtype != torch.float16:
@@ -317,11 +294,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if not get_accelerator().is_fp16_supported():
             raise AllRanksError(
                 f"trainer.precision={plugin.precision}: DeepSpeed has no fp16 on this device; use bf16-mixed"
-            )
-        if self.stage == 0:
-            raise AllRanksError(
-                f"trainer.precision={plugin.precision} needs trainer.strategy.stage 1 or 2: at stage 0 DeepSpeed unscales fp16 "
-                "gradients by the wrong scale whenever the scale grows"
             )
 
     @override
@@ -377,7 +349,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
         if self._engine is None:
             raise ValueError(f"{filepath}: nothing to save without training; copy the checkpoint that was evaluated")
-        self._warn_of_changed_weights()
         save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self._engine)
 
     @override
@@ -400,7 +371,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert self._loading is not None
         engine = None if isinstance(self.model, LightningModule) else self.deepspeed_engine
         load_weights(self._gpt, engine, TensorFiles(self._loading, "model"))
-        self._note_weights()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

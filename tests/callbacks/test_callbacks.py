@@ -70,14 +70,6 @@ def test_the_peak_of_memory_is_that_of_all_starts(tmp_path: Path, monkeypatch: p
         assert json.loads((tmp_path / "summary.json").read_text())["peak_memory_bytes"] == 900
 
 
-def test_a_summary_of_an_older_version_knows_no_peak() -> None:
-    summary = RunSummary()
-    state = summary.state_dict()
-    del state["peak_memory_bytes"], state["validation_seconds"]
-    summary.load_state_dict(state)
-    assert summary.state_dict()["peak_memory_bytes"] == 0
-
-
 class Unsized(torch.utils.data.IterableDataset):
     """Samples without a length."""
 

@@ -246,20 +246,20 @@ def test_weights_that_are_not_finite_are_not_written_and_found(
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_checkpoint_of_an_older_version_is_resumed_and_one_of_a_newer_refused(tmp_path: Path) -> None:
+def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
     for name, change in {
-        "older": lambda document: document["model_config"]["moe"].pop("z_loss_coeff"),
-        "newer": lambda document: document["model_config"]["moe"].update(gate_scale=2.0),
+        "lacks": lambda document: document["model_config"]["moe"].pop("z_loss_coeff"),
+        "unknown": lambda document: document["model_config"]["moe"].update(gate_scale=2.0),
     }.items():
         shutil.copytree(tmp_path / "a.ckpt", tmp_path / f"{name}.ckpt")
         rewrite_json(tmp_path / f"{name}.ckpt", "checkpoint.json", change)
         rewrite_json(
             tmp_path / f"{name}.ckpt", "checkpoint.json", lambda document: document["versions"].update(nlgmoe="9.9")
         )
-    assert fit(tmp_path, steps=2, resume=tmp_path / "older.ckpt").global_step == 2
+    assert fit(tmp_path, steps=2, resume=tmp_path / "lacks.ckpt").global_step == 2
     with pytest.raises(ValueError, match=r"moe.gate_scale is not a setting of this nlgmoe; read it with nlgmoe 9.9"):
-        fit(tmp_path, steps=2, resume=tmp_path / "newer.ckpt")
+        fit(tmp_path, steps=2, resume=tmp_path / "unknown.ckpt")
 
 
 def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

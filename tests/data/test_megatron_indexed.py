@@ -126,13 +126,6 @@ def test_a_run_is_resumed_on_a_copy_but_not_on_another_corpus(
             other.load_state_dict(data.state_dict())
 
 
-def test_the_fingerprint_is_that_of_older_versions(tmp_path: Path) -> None:
-    """Else the checkpoints that they saved would be refused as those of another corpus."""
-    for kind, content in (("idx", b"index"), ("bin", bytes(range(256)))):
-        (tmp_path / f"pile.{kind}").write_bytes(content)
-    assert MegatronIndexed(str(tmp_path / "pile"))._fingerprint([0, 3, 4, 4]) == "d41df00ce5a9cf0f"
-
-
 @pytest.mark.parametrize("split", [(0, 0, 0), (1, 1), (1, 1, 1, 1), (2, -1, 0)])
 def test_a_split_is_three_shares(split: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="must be three shares of documents"):

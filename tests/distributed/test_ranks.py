@@ -82,12 +82,12 @@ PYRAMID = [2, 4, 8]
 CELLS: dict[int, list[Cell]] = {
     1: [Cell("one rank")],
     2: [
-        *(Cell(f"degree {degree}, ZeRO {stage}", degree, stage) for degree in (1, 2) for stage in (0, 1)),
+        *(Cell(f"degree {degree}, ZeRO 1", degree, 1) for degree in (1, 2)),
         Cell("degree 1, ZeRO 2", 1, 2),
         Cell("degree 2, ZeRO 2", 2, 2, steps=20),
         Cell("capacity", 2, moe=CAPACITY),
         # Few steps: a sampled second expert is decided by less than rounding once in some 100,000 choices.
-        Cell("capacity, ZeRO 0, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
+        Cell("capacity, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
         Cell("accumulation, residual", 2, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2),
         Cell(
             "activation checkpointing, top-2",
@@ -128,12 +128,11 @@ CELLS: dict[int, list[Cell]] = {
         Cell("degree 2", 2),
         Cell("degree 4", 4, 1),
         Cell("pyramid", 4, 2, experts=PYRAMID, layers=6, moe=DROPLESS | {"mlp_type": "residual"}),
-        Cell("pyramid, ZeRO 0, capacity", 4, 0, experts=PYRAMID, layers=6, moe=CAPACITY, accumulate=2, steps=20),
+        Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=PYRAMID, layers=6, moe=CAPACITY, accumulate=2, steps=20),
     ],
 }
 HALF = [
-    Cell("bf16-mixed, ZeRO 0", 2, 0, precision="bf16-mixed", moe=DROPLESS, steps=20),
-    Cell("bf16-mixed, ZeRO 1", 2, 1, precision="bf16-mixed", moe=DROPLESS),
+    Cell("bf16-mixed, ZeRO 1", 2, 1, precision="bf16-mixed", moe=DROPLESS, steps=20),
     Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
@@ -148,15 +147,13 @@ TYPED = [
 OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, options={"hysteresis": 1})
 SKIPS: dict[str, Any] = {"moe": DROPLESS, "non_finite": NonFinite("skip")}
 SPOILT = [
-    Cell("skip, ZeRO 0", 2, 0, **SKIPS),
     Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
     Cell("skip, ZeRO 2", 2, 2, **SKIPS),
     Cell("skip, offload", 2, 2, options={"offload_optimizer": True}, **SKIPS),
     Cell("skip, ddp", strategy="ddp", **SKIPS),
-    Cell("skip, bf16-mixed, ZeRO 0", 2, 0, precision="bf16-mixed", **SKIPS),
     Cell("skip, bf16-mixed, ZeRO 2", 2, 2, precision="bf16-mixed", **SKIPS),
 ]
-INTERRUPTED = [(CELLS[2][8], 3), (CELLS[2][-1], 4)]  # accumulates: asked after the signal; ddp: before
+INTERRUPTED = [(CELLS[2][6], 3), (CELLS[2][-1], 4)]  # accumulates: asked after the signal; ddp: before
 # The tiny tasks have 3 to 9 documents, and texts of several lengths to generate.
 ZERO_SHOT = [Cell("zero-shot, spread", 2, 1, moe=DROPLESS, steps=2), Cell("zero-shot, ddp", strategy="ddp", steps=2)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
@@ -167,7 +164,7 @@ UNEQUAL = [
     Cell("unequal, ddp", strategy="ddp", steps=20),
 ]
 GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
-REFUSED = CELLS[2][5]  # degree 2, ZeRO 2
+REFUSED = CELLS[2][3]  # degree 2, ZeRO 2
 TRAFFIC = [
     Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
     Cell("traffic, bf16, recomputed", 2, 2, moe=DROPLESS, steps=2, precision="bf16-mixed", checkpointing=True),
@@ -179,7 +176,6 @@ RESIDUAL_PYRAMID = {"experts": [2, 4, 6], "layers": 6, "moe": DROPLESS | {"mlp_t
 TOPOLOGIES: dict[int, list[Cell]] = {
     1: [Cell("1 rank, ZeRO 1", 1, 1, **RESIDUAL_PYRAMID)],
     2: [
-        Cell("2 ranks, degree 2, ZeRO 0", 2, 0, **RESIDUAL_PYRAMID),
         Cell("2 ranks, degree 2, ZeRO 2", 2, 2, **RESIDUAL_PYRAMID),
         Cell("2 ranks, degree 1, offload", 1, 1, options={"offload_optimizer": True}, **RESIDUAL_PYRAMID),
         Cell("2 ranks, ddp", strategy="ddp", **RESIDUAL_PYRAMID),
@@ -194,7 +190,7 @@ ALONE = Cell("one process", **RESIDUAL_PYRAMID)
 # The same checkpoint, there and back, where weights are bf16 and the optimizer has fp32 ones.
 THROUGH_HALF = [
     Cell(f"through {precision}, ZeRO {stage}", 2, stage, precision=precision, steps=4, **RESIDUAL_PYRAMID)
-    for precision, stage in (("bf16-mixed", 0), ("bf16-mixed", 2), ("bf16-true", 1))
+    for precision, stage in (("bf16-mixed", 2), ("bf16-true", 1))
 ]
 FROM_HALF = Cell("from bf16-true on one process", 2, 1, steps=4, **RESIDUAL_PYRAMID)
 WARM = [
@@ -356,9 +352,7 @@ def documented() -> dict[tuple[str, str], dict[str, str]]:
 def test_types_on_ranks_are_the_documented_ones(
     cell: Cell, found: Found, documented: dict[tuple[str, str], dict[str, str]]
 ) -> None:
-    runs = (
-        ["ZeRO 0, 1, 2"] if cell.precision == "32-true" else ["ZeRO 0, 1", "ZeRO 1"] if cell.stage < 2 else ["ZeRO 2"]
-    )
+    runs = ["ZeRO 1, 2"] if cell.precision == "32-true" else ["ZeRO 1"] if cell.stage < 2 else ["ZeRO 2"]
     run = "offloaded" if cell.options else next(run for run in runs if (run, cell.precision) in documented)
     types: dict[str, str] = {}
     for _, of_rank in found[typed, cell.name]:
@@ -604,7 +598,7 @@ def test_what_experts_are_used_for_is_added_up_over_ranks(found: Found, tmp_path
 
 def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
     for messages in found[refused, REFUSED.name]:
-        lacks, built, spread, frozen, divided, more, clip, filled, changed, steps = messages
+        lacks, built, spread, frozen, divided, more, clip, filled, steps = messages
         assert "broken.ckpt has no model-00001-of-00002.safetensors, with blocks." in lacks
         assert "make a new MoEGPTModule for every trainer" in built
         assert "expert_parallel_size=2 cannot shard a layer of the teacher: no number" in spread
@@ -618,9 +612,6 @@ def test_what_ranks_cannot_use_is_named_by_every_rank(found: Found) -> None:
         )
         assert clip.startswith("trainer.gradient_clip_val=0.25 was set during the run, and DeepSpeed's engine keeps")
         assert "a callback has put weights into checkpoint['state_dict']" in filled
-        assert changed.startswith(
-            "final_norm.weight was changed outside of the optimizer, whose own copy counts in steps"
-        )
         assert steps == "3"
 
 

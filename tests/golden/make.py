@@ -1,8 +1,7 @@
 """Makes the golden files: `python -m tests.golden.make` in the repository's root.
 
 The files that are committed were made by the code of commit 338e1af, one thread, torch 2.13 on an x86-64 CPU with AVX512.
-They are there to be read by later code: make them again only when a change of the format or of the numbers is intended, and
-say so in CHANGELOG.md.
+Make them again only when a change of the format or of the numbers is intended, and say so in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from nlgmoe.commands.main import main
 from nlgmoe.data.indexed import token_dtype
@@ -64,7 +61,7 @@ def run(folder: Path, *extra: str) -> None:
 
 def make(scratch: Path) -> None:
     """Write everything but this folder's sources."""
-    for path in (golden.CORPUS, golden.EXPORT, golden.TEACHER_LOGITS, *golden.CHECKPOINTS.values()):
+    for path in (golden.CORPUS, golden.TEACHER_LOGITS, *golden.CHECKPOINTS.values()):
         shutil.rmtree(path, ignore_errors=True)
     write_corpus()
     for (name, path), extra in zip(golden.CHECKPOINTS.items(), ([], RANKS), strict=True):
@@ -73,11 +70,8 @@ def make(scratch: Path) -> None:
     config = (scratch / "1 process" / "config.yaml").read_text().replace(str(scratch / "1 process"), "runs/golden")
     golden.CONFIG.write_text(config)
     teacher = str(golden.TEACHER)
-    main(["export", teacher, str(golden.EXPORT)])
     recorded = ["--top_k=8", "--samples=64", "--temperature=2.0", f"--output={golden.TEACHER_LOGITS}"]
     main(["distill-logits", str(golden.CONFIG), f"--teacher={teacher}", *recorded])
-    model = AutoModelForCausalLM.from_pretrained(golden.EXPORT, trust_remote_code=True)
-    save_file({"logits": golden.exported_logits(model)}, golden.GOLDEN / "exported_logits.safetensors")
     (golden.GOLDEN / "record.json").write_text(json.dumps(golden.record(scratch / "record"), indent=1) + "\n")
     (golden.CORPUS / ".lock").unlink(missing_ok=True)
 

@@ -27,10 +27,9 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 
 GOLDEN = Path("tests/golden")  # from the repository's root: the run's configuration names its corpus so
-CONFIG, CORPUS, EXPORT, TEACHER_LOGITS = (GOLDEN / name for name in ("config.yaml", "corpus", "export", "logits"))
+CONFIG, CORPUS, TEACHER_LOGITS = (GOLDEN / name for name in ("config.yaml", "corpus", "logits"))
 CHECKPOINTS = {"1 process": GOLDEN / "one_process.ckpt", "2 ranks": GOLDEN / "two_ranks.ckpt"}
 TEACHER = CHECKPOINTS["1 process"]
-TOKENS = torch.arange(24).view(2, 12)  # read by the exported model
 STEPS, OFFLINE_STEPS, TAUGHT_STEPS = 20, 6, 14
 NOISE_KEY = (1234, 3, 1)
 
@@ -174,13 +173,6 @@ def digest(value: Tensor) -> str:
     """Of shape, type and bits."""
     array = value.detach().cpu().contiguous().numpy()
     return hashlib.blake2b(f"{array.dtype}{array.shape}".encode() + array.tobytes(), digest_size=8).hexdigest()
-
-
-def exported_logits(model: Any) -> Tensor:
-    """Of a model that `transformers` has loaded."""
-    with torch.no_grad():
-        logits: Tensor = model(TOKENS).logits
-    return logits
 
 
 def record(folder: Path) -> Mapping[str, Any]:

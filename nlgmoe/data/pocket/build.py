@@ -215,7 +215,7 @@ def _intact(prefix: Path, facts: TokenFile) -> bool:
         tokens = IndexedDataset(prefix).tokens
     except ValueError:
         return False
-    return len(tokens) == facts.tokens and facts.xxh3 in ("", xxhash.xxh3_64_hexdigest(tokens.data))
+    return len(tokens) == facts.tokens and facts.xxh3 == xxhash.xxh3_64_hexdigest(tokens.data)
 
 
 def _write_jsonl(path: Path, documents: list[Document]) -> TextFile:

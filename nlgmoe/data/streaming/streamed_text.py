@@ -171,7 +171,7 @@ class StreamedText:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
         # What "skip" has left out, "error" must find.
         policy = () if self.on_bad_data == "error" else (self.on_bad_data,)
-        sample = "of every training file"  # up to 0.3.0 of the first documents of all
+        sample = "of every training file"
         return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint, sample, *policy))
 
 

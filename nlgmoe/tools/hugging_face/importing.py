@@ -102,7 +102,7 @@ def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
 
 
 def _check_sha256(folder: Path, values: dict[str, Any]) -> None:
-    """Check the files of weights against the sha256 in `config.json`; older exports have none."""
+    """Check the files of weights against the sha256 in `config.json`, where it has them."""
     recorded = values.get(SHA256)
     for file in _files(folder):
         if isinstance(recorded, dict) and recorded.get(file.name) != sha256_of(file):

@@ -220,7 +220,7 @@ _RUN = (
     derived(
         "`trainer.strategy`: `nlgmoe.ExpertParallelStrategy`, `stage`",
         [Flag("--zero-stage", int, allowed=(0, 1, 2))],
-        "ZeRO 0, 1, 2; the stage in the DeepSpeed configuration has precedence",
+        "ZeRO 1, 2; 0 becomes 1, which computes the same; the stage in the DeepSpeed configuration has precedence",
     ),
     derived("`trainer.strategy.init_args.offload_optimizer`", [Flag("--cpu-optimizer")]),
     derived(

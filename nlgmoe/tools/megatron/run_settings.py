@@ -66,11 +66,10 @@ def _strategy(job: Job, precision: str) -> None:
     path += "init_args."
     stage, comment = _stage(job)
     offload = job.deepspeed.offload or job.arguments.has("--cpu-optimizer")
-    if stage == 0 and (offload or precision == "16-mixed"):  # what the strategy refuses at stage 0
-        stage = 1
-        why = "with fp16" if precision == "16-mixed" else "with an offloaded optimizer"
-        comment = (
-            f"0 there ({comment or 'by --zero-stage'}); 1 here {why}: the same numbers, the optimizer's states divided"
+    if stage == 0:
+        stage, comment = (
+            1,
+            f"0 there ({comment or 'by --zero-stage'}); 1 computes the same, with the optimizer's states sharded",
         )
     if stage is not None:
         job.set(f"{path}stage", stage, comment)

@@ -39,7 +39,7 @@ def inspect_config(
         files: YAML files of train.py, later ones override earlier ones; or one checkpoint folder.
         gpus: ranks; default: the files' setting, and 1 if they leave it to the machine.
         expert_parallel: upper bound of the expert-parallel degree; default: the files' strategy.
-        zero: ZeRO stage, 0 to 2; default: the files' strategy.
+        zero: ZeRO stage, 1 or 2; default: the files' strategy.
         micro_batch: sequences per rank and forward pass; default: data.micro_batch_size.
         global_batch: sequences per optimizer step; default: the files' setting.
         precision: Lightning's name, such as bf16-mixed; default: the files' setting, and bf16-mixed if they set neither
@@ -126,6 +126,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     assumed = name == "auto" and given.get("gpus", 1) > 1
     engine = "deepspeed" in name.lower() or "ExpertParallel" in name or assumed
     values["deepspeed"] = engine or values["zero_stage"] > 0 or values["expert_parallel_size"] > 1
+    values["zero_stage"] = max(values["zero_stage"], int(values["deepspeed"]))  # the strategy takes 0 as 1
     return Topology(**values)
 
 

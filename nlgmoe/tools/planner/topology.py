@@ -44,7 +44,7 @@ class Topology:
     Attributes:
         gpus: ranks; all are data-parallel.
         expert_parallel_size: upper bound of each MoE layer's expert-parallel degree (`pyramid.expert_parallel_degree`).
-        zero_stage: 0, 1 or 2.
+        zero_stage: 1 or 2; 0: without ZeRO, as `ddp`.
         micro_batch_size: sequences per rank and forward pass.
         global_batch_size: sequences per optimizer step over all ranks; a multiple of `micro_batch_size * gpus`.
         activation_checkpointing: each block is recomputed in the backward pass.
