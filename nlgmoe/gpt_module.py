@@ -25,9 +25,10 @@ from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.resuming.checks import differences
-from nlgmoe.resuming.dataloaders import warn_of_repeated_samples
-from nlgmoe.run_checks import check_memory, check_trainer, check_vocabulary, require_compiler
+from nlgmoe.run.refusals import check_trainer
+from nlgmoe.run.resume import differences
+from nlgmoe.run.signals import leave_signals_to_callbacks
+from nlgmoe.run_checks import check_memory, check_vocabulary, require_compiler
 from nlgmoe.validation import require
 
 
@@ -71,7 +72,6 @@ class GPTModule(LightningModule):
         self.curriculum = curriculum
         self.model: GPT | None = None  # built by configure_model, once the strategy is ready for it
         self.routings: list[Routing] = []  # of the latest micro-batch, for callbacks to read
-        self._warned_of_repeated_samples = False
         self._domain_loss: list[DomainLoss] = []  # in a list, not a submodule: bf16-true would turn its sums into bf16
 
     @override
@@ -126,6 +126,7 @@ class GPTModule(LightningModule):
             ValueError: they do not.
         """
         check_trainer(self.trainer, stage)
+        leave_signals_to_callbacks(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, HasLargestBatch):
             check_memory(self.config, self.curriculum, data, self.trainer, stage)
@@ -155,13 +156,6 @@ class GPTModule(LightningModule):
         if isinstance(value, float | int) and not kwargs.get("sync_dist"):
             value = torch.tensor(value, dtype=torch.float64, device="cpu")
         super().log(name, value, *args, **kwargs)
-
-    @override
-    def on_validation_start(self) -> None:
-        """Warn, once a fit, of samples that count twice."""
-        if self.trainer.state.fn == TrainerFn.FITTING and not self._warned_of_repeated_samples:
-            self._warned_of_repeated_samples = True
-            warn_of_repeated_samples(self.trainer.val_dataloaders)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -8,11 +8,9 @@ from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -28,12 +26,8 @@ from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepG
 from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.parallel.same_end import require_same_end
-from nlgmoe.resuming.checks import check_new_run, check_same_run, check_state, check_tokenizer, keep_states_of_fit
-from nlgmoe.resuming.keepers import forget_deferred_saves
-from nlgmoe.resuming.position import Position
-from nlgmoe.resuming.reserved import RESERVED, require_free
-from nlgmoe.run_checks import require_completed_epoch, require_no_stop_iteration, warn_about_end
+from nlgmoe.run.resume import Resuming, check_new_run, check_same_run, check_tokenizer
+from nlgmoe.run_checks import warn_about_end
 
 
 class MoEGPTModule(GPTModule):
@@ -89,13 +83,8 @@ class MoEGPTModule(GPTModule):
         self._lengths = 0  # of `lengths_fed`, up to the last optimizer step
         self._window = Window()
         self._stops_after_step = False
-        self._norms: Tensor | None = None  # before the validation that runs
-        self.taking_step = False  # an optimizer step is being taken: weights and clock are not of one step
-        self.position = Position()
+        self._resuming = Resuming()
         self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
-        self._evaluated: tuple[str, int] | None = (
-            None  # a checkpoint whose weights an evaluation has loaded, and its step
-        )
 
     @property
     def tokens_fed(self) -> int:
@@ -165,7 +154,6 @@ class MoEGPTModule(GPTModule):
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, gradient_clip_algorithm)
         self.log("train/skipped_steps", float(self.guard.skipped))
-        self.taking_step = True
 
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
@@ -203,7 +191,6 @@ class MoEGPTModule(GPTModule):
             self._learning_routers.after_step()
         self._window = Window()
         self._learning_routers.begin_step()
-        self.taking_step = False
         with warnings.catch_warnings():
             # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -211,7 +198,7 @@ class MoEGPTModule(GPTModule):
         loop = self.trainer.fit_loop
         assert loop._data_fetcher is not None
         # Before the end is known: a run that is resumed with a later one has no validation at this end.
-        self.position.take_step(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+        self._resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
         # Set now, so that this step is logged and validated as the last one.
         if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
@@ -219,17 +206,9 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step.
-
-        Raises:
-            ValueError: a callback has stopped this rank alone.
-        """
-        if self.trainer.global_step == 0:
-            forget_deferred_saves(self.trainer)
+        """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step."""
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
             self.trainer.should_stop, self._stops_after_step = False, True
-        elif self.trainer.should_stop:
-            require_same_end(self.trainer.global_step)
 
     def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
         """Warn if a resumed run's step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
@@ -245,14 +224,11 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Set training mode: an interrupted validation leaves the model in evaluation mode.
-
-        Raises:
-            ValueError: a new run has the trainer, module or data of an earlier one.
-        """
-        if not self.trainer.strategy.restore_checkpoint_after_setup:  # else `on_train_start` knows if it is a new one
-            check_new_run(self.trainer, self.tokens_seen)
+        """Set training mode: an interrupted validation leaves the model in evaluation mode."""
         self.train()
+        self.trainer.should_stop = (
+            False  # else Lightning ends before `on_train_start`; `Resuming.begin` asks a `Timer` again
+        )
 
     @override
     def on_train_start(self) -> None:
@@ -262,11 +238,9 @@ class MoEGPTModule(GPTModule):
         that is resumed at its end is validated again.
         """
         check_new_run(self.trainer, self.tokens_seen)
-        self._evaluated = None
-        self.position.begin(self.trainer, self, self.tokens_seen, self.train_tokens)
+        self._resuming.begin(self.trainer, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        self._window, self._norms = Window(), None
-        self._stops_after_step = self.taking_step = False
+        self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
         equal = isinstance(data, HasEqualBatches) and data.has_equal_batches()
@@ -287,20 +261,12 @@ class MoEGPTModule(GPTModule):
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
-            ValueError: an exception has ended the epoch.
         """
-        require_no_stop_iteration(self.trainer)
         self.guard.check_weights(self.trainer.global_step, first_non_finite_weight(self.gpt))
 
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not need.
-
-        Raises:
-            ValueError: an exception has ended the run.
-        """
-        if not self.position.at_end:
-            require_completed_epoch(self.trainer)
+        """Free the teacher, which evaluation does not need."""
         if self.distiller is not None:
             self.distiller.release()
 
@@ -310,53 +276,15 @@ class MoEGPTModule(GPTModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
-    def on_validation_model_eval(self) -> None:
-        """Note the weights, before a callback can exchange them for the validation, as for their average."""
-        super().on_validation_model_eval()
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._norms = self._measure_weights()
-
-    @override
-    def on_validation_end(self) -> None:
-        """Forget them: the callback has put the trained weights back."""
-        super().on_validation_end()
-        self._norms = None
-
-    def has_other_weights(self) -> bool:
-        """Return whether a callback has exchanged this rank's weights for the validation that runs."""
-        return self._norms is not None and not torch.equal(self._measure_weights(), self._norms)
-
-    def _measure_weights(self) -> Tensor:
-        """Return the norm of every parameter and buffer of this rank, in fp32: a half-precision one would not show an average."""
-        entries = (*self.gpt.parameters(), *self.gpt.buffers())
-        return torch.stack([vector_norm(entry.detach().float()) for entry in entries])
-
-    @override
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
-        self.position.end_validation(self.trainer)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._resuming.end_validation(self.trainer)
         super().on_validation_epoch_end()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step.
-
-        Raises:
-            ValueError: the weights are those of another step than the trainer's, or between two steps, or a callback has stored
-                something under a name that is used here.
-        """
-        require_free(checkpoint, RESERVED)
-        if self.taking_step:
-            raise ValueError(
-                "no checkpoint within an optimizer step, as by an exception there: its weights are of no step"
-            )
-        if self._evaluated is not None and "optimizer_states" not in checkpoint:
-            checkpoint["global_step"] = self._evaluated[1]
-        elif self._evaluated is not None and self._evaluated[1] != checkpoint["global_step"]:
-            raise ValueError(
-                f"the model has the weights of {self._evaluated[0]}, step {self._evaluated[1]}, which an evaluation has loaded; "
-                f"the optimizer is at step {checkpoint['global_step']}: copy that checkpoint, or save before the evaluation"
-            )
+        """Add the model's configuration and the clock, and set the loop's counters to the last optimizer step."""
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
@@ -374,7 +302,7 @@ class MoEGPTModule(GPTModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
-        self.position.save(checkpoint, self.trainer)
+        self._resuming.save(checkpoint, self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -387,17 +315,13 @@ class MoEGPTModule(GPTModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, getattr(self.trainer, "datamodule", None))
-        check_state(checkpoint, self.trainer)
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])
-        self.taking_step = False
-        self._evaluated = None if fits else (checkpoint["path"], checkpoint["global_step"])
         if fits:
-            self.position.load(checkpoint, self.trainer)
+            self._resuming.load(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         else:
-            keep_states_of_fit(checkpoint, self.trainer)
             # Log where training logs a validation of this step.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(checkpoint["global_step"] - 1, 0)

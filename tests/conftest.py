@@ -49,7 +49,6 @@ SLOW = (
 NIGHTLY = (
     "tests/cli/test_wheel.py",
     "tests/distributed/test_commands.py",
-    "tests/distributed/test_launcher.py",
     "tests/end_to_end/test_convergence.py",
     "tests/end_to_end/test_told_to_stop.py",
     "tests/faults/",

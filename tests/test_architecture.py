@@ -36,7 +36,7 @@ RANKS = {
     "distill": 5,
     "parallel": 5,
     "eval": 5,
-    "resuming": 5,
+    "run": 5,
     "run_checks": 5,
     "gpt_module": 6,
     "objective": 6,

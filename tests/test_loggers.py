@@ -8,8 +8,6 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv, without_run_csv
-from nlgmoe.resuming.branches import Start
-from nlgmoe.tools.report.metrics import read_metrics
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:
@@ -37,18 +35,6 @@ def test_a_new_column_is_added_or_the_file_stays_as_it_was(tmp_path: Path, monke
 def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("loss,step\r\n2.0,0\r\n1.")
     assert log(tmp_path, {"loss": 0.5}).split() == ["loss,step", "2.0,0", "0.5,0"]
-
-
-def test_a_validation_that_a_resumed_run_repeats_counts_once(tmp_path: Path) -> None:
-    """Whether it goes back to before the step or is validated again at its end, then also with metrics that are new."""
-    first: tuple[dict[str, float], ...] = ({"train/loss": 3.0}, {"val/loss": 2.0})
-    log(tmp_path, *first)
-    log(tmp_path, {}, {"val/loss": 2.0, "val/mine": 5.0})
-    for starts in ([], [Start(0, 0), Start(1, 2)], [Start(0, 0), Start(2, 2)]):
-        found = read_metrics(tmp_path / "metrics.csv", starts)
-        assert {name: (list(one.steps), list(one.values)) for name, one in found.items()} == {
-            "train/loss": ([0], [3.0]), "val/loss": ([2], [2.0]), "val/mine": ([2], [5.0]),
-        }  # fmt: skip
 
 
 def test_rows_of_a_run_folder_survive_a_logger_that_would_delete_them(

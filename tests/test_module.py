@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,22 +13,13 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
-    EarlyStopping,
-    GradientAccumulationScheduler,
     LambdaCallback,
-    LearningRateMonitor,
     ModelCheckpoint,
-    OnExceptionCheckpoint,
     Timer,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import (
-    DDPStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
     SingleDeviceStrategy,
-    Strategy,
 )
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -41,8 +31,6 @@ from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.run_checks import check_trainer
-from nlgmoe.validation import SettingError
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData, _Samples
 
@@ -150,41 +138,6 @@ def test_a_run_ends_with_a_whole_step_that_is_logged_and_validated(
         trained, validated = csv.DictReader(file)
     assert {trained["step"], validated["step"]} == {str(run.global_step - 1)}
     assert trained["train/loss"] and trained["time/step"] and validated["val/loss"]
-
-
-@pytest.mark.parametrize(
-    "hook",
-    [
-        "on_train_epoch_start",
-        "on_train_batch_start",
-        "on_before_optimizer_step",
-        "on_validation_start",
-        "on_train_epoch_end",
-    ],
-)
-def test_a_callback_that_raises_stop_iteration_ends_the_run_with_a_line(hook: str, tmp_path: Path) -> None:
-    """Lightning's loops take it for the end of the data: they began again, without an end or after part of a step."""
-
-    def empty(*_: Any) -> None:
-        next(iter(()))
-
-    run = trainer(tmp_path, LambdaCallback(**{hook: empty}), max_steps=4, limit_val_batches=1.0, val_check_interval=2)
-    with pytest.raises(ValueError, match=r"^after step \d .* raised StopIteration"):
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
-
-
-def test_data_that_raise_stop_iteration_for_a_sample_end_the_run_with_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sample, texts = _Samples.__getitem__, iter(["text"] * 8)
-    monkeypatch.setattr(_Samples, "__getitem__", lambda self, index: next(texts) and sample(self, index))
-    with pytest.raises(ValueError, match=r"^after step 2 .* raised StopIteration"):
-        trainer(tmp_path, max_steps=4).fit(MoEGPTModule(CONFIG), SyntheticData())
-
-
-def test_checkpoints_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="AsyncCheckpointIO writes checkpoints that no run here resumes"):
-        trainer(tmp_path, max_steps=1, plugins=[AsyncCheckpointIO()]).fit(MoEGPTModule(CONFIG), SyntheticData())
 
 
 def test_a_curriculum_that_training_does_not_reach_the_end_of_is_said(tmp_path: Path) -> None:
@@ -311,13 +264,12 @@ def test_an_evaluation_is_logged_at_the_step_of_its_checkpoint(tmp_path: Path) -
 
 
 def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None:
-    module, data, used = MoEGPTModule(CONFIG), SyntheticData(), trainer(tmp_path, max_steps=1)
-    used.fit(module, data)
+    module, data = MoEGPTModule(CONFIG), SyntheticData()
+    trainer(tmp_path, max_steps=1).fit(module, data)
     new = trainer(tmp_path, max_steps=1)
     for run, *again in (
         (new, module, SyntheticData()),
         (new, MoEGPTModule(CONFIG), data),
-        (used, MoEGPTModule(CONFIG), SyntheticData()),
     ):
         with pytest.raises(ValueError, match="make all anew, or resume the earlier run"):
             run.fit(*again)
@@ -369,47 +321,6 @@ def test_a_validation_restores_the_modes_of_parts(tmp_path: Path) -> None:
     run.callbacks.append(LambdaCallback(on_train_batch_start=look))  # type: ignore[attr-defined]
     run.fit(module, SyntheticData())
     assert modes == [True, False]
-
-
-def test_a_fit_that_is_refused_saves_no_weights_of_its_own(tmp_path: Path) -> None:
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_on_exception=True, save_top_k=-1)
-    run = trainer(tmp_path, saves, max_steps=4, enable_checkpointing=True)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    with pytest.raises(ValueError, match="trainer"):
-        run.fit(MoEGPTModule(CONFIG, seed=99), SyntheticData())
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
-
-
-def test_names_of_the_checkpoint_are_not_those_of_a_callback(tmp_path: Path) -> None:
-    stores = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint.update(version="mine"))
-    run = trainer(tmp_path, stores, max_steps=1)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    with pytest.raises(
-        ValueError, match=r"a callback, or the module, has stored checkpoint\['version'\] in on_save_checkpoint"
-    ):
-        run.save_checkpoint(tmp_path / "a.ckpt")
-
-
-def test_nothing_is_saved_within_an_optimizer_step(tmp_path: Path) -> None:
-    """The weights are not of the step of the clock."""
-
-    def save(trainer: Trainer, *_: Any) -> None:
-        trainer.optimizers[0].register_step_post_hook(lambda *_: trainer.save_checkpoint(tmp_path / "within.ckpt"))
-
-    with pytest.raises(ValueError, match="no checkpoint within an optimizer step"):
-        trainer(tmp_path, LambdaCallback(on_train_start=save), max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData())
-    assert not (tmp_path / "within.ckpt").exists()
-
-    def fail(trainer: Trainer, *_: Any) -> None:
-        trainer.optimizers[0].register_step_post_hook(lambda *_: 1 / (trainer.global_step - 2))
-
-    saves = ModelCheckpoint(tmp_path / "saved", save_on_exception=True, monitor="val/loss")
-    settings = {"max_steps": 4, "enable_checkpointing": True}
-    with pytest.raises(ZeroDivisionError):
-        trainer(tmp_path, saves, LambdaCallback(on_train_start=fail), **settings).fit(
-            MoEGPTModule(CONFIG), SyntheticData()
-        )
-    assert not (tmp_path / "saved").exists()
 
 
 def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) -> None:
@@ -485,43 +396,6 @@ def test_a_longer_run_has_no_validation_at_the_end_of_the_shorter_one(tmp_path: 
         assert validated == expected
 
 
-def test_a_resumed_run_that_begins_with_a_validation_knows_the_training_metric_that_callbacks_read_then(
-    tmp_path: Path,
-) -> None:
-    def run(*callbacks: Callback, resume: Path | None = None) -> tuple[EarlyStopping, ModelCheckpoint]:
-        stops = EarlyStopping("train/loss", patience=100)
-        best = ModelCheckpoint(tmp_path / "best", monitor="train/loss", filename="{step}")
-        validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-        made = trainer(tmp_path, stops, best, *callbacks, max_steps=4, enable_checkpointing=True, **validation)
-        made.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
-        return stops, best
-
-    stops, best = run(ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    for step in (2, 4):  # at the end of the run too
-        stops_again, best_again = run(resume=tmp_path / f"step={step}.ckpt")
-        assert stops_again.best_score == stops.best_score and stops_again.wait_count == stops.wait_count
-        assert best_again.best_model_score == best.best_model_score
-
-
-def test_what_could_not_be_saved_before_the_first_step_is_not_saved_after_a_validation(tmp_path: Path) -> None:
-    """0 is a multiple of every interval; a run that is resumed would not save it either."""
-    keeper = ModelCheckpoint(
-        tmp_path, monitor="train/loss", filename="{step}", every_n_train_steps=3, save_top_k=-1, save_last=False
-    )
-    validation = {"limit_val_batches": 1.0, "val_check_interval": 8, "check_val_every_n_epoch": None}
-    run = trainer(
-        tmp_path,
-        keeper,
-        max_steps=5,
-        enable_checkpointing=True,
-        accumulate_grad_batches=2,
-        log_every_n_steps=1,
-        **validation,
-    )
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())  # validated at step 4
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt"]
-
-
 class _RestoresLate(SingleDeviceStrategy):
     """Loads checkpoints after `on_fit_start`, as DeepSpeed's strategy does."""
 
@@ -571,31 +445,6 @@ def test_a_resumed_run_whose_data_begin_again_says_so(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=2).fit(MoEGPTModule(CONFIG), _KeepsPosition(), ckpt_path=tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("other", ["best-{step}", "worst-{step}", "counted", "all"])
-def test_two_checkpoint_callbacks_delete_nothing_of_each_other(other: str, tmp_path: Path) -> None:
-    counts, everything = other == "counted", other == "all"
-    filename = "best-{step}" if counts or everything else other
-    keepers = [
-        ModelCheckpoint(
-            monitor="val/loss",
-            mode=mode,
-            filename=name,
-            auto_insert_metric_name=False,
-            enable_version_counter=counts,
-            save_top_k=-1 if everything else 1,
-        )
-        for mode, name in (("min", "best-{step}"), ("max", filename))
-    ]
-    validation = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
-    run = trainer(tmp_path, *keepers, max_steps=4, enable_checkpointing=True, **validation)
-    if other == "best-{step}":
-        with pytest.raises(ValueError, match=r"filename=best-\{step\} is that of two ModelCheckpoints"):
-            run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    else:
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
-        assert all(Path(keeper.best_model_path).exists() for keeper in keepers)
-
-
 def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path) -> None:
     for train_tokens, expected in ((256, ["ends the run before model.schedule.decay_tokens=512"]), (512, [])):
         module = MoEGPTModule(
@@ -606,54 +455,6 @@ def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path) -> None:
             trainer(tmp_path, max_steps=1).fit(module, SyntheticData())
         found = [str(one.message) for one in caught if "decay_tokens" in str(one.message)]
         assert len(found) == len(expected) and all(text in found[0] for text in expected)
-
-
-@pytest.mark.parametrize("name", ["min_steps", "min_epochs", "overfit_batches"])
-def test_settings_of_a_trainer_that_cannot_work_are_refused_in_code_too(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"trainer.{name}=2 (keeps a run going|must stay 0)"):
-        trainer(tmp_path, max_steps=3, **{name: 2}).fit(MoEGPTModule(CONFIG, train_tokens=64), SyntheticData())
-
-
-@pytest.mark.parametrize(
-    "callback",
-    [
-        GradientAccumulationScheduler({0: 2}),
-        ModelCheckpoint(monitor="val/loss", every_n_train_steps=2),
-        ModelCheckpoint(filename="best", monitor="val/loss", save_top_k=3, enable_version_counter=False),
-    ],
-    ids=lambda callback: type(callback).__name__,
-)
-def test_callbacks_that_cannot_work_are_refused_in_code_too(callback: Callback, tmp_path: Path) -> None:
-    run = trainer(tmp_path, callback, max_steps=1, enable_checkpointing=True)
-    with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} "):
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
-
-
-@pytest.mark.parametrize(
-    ("callback", "why"),
-    [
-        (OnExceptionCheckpoint("."), "makes every later run with it resume what it has saved"),
-        (ModelCheckpoint(save_on_exception=True), "saves where one of 2 ranks fails, which"),
-        (LearningRateMonitor(), "takes no optimizer"),
-    ],
-    ids=lambda one: type(one).__name__,
-)
-def test_callbacks_that_cannot_work_on_ranks_are_refused(callback: Callback, why: str) -> None:
-    run: Any = SimpleNamespace(strategy=SimpleNamespace(expert_parallel_size=2), callbacks=[callback], world_size=2)
-    with pytest.raises(ValueError, match=f"trainer.callbacks: {type(callback).__name__} {why}"):
-        check_trainer(run, "fit")
-
-
-@pytest.mark.parametrize("logger", [MLFlowLogger, WandbLogger])
-def test_loggers_that_upload_files_are_refused(logger: type[Logger], tmp_path: Path) -> None:
-    """Lightning's upload checkpoints that are files, and pass over folders."""
-    where = {"tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}"} if logger is MLFlowLogger else {}
-    run: Any = SimpleNamespace(strategy=None, callbacks=[], checkpoint_callbacks=[], world_size=1)
-    run.loggers = [logger(log_model=True, **where)]
-    with pytest.raises(
-        SettingError, match=rf"^trainer.logger: {logger.__name__}.log_model=True takes checkpoints that"
-    ):
-        check_trainer(run, "fit")
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
@@ -687,22 +488,6 @@ def test_the_data_module_of_an_evaluation_promises_nothing_for_a_loader_of_train
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer has 80 ids but model.config.vocab_size is 61; set it to 80"):
         trainer(tmp_path, max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData(vocab_size=80))
-
-
-@pytest.mark.parametrize(
-    ("strategy", "words"),
-    [
-        (FSDPStrategy(), "trainer.strategy=FSDPStrategy divides the weights, which"),
-        (ModelParallelStrategy(), "trainer.strategy=ModelParallelStrategy divides the weights, which"),
-        (DDPStrategy(static_graph=True), "DDPStrategy.static_graph=true fails where a step has several"),
-    ],
-    ids=["FSDP", "ModelParallel", "static graph"],
-)
-def test_strategies_that_cannot_train_it_are_refused(strategy: Strategy, words: str) -> None:
-    module = MoEGPTModule(CONFIG)
-    module._trainer = SimpleNamespace(strategy=strategy, callbacks=[])  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=words):
-        module.setup("fit")
 
 
 @pytest.mark.parametrize("settings", [{"train_tokens": 0}, {"loss_chunk_size": 0}])

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from benchmarks.gpu.run import Run, quiet_trainer
 from benchmarks.gpu.training import Losses
-from nlgmoe.callbacks import SaveOnSignal
+from nlgmoe.callbacks import SaveCheckpoints
 from nlgmoe.checkpoint.portable import load_model
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
@@ -69,7 +69,7 @@ class Cell:
             val_check_interval=self.steps,
             check_val_every_n_epoch=None,
             callbacks=[losses, *callbacks],
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         )
         trainer.fit(MoEGPTModule(self.config, AdamWConfig(lr=1e-3)), self.data, ckpt_path=checkpoint)
         return losses.found, trainer
@@ -112,10 +112,9 @@ def evaluated_on_cpu(cell: Cell, path: Path) -> float:
 
 def stopped(cell: Cell, undisturbed: list[float]) -> float:
     """Be told to stop in the third step, go on from what was saved, and compare the steps after it."""
-    keeper = ModelCheckpoint(cell.folder / "stopped", save_last=True)
     try:
-        cell.fit(Stop(2), SaveOnSignal(), keeper)
+        cell.fit(Stop(2), SaveCheckpoints())
     except SystemExit as end:
         assert end.code == 0, f"the stopped run ended with {end.code}"
-    losses, _ = cell.fit(checkpoint=cell.folder / "stopped" / "last.ckpt")
+    losses, _ = cell.fit(checkpoint=cell.folder / "checkpoints" / "last.ckpt")
     return off(losses, undisturbed[3:])

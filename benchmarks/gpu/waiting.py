@@ -14,7 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.gpu.run import Run, quiet_trainer, sync_debug, waits
-from nlgmoe.callbacks import ExpertLoad, SaveOnSignal, Throughput
+from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import select_backend
@@ -94,7 +94,7 @@ def in_trainer(run: Run, folder: Path) -> None:
             precision="bf16-mixed",
             max_steps=WARM_UP + STEPS + 1,
             log_every_n_steps=LOGGED,
-            callbacks=[Throughput(), ExpertLoad(), SaveOnSignal(), count],
+            callbacks=[Throughput(), ExpertLoad(), StopOnSignal(), count],
         )
         trainer.fit(module, SyntheticData(4096, length))
     measured = None if run.dry else statistics.mean(count.counts)

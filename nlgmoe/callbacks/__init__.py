@@ -1,16 +1,16 @@
 """Lightning callbacks, one concern per file. They read the module and the trainer; most leave training alone."""
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
-from nlgmoe.callbacks.last_checkpoint import SaveAtEnd
 from nlgmoe.callbacks.predictions import PredictionFile
 from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.sample_text import SampleText
-from nlgmoe.callbacks.save_on_signal import SaveOnSignal
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.run.keeper import SaveCheckpoints
+from nlgmoe.run.signals import StopOnSignal
 
 __all__ = [
     "ExpertLoad",
@@ -18,9 +18,9 @@ __all__ = [
     "PredictionFile",
     "RunSummary",
     "SampleText",
-    "SaveAtEnd",
-    "SaveOnSignal",
+    "SaveCheckpoints",
     "StagedDistillation",
+    "StopOnSignal",
     "Throughput",
     "TokenProgressBar",
     "ValidationInterval",

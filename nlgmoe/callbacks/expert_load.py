@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -105,15 +105,7 @@ class ExpertLoad(CountsSteps):
         """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._file is None and self._experts and trainer.is_global_zero:
-            assert isinstance(pl_module, MoEGPTModule)
-            step, others = trainer.global_step, pl_module.position.others_from
-            first = step if others is None else others
-            if first < step:
-                rank_zero_warn(
-                    f"the run went back to step {first} before, and returns to step {step} of an earlier branch: "
-                    f"{ExpertLoadFile.NAME} has lost the rows between"
-                )
-            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, first)
+            self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

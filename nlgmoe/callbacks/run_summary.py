@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
@@ -119,12 +118,11 @@ class RunSummary(CountsSteps):
         """Write the file."""
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
         assert isinstance(pl_module, MoEGPTModule)
-        step, others = trainer.global_step, pl_module.position.others_from
-        nothing_new = not self._started and not self._validation_started
-        same_branch = others is None or others >= step
-        if not trainer.is_global_zero or (nothing_new and same_branch and _is_of_step(step, trainer.default_root_dir)):
+        folder = Path(trainer.default_root_dir)
+        nothing_new = not self._started and not self._validation_started and (folder / "summary.json").exists()
+        if not trainer.is_global_zero or nothing_new:
             return
-        folder, summary = Path(trainer.default_root_dir), self._summary(trainer, pl_module)
+        summary = self._summary(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary, indent=2)
         rank_zero_info(format_summary(summary, _baseline(trainer, "xz_bits_per_byte") or {}, folder))
@@ -164,14 +162,6 @@ class RunSummary(CountsSteps):
             "validation_seconds": self._validation_seconds,
             "versions": versions(),
         }
-
-
-def _is_of_step(step: int, folder: str) -> bool:
-    """Return whether the `summary.json` of a folder is of so many steps."""
-    try:
-        return bool(json.loads(Path(folder, "summary.json").read_text())["steps"] == step)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 def _leaves_out_domains(trainer: Trainer) -> bool:

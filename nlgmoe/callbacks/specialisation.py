@@ -19,34 +19,17 @@ from nlgmoe.pyramid import moe_blocks
 class ExpertSpecialisation(Callback):
     """Writes `specialisation.safetensors` after each validation in `fit`; `nlgmoe report` reads it.
 
-    A run that goes back removes the file of a later step, or of another branch. Every rank counts its own windows; one
-    collective sums the counts at the end. A dense model has no such file.
+    Every rank counts its own windows; one collective sums the counts at the end. A dense model has no such file.
     """
 
     def __init__(self) -> None:
         self._counts: ExpertCounts | None = None
-        self._is_own = False  # the file, or it is not there
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
-        self._is_own = False
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Remove a file of another branch, once nothing has refused the run."""
-        self._remove_other(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove it, if no step was taken."""
-        self._remove_other(trainer, pl_module)
-
-    def _remove_other(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, MoEGPTModule)
-        if not self._is_own and module.position.others_from is not None and trainer.is_global_zero:
-            remove_later(trainer.default_root_dir, module.position.others_from)
-        self._is_own = True
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove a file of a later step than the resumed one."""
+        if trainer.is_global_zero:
+            remove_later(trainer.default_root_dir, trainer.global_step)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,4 +67,4 @@ class ExpertSpecialisation(Callback):
         found = self._counts.specialisation(trainer.global_step)
         if trainer.is_global_zero:
             found.save(trainer.default_root_dir)
-        self._counts, self._is_own = None, True
+        self._counts = None

@@ -15,7 +15,6 @@ detects damage, not tampering. `writing.py` writes the folder.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -314,41 +313,6 @@ def holds_run(folder: Path) -> bool:
 def run_config(path: Path) -> Path | None:
     """Return the `config.yaml` of the run that a folder is, or is in; None if it is in none."""
     return next((folder / "config.yaml" for folder in (path, *path.parents) if holds_run(folder)), None)
-
-
-def is_of_run(path: str | Path, folder: str | Path) -> bool:
-    """Return True if `path` is in a run folder, and not in the folder of another run below it."""
-    for resolve in (os.path.abspath, os.path.realpath):
-        inner, outer = Path(resolve(path)), Path(resolve(folder))
-        between = [one for one in (inner, *inner.parents) if one != outer and one.is_relative_to(outer)]
-        if inner.is_relative_to(outer) and not any(map(holds_run, between)):
-            return True
-    return False
-
-
-def walk_folder(folder: Path) -> Iterator[Path]:
-    """Yield all paths below a folder, without the contents of checkpoints and of other runs' folders.
-
-    Links are followed, such as `checkpoints` to another disk.
-
-    Raises:
-        OSError: a folder cannot be listed.
-    """
-    seen: set[str] = set()
-    waiting = [folder] if folder.is_dir() else []
-    while waiting:
-        here = waiting.pop()
-        if os.path.realpath(here) in seen:
-            continue
-        seen.add(os.path.realpath(here))
-        try:
-            inside = list(here.iterdir())
-        except FileNotFoundError:  # deleted since, as by a run
-            continue
-        for path in inside:
-            yield path
-            if ".ckpt" not in path.name and path.is_dir() and not holds_run(path):
-                waiting.append(path)
 
 
 def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:

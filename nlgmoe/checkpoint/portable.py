@@ -12,12 +12,12 @@ Lightning's `CheckpointIO`, below; DeepSpeed's ranks each write and read their o
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,7 +25,7 @@ from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, optimizer_from_entries, optimizer_to_entries, split_experts
 from nlgmoe.checkpoint.folder import FORMAT, VERSION, Contents, TensorFiles, read_document
 from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
-from nlgmoe.checkpoint.newest import choose_checkpoint, next_timestamp
+from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.versions import versions
@@ -59,7 +59,7 @@ class PortableCheckpointIO(CheckpointIO):
             moments, rest["optimizer_groups"] = optimizer_to_entries(state, model)
             # Before its first step AdamW has no state.
             entries["optimizer"] = moments if rest["global_step"] > 0 else {}
-        document, entries["state"] = make_document(rest, Path(path).parent)
+        document, entries["state"] = make_document(rest)
         with writing.new_folder(Path(path)) as temporary:
             files: dict[str, Contents] = {}
             for kind, tensors in entries.items():
@@ -76,7 +76,7 @@ class PortableCheckpointIO(CheckpointIO):
         Raises:
             ValueError: there is no checkpoint, or it is damaged.
         """
-        path = choose_checkpoint(path, self.to_train)
+        path = choose_checkpoint(path)
         checkpoint = read_checkpoint(path)
         model = join_experts(TensorFiles(path, "model").read_all())
         checkpoint["state_dict"] = {PREFIX + name: value for name, value in model.items()}
@@ -88,24 +88,23 @@ class PortableCheckpointIO(CheckpointIO):
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete the folder, or the link to one, unless it is the last complete one beside others."""
-        if not writing.remove(Path(path)):
-            rank_zero_warn(f"{path} is kept: no other checkpoint beside it is complete")
+        """Delete the folder, or the link to one."""
+        writing.remove(Path(path))
 
 
-def make_document(checkpoint: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert Lightning's dictionary to the content of `checkpoint.json` and the tensors that it refers to.
 
     Args:
         checkpoint: Lightning's dictionary, without weights and optimizer.
-        folder: parent folder of the checkpoint.
 
     Raises:
         ValueError: a value is neither plain data nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)
-    head = {"format": FORMAT, "version": VERSION, "saved_at": next_timestamp(folder), "versions": versions()}
+    saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
+    head = {"format": FORMAT, "version": VERSION, "saved_at": saved_at, "versions": versions()}
     return head | plain, tensors
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.folder import Contents
+from nlgmoe.checkpoint.folder import Contents, is_complete, read_document
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
@@ -50,8 +50,8 @@ def write_weights(
     writing.recover_one(path)
     _require_free(path, overwrite)
     require(
-        path.is_symlink() or not writing.is_last_to_resume(path),
-        f"{path} is not replaced by weights alone: no other checkpoint beside it can be resumed; name another",
+        path.is_symlink() or not is_complete(path) or "optimizer_groups" not in read_document(path),
+        f"{path} is not replaced by weights alone: a run can be resumed from it; name another",
     )
     document, _ = make_document(
         {
@@ -65,8 +65,7 @@ def write_weights(
             "non_finite": {"skipped": 0, "in_a_row": 0},
             "seed": 0,
         }
-        | ({} if started_from is None else {"started_from": started_from}),
-        path.parent,
+        | ({} if started_from is None else {"started_from": started_from})
     )
     with writing.new_folder(path) as temporary:
         files: dict[str, Contents] = {}

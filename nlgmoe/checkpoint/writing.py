@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,10 +25,7 @@ from nlgmoe.checkpoint.folder import (
     TOKENIZER,
     Contents,
     checksum_of_manifest,
-    is_complete,
-    read_document,
     record_of,
-    walk_folder,
 )
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<state>writing|replaced|removed)-(?P<pid>\d+)")
@@ -105,12 +101,7 @@ def finish(
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        if "optimizer_groups" not in document and is_last_to_resume(path):
-            rank_zero_warn(
-                f"{path} is kept, and not replaced by weights alone: no other checkpoint beside it can be resumed"
-            )
-            return
-        path.rename(replaced)  # `recover` undoes this if the process is killed before the next rename
+        path.rename(replaced)  # `recover_one` undoes this if the process is killed before the next rename
     temporary.rename(path)
     flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -134,44 +125,21 @@ def write_error_reason(error: Exception) -> str:
     return os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
 
 
-def remove(path: Path) -> bool:
-    """Delete a checkpoint, or a link to one. Returns False, without deleting, for the last complete one of its folder."""
+def remove(path: Path) -> None:
+    """Delete a checkpoint, or a link to one."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        if _is_needed(path):
-            return False
         doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
         path.rename(doomed)  # so that no incomplete folder ever has the final name
         shutil.rmtree(doomed)
-    return True
-
-
-def is_last_to_resume(path: Path) -> bool:
-    """Return True if `path` can be resumed and no other checkpoint of its folder can."""
-    return _is_needed(path) and "optimizer_groups" in read_document(path)
-
-
-def _is_needed(path: Path) -> bool:
-    """Return True if `path` is complete and no other checkpoint of its folder can replace it."""
-    others = {other.resolve() for other in path.parent.glob("*.ckpt")} - {path.resolve()}
-    return is_complete(path) and not any(_can_replace(other, path) for other in sorted(others))
-
-
-def _can_replace(other: Path, path: Path) -> bool:
-    """Return True if `other` is complete, and resumable if `path` is."""
-    if not is_complete(other):
-        return False
-    return "optimizer_groups" in read_document(other) or "optimizer_groups" not in read_document(path)
-
-
-def recover(run_folder: Path) -> None:
-    """Clean up after killed processes: delete incomplete folders, restore those being replaced. Skips live processes' folders."""
-    _clean_up(leftover for leftover in walk_folder(run_folder) if ".ckpt." in leftover.name)
 
 
 def recover_one(path: Path) -> None:
-    """Do the same for what killed processes have left of one checkpoint, or of another folder that is written in this way."""
+    """Clean up what killed processes have left of a checkpoint, or of another folder that is written in this way.
+
+    Deletes incomplete folders, and restores one that was being replaced; skips those of processes that are alive.
+    """
     _clean_up(path.parent.glob(f".{glob.escape(path.name)}.*-*"))
 
 

@@ -17,13 +17,15 @@ def verify_checkpoint(checkpoint: str) -> None:
     Raises:
         ValueError: an entry or file is missing, unknown or damaged; one line for each.
     """
-    from nlgmoe.checkpoint.newest import is_checkpoint, list_checkpoints  # these need torch, and the model
+    from nlgmoe.checkpoint.newest import checkpoint_path, is_checkpoint, saved_steps  # these need torch, and the model
     from nlgmoe.checkpoint.verify import find_problems
 
     if checkpoint and not Path(checkpoint).exists():
         raise UsageError(f"{checkpoint} does not exist; name a checkpoint")
     if not is_checkpoint(checkpoint) or not Path(checkpoint).is_dir():
-        names = ", ".join(str(path) for path in list_checkpoints(Path(checkpoint))[:3])
+        names = ", ".join(
+            str(checkpoint_path(Path(checkpoint), step)) for step in saved_steps(Path(checkpoint))[:-4:-1]
+        )
         raise UsageError(
             f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")
         )

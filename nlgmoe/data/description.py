@@ -24,11 +24,11 @@ def differing(
     Args:
         there: saved fingerprint.
         here: present fingerprint.
-        corpus_there: saved description of the corpus.
+        corpus_there: saved description of the corpus; empty: a corpus of a user's has none.
         corpus_here: present description.
     """
     changes = {key: f"{there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value}
-    if "corpus" in changes:
+    if "corpus" in changes and corpus_there:
         changes["corpus"] = _describe_change(corpus_there, corpus_here) or changes["corpus"]
     return [f"{key} ({change})" for key, change in changes.items()]
 

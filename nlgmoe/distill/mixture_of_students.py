@@ -30,7 +30,7 @@ from nlgmoe.checkpoint.layout import (
     local_entries,
     summarize_differences,
 )
-from nlgmoe.checkpoint.newest import find_checkpoint, is_checkpoint, list_checkpoints
+from nlgmoe.checkpoint.newest import checkpoint_path, find_checkpoint, is_checkpoint, saved_steps
 from nlgmoe.checkpoint.warm_start import has_same_ids
 from nlgmoe.config import GPTConfig
 from nlgmoe.device import free_cached_memory
@@ -166,7 +166,10 @@ class MixtureOfStudents:
         Raises:
             ValueError: there is none.
         """
-        there = [Path(self.teacher)] if is_checkpoint(self.teacher) else list_checkpoints(Path(self.teacher))
+        teacher = Path(self.teacher)
+        there = (
+            [teacher] if is_checkpoint(teacher) else [checkpoint_path(teacher, step) for step in saved_steps(teacher)]
+        )
         for path in [Path(self._used["checkpoint"]), *there]:
             if is_complete(path) and weights_of(path) == self._used["weights"]:
                 return path

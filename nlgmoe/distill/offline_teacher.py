@@ -135,7 +135,7 @@ class OfflineTeacher:
             )
         here = {**data.fingerprint(), "document_attention": data.document_attention}
         there = {**header["data"], "document_attention": header["document_attention"]}
-        if changes := differing(there, here, header.get("corpus"), getattr(data, "corpus_description", {})):
+        if changes := differing(there, here, header.get("corpus", {}), getattr(data, "corpus_description", {})):
             raise SettingError(
                 f"{where} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"

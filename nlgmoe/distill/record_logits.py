@@ -174,7 +174,7 @@ def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) 
     there, here = (
         one | one["data"] | {"teacher": one["teacher"]["weights"], "data": None} for one in (earlier, settings)
     )
-    if changes := differing(there, here, earlier.get("corpus"), settings.get("corpus", {})):
+    if changes := differing(there, here, earlier.get("corpus", {}), settings.get("corpus", {})):
         raise SettingError(
             f"{where} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )

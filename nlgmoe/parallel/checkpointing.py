@@ -95,7 +95,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
         rest |= {"optimizer_groups": optimizer_groups(model, engine), "loss_scale": loss_scale(engine)}
     temporary: list[Path | None] = [None]
     with raise_on_all_ranks(), writing.explain_write_errors(path):
-        document, tensors = make_document(rest, path.parent)
+        document, tensors = make_document(rest)
         if rank == 0:
             temporary = [writing.begin(path)]
     distributed.broadcast_object_list(temporary)

@@ -17,7 +17,6 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed, nn
 from typing_extensions import override
@@ -354,7 +353,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read everything but weights and optimizer, which are read after the module has checked the rest."""
-        self._loading = choose_checkpoint(checkpoint_path, self.lightning_module.trainer.state.fn == TrainerFn.FITTING)  # type: ignore[union-attr]
+        self._loading = choose_checkpoint(checkpoint_path)
         return read_checkpoint(self._loading) | {"optimizer_states": []}
 
     @property

@@ -146,6 +146,7 @@ class Steps(Callback):
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.reads: list[list[str]] = []
+        self.before_save: list[str] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fake.take_reads()
@@ -172,7 +173,20 @@ class Steps(Callback):
     def _end_step(self, trainer: Trainer) -> None:
         if trainer.global_step > self._step:  # else within an accumulation window
             self._step = trainer.global_step
-            self.reads.append(fake.take_reads())
+            reads = fake.take_reads()
+            self.reads.append(reads if self.before_save is None else self.before_save)
+            self.before_save = None
+
+
+class SaveBegins(Callback):
+    """The first callback: tells `steps` what was read before a save, which reads everything."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def state_dict(self) -> dict[str, Any]:
+        self._steps.before_save = fake.take_reads()
+        return {}
 
 
 def make_trainer(device: torch.device, precision: str, root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -378,7 +392,7 @@ def quickstart(root: Path) -> dict[str, Any]:
         "trainer__callbacks__init_args__max_new_tokens": 8,  # of the last one in the file
     }
     experiment, steps = load_config(ROOT / "configs" / "quickstart.yaml", **settings), Steps()
-    experiment.trainer.callbacks.append(steps)  # type: ignore[attr-defined]
+    experiment.trainer.callbacks = [SaveBegins(steps), *experiment.trainer.callbacks, steps]  # type: ignore[attr-defined]
     experiment.trainer.fit(experiment.module, experiment.data)
     summary = json.loads((root / "run" / "summary.json").read_text())
     again = load_config(ROOT / "configs" / "quickstart.yaml", **settings)

@@ -13,14 +13,12 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
-from nlgmoe.data.datamodule import collate
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from nlgmoe.resuming.dataloaders import warn_of_repeated_samples
 from tests.checkpoint.test_portable import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
@@ -87,32 +85,6 @@ def test_data_of_evaluation_without_a_length(tmp_path: Path) -> None:
         summaries.append(json.loads((tmp_path / "summary.json").read_text())["val_loss"])
         data = SyntheticData()
     assert summaries[0] == summaries[1] is not None
-
-
-@pytest.mark.parametrize(("samples", "twice"), [(5, 1), (4, 0)])
-def test_samples_that_ranks_validate_twice(samples: int, twice: int, recwarn: pytest.WarningsRecorder) -> None:
-    sampler = DistributedSampler(range(samples), 2, 0, shuffle=False)  # type: ignore[arg-type]
-    warn_of_repeated_samples([DataLoader(range(samples), sampler=sampler), DataLoader(range(5))])  # type: ignore[arg-type]
-    said = [str(one.message) for one in recwarn if "twice" in str(one.message)]
-    assert (
-        said
-        == [
-            f"val/loss counts {twice} of 5 samples twice, so that 2 ranks have equally many; add samples without tokens "
-            "(token_mask), or leave some out"
-        ]
-        * twice
-    )
-
-
-def test_a_fit_says_once_that_its_validations_count_samples_twice(tmp_path: Path) -> None:
-    data = SyntheticData().val_dataloader().dataset
-    sampler = DistributedSampler(data, len(data) - 1, 0, shuffle=False)
-    loader = DataLoader(data, batch_size=1, sampler=sampler, collate_fn=collate)
-    run = trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run.fit(MoEGPTModule(CONFIG), SyntheticData().train_dataloader(), loader)
-    assert sum("samples twice" in str(one.message) for one in caught) == 1
 
 
 def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:

@@ -410,7 +410,7 @@ def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoin
     tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(checkpoints["moe"], run / "checkpoints/last.ckpt")
+    shutil.copytree(checkpoints["moe"], run / "checkpoints/step-2.ckpt")
     tokens = json.loads((checkpoints["moe"] / "checkpoint.json").read_text())["tokens_seen"]
     size = count_parameters(load_model(checkpoints["moe"]).config).total
 

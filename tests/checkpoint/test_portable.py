@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 
 from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.entries import join_experts, split_experts
-from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
-from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -150,32 +148,6 @@ def test_overwriting_and_removing(tmp_path: Path) -> None:
         (tmp_path / "link.ckpt").symlink_to("b.ckpt")
         end(tmp_path / "link.ckpt")  # the link alone
         assert io.load_checkpoint(tmp_path / "b.ckpt")["state_dict"]["model.x"].item() == 1.0
-
-
-def test_the_best_score_survives_when_the_run_folder_is_moved(tmp_path: Path) -> None:
-    def run(folder: Path, **settings: Any) -> ModelCheckpoint:
-        best = ModelCheckpoint(folder, "best", monitor="val/loss")
-        fit(folder, best, **settings)
-        return best
-
-    score = run(tmp_path / "old", steps=4).best_model_score
-    (tmp_path / "old").rename(tmp_path / "new")
-    path = tmp_path / "new" / "best.ckpt"
-    best = run(tmp_path / "new", steps=5, resume=path, limit_val_batches=0)
-    assert best.best_model_score == score and best.best_k_models == {str(path): score}
-
-
-def test_weights_alone_do_not_replace_the_only_checkpoint_that_can_be_resumed(tmp_path: Path) -> None:
-    weights_only, path = (
-        {"every_n_train_steps": 6, "save_weights_only": True, "save_last": True},
-        tmp_path / "last.ckpt",
-    )
-    fit(tmp_path, SaveAt(4 * ACCUMULATE, path), steps=4)
-    with pytest.warns(UserWarning, match="last.ckpt is kept, and not replaced by weights alone"):
-        fit(tmp_path, ModelCheckpoint(tmp_path, enable_version_counter=False, **weights_only), steps=7, resume=path)
-    with pytest.raises(ValueError, match=r"last\.ckpt is not replaced by weights alone"):  # by prune, upcycle or import
-        write_weights(path, torch.zeros, CONFIG, overwrite=True)
-    assert "optimizer_groups" in read_document(path)
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3, 4}}])

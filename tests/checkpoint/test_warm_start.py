@@ -35,6 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = trainer(folder, weights, max_steps=5, enable_checkpointing=True)
     run.fit(MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2)), SyntheticData())
     run.save_checkpoint(folder / "whole.ckpt")
+    run.save_checkpoint(folder / "run/checkpoints/step-5.ckpt")
     return folder
 
 
@@ -42,7 +43,7 @@ def module(start: WarmStart | None, config: GPTConfig = CONFIG, **settings: Any)
     return MoEGPTModule(config, AdamWConfig(lr=1e-2), warm_start=start, **settings)
 
 
-@pytest.mark.parametrize("name", ["whole.ckpt", "weights.ckpt", "."])  # the last: the newest of the folder
+@pytest.mark.parametrize("name", ["whole.ckpt", "weights.ckpt", "run"])  # the last: its newest
 def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
     saved = trainer(tmp_path, limit_val_batches=1.0)
     (expected,) = saved.validate(module(None), SyntheticData(), ckpt_path=trained / name, verbose=False)
@@ -251,6 +252,7 @@ def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
     """A warm start in half precision loads its entries into ZeRO's fp32 copies, which buffers do not have."""
     from nlgmoe.parallel.engine_state import EngineState  # imports DeepSpeed
 
-    state, bias = EngineState(SimpleNamespace(optimizer=None, device="cpu")), torch.zeros(4)
-    state._zero = True
+    optimizer = SimpleNamespace(state={})
+    zero = SimpleNamespace(optimizer=optimizer, single_partition_of_fp32_groups=[], bit16_groups=[])
+    state, bias = EngineState(SimpleNamespace(optimizer=zero, device="cpu")), torch.zeros(4)
     state.load(Entry("bias", "bias", True, bias, 0, bias.shape), None, torch.ones(4))

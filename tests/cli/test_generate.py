@@ -22,7 +22,7 @@ TEXTS = ["the king", "", "null", "日本 and the king", 'the "queen"\n']
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "last.ckpt"
+    folder = tmp_path_factory.mktemp("run") / "checkpoints/step-0.ckpt"
     module = MoEGPTModule(GPTConfig(TOKENIZER.vocab_size, 32, 2, 16, 2, init_std=0.3, moe=MoEConfig(4)))
     module.configure_model()
     state = {"state_dict": module.state_dict(), "model_config": module.config.to_dict()}
@@ -46,7 +46,7 @@ def test_one_prompt_is_printed_as_it_goes_on(checkpoint: Path, capsys: pytest.Ca
         (("--top-p=0.5", "--temperature", 2), {"top_p": 0.5, "temperature": 2.0}),
     ):
         ids = generate(trained.model, [tokens], 12, stop_id=TOKENIZER.eod_id, **settings)[0]
-        for where in (checkpoint, checkpoint.parent):  # or the run's folder
+        for where in (checkpoint, checkpoint.parents[1]):  # or the run's folder
             out, err = run(capsys, where, "--prompt", "the king", "--max-new-tokens", 12, *options)
             assert (out, err) == (detokenize(TOKENIZER, ids) + "\n", "")
 
@@ -151,7 +151,7 @@ def test_a_piped_text_is_a_prompt(
         (("CKPT", "--prompt=a", "--device=meta"), 2, "--device=meta cannot be used"),
         (("CKPT", "--prompt=a", "--tokenizer="), 2, "--tokenizer is empty; give a value, or leave it out"),
         (("", "--prompt=a"), 2, "an argument is empty"),
-        (("TMP/nothing", "--prompt=a"), 2, "no valid checkpoint"),
+        (("TMP/nothing", "--prompt=a"), 2, "no checkpoint in"),
         (("TMP/damaged", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT", "--promt=a"), 2, "did you mean prompt"),
         (("CKPT",), 2, "give a text with --prompt"),
@@ -166,7 +166,7 @@ def test_mistakes_end_with_one_line(
     (tmp_path / "unwritten.py").write_text("def (\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "deep.jsonl").write_text('{"prompt": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    (tmp_path / "damaged/last.ckpt").mkdir(parents=True)
+    (tmp_path / "damaged/checkpoints/step-1.ckpt").mkdir(parents=True)
     (tmp_path / "nothing").mkdir()
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
     terminal = io.StringIO()

@@ -71,7 +71,8 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path, capsys: 
     """A teacher that was itself a student, started from another run, and saved to a place of its own."""
     text = yaml.safe_load((CONFIGS / "mos/laptop.yaml").read_text())
     text["model"]["warm_start"] = {"checkpoint": "elsewhere"}
-    text["trainer"]["callbacks"][1]["init_args"]["dirpath"] = "runs/its_own"
+    own = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "runs/its_own"}}
+    text["trainer"]["callbacks"].append(own)
     text["trainer"]["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs/its_own"}}
     source = tmp_path / "teacher.yaml"
     source.write_text(yaml.safe_dump(text))
@@ -81,11 +82,10 @@ def test_what_is_the_teachers_alone_is_not_the_students(tmp_path: Path, capsys: 
     assert found["model"]["distiller"]["init_args"]["teacher"] == "other.ckpt"
     assert found["trainer"]["logger"] is None and "trainer.logger is left out" in capsys.readouterr().out
     callbacks = found["trainer"]["callbacks"]
-    assert [one["class_path"].rpartition(".")[2] for one in callbacks] == ["StagedDistillation"] + [
-        "ModelCheckpoint"
-    ] * 2
+    names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+    assert names == ["StagedDistillation", "SaveCheckpoints", "ModelCheckpoint"]
     assert callbacks[0]["init_args"]["fraction"] == 0.5
-    assert callbacks[1]["init_args"]["dirpath"] is None
+    assert callbacks[2]["init_args"]["dirpath"] is None
 
 
 def test_the_student_of_a_moved_run_is_beside_it(tmp_path: Path) -> None:

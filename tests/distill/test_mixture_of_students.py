@@ -209,17 +209,17 @@ def test_a_run_goes_on_before_at_and_after_the_end(saved: int, teacher: Path, tm
 def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, tmp_path: Path) -> None:
     """Though the teacher's run has a newer checkpoint since; where the old one is gone, the run ends and says so."""
     run, saved = tmp_path / "teacher", tmp_path / "saved.ckpt"
-    shutil.copytree(teacher, run / "step-2.ckpt")
+    shutil.copytree(teacher, run / "checkpoints/step-2.ckpt")
     whole, _ = fit(tmp_path, run, SaveAt(4, saved))
     newer = trained(replace(TEACHER, num_layers=2, moe=MoEConfig(2)), tmp_path / "newer")
-    shutil.copytree(newer, run / "step-4.ckpt")
+    shutil.copytree(newer, run / "checkpoints/step-4.ckpt")
     assert fit(tmp_path, run, resume=saved)[0].losses == whole.losses[4:]
-    shutil.rmtree(run / "step-2.ckpt")
+    shutil.rmtree(run / "checkpoints/step-2.ckpt")
     with pytest.raises(
         ValueError, match=r"learned from .*step-2\.ckpt, whose weights are gone .* not from .*step-4\.ckpt"
     ):
         fit(tmp_path, run, resume=saved)
-    assert fit(tmp_path, run / "step-4.ckpt", resume=saved)[0].losses != whole.losses[4:]
+    assert fit(tmp_path, run / "checkpoints/step-4.ckpt", resume=saved)[0].losses != whole.losses[4:]
 
 
 GIVES_BACK = """

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing
@@ -30,7 +30,7 @@ from nlgmoe.batch import Batch
 from nlgmoe.callbacks import (
     ExpertLoad,
     ExpertSpecialisation,
-    SaveOnSignal,
+    SaveCheckpoints,
     StagedDistillation,
     Throughput,
 )
@@ -413,7 +413,7 @@ def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **s
         gradient_clip_val=cell.clip,
         precision=cell.precision,
         logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -541,14 +541,15 @@ class Tell(Callback):
 
 def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[list[Any], list[int], list[float]]:
     """Exit codes and saved steps of training and of validation where `Tell` interrupts, and the losses of the former resumed."""
-    where, codes, steps = folder / f"{cell.name} interrupted", [], []
+    codes, steps = [], []
     for hook in ("on_validation_start", "on_before_backward"):
+        where = folder / f"{cell.name} interrupted {hook}"
         try:
-            on_ranks(cell, ranks, where, Tell(hook), ModelCheckpoint(where, save_last=True), SaveOnSignal())
+            on_ranks(cell, ranks, where, Tell(hook), SaveCheckpoints())
         except SystemExit as end:
             codes.append(end.code)
-        steps.append(read_document(where / "last.ckpt")["global_step"])
-    return codes, steps, on_ranks(cell, ranks, where, checkpoint=where / "last.ckpt").losses
+        steps.append(read_document(where / "checkpoints/last.ckpt")["global_step"])
+    return codes, steps, on_ranks(cell, ranks, where, checkpoint=where / "checkpoints/last.ckpt").losses
 
 
 def typed(cell: Cell, ranks: int, folder: Path) -> tuple[Outcome, dict[str, str]]:

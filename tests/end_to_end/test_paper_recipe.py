@@ -47,18 +47,20 @@ def test_a_published_recipe_from_training_to_resuming(pocket_pile: Path, tmp_pat
     ]
     main(["fit", *settings, f"--model.train_tokens={3 * STEP}"])
     checkpoints = run / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["final-3.ckpt", "last.ckpt", "step-2.ckpt"]
-    assert (checkpoints / "last.ckpt").resolve().name == "final-3.ckpt"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "step-3.ckpt"]
+    assert (checkpoints / "last.ckpt").resolve().name == "step-3.ckpt"
 
     main(["fit", *settings, f"--model.train_tokens={6 * STEP}", "--data.micro_batch_size=2", "--ckpt_path=last"])
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["final-6.ckpt", "last.ckpt", "step-6.ckpt"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "step-6.ckpt"]
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (6, 6 * STEP)
     assert set(summary["bits_per_byte"]) == {"all", "pile_text_document"}
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["train/tokens"]) for row in rows if row["train/loss"]] == [step * STEP for step in range(6)]
-    assert len([row for row in rows if row["val/loss"]]) == 4  # after steps 2, 3 (the first end), 4 and 6
+    assert (
+        len([row for row in rows if row["val/loss"]]) == 3
+    )  # after steps 2, 4 and 6: the end of the shorter run is no step of this one
     assert load_model(checkpoints / "last.ckpt").config.moe.num_experts == [2, 4]  # type: ignore[union-attr]
     main(["test", *settings, f"--ckpt_path={checkpoints / 'last.ckpt'}"])
 

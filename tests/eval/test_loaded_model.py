@@ -38,10 +38,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkpoint, tmp_path / "elsewhere.ckpt")
-    for path in (tmp_path / "elsewhere.ckpt", tmp_path):  # a checkpoint, or a folder of them
+    saved = tmp_path / "checkpoints/step-1.ckpt"
+    shutil.copytree(checkpoint, saved)
+    for path in (saved, tmp_path):  # a checkpoint, or a run folder
         loaded = load_pretrained(path)
-        assert loaded.path == tmp_path / "elsewhere.ckpt"
+        assert loaded.path == saved
         assert loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
         assert loaded.tokenizer.encode(PROBE) == TOKENIZER.encode(PROBE)
         ids = generate(loaded.model, [loaded.tokenizer.encode("the ki")], 4)
@@ -50,7 +51,7 @@ def test_model_and_tokenizer_come_back_together(checkpoint: Path, tmp_path: Path
 
 
 def test_a_damaged_or_missing_tokenizer_is_found(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "a.ckpt"
+    folder = tmp_path / "checkpoints/step-1.ckpt"
     shutil.copytree(checkpoint, folder)
     assert list(find_problems(folder)) == []
     file = folder / "tokenizer.json"

@@ -274,7 +274,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(default_root_dir=folder, max_steps=1, max_epochs=-1, accelerator="cpu", logger=False, **quiet)
     trainer.fit(MoEGPTModule(CONFIG), TokenizedData())
-    trainer.save_checkpoint(folder / "last.ckpt")
+    trainer.save_checkpoint(folder / "checkpoints/step-1.ckpt")
     return folder
 
 
@@ -286,7 +286,7 @@ def test_the_command_writes_results_and_a_table(
     main(["evaluate", str(run), *arguments, "--output", str(output)])
     written = json.loads(output.read_text())
     about = written["nlgmoe"]
-    assert (about["checkpoint"], about["step"], about["limit"]) == (str(run / "last.ckpt"), 1, 4)
+    assert (about["checkpoint"], about["step"], about["limit"]) == (str(run / "checkpoints/step-1.ckpt"), 1, 4)
     assert about["parameters"] > about["active_parameters"] > 0 and about["versions"]["lm_eval"].startswith("0.4.")
     assert about["tokens"] == 64
     assert 0 <= written["results"]["piqa"]["acc,none"] <= 1

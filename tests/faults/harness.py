@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,12 @@ class Run:
         folder: the run folder.
         data: the corpus.
         ranks: 1, or 2 with expert-parallel degree 2.
-        save_last: as `ModelCheckpoint` takes it.
         timeout_seconds: as the ranks' strategy takes it.
     """
 
     folder: Path
     data: Path
     ranks: int = 1
-    save_last: bool | str = True
     timeout_seconds: float = TIMEOUT_SECONDS
     starts: int = field(default=0, init=False)
 
@@ -86,14 +84,8 @@ class Run:
     def settings(self) -> list[str]:
         """train.py's arguments, without resuming."""
         checkpoints = {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {
-                "filename": "step-{step}",
-                "auto_insert_metric_name": False,
-                "every_n_train_steps": SAVE_EVERY,
-                "save_last": self.save_last,
-                "enable_version_counter": False,
-            },
+            "class_path": "nlgmoe.callbacks.SaveCheckpoints",
+            "init_args": {"every_n_steps": SAVE_EVERY, "keep": 1},
         }
         ranks = []
         if self.ranks > 1:
@@ -203,18 +195,15 @@ class Launched:
         return processes_of_group(self.process.pid)
 
 
-def differences(run: Run, undisturbed: Run, may_lack: Collection[int] = ()) -> dict[str, float]:
+def differences(run: Run, undisturbed: Run) -> dict[str, float]:
     """What of a run's results is not exactly that of the undisturbed one, and by how much, relatively.
-
-    Rows of `metrics.csv` are compared with those of the same step, also where a step was trained again after a fault.
 
     Args:
         run: at its end.
         undisturbed: at its end.
-        may_lack: steps whose row about training may be missing.
 
     Raises:
-        AssertionError: another row is missing.
+        AssertionError: a row is missing, or there twice.
     """
     found: dict[str, float] = {}
 
@@ -225,9 +214,8 @@ def differences(run: Run, undisturbed: Run, may_lack: Collection[int] = ()) -> d
     for name in ("steps", "tokens", "train_loss", "val_loss"):
         compare(name, run.summary()[name], undisturbed.summary()[name])
     expected = {(int(row["step"]), "train/loss" in row): row for row in undisturbed.rows()}
-    rows = {(int(row["step"]), "train/loss" in row) for row in run.rows()}
-    wrong = (rows ^ expected.keys()) - {(step, True) for step in may_lack}
-    assert not wrong, f"rows that only one of the runs has (step, whether of training): {sorted(wrong)}"
+    rows = [(int(row["step"]), "train/loss" in row) for row in run.rows()]
+    assert rows == list(expected), f"rows that only one of the runs has: {sorted(set(rows) ^ expected.keys())}"
     for row in run.rows():
         other = expected[int(row["step"]), "train/loss" in row]
         assert row.keys() == other.keys(), row.keys() ^ other.keys()

@@ -76,18 +76,16 @@ def _kills(parts: dict[str, Any]) -> Iterator[str]:
         yield from _row(
             [
                 "run",
-                "`save_last`",
                 "kills",
                 "training loss",
                 "validation loss",
                 "largest difference",
-                "steps trained again",
             ],
             header=True,
         )
         for run in part["runs"]:
-            row = [run["run"], run["save_last"], run["kills"], run["train_loss"], run["val_loss"]]
-            yield from _row([*row, _difference(run["largest_difference"]), run["steps_trained_again"]])
+            row = [run["run"], run["kills"], run["train_loss"], run["val_loss"]]
+            yield from _row([*row, _difference(run["largest_difference"])])
         yield ""
 
 

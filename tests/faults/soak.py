@@ -24,22 +24,8 @@ from tests.faults.results import Results, commit
 
 SAMPLE_SECONDS = 10
 WARM_UP, WINDOW = 60.0, 20.0  # seconds of a process's CPU time, which other work does not change
-CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
-BY_TIME = {
-    "filename": "step-{step}",
-    "every_n_train_steps": None,
-    "train_time_interval": "00:00:01:00",
-    "save_last": True,
-}
-BEST = {"filename": "best-{step}", "monitor": "val/loss"}
 CALLBACKS = [
-    *(
-        {
-            "class_path": CHECKPOINTS,
-            "init_args": {"auto_insert_metric_name": False, "enable_version_counter": False} | each,
-        }
-        for each in (BY_TIME, BEST)
-    ),
+    {"class_path": "nlgmoe.callbacks.SaveCheckpoints", "init_args": {"every_n_steps": None, "minutes": 1}},
     {"class_path": "nlgmoe.WriteReport"},
     {"class_path": "nlgmoe.callbacks.SampleText", "init_args": {"prompts": ["The king"], "max_new_tokens": 20}},
 ]
@@ -187,7 +173,7 @@ def soak(folder: Path, data: Path, minutes: float, every: float) -> dict[str, An
     for each in (calm, killed):
         each.finish(steps)
     # Lightning logs a step after its checkpoint is written: a kill in between loses the row of that step.
-    found = differences(killed.run, calm.run, may_lack={step - 1 for step in calm.resumed_from + killed.resumed_from})
+    found = differences(killed.run, calm.run)
     return {
         "minutes": minutes,
         "kills": kills,

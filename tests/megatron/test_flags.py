@@ -110,7 +110,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--seed 5", {"model.seed": 5, "data.seed": 5}),
     (
         "--save runs/x --save-interval 9 --load runs/x",
-        {"trainer.default_root_dir": "runs/x", "trainer.callbacks.0.init_args.every_n_train_steps": 9},
+        {"trainer.default_root_dir": "runs/x", "trainer.callbacks.0.init_args.milestones": 9},
     ),
     ("--tensorboard-dir logs", {"trainer.default_root_dir": "logs"}),
     ("--global-batch-size 16 --eval-interval 5", {"trainer.val_check_interval": 5}),
@@ -138,7 +138,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("flags", "expected"), EFFECTS, ids=[flags for flags, _ in EFFECTS])
 def test_every_flag_changes_what_the_table_says(flags: str, expected: dict[str, Any]) -> None:
     settings = settings_of(launched(flags))
-    if "trainer.callbacks.0.init_args.every_n_train_steps" in expected:
+    if "trainer.callbacks.0.init_args.milestones" in expected:
         settings["trainer"]["callbacks"] = {"0": settings["trainer"]["callbacks"][0]}
     assert {path: get(settings, path) for path in expected} == expected
 

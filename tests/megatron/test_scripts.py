@@ -148,7 +148,7 @@ DENSE = {
     "trainer.enable_checkpointing": False,
     "trainer.val_check_interval": 1000,
     "trainer.log_every_n_steps": 100,
-    "trainer.strategy.init_args": {"stage": 0, "offload_optimizer": False},
+    "trainer.strategy.init_args": {"stage": 1, "offload_optimizer": False},
 }
 
 

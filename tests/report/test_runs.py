@@ -19,8 +19,6 @@ METRICS = """step,train/loss,train/tokens,time/elapsed,val/loss
 0,8.0,0,1.0,
 1,7.0,10,2.0,
 1,,,,7.5
-2,6.0,20,3.0,
-3,nan,30,4.0,
 2,5.0,20,3.5,
 3,4.0,30,4.5,
 3,,,,4.5
@@ -45,49 +43,13 @@ def test_repeated_steps_count_once_and_validation_comes_after_its_step(tmp_path:
     assert clock_values(run) == {"steps": [0, 1, 2, 3], "tokens": [0, 10, 20, 30], "seconds": [0, 1, 2, 3.5]}
 
 
-def test_a_run_that_goes_back_leaves_nothing_of_its_earlier_branch(tmp_path: Path) -> None:
-    """From step 2 it goes on without validations and without a teacher."""
-    rows = "0,8,1,\n1,7,1,\n1,,,7.5\n3,6,1,\n3,,,6.5\n5,5,1,\n5,,,5.5\n2,6,,\n"
-    file = folder(tmp_path / "a", metrics__csv="step,train/loss,teacher,val/loss\n" + rows) / "metrics.csv"
-    steps = {name: series.steps.tolist() for name, series in read_metrics(file).items()}
-    assert steps == {"train/loss": [0, 1, 2], "teacher": [0, 1], "val/loss": [2]}
-
-
-def test_the_branch_ends_where_the_run_was_resumed_and_not_where_it_is_logged_again(tmp_path: Path) -> None:
-    """It goes back from step 6 to 2 twice, is killed once before a row, and logs rarely then."""
-    rows = "".join(f"{step},8,\n{step},,7\n" for step in range(6))
-    run = folder(tmp_path / "a", metrics__csv=f"step,train/loss,val/loss\n{rows}4,6,\n5,5,\n5,,4\n")
-    starts = [{"step": 0}, {"step": 1, "rows": 12}, {"step": 2, "rows": 12}]
-    (run / "starts.json").write_text(json.dumps(starts))
-    metrics = read_runs([run])[0].metrics
-    assert metrics["train/loss"].steps.tolist() == [0, 1, 4, 5] and metrics["val/loss"].steps.tolist() == [1, 2, 6]
-    (run / "starts.json").write_text('[{"rows": "x"}]')
-    assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4, 5]
-
-
 def test_a_callbacks_metric_over_something_else_than_steps_cuts_nothing(tmp_path: Path) -> None:
     """As of positions in the sequence, at each validation; the last value at a position counts."""
     rows = "".join(f"{step},{9 - step},\n" + "".join(f"{at},,{step + at}\n" for at in range(3)) for step in range(5))
     run = folder(tmp_path / "a", metrics__csv=f"step,train/loss,by_position\n{rows}")
-    (run / "starts.json").write_text(json.dumps([{"step": 0, "rows": 0}]))
     metrics = read_runs([run])[0].metrics
     assert metrics["train/loss"].steps.tolist() == [0, 1, 2, 3, 4]
     assert metrics["by_position"].values.tolist() == [4, 5, 6]
-
-
-def test_a_start_that_has_logged_nothing_counts(tmp_path: Path) -> None:
-    run = folder(tmp_path / "a", metrics__csv="step,train/loss\n0,8\n1,7\n2,6\n")
-    (run / "starts.json").write_text(json.dumps([{"step": 0, "rows": 0}, {"step": 1, "rows": 3, "trained": False}]))
-    assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [0]
-
-
-def test_a_table_that_was_removed_between_starts_keeps_its_new_rows(tmp_path: Path) -> None:
-    """The second start had 8 rows of a file that is gone; those of the third are all there is."""
-    rows = "".join(f"{step},{9 - step}\n" for step in range(4, 14))
-    run = folder(tmp_path / "a", metrics__csv=f"step,train/loss\n{rows}")
-    starts = [{"step": 0, "rows": 0}, {"step": 6, "rows": 8}, {"step": 4, "rows": 0}, {"step": 12, "rows": 9}]
-    (run / "starts.json").write_text(json.dumps(starts))
-    assert read_runs([run])[0].metrics["train/loss"].steps.tolist() == [*range(4, 12), 13]
 
 
 def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
@@ -99,7 +61,7 @@ def test_thinning_keeps_the_mean_of_what_is_finite() -> None:
 
 def test_loads(tmp_path: Path) -> None:
     rows = ["step,tokens,layer,dropped,expert_0,expert_1,expert_2"]
-    for step in (9, 19, 29, 19):  # went on from a checkpoint at step 10
+    for step in (9, 19):
         rows += [f"{step},{step},0,0.5,{step},2,", f"{step},{step},1,0.5,1,{step},3"]
     rows += ["29,29,0,0.1,1"]  # cut off
     file = tmp_path / "expert_load.csv"
@@ -137,7 +99,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_waiting")
 def test_a_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
     folder(tmp_path / "run", metrics__csv=METRICS)
-    for name in ("config.yaml", "starts.json", "specialisation.safetensors"):
+    (tmp_path / "run/starts").mkdir()
+    for name in ("config.yaml", "starts/step-0.yaml", "specialisation.safetensors"):
         os.mkfifo(tmp_path / "run" / name)
     notes = "\n".join(read_runs([tmp_path / "run"])[0].issues)
     assert notes.count("is a FIFO, not a regular file") == 3, notes
@@ -145,44 +108,15 @@ def test_a_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
 
 def test_damaged_rows_and_changed_settings_are_listed(tmp_path: Path) -> None:
     folder(tmp_path / "run", metrics__csv="step,train/loss\n0,1.5\n1\n2,x\n3,1.0,9\n4,0.5\n")
-    for name, tokens in (("0-step-0", 256), ("1-step-4", 512)):
-        (tmp_path / "run/starts").mkdir(exist_ok=True)
-        (tmp_path / f"run/starts/{name}.yaml").write_text(f"model: {{train_tokens: {tokens}, seed: 1}}\n")
-    starts = [
-        {"step": 0, "config": "starts/0-step-0.yaml", "versions": {"torch": "2.12"}},
-        {"step": 4, "config": "starts/1-step-4.yaml", "versions": {"torch": "2.13"}},
-    ]
-    (tmp_path / "run/starts.json").write_text(json.dumps(starts))
+    (tmp_path / "run/starts").mkdir()
+    for name, version, tokens in (("step-0", "2.12", 256), ("step-4", "2.13", 512)):
+        settings = f'# {{"torch": "{version}"}}\nmodel: {{train_tokens: {tokens}, seed: 1}}\n'
+        (tmp_path / f"run/starts/{name}.yaml").write_text(settings)
     (run,) = read_runs([tmp_path / "run"])
     assert "metrics.csv has 3 damaged rows: what cannot be read of them is left out." in run.issues
     assert "From step 4 on: model.train_tokens 256 -> 512, version of torch 2.12 -> 2.13." in run.issues
-    (tmp_path / "run/starts/1-step-4.yaml").write_text("model: [")
-    assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
-
-
-@pytest.mark.parametrize(
-    "damaged", ["[{}]", '[{"step": Infinity}]', '[{"step": "x"}]', '{"a": 1}', "[1, 2]", '[{"step": 0, "parent": 0}]']
-)
-def test_a_damaged_record_of_starts_is_an_issue(damaged: str, tmp_path: Path) -> None:
-    (folder(tmp_path / "run", metrics__csv=METRICS) / "starts.json").write_text(damaged)
-    assert any("starts.json cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
-
-
-def test_a_configuration_that_is_none_is_an_issue(tmp_path: Path) -> None:
-    run = folder(tmp_path / "run", metrics__csv=METRICS, config__yaml="data: {corpus: a}")
-    (run / "bad.yaml").write_text("- data")
-    (run / "starts.json").write_text(json.dumps([{"step": 0, "config": "bad.yaml", "versions": {}}]))
-    (found,) = read_runs([run])
-    assert any("starts.json cannot be read" in note for note in found.issues)
-    assert found.validated == found.config == {"data": {"corpus": "a"}}
-
-
-def test_a_run_that_was_killed_and_resumed_has_lost_no_rows(tmp_path: Path) -> None:
-    """The second start saved nothing."""
-    run = folder(tmp_path / "run", metrics__csv=METRICS)
-    starts = [{"step": 0}, {"step": 4, "parent": 0}, {"step": 4, "parent": 0}, {"step": 8, "parent": 2}]
-    (run / "starts.json").write_text(json.dumps(starts))
-    assert not [note for note in read_runs([run])[0].issues if note.startswith("The run went back")]
+    (tmp_path / "run/starts/step-4.yaml").write_text("# {}\nmodel: [")
+    assert any("starts/step-4.yaml cannot be read" in note for note in read_runs([tmp_path / "run"])[0].issues)
 
 
 def test_settings_that_differ(tmp_path: Path) -> None:

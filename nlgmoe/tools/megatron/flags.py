@@ -178,7 +178,7 @@ _BATCH_AND_DATA = (
 
 _RUN = (
     derived(
-        "`trainer.callbacks`: `ModelCheckpoint`, `every_n_train_steps`",
+        "`trainer.callbacks`: `SaveCheckpoints`, `milestones`",
         [Flag("--save-interval", int, least=1)],
         "all are kept, as there",
     ),

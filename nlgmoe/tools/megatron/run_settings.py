@@ -159,21 +159,10 @@ def _checkpoints(job: Job) -> None:
     every = job.arguments.required("--save-interval")
     if every is None:
         return
+    keeper = {"every_n_steps": None, "milestones": every, "save_before_validation": False}
     job.set(
         "trainer.callbacks",
-        [
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {
-                    "filename": "step-{step}",
-                    "auto_insert_metric_name": False,
-                    "every_n_train_steps": every,
-                    "save_top_k": -1,
-                    "save_last": True,
-                    "enable_version_counter": False,
-                },
-            }
-        ],
+        [{"class_path": "nlgmoe.callbacks.SaveCheckpoints", "init_args": keeper}],
         "Megatron keeps all checkpoints",
     )
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from nlgmoe.monitoring.table_file import number, read_rows
-from nlgmoe.resuming.branches import Start
 
 AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # metrics of the state after the logged step
 METRICS, LOADS = "metrics.csv", "expert_load.csv"
@@ -48,60 +43,17 @@ class Series:
         return Series(np.add.reduceat(self.steps, starts) / sizes, values)
 
 
-def read_metrics(path: Path, starts: Sequence[Start] = ()) -> dict[str, Series]:
-    """Read every column of `metrics.csv`; a missing file is empty.
-
-    The last row of a step counts. Where a resumed run goes back, all earlier rows of later steps are discarded, also of columns
-    that it does not log any more; where it returns to the checkpoint of an earlier start, that one's rows count again. An
-    incomplete row is discarded.
-
-    Args:
-        path: the file.
-        starts: of the run; without them, or their rows, the first row of a resumed run, at the end of an interval, says where it
-            goes back to.
-    """
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Read every column of `metrics.csv`; a missing file is empty. The last row of a step counts; damaged cells do not."""
     columns: dict[str, list[tuple[float, float]]] = {}
-    branches: dict[int, dict[str, list[tuple[float, float]]]] = {}  # columns at the end of starts that are returned to
-
-    def keep(steps: float) -> dict[str, list[tuple[float, float]]]:
-        """Return the rows of the first `steps` steps."""
-        kept = {
-            name: rows[: bisect_left(rows, (steps + name.startswith(AFTER_STEP),))] for name, rows in columns.items()
-        }
-        return {name: rows for name, rows in kept.items() if rows}
-
-    began: dict[int, list[int]] = {}  # starts by the rows before them
-    fewest = sys.maxsize  # fewer before a later start: the file of the earlier rows is gone
-    for at in range(len(starts) - 1, 0, -1):
-        if (rows_before := starts[at].rows) is not None:
-            fewest = min(fewest, rows_before)
-            began.setdefault(fewest, []).insert(0, at)
-    returned_to = {start.parent for at, start in enumerate(starts) if start.parent != at - 1}
-    recorded = bool(starts) and all(start.rows is not None for start in starts)
-    latest = 0
-    for index, row in enumerate(chain(read_rows(path), [{}])):  # a start may have logged nothing yet
-        if starts and starts[0].forked and starts[0].rows == index:
-            columns = {}  # those before are of forks that took no step, perhaps of other runs
-        before = columns
-        for at in began.get(index, ()):
-            if latest in returned_to:
-                branches[latest] = columns
-            parent = starts[at].parent
-            if parent != latest:
-                columns = before if parent is None else branches.get(parent, before)
-            columns, latest = keep(starts[at].step), at
+    for row in read_rows(path):
         step = number(row.get("step"))
         if step is None or not np.isfinite(step):
             continue
-        cells = {
-            name: (step + name.startswith(AFTER_STEP), value)
-            for name, text in row.items()
-            if (value := number(text)) is not None and name not in ("step", "epoch")
-        }
-        if not recorded and any(name in columns and columns[name][-1][0] > taken for name, (taken, _) in cells.items()):
-            columns = keep(step + 1)
-        for name, cell in cells.items():
-            rows = columns.setdefault(name, [])
+        for name, text in row.items():
+            if name in ("step", "epoch") or (value := number(text)) is None:
+                continue
+            cell, rows = (step + name.startswith(AFTER_STEP), value), columns.setdefault(name, [])
             at = bisect_left(rows, (cell[0],))  # at the end, but for a callback's metric over something else than steps
             rows[at : at + (at < len(rows) and rows[at][0] == cell[0])] = [cell]
     return {name: Series(*(np.array(values) for values in zip(*rows, strict=True))) for name, rows in columns.items()}
@@ -135,13 +87,8 @@ class ExpertLoads:
         return ExpertLoads(self.steps[ends], [np.add.reduceat(requests, starts) for requests in self.requests])
 
 
-def read_expert_loads(path: Path, end: float = math.inf) -> ExpertLoads | None:
-    """Read `expert_load.csv`, with repeated steps and incomplete rows as in `read_metrics`; None if it is empty.
-
-    Args:
-        path: the file.
-        end: step from which rows are of a branch that the run has left, and that only a start which trains removes.
-    """
+def read_expert_loads(path: Path) -> ExpertLoads | None:
+    """Read `expert_load.csv`; None if it is empty. An incomplete row is discarded."""
     found: dict[int, dict[int, list[float]]] = {}
     experts: dict[int, int] = {}  # of each layer
     for row in read_rows(path):
@@ -150,12 +97,8 @@ def read_expert_loads(path: Path, end: float = math.inf) -> ExpertLoads | None:
         counts = [cell for cell in cells if cell is not None]
         if step is None or layer is None or None in row.values() or not np.isfinite([step, layer, *counts]).all():
             continue
-        if step >= end:
-            break
         if len(counts) != experts.setdefault(int(layer), len(counts)):  # an incomplete row
             continue
-        for later in [known for known in found if known > step or (known == step and int(layer) in found[known])]:
-            del found[later]
         found.setdefault(int(step), {})[int(layer)] = counts
     layers = max((len(interval) for interval in found.values()), default=0)
     whole = {step: interval for step, interval in found.items() if sorted(interval) == list(range(layers))}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from nlgmoe.files import require_regular
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.resuming.branches import Start, first_step_of_others
+from nlgmoe.run.folder import starts_of
 from nlgmoe.tools.report.metrics import (
     LOADS,
     METRICS,
@@ -33,7 +31,7 @@ from nlgmoe.tools.report.metrics import (
     read_metrics,
 )
 
-CONFIG, SUMMARY, VERSIONS, STARTS = "config.yaml", "summary.json", "versions.json", "starts.json"
+CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
 SAMPLES = "samples.txt"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CLOCKS = {  # x axis -> metric
@@ -53,8 +51,7 @@ class Run:
         metrics: columns of `metrics.csv`.
         loads: `expert_load.csv`.
         specialisation: specialisation at the last validation.
-        config: the resolved configuration with which it trained last, nested.
-        validated: that of the last start, which may have validated alone.
+        config: the resolved configuration of the last start, nested.
         summary: `summary.json`.
         versions: `versions.json`.
         issues: missing or damaged files and changed settings, a sentence each.
@@ -67,7 +64,6 @@ class Run:
     loads: ExpertLoads | None
     specialisation: Specialisation | None
     config: dict[str, Any]
-    validated: dict[str, Any]
     summary: dict[str, Any]
     versions: dict[str, str]
     issues: list[str] = field(default_factory=list)
@@ -160,20 +156,17 @@ def _read(folder: Path, name: str) -> Run:
     config = _document(folder / CONFIG, "no settings, and no names of blocks", issues)
     summary = _document(folder / SUMMARY, "the run did not reach its end, or has not yet", issues)
     versions = _document(folder / VERSIONS, "no versions", issues)
-    record = _read_starts(folder, issues)
-    metrics = read_metrics(folder / METRICS, record.starts)
+    metrics = read_metrics(folder / METRICS)
     if not metrics:
         issues.append(f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.")
     if bad := damaged_rows(folder / METRICS):
         issues.append(f"{METRICS} has {bad:,} damaged rows: what cannot be read of them is left out.")
-    issues += _changes(record)
+    issues += _changes(folder)
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
         if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
             issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
-    validated = record.configs[-1] if record.configs else config
-    end = math.inf if not record.starts or record.starts[-1].trained else _left(record.starts, len(record.starts) - 1)
-    loads = read_expert_loads(folder / LOADS, end)
-    run = Run(name, folder, metrics, loads, None, config, validated, summary, versions, issues)
+    loads = read_expert_loads(folder / LOADS)
+    run = Run(name, folder, metrics, loads, None, config, summary, versions, issues)
     run.samples = _samples(folder / SAMPLES, issues)
     if run.model is not None and run.model.moe is None:
         issues.append("A dense model: it has no experts to show.")
@@ -201,76 +194,28 @@ def _samples(path: Path, issues: list[str]) -> str:
         return ""
 
 
-@dataclass(frozen=True)
-class _Record:
-    """`starts.json`: the starts, their package versions and configurations; those are empty if one cannot be read."""
-
-    starts: list[Start] = field(default_factory=list)
-    versions: list[dict[str, str]] = field(default_factory=list)
-    configs: list[dict[str, Any]] = field(default_factory=list)
-
-
-def _read_starts(folder: Path, issues: list[str]) -> _Record:
-    record = _Record()
-    try:
-        require_regular(folder / STARTS, "replace it")
-        found = json.loads((folder / STARTS).read_text(encoding="utf-8"))
-        starts = [Start.from_dict(one) for one in found]
-        if any(one.parent is not None and not 0 <= one.parent < at for at, one in enumerate(starts)):
-            raise ValueError("a start has a later one as its parent")
-        record = _Record(starts)
-        configs = [yaml.load((folder / one["config"]).read_text(encoding="utf-8"), LOADER) for one in found]
-        record = _Record(starts, [dict(one["versions"]) for one in found], [dict(one) for one in configs])
-    except FileNotFoundError:
-        pass
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
-        issues.append(f"{STARTS} cannot be read ({' '.join(str(error).split())}): no changes of settings.")
-    return record
-
-
-def _branch(starts: list[Start]) -> list[int]:
-    """Return the starts that led to the last one, oldest first; others did not contribute to the result."""
-    at, found = len(starts) - 1, []
-    while at >= 0:
-        found.append(at)
-        parent = starts[at].parent
-        at = at - 1 if parent is None else parent
-    return found[::-1]
-
-
-def _changes(record: _Record) -> list[str]:
-    """List the settings and versions that changed between starts of a run, and the rows lost where it returned to a branch."""
-    starts, branch, found = record.starts, _branch(record.starts), []
-    for before, after in pairwise(branch if record.configs else []):
-        old, new = (
-            flattened(record.configs[at]) | {f"version of {name}": text for name, text in record.versions[at].items()}
-            for at in (before, after)
-        )
-        changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+def _changes(folder: Path) -> list[str]:
+    """List the settings and versions that changed between starts of a run."""
+    found: list[str] = []
+    before = None
+    for step, file in starts_of(folder):
+        try:
+            require_regular(file, "replace it")
+            text = file.read_text(encoding="utf-8")
+            packages = json.loads(text.partition("\n")[0].removeprefix("#"))
+            settings = flattened(yaml.load(text, LOADER))
+            after = settings | {f"version of {name}": version for name, version in packages.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            return [
+                *found,
+                f"starts/{file.name} cannot be read ({' '.join(str(error).split())}): no changes of settings.",
+            ]
+        names = [name for name in (before or after) | after if (before or after).get(name) != after.get(name)]
+        changed = [f"{name} {(before or after).get(name)} -> {after.get(name)}" for name in names]
         if changed:
-            found.append(f"From step {starts[after].step:,} on: {', '.join(changed)}.")
-    for at in branch:
-        if (left := _left(starts, at)) < starts[at].step:
-            found.append(
-                f"The run went back to step {left:,}, and then returned to step {starts[at].step:,} of the branch that it had "
-                f"left: {LOADS} has no rows between."
-            )
+            found.append(f"From step {step:,} on: {', '.join(changed)}.")
+        before = after
     return found
-
-
-def _left(starts: list[Start], at: int) -> int:
-    """Return the step from which the tables have rows of branches that start `at` is not of; its own if there are none."""
-    parent = starts[at].parent
-    return first_step_of_others([] if parent is None else starts[parent + 1 : at], starts[at].step)
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -59,7 +59,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 def other_tokens(runs: Sequence[Run]) -> str:
     """Return a note that validation losses may be of other tokens (a tokenizer has several paths); empty if they are not."""
-    configs = [run.validated for run in runs]
+    configs = [run.config for run in runs]
     found = [_evaluated(config, data) for config in configs if isinstance(data := config.get("data"), dict)]
     cut = any(of_run["data.max_eval_windows"] is not None for of_run in found)  # in sequences
     limited = any(of_run["trainer.limit_val_batches"] is not None for of_run in found)  # in batches of a rank

@@ -1,8 +1,4 @@
-"""Saving before a run stops on a signal: SIGTERM, SIGUSR1 and Ctrl+C.
-
-Lightning's own handlers are disabled meanwhile: they broadcast, and on Slurm save, inside the handler, which deadlocks with
-ranks that wait in another collective.
-"""
+"""Signals of a run: SIGTERM, SIGUSR1 and Ctrl+C end it after a whole step, on all ranks after the same one."""
 
 from __future__ import annotations
 
@@ -17,38 +13,31 @@ from typing import Any, NoReturn
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 from typing_extensions import override
 
-from nlgmoe.callbacks.last_checkpoint import save_last
-from nlgmoe.callbacks.slurm import requeue, requeue_signal
-from nlgmoe.checkpoint.folder import is_of_run
 from nlgmoe.device import side_stream
-from nlgmoe.module import MoEGPTModule
 
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
 SAME_PRESS_SECONDS = 1.0
+_FIRST = (
+    256  # added to the number of the signal that requeues, so that it outranks those that other ranks have received
+)
 _CHILDREN_SECONDS = 60.0  # time for ranks started by this process to exit, once everything is saved
 
 
-class SaveOnSignal(Callback):
-    """Ends training on a signal at the next optimizer step, with everything saved and exit code 0.
+class StopOnSignal(Callback):
+    """Ends training on a signal, after the next optimizer step.
 
     Clusters send SIGTERM before they reclaim a machine, Slurm sends SIGUSR1 before the time limit if asked to
-    (`--signal=USR1@90`), Ctrl+C is SIGINT; a second Ctrl+C ends at once, as without this callback. If any rank gets a signal,
-    all ranks end after the same step. A validation is interrupted; the resumed run repeats it. One for which a callback has
-    exchanged the weights, as for their average, runs to its end: until then there are no trained weights to save. A run that
-    has taken its last step is saved, and then finishes.
+    (`--signal=USR1@90`), Ctrl+C is SIGINT; a second Ctrl+C ends at once. If any rank gets a signal, all ranks end after the same
+    step. A signal that is ignored when training starts remains ignored. On Slurm the job is requeued after its requeue signal
+    (SIGUSR1), if `SLURMEnvironment(auto_requeue=True)`, the default.
 
-    The checkpoint is the run's `last.ckpt`, see `save_last`. With `trainer.enable_checkpointing=false` nothing
-    is saved, and the exit code is 128 + the signal's number. A signal that is ignored when training starts remains ignored.
-
-    The command puts it first in the list of callbacks, and so should Python: none has then begun the next micro-batch, whose
-    state would be saved with the step.
-
-    On Slurm the job is requeued after its requeue signal (SIGUSR1), if `SLURMEnvironment(auto_requeue=True)`, the default.
+    This class saves nothing, and the exit code is 128 + the signal's number; `SaveCheckpoints` extends it.
 
     Raises:
         SystemExit: when training ends because of a signal; Lightning then tears down normally.
@@ -60,8 +49,9 @@ class SaveOnSignal(Callback):
 
     def _reset(self) -> None:
         self._received = 0  # signal number, on this rank
+        self._requeues_at = -1  # number of the signal after which the Slurm job is requeued
         self._interrupted_at: float | None = None  # time of the first Ctrl+C
-        self._agreed = 0  # signal number, on all ranks
+        self._agreed = 0  # the largest order of all ranks: 0, or a signal number, or what a subclass adds
         self._pending: _AsyncMax | None = None
         self._training = False
 
@@ -77,17 +67,8 @@ class SaveOnSignal(Callback):
                     os.write(2, b"\nCtrl+C: saving after this step; press it again to end at once\n")
             elif now - self._interrupted_at > SAME_PRESS_SECONDS:
                 signal.default_int_handler(number, frame)
-        self._received = max(self._received, number)
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prevent Lightning from installing its handlers: an evaluation, which has nothing to save, ends at once."""
-        vars(trainer._signal_connector)["register_signal_handlers"] = _do_nothing
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prevent Lightning's blocking broadcast in every micro-batch."""
-        vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _do_nothing
+        # The signal that requeues stands: Slurm sends SIGTERM after it.
+        self._received = number if self._received != self._requeues_at else self._received
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,8 +76,10 @@ class SaveOnSignal(Callback):
         self._training = True
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers only there; this rank still ends with the others
-        slurm_signal = requeue_signal(trainer)
-        for number in {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} | ({slurm_signal} if slurm_signal else set()):
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            self._requeues_at = int(environment.requeue_signal)
+        for number in {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, self._requeues_at} - {-1}:
             previous = signal.getsignal(number)
             if previous not in (None, signal.SIG_IGN):  # Python cannot restore None, a handler installed by C code
                 self._previous_handlers[number] = signal.signal(number, self._handle)
@@ -108,8 +91,6 @@ class SaveOnSignal(Callback):
             if signal.getsignal(number) == self._handle:  # false after Ctrl+C: Lightning then ignores SIGINT
                 signal.signal(number, handler)
         self._previous_handlers = {}
-        vars(trainer._signal_connector).pop("register_signal_handlers", None)
-        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
         self._reset()
 
     @override
@@ -119,11 +100,14 @@ class SaveOnSignal(Callback):
 
     # ---- agreement of ranks: a reduction that starts before a step's last micro-batch and is read after it
 
+    def _order(self) -> int:
+        """Return what this rank wants all ranks to do: nothing (0), or end, by a signal's number. The largest order wins."""
+        return self._received + (_FIRST if self._received == self._requeues_at else 0)
+
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End the run if ranks have agreed to; the last step's metrics have been logged by now."""
-        if self._agreed:
-            self._stop(trainer)
+        self._finish_step(trainer)
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._start_reduction(trainer)
 
@@ -131,75 +115,50 @@ class SaveOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read the signal that any rank has received."""
+        """Read the order of all ranks."""
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._agreed = self._finish_reduction(trainer)
 
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Skip the validation if the run is to end."""
+    def _finish_step(self, trainer: Trainer) -> None:
+        """Obey, where a step is over and logged, and nothing further has begun."""
         if self._agreed:
-            self._interrupt_validation(trainer, pl_module)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Interrupt the validation if the run is to end. The reduction is read a batch later, so that ranks do not wait."""
-        if self._training and not self._agreed:
-            self._agreed = self._finish_reduction(trainer)
-            if self._agreed:
-                self._interrupt_validation(trainer, pl_module)
-            else:
-                self._start_reduction(trainer)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the signal received during the last batch."""
-        if self._training:
-            self._agreed = self._agreed or self._finish_reduction(trainer)
+            self._end(trainer, self._agreed, None)
 
     def _start_reduction(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:
-            self._pending = _AsyncMax(self._received, trainer.strategy.root_device)
+            self._pending = _AsyncMax(self._order(), trainer.strategy.root_device)
 
     def _finish_reduction(self, trainer: Trainer) -> int:
         if trainer.world_size == 1:
-            return self._received
+            return self._order()
         pending, self._pending = self._pending, None
         return 0 if pending is None else pending.result()
 
     # ---- the end
 
-    def _interrupt_validation(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, MoEGPTModule)
-        if trainer.strategy.reduce_boolean_decision(module.has_other_weights(), all=False):
-            return  # `_agreed` ends the run after the validation; after the last one it ends anyway
-        if not trainer.should_stop and not trainer.fit_loop.epoch_loop._is_training_done:
-            self._stop(trainer)
-        # All that is left is one validation and the summary: save, then let them run.
-        where = f", and saved in {save_last(trainer)}" if trainer.checkpoint_callbacks else ""
-        name = signal.Signals(self._agreed).name
-        rank_zero_info(f"\n{name}: the run is at its end{where}; it finishes with this validation")
-        self._training, self._agreed, self._pending = False, 0, None
+    def _end(self, trainer: Trainer, number: int, saved: str | None) -> NoReturn:
+        """End the run.
 
-    def _stop(self, trainer: Trainer) -> NoReturn:
-        name, code, done = signal.Signals(self._agreed).name, 0, f"ended after step {trainer.global_step:,}"
-        if trainer.checkpoint_callbacks:
-            path = save_last(trainer)
-            how = "last" if is_of_run(path, trainer.default_root_dir) else path
-            rank_zero_info(f"\n{name}: {done}, saved in {path}; resume with --ckpt_path {how}")
+        Args:
+            trainer: of the fit.
+            number: order of all ranks.
+            saved: the checkpoint to resume; None: nothing was saved.
+        """
+        number %= _FIRST
+        done, code = f"{signal.Signals(number).name}: ended after step {trainer.global_step:,}", 0
+        if saved is not None:
+            rank_zero_info(f"\n{done}, saved in {saved}; resume with --ckpt_path last")
         else:
-            rank_zero_info(f"\n{name}: {done}; nothing was saved, because trainer.enable_checkpointing is false")
+            rank_zero_info(f"\n{done}; nothing was saved, because trainer.enable_checkpointing is false")
             # Processes started by Lightning exit with 0: at any other code it kills all ranks, this one included.
-            code = 128 + self._agreed if trainer.local_rank == 0 else 0
+            code = 128 + number if trainer.local_rank == 0 else 0
         for logger in trainer.loggers:
             logger.save()  # Lightning saves later; Slurm may end the job before
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             _wait_for(launcher.procs)
-        if self._agreed == requeue_signal(trainer) and trainer.is_global_zero and code == 0:
-            requeue()  # last: Slurm may end the job at once
+        if number == self._requeues_at and trainer.is_global_zero and saved is not None:
+            _requeue()  # last: Slurm may end the job at once
         raise SystemExit(code)
 
 
@@ -228,7 +187,32 @@ def _wait_for(processes: list[subprocess.Popen[Any]]) -> None:
     """Wait for the ranks started by this process: its own parent only knows this one."""
     deadline = time.monotonic() + _CHILDREN_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        time.sleep(0.05)
+        time.sleep(0.1)
+
+
+def _requeue() -> None:
+    """Requeue the Slurm job with `scontrol`, as Lightning does. Warns if that fails, because the run is saved."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
+        rank_zero_warn(f"scontrol requeue {job} failed ({reason}); submit the job again")
+    else:
+        rank_zero_info(f"Slurm job {job} is requeued")
+
+
+def leave_signals_to_callbacks(trainer: Trainer) -> None:
+    """Replace two of Lightning 2.6's signal methods, which do nothing from now on.
+
+    `register_signal_handlers` installs handlers that broadcast, and on Slurm save, within the handler, which deadlocks with ranks
+    that wait in another collective; `_broadcast_sigterm_tensor` is a blocking broadcast in every micro-batch, after which
+    SIGTERM ends the run with exit code 0 and nothing saved.
+    """
+    vars(trainer._signal_connector)["register_signal_handlers"] = _do_nothing
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _do_nothing
 
 
 def _do_nothing() -> None:

@@ -1,0 +1,344 @@
+"""The run folder, `trainer.default_root_dir`: one line of steps, with its settings, tables and checkpoints.
+
+    config.yaml  versions.json       settings and versions of the newest start
+    starts/step-N.yaml               settings that held from step N on
+    metrics.csv  expert_load.csv     tables; a resumed run cuts them to the rows that its checkpoint counts
+    checkpoints/step-N.ckpt          written once, never replaced; last.ckpt and best.ckpt are links to two of them
+    summary.json                     results of a run that has ended
+
+`fit` starts a run if the folder has no checkpoint, and resumes its newest valid one with `ckpt_path` `last` or `auto`. Any other
+checkpoint needs a folder without one: it begins a new run, whose starting step is saved first. A lock holds the folder while a
+process trains in it. `validate`, `test` and `predict` take `last`, `best` or any path, and touch neither lock nor tables.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.newest import FOLDER, checkpoint_path, is_checkpoint, saved_steps
+from nlgmoe.files import atomic_write, write_json
+from nlgmoe.validation import SettingError, require
+from nlgmoe.versions import versions
+
+LOCK_SECONDS = 10.0  # for a process that ends in the folder
+METRICS = "metrics.csv"
+
+
+class RunTrainer(Trainer):
+    """Lightning's trainer for a run folder, `default_root_dir`; see the head of this file for its rule."""
+
+    @override
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train.
+
+        Args:
+            model: module to train.
+            train_dataloaders: data, unless `datamodule` is given.
+            val_dataloaders: data of validations, likewise.
+            datamodule: data.
+            ckpt_path: checkpoint to resume: last, the newest valid one of the run folder; auto, like last, or a new run if
+                there is none; or a path, which begins a new run in a folder without checkpoints.
+            weights_only: not used.
+
+        Raises:
+            SettingError: the run folder has checkpoints that `ckpt_path` does not resume, or none to resume, or another process
+                trains in it.
+        """
+        folder = Path(self.default_root_dir)
+        if self.fast_dev_run:  # type: ignore[attr-defined]
+            with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
+                checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
+                self._default_root_dir = temporary
+                super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
+            self._default_root_dir = str(folder)
+            return
+        with held(folder) if self.is_global_zero else nullcontext():
+            checkpoint = checkpoint_to_resume(folder, ckpt_path)
+            if self.is_global_zero:
+                _sweep(folder)
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
+
+    @override
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on validation data.
+
+        Args:
+            model: module to evaluate.
+            dataloaders: data, unless `datamodule` is given.
+            ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
+            verbose: print the results.
+            datamodule: data.
+            weights_only: not used.
+        """
+        return super().validate(model, dataloaders, self._to_evaluate(ckpt_path), verbose, datamodule)
+
+    @override
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on test data; arguments as in `validate`.
+
+        Args:
+            model: module to evaluate.
+            dataloaders: data, unless `datamodule` is given.
+            ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
+            verbose: print the results.
+            datamodule: data.
+            weights_only: not used.
+        """
+        return super().test(model, dataloaders, self._to_evaluate(ckpt_path), verbose, datamodule)
+
+    @override
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Compute the loss of every token.
+
+        Args:
+            model: module to evaluate.
+            dataloaders: data, unless `datamodule` is given.
+            datamodule: data.
+            return_predictions: return them, beside what callbacks write.
+            ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
+            weights_only: not used.
+        """
+        path = self._to_evaluate(ckpt_path)
+        return super().predict(model, dataloaders, datamodule, return_predictions, path)
+
+    def _to_evaluate(self, name: str | Path | None) -> str | Path | None:
+        folder = Path(self.default_root_dir)
+        if name == "last":
+            require(
+                bool(saved_steps(folder)), f"ckpt_path=last: there is no checkpoint in {folder}; give the path of one"
+            )
+            return str(folder)
+        best = folder / FOLDER / "best.ckpt"
+        if name == "best" and (best.exists() or not isinstance(self.checkpoint_callback, ModelCheckpoint)):
+            require(best.exists(), f"ckpt_path=best: {folder} has no best checkpoint yet; use last, or the path of one")
+            return str(best)
+        if name is not None:
+            require_checkpoint(name)
+        return name
+
+
+def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
+    """Return what a `fit` in a run folder resumes: the folder (its newest valid checkpoint), a path, or None for a new run.
+
+    Args:
+        folder: the run folder.
+        name: `ckpt_path` as it was given.
+
+    Raises:
+        SettingError: the folder has checkpoints that `name` does not resume, or none to resume.
+    """
+    steps = saved_steps(folder)
+    require(
+        not (folder / "starts.json").exists(),
+        f"trainer.default_root_dir={folder} is a run of an older nlgmoe, which this one does not resume; choose another folder",
+    )
+    if name is None or (name == "auto" and not steps):
+        require(
+            not steps,
+            f"trainer.default_root_dir={folder} has a run with checkpoints up to step {max(steps, default=0)}: resume it with "
+            "ckpt_path=last, or choose another folder",
+        )
+        return None
+    if name in ("last", "auto"):
+        require(
+            bool(steps),
+            f"ckpt_path=last: there is no checkpoint in {folder}; leave ckpt_path out to start a run, or set it to auto",
+        )
+        return str(folder)
+    require_checkpoint(name)
+    if steps and not any(_same(Path(name), own) for own in (folder, checkpoint_path(folder, steps[-1]))):
+        raise SettingError(
+            f"ckpt_path={name} is not the newest checkpoint of trainer.default_root_dir={folder}, which is of step {steps[-1]}: "
+            "resume that with ckpt_path=last, or choose another folder to begin a new run from this one"
+        )
+    return str(name)
+
+
+def require_checkpoint(path: str | Path) -> None:
+    """Check that there is a checkpoint at `path`, or that it is a run folder with some; reading it verifies it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if is_checkpoint(path):
+        read_document(path)
+    elif not saved_steps(Path(path)):
+        raise SettingError(f"no checkpoint at {path}: expected one, or a run's folder with some in it")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock a run folder; the operating system releases the lock when the process ends.
+
+    Raises:
+        SettingError: another process has the folder, and keeps it for ten seconds, or it cannot be written.
+    """
+    lock = FileLock(folder / ".run.lock", timeout=LOCK_SECONDS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise SettingError(
+            f"another process trains in trainer.default_root_dir={folder}: wait for its end, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise SettingError(
+            f"trainer.default_root_dir={folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class RunFolder(SaveConfigCallback):
+    """Writes settings and versions into the run folder, and cuts its tables where a run is resumed."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the tables alone in an evaluation."""
+        self._rows, self.already_saved = 0, stage != "fit"
+        for logger in trainer.loggers:
+            if hasattr(logger, "records"):  # of `RunCSVLogger`
+                logger.records = stage == "fit"
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the number of rows from a checkpoint of this folder."""
+        own = Path(trainer.default_root_dir, FOLDER)
+        if trainer.state.fn == TrainerFn.FITTING and _same(Path(checkpoint["path"]).parent, own):
+            self._rows = checkpoint.get("rows", 0)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the rows of `metrics.csv`."""
+        checkpoint["rows"] = count_rows(Path(trainer.default_root_dir, METRICS))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut `metrics.csv` to the rows that the checkpoint counts; a new run begins without any."""
+        if trainer.is_global_zero:
+            cut_rows(Path(trainer.default_root_dir, METRICS), self._rows)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write the settings before the first step: by then nothing, such as a teacher, has refused the run."""
+        if not self.already_saved:
+            self.save_config(trainer, pl_module, "fit")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the settings of a run that was resumed at its end, and has validated alone."""
+        if not self.already_saved:
+            self.save_config(trainer, pl_module, "fit")
+
+    @override
+    @rank_zero_only
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml` and `versions.json`, and a file of `starts/` if one of them has changed.
+
+        The configuration repeats the run from its beginning: without the checkpoint that this start has resumed.
+        """
+        self.already_saved = True
+        folder, config, packages = Path(trainer.default_root_dir), copy.deepcopy(self.config), versions()
+        config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
+        text = self.parser.dump(config, skip_none=False)
+        start = f"# {json.dumps(packages)}\n{text}"
+        (folder / "starts").mkdir(parents=True, exist_ok=True)
+        step, earlier = trainer.global_step, ""
+        for changed_at, file in starts_of(folder):
+            if changed_at > step or step == 0:
+                file.unlink()
+            else:
+                earlier = file.read_text(encoding="utf-8")
+        if earlier != start:
+            with atomic_write(folder / "starts" / f"step-{step}.yaml") as file:
+                file.write_text(start, encoding="utf-8")
+        with atomic_write(folder / "config.yaml") as file:
+            file.write_text(text, encoding="utf-8")
+        write_json(folder / "versions.json", packages)
+
+
+def starts_of(folder: Path) -> list[tuple[int, Path]]:
+    """Return the steps at which settings changed, and the files that hold them, in ascending order."""
+    found = (re.fullmatch(r"step-(\d+)\.yaml", path.name) for path in (folder / "starts").glob("*"))
+    return sorted((int(match[1]), folder / "starts" / match[0]) for match in found if match)
+
+
+def count_rows(table: Path) -> int:
+    """Return the number of rows of a CSV file, without its header; 0 if there is no file."""
+    return max(0, table.read_bytes().count(b"\n") - 1) if table.is_file() else 0
+
+
+def cut_rows(table: Path, rows: int) -> None:
+    """Keep the header and the first `rows` rows of a CSV file; without a row, remove it."""
+    if rows == 0:
+        table.unlink(missing_ok=True)
+    elif table.is_file():
+        with table.open("rb+") as file:
+            for _ in range(1 + rows):
+                file.readline()
+            file.truncate(file.tell())
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes have left unfinished: while the folder is held, no other process writes there."""
+    for leftover in (*folder.glob(".*.writing-*"), *folder.glob("starts/.*"), *folder.glob(f"{FOLDER}/.*")):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -1,0 +1,221 @@
+"""SaveCheckpoints: the one callback that writes a run's checkpoints, and obeys signals.
+
+    checkpoints/step-500.ckpt      written once, never replaced
+    checkpoints/last.ckpt          link to the newest one
+    checkpoints/best.ckpt          link to the one with the best validation
+
+Step N is saved at whichever of these comes first: a validation starts, the next micro-batch starts, the epoch ends, training
+ends. By then the row of step N is logged, every callback has seen the step, and none has begun anything further.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from typing_extensions import override
+
+from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps, set_link
+from nlgmoe.run.signals import StopOnSignal
+from nlgmoe.validation import SettingError, require
+
+_SAVE = 1  # order of a rank: save after this step; orders to end are above
+
+
+class SaveCheckpoints(StopOnSignal, Checkpoint):
+    """Saves checkpoints of a run into `checkpoints/` of the run folder, and ends the run on a signal.
+
+    The last step of a run is saved, and so is the step after which a signal ends it. See `StopOnSignal` for signals.
+
+    Args:
+        every_n_steps: save every so many optimizer steps; null: not by steps.
+        minutes: save when so many minutes have passed since the last checkpoint; null: not by time.
+        keep: number of newest checkpoints to keep, beside the best one and milestones.
+        milestones: save and keep a checkpoint every so many optimizer steps; null: none.
+        monitor: metric of the best checkpoint, as a validation logs it; null: none is the best.
+        mode: `min` if a lower value of the metric is better, `max` if a higher one is.
+        save_before_validation: save every step that is validated, before its validation. If false, a signal during a validation
+            is obeyed at its end, and only steps that are saved anyway can be the best; for models whose checkpoint takes longer
+            than a validation.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = 1000,
+        minutes: float | None = None,
+        keep: int = 2,
+        milestones: int | None = None,
+        monitor: str | None = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        save_before_validation: bool = True,
+    ) -> None:
+        for name, value in {"every_n_steps": every_n_steps, "milestones": milestones, "keep": keep}.items():
+            require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        require(minutes is None or minutes > 0, f"minutes={minutes} must be above 0")
+        require(mode in ("min", "max"), f"mode={mode} must be min or max")
+        self.every_n_steps, self.minutes, self.keep, self.milestones = every_n_steps, minutes, keep, milestones
+        self.monitor, self.mode, self.save_before_validation = monitor, mode, save_before_validation
+        self._folder = Path()
+        self._best: tuple[int, float] | None = None  # step and score
+        super().__init__()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._unsaved: int | None = None  # the last step, unless it is saved
+        self._started_at = (
+            -1
+        )  # the starting step of a run that begins from the checkpoint of another, which is saved first
+        self._saved_at = time.monotonic()
+
+    @property
+    def best_model_path(self) -> str:
+        """Path of the best checkpoint; empty if there is none. Lightning reads it for `ckpt_path="best"`."""
+        return "" if self._best is None else str(checkpoint_path(self._folder, self._best[0]))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return step and score of the best checkpoint."""
+        return {} if self._best is None else {"best_step": self._best[0], "best_score": self._best[1]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self._best = (state_dict["best_step"], state_dict["best_score"]) if state_dict else None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Become the first callback: Lightning calls those that save last, when others have begun the next step."""
+        if stage == "fit":
+            self._folder, self._best = Path(trainer.default_root_dir), None
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put damaged checkpoints of later steps aside, and note a starting step that the folder does not have."""
+        super().on_train_start(trainer, pl_module)
+        here = trainer.strategy.broadcast(saved_steps(self._folder))
+        require(
+            trainer.ckpt_path is not None or not here,  # `RunTrainer` has checked it before
+            f"trainer.default_root_dir={self._folder} has checkpoints of a run; resume the newest, or choose another folder",
+        )
+        if trainer.global_step not in (0, *here):
+            self._unsaved = self._started_at = trainer.global_step
+        if self._best is not None and self._best[0] not in here:
+            self._best = None
+        if trainer.is_global_zero:
+            for step in here:
+                path = checkpoint_path(self._folder, step)
+                if step > trainer.global_step:
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+                    rank_zero_warn(f"{path} cannot be used: it is now {path.name}.damaged")
+        if trainer.global_step in here:
+            self._tidy(trainer.global_step)  # a killed process may have left that
+
+    # ---- when a step is saved
+
+    @override
+    def _order(self) -> int:
+        late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
+        return super()._order() or (_SAVE if late else 0)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that a step was taken."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._unsaved = trainer.global_step
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the step that is validated, and end the run here if a signal has come."""
+        if self._training:
+            ends = trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done
+            self._finish_step(trainer, save=self.save_before_validation or ends)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """End the run within a validation. The order is read a batch later, so that ranks do not wait."""
+        if self._training and self.save_before_validation:
+            self._agreed = self._finish_reduction(trainer)
+            if self._agreed > _SAVE:
+                self._finish_step(trainer)
+            self._start_reduction(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the step's score with the best one."""
+        if not self._training:
+            return
+        if self.save_before_validation or trainer.world_size == 1:
+            self._agreed = max(self._agreed, self._finish_reduction(trainer))
+        if self.monitor is not None and self._unsaved is None:
+            self._compare(trainer, self.monitor)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step of an epoch, if that is due."""
+        self._finish_step(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        self._finish_step(trainer, save=True)
+
+    @override
+    def _finish_step(self, trainer: Trainer, save: bool = False) -> None:
+        """Save the last step if `save` is true or it is due, and end the run if ranks have agreed to. A collective."""
+        agreed, self._agreed = self._agreed, 0
+        step = self._unsaved
+        if step is not None and (save or agreed or self._is_due(step) or step == self._started_at):
+            self._save(trainer)
+        if agreed > _SAVE:
+            self._end(trainer, agreed, str(checkpoint_path(self._folder, trainer.global_step)))
+
+    def _is_due(self, step: int) -> bool:
+        return any(interval is not None and step % interval == 0 for interval in (self.every_n_steps, self.milestones))
+
+    # ---- saving
+
+    def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # the step's row is in the table before the checkpoint that counts it
+        trainer.save_checkpoint(checkpoint_path(self._folder, trainer.global_step), weights_only=False)
+        self._unsaved, self._saved_at = None, time.monotonic()
+        self._tidy(trainer.global_step)
+
+    def _compare(self, trainer: Trainer, monitor: str) -> None:
+        metrics = trainer.callback_metrics
+        if monitor not in metrics:
+            raise SettingError(
+                f"SaveCheckpoints.monitor={monitor} is not logged; set it to one of {', '.join(sorted(metrics))}, or to null"
+            )
+        score = float(metrics[monitor])
+        better = self._best is None or (score < self._best[1] if self.mode == "min" else score > self._best[1])
+        if better and math.isfinite(score):
+            self._best = trainer.global_step, score
+            self._tidy(trainer.global_step)
+
+    @rank_zero_only
+    def _tidy(self, newest: int) -> None:
+        """Set the links, then delete the checkpoints that are not kept."""
+        best = None if self._best is None else self._best[0]
+        set_link(self._folder, "last", newest)
+        set_link(self._folder, "best", best)
+        steps = saved_steps(self._folder)
+        for step in steps[: -self.keep]:
+            if step not in (newest, best) and not (self.milestones and step % self.milestones == 0):
+                path = checkpoint_path(self._folder, step)
+                removed = path.with_name(f".{path.name}.removed")
+                path.rename(removed)  # so that no incomplete folder ever has the final name
+                shutil.rmtree(removed)

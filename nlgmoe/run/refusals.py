@@ -1,0 +1,90 @@
+"""What a run refuses: options and callbacks of Lightning with which a default run would be wrong without an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from nlgmoe.checkpoint.portable import PortableCheckpointIO
+from nlgmoe.layers.placement import PlacesExperts
+from nlgmoe.validation import SettingError
+
+_END = "keeps a run going that is at its end or is told to stop; leave it out"
+SETTINGS = {  # of a Trainer, unless they are 0 or null
+    "min_steps": _END,
+    "min_epochs": _END,
+    "overfit_batches": "changes the order of sequences, which data.seed determines; give a small data.data_dir",
+}
+STRATEGIES = {
+    (FSDPStrategy, ModelParallelStrategy): (
+        "divides the weights, which gradient norms and checkpoints here do not support; use nlgmoe.ExpertParallelStrategy, or ddp"
+    ),
+    (DeepSpeedStrategy,): "knows no experts; write {class_path: nlgmoe.ExpertParallelStrategy, init_args: {stage: 2}}",
+}
+CALLBACKS = {
+    (GradientAccumulationScheduler, BatchSizeFinder): "changes the batch that data.global_batch_size sets; remove it",
+    (
+        LearningRateFinder,
+    ): "sets the rate of one optimizer group, not model.schedule's; try values of model.optimizer.lr",
+    (StochasticWeightAveraging, WeightAveraging): "replaces the weights that a resumed run needs; remove it",
+    (BaseFinetuning, ModelPruning): "changes optimizer groups or names that no checkpoint here holds; remove it",
+    (OnExceptionCheckpoint,): "saves within a step, where weights and clock are of different steps; remove it",
+}
+
+
+def check_trainer(trainer: Trainer, stage: str) -> None:
+    """Refuse what is listed above, and make the portable checkpoint the trainer's format.
+
+    Raises:
+        SettingError: an option, callback, logger or plugin is refused.
+    """
+    strategy = trainer.strategy
+    for kinds, reason in STRATEGIES.items():
+        if isinstance(strategy, kinds) and not isinstance(strategy, PlacesExperts):
+            raise SettingError(f"trainer.strategy={type(strategy).__name__} {reason}")
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = PortableCheckpointIO()
+    if not isinstance(strategy.checkpoint_io, PortableCheckpointIO):
+        kind = type(strategy.checkpoint_io).__name__
+        raise SettingError(f"trainer.plugins: {kind} writes checkpoints that no run here resumes; remove it")
+    strategy.checkpoint_io.to_train = stage == "fit"
+    if stage != "fit":
+        return
+    for name, reason in SETTINGS.items():
+        if value := getattr(trainer, name):
+            raise SettingError(f"trainer.{name}={value} {reason}")
+    if trainer.precision == "16-true":
+        raise SettingError(
+            "trainer.precision=16-true trains in fp16 alone, in which AdamW's eps is 0; use bf16-mixed or 16-mixed"
+        )
+    if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
+        raise SettingError(
+            "trainer.gradient_clip_algorithm=value is nothing that DeepSpeed does; leave it out, or use ddp"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for classes, reason in CALLBACKS.items():
+            if isinstance(callback, classes):
+                raise SettingError(f"trainer.callbacks: {type(callback).__name__} {reason}")
+        if getattr(callback, "save_on_exception", False):
+            name = type(callback).__name__
+            raise SettingError(f"trainer.callbacks: {name}.save_on_exception saves within a step; set it to false")
+    for logger in trainer.loggers:
+        if kept := vars(logger).get("_log_model"):  # of MLFlowLogger and WandbLogger
+            raise SettingError(
+                f"trainer.logger: {type(logger).__name__}.log_model={kept} takes checkpoints that are files, and here they are "
+                "folders; leave it out, and upload the folder as docs/metrics.md shows"
+            )

@@ -1,0 +1,243 @@
+"""Resuming: the progress of Lightning's loops in a checkpoint, and what a resumed run does before its first step.
+
+A checkpoint is of an optimizer step, wherever it was saved. A run that resumes it takes the next step; if the step was to be
+validated and was not, the run begins with that validation. A run resumed at its end validates again, and takes no step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from nlgmoe.batch import HasTokenizer, TracksSamples
+from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.warm_start import has_same_ids
+from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.validation import SettingError
+
+# What this file sets of Lightning 2.6's progress state, and why:
+#
+#   batch_progress              to the last micro-batch of the last step, ready and processed, but not completed: Lightning's
+#                               state in `on_train_batch_end`, from which `reset` completes the batch
+#   _batches_that_stepped       step - 1, for the same reason: `reset` adds 1
+#   val_loop.batch_progress     to none: `begin` runs a validation that was left, since Lightning's own restart of one looks at
+#                               the wrong batch at the end of an epoch
+#   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
+#   should_stop                 to False in `on_fit_start`: a `Timer` may have set it there, with the same effect
+
+
+class Resuming:
+    """What a checkpoint says of its last step, and what a run that resumes it does first.
+
+    Attributes:
+        validation_due: the interval of validations has ended with the last step. The end of a run is validated too, but a longer
+            run has no validation there.
+        at_end: the fit stands at the end of the run before its first step.
+    """
+
+    def __init__(self) -> None:
+        self.validation_due = self.at_end = False
+        self._validated: int | None = None  # step of the last validation
+        self._max_steps: int | None = None  # the trainer's, while it is set to -1
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """Note that a validation of the fit has ended."""
+        self._validated = trainer.global_step
+
+    def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Add to Lightning's dictionary whether a validation is left, and set its loops to the last optimizer step."""
+        step = checkpoint["global_step"]
+        if step == 0:
+            del checkpoint["loops"]  # nothing has been trained on: to resume is to start
+            return
+        validated = self._validated == step
+        checkpoint |= {"validated": validated, "validation_due": self.validation_due and not validated}
+        set_progress(checkpoint, trainer.accumulate_grad_batches)
+
+    def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Take it from Lightning's dictionary, before the trainer reads that."""
+        self.validation_due = checkpoint.get("validation_due", False)
+        self._validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
+        if "loops" not in checkpoint:
+            return
+        set_progress(checkpoint, trainer.accumulate_grad_batches, saved=True)
+        if 0 <= trainer.max_steps <= checkpoint["global_step"]:
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = -1
+
+    def begin(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> None:
+        """Run the validation that is left of the last step. A run that is resumed at its end is validated, and stops.
+
+        Args:
+            trainer: of the fit, in `on_train_start`.
+            tokens: that the run has seen.
+            train_tokens: at which it ends; None: never.
+        """
+        end = self._end(trainer, tokens, train_tokens)
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        if end is not None:
+            rank_zero_warn(f"the run is at its end: {end}")
+            trainer.should_stop = True
+        elif trainer.ckpt_path is not None:
+            warn_of_repeated_data(trainer)
+        due = self.validation_due and trainer.ckpt_path is not None
+        if (due or end is not None) and self._validated != trainer.global_step and trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        self.at_end = trainer.should_stop
+
+    def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
+        """Return which end the run stands at, and the remedy; None: it goes on."""
+        if self._max_steps is not None:
+            return f"it has taken trainer.max_steps={self._max_steps}; to go on, raise it"
+        if train_tokens is not None and tokens >= train_tokens:
+            return (
+                f"{tokens} tokens of train_tokens={train_tokens}; to go on, raise model.train_tokens and "
+                "model.schedule.decay_tokens"
+            )
+        if trainer.ckpt_path is None:
+            return None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer) and callback._duration is not None:
+                callback._check_time_remaining(trainer)  # it looks before DeepSpeed's strategy has loaded its state
+                if trainer.should_stop:
+                    return "trainer.max_time is over; to go on, raise it"
+        for stopper in trainer.early_stopping_callbacks:
+            if stopper is not None and stopper.wait_count >= stopper.patience and not self.validation_due:
+                return f"{type(stopper).__name__}, monitor={stopper.monitor}, has ended it; to go on, remove it"
+        return None
+
+
+def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = False) -> None:
+    """Set the progress of Lightning's loops in a checkpoint to the last optimizer step.
+
+    Args:
+        checkpoint: Lightning's dictionary, before saving or after loading.
+        micro_batches: accumulated micro-batches of a step in this run.
+        saved: true after loading.
+    """
+    loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    # Of this epoch, and of all, which data or a trainer in code may have. An epoch's last step may have fewer micro-batches.
+    progress = loop["epoch_loop.batch_progress"]
+    ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
+    progress["is_last_batch"] = progress["is_last_batch"] and (saved or taken >= ready)
+    current = ready if progress["is_last_batch"] else taken
+    within = 0 <= ready - current < micro_batches  # else a step had more or fewer when the checkpoint was saved
+    total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
+    for key, batches in {"total": total, "current": current}.items():
+        progress[key] |= {"ready": batches, "started": batches, "processed": batches, "completed": max(0, batches - 1)}
+    for key in ("total", "current"):
+        loop["epoch_loop.val_loop.batch_progress"][key] |= dict.fromkeys(
+            ("ready", "started", "processed", "completed"), 0
+        )
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+
+
+def warn_of_repeated_data(trainer: Trainer) -> None:
+    """Warn if a resumed run's training data are outside the contract: they may repeat, skip or begin again.
+
+    Of data with an end and without a state Lightning warns.
+    """
+    data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
+    if trainer.global_step == 0 or isinstance(data, TracksSamples):
+        return
+    keeps = data is not None and is_overridden("state_dict", data)
+    if loader is not None and all(isinstance(one, _Stateful) for one in loader.flattened):
+        rank_zero_warn(
+            f"the run goes on at step {trainer.global_step} from the state_dict of its own dataloader, which may repeat or skip "
+            "a micro-batch; a data module that counts samples (nlgmoe.batch.TracksSamples) does neither"
+        )
+    elif trainer.num_training_batches == math.inf and not keeps:
+        rank_zero_warn(
+            f"the run goes on at step {trainer.global_step}, but its training data begin again: neither the data module nor its "
+            "dataloader has a state_dict"
+        )
+
+
+def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
+    """Check that a checkpoint is of this model and, in training, of this run.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        config: of this model.
+        seed: of this run; None in evaluation, which ignores settings that only affect training.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: a setting differs, which the message names, or the checkpoint to resume holds weights only.
+    """
+    resumes = seed is not None
+    if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+        raise SettingError(
+            f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
+        )
+    ignored = frozenset() if resumes else FREE_IN_EVALUATION
+    if not resumes and config.moe is not None and config.moe.router is not None:
+        ignored |= config.moe.router.free_in_evaluation
+    saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
+    if different := differences(saved, config.to_dict(), ignore=ignored):
+        raise SettingError(
+            f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+        )
+    if resumes and checkpoint["seed"] != seed:
+        raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_tokenizer(checkpoint: dict[str, Any], data: Any) -> None:
+    """Check that a checkpoint without state of the data module has its tokenizer; else the module compares it itself.
+
+    Args:
+        checkpoint: Lightning's dictionary, such as one that was imported.
+        data: the data module.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    if type(data).__qualname__ in checkpoint or not isinstance(data, HasTokenizer):
+        return
+    if not has_same_ids(data.tokenizer_json(), checkpoint["path"]):
+        raise ValueError(
+            f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
+        )
+
+
+def check_new_run(trainer: Trainer, tokens: int) -> None:
+    """Check that a run that resumes nothing begins at the beginning.
+
+    Args:
+        trainer: of the fit that begins.
+        tokens: that its module has seen.
+
+    Raises:
+        AllRanksError: trainer, module or data are those of an earlier run.
+    """
+    data = getattr(trainer, "datamodule", None)
+    samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
+    if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):
+        raise AllRanksError(
+            f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "
+            f"data at sample {samples}: make all anew, or resume the earlier run with trainer.fit(..., ckpt_path=CHECKPOINT)"
+        )
+
+
+def differences(
+    saved: dict[str, Any], current: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return `field saved -> current` for every field that differs; nested fields by path, without those in `ignore`."""
+    found = []
+    for name in sorted((saved.keys() | current.keys()) - ignore):
+        old, new = saved.get(name), current.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.", ignore)
+        elif old != new:
+            found.append(f"{prefix}{name} {old} -> {new}")
+    return found

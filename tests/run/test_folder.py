@@ -1,0 +1,159 @@
+"""One rule for the run folder: it is one line of steps."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from lightning import Trainer
+
+from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
+from nlgmoe.run import folder as folder_module
+from nlgmoe.run.folder import starts_of
+from tests.run.runs import fit, in_process, make_trainer, module, outcome
+from tests.run.test_resume import Send
+from tests.synthetic import SyntheticData
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ended")
+    fit(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (None, r"has a run with checkpoints up to step 10: resume it with ckpt_path=last, or choose another folder"),
+        (
+            "checkpoints/step-9.ckpt",
+            r"is not the newest checkpoint of .* which is of step 10: resume that with ckpt_path=last",
+        ),
+        ("nothing.ckpt", "no checkpoint at"),
+    ],
+)
+def test_a_folder_with_checkpoints_takes_its_newest_one_alone(name: str | None, words: str, ended: Path) -> None:
+    before = (ended / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        fit(ended, ckpt_path=name and ended / name, max_steps=12)
+    assert (ended / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["last", "auto", "", "checkpoints/step-10.ckpt", "checkpoints/last.ckpt"])
+def test_ways_to_name_it(name: str, ended: Path) -> None:
+    path = name if name in ("last", "auto") else ended / name
+    assert fit(ended, ckpt_path=path).global_step == 10
+
+
+def test_a_run_is_started_only_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"ckpt_path=last: there is no checkpoint in .*; leave ckpt_path out to start a run"
+    ):
+        fit(tmp_path, ckpt_path="last")
+    assert fit(tmp_path, max_steps=2, ckpt_path=None).global_step == 2
+    (tmp_path / "starts.json").write_text("[]")
+    with pytest.raises(
+        ValueError, match=r"is a run of an older nlgmoe, which this one does not resume; choose another"
+    ):
+        fit(tmp_path)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    expected = outcome_of(tmp_path / "whole")
+    assert in_process(lambda: fit(tmp_path / "run", Send("on_before_backward", 2, signal.SIGKILL))) == -9
+    assert (tmp_path / "run/config.yaml").exists() and not saved_steps(tmp_path / "run")
+    assert outcome_of(tmp_path / "run") == expected
+
+
+def outcome_of(folder: Path) -> Any:
+    fit(folder)
+    return {name: value for name, value in outcome(folder).items() if name != "tensors"}
+
+
+def test_a_fork_is_a_new_run_that_saves_its_starting_step_first(ended: Path, tmp_path: Path) -> None:
+    fork = tmp_path / "fork"
+    source = checkpoint_path(ended, 9)
+    assert in_process(lambda: fit(fork, Send("on_before_backward", 9, signal.SIGKILL), ckpt_path=source)) == -9
+    assert saved_steps(fork) == [9]
+    with pytest.raises(ValueError, match="is not the newest checkpoint of"):  # a job that is requeued needs auto
+        fit(fork, ckpt_path=checkpoint_path(ended, 10))
+    fit(fork)
+    found, expected = outcome(fork), outcome(ended)
+    assert all(torch.equal(value, expected["tensors"][name]) for name, value in found["tensors"].items())
+    assert found["metrics.csv"].splitlines()[-2:] == expected["metrics.csv"].splitlines()[-2:]
+    assert (
+        read_document(checkpoint_path(fork, 10))["rows"] == len(found["metrics.csv"].splitlines()) - 2
+    )  # the last: its validation
+
+
+def test_a_second_process_is_refused_while_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "LOCK_SECONDS", 0.1)
+    with (
+        FileLock(tmp_path / ".run.lock"),
+        pytest.raises(ValueError, match="another process trains in "),
+    ):
+        fit(tmp_path)
+    fit(tmp_path, max_steps=1)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"trainer.default_root_dir=.*file cannot be written"):
+        fit(tmp_path / "file")
+
+
+def test_an_evaluation_touches_neither_tables_nor_lock(ended: Path) -> None:
+    files = {file: file.read_bytes() for file in ended.rglob("*") if file.is_file()}
+    with FileLock(ended / ".run.lock"):
+        losses = {
+            name: make_trainer(ended, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=path)[0][
+                "val/loss"
+            ]
+            for name, path in {"last": "last", "best": "best", "path": checkpoint_path(ended, 10), "run": ended}.items()
+        }
+    assert len(set(losses.values())) == 1
+    assert files == {file: file.read_bytes() for file in ended.rglob("*") if file.is_file()}
+
+
+def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
+    for name, words in (
+        ("last", "there is no checkpoint in"),
+        ("best", "no best checkpoint yet"),
+        ("a.ckpt", "no checkpoint at"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_trainer(tmp_path, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=name)
+
+
+def test_settings_that_change_are_recorded_with_their_step(tmp_path: Path) -> None:
+    fit(tmp_path, max_steps=3)
+    fit(tmp_path, max_steps=5)
+    assert [step for step, _ in starts_of(tmp_path)] == [0]  # `RunFolder` of these tests knows one configuration
+    (tmp_path / "starts/step-0.yaml").write_text("# {}\nother: 1\n")
+    fit(tmp_path, max_steps=7)
+    assert [step for step, _ in starts_of(tmp_path)] == [0, 5]
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": 2}, {"save": None}], ids=["fast_dev_run", "no checkpoints"])
+def test_runs_without_checkpoints_need_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    for _ in range(2):
+        fit(tmp_path, ckpt_path=None, **settings)
+    assert not (tmp_path / "checkpoints").exists() and ("save" in settings or not any(tmp_path.glob("*.csv")))
+
+
+def test_a_plain_trainer_trains_saves_and_validates_without_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False)
+    made = module()
+    trainer.fit(made, datamodule=SyntheticData())
+    (saved,) = (tmp_path / "checkpoints").glob("*.ckpt")  # Lightning's own
+    loss = trainer.validate(made, datamodule=SyntheticData())[0]["val/loss"]
+    assert trainer.validate(module(), datamodule=SyntheticData(), ckpt_path=saved)[0]["val/loss"] == loss
+    assert os.listdir(tmp_path) == ["checkpoints"]

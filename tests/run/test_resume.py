@@ -1,0 +1,196 @@
+"""A run that is killed, told to stop or ended, and then resumed, equals the undisturbed one bit for bit."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from nlgmoe import SigmoidTopK
+from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
+from nlgmoe.config import MoEConfig
+from nlgmoe.monitoring.loggers import RunCSVLogger
+from nlgmoe.optim.token_schedule import SequenceCurriculum
+from tests.run.runs import CONFIG, TOKENS, assert_equal, fit, in_process, outcome
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "saves before validations": {},
+    "saves by steps alone": {"save": {"save_before_validation": False, "keep": 1}},
+    "milestones": {"save": {"every_n_steps": None, "milestones": 4, "keep": 1, "monitor": None}},
+    "curriculum": {"of": {"curriculum": SequenceCurriculum(8 * TOKENS, 8, 4)}},
+    "a router that learns from steps": {
+        "of": {"config": replace(CONFIG, moe=MoEConfig(4, token_dropping=False, router=SigmoidTopK(0.1)))}
+    },
+    "early stopping": {"stops": True, "max_steps": 100},
+}
+KILLS = {"saves before validations": 6, "saves by steps alone": 4}  # of each of the others: 2
+
+
+def run(folder: Path, *callbacks: Callback, stops: bool = False, **settings: Any) -> Trainer:
+    """Train; with `stops`, `EarlyStopping` ends the run at step 12."""
+    stopping = [EarlyStopping("val/loss", min_delta=100, patience=2)] if stops else []
+    return fit(folder, *stopping, *callbacks, **settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """For the name of settings: the outcome, its step, and the number of file-system calls in the run folder."""
+    known: dict[str, tuple[dict[str, Any], int, int]] = {}
+
+    def of(name: str) -> tuple[dict[str, Any], int, int]:
+        if name not in known:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            calls = in_process(lambda: run(folder, **SETTINGS[name]), folder=folder)
+            step = saved_steps(folder)[-1]
+            known[name] = outcome(folder, step), step, calls
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name in SETTINGS for part in range(KILLS.get(name, 2))])
+def test_a_run_killed_at_any_call_and_resumed_is_the_undisturbed_one(
+    name: str, part: int, undisturbed: Any, tmp_path: Path
+) -> None:
+    expected, step, calls = undisturbed(name)
+    assert calls > 50
+    kill_at = round((part + 0.7) / KILLS.get(name, 2) * calls)  # `tests/faults` kills at every call
+    assert in_process(lambda: run(tmp_path, **SETTINGS[name]), kill_at, tmp_path) == -9
+    assert in_process(lambda: run(tmp_path, **SETTINGS[name])) == 0
+    assert_equal(outcome(tmp_path, step), expected)
+
+
+class Send(Callback):
+    """Sends a signal to this process in a hook at a step."""
+
+    def __init__(self, hook: str, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and self.numbers:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+            self.numbers = ()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [
+        ("on_before_backward", 5, 6),
+        ("on_train_batch_end", 6, 7),  # read at the end of the next step
+        ("on_validation_batch_start", 4, 4),
+        ("on_validation_end", 8, 9),  # behind the last time that a validation reads it
+        ("on_before_backward", 9, 10),  # the last step
+        ("on_validation_batch_start", 10, 10),  # its validation
+    ],
+)
+def test_a_signal_saves_and_ends_the_run_after_the_step(
+    hook: str, step: int, saved: int, number: int, undisturbed: Any, tmp_path: Path
+) -> None:
+    expected, last, _ = undisturbed("saves before validations")
+    if number != signal.SIGTERM and step != 5:
+        number = signal.SIGTERM  # the handler is one; the other signals are sent once
+    assert in_process(lambda: run(tmp_path, Send(hook, step, number))) == 0
+    assert (
+        saved_steps(tmp_path)[-1] == saved and os.readlink(tmp_path / "checkpoints/last.ckpt") == f"step-{saved}.ckpt"
+    )
+    assert not (tmp_path / "summary.json").exists()
+    assert in_process(lambda: run(tmp_path, ckpt_path="last")) == 0
+    assert_equal(outcome(tmp_path, last), expected)
+
+
+def test_without_a_save_before_it_a_validation_runs_to_its_end(undisturbed: Any, tmp_path: Path) -> None:
+    settings = SETTINGS["saves by steps alone"]
+    expected, last, _ = undisturbed("saves by steps alone")
+    assert in_process(lambda: run(tmp_path, Send("on_validation_batch_start", 8, signal.SIGTERM), **settings)) == 0
+    assert saved_steps(tmp_path) == [8]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 8 + 2  # the validation's row is there
+    assert in_process(lambda: run(tmp_path, **settings)) == 0
+    assert_equal(outcome(tmp_path, last), expected)
+
+
+class Average(Callback):
+    """Validates with other weights than it trains."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.trained = [parameter.detach().clone() for parameter in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(1 - 2**-7)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        for parameter, trained in zip(pl_module.parameters(), self.trained, strict=True):
+            parameter.data.copy_(trained)
+
+
+def test_weights_that_a_callback_exchanges_for_a_validation_are_not_saved(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fit(whole, Average())
+    assert in_process(lambda: fit(stopped, Average(), Send("on_validation_batch_start", 4, signal.SIGTERM))) == 0
+    fit(stopped, Average())
+    assert_equal(outcome(stopped), outcome(whole))
+
+
+def test_a_finished_run_started_again_changes_nothing_but_its_best_known_result(
+    undisturbed: Any, tmp_path: Path
+) -> None:
+    expected, step, _ = undisturbed("saves before validations")
+    fit(tmp_path)
+    fit(tmp_path)
+    assert_equal(outcome(tmp_path, step), expected)
+
+
+def test_a_longer_run_goes_on_as_if_it_had_been_that_long(tmp_path: Path) -> None:
+    fit(tmp_path / "whole", max_steps=13)
+    fit(tmp_path / "parts", max_steps=10)
+    fit(tmp_path / "parts", max_steps=13)
+    parts, whole = outcome(tmp_path / "parts", 13), outcome(tmp_path / "whole", 13)
+    assert_equal(parts | {"files": []}, whole | {"files": []})  # it has kept step 10, and not 9
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_resumed(undisturbed: Any, tmp_path: Path) -> None:
+    expected, step, _ = undisturbed("saves before validations")
+    assert in_process(lambda: run(tmp_path, Send("on_before_backward", 8, signal.SIGTERM))) == 0
+    assert saved_steps(tmp_path) == [8, 9]
+    with (checkpoint_path(tmp_path, 9) / "model.safetensors").open("rb+") as file:
+        file.seek(-8, 2)
+        file.write(b"damaged!")
+    assert in_process(lambda: run(tmp_path)) == 0
+    damaged = tmp_path / "checkpoints/step-9.ckpt.damaged"
+    assert damaged.is_dir()
+    shutil.rmtree(damaged)
+    assert_equal(outcome(tmp_path, step), expected)
+
+
+def test_other_loggers_callbacks_and_bars_move_nothing(undisturbed: Any, tmp_path: Path) -> None:
+    expected, step, _ = undisturbed("saves before validations")
+    seen: list[int] = []
+    others = [
+        TQDMProgressBar(),
+        LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(trainer.global_step)),
+    ]
+    others += [ModelCheckpoint(tmp_path / "elsewhere", monitor="val/loss", every_n_train_steps=2)]
+    loggers = [RunCSVLogger(tmp_path / "run"), CSVLogger(tmp_path, name="csv")]
+    settings = {"logger": loggers, "enable_progress_bar": True}
+    assert in_process(lambda: fit(tmp_path / "run", *others, **settings), 70, tmp_path / "run") == -9
+    fit(tmp_path / "run", *others, **settings)
+    assert_equal(outcome(tmp_path / "run", step) | {"files": []}, expected | {"files": []})
+
+
+def test_a_run_whose_time_is_over_takes_no_step_when_it_is_resumed(tmp_path: Path) -> None:
+    def wait(trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5:
+            trainer.callbacks[-1]._start_time["train"] -= 3600  # type: ignore[attr-defined]
+
+    waits = LambdaCallback(on_train_batch_start=wait)
+    for callbacks in ([waits], []):
+        trainer = fit(tmp_path, *callbacks, max_time=timedelta(minutes=30))
+        assert trainer.global_step == 6 and saved_steps(tmp_path)[-1] == 6
