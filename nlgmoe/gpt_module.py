@@ -15,6 +15,7 @@ from typing_extensions import override
 from nlgmoe.batch import Batch, HasLargestBatch, HasTokenByteLengths, HasTokenizer, loss_mask
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
+from nlgmoe.checkpoint.same_run import differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.eval.perplexity import DomainLoss, batch_losses
@@ -26,7 +27,6 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.refusals import check_trainer
-from nlgmoe.run.resume import differences
 from nlgmoe.run.signals import leave_signals_to_callbacks
 from nlgmoe.run_checks import check_memory, check_vocabulary, require_compiler
 from nlgmoe.validation import require

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from nlgmoe.batch import Batch, HasEqualBatches, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
+from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
 from nlgmoe.distill.distiller import Distiller, KeepsState
@@ -26,7 +27,7 @@ from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepG
 from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.run.resume import Resuming, check_new_run, check_same_run, check_tokenizer
+from nlgmoe.run.resume import Resuming, check_new_run
 from nlgmoe.run_checks import warn_about_end
 
 

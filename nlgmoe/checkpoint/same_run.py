@@ -1,0 +1,71 @@
+"""Compare a checkpoint that a run reads with the run: its model, seed and tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nlgmoe.batch import HasTokenizer
+from nlgmoe.checkpoint.warm_start import has_same_ids
+from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.validation import SettingError
+
+
+def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
+    """Check that a checkpoint is of this model and, in training, of this run.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        config: of this model.
+        seed: of this run; None in evaluation, which ignores settings that only affect training.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: a setting differs, which the message names, or the checkpoint to resume holds weights only.
+    """
+    resumes = seed is not None
+    if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
+        raise SettingError(
+            f"{path} holds weights only: start a new run from it with model.warm_start.checkpoint={path}"
+        )
+    ignored = frozenset() if resumes else FREE_IN_EVALUATION
+    if not resumes and config.moe is not None and config.moe.router is not None:
+        ignored |= config.moe.router.free_in_evaluation
+    saved = GPTConfig.from_dict(checkpoint["model_config"]).to_dict()  # fields that it lacks get their defaults
+    if different := differences(saved, config.to_dict(), ignore=ignored):
+        raise SettingError(
+            f"the checkpoint's model differs from model.config: {', '.join(different)}; set model.config as the run had it"
+        )
+    if resumes and checkpoint["seed"] != seed:
+        raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
+
+
+def check_tokenizer(checkpoint: dict[str, Any], data: Any) -> None:
+    """Check that a checkpoint without state of the data module has its tokenizer; else the module compares it itself.
+
+    Args:
+        checkpoint: Lightning's dictionary, such as one that was imported.
+        data: the data module.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    if type(data).__qualname__ in checkpoint or not isinstance(data, HasTokenizer):
+        return
+    if not has_same_ids(data.tokenizer_json(), checkpoint["path"]):
+        raise ValueError(
+            f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
+        )
+
+
+def differences(
+    saved: dict[str, Any], current: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return `field saved -> current` for every field that differs; nested fields by path, without those in `ignore`."""
+    found = []
+    for name in sorted((saved.keys() | current.keys()) - ignore):
+        old, new = saved.get(name), current.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.", ignore)
+        elif old != new:
+            found.append(f"{prefix}{name} {old} -> {new}")
+    return found
