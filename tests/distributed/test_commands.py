@@ -60,7 +60,7 @@ import sys
 from nlgmoe import load_config
 
 data, *folders = sys.argv[1:]
-for folder, devices in zip(folders, (2, 2, 4), strict=True):
+for folder in folders:
     experiment = load_config(
         "configs/quickstart.yaml",
         model__config__num_layers=4,
@@ -74,7 +74,7 @@ for folder, devices in zip(folders, (2, 2, 4), strict=True):
         trainer__default_root_dir=folder,
         trainer__max_steps=2,
         trainer__callbacks=[],
-        trainer__devices=devices,
+        trainer__devices=2,
         trainer__strategy="nlgmoe.ExpertParallelStrategy",
         trainer__strategy__expert_parallel_size=2,
     )
@@ -83,16 +83,12 @@ for folder, devices in zip(folders, (2, 2, 4), strict=True):
 
 
 def test_a_program_makes_several_runs_on_the_ranks_of_the_first(pocket_pile: Path, tmp_path: Path) -> None:
-    program, folders = tmp_path / "sweep.py", [tmp_path / name for name in "abc"]
+    program, folders = tmp_path / "sweep.py", [tmp_path / name for name in "ab"]
     program.write_text(SWEEP)
     done = python(str(program), str(pocket_pile), *map(str, folders), env=ENVIRONMENT, timeout=300)
-    assert (
-        "num_nodes=1 do not make the 2 processes that an earlier run has connected; start another program"
-        in done.stderr
-    )
-    first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders[:2])
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders)
     assert first["steps"] == second["steps"] == 2 and first["val_loss"] == second["val_loss"]
-    assert done.returncode == 1 and not folders[2].exists()
 
 
 def test_deepspeeds_launcher_on_two_nodes(pocket_pile: Path, tmp_path: Path) -> None:
