@@ -36,11 +36,6 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def lacks_gpu(accelerator: Any) -> bool:
-    """Return True if `trainer.accelerator` requires a GPU and there is none."""
-    return accelerator in ("gpu", "cuda") and not torch.accelerator.is_available()
-
-
 def missing_compiler(device: torch.device) -> str | None:
     """Describe the compiler that `torch.compile` needs for `device` and this machine lacks; None if it has one.
 

@@ -227,9 +227,8 @@ class MoEGPTModule(GPTModule):
     def on_fit_start(self) -> None:
         """Set training mode: an interrupted validation leaves the model in evaluation mode."""
         self.train()
-        self.trainer.should_stop = (
-            False  # else Lightning ends before `on_train_start`; `Resuming.begin` asks a `Timer` again
-        )
+        # Else Lightning ends before `on_train_start`; `Resuming.begin` asks a `Timer` again.
+        self.trainer.should_stop = False
 
     @override
     def on_train_start(self) -> None:

@@ -141,7 +141,7 @@ class TrainCLI(LightningCLI):
             )
         path = config.get("ckpt_path")
         if path is not None and path not in ("last", "auto", "best"):
-            require_checkpoint(Path(path))
+            require_checkpoint(path)
 
     @override
     def instantiate_classes(self) -> None:
@@ -213,9 +213,8 @@ class TrainCLI(LightningCLI):
             kwargs["strategy"] = _strategy(trainer["strategy"])
         made = super().instantiate_trainer(**kwargs)
         for callback in made.checkpoint_callbacks:
-            if (
-                isinstance(callback, ModelCheckpoint) and callback.dirpath is None
-            ):  # not among those of `SaveCheckpoints`
+            # Not among those of `SaveCheckpoints`.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = os.path.abspath(Path(made.default_root_dir, "model_checkpoint"))
         return made
 

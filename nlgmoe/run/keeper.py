@@ -11,7 +11,6 @@ ends. By then the row of step N is logged, every callback has seen the step, and
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps, set_link
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError, require
@@ -68,9 +68,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def _reset(self) -> None:
         super()._reset()
         self._unsaved: int | None = None  # the last step, unless it is saved
-        self._started_at = (
-            -1
-        )  # the starting step of a run that begins from the checkpoint of another, which is saved first
+        # The starting step of a run that begins from the checkpoint of another; it is saved first.
+        self._started_at = -1
         self._saved_at = time.monotonic()
 
     @property
@@ -215,7 +214,4 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         steps = saved_steps(self._folder)
         for step in steps[: -self.keep]:
             if step not in (newest, best) and not (self.milestones and step % self.milestones == 0):
-                path = checkpoint_path(self._folder, step)
-                removed = path.with_name(f".{path.name}.removed")
-                path.rename(removed)  # so that no incomplete folder ever has the final name
-                shutil.rmtree(removed)
+                writing.remove(checkpoint_path(self._folder, step))

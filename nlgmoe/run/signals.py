@@ -23,9 +23,8 @@ from nlgmoe.device import side_stream
 
 # torchrun and other launchers forward the Ctrl+C that the terminal has already sent to every process.
 SAME_PRESS_SECONDS = 1.0
-_FIRST = (
-    256  # added to the number of the signal that requeues, so that it outranks those that other ranks have received
-)
+# Added to the number of the signal that requeues, so that it outranks those that other ranks have received.
+_FIRST = 256
 _CHILDREN_SECONDS = 60.0  # time for ranks started by this process to exit, once everything is saved
 
 

@@ -543,13 +543,6 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
 }
 
 
-def _other_run(folder: Path) -> Path:
-    other = folder / "other"
-    other.mkdir()
-    (other / "config.yaml").write_text("model: {}\n")
-    return other
-
-
 HELD: list[FileLock] = []
 
 
@@ -561,7 +554,7 @@ def _fifo(folder: Path) -> Path:
 def _busy(folder: Path) -> Path:
     busy = folder / "busy"
     busy.mkdir()
-    HELD.append(FileLock(busy / ".lock"))
+    HELD.append(FileLock(busy / ".run.lock"))
     HELD[-1].acquire()
     return busy
 
@@ -597,6 +590,43 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
             place.checkpoint(without_training), "--model.train_tokens=128", "--model.warm_start.checkpoint=nowhere.ckpt"
         ),
         "broken.ckpt holds weights only: start a new run from it with model.warm_start.checkpoint={folder}/broken.ckpt",
+    ),
+    **{
+        f"refused: {words}": (file(f"trainer: {{{setting}}}"), words)
+        for setting, words in {
+            "min_steps: 12": "trainer.min_steps=12 keeps a run going that is at its end",
+            "min_epochs: 1": "trainer.min_epochs=1 keeps a run going",
+            "overfit_batches: 2": "trainer.overfit_batches=2 changes the order of sequences",
+            "strategy: nlgmoe.ExpertParallelStrategy, gradient_clip_algorithm: value": "is nothing that DeepSpeed does",
+            "strategy: ModelParallelStrategy": "ModelParallelStrategy divides the weights, which gradient norms",
+        }.items()
+    },
+    **{
+        f"callback: {name}": (file(CALLBACK.format(name, settings)), f"trainer.callbacks: {name} {words}")
+        for name, settings, words in (
+            ("GradientAccumulationScheduler", "scheduling: {0: 2}", "changes the batch"),
+            ("StochasticWeightAveraging", "swa_lrs: 0.1", "replaces the weights"),
+            ("EMAWeightAveraging", "", "replaces the weights"),
+            ("LearningRateFinder", "", "sets the rate of one optimizer group"),
+            ("ModelPruning", "pruning_fn: l1_unstructured", "changes optimizer groups or names"),
+        )
+    },
+    "empty checkpoint": (flag("--ckpt_path="), "the name of a checkpoint or run folder is empty; give one"),
+    "run folder in use": (
+        lambda place: place.args(f"--trainer.default_root_dir={place.trained.parent / 'run'}"),
+        "has a run with checkpoints up to step 2: resume it with ckpt_path=last, or choose another folder",
+    ),
+    "a run that another process trains": (
+        lambda place: place.args(f"--trainer.default_root_dir={_busy(place.folder)}"),
+        "another process trains in trainer.default_root_dir={folder}/busy",
+    ),
+    "unwritable run folder": (
+        flag("--trainer.default_root_dir=/proc/nowhere"),
+        "trainer.default_root_dir=/proc/nowhere cannot be written",
+    ),
+    "nothing to evaluate": (
+        validate(lambda _: "--ckpt_path=last"),
+        "ckpt_path=last: there is no checkpoint in {folder}/run",
     ),
     "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
     "fp16 alone": (flag("--trainer.precision=16-true"), "trainer.precision=16-true trains in fp16 alone"),
@@ -775,14 +805,9 @@ SETTINGS = {
     "unknown tokenizer",
     "ids over the vocabulary",
     "sample longer than a sequence",
-    "monitor that is logged at other steps",
-    "monitor that is never logged",
     "micro-batch that no machine holds",
     "model that no machine holds",
     "experts that no machine holds",
-    "second machine of one",
-    "second process of one",
-    "Slurm without srun",
     "router without a network",
     "bucket of nothing",
     "missing corpus",
@@ -791,6 +816,11 @@ SETTINGS = {
     "file as folder of data",
     "empty corpus",
     "sequence longer than the text",
+    "empty checkpoint",
+    "run folder in use",
+    "a run that another process trains",
+    "unwritable run folder",
+    *(mistake for mistake in UNUSABLE if mistake.startswith(("refused: ", "callback: "))),
 }  # exit code 2: a setting is wrong, no file is
 
 
@@ -833,9 +863,6 @@ def test_what_cannot_be_used_is_named(
     mistake: str, place: Place, says: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # nobody answers there
-    for name in ("NODE_RANK", "LOCAL_RANK", "SLURM_JOB_NAME", "SLURM_NTASKS"):  # cases set them
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     args, words = UNUSABLE[mistake]
     code, line = says(args(place))
     assert words.replace("{folder}", str(place.folder)).replace("{corpus}", str(place.corpus)) in line

@@ -67,10 +67,8 @@ def _strategy(job: Job, precision: str) -> None:
     stage, comment = _stage(job)
     offload = job.deepspeed.offload or job.arguments.has("--cpu-optimizer")
     if stage == 0:
-        stage, comment = (
-            1,
-            f"0 there ({comment or 'by --zero-stage'}); 1 computes the same, with the optimizer's states sharded",
-        )
+        comment = f"0 there ({comment or 'by --zero-stage'}); 1 computes the same, with the optimizer's states sharded"
+        stage = 1
     if stage is not None:
         job.set(f"{path}stage", stage, comment)
     degree = job.arguments.value("--moe-expert-parallel-size")
