@@ -12,12 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, HasLargestBatch, HasTokenByteLengths, HasTokenizer, loss_mask
+from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
 from nlgmoe.checkpoint.same_run import differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.perplexity import DomainLoss, batch_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement, PlacesExperts
@@ -103,8 +104,8 @@ class GPTModule(LightningModule):
 
     def _start_from(self, model: GPT, start: WarmStart) -> None:
         """Load the initial weights, and report what differs in the configuration, such as another `top_k`."""
-        data = getattr(self._trainer, "datamodule", None)
-        tokenizer = data.tokenizer_json() if isinstance(data, HasTokenizer) else None
+        data = training_data(self._trainer)
+        tokenizer = None if data is None else data.tokenizer_json()
         loaded = load_initial_weights(model, start, tokenizer=tokenizer)
         self.started_from = str(loaded.path)
         changed = differences(loaded.model_config, self.config.to_dict(), ignore=FREE_IN_EVALUATION)
@@ -127,15 +128,12 @@ class GPTModule(LightningModule):
         """
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, HasLargestBatch):
-            check_memory(self.config, self.curriculum, data, self.trainer, stage)
         self._domain_loss = []  # without what an interrupted evaluation has left
-        if not isinstance(data, HasTokenByteLengths):
+        if (data := training_data(self.trainer)) is None:
             return
+        check_memory(self.config, self.curriculum, data, self.trainer, stage)
         check_vocabulary(self.config, data)
-        shares = getattr(data, "domain_shares", None)
-        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), shares)]
+        self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), data.domain_shares)]
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, HasEqualBatches, HasPlannedBatchSize, HasTokenizer, TracksSamples, truncate
+from nlgmoe.batch import Batch, truncate
 from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.moe import moe_layers
@@ -183,9 +184,9 @@ class MoEGPTModule(GPTModule):
         """
         self.tokens_seen += self._window.tokens
         self._lengths += self._window.lengths
-        data = getattr(self.trainer, "datamodule", None)
-        planned = data.planned_batch_size() if isinstance(data, HasPlannedBatchSize) else None
-        if isinstance(data, TracksSamples):
+        planned = None
+        if (data := training_data(self.trainer)) is not None:
+            planned = data.planned_batch_size()
             data.advance(self._window.samples)
         self._warn_of_another_batch(self._window.samples, planned)
         if self._window.taken:
@@ -243,7 +244,7 @@ class MoEGPTModule(GPTModule):
         self._window, self._stops_after_step = Window(), False
         self._learning_routers = LearningRouters(self.gpt)
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
-        equal = isinstance(data, HasEqualBatches) and data.has_equal_batches()
+        equal = isinstance(data, TrainingData) and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
             moe.equal_batches = equal
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
@@ -294,9 +295,9 @@ class MoEGPTModule(GPTModule):
         }
         if self.started_from is not None:
             checkpoint["started_from"] = self.started_from
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, HasTokenizer):
-            checkpoint["tokenizer"] = data.tokenizer_json()
+        data = training_data(self.trainer)
+        if data is not None and (tokenizer := data.tokenizer_json()) is not None:
+            checkpoint["tokenizer"] = tokenizer
         if isinstance(self.distiller, KeepsState):
             checkpoint["distiller"] = self.distiller.state_dict()
         for scheduler in checkpoint.get("lr_schedulers", []):
@@ -314,7 +315,7 @@ class MoEGPTModule(GPTModule):
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
-        check_tokenizer(checkpoint, getattr(self.trainer, "datamodule", None))
+        check_tokenizer(checkpoint, training_data(self.trainer))
         self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
         self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])

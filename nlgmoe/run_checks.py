@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.batch import HasLargestBatch, HasTokenByteLengths
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.device import missing_compiler, total_memory
 from nlgmoe.model.least_memory import check_fits
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
@@ -20,7 +19,7 @@ from nlgmoe.validation import SettingError
 
 
 def check_memory(
-    config: GPTConfig, curriculum: SequenceCurriculum | None, data: HasLargestBatch, trainer: Trainer, stage: str
+    config: GPTConfig, curriculum: SequenceCurriculum | None, data: TrainingData, trainer: Trainer, stage: str
 ) -> None:
     """Check that micro-batches can fit, before they are made and the system kills the process.
 
@@ -32,10 +31,11 @@ def check_memory(
     for part in ("fit", "validate") if stage == "fit" and trainer.limit_val_batches else (stage,):
         trains = part == "fit"
         length = curriculum.start if trains and curriculum is not None else config.seq_len
-        check_fits(config, *data.largest_batch(part), length, value, trains, memory, trainer.world_size)
+        if (largest := data.largest_batch(part)) is not None:
+            check_fits(config, *largest, length, value, trains, memory, trainer.world_size)
 
 
-def check_vocabulary(config: GPTConfig, data: HasTokenByteLengths) -> None:
+def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
     """Check that the model knows every token id of the data.
 
     Raises:
@@ -84,14 +84,13 @@ def warn_about_end(
             f"model.train_tokens={train_tokens} ends the run before model.schedule.decay_tokens={schedule.decay_tokens}, with "
             f"warmup_tokens={schedule.warmup_tokens}: the learning rate does not fall to its end; set both for this run"
         )
-    data: Any = getattr(trainer, "datamodule", None)
-    shares = getattr(data, "domain_shares", None)
-    if shares is None:
+    data = training_data(trainer)
+    if data is None or data.domain_shares is None:
         return
     shortest = config.seq_len if curriculum is None else curriculum.start
     ends = [] if train_tokens is None else [train_tokens / shortest]
     ends += [trainer.max_steps * data.batch_size_after(sys.maxsize)] if trainer.max_steps >= 0 else []
-    for domain, share in zip(data.domains, shares, strict=True):
+    for domain, share in zip(data.domains, data.domain_shares, strict=True):
         if share * min(ends, default=math.inf) < 1:
             rank_zero_warn(
                 f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "

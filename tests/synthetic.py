@@ -4,10 +4,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.batch import truncate
+from nlgmoe.data import TrainingData
 from nlgmoe.data.datamodule import collate
 from nlgmoe.seeding import derive_seed
 
@@ -41,7 +41,7 @@ class _Samples(Dataset):
         return sample
 
 
-class SyntheticData(LightningDataModule):
+class SyntheticData(TrainingData):
     """`vocab_size` ids, each spelling one byte; two domains.
 
     Ranks get consecutive slices of `micro_batch_size` samples, and in evaluation every world-size-th window. With
@@ -58,25 +58,28 @@ class SyntheticData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.padded, self.documents = padded, documents
-        self.vocab_size, self.seq_len, self.micro_batch_size = vocab_size, seq_len, micro_batch_size
-        self.domains = ["even", "odd"]
-        self.samples_consumed = 0
-        self.fetched: list[int] = []
+        self.ids, self.seq_len, self.micro_batch_size = vocab_size, seq_len, micro_batch_size
+
+    @property
+    def domains(self) -> list[str]:
+        return ["even", "odd"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.ids
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"corpus": "a walk", "vocab_size": self.vocab_size, "seq_len": self.seq_len}
+
+    def batch_size_after(self, samples: int) -> int:
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self.micro_batch_size * self._rank_and_world()[1] * accumulated
 
     def token_byte_lengths(self) -> torch.Tensor:
         return torch.ones(self.vocab_size)
 
     def has_equal_batches(self) -> bool:
         return True
-
-    def advance(self, samples: int) -> None:
-        self.samples_consumed += samples
-
-    def state_dict(self) -> dict[str, int]:
-        return {"samples_consumed": self.samples_consumed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.samples_consumed = state_dict["samples_consumed"]
 
     def train_dataloader(self) -> DataLoader:
         samples = _Samples(self.vocab_size, self.seq_len, self.samples_consumed, 10**9, self.padded, self.documents)
@@ -147,11 +150,7 @@ class NumberedData(SyntheticData):
         self.seed, self.document_attention = seed, self.documents
 
     def fingerprint(self) -> dict[str, str | int]:
-        return {"corpus": "a walk", "tokenizer": "numbers", "seq_len": self.seq_len, "seed": self.seed}
-
-    def batch_size_after(self, samples: int) -> int:
-        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return self.micro_batch_size * self._rank_and_world()[1] * accumulated
+        return super().fingerprint() | {"tokenizer": "numbers", "seed": self.seed}
 
     def train_dataloader(self) -> DataLoader:
         first = self.samples_consumed

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, HasTokenByteLengths, HasTokenTexts
+from nlgmoe.batch import Batch
+from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.expert_counts import ExpertCounts
 from nlgmoe.eval.specialisation import remove_later
 from nlgmoe.module import MoEGPTModule
@@ -39,9 +40,8 @@ class ExpertSpecialisation(Callback):
         experts = list(moe_blocks(pl_module.config).values())
         if not experts or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        data = getattr(trainer, "datamodule", None)
-        domains = data.domains if isinstance(data, HasTokenByteLengths) else ["all"]
-        spellings = data.token_spellings() if isinstance(data, HasTokenTexts) else None
+        data = training_data(trainer)
+        domains, spellings = (["all"], None) if data is None else (data.domains, data.token_spellings())
         self._counts = ExpertCounts(experts, domains, spellings).to(pl_module.device)
 
     @override

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nlgmoe.batch import HasTokenizer
 from nlgmoe.checkpoint.warm_start import has_same_ids
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
+from nlgmoe.data.training_data import TrainingData
 from nlgmoe.validation import SettingError
 
 
@@ -39,19 +39,20 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         raise SettingError(f"the checkpoint's run has model.seed {checkpoint['seed']}, not {seed}; set it to resume")
 
 
-def check_tokenizer(checkpoint: dict[str, Any], data: Any) -> None:
+def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
     """Check that a checkpoint without state of the data module has its tokenizer; else the module compares it itself.
 
     Args:
         checkpoint: Lightning's dictionary, such as one that was imported.
-        data: the data module.
+        data: the data module; None: there is none, or not of this kind.
 
     Raises:
         ValueError: it has another one.
     """
-    if type(data).__qualname__ in checkpoint or not isinstance(data, HasTokenizer):
+    if data is None or type(data).__qualname__ in checkpoint:
         return
-    if not has_same_ids(data.tokenizer_json(), checkpoint["path"]):
+    tokenizer = data.tokenizer_json()
+    if tokenizer is not None and not has_same_ids(tokenizer, checkpoint["path"]):
         raise ValueError(
             f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
         )

@@ -4,7 +4,7 @@ Reading order: `text/` (documents of files), `tokenizer.py`, `indexed.py` with `
 `corpus.py` (the seam) and the corpora: `pocket_pile.py` (built by `pocket/`), `megatron_indexed.py`, `streaming/`, `blend.py`
 with `interleaving.py`; `description.py` (what a checkpoint keeps of them); `packing.py`, `permutation.py`, `sources.py`,
 `sampling.py` (samples, their order, and which rank reads them), `document_masks.py`, `accumulation.py` (sizes of steps),
-`baselines.py`, `datamodule.py` (all of it, for Lightning).
+`baselines.py`, `training_data.py` (what training asks of a data module), `datamodule.py` (all of it, for Lightning).
 """
 
 from nlgmoe.data.accumulation import BatchRampUp
@@ -18,6 +18,7 @@ from nlgmoe.data.pocket_pile import PocketPile
 from nlgmoe.data.sources import EvaluationSource, PackedSource, Sample, TokenSource
 from nlgmoe.data.streaming.streamed_text import StreamedText
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
+from nlgmoe.data.training_data import TrainingData
 
 __all__ = [
     "BatchRampUp",
@@ -37,5 +38,6 @@ __all__ = [
     "Streams",
     "TokenSource",
     "Tokenizer",
+    "TrainingData",
     "load_tokenizer",
 ]

@@ -7,14 +7,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.corpus import Corpus, OpenCorpus
-from nlgmoe.data.description import differing
 from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.pocket_pile import PocketPile
@@ -22,6 +20,7 @@ from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset,
 from nlgmoe.data.sources import CursorSource, Sample, TokenSource, count_domain_windows
 from nlgmoe.data.streaming.cursors import Cursors
 from nlgmoe.data.text_facts import TextFacts
+from nlgmoe.data.training_data import TrainingData
 from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
@@ -31,7 +30,7 @@ EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change what `
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
 
 
-class PileDataModule(TextFacts, LightningDataModule):
+class PileDataModule(TextFacts, TrainingData):
     """A corpus as batches of packed sequences.
 
     A batch is a dict: `tokens` and `targets` int64 [B, T], `token_mask` bool [B, T] (False = padding), `domain` int64 [B],
@@ -226,20 +225,16 @@ class PileDataModule(TextFacts, LightningDataModule):
     # ---- state
 
     def advance(self, samples: int) -> None:
-        """Count the samples of an optimizer step, over all ranks; loaded samples do not count."""
-        assert samples >= 0
-        self.samples_consumed += samples
+        """Count the samples of an optimizer step, over all ranks."""
+        super().advance(samples)
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `samples_consumed`, the `fingerprint`, a description of the `corpus`, and what was validated.
+        """Return also what was validated.
 
         With a `CursorSource` also the `cursors` of all streams; then this is a collective.
         """
-        state = {
-            "samples_consumed": self.samples_consumed,
-            "fingerprint": self.fingerprint(),
-            "corpus": self.corpus_description,
+        state = super().state_dict() | {
             "validation": self._validation_fingerprint,
             "validated_windows": self._validated_windows(),
             **{name: getattr(self, name) for name in EVALUATION_MASKS},
@@ -248,26 +243,12 @@ class PileDataModule(TextFacts, LightningDataModule):
         return state | ({"cursors": cursors} if cursors else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a checkpoint's run.
+        """Resume a checkpoint's run; warn if other text is validated than in that run.
 
         Raises:
-            ValueError: the run had other data, or another order. Evaluation compares only the tokenizer.
+            SettingError: the run had other data. Evaluation compares only the tokenizer.
         """
-        ours, theirs = self.fingerprint(), state_dict["fingerprint"]
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            ours = {"tokenizer": ours["tokenizer"]}
-        if "order" in ours and theirs.get("order") != ours["order"]:
-            raise SettingError(
-                f"The checkpoint's run took its samples in another order ({theirs.get('order', 'an older one')} there, "
-                f"{ours['order']} here): resume it with the version of nlgmoe that saved it, or start a new run from its "
-                "weights with model.warm_start.checkpoint."
-            )
-        if changes := differing(theirs, ours, state_dict.get("corpus", {}), self.corpus_description):
-            raise SettingError(
-                f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
-                "options as in that run to resume it, or start a new run from its weights with "
-                "model.warm_start.checkpoint."
-            )
+        super().load_state_dict(state_dict)
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         before, now = state_dict.get("validated_windows"), self._validated_windows() if fits else None
         masks = {name: (state_dict.get(name, getattr(self, name)), getattr(self, name)) for name in EVALUATION_MASKS}
@@ -285,7 +266,6 @@ class PileDataModule(TextFacts, LightningDataModule):
                 f"{change}: val/loss and the best scores of ModelCheckpoint and EarlyStopping before and after are not "
                 "comparable"
             )
-        self.samples_consumed = state_dict["samples_consumed"]
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:

@@ -20,7 +20,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nlgmoe.batch import Batch, HasTokenizer
+from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.folder import REPLACED, TensorFiles, is_complete, read_document
 from nlgmoe.checkpoint.layout import (
@@ -33,6 +33,7 @@ from nlgmoe.checkpoint.layout import (
 from nlgmoe.checkpoint.newest import checkpoint_path, find_checkpoint, is_checkpoint, saved_steps
 from nlgmoe.checkpoint.warm_start import has_same_ids
 from nlgmoe.config import GPTConfig
+from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.device import free_cached_memory
 from nlgmoe.distill.distiller import check_loss
 from nlgmoe.distill.teacher_logits import weights_of
@@ -112,9 +113,7 @@ class MixtureOfStudents:
         self.release()
         if self.loss_weight == 0:
             return
-        self.load(
-            student.config, student.token_embedding.weight, getattr(trainer, "datamodule", None), trainer.strategy
-        )
+        self.load(student.config, student.token_embedding.weight, training_data(trainer), trainer.strategy)
 
     def load(self, student: GPTConfig, like: Tensor, data: Any, strategy: Any = None) -> tuple[Path, dict[str, Any]]:
         """Load the teacher, with the device and dtype of `like`. Returns the checkpoint and its document.
@@ -262,11 +261,12 @@ def _check(teacher: GPTConfig, student: GPTConfig, path: Path) -> None:
         )
 
 
-def _check_tokenizer(document: dict[str, Any], data: Any, path: Path) -> None:
+def _check_tokenizer(document: dict[str, Any], data: TrainingData | None, path: Path) -> None:
     """Compare the tokenizers of both runs, if both data modules recorded theirs, and that of a checkpoint without a run."""
     if data is None:
         return
-    if isinstance(data, HasTokenizer) and not has_same_ids(data.tokenizer_json(), path):
+    tokenizer = data.tokenizer_json()
+    if tokenizer is not None and not has_same_ids(tokenizer, path):
         raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
         )

@@ -9,18 +9,24 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nlgmoe.batch import Batch, HasSampleNumbers
+from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.description import differing
+from nlgmoe.data.training_data import training_data
 from nlgmoe.device import to_device
 from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, samples_until
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import SettingError, require, type_for
+
+_UNNUMBERED = (
+    "the data module does not number its samples, so that nothing can be looked up; use nlgmoe.PileDataModule, or "
+    "nlgmoe.MixtureOfStudents"
+)
 
 
 class OfflineTeacher:
@@ -99,6 +105,8 @@ class OfflineTeacher:
         """
         if self._found is None:
             return None
+        if "samples" not in batch:
+            raise SettingError(f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
         tokens = batch["tokens"]
         ids, log_probs = (
             to_device(torch.from_numpy(part), tokens.device).flatten(0, 1)
@@ -127,15 +135,12 @@ class OfflineTeacher:
 
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
         """Check that the logits are of this run's data, and cover every sample that it distils."""
-        where, data = f"model.distiller.logits={self.logits}", getattr(trainer, "datamodule", None)
-        if not isinstance(data, HasSampleNumbers):
-            raise SettingError(
-                f"{where}: the data module does not number its samples, so that nothing can be looked up; use "
-                "nlgmoe.PileDataModule, or nlgmoe.MixtureOfStudents"
-            )
+        where, data = f"model.distiller.logits={self.logits}", training_data(trainer)
+        if data is None:
+            raise SettingError(f"{where}: {_UNNUMBERED}")
         here = {**data.fingerprint(), "document_attention": data.document_attention}
         there = {**header["data"], "document_attention": header["document_attention"]}
-        if changes := differing(there, here, header.get("corpus", {}), getattr(data, "corpus_description", {})):
+        if changes := differing(there, here, header.get("corpus", {}), data.corpus_description):
             raise SettingError(
                 f"{where} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"

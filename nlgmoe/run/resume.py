@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from nlgmoe.batch import TracksSamples
 from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.data.training_data import training_data
 
 # What this file sets of Lightning 2.6's progress state, and why:
 #
@@ -144,14 +144,14 @@ def warn_of_repeated_data(trainer: Trainer) -> None:
 
     Of data with an end and without a state Lightning warns.
     """
-    data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
-    if trainer.global_step == 0 or isinstance(data, TracksSamples):
+    if trainer.global_step == 0 or training_data(trainer) is not None:
         return
+    data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
     keeps = data is not None and is_overridden("state_dict", data)
     if loader is not None and all(isinstance(one, _Stateful) for one in loader.flattened):
         rank_zero_warn(
             f"the run goes on at step {trainer.global_step} from the state_dict of its own dataloader, which may repeat or skip "
-            "a micro-batch; a data module that counts samples (nlgmoe.batch.TracksSamples) does neither"
+            "a micro-batch; a data module of nlgmoe.data.TrainingData does neither"
         )
     elif trainer.num_training_batches == math.inf and not keeps:
         rank_zero_warn(
@@ -170,8 +170,8 @@ def check_new_run(trainer: Trainer, tokens: int) -> None:
     Raises:
         AllRanksError: trainer, module or data are those of an earlier run.
     """
-    data = getattr(trainer, "datamodule", None)
-    samples = data.samples_consumed if isinstance(data, TracksSamples) else 0
+    data = training_data(trainer)
+    samples = 0 if data is None else data.samples_consumed
     if trainer.ckpt_path is None and (trainer.global_step or tokens or samples):
         raise AllRanksError(
             f"a new run cannot begin with a trainer at step {trainer.global_step}, a module that has seen {tokens} tokens or "

@@ -24,6 +24,7 @@ from nlgmoe.data.corpus import Streams
 from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket_pile import read_texts, text_path
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.validation import SettingError
 from tests.data.conftest import make_documents, tokens_of
 
 Make = Callable[..., PileDataModule]
@@ -216,11 +217,10 @@ def test_another_part_of_the_validation_text_is_warned_of_when_a_run_goes_on(mak
 
 
 def test_a_run_whose_samples_came_in_another_order_is_refused(make_data: Make) -> None:
-    """Runs of versions that stored the order as an array."""
     state = make_data().state_dict()
     del state["fingerprint"]["order"]
     with pytest.raises(
-        ValueError, match=r"in another order \(an older one there, feistel-8 here\): resume it with the ver"
+        SettingError, match=r"order \(None there, feistel-8 here\)\. Set the data options as in that run"
     ):
         make_data().load_state_dict(state)
 

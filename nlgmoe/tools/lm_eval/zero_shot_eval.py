@@ -10,9 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.batch import HasTokenizer
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, describe
 
@@ -99,7 +99,8 @@ class ZeroShotEval(Callback):
             self._latest, self._warned = {"step": 0, "tokens": 0}, set()
         from nlgmoe.tools.lm_eval.tasks import Tasks
 
-        if not isinstance(getattr(trainer, "datamodule", None), HasTokenizer):
+        data = training_data(trainer)
+        if data is None or data.tokenizer_json() is None:
             raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
         self._tasks = Tasks(self.names, self.data_dir, self.include_path, self.num_fewshot)
 

@@ -1,0 +1,126 @@
+"""`TrainingData`: what training asks of a data module, so that a run resumes exactly, on any number of ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from nlgmoe.data.description import differing
+from nlgmoe.validation import SettingError
+
+
+class TrainingData(LightningDataModule, ABC):
+    """A data module whose batches are a function of the samples trained on.
+
+    `train_dataloader` returns this rank's micro-batches (`nlgmoe.batch.Batch`) from sample `samples_consumed` on: R ranks with
+    micro-batches of B sequences take samples `R * B * i` to `R * B * (i + 1) - 1` in micro-batch i, rank 0 the first B. A
+    loader that reads ahead does not count: training calls `advance` after each optimizer step.
+
+    Other data modules and dataloaders train too; a resumed run may then repeat or skip data (docs/data.md).
+
+    Attributes:
+        samples_consumed: samples trained on, over all ranks; saved in checkpoints.
+        document_attention: true if batches contain `document`.
+    """
+
+    samples_consumed: int = 0
+    document_attention: bool = False
+
+    @property
+    @abstractmethod
+    def domains(self) -> list[str]:
+        """Names of the domains, by which the loss is logged; a batch's `domain` indexes them."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str | int]:
+        """Return the settings, by name, that determine a sample's tokens together with its number."""
+
+    @abstractmethod
+    def batch_size_after(self, samples: int) -> int:
+        """Return the sequences of the optimizer step after the first `samples`, over all ranks."""
+
+    def planned_batch_size(self) -> int | None:
+        """Return the sequences of the next optimizer step, over all ranks; None if all steps have the same size."""
+        return None
+
+    def has_equal_batches(self) -> bool:
+        """Return True if each micro-batch of training has as many tokens on every rank, padding included.
+
+        Expert parallelism then need not wait for the number of rows that it sends (`MoELayer.equal_batches`).
+        """
+        return False
+
+    def largest_batch(self, stage: str) -> tuple[str, int] | None:
+        """Return a setting, and the sequences of a rank's largest micro-batch that it leads to; None if not known.
+
+        Args:
+            stage: Lightning's: "fit" for training, "test" for the test split, else validation.
+        """
+        return None
+
+    def tokenizer_json(self) -> str | None:
+        """Return the tokenizer in the format of the `tokenizers` library, for checkpoints; None if there is none."""
+        return None
+
+    def token_byte_lengths(self) -> Tensor:
+        """Return the bytes of text that each token id spells, `[V]`; zeros: the loss per byte is not logged."""
+        return torch.zeros(self.vocab_size)
+
+    def token_spellings(self) -> list[bytes] | None:
+        """Return the bytes of text that each token id stands for, `[V]`; None if not known."""
+        return None
+
+    @property
+    def domain_shares(self) -> list[float] | None:
+        """Share of each domain in the training samples, `[D]`, if its settings determine it; else None."""
+        return None
+
+    @property
+    def corpus_description(self) -> dict[str, Any]:
+        """Description of the training tokens' sources, with which a message names what differs."""
+        return {}
+
+    def advance(self, samples: int) -> None:
+        """Count the samples of an optimizer step, over all ranks."""
+        self.samples_consumed += samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `samples_consumed`, the `fingerprint`, and a description of the `corpus`."""
+        return {
+            "samples_consumed": self.samples_consumed,
+            "fingerprint": self.fingerprint(),
+            "corpus": self.corpus_description,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume a checkpoint's run, or evaluate it.
+
+        Raises:
+            SettingError: the run had other data. Evaluation compares only the tokenizer.
+        """
+        ours, theirs = self.fingerprint(), state_dict["fingerprint"]
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            ours = {name: value for name, value in ours.items() if name == "tokenizer"}
+        if changes := differing(theirs, ours, state_dict.get("corpus", {}), self.corpus_description):
+            raise SettingError(
+                f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
+                "options as in that run to resume it, or start a new run from its weights with "
+                "model.warm_start.checkpoint."
+            )
+        self.samples_consumed = state_dict["samples_consumed"]
+
+
+def training_data(trainer: Trainer | None) -> TrainingData | None:
+    """Return the trainer's data module if it is `TrainingData`."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, TrainingData) else None
