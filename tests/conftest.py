@@ -88,10 +88,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """A test that trains with `ExpertParallelStrategy` in this process leaves no process group to the tests after it."""
+    """A test that trains on one rank in this process leaves no process group and no launcher's variables to the tests after it."""
+    variables = dict(os.environ)
     yield
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 @pytest.fixture(scope="session")
