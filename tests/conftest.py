@@ -88,7 +88,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """A test that trains on one rank in this process leaves no process group and no launcher's variables to the tests after it."""
+    """A test that trains on one rank in this process leaves no process group, and no launcher's variables, to others."""
     variables = dict(os.environ)
     yield
     if distributed.is_initialized():
