@@ -54,8 +54,9 @@ class MoEConfig:
             first, or the `argmax`; in evaluation it is the `argmax`.
         loss_coeff: weight of the load-balancing loss (`layers/balance.py`), which is summed over the MoE layers.
         z_loss_coeff: weight of the router z-loss, which is summed over the MoE layers.
-        aux_scope: the load-balancing loss is computed from the loads of all data-parallel ranks together (`global`) or of
-            each rank alone (`rank`, as in DeepSpeed).
+        aux_scope: the load-balancing loss is computed from the loads of each rank's micro-batch alone (`rank`, as in DeepSpeed:
+            any number of ranks computes the same), or of the micro-batches of all ranks together (`global`: depends on the
+            number of ranks).
         router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); its `uses`
             lists the fields from `train_capacity_factor` to `aux_scope` that it reads. null: the paper's, which reads all.
         expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
@@ -78,7 +79,7 @@ class MoEConfig:
     second_expert: Literal["sample", "argmax"] = "sample"
     loss_coeff: float = 0.01
     z_loss_coeff: float = 0.0
-    aux_scope: Literal["global", "rank"] = "global"
+    aux_scope: Literal["rank", "global"] = "rank"
     router: RouterConfig | None = None
     expert: ExpertConfig | None = None
 

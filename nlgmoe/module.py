@@ -9,7 +9,6 @@ from copy import copy
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -28,7 +27,7 @@ from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepG
 from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.run.resume import Resuming, check_new_run
+from nlgmoe.run.resume import Resuming, StepSize, check_new_run
 from nlgmoe.run_checks import warn_about_end
 
 
@@ -86,7 +85,6 @@ class MoEGPTModule(GPTModule):
         self._window = Window()
         self._stops_after_step = False
         self._resuming = Resuming()
-        self._step_samples: int | None = None  # sequences of the last optimizer step, over all ranks
 
     @property
     def tokens_fed(self) -> int:
@@ -188,7 +186,8 @@ class MoEGPTModule(GPTModule):
         if (data := training_data(self.trainer)) is not None:
             planned = data.planned_batch_size()
             data.advance(self._window.samples)
-        self._warn_of_another_batch(self._window.samples, planned)
+        step = StepSize(self._window.samples, self.trainer.world_size, len(self._window.batches))
+        self._resuming.end_step(self.trainer, step, planned, self.config.moe)
         if self._window.taken:
             self._learning_routers.after_step()
         self._window = Window()
@@ -211,18 +210,6 @@ class MoEGPTModule(GPTModule):
         """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step."""
         if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
             self.trainer.should_stop, self._stops_after_step = False, True
-
-    def _warn_of_another_batch(self, samples: int, planned: int | None) -> None:
-        """Warn if a resumed run's step has neither as many sequences as the last one nor as many as `batch_ramp_up` plans."""
-        loop = self.trainer.fit_loop.epoch_loop
-        if loop._num_ready_batches_reached() and loop.batch_idx + 1 > len(self._window.batches):
-            return  # an epoch's last step may have fewer
-        if self.trainer.ckpt_path is not None and self._step_samples not in (None, samples) and samples != planned:
-            rank_zero_warn(
-                f"a step had {self._step_samples} sequences when the checkpoint was saved, now it has {samples}; "
-                f"data.global_batch_size={self._step_samples} keeps it the same on any number of ranks"
-            )
-        self._step_samples = samples
 
     @override
     def on_fit_start(self) -> None:
@@ -289,7 +276,6 @@ class MoEGPTModule(GPTModule):
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
-            "step_samples": self._step_samples,
             "non_finite": self.guard.state_dict(),
             "seed": self.seed,
         }
@@ -316,7 +302,7 @@ class MoEGPTModule(GPTModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))
-        self.tokens_seen, self._step_samples = checkpoint["tokens_seen"], checkpoint["step_samples"]
+        self.tokens_seen = checkpoint["tokens_seen"]
         self.started_from = checkpoint.get("started_from")
         self.guard.load_state_dict(checkpoint["non_finite"])
         if fits:

@@ -61,7 +61,6 @@ def write_weights(
             "pytorch-lightning_version": lightning.__version__,
             "model_config": config.to_dict(),
             "tokens_seen": tokens_seen,
-            "step_samples": None,
             "non_finite": {"skipped": 0, "in_a_row": 0},
             "seed": 0,
         }

@@ -22,7 +22,7 @@ from nlgmoe.layers.counts import requests_per_expert
 from nlgmoe.layers.router import Routing
 
 
-def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "rank"] = "rank") -> tuple[Tensor, Tensor]:
+def router_losses(routings: Sequence[Routing], aux_scope: Literal["rank", "global"] = "rank") -> tuple[Tensor, Tensor]:
     """Compute the load-balancing loss and the z-loss of a micro-batch, two scalars in at least fp32, without coefficients.
 
     The balance loss of a layer is 1 when balanced, E when all tokens choose one expert. Its fraction counts assignments before
@@ -31,8 +31,8 @@ def router_losses(routings: Sequence[Routing], aux_scope: Literal["global", "ran
 
     Args:
         routings: of the MoE layers, one at least.
-        aux_scope: `global` uses the loads of all ranks together: the mean of the ranks' losses is then the loss of their whole
-            batch, and so is its gradient. A collective.
+        aux_scope: `rank` uses this rank's loads; `global` uses the loads of all ranks together: the mean of the ranks' losses
+            is then the loss of their whole batch, and so is its gradient. A collective.
     """
     dtype = routings[0].weight.dtype
     loads = [_counted(routing).to(dtype) for routing in routings]  # [E] each

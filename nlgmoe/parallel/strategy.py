@@ -282,7 +282,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the coming step."""
         assert self._gradients is not None
-        _require_all_trained(self._gpt)  # a callback may freeze one in the middle
+        _check_parameters(self._gpt)  # a callback may freeze one in the middle
         return self._gradients.of_step()
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
@@ -300,7 +300,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         """Create the engine, also for a device without an index, which the base class requires."""
         import deepspeed
 
-        _require_all_trained(model)
+        _check_parameters(model)
         index = self.root_device.index
         engine, engine_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
@@ -401,15 +401,23 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             distributed.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
 
 
-def _require_all_trained(model: nn.Module) -> None:
-    """Check that no parameter is frozen: ZeRO's optimizer takes zeros for its gradient, and moves it on.
+def _check_parameters(model: nn.Module) -> None:
+    """Check for parameters that DeepSpeed cannot train.
+
+    ZeRO's optimizer takes zeros for the gradient of a frozen one, and moves it on; `_broadcast_model` (0.19.8) sends bytes, as
+    which a tensor without dimension cannot be viewed.
 
     Raises:
-        AllRanksError: one is.
+        AllRanksError: there is one.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             raise AllRanksError(
                 "trainer.strategy=ExpertParallelStrategy trains all parameters, and requires_grad of "
                 f"{name} is False; train on one process or with ddp_find_unused_parameters_true, or leave it True"
+            )
+        if parameter.dim() == 0:
+            raise AllRanksError(
+                f"trainer.strategy=ExpertParallelStrategy: DeepSpeed cannot send {name} to other ranks, because it has no "
+                "dimension; give it the shape [1]"
             )

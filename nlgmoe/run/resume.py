@@ -7,6 +7,7 @@ validated and was not, the run begins with that validation. A run resumed at its
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning import Trainer
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.config import MoEConfig
 from nlgmoe.data.training_data import training_data
 
 # What this file sets of Lightning 2.6's progress state, and why:
@@ -27,6 +29,21 @@ from nlgmoe.data.training_data import training_data
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
 #   should_stop                 to False in `on_fit_start`: a `Timer` may have set it there, with the same effect
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The size of an optimizer step.
+
+    Attributes:
+        samples: sequences, over all ranks.
+        ranks: number of ranks.
+        micro_batches: accumulated micro-batches of a rank.
+    """
+
+    samples: int
+    ranks: int
+    micro_batches: int
 
 
 class Resuming:
@@ -42,10 +59,27 @@ class Resuming:
         self.validation_due = self.at_end = False
         self._validated: int | None = None  # step of the last validation
         self._max_steps: int | None = None  # the trainer's, while it is set to -1
+        self._step: StepSize | None = None  # of the last step
 
     def end_validation(self, trainer: Trainer) -> None:
         """Note that a validation of the fit has ended."""
         self._validated = trainer.global_step
+
+    def end_step(self, trainer: Trainer, step: StepSize, planned: int | None, moe: MoEConfig | None) -> None:
+        """Note the size of a step, and warn if that of a resumed run differs.
+
+        Args:
+            trainer: of the fit.
+            step: its size.
+            planned: sequences that `batch_ramp_up` plans for it, over all ranks.
+            moe: of the model.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if loop._num_ready_batches_reached() and loop.batch_idx + 1 > step.micro_batches:
+            return  # an epoch's last step may have fewer
+        if trainer.ckpt_path is not None and self._step is not None:
+            warn_of_another_size(self._step, step, planned, moe)
+        self._step = step
 
     def save(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Add to Lightning's dictionary whether a validation is left, and set its loops to the last optimizer step."""
@@ -54,6 +88,7 @@ class Resuming:
             del checkpoint["loops"]  # nothing has been trained on: to resume is to start
             return
         validated = self._validated == step
+        checkpoint["step_size"] = None if self._step is None else asdict(self._step)
         checkpoint |= {"validated": validated, "validation_due": self.validation_due and not validated}
         set_progress(checkpoint, trainer.accumulate_grad_batches)
 
@@ -61,6 +96,7 @@ class Resuming:
         """Take it from Lightning's dictionary, before the trainer reads that."""
         self.validation_due = checkpoint.get("validation_due", False)
         self._validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
+        self._step = StepSize(**size) if (size := checkpoint.get("step_size")) else None
         if "loops" not in checkpoint:
             return
         set_progress(checkpoint, trainer.accumulate_grad_batches, saved=True)
@@ -137,6 +173,27 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
             ("ready", "started", "processed", "completed"), 0
         )
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+
+
+def warn_of_another_size(before: StepSize, now: StepSize, planned: int | None, moe: MoEConfig | None) -> None:
+    """Warn if a resumed run's steps differ in size from those of the checkpoint's run; see `Resuming.end_step`."""
+    if now.samples not in (before.samples, planned):
+        rank_zero_warn(
+            f"a step had {before.samples} sequences when the checkpoint was saved, now it has {now.samples}; "
+            f"data.global_batch_size={before.samples} keeps it the same on any number of ranks"
+        )
+        return
+    old, new = before.ranks * before.micro_batches, now.ranks * now.micro_batches
+    if moe is not None and old != new:
+        rank_zero_warn(
+            f"a step had {old} micro-batches over all ranks when the checkpoint was saved, now it has {new}: each has its own "
+            "capacity and balance loss; data.micro_batch_size as it was keeps the losses the same"
+        )
+    if moe is not None and moe.aux_scope == "global" and before.ranks != now.ranks:
+        rank_zero_warn(
+            f"model.config.moe.aux_scope=global balances the load over {now.ranks} ranks together, and did over {before.ranks} "
+            "when the checkpoint was saved: the balance loss differs"
+        )
 
 
 def warn_of_repeated_data(trainer: Trainer) -> None:

@@ -631,8 +631,8 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
     "fp16 alone": (flag("--trainer.precision=16-true"), "trainer.precision=16-true trains in fp16 alone"),
     "a checkpoint without what the trainer restores": (
-        broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one.pop("step_samples"))),
-        "broken.ckpt: its state cannot be restored (KeyError: 'step_samples'); use another checkpoint",
+        broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one.pop("non_finite"))),
+        "broken.ckpt: its state cannot be restored (KeyError: 'non_finite'); use another checkpoint",
     ),
     "a step in place of a layer's": (
         broken_to_resume(

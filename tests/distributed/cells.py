@@ -78,7 +78,7 @@ class Cell:
     degree: int = 1
     stage: int = 2
     experts: int | list[int] = 4
-    moe: dict[str, Any] = field(default_factory=lambda: {"token_dropping": False})
+    moe: dict[str, Any] = field(default_factory=lambda: {"token_dropping": False, "aux_scope": "global"})
     layers: int = 4
     accumulate: int = 1
     clip: float = 0.5  # bites: the gradient's norm is about 1
@@ -99,7 +99,8 @@ class Cell:
         """Whether each rank routes for itself: capacity, or statistics of its own."""
         router = self.moe.get("router")
         drops = self.moe.get("token_dropping", router is None or "token_dropping" in router.uses)
-        return drops or self.moe.get("aux_scope") == "rank"
+        balances = router is None or "aux_scope" in router.uses
+        return drops or (balances and self.moe.get("aux_scope", "rank") == "rank")
 
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""

@@ -72,9 +72,14 @@ from tests.distributed.cells import (
 )
 from tests.synthetic import SyntheticData
 
-DROPLESS = {"token_dropping": False}
+DROPLESS = {"token_dropping": False, "aux_scope": "global"}
 SHAPES = {"expert_interval": 1, "mlp_type": "residual", "expert_ffn_size": 48, "shared_ffn_size": 64}
-LEARNING = {"top_k": 2, "router": nlgmoe.SigmoidTopK(0.01, sequence_loss_coeff=0.1), "expert": SwiGLUExpert(8)}
+LEARNING = {
+    "token_dropping": False,
+    "top_k": 2,
+    "router": nlgmoe.SigmoidTopK(0.01, sequence_loss_coeff=0.1),
+    "expert": SwiGLUExpert(8),
+}
 SHARP = {"router": nlgmoe.SoftmaxTopK(gate_scale=2.0, init_std=0.2), "mlp_type": "residual"}
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
 PYRAMID = [2, 4, 8]
@@ -106,7 +111,7 @@ CELLS: dict[int, list[Cell]] = {
         Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}, steps=20),
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | SHAPES, network="swiglu", steps=5),
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}),
-        Cell("router that learns from steps", 2, 2, moe=DROPLESS | LEARNING, accumulate=2),
+        Cell("router that learns from steps", 2, 2, moe=LEARNING, accumulate=2),
         Cell(
             "hash router", 2, 2, moe={"router": nlgmoe.HashRouterConfig(), "mlp_type": "residual"}, padded=True, steps=5
         ),
@@ -121,7 +126,7 @@ CELLS: dict[int, list[Cell]] = {
             steps=5,
         ),
         Cell("frozen router", 2, 2, moe=DROPLESS | {"router": nlgmoe.FrozenTopK()}, checkpointing=True, steps=5),
-        Cell("ddp, router that learns from steps", strategy="ddp", moe=DROPLESS | LEARNING, padded=True, steps=5),
+        Cell("ddp, router that learns from steps", strategy="ddp", moe=LEARNING, padded=True, steps=5),
     ],
     3: [Cell("six experts", 3, experts=6), Cell("4 and 6 experts", 3, 1, experts=[4, 6])],
     4: [
@@ -624,6 +629,15 @@ def test_frozen_parameters_are_refused_by_name() -> None:
         nlgmoe.ExpertParallelStrategy()._setup_model_and_optimizer(module, None)
 
 
+def test_a_parameter_without_dimension_is_refused_by_name() -> None:
+    module = nlgmoe.MoEGPTModule(nlgmoe.GPTConfig(61, 16, 2, 16, 2))
+    module.gpt.final_norm.temperature = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(
+        ValueError, match=r"cannot send model\.final_norm\.temperature to other .* give it the shape \[1\]"
+    ):
+        nlgmoe.ExpertParallelStrategy()._setup_model_and_optimizer(module, None)
+
+
 @cases(TOPOLOGIES)
 def test_every_topology_saves_what_it_loaded(ranks: int, cell: Cell, found: Found, checkpoint: Path) -> None:
     assert found[resume, cell.name]
@@ -696,6 +710,7 @@ def rest_of(path: Path) -> tuple[dict[str, Any], list[float]]:
     summary = document["callbacks"]["RunSummary"]
     assert document["callbacks"]["Throughput"].pop("elapsed") > 0
     document.pop("saved_at")
+    assert document.pop("step_size")["samples"] == SAMPLES
     for name in ("wall_seconds", "step_seconds", "peak_memory_bytes"):
         assert summary.pop(name) > 0
     assert summary.pop("validation_seconds") >= 0

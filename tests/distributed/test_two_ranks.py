@@ -12,6 +12,7 @@ from tests.distributed.test_ranks import CAPACITY, DROPLESS, assert_close
 CELLS = [
     Cell("two ranks, dropless, ZeRO 1", 2, 1, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2, padded=True),
     Cell("two ranks, capacity, ZeRO 2", 2, 2, moe=CAPACITY),
+    Cell("two ranks, nothing but defaults", 2, 2, moe={}),
 ]
 
 

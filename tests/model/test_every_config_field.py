@@ -60,7 +60,7 @@ MOE_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "random_token_selection": ({}, False, {"training"}),
     "noise": ({}, "jitter", {"training"}),
     "second_expert": ({"top_k": 2}, "argmax", {"training"}),
-    "aux_scope": ({}, "rank", {"training"}),
+    "aux_scope": ({}, "global", {"training"}),
     "loss_coeff": ({}, 1.0, {"loss"}),
     "z_loss_coeff": ({}, 1.0, {"loss"}),
     "router": ({"min_capacity": 4}, HashRouterConfig(), EVERYWHERE),

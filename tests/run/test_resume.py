@@ -1,6 +1,7 @@
 """A run that is killed, told to stop or ended, and then resumed, equals the undisturbed one bit for bit."""
 
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -18,7 +19,9 @@ from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
 from nlgmoe.config import MoEConfig
 from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.optim.token_schedule import SequenceCurriculum
-from tests.run.runs import CONFIG, TOKENS, assert_equal, fit, in_process, outcome
+from nlgmoe.run.resume import StepSize, warn_of_another_size
+from tests.run.runs import CONFIG, TOKENS, assert_equal, fit, in_process, make_trainer, module, outcome
+from tests.synthetic import SyntheticData
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "saves before validations": {},
@@ -194,3 +197,51 @@ def test_a_run_whose_time_is_over_takes_no_step_when_it_is_resumed(tmp_path: Pat
     for callbacks in ([waits], []):
         trainer = fit(tmp_path, *callbacks, max_time=timedelta(minutes=30))
         assert trainer.global_step == 6 and saved_steps(tmp_path)[-1] == 6
+
+
+STEP = StepSize(samples=8, ranks=2, micro_batches=1)
+AT_ONCE = MoEConfig(aux_scope="global")
+
+
+@pytest.mark.parametrize(
+    ("now", "planned", "moe", "warnings"),
+    [
+        (STEP, None, AT_ONCE, []),
+        (replace(STEP, ranks=1, micro_batches=2), None, MoEConfig(), []),
+        (replace(STEP, samples=12), 12, MoEConfig(), []),
+        (
+            replace(STEP, samples=12),
+            None,
+            MoEConfig(),
+            ["a step had 8 sequences .*, now it has 12; data.global_batch_si"],
+        ),
+        (replace(STEP, micro_batches=2), None, None, []),
+        (
+            replace(STEP, micro_batches=2),
+            None,
+            MoEConfig(),
+            ["had 2 micro-batches over all ranks .*, now it has 4: each"],
+        ),
+        (
+            replace(STEP, ranks=1, micro_batches=2),
+            None,
+            AT_ONCE,
+            ["over 1 ranks together, and did over 2 when the check"],
+        ),
+    ],
+)
+def test_a_resumed_run_warns_where_its_losses_depend_on_the_size_of_a_step(
+    now: StepSize, planned: int | None, moe: MoEConfig | None, warnings: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    warn_of_another_size(STEP, now, planned, moe)
+    assert len(recwarn) == len(warnings)
+    assert all(re.search(wanted, str(given.message)) for wanted, given in zip(warnings, recwarn, strict=True))
+
+
+def test_a_run_resumed_with_another_micro_batch_says_so(tmp_path: Path) -> None:
+    fit(tmp_path, max_steps=2)
+    trainer = make_trainer(tmp_path, save={}, max_steps=4, accumulate_grad_batches=1)
+    with pytest.warns(
+        UserWarning, match="a step had 2 micro-batches over all ranks .*, now it has 1: each has its own"
+    ):
+        trainer.fit(module(), datamodule=SyntheticData(micro_batch_size=8), ckpt_path="last")

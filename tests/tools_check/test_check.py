@@ -102,6 +102,14 @@ def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
 
 
+def test_a_parameter_without_dimension_is_named() -> None:
+    def temperature(module: MoELayer) -> None:
+        module.router.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
+
+    found = verdicts(broken(CAPACITY, temperature), {RANKS})[RANKS]
+    assert found.startswith("fail: router.temperature has no dimension")
+
+
 def test_ranks_find_outputs_of_other_slots() -> None:
     """Few slots may stay empty, so that ranks send them padded, as in training."""
     found = verdicts(broken(replace(CAPACITY, min_capacity=1), outputs_of_other_slots), {RANKS})[RANKS]

@@ -18,10 +18,12 @@ WORLDS = (2, 3)
 def ranks_equal_one_process(layer: Layer) -> str:
     """Compare outputs and averaged gradients of 2 and of 3 gloo ranks with those of one process.
 
-    With a capacity, of one that accumulates the ranks' micro-batches; dropless, of one with the whole batch.
+    By default of one that accumulates the ranks' micro-batches; dropless with `aux_scope: global`, of one with the whole batch.
     """
     if (placed := layer.on_ranks(2)) is None:
         raise NotApplicable("how to divide its experts over ranks is not known here")
+    if scalars := [name for name, parameter in placed.make().named_parameters() if parameter.dim() == 0]:
+        raise Failed(f"{scalars[0]} has no dimension: DeepSpeed cannot send it to other ranks; give it the shape [1]")
     if not distributed.is_available() or not distributed.is_gloo_available():
         raise NotApplicable("PyTorch has no gloo")
     with tempfile.TemporaryDirectory() as folder:

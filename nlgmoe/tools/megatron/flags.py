@@ -70,8 +70,8 @@ _EXPERTS = (
     Row(
         (Flag("--moe-loss-coeff", float, default=0.1, setting="model.config.moe.loss_coeff"),),
         "setting",
-        "`model.config.moe.loss_coeff`, `aux_scope: rank`",
-        "balanced within each rank; the default here, `global`, balances over all ranks",
+        "`model.config.moe.loss_coeff`",
+        "balanced within each rank, by default (`aux_scope`) here too",
     ),
     derived(
         "`trainer.strategy.init_args.expert_parallel_size`",
