@@ -8,15 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 # Of cgroups, version 2 and 1.
-_CONTAINER_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
 def default_device() -> str:
@@ -80,18 +78,6 @@ def peak_memory(device: torch.device) -> list[int]:
         return []
     module: Any = torch.get_device_module(device)
     return [module.max_memory_allocated(device), module.max_memory_reserved(device)]
-
-
-def total_memory(device: torch.device) -> int:
-    """Return the bytes of a device's memory; of a CPU, the smaller of the machine's memory and the container's limit."""
-    if device.type == "cpu":
-        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-        for file in _CONTAINER_LIMITS:
-            with suppress(OSError, ValueError):  # the file does not exist, or contains `max`
-                found.append(int(file.read_text()))
-        return min(found)
-    module: Any = torch.get_device_module(device)
-    return int(module.get_device_properties(device).total_memory)
 
 
 def free_cached_memory(device: torch.device) -> bool:

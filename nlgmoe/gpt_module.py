@@ -29,7 +29,7 @@ from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.refusals import check_trainer
 from nlgmoe.run.signals import leave_signals_to_callbacks
-from nlgmoe.run_checks import check_memory, check_vocabulary, require_compiler
+from nlgmoe.run_checks import check_vocabulary, require_compiler
 from nlgmoe.validation import require
 
 
@@ -131,7 +131,6 @@ class GPTModule(LightningModule):
         self._domain_loss = []  # without what an interrupted evaluation has left
         if (data := training_data(self.trainer)) is None:
             return
-        check_memory(self.config, self.curriculum, data, self.trainer, stage)
         check_vocabulary(self.config, data)
         self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), data.domain_shares)]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
 from copy import copy
 from typing import Any
 
@@ -22,12 +20,11 @@ from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
-from nlgmoe.model.first_non_finite import first_non_finite, first_non_finite_weight
 from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
 from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.run.resume import Resuming, StepSize, check_new_run
+from nlgmoe.run.resume import Resuming, StepSize, check_new_run, validate_by_steps
 from nlgmoe.run_checks import warn_about_end
 
 
@@ -103,7 +100,7 @@ class MoEGPTModule(GPTModule):
             # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
             batch = truncate(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
             self.log("train/seq_len", float(batch["tokens"].shape[1]))
-        loss, losses, self.routings = self._loss(batch, len(self._window.batches))
+        loss, losses, self.routings = self._loss(batch, len(self._window.losses))
         self.log("train/tokens", float(self.tokens_seen))
         self._window.add(batch, losses)
         self._learning_routers.count(self.routings)
@@ -134,21 +131,7 @@ class MoEGPTModule(GPTModule):
             self.log(name, value, prog_bar=name == "train/loss")
         self.log("train/grad_norm", norm)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        loss = sum(losses)
-
-        def find_source() -> str:
-            def losses_of(index: int) -> Iterable[Tensor]:
-                with self.trainer.precision_plugin.train_step_context():
-                    return self._loss(window.batches[index], index)[1].values()
-
-            return first_non_finite(
-                self.gpt, len(window.batches), losses_of, math.isfinite(loss), gradients.full_gradient
-            )
-
-        def bad_weight() -> str | None:
-            return first_non_finite_weight(self.gpt)
-
-        window.taken = self.guard.allows(step, loss, norm, gradients.can_lower_loss_scale, bad_weight, find_source)
+        window.taken = self.guard.allows(step, sum(losses), norm, self.gpt, window.losses, gradients)
         if not window.taken:
             gradients.discard()
         elif gradient_clip_val:
@@ -186,7 +169,7 @@ class MoEGPTModule(GPTModule):
         if (data := training_data(self.trainer)) is not None:
             planned = data.planned_batch_size()
             data.advance(self._window.samples)
-        step = StepSize(self._window.samples, self.trainer.world_size, len(self._window.batches))
+        step = StepSize(self._window.samples, self.trainer.world_size, len(self._window.losses))
         self._resuming.end_step(self.trainer, step, planned, self.config.moe)
         if self._window.taken:
             self._learning_routers.after_step()
@@ -226,6 +209,7 @@ class MoEGPTModule(GPTModule):
         that is resumed at its end is validated again.
         """
         check_new_run(self.trainer, self.tokens_seen)
+        validate_by_steps(self.trainer)
         self._resuming.begin(self.trainer, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
         self._window, self._stops_after_step = Window(), False
@@ -250,7 +234,7 @@ class MoEGPTModule(GPTModule):
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
-        self.guard.check_weights(self.trainer.global_step, first_non_finite_weight(self.gpt))
+        self.guard.check_weights(self.trainer.global_step, self.gpt)
 
     @override
     def on_train_end(self) -> None:

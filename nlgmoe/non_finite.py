@@ -11,7 +11,7 @@ them by its loss; after the last step the weights are checked themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -155,25 +155,17 @@ class StepGuard:
         self.skipped = self.in_a_row = 0
 
     def allows(
-        self,
-        step: int,
-        loss: float,
-        norm: float,
-        can_lower_loss_scale: Callable[[], bool | None],
-        bad_weight: Callable[[], str | None],
-        find_source: Callable[[], str],
+        self, step: int, loss: float, norm: float, model: nn.Module, losses: Sequence[Tensor], gradients: StepGradients
     ) -> bool:
-        """Return True if the step may be taken, False if it is to be skipped.
-
-        The functions are called only if the loss or the norm is not finite, on all ranks.
+        """Return True if the step may be taken, False if it is to be skipped. A collective if loss or norm is not finite.
 
         Args:
             step: its number, as in the logger.
-            loss: mean over its micro-batches and all ranks.
+            loss: sum of the logged losses, each the mean over micro-batches and ranks.
             norm: of its gradients.
-            can_lower_loss_scale: see `StepGradients`.
-            bad_weight: returns the name of a weight that is not finite, or None.
-            find_source: describes what else became non-finite first.
+            model: with the weights before the step.
+            losses: of each micro-batch of this rank.
+            gradients: of the step.
 
         Raises:
             NonFiniteError: the run is to stop; on every rank.
@@ -182,15 +174,15 @@ class StepGuard:
         if math.isfinite(value):
             self.in_a_row = 0
             return True
-        can_lower = can_lower_loss_scale()
+        can_lower = gradients.can_lower_loss_scale()
         if can_lower and math.isfinite(loss):
             self.skipped += 1
             return False
         fp16 = "" if can_lower is None else "trainer.precision=bf16-mixed, "
         problem = f"step {step}: the {name} is {value}; first not finite: "
-        if (weight := bad_weight()) is not None:
+        if (weight := first_bad_weight(model)) is not None:
             raise NonFiniteError(f"{problem}the weight {weight}; {_weight_remedy(fp16)}")
-        problem += find_source()
+        problem += _bad_loss(losses) if not math.isfinite(loss) else _bad_gradient(model, gradients)
         if self.settings.action == "stop":
             raise NonFiniteError(
                 f"{problem}; nothing was updated. Resume from the last checkpoint, or one before it, with {fp16}a lower "
@@ -206,17 +198,13 @@ class StepGuard:
         rank_zero_warn(f"{problem}; the step was skipped, {self.skipped} so far")
         return False
 
-    def check_weights(self, step: int, weight: str | None) -> None:
-        """Check the weights after the last step.
-
-        Args:
-            step: the number of steps taken.
-            weight: name of a weight that is not finite, or None.
+    def check_weights(self, step: int, model: nn.Module) -> None:
+        """Check the weights after the last of `step` steps. A collective.
 
         Raises:
             NonFiniteError: a weight is not finite; on every rank.
         """
-        if weight is not None:
+        if (weight := first_bad_weight(model)) is not None:
             raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {_weight_remedy()}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,3 +221,63 @@ def _weight_remedy(fp16: str = "") -> str:
         "an earlier step wrote it, which skipping steps cannot undo. Resume from the last checkpoint, or one before it, with "
         f"{fp16}a lower model.optimizer.lr"
     )
+
+
+def first_bad_weight(model: nn.Module) -> str | None:
+    """Return the first weight that holds NaN or infinity: `blocks.0.ffn.expand.bias on rank 1`; None if there is none.
+
+    A collective; all ranks get the same answer.
+    """
+    names, weights = zip(*model.named_parameters(), strict=True)
+    return _first_bad(names, [_finite(weight) for weight in weights], weights[0].device)
+
+
+def require_finite_logits(model: nn.Module, logits: Tensor) -> None:
+    """Check logits before they are used for text or a file.
+
+    Raises:
+        ValueError: a logit is NaN or infinite; the message names the first weight that is, if one is.
+    """
+    if _finite(logits):
+        return
+    bad = next((name for name, value in model.named_parameters() if not _finite(value)), None)
+    cause = f"the weight {bad} is not finite; use another checkpoint" if bad else "all weights are finite; use float32"
+    raise ValueError(f"the model's logits are NaN or infinite: {cause}")
+
+
+def _bad_loss(losses: Sequence[Tensor]) -> str:
+    """Name the first micro-batch with a loss that is not finite, and its ranks."""
+    names = [f"the loss of micro-batch {index + 1} of {len(losses)}" for index in range(len(losses))]
+    return _first_bad(names, [_finite(loss) for loss in losses], losses[0].device) or "the mean of finite losses"
+
+
+def _bad_gradient(model: nn.Module, gradients: StepGradients) -> str:
+    """Name the gradient that is not finite and nearest to the loss, and its ranks."""
+    names, weights = zip(*reversed(list(model.named_parameters())), strict=True)
+    finite = [_finite(gradients.full_gradient(weight)) for weight in weights]  # of all: ranks ask together
+    bad = _first_bad(names, finite, weights[0].device)
+    return f"the gradient of {bad}" if bad else "no single gradient, but their squares are too large for float32"
+
+
+def _finite(value: Tensor | None) -> bool:
+    return value is None or bool(value.detach().isfinite().all())
+
+
+def _first_bad(names: Sequence[str], finite: Sequence[bool], device: torch.device) -> str | None:
+    """Return the first name that is not finite on any rank, with those ranks: `name on rank 3`. A collective.
+
+    Names of other ranks may be those of other experts; their order is the same.
+    """
+    here = torch.tensor(finite, device=device)
+    everywhere = [here]
+    if distributed.is_initialized():
+        everywhere = [torch.empty_like(here) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everywhere, here)
+    bad = ~torch.stack(everywhere).cpu()  # [ranks, names]
+    if not bad.any():
+        return None
+    first = int(bad.any(0).nonzero()[0])
+    ranks = bad[:, first].nonzero().flatten().tolist()
+    if len(ranks) == len(bad) > 1:
+        return f"{names[first]} on all ranks"
+    return f"{names[first]} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -89,7 +89,7 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self.batches: list[Batch] = []
+        self.losses: list[Tensor] = []  # of each micro-batch of this rank
         self.samples = self.tokens = self.lengths = 0
         self.names: list[str] = []  # that the losses are logged under
         self.taken = False
@@ -99,18 +99,18 @@ class Window:
 
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         """Count one micro-batch; a collective."""
-        if self.batches and self.names != list(losses):
+        if self.losses and self.names != list(losses):
             raise ValueError(f"a step's micro-batches have other losses: {self.names} and {list(losses)}")
         samples, length = batch["tokens"].shape
         sizes = (samples, samples * length, samples * length**2)
-        means = torch.stack([value.detach().float() for value in losses.values()])
+        means = local = torch.stack([value.detach().float() for value in losses.values()])  # [names]
         if distributed.is_initialized():  # ranks may have batches of other sizes; float64 holds their numbers
             self._ranks = distributed.get_world_size()
             means = torch.cat([means.double(), *(means.new_full((1,), size, dtype=torch.float64) for size in sizes)])
             mean_over_ranks(means)
-        self._sums = self._sums + means if self.batches else means
+        self._sums = self._sums + means if self.losses else means
         self.names = list(losses)
-        self.batches.append(batch)
+        self.losses.append(local)
         self.samples += sizes[0] * self._ranks
         self.tokens += sizes[1] * self._ranks
         self.lengths += sizes[2] * self._ranks
@@ -120,7 +120,7 @@ class Window:
         *sums, norm_read = torch.cat([self._sums, norm.to(self._sums)[None]]).tolist()
         if self._ranks > 1:
             self.samples, self.tokens, self.lengths = (round(mean * self._ranks) for mean in sums[len(self.names) :])
-        return [value / len(self.batches) for value in sums[: len(self.names)]], norm_read
+        return [value / len(self.losses) for value in sums[: len(self.names)]], norm_read
 
 
 class LearningRouters:

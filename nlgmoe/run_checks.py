@@ -1,4 +1,4 @@
-"""Checks of a run before its first step: memory, tokenizer, compiler, and ends that come too early."""
+"""Checks of a run before its first step: tokenizer, compiler, and ends that come too early."""
 
 from __future__ import annotations
 
@@ -12,27 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.training_data import TrainingData, training_data
-from nlgmoe.device import missing_compiler, total_memory
-from nlgmoe.model.least_memory import check_fits
+from nlgmoe.device import missing_compiler
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from nlgmoe.validation import SettingError
-
-
-def check_memory(
-    config: GPTConfig, curriculum: SequenceCurriculum | None, data: TrainingData, trainer: Trainer, stage: str
-) -> None:
-    """Check that micro-batches can fit, before they are made and the system kills the process.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    value = 2 if "16" in str(trainer.precision) else 4
-    memory = total_memory(trainer.strategy.root_device)
-    for part in ("fit", "validate") if stage == "fit" and trainer.limit_val_batches else (stage,):
-        trains = part == "fit"
-        length = curriculum.start if trains and curriculum is not None else config.seq_len
-        if (largest := data.largest_batch(part)) is not None:
-            check_fits(config, *largest, length, value, trains, memory, trainer.world_size)
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:

@@ -8,7 +8,6 @@ from nlgmoe.callbacks.sample_text import SampleText
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.staged_distillation import StagedDistillation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.callbacks.validation_interval import ValidationInterval
 from nlgmoe.run.keeper import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
 
@@ -23,5 +22,4 @@ __all__ = [
     "StopOnSignal",
     "Throughput",
     "TokenProgressBar",
-    "ValidationInterval",
 ]

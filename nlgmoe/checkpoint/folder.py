@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from nlgmoe.validation import SettingError
 FORMAT = "nlgmoe-portable"
 VERSION = 2
 REMEDY = "use another checkpoint"
-REPLACED = "was replaced while it was read, as by a run that saves it; run this again, or give a checkpoint that stays"
 KINDS = ("model", "optimizer", "state")  # first part of the tensor files' names
 TOKENIZER = "tokenizer.json"
 DOCUMENT = {
@@ -108,35 +106,6 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not known or not all(isinstance(one, str) for one in sums):
         raise ValueError(f"{file} is not nlgmoe's; {REMEDY}")
     return manifest
-
-
-@contextmanager
-def unchanged(path: Path, since: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the `checkpoint.json`, and check that the checkpoint is not replaced in the block: it would be read of two steps.
-
-    Args:
-        path: of the checkpoint.
-        since: `checksum` of the manifest that was read before; None: of the manifest at the block's beginning.
-
-    Raises:
-        ValueError: as `read_document`; the run that saves the checkpoint, or another command, has replaced it.
-    """
-    if since is None and (path / "manifest.json").exists():  # else `read_document` says what is there instead
-        since = read_manifest(path)["checksum"]
-    document = read_document(path)
-    assert since is not None
-    yield document
-    require_unchanged(path, since)
-
-
-def require_unchanged(path: Path, checksum: str) -> None:
-    """Check that a checkpoint still has the manifest with this `checksum`.
-
-    Raises:
-        ValueError: it has been replaced.
-    """
-    if read_manifest(path)["checksum"] != checksum:
-        raise ValueError(f"{path} {REPLACED}")
 
 
 def _is_record(value: Any) -> bool:
@@ -293,6 +262,11 @@ def checksum_of_manifest(manifest: dict[str, Any]) -> str:
     """Compute the checksum of a manifest, over everything but its own `checksum`."""
     contents = {key: value for key, value in manifest.items() if key != "checksum"}
     return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
+
+
+def followed(path: Path) -> Path:
+    """Return the checkpoint that a link, such as `last.ckpt`, is to now: its run may move the link while others read."""
+    return path.parent / path.readlink() if path.is_symlink() else path
 
 
 def is_complete(path: Path) -> bool:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed
 
 from nlgmoe.checkpoint.agreement import AllRanksError
+from nlgmoe.checkpoint.folder import followed
 from nlgmoe.checkpoint.verify import gather_problems
 from nlgmoe.validation import SettingError, require
 
@@ -61,8 +62,9 @@ def is_checkpoint(path: str | Path) -> bool:
 def choose_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
-    All ranks verify a checkpoint together before one of them uses it, so that all raise the same error. A single process
-    verifies a checkpoint that was given while it reads it.
+    A link is followed once: the run that it belongs to may move it while the checkpoint is read. All ranks verify a checkpoint
+    together before one of them uses it, so that all raise the same error. A single process verifies a checkpoint that was given
+    while it reads it.
 
     Raises:
         AllRanksError: there is no valid checkpoint.
@@ -72,7 +74,7 @@ def choose_checkpoint(path: str | Path) -> Path:
     if is_checkpoint(path):
         if distributed.is_initialized() and (problems := gather_problems(path)):
             raise AllRanksError(f"{_summary(problems)}; use another checkpoint")
-        return path
+        return followed(path)
     steps = [saved_steps(path)]
     if distributed.is_initialized():
         distributed.broadcast_object_list(steps)
@@ -99,7 +101,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         AllRanksError: there is no valid checkpoint in the folder.
     """
-    return Path(path) if is_checkpoint(path) else choose_checkpoint(path)
+    return followed(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
 
 
 def _summary(problems: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_tokenizer, unchanged
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
@@ -77,7 +77,6 @@ def prune(
     num_experts: Sequence[int],
     kept: Sequence[Sequence[int]],
     overwrite: bool = False,
-    measured: str | None = None,
 ) -> GPTConfig:
     """Write the checkpoint.
 
@@ -87,17 +86,14 @@ def prune(
         num_experts: one for each MoE position.
         kept: experts to keep, for each MoE layer.
         overwrite: replace an older checkpoint when the new one is complete.
-        measured: checksum of the source's manifest when `kept` was measured; None: not compared.
 
     Returns:
         The new model's configuration.
 
     Raises:
-        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written; the
-            source was replaced.
+        ValueError: see `pruned_config`; `checkpoint` exists and `overwrite` is false; a file cannot be read or written.
     """
-    with unchanged(source, measured) as document:
-        files, tokenizer = TensorFiles(source, "model"), read_tokenizer(source)
+    document, files, tokenizer = read_document(source), TensorFiles(source, "model"), read_tokenizer(source)
     before = GPTConfig.from_dict(document["model_config"])
     config = pruned_config(before, num_experts)
     blocks = list(moe_blocks(before))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_tokenizer, unchanged
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
@@ -79,8 +79,7 @@ def upcycle(
     require(noise >= 0, f"noise={noise} must be at least 0; 0 makes exact copies")
     require(seed >= 0, f"seed={seed} must be at least 0")
     path = find_checkpoint(dense)
-    with unchanged(path) as document:
-        files, tokenizer = TensorFiles(path, "model"), read_tokenizer(path)
+    document, files, tokenizer = read_document(path), TensorFiles(path, "model"), read_tokenizer(path)
     dense_config = GPTConfig.from_dict(document["model_config"])
     require(
         dense_config.moe is None, f"{path} is no dense model: it has experts; use the checkpoint of one with moe=null"

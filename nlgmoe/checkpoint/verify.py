@@ -16,11 +16,12 @@ from nlgmoe.checkpoint.folder import (
     Contents,
     entry_problem,
     file_problems,
+    followed,
     kind_of,
     open_tensors,
+    read_document,
     read_manifest,
     read_tokenizer,
-    unchanged,
 )
 from nlgmoe.checkpoint.layout import Shapes, describe_differences, entry_shapes
 from nlgmoe.config import GPTConfig
@@ -37,13 +38,13 @@ def find_problems(path: str | Path, rank: int = 0, ranks: int = 1) -> Iterator[s
         ranks: number of parts.
     """
     try:
-        with unchanged(Path(path)) as document:
-            files = read_manifest(path)["files"]
-            read_tokenizer(path)
-            yield from file_problems(Path(path), files)
-            yield from _damaged_tensors(Path(path), files, rank, ranks)
-            if rank == 0:
-                yield from _model_differences(path, document, files)
+        path = followed(Path(path))
+        document, files = read_document(path), read_manifest(path)["files"]
+        read_tokenizer(path)
+        yield from file_problems(path, files)
+        yield from _damaged_tensors(path, files, rank, ranks)
+        if rank == 0:
+            yield from _model_differences(path, document, files)
     except (ValueError, OSError) as error:
         yield str(error).removesuffix(f"; {REMEDY}")
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # valid JSON that nlgmoe did not write

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.entries import EXPERT
-from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest, read_tokenizer, require_unchanged
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import (
     Entry,
     describe_differences,
@@ -91,7 +91,7 @@ def load_initial_weights(
     """
     with raise_on_all_ranks():
         path = find_checkpoint(start.checkpoint)
-        model_config, checksum = read_document(path)["model_config"], read_manifest(path)["checksum"]
+        model_config = read_document(path)["model_config"]
         files, shapes = TensorFiles(path, "model"), entry_shapes(model)
         stored = files.shapes
         sources = {name: name for name in stored}
@@ -118,8 +118,6 @@ def load_initial_weights(
                 entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
                 if on_entry is not None:
                     on_entry(entry, value)
-    with raise_on_all_ranks():  # all ranks have read it
-        require_unchanged(path, checksum)
     total, loaded = (sum(shapes[name].numel() for name in names) for names in (shapes, fitting))
     blocks = "" if start.layers is None else f", blocks {', '.join(map(str, start.layers))} (counted from 0)"
     more = "; differences:" if different else ""

@@ -3,7 +3,7 @@
     error: model.config.moe.top_k=9 (run.yaml, line 4) must be between 1 and the smallest num_experts (4)
 
 Exit code 2: the command line or a configuration is wrong, nothing was run. 1: it failed while running. 0: it ran to its end, or
-was told to stop while training and has saved (`callbacks/save_on_signal.py`). 128 + a signal's number: it was told to stop and
+was told to stop while training and has saved (`run/keeper.py`). 128 + a signal's number: it was told to stop and
 has not saved, such as 130 for Ctrl+C before training, or pressed twice. `NLGMOE_TRACEBACK=1` shows the traceback before the line.
 
 An error that all ranks have alike (`on_every_rank`: a wrong command, or what they agreed on) is printed by the first rank of each

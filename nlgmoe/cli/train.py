@@ -27,7 +27,7 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.callbacks.validation_interval import ValidationInterval
+from nlgmoe.checkpoint.newest import saved_steps
 from nlgmoe.cli.errors import UsageError, one_line_errors
 from nlgmoe.cli.explain import find_class
 from nlgmoe.cli.memory import configure_allocator
@@ -76,7 +76,6 @@ class TrainCLI(LightningCLI):
                     ExpertSpecialisation(),
                     RunSummary(),
                     PredictionFile(),
-                    ValidationInterval(),
                 ],
             },
             parser_class=TrainParser,
@@ -179,7 +178,9 @@ class TrainCLI(LightningCLI):
             ValueError: there is no checkpoint to start from; found out now, not after tokenising a corpus.
         """
         arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        if arguments.get("ckpt_path") is not None:
+        checkpoint = arguments.get("ckpt_path")
+        begins = checkpoint == "auto" and not saved_steps(Path(self.trainer.default_root_dir))
+        if checkpoint is not None and not begins:
             self.model.warm_start = None
         elif self.model.warm_start is not None:
             require_checkpoint(self.model.warm_start.checkpoint)

@@ -69,7 +69,7 @@ def prune_checkpoint(
     batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
     use = measure_use(loaded.model, batches)
     kept = most_used(use.weights, after)
-    prune(loaded.path, checkpoint, num_experts, kept, overwrite, loaded.checksum)
+    prune(loaded.path, checkpoint, num_experts, kept, overwrite)
 
     blocks = [block + 1 for block in moe_blocks(before)]
     for block, experts, weights in zip(blocks, kept, use.weights, strict=True):

@@ -107,7 +107,6 @@ class PileDataModule(TextFacts, TrainingData):
         self.max_eval_windows = max_eval_windows
         self.document_attention = document_attention
         self.mask_eod_loss = mask_eod_loss
-        self.samples_consumed = 0
         self._cursors = Cursors()
         self._cursor_source: CursorSource | None = None
         self._tokenizer_name = tokenizer
@@ -196,20 +195,6 @@ class PileDataModule(TextFacts, TrainingData):
             accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
             whole = self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
         return batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up)
-
-    def largest_batch(self, stage: str) -> tuple[str, int]:
-        """Return the setting for the size of a micro-batch, and the number of sequences in a rank's largest one.
-
-        Args:
-            stage: "fit" for training, "test" for the test split, else validation.
-        """
-        if stage == "fit":
-            return "data.micro_batch_size", self.micro_batch_size
-        tokens = self._opened().evaluation_tokens("test") if stage == "test" else None
-        tokens = tokens or self._opened().evaluation_tokens("validation") or []
-        windows = sum(count_domain_windows(tokens, self.seq_len, self.max_eval_windows))
-        of_a_rank = -(-windows // self._rank_and_world_size()[1])
-        return "data.eval_micro_batch_size", min(self.eval_micro_batch_size, of_a_rank)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Remove the cursors from a batch, and store them."""

@@ -60,14 +60,6 @@ class TrainingData(LightningDataModule, ABC):
         """
         return False
 
-    def largest_batch(self, stage: str) -> tuple[str, int] | None:
-        """Return a setting, and the sequences of a rank's largest micro-batch that it leads to; None if not known.
-
-        Args:
-            stage: Lightning's: "fit" for training, "test" for the test split, else validation.
-        """
-        return None
-
     def tokenizer_json(self) -> str | None:
         """Return the tokenizer in the format of the `tokenizers` library, for checkpoints; None if there is none."""
         return None

@@ -1,4 +1,4 @@
-"""Data-loading processes leave signals to the training process, which saves before it ends (`callbacks/save_on_signal.py`)."""
+"""Data-loading processes leave signals to the training process, which saves before it ends (`run/keeper.py`)."""
 
 from __future__ import annotations
 

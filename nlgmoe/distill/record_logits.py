@@ -41,7 +41,7 @@ from nlgmoe.distill.teacher_logits import (
 )
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
-from nlgmoe.model.first_non_finite import require_finite_logits
+from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 

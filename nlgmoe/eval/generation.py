@@ -19,8 +19,8 @@ from torch import Tensor
 from nlgmoe.eval.padding import pad_sequences
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
-from nlgmoe.model.first_non_finite import require_finite_logits
 from nlgmoe.model.gpt import GPT
+from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.validation import SettingError
 
 Prompts = Sequence[Sequence[int]] | Tensor

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from nlgmoe.checkpoint.folder import read_manifest, read_tokenizer, unchanged
+from nlgmoe.checkpoint.folder import read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import PRECISIONS
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.checkpoint.portable import load_model
@@ -27,14 +27,12 @@ class LoadedModel:
         model: the model, in evaluation mode.
         tokenizer: the tokenizer that the model was trained with.
         document: contents of `checkpoint.json`.
-        checksum: of the checkpoint's manifest.
     """
 
     path: Path
     model: GPT
     tokenizer: Tokenizer
     document: dict[str, Any]
-    checksum: str
 
 
 def load_pretrained(
@@ -58,15 +56,15 @@ def load_pretrained(
             more ids than the model.
     """
     path = find_checkpoint(checkpoint)
-    with unchanged(path) as document:
-        given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
-        found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
-        if found is None:
-            raise SettingError(
-                f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
-            )
-        model, checksum = load_model(path), read_manifest(path)["checksum"]
-    return LoadedModel(path, model.to(device, PRECISIONS.get(precision or "")), found, document, checksum)
+    document = read_document(path)
+    given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
+    found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
+    if found is None:
+        raise SettingError(
+            f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
+        )
+    model = load_model(path).to(device, PRECISIONS.get(precision or ""))
+    return LoadedModel(path, model, found, document)
 
 
 def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:

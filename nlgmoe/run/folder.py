@@ -2,12 +2,12 @@
 
     config.yaml  versions.json       settings and versions of the newest start
     starts/step-N.yaml               settings that held from step N on
-    metrics.csv  expert_load.csv     tables; a resumed run cuts them to the rows that its checkpoint counts
+    metrics.csv  expert_load.csv     tables; a resumed run cuts them to its step
     checkpoints/step-N.ckpt          written once, never replaced; last.ckpt and best.ckpt are links to two of them
     summary.json                     results of a run that has ended
 
 `fit` starts a run if the folder has no checkpoint, and resumes its newest valid one with `ckpt_path` `last` or `auto`. Any other
-checkpoint needs a folder without one: it begins a new run, whose starting step is saved first. A lock holds the folder while a
+checkpoint begins a new run, in a folder without checkpoints; its starting step is saved first. A lock holds the folder while a
 process trains in it. `validate`, `test` and `predict` take `last`, `best` or any path, and touch neither lock nor tables.
 """
 
@@ -242,7 +242,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 class RunFolder(SaveConfigCallback):
-    """Writes settings and versions into the run folder, and cuts its tables where a run is resumed."""
+    """Writes settings and versions into the run folder, and cuts `metrics.csv` where a run is resumed."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -257,7 +257,7 @@ class RunFolder(SaveConfigCallback):
         """Take the number of rows from a checkpoint of this folder."""
         own = Path(trainer.default_root_dir, FOLDER)
         if trainer.state.fn == TrainerFn.FITTING and _same(Path(checkpoint["path"]).parent, own):
-            self._rows = checkpoint.get("rows", 0)
+            self._rows = checkpoint.get("rows", count_rows(Path(trainer.default_root_dir, METRICS)))
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -291,7 +291,7 @@ class RunFolder(SaveConfigCallback):
         """
         self.already_saved = True
         folder, config, packages = Path(trainer.default_root_dir), copy.deepcopy(self.config), versions()
-        config.pop("ckpt_path", None)  # null in a file would count where the file follows the option
+        config.pop("ckpt_path", None)  # a null here would replace an earlier --ckpt_path
         text = self.parser.dump(config, skip_none=False)
         start = f"# {json.dumps(packages)}\n{text}"
         (folder / "starts").mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         monitor: metric of the best checkpoint, as a validation logs it; null: none is the best.
         mode: `min` if a lower value of the metric is better, `max` if a higher one is.
         save_before_validation: save every step that is validated, before its validation. If false, a signal during a validation
-            is obeyed at its end, and only steps that are saved anyway can be the best; for models whose checkpoint takes longer
-            than a validation.
+            is obeyed at its end (on several ranks after the next step), and only steps that are saved anyway can be the best; for
+            models whose checkpoint takes longer than a validation.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         self._unsaved: int | None = None  # the last step, unless it is saved
         # The starting step of a run that begins from the checkpoint of another; it is saved first.
         self._started_at = -1
-        self._saved_at = time.monotonic()
+        self._saved_at = 0.0
 
     @property
     def best_model_path(self) -> str:
@@ -89,7 +89,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Become the first callback: Lightning calls those that save last, when others have begun the next step."""
+        """Move to the front: Lightning puts callbacks that save behind all others, which by then have begun the next step."""
         if stage == "fit":
             self._folder, self._best = Path(trainer.default_root_dir), None
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -99,6 +99,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put damaged checkpoints of later steps aside, and note a starting step that the folder does not have."""
         super().on_train_start(trainer, pl_module)
+        self._saved_at = time.monotonic()
         here = trainer.strategy.broadcast(saved_steps(self._folder))
         require(
             trainer.ckpt_path is not None or not here,  # `RunTrainer` has checked it before
@@ -112,6 +113,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
             for step in here:
                 path = checkpoint_path(self._folder, step)
                 if step > trainer.global_step:
+                    writing.remove(path.with_name(f"{path.name}.damaged"))  # of an earlier start
                     path.rename(path.with_name(f"{path.name}.damaged"))
                     rank_zero_warn(f"{path} cannot be used: it is now {path.name}.damaged")
         if trainer.global_step in here:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.training_data import training_data
+from nlgmoe.validation import require
 
 # What this file sets of Lightning 2.6's progress state, and why:
 #
@@ -28,6 +29,7 @@ from nlgmoe.data.training_data import training_data
 #   val_loop.batch_progress     to none: `begin` runs a validation that was left, since Lightning's own restart of one looks at
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
+#   val_check_batch             to `val_check_interval` optimizer steps: Lightning counts micro-batches
 #   should_stop                 to False in `on_fit_start`: a `Timer` may have set it there, with the same effect
 
 
@@ -52,11 +54,10 @@ class Resuming:
     Attributes:
         validation_due: the interval of validations has ended with the last step. The end of a run is validated too, but a longer
             run has no validation there.
-        at_end: the fit stands at the end of the run before its first step.
     """
 
     def __init__(self) -> None:
-        self.validation_due = self.at_end = False
+        self.validation_due = False
         self._validated: int | None = None  # step of the last validation
         self._max_steps: int | None = None  # the trainer's, while it is set to -1
         self._step: StepSize | None = None  # of the last step
@@ -125,7 +126,6 @@ class Resuming:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
-        self.at_end = trainer.should_stop
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
         """Return which end the run stands at, and the remedy; None: it goes on."""
@@ -164,7 +164,7 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
     progress["is_last_batch"] = progress["is_last_batch"] and (saved or taken >= ready)
     current = ready if progress["is_last_batch"] else taken
-    within = 0 <= ready - current < micro_batches  # else a step had more or fewer when the checkpoint was saved
+    within = 0 <= ready - current < micro_batches  # else steps had another number of them, or the next one has begun
     total = progress["total"]["ready"] - (ready - current) if within else steps["total"]["completed"] * micro_batches
     for key, batches in {"total": total, "current": current}.items():
         progress[key] |= {"ready": batches, "started": batches, "processed": batches, "completed": max(0, batches - 1)}
@@ -214,6 +214,25 @@ def warn_of_repeated_data(trainer: Trainer) -> None:
         rank_zero_warn(
             f"the run goes on at step {trainer.global_step}, but its training data begin again: neither the data module nor its "
             "dataloader has a state_dict"
+        )
+
+
+def validate_by_steps(trainer: Trainer) -> None:
+    """Make `trainer.val_check_interval` count optimizer steps, as `log_every_n_steps` does, not micro-batches.
+
+    Raises:
+        SettingError: an epoch ends before the first validation.
+    """
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int):
+        return
+    trainer.val_check_batch = batches = interval * trainer.accumulate_grad_batches
+    if trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
+        require(
+            batches <= trainer.num_training_batches,
+            f"trainer.val_check_interval={interval} steps are {batches} micro-batches, and an epoch has "
+            f"{trainer.num_training_batches}: no epoch would have a validation; lower it, or set "
+            "trainer.check_val_every_n_epoch=null to count steps over epochs",
         )
 
 

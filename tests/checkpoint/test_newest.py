@@ -72,6 +72,17 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch:
         find_checkpoint("")
 
 
+def test_a_checkpoint_is_read_whole_though_its_run_moves_the_link(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(checkpoint_path(tmp_path, step), float(step))
+    set_link(tmp_path, "last", 1)
+    link = tmp_path / "checkpoints/last.ckpt"
+    for find in (find_checkpoint, choose_checkpoint):
+        assert find(link) == checkpoint_path(tmp_path, 1)
+    set_link(tmp_path, "last", 2)
+    assert find_checkpoint(link) == checkpoint_path(tmp_path, 2)
+
+
 @pytest.mark.parametrize("before", ["a folder", "a link"])
 def test_a_kill_at_any_moment_of_writing_leaves_the_old_or_the_new_one(before: str, tmp_path: Path) -> None:
     moment, seen = 0, set()

@@ -8,7 +8,6 @@ import lightning
 import pytest
 
 from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
-from nlgmoe.callbacks import ValidationInterval
 from nlgmoe.data.accumulation import micro_batches_per_step
 from nlgmoe.validation import SettingError
 
@@ -60,7 +59,7 @@ def fit(folder: Path, data: PileDataModule, max_steps: int, checkpoint: Path | N
         accelerator="cpu",
         default_root_dir=folder,
         max_steps=max_steps,
-        callbacks=[steps, ValidationInterval()],
+        callbacks=[steps],
         enable_checkpointing=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

@@ -18,12 +18,10 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nlgmoe.config import GPTConfig
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile
 from nlgmoe.data.corpus import Streams
 from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket_pile import read_texts, text_path
-from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError
 from tests.data.conftest import make_documents, tokens_of
 
@@ -253,32 +251,6 @@ def test_evaluation_covers_each_byte_once(make_data: Make, world_size: int, max_
         else:
             assert whole.startswith(text.rstrip("\ufffd")) and 0 <= num_bytes - len(text.rstrip("\ufffd").encode()) < 3
             assert 0 < num_bytes < len(whole.encode())
-
-
-@pytest.mark.parametrize(("world_size", "size"), [(1, 5), (2, 5), (1, 10**12), (2, 10**12)])
-def test_the_largest_batch_is_known_before_it_is_made(make_data: Make, world_size: int, size: int) -> None:
-    data = make_data(eval_micro_batch_size=size)
-    data.trainer = Ranks(0, world_size)  # type: ignore[assignment]
-    assert data.largest_batch("fit") == ("data.micro_batch_size", len(batches(data, 1)[0]["tokens"]))
-    for stage, loader in {"validate": data.val_dataloader, "test": data.test_dataloader}.items():
-        made = max(len(batch["tokens"]) for batch in loader())
-        assert data.largest_batch(stage) == ("data.eval_micro_batch_size", made)
-
-
-def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made(
-    make_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "memory.max").write_text("100000\n")
-    (tmp_path / "no limit").write_text("max\n")
-    files = [tmp_path / name for name in ("memory.max", "no limit", "no such file")]
-    monkeypatch.setattr("nlgmoe.device._CONTAINER_LIMITS", files)
-    data = make_data(micro_batch_size=100)
-    module = MoEGPTModule(GPTConfig(data.vocab_size, 32, 2, 16, 2))
-    for run, setting in {"fit": "data.micro_batch_size", "validate": "data.eval_micro_batch_size"}.items():
-        with pytest.raises(
-            ValueError, match=rf"{setting}=\d+: the model and a micro-batch of \d+ x 32 tokens need at least"
-        ):
-            getattr(make_trainer(tmp_path), run)(module, data)
 
 
 def test_unigram_entropy_is_that_of_the_smoothed_counts(make_data: Make) -> None:

@@ -529,7 +529,7 @@ class Tell(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.hook == "on_validation_start":
-            trainer.val_check_batch = 2 * trainer.accumulate_grad_batches
+            trainer.val_check_interval = 2
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         if self.hook == "on_before_backward" and trainer.global_rank == 1 and trainer.global_step == 2:

@@ -16,7 +16,6 @@ from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.least_memory import least_bytes
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
@@ -123,15 +122,6 @@ def test_a_model_with_experts_and_the_likeliest_tokens() -> None:
     other = [likeliest[0], likeliest[1], (likeliest[2] + 1) % TOKENIZER.vocab_size]
     (found, greedy), (_, not_greedy) = EvaluatedGPT(gpt, TOKENIZER)._score([(context, likeliest), (context, other)])
     assert (found, greedy, not_greedy) == (pytest.approx(expected, rel=1e-5), True, False)
-
-
-def test_a_batch_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = EvaluatedGPT(randomised(DENSE), TOKENIZER, batch_size=100)
-    needed = least_bytes(DENSE, 100 * 9, 2, trains=False)
-    monkeypatch.setattr("nlgmoe.tools.lm_eval.lm_eval_model.total_memory", lambda device: needed - 1)
-    lm.loglikelihood(requests(*PAIRS))
-    with pytest.raises(ValueError, match="batch_size=100: the model and a micro-batch of 100 x 9 tokens need at least"):
-        lm._score([([n], [2] * 9) for n in range(100)])
 
 
 def test_results_do_not_depend_on_the_batch_size() -> None:

@@ -12,7 +12,6 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.least_memory import least_bytes
 from nlgmoe.tools.planner.activation_memory import (
     activation_bytes,
     head_bytes,
@@ -106,10 +105,6 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
         config = replace(config, moe=replace(config.moe, token_dropping=False))
     measured = saved_bytes(config, precision, checkpointing)
     assert predicted_bytes(config, PRECISIONS[precision], checkpointing) == pytest.approx(measured, rel=0.01)
-    # What is refused for want of memory cannot work.
-    value, tokens = 4 if precision == "fp32" else 2, SEQUENCES * config.seq_len
-    least = least_bytes(config, tokens, value, trains=True) - least_bytes(config, 0, value, trains=True)
-    assert measured / 40 < least < measured
 
 
 WIDE = GPTConfig(512, 128, 4, 128, 4)

@@ -15,7 +15,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from nlgmoe.callbacks import ExpertLoad, RunSummary, SaveCheckpoints, ValidationInterval
+from nlgmoe.callbacks import ExpertLoad, RunSummary, SaveCheckpoints
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.newest import checkpoint_path
 from nlgmoe.config import GPTConfig, MoEConfig
@@ -50,7 +50,7 @@ def make_trainer(folder: Path, *callbacks: Callback, save: dict[str, Any] | None
     }
     return RunTrainer(
         default_root_dir=folder,
-        callbacks=[*keeper, ExpertLoad(), RunSummary(), ValidationInterval(), RunFolder(parser, {}), *callbacks],  # type: ignore[arg-type]
+        callbacks=[*keeper, ExpertLoad(), RunSummary(), RunFolder(parser, {}), *callbacks],  # type: ignore[arg-type]
         max_epochs=-1,
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,

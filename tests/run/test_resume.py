@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from nlgmoe import SigmoidTopK
 from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
+from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.config import MoEConfig
 from nlgmoe.monitoring.loggers import RunCSVLogger
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -163,12 +164,13 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_resumed(undi
     expected, step, _ = undisturbed("saves before validations")
     assert in_process(lambda: run(tmp_path, Send("on_before_backward", 8, signal.SIGTERM))) == 0
     assert saved_steps(tmp_path) == [8, 9]
+    damaged = tmp_path / "checkpoints/step-9.ckpt.damaged"
+    shutil.copytree(checkpoint_path(tmp_path, 9), damaged)  # as an earlier start may have left it
     with (checkpoint_path(tmp_path, 9) / "model.safetensors").open("rb+") as file:
         file.seek(-8, 2)
         file.write(b"damaged!")
     assert in_process(lambda: run(tmp_path)) == 0
-    damaged = tmp_path / "checkpoints/step-9.ckpt.damaged"
-    assert damaged.is_dir()
+    assert list(find_problems(damaged))
     shutil.rmtree(damaged)
     assert_equal(outcome(tmp_path, step), expected)
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint.folder import TensorFiles, read_manifest, unchanged
+from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.layout import (
     PRECISIONS,
     Entry,
@@ -105,11 +105,11 @@ def export(
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise SettingError(f"{folder} exists and is not an empty folder; name another, or add --overwrite")
     path = find_checkpoint(checkpoint)
-    with unchanged(path) as document:
-        config = GPTConfig.from_dict(document["model_config"])
-        require_paper_parts(config.moe, "a folder for transformers holds")
-        tokenizer = choose_tokenizer(path, tokenizer, config)
-        meta, read = _weights(path, config, PRECISIONS.get(precision or ""))
+    document = read_document(path)
+    config = GPTConfig.from_dict(document["model_config"])
+    require_paper_parts(config.moe, "a folder for transformers holds")
+    tokenizer = choose_tokenizer(path, tokenizer, config)
+    meta, read = _weights(path, config, PRECISIONS.get(precision or ""))
     recover_one(folder)
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:

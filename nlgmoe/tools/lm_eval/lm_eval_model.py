@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 
 from nlgmoe.data.tokenizer import Tokenizer
-from nlgmoe.device import total_memory
 from nlgmoe.eval.padding import pad_sequences
 from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
-from nlgmoe.model.least_memory import check_fits
 from nlgmoe.tools.lm_eval.lockstep import LockstepRanks
 
 try:
@@ -161,9 +159,6 @@ class EvaluatedGPT(TemplateLM):
     def _batches(self, items: list[Any], length: Callable[[Any], int]) -> Iterator[list[Any]]:
         """Yield batches of similar length, the longest first, so that a lack of memory shows at once."""
         items = sorted(items, key=length, reverse=True)
-        if items:  # 2 bytes a value: autocast may compute in half precision
-            size, memory = min(self.batch_size, len(items)), total_memory(self._device)
-            check_fits(self.model.config, "batch_size", size, length(items[0]), 2, trains=False, memory=memory)
         for first in range(0, len(items), self.batch_size):
             yield items[first : first + self.batch_size]
 
