@@ -12,7 +12,7 @@ class Batch(TypedDict):
 
     Attributes:
         tokens: `[B, T]` int64, the model's input.
-        targets: `[B, T]` int64, the token to predict at each position.
+        targets: `[B, T]` int64, the token to predict at each position; an id of the vocabulary also where the loss is masked.
         token_mask: `[B, T]` bool, False at padding.
         domain: `[B]` int64, index into the data module's `domains`.
         padded: true if `token_mask` contains a False; optional, avoids a wait for the GPU to find out.

@@ -194,7 +194,8 @@ class GPTModule(LightningModule):
         if not self._domain_loss:  # another data module: one unnamed domain, no bytes
             self._domain_loss = [DomainLoss(["all"], torch.zeros(self.config.vocab_size))]
         metric = self._domain_loss[0].to(self.device)
-        domain = batch["domain"] if len(metric.domains) > 1 else torch.zeros_like(batch["domain"])
+        named = training_data(self.trainer) is not None
+        domain = batch["domain"] if named else torch.zeros_like(batch["domain"])
         metric.update(self._token_losses(batch), batch["targets"], loss_mask(batch), domain)
 
     def _log_evaluation(self, prefix: str) -> None:
