@@ -1,6 +1,6 @@
 """fit, validate, test, predict: `python train.py fit --config configs/quickstart.yaml`."""
 
-from nlgmoe.cli.start import train
+from nlgmoe.cli.train import main
 
 if __name__ == "__main__":
-    train()
+    main()

@@ -1,5 +1,5 @@
 """`python -m nlgmoe` is the `nlgmoe` command."""
 
-from nlgmoe.cli.start import nlgmoe
+from nlgmoe.commands.main import main
 
-nlgmoe()
+main()

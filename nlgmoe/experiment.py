@@ -15,10 +15,10 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.train import TrainCLI, mute_advertising
 from nlgmoe.data import PileDataModule
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.validation import SettingError
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
         try:
             text = str(value) if isinstance(value, str | Path) else json.dumps(value, default=_number)
         except TypeError:
-            raise UsageError(
+            raise SettingError(
                 f"{setting}={value!r} is of type {type(value).__name__}; give text, numbers, lists and dictionaries, as a file "
                 "would, such as {'class_path': ..., 'init_args': {...}} for an object"
             ) from None
@@ -104,7 +104,7 @@ def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], ov
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
             return cli_class(args=args, run=False)
-        except UsageError as error:  # without a hundred frames of the parser's
+        except SettingError as error:  # without a hundred frames of the parser's
             raise error.with_traceback(None) from None
 
 

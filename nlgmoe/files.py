@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nlgmoe.validation import RunError
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -61,7 +63,7 @@ def require_regular(file: str | Path, remedy: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{file} is {_KINDS[stat.S_IFMT(mode)]}, not a regular file; {remedy}")
+        raise RunError(f"{file} is {_KINDS[stat.S_IFMT(mode)]}, not a regular file; {remedy}")
 
 
 def expand_home(text: str) -> str:

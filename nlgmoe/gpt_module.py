@@ -30,7 +30,7 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.refusals import check_trainer
 from nlgmoe.run.signals import leave_signals_to_callbacks
 from nlgmoe.run_checks import check_vocabulary, require_compiler
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require
 
 
 class GPTModule(LightningModule):
@@ -58,11 +58,11 @@ class GPTModule(LightningModule):
     ) -> None:
         super().__init__()
         if loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
+            raise SettingError(f"loss_chunk_size={loss_chunk_size} must be at least 1 token")
         if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
+            raise SettingError(f"seed={seed} must be at least 0")
         if curriculum is not None and curriculum.start > config.seq_len:
-            raise ValueError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
+            raise SettingError(f"start={curriculum.start} is above the model's seq_len={config.seq_len}; lower it")
         self.config = config
         self.seed = seed
         self.activation_checkpointing = activation_checkpointing
@@ -145,7 +145,7 @@ class GPTModule(LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
             different = summarize_differences(describe_differences(shapes_of(self.state_dict()), shapes_of(state_dict)))
-            raise ValueError(f"the checkpoint does not fit the model: {different}; use another checkpoint") from error
+            raise SettingError(f"the checkpoint does not fit the model: {different}; use another checkpoint") from error
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.run.resume import Resuming, StepSize, check_new_run, validate_by_steps
 from nlgmoe.run_checks import warn_about_end
+from nlgmoe.validation import SettingError
 
 
 class MoEGPTModule(GPTModule):
@@ -69,9 +70,11 @@ class MoEGPTModule(GPTModule):
     ) -> None:
         super().__init__(config, seed, activation_checkpointing, compile, loss_chunk_size, warm_start, curriculum)
         if train_tokens is not None and train_tokens < 1:
-            raise ValueError(f"train_tokens={train_tokens} must be at least 1, or null")
+            raise SettingError(f"train_tokens={train_tokens} must be at least 1, or null")
         if schedule.min_lr > optimizer.lr:
-            raise ValueError(f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it")
+            raise SettingError(
+                f"min_lr={schedule.min_lr} is above the peak, model.optimizer.lr={optimizer.lr}; lower it"
+            )
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.train_tokens = train_tokens

@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
 
 from nlgmoe.checkpoint.agreement import AllRanksError
-from nlgmoe.validation import require
+from nlgmoe.validation import RunError, require
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def require_finite_logits(model: nn.Module, logits: Tensor) -> None:
         return
     bad = next((name for name, value in model.named_parameters() if not _finite(value)), None)
     cause = f"the weight {bad} is not finite; use another checkpoint" if bad else "all weights are finite; use float32"
-    raise ValueError(f"the model's logits are NaN or infinite: {cause}")
+    raise RunError(f"the model's logits are NaN or infinite: {cause}")
 
 
 def _bad_loss(losses: Sequence[Tensor]) -> str:

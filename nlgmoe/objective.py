@@ -20,6 +20,7 @@ from nlgmoe.layers.moe import moe_layers
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT, NoiseKey
 from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import RunError
 
 
 def training_loss(
@@ -100,7 +101,7 @@ class Window:
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         """Count one micro-batch; a collective."""
         if self.losses and self.names != list(losses):
-            raise ValueError(f"a step's micro-batches have other losses: {self.names} and {list(losses)}")
+            raise RunError(f"a step's micro-batches have other losses: {self.names} and {list(losses)}")
         samples, length = batch["tokens"].shape
         sizes = (samples, samples * length, samples * length**2)
         means = local = torch.stack([value.detach().float() for value in losses.values()])  # [names]

@@ -50,9 +50,11 @@ class RouterConfig:
         """
         name = type(self).__name__
         if not isinstance(self.uses, frozenset) or "uses" in {field.name for field in fields(self)}:
-            raise ValueError(f"{name}.uses must be a frozenset, without an annotation; write uses = frozenset({{...}})")
+            raise SettingError(
+                f"{name}.uses must be a frozenset, without an annotation; write uses = frozenset({{...}})"
+            )
         if unknown := sorted(self.uses - known):
-            raise ValueError(f"{name}.uses names {', '.join(unknown)}; a router may use {', '.join(sorted(known))}")
+            raise SettingError(f"{name}.uses names {', '.join(unknown)}; a router may use {', '.join(sorted(known))}")
 
     def check(self, moe: Any) -> None:
         """Check that the router fits its `MoEConfig`, such as `top_k`.
@@ -151,7 +153,7 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
         ValueError: there is no such class, or it takes other arguments.
     """
     if not isinstance(values, dict) or not isinstance(values.get("init_args", {}), dict):
-        raise ValueError(f"{values!r} of the checkpoint names no {base.__name__}")
+        raise SettingError(f"{values!r} of the checkpoint names no {base.__name__}")
     path = str(values.get("class_path"))
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] == "nlgmoe":
@@ -160,12 +162,12 @@ def part_from_dict(values: dict[str, Any], base: type) -> Any:
         raise ForeignCodeError(path)
     kind = getattr(sys.modules[module_name], name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise ValueError(
+        raise SettingError(
             f"{path} of the checkpoint is no {base.__name__}; use the version of {module_name} that trained it"
         )
     try:
         return kind(**values.get("init_args", {}))
     except TypeError as error:
-        raise ValueError(
+        raise SettingError(
             f"{path} does not take the checkpoint's settings ({error}); use the version that trained it"
         ) from error

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require
 
 
 def experts_at(config: GPTConfig, layer_index: int) -> int:
@@ -94,7 +94,7 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
         ValueError: a count is below 1.
     """
     if min(num_experts, world_size, limit) < 1:
-        raise ValueError(
+        raise SettingError(
             f"num_experts={num_experts}, world_size={world_size} and expert_parallel_size={limit} must all be at least 1"
         )
     common = math.gcd(num_experts, world_size)

@@ -16,6 +16,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from nlgmoe.validation import SettingError
+
 Role = Literal["weight", "project", "bias", "scale"]
 DECAYED = frozenset({"weight", "project"})
 
@@ -35,7 +37,7 @@ def role_of(name: str, module: nn.Module) -> Role:
     if leaf in declared:
         if declared[leaf] not in get_args(Role):
             known = ", ".join(get_args(Role))
-            raise ValueError(
+            raise SettingError(
                 f"{name}: {type(module).__name__} declares {leaf} as {declared[leaf]!r}; a role is one of {known}"
             )
         return declared[leaf]
@@ -45,7 +47,7 @@ def role_of(name: str, module: nn.Module) -> Role:
         return "scale"
     if leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
         return "project" if name.endswith("project.weight") else "weight"
-    raise ValueError(
+    raise SettingError(
         f"{name}: {type(module).__name__} does not declare its parameter {leaf}; add roles = {{{leaf!r}: 'weight'}}, or "
         "'project', 'bias' or 'scale', to the class (nlgmoe/roles.py)"
     )

@@ -10,14 +10,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class SettingError(ValueError):
-    """A setting or an argument that cannot be: nothing has been trained, and a command ends with exit code 2."""
+    """A setting or an argument that cannot be used; a command ends with one line and exit code 2."""
 
-    on_every_rank = True  # `cli/errors.py`: the first rank of a machine prints it
+
+class RunError(ValueError):
+    """What stops a run or command: damaged data, a full disk, a step that is not finite. One line, exit code 1."""
 
 
 def type_for(error: Exception) -> type[ValueError]:
     """Return the type of an error that says more about another one: that of a setting stays one."""
-    return SettingError if isinstance(error, SettingError) else ValueError
+    return SettingError if isinstance(error, SettingError) else RunError
 
 
 def require_valid(settings: Any) -> None:

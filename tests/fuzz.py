@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from lightning import Trainer
 
 from nlgmoe.cli.errors import one_line_errors
-from nlgmoe.cli.explain import NAMED_BY_CLASS, is_section, parts_of
+from nlgmoe.cli.parser import NAMED_BY_CLASS, is_section, parts_of
 from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.data import MegatronIndexed, PileDataModule

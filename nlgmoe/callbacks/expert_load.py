@@ -26,6 +26,7 @@ from nlgmoe.monitoring.loggers import log_image
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.validation import SettingError
 
 
 class ExpertLoad(CountsSteps):
@@ -45,7 +46,7 @@ class ExpertLoad(CountsSteps):
 
     def __init__(self, dead_window: int = 100, heat_maps: bool = True) -> None:
         if dead_window < 1:
-            raise ValueError(f"dead_window={dead_window} must be at least 1 step")
+            raise SettingError(f"dead_window={dead_window} must be at least 1 step")
         self.dead_window, self.heat_maps = dead_window, heat_maps
         self._experts: list[int] = []  # number of experts of each MoE layer
         self._parts: list[list[nn.Parameter]] = []  # router and experts of each layer; last, all other parameters
@@ -96,7 +97,7 @@ class ExpertLoad(CountsSteps):
             self._last_used = [[trainer.global_step] * count for count in self._experts]
         numbers = all(isinstance(one, float) for one in self._resumed) and len(self._resumed) in (0, length)
         if [len(layer) for layer in self._last_used] != self._experts or not numbers:
-            raise ValueError(f"{trainer.ckpt_path}: callbacks/ExpertLoad is not of this model's experts; {REMEDY}")
+            raise SettingError(f"{trainer.ckpt_path}: callbacks/ExpertLoad is not of this model's experts; {REMEDY}")
         if self._resumed and trainer.is_global_zero:
             self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
 

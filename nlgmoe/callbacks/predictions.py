@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.writing import write_error_reason
 from nlgmoe.files import atomic_write
+from nlgmoe.validation import RunError
 
 
 class PredictionFile(BasePredictionWriter):
@@ -66,7 +67,7 @@ class PredictionFile(BasePredictionWriter):
                 save_file(written, temporary, self._metadata)
                 temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files with mode 600
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise RunError(
                 f"{path} cannot be written ({write_error_reason(error)}); make room, or set trainer.default_root_dir to another "
                 "folder, and give the checkpoint's path"
             ) from error

@@ -34,9 +34,9 @@ class SampleText(Callback):
         self, prompts: list[str], max_new_tokens: int = 60, temperature: float = 0.8, top_k: int | None = 40
     ) -> None:
         if not prompts or not all(prompts):
-            raise ValueError("SampleText: prompts must be a list of texts, none of them empty")
+            raise SettingError("SampleText: prompts must be a list of texts, none of them empty")
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+            raise SettingError(f"max_new_tokens={max_new_tokens} must be at least 1")
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.sampling = Sampling(temperature, top_k)
         self._samples: list[tuple[int, str]] = []  # step, prompts and texts

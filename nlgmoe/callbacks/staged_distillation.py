@@ -41,20 +41,20 @@ class StagedDistillation(Callback):
         given = {"step": step, "tokens": tokens, "fraction": fraction}
         if sum(value is not None for value in given.values()) != 1:
             shown = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(f"StagedDistillation: {shown}; give one of them, and only one")
+            raise SettingError(f"StagedDistillation: {shown}; give one of them, and only one")
         for name, value in given.items():
             if value is not None and value <= 0:
-                raise ValueError(
+                raise SettingError(
                     f"StagedDistillation: {name}={value} must be above 0; model.distiller=null never distils"
                 )
         if fraction is not None and fraction > 1:
-            raise ValueError(f"StagedDistillation: fraction={fraction} must be at most 1, the whole run")
+            raise SettingError(f"StagedDistillation: fraction={fraction} must be at most 1, the whole run")
         if ramp_tokens < 0 or (ramp_tokens and step is not None):
-            raise ValueError(
+            raise SettingError(
                 f"StagedDistillation: ramp_tokens={ramp_tokens} must be at least 0, and 0 with step; use tokens or fraction"
             )
         if tokens is not None and ramp_tokens > tokens:
-            raise ValueError(f"StagedDistillation: ramp_tokens={ramp_tokens} is above tokens={tokens}; lower it")
+            raise SettingError(f"StagedDistillation: ramp_tokens={ramp_tokens} is above tokens={tokens}; lower it")
         self.step, self.tokens, self.fraction, self.ramp_tokens = step, tokens, fraction, ramp_tokens
 
     @override

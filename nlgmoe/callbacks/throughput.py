@@ -18,6 +18,7 @@ from nlgmoe.monitoring.hardware import peak_of
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.memory import MEMORY, memory_bytes
 from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCollectives
+from nlgmoe.validation import RunError
 
 
 class Throughput(CountsSteps):
@@ -39,7 +40,7 @@ class Throughput(CountsSteps):
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         if peak_tflops is not None and not peak_tflops > 0:
-            raise ValueError(f"peak_tflops={peak_tflops} must be above 0, or null")
+            raise RunError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
         super().__init__()

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 
 from torch import distributed
 
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 
-class AllRanksError(ValueError):
-    """An error that every rank raises; the first rank of each machine prints it (`cli/errors.py`)."""
-
-    on_every_rank = True
+class AllRanksError(RunError):
+    """An error that every rank raises."""
 
 
 class AllRanksSettingError(AllRanksError, SettingError):

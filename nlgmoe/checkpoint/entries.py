@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlgmoe.validation import RunError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per value; `step` is one number per parameter
 _STACK = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<part>\w+)")  # a stacked parameter of `layers/experts.py`
 EXPERT = re.compile(r"(?P<layer>.*\.moe\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")  # its entry for one expert
@@ -39,7 +41,7 @@ def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
             joined[name] = value
     for name, experts in stacks.items():
         if missing := set(range(max(experts) + 1)) - set(experts):
-            raise ValueError(f"the checkpoint lacks expert(s) {sorted(missing)} of {name}; use another checkpoint")
+            raise RunError(f"the checkpoint lacks expert(s) {sorted(missing)} of {name}; use another checkpoint")
         joined[name] = torch.stack([experts[index] for index in range(len(experts))])
     return joined
 
@@ -88,12 +90,12 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
     numbered, index = [], 0
     for group in groups:
         if not isinstance(group, dict) or not isinstance(group.get("param_names"), list):
-            raise ValueError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
+            raise RunError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
             found = {moment: values[name] for moment, values in by_moment.items() if name in values}
             if lacking := sorted(by_moment.keys() - found.keys()):  # AdamW would restart this parameter at step 0
-                raise ValueError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
+                raise RunError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
             if found:
                 state[index] = found
             index += 1

@@ -28,7 +28,7 @@ from torch import Tensor
 from nlgmoe.config import GPTConfig, unknown_fields
 from nlgmoe.files import require_regular
 from nlgmoe.parts import ForeignCodeError
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 FORMAT = "nlgmoe-portable"
 VERSION = 2
@@ -64,19 +64,19 @@ def read_document(path: str | Path) -> dict[str, Any]:
     document = read_json(file)
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
-        raise ValueError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
+        raise RunError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
     _check_bytes(file, read_manifest(path)["checkpoint.json"])
     for name, kind in DOCUMENT.items():
         value = document.get(name)
         if not isinstance(value, kind):
-            raise ValueError(f"{file}: {name} is {value!r}, not of type {kind.__name__}; {REMEDY}")
+            raise RunError(f"{file}: {name} is {value!r}, not of type {kind.__name__}; {REMEDY}")
         if isinstance(value, int) and value < 0:
-            raise ValueError(f"{file}: {name} is {value}, below 0; {REMEDY}")
+            raise RunError(f"{file}: {name} is {value}, below 0; {REMEDY}")
     if not isinstance(document.get("optimizer_groups", []), list):
-        raise ValueError(f"{file}: optimizer_groups is no list; {REMEDY}")
+        raise RunError(f"{file}: optimizer_groups is no list; {REMEDY}")
     if unknown := unknown_fields(document["model_config"]):
         author = document["versions"].get("nlgmoe", "unknown")
-        raise ValueError(
+        raise RunError(
             f"{path}: model_config.{unknown[0]} is not a setting of this nlgmoe; read it with nlgmoe {author}, which wrote it"
         )
     try:
@@ -84,7 +84,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except ForeignCodeError:
         pass  # whoever builds the model says how to allow it
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} describes no model: {error}; {REMEDY}") from error
+        raise RunError(f"{file} describes no model: {error}; {REMEDY}") from error
     return document
 
 
@@ -96,15 +96,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "manifest.json"
     if not file.exists():
-        raise ValueError(f"{path} has no manifest.json; {REMEDY}")
+        raise RunError(f"{path} has no manifest.json; {REMEDY}")
     manifest = read_json(file)
     if manifest.get("checksum") != checksum_of_manifest(manifest):
-        raise ValueError(f"{file} is damaged (its checksum differs); {REMEDY}")
+        raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
     files, sums = manifest.get("files"), [manifest.get("checkpoint.json"), manifest.get(TOKENIZER, "")]
     contents = list(files.values()) if isinstance(files, dict) else [None]
     known = all(isinstance(one, dict) and all(map(_is_record, one.values())) for one in contents)
     if not known or not all(isinstance(one, str) for one in sums):
-        raise ValueError(f"{file} is not nlgmoe's; {REMEDY}")
+        raise RunError(f"{file} is not nlgmoe's; {REMEDY}")
     return manifest
 
 
@@ -126,7 +126,7 @@ def read_tokenizer(path: str | Path) -> str | None:
         return None
     file = Path(path) / TOKENIZER
     if not file.exists():
-        raise ValueError(f"{path} has no {TOKENIZER}; {REMEDY}")
+        raise RunError(f"{path} has no {TOKENIZER}; {REMEDY}")
     require_regular(file, REMEDY)
     return _check_bytes(file, recorded).decode()
 
@@ -134,7 +134,7 @@ def read_tokenizer(path: str | Path) -> str | None:
 def _check_bytes(file: Path, checksum: str) -> bytes:
     content = file.read_bytes()
     if xxhash.xxh3_64_hexdigest(content) != checksum:
-        raise ValueError(f"{file} is damaged (its checksum differs); {REMEDY}")
+        raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
     return content
 
 
@@ -154,7 +154,7 @@ class TensorFiles:
         self._folder, self._kind = Path(folder), kind
         files: dict[str, Contents] = read_manifest(folder)["files"]
         for problem in file_problems(self._folder, files, [kind]):
-            raise ValueError(f"{problem}; {REMEDY}")
+            raise RunError(f"{problem}; {REMEDY}")
         self._contents: Contents = {}
         self._file_of: dict[str, Path] = {}
         for name, contents in files.items():
@@ -162,7 +162,7 @@ class TensorFiles:
                 self._contents |= contents
                 self._file_of |= dict.fromkeys(contents, self._folder / name)
         if required and not self._contents:
-            raise ValueError(f"{folder} has no {kind}.safetensors; {REMEDY}")
+            raise RunError(f"{folder} has no {kind}.safetensors; {REMEDY}")
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -176,7 +176,7 @@ class TensorFiles:
             ValueError: the entry is missing or damaged.
         """
         if name not in self._contents:
-            raise ValueError(f"the checkpoint {self._folder} lacks {name} ({self._kind}); {REMEDY}")
+            raise RunError(f"the checkpoint {self._folder} lacks {name} ({self._kind}); {REMEDY}")
         with open_tensors(self._file_of[name]) as tensors:
             return self._checked(name, tensors.get_tensor(name))
 
@@ -190,7 +190,7 @@ class TensorFiles:
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if problem := entry_problem(self._kind, tensor, self._contents[name]):
-            raise ValueError(f"{self._file_of[name]}: {name} {problem}; {REMEDY}")
+            raise RunError(f"{self._file_of[name]}: {name} {problem}; {REMEDY}")
         return tensor
 
 
@@ -248,7 +248,7 @@ def open_tensors(file: Path) -> Any:
         file.open("rb").close()  # safetensors reports a file without read permission as missing
         return safe_open(file, framework="pt")
     except Exception as error:  # safetensors raises a type of its own, without the file's name
-        raise ValueError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise RunError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def record_of(tensor: Tensor) -> list[Any]:
@@ -299,9 +299,9 @@ def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
+        raise RunError(f"{file} is damaged ({error}); {remedy}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (a {type(found).__name__}, not a mapping); {remedy}")
+        raise RunError(f"{file} is damaged (a {type(found).__name__}, not a mapping); {remedy}")
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import Router
+from nlgmoe.validation import RunError
 
 Shapes = dict[str, torch.Size]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtypes that a user may load or export weights in
@@ -117,7 +118,7 @@ def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     """
     found = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
     if found and (not isinstance(module, Router) or module._non_persistent_buffers_set):
-        raise ValueError(
+        raise RunError(
             f"{found[0][0]}: checkpoints hold persistent buffers of a Router alone; register it on the Router itself, without "
             "persistent=False"
         )

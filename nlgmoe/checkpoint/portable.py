@@ -28,6 +28,7 @@ from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_
 from nlgmoe.checkpoint.newest import choose_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import RunError
 from nlgmoe.versions import versions
 
 PREFIX = "model."  # name of the GPT in MoEGPTModule
@@ -126,7 +127,7 @@ def load_model(path: str | Path) -> GPT:
         model = GPT(config)
     entries = join_experts(TensorFiles(path, "model").read_all())
     if differences := describe_differences(shapes_of(model.state_dict()), shapes_of(entries)):
-        raise ValueError(
+        raise RunError(
             f"{path} does not hold the model that it describes: {summarize_differences(differences)}; use another checkpoint"
         )
     model.load_state_dict(entries, assign=True)
@@ -140,7 +141,7 @@ def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return {"$tensor": where}
     if isinstance(value, dict):
         if bad := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"checkpoint entry {where}: key {bad[0]!r} is not text; use text keys in state_dict()")
+            raise RunError(f"checkpoint entry {where}: key {bad[0]!r} is not text; use text keys in state_dict()")
         return {key: _to_json(item, f"{where}/{key}" if where else key, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_to_json(item, f"{where}/{index}", tensors) for index, item in enumerate(value)]
@@ -148,7 +149,7 @@ def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(
+    raise RunError(
         f"checkpoint entry {where} is a {type(value).__name__}; checkpoints hold numbers, text, lists, dictionaries and "
         "tensors only: change what state_dict() returns"
     )

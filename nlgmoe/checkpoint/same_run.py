@@ -7,7 +7,7 @@ from typing import Any
 from nlgmoe.checkpoint.warm_start import has_same_ids
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
 from nlgmoe.data.training_data import TrainingData
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 
 def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | None, path: Any) -> None:
@@ -53,7 +53,7 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
         return
     tokenizer = data.tokenizer_json()
     if tokenizer is not None and not has_same_ids(tokenizer, checkpoint["path"]):
-        raise ValueError(
+        raise RunError(
             f"{checkpoint['path']} has another tokenizer than data.tokenizer; set it to that of the checkpoint"
         )
 

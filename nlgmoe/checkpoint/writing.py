@@ -27,6 +27,7 @@ from nlgmoe.checkpoint.folder import (
     checksum_of_manifest,
     record_of,
 )
+from nlgmoe.validation import RunError
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<state>writing|replaced|removed)-(?P<pid>\d+)")
 
@@ -67,7 +68,7 @@ def write_tensors(
     file = folder / f"{kind}{part}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
     if kind == "model" and (bad := [name for name, value in entries.items() if not value.isfinite().all()]):
-        raise ValueError(f"the weight {bad[0]} is NaN or infinite; the checkpoint is not written")
+        raise RunError(f"the weight {bad[0]} is NaN or infinite; the checkpoint is not written")
     save_file(entries, file)
     file.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
     flush(file)
@@ -113,7 +114,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise RunError(
             f"the checkpoint {path} cannot be written ({write_error_reason(error)}); earlier checkpoints are unchanged: make "
             "room, or fix the reason given, and start again (a run with --ckpt_path last)"
         ) from error

@@ -13,8 +13,8 @@ from typing import Any, get_type_hints
 from docstring_parser import parse as parse_docstring
 from typing_extensions import override
 
-from nlgmoe.cli.errors import Failures, UsageError
 from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.validation import SettingError
 
 
 class text(str):  # --help shows the name
@@ -64,7 +64,7 @@ class CommandParser(OneLineParser):
         """Parse, with dashes inside an option's name taken for underscores.
 
         Raises:
-            UsageError: a value is empty, as an unset variable of a shell is: a path would be the working directory. Or an
+            SettingError: a value is empty, as an unset variable of a shell is: a path would be the working directory. Or an
                 option that takes one value is given several times, or a number is not finite.
         """
         words = list(sys.argv[1:] if args is None else args)
@@ -73,14 +73,16 @@ class CommandParser(OneLineParser):
         for before, (word, equals, value) in zip(["", *words], options, strict=False):
             name = word if equals else before if before.startswith("--") else "an argument"
             if (value if equals else word) == "" and name != "--prompt":
-                raise UsageError(f"{name} is empty; give a value, or leave it out")
+                raise SettingError(f"{name} is empty; give a value, or leave it out")
         names = Counter("--" + w[2:].replace("-", "_") for w, _, _ in options if w.startswith("--"))
         for action in self._actions:
             for name in action.option_strings:
                 if names[name] > 1 and not isinstance(action, argparse._AppendAction):
                     takes_list = "list" in str(getattr(action, "_typehint", ""))
                     remedy = f"give a list, {name}='[A, B]'" if takes_list else "give it once"
-                    raise UsageError(f"{name} is given {names[name]} times, and only one of them would count; {remedy}")
+                    raise SettingError(
+                        f"{name} is given {names[name]} times, and only one of them would count; {remedy}"
+                    )
         parsed = super().parse_args(
             [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
             + [f"--flags={word}" for word in words[end + 1 :]],
@@ -89,7 +91,7 @@ class CommandParser(OneLineParser):
         )
         for name, value in vars(parsed.as_flat()).items():
             if isinstance(value, float) and not math.isfinite(value):  # 1e400 too
-                raise UsageError(f"--{name.rpartition('.')[2].replace('_', '-')}={value} must be a finite number")
+                raise SettingError(f"--{name.rpartition('.')[2].replace('_', '-')}={value} must be a finite number")
         return parsed
 
     @override
@@ -118,5 +120,3 @@ def name_as_typed(error: ValueError, function: Callable) -> None:
 
     signature = inspect.signature(function)
     error.args = tuple(map(typed, error.args))
-    if isinstance(error, Failures):
-        error.messages = [typed(message) for message in error.messages]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, PLAIN_TEXT, has_records, is_plain_text
+from nlgmoe.validation import SettingError
 
 ENDINGS = ", ".join([*JSON_LINES, *PLAIN_TEXT, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])
 
@@ -23,17 +23,17 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         given: paths, folders and patterns, `**` for folders at any depth; addresses (`hf://...`) are taken as they are.
 
     Raises:
-        UsageError: one stands for no file, for one twice, or for one that is no JSON lines, Parquet or plain text.
+        SettingError: one stands for no file, for one twice, or for one that is no JSON lines, Parquet or plain text.
     """
     if not given:
-        raise UsageError(f"input={given} names nothing; give a path, a folder, or a pattern in quotes")
+        raise SettingError(f"input={given} names nothing; give a path, a folder, or a pattern in quotes")
     found: list[str] = []
     for one in [given] if isinstance(given, str) else given:
         if "://" in one:
             try:
                 url_to_fs(one)
             except (ImportError, ValueError) as error:
-                raise UsageError(
+                raise SettingError(
                     f"input={one} cannot be read here ({error}); install what reads it, or give a path"
                 ) from error
             files = [one]
@@ -52,16 +52,16 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         else:
             files = [one] if Path(one).exists() else sorted(glob.glob(one, recursive=True))
         if not files:
-            raise UsageError(f"input={one} stands for no file; give a path, a folder, or a pattern in quotes")
+            raise SettingError(f"input={one} stands for no file; give a path, a folder, or a pattern in quotes")
         found += files
     seen: set[str] = set()
     for file in found:
         if not (has_records(file) or is_plain_text(file)):
-            raise UsageError(f"input={file} cannot be read; known endings are {ENDINGS}")
+            raise SettingError(f"input={file} cannot be read; known endings are {ENDINGS}")
         if "://" not in file and not Path(file).is_file():  # to open a FIFO would block
-            raise UsageError(f"input={file} is no regular file; give one, or a folder of them")
+            raise SettingError(f"input={file} is no regular file; give one, or a folder of them")
         itself = file if "://" in file else os.path.realpath(file)  # under whatever name, or behind a link
         if itself in seen:
-            raise UsageError(f"input={file} is given more than once; its documents would be there more than once")
+            raise SettingError(f"input={file} is given more than once; its documents would be there more than once")
         seen.add(itself)
     return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from nlgmoe.cli.errors import UsageError, one_line
+from nlgmoe.cli.errors import one_line
+from nlgmoe.validation import SettingError
 
 
 def check_device(device: str) -> None:
     """Check that tensors can be put there.
 
     Raises:
-        UsageError: they cannot.
+        SettingError: they cannot.
     """
     import torch
 
@@ -20,20 +21,20 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device).tolist()  # of `meta` there are no values
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise UsageError(f"device={device} cannot be used here ({reason}); set it to cpu") from error
+        raise SettingError(f"device={device} cannot be used here ({reason}); set it to cpu") from error
 
 
 def import_allowed(modules: Sequence[str] | None) -> None:
     """Import modules that the user trusts, for checkpoints that name their classes.
 
     Raises:
-        UsageError: there is no such module.
+        SettingError: there is no such module.
     """
     for module in modules or ():
         try:
             importlib.import_module(module)
         except Exception as error:  # also of the module's own code
             reason = f"{type(error).__name__}: {one_line(str(error))}"
-            raise UsageError(
+            raise SettingError(
                 f"allow_code={module} cannot be imported ({reason}); start the command where it is"
             ) from error

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.files import atomic_write
+from nlgmoe.validation import RunError, SettingError
 
 
 def check_output(output: str) -> None:
     """Check that a new file can have this name.
 
     Raises:
-        UsageError: it is a file's or folder's, or in a folder that is not there.
+        SettingError: it is a file's or folder's, or in a folder that is not there.
     """
     path = Path(output)
     if path.is_dir():
-        raise UsageError(f"output={output} is a folder; give the name of a file")
+        raise SettingError(f"output={output} is a folder; give the name of a file")
     if path.exists():
-        raise UsageError(f"output={output} exists already; name another file, or delete it")
+        raise SettingError(f"output={output} exists already; name another file, or delete it")
     require_folder(path)
 
 
@@ -26,10 +26,10 @@ def require_folder(output: Path) -> None:
     """Check that the folder of a file to write is there.
 
     Raises:
-        UsageError: it is not.
+        SettingError: it is not.
     """
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"output={output}: there is no folder {output.absolute().parent}; make it first")
+        raise SettingError(f"output={output}: there is no folder {output.absolute().parent}; make it first")
 
 
 def write_whole(output: str, text: str) -> None:
@@ -43,7 +43,7 @@ def write_whole(output: str, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
             check_output(output)
     except OSError as error:
-        raise ValueError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error
+        raise RunError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error
 
 
 def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None:
@@ -55,12 +55,12 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None
         overwrite: a checkpoint of that name may be replaced.
 
     Raises:
-        UsageError: the name does not end in .ckpt, is that of a file, or exists.
+        SettingError: the name does not end in .ckpt, is that of a file, or exists.
     """
     path = Path(checkpoint)
     if path.suffix != ".ckpt":
-        raise UsageError(f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
+        raise SettingError(f"{setting}={checkpoint} does not end in .ckpt; name it {path.name}.ckpt")
     if path.is_file():
-        raise UsageError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
+        raise SettingError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:
-        raise UsageError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
+        raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")

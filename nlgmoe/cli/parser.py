@@ -1,32 +1,44 @@
-"""jsonargparse's parser with errors of one line, each about the setting to change."""
+"""jsonargparse's parser, whose errors are one line about the setting to change: name, value, place, remedy."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
+import importlib
+import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import Enum
-from itertools import groupby
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, Union
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
-from nlgmoe.cli.config_entries import ConfigEntry, read_arguments, read_file
-from nlgmoe.cli.errors import UsageError, one_line
-from nlgmoe.cli.explain import NAMED_BY_CLASS, Explainer, subcommands_of
-from nlgmoe.cli.tracebacks import is_complaint, raised_in
+from nlgmoe.cli.errors import did_you_mean, is_wrong_setting, one_line
+from nlgmoe.cli.places import Setting, read_arguments
 from nlgmoe.files import expand_home
+from nlgmoe.parts import ExpertConfig, RouterConfig
+from nlgmoe.validation import SettingError
 
+NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses of which a configuration names a subclass
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    dict: "a mapping",
+}
 _DURATION = re.compile(
     r"((?P<days>\d+)( days?, |:))?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+(\.\d+)?)"  # as Lightning and Python write it
 )
-_ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # the name of a list of objects, in that of a setting of one of them
 
 # Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -37,14 +49,204 @@ def _duration(text: str) -> timedelta:
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text} is no duration; write DD:HH:MM:SS or HH:MM:SS")
-    try:
-        return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
-    except OverflowError as error:
-        raise ValueError(f"{text} is above the largest duration, {timedelta.max.days} days; leave it out") from error
+    return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
 
 
 # jsonargparse's own reads DD:HH:MM:SS as H:MM:SS, and leaves out the rest.
 register_type(timedelta, deserializer=_duration)
+
+
+class OneLineParser(ArgumentParser):
+    """Raises `SettingError` where jsonargparse prints its usage and ends the process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation that works today becomes ambiguous, or another setting, with the next one that is added.
+        super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
+        self.given: list[Setting] = []
+        self.known: dict[str, Any] = {}  # name -> type, sections included
+        self._refusal: Exception | None = None
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse the arguments and the files that they name.
+
+        Raises:
+            SettingError: the arguments or a configuration file are wrong.
+        """
+        if self.exit_on_error and getattr(self, "parent_parser", None) is None:
+            args = _with_home(list(sys.argv[1:] if args is None else args))
+            choices = subcommands_of(self)
+            name = next((word for word in args if word in choices), "")
+            parser = choices.get(name, self)
+            configs = {o for a in parser._actions if isinstance(a, ActionConfigFile) for o in a.option_strings}
+            self.known = known_settings(parser)
+            for setting in read_arguments(args, configs):
+                self._check(setting)
+                self.given.append(setting)
+        return super().parse_args(args, namespace, **kwargs)
+
+    def _check(self, setting: Setting) -> None:
+        """Refuse a list, number or null that jsonargparse takes for any section or setting.
+
+        Raises:
+            SettingError: `setting` is such a one.
+        """
+        inside = [name for name in self.known if name.startswith(f"{setting.name}.")]
+        hint = self.known.get(setting.name)
+        if inside and not _takes_null(hint) and not isinstance(setting.value, dict | str):
+            raise SettingError(
+                f"{setting}: it is a section with settings such as {inside[0]}; write them as `name: value`"
+            )
+        if setting.leaf == "init_args" and setting.value is None:
+            raise SettingError(f"{setting}: expected settings of the class; leave init_args out if there are none")
+        if setting.place and hint == list[str] | None and not isinstance(setting.value, list | None):
+            raise SettingError(f"{setting}: expected a list, each item text")
+        if setting.value is None and hint is not None and not _takes_null(hint):
+            raise SettingError(f"{setting}: expected {in_words(hint)}")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage."""
+        if not self.exit_on_error:  # an inner parser, one attempt of several
+            super().error(message, ex)
+        outermost = getattr(self, "parent_parser", None) or self
+        raise SettingError(outermost.explain(message)) from ex
+
+    def explain(self, message: str) -> str:
+        """Return the line for a message of jsonargparse: its innermost reason, about the setting's full name.
+
+        It nests a reason in those of the settings and classes around it, the outermost first.
+        """
+        keys, owner, reason = [], "", one_line(message)
+        for line in message.splitlines():
+            if found := re.search(r'Parser key "([^"]+)":\s*(.*)', line):
+                keys.append(found[1])
+                reason = found[2] or reason
+            elif found := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", line):
+                owner, reason = found[1], found[2] or reason
+            elif not re.match(r"\s*(Does not validate|Subtypes:|Errors:|$)", line):
+                reason = line.strip().removeprefix("- ")
+                break
+        path = ".".join(keys)
+        if found := re.search(r"(?:does not accept option|Option) '([^']+)'|unrecognized arguments: (\S+)", reason):
+            if found[2] and not found[2].startswith("-"):
+                return f"unexpected argument {found[2]}; settings are written --name=value"
+            return self._unknown(".".join(filter(None, (path, found[1] or found[2]))), owner)
+        if found := re.search(r"the following arguments are required: ([^,\s]+)", reason):
+            return self._missing(".".join(filter(None, (path, found[1]))), owner)
+        if found := re.search(r"^argument subcommand: invalid choice: '(.*?)'", reason):
+            names = list(subcommands_of(self))
+            return f"unknown subcommand {found[1]}{did_you_mean(found[1], names)} (one of {', '.join(names)})"
+        if "but it was not provided" in reason:
+            return f"no subcommand; give one of {', '.join(subcommands_of(self))}, or --help"
+        if found := re.search(r'^Linked "(.+)" must be given via "(.+)"', reason):
+            return f"{found[1]} always equals {found[2]}; set that instead"
+        if not path:
+            return self.qualified(one_line(message))
+        setting = self._find(path, owner)
+        shown = str(setting) if setting else path
+        takes_class = any(inspect.isclass(kind) and kind not in _WORDS for kind in parts_of(self.known.get(path)))
+        named = [s for s in self.given if s.leaf == "class_path" and _plain(s.name).startswith(path)]
+        named += [setting] if setting and takes_class and isinstance(setting.value, str) else []
+        for class_path in named:
+            try:
+                find_class(str(class_path.value), self.known.get(path))
+            except SettingError as error:
+                return f"{class_path}: {error}"
+        if reason.startswith("Expected a") or "Expected" in message:
+            hint = self._hint(path, owner)
+            choices = [
+                str(one) for kind in parts_of(hint) if typing.get_origin(kind) is Literal for one in kind.__args__
+            ]
+            value = str(setting.value) if setting else ""
+            return f"{shown}: expected {in_words(hint)}{did_you_mean(value, choices)}"
+        return f"{shown}: {one_line(reason)}"
+
+    def qualified(self, text: str) -> str:
+        """Put the setting's full name and place where `text` starts with `leaf=value`."""
+        match = re.match(r"(?P<leaf>\w+)=(?P<value>\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)", text)
+        if match is None:  # Lightning quotes the value that it refuses, under names of its own
+            quoted = [s for s in self.given if s.name.startswith("trainer.") and f"'{s.value}'" in text]
+            return f"{quoted[-1]}: {text}" if quoted else text
+        rest = text[match.end() :]
+        same = [s for s in self.given if s.leaf == match["leaf"] and _same(s.value, match["value"])]
+        if same:
+            return f"{same[-1].name}={match['value']}{same[-1].place}{rest}"
+        names = [name for name in self.known if name.rpartition(".")[2] == match["leaf"]]
+        return f"{names[0].rpartition('.')[0]}.{text}".removeprefix(".") if len(names) == 1 else text
+
+    def construct(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of a configuration, and keep what its constructor raises.
+
+        To be registered with `add_instantiator`: of a value that may have several types jsonargparse reports every attempt
+        in one dump, in which the constructor's own words are lost.
+        """
+        try:
+            if kind.__module__.startswith("nlgmoe."):
+                hints = typing.get_type_hints(kind.__init__)
+                for name in (name for name, value in kwargs.items() if value is None):
+                    if name in hints and not _takes_null(hints[name]):
+                        raise SettingError(f"{name}=null: expected {in_words(hints[name])}")
+            return kind(*args, **kwargs)
+        except Exception as error:
+            of_arguments = isinstance(error, TypeError | OverflowError) and not kind.__module__.startswith("nlgmoe.")
+            self._refusal = (
+                SettingError(f"{kind.__name__} cannot take its arguments: {error}") if of_arguments else error
+            )
+            raise
+
+    @contextmanager
+    def blaming_settings(self) -> Iterator[None]:
+        """Add the setting's place to what the block's constructors complain about.
+
+        Raises:
+            SettingError: in place of a ValueError of a constructor, or what Lightning raises in its place.
+        """
+        self._refusal = None
+        try:
+            yield
+        except Exception as error:
+            cause = self._refusal or error
+            if isinstance(cause, ValueError) or is_wrong_setting(cause):
+                raise SettingError(self.qualified(one_line(str(cause)))) from error
+            raise cause from None  # as it was raised, without jsonargparse's dump around it
+
+    def _unknown(self, name: str, owner: str) -> str:
+        name = name.lstrip("-").partition("=")[0]
+        setting = self._find(name, owner)
+        shown, place = (setting.name, setting.place) if setting else (name, "")
+        accepted: list[str] = []
+        if owner and "." in shown:
+            with suppress(SettingError):
+                holder = shown.rpartition(".")[0]
+                accepted = [f"{holder}.{name}" for name in inspect.signature(find_class(owner)).parameters]
+        return f"unknown setting {shown}{place}{_nearest(shown, [*accepted, *self.known])}"
+
+    def _missing(self, name: str, owner: str) -> str:
+        if owner and name not in self.known:
+            leaf = name.rpartition(".")[2]
+            if classes := [setting for setting in self.given if setting.value == owner]:
+                holder = classes[-1].name.removesuffix(".class_path")
+                return f"missing setting {holder}.init_args.{leaf}; give it beside the others{classes[-1].place}"
+            around = self._find(name.rpartition(".")[0])
+            return f"missing setting {leaf} of {owner.rpartition('.')[2]}{f' in {around.name}{around.place}' if around else ''}"
+        name = next((known for known in self.known if name.endswith(known)), name)  # without the subcommand
+        return f"missing setting {name}; give it as --{name}=..., or in a --config file"
+
+    def _hint(self, path: str, owner: str) -> Any:
+        if path in self.known or not owner:
+            return self.known.get(path)
+        try:
+            return typing.get_type_hints(find_class(owner).__init__).get(path.rpartition(".")[2])
+        except (NameError, TypeError, SettingError):  # annotations may name what only type checkers import
+            return None
+
+    def _find(self, path: str, owner: str = "") -> Setting | None:
+        """Return the last setting of this name in jsonargparse's messages; if possible inside the class `owner`."""
+        same = [one for one in self.given if _plain(one.name) == path and not one.name.endswith("]")]
+        classes = {
+            s.name.removesuffix(".class_path") for s in self.given if s.leaf == "class_path" and s.value == owner
+        }
+        of_owner = [s for s in same if any(s.name.startswith(holder) for holder in classes)]
+        return (of_owner or same or [None])[-1]  # type: ignore[list-item]
 
 
 def _with_home(words: list[str]) -> list[str]:
@@ -56,135 +258,120 @@ def _with_home(words: list[str]) -> list[str]:
     return found
 
 
-def _config_options(parser: argparse.ArgumentParser) -> set[str]:
-    return {name for one in parser._actions if isinstance(one, ActionConfigFile) for name in one.option_strings}
+def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of its subcommands, by their names."""
+    return next((one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction)), {})
 
 
-class OneLineParser(ArgumentParser):
-    """Raises `UsageError` where jsonargparse prints its usage and ends the process."""
+def known_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return settings of a parser, sections and those inside them included: dotted name -> type."""
+    known: dict[str, Any] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviation that works today becomes ambiguous, or another setting, with the next one that is added.
-        super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
-        self.entries: list[ConfigEntry] = []
-        self._explainer: Explainer | None = None
-        self._refusal: Exception | None = None
-        self._refused = ""  # the class whose constructor raised it
+    def add(name: str, hint: Any) -> None:
+        known[name] = hint
+        for kind in parts_of(hint):
+            for field, field_hint in typing.get_type_hints(kind).items() if is_section(kind) else ():
+                add(f"{name}.{field}", field_hint)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse the arguments and the files that they name.
+    for action in parser._actions:
+        for option in action.option_strings or [action.dest]:
+            if not option.endswith((".help", "+")) and " --> " not in option:
+                hint = getattr(action, "_typehint", action.type)
+                hint = list[str] | None if isinstance(action, argparse._AppendAction) else hint
+                add(option.lstrip("-"), str | None if action.nargs in ("*", "+") else hint)
+    return known
 
-        Raises:
-            UsageError: the arguments or a configuration file are wrong.
-        """
-        outermost = self.exit_on_error and getattr(self, "parent_parser", None) is None
-        if outermost:
-            args = self._read(_with_home(list(sys.argv[1:] if args is None else args)))
-        parsed = super().parse_args(args, namespace, **kwargs)
-        if outermost and self._explainer is not None:
-            self._explainer.check_nulls(parsed.get(parsed.get("subcommand") or "", parsed))
-        return parsed
 
-    def _read(self, args: list[str]) -> list[str]:
-        """Note where each setting is given, for messages.
+def _plain(name: str) -> str:
+    """Return a name as in jsonargparse's messages: `trainer.callbacks.monitor` for `trainer.callbacks[0].init_args.monitor`."""
+    return re.sub(r"\[\d+\]|\.init_args|\.dict_kwargs", "", name)
 
-        Returns:
-            The arguments, with `--LIST=[]` before one that gives a list again: jsonargparse would keep the earlier items'
-            arguments, which the later one does not name, where both lists have as many items.
-        """
-        choices = subcommands_of(self)
-        subcommand = next((word for word in args if word in choices), "")
-        parser = choices.get(subcommand, self)
-        configs = _config_options(parser)
-        if found := (_config_options(self) - configs) & {word.partition("=")[0] for word in args}:
-            raise UsageError(f"unknown setting {found.pop().lstrip('-')}; {subcommand} takes no file of settings")
-        self._explainer = Explainer(parser, self.entries)
-        lists: set[str] = set()
-        read: list[str] = []
-        last = 0
-        for index, given in read_arguments(args, configs):
-            new = {match[1] for one in given if not one.appends and (match := _ITEM.match(one.name))}
-            again = [name for name in sorted(new) if name.replace(".init_args", "") in lists]
-            read += [*args[last:index], *(f"--{name}=[]" for name in again if not name.startswith(f"{subcommand}."))]
-            lists |= {name.replace(".init_args", "") for name in new}
-            last = index
-            for one in given:
-                entry = replace(one, name=one.name.removeprefix(f"{subcommand}."))  # as before the subcommand
-                self._explainer.check(entry)
-                self.entries.append(entry)
-                section = entry.name if self._explainer.inside(entry.name) else ""
-                if section and isinstance(entry.value, str):  # a file with the section's settings
-                    self.entries += [replace(one, name=f"{section}.{one.name}") for one in read_file(entry.value)]
-        return [*read, *args[last:]]
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage."""
-        if not self.exit_on_error:  # an inner parser, one attempt of several
-            super().error(message, ex)
-        outermost = getattr(self, "parent_parser", None) or self
-        explainer = outermost._explainer  # none if parsed from an object: nothing was written
-        raise UsageError(explainer.explain(message) if explainer else one_line(message)) from ex
+def _same(given: Any, text: str) -> bool:
+    try:
+        value = yaml.safe_load(text)
+        return bool(given == value or float(given) == float(value))
+    except (yaml.YAMLError, TypeError, ValueError, OverflowError):
+        return str(given) == text
 
-    def construct(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Make an object of a configuration, and keep what its constructor raises.
 
-        To be registered with `add_instantiator`: of a value that may have several types jsonargparse reports every attempt
-        in one dump, in which the constructor's own words are lost.
-        """
-        try:
-            return kind(*args, **kwargs)
-        except Exception as error:
-            self._refusal, self._refused = error, kind.__name__
-            raise
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name nearest to `name`: one of its section, or the same name in another section."""
+    pool = [one for one in known if not name.startswith(f"{one}.")]
+    siblings = [one for one in pool if one.rpartition(".")[0] == name.rpartition(".")[0]]
+    leaf = name.rpartition(".")[2]
+    for some in (siblings, pool):
+        for close in difflib.get_close_matches(leaf, sorted({one.rpartition(".")[2] for one in some}), n=1):
+            same = [one for one in some if one.rpartition(".")[2] == close]
+            return f"; did you mean {max(same, key=lambda one: difflib.SequenceMatcher(None, name, one).ratio())}?"
+    return "; --help lists all of them"
 
-    @contextmanager
-    def blaming_settings(self) -> Iterator[None]:
-        """Blame the configuration for what the block's constructors and checks complain about.
 
-        Raises:
-            UsageError: in place of a complaint of this project or of Lightning. Files that fail, and bugs, pass.
-        """
-        self._refusal = None
-        try:
-            yield
-        except UsageError:
-            raise
-        except Exception as error:
-            cause = self._refusal if raised_in(error).startswith("jsonargparse") and self._refusal else error
-            if (
-                cause is self._refusal
-                and isinstance(cause, TypeError | OverflowError)
-                and raised_in(cause).startswith("lightning")
-            ):
-                raise UsageError(f"{self._refused} cannot take its arguments: {one_line(str(cause))}") from error
-            if isinstance(cause, OSError) or not is_complaint(cause):
-                if cause is error:
-                    raise
-                raise cause from None  # as it was raised, without jsonargparse's dump around it
-            raise UsageError(self._explain_refusal(cause)) from error
+def find_class(path: str, hint: Any = None) -> Any:
+    """Import a class.
 
-    def _explain_refusal(self, error: BaseException) -> str:
-        """Return the line for what a constructor raised: `lr=-1 must be ...` with the setting's full name and place."""
-        text = one_line(str(error))
-        text = self._explainer.qualified(text) if self._explainer else text
-        if not raised_in(error).startswith("lightning") or text.startswith("trainer."):
-            return text
-        # Lightning quotes the value that it refuses, under names of its own.
-        quoted = [one for one in self.entries if one.name.startswith("trainer.") and f"'{one.value}'" in text]
-        return f"{quoted[-1]}: {text}" if quoted else text
+    Args:
+        path: with its module, or the name alone of a known subclass of one in `hint`.
+        hint: the type of the setting that it is for.
 
-    def replaced_classes(self, setting: str) -> list[str]:
-        """Name what a list of classes has lost to a later file: `NAME (FILE, line N)` each.
+    Raises:
+        SettingError: there is none; the message names the closest one.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        bases = [kind for kind in parts_of(hint) if inspect.isclass(kind)]
+        known = {kind.__name__: kind for base in bases for kind in _subclasses(base)}
+        if name in known:
+            return known[name]
+        raise SettingError(f"there is no such class{did_you_mean(name, known)}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise SettingError(
+            f"cannot import {module_name} ({reason}); put its file beside train.py or on PYTHONPATH"
+        ) from error
+    if not hasattr(module, name):
+        classes = [other for other in (*getattr(module, "__all__", ()), *vars(module)) if other[:1].isupper()]
+        raise SettingError(f"{module_name} has no class {name}{did_you_mean(name, classes)}")
+    return getattr(module, name)
 
-        A list that is written again, without `+`, takes the place of the earlier one. On the command line that is plain to see.
-        """
-        written: dict[str, str] = {}  # the class -> where
-        lost: dict[str, str] = {}
-        names = (setting, f"{setting}.class_path")  # of one class without a list
-        items = [one for one in self.entries if one.name in names or one.name.startswith(f"{setting}[")]
-        for file, group in groupby(items, key=lambda one: one.file):
-            entries = list(group)
-            if not entries[0].appends:
-                lost, written = lost | written if file else lost, {}
-            written |= {str(one.value).rpartition(".")[2]: one.place for one in entries if one.leaf == "class_path"}
-        return [f"{name}{place}" for name, place in lost.items() if name not in written]
+
+def _subclasses(base: Any) -> Iterator[Any]:
+    yield base
+    for kind in type.__subclasses__(base):
+        yield from _subclasses(kind)
+
+
+def parts_of(hint: Any) -> Iterator[Any]:
+    """Return the types that a type hint is made of, `MoEConfig | None` -> MoEConfig, NoneType."""
+    arguments = typing.get_args(hint) if typing.get_origin(hint) is not Literal else ()
+    for argument in arguments:
+        yield from parts_of(argument)
+    if not arguments:
+        yield hint
+
+
+def _takes_null(hint: Any) -> bool:
+    return bool({Any, None, type(None)} & set(parts_of(hint))) and hint is not None
+
+
+def is_section(kind: Any) -> bool:
+    """Return whether a type is a dataclass whose fields are settings, and not one that is named by `class_path`."""
+    return dataclasses.is_dataclass(kind) and not (inspect.isclass(kind) and issubclass(kind, NAMED_BY_CLASS))
+
+
+def in_words(hint: Any) -> str:
+    """Describe a type in a user's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(in_words(kind) for kind in arguments))
+    if origin is tuple:
+        return f"a list of {len(arguments)}: {', '.join(in_words(kind) for kind in arguments)}"
+    if origin is not None:
+        return "a list" if origin is list else str(hint)
+    if is_section(hint):
+        return "a section of settings"
+    return _WORDS.get(hint) or ("a value" if hint in (None, Any) else f"a {getattr(hint, '__name__', hint)}")

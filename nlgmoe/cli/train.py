@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
-from inspect import isabstract
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
-from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
@@ -28,10 +23,9 @@ from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
 from nlgmoe.checkpoint.newest import saved_steps
-from nlgmoe.cli.errors import UsageError, one_line_errors
-from nlgmoe.cli.explain import find_class
+from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.memory import configure_allocator
-from nlgmoe.cli.parser import OneLineParser
+from nlgmoe.cli.parser import OneLineParser, find_class
 from nlgmoe.data import PileDataModule
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may be named by its class alone)
@@ -40,6 +34,7 @@ from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
 from nlgmoe.run.keeper import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
+from nlgmoe.validation import SettingError
 
 
 class TrainParser(OneLineParser, LightningArgumentParser):
@@ -96,8 +91,6 @@ class TrainCLI(LightningCLI):
                 action._typehint = int | float | None  # type: ignore[attr-defined]
         if not self._runs:  # a run's own config.yaml says how it was started too
             parser.add_argument("--ckpt_path", type=Any, default=None, help="checkpoint of a run; not used here")
-        # Lightning's switch for unpickling. Configurations of earlier runs name it, and people take it for a warm start.
-        parser.add_argument("--weights_only", type=Any, default=None, help=argparse.SUPPRESS)
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -110,33 +103,18 @@ class TrainCLI(LightningCLI):
         """Parse, then check what can be known before anything is made.
 
         Raises:
-            UsageError: the command line or a configuration is wrong.
-            ValueError: there is no checkpoint at `ckpt_path`.
+            SettingError: the command line or a configuration is wrong, or there is no checkpoint at `ckpt_path`.
         """
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
-        for entry in parser.entries:  # jsonargparse refuses the flag; it replaces the value of a file without a word
-            if entry.name == "data.seq_len" and entry.value != config["model"]["config"]["seq_len"]:
-                raise UsageError(f"{entry} always equals model.config.seq_len; set that instead")
+        for given in parser.given:  # jsonargparse refuses the flag; it replaces the value of a file without a word
+            if given.name == "data.seq_len" and given.value != config["model"]["config"]["seq_len"]:
+                raise SettingError(f"{given} always equals model.config.seq_len; set that instead")
         if (seed := config.get("seed_everything")) is not None and seed is not False:
-            if seed is not True and not 0 <= seed < 2**32:
-                raise UsageError(
-                    f"seed_everything={seed} must be from 0 to {2**32 - 1}; leave it out, and set model.seed"
-                )
             rank_zero_warn(
                 f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
                 "(order); set those"
-            )
-        if replaced := parser.replaced_classes("trainer.callbacks"):
-            rank_zero_warn(
-                f"a later trainer.callbacks takes the place of the earlier one, without {', '.join(replaced)}; write "
-                "`callbacks+:` to add to the list"
-            )
-        if config.get("weights_only") is not None:
-            raise UsageError(
-                "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights "
-                "of one, set model.warm_start.checkpoint"
             )
         path = config.get("ckpt_path")
         if path is not None and path not in ("last", "auto", "best"):
@@ -147,11 +125,11 @@ class TrainCLI(LightningCLI):
         """Make model, data and trainer.
 
         Raises:
-            UsageError: one of them refuses its settings.
+            SettingError: one of them refuses its settings.
         """
         assert isinstance(self.parser, TrainParser)
         self.parser.add_instantiator(self.parser.construct, object)
-        with self.parser.blaming_settings(), _ranks_in_turn(self._get(self.config, "trainer")["logger"]):
+        with self.parser.blaming_settings():
             super().instantiate_classes()
 
     def before_validate(self) -> None:
@@ -164,10 +142,6 @@ class TrainCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         configure_allocator(self.trainer.strategy.root_device)
-        for one in self.trainer.loggers:
-            if (address := str(vars(one).get("_tracking_uri"))).startswith("http"):
-                server = address.rpartition("@")[2]  # without a password
-                rank_zero_info(f"{type(one).__name__} connects to {server}; it tries for minutes if no server answers")
         super()._run_subcommand(subcommand)
 
     @override
@@ -224,37 +198,20 @@ def _strategy(class_path: str) -> Strategy:
     """Return the strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
     try:
         kind = find_class(class_path)
-    except ValueError as error:
-        raise ValueError(f"trainer.strategy={class_path}: {error}") from error
-    if isabstract(kind):
-        raise ValueError(f"trainer.strategy={class_path} is the base class of others; name one of those")
-    made = None if isinstance(kind, type) and not issubclass(kind, Strategy) else kind()
-    if not isinstance(made, Strategy):
-        raise ValueError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
-    return made
+    except SettingError as error:
+        raise SettingError(f"trainer.strategy={class_path}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        raise SettingError(f"trainer.strategy={class_path} is no strategy; use nlgmoe.ExpertParallelStrategy, or ddp")
+    return kind()
 
 
 def main(args: ArgsType = None) -> None:
     """Run `train.py`; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
-    words = sys.argv[1:] if args is None else args
-    trains = isinstance(words, list) and words[:1] == ["fit"] and "--print_config" not in words
-    with one_line_errors(trains):
+    with one_line_errors():
         mute_advertising()
         TrainCLI(args)
-
-
-def _ranks_in_turn(logger: Any) -> AbstractContextManager[Any]:
-    """Let the processes of a launcher make their loggers one after the other: each rank's `MLFlowLogger` makes the database.
-
-    Args:
-        logger: setting `trainer.logger`.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if ranks == 1 or "MLFlowLogger" not in str(logger):
-        return nullcontext()
-    return FileLock(Path(gettempdir()) / f"nlgmoe-loggers-{os.getuid()}.lock")
 
 
 def mute_advertising() -> None:

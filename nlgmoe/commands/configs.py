@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import nlgmoe
-from nlgmoe.cli.errors import UsageError, did_you_mean
+from nlgmoe.cli.errors import did_you_mean
+from nlgmoe.validation import RunError, SettingError
 
 ROOT = Path(nlgmoe.__file__).parent / "configs"  # in the repository a link to the folder at the top
 
@@ -21,14 +22,14 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
         output: folder to copy to; existing files are not overwritten.
 
     Raises:
-        UsageError: there is no such file, or one exists in the folder.
+        SettingError: there is no such file, or one exists in the folder.
         ValueError: they cannot be written.
     """
     shipped = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/*.yaml")])
     known = [str(path) for path in [*shipped, *sorted({path.parent for path in shipped} - {Path()})]]
     for name in names:
         if str(Path(name)) not in known:
-            raise UsageError(
+            raise SettingError(
                 f"names={name} is no file of the package{did_you_mean(name, known) or '; see nlgmoe configs list'}"
             )
     wanted = [path for path in shipped if not names or {path, path.parent} & set(map(Path, names))]
@@ -37,7 +38,7 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
             print(f"{path!s:<32} {(ROOT / path).read_text().partition(chr(10))[0].lstrip('# ')}")
         return
     if existing := [path for path in wanted if (Path(output) / path).exists()]:
-        raise UsageError(
+        raise SettingError(
             f"output={output}: {Path(output) / existing[0]} exists already; name another folder, or delete it"
         )
     written: list[Path] = []
@@ -50,5 +51,5 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
         for file in written:  # the same command works once there is room
             with suppress(OSError):
                 file.unlink()
-        raise ValueError(f"output={output} cannot be written ({error.strerror}); name another folder") from error
+        raise RunError(f"output={output} cannot be written ({error.strerror}); name another folder") from error
     print(*written, sep="\n")

@@ -8,8 +8,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.model_options import import_allowed
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.distill.record_logits import Progress
@@ -47,14 +47,14 @@ def distill_logits(
         ValueError: the files or settings are not valid; the message names the remedy.
     """
     if output is None:
-        raise UsageError("missing setting output (folder to make); give it as --output=...")
+        raise SettingError("missing setting output (folder to make); give it as --output=...")
     if not Path(output).name:
-        raise UsageError(f"output={output} has no name of its own; name a folder that is not there yet")
+        raise SettingError(f"output={output} has no name of its own; name a folder that is not there yet")
     if temperature is not None and not temperature > 0:
-        raise UsageError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
+        raise SettingError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
     if top_k < 1 or (samples is not None and samples < 1):
         name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
-        raise UsageError(f"{name}={value} must be at least 1")
+        raise SettingError(f"{name}={value} must be at least 1")
     import_allowed(allow_code)
     # Here and not above: Lightning comes along, and a typing error should not wait for it.
     import torch
@@ -71,7 +71,7 @@ def distill_logits(
     distiller: dict[str, Any] = (settings["model"]["distiller"] or {}).get("init_args") or {}
     teacher = teacher or distiller.get("teacher")
     if teacher is None:
-        raise UsageError("missing setting teacher (its checkpoint); give it as --teacher=...")
+        raise SettingError("missing setting teacher (its checkpoint); give it as --teacher=...")
     if temperature is None:
         temperature = distiller.get("temperature", 1.0)
     precision = precision or distiller.get("precision") or "fp32"
@@ -87,7 +87,7 @@ def distill_logits(
     )
     module, data = experiment.module, experiment.data
     if top_k > module.config.vocab_size:
-        raise UsageError(f"top_k={top_k} is above model.config.vocab_size={module.config.vocab_size}; lower it")
+        raise SettingError(f"top_k={top_k} is above model.config.vocab_size={module.config.vocab_size}; lower it")
     if samples is None:
         growth, whole = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
         ramp_up = None if growth is None else BatchRampUp(**growth)
@@ -142,7 +142,7 @@ def _distilled(experiment: Experiment, batch_size_after: Any) -> int:
     end = distillation_end(module.train_tokens, experiment.trainer)
     found = samples_until(end, batch_size_after, module.config.seq_len, module.curriculum)
     if found is None:
-        raise UsageError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
+        raise SettingError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
     return found
 
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.model_options import check_device, import_allowed
 from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.eval.generation import Completion
@@ -62,12 +62,12 @@ def generate_text(
     from nlgmoe.eval.sampling import Sampling
 
     if prompt == []:
-        raise UsageError("prompt=[]: give a text with --prompt, a file with --prompts, or pipe one in without either")
+        raise SettingError("prompt=[]: give a text with --prompt, a file with --prompts, or pipe one in without either")
     if prompt is not None and prompts is not None:
-        raise UsageError(f"prompts={prompts} cannot be had beside prompt; leave one of them out")
+        raise SettingError(f"prompts={prompts} cannot be had beside prompt; leave one of them out")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if number < 1:
-            raise UsageError(f"{name}={number} must be at least 1")
+            raise SettingError(f"{name}={number} must be at least 1")
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_device(device)
     if output is not None:
@@ -76,7 +76,7 @@ def generate_text(
 
     for number, text in enumerate(texts, 1):
         if not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
-            raise UsageError(f"prompt {number} is no text: it has bytes that are not UTF-8, or half a character")
+            raise SettingError(f"prompt {number} is no text: it has bytes that are not UTF-8, or half a character")
 
     loaded = load_pretrained(checkpoint, tokenizer, device, precision)
     tokens = [loaded.tokenizer.encode(text) or [loaded.tokenizer.eod_id] for text in texts]
@@ -137,31 +137,31 @@ def _read_stdin() -> str:
     """Read one prompt; remove the line break that `echo` adds, and a byte order mark.
 
     Raises:
-        UsageError: stdin is a terminal or has no text.
+        SettingError: stdin is a terminal or has no text.
     """
     if sys.stdin is None or sys.stdin.isatty():  # None: closed
-        raise UsageError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
+        raise SettingError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
     try:
         return sys.stdin.read().removesuffix("\n").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UsageError("prompt: what is piped in is not UTF-8") from error
+        raise SettingError("prompt: what is piped in is not UTF-8") from error
 
 
 def _read_prompts(path: str) -> list[str]:
     """Read the prompts of a file of JSON lines; skip empty lines.
 
     Raises:
-        UsageError: the file does not exist, a line is not such an object, or there is no line.
+        SettingError: the file does not exist, a line is not such an object, or there is no line.
     """
     where = "stdin" if path == "-" else path
     if path == "-" and sys.stdin is None:
-        raise UsageError("prompts=- is stdin, which is closed; name a file of JSON lines")
+        raise SettingError("prompts=- is stdin, which is closed; name a file of JSON lines")
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UsageError(f"prompts={where}: {error.strerror}; name a file of JSON lines, or - for stdin") from error
+        raise SettingError(f"prompts={where}: {error.strerror}; name a file of JSON lines, or - for stdin") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f'prompts={where} is not UTF-8; write JSON lines with a "prompt" each') from error
+        raise SettingError(f'prompts={where} is not UTF-8; write JSON lines with a "prompt" each') from error
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -171,10 +171,10 @@ def _read_prompts(path: str) -> list[str]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise UsageError(
+            raise SettingError(
                 f'prompts={where}, line {number} is no JSON object with a text "prompt"; write {{"prompt": "..."}}'
             )
         found.append(record["prompt"])
     if not found:
-        raise UsageError(f'prompts={where} has no prompt; write a line {{"prompt": "..."}} for each')
+        raise SettingError(f'prompts={where} has no prompt; write a line {{"prompt": "..."}} for each')
     return found

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import os
 import sys
 import textwrap
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from nlgmoe.cli.errors import UsageError, did_you_mean, one_line_errors
-from nlgmoe.cli.start import import_interruptibly
+from nlgmoe.cli.errors import did_you_mean, one_line_errors
 from nlgmoe.parts import ForeignCodeError
+from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
 COMMANDS = {
@@ -42,6 +44,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: words of the command line; None: those of this process.
     """
+    sys.path.append(
+        os.getcwd()
+    )  # for a configuration's own modules, behind all others; `python train.py` has its folder too
     with one_line_errors():
         words = sys.argv[1:] if args is None else args
         name = words[0] if words else ""
@@ -50,13 +55,13 @@ def main(args: list[str] | None = None) -> None:
         elif name == "--version":
             print(", ".join(f"{package} {version}" for package, version in versions().items()))
         elif name in OF_TRAIN_PY:
-            import_interruptibly("nlgmoe.cli.train").main(args)
+            importlib.import_module("nlgmoe.cli.train").main(args)
         elif name in COMMANDS:
             _run(name, args)
         else:
             known = [*OF_TRAIN_PY, *COMMANDS]
             found = f"unknown subcommand {name}{did_you_mean(name, known)}" if name else "no subcommand"
-            raise UsageError(f"{found} (one of {', '.join(known)})")
+            raise SettingError(f"{found} (one of {', '.join(known)})")
 
 
 def overview() -> str:
@@ -79,7 +84,7 @@ def overview() -> str:
 
 def _run(name: str, args: list[str] | None) -> None:
     module, _, function_name = COMMANDS[name].rpartition(".")
-    function: Any = getattr(import_interruptibly(module), function_name)
+    function: Any = getattr(importlib.import_module(module), function_name)
     from jsonargparse import auto_cli
 
     from nlgmoe.cli.command_parser import CommandParser, name_as_typed

@@ -6,8 +6,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.processes import check_processes, usable_cpus
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.data.tokenizer import Tokenizer
@@ -85,13 +85,15 @@ def _tokenise_input(
 ) -> None:
     if input is None or output is None:
         missing = "input" if input is None else "output"
-        raise UsageError(f"missing setting {missing}; --input and --output go together")
+        raise SettingError(f"missing setting {missing}; --input and --output go together")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers={workers} must be at least 1")
+        raise SettingError(f"workers={workers} must be at least 1")
     check_processes("workers", workers or 1)
     prefix = Path(output)
     if prefix.name in ("", ".."):
-        raise UsageError(f"output={output} is a folder; give the beginning of the files' names, such as data/own/text")
+        raise SettingError(
+            f"output={output} is a folder; give the beginning of the files' names, such as data/own/text"
+        )
     from nlgmoe.cli.input_files import input_files
     from nlgmoe.commands.build_progress import ProgressLines
     from nlgmoe.data.corpus import build_lock

@@ -8,9 +8,9 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from nlgmoe.checkpoint.folder import run_config
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.model_options import import_allowed
 from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.config import GPTConfig
@@ -47,11 +47,11 @@ def prune_checkpoint(
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     if num_experts is None:
-        raise UsageError(
+        raise SettingError(
             "missing setting num_experts (experts to keep at each MoE position); give it as --num-experts=[8,8,16]"
         )
     if windows < 1:
-        raise UsageError(f"windows={windows} must be at least 1 sequence")
+        raise SettingError(f"windows={windows} must be at least 1 sequence")
     from nlgmoe.checkpoint.portable import load_model  # these need torch
     from nlgmoe.checkpoint.prune import most_used, prune, pruned_config
     from nlgmoe.eval.expert_use import measure_use
@@ -61,7 +61,7 @@ def prune_checkpoint(
 
     loaded = load_pretrained(run)
     if Path(checkpoint).resolve() == loaded.path.resolve():
-        raise UsageError(
+        raise SettingError(
             f"checkpoint={checkpoint} is the one to prune, which its training needs as teacher; name another"
         )
     before = loaded.model.config
@@ -111,7 +111,7 @@ def _run_batches(run: str, windows: int) -> Any:
     from nlgmoe.experiment import load_config
 
     if (config := run_config(Path(run))) is None:
-        raise UsageError(
+        raise SettingError(
             f"run={run} is in no run's folder, which names its text: there is no config.yaml; give --text FILE"
         )
     data = load_config(config, data__max_eval_windows=windows, trainer__logger=False).data
@@ -127,16 +127,16 @@ def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
     from nlgmoe.data.text.documents import decode_text
 
     if Path(text).is_char_device():  # some have no end
-        raise UsageError(f"text={text} is a device; give a file of text in UTF-8")
+        raise SettingError(f"text={text} is a device; give a file of text in UTF-8")
     try:
         ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
     except (OSError, UnusableError) as error:
         reason = error.message if isinstance(error, UnusableError) else error.strerror
-        raise UsageError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
+        raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
     length = loaded.model.config.seq_len
     count = min(windows, (len(ids) - 1) // length)
     if count < 1:
-        raise UsageError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
+        raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
     tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
     for some, following in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
         mask = torch.ones_like(some, dtype=torch.bool)

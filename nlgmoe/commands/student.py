@@ -10,10 +10,10 @@ import yaml
 from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document, run_config
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_output, write_whole
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import moe_blocks, student_config, student_layers
+from nlgmoe.validation import SettingError
 
 
 def student(
@@ -45,12 +45,12 @@ def student(
     if output is not None:
         check_output(output)
     if fraction is not None and step is not None:
-        raise UsageError(f"step={step} and fraction={fraction} are two ends of distillation; give one of them")
+        raise SettingError(f"step={step} and fraction={fraction} are two ends of distillation; give one of them")
     fraction = 0.7 if fraction is None else fraction
     if not 0 < fraction <= 1:
-        raise UsageError(f"fraction={fraction} must be above 0 and at most 1, the whole run")
+        raise SettingError(f"fraction={fraction} must be above 0 and at most 1, the whole run")
     if step is not None and step < 1:
-        raise UsageError(f"step={step} must be at least 1; a run without a teacher is model.distiller=null")
+        raise SettingError(f"step={step} must be at least 1; a run without a teacher is model.distiller=null")
     file, run = _configuration(Path(source))
     settings, text = _settings(file, complete=run is not None)
     model, trainer = text["model"], text.setdefault("trainer", {})
@@ -59,7 +59,7 @@ def student(
         _check_same(theirs, Path(run), file)
     ours = student_config(theirs, num_layers)
     if step is None and settings["model"]["train_tokens"] is None:
-        raise UsageError(
+        raise SettingError(
             f"fraction={fraction} is of model.train_tokens, which {file} leaves out; give step in its place"
         )
 
@@ -100,10 +100,10 @@ def _configuration(source: Path) -> tuple[Path, str | None]:
     if source.is_file():
         return source, None
     if not source.is_dir():
-        raise UsageError(f"source={source} is not there; give the teacher's YAML, its run's folder or a checkpoint")
+        raise SettingError(f"source={source} is not there; give the teacher's YAML, its run's folder or a checkpoint")
     if (file := run_config(source)) is not None:
         return file, str(source)
-    raise UsageError(
+    raise SettingError(
         f"source={source} is in no run's folder: there is no config.yaml above it that says how it was trained; give the YAML "
         f"in its place, and teacher={source}"
     )
@@ -117,10 +117,10 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
         complete: a run wrote the file, with every setting: do not write those that have their defaults.
 
     Raises:
-        UsageError: the file is not a configuration of train.py.
+        SettingError: the file is not a configuration of train.py.
     """
     # train.py's own parser; it costs seconds of imports.
-    from nlgmoe.cli.config_entries import ConfigLoader
+    from nlgmoe.cli.places import ConfigLoader
     from nlgmoe.experiment import parse_with_defaults
 
     settings, defaults, changed = parse_with_defaults(file)
@@ -164,7 +164,7 @@ def _without(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
 def _check_same(theirs: GPTConfig, checkpoint: Path, file: Path) -> None:
     if GPTConfig.from_dict(read_document(checkpoint)["model_config"]) != theirs:
-        raise UsageError(
+        raise SettingError(
             f"source={checkpoint} holds another model than {file} describes; give the YAML that it was trained with, and "
             f"teacher={checkpoint}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nlgmoe.checkpoint.describe import describe
-from nlgmoe.cli.errors import Failures, UsageError
+from nlgmoe.validation import RunError, SettingError
 
 
 def verify_checkpoint(checkpoint: str) -> None:
@@ -21,15 +21,15 @@ def verify_checkpoint(checkpoint: str) -> None:
     from nlgmoe.checkpoint.verify import find_problems
 
     if checkpoint and not Path(checkpoint).exists():
-        raise UsageError(f"{checkpoint} does not exist; name a checkpoint")
+        raise SettingError(f"{checkpoint} does not exist; name a checkpoint")
     if not is_checkpoint(checkpoint) or not Path(checkpoint).is_dir():
         names = ", ".join(
             str(checkpoint_path(Path(checkpoint), step)) for step in saved_steps(Path(checkpoint))[:-4:-1]
         )
-        raise UsageError(
+        raise SettingError(
             f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")
         )
 
     if found := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
-        raise Failures([*found, f"{checkpoint} is not valid: use another checkpoint"])
+        raise RunError("\n".join([*found, f"{checkpoint} is not valid: use another checkpoint"]))
     print(describe(Path(checkpoint)))

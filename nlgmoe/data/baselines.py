@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.validation import RunError
 
 MAX_TOKENS = 50_000_000  # counted for the unigram model, in training and evaluation text each
 MAX_BYTES = 20_000_000  # compressed, over all domains; xz needs about a second per MB
@@ -71,7 +72,7 @@ def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int
         for start in starts:
             tokens = stream[start : start + length]
             if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
-                raise ValueError(
+                raise RunError(
                     f"The corpus holds token ids from {tokens.min()} to {tokens.max()}, but the tokenizer has {vocab_size}: "
                     "it is damaged, or made with another tokenizer. Build it again, or set data.tokenizer."
                 )

@@ -54,17 +54,17 @@ class Blend:
 
     def __init__(self, parts: list[BlendPart]) -> None:
         if not parts:
-            raise ValueError("parts=[] is empty: give each corpus as {weight: ..., name: ..., corpus: ...}.")
+            raise SettingError("parts=[] is empty: give each corpus as {weight: ..., name: ..., corpus: ...}.")
         for part in parts:
             if not (math.isfinite(part.weight) and part.weight > 0):
-                raise ValueError(
+                raise SettingError(
                     f"weight={part.weight} of the part {part.name!r} must be a number above 0: raise it, or remove the part."
                 )
             if sum(other.name == part.name for other in parts) > 1 or not part.name:
-                raise ValueError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
+                raise SettingError(f"name={part.name} is empty or used twice: losses are logged by it, change it.")
         lightest = min(parts, key=lambda part: part.weight)
         if lightest.weight < SMALLEST_SHARE * sum(part.weight for part in parts):
-            raise ValueError(
+            raise SettingError(
                 f"weight={lightest.weight} of the part {lightest.name!r} is less than a billionth of all weights, so that no "
                 "run reads it: raise it, or remove the part."
             )

@@ -87,10 +87,10 @@ class PileDataModule(TextFacts, TrainingData):
         }
         for name, value in sizes.items():
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise SettingError(f"{name}={value} must be at least 1")
         for name, number in {"seed": seed, "num_workers": num_workers}.items():
             if number < 0:
-                raise ValueError(f"{name}={number} must be at least 0")
+                raise SettingError(f"{name}={number} must be at least 0")
         check_processes("num_workers", num_workers)
         if batch_ramp_up is not None:
             check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nlgmoe.files import require_regular
+from nlgmoe.validation import RunError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -54,7 +55,7 @@ class IndexedDataset:
         index_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index_path, bin_path):
             if not path.exists():
-                raise ValueError(f"{path} is missing. An indexed dataset is two files, .bin and .idx: copy both.")
+                raise RunError(f"{path} is missing. An indexed dataset is two files, .bin and .idx: copy both.")
             require_regular(path, "copy it anew")
         code, sequences, boundaries = _read_header(index_path)
         self.dtype = np.dtype(DTYPES[code])
@@ -64,7 +65,7 @@ class IndexedDataset:
         self.document_indices = np.frombuffer(index, "<i8", boundaries, HEADER.size + 12 * sequences)
         expected, found = self._check_index(index_path), bin_path.stat().st_size
         if found != expected:
-            raise ValueError(f"{bin_path} has {found} bytes, {index_path} says {expected}: cut off? Build it again.")
+            raise RunError(f"{bin_path} has {found} bytes, {index_path} says {expected}: cut off? Build it again.")
         # An empty file cannot be mapped.
         self.tokens = np.memmap(bin_path, self.dtype, mode="r") if found else np.zeros(0, self.dtype)
 
@@ -93,7 +94,7 @@ class IndexedDataset:
             starts = end + np.cumsum(sizes) - sizes
             if len(wrong := np.flatnonzero((lengths < 0) | (pointers != starts))):
                 i = wrong[0]
-                raise ValueError(
+                raise RunError(
                     f"{path} is damaged: sequence {first + i} has {lengths[i]} tokens from byte {pointers[i]} on, the ones "
                     f"before it end at byte {starts[i]}. Build it again."
                 )
@@ -103,7 +104,7 @@ class IndexedDataset:
             (np.diff(documents[first : first + CHUNK + 1]) >= 0).all() for first in range(0, len(documents), CHUNK)
         )
         if not (len(documents) and documents[0] == 0 and documents[-1] == len(self) and rising):
-            raise ValueError(
+            raise RunError(
                 f"{path} is damaged: its documents do not rise from sequence 0 to {len(self)}. Build it again."
             )
         return end
@@ -114,14 +115,14 @@ def _read_header(path: Path) -> tuple[int, int, int]:
     with path.open("rb") as handle:
         header = handle.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise ValueError(f"{path} does not start with {MAGIC!r}: not the index of an indexed dataset.")
+        raise RunError(f"{path} does not start with {MAGIC!r}: not the index of an indexed dataset.")
     _, version, code, sequences, boundaries = HEADER.unpack(header)
     if version != VERSION or code not in DTYPES:
-        raise ValueError(
+        raise RunError(
             f"{path} has version {version} and type code {code}; known are version 1 and integers, codes "
             f"{', '.join(map(str, DTYPES))}."
         )
     size, found = HEADER.size + 12 * sequences + 8 * boundaries, path.stat().st_size
     if found != size:
-        raise ValueError(f"{path} has {found} bytes, its header says {size}: cut off? Build it again.")
+        raise RunError(f"{path} has {found} bytes, its header says {size}: cut off? Build it again.")
     return code, sequences, boundaries

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nlgmoe.data.indexed import CHUNK, DTYPES, HEADER, MAGIC, VERSION
+from nlgmoe.validation import RunError
 
 
 class IndexedWriter:
@@ -51,7 +52,7 @@ class IndexedWriter:
         array = np.asarray(tokens)
         stored = array.astype(self._dtype)
         if not np.array_equal(stored, array):
-            raise ValueError(f"A token does not fit {self._dtype}: ids reach {array.max()}. Use a wider dtype.")
+            raise RunError(f"A token does not fit {self._dtype}: ids reach {array.max()}. Use a wider dtype.")
         counts = [len(stored)] if lengths is None else lengths
         assert sum(counts) == len(stored), f"sequences of {sum(counts)} tokens in a document of {len(stored)}"
         self._files["bin"].write(stored.tobytes())
@@ -93,7 +94,7 @@ class IndexedWriter:
         if kind == "bin" and not path.exists() and Path(f"{self._prefix}.bin").exists():
             Path(f"{self._prefix}.bin").replace(path)  # the process was killed after it was moved
         if not path.exists() or path.stat().st_size < sizes[kind]:
-            raise ValueError(f"{path} is missing or cut off: delete {self._folder} to begin again.")
+            raise RunError(f"{path} is missing or cut off: delete {self._folder} to begin again.")
         file = path.open("r+b")
         file.truncate(sizes[kind])
         file.seek(0, os.SEEK_END)

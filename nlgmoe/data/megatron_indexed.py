@@ -16,7 +16,7 @@ from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
 from nlgmoe.data.description import Description
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, load_tokenizer
-from nlgmoe.validation import SettingError, require
+from nlgmoe.validation import RunError, SettingError, require
 
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
@@ -40,7 +40,7 @@ class MegatronIndexed:
 
     def __init__(self, prefix: str, split: Sequence[float] = DEFAULT_SPLIT) -> None:
         if len(split) != 3 or min(split) < 0 or sum(split) <= 0:
-            raise ValueError(
+            raise RunError(
                 f"split {list(split)} must be three shares of documents (training, validation, test), none negative and "
                 "not all 0, such as [98, 2, 0]."
             )
@@ -94,7 +94,7 @@ class MegatronIndexed:
         bounds = [(dataset.first_token(number), dataset.first_token(number + 1)) for number in sampled]
         closed = [bool(dataset.tokens[end - 1] == tokenizer.eod_id) for first, end in bounds if end > first]
         if not all(closed):
-            raise ValueError(
+            raise RunError(
                 f"{closed.count(False)} of {len(closed)} sampled documents in {self.prefix}.bin do not end with "
                 f"{tokenizer.name}'s end-of-document token ({tokenizer.eod_id}): write the corpus again with "
                 "tools/preprocess_data.py --append-eod, or set data.tokenizer to the one it was made with."
@@ -107,12 +107,12 @@ class MegatronIndexed:
         ]
         # Two: a text that was the token's name.
         if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
-            raise ValueError(
+            raise RunError(
                 f"{empty} of {len(texts)} sampled documents in {self.prefix}.bin hold end-of-document tokens alone: parts of the "
                 "file are missing; copy it again, or write the corpus again."
             )
         if (same := tokenizer.share_reproduced(texts)) < SAME_TOKENIZER:
-            raise ValueError(
+            raise RunError(
                 f"{self.prefix}.bin holds another tokenizer's ids: {same:.0%} of those in {len(texts)} sampled documents come "
                 f"back when their text is tokenised with {tokenizer.name}: set data.tokenizer to the one they were made with."
             )

@@ -21,7 +21,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.files import require_regular
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 SPLITS = ("train", "validation")
 
@@ -94,7 +94,7 @@ class PocketPile:
 
     def __init__(self, domains: list[str] | None = None) -> None:
         if domains is not None and (not domains or len(set(domains)) < len(domains)):
-            raise ValueError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
+            raise RunError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
         self._domains = domains
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
@@ -111,7 +111,7 @@ class PocketPile:
         """
         manifest = read_manifest(data_dir)
         if manifest is None:
-            raise ValueError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
+            raise RunError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
         domains = manifest.domains if self._domains is None else self._domains
         if unknown := sorted(set(domains) - set(manifest.domains)):
             raise SettingError(
@@ -121,7 +121,7 @@ class PocketPile:
         tokenised = read_token_files(data_dir, loaded)
         for name, file in manifest.files.items():
             if name not in tokenised or tokenised[name].text_sha256 != file.sha256:
-                raise ValueError(
+                raise RunError(
                     f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
                     f"--data_dir {data_dir} --tokenizer {tokenizer}` first."
                 )
@@ -152,7 +152,7 @@ def read_manifest(root: Path) -> Manifest | None:
         files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
         return Manifest(fields["name"], fields["domains"], files, fields["sources"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete it and build the corpus again") from error
+        raise RunError(f"{path} is damaged ({error!r}); delete it and build the corpus again") from error
 
 
 def text_path(root: Path, name: str) -> Path:
@@ -188,4 +188,4 @@ def read_token_files(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFil
     try:
         return {name: TokenFile(**facts) for name, facts in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to tokenise again") from error
+        raise RunError(f"{path} is damaged ({error}); delete {path.parent} to tokenise again") from error

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from nlgmoe.data.sources import Sample, TokenSource
+from nlgmoe.validation import RunError
 
 
 class SourceDataset(Dataset[Sample]):
@@ -37,7 +38,7 @@ class SourceDataset(Dataset[Sample]):
         for part in (sample["tokens"], sample["targets"]):
             lowest, highest = map(int, torch.aminmax(part))
             if lowest < 0 or highest >= self._vocab_size:
-                raise ValueError(
+                raise RunError(
                     f"Sample {index} of {self._domains[int(sample['domain'])]} holds token ids from {lowest} to {highest}, but "
                     f"the tokenizer has {self._vocab_size}: the corpus is damaged there, or made with another tokenizer. "
                     "Build it again, or set data.tokenizer."

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nlgmoe.files import require_regular
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
@@ -241,7 +241,7 @@ def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tok
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         which = " or ".join(map(str, files))
-        raise ValueError(f"{which} is damaged or not a tokenizer ({error}); replace it") from error
+        raise RunError(f"{which} is damaged or not a tokenizer ({error}); replace it") from error
     return Tokenizer(made, name)
 
 

@@ -13,6 +13,7 @@ from nlgmoe.batch import Batch
 from nlgmoe.layers.losses import TeacherTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.token_schedule import SequenceCurriculum, sequence_length
+from nlgmoe.validation import SettingError
 
 
 class Distiller(Protocol):
@@ -125,6 +126,6 @@ def check_loss(beta: float, temperature: float) -> None:
         ValueError: one is not above 0.
     """
     if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
+        raise SettingError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")
+        raise SettingError(f"temperature={temperature} must be above 0; 1.0 compares the distributions as they are")

@@ -42,7 +42,7 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
-from nlgmoe.validation import SettingError, type_for
+from nlgmoe.validation import RunError, SettingError, type_for
 
 
 class MixtureOfStudents:
@@ -169,7 +169,7 @@ class MixtureOfStudents:
         for path in [Path(self._used["checkpoint"]), *there]:
             if is_complete(path) and weights_of(path) == self._used["weights"]:
                 return path
-        raise ValueError(
+        raise RunError(
             f"model.distiller.teacher={self.teacher}: this run has learned from {self._used['checkpoint']}, whose weights "
             f"are gone or were replaced, not from {there[0] if there else 'what is there'}; bring them back, or set it to the "
             "path of another checkpoint to learn from that"
@@ -285,7 +285,7 @@ def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtyp
         model = GPT(_without_dropping(config), placements=placed)
     files = TensorFiles(path, "model")
     if different := describe_differences(entry_shapes(model), files.shapes):
-        raise ValueError(
+        raise RunError(
             f"model.distiller.teacher={path} does not hold the model that it describes: {summarize_differences(different)}; "
             "use another checkpoint"
         )

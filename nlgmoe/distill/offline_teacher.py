@@ -21,7 +21,7 @@ from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, 
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
-from nlgmoe.validation import SettingError, require, type_for
+from nlgmoe.validation import RunError, SettingError, require, type_for
 
 _UNNUMBERED = (
     "the data module does not number its samples, so that nothing can be looked up; use nlgmoe.PileDataModule, or "
@@ -165,7 +165,7 @@ class OfflineTeacher:
         before = self._used
         if before and before.get("weights") != teacher["weights"]:
             if before.get("setting") == self.logits:
-                raise ValueError(
+                raise RunError(
                     f"model.distiller.logits={self.logits} holds logits of {teacher['checkpoint']} now, this run has learned "
                     f"from {before.get('checkpoint')}, of other weights; record that teacher's again, or rename the folder to "
                     "change the teacher"

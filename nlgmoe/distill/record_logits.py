@@ -42,7 +42,7 @@ from nlgmoe.distill.teacher_logits import (
 from nlgmoe.files import atomic_write
 from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.non_finite import require_finite_logits
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 from nlgmoe.versions import versions
 
 RECORD_SECONDS = 30.0  # between two writes of the progress, which is what a killed process loses
@@ -98,7 +98,7 @@ def record_logits(
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"output={folder} is being recorded by another process: wait for it, or stop it") from None
+        raise RunError(f"output={folder} is being recorded by another process: wait for it, or stop it") from None
     try:
         header = _record(teacher, data, settings, work, folder, report)
         (work / folder.name).rename(folder)
@@ -163,7 +163,7 @@ def _resume(note: Path, settings: dict[str, Any], data: PileDataModule) -> tuple
         found = json.loads(note.read_text())
         done, earlier, state = Progress(**found["done"]), found["settings"], found["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{note} is damaged ({error!r}); delete {note.parent} to start again") from error
+        raise RunError(f"{note} is damaged ({error!r}); delete {note.parent} to start again") from error
     _check_same(earlier, settings, note.parent)
     data.load_state_dict(state)
     return done, earlier
@@ -184,10 +184,10 @@ def _truncate(file: Path, kept: int, needed: int, work: Path) -> None:
     """Truncate the records to the last progress, and check that the rest fits on the disk."""
     file.touch()
     if file.stat().st_size < kept:
-        raise ValueError(f"{file} is shorter than was recorded; delete {work} to start again")
+        raise RunError(f"{file} is shorter than was recorded; delete {work} to start again")
     os.truncate(file, kept)
     if (free := shutil.disk_usage(work).free) < needed:
-        raise ValueError(
+        raise RunError(
             f"output={work.parent / file.parent.name} takes {needed / 1e9:,.2f} GB more, there are {free / 1e9:,.2f} GB free; "
             "make room, or lower top_k or samples"
         )

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from nlgmoe.checkpoint.folder import checksum_of_manifest, kind_of, read_manifest
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 FORMAT, VERSION = "nlgmoe-teacher-logits", 1
 HEADER, RECORDS = "header.json", "logits.bin"
@@ -49,7 +49,7 @@ class TeacherLogits:
         expected, found = self.header["samples"] * dtype.itemsize, path.stat().st_size if path.is_file() else None
         if found != expected:
             size = "is missing" if found is None else f"has {found:,} bytes, not {expected:,}"
-            raise ValueError(f"{path} {size}: it is damaged; delete {folder} and record it again")
+            raise RunError(f"{path} {size}: it is damaged; delete {folder} and record it again")
         self._records = np.memmap(path, dtype, "r")
         self._bytes = self._records.view(np.uint8).reshape(-1, dtype.itemsize)
 
@@ -63,13 +63,13 @@ class TeacherLogits:
             ValueError: a sample is missing, or its record is damaged.
         """
         if (last := max(samples)) >= len(self):
-            raise ValueError(
+            raise RunError(
                 f"{self._folder} holds {len(self):,} samples, training has come to sample {last:,}; record more, or end "
                 "distillation earlier"
             )
         for sample in samples:
             if checksum(self._bytes[sample], sample) != self._records["checksum"][sample]:
-                raise ValueError(
+                raise RunError(
                     f"{self._folder / RECORDS} is damaged (the checksum of sample {sample:,} differs); delete the folder and "
                     "record it again"
                 )
@@ -85,7 +85,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     file = folder / HEADER
     if not file.is_file():
         if building(folder).exists() and not folder.exists():
-            raise ValueError(f"{folder} is not finished; start the command again that was recording it")
+            raise RunError(f"{folder} is not finished; start the command again that was recording it")
         raise SettingError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
     try:
         header = json.loads(file.read_text())
@@ -93,9 +93,9 @@ def read_header(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise ValueError(f"{file} is damaged (its checksum differs); delete {folder} and record it again")
+        raise RunError(f"{file} is damaged (its checksum differs); delete {folder} and record it again")
     if (header["format"], header["version"]) != (FORMAT, VERSION):
-        raise ValueError(
+        raise RunError(
             f"{folder} is {header['format']} version {header['version']}; this nlgmoe reads {FORMAT} version {VERSION}"
         )
     assert isinstance(header, dict)

@@ -15,6 +15,7 @@ from nlgmoe.layers.counts import count
 from nlgmoe.layers.router import Routing
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import moe_blocks
+from nlgmoe.validation import RunError
 
 
 class ExpertCounts(Metric):
@@ -92,9 +93,9 @@ def count_experts(
     """
     experts = list(moe_blocks(model.config).values())
     if not experts:
-        raise ValueError("the model has no experts: it is dense")
+        raise RunError("the model has no experts: it is dense")
     if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
+        raise RunError("the model is in training mode; call model.eval() first")
     device = model.unembedding.device
     counts = ExpertCounts(experts, domains, spellings).to(device)
     for batch in batches:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.eval.perplexity import batch_losses
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import RunError
 
 CHUNK = 1024  # tokens whose logits exist at a time
 
@@ -48,5 +49,5 @@ def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
         for sums, routing in zip(weights, routings, strict=True):
             sums.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())  # padding weighs 0
     if not tokens:
-        raise ValueError("there is no text to measure the use of experts on; give some")
+        raise RunError("there is no text to measure the use of experts on; give some")
     return ExpertUse(total / tokens, tokens, weights)

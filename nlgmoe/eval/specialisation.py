@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from nlgmoe.files import atomic_write, require_regular
+from nlgmoe.validation import RunError
 
 FILE = "specialisation.safetensors"  # in the run folder
 
@@ -72,7 +73,7 @@ class Specialisation:
                 facts, counts = json.loads(file.metadata()["facts"]), file.get_tensor("counts")
             return cls(counts, **facts)
         except Exception as error:  # safetensors' own exception class among them
-            raise ValueError(f"{path} is damaged ({error}); validate the run again") from error
+            raise RunError(f"{path} is damaged ({error}); validate the run again") from error
 
 
 def remove_later(folder: str | Path, step: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.router import Router, Routing
 from nlgmoe.parts import ExpertConfig, Stack
-from nlgmoe.validation import require
+from nlgmoe.validation import RunError, require
 
 # `train/NAME` of the metrics that a run logs without a router's own losses (docs/metrics.md)
 _TAKEN = frozenset(
@@ -56,37 +56,37 @@ def require_routing(found: Any, router: Router, num_tokens: int, top_k: int) -> 
     """
     name, shape = type(router).__name__, (num_tokens, top_k)
     if not isinstance(found, Routing):
-        raise ValueError(f"{name} returned a {type(found).__name__}; return an nlgmoe.Routing")
+        raise RunError(f"{name} returned a {type(found).__name__}; return an nlgmoe.Routing")
     for field_name in ("expert", "weight", "kept"):
         if not isinstance(one := getattr(found, field_name), Tensor):
-            raise ValueError(f"{name} returned {field_name} of type {type(one).__name__}; return a tensor")
+            raise RunError(f"{name} returned {field_name} of type {type(one).__name__}; return a tensor")
     if found.expert.is_floating_point() or found.expert.dtype == torch.bool:
-        raise ValueError(f"{name} returned expert of {found.expert.dtype}; return numbers of experts, torch.int64")
+        raise RunError(f"{name} returned expert of {found.expert.dtype}; return numbers of experts, torch.int64")
     if found.expert.shape != shape:
-        raise ValueError(
+        raise RunError(
             f"{name} chose experts {list(found.expert.shape)}, not [tokens, top_k] = {list(shape)}; set model.config.moe.top_k "
             "to what it chooses"
         )
     if found.weight.dtype in (torch.bfloat16, torch.float16):
-        raise ValueError(f"{name} returned weights of {found.weight.dtype}; compute them in fp32")
+        raise RunError(f"{name} returned weights of {found.weight.dtype}; compute them in fp32")
     for field_name in ("weight", "kept"):
         if (one := getattr(found, field_name)).shape != shape:
-            raise ValueError(f"{name} returned {field_name} of {list(one.shape)}, not [tokens, top_k] = {list(shape)}")
+            raise RunError(f"{name} returned {field_name} of {list(one.shape)}, not [tokens, top_k] = {list(shape)}")
     if found.kept.dtype != torch.bool:
-        raise ValueError(f"{name} returned kept of {found.kept.dtype}, not torch.bool")
+        raise RunError(f"{name} returned kept of {found.kept.dtype}, not torch.bool")
     of_gate = [one for one in (found.logits, found.probs) if one is not None]
     if found.num_experts != router.num_experts or any(one.shape != (num_tokens, found.num_experts) for one in of_gate):
-        raise ValueError(
+        raise RunError(
             f"{name} returned num_experts={found.num_experts} and logits or probs of "
             f"{[list(one.shape) for one in of_gate]}, in a layer of {router.num_experts} experts and {num_tokens} tokens"
         )
     if not isinstance(found.losses, Mapping):
-        raise ValueError(f"{name} returned losses of type {type(found.losses).__name__}; return a dictionary")
+        raise RunError(f"{name} returned losses of type {type(found.losses).__name__}; return a dictionary")
     for loss_name, loss in found.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim > 0:
-            raise ValueError(f"{name}'s loss {loss_name} is no tensor without dimensions; return a mean over tokens")
+            raise RunError(f"{name}'s loss {loss_name} is no tensor without dimensions; return a mean over tokens")
         if loss_name in _TAKEN:
-            raise ValueError(f"{name}'s loss {loss_name} would be logged in place of train/{loss_name}; rename it")
+            raise RunError(f"{name}'s loss {loss_name} would be logged in place of train/{loss_name}; rename it")
     return found
 
 
@@ -98,7 +98,7 @@ def require_rows(found: Any, x: Tensor, network: ExpertConfig) -> Tensor:
     """
     if not isinstance(found, Tensor) or found.shape != x.shape:
         what = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise ValueError(
+        raise RunError(
             f"{type(network).__name__}.forward returned {what} for rows of {list(x.shape)}; return one row for each"
         )
     return found

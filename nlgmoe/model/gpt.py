@@ -22,6 +22,7 @@ from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
 from nlgmoe.pyramid import experts_at
+from nlgmoe.validation import RunError
 
 NoiseKey = tuple[int, ...]
 
@@ -137,7 +138,7 @@ class GPT(nn.Module):
         if longest > self.config.seq_len and history is not None:
             longest = int(history.sum(dim=1).max())
         if longest > self.config.seq_len:
-            raise ValueError(
+            raise RunError(
                 f"a sequence of {longest} tokens is longer than seq_len={self.config.seq_len}; shorten it, or train "
                 "with a larger seq_len"
             )

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nlgmoe.validation import require, require_valid
+from nlgmoe.validation import SettingError, require, require_valid
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class LearningRateSchedule:
             )
             return
         if decay is None or decay <= warmup:
-            raise ValueError(f"shape={shape} needs decay_tokens above warmup_tokens={warmup}, got decay_tokens={decay}")
+            raise SettingError(
+                f"shape={shape} needs decay_tokens above warmup_tokens={warmup}, got decay_tokens={decay}"
+            )
         require(
             cooldown is None or 0 < cooldown <= decay - warmup,
             f"cooldown_tokens={cooldown} must be above 0 and fit between warmup_tokens={warmup} and decay_tokens={decay}",
@@ -98,7 +100,7 @@ class SequenceCurriculum:
         if self.start % self.increment:
             below = self.start // self.increment * self.increment
             nearest = " or ".join(str(value) for value in (below, below + self.increment) if value)
-            raise ValueError(
+            raise SettingError(
                 f"start={self.start} must be a multiple of increment={self.increment}: set it to {nearest}"
             )
 

@@ -28,6 +28,7 @@ from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.parallel.engine_gradients import loss_scaler
 from nlgmoe.parallel.engine_state import EngineState
 from nlgmoe.roles import DECAYED, role_of
+from nlgmoe.validation import RunError
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -82,7 +83,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     with raise_on_all_ranks():
         if checkpoint.get("state_dict"):
-            raise ValueError(
+            raise RunError(
                 "a callback has put weights into checkpoint['state_dict'], which ExpertParallelStrategy collects from the ranks "
                 "itself: keep them under another name, or train on one process or with ddp"
             )
@@ -191,6 +192,6 @@ def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
 
 def _check_shapes(expected: Shapes, files: TensorFiles) -> None:
     if different := describe_differences(expected, files.shapes):
-        raise ValueError(
+        raise RunError(
             f"the checkpoint does not fit the model: {summarize_differences(different)}; use a checkpoint of this model"
         )

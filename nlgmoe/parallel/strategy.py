@@ -38,7 +38,7 @@ from nlgmoe.parallel.expert_groups import (
     layer_degrees,
     make_groups,
 )
-from nlgmoe.validation import require
+from nlgmoe.validation import RunError, require
 
 if TYPE_CHECKING:
     from nlgmoe.parallel.engine_gradients import EngineGradients
@@ -273,7 +273,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         loss = closure()
         if loss is None:
-            raise ValueError(
+            raise RunError(
                 "training_step has returned None, and DeepSpeed's engine needs the loss of every micro-batch"
             )
         self._engine.step()
@@ -347,7 +347,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.checkpointing import save
 
         if self._engine is None:
-            raise ValueError(f"{filepath}: nothing to save without training; copy the checkpoint that was evaluated")
+            raise RunError(f"{filepath}: nothing to save without training; copy the checkpoint that was evaluated")
         save(Path(self.broadcast(str(filepath))), checkpoint, self._gpt, self._engine)
 
     @override

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,18 +23,14 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
-from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import GPTConfig, load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
-from nlgmoe.cli import start
 from nlgmoe.cli.errors import describe
-from nlgmoe.cli.tracebacks import _is_of_package
 from nlgmoe.cli.train import TrainCLI, main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.data import corpus
@@ -45,7 +40,6 @@ from nlgmoe.data.sampling import SourceDataset
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.experiment import parse_config
 from nlgmoe.module import MoEGPTModule
-from tests.checkpoint.runs import rewrite_json
 from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
@@ -207,62 +201,28 @@ SAMPLE = "nlgmoe.callbacks.SampleText"
 WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "section as a list": (
         file("trainer:\n  - max_steps: 3"),
-        "trainer ({folder}/bad.yaml, line 2): it is a section with settings such as trainer.accelerator, not a list",
+        "trainer=[{max_steps: 3}] ({folder}/bad.yaml, line 1): it is a section with settings such as trainer.accelerator",
     ),
-    "inner section as a list": (
-        file("model: {optimizer: [{lr: 1.0e-3}]}"),
-        "model.optimizer ({folder}/bad.yaml, line 1): it is a section with settings such as model.optimizer.lr, not a list",
-    ),
-    "section as a list of nothing": (file("data: [{}]"), "data ({folder}/bad.yaml, line 1): it is a section"),
     "nothing in place of a class": (
         file("trainer: {strategy: {}}"),
-        "trainer.strategy={} ({folder}/bad.yaml, line 1): expected a Strategy by class_path or text",
-    ),
-    "nothing in a list of classes": (
-        file("trainer: {callbacks+: [{}]}"),
-        "trainer.callbacks[0]={} ({folder}/bad.yaml, line 1):",
-    ),
-    "section as a set": (file("trainer: !!set {a, b}"), "trainer ({folder}/bad.yaml, line 1): set is no value"),
-    "mapping in place of a number": (
-        file("model: {config: {moe: {num_experts: {0: 4}}}}"),
-        "model.config.moe.num_experts ({folder}/bad.yaml, line 1): expected a whole number or a list, each item a whole number",
+        "trainer.strategy={} ({folder}/bad.yaml, line 1): expected a Strategy or text",
     ),
     "null for a class's number": (
         file("model: {distiller: {init_args: {teacher: x, beta: }, class_path: nlgmoe.MixtureOfStudents}}"),
         "model.distiller.init_args.beta=null ({folder}/bad.yaml, line 1): expected a number",
     ),
-    "null for a class's number on the command line": (
-        lambda place: place.args(
-            "--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--trainer.strategy.expert_parallel_size=null"
-        ),
-        "trainer.strategy.init_args.expert_parallel_size=null: expected a whole number",
-    ),
     "null in a list of classes": (
         file(CALLBACK.format("nlgmoe.callbacks.ExpertLoad", "dead_window: ")),
         "trainer.callbacks[0].init_args.dead_window=null ({folder}/bad.yaml, line 1): expected a whole number",
-    ),
-    "null for a number of Lightning's": (
-        file(CALLBACK.format("EarlyStopping", "monitor: val/loss, min_delta: ")),
-        "EarlyStopping cannot take its arguments: ",
     ),
     "misspelt unit of a timer": (
         file(CALLBACK.format("Timer", "duration: {hour: 1}")),
         "Timer cannot take its arguments: 'hour' is an invalid keyword argument",
     ),
     "class that is no strategy": (flag("--trainer.strategy=nlgmoe.GPT"), "trainer.strategy=nlgmoe.GPT is no strategy"),
-    "seed out of range": (flag("--seed_everything=-1"), "seed_everything=-1 must be from 0 to 4294967295"),
-    "timer beyond all": (
-        file(CALLBACK.format("Timer", "duration: {hours: 99999999999}")),
-        "Timer cannot take its arguments: ",
-    ),
     "arguments left empty": (
         file("trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args:\n      # monitor: val/loss"),
         "trainer.callbacks[0].init_args=null ({folder}/bad.yaml, line 4): expected settings of the class; leave init_args out",
-    ),
-    "number of 400 digits": (flag(f"--model.config.num_layers=1{'0' * 400}"), "model.config.num_layers=1000"),
-    "strategy that is abstract": (
-        flag("--trainer.strategy=lightning.pytorch.strategies.ParallelStrategy"),
-        "trainer.strategy=lightning.pytorch.strategies.ParallelStrategy is the base class of others",
     ),
     "misspelt subcommand": (lambda _: ["fitt"], "unknown subcommand fitt; did you mean fit?"),
     "no subcommand": (lambda _: [], "no subcommand; give one of fit, validate, test, predict"),
@@ -280,21 +240,12 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "unknown setting model.config.moe.topk ({folder}/bad.yaml, line 3); did you mean model.config.moe.top_k?",
     ),
     "key in the wrong section": (file("model: {config: {top_k: 1}}"), "did you mean model.config.moe.top_k?"),
-    "misspelt section": (
-        file("modle: {seed: 1}"),
-        "unknown setting modle.seed ({folder}/bad.yaml, line 1); did you mean model.seed?",
-    ),
     "section with a number": (
         file("model: {config: 3}"),
-        "model.config is a section with settings such as model.config.",
-    ),
-    "section with a text that is too long for a file's name": (
-        file(f"model: {{optimizer: {'x' * 300}}}"),
-        "model.optimizer is a section with settings such as model.optimizer.lr; give those",
+        "model.config=3 ({folder}/bad.yaml, line 1): it is a section with settings such as model.config.",
     ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
-    "flag without value": (flag("--model.seed"), "--model.seed has no value; write --model.seed=..., a whole number"),
-    "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size (number of token ids"),
+    "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size; give it as"),
     "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
     "linked setting in a file": (
         file("data: {seq_len: 8}"),
@@ -305,25 +256,12 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model:\n  config:\n    moe: {top_k: two}"),
         "model.config.moe.top_k=two ({folder}/bad.yaml, line 3): expected a whole number",
     ),
-    "text in a list of numbers": (
-        flag("--model.config.moe.num_experts=[4,x]"),
-        "model.config.moe.num_experts=[4, x]: expected",
-    ),
     "number for moe": (
         file("model: {config: {moe: 3}}"),
         "model.config.moe=3 ({folder}/bad.yaml, line 1): expected a section",
     ),
     "misspelt choice": (flag("--model.schedule.shape=cosin"), "one of cosine, constant, wsd; did you mean cosine?"),
-    "misspelt precision": (flag("--trainer.precision=bf16-mixd"), "trainer.precision=bf16-mixd: expected"),
     "indivisible heads": (flag("--model.config.num_heads=3"), "model.config.hidden_size=16 ("),
-    "pyramid of the wrong length": (
-        flag("--model.config.moe.num_experts=[2,2,4]"),
-        "model.config.moe.num_experts=[2, 2, 4] has 3 entries, but num_layers=4",
-    ),
-    "zero experts": (
-        flag("--model.config.moe.num_experts=0"),
-        "model.config.moe.num_experts=0 must have a number above 0",
-    ),
     "top-k above experts": (
         flag("--model.config.moe.top_k=9"),
         "model.config.moe.top_k=9 must be between 1 and the smallest num_experts (2)",
@@ -332,29 +270,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model:\n  config:\n    moe:\n      top_k: 9"),
         "model.config.moe.top_k=9 ({folder}/bad.yaml, line 4) must be between 1 and",
     ),
-    "rsample with k=2": (
-        lambda place: place.args("--model.config.moe.noise=rsample", "--model.config.moe.top_k=2"),
-        "model.config.moe.noise=rsample works with top_k=1 only",
-    ),
-    "negative capacity": (
-        flag("--model.config.moe.train_capacity_factor=-1"),
-        "model.config.moe.train_capacity_factor=-1.0 must be above 0",
-    ),
-    "dropout above 1": (flag("--model.config.hidden_dropout=1.5"), "model.config.hidden_dropout=1.5 must be in [0, 1)"),
-    "negative learning rate": (flag("--model.optimizer.lr=-1"), "model.optimizer.lr=-1.0 must be above 0"),
-    "infinite learning rate": (flag("--model.optimizer.lr=.inf"), "model.optimizer.lr=.inf: expected a number"),
-    "NaN as text": (flag("--model.optimizer.eps=nan"), "model.optimizer.eps=nan: expected a number"),
-    "NaN in a list": (
-        flag("--model.optimizer.betas=[0.9,.nan]"),
-        "model.optimizer.betas=[0.9, '.nan']: expected a list of 2: a number",
-    ),
+    "NaN as text": (flag("--model.optimizer.eps=nan"), "model.optimizer.eps=nan"),
     "NaN in a file": (
         file("model:\n  config:\n    layer_norm_eps: .nan"),
-        "model.config.layer_norm_eps=.nan ({folder}/bad.yaml, line 3): expected a number",
-    ),
-    "NaN inside a class": (
-        file(CALLBACK.format(SAMPLE, "prompts: [a], temperature: .nan")),
-        "trainer.callbacks[0].init_args.temperature=.nan ({folder}/bad.yaml, line 1): expected a number",
+        "model.config.layer_norm_eps=nan",
     ),
     "lowest rate above the highest": (
         lambda place: place.args(
@@ -362,9 +281,6 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         ),
         "model.schedule.min_lr=9.0 is above the peak, model.optimizer.lr=",
     ),
-    "schedule without end": (flag("--model.schedule.shape=cosine"), "model.schedule.shape=cosine needs decay_tokens"),
-    "negative model seed": (flag("--model.seed=-5"), "model.seed=-5 must be at least 0"),
-    "negative data seed": (flag("--data.seed=-5"), "data.seed=-5 must be at least 0"),
     "empty micro-batch": (flag("--data.micro_batch_size=0"), "data.micro_batch_size=0 must be at least 1"),
     "misspelt class": (
         file(CALLBACK.format("nlgmoe.callbacks.SampleTxt", "")),
@@ -374,7 +290,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "misspelt module": (flag("--trainer.callbacks=nlgmoe.calbacks.SampleText"), "cannot import nlgmoe.calbacks"),
     "misspelt argument of a class": (
         file(CALLBACK.format(SAMPLE, "promts: [a]")),
-        f"unknown setting trainer.callbacks[0].init_args.promts ({{folder}}/bad.yaml, line 1) of {SAMPLE}; did you mean "
+        "unknown setting trainer.callbacks[0].init_args.promts ({folder}/bad.yaml, line 1); did you mean "
         "trainer.callbacks[0].init_args.prompts?",
     ),
     "wrong argument of a class": (
@@ -384,10 +300,6 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "refused argument of a class": (
         file(CALLBACK.format(SAMPLE, "prompts: [a], max_new_tokens: 0")),
         "max_new_tokens=0 (",
-    ),
-    "misspelt argument without init_args": (
-        lambda place: place.args("--trainer.logger=CSVLogger", "--trainer.logger.save_d=x"),
-        "unknown setting trainer.logger.save_d of lightning.pytorch.loggers.CSVLogger; did you mean trainer.logger.save_dir?",
     ),
     "null for a number": (file("model: {config: {hidden_size: }}"), "line 1): expected a whole number"),
     "strategy that refuses its settings": (  # a union whose first type is text: the constructor's words come second
@@ -402,14 +314,9 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         flag("--data.corpus=nlgmoe.data.MegatronIndexed"),
         "missing setting data.corpus.init_args.prefix; give it beside the others",
     ),
-    "misspelt setting of a part": (
-        blend("weight: 1, name: b, corpus: nlgmoe.data.PocketPile", "wieght: 1"),
-        "unknown setting data.corpus.init_args.parts[1].wieght ({folder}/bad.yaml, line 7); did you mean "
-        "data.corpus.init_args.parts[1].weight?",
-    ),
     "misspelt setting of a part's corpus": (
         blend("weight: 1, name: b, corpus: {class_path: nlgmoe.data.PocketPile, init_args: {domain: [a]}}"),
-        "parts[0].corpus.init_args.domain ({folder}/bad.yaml, line 6) of nlgmoe.data.PocketPile; did you mean "
+        "parts[0].corpus.init_args.domain ({folder}/bad.yaml, line 6); did you mean "
         "data.corpus.init_args.parts[0].corpus.init_args.domains?",
     ),
     "misspelt corpus of a part": (
@@ -418,11 +325,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "part without weight": (
         blend("weight: 1, name: b, corpus: nlgmoe.data.PocketPile", "name: c, corpus: nlgmoe.data.PocketPile"),
-        "missing setting data.corpus.init_args.parts[1].weight; give it beside the others ({folder}/bad.yaml, line 7)",
-    ),
-    "text for a weight": (
-        blend("weight: lots, name: b, corpus: nlgmoe.data.PocketPile"),
-        "data.corpus.init_args.parts[0].weight=lots ({folder}/bad.yaml, line 6): expected a number",
+        "missing setting weight of BlendPart in data.corpus.init_args.parts ({folder}/bad.yaml, line 5)",
     ),
     "negative weight": (
         blend("weight: -0.5, name: b, corpus: nlgmoe.data.PocketPile"),
@@ -430,115 +333,38 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     ),
     "config that is not there": (
         lambda _: ["fit", "--config", "nowhere.yaml"],
-        "--config nowhere.yaml: there is no such file",
+        "--config nowhere.yaml: No such file or directory",
     ),
     "empty config": (file(""), "{folder}/bad.yaml is empty"),
-    "tab in a config": (file("model:\n\tseed: 3"), "{folder}/bad.yaml, line 2, column 1 is not YAML: "),
     "bad indent in a config": (
         file("model:\n  seed: 3\n config: 4"),
         "{folder}/bad.yaml, line 3, column 2 is not YAML: ",
     ),
-    "list as config": (file("- a\n- b"), "{folder}/bad.yaml holds a list, not settings"),
+    "list as config": (file("- a\n- b"), "{folder}/bad.yaml holds no settings; write them as `name: value`"),
     "setting twice in a config": (
         file("model:\n  seed: 3\n  seed: 4"),
-        "{folder}/bad.yaml, line 3: model.seed stands here again, after line 2",
-    ),
-    "a list and what adds to it in a config": (
-        file("trainer:\n  callbacks: []\n  callbacks+: []"),
-        "{folder}/bad.yaml, line 3: trainer.callbacks+ stands here beside trainer.callbacks (line 2), and one of them would be",
-    ),
-    "a list merged and what adds to it in a config": (
-        file("model: &base {lr: 1}\ntrainer: {<<: {callbacks: []}, callbacks+: []}"),
-        "{folder}/bad.yaml, line 2: trainer.callbacks+ stands here beside trainer.callbacks (line 2), and one of them would be",
-    ),
-    "a setting twice around a merged one in a config": (
-        file("model:\n  seed: 3\n  <<: {seed: 5}\n  seed: 4"),
-        "{folder}/bad.yaml, line 4: model.seed stands here again, after line 2",
-    ),
-    "a dotted setting before its section in a config": (
-        file("model.optimizer.lr: 0.1\nmodel:\n  optimizer: {weight_decay: 0.3}"),
-        "{folder}/bad.yaml, line 2: model stands here beside model.optimizer.lr (line 1), and one of them would be lost",
-    ),
-    "a dotted setting behind its section in a config": (
-        file("model:\n  optimizer: {lr: 0.3}\n  optimizer.lr: 0.1"),
-        "{folder}/bad.yaml, line 3: model.optimizer.lr stands here beside model.optimizer (line 2), and one of them would be",
+        "{folder}/bad.yaml, line 3: model.seed is given again, after line 2",
     ),
     "checkpoint as config": (
         lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt")],
-        "is a folder, not a configuration; give a checkpoint to --ckpt_path",
+        "Is a directory; name a YAML file",
     ),
     "weights as config": (
         lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt/model.safetensors")],
         "is not a text file; give a checkpoint to --ckpt_path",
     ),
-    "FIFO as config": (
-        lambda place: [*place.args(), f"--config={_fifo(place.folder)}"],
-        "--config {folder}/fifo is a FIFO, not a regular file; it is read more than once: save it as a YAML file",
-    ),
     "too many workers": (
         flag("--data.num_workers=100000"),
         "data.num_workers=100000 is more processes than the",
-    ),
-    "weight of nothing": (
-        blend(
-            "weight: 1, name: b, corpus: nlgmoe.data.PocketPile",
-            "weight: 1e-30, name: c, corpus: nlgmoe.data.PocketPile",
-        ),
-        "data.corpus.init_args.parts[1].weight=1e-30 ({folder}/bad.yaml, line 7) of the part 'c' is less than a billionth",
-    ),
-    "anchor inside itself": (
-        file("model: &model {config: *model}"),
-        "bad.yaml has more than 100,000 values, counting what its anchors repeat; write fewer",
-    ),
-    "anchors of anchors": (
-        file("".join(f"a{i}: &a{i} {[f'*a{i - 1}'] * 9}\n".replace("'", "") for i in range(1, 9)).replace("*a0", "x")),
-        "bad.yaml has more than 100,000 values",
-    ),
-    "more than 64 bits": (
-        flag(f"--data.eval_micro_batch_size={2**63}"),
-        "data.eval_micro_batch_size=9223372036854775808 has more than 64 bits; give a smaller number",
-    ),
-    "underscore at the end": (
-        file("model: {train_tokens: 1_500_}"),
-        "bad.yaml, line 1): expected a whole number or null",
-    ),
-    "more digits than Python converts": (
-        file(f"model: {{train_tokens: {'1' * 5000}}}"),
-        "bad.yaml, line 1): expected a whole number or null",
-    ),
-    "empty prefix": (
-        file("data: {corpus: {class_path: nlgmoe.data.MegatronIndexed, init_args: {prefix: ''}}}"),
-        "prefix is empty; give the path of the corpus",
-    ),
-    "empty logits": (
-        file("model: {distiller: {class_path: nlgmoe.OfflineTeacher, init_args: {logits: ''}}}"),
-        "model.distiller.logits is empty; give the folder",
-    ),
-    "empty data folder": (flag("--data.data_dir="), "data.data_dir is empty; give a folder"),
-    "setting of a class that is not named": (
-        flag("--model.config.moe.router.seed=3"),
-        "unknown setting model.config.moe.router.seed; set model.config.moe.router.class_path first, to a subclass of",
     ),
     "unknown strategy": (flag("--trainer.strategy=dpp"), "trainer.strategy=dpp: You selected an invalid strategy name"),
     "unreadable duration": (
         flag("--trainer.max_time=1h"),
         "trainer.max_time=1h: `Timer(duration='1h')` is not a valid",
     ),
-    "Lightning's weights_only": (
-        lambda place: place.args(place.whole, "--weights_only=true"),
-        "weights_only is not a setting here: no checkpoint holds pickled objects; to start a new run from the weights",
-    ),
-    "misspelt setting of a warm start": (
-        flag("--model.warm_start.strictt=false"),
-        "unknown setting model.warm_start.strictt; did you mean model.warm_start.strict?",
-    ),
     "warm start from nothing": (
         flag("--model.warm_start.strict=false"),
         "missing setting model.warm_start.checkpoint; give it as --model.warm_start.checkpoint=...",
-    ),
-    "config of another command": (
-        lambda place: [place.yaml("model: {seed: 1}"), "fit"],
-        "unknown setting model.seed ({folder}/bad.yaml, line 1); settings stand behind `fit`",
     ),
 }
 
@@ -616,83 +442,25 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         lambda place: place.args(f"--trainer.default_root_dir={place.trained.parent / 'run'}"),
         "has a run with checkpoints up to step 2: resume it with ckpt_path=last, or choose another folder",
     ),
-    "a run that another process trains": (
-        lambda place: place.args(f"--trainer.default_root_dir={_busy(place.folder)}"),
-        "another process trains in trainer.default_root_dir={folder}/busy",
-    ),
     "unwritable run folder": (
         flag("--trainer.default_root_dir=/proc/nowhere"),
         "trainer.default_root_dir=/proc/nowhere cannot be written",
     ),
-    "nothing to evaluate": (
-        validate(lambda _: "--ckpt_path=last"),
-        "ckpt_path=last: there is no checkpoint in {folder}/run",
-    ),
     "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
     "fp16 alone": (flag("--trainer.precision=16-true"), "trainer.precision=16-true trains in fp16 alone"),
-    "a checkpoint without what the trainer restores": (
-        broken(lambda ckpt: rewrite_json(ckpt, "checkpoint.json", lambda one: one.pop("non_finite"))),
-        "broken.ckpt: its state cannot be restored (KeyError: 'non_finite'); use another checkpoint",
-    ),
-    "a step in place of a layer's": (
-        broken_to_resume(
-            lambda ckpt: rewrite_json(
-                ckpt, "checkpoint.json", lambda one: one["callbacks"]["ExpertLoad"].update(served=[[5]])
-            )
-        ),
-        "broken.ckpt: callbacks/ExpertLoad is not of this model's experts; use another checkpoint",
-    ),
-    "a number in place of a group's parameters": (
-        broken_to_resume(
-            lambda ckpt: rewrite_json(
-                ckpt, "checkpoint.json", lambda one: one["optimizer_groups"][0].update(param_names=5)
-            )
-        ),
-        "in place of a group; use another checkpoint",
-    ),
-    "damaged checkpoint.json": (broken(lambda ckpt: cut_off(ckpt / "checkpoint.json")), "checkpoint.json is damaged ("),
-    "another format": (
-        broken(lambda ckpt: (ckpt / "checkpoint.json").write_text('{"format": "x"}')),
-        "this nlgmoe reads",
-    ),
-    "missing weights": (
-        broken(lambda ckpt: (ckpt / "model.safetensors").unlink()),
-        "broken.ckpt has no model.safetensors, with blocks.0.",
-    ),
-    "missing optimizer": (
-        lambda place: place.args(
-            place.checkpoint(lambda ckpt: (ckpt / "optimizer.safetensors").unlink()), "--model.train_tokens=128"
-        ),
-        "broken.ckpt has no optimizer.safetensors, with exp_avg/blocks.0.",
-    ),
     "truncated weights": (broken(lambda ckpt: cut_off(ckpt / "model.safetensors")), "model.safetensors cannot be read"),
     "missing expert": (broken(without("experts.0.")), "model.safetensors lacks blocks."),
     "missing parameter": (
         broken(without("final_norm.bias")),
         "model.safetensors lacks final_norm.bias; use another checkpoint",
     ),
-    "extra parameter": (
-        broken(entries("model.safetensors", lambda tensors: tensors.update(stray=torch.ones(1)))),
-        "model.safetensors has unknown stray; use another checkpoint",
-    ),
     "changed parameter": (
         broken(entries("model.safetensors", lambda tensors: tensors["final_norm.bias"].add_(1))),
         "final_norm.bias is damaged (its checksum is",
     ),
-    "missing moment": (
-        lambda place: place.args(
-            place.checkpoint(entries("optimizer.safetensors", lambda t: t.pop("exp_avg/final_norm.bias"))),
-            "--model.train_tokens=128",
-        ),
-        "optimizer.safetensors lacks exp_avg/final_norm.bias",
-    ),
     "another architecture": (
         validate(lambda place: place.whole, "--model.config.hidden_size=32"),
         "the checkpoint's model differs from model.config: hidden_size 16 -> 32",
-    ),
-    "another vocabulary": (
-        validate(lambda place: place.whole, "--model.config.vocab_size=640"),
-        "the checkpoint's model differs from model.config: vocab_size 512 -> 640",
     ),
     "another tokenizer": (
         lambda place: place.args(
@@ -716,14 +484,6 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     "router without a network": (
         file("model: {config: {moe: {router: {class_path: nlgmoe.RouterConfig}}}}"),
         "RouterConfig has no build(config, layer_index)",
-    ),
-    "bucket of nothing": (
-        flag("--trainer.strategy={class_path: nlgmoe.ExpertParallelStrategy, init_args: {bucket_size: 0}}"),
-        "bucket_size=0 must be an even number of values, at least 2",
-    ),
-    "file as folder of data": (
-        lambda place: place.args(f"--data.data_dir={place.trained / 'base.yaml'}"),
-        "base.yaml is no folder; give one",
     ),
     "missing corpus": (
         file("data: {corpus: {class_path: nlgmoe.data.MegatronIndexed, init_args: {prefix: /nowhere/x}}}"),
@@ -776,7 +536,6 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
 }
 SETTINGS = {
-    "a name that is too long",
     "another tokenizer",
     "other data to go on",
     "missing checkpoint",
@@ -787,26 +546,18 @@ SETTINGS = {
     "nothing to resume",
     "fp16 alone",
     "another architecture",
-    "another vocabulary",
     "another seed to go on",
-    "nothing to evaluate",
     "unknown tokenizer",
     "ids over the vocabulary",
     "sample longer than a sequence",
-    "micro-batch that no machine holds",
-    "model that no machine holds",
-    "experts that no machine holds",
     "router without a network",
-    "bucket of nothing",
     "missing corpus",
     "unknown domain",
     "missing text to stream",
-    "file as folder of data",
     "empty corpus",
     "sequence longer than the text",
     "empty checkpoint",
     "run folder in use",
-    "a run that another process trains",
     "unwritable run folder",
     *(mistake for mistake in UNUSABLE if mistake.startswith(("refused: ", "callback: "))),
 }  # exit code 2: a setting is wrong, no file is
@@ -905,20 +656,10 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         2,
         "--input is given 2 times, and only one of them would count; give a list, --input='[A, B]'",
     ),
-    "configuration for a command without": (
-        ["verify", "--config={corpus}/text/prose.train.jsonl"],
-        2,
-        "unknown setting config; verify takes no file of settings",
-    ),
     "a configuration of train.py": (
         ["distill-logits", "--config=configs/mos/laptop.yaml", "--teacher=x", "--output=y"],
         2,
-        "(configs/mos/laptop.yaml, line 15); --config takes this command's options, not the settings of train.py",
-    ),
-    "the configuration of a run": (
-        ["generate", "--config=configs/hardware/gpus_64.yaml"],
-        2,
-        "); --config takes this command's options, not the settings of train.py",
+        "unknown setting model.config.moe.num_experts (configs/mos/laptop.yaml, line 15)",
     ),
     "no checkpoint to verify": (["verify", "nope.ckpt"], 2, "nope.ckpt does not exist; name a checkpoint"),
     "empty output": (["prepare-data", "--input=x", "--output", ""], 2, "--output is empty; give a value, or leave it"),
@@ -1074,82 +815,18 @@ def test_a_process_that_waits_for_another_one_that_builds_says_so(
     assert capsys.readouterr().err == f"waiting for another process, which builds in {tmp_path}\n"
 
 
-def test_memory_and_ports_of_the_system_are_named() -> None:
-    asked = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
-    assert "lower data.micro_batch_size" in describe(asked)
-    with socket.create_server(("", 0)) as server, pytest.raises(distributed.DistNetworkError) as taken:
-        distributed.TCPStore("127.0.0.1", server.getsockname()[1], is_master=True)
-    assert describe(taken.value).startswith("ranks cannot meet at MASTER_ADDR=")
-    assert "; set MASTER_PORT to a free port there, or unset it" in describe(taken.value)
-
-
-def test_a_terminal_of_one_column_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning's tables divide by its width, less one."""
-    for width, left in (("1", None), ("2", "2")):
-        monkeypatch.setenv("COLUMNS", width)
-        start._check_environment()
-        assert os.environ.get("COLUMNS") == left
-
-
-@pytest.mark.parametrize(("value", "message"), [("x", "is no whole number"), ("99999", "is no port")])
-def test_a_port_is_checked(value: str, message: str) -> None:
-    done = python("-m", "nlgmoe", "configs", "list", env={"MASTER_PORT": value})
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
-
-
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
-def test_a_number_of_a_launcher_is_checked(name: str, place: Place) -> None:
-    done = python("train.py", *place.args(), env={name: "x"})
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"error: the environment variable {name}=x is no whole number" in done.stderr
-    assert python("-m", "nlgmoe", "configs", "list", env={name: ""}).returncode == 0
-
-
-def test_a_bug_is_one_line_too_and_shows_its_traceback_on_request(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_ends_with_its_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(self: TrainCLI) -> None:
-        raise RuntimeError("two\nlines")
+        raise KeyError("moe")
 
     monkeypatch.setattr(TrainCLI, "before_validate", bug)
-    for traceback in (False, True):
-        monkeypatch.setenv("NLGMOE_TRACEBACK", str(int(traceback)))
-        with pytest.raises(SystemExit) as end:
-            main(place.args(command="validate"))
-        stderr = capsys.readouterr().err
-        assert end.value.code == 1
-        said = stderr.splitlines()[-1]  # `bug` is no code of this package
-        assert said.startswith("error: tests/cli/test_errors.py, line ")
-        assert said.endswith(": RuntimeError: two lines; set NLGMOE_TRACEBACK=1 for the traceback")
-        assert ("in bug" in stderr) == traceback
+    with pytest.raises(KeyError, match="moe"):
+        main(place.args(command="validate"))
 
 
-def test_places_that_are_no_users_code() -> None:
-    ours = ["site-packages/a.py", "usr/lib/python3/dist-packages/a.py", "torchinductor_root/x/a.py"]
-    assert all(_is_of_package(Path("/home/me") / name) for name in ours)
-    package = Path(nlgmoe_command.__file__).parents[1]
-    assert _is_of_package(package / "module.py") and not _is_of_package(package.with_name("nlgmoe_parts") / "a.py")
-
-
-class WrongHook(Callback):
-    def on_train_batch_end(self, trainer: Any, pl_module: Any) -> None:  # type: ignore[override]
-        pass
-
-
-def test_a_hook_with_other_arguments_is_named(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(place.args("--trainer.callbacks+", f"{__name__}.WrongHook"))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 1 and "unexpected" not in line
-    assert "WrongHook.on_train_batch_end() takes 3 positional arguments but 6 were given: give" in line
-
-
-def test_a_bug_of_a_package_is_unexpected() -> None:
-    with pytest.raises(TypeError) as caught:
-        json.dumps(object())
-    assert describe(caught.value.with_traceback(caught.tb.tb_next)).startswith(
-        "unexpected TypeError: Object of type object"
-    )
+def test_a_device_without_memory_says_what_to_lower() -> None:
+    (line,) = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) or [""]
+    assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
 
 
 class Broken(Dataset):
@@ -1170,95 +847,13 @@ SAMPLE = {"tokens": torch.tensor([1]), "targets": torch.tensor([99]), "domain": 
     [
         (0, "Sample 0 of pile holds token ids from 99 to 99, but the tokenizer has 10: "),
         (1, "[Errno 2] No such file or directory: 'nowhere/pile.bin'"),
-        (2, "unexpected KeyError: 'domain'; set NLGMOE_TRACEBACK=1"),
     ],
 )
 def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str) -> None:
     with pytest.raises(Exception) as caught:
         next(iter(DataLoader(Broken(), sampler=[index], num_workers=1)))
-    assert describe(caught.value).startswith(line)
-
-
-def test_a_data_loading_process_that_was_killed_may_have_read_a_file_that_was_cut() -> None:
-    line = describe(RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."))
-    assert line.startswith("DataLoader worker (pid 3) is killed by signal: Bus error. Or a data file was cut")
-
-
-@pytest.mark.parametrize("traceback", [False, True])
-def test_an_error_of_a_thread_is_one_line_too(traceback: bool, tmp_path: Path) -> None:
-    """TensorBoard writes its files in one."""
-    (tmp_path / "run.py").write_text(
-        "import threading\n"
-        "from nlgmoe.cli.errors import one_line_errors\n"
-        "def write() -> None:\n"
-        "    raise OSError(28, 'No space left on device')\n"
-        "with one_line_errors():\n"
-        "    thread = threading.Thread(target=write, name='writer')\n"
-        "    thread.start()\n"
-        "    thread.join()\n"
-    )
-    environment = os.environ | {"NLGMOE_TRACEBACK": "1" if traceback else "0", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, "run.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    first, *rest = ended.stderr.splitlines()
-    if traceback:
-        assert "in thread writer" in first and any("Traceback" in line for line in rest)
-    else:
-        assert first.startswith("error: in thread writer: No space left on device; make room") and not rest
-
-
-@pytest.mark.parametrize(("closed", "trains"), [("stdout", True), ("stdout", False), ("pipe", False)])
-def test_a_pipe_that_nobody_reads_ends_a_run_with_a_line(closed: str, trains: bool) -> None:
-    """`nlgmoe generate | head` ends without one: its reader has seen enough."""
-    program = (
-        "import os, sys\n"
-        "from nlgmoe.cli.errors import one_line_errors\n"
-        "reader, writer = os.pipe()\n"
-        "os.close(reader)\n"
-        f"with one_line_errors(trains={trains}):\n"
-        "    sys.stdin.read()\n"
-        f"    print('loss', flush=True) if {closed == 'stdout'} else os.write(writer, b'loss')\n"
-    )
-    run = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert run.stdin and run.stdout and run.stderr
-    if closed == "stdout":
-        run.stdout.close()
-    run.stdin.close()
-    said = run.stderr.read()
-    assert run.wait() == 1
-    expected = {
-        (
-            "stdout",
-            True,
-        ): "error: standard output: its reader has ended, and with it the run; go on with --ckpt_path auto",
-        ("stdout", False): "",
-        ("pipe", False): "error: Broken pipe",
-    }[closed, trains]
-    assert said.startswith(expected) and said.count("\n") == bool(expected), said
-
-
-def test_a_name_that_is_not_text_is_told() -> None:
-    with pytest.raises(UnicodeEncodeError) as raised:
-        "run\udce9".encode()
-    assert describe(raised.value) == r"'run\udce9' is not text in UTF-8; rename what it names"
-    with pytest.raises(UnicodeEncodeError) as raised:
-        "a \u2192".encode("ascii")
-    assert describe(raised.value) == r"'\u2192' cannot be written as ascii; set PYTHONUTF8=1"
-
-
-def test_a_full_gpu_says_what_to_lower() -> None:
-    line = describe(OSError(28, "No space left on device"))  # of a logger, say
-    assert line == "No space left on device; make room and run this again, a training with --ckpt_path auto"
-    line = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
-    assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
+    (found,) = describe(caught.value) or [""]
+    assert found.startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -1276,7 +871,7 @@ def test_compiling_without_a_compiler_is_refused_before_training(
         ValueError, match=f"^model.compile=true needs {words} .* or set model.compile to false$"
     ) as error:
         module.configure_model()
-    assert describe(error.value) == str(error.value)
+    assert describe(error.value) == [str(error.value)]
 
 
 INTERRUPT_AT_IMPORT = """
@@ -1290,22 +885,6 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """
-
-
-@pytest.mark.parametrize(
-    "command", [["train.py", "fit", "--help"], ["-m", "nlgmoe", "fit", "--help"]], ids=["train.py", "nlgmoe"]
-)
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "lightning.pytorch"])
-def test_ctrl_c_while_modules_are_imported_is_quiet(command: list[str], module: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_IMPORT.format(module=module))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_an_aborted_communicator_is_the_error_of_another_rank() -> None:
-    error = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1. Original reason: timeout")
-    assert describe(error).startswith("rank 0 stops because another rank has stopped or does not answer")
 
 
 @pytest.mark.parametrize("hook", ["before_validate", "configure_model"])
@@ -1328,7 +907,7 @@ def test_an_interrupt_is_quiet(
 @pytest.mark.parametrize(
     ("files", "settings", "words"),
     [
-        (["nowhere.yaml"], {}, "--config nowhere.yaml: there is no such file"),
+        (["nowhere.yaml"], {}, "--config nowhere.yaml: No such file or directory"),
         ([], {}, "missing setting model.config.vocab_size"),
         (["base.yaml"], {"model__config__moe__top_k": 9}, "model.config.moe.top_k=9 must be between 1 and"),
         (
@@ -1358,24 +937,6 @@ def test_an_interval_of_time_is_read_as_max_time_is(text: str, hours: float, pla
     path.write_text(CALLBACK.format("ModelCheckpoint", settings))
     (callback,) = parse_config([place.trained / "base.yaml", path])["trainer"]["callbacks"]
     assert callback["init_args"]["train_time_interval"] == timedelta(hours=hours)
-
-
-def test_null_is_judged_by_the_class_that_counts(place: Place) -> None:
-    """As in a recorded configuration, to which a callback is added with an argument of the same name that takes no null."""
-    (place.folder / "first.yaml").write_text(CALLBACK.format("ModelCheckpoint", "monitor: "))
-    added = place.folder / "second.yaml"
-    added.write_text(CALLBACK.format("EarlyStopping", "monitor: val/loss").replace("callbacks", "callbacks+"))
-    found = parse_config([place.trained / "base.yaml", place.folder / "first.yaml", added])["trainer"]["callbacks"]
-    assert [one["init_args"]["monitor"] for one in found] == [None, "val/loss"]
-
-
-def test_numbers_mean_what_they_look_like(place: Place) -> None:
-    path = place.folder / "numbers.yaml"
-    path.write_text("model: {train_tokens: 0640}\ntrainer: {max_time: 12:30:10:05}")
-    config = parse_config([place.trained / "base.yaml", path], model__config__moe__num_experts="[4, 010]")
-    assert config["model"]["train_tokens"] == 640
-    assert config["model"]["config"]["moe"]["num_experts"] == [4, 10]
-    assert config["trainer"]["max_time"] == "12:30:10:05"
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])

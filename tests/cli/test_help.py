@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 import nlgmoe.callbacks
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.cli.explain import parts_of
+from nlgmoe.cli.parser import parts_of
 from nlgmoe.commands.main import COMMANDS, main
 from nlgmoe.data import Blend, MegatronIndexed, PocketPile
 

@@ -51,12 +51,6 @@ def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are
 ) -> None:
     run = tmp_path / "run"
     main([*command, "--model.train_tokens=256"])
-    assert any(
-        "takes the place of the earlier one, without SaveCheckpoints" in str(warning.message)
-        and "SampleText" in str(warning.message)
-        and "WriteReport (" not in str(warning.message)
-        for warning in recwarn
-    )
     assert (run / "checkpoints" / "last.ckpt").exists() and not list((tmp_path / "elsewhere").rglob("*.ckpt"))
 
     logged = len((run / "metrics.csv").read_text().splitlines())
@@ -87,12 +81,6 @@ def test_one_batch_is_not_all_of_them_whatever_was_imported_before() -> None:
         print(repr(trainer.limit_val_batches))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["1"], done.stderr
-
-
-def test_one_callback_in_place_of_a_list_is_told(tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text("trainer:\n  callbacks: {class_path: nlgmoe.WriteReport}")
-    with pytest.warns(UserWarning, match=r"takes the place of the earlier one, without SaveCheckpoints \("):
-        load_config([ROOT / "configs/quickstart.yaml", tmp_path / "one.yaml"])
 
 
 def test_names_in_the_value_of_an_argument_are_its_own(tmp_path: Path) -> None:
@@ -164,7 +152,7 @@ def test_a_variant_of_a_default_callback_takes_its_place(tmp_path: Path) -> None
     assert sorted(found) == ["OwnLoad", "TQDMProgressBar"]
 
 
-@pytest.mark.parametrize("text", ["1234e5", "1.5e5", ".5e3", "08", "1_0", "0x1F", "1:30", "2024-01-01", "no"])
+@pytest.mark.parametrize("text", [".5e3", "08", "1_0", "0x1F", "1:30", "2024-01-01", "no"])
 def test_text_that_could_be_something_else_is_recorded_as_text(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

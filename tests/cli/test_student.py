@@ -99,7 +99,7 @@ def test_the_student_of_a_moved_run_is_beside_it(tmp_path: Path) -> None:
     [
         ("pr_moe/laptop.yaml", ["--num-layers=6"], "--num-layers=6 must be at least 1 and below the teacher's 6"),
         ("pr_moe/laptop.yaml", ["--num-layers=1"], "leaves no MoE layer among num_layers=1"),
-        ("pr_moe/laptop.yaml", [], "missing setting num_layers (blocks of the student"),
+        ("pr_moe/laptop.yaml", [], "missing setting num_layers"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", f"--output={CONFIGS}/mos/laptop.yaml"], "laptop.yaml exists already"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--output=none/s.yaml"], "output=none/s.yaml: there is no folder"),
         ("pr_moe/laptop.yaml", ["--num-layers=5", "--fraction=1.5"], "fraction=1.5 must be above 0 and at most 1"),

@@ -485,14 +485,14 @@ def test_bad_data_ends_the_run_with_one_line_from_workers_too(
         data = open_corpus(workers)
         with pytest.raises(ValueError) as error:
             fit(data, 1000, tmp_path)
-        assert describe(error.value) == (
+        assert describe(error.value) == [
             f"{path}, line 61: not text (text is of type int); repair the data, or set on_bad_data to skip"
-        )
+        ]
     data = open_corpus(2)
     path.unlink()
     with pytest.raises(ValueError) as error:
         fit(data, 1000, tmp_path)
-    assert describe(error.value) == f"{path}: missing file; repair the data, or set on_bad_data to skip"
+    assert describe(error.value) == [f"{path}: missing file; repair the data, or set on_bad_data to skip"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.tools.megatron.from_megatron import read_launch, translated
+from nlgmoe.validation import SettingError
 from tests.checkpoint import megatron_model
 from tests.megatron.writing import NEEDED, launched, settings_of
 
@@ -67,7 +67,7 @@ def test_a_log_with_wrapped_lines_is_refused(changes: dict[str, Any], width: int
     log, whole = tmp_path / "train.log", printed(changes)
     log.write_text("\n".join(line[at : at + width] for line in whole.splitlines() for at in range(0, len(line), width)))
     with pytest.raises(
-        UsageError, match=rf"train.log: its lines are wrapped at {width} characters, and .* is the rest"
+        SettingError, match=rf"train.log: its lines are wrapped at {width} characters, and .* is the rest"
     ):
         read_launch([str(log)], ())
     longest = max(whole.splitlines(), key=len)
@@ -77,7 +77,7 @@ def test_a_log_with_wrapped_lines_is_refused(changes: dict[str, Any], width: int
     assert with_noise == read_launch([str(log)], ())
     log.write_text(whole.replace("[8, 8", "[8, 8,\nnoise that ends here\n").replace(" 8]", " 8"))
     if "num_experts" in changes:
-        with pytest.raises(UsageError, match=r"num_experts \[8, 8, is no list; give the log as it was written"):
+        with pytest.raises(SettingError, match=r"num_experts \[8, 8, is no list; give the log as it was written"):
             read_launch([str(log)], ())
 
 

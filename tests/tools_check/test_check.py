@@ -287,7 +287,7 @@ def test_nan_passes_no_comparison() -> None:
         ("torch.nn.Identity", "torch.nn.Identity makes a module without the attribute hidden_size"),
         (
             f"{__name__}.FloatLoss",
-            "FloatLoss cannot be called with x of [2, 8, 16]: ValueError: forward returns a float behind y",
+            "FloatLoss cannot be called with x of [2, 8, 16]: RunError: forward returns a float behind y",
         ),
         (
             f"{__name__}.VectorLoss",

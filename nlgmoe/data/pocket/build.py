@@ -34,6 +34,7 @@ from nlgmoe.data.pocket_pile import (
 )
 from nlgmoe.data.tokenizer import BUILT, Tokenizer, load_tokenizer
 from nlgmoe.files import sha256_of, write_json
+from nlgmoe.validation import RunError
 
 POCKET_PILE = "pocket Pile"
 BATCH_DOCUMENTS = 256  # encoded together
@@ -113,7 +114,7 @@ def build_pocket_pile(root: Path) -> Manifest:
     """
     manifest = read_manifest(root)
     if manifest is not None and manifest.name != POCKET_PILE:
-        raise ValueError(f"{root} holds the corpus {manifest.name!r}, not the pocket Pile: choose another `data_dir`.")
+        raise RunError(f"{root} holds the corpus {manifest.name!r}, not the pocket Pile: choose another `data_dir`.")
     if manifest is not None:
         try:
             _verify(root, manifest.files, TEXT_SHA256)
@@ -204,7 +205,7 @@ def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) ->
         path = text_path(root, name)
         found = sha256_of(path) if name in files and path.exists() else "missing"
         if found != sha256:
-            raise ValueError(
+            raise RunError(
                 f"{path} should have sha256 {sha256}, found {found}. Delete {root / 'text'} and "
                 f"{root / 'manifest.json'} and build the corpus again."
             )

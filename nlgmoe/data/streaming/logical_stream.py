@@ -23,6 +23,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
+from nlgmoe.validation import RunError
 
 BLOCK_LENGTH = 1 << 26  # characters or token ids; a block of books ends early, so that it fits into memory
 ENCODED_LENGTH, ENCODED_DOCUMENTS = 1 << 20, 16  # characters and documents that are tokenised at once
@@ -197,7 +198,7 @@ class LogicalStream:
                     block=here.block + 1, file=file, documents=last.after.documents, bytes=last.after.bytes
                 )
             if here.block == 0:
-                raise ValueError(
+                raise RunError(
                     f"num_streams={self._config.num_streams} leaves stream {self._stream} no document that can be used; "
                     f"lower it, or use a larger corpus"
                 )

@@ -23,7 +23,7 @@ from nlgmoe.data.streaming.streamed_source import StreamedSource
 from nlgmoe.data.text.bad_data import Action
 from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
-from nlgmoe.validation import require
+from nlgmoe.validation import SettingError, require
 
 OTHER = "other"
 DESCRIBED_FILES = 100
@@ -79,14 +79,14 @@ class StreamedText:
         require(path != "", "path is empty; set it to a folder or to a data set on the Hugging Face hub")
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+                raise SettingError(f"{name}={size} must be at least 1")
         if (domain_field is None) != (domains is None):
-            raise ValueError(
+            raise SettingError(
                 f"domain_field={domain_field} and domains={domains} belong together: set the field and the names to tell "
                 "apart, or neither"
             )
         if domains is not None and (OTHER in domains or len(set(domains)) < len(domains)):
-            raise ValueError(f"domains={list(domains)} must be different names, none of them {OTHER!r}")
+            raise SettingError(f"domains={list(domains)} must be different names, none of them {OTHER!r}")
         self.path = path
         self.data_files = data_files
         self.revision = revision
@@ -127,7 +127,7 @@ class StreamedText:
         loaded = load_tokenizer(tokenizer, data_dir)
         cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
         if cache is None:
-            raise ValueError(
+            raise SettingError(
                 f"path={self.path}: what evaluation needs of it is not in {data_dir} for {tokenizer}; start training, or "
                 "call prepare_data of the data module"
             )

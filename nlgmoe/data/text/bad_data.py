@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nlgmoe.validation import RunError
+
 Action = Literal["error", "skip"]
 
 # The order is that of the counts in a cursor, hence in checkpoints: append new kinds at the end.
@@ -66,7 +68,7 @@ class BadData:
             ValueError: the action is "error".
         """
         if self.action == "error":
-            raise ValueError(f"{place}: {error.message}; repair the data, or set on_bad_data to skip")
+            raise RunError(f"{place}: {error.message}; repair the data, or set on_bad_data to skip")
         self.skipped[error.kind] += 1
         if error.kind not in self.reported:
             self.reported.add(error.kind)

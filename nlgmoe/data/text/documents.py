@@ -18,6 +18,7 @@ from fsspec.core import url_to_fs
 
 from nlgmoe.data.text.bad_data import BadData, UnusableError
 from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard, parse, too_long
+from nlgmoe.validation import RunError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".md")  # one document a file, but for `Fields.text_bytes`
@@ -62,7 +63,7 @@ def read_documents(
         place, details = f"{place}, behind document {number:,}", " ".join(str(failure).split())
         # Decompression fails without an errno; else a disk or a network fails, which is nothing to skip.
         if not isinstance(failure, pa.ArrowException) and (type(failure) is not OSError or failure.errno is not None):
-            raise ValueError(
+            raise RunError(
                 f"{place}: cannot be read ({details}); once it can be, run this again, a training with --ckpt_path last"
             ) from failure
         error = UnusableError("file cut off" if "Truncated" in details else "damaged file", details)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import asdict
 
-from nlgmoe.cli.errors import Failures
 from nlgmoe.cli.model_options import import_allowed
+from nlgmoe.validation import RunError
 
 
 def check(target: list[str], allow_code: list[str] | None = None, json: bool = False) -> None:
@@ -40,4 +40,4 @@ def check(target: list[str], allow_code: list[str] | None = None, json: bool = F
     if json:
         print(json_format.dumps({"target": target, "failed": failed, "layers": tables}, indent=2))
     if failed:
-        raise Failures([f"{failed} of {total} properties fail; docs/check.md explains each"])
+        raise RunError(f"{failed} of {total} properties fail; docs/check.md explains each")

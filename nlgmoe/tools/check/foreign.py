@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers.router import Routing
 from nlgmoe.tools.check.layer import Batch, Layer, Output
+from nlgmoe.validation import RunError
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class ForeignLayer(Layer):
         y, *rest = found if isinstance(found, tuple | list) else (found,)
         if not isinstance(y, Tensor) or y.shape != batch.x.shape:
             is_now = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-            raise ValueError(
+            raise RunError(
                 f"forward returns {is_now}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
             )
         losses = [one for one in rest if isinstance(one, Tensor) and one.ndim == 0]
         for one in rest:  # what is like a loss, and would have no gradient or not be one
             if isinstance(one, int | float) or (isinstance(one, Tensor) and one.ndim > 0 and one.numel() == 1):
                 what = f"a tensor of {list(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
-                raise ValueError(f"forward returns {what} behind y; return a loss as a tensor without dimensions")
+                raise RunError(f"forward returns {what} behind y; return a loss as a tensor without dimensions")
         return Output(y, next((one for one in rest if isinstance(one, Routing)), None), losses[0] if losses else None)
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:

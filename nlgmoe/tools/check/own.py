@@ -18,6 +18,7 @@ from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext, TopKRouter
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.check.layer import Batch, Layer, Output
+from nlgmoe.validation import SettingError
 
 MOST_EXPERTS = 8  # of a layer under test, unless `top_k` is larger
 RANKED_EXPERTS = 6  # which 2 and 3 ranks divide
@@ -161,7 +162,7 @@ def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width
         ValueError: the model is dense, or its router fits no small layer.
     """
     if config.moe is None or not any(experts_per_layer(config)):
-        raise ValueError(f"{name} has no MoE layer; set model.config.moe")
+        raise SettingError(f"{name} has no MoE layer; set model.config.moe")
     top_k = config.moe.top_k
     experts = min(max(experts_per_layer(config)), max(MOST_EXPERTS, 2 * top_k))
     inner = 13 if width % 2 else 16

@@ -11,30 +11,26 @@ from typing import Any
 
 from torch import nn
 
-from nlgmoe.cli.errors import UsageError, describe, one_line
-from nlgmoe.cli.explain import find_class
+from nlgmoe.cli.errors import one_line
+from nlgmoe.cli.parser import find_class
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.parts import ExpertConfig, ForeignCodeError, RouterConfig
+from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
 from nlgmoe.tools.check.layer import Batch, Layer
 from nlgmoe.tools.check.own import own_layer
+from nlgmoe.validation import SettingError
 
 
 def find_layers(words: Sequence[str]) -> list[Layer]:
     """Return the layers to test.
 
     Raises:
-        UsageError: the words name none.
+        SettingError: the words name none.
     """
     (word, *others) = words
     if not others and word not in ADAPTERS and (Path(word).is_dir() or word.endswith(".ckpt")):
         return [_of_checkpoint(word)]
-    try:
-        return _find(list(words))
-    except (UsageError, ForeignCodeError):
-        raise
-    except (ValueError, OSError) as error:
-        raise UsageError(describe(error)) from error
+    return _find(list(words))
 
 
 def _of_checkpoint(word: str) -> Layer:
@@ -52,7 +48,7 @@ def _find(words: list[str]) -> list[Layer]:
         config = GPTConfig.from_dict(parse_config(words)["model"]["config"])
         return [own_layer(config, " ".join(words))]
     if len(words) > 1:
-        raise UsageError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
+        raise SettingError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
     if word in ADAPTERS:
         return ADAPTERS[word]()
@@ -62,13 +58,13 @@ def _find(words: list[str]) -> list[Layer]:
 def _import(path: str) -> Any:
     """Import a class_path; the working directory counts."""
     if "." not in path or os.sep in path:
-        raise UsageError(f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join(ADAPTERS)}")
+        raise SettingError(f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join(ADAPTERS)}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return find_class(path)
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise SettingError(f"{path}: {error}") from error
 
 
 def _of_class(path: str, found: Any) -> list[Layer]:
@@ -80,21 +76,21 @@ def _of_class(path: str, found: Any) -> list[Layer]:
         moe = MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", expert=_make(path, found))
         return [own_layer(GPTConfig(512, moe=moe), path)]
     if not callable(found):
-        raise UsageError(
+        raise SettingError(
             f"{path} is no class and no function; give one that makes a RouterConfig, ExpertConfig or nn.Module"
         )
     module = _make(path, found)
     if not isinstance(module, nn.Module):
-        raise UsageError(f"{path} makes a {type(module).__name__}; give a RouterConfig, ExpertConfig or nn.Module")
+        raise SettingError(f"{path} makes a {type(module).__name__}; give a RouterConfig, ExpertConfig or nn.Module")
     sizes = {name: getattr(module, name, None) for name in ("hidden_size", "num_experts", "top_k")}
     if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
-        raise UsageError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
+        raise SettingError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
     takes_mask = "mask" in inspect.signature(module.forward).parameters
     layer = ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=found)  # type: ignore[arg-type]
     try:
         layer.run(layer.make(), Batch.random(layer, 2, 8))
     except Exception as error:
-        raise UsageError(
+        raise SettingError(
             f"{path} cannot be called with x of [2, 8, {layer.hidden_size}]: {type(error).__name__}: {one_line(str(error))}"
         ) from error
     return [layer]
@@ -104,7 +100,7 @@ def _make(path: str, factory: Callable[[], Any]) -> Any:
     try:
         return factory()
     except Exception as error:
-        raise UsageError(f"{path} cannot be made without arguments ({type(error).__name__}: {error})") from error
+        raise SettingError(f"{path} cannot be made without arguments ({type(error).__name__}: {error})") from error
 
 
 def _of_router(path: str, router: RouterConfig) -> list[Layer]:
@@ -129,5 +125,5 @@ def _of_router(path: str, router: RouterConfig) -> list[Layer]:
             pass
         layers.append(layer)
     if not layers:
-        raise UsageError(f"{path} takes no layer of 8 experts and one or two experts a token: {refusals[0]}")
+        raise SettingError(f"{path} takes no layer of 8 experts and one or two experts a token: {refusals[0]}")
     return layers

@@ -49,7 +49,7 @@ from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import SHA256
 from nlgmoe.tools.hugging_face.model_card import model_card
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
 # Files of an earlier export, and files that `transformers` would load instead. The model card is kept: users complete it.
@@ -134,7 +134,7 @@ def export(
         size = sum(file.stat().st_size for file in temporary.iterdir())
         _put_in_place(temporary, folder, overwrite)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise RunError(
             f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
         ) from error
     finally:
@@ -197,7 +197,7 @@ def _weights(
         model = GPT(config)
     files = TensorFiles(path, "model")
     if different := describe_differences(entry_shapes(model), files.shapes):
-        raise ValueError(
+        raise RunError(
             f"{path} does not hold the model that it describes: {summarize_differences(different)}; use another checkpoint"
         )
     types = {name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()}

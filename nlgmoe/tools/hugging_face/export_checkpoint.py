@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from nlgmoe.cli.errors import UsageError
+from nlgmoe.validation import SettingError
 
 
 def export_checkpoint(
@@ -33,7 +33,7 @@ def export_checkpoint(
         ValueError: the checkpoint does not exist, is damaged or has another tokenizer, or the folder cannot be written.
     """
     if not Path(checkpoint).exists():
-        raise UsageError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
+        raise SettingError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
     start = time.perf_counter()
     from nlgmoe.data.tokenizer import load_tokenizer  # these need torch
     from nlgmoe.tools.hugging_face.export import export

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.validation import RunError
 
 OURS = {  # module of a Hugging Face block -> module of a `GPT` block
     "ln_1": "attention_norm",
@@ -44,15 +45,15 @@ def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     try:
         theirs = GPT2Config.from_dict(values)
     except Exception as error:  # the library's exceptions have many types
-        raise ValueError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
+        raise RunError(f"{folder}/config.json is damaged ({error}); download or save the model again") from error
     if theirs.activation_function not in _TANH_GELU:
-        raise ValueError(
+        raise RunError(
             f"activation_function={theirs.activation_function} of {folder} cannot be imported: nlgmoe supports only "
             f"{' and '.join(_TANH_GELU)}"
         )
     for name, (required, feature) in _REQUIRED.items():
         if getattr(theirs, name) != required:
-            raise ValueError(
+            raise RunError(
                 f"{name}={getattr(theirs, name)} of {folder} cannot be imported: nlgmoe does not support {feature}"
             )
     return GPTConfig(
@@ -79,17 +80,17 @@ def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
         with _quiet():
             loaded: Any = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # each file format has its own exceptions
-        raise ValueError(f"{folder} cannot be read ({error}); download or save the model again") from error
+        raise RunError(f"{folder} cannot be read ({error}); download or save the model again") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {missing[0]}; download or save the model again")
+        raise RunError(f"{folder} lacks {missing[0]}; download or save the model again")
     # Old files hold buffers too; transformers leaves out attn.bias itself.
     if unknown := sorted(name for name in info["unexpected_keys"] if not name.endswith("attn.masked_bias")):
-        raise ValueError(
+        raise RunError(
             f"{folder} has {unknown[0]}, which its config.json does not describe; download or save the model again"
         )
     if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
-        raise ValueError(
+        raise RunError(
             f"{folder} cannot be imported: its lm_head differs from its embedding; nlgmoe does not support an untied head"
         )
     theirs = {our_name(name): (name, value.detach()) for name, value in model.transformer.named_parameters()}

@@ -20,7 +20,7 @@ from nlgmoe.files import sha256_of
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS, SHA256
 from nlgmoe.tools.hugging_face.export import PREFIX
 from nlgmoe.tools.hugging_face.gpt2 import gpt2_config, gpt2_weights
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 READABLE = "nlgmoe (what `nlgmoe export` writes) and gpt2"
 _NEEDED = ["*.json", "*.safetensors", "merges.txt"]
@@ -96,7 +96,7 @@ def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     try:
         return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
     except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
-        raise ValueError(
+        raise RunError(
             f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
         ) from error
 
@@ -106,7 +106,7 @@ def _check_sha256(folder: Path, values: dict[str, Any]) -> None:
     recorded = values.get(SHA256)
     for file in _files(folder):
         if isinstance(recorded, dict) and recorded.get(file.name) != sha256_of(file):
-            raise ValueError(
+            raise RunError(
                 f"{file} is not the file that config.json was exported with (its sha256 differs); export the model again, or "
                 f"remove {SHA256} from config.json if the weights were changed on purpose"
             )
@@ -123,7 +123,7 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
                 part = tensors.get_slice(name)
                 shapes[name] = part.get_shape()
                 if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):  # integers would need their scales
-                    raise ValueError(
+                    raise RunError(
                         f"{file}: {name} is of {dtype}, not of floating-point numbers; export the model again"
                     )
 
@@ -131,7 +131,7 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
     counts = [] if config.moe is None else config.moe.num_experts
     largest = max((shape[0] for shape in shapes.values() if shape), default=0)
     if config.num_layers > len(shapes) or max([counts] if isinstance(counts, int) else counts, default=0) > largest:
-        raise ValueError(f"{folder} holds fewer layers or experts than config.json says; export the model again")
+        raise RunError(f"{folder} holds fewer layers or experts than config.json says; export the model again")
 
     def parameter_of(entry: str) -> tuple[str, int | None]:
         match = EXPERT.fullmatch(entry)
@@ -144,14 +144,14 @@ def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor
         name, expert = parameter_of(entry)
         used.add(name)
         if name not in shapes:
-            raise ValueError(f"{folder} lacks {name}; export the model again")
+            raise RunError(f"{folder} lacks {name}; export the model again")
         found = shapes[name] if expert is None else shapes[name][1:]
         if found != list(shape) or (expert is not None and expert >= shapes[name][0]):
-            raise ValueError(
+            raise RunError(
                 f"{folder}: {name} is {shapes[name]}, which is not what config.json says; export the model again"
             )
     if unknown := sorted(set(shapes) - used):
-        raise ValueError(f"{folder} has unknown {unknown[0]} in {file_of[unknown[0]].name}; export the model again")
+        raise RunError(f"{folder} has unknown {unknown[0]} in {file_of[unknown[0]].name}; export the model again")
 
     def read(entry: str) -> Tensor:
         name, expert = parameter_of(entry)
@@ -167,19 +167,19 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         if index.exists():
-            raise ValueError(
+            raise RunError(
                 f"{folder} has model.safetensors and {index.name}, of two models; remove the one that is not meant"
             )
         return [folder / "model.safetensors"]
     if not index.is_file():
-        raise ValueError(f"{folder} has no model.safetensors; export the model again")
+        raise RunError(f"{folder} has no model.safetensors; export the model again")
     named = _read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise ValueError(f"{index} is damaged (its weight_map does not name files); export the model again")
+        raise RunError(f"{index} is damaged (its weight_map does not name files); export the model again")
     names = sorted(set(named.values()))
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}, which {index.name} names; export the model again")
+            raise RunError(f"{folder} has no {name}, which {index.name} names; export the model again")
     return [folder / name for name in names]
 
 

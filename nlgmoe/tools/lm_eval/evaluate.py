@@ -7,9 +7,9 @@ import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.model_options import check_device, import_allowed
 from nlgmoe.cli.output_files import check_output, write_whole
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel
@@ -52,11 +52,11 @@ def evaluate(
         ValueError: checkpoint, tokenizer, task or documents cannot be used; the message names the remedy.
     """
     if limit is not None and not 0 < limit < math.inf:
-        raise UsageError(f"limit={limit} must be above 0")
+        raise SettingError(f"limit={limit} must be above 0")
     if limit is not None and limit > 1 and limit != int(limit):
-        raise UsageError(f"limit={limit} must be a whole number, or below 1 for a share of the documents")
+        raise SettingError(f"limit={limit} must be a whole number, or below 1 for a share of the documents")
     if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} must be at least 1")
+        raise SettingError(f"batch_size={batch_size} must be at least 1")
     if output is not None:
         check_output(output)
 
@@ -75,7 +75,7 @@ def evaluate(
     try:
         selected = Tasks([name for name in tasks.split(",") if name], data_dir, include_path, num_fewshot)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise SettingError(str(error)) from error
     loaded = load_pretrained(checkpoint, tokenizer, device, precision)
     model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
     for name in selected.names:  # fail before any task is evaluated

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from nlgmoe.data.pocket.packages import EVALUATION_SETS, fetch, read_members
 from nlgmoe.files import atomic_write, sha256_of, write_json
+from nlgmoe.validation import RunError
 
 Document = dict[str, Any]
 
@@ -92,7 +93,7 @@ def write_evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
         )
         text = "\n".join(records) + "\n"
         if path.exists() and path.read_bytes() != text.encode():
-            raise ValueError(f"{path} exists with other documents; name another folder, or delete it")
+            raise RunError(f"{path} exists with other documents; name another folder, or delete it")
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         facts = {name: getattr(entry, name) for name in ("documents", "licence", "remark")}

@@ -26,6 +26,7 @@ from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.lm_eval.lockstep import LockstepRanks
+from nlgmoe.validation import RunError
 
 try:
     import lm_eval.api.task
@@ -97,7 +98,7 @@ class EvaluatedGPT(TemplateLM):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+            raise RunError(f"batch_size={batch_size} must be at least 1")
         self.model, self.batch_size = model, batch_size
         self.ranks = LockstepRanks(model)
         self._tokenizer, self._precision = tokenizer, precision
@@ -226,7 +227,7 @@ class EvaluatedGPT(TemplateLM):
         temperature, top_k = options.pop("temperature", 0.0), options.pop("top_k", None)
         if options:
             name, value = next(iter(options.items()))
-            raise ValueError(
+            raise RunError(
                 f"generation_kwargs: {name}={value} is not known here; use until, max_gen_toks, do_sample, temperature, top_k"
             )
         if max_new >= self.max_length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlgmoe.cli.errors import UsageError
+from nlgmoe.validation import SettingError
 
 
 def prepare_eval(folder: str) -> None:
@@ -22,7 +22,7 @@ def prepare_eval(folder: str) -> None:
 
     root = Path(folder)
     if root.is_file():
-        raise UsageError(f"folder={folder} is a file; name a folder")
+        raise SettingError(f"folder={folder} is a file; name a folder")
     for task, entry in write_evaluation_sets(root).items():
         remark = f"; {entry.remark}" if entry.remark else ""
         print(f"{task:<15} {entry.documents:>6,} documents  {entry.licence}{remark}")

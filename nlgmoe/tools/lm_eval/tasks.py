@@ -110,30 +110,32 @@ class Tasks:
         if not isinstance(shots := settings.get("num_fewshot"), int | None):
             raise SettingError(f"task {name}: num_fewshot={shots!r} of its YAML is no whole number; correct it")
         if file is not None and group:
-            raise ValueError(f"task {name}: it is a group, {file} cannot be its documents; name files after its tasks")
+            raise SettingError(
+                f"task {name}: it is a group, {file} cannot be its documents; name files after its tasks"
+            )
         if file is not None and not (file.is_file() and file.stat().st_size):
-            raise ValueError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
+            raise SettingError(f"task {name}: there are no documents in {file}; put them into it, or delete it")
         if file is not None and FORMATS[file.suffix] == "json":
             with file.open("rb") as opened:  # `datasets` dies of null
                 if opened.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:4] == b"null":
-                    raise ValueError(f"task {name}: {file} begins with null, which is no document; remove it")
+                    raise SettingError(f"task {name}: {file} begins with null, which is no document; remove it")
         local = source in set(FORMATS.values()) or bool(source and Path(source).exists())
         path = entry.yaml_path if entry is not None else Path(name)
         try:
             if path is not None:
                 load_yaml(path)  # imports the functions that it names
         except Exception as error:
-            raise ValueError(f"task {name}: {path} cannot be used ({describe(error)}); {_IMPORTS}") from error
+            raise SettingError(f"task {name}: {path} cannot be used ({describe(error)}); {_IMPORTS}") from error
         try:
             with _quiet(), nullcontext() if local else _hub():
                 loaded = dict(self._manager.load([name]))
         except ImportError as error:
-            raise ValueError(f"task {name}: lm-eval cannot load it ({describe(error)}); {_IMPORTS}") from error
+            raise SettingError(f"task {name}: lm-eval cannot load it ({describe(error)}); {_IMPORTS}") from error
         except Exception as error:
             if local:
                 where = file or "the files that its YAML names"
-                raise ValueError(f"task {name}: {where} cannot be read: {describe(error)}") from error
-            raise ValueError(
+                raise SettingError(f"task {name}: {where} cannot be read: {describe(error)}") from error
+            raise SettingError(
                 f"task {name}: "
                 f"{_without_documents('TASK' if group else self._called[name], source, self._data_dir, error)}"
             ) from error

@@ -13,10 +13,10 @@ from unittest import mock
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from nlgmoe.cli.tracebacks import raised_in
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, quiet_contexts, run_tasks
 from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, LockstepError, describe
 from nlgmoe.tools.lm_eval.tasks import Tasks
+from nlgmoe.validation import RunError, SettingError
 
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em")
 Results = dict[str, Any]
@@ -68,10 +68,9 @@ def _evaluate(model: EvaluatedGPT, tasks: Tasks, name: str, limit: float | None,
             )
         results["chance"] = {task: chance(loaded["tasks"][task]) for task in loaded["tasks"]}
     except Exception as error:
-        of_system = isinstance(error, OSError | MemoryError | RuntimeError | ImportError)
-        if of_system or raised_in(error).split(".")[0] in ("nlgmoe", "torch"):
+        if isinstance(error, OSError | MemoryError | RuntimeError | ImportError | SettingError | RunError):
             raise
-        raise ValueError(
+        raise RunError(
             f"task {name}: lm-eval cannot evaluate it ({describe(error)}); correct its YAML or its documents"
         ) from error
     return results

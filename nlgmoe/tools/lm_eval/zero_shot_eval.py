@@ -15,6 +15,7 @@ from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, describe
+from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.tools.lm_eval.tasks import Tasks
@@ -56,13 +57,13 @@ class ZeroShotEval(Callback):
     ) -> None:
         for name, value in {"every_n_steps": every_n_steps, "every_n_tokens": every_n_tokens}.items():
             if value is not None and value < 1:
-                raise ValueError(f"ZeroShotEval: {name}={value} must be at least 1, or null")
+                raise SettingError(f"ZeroShotEval: {name}={value} must be at least 1, or null")
         if limit is not None and limit <= 0:
-            raise ValueError(f"ZeroShotEval: limit={limit} must be above 0, or null for all documents")
+            raise SettingError(f"ZeroShotEval: limit={limit} must be above 0, or null for all documents")
         if batch_size < 1:
-            raise ValueError(f"ZeroShotEval: batch_size={batch_size} must be at least 1")
+            raise SettingError(f"ZeroShotEval: batch_size={batch_size} must be at least 1")
         if at_validation is False and every_n_steps is None and every_n_tokens is None:
-            raise ValueError(
+            raise SettingError(
                 "ZeroShotEval: at_validation=false leaves no time to evaluate; set every_n_steps or every_n_tokens"
             )
         self.names = [tasks] if isinstance(tasks, str) else list(tasks)

@@ -31,7 +31,7 @@ from nlgmoe.data.text.documents import read_documents
 from nlgmoe.data.text.records import Fields, FileOffset
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.files import write_json
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 CHUNK_BYTES = 1 << 18  # of text, tokenised together: a tokenizer holds a hundred times as much for a moment
 QUEUED = 3  # chunks per thread that are read ahead
@@ -107,20 +107,18 @@ def build_indexed(
                         write_json(folder / "progress.json", record)
                         recorded = time.monotonic()
                 if done.documents == 0:
-                    raise ValueError(
+                    raise RunError(
                         f"input has no document that can be used in {len(files)} files ({summary(done.skipped)}); give "
                         "others, or the text_field that theirs have"
                     )
     except Timeout:
-        raise ValueError(
-            f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it."
-        ) from None
+        raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None
     except BaseException as error:
         if not (resumes := (folder / "progress.json").exists()):
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:  # of a write
             then = "it goes on" if resumes else "from the beginning"
-            raise ValueError(
+            raise RunError(
                 f"output={prefix} cannot be written ({error.strerror}); make room, and start again: {then}"
             ) from error
         raise
@@ -148,9 +146,9 @@ def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, di
         found = json.loads(path.read_text())
         done = Progress(**found["done"] | {"place": FileOffset(**found["done"]["place"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
+        raise RunError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
     if differing := [name for name in settings if found["settings"].get(name) != settings[name]]:
-        raise ValueError(
+        raise RunError(
             f"{folder} was begun with other settings ({', '.join(differing)}): give the same ones to go on with it, "
             "name another output, or delete it."
         )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
-from nlgmoe.cli.errors import UsageError, UsageErrors
 from nlgmoe.cli.output_files import check_output, write_whole
 from nlgmoe.tools.megatron.arguments import Arguments
 from nlgmoe.tools.megatron.launch import Launch, split_command
@@ -14,6 +13,7 @@ from nlgmoe.tools.megatron.run_script import run_script as run
 from nlgmoe.tools.megatron.saved_arguments import read_checkpoint, read_log
 from nlgmoe.tools.megatron.translate import translate
 from nlgmoe.tools.megatron.yaml_text import yaml_text
+from nlgmoe.validation import SettingError
 
 
 def from_megatron(
@@ -62,25 +62,25 @@ def read_launch(
 ) -> Launch:
     """Read a launch from one of the four inputs; arguments and errors are those of `from_megatron`."""
     if len(source) + bool(flags) != 1:
-        raise UsageError(
+        raise SettingError(
             "give one of these: a log, a checkpoint's folder, a launch script with --run-script, flags after --"
         )
     if variables and not run_script:
-        raise UsageError("--variables are those of a script that is run; add --run-script, or leave them out")
+        raise SettingError("--variables are those of a script that is run; add --run-script, or leave them out")
     if flags:
         if run_script:
-            raise UsageError("--run-script takes a script, not flags; leave it out")
+            raise SettingError("--run-script takes a script, not flags; leave it out")
         launcher, words = split_command(flags) or ([], list(flags))
         launch = Launch("the command line", "megatron", launcher, words)
     else:
         path = Path(source[0])
         if not path.exists():
-            raise UsageError(
+            raise SettingError(
                 f"{path} is not there; give a log, a checkpoint's folder, or a launch script with --run-script"
             )
         if run_script:
             if path.is_dir():
-                raise UsageError(f"{path} is a folder; --run-script takes a script")
+                raise SettingError(f"{path} is a folder; --run-script takes a script")
             return run(path, variables or {})
         launch = read_checkpoint(path) if path.is_dir() else read_log(path)
     launch.read_deepspeed_config(Path())
@@ -94,5 +94,5 @@ def translated(launch: Launch, skip_unknown: bool = False) -> str:
     arguments = Arguments(launch.flags, skip_unknown)
     translation = translate(launch, arguments)
     if arguments.problems:
-        raise UsageErrors([f"{launch.source}: {problem}" for problem in arguments.problems])
+        raise SettingError("\n".join(f"{launch.source}: {problem}" for problem in arguments.problems))
     return yaml_text(translation, launch.source)

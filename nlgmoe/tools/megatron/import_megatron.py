@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.validation import SettingError
 
 
 def import_megatron(
@@ -47,7 +47,7 @@ def import_megatron(
     if found is not None and vocab_size is None:
         vocab_size = found.vocab_size
     if found is not None and vocab_size is not None and found.vocab_size > vocab_size:
-        raise UsageError(
+        raise SettingError(
             f"vocab_size={vocab_size} is below the {found.vocab_size} ids of tokenizer {found.name}; leave it out"
         )
     text = None if found is None else found.to_json()

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.tools.megatron.launch import Launch, split_command
+from nlgmoe.validation import RunError, SettingError
 
 TIME_LIMIT = 60.0  # seconds
 _PRELUDE = Path(__file__).with_name("prelude.sh")
@@ -84,16 +84,16 @@ def run_script(script: Path, variables: Mapping[str, str]) -> Launch:
         variables: set before each of its commands, so that they win over its own assignments.
 
     Raises:
-        UsageError: the variables are not the script's, or there is not exactly one launch.
+        SettingError: the variables are not the script's, or there is not exactly one launch.
         ValueError: there is no bash, or the time limit is over.
     """
     source = script.read_text(encoding="utf-8", errors="replace")
     for name in variables:
         if name not in _COUNTED and not re.search(rf"\b{re.escape(name)}\b", source):
-            raise UsageError(f"there is no variable {name} in {script.name}; check the name given with --variables")
+            raise SettingError(f"there is no variable {name} in {script.name}; check the name given with --variables")
     bash = shutil.which("bash")
     if bash is None:
-        raise ValueError("--run-script needs bash, which is not in PATH; install it, or give the flags after --")
+        raise RunError("--run-script needs bash, which is not in PATH; install it, or give the flags after --")
     print(_ANNOUNCEMENT.format(name=script.name, limit=TIME_LIMIT), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="from-megatron-") as temporary:
         root = Path(temporary).resolve()
@@ -104,7 +104,7 @@ def run_script(script: Path, variables: Mapping[str, str]) -> Launch:
             _read_record(file, work) for file in sorted(root.glob("records/*"), key=lambda f: f.stat().st_mtime_ns)
         ]
         if status == 99 and not records:
-            raise ValueError(f"--run-script needs bash 4.4 or newer, {bash} is older; give the flags after --")
+            raise RunError(f"--run-script needs bash 4.4 or newer, {bash} is older; give the flags after --")
         return _launch(script, records, work, (root / "stderr").read_text(errors="replace"))
 
 
@@ -151,7 +151,7 @@ def _run(command: Sequence[str], work: Path, environment: Mapping[str, str]) -> 
     os.close(inherited)
     try:
         if not select.select([alive], [], [], TIME_LIMIT)[0]:
-            raise ValueError(f"the script ran longer than {TIME_LIMIT:.0f} s and was ended; give the flags after --")
+            raise RunError(f"the script ran longer than {TIME_LIMIT:.0f} s and was ended; give the flags after --")
     finally:
         os.close(alive)
         with suppress(ProcessLookupError):
@@ -172,7 +172,7 @@ def _launch(script: Path, records: Sequence[_Record], work: Path, errors: str) -
     if not launches:
         _refuse_nothing(script, errors)
     if any(split != launches[0][0] for split, _ in launches):
-        raise UsageError(
+        raise SettingError(
             f"{script.name}: launches pretrain_gpt.py {len(launches)} times, with other flags; keep one launch"
         )
     (launcher, flags), record = launches[0]
@@ -202,6 +202,6 @@ def _launch(script: Path, records: Sequence[_Record], work: Path, errors: str) -
 def _refuse_nothing(script: Path, errors: str) -> NoReturn:
     last = errors.strip().rpartition("\n")[2]
     said = f" (bash: {last})" if last else ""
-    raise UsageError(
+    raise SettingError(
         f"{script.name}: nothing launches pretrain_gpt.py{said}; give the script that calls it, such as through deepspeed"
     )

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.tools.megatron.arguments import is_count
 from nlgmoe.tools.megatron.flags import FLAGS, Flag
 from nlgmoe.tools.megatron.launch import Launch
+from nlgmoe.validation import SettingError
 
 _BLOCK = re.compile(r"-{5,} arguments -{5,}\n(.*?)-{5,} end of arguments -{5,}", re.DOTALL)  # `_print_args`
 _LINE = re.compile(r"\b(\w+) \.+ (.*?)\s*$", re.MULTILINE)  # a launcher may put the rank in front
@@ -34,7 +34,7 @@ def read_log(path: Path) -> Launch:
     """Read the last argument block of a log."""
     blocks = _BLOCK.findall(_COLOUR.sub("", path.read_text(encoding="utf-8", errors="replace")))
     if not blocks:
-        raise UsageError(
+        raise SettingError(
             f"{path} has no argument block of Megatron's. If it is a launch script: --run-script runs it under bash and "
             "records what it launches. Otherwise give the log of a run, a checkpoint's folder, or the flags after --"
         )
@@ -46,7 +46,7 @@ def _require_whole_lines(block: str, path: Path) -> None:
     """Check that the log was not wrapped, as by a terminal that it was copied from: a value would be cut.
 
     Raises:
-        UsageError: one of the longest lines is followed by the rest of its value. Other lines may stand between arguments.
+        SettingError: one of the longest lines is followed by the rest of its value. Other lines may stand between arguments.
     """
     lines = block.splitlines()
     width = max(map(len, lines), default=0)
@@ -54,7 +54,7 @@ def _require_whole_lines(block: str, path: Path) -> None:
         rest = line.strip()
         is_rest = rest and not _LINE.search(line) and (" " not in rest or rest.endswith("]"))
         if len(before) == width and is_rest and _LINE.search(before):
-            raise UsageError(
+            raise SettingError(
                 f"{path}: its lines are wrapped at {width} characters, and {rest} is the rest of one; give the log as it was "
                 "written"
             )
@@ -93,7 +93,7 @@ def _valued(flag: Flag, argument: str, values: Mapping[str, str]) -> list[str]:
     try:
         words = [str(item) for item in ast.literal_eval(value)] if value.startswith("[") else [value]
     except (SyntaxError, ValueError) as error:
-        raise UsageError(
+        raise SettingError(
             f"{argument} {value} is no list; give the log as it was written, without wrapped lines"
         ) from error
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nlgmoe.cli.errors import UsageError
 from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.validation import SettingError
 
 
 def report(runs: list[str], output: str | None = None, group_by: str | None = None) -> None:
@@ -23,6 +23,6 @@ def report(runs: list[str], output: str | None = None, group_by: str | None = No
     try:
         found = read_runs(runs)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise SettingError(str(error)) from error
     file = write_report(found, output, group_by)
     print(f"report written to {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")

@@ -18,7 +18,7 @@ from nlgmoe.files import atomic_write
 from nlgmoe.tools.report import expert_figures, groups, specialisation_figures, tables, training_figures
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
 
@@ -48,7 +48,7 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
         with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"output={file} cannot be written ({error.strerror}); make room, or name another") from error
+        raise RunError(f"output={file} cannot be written ({error.strerror}); make room, or name another") from error
     return file
 
 

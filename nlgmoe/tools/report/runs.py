@@ -30,6 +30,7 @@ from nlgmoe.tools.report.metrics import (
     read_expert_loads,
     read_metrics,
 )
+from nlgmoe.validation import RunError
 
 CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
 SAMPLES = "samples.txt"
@@ -131,9 +132,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     for path in paths:
         folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.exists():
-            raise ValueError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
+            raise RunError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
         if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
-            raise ValueError(
+            raise RunError(
                 f"{path} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
                 "trainer.default_root_dir"
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 _MISSING = object()
 _NOT_HERE = "nlgmoe's GPT has none of it: this checkpoint stays with Megatron-DeepSpeed"
@@ -45,20 +45,20 @@ def check_supported(args: Namespace, accept_tanh_gelu: bool) -> None:
     for name, (refused, reason) in REFUSED.items():
         value = getattr(args, name, _MISSING)
         if value is not _MISSING and refused(value):
-            raise ValueError(f"{name}={value} {reason}")
+            raise RunError(f"{name}={value} {reason}")
     heads, hidden = _required(args, "num_attention_heads"), _required(args, "hidden_size")
     groups = getattr(args, "num_key_value_heads", None)
     if groups not in (None, heads):
-        raise ValueError(f"num_key_value_heads={groups} is grouped attention; {_NOT_HERE}")
+        raise RunError(f"num_key_value_heads={groups} is grouped attention; {_NOT_HERE}")
     channels = getattr(args, "kv_channels", None)
     if channels is not None and channels * heads != hidden:
-        raise ValueError(f"kv_channels={channels} is not hidden_size / num_attention_heads; {_NOT_HERE}")
+        raise RunError(f"kv_channels={channels} is not hidden_size / num_attention_heads; {_NOT_HERE}")
     # `megatron/model/transformer.py`, ParallelMLP: the fused form and OpenAI's are tanh, F.gelu and `erf_gelu` exact.
     tanh = getattr(args, "openai_gelu", False) or (
         getattr(args, "bias_gelu_fusion", False) and not getattr(args, "onnx_safe", False)
     )
     if not tanh and not accept_tanh_gelu:
-        raise ValueError(
+        raise RunError(
             "bias_gelu_fusion=False is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu takes the model "
             "all the same, its logits are then a little different"
         )
@@ -117,7 +117,7 @@ def _moe_config(args: Namespace) -> MoEConfig | None:
         return None
     kind = getattr(args, "mlp_type", "standard")
     if kind not in ("standard", "residual"):
-        raise ValueError(f"mlp_type={kind} must be standard or residual; {_NOT_HERE}")
+        raise RunError(f"mlp_type={kind} must be standard or residual; {_NOT_HERE}")
     return MoEConfig(
         num_experts=experts,
         expert_interval=getattr(args, "expert_interval", 2),
@@ -136,7 +136,7 @@ def _moe_config(args: Namespace) -> MoEConfig | None:
 def _required(args: Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     if value is None:
-        raise ValueError(
+        raise RunError(
             f"{name} is not among the checkpoint's arguments, so its model is unknown; use another checkpoint"
         )
     return value

@@ -26,7 +26,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.tools.megatron.checkpoint.arguments import check_supported, model_config
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 QKV = Literal["auto", "heads", "thirds"]
 
@@ -84,7 +84,7 @@ def import_checkpoint(
         kind = SettingError if isinstance(error, SettingError) else ValueError
         raise kind(f"{error} ({dense.file})") from error
     except (TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{dense.file}: its arguments describe no model ({error}); use another checkpoint") from error
+        raise RunError(f"{dense.file}: its arguments describe no model ({error}); use another checkpoint") from error
     counts = moe_blocks(config)
     weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens, overwrite)
@@ -110,7 +110,7 @@ class Weights:
         wanted = {megatron_name(name) for name in self._shapes if EXPERT.fullmatch(name) is None}
         if unknown := sorted(dense.tensors.keys() - wanted):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise ValueError(
+            raise RunError(
                 f"{dense.file} has {unknown[0]}{more}, for which nlgmoe's GPT has no place; it is not a model of this kind"
             )
 
@@ -162,7 +162,7 @@ def _find_qkv_order(dense: Dense, qkv: QKV) -> str:
     if qkv != "auto":
         return _QKV[qkv]
     if dense.version not in (0, 1, 2, 3):
-        raise ValueError(
+        raise RunError(
             f"checkpoint_version={dense.version} is unknown ({dense.file}); say how its attention lies with --qkv"
         )
     if dense.version < 2:
@@ -176,14 +176,14 @@ def _rows(dense: Dense, name: str) -> int:
 
 def _tensor(dense: Dense, name: str) -> Tensor:
     if name not in dense.tensors:
-        raise ValueError(f"{dense.file} lacks {name}; use another checkpoint")
+        raise RunError(f"{dense.file} lacks {name}; use another checkpoint")
     return dense.tensors[name]
 
 
 def _check_shape(file: Path, name: str, found: Tensor, expected: list[int]) -> None:
     if not found.is_floating_point():
-        raise ValueError(f"{file}: {name} is of type {found.dtype}, not floating point; use another checkpoint")
+        raise RunError(f"{file}: {name} is of type {found.dtype}, not floating point; use another checkpoint")
     if list(found.shape) != expected:
-        raise ValueError(
+        raise RunError(
             f"{file}: {name} has shape {list(found.shape)}, its arguments say {expected}; use another checkpoint"
         )

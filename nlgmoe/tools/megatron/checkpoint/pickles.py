@@ -17,6 +17,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from nlgmoe.files import require_regular
+from nlgmoe.validation import RunError
 
 # Packages whose objects a Megatron-DeepSpeed script leaves in a checkpoint.
 _PACKAGES = ("apex", "collections", "datetime", "deepspeed", "enum", "megatron", "numpy", "pathlib", "torch", "types")
@@ -44,14 +45,14 @@ def load(file: Path) -> Any:
     """
     require_regular(file, "copy the checkpoint anew")
     if not zipfile.is_zipfile(file):
-        raise ValueError(
+        raise RunError(
             f"{file} cannot be read (no file of torch.save, or cut off, or of PyTorch before 1.6); copy the checkpoint anew, or "
             "load and save it with a newer PyTorch where it was trained"
         )
     try:
         with zipfile.ZipFile(file) as archive:  # `torch.load` compares no checksums
             if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {damaged} in it is wrong")
+                raise RunError(f"the checksum of {damaged} in it is wrong")
         names = set(get_unsafe_globals_in_checkpoint(file)) - {_NAMESPACE}
         foreign = sorted(name for name in names - {*_NAMES} if name.partition(".")[0] not in _PACKAGES)
         if not foreign:
@@ -68,10 +69,8 @@ def load(file: Path) -> Any:
         LookupError,
     ) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{file} cannot be read ({reason or type(error).__name__}); copy the checkpoint anew"
-        ) from error
-    raise ValueError(
+        raise RunError(f"{file} cannot be read ({reason or type(error).__name__}); copy the checkpoint anew") from error
+    raise RunError(
         f"{file} holds {foreign[0]}, which no Megatron-DeepSpeed checkpoint needs and which could run code; nothing was read: "
         "get the checkpoint from where it was trained"
     )

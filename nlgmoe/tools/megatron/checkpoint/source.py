@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.tools.megatron.checkpoint.pickles import load
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 
 DENSE = "mp_rank_00_model_states.pt"
 _STEP = re.compile(r"global_step\d+")
@@ -65,13 +65,13 @@ def find_folder(path: Path) -> Path:
             tag = (path / "latest").read_text(errors="replace").strip()
             folder = path / tag
             if Path(tag).name != tag or not folder.is_dir():
-                raise ValueError(
+                raise RunError(
                     f"{path / 'latest'} names {tag}, which is not there; name one of {', '.join(steps) or 'none'}"
                 )
         elif steps:
-            raise ValueError(f"{path} has no file latest; name one of its folders: {', '.join(steps)}")
+            raise RunError(f"{path} has no file latest; name one of its folders: {', '.join(steps)}")
         elif any(path.glob("**/model_optim_rng.pt")):
-            raise ValueError(f"{path} was written without --deepspeed; only checkpoints of Megatron-DeepSpeed are read")
+            raise RunError(f"{path} was written without --deepspeed; only checkpoints of Megatron-DeepSpeed are read")
         else:
             raise SettingError(f"{path} is no Megatron-DeepSpeed checkpoint: it has neither {DENSE} nor a file latest")
     _check_unsharded(folder)
@@ -94,9 +94,9 @@ def _check_unsharded(folder: Path) -> None:
     for pattern, reason in _SHARDED.items():
         for name in names:
             if re.fullmatch(pattern, name):
-                raise ValueError(f"{folder / name}: {reason}")
+                raise RunError(f"{folder / name}: {reason}")
     if DENSE not in names:
-        raise ValueError(f"{folder} has no {DENSE}; copy the checkpoint anew")
+        raise RunError(f"{folder} has no {DENSE}; copy the checkpoint anew")
 
 
 def read_dense(folder: Path) -> Dense:
@@ -108,16 +108,16 @@ def read_dense(folder: Path) -> Dense:
     file = folder / DENSE
     state = load(file)
     if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
-        raise ValueError(f"{file} holds no model; use a checkpoint that Megatron-DeepSpeed wrote")
+        raise RunError(f"{file} holds no model; use a checkpoint that Megatron-DeepSpeed wrote")
     if not isinstance(state.get("args"), Namespace):
-        raise ValueError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
+        raise RunError(f"{file} lacks Megatron's arguments, so its model is unknown; use another checkpoint")
     tensors = {
         _current_name(name): value for name, value in _flatten(state["module"]).items() if _ANY_EXPERT not in name
     }
     numbers = {key: state.get(key, 0) for key in ("checkpoint_version", "iteration", "tokens")}
     for key, value in numbers.items():
         if not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
-            raise ValueError(f"{file}: {key} is {value!r}, not a number; use another checkpoint")
+            raise RunError(f"{file}: {key} is {value!r}, not a number; use another checkpoint")
     version, step, tokens = numbers.values()
     return Dense(file, state["args"], tensors, float(version), int(step), int(tokens))
 
@@ -161,7 +161,7 @@ class ExpertFiles:
         missing = [file.name for file in self._files.values() if not file.is_file()]
         if missing:
             more = f" and {len(missing) - 1} more of {len(self._files)}" if len(missing) > 1 else ""
-            raise ValueError(
+            raise RunError(
                 f"{folder} has no {missing[0]}{more}; every rank writes its own experts: copy them from all of its nodes"
             )
         self._last: tuple[Path, dict[str, Tensor]] | None = None
@@ -177,7 +177,7 @@ class ExpertFiles:
             self._last = file, self._read_file(file, block, expert)
         tensors = self._last[1]
         if part not in tensors:
-            raise ValueError(f"{file} lacks {part}; use another checkpoint")
+            raise RunError(f"{file} lacks {part}; use another checkpoint")
         return file, tensors[part]
 
     @staticmethod
@@ -191,7 +191,7 @@ class ExpertFiles:
                 or (int(match[1]), int(match[2])) != (block, expert)
                 or not isinstance(value, torch.Tensor)
             ):
-                raise ValueError(
+                raise RunError(
                     f"{file} holds {name}, not only expert {expert} of layer {block}; use another checkpoint"
                 )
             tensors[match[3]] = value

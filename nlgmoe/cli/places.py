@@ -1,0 +1,128 @@
+"""The settings that a command line and its YAML files give, each with its place, for messages.
+
+jsonargparse reads the same files, but forgets where a value is from, and takes the last of two equal names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
+
+from nlgmoe.cli.errors import one_line
+from nlgmoe.files import expand_home
+from nlgmoe.validation import SettingError
+
+ConfigLoader = get_yaml_default_loader()  # jsonargparse's own, for files and for single values
+ConfigLoader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: expand_home(loader.construct_scalar(node)))
+_MERGE = "tag:yaml.org,2002:merge"  # the name `<<`
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as written.
+
+    Attributes:
+        name: dotted, list items in brackets: `trainer.callbacks[0].class_path`.
+        value: as YAML reads it.
+        place: ` (FILE, line N)`; empty for the command line.
+    """
+
+    name: str
+    value: Any
+    place: str = ""
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    def __str__(self) -> str:
+        dumped = yaml.safe_dump(self.value, default_flow_style=True, width=10_000).removesuffix("...\n")
+        value = self.value if isinstance(self.value, str) else dumped
+        return f"{self.name}={one_line(value, limit=80)}{self.place}"
+
+
+def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iterator[Setting]:
+    """Yield what `--name=value`, `--name value` and the files that `config_options` name give, in their order.
+
+    Raises:
+        SettingError: see `read_file`.
+    """
+    rest = list(args)
+    while rest:
+        option, equals, text = rest.pop(0).partition("=")
+        if not option.startswith("-"):
+            continue
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, text = "=", rest.pop(0)
+        if option in config_options:
+            yield from read_file(text)
+        elif equals:
+            try:
+                node, loader = _compose(text)
+            except yaml.YAMLError:  # plain text
+                node = None
+            name = option.lstrip("-").rstrip("+")
+            yield from _walk(node, name, loader, "") if node is not None else [Setting(name, text)]
+
+
+def read_file(path: str) -> Iterator[Setting]:
+    """Yield the settings of a configuration file, in its order.
+
+    Raises:
+        SettingError: there is no such file, it is not YAML, not a mapping, or names a setting twice.
+    """
+    if path.lstrip().startswith("{"):  # jsonargparse takes a configuration in place of a path too
+        text, path = path, "--config"
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise SettingError(f"--config {path}: {error.strerror}; name a YAML file") from error
+        except UnicodeDecodeError as error:
+            raise SettingError(f"--config {path} is not a text file; give a checkpoint to --ckpt_path") from error
+    try:
+        node, loader = _compose(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise SettingError(f"{path}{place} is not YAML: {error.problem or error.context}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise SettingError(f"{path} {'is empty' if node is None else 'holds no settings'}; write them as `name: value`")
+    yield from _walk(node, "", loader, path)
+
+
+def _compose(text: str) -> tuple[yaml.Node | None, Any]:
+    loader = ConfigLoader(text)
+    return loader.get_single_node(), loader
+
+
+def _walk(node: yaml.Node, name: str, loader: Any, file: str, line: int = 0) -> Iterator[Setting]:
+    """Yield what `node` consists of: of a list or mapping the whole, then its parts."""
+    place = f" ({file}, line {line})" if file else ""
+    if name:
+        try:
+            yield Setting(name, loader.construct_object(node, deep=True), place)
+        except yaml.YAMLError as error:  # an unknown tag
+            raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                yield from _walk(value, name, loader, file, line)
+                continue
+            full, here = f"{name}.{key.value}".removeprefix("."), key.start_mark.line + 1
+            if key.value in lines and file:
+                raise SettingError(
+                    f"{file}, line {here}: {full} is given again, after line {lines[key.value]}; remove one"
+                )
+            lines[key.value] = here
+            yield from _walk(value, full.removesuffix("+"), loader, file, here)
