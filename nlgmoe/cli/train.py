@@ -6,9 +6,12 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
+from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -129,7 +132,7 @@ class TrainCLI(LightningCLI):
         """
         assert isinstance(self.parser, TrainParser)
         self.parser.add_instantiator(self.parser.construct, object)
-        with self.parser.blaming_settings():
+        with self.parser.blaming_settings(), _ranks_in_turn(self._get(self.config, "trainer")["logger"]):
             super().instantiate_classes()
 
     def before_validate(self) -> None:
@@ -212,6 +215,19 @@ def main(args: ArgsType = None) -> None:
     with one_line_errors():
         mute_advertising()
         TrainCLI(args)
+
+
+def _ranks_in_turn(logger: Any) -> AbstractContextManager[Any]:
+    """Let the processes of a launcher make their loggers one after the other: each rank's `MLFlowLogger` makes the database.
+
+    Args:
+        logger: setting `trainer.logger`.
+    """
+    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) == 1 or "MLFlowLogger" not in str(
+        logger
+    ):
+        return nullcontext()
+    return FileLock(Path(gettempdir()) / f"nlgmoe-loggers-{os.getuid()}.lock")
 
 
 def mute_advertising() -> None:

@@ -127,7 +127,9 @@ class Resuming:
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
             if end is None and trainer.should_stop:
-                rank_zero_warn("the run is at its end: a callback, such as EarlyStopping, stops it; to go on, change its settings")
+                rank_zero_warn(
+                    "the run is at its end: a callback, such as EarlyStopping, stops it; to go on, change its settings"
+                )
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
         """Return which end the run stands at, and the remedy; None: it goes on."""

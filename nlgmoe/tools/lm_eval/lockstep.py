@@ -13,12 +13,13 @@ from torch import distributed
 
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.model.gpt import GPT
+from nlgmoe.validation import RunError
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
-class LockstepError(ValueError):
+class LockstepError(RunError):
     """A rank has failed or has called another operation than the others; every rank raises this at the same point."""
 
 
