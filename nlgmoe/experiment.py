@@ -23,18 +23,21 @@ from nlgmoe.validation import SettingError
 
 @dataclass(frozen=True)
 class Experiment:
-    """Module, data and trainer of one configuration, for `experiment.trainer.fit(experiment.module, experiment.data)`."""
+    """Module, data and trainer of one configuration, for `experiment.trainer.fit(experiment.module, experiment.data)`.
+
+    The model is `experiment.module.gpt`, which its first use or a fit builds.
+    """
 
     module: MoEGPTModule
     data: PileDataModule
     trainer: Trainer
 
 
-def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Experiment:
+def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> Experiment:
     """Make the objects that `train.py` would make from the same YAML files.
 
     Args:
-        path: one file, or several of which later ones override earlier ones.
+        path: one file, or several of which later ones override earlier ones; a list of them will do.
         overrides: dotted settings with `__` for the dot, such as `trainer__max_steps=10`.
 
     Raises:
@@ -48,7 +51,7 @@ def load_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> Ex
     return Experiment(cli.model, cli.datamodule, cli.trainer)
 
 
-def parse_config(path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
+def parse_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
     """Return the settings that `load_config` would use, with every default; build nothing.
 
     Raises:
@@ -63,7 +66,7 @@ def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any
     Raises:
         ValueError: as `load_config`.
     """
-    cli = _read(_ParseCLI, path, {})
+    cli = _read(_ParseCLI, [path], {})
     return (
         _settings(cli),
         cli.parser.get_defaults().as_dict(),
@@ -85,10 +88,12 @@ class _ParseCLI(TrainCLI):
         """Build nothing."""
 
 
-def _read(cli_class: type[TrainCLI], path: str | Path | Sequence[str | Path], overrides: dict[str, Any]) -> TrainCLI:
+def _read(
+    cli_class: type[TrainCLI], paths: Sequence[str | Path | Sequence[str | Path]], overrides: dict[str, Any]
+) -> TrainCLI:
     """Run `cli_class` on YAML files instead of a command line; its usage errors become ValueErrors."""
-    paths = [path] if isinstance(path, str | Path) else list(path)
-    args = [part for item in paths for part in ("--config", str(item))]
+    files = [file for item in paths for file in ([item] if isinstance(item, str | Path) else item)]
+    args = [part for file in files for part in ("--config", str(file))]
     for name, value in overrides.items():
         setting = name.replace("__", ".")
         try:

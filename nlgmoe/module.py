@@ -25,7 +25,7 @@ from nlgmoe.objective import LearningRouters, Window, training_loss
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 from nlgmoe.run.resume import Resuming, StepSize, check_new_run, validate_by_steps
-from nlgmoe.run_checks import warn_about_end
+from nlgmoe.run_checks import warn_about_end, warn_about_rate
 from nlgmoe.validation import SettingError
 
 
@@ -241,7 +241,8 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_end(self) -> None:
-        """Free the teacher, which evaluation does not need."""
+        """Free the teacher, which evaluation does not need, and warn of a learning rate that has not fallen to its end."""
+        warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
 

@@ -78,3 +78,18 @@ def warn_about_end(
                 f"{domain} has {share:.2g} of the samples, less than one in the {min(ends):,.0f} of this run; raise the "
                 "weight of its part, or remove the part"
             )
+
+
+def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: int | None) -> None:
+    """Warn if training has ended, by `max_steps`, `max_time` or a callback, before the learning rate has fallen to its end.
+
+    Args:
+        schedule: the learning rate over tokens.
+        tokens: seen by the run.
+        train_tokens: at which it ends; `warn_about_end` has warned of too few.
+    """
+    if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and tokens != train_tokens:
+        rank_zero_warn(
+            f"training has ended after {tokens} tokens, and the learning rate falls until model.schedule.decay_tokens="
+            f"{schedule.decay_tokens}: the loss is that of a rate that is still high; set decay_tokens for a run of this length"
+        )

@@ -457,6 +457,15 @@ def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path) -> None:
         assert len(found) == len(expected) and all(text in found[0] for text in expected)
 
 
+def test_a_run_that_a_trainers_end_stops_before_the_rate_has_fallen_says_so(tmp_path: Path) -> None:
+    for decay_tokens, warned in ((512, 1), (64, 0)):
+        module = MoEGPTModule(CONFIG, schedule=LearningRateSchedule("cosine", decay_tokens=decay_tokens))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, max_steps=1).fit(module, SyntheticData())
+        assert len([one for one in caught if "training has ended after 64 tokens" in str(one.message)]) == warned
+
+
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     class Other(MoEGPTModule):
         def configure_optimizers(self) -> Any:

@@ -19,7 +19,7 @@ from nlgmoe.files import atomic_write
 
 def run_folder_loggers(folder: str | Path) -> list[Logger]:
     """Return the loggers that `train.py` uses if the configuration names none."""
-    return [RunCSVLogger(folder), TensorBoardLogger(folder, name="", version="")]
+    return [RunCSVLogger(folder), TensorBoardLogger(folder, name="", version="", default_hp_metric=False)]
 
 
 def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:

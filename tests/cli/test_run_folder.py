@@ -61,6 +61,8 @@ def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are
     assert starts == {0: 256, 4: 512}
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["train_tokens"] == 512
     assert len((run / "metrics.csv").read_text().splitlines()) == 2 * (logged - 1) + 1
+    flat = yaml.safe_load((run / "hparams.yaml").read_text())  # what every logger gets
+    assert (flat["model.train_tokens"], flat["model.config.moe.top_k"], flat["data.seed"]) == (512, 1, 1234)
 
 
 def test_one_batch_is_not_all_of_them_whatever_was_imported_before() -> None:
@@ -87,7 +89,7 @@ def test_names_in_the_value_of_an_argument_are_its_own(tmp_path: Path) -> None:
     files = {"train": "a.jsonl", "validation": "b.jsonl", "validation.wiki": "c.jsonl"}
     streamed = {"class_path": "nlgmoe.data.StreamedText", "init_args": {"path": "x", "data_files": files}}
     (tmp_path / "streamed.yaml").write_text(yaml.safe_dump({"data": {"corpus": streamed}}))
-    parsed = parse_config([ROOT / "configs/quickstart.yaml", tmp_path / "streamed.yaml"])
+    parsed = parse_config(ROOT / "configs/quickstart.yaml", tmp_path / "streamed.yaml")
     assert parsed["data"]["corpus"]["init_args"]["data_files"] == files
 
 
