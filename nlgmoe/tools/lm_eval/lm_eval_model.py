@@ -26,7 +26,7 @@ from nlgmoe.eval.sampling import Sampling
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.lm_eval.lockstep import LockstepRanks
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, SettingError
 
 try:
     import lm_eval.api.task
@@ -38,7 +38,7 @@ try:
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import handle_non_serializable
 except ModuleNotFoundError as missing:
-    raise ImportError(
+    raise SettingError(
         f"zero-shot evaluation needs lm-eval ({missing.name} is missing): pip install -e '.[eval]' in the project's folder"
     ) from missing
 

@@ -91,7 +91,7 @@ class ZeroShotEval(Callback):
         """Find the tasks; their documents are loaded at the first evaluation.
 
         Raises:
-            ImportError: lm-eval is not installed.
+            SettingError: lm-eval is not installed.
             ValueError: a task or folder does not exist, or the data module has no tokenizer.
         """
         if stage not in ("fit", "validate"):
