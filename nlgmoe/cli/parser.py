@@ -79,6 +79,7 @@ class OneLineParser(ArgumentParser):
             parser = choices.get(name, self)
             configs = {o for a in parser._actions if isinstance(a, ActionConfigFile) for o in a.option_strings}
             self.known = known_settings(parser)
+            _help_of_section(parser, args)
             for setting in read_arguments(args, configs):
                 self._check(setting)
                 self.given.append(setting)
@@ -256,6 +257,19 @@ def _with_home(words: list[str]) -> list[str]:
         name, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
         found.append(word if name == "--prompt" else f"{name}={expand_home(value)}" if equals else expand_home(word))
     return found
+
+
+def _help_of_section(parser: argparse.ArgumentParser, args: list[str]) -> None:
+    """Print the settings of a section and exit, for `--SECTION.help` that jsonargparse has for classes only."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    for word in args:
+        section = word.removeprefix("--").removesuffix("help")
+        inside = [action for action in parser._actions if action.dest.startswith(section) and section.endswith(".")]
+        if word.endswith(".help") and word not in options and inside:
+            for action in inside:
+                hint = in_words(getattr(action, "_typehint", action.type))
+                print(f"  --{action.dest} ({hint}, default: {action.default})\n      {action.help}")
+            raise SystemExit(0)
 
 
 def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

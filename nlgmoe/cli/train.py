@@ -167,8 +167,8 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
 
-        A callback that the configuration names takes the place of a default one of its class or of a base class; any progress
-        bar that of ours.
+        A callback that the configuration names takes the place of a default one of its class or of a base class, any progress
+        bar that of ours, and the last `SaveCheckpoints` that of those before it, so that the command line can set it.
         """
         trainer = self._get(self.config_init, "trainer", default={})
         trains = self.subcommand in (None, "fit")
@@ -180,6 +180,8 @@ class TrainCLI(LightningCLI):
             )
         given = trainer["callbacks"] or []
         given = given if isinstance(given, list) else [given]
+        keepers = [callback for callback in given if isinstance(callback, SaveCheckpoints)]
+        given = trainer["callbacks"] = [callback for callback in given if callback not in keepers[:-1]]
         replaced = {base for one in given for base in type(one).__mro__}
         if trainer["enable_progress_bar"] is False or ProgressBar in replaced:
             replaced.add(TokenProgressBar)

@@ -50,6 +50,14 @@ def test_the_walk_reaches_the_settings_inside_others() -> None:
     assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "BlendPart", "SampleText"} <= names
 
 
+def test_a_section_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.schedule.help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "model.seed" not in text
+    assert "--model.schedule.warmup_tokens (a whole number, default: 0)" in text
+
+
 def test_the_overview_has_a_sentence_for_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     text = " ".join(capsys.readouterr().out.split())

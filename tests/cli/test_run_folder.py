@@ -20,6 +20,7 @@ from nlgmoe.cli.train import main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
 from nlgmoe.run.folder import starts_of
+from nlgmoe.run.keeper import SaveCheckpoints
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +184,11 @@ def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
     for one in plain:
         added.remove(type(one).__name__)
     assert added == ["WriteReport"]
+    (tmp_path / "more.yaml").write_text(
+        "trainer:\n  callbacks+:\n  - class_path: nlgmoe.callbacks.SaveCheckpoints\n    init_args: {every_n_steps: 20}\n"
+    )
+    again = load_config([quickstart, tmp_path / "more.yaml"], **here).trainer.callbacks
+    assert [one.every_n_steps for one in again if isinstance(one, SaveCheckpoints)] == [20]
     with pytest.raises(ValueError, match=r"wrong.yaml, line 3\).*did you mean WriteReport"):
         load_config([quickstart, tmp_path / "wrong.yaml"], **here)
 
