@@ -453,7 +453,7 @@ def test_a_run_that_ends_before_its_schedule_says_so(tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer(tmp_path, max_steps=1).fit(module, SyntheticData())
-        found = [str(one.message) for one in caught if "decay_tokens" in str(one.message)]
+        found = [str(one.message) for one in caught if "ends the run before" in str(one.message)]
         assert len(found) == len(expected) and all(text in found[0] for text in expected)
 
 

@@ -191,14 +191,6 @@ class ExpertLoad(CountsSteps):
             metrics |= {f"experts/{index}/{name}": value for name, value in values.items()}
         return metrics
 
-    def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
-        """Return the names of all logged metrics."""
-        layers = len(moe_blocks(module.config))
-        zeros = RoutingSums.from_vector([0.0] * (1 + len(SUMS)))
-        names = {*routing_statistics(zeros, learns_mix(module.config)), "dead", "grad_norm_router", "grad_norm_experts"}
-        metrics = {f"experts/{layer}/{name}" for layer in range(layers) for name in names}
-        return metrics | {"train/grad_norm_dense"} if layers else set()
-
 
 def learns_mix(config: GPTConfig) -> bool:
     """Return True if MoE layers learn the weights of experts and shared MLP."""

@@ -16,7 +16,7 @@ from nlgmoe.model.counting import flops_of_tokens
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
-from nlgmoe.monitoring.memory import MEMORY, memory_bytes
+from nlgmoe.monitoring.memory import memory_bytes
 from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCollectives
 from nlgmoe.validation import RunError
 
@@ -155,13 +155,6 @@ class Throughput(CountsSteps):
 
     def _elapsed_so_far(self) -> float:
         return self._elapsed + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
-
-    def logged_names(self, trainer: Trainer, module: MoEGPTModule) -> set[str]:
-        """Return the names of all logged metrics, once training has started."""
-        names = {"train/tokens_per_second", "train/tflops_per_second", "train/flops"}
-        names |= {f"time/{part}" for part in (*PARTS, "step", "elapsed")}
-        names |= {f"memory/{name}" for name in MEMORY[: len(memory_bytes(trainer.strategy.root_device))]}
-        return names | {"train/mfu"} if self._peak is not None else names
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -69,7 +69,10 @@ def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing])
     """
     balance, z_loss = router_losses(routings, moe.aux_scope)
     balances = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
-    loss = loss + (moe.loss_coeff if balances else 0) * balance + moe.z_loss_coeff * z_loss
+    if balances and moe.loss_coeff:
+        loss = loss + moe.loss_coeff * balance
+    if moe.z_loss_coeff:  # else logits that overflow would make the loss NaN by 0 * infinity
+        loss = loss + moe.z_loss_coeff * z_loss
     parts = {"balance_loss": balance, "z_loss": z_loss}
     for name in {name: None for routing in routings for name in routing.losses}:
         parts[name] = torch.stack([routing.losses[name] for routing in routings if name in routing.losses]).sum()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -38,7 +39,7 @@ def module(config: GPTConfig = CONFIG, **settings: Any) -> MoEGPTModule:
 
 def make_trainer(folder: Path, *callbacks: Callback, save: dict[str, Any] | None = None, **settings: Any) -> Trainer:
     """Validates every 4 steps, saves every 3 and before validations, and logs every step."""
-    parser: Any = SimpleNamespace(dump=lambda config, **_: json.dumps(dict(config)))
+    parser: Any = SimpleNamespace(dump=lambda config, **_: json.dumps(config.as_dict()))
     keeper = [SaveCheckpoints(**({"every_n_steps": 3} | save))] if save is not None else []
     defaults = {
         "max_steps": 10,
@@ -50,7 +51,7 @@ def make_trainer(folder: Path, *callbacks: Callback, save: dict[str, Any] | None
     }
     return RunTrainer(
         default_root_dir=folder,
-        callbacks=[*keeper, ExpertLoad(), RunSummary(), RunFolder(parser, {}), *callbacks],  # type: ignore[arg-type]
+        callbacks=[*keeper, ExpertLoad(), RunSummary(), RunFolder(parser, Namespace()), *callbacks],  # type: ignore[arg-type]
         max_epochs=-1,
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
