@@ -249,7 +249,7 @@ class Campaign:
         """Return what a run sets beside the files of configs/reproduce."""
         tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
         (checkpoint,) = yaml.safe_load((self.tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
-        checkpoint["init_args"]["every_n_train_steps"] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
+        checkpoint["init_args"]["milestones"] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
         scale = self.scale.settings
         return {
             "model": {
