@@ -44,7 +44,6 @@ from nlgmoe.data.indexed import HEADER
 from nlgmoe.layers import routers
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFiniteError
-from tests.checkpoint.runs import rewrite_json
 from tests.cli.test_errors import BASE, ROOT, Place, build_corpus
 
 SECONDS = 60  # for an example, which takes one
@@ -230,18 +229,15 @@ class Targets:
         copy = self.scratch("broken.ckpt")
         shutil.copytree(self.whole, copy)
         files = sorted(file.name for file in copy.iterdir())
-        kind = data.draw(st.sampled_from(["flip", "cut", "remove", "retype", "retype", "retype", "retype"]))
-        if kind == "retype":
-            self.example = self.retype(copy, data)
-        else:
-            file = copy / data.draw(st.sampled_from(files))
-            content = bytearray(file.read_bytes())
-            at = min(data.draw(st.integers(0, len(content) - 1) | st.integers(0, 400)), len(content) - 1)
-            content[at : at + 1] = bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))])
-            file.write_bytes(content if kind == "flip" else content[:at])
-            if kind == "remove":
-                file.unlink()
-            self.example = f"{kind} {file.name} at {at}"
+        kind = data.draw(st.sampled_from(["flip", "cut", "remove"]))
+        file = copy / data.draw(st.sampled_from(files))
+        content = bytearray(file.read_bytes())
+        at = min(data.draw(st.integers(0, len(content) - 1) | st.integers(0, 400)), len(content) - 1)
+        content[at : at + 1] = bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))])
+        file.write_bytes(content if kind == "flip" else content[:at])
+        if kind == "remove":
+            file.unlink()
+        self.example = f"{kind} {file.name} at {at}"
         run, out, ckpt = self.place, self.scratch("again"), f"--ckpt_path={copy}"
         self.scratch("exported")
         root = f"--trainer.default_root_dir={out}"
@@ -257,29 +253,6 @@ class Targets:
         command, args = readers[reader]
         self.example += f", read by {reader}"
         return end_of(command, [arg.replace("512", "300") for arg in args], (1, 2), "broken.ckpt")
-
-    @staticmethod
-    def retype(copy: Path, data: st.DataObject) -> str:
-        """Give a value of a JSON file another type or name."""
-        path = data.draw(st.sampled_from(["checkpoint.json", "checkpoint.json", "manifest.json"]))
-
-        def change(inner: Any) -> None:
-            nonlocal path
-            while True:
-                key: Any = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
-                path += f"/{key}"
-                if not isinstance(inner[key], dict | list) or not inner[key] or data.draw(st.integers(0, 4)) == 0:
-                    break
-                inner = inner[key]
-            if isinstance(inner, dict) and data.draw(st.booleans()):
-                inner["other"] = inner.pop(key)
-                path += " renamed"
-            else:
-                inner[key] = data.draw(st.sampled_from(WILD))
-                path += f" = {inner[key]!r}"
-
-        rewrite_json(copy, path, change)
-        return path
 
     def idx(self, data: st.DataObject) -> int:
         prefix = self.place.folder / "broken"

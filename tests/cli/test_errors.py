@@ -336,6 +336,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "--config nowhere.yaml: No such file or directory",
     ),
     "empty config": (file(""), "{folder}/bad.yaml is empty"),
+    "control character in a config": (file("model: \x0b"), "{folder}/bad.yaml is not YAML: unacceptable character"),
     "bad indent in a config": (
         file("model:\n  seed: 3\n config: 4"),
         "{folder}/bad.yaml, line 3, column 2 is not YAML: ",
