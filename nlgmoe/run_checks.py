@@ -88,7 +88,8 @@ def warn_about_rate(schedule: LearningRateSchedule, tokens: int, train_tokens: i
         tokens: seen by the run.
         train_tokens: at which it ends; `warn_about_end` has warned of too few.
     """
-    if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and tokens != train_tokens:
+    warned = train_tokens is not None and schedule.decay_tokens is not None and train_tokens < schedule.decay_tokens
+    if schedule.decay_tokens is not None and tokens < schedule.decay_tokens and not warned:
         rank_zero_warn(
             f"training has ended after {tokens} tokens, and the learning rate falls until model.schedule.decay_tokens="
             f"{schedule.decay_tokens}: the loss is that of a rate that is still high; set decay_tokens for a run of this length"

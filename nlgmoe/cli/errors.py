@@ -45,13 +45,12 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
             raise SystemExit(INTERRUPTED) from None
         raise
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
     except Exception as error:
         lines = describe(error)
         if lines is None:
             raise
+        if isinstance(error, BrokenPipeError):  # what is left in the buffer would be another error at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()
         for line in lines:

@@ -39,6 +39,7 @@ _WORDS = {
 _DURATION = re.compile(
     r"((?P<days>\d+)( days?, |:))?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+(\.\d+)?)"  # as Lightning and Python write it
 )
+_ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # the name of a list of objects, in that of a setting of one of them
 
 # Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -64,7 +65,7 @@ class OneLineParser(ArgumentParser):
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
         self.given: list[Setting] = []
         self.known: dict[str, Any] = {}  # name -> type, sections included
-        self._refusal: Exception | None = None
+        self._refusal: tuple[Exception, Exception] | None = None  # what a constructor raised, and what to say of it
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse the arguments and the files that they name.
@@ -80,10 +81,29 @@ class OneLineParser(ArgumentParser):
             configs = {o for a in parser._actions if isinstance(a, ActionConfigFile) for o in a.option_strings}
             self.known = known_settings(parser)
             _help_of_section(parser, args)
-            for setting in read_arguments(args, configs):
+            args = self._read(args, configs)
+        return super().parse_args(args, namespace, **kwargs)
+
+    def _read(self, args: list[str], configs: set[str]) -> list[str]:
+        """Note what is given, and check it.
+
+        Returns:
+            The arguments, with `--LIST=[]` before one that gives a list again: jsonargparse would keep the arguments of the
+            earlier list's items that the later one does not name.
+        """
+        read: list[str] = []
+        lists: set[str] = set()
+        last = 0
+        for index, settings in read_arguments(args, configs):
+            new = {match[1] for one in settings if not one.appends and (match := _ITEM.match(one.name))}
+            again = sorted(name for name in new if _plain(name) in lists)
+            read += [*args[last:index], *(f"--{name}=[]" for name in again)]
+            lists |= set(map(_plain, new))
+            last = index
+            for setting in settings:
                 self._check(setting)
                 self.given.append(setting)
-        return super().parse_args(args, namespace, **kwargs)
+        return [*read, *args[last:]]
 
     def _check(self, setting: Setting) -> None:
         """Refuse a list, number or null that jsonargparse takes for any section or setting.
@@ -189,9 +209,8 @@ class OneLineParser(ArgumentParser):
             return kind(*args, **kwargs)
         except Exception as error:
             of_arguments = isinstance(error, TypeError | OverflowError) and not kind.__module__.startswith("nlgmoe.")
-            self._refusal = (
-                SettingError(f"{kind.__name__} cannot take its arguments: {error}") if of_arguments else error
-            )
+            said = SettingError(f"{kind.__name__} cannot take its arguments: {error}") if of_arguments else error
+            self._refusal = error, said
             raise
 
     @contextmanager
@@ -205,7 +224,8 @@ class OneLineParser(ArgumentParser):
         try:
             yield
         except Exception as error:
-            cause = self._refusal or error
+            raised, said = self._refusal or (error, error)
+            cause = said if error is raised or "Union subtypes" in str(error) else error
             if isinstance(cause, ValueError) or is_wrong_setting(cause):
                 raise SettingError(self.qualified(one_line(str(cause)))) from error
             raise cause from None  # as it was raised, without jsonargparse's dump around it

@@ -30,11 +30,13 @@ class Setting:
         name: dotted, list items in brackets: `trainer.callbacks[0].class_path`.
         value: as YAML reads it.
         place: ` (FILE, line N)`; empty for the command line.
+        appends: it, or the list it is in, is written with `+`, and adds to the earlier list.
     """
 
     name: str
     value: Any
     place: str = ""
+    appends: bool = False
 
     @property
     def leaf(self) -> str:
@@ -47,28 +49,33 @@ class Setting:
         return f"{self.name}={one_line(value, limit=80)}{self.place}"
 
 
-def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iterator[Setting]:
-    """Yield what `--name=value`, `--name value` and the files that `config_options` name give, in their order.
+def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iterator[tuple[int, list[Setting]]]:
+    """Read `--name=value`, `--name value` and the files that `config_options` name, in their order.
+
+    Yields:
+        The index of an argument, and what it gives.
 
     Raises:
         SettingError: see `read_file`.
     """
     rest = list(args)
     while rest:
+        index = len(args) - len(rest)
         option, equals, text = rest.pop(0).partition("=")
         if not option.startswith("-"):
             continue
         if not equals and rest and not rest[0].startswith("--"):
             equals, text = "=", rest.pop(0)
         if option in config_options:
-            yield from read_file(text)
+            yield index, list(read_file(text))
         elif equals:
             try:
                 node, loader = _compose(text)
             except yaml.YAMLError:  # plain text
                 node = None
-            name = option.lstrip("-").rstrip("+")
-            yield from _walk(node, name, loader, "") if node is not None else [Setting(name, text)]
+            name, appends = option.lstrip("-").rstrip("+"), option.endswith("+")
+            plain = [Setting(name, text, "", appends)]
+            yield index, plain if node is None else list(_walk(node, name, loader, "", appends=appends))
 
 
 def read_file(path: str) -> Iterator[Setting]:
@@ -104,27 +111,37 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
     return loader.get_single_node(), loader
 
 
-def _walk(node: yaml.Node, name: str, loader: Any, file: str, line: int = 0) -> Iterator[Setting]:
-    """Yield what `node` consists of: of a list or mapping the whole, then its parts."""
+def _walk(
+    node: yaml.Node, name: str, loader: Any, file: str, line: int = 0, appends: bool = False
+) -> Iterator[Setting]:
+    """Yield what `node` consists of: of a list or mapping the whole, then its parts.
+
+    Raises:
+        SettingError: two names of a mapping stand for one setting, or for a setting and its section: jsonargparse takes one.
+    """
     place = f" ({file}, line {line})" if file else ""
     if name:
         try:
-            yield Setting(name, loader.construct_object(node, deep=True), place)
+            yield Setting(name, loader.construct_object(node, deep=True), place, appends)
         except yaml.YAMLError as error:  # an unknown tag
             raise SettingError(f"{name}{place}: {one_line(str(error))}") from error
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1)
+            yield from _walk(item, f"{name}[{index}]", loader, file, item.start_mark.line + 1, appends)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
+        in_value = name.rpartition("init_args")[2].startswith(".")
         for key, value in node.value:
             if key.tag == _MERGE:
-                yield from _walk(value, name, loader, file, line)
+                yield from _walk(value, name, loader, file, line, appends)
                 continue
             full, here = f"{name}.{key.value}".removeprefix("."), key.start_mark.line + 1
-            if key.value in lines and file:
-                raise SettingError(
-                    f"{file}, line {here}: {full} is given again, after line {lines[key.value]}; remove one"
-                )
-            lines[key.value] = here
-            yield from _walk(value, full.removesuffix("+"), loader, file, here)
+            setting = key.value.removesuffix("+")
+            for other in lines if file else ():  # the names in the value of a class's argument are its own
+                inside = not in_value and f"{max(other, setting)}.".startswith(f"{min(other, setting)}.")
+                if other == setting or inside:
+                    raise SettingError(
+                        f"{file}, line {here}: {full} is given again, after line {lines[other]}; remove one"
+                    )
+            lines[setting] = here
+            yield from _walk(value, full.removesuffix("+"), loader, file, here, appends or key.value.endswith("+"))

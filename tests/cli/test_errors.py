@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from nlgmoe import GPTConfig, load_config, load_model
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli.errors import describe
-from nlgmoe.cli.train import TrainCLI, main
+from nlgmoe.cli.train import TrainCLI, TrainParser, main
 from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.data import corpus
 from nlgmoe.data.pocket.build import write_corpus
@@ -345,6 +345,18 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
     "setting twice in a config": (
         file("model:\n  seed: 3\n  seed: 4"),
         "{folder}/bad.yaml, line 3: model.seed is given again, after line 2",
+    ),
+    "a list and what adds to it in a config": (
+        file("trainer:\n  callbacks: []\n  callbacks+: []"),
+        "{folder}/bad.yaml, line 3: trainer.callbacks+ is given again, after line 2",
+    ),
+    "a dotted setting before its section in a config": (
+        file("model.optimizer.lr: 0.1\nmodel:\n  optimizer: {weight_decay: 0.3}"),
+        "{folder}/bad.yaml, line 2: model is given again, after line 1",
+    ),
+    "a dotted setting behind its section in a config": (
+        file("model:\n  optimizer: {lr: 0.3}\n  optimizer.lr: 0.1"),
+        "{folder}/bad.yaml, line 3: model.optimizer.lr is given again, after line 2",
     ),
     "checkpoint as config": (
         lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt")],
@@ -823,6 +835,17 @@ def test_a_bug_ends_with_its_traceback(place: Place, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(TrainCLI, "before_validate", bug)
     with pytest.raises(KeyError, match="moe"):
         main(place.args(command="validate"))
+
+
+def test_an_error_that_is_not_of_a_constructor_is_not_hidden_by_a_refused_attempt(place: Place) -> None:
+    def refuse() -> None:
+        raise ValueError("an attempt of several")
+
+    parser = TrainParser()
+    with pytest.raises(OSError, match="full"), parser.blaming_settings():
+        with pytest.raises(ValueError):
+            parser.construct(refuse)
+        raise OSError("the disk is full")
 
 
 def test_a_device_without_memory_says_what_to_lower() -> None:

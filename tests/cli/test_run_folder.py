@@ -193,6 +193,16 @@ def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
         load_config([quickstart, tmp_path / "wrong.yaml"], **here)
 
 
+def test_a_list_given_again_keeps_nothing_of_the_earlier_one(tmp_path: Path) -> None:
+    sample = "trainer:\n  callbacks:\n  - class_path: nlgmoe.callbacks.SampleText\n    init_args: {{prompts: [a]{}}}\n"
+    for name, more in {"first": ", top_k: 3", "second": ""}.items():
+        (tmp_path / f"{name}.yaml").write_text(sample.format(more))
+    parsed = parse_config(
+        ROOT / "configs/quickstart.yaml", *(tmp_path / f"{name}.yaml" for name in ("first", "second"))
+    )
+    assert [one["init_args"]["top_k"] for one in parsed["trainer"]["callbacks"]] == [40]  # the default
+
+
 def test_nothing_is_written_where_a_few_batches_are_tried(
     pocket_pile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
