@@ -25,7 +25,6 @@ from nlgmoe.callbacks.progress import TokenProgressBar
 from nlgmoe.callbacks.run_summary import RunSummary
 from nlgmoe.callbacks.specialisation import ExpertSpecialisation
 from nlgmoe.callbacks.throughput import Throughput
-from nlgmoe.checkpoint.newest import saved_steps
 from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser, find_class
@@ -146,22 +145,6 @@ class TrainCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         configure_allocator(self.trainer.strategy.root_device)
         super()._run_subcommand(subcommand)
-
-    @override
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Ignore `warm_start` where a checkpoint is resumed or evaluated.
-
-        Raises:
-            ValueError: there is no checkpoint to start from; found out now, not after tokenising a corpus.
-        """
-        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        checkpoint = arguments.get("ckpt_path")
-        begins = checkpoint == "auto" and not saved_steps(Path(self.trainer.default_root_dir))
-        if checkpoint is not None and not begins:
-            self.model.warm_start = None
-        elif self.model.warm_start is not None:
-            require_checkpoint(self.model.warm_start.checkpoint)
-        return arguments
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -74,12 +74,14 @@ class RunTrainer(Trainer):
         if self.fast_dev_run:  # type: ignore[attr-defined]
             with TemporaryDirectory(prefix="fast_dev_run-") as temporary:
                 checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
+                _settle_warm_start(model, checkpoint)
                 self._default_root_dir = temporary
                 super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
             self._default_root_dir = str(folder)
             return
         with held(folder) if self.is_global_zero else nullcontext():
             checkpoint = checkpoint_to_resume(folder, ckpt_path)
+            _settle_warm_start(model, checkpoint)
             if self.is_global_zero:
                 _sweep(folder)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
@@ -104,7 +106,7 @@ class RunTrainer(Trainer):
             datamodule: data.
             weights_only: not used.
         """
-        return super().validate(model, dataloaders, self._to_evaluate(ckpt_path), verbose, datamodule)
+        return super().validate(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
 
     @override
     def test(
@@ -126,7 +128,7 @@ class RunTrainer(Trainer):
             datamodule: data.
             weights_only: not used.
         """
-        return super().test(model, dataloaders, self._to_evaluate(ckpt_path), verbose, datamodule)
+        return super().test(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
 
     @override
     def predict(
@@ -148,10 +150,11 @@ class RunTrainer(Trainer):
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
             weights_only: not used.
         """
-        path = self._to_evaluate(ckpt_path)
+        path = self._to_evaluate(model, ckpt_path)
         return super().predict(model, dataloaders, datamodule, return_predictions, path)
 
-    def _to_evaluate(self, name: str | Path | None) -> str | Path | None:
+    def _to_evaluate(self, model: LightningModule | None, name: str | Path | None) -> str | Path | None:
+        _settle_warm_start(model, name)
         folder = Path(self.default_root_dir)
         if name == "last":
             require(
@@ -202,6 +205,18 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
             "resume that with ckpt_path=last, or choose another folder to begin a new run from this one"
         )
     return str(name)
+
+
+def _settle_warm_start(model: Any, checkpoint: str | Path | None) -> None:
+    """Ignore `warm_start` where a checkpoint is resumed or evaluated; else look for it before a corpus is tokenised.
+
+    Raises:
+        SettingError: there is no checkpoint to start from.
+    """
+    if checkpoint is not None and model is not None:
+        model.warm_start = None
+    elif (start := getattr(model, "warm_start", None)) is not None:
+        require_checkpoint(start.checkpoint)
 
 
 def require_checkpoint(path: str | Path) -> None:
