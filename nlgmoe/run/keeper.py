@@ -181,6 +181,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         if step is not None and (save or agreed or self._is_due(step) or step == self._started_at):
             self._save(trainer)
         if agreed > _SAVE:
+            trainer.strategy.barrier("links")  # a launcher may kill rank 0 as soon as another rank exits
             self._end(trainer, agreed, str(checkpoint_path(self._folder, trainer.global_step)))
 
     def _is_due(self, step: int) -> bool:
