@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.layer import deepspeed
 from benchmarks.timing import command_line, interleaved, settings
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import CausalSelfAttention
+from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.layers.router import RoutingContext
@@ -53,7 +53,7 @@ def moe(config: GPTConfig, experts: int) -> GPTConfig:
 class PlainAttention(CausalSelfAttention):
     """The same layer with the scores written out."""
 
-    def forward(self, x: Tensor, visible: Tensor | None = None, cache: Any = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`[B, T, H] -> [B, T, H]`."""
         length = x.shape[1]
         query, key, value = (

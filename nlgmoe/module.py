@@ -220,7 +220,7 @@ class MoEGPTModule(GPTModule):
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
         equal = isinstance(data, TrainingData) and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
-            moe.equal_batches = equal
+            moe.dispatcher.equal_batches = equal
         (optimizer,), peak = self.trainer.optimizers, self.optimizer_config.lr
         require_adamw(optimizer)
         for group in optimizer.param_groups:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -23,7 +23,6 @@ from nlgmoe.validation import SettingError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Through = Callable[..., Any]  # an elementwise function of tensors
 Stack = tuple[int, int, Literal["expand", "project"]]  # inputs, outputs, and role of the weight (`roles.py`)
 
 
@@ -79,12 +78,8 @@ class RouterConfig:
 class Linear(Protocol):
     """Apply one stack of weights to rows, each row with its expert's weights."""
 
-    def __call__(self, name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
-        """`through(*inputs) @ weight + bias` of the stack `name`, `[M, in] -> [M, out]`.
-
-        `through` is an elementwise function, by default the identity. The grouped product recomputes its value in the backward
-        pass instead of keeping it.
-        """
+    def __call__(self, name: str, x: Tensor, /) -> Tensor:
+        """Compute `x @ weight + bias` of the stack `name`, `[M, in] -> [M, out]`."""
         ...
 
 

@@ -490,7 +490,7 @@ def test_the_data_module_of_an_evaluation_promises_nothing_for_a_loader_of_train
         run, module, data = trainer(tmp_path, max_steps=1), MoEGPTModule(CONFIG), SyntheticData()
         run.validate(module, datamodule=data, verbose=False)
         run.fit(module, data.train_dataloader() if fits_on_loader else data)
-        found.append([moe.equal_batches for moe in moe_layers(module.gpt)])
+        found.append([moe.dispatcher.equal_batches for moe in moe_layers(module.gpt)])
     assert found == [[False, False], [True, True]]
 
 

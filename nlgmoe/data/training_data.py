@@ -56,7 +56,7 @@ class TrainingData(LightningDataModule, ABC):
     def has_equal_batches(self) -> bool:
         """Return True if each micro-batch of training has as many tokens on every rank, padding included.
 
-        Expert parallelism then need not wait for the number of rows that it sends (`MoELayer.equal_batches`).
+        Expert parallelism then need not wait for the number of rows that it sends (`LocalDispatcher.equal_batches`).
         """
         return False
 

@@ -1,13 +1,13 @@
 """Expert parallelism: send rows to the ranks that hold their experts, and the outputs back, by one all-to-all each.
 
     AllToAllDispatch(...)   starts to send rows, sorted by expert; the caller may compute something else meanwhile
-    dispatch                waits for the rows of all ranks, and sorts them by the experts held here
-    combine                 sends the experts' outputs back to the ranks of their rows
+    receive                 waits for the rows of all ranks, and sorts them by the experts held here
+    combine                 sends the experts' outputs back to the ranks of their rows, which sum them by token
 
 The host has to know the sizes of the messages. If experts have a capacity, and ranks equally many tokens, every rank sends as
 many slots to every expert, and pads them. Otherwise the host waits for the device to count the rows, once a layer, and exactly
 those are sent. Each all-to-all has the opposite one as its backward pass, which overlaps with what ran between the constructor
-and `dispatch`.
+and `receive`.
 
 Letters: W ranks of the expert-parallel group, E experts of the layer, e = E / W experts held here, C slots of an expert for the
 rows of one rank, R rows of this rank, H hidden size.
@@ -20,11 +20,31 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
+from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing
 
 MAX_SLOTS = 1.25  # per assignment; with more, to send the padding costs more than to wait
+
+
+class AllToAllDispatcher(LocalDispatcher):
+    """Dispatches tokens to experts that the ranks of a group hold.
+
+    Args:
+        placement: of the layer's experts, with a group.
+    """
+
+    def __init__(self, placement: ExpertPlacement) -> None:
+        super().__init__()
+        self.placement = placement
+
+    @override
+    def forward(self, tokens: Tensor, routing: Routing) -> AllToAllDispatch:
+        # In evaluation the ranks' last micro-batches may differ in size.
+        slots = fixed_slots(routing) if self.training and self.equal_batches else None
+        return AllToAllDispatch(tokens, routing, self.placement, slots)
 
 
 def fixed_slots(routing: Routing) -> int | None:
@@ -37,19 +57,19 @@ def fixed_slots(routing: Routing) -> int | None:
     return routing.capacity
 
 
-class AllToAllDispatch:
-    """The exchange of one micro-batch's rows with the experts of one layer.
+class AllToAllDispatch(LocalDispatch):
+    """Tokens on their way to experts on the ranks of a group, and back.
 
     Args:
-        rows: `[R, H]` sorted by expert; rows past the sum of `tokens_per_expert` belong to none and are not sent.
-        tokens_per_expert: `[E]` int64.
+        tokens: `[N, H]`.
+        routing: their experts and weights.
         placement: of the layer's experts, with a group.
         slots: C, which no expert's rows exceed on any rank of the group, the same on all of them; None: rows are counted.
     """
 
-    def __init__(
-        self, rows: Tensor, tokens_per_expert: Tensor, placement: ExpertPlacement, slots: int | None = None
-    ) -> None:
+    def __init__(self, tokens: Tensor, routing: Routing, placement: ExpertPlacement, slots: int | None = None) -> None:
+        super().__init__(tokens, routing)
+        rows, tokens_per_expert, _ = super().receive()  # [R, H], sorted by expert; those past the sum are not sent
         self._total = len(rows)
         self._slot_of_row: Tensor | None = None  # [R]; None: rows were sent without padding
         ranks = distributed.get_world_size(placement.group)
@@ -72,29 +92,31 @@ class AllToAllDispatch:
                 expert.repeat(ranks), received_counts.flatten(), output_size=sum(received)
             )
             rows = _first(rows, sum(sent))
-        self._order = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
+        self._order_here = expert_of_row.argsort(stable=True)  # rows arrive sorted by rank
         self._exchange = _Exchange(placement.group, sent, received)
         self._num_sent = tokens_per_expert.sum()
-        self._rows = _Start.apply(rows, self._exchange)
+        self._started = _Start.apply(rows, self._exchange)
 
-    def dispatch(self) -> tuple[Tensor, Tensor]:
-        """Return rows for the experts held here, sorted by expert, and their numbers, `[e]`; rows past the sum are padding."""
-        received = _Wait.apply(self._rows, self._exchange)
-        del self._rows  # not needed while the experts run
-        return received.index_select(0, self._order), self._tokens_here
+    @override
+    def receive(self) -> Rows:
+        """Wait for the rows of all ranks, and sort them by the experts held here; rows past the sum are padding."""
+        received = _Wait.apply(self._started, self._exchange)
+        del self._started  # not needed while the experts run
+        return Rows(received.index_select(0, self._order_here), self._tokens_here, self._slot_of_row is None)
 
+    @override
     def combine(self, y: Tensor) -> Tensor:
-        """Return the experts' outputs in the order of the rows that were sent, `[R, H]`; 0 for rows of no expert.
-
-        Args:
-            y: in the order of `dispatch`.
-        """
-        inverse = torch.empty_like(self._order)
-        inverse[self._order] = torch.arange(len(inverse), device=inverse.device)
+        """Send the experts' outputs back to the ranks of their rows, and sum them by token."""
+        inverse = torch.empty_like(self._order_here)
+        inverse[self._order_here] = torch.arange(len(inverse), device=inverse.device)
         exchange = self._exchange.reversed()
         outputs = _Wait.apply(_Start.apply(y.index_select(0, inverse), exchange), exchange)
+        return super().combine(self._to_rows(outputs))
+
+    def _to_rows(self, outputs: Tensor) -> Tensor:
+        """Return the output of each of this rank's rows, `[R, H]`; 0 for rows that were not sent."""
         if self._slot_of_row is not None:
-            unsent = torch.arange(self._total, device=y.device) >= self._num_sent
+            unsent = torch.arange(self._total, device=outputs.device) >= self._num_sent
             return outputs.index_select(0, self._slot_of_row).masked_fill(unsent.unsqueeze(-1), 0)
         count = self._total - len(outputs)
         return torch.cat([outputs, outputs.new_zeros(count, outputs.shape[1])]) if count else outputs

@@ -1,4 +1,8 @@
-"""Dispatch and combine: sort assignments by expert, and sum the experts' outputs by token. No parameters.
+"""DISPATCH and COMBINE: sort tokens by their experts, and sum the experts' outputs by token. No parameters.
+
+    dispatch = dispatcher(tokens, routing)         chosen in `MoELayer.__init__`: `LocalDispatcher`, or `AllToAllDispatcher`
+    rows     = dispatch.receive()                  [M, H], sorted by expert; under expert parallelism those of all ranks
+    y        = dispatch.combine(experts(rows))     [N, H]; sum over a token's choices of weight * output
 
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
 M rows are the assignments that experts compute, sorted by expert; on accelerators, the others follow them.
@@ -6,63 +10,88 @@ M rows are the assignments that experts compute, sorted by expert; on accelerato
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlgmoe.layers.counts import count
 from nlgmoe.layers.router import Routing
 
 
-@dataclass(frozen=True)
-class Dispatch:
-    """Assignments sorted by expert.
+class Rows(NamedTuple):
+    """The input of `Experts`.
+
+    Attributes:
+        x: `[M, H]`: the first `tokens_per_expert[0]` rows are for the first expert held here, and so on.
+        tokens_per_expert: `[e]` int64.
+        all_used: no row is past their sum. If False, rows past it belong to no expert.
+    """
+
+    x: Tensor
+    tokens_per_expert: Tensor
+    all_used: bool
+
+
+class LocalDispatch:
+    """Tokens on their way to experts that are all held here, and back.
+
+    Args:
+        tokens: `[N, H]`.
+        routing: their experts and weights.
 
     Attributes:
         order: `[M]` assignment indices sorted by expert, each expert's in token order. On accelerators M is N * k and dropped
             ones come last: to leave them out, the host would have to wait for their number.
-        tokens_per_expert: `[E]` number of rows of each expert.
-        all_used: no row is a dropped assignment.
-        top_k: k.
     """
 
-    order: Tensor
-    tokens_per_expert: Tensor
-    all_used: bool
-    top_k: int
-
-    @staticmethod
-    def from_routing(routing: Routing, num_experts: int) -> Dispatch:
-        """Sort the assignments of `routing` by expert."""
-        expert = torch.where(
-            routing.kept, routing.expert, num_experts
-        ).flatten()  # [N * k], dropped -> one past the last
-        order = torch.sort(expert, stable=True).indices
-        rows = count(expert, num_experts + 1)[:num_experts]
+    def __init__(self, tokens: Tensor, routing: Routing) -> None:
+        self._weight, self._top_k = routing.weight, routing.expert.shape[1]
+        num_experts = routing.num_experts
+        # [N * k], dropped -> one past the last
+        expert = torch.where(routing.kept, routing.expert, num_experts).flatten()
+        self.order = torch.sort(expert, stable=True).indices
+        tokens_per_expert = count(expert, num_experts + 1)[:num_experts]
         all_used = routing.all_kept
         if expert.device.type == "cpu" and not all_used:
-            used = int(rows.sum())
-            order, all_used = order[: max(used, 1)], used > 0  # `combine` needs a row to read
-        return Dispatch(order, rows, all_used, routing.expert.shape[1])
+            used = int(tokens_per_expert.sum())
+            self.order, all_used = self.order[: max(used, 1)], used > 0  # `combine` needs a row to read
+        self._rows = Rows(tokens.index_select(0, self.order // self._top_k), tokens_per_expert, all_used)
 
-    def gather(self, tokens: Tensor) -> Tensor:
-        """Return the token of each row, `[N, H] -> [M, H]`."""
-        return tokens.index_select(0, self.order // self.top_k)
+    def receive(self) -> Rows:
+        """Return the rows for the experts held here. May be called once."""
+        rows = self._rows
+        del self._rows  # not needed while the experts run
+        return rows
 
-    def combine(self, y: Tensor, weight: Tensor) -> Tensor:
+    def combine(self, y: Tensor) -> Tensor:
         """Sum each token's weighted expert outputs.
 
         Args:
-            y: `[M, H]` expert outputs.
-            weight: `[N, k]` gate weights in at least fp32; 0 where dropped.
+            y: `[M, H]`, in the order of `receive`.
 
         Returns:
-            `[N, H]` in the dtype of `weight`.
+            `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
         rows = torch.arange(len(self.order), device=self.order.device)
-        place = self.order.new_zeros(weight.numel()).index_copy_(0, self.order, rows)  # dropped: any row, with weight 0
+        place = self.order.new_zeros(self._weight.numel()).index_copy_(
+            0, self.order, rows
+        )  # dropped: any, with weight 0
         by_choice = y.index_select(0, place)  # [N * k, H]
-        if self.top_k == 1:
-            return by_choice * weight
-        return (by_choice.unflatten(0, weight.shape) * weight.unsqueeze(-1)).sum(dim=1)
+        if self._top_k == 1:
+            return by_choice * self._weight
+        return (by_choice.unflatten(0, self._weight.shape) * self._weight.unsqueeze(-1)).sum(dim=1)
+
+
+class LocalDispatcher(nn.Module):
+    """Dispatches the tokens of a micro-batch to the experts of one layer, which are all held here.
+
+    Attributes:
+        equal_batches: all ranks train on micro-batches of equally many tokens. False unless it is set.
+    """
+
+    equal_batches = False
+
+    def forward(self, tokens: Tensor, routing: Routing) -> LocalDispatch:
+        """Start to bring `tokens`, `[N, H]`, to their experts; the caller may compute something else before `receive`."""
+        return LocalDispatch(tokens, routing)

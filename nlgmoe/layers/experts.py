@@ -3,10 +3,9 @@
     y = gelu(x W_expand + b) W_project + b        for each row x, with the weights of its expert (or another network)
 
 A network (`feed_forward.py`) declares its weights and has a `forward(x, linear)`. `linear(name, x)` applies the stack of that
-name by the chosen backend: one grouped product, or expert by expert. `linear(name, *inputs, through=f)` applies it to
-`f(*inputs)`, which is computed again in the backward pass instead of kept.
+name by the chosen backend: one grouped product, or expert by expert.
 
-Letters: E experts held here, M rows (assignments sorted by expert), N tokens, k experts per token, H hidden size, F inner size.
+Letters: E experts held here, M rows (assignments sorted by expert), H hidden size, F inner size.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.layers.contract import require_rows, stacks_of
 from nlgmoe.layers.feed_forward import NETWORKS, cast_by_autocast
-from nlgmoe.parts import ExpertConfig, Linear, Through
+from nlgmoe.parts import ExpertConfig, Linear
 from nlgmoe.roles import Role
 
-MAX_DECODE = 8  # most assignments that `Experts.decode` applies faster than `Experts.forward`
+FEW_ROWS = 8  # without gradients on a CPU, so many rows are faster expert by expert than as a grouped product
 BIAS_WIDTH = 8  # inner width of the product that adds biases: the 16 bytes that grouped_mm asks of a row
 
 Function = Callable[..., Tensor]
@@ -69,9 +68,7 @@ class Experts(nn.Module):
             `[M, H]` in the dtype of the computation; rows that belong to no expert are zero, and so is their gradient.
         """
         x = cast_by_autocast(x)
-        # Anomaly detection would take rows that grouped_mm leaves uninitialised for the model's NaN.
-        detects_nan = not all_used and torch.is_anomaly_enabled()
-        if detects_nan or self._backend(x) == "loop":
+        if self._backend(x, all_used) == "loop":
             return self._loop(x, tokens_per_expert)
         linear = self._grouped(x, tokens_per_expert)
         if all_used:
@@ -80,32 +77,11 @@ class Experts(nn.Module):
         unused = (torch.arange(len(x), device=x.device) >= tokens_per_expert.sum()).unsqueeze(-1)  # [M, 1]
         return self._apply_network(x.masked_fill(unused, 0), linear).masked_fill(unused, 0)
 
-    def can_decode(self, x: Tensor, assignments: int) -> bool:
-        """Return True for few rows, one at least, without gradients (generation), on a CPU or where the host waits anyway."""
-        if not 0 < assignments <= MAX_DECODE or torch.is_grad_enabled():
-            return False
-        return x.device.type == "cpu" or self._backend(cast_by_autocast(x)) == "loop"
-
-    def decode(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        """Apply experts to a few tokens without sorting; reads the weights of the chosen experts only.
-
-        Args:
-            x: `[N, H]`.
-            expert: `[N, k]` int64, all of them held here.
-            weight: `[N, k]` of each in the output, in at least fp32.
-
-        Returns:
-            `[N, H]` weighted sums, in the dtype of `weight`.
-        """
-        x = cast_by_autocast(x)
-        rows = [
-            self._apply_network(token, _dense(lambda name, e=e: getattr(self, name)[e]))  # type: ignore[misc]
-            for token, chosen in zip(x.split(1), expert.tolist(), strict=True)  # [1, H]
-            for e in chosen
-        ]
-        return (torch.cat(rows).unflatten(0, expert.shape) * weight.unsqueeze(-1)).sum(dim=1)
-
-    def _backend(self, x: Tensor) -> str:
+    def _backend(self, x: Tensor, all_used: bool) -> str:
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and len(x) <= FEW_ROWS:
+            return "loop"  # generation: reads the weights of the chosen experts only
+        if not all_used and torch.is_anomaly_enabled():
+            return "loop"  # anomaly detection would take rows that grouped_mm leaves uninitialised for the model's NaN
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
         return select_backend(x.device.type, x.dtype, self.widths, capability)
 
@@ -117,17 +93,16 @@ class Experts(nn.Module):
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
         add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(ends, x)
 
-        def linear(name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
+        def linear(name: str, rows: Tensor) -> Tensor:
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
 
-            def product(*inputs: Tensor) -> Tensor:
-                rows = inputs[0] if through is None else through(*inputs)
+            def product(rows: Tensor) -> Tensor:
                 return F.grouped_mm(rows, weight.to(rows.dtype), offs=ends)
 
-            # Keep the inputs alone and repeat `through` and the weight's cast in the backward pass; the product is not
-            # repeated, since recomputation stops at the last tensor that the backward pass needs.
-            repeats = torch.is_grad_enabled() and (through is not None or weight.dtype != x.dtype)
-            return add_bias(_recomputed(product, *inputs) if repeats else product(*inputs), bias)
+            # Repeat the weight's cast in the backward pass instead of keeping it. The product is not repeated: recomputation
+            # stops at the last tensor that the backward pass needs.
+            repeats = torch.is_grad_enabled() and weight.dtype != x.dtype
+            return add_bias(_recomputed(product, rows) if repeats else product(rows), bias)
 
         return linear
 
@@ -146,11 +121,13 @@ class Experts(nn.Module):
         """Apply the experts one by one; the host reads the numbers of rows."""
         counts = tokens_per_expert.tolist()
         *rows, rest = x.split([*counts, len(x) - sum(counts)])
+        learns = torch.is_grad_enabled()
         # `unbind`: its gradient is one stack, where indexing would add up E of them.
-        stacks = {name: stack.unbind() for name, stack in self.named_parameters(recurse=False)}
+        stacks = {name: stack.unbind() if learns else stack for name, stack in self.named_parameters(recurse=False)}
         parts = [
             self._apply_network(part, _dense(lambda name, e=e: stacks[name][e]))  # type: ignore[misc]
             for e, part in enumerate(rows)
+            if len(part) or learns  # on every rank each weight has a gradient
         ]
         return torch.cat([*parts, torch.zeros_like(rest)])
 
@@ -178,8 +155,7 @@ def select_backend(
 def _dense(parameter: Callable[[str], Tensor]) -> Linear:
     """Return `linear` for one expert, whose weights are `parameter(name)`."""
 
-    def linear(name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
-        rows = inputs[0] if through is None else through(*inputs)
+    def linear(name: str, rows: Tensor) -> Tensor:
         weight, bias = parameter(f"{name}_weight"), parameter(f"{name}_bias")
         return torch.addmm(bias.to(rows.dtype), rows, weight.to(rows.dtype))
 

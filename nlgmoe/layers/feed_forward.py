@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.parts import ExpertConfig, Linear, Stack, Through
+from nlgmoe.parts import ExpertConfig, Linear, Stack
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GELUNetwork(ExpertConfig):
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, `[M, H] -> [M, H]`."""
-        return linear("project", linear("expand", x), through=gelu)
+        return linear("project", gelu(linear("expand", x)))
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SwiGLUNetwork(ExpertConfig):
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the network, `[M, H] -> [M, H]`."""
-        return linear("project", linear("gate", x), linear("expand", x), through=swiglu)
+        return linear("project", F.silu(linear("gate", x)) * linear("expand", x))
 
 
 NETWORKS: dict[str, ExpertConfig] = {"gelu": GELUNetwork(), "swiglu": SwiGLUNetwork()}  # by `GPTConfig.ffn_network`
@@ -55,11 +55,6 @@ def expert_network(config: GPTConfig) -> ExpertConfig:
 def gelu(x: Tensor) -> Tensor:
     """Compute GELU in its tanh form, as GPT-2 and the paper's models do: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`."""
     return F.gelu(x, approximate="tanh")
-
-
-def swiglu(gate: Tensor, x: Tensor) -> Tensor:
-    """Compute `silu(gate) * x`."""
-    return F.silu(gate) * x
 
 
 def cast_by_autocast(x: Tensor) -> Tensor:
@@ -87,7 +82,6 @@ class FeedForward(nn.Module):
         """Apply the layer to each position."""
         return self.network.forward(cast_by_autocast(x), self._linear)
 
-    def _linear(self, name: str, *inputs: Tensor, through: Through | None = None) -> Tensor:
-        rows = inputs[0] if through is None else through(*inputs)
-        y: Tensor = self.get_submodule(name)(rows)
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(name)(x)
         return y

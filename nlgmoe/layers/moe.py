@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.all_to_all import AllToAllDispatch, fixed_slots
+from nlgmoe.layers.all_to_all import AllToAllDispatcher
 from nlgmoe.layers.contract import build_router, require_routing
-from nlgmoe.layers.dispatch import Dispatch
+from nlgmoe.layers.dispatch import LocalDispatcher
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import FeedForward, expert_network
 from nlgmoe.layers.placement import ExpertPlacement
@@ -34,10 +34,6 @@ class MoELayer(nn.Module):
         config: the model's configuration; `config.moe` must be set.
         layer_index: block number, counted from 0; `pyramid.experts_at` gives its number of experts.
         placement: the experts that this rank holds; None: all.
-
-    Attributes:
-        equal_batches: all ranks of the placement's group train on micro-batches of equally many tokens, so that the host need not
-            wait for the number of rows (`all_to_all.fixed_slots`). False unless it is set.
     """
 
     def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
@@ -45,12 +41,13 @@ class MoELayer(nn.Module):
         num_experts = experts_at(config, layer_index)
         assert config.moe is not None and num_experts > 0, f"block {layer_index} is not MoE"
         self.top_k = config.moe.top_k
-        self.equal_batches = False
         if config.moe.router is None:
             self.router: Router = TopKRouter(config.moe, config.hidden_size, num_experts, layer_index)
         else:
             self.router = build_router(config, layer_index, num_experts)
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
+        spread = self.placement.group is not None
+        self.dispatcher = AllToAllDispatcher(self.placement) if spread else LocalDispatcher()
         count, first, network = self.placement.count, self.placement.first, expert_network(config)
         self.experts = Experts(count, config.hidden_size, config.expert_ffn_size, first, network)
         residual = config.moe.mlp_type == "residual"
@@ -73,11 +70,9 @@ class MoELayer(nn.Module):
         """
         tokens = x.flatten(0, 1)  # [N, H]
         routing = require_routing(self.router(tokens, context), self.router, len(tokens), self.top_k)
-        if self.placement.group is None and self.experts.can_decode(tokens, routing.expert.numel()):
-            mlp = self.mlp(tokens) if self.mlp is not None else None
-            y = self.experts.decode(tokens, routing.expert, routing.weight)  # [N, H], at least fp32
-        else:
-            y, mlp = self._sorted_by_expert(tokens, routing)
+        dispatch = self.dispatcher(tokens, routing)
+        mlp = self.mlp(tokens) if self.mlp is not None else None  # under expert parallelism while rows travel
+        y = dispatch.combine(self.experts(*dispatch.receive()))  # [N, H], in at least fp32
         if self.coefficient is not None:
             assert mlp is not None
             y, share = self._mix(tokens, y, mlp)
@@ -85,24 +80,6 @@ class MoELayer(nn.Module):
         elif mlp is not None:
             y = y + mlp
         return y.to(x.dtype).view_as(x), routing
-
-    def _sorted_by_expert(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-        """Compute kept assignments, sorted by expert and then by token.
-
-        Returns:
-            The experts' weighted sums in at least fp32, and the shared MLP's output if there is one, both `[N, H]`.
-        """
-        dispatch = Dispatch.from_routing(routing, self.router.num_experts)
-        rows, counts = dispatch.gather(tokens), dispatch.tokens_per_expert
-        if self.placement.group is None:
-            mlp = self.mlp(tokens) if self.mlp is not None else None
-            return dispatch.combine(self.experts(rows, counts, dispatch.all_used), routing.weight), mlp
-        # In evaluation the ranks' last micro-batches may differ in size.
-        slots = fixed_slots(routing) if self.training and self.equal_batches else None
-        exchange = AllToAllDispatch(rows, counts, self.placement, slots)
-        mlp = self.mlp(tokens) if self.mlp is not None else None  # overlaps with the all-to-all
-        y = exchange.combine(self.experts(*exchange.dispatch(), all_used=slots is None))
-        return dispatch.combine(y, routing.weight), mlp
 
     def _mix(self, x: Tensor, expert: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
         """Mix the experts and the shared MLP. Returns `[N, H]` in the dtype of `expert`, and the experts' weight, `[N]`."""

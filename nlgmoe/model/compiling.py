@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.model.gpt import GPT, Block
 
 
@@ -22,8 +22,8 @@ def compile_dense_parts(model: GPT) -> None:
 def _compile(block: Block) -> None:
     attend, compiled = block.attend, torch.compile(block.attend)
 
-    def attend_compiled(x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
-        return compiled(x, visible, None) if cache is None else attend(x, visible, cache)
+    def attend_compiled(x: Tensor, context: AttentionContext) -> Tensor:
+        return attend(x, context) if context.cache is not None else compiled(x, context)
 
     block.__dict__["attend"] = attend_compiled
     if block.moe is None:

@@ -1,7 +1,6 @@
 """The decoder: embeddings, blocks, final norm, and a head tied to the token embedding.
 
-Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, V vocabulary,
-P rows of the padded table.
+Letters in shape comments: B sequences, T new positions, H hidden size, V vocabulary, P rows of the padded table.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.attention import CausalSelfAttention, KVCache, extend_mask, positions_of, visible_keys
+from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
 from nlgmoe.layers.router import Routing, RoutingContext
 from nlgmoe.model.initialisation import initialise
 from nlgmoe.pyramid import experts_at
-from nlgmoe.validation import RunError
 
 NoiseKey = tuple[int, ...]
 
@@ -57,23 +55,17 @@ class Block(nn.Module):
         self.ffn = None if self.moe is not None else FeedForward(width, config.ffn_size, config.ffn_network)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        visible: Tensor | None = None,
-        context: RoutingContext = RoutingContext(),  # noqa: B008 (frozen)
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, attention: AttentionContext, routing: RoutingContext) -> tuple[Tensor, Routing | None]:
         """Apply the block, `[B, T, H] -> [B, T, H]`. Returns the routing too if the block is MoE."""
-        x = self.attend(x, visible, cache)
+        x = self.attend(x, attention)
         if self.moe is None:
             return self.feed_forward(x), None
-        h, routing = self.moe(self.ffn_norm(x), context)
-        return x + self.dropout(h), routing
+        h, chosen = self.moe(self.ffn_norm(x), routing)
+        return x + self.dropout(h), chosen
 
-    def attend(self, x: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+    def attend(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Apply the first half of the block."""
-        return x + self.dropout(self.attention(self.attention_norm(x), visible, cache))
+        return x + self.dropout(self.attention(self.attention_norm(x), context))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Apply the second half of a block without experts."""
@@ -131,31 +123,17 @@ class GPT(nn.Module):
         Raises:
             ValueError: a sequence is longer than `config.seq_len`, padding not counted.
         """
-        assert cache is None or documents is None, "a cache holds one document"
-        new, cached = tokens.shape[1], cache.length if cache is not None else 0
-        history = extend_mask(token_mask, cache, tokens)  # [B, S] or None
-        longest = cached + new
-        if longest > self.config.seq_len and history is not None:
-            longest = int(history.sum(dim=1).max())
-        if longest > self.config.seq_len:
-            raise RunError(
-                f"a sequence of {longest} tokens is longer than seq_len={self.config.seq_len}; shorten it, or train "
-                "with a larger seq_len"
-            )
-        visible = visible_keys(history, new, cached, tokens.device, documents)
-        positions = positions_of(history, new, cached, tokens.device, documents)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        attention = AttentionContext.build(tokens, token_mask, documents, cache, self.config.seq_len)
+        context, routings = RoutingContext(tokens, token_mask, noise_key, attention.positions), []
+        x = self.token_embedding(tokens) + self.position_embedding(attention.positions)
         x = self.dropout(x)  # [B, T, H]
-        context, routings = RoutingContext(tokens, token_mask, noise_key, positions), []
         for block in self.blocks:
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, visible, context, use_reentrant=False)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, routing = checkpoint(block, x, attention, context, use_reentrant=False)
             else:
-                x, routing = block(x, visible, context, cache)
+                x, routing = block(x, attention, context)
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.length, cache.mask = cached + new, history
         return GPTOutput(self.final_norm(x), routings)
 
     @property

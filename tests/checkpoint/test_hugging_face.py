@@ -22,8 +22,10 @@ from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
+from nlgmoe.layers.attention import AttentionContext
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.layers.router import RoutingContext
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import CACHE, NlgmoeForCausalLM
@@ -183,7 +185,7 @@ def test_what_transformers_asks_of_a_model(folders: dict[str, Path], tmp_path: P
     assert len(output.hidden_states) == 5 and [tuple(t.shape) for t in output.router_logits] == [(12, 2), (12, 4)]
     assert torch.equal(model.model.logits(output.hidden_states[-1]), output.logits)
     with torch.no_grad():
-        block = model.model.blocks[0](output.hidden_states[0])[0]
+        block = model.model.blocks[0](output.hidden_states[0], AttentionContext(tokens), RoutingContext())[0]
     torch.testing.assert_close(block, output.hidden_states[1])
     assert not model(tokens).hidden_states and not model(tokens).get(CACHE)
     assert torch.equal(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:])

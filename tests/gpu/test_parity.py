@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from benchmarks.gpu.run import draw, error
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers import router as router_module
-from nlgmoe.layers.attention import CausalSelfAttention, KVCache, visible_keys
+from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import SoftTargets, TopTargets, cross_entropy, distilled_cross_entropy
@@ -89,12 +89,11 @@ def test_attention(name: str, sees: str, device: torch.device, near: Near) -> No
         mask = (positions >= 5).expand(batch, -1).to(x.device) if sees == "padding" else None
         documents = (positions // 7).expand(batch, -1).to(x.device) if sees == "documents" else None
         if sees != "cache":
-            y = there(x, visible_keys(mask, length, 0, x.device, documents))
+            y = there(x, AttentionContext.build(x[..., 0], mask, documents, None, length))
             return y if mask is None else y[:, 5:]
         cache, parts = KVCache(length), []
         for part in x.split([length - 5, 4, 1], dim=1):
-            parts.append(there(part, visible_keys(None, part.shape[1], cache.length, x.device), cache))
-            cache.length += part.shape[1]
+            parts.append(there(part, AttentionContext.build(part[..., 0], None, None, cache, length)))
         return torch.cat(parts, dim=1)
 
     x = tensor(batch, length, width)
@@ -292,7 +291,7 @@ def test_a_group_of_one_rank_changes_nothing(
     draw(alone, std=0.1)
     spread = MoELayer(config, 1, ExpertPlacement(0, 8, one_rank))
     spread.load_state_dict(alone.state_dict())
-    spread.equal_batches = True
+    spread.dispatcher.equal_batches = True
     results = []
     for layer in (alone.to(device), spread.to(device)):
         x = tensor(4, 64, width).to(device).requires_grad_()

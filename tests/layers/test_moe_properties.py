@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.dispatch import Dispatch
+from nlgmoe.layers.dispatch import LocalDispatch
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.feed_forward import gelu
 from nlgmoe.layers.losses import cross_entropy, token_losses
@@ -73,19 +73,20 @@ def test_no_assignment_is_lost_or_duplicated_and_capacity_is_respected(case: Cas
     assert not routing.kept[~case.mask.flatten()].any(), "padding took a slot"
     assert not routing.weight[~routing.kept].any()
 
-    dispatch = Dispatch.from_routing(routing, experts)
-    served = dispatch.order[: int(dispatch.tokens_per_expert.sum())]
+    dispatch = LocalDispatch(case.x.flatten(0, 1), routing)
+    _, tokens_per_expert, all_used = dispatch.receive()
+    served = dispatch.order[: int(tokens_per_expert.sum())]
     assert len(dispatch.order) == max(len(served), 1), "dropped rows are computed on a CPU"
-    assert dispatch.all_used == (len(dispatch.order) == len(served))
+    assert all_used == (len(dispatch.order) == len(served))
     assert sorted(served.tolist()) == routing.kept.flatten().nonzero().flatten().tolist()
-    owner = torch.arange(experts).repeat_interleave(dispatch.tokens_per_expert)
+    owner = torch.arange(experts).repeat_interleave(tokens_per_expert)
     assert torch.equal(routing.expert.flatten()[served], owner), "a row is in another expert's block"
 
     wanted = routing.tokens_per_expert
     assert wanted.sum() == case.mask.sum() * top_k
     slots = capacity(case.mask.numel(), experts, top_k, case.config.train_capacity_factor, case.config.min_capacity)
     expected = wanted.clamp_max(slots) if case.config.token_dropping else wanted  # full, but never overfull
-    assert torch.equal(dispatch.tokens_per_expert, expected)
+    assert torch.equal(tokens_per_expert, expected)
 
 
 def one_token_at_a_time(case: Case, x: Tensor, kept: Tensor, expert: Tensor, probs: Tensor) -> Tensor:
@@ -257,8 +258,8 @@ def test_cross_entropy_passes_gradcheck_and_is_log_vocabulary_for_uniform_logits
 
 def test_a_routing_that_says_nothing_of_drops_may_have_some() -> None:
     kept = torch.tensor([[True], [False], [True]])
-    dispatch = Dispatch.from_routing(Routing(torch.tensor([[1], [0], [1]]), kept.double(), kept, 2), 2)
-    assert dispatch.order.tolist() == [0, 2] and dispatch.tokens_per_expert.tolist() == [0, 2]
+    dispatch = LocalDispatch(torch.zeros(3, 4), Routing(torch.tensor([[1], [0], [1]]), kept.double(), kept, 2))
+    assert dispatch.order.tolist() == [0, 2] and dispatch.receive().tokens_per_expert.tolist() == [0, 2]
 
 
 def test_rows_of_an_expert_are_in_token_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +273,6 @@ def test_rows_of_an_expert_are_in_token_order(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "sort", turning)
     layer, x = MoELayer(GPTConfig(8, 16, 1, 4, 1, moe=MoEConfig(2, 1)), 0), torch.randn(1, 16, 4)
     nn.init.normal_(layer.router.weight)
-    dispatch = Dispatch.from_routing(layer.router(x[0]), 2)
-    for rows in dispatch.order.split(dispatch.tokens_per_expert.tolist()):
+    dispatch = LocalDispatch(x[0], layer.router(x[0]))
+    for rows in dispatch.order.split(dispatch.receive().tokens_per_expert.tolist()):
         assert torch.equal(rows, rows.sort().values)

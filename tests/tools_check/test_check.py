@@ -151,7 +151,7 @@ class ReLU(ExpertConfig):
         return {"expand": (hidden_size, ffn_size, "expand"), "project": (ffn_size, hidden_size, "project")}
 
     def forward(self, x: Tensor, linear: Any) -> Tensor:
-        return linear("project", linear("expand", x), through=F.relu)
+        return linear("project", F.relu(linear("expand", x)))
 
 
 def test_a_kink_is_no_wrong_gradient() -> None:

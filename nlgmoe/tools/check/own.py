@@ -90,8 +90,13 @@ class OwnLayer(Layer):
 
     def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor | None:
         """See `Layer`."""
-        chosen = torch.full((len(x), 1), index)
-        return module.experts.decode(x, chosen, torch.ones_like(chosen, dtype=x.dtype))  # type: ignore[union-attr, operator]
+        assert isinstance(module, MoELayer)
+        values = dict(module.experts.named_parameters())
+
+        def linear(name: str, rows: Tensor) -> Tensor:
+            return rows @ values[f"{name}_weight"][index] + values[f"{name}_bias"][index]
+
+        return module.experts.network.forward(x, linear)
 
     def join(self, module: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
         """See `Layer`."""
@@ -134,7 +139,7 @@ class OwnLayer(Layer):
         count = self.num_experts // distributed.get_world_size()
         first = distributed.get_rank() * count
         part = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
-        part.equal_batches = True  # as in training on `PileDataModule`
+        part.dispatcher.equal_batches = True  # as in training on `PileDataModule`
         values = whole.state_dict()
         for name in values:
             if name.startswith("experts."):

@@ -5,6 +5,7 @@ Letters in shape comments: B sequences, T new positions, S positions in all (cac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -156,6 +157,7 @@ class _CacheView(KVCache):
     """Adapter of a cache of `transformers`, which keeps the tensors and reorders beams, to `KVCache`."""
 
     def __init__(self, cache: Any, mask: Tensor | None) -> None:
+        super().__init__(max_len=sys.maxsize)
         self._cache = cache
         self.length = int(cache.get_seq_length())
         self.mask = None if mask is None else mask[:, : self.length]
@@ -163,7 +165,7 @@ class _CacheView(KVCache):
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Extend a layer's cache; see `KVCache`."""
         keys, values = self._cache.update(k, v, layer)
-        if keys.shape[2] != self.length + k.shape[2]:
+        if keys.shape[2] != self.length:
             raise ValueError(_FIXED_SIZE)
         return keys, values
 

@@ -41,9 +41,8 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     separate = copies or c != r or jitter  # experts and MLP read another tensor than the one saved by the gate
     gate = 4 * width * (2 if jitter else 1)  # input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
-    # The experts' input, half of the inner values (the others are recomputed), output (for the gradient of the gate's weight),
-    # and a row of ones.
-    rows = moe.top_k * (width + inner // 2 * config.expert_ffn_size + width + BIAS_WIDTH) * c
+    # The experts' input, inner values, output (for the gradient of the gate's weight), and a row of ones.
+    rows = moe.top_k * (width + inner * config.expert_ffn_size + width + BIAS_WIDTH) * c
     # Chosen expert, token and assignment of a row; weight and scale; a mask.
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices

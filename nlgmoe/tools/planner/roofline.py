@@ -114,10 +114,8 @@ def block_bytes(config: GPTConfig, experts: int, size: BytesPer) -> tuple[int, i
     ffn = config.expert_ffn_size
     # Per assignment: biases as a product and a sum, the nonlinearity, two gathers of the row, multiplication by the gate in fp32.
     row = 4 * (into * ffn + width) * c + passes * ffn * c + 4 * width * c + (c + 4) * width
-    # Nonlinearity recomputed and its gradient, the biases' gradients, two sums into zeroed rows; gradients of gate and output.
-    row_backward = (
-        (passes + passes_back) * ffn * c + (into * ffn + width) * c + 8 * width * c + (18 + 4 + c + 4) * width
-    )
+    # The nonlinearity's gradient, the biases' gradients, two sums into zeroed rows; gradients of gate and output.
+    row_backward = passes_back * ffn * c + (into * ffn + width) * c + 8 * width * c + (18 + 4 + c + 4) * width
     forward += moe.top_k * row + (4 * (moe.top_k + 1) * width if moe.top_k > 1 else 0)  # the sum over a token's experts
     backward += moe.top_k * row_backward + 3 * width * c  # sum of the gradients of experts and gate
     cast = (c + 4) * width if c == 2 else 0  # to fp32, or back
