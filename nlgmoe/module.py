@@ -1,8 +1,10 @@
-"""MoEGPTModule, the LightningModule: training step, optimizer, learning rate, and the token clock."""
+"""MoEGPTModule, the LightningModule: settings of a training run, Lightning's hooks, and the entries of a checkpoint.
+
+`step.py` has what a step does, and which hook calls it; `loss.py` the loss; `gpt_module.py` building and evaluating the model.
+"""
 
 from __future__ import annotations
 
-import warnings
 from copy import copy
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from nlgmoe.batch import Batch, truncate
+from nlgmoe.batch import Batch
 from nlgmoe.checkpoint.same_run import check_same_run, check_tokenizer
 from nlgmoe.checkpoint.warm_start import WarmStart
 from nlgmoe.config import GPTConfig
@@ -19,13 +21,12 @@ from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.layers.router import Routing
-from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients, StepGuard
-from nlgmoe.objective import LearningRouters, Window, training_loss
+from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
-from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
-from nlgmoe.run.resume import Resuming, StepSize, check_new_run, validate_by_steps
+from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
+from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
 from nlgmoe.run_checks import warn_about_end, warn_about_rate
+from nlgmoe.step import TrainingStep
 from nlgmoe.validation import SettingError
 
 
@@ -78,68 +79,56 @@ class MoEGPTModule(GPTModule):
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.train_tokens = train_tokens
+        self.non_finite = non_finite
         self.distiller = copy(distiller)  # a fit changes it
-        self.tokens_seen = 0  # the token clock: positions fed, padding included, up to the last optimizer step
-        self.guard = StepGuard(non_finite)
-        self._lengths = 0  # of `lengths_fed`, up to the last optimizer step
-        self._window = Window()
-        self._stops_after_step = False
-        self._resuming = Resuming()
+        self.resuming = Resuming()
+        self.step = TrainingStep(self)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Return the token clock: positions fed to all ranks, padding included, up to the last optimizer step."""
+        return self.step.tokens_seen
 
     @property
     def tokens_fed(self) -> int:
         """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
-        return self.tokens_seen + self._window.tokens
+        return self.step.tokens_seen + self.step.window.tokens
 
     @property
     def lengths_fed(self) -> int:
         """Return the sum over positions fed, by all ranks since the module was made, of the lengths of their sequences."""
-        return self._lengths + self._window.lengths
+        return self.step.lengths_seen + self.step.window.lengths
+
+    @property
+    def skipped_steps(self) -> int:
+        """Return the number of steps that `non_finite` or fp16's loss scale has skipped since the run began."""
+        return self.step.guard.skipped
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one micro-batch."""
-        if self.curriculum is not None:
-            # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
-            batch = truncate(batch, sequence_length(self.tokens_seen, self.config.seq_len, self.curriculum))
-            self.log("train/seq_len", float(batch["tokens"].shape[1]))
-        loss, losses, self.routings = self._loss(batch, len(self._window.losses))
-        self.log("train/tokens", float(self.tokens_seen))
-        self._window.add(batch, losses)
-        self._learning_routers.count(self.routings)
-        return loss
-
-    def _loss(self, batch: Batch, index: int) -> tuple[Tensor, dict[str, Tensor], list[Routing]]:
-        """Compute the loss of micro-batch `index` of the step; see `training_loss`."""
-        ranks = self.trainer.world_size
-        key = (self.seed, self.trainer.global_step, index * ranks + self.trainer.global_rank)
-        return training_loss(self.gpt, batch, key, self.loss_chunk_size, self.distiller)
+        return self.step.micro_batch(batch)
 
     @override
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradients, or drop them where they or the loss are not finite (`non_finite`), and log the step.
-
-        Lightning calls this between the backward pass and the optimizer's step. The host reads losses and gradient norm from
-        the device in one copy.
+        """Check and clip the gradients of a step; Lightning calls this between backward pass and optimizer.
 
         Raises:
             NonFiniteError: `non_finite` stops the run.
         """
-        gradients = self.step_gradients()
-        window, step = self._window, self.trainer.global_step
-        losses, norm = window.read(gradients.norm())
-        for name, value in zip(window.names, losses, strict=True):
-            self.log(name, value, prog_bar=name == "train/loss")
-        self.log("train/grad_norm", norm)
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        window.taken = self.guard.allows(step, sum(losses), norm, self.gpt, window.losses, gradients)
-        if not window.taken:
-            gradients.discard()
-        elif gradient_clip_val:
-            gradients.clip(gradient_clip_val, gradient_clip_algorithm)
-        self.log("train/skipped_steps", float(self.guard.skipped))
+        self.step.check_gradients(self.step_gradients(), gradient_clip_val, gradient_clip_algorithm)
+
+    @override
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Finish a step; Lightning calls this after the optimizer."""
+        self.step.finish(scheduler)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop after a whole step only."""
+        self.step.postpone_stop()
 
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
@@ -160,44 +149,6 @@ class MoEGPTModule(GPTModule):
         return learning_rate(self.tokens_seen, self.optimizer_config.lr, self.schedule) / self.optimizer_config.lr
 
     @override
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance the clocks, then the learning rate.
-
-        Lightning calls this once after every optimizer step, before a callback can save a checkpoint. A checkpoint that is
-        saved within an accumulation window therefore holds the position of the window's start, like its weights.
-        """
-        self.tokens_seen += self._window.tokens
-        self._lengths += self._window.lengths
-        planned = None
-        if (data := training_data(self.trainer)) is not None:
-            planned = data.planned_batch_size()
-            data.advance(self._window.samples)
-        step = StepSize(self._window.samples, self.trainer.world_size, len(self._window.losses))
-        self._resuming.end_step(self.trainer, step, planned, self.config.moe)
-        if self._window.taken:
-            self._learning_routers.after_step()
-        self._window = Window()
-        self._learning_routers.begin_step()
-        with warnings.catch_warnings():
-            # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            scheduler.step()
-        loop = self.trainer.fit_loop
-        assert loop._data_fetcher is not None
-        # Before the end is known: a run that is resumed with a later one has no validation at this end.
-        self._resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        fed = self.train_tokens is not None and self.tokens_seen >= self.train_tokens
-        # Set now, so that this step is logged and validated as the last one.
-        if fed or self._stops_after_step or 0 <= self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step."""
-        if self.trainer.should_stop and self.trainer.fit_loop.epoch_loop._should_accumulate():
-            self.trainer.should_stop, self._stops_after_step = False, True
-
-    @override
     def on_fit_start(self) -> None:
         """Set training mode: an interrupted validation leaves the model in evaluation mode."""
         self.train()
@@ -213,10 +164,9 @@ class MoEGPTModule(GPTModule):
         """
         check_new_run(self.trainer, self.tokens_seen)
         validate_by_steps(self.trainer)
-        self._resuming.begin(self.trainer, self.tokens_seen, self.train_tokens)
+        self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        self._window, self._stops_after_step = Window(), False
-        self._learning_routers = LearningRouters(self.gpt)
+        self.step.begin()
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
         equal = isinstance(data, TrainingData) and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
@@ -237,7 +187,7 @@ class MoEGPTModule(GPTModule):
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
-        self.guard.check_weights(self.trainer.global_step, self.gpt)
+        self.step.guard.check_weights(self.trainer.global_step, self.gpt)
 
     @override
     def on_train_end(self) -> None:
@@ -255,7 +205,7 @@ class MoEGPTModule(GPTModule):
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/bits_per_byte`, and each by domain."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._resuming.end_validation(self.trainer)
+            self.resuming.end_validation(self.trainer)
         super().on_validation_epoch_end()
 
     @override
@@ -264,7 +214,7 @@ class MoEGPTModule(GPTModule):
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
-            "non_finite": self.guard.state_dict(),
+            "non_finite": self.step.guard.state_dict(),
             "seed": self.seed,
         }
         if self.started_from is not None:
@@ -277,7 +227,7 @@ class MoEGPTModule(GPTModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             # All groups have one rate. Ranks that share experts have more groups; a checkpoint knows the two of one process.
             scheduler |= {name: scheduler[name][:2] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
-        self._resuming.save(checkpoint, self.trainer)
+        self.resuming.save(checkpoint, self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -290,11 +240,11 @@ class MoEGPTModule(GPTModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))
-        self.tokens_seen = checkpoint["tokens_seen"]
+        self.step.tokens_seen = checkpoint["tokens_seen"]
         self.started_from = checkpoint.get("started_from")
-        self.guard.load_state_dict(checkpoint["non_finite"])
+        self.step.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
-            self._resuming.load(checkpoint, self.trainer)
+            self.resuming.load(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):
                 self.distiller.load_state_dict(checkpoint.get("distiller", {}))
         else:

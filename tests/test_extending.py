@@ -43,7 +43,7 @@ from nlgmoe.layers import contract
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.non_finite import NonFinite
-from nlgmoe.objective import Window
+from nlgmoe.step import Window
 from tests.end_to_end.test_train_cli import ROOT, TINY
 from tests.synthetic import SyntheticData
 

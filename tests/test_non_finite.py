@@ -156,7 +156,7 @@ def test_weights_that_a_finite_step_has_spoilt_end_the_run(steps: int, action: A
     what = "the weight" if steps == 1 else "the loss is nan; first not finite: the weight"
     assert str(error.value).startswith(f"step 1: {what} token_embedding.weight on rank 0")
     assert "an earlier step wrote it, which skipping steps cannot undo" in str(error.value)
-    assert module.guard.skipped == 0 and not (tmp_path / "summary.json").exists()
+    assert module.skipped_steps == 0 and not (tmp_path / "summary.json").exists()
 
 
 def test_one_weight_of_one_expert_is_named(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
     with pytest.raises(NonFiniteError, match=r"^step 6: .*; 2 steps in a row were skipped before it, which is model\."):
         trainer(tmp_path, spoils, max_steps=9).fit(module, SyntheticData())
-    assert module.guard.skipped == 4
+    assert module.skipped_steps == 4
 
 
 def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
         return module
 
     path = tmp_path / "a.ckpt"
-    assert fit(3, RunSummary(), SaveAt(3, path)).guard.state_dict() == {"skipped": 2, "in_a_row": 2}
+    assert fit(3, RunSummary(), SaveAt(3, path)).step.guard.state_dict() == {"skipped": 2, "in_a_row": 2}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["skipped_steps"] == 2
     assert 0 < summary["train_loss"] < 10
@@ -305,7 +305,7 @@ WARM_UP = LearningRateSchedule("cosine", warmup_tokens=192, decay_tokens=2000)
 def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
     spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
-    assert (state["scale"], state["_growth_tracker"], module.guard.state_dict()) == (
+    assert (state["scale"], state["_growth_tracker"], module.step.guard.state_dict()) == (
         2.0**15,
         3,
         {"skipped": 1, "in_a_row": 0},
@@ -321,7 +321,7 @@ def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_surv
     again = [Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf)) for _ in range(2)]
     fit_fp16(tmp_path, again[0], 4, SaveAt(4, tmp_path / "fp16.ckpt"))
     _, resumed, resumed_state = fit_fp16(tmp_path, again[1], 6)
-    assert resumed_state == state and resumed.guard.skipped == 1
+    assert resumed_state == state and resumed.skipped_steps == 1
     assert again[0].losses + again[1].losses == spoils.losses
 
 

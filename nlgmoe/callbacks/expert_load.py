@@ -92,7 +92,7 @@ class ExpertLoad(CountsSteps):
         length = sum(self._experts) + len(self._experts) * len(SUMS)
         self._step = torch.zeros(length, dtype=torch.float64, device=pl_module.device)
         self._interval = torch.zeros_like(self._step)
-        self._squares, self._skipped = None, pl_module.guard.skipped
+        self._squares, self._skipped = None, pl_module.skipped_steps
         if not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
         numbers = all(isinstance(one, float) for one in self._resumed) and len(self._resumed) in (0, length)
@@ -123,12 +123,12 @@ class ExpertLoad(CountsSteps):
         self._step += torch.cat([routing_sums(routing) for routing in module.routings])
         if not ends_step(trainer):
             return
-        if module.guard.skipped == self._skipped:
+        if module.skipped_steps == self._skipped:
             self._interval += self._step
         else:
             self._squares = None
         self._step.zero_()
-        self._skipped = module.guard.skipped
+        self._skipped = module.skipped_steps
         if is_logged(trainer):
             self._end_interval(trainer)
 

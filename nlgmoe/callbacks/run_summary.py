@@ -145,7 +145,7 @@ class RunSummary(CountsSteps):
         return {
             "steps": trainer.global_step,
             "tokens": module.tokens_seen,
-            "skipped_steps": module.guard.skipped,
+            "skipped_steps": module.skipped_steps,
             "train_loss": sum(losses) / len(losses) if losses else None,
             "val_loss": metrics.get("val/loss"),
             "unigram_entropy": _baseline(trainer, "unigram_entropy"),

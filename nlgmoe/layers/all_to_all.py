@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
-from typing_extensions import override
 
 from nlgmoe.layers.dispatch import LocalDispatch, LocalDispatcher, Rows
 from nlgmoe.layers.placement import ExpertPlacement
@@ -40,8 +39,8 @@ class AllToAllDispatcher(LocalDispatcher):
         super().__init__()
         self.placement = placement
 
-    @override
     def forward(self, tokens: Tensor, routing: Routing) -> AllToAllDispatch:
+        """Start to send `tokens`, `[N, H]`, to the ranks of their experts."""
         # In evaluation the ranks' last micro-batches may differ in size.
         slots = fixed_slots(routing) if self.training and self.equal_batches else None
         return AllToAllDispatch(tokens, routing, self.placement, slots)
@@ -97,14 +96,12 @@ class AllToAllDispatch(LocalDispatch):
         self._num_sent = tokens_per_expert.sum()
         self._started = _Start.apply(rows, self._exchange)
 
-    @override
     def receive(self) -> Rows:
         """Wait for the rows of all ranks, and sort them by the experts held here; rows past the sum are padding."""
         received = _Wait.apply(self._started, self._exchange)
         del self._started  # not needed while the experts run
         return Rows(received.index_select(0, self._order_here), self._tokens_here, self._slot_of_row is None)
 
-    @override
     def combine(self, y: Tensor) -> Tensor:
         """Send the experts' outputs back to the ranks of their rows, and sum them by token."""
         inverse = torch.empty_like(self._order_here)

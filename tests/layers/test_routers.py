@@ -28,9 +28,9 @@ from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.router import Router
 from nlgmoe.layers.routers.hash import balanced_table
 from nlgmoe.layers.routers.sigmoid import sequence_balance
+from nlgmoe.loss import training_loss
 from nlgmoe.model.counting import count_parameters, flops_per_token, parameters_of
 from nlgmoe.model.gpt import GPT
-from nlgmoe.objective import training_loss
 from nlgmoe.tools.hugging_face.export import export
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer

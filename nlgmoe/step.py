@@ -1,0 +1,200 @@
+"""A training step, in the order in which it happens. `MoEGPTModule` calls it from Lightning's hooks.
+
+hook of Lightning             when                                          here
+----------------------------  --------------------------------------------  ------------------------------------------
+on_train_start                before the first step                         `begin`
+training_step                 each micro-batch                              `micro_batch`: forward pass and losses
+-                             each micro-batch                              Lightning: backward pass; gradients add up
+configure_gradient_clipping   after the last micro-batch's backward pass    `check_gradients`: norm, guard, clipping
+-                             then                                          Lightning: `optimizer.step()`, AdamW
+lr_scheduler_step             then                                          `finish`: clocks, data, routers, rate, end
+on_train_batch_end            each micro-batch                              `postpone_stop`
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+
+from nlgmoe.batch import Batch, truncate
+from nlgmoe.data.training_data import training_data
+from nlgmoe.layers.moe import moe_layers
+from nlgmoe.layers.router import Router
+from nlgmoe.loss import mean_over_ranks, training_loss
+from nlgmoe.non_finite import StepGradients, StepGuard
+from nlgmoe.optim.token_schedule import sequence_length
+from nlgmoe.run.resume import StepSize
+from nlgmoe.validation import RunError
+
+if TYPE_CHECKING:
+    from nlgmoe.module import MoEGPTModule
+
+
+class TrainingStep:
+    """The steps of one module.
+
+    Args:
+        module: that is trained.
+
+    Attributes:
+        tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
+        lengths_seen: sum over positions fed, up to the last optimizer step, of the lengths of their sequences.
+        window: the micro-batches since then.
+        guard: decides about steps that are not finite.
+    """
+
+    def __init__(self, module: MoEGPTModule) -> None:
+        self._module = module
+        self.tokens_seen = self.lengths_seen = 0
+        self.guard = StepGuard(module.non_finite)
+        self.begin([])
+
+    def begin(self, routers: Sequence[Router] | None = None) -> None:
+        """Begin the first accumulation window. `routers` are those of the MoE layers; None: of the module's model."""
+        if routers is None:
+            routers = [moe.router for moe in moe_layers(self._module.gpt)]
+        self._learning_routers = {layer: router for layer, router in enumerate(routers) if router.learns_from_steps}
+        self.window = Window()
+        self._stops_after_step = False
+
+    def micro_batch(self, batch: Batch) -> Tensor:
+        """Compute the loss of one micro-batch.
+
+        Its random draws (dropout, routing) depend on the seed, the step and the number of the micro-batch over all ranks.
+        """
+        module, trainer = self._module, self._module.trainer
+        if module.curriculum is not None:
+            # The clock, and with it the length, is constant within an accumulation window and the same on every rank.
+            batch = truncate(batch, sequence_length(self.tokens_seen, module.config.seq_len, module.curriculum))
+            module.log("train/seq_len", float(batch["tokens"].shape[1]))
+        number = len(self.window.losses) * trainer.world_size + trainer.global_rank
+        key = (module.seed, trainer.global_step, number)
+        loss, losses, routings = training_loss(module.gpt, batch, key, module.loss_chunk_size, module.distiller)
+        module.log("train/tokens", float(self.tokens_seen))
+        self.window.add(batch, losses, [routings[layer].tokens_per_expert for layer in self._learning_routers])
+        module.routings = routings
+        return loss
+
+    def check_gradients(self, gradients: StepGradients, clip_val: float | None, clip_algorithm: str | None) -> None:
+        """Log the step, and clip its gradients, or drop them where they or the loss are not finite.
+
+        The host reads losses and gradient norm from the device in one copy.
+
+        Raises:
+            NonFiniteError: `non_finite` stops the run.
+        """
+        module, window = self._module, self.window
+        losses, norm = window.read(gradients.norm())
+        for name, value in zip(window.names, losses, strict=True):
+            module.log(name, value, prog_bar=name == "train/loss")
+        module.log("train/grad_norm", norm)
+        module.log("train/lr", module.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        step, loss = module.trainer.global_step, sum(losses)
+        window.taken = self.guard.allows(step, loss, norm, module.gpt, window.losses, gradients)
+        if not window.taken:
+            gradients.discard()
+        elif clip_val:
+            gradients.clip(clip_val, clip_algorithm)
+        module.log("train/skipped_steps", float(self.guard.skipped))
+
+    def finish(self, scheduler: Any) -> None:
+        """Advance clocks, data and routers, then the learning rate; stop the trainer after the last step.
+
+        Lightning calls this before a callback can save a checkpoint. A checkpoint that is saved within an accumulation window
+        therefore holds the position of the window's start, like its weights.
+        """
+        module, trainer, window = self._module, self._module.trainer, self.window
+        self.tokens_seen += window.tokens
+        self.lengths_seen += window.lengths
+        planned = None
+        if (data := training_data(trainer)) is not None:
+            planned = data.planned_batch_size()
+            data.advance(window.samples)
+        size = StepSize(window.samples, trainer.world_size, len(window.losses))
+        module.resuming.end_step(trainer, size, planned, module.config.moe)
+        if window.taken:
+            self._update_routers()
+        self.window = Window()
+        with warnings.catch_warnings():
+            # PyTorch warns if the first step was skipped, as often in fp16; this schedule follows the clock.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            scheduler.step()
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        # Before the end is known: a run that is resumed with a later one has no validation at this end.
+        module.resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        fed = module.train_tokens is not None and self.tokens_seen >= module.train_tokens
+        # Set now, so that this step is logged and validated as the last one.
+        if fed or self._stops_after_step or 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+
+    def _update_routers(self) -> None:
+        """Update the routers that learn from steps with the requests of all ranks. A collective if there are any."""
+        if not self._learning_routers:
+            return
+        requests = torch.cat(self.window.requests)
+        if distributed.is_initialized():
+            distributed.all_reduce(requests)
+        routers = list(self._learning_routers.values())
+        for router, own in zip(routers, requests.split([router.num_experts for router in routers]), strict=True):
+            router.after_step(own)
+
+    def postpone_stop(self) -> None:
+        """Postpone a stop within an accumulation window, such as a `Timer`'s, to the end of the step."""
+        trainer = self._module.trainer
+        if trainer.should_stop and trainer.fit_loop.epoch_loop._should_accumulate():
+            trainer.should_stop, self._stops_after_step = False, True
+
+
+class Window:
+    """The micro-batches of this rank since the last optimizer step, and their losses and sizes over all ranks, on the device.
+
+    Attributes:
+        losses: of each micro-batch of this rank, `[names]`.
+        names: that the losses are logged under.
+        requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
+        samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
+        tokens: positions of all ranks, likewise.
+        lengths: sum over those positions of the lengths of their sequences.
+        taken: the optimizer's step has been, or is about to be, taken.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.names: list[str] = []
+        self.requests: list[Tensor] = []
+        self.samples = self.tokens = self.lengths = 0
+        self.taken = False
+        self._ranks = 1
+        # [names + 3] sums over micro-batches of means over ranks: of losses, sequences, positions and lengths
+        self._sums = torch.zeros(0)
+
+    def add(self, batch: Batch, losses: dict[str, Tensor], requests: Sequence[Tensor] = ()) -> None:
+        """Count one micro-batch; a collective."""
+        if self.losses and self.names != list(losses):
+            raise RunError(f"a step's micro-batches have other losses: {self.names} and {list(losses)}")
+        samples, length = batch["tokens"].shape
+        sizes = (samples, samples * length, samples * length**2)
+        means = local = torch.stack([value.detach().float() for value in losses.values()])  # [names]
+        if distributed.is_initialized():  # ranks may have batches of other sizes; float64 holds their numbers
+            self._ranks = distributed.get_world_size()
+            means = torch.cat([means.double(), *(means.new_full((1,), size, dtype=torch.float64) for size in sizes)])
+            mean_over_ranks(means)
+        self._sums = self._sums + means if self.losses else means
+        self.requests = list(map(torch.add, self.requests, requests)) if self.losses else list(requests)
+        self.names = list(losses)
+        self.losses.append(local)
+        self.samples += sizes[0] * self._ranks
+        self.tokens += sizes[1] * self._ranks
+        self.lengths += sizes[2] * self._ranks
+
+    def read(self, norm: Tensor) -> tuple[list[float], float]:
+        """Read the mean losses over micro-batches and a norm from the device in one copy, and the sizes of all ranks."""
+        *sums, norm_read = torch.cat([self._sums, norm.to(self._sums)[None]]).tolist()
+        if self._ranks > 1:
+            self.samples, self.tokens, self.lengths = (round(mean * self._ranks) for mean in sums[len(self.names) :])
+        return [value / len(self.losses) for value in sums[: len(self.names)]], norm_read
