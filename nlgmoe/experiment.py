@@ -52,20 +52,12 @@ def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> E
 
 
 def parse_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
-    """Return the settings that `load_config` would use, with every default; build nothing.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
+    """Return the settings that `load_config` would use, with every default; build nothing."""
     return _settings(_read(_ParseCLI, path, overrides))
 
 
 def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return `parse_config`'s settings, all defaults, and in YAML the settings that differ from them.
-
-    Raises:
-        ValueError: as `load_config`.
-    """
+    """Return `parse_config`'s settings, all defaults, and in YAML the settings that differ from them."""
     cli = _read(_ParseCLI, [path], {})
     return (
         _settings(cli),

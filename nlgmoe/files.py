@@ -53,11 +53,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_regular(file: str | Path, remedy: str) -> None:
-    """Check that `file` is a regular file or a link to one: to open a FIFO would block. The caller reports a missing file.
-
-    Raises:
-        ValueError: it is a folder, FIFO, socket or device; the message ends with `remedy`.
-    """
+    """Check that `file` is a regular file or a link to one: to open a FIFO would block. The caller reports a missing file."""
     try:
         mode = Path(file).stat().st_mode
     except FileNotFoundError:

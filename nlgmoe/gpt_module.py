@@ -77,12 +77,7 @@ class GPTModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Build the GPT, once.
-
-        Raises:
-            ValueError: it has been built already, with its experts elsewhere than the trainer's strategy wants them; or
-                `warm_start` names no checkpoint that fits; or `compile` is set where there is no compiler.
-        """
+        """Build the GPT, once."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         placed: Mapping[int, ExpertPlacement] = {}
         if isinstance(strategy, PlacesExperts):
@@ -121,11 +116,7 @@ class GPTModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format.
-
-        Raises:
-            ValueError: they do not.
-        """
+        """Check that trainer, model and data fit together, and make the portable checkpoint the trainer's format."""
         check_trainer(self.trainer, stage)
         leave_signals_to_callbacks(self.trainer)
         self._domain_loss = []  # without what an interrupted evaluation has left
@@ -136,11 +127,7 @@ class GPTModule(LightningModule):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as PyTorch does, with an error of one line.
-
-        Raises:
-            ValueError: parameters are missing, unknown or of another shape.
-        """
+        """Load as PyTorch does, with an error of one line."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:

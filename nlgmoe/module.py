@@ -113,11 +113,7 @@ class MoEGPTModule(GPTModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Check and clip the gradients of a step; Lightning calls this between backward pass and optimizer.
-
-        Raises:
-            NonFiniteError: `non_finite` stops the run.
-        """
+        """Check and clip the gradients of a step; Lightning calls this between backward pass and optimizer."""
         self.step.check_gradients(self.step_gradients(), gradient_clip_val, gradient_clip_algorithm)
 
     @override
@@ -182,11 +178,7 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Check the weights after the last step: no later loss would show that they are not finite.
-
-        Raises:
-            NonFiniteError: one of them is NaN or infinite.
-        """
+        """Check the weights after the last step: no later loss would show that they are not finite."""
         self.step.guard.check_weights(self.trainer.global_step, self.gpt)
 
     @override
@@ -231,12 +223,7 @@ class MoEGPTModule(GPTModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the clock.
-
-        Raises:
-            ValueError: the checkpoint is of another model or run (the message lists the differences), has another tokenizer, or
-                the run to resume has weights only. Evaluation ignores settings that only affect training.
-        """
+        """Restore the clock."""
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))

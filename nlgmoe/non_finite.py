@@ -166,9 +166,6 @@ class StepGuard:
             model: with the weights before the step.
             losses: of each micro-batch of this rank.
             gradients: of the step.
-
-        Raises:
-            NonFiniteError: the run is to stop; on every rank.
         """
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         if math.isfinite(value):
@@ -199,11 +196,7 @@ class StepGuard:
         return False
 
     def check_weights(self, step: int, model: nn.Module) -> None:
-        """Check the weights after the last of `step` steps. A collective.
-
-        Raises:
-            NonFiniteError: a weight is not finite; on every rank.
-        """
+        """Check the weights after the last of `step` steps. A collective."""
         if (weight := first_bad_weight(model)) is not None:
             raise NonFiniteError(f"step {step}: the weight {weight} is not finite; {_weight_remedy()}")
 
@@ -233,11 +226,7 @@ def first_bad_weight(model: nn.Module) -> str | None:
 
 
 def require_finite_logits(model: nn.Module, logits: Tensor) -> None:
-    """Check logits before they are used for text or a file.
-
-    Raises:
-        ValueError: a logit is NaN or infinite; the message names the first weight that is, if one is.
-    """
+    """Check logits before they are used for text or a file."""
     if _finite(logits):
         return
     bad = next((name for name, value in model.named_parameters() if not _finite(value)), None)

@@ -14,11 +14,7 @@ def usable_cpus() -> int:
 
 
 def named_devices(devices: Any) -> int | None:
-    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1."""
     words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
     if words in (["auto"], ["-1"], [-1]):
         return None
@@ -28,11 +24,7 @@ def named_devices(devices: Any) -> int | None:
 
 
 def check_processes(setting: str, number: int) -> None:
-    """Check a number of processes to start.
-
-    Raises:
-        ValueError: it is above 64 and above 8 per CPU that this process may use.
-    """
+    """Check a number of processes to start."""
     cpus = usable_cpus()
     limit = max(64, 8 * cpus)
     require(

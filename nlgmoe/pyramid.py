@@ -89,9 +89,6 @@ def expert_parallel_degree(num_experts: int, world_size: int, limit: int) -> int
         num_experts: experts of the layer, over all ranks.
         world_size: ranks of the run.
         limit: the run's `expert_parallel_size`; 1 keeps all experts on every rank.
-
-    Raises:
-        ValueError: a count is below 1.
     """
     if min(num_experts, world_size, limit) < 1:
         raise SettingError(

@@ -28,9 +28,6 @@ def role_of(name: str, module: nn.Module) -> Role:
     Args:
         name: full name, such as `blocks.0.ffn.project.weight`.
         module: the module that owns it.
-
-    Raises:
-        ValueError: the module does not declare it, or a role that there is not.
     """
     leaf = name.rpartition(".")[2]
     declared: dict[str, Role] = getattr(module, "roles", {})

@@ -18,11 +18,7 @@ from nlgmoe.validation import SettingError
 
 
 def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
-    """Check that the model knows every token id of the data.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Check that the model knows every token id of the data."""
     if data.vocab_size > config.vocab_size:
         raise SettingError(
             f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
@@ -31,11 +27,7 @@ def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that `torch.compile` can compile for `device`.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Check that `torch.compile` can compile for `device`."""
     if missing := missing_compiler(device):
         raise SettingError(
             f"model.compile=true needs {missing}, which this machine lacks; install one, or set model.compile to false"

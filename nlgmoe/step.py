@@ -83,9 +83,6 @@ class TrainingStep:
         """Log the step, and clip its gradients, or drop them where they or the loss are not finite.
 
         The host reads losses and gradient norm from the device in one copy.
-
-        Raises:
-            NonFiniteError: `non_finite` stops the run.
         """
         module, window = self._module, self.window
         losses, norm = window.read(gradients.norm())

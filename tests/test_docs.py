@@ -32,6 +32,14 @@ def test_files_named_in_the_documents_exist(name: str) -> None:
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
+def test_the_functions_from_the_command_to_the_optimizer_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    functions = re.findall(r"^\| \d+ \| `(nlgmoe/[\w/]+\.py)`: `(\w+)` \|", text, re.MULTILINE)
+    assert len(functions) == 14
+    for file, function in functions:
+        assert re.search(rf"^ *def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (file, function)
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_named_in_the_documents_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

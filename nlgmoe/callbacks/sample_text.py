@@ -59,11 +59,7 @@ class SampleText(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training that the prompts fit.
-
-        Raises:
-            ValueError: a prompt and `max_new_tokens` exceed `seq_len`.
-        """
+        """Check before training that the prompts fit."""
         assert isinstance(pl_module, MoEGPTModule)
         longest = max(len(trainer.datamodule.encode(prompt)) for prompt in self.prompts)  # type: ignore[attr-defined]
         if longest + self.max_new_tokens > pl_module.config.seq_len:

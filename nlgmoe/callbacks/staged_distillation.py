@@ -59,12 +59,7 @@ class StagedDistillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the settings against the module's.
-
-        Raises:
-            ValueError: `fraction` needs `model.train_tokens`, `ramp_tokens` is above `fraction` of it, there are two,
-                or a callback monitors what is logged while distilling only.
-        """
+        """Check the settings against the module's."""
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return

@@ -20,12 +20,7 @@ class AllRanksSettingError(AllRanksError, SettingError):
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise on every rank if the block raises on one. A collective: every rank must enter the block.
-
-    Raises:
-        AllRanksError: a rank raised; the message begins with its number unless all ranks have the same one.
-            A `SettingError` too, if that is one.
-    """
+    """Raise on every rank if the block raises on one. A collective: every rank must enter the block."""
     mine: Exception | None = None
     try:
         yield

@@ -27,11 +27,7 @@ def split_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def join_experts(entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `split_experts`.
-
-    Raises:
-        ValueError: the experts of a layer are not numbered 0, 1, 2, ... without a gap.
-    """
+    """Undo `split_experts`."""
     joined: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, value in entries.items():
@@ -76,11 +72,7 @@ def optimizer_to_entries(
 
 
 def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Undo `optimizer_to_entries`; parameters are numbered in the order of the groups' names.
-
-    Raises:
-        ValueError: a group is damaged, or a parameter lacks a moment that others have.
-    """
+    """Undo `optimizer_to_entries`; parameters are numbered in the order of the groups' names."""
     by_moment: dict[str, dict[str, Tensor]] = {}
     for key, value in entries.items():
         moment, _, name = key.partition("/")

@@ -47,11 +47,7 @@ Contents = dict[str, list[Any]]  # entry -> [type, shape, checksum]
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """Read the `checkpoint.json` of a folder.
-
-    Raises:
-        ValueError: there is no checkpoint at `path`, it has another format, or the file is damaged.
-    """
+    """Read the `checkpoint.json` of a folder."""
     file = Path(path) / "checkpoint.json"
     if Path(path).is_file():
         raise SettingError(
@@ -89,11 +85,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read the `manifest.json` of a folder: `files`, file -> `Contents`, and the checksums of the other JSON files.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Read the `manifest.json` of a folder: `files`, file -> `Contents`, and the checksums of the other JSON files."""
     file = Path(path) / "manifest.json"
     if not file.exists():
         raise RunError(f"{path} has no manifest.json; {REMEDY}")
@@ -116,11 +108,7 @@ def _is_record(value: Any) -> bool:
 
 
 def read_tokenizer(path: str | Path) -> str | None:
-    """Read the `tokenizer.json` of a folder; None if the checkpoint was saved without one.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Read the `tokenizer.json` of a folder; None if the checkpoint was saved without one."""
     recorded = read_manifest(path).get(TOKENIZER)
     if recorded is None:
         return None
@@ -145,9 +133,6 @@ class TensorFiles:
         folder: the checkpoint.
         kind: one of `KINDS`.
         required: raise if there is no file.
-
-    Raises:
-        ValueError: a file is missing, or its entries are not those of the manifest.
     """
 
     def __init__(self, folder: str | Path, kind: str, required: bool = True) -> None:
@@ -170,11 +155,7 @@ class TensorFiles:
         return {name: torch.Size(shape) for name, (_, shape, _) in self._contents.items()}
 
     def read(self, name: str) -> Tensor:
-        """Read one entry to the CPU.
-
-        Raises:
-            ValueError: the entry is missing or damaged.
-        """
+        """Read one entry to the CPU."""
         if name not in self._contents:
             raise RunError(f"the checkpoint {self._folder} lacks {name} ({self._kind}); {REMEDY}")
         with open_tensors(self._file_of[name]) as tensors:
@@ -238,11 +219,7 @@ def kind_of(file: str) -> str:
 
 
 def open_tensors(file: Path) -> Any:
-    """Open a safetensors file for reading.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
+    """Open a safetensors file for reading."""
     require_regular(file, REMEDY)
     try:
         file.open("rb").close()  # safetensors reports a file without read permission as missing
@@ -290,11 +267,7 @@ def run_config(path: Path) -> Path | None:
 
 
 def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping.
-
-    Raises:
-        ValueError: the file is damaged; the message ends with `remedy`.
-    """
+    """Read a JSON file that holds a mapping."""
     require_regular(file, remedy)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -111,11 +111,7 @@ def summarize_differences(differences: dict[str, str]) -> str:
 
 
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return names and tensors of a router's own buffers.
-
-    Raises:
-        ValueError: another module has one, or one is not persistent: a loaded model would lack its values.
-    """
+    """Return names and tensors of a router's own buffers."""
     found = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
     if found and (not isinstance(module, Router) or module._non_persistent_buffers_set):
         raise RunError(

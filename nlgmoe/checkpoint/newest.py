@@ -49,11 +49,7 @@ def set_link(run_folder: Path, name: str, step: int | None) -> None:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Return True if `path` names one checkpoint, False if it is a run folder.
-
-    Raises:
-        SettingError: it is empty, as an unset variable of a shell is; it would be the working directory.
-    """
+    """Return True if `path` names one checkpoint, False if it is a run folder."""
     require(str(path) != "", "the name of a checkpoint or run folder is empty; give one")
     path = Path(path)
     return path.suffix == ".ckpt" or (path / "checkpoint.json").exists() or not path.is_dir()
@@ -65,10 +61,6 @@ def choose_checkpoint(path: str | Path) -> Path:
     A link is followed once: the run that it belongs to may move it while the checkpoint is read. All ranks verify a checkpoint
     together before one of them uses it, so that all raise the same error. A single process verifies a checkpoint that was given
     while it reads it.
-
-    Raises:
-        AllRanksError: there is no valid checkpoint.
-        SettingError: there is none at all.
     """
     path = Path(path)
     if is_checkpoint(path):
@@ -96,11 +88,7 @@ def choose_checkpoint(path: str | Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective.
-
-    Raises:
-        AllRanksError: there is no valid checkpoint in the folder.
-    """
+    """Return the checkpoint `path`, unverified, or the newest valid one of a run folder, to read weights from. A collective."""
     return followed(Path(path)) if is_checkpoint(path) else choose_checkpoint(path)
 
 

@@ -46,11 +46,7 @@ class PortableCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write Lightning's `checkpoint` dictionary to the folder `path`, which replaces an older one when complete.
-
-        Raises:
-            ValueError: the folder cannot be written, for example because the disk is full; an older one is unchanged.
-        """
+        """Write Lightning's `checkpoint` dictionary to the folder `path`, which replaces an older one when complete."""
         rest = dict(checkpoint)
         tokenizer = rest.pop("tokenizer", None)
         model = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}
@@ -72,11 +68,7 @@ class PortableCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the checkpoint `path`, or the newest valid one of a run folder, into Lightning's dictionary, on the CPU.
-
-        Raises:
-            ValueError: there is no checkpoint, or it is damaged.
-        """
+        """Read the checkpoint `path`, or the newest valid one of a run folder, into Lightning's dictionary, on the CPU."""
         path = choose_checkpoint(path)
         checkpoint = read_checkpoint(path)
         model = join_experts(TensorFiles(path, "model").read_all())
@@ -98,9 +90,6 @@ def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
     Args:
         checkpoint: Lightning's dictionary, without weights and optimizer.
-
-    Raises:
-        ValueError: a value is neither plain data nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
     plain = _to_json(checkpoint, "", tensors)

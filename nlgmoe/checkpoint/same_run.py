@@ -18,9 +18,6 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
         config: of this model.
         seed: of this run; None in evaluation, which ignores settings that only affect training.
         path: of the checkpoint, for messages.
-
-    Raises:
-        ValueError: a setting differs, which the message names, or the checkpoint to resume holds weights only.
     """
     resumes = seed is not None
     if resumes and "lr_schedulers" not in checkpoint:  # `ModelCheckpoint(save_weights_only=True)`
@@ -45,9 +42,6 @@ def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> No
     Args:
         checkpoint: Lightning's dictionary, such as one that was imported.
         data: the data module; None: there is none, or not of this kind.
-
-    Raises:
-        ValueError: it has another one.
     """
     if data is None or type(data).__qualname__ in checkpoint:
         return

@@ -84,10 +84,6 @@ def load_initial_weights(
         start: the settings.
         on_entry: called with each loaded entry and its values in the stored dtype.
         tokenizer: the data's, as JSON, compared with the checkpoint's; None: not compared.
-
-    Raises:
-        ValueError: there is no such checkpoint, it is damaged, it does not fit (see `WarmStart.strict`), or no tensor of it
-            does. Every rank raises.
     """
     with raise_on_all_ranks():
         path = find_checkpoint(start.checkpoint)
@@ -134,11 +130,7 @@ def has_same_ids(data: str, path: str | Path) -> bool:
 
 
 def check_layers(layers: list[int], checkpoint: GPTConfig, model: GPTConfig, path: Path) -> None:
-    """Check that each block of the model can start from the checkpoint's block that `layers` names.
-
-    Raises:
-        ValueError: there are too few or too many, or a block does not exist or is of another kind.
-    """
+    """Check that each block of the model can start from the checkpoint's block that `layers` names."""
     setting = f"model.warm_start.layers={layers}"
     if len(layers) != model.num_layers:
         raise SettingError(

@@ -42,9 +42,6 @@ def write_weights(
         tokens_seen: tokens that the weights were trained on.
         overwrite: replace an older one.
         started_from: the checkpoint that this training started from; None: random weights.
-
-    Raises:
-        ValueError: the folder exists and `overwrite` is false, it cannot be written, or `read` raised.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     writing.recover_one(path)

@@ -34,11 +34,7 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<state>writing|replaced|removed)-(?P
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder for `finish`; delete it at the end of the block unless it was finished.
-
-    Raises:
-        ValueError: see `explain_write_errors`.
-    """
+    """Yield an empty temporary folder for `finish`; delete it at the end of the block unless it was finished."""
     with explain_write_errors(path):
         temporary = begin(path)
         try:
@@ -59,11 +55,7 @@ def begin(path: Path) -> Path:
 def write_tensors(
     folder: Path, kind: str, entries: dict[str, Tensor], rank: int = 0, ranks: int = 1
 ) -> dict[str, Contents]:
-    """Write one file of entries, flush it to disk, and return its contents for `finish`.
-
-    Raises:
-        ValueError: a weight is NaN or infinite.
-    """
+    """Write one file of entries, flush it to disk, and return its contents for `finish`."""
     part = f"-{rank:05}-of-{ranks:05}" if ranks > 1 else ""
     file = folder / f"{kind}{part}.safetensors"
     entries = {name: value.detach().cpu().contiguous() for name, value in entries.items()}

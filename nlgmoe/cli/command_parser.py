@@ -61,12 +61,7 @@ class CommandParser(OneLineParser):
 
     @override
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse, with dashes inside an option's name taken for underscores.
-
-        Raises:
-            SettingError: a value is empty, as an unset variable of a shell is: a path would be the working directory. Or an
-                option that takes one value is given several times, or a number is not finite.
-        """
+        """Parse, with dashes inside an option's name taken for underscores."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         options = [word.partition("=") for word in words[:end]]

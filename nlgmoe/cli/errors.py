@@ -32,11 +32,7 @@ _OF_WORKER = re.compile(r"^Caught \w+ in DataLoader worker process.*\n[\w.]+: (?
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line where the block raises an expected error.
-
-    Raises:
-        SystemExit: in its place, with the exit code.
-    """
+    """End the process with one line where the block raises an expected error."""
     try:
         yield
     except KeyboardInterrupt:

@@ -21,9 +21,6 @@ def input_files(given: str | Sequence[str]) -> list[str]:
 
     Args:
         given: paths, folders and patterns, `**` for folders at any depth; addresses (`hf://...`) are taken as they are.
-
-    Raises:
-        SettingError: one stands for no file, for one twice, or for one that is no JSON lines, Parquet or plain text.
     """
     if not given:
         raise SettingError(f"input={given} names nothing; give a path, a folder, or a pattern in quotes")

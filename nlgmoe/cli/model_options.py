@@ -10,11 +10,7 @@ from nlgmoe.validation import SettingError
 
 
 def check_device(device: str) -> None:
-    """Check that tensors can be put there.
-
-    Raises:
-        SettingError: they cannot.
-    """
+    """Check that tensors can be put there."""
     import torch
 
     try:
@@ -25,11 +21,7 @@ def check_device(device: str) -> None:
 
 
 def import_allowed(modules: Sequence[str] | None) -> None:
-    """Import modules that the user trusts, for checkpoints that name their classes.
-
-    Raises:
-        SettingError: there is no such module.
-    """
+    """Import modules that the user trusts, for checkpoints that name their classes."""
     for module in modules or ():
         try:
             importlib.import_module(module)

@@ -9,11 +9,7 @@ from nlgmoe.validation import RunError, SettingError
 
 
 def check_output(output: str) -> None:
-    """Check that a new file can have this name.
-
-    Raises:
-        SettingError: it is a file's or folder's, or in a folder that is not there.
-    """
+    """Check that a new file can have this name."""
     path = Path(output)
     if path.is_dir():
         raise SettingError(f"output={output} is a folder; give the name of a file")
@@ -23,21 +19,13 @@ def check_output(output: str) -> None:
 
 
 def require_folder(output: Path) -> None:
-    """Check that the folder of a file to write is there.
-
-    Raises:
-        SettingError: it is not.
-    """
+    """Check that the folder of a file to write is there."""
     if not output.absolute().parent.is_dir():
         raise SettingError(f"output={output}: there is no folder {output.absolute().parent}; make it first")
 
 
 def write_whole(output: str, text: str) -> None:
-    """Write a new file under another name, then give it its own; what has that name stays if anything goes wrong.
-
-    Raises:
-        ValueError: it cannot be written, or is there by now: another process had the same output.
-    """
+    """Write a new file under another name, then give it its own; what has that name stays if anything goes wrong."""
     try:
         with atomic_write(Path(output)) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -53,9 +41,6 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None
         setting: name of the argument.
         checkpoint: its value.
         overwrite: a checkpoint of that name may be replaced.
-
-    Raises:
-        SettingError: the name does not end in .ckpt, is that of a file, or exists.
     """
     path = Path(checkpoint)
     if path.suffix != ".ckpt":

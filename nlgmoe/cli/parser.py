@@ -68,11 +68,7 @@ class OneLineParser(ArgumentParser):
         self._refusal: tuple[Exception, Exception] | None = None  # what a constructor raised, and what to say of it
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse the arguments and the files that they name.
-
-        Raises:
-            SettingError: the arguments or a configuration file are wrong.
-        """
+        """Parse the arguments and the files that they name."""
         if self.exit_on_error and getattr(self, "parent_parser", None) is None:
             args = _with_home(list(sys.argv[1:] if args is None else args))
             choices = subcommands_of(self)
@@ -106,11 +102,7 @@ class OneLineParser(ArgumentParser):
         return [*read, *args[last:]]
 
     def _check(self, setting: Setting) -> None:
-        """Refuse a list, number or null that jsonargparse takes for any section or setting.
-
-        Raises:
-            SettingError: `setting` is such a one.
-        """
+        """Refuse a list, number or null that jsonargparse takes for any section or setting."""
         inside = [name for name in self.known if name.startswith(f"{setting.name}.")]
         hint = self.known.get(setting.name)
         if inside and not _takes_null(hint) and not isinstance(setting.value, dict | str):
@@ -215,11 +207,7 @@ class OneLineParser(ArgumentParser):
 
     @contextmanager
     def blaming_settings(self) -> Iterator[None]:
-        """Add the setting's place to what the block's constructors complain about.
-
-        Raises:
-            SettingError: in place of a ValueError of a constructor, or what Lightning raises in its place.
-        """
+        """Add the setting's place to what the block's constructors complain about."""
         self._refusal = None
         try:
             yield
@@ -347,9 +335,6 @@ def find_class(path: str, hint: Any = None) -> Any:
     Args:
         path: with its module, or the name alone of a known subclass of one in `hint`.
         hint: the type of the setting that it is for.
-
-    Raises:
-        SettingError: there is none; the message names the closest one.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:

@@ -54,9 +54,6 @@ def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iter
 
     Yields:
         The index of an argument, and what it gives.
-
-    Raises:
-        SettingError: see `read_file`.
     """
     rest = list(args)
     while rest:
@@ -79,11 +76,7 @@ def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iter
 
 
 def read_file(path: str) -> Iterator[Setting]:
-    """Yield the settings of a configuration file, in its order.
-
-    Raises:
-        SettingError: there is no such file, it is not YAML, not a mapping, or names a setting twice.
-    """
+    """Yield the settings of a configuration file, in its order."""
     if path.lstrip().startswith("{"):  # jsonargparse takes a configuration in place of a path too
         text, path = path, "--config"
     else:
@@ -114,11 +107,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
 def _walk(
     node: yaml.Node, name: str, loader: Any, file: str, line: int = 0, appends: bool = False
 ) -> Iterator[Setting]:
-    """Yield what `node` consists of: of a list or mapping the whole, then its parts.
-
-    Raises:
-        SettingError: two names of a mapping stand for one setting, or for a setting and its section: jsonargparse takes one.
-    """
+    """Yield what `node` consists of: of a list or mapping the whole, then its parts."""
     place = f" ({file}, line {line})" if file else ""
     if name:
         try:

@@ -102,11 +102,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, then check what can be known before anything is made.
-
-        Raises:
-            SettingError: the command line or a configuration is wrong, or there is no checkpoint at `ckpt_path`.
-        """
+        """Parse, then check what can be known before anything is made."""
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
@@ -124,11 +120,7 @@ class TrainCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer.
-
-        Raises:
-            SettingError: one of them refuses its settings.
-        """
+        """Make model, data and trainer."""
         assert isinstance(self.parser, TrainParser)
         self.parser.add_instantiator(self.parser.construct, object)
         with self.parser.blaming_settings(), _ranks_in_turn(self._get(self.config, "trainer")["logger"]):

@@ -20,10 +20,6 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
         action: "list" prints the names with the first line of each; "copy" writes the files.
         names: files or folders, such as quickstart.yaml or pr_moe; default: all.
         output: folder to copy to; existing files are not overwritten.
-
-    Raises:
-        SettingError: there is no such file, or one exists in the folder.
-        ValueError: they cannot be written.
     """
     shipped = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/*.yaml")])
     known = [str(path) for path in [*shipped, *sorted({path.parent for path in shipped} - {Path()})]]

@@ -42,9 +42,6 @@ def distill_logits(
         temperature: temperature of the distributions; default: that of model.distiller, else 1.
         precision: precision of the teacher, fp32 or bf16; default: that of model.distiller, else fp32.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
-
-    Raises:
-        ValueError: the files or settings are not valid; the message names the remedy.
     """
     if output is None:
         raise SettingError("missing setting output (folder to make); give it as --output=...")

@@ -52,9 +52,6 @@ def generate_text(
         precision: precision of weights and matrix products, fp32 or bf16; default: the stored precision.
         json: print JSON lines instead of text.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
-
-    Raises:
-        ValueError: a setting or file is not valid, or a prompt is too long; the message names it.
     """
     import_allowed(allow_code)
     from nlgmoe.eval.generation import check_prompts, complete  # these need torch
@@ -134,11 +131,7 @@ def _shown(record: dict[str, Any]) -> str:
 
 
 def _read_stdin() -> str:
-    """Read one prompt; remove the line break that `echo` adds, and a byte order mark.
-
-    Raises:
-        SettingError: stdin is a terminal or has no text.
-    """
+    """Read one prompt; remove the line break that `echo` adds, and a byte order mark."""
     if sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise SettingError("prompt=null: give a text with --prompt, a file with --prompts, or pipe one in")
     try:
@@ -148,11 +141,7 @@ def _read_stdin() -> str:
 
 
 def _read_prompts(path: str) -> list[str]:
-    """Read the prompts of a file of JSON lines; skip empty lines.
-
-    Raises:
-        SettingError: the file does not exist, a line is not such an object, or there is no line.
-    """
+    """Read the prompts of a file of JSON lines; skip empty lines."""
     where = "stdin" if path == "-" else path
     if path == "-" and sys.stdin is None:
         raise SettingError("prompts=- is stdin, which is closed; name a file of JSON lines")

@@ -40,9 +40,6 @@ def prepare_data(
         text_field: field of a record with its text; a nested field has dots: `content.body`.
         on_bad_data: "error" stops at a document or file that cannot be used; "skip" skips and counts it.
         workers: threads that tokenise `input`; default: the number of CPU cores.
-
-    Raises:
-        ValueError: a download fails, the tokenizer is unknown or not usable, or data cannot be used.
     """
     if input is not None or output is not None:
         _tokenise_input(data_dir, tokenizer, input, output, text_field, on_bad_data, workers)

@@ -40,9 +40,6 @@ def prune_checkpoint(
         windows: sequences measured, of each domain of the run's validation text, or of `text`.
         overwrite: replace an existing checkpoint.
         allow_code: module of the checkpoint's expert to import; may be given several times.
-
-    Raises:
-        ValueError: `num_experts` does not fit the model, or there is no text.
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)

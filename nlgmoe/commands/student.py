@@ -38,9 +38,6 @@ def student(
         fraction: share of model.train_tokens after which distillation ends; 0.7 if neither it nor `step` is given.
         step: optimizer step after which distillation ends, instead of `fraction`.
         from_teacher: start from the teacher's blocks listed in `model.warm_start.layers`, not from random weights.
-
-    Raises:
-        ValueError: the files lack the teacher's settings, or the student is not possible; the message names the remedy.
     """
     if output is not None:
         check_output(output)
@@ -115,9 +112,6 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
     Args:
         file: YAML file.
         complete: a run wrote the file, with every setting: do not write those that have their defaults.
-
-    Raises:
-        SettingError: the file is not a configuration of train.py.
     """
     # train.py's own parser; it costs seconds of imports.
     from nlgmoe.cli.places import ConfigLoader

@@ -35,9 +35,6 @@ def upcycle_checkpoint(
         noise: noise added to the experts' matrices, as a multiple of each matrix's standard deviation.
         seed: seed of the noise and the gates.
         overwrite: replace an existing checkpoint.
-
-    Raises:
-        ValueError: the checkpoint does not exist or is not dense, or the experts do not fit it.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.upcycle import upcycle  # these need torch

@@ -13,9 +13,6 @@ def verify_checkpoint(checkpoint: str) -> None:
 
     Args:
         checkpoint: the folder, `NAME.ckpt`.
-
-    Raises:
-        ValueError: an entry or file is missing, unknown or damaged; one line for each.
     """
     from nlgmoe.checkpoint.newest import checkpoint_path, is_checkpoint, saved_steps  # these need torch, and the model
     from nlgmoe.checkpoint.verify import find_problems

@@ -45,11 +45,7 @@ def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up
 
 
 def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_batch_size: int) -> None:
-    """Check that every batch of the ramp-up can be made, on any number of ranks.
-
-    Raises:
-        ValueError: it cannot; names the nearest values that do.
-    """
+    """Check that every batch of the ramp-up can be made, on any number of ranks."""
     if global_batch_size is None:
         raise SettingError("global_batch_size=null: batch_ramp_up has no batch to grow to; set it")
     growth = global_batch_size - ramp_up.start
@@ -94,9 +90,6 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
         global_batch_size: sequences per optimizer step, over all ranks.
         micro_batch_size: sequences per rank and forward pass.
         world_size: number of data-parallel ranks.
-
-    Raises:
-        ValueError: whole micro-batches do not add up to the global batch; names the nearest values that do.
     """
     per_round = micro_batch_size * world_size
     count, rest = divmod(global_batch_size, per_round)

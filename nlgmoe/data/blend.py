@@ -106,9 +106,6 @@ class OpenBlend:
     Args:
         parts: weights and names.
         opened: the parts' corpora.
-
-    Raises:
-        ValueError: they have different tokenizers, or two domains would have one name.
     """
 
     def __init__(self, parts: Sequence[BlendPart], opened: Sequence[OpenCorpus]) -> None:
@@ -147,11 +144,7 @@ class OpenBlend:
         return shares
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
-        """Return the parts' samples in turn, each part with a seed of its own; log how often each part is repeated.
-
-        Raises:
-            ValueError: a part has no sample of this length.
-        """
+        """Return the parts' samples in turn, each part with a seed of its own; log how often each part is repeated."""
         sources = []
         for name, weight, corpus in self._parts:
             with _naming(name):

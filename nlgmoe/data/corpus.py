@@ -82,11 +82,7 @@ class Streams:
     facts: Description = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check what may be a user's own.
-
-        Raises:
-            SettingError: a split is missing, has other domains, no arrays of token ids, or nothing to validate.
-        """
+        """Check what may be a user's own."""
         require(
             isinstance(self.tokenizer, Tokenizer),
             f"Streams.tokenizer is {self.tokenizer!r}; give what load_tokenizer returns",

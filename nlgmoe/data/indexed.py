@@ -82,11 +82,7 @@ class IndexedDataset:
         return self.tokens[start : start + int(self.lengths[index])]
 
     def _check_index(self, path: Path) -> int:
-        """Return where the last sequence ends, in bytes.
-
-        Raises:
-            ValueError: a sequence does not start where the one before it ends, or documents do not rise from 0 to S.
-        """
+        """Return where the last sequence ends, in bytes."""
         end = 0
         for first in range(0, len(self), CHUNK):
             lengths, pointers = self.lengths[first : first + CHUNK], self.pointers[first : first + CHUNK]

@@ -138,11 +138,7 @@ class PocketPile:
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Return the manifest under `root`, unverified, or None if there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Return the manifest under `root`, unverified, or None if there is none."""
     path = root / "manifest.json"
     if not path.exists():
         return None
@@ -161,11 +157,7 @@ def text_path(root: Path, name: str) -> Path:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a jsonl file.
-
-    Raises:
-        ValueError: a line is not JSON with a string "text"; names the line.
-    """
+    """Yield the texts of a jsonl file."""
     for record in read_documents(path, Fields(), BadData()):
         assert isinstance(record.content, str)
         yield record.content
@@ -177,11 +169,7 @@ def token_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:
 
 
 def read_token_files(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFile]:
-    """Return `{domain}.{split}` -> what is tokenised; empty if nothing is.
-
-    Raises:
-        ValueError: the list is damaged.
-    """
+    """Return `{domain}.{split}` -> what is tokenised; empty if nothing is."""
     path = token_folder(data_dir, tokenizer) / "meta.json"
     if not path.exists():
         return {}

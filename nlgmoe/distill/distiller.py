@@ -120,11 +120,7 @@ def samples_until(
 
 
 def check_loss(beta: float, temperature: float) -> None:
-    """Check the settings of a distillation loss.
-
-    Raises:
-        ValueError: one is not above 0.
-    """
+    """Check the settings of a distillation loss."""
     if not (math.isfinite(beta) and beta > 0):
         raise SettingError(f"beta={beta} must be above 0; model.distiller=null trains without a teacher")
     if not (math.isfinite(temperature) and temperature > 0):

@@ -157,11 +157,7 @@ class MixtureOfStudents:
         return path, document
 
     def _find_again(self) -> Path:
-        """Return the checkpoint with the weights that the run has learned from, under whatever name.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Return the checkpoint with the weights that the run has learned from, under whatever name."""
         teacher = Path(self.teacher)
         there = (
             [teacher] if is_checkpoint(teacher) else [checkpoint_path(teacher, step) for step in saved_steps(teacher)]

@@ -80,9 +80,6 @@ def record_logits(
             `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
         folder: the result.
         report: called with the progress at the start and after every batch.
-
-    Raises:
-        ValueError: the folder exists with other settings, another process writes it, or the disk is too full.
     """
     work = building(folder)
     if folder.exists():

@@ -37,9 +37,6 @@ class TeacherLogits:
 
     Attributes:
         header: the content of `header.json`.
-
-    Raises:
-        ValueError: there is none, it is not finished, or it is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,11 +54,7 @@ class TeacherLogits:
         return len(self._records)
 
     def read(self, samples: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`.
-
-        Raises:
-            ValueError: a sample is missing, or its record is damaged.
-        """
+        """Return the first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`."""
         if (last := max(samples)) >= len(self):
             raise RunError(
                 f"{self._folder} holds {len(self):,} samples, training has come to sample {last:,}; record more, or end "
@@ -77,11 +70,7 @@ class TeacherLogits:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Read the `header.json` of a folder.
-
-    Raises:
-        ValueError: it is not there, or damaged.
-    """
+    """Read the `header.json` of a folder."""
     file = folder / HEADER
     if not file.is_file():
         if building(folder).exists() and not folder.exists():

@@ -33,11 +33,7 @@ class ExpertUse:
 
 @torch.no_grad()
 def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
-    """Read text with a model in evaluation mode.
-
-    Raises:
-        ValueError: there is no text.
-    """
+    """Read text with a model in evaluation mode."""
     total, tokens = 0.0, 0
     weights: list[Tensor] = []
     for batch in batches:

@@ -95,11 +95,7 @@ def complete(
     stop_id: int | None = None,
     batch_size: int = 16,
 ) -> list[Completion]:
-    """Generate a completion of each prompt, in batches of `batch_size` prompts of similar length; arguments as for `generate`.
-
-    Raises:
-        ValueError: as for `generate`, before generation starts.
-    """
+    """Generate a completion of each prompt, in batches of `batch_size` prompts of similar length; arguments as for `generate`."""
     if batch_size < 1:
         raise SettingError(f"batch_size={batch_size} must be at least 1")
     texts = _as_lists(prompts)
@@ -125,22 +121,14 @@ def stream(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     stop_id: int | None = None,
 ) -> Iterator[NewToken]:
-    """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`.
-
-    Raises:
-        ValueError: as for `generate`, at the call and not at the first token.
-    """
+    """Yield the tokens of one batch: one token of each unfinished sequence per forward pass; arguments as for `generate`."""
     texts = _as_lists(prompts)
     check_prompts(model, texts, max_new_tokens)
     return _stream(model, texts, max_new_tokens, sampling, stop_id, sampling.generators(texts))
 
 
 def check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Check that the model can continue the prompts.
-
-    Raises:
-        ValueError: a prompt is empty, too long or has unknown ids, or `max_new_tokens` is out of range.
-    """
+    """Check that the model can continue the prompts."""
     config = model.config
     if model.training:
         raise SettingError("the model is in training mode; call model.eval() first")

@@ -68,11 +68,7 @@ def load_pretrained(
 
 
 def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
-    """Return the tokenizer of a checkpoint, or `given` if the checkpoint has none.
-
-    Raises:
-        ValueError: the checkpoint's tokenizer differs from `given`, or the tokenizer has more ids than the model.
-    """
+    """Return the tokenizer of a checkpoint, or `given` if the checkpoint has none."""
     stored = read_tokenizer(path)
     found = given if stored is None else Tokenizer.from_json(stored, f"of {path}")
     if found is None:

@@ -79,11 +79,7 @@ class AttentionContext:
     def build(
         tokens: Tensor, token_mask: Tensor | None, documents: Tensor | None, cache: KVCache | None, seq_len: int
     ) -> AttentionContext:
-        """Build it from the arguments of `GPT.forward`, and reserve room in the cache.
-
-        Raises:
-            ValueError: a sequence is longer than `seq_len`, padding not counted.
-        """
+        """Build it from the arguments of `GPT.forward`, and reserve room in the cache."""
         assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
         history = extend_mask(token_mask, cache, tokens)  # [B, S] or None

@@ -19,9 +19,6 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
 
     Each tensor, and each expert of a stack, has its own generator, seeded by its name: ranks that hold other experts draw the
     same values, and the dense part does not depend on the experts.
-
-    Raises:
-        ValueError: a module does not declare its parameters.
     """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):

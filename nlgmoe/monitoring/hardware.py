@@ -49,11 +49,7 @@ RESERVED = 2 * 2**30
 
 
 def hardware(name: str) -> Hardware:
-    """Return the GPU called `name`.
-
-    Raises:
-        ValueError: the name is unknown; the message lists the known names.
-    """
+    """Return the GPU called `name`."""
     if name not in HARDWARE:
         raise SettingError(f"hardware={name} is not known; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[name]

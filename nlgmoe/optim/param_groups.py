@@ -74,11 +74,7 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
 
 
 def require_adamw(optimizer: torch.optim.Optimizer) -> None:
-    """Check that the optimizer is `build_adamw`'s.
-
-    Raises:
-        SettingError: it is not.
-    """
+    """Check that the optimizer is `build_adamw`'s."""
     require(
         all("decays" in group for group in optimizer.param_groups),
         f"configure_optimizers returns {type(optimizer).__name__}, where schedule and checkpoints need nlgmoe's AdamW: return "

@@ -74,12 +74,7 @@ def gather_owned_entries(
 
 
 def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) -> None:
-    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective.
-
-    Raises:
-        ValueError: a rank could not write, or a callback has put weights into `checkpoint`. Every rank raises, and an older
-            checkpoint at `path` is unchanged.
-    """
+    """Write the folder `path`: every rank its entries, rank 0 the rest. A collective."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     with raise_on_all_ranks():
         if checkpoint.get("state_dict"):
@@ -158,9 +153,6 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
         model: the GPT.
         engine: None in evaluation.
         files: the checkpoint's `model` entries.
-
-    Raises:
-        ValueError: an entry is missing, unknown or of another shape.
     """
     _check_shapes(entry_shapes(model), files)
     state = EngineState(engine) if engine is not None else None
@@ -173,11 +165,7 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
 
 @torch.no_grad()
 def load_moments(model: nn.Module, engine: Any, files: TensorFiles) -> None:
-    """Read this rank's part of AdamW's state.
-
-    Raises:
-        ValueError: an entry is missing, unknown or of another shape.
-    """
+    """Read this rank's part of AdamW's state."""
     trained = entry_shapes(model, buffers=False).items()
     moments = {f"{key}/{name}": shape for key in MOMENTS for name, shape in trained}
     _check_shapes(moments | {f"step/{name}": torch.Size() for name, _ in model.named_parameters()}, files)

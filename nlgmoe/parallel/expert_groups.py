@@ -47,9 +47,6 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
         world_size: ranks of the run.
         limit: the run's `expert_parallel_size`.
         of: name of the model in errors.
-
-    Raises:
-        AllRanksSettingError: `limit` exceeds the number of ranks, or no layer's experts can be sharded over them.
     """
     if limit > world_size:
         raise AllRanksSettingError(

@@ -241,12 +241,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check that an epoch begins with a step of the engine, which goes on counting micro-batches where Lightning begins anew.
-
-        Raises:
-            AllRanksSettingError: the epoch before, whose length was not known, has ended within a step, or a callback has
-                changed a setting that the engine took at the start.
-        """
+        """Check that an epoch begins with a step of the engine, which continues to count micro-batches across epochs."""
         window = self._engine.gradient_accumulation_steps()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -338,12 +333,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the portable checkpoint, each rank its own entries.
-
-        Raises:
-            ValueError: nothing has been trained, or a rank could not write; every rank raises, and an older checkpoint is
-                unchanged.
-        """
+        """Write the portable checkpoint, each rank its own entries."""
         from nlgmoe.parallel.checkpointing import save
 
         if self._engine is None:
@@ -406,9 +396,6 @@ def _check_parameters(model: nn.Module) -> None:
 
     ZeRO's optimizer takes zeros for the gradient of a frozen one, and moves it on; `_broadcast_model` (0.19.8) sends bytes, as
     which a tensor without dimension cannot be viewed.
-
-    Raises:
-        AllRanksError: there is one.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

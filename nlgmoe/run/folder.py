@@ -65,10 +65,6 @@ class RunTrainer(Trainer):
             ckpt_path: checkpoint to resume: last, the newest valid one of the run folder; auto, like last, or a new run if
                 there is none; or a path, which begins a new run in a folder without checkpoints.
             weights_only: not used.
-
-        Raises:
-            SettingError: the run folder has checkpoints that `ckpt_path` does not resume, or none to resume, or another process
-                trains in it.
         """
         folder = Path(self.default_root_dir)
         if self.fast_dev_run:  # type: ignore[attr-defined]
@@ -176,9 +172,6 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
     Args:
         folder: the run folder.
         name: `ckpt_path` as it was given.
-
-    Raises:
-        SettingError: the folder has checkpoints that `name` does not resume, or none to resume.
     """
     steps = saved_steps(folder)
     require(
@@ -208,11 +201,7 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
 
 
 def _settle_warm_start(model: Any, checkpoint: str | Path | None) -> None:
-    """Ignore `warm_start` where a checkpoint is resumed or evaluated; else look for it before a corpus is tokenised.
-
-    Raises:
-        SettingError: there is no checkpoint to start from.
-    """
+    """Ignore `warm_start` where a checkpoint is resumed or evaluated; else look for it before a corpus is tokenised."""
     if checkpoint is not None and model is not None:
         model.warm_start = None
     elif (start := getattr(model, "warm_start", None)) is not None:
@@ -220,11 +209,7 @@ def _settle_warm_start(model: Any, checkpoint: str | Path | None) -> None:
 
 
 def require_checkpoint(path: str | Path) -> None:
-    """Check that there is a checkpoint at `path`, or that it is a run folder with some; reading it verifies it.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Check that there is a checkpoint at `path`, or that it is a run folder with some; reading it verifies it."""
     if is_checkpoint(path):
         read_document(path)
     elif not saved_steps(Path(path)):
@@ -233,11 +218,7 @@ def require_checkpoint(path: str | Path) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a run folder; the operating system releases the lock when the process ends.
-
-    Raises:
-        SettingError: another process has the folder, and keeps it for ten seconds, or it cannot be written.
-    """
+    """Lock a run folder; the operating system releases the lock when the process ends."""
     lock = FileLock(folder / ".run.lock", timeout=LOCK_SECONDS)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,11 +46,7 @@ CALLBACKS = {
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:
-    """Refuse what is listed above, and make the portable checkpoint the trainer's format.
-
-    Raises:
-        SettingError: an option, callback, logger or plugin is refused.
-    """
+    """Refuse what is listed above, and make the portable checkpoint the trainer's format."""
     strategy = trainer.strategy
     for kinds, reason in STRATEGIES.items():
         if isinstance(strategy, kinds) and not isinstance(strategy, PlacesExperts):

@@ -222,11 +222,7 @@ def warn_of_repeated_data(trainer: Trainer) -> None:
 
 
 def validate_by_steps(trainer: Trainer) -> None:
-    """Make `trainer.val_check_interval` count optimizer steps, as `log_every_n_steps` does, not micro-batches.
-
-    Raises:
-        SettingError: an epoch ends before the first validation.
-    """
+    """Make `trainer.val_check_interval` count optimizer steps, as `log_every_n_steps` does, not micro-batches."""
     interval = trainer.val_check_interval
     if not isinstance(interval, int):
         return
@@ -246,9 +242,6 @@ def check_new_run(trainer: Trainer, tokens: int) -> None:
     Args:
         trainer: of the fit that begins.
         tokens: that its module has seen.
-
-    Raises:
-        AllRanksError: trainer, module or data are those of an earlier run.
     """
     data = training_data(trainer)
     samples = 0 if data is None else data.samples_consumed

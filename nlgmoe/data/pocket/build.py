@@ -82,9 +82,6 @@ def prepare(data_dir: Path, tokenizer: str) -> None:
     """Build what is missing of corpus, tokenizer and tokens.
 
     One process at a time: on a shared file system every node comes here, and the later ones find the work done.
-
-    Raises:
-        ValueError: a download fails, a file is damaged, or the tokenizer is unknown or not usable.
     """
     if tokenizer not in BUILT:
         load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
@@ -94,11 +91,7 @@ def prepare(data_dir: Path, tokenizer: str) -> None:
 
 
 def open_corpus(root: Path) -> Manifest:
-    """Return the corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first.
-
-    Raises:
-        ValueError: another corpus lies there and a file of it is missing or changed, or see `build_pocket_pile`.
-    """
+    """Return the corpus under `root`, verified; an empty folder, or a damaged pocket Pile, becomes the pocket Pile first."""
     manifest = read_manifest(root)
     if manifest is None or manifest.name == POCKET_PILE:
         return build_pocket_pile(root)
@@ -107,11 +100,7 @@ def open_corpus(root: Path) -> Manifest:
 
 
 def build_pocket_pile(root: Path) -> Manifest:
-    """Build the pocket Pile under `root` unless it is there, whole and unchanged; return its manifest.
-
-    Raises:
-        ValueError: a download fails, the built text is not the pinned one, or another corpus lies there.
-    """
+    """Build the pocket Pile under `root` unless it is there, whole and unchanged; return its manifest."""
     manifest = read_manifest(root)
     if manifest is not None and manifest.name != POCKET_PILE:
         raise RunError(f"{root} holds the corpus {manifest.name!r}, not the pocket Pile: choose another `data_dir`.")

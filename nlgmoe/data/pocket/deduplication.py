@@ -115,9 +115,6 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
 
     Validation takes about `VALIDATION_SHARE` of the bytes and at least `MIN_VALIDATION_DOCUMENTS` documents where the
     domain has enough. Both come back in the order of their hash: the beginning of a split is a fair sample of it.
-
-    Raises:
-        ValueError: fewer than two groups.
     """
     groups: dict[str, list[Document]] = defaultdict(list)
     for document in documents:

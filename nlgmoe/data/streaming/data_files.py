@@ -29,11 +29,7 @@ class DataFile:
 def find_files(
     path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
 ) -> dict[str, list[DataFile]]:
-    """Split -> its files, by name. The arguments are those of `datasets.load_dataset`.
-
-    Raises:
-        ValueError: there are none, a split is missing, or a file is of another format.
-    """
+    """Split -> its files, by name. The arguments are those of `datasets.load_dataset`."""
     # Here and not above: it takes its seconds.
     from datasets import load_dataset_builder
 

@@ -51,9 +51,6 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         files: of the corpus, by split.
         config: of the streams.
         limit: of evaluated tokens of a domain.
-
-    Raises:
-        ValueError: data is unusable and the policy is "error", or the ids are another tokenizer's.
     """
     if read_files(folder) == files:
         return
@@ -80,11 +77,7 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
 
 
 def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
-    """Return the files of the corpus by split; None without a cache.
-
-    Raises:
-        ValueError: the list of them is damaged.
-    """
+    """Return the files of the corpus by split; None without a cache."""
     path = folder / "files.json"
     if not path.exists():
         return None
@@ -95,11 +88,7 @@ def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
 
 
 def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
-    """Map the tokens of `domains` domains; None without a cache.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Map the tokens of `domains` domains; None without a cache."""
     files = read_files(folder)
     if files is None:
         return None

@@ -145,11 +145,7 @@ class LogicalStream:
         self._files, self._shard = config.part(stream)
 
     def windows(self, start: Cursor) -> Iterator[Window]:
-        """Yield windows from `start` on, without end. At most one block is read again.
-
-        Raises:
-            ValueError: data is unusable, or the stream has no document.
-        """
+        """Yield windows from `start` on, without end. At most one block is read again."""
         cut = start.token
         previous = self._config.tokenizer.eod_id
         targets = np.empty(self._seq_len, dtype=np.int64)

@@ -55,11 +55,7 @@ class StreamedSource:
         return f"data that could not be used was skipped: {summary(skipped)}" if skipped.total() else None
 
     def sample(self, index: int) -> Sample:
-        """See `TokenSource`.
-
-        Raises:
-            ValueError: data cannot be used, and the policy is to say so.
-        """
+        """See `TokenSource`."""
         position, stream = divmod(index, self._config.num_streams)
         number, windows = self._open.pop(stream, (math.inf, iter(())))
         if number > position:

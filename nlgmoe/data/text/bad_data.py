@@ -62,11 +62,7 @@ class BadData:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def handle(self, place: str, error: UnusableError) -> None:
-        """Raise or count an error; `place` is its file and line.
-
-        Raises:
-            ValueError: the action is "error".
-        """
+        """Raise or count an error; `place` is its file and line."""
         if self.action == "error":
             raise RunError(f"{place}: {error.message}; repair the data, or set on_bad_data to skip")
         self.skipped[error.kind] += 1

@@ -39,9 +39,6 @@ def read_documents(
         bad: policy for unusable documents and files.
         shard: the documents to yield; others are neither parsed nor checked.
         start: `Record.after` of a document of this file.
-
-    Raises:
-        ValueError: data is unusable and `bad` says "error", or a disk or network fails; names file and line.
     """
     assert has_records(path) or is_plain_text(path), path
     read = _read_text if is_plain_text(path) else _read_parquet if str(path).endswith(".parquet") else _read_lines
@@ -146,11 +143,7 @@ def _pieces(stream: io.BufferedReader, fields: Fields) -> Iterator[bytes]:
 
 
 def decode_text(content: bytes, beginning: bool = True) -> str:
-    """Decode plain text; line ends are kept as they are, a byte order mark at the `beginning` of a file is not.
-
-    Raises:
-        UnusableError: it is no UTF-8 text, or there is none.
-    """
+    """Decode plain text; line ends are kept as they are, a byte order mark at the `beginning` of a file is not."""
     if b"\0" in content:
         raise UnusableError("not text", "it has zero bytes, as binary files and UTF-16 have; convert it to UTF-8")
     try:

@@ -79,11 +79,7 @@ class Shard:
 
 
 def parse(record: Any, fields: Fields) -> tuple[str | np.ndarray, str | None]:
-    """Return content and domain of a record.
-
-    Raises:
-        UnusableError: the content is missing, empty, too long, or not what `fields` says.
-    """
+    """Return content and domain of a record."""
     domain = None if fields.domain is None else _look_up(record, fields.domain)
     content = _look_up(record, fields.content)
     if content is None:

@@ -28,9 +28,5 @@ def fixed_routing(expert: Tensor, x: Tensor, context: RoutingContext, num_expert
 
 
 def require_top_1(router: RouterConfig, moe: MoEConfig) -> None:
-    """Refuse `top_k` above 1.
-
-    Raises:
-        ValueError: it is.
-    """
+    """Refuse `top_k` above 1."""
     require(moe.top_k == 1, f"top_k={moe.top_k} must be 1 with {type(router).__name__}, which chooses one expert")

@@ -95,11 +95,7 @@ def balanced_table(counts: Sequence[int], num_experts: int, seed: int) -> list[i
 
 
 def read_counts(path: str, vocab_size: int) -> list[int]:
-    """Read the number of tokens of each id.
-
-    Raises:
-        ValueError: there is no such file, or it holds no list of `vocab_size` numbers.
-    """
+    """Read the number of tokens of each id."""
     remedy = "write one with PileDataModule.token_counts (docs/laboratory.md), or leave it out"
     try:
         counts = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -52,11 +52,7 @@ class SoftmaxTopK(RouterConfig):
 
 
 def require_learning_gate(moe: MoEConfig, normalize_weights: bool | None) -> None:
-    """Refuse one normalised weight, which is constant: the gate would get no gradient from the loss.
-
-    Raises:
-        ValueError: the weight would be constant.
-    """
+    """Refuse one normalised weight, which is constant: the gate would get no gradient from the loss."""
     require(
         not (normalize_weights and moe.top_k == 1),
         "normalize_weights=True with top_k=1 makes every weight the same, and the gate learns nothing; leave it out",

@@ -17,9 +17,6 @@ def check(target: list[str], allow_code: list[str] | None = None, json: bool = F
             whole layer; or a name: deepspeed, mixtral, olmoe, qwen3-moe, deepseek-v3.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
         json: print one JSON object instead of a table.
-
-    Raises:
-        ValueError: a property fails, or the target cannot be read.
     """
     import_allowed(allow_code)
     from nlgmoe.tools.check.properties import check_layer  # these need torch

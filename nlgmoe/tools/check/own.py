@@ -161,11 +161,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width: int = 16) -> OwnLayer:
-    """Return the MoE layer of a configuration, at small widths, with at most 8 experts (or twice `top_k`).
-
-    Raises:
-        ValueError: the model is dense, or its router fits no small layer.
-    """
+    """Return the MoE layer of a configuration, at small widths, with at most 8 experts (or twice `top_k`)."""
     if config.moe is None or not any(experts_per_layer(config)):
         raise SettingError(f"{name} has no MoE layer; set model.config.moe")
     top_k = config.moe.top_k

@@ -34,11 +34,7 @@ def _requests(routing: Routing, real: Tensor | None, num_experts: int) -> Tensor
 
 
 def _slots(layer: Layer, tokens: int, kept: Tensor) -> int | None:
-    """Return the slots of an expert; None where nothing is dropped.
-
-    Raises:
-        NotApplicable: the layer drops assignments of the tokens in `kept`, `[N, k]`, and declares no capacity.
-    """
+    """Return the slots of an expert; None where nothing is dropped."""
     if layer.drops is None and not bool(kept.all()):
         raise NotApplicable("the layer drops tokens, and declares no capacity")
     return layer.capacity(tokens) if layer.drops else None

@@ -22,11 +22,7 @@ from nlgmoe.validation import SettingError
 
 
 def find_layers(words: Sequence[str]) -> list[Layer]:
-    """Return the layers to test.
-
-    Raises:
-        SettingError: the words name none.
-    """
+    """Return the layers to test."""
     (word, *others) = words
     if not others and word not in ADAPTERS and (Path(word).is_dir() or word.endswith(".ckpt")):
         return [_of_checkpoint(word)]

@@ -36,10 +36,6 @@ class NlgmoeConfig(PreTrainedConfig):
         super().__init__(**values)
 
     def gpt_config(self) -> GPTConfig:
-        """Return the settings as a `GPTConfig`.
-
-        Raises:
-            ValueError: a setting is out of range.
-        """
+        """Return the settings as a `GPTConfig`."""
         given = {name: getattr(self, name) for name in FIELDS}
         return GPTConfig.from_dict({name: value for name, value in given.items() if value is not None})

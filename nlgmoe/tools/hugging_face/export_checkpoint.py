@@ -28,9 +28,6 @@ def export_checkpoint(
         tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
         overwrite: write into a folder with files: a model in it is replaced, its model card and other files are kept.
         data_dir: folder of tokenizers given by name.
-
-    Raises:
-        ValueError: the checkpoint does not exist, is damaged or has another tokenizer, or the folder cannot be written.
     """
     if not Path(checkpoint).exists():
         raise SettingError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")

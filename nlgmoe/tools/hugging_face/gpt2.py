@@ -37,11 +37,7 @@ _REQUIRED = {  # setting -> required value, and the feature that another value n
 
 
 def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
-    """Convert the contents of a GPT-2's `config.json`.
-
-    Raises:
-        ValueError: a setting is not supported by `GPT`.
-    """
+    """Convert the contents of a GPT-2's `config.json`."""
     try:
         theirs = GPT2Config.from_dict(values)
     except Exception as error:  # the library's exceptions have many types
@@ -71,11 +67,7 @@ def gpt2_config(values: dict[str, Any], folder: Path) -> GPTConfig:
 
 
 def gpt2_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
-    """Return a function that reads an entry of `GPT` from a GPT-2's folder, in the stored type.
-
-    Raises:
-        ValueError: the folder lacks weights or has unknown ones, or its head is not tied to its embedding.
-    """
+    """Return a function that reads an entry of `GPT` from a GPT-2's folder, in the stored type."""
     try:
         with _quiet():
             loaded: Any = GPT2LMHeadModel.from_pretrained(folder, dtype="auto", output_loading_info=True)

@@ -12,9 +12,6 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
         source: the folder, or the name of a model on the Hugging Face hub, such as openai-community/gpt2.
         checkpoint: output folder, `NAME.ckpt`; use it, export it, or start runs from it with model.warm_start.
         overwrite: replace an existing checkpoint.
-
-    Raises:
-        ValueError: the folder does not exist or is damaged, or its model is not supported.
     """
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
     from nlgmoe.checkpoint.folder import read_manifest  # these need torch

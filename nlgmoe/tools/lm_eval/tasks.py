@@ -37,9 +37,6 @@ class Tasks:
             `nlgmoe prepare-eval` writes such a folder.
         include_path: folder of further tasks in lm-eval's YAML; a task with the name of a built-in one replaces it.
         num_fewshot: examples before each document; None: the task's setting, mostly 0.
-
-    Raises:
-        ValueError: a task or folder does not exist, or a number is out of range.
     """
 
     def __init__(
@@ -90,11 +87,7 @@ class Tasks:
                 )
 
     def load(self, name: str) -> dict[str, Any]:
-        """Load a task, or the tasks of a group or tag, as lm-eval's `evaluate` takes them. Documents are read once.
-
-        Raises:
-            ValueError: the documents cannot be loaded; the message names the remedy.
-        """
+        """Load a task, or the tasks of a group or tag, as lm-eval's `evaluate` takes them. Documents are read once."""
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         loaded = self._loaded[name]
@@ -181,11 +174,7 @@ def _prepare_examples(name: str, task: Any, wanted: int) -> None:
 
 
 def _read_from_files(index: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Let the tasks of an index read the documents in `folder`, whether chosen by name, group or tag; the file of each.
-
-    Raises:
-        ValueError: a task has several files.
-    """
+    """Let the tasks of an index read the documents in `folder`, whether chosen by name, group or tag; the file of each."""
     files: dict[str, Path] = {}
     for file in (one for suffix in FORMATS for one in folder.glob(f"*{suffix}") if one.stem in index):
         if (other := files.setdefault(file.stem, file)) != file:

@@ -36,11 +36,6 @@ def evaluate_task(
 
     Returns:
         lm-eval's results, with `chance` by task.
-
-    Raises:
-        LockstepError: a rank has failed, so all raise.
-        ValueError: the task's documents cannot be loaded or lack a field.
-        BrokenCollectiveError: see `lockstep.py`.
     """
     outcome: Results | Exception
     with isolate_rng():  # does not restore the generators if its block raises

@@ -88,12 +88,7 @@ class ZeroShotEval(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the tasks; their documents are loaded at the first evaluation.
-
-        Raises:
-            SettingError: lm-eval is not installed.
-            ValueError: a task or folder does not exist, or the data module has no tokenizer.
-        """
+        """Find the tasks; their documents are loaded at the first evaluation."""
         if stage not in ("fit", "validate"):
             return
         if stage == "fit":  # not of an earlier run

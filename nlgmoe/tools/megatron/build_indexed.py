@@ -78,10 +78,6 @@ def build_indexed(
         bad: policy for unusable documents and files.
         workers: threads that tokenise.
         report: gets the progress at the start and after each chunk.
-
-    Raises:
-        ValueError: data is unusable and `bad` says "error"; a corpus is there, or something else was being built there, or
-            still is.
     """
     folder = prefix.with_name(f"{prefix.name}.building")
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,11 +122,7 @@ def build_indexed(
 
 
 def _check_new(prefix: Path) -> None:
-    """Check that no corpus of this name exists, but for a .bin that a killed build has moved there before its .idx.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Check that no corpus of this name exists, but for a .bin that a killed build has moved there before its .idx."""
     parts = prefix.with_name(f"{prefix.name}.building")
     moved = (parts / "idx").exists() and not (parts / "bin").exists()
     for kind in ("idx",) if moved else ("idx", "bin"):

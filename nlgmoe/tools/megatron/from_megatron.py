@@ -42,9 +42,6 @@ def from_megatron(
         output: file to write; default: standard output.
         variables: values of the script's variables, such as `--variables.NUM_GPUS 64`; they override its assignments.
         skip_unknown: list unknown flags in the header instead of refusing them.
-
-    Raises:
-        ValueError: a flag is unknown or not supported; one line for each, with the remedy.
     """
     if output is not None:
         check_output(output)

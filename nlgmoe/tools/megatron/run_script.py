@@ -82,10 +82,6 @@ def run_script(script: Path, variables: Mapping[str, str]) -> Launch:
     Args:
         script: the script.
         variables: set before each of its commands, so that they win over its own assignments.
-
-    Raises:
-        SettingError: the variables are not the script's, or there is not exactly one launch.
-        ValueError: there is no bash, or the time limit is over.
     """
     source = script.read_text(encoding="utf-8", errors="replace")
     for name in variables:

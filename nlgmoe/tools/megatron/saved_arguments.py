@@ -43,11 +43,7 @@ def read_log(path: Path) -> Launch:
 
 
 def _require_whole_lines(block: str, path: Path) -> None:
-    """Check that the log was not wrapped, as by a terminal that it was copied from: a value would be cut.
-
-    Raises:
-        SettingError: one of the longest lines is followed by the rest of its value. Other lines may stand between arguments.
-    """
+    """Check that the log was not wrapped, as by a terminal that it was copied from: a value would be cut."""
     lines = block.splitlines()
     width = max(map(len, lines), default=0)
     for before, line in pairwise(lines):

@@ -114,9 +114,6 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
         topology: layout over ranks.
         gpu: GPU of a rank.
         utilisation: achieved fraction of peak FLOP/s in matrix products, in (0, 1].
-
-    Raises:
-        ValueError: `utilisation` is out of range, or the model has a custom expert. A custom router counts as a gate.
     """
     require_paper_parts(config.moe, "the cost model knows", ["expert"])
     if not 0 < utilisation <= 1:

@@ -48,9 +48,6 @@ def inspect_config(
         hardware: v100-32, a100-40, a100-80, h100 or h200.
         utilisation: achieved fraction of peak FLOP/s in matrix products; docs/scaling.md documents the default.
         json: print one JSON object instead of a table.
-
-    Raises:
-        ValueError: the settings are inconsistent or a file cannot be read; the message names the remedy.
     """
     gpu = find_hardware(hardware)
     model, settings = read_settings(files)
@@ -77,11 +74,7 @@ def inspect_config(
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
-    """Read the model and train.py's settings; a checkpoint folder has no settings.
-
-    Raises:
-        ValueError: a file or folder cannot be read.
-    """
+    """Read the model and train.py's settings; a checkpoint folder has no settings."""
     if len(paths) == 1 and Path(paths[0]).is_dir():
         return GPTConfig.from_dict(read_document(paths[0])["model_config"]), {}
     # train.py's parser, for the same defaults and errors; its imports take seconds.
@@ -92,11 +85,7 @@ def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
 
 
 def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
-    """Return the topology of train.py's `settings`, overridden by the options `given` on the command line.
-
-    Raises:
-        ValueError: the numbers are inconsistent, or the cost model does not know the precision.
-    """
+    """Return the topology of train.py's `settings`, overridden by the options `given` on the command line."""
     trainer, data, module = (settings.get(part, {}) for part in ("trainer", "data", "model"))
     strategy = trainer.get("strategy") or "auto"
     name = strategy["class_path"] if isinstance(strategy, dict) else strategy

@@ -14,9 +14,6 @@ def report(runs: list[str], output: str | None = None, group_by: str | None = No
         output: HTML file; default: report.html, in the run folder or, for several runs, in the working directory.
         group_by: setting in which alone the runs of a group differ, such as seed: adds the mean of each group with a band of one
             standard error, and the differences between groups, paired by the setting's value.
-
-    Raises:
-        ValueError: a folder is not a run folder.
     """
     from nlgmoe.tools.report.page import write_report  # plotly
 

@@ -40,9 +40,6 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     Args:
         runs: of the page.
         setting: its name, or the end of it, such as `seed` for both `model.seed` and `data.seed`.
-
-    Raises:
-        ValueError: a run has no such setting, or two runs of a group have the same value.
     """
     found: dict[tuple[str, ...], dict[Key, tuple[int, Run]]] = {}
     shared: list[dict[str, str]] = []

@@ -53,11 +53,7 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
 
 
 def page(runs: Sequence[Run], group_by: str | None = None) -> str:
-    """Return the page's HTML.
-
-    Raises:
-        ValueError: the runs cannot be grouped.
-    """
+    """Return the page's HTML."""
     grouped = groups.group_runs(runs, group_by) if group_by is not None else []
     overlaid = groups.chart(grouped) if grouped else None
     title = f"nlgmoe: {', '.join(run.name for run in runs)}"

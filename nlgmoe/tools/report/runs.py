@@ -123,11 +123,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Read run folders, each once.
-
-    Raises:
-        ValueError: a folder is not a run folder.
-    """
+    """Read run folders, each once."""
     found: dict[str, Path] = {}  # by where links lead
     for path in paths:
         folder = Path(os.path.abspath(os.path.expanduser(path)))

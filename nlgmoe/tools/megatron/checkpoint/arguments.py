@@ -38,9 +38,6 @@ def check_supported(args: Namespace, accept_tanh_gelu: bool) -> None:
     Args:
         args: of the checkpoint.
         accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
-
-    Raises:
-        ValueError: an argument is refused; the message names it.
     """
     for name, (refused, reason) in REFUSED.items():
         value = getattr(args, name, _MISSING)
@@ -84,9 +81,6 @@ def model_config(args: Namespace, rows: int, positions: int, vocab_size: int | N
         rows: of the token embedding, padding included.
         positions: of the position embedding.
         vocab_size: ids to keep; None: all rows.
-
-    Raises:
-        ValueError: there is no such configuration.
     """
     hidden, ffn = _required(args, "hidden_size"), getattr(args, "ffn_hidden_size", None)
     multiple = getattr(args, "make_vocab_size_divisible_by", 1)

@@ -70,9 +70,6 @@ def import_checkpoint(
         qkv: order of queries, keys and values (`docs/megatron_checkpoints.md`).
         accept_tanh_gelu: take a model with exact GELU, whose logits then differ a little.
         overwrite: replace an older checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
     """
     folder = find_folder(Path(path))
     dense = read_dense(folder)
@@ -99,9 +96,6 @@ class Weights:
         experts: the experts' files.
         config: of our model.
         qkv_order: order of queries, keys and values, a value of `_QKV`.
-
-    Raises:
-        ValueError: the checkpoint has tensors that the model has no place for.
     """
 
     def __init__(self, dense: Dense, experts: ExpertFiles, config: GPTConfig, qkv_order: str) -> None:
@@ -115,11 +109,7 @@ class Weights:
             )
 
     def read(self, name: str) -> Tensor:
-        """Read one entry, in fp32.
-
-        Raises:
-            ValueError: it is not there, or of another shape.
-        """
+        """Read one entry, in fp32."""
         shape = self._shapes[name]
         if match := EXPERT.fullmatch(name):
             layer, (part, kind) = match["layer"], match["part"].split("_")

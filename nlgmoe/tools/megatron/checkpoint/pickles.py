@@ -38,11 +38,7 @@ class Placeholder:
 
 
 def load(file: Path) -> Any:
-    """Load a file to the CPU, and compare its checksums; tensors are memory-mapped.
-
-    Raises:
-        ValueError: it cannot be read, or holds something that could run code.
-    """
+    """Load a file to the CPU, and compare its checksums; tensors are memory-mapped."""
     require_regular(file, "copy the checkpoint anew")
     if not zipfile.is_zipfile(file):
         raise RunError(

@@ -51,11 +51,7 @@ class Dense:
 
 
 def find_folder(path: Path) -> Path:
-    """Find the folder with the files: `path` itself, or the one in it that `latest` names.
-
-    Raises:
-        ValueError: there is none, or its weights are sharded in a way that is not supported.
-    """
+    """Find the folder with the files: `path` itself, or the one in it that `latest` names."""
     if not path.is_dir():
         raise SettingError(f"{path} is no folder; name a Megatron-DeepSpeed checkpoint, such as OUT/global_step1000")
     folder = path
@@ -100,11 +96,7 @@ def _check_unsharded(folder: Path) -> None:
 
 
 def read_dense(folder: Path) -> Dense:
-    """Read everything but the experts.
-
-    Raises:
-        ValueError: it cannot be read, or is not what Megatron-DeepSpeed writes.
-    """
+    """Read everything but the experts."""
     file = folder / DENSE
     state = load(file)
     if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
@@ -147,9 +139,6 @@ class ExpertFiles:
     Args:
         folder: the checkpoint.
         counts: block -> its experts, of the blocks with experts.
-
-    Raises:
-        ValueError: files are missing.
     """
 
     def __init__(self, folder: Path, counts: dict[int, int]) -> None:
@@ -167,11 +156,7 @@ class ExpertFiles:
         self._last: tuple[Path, dict[str, Tensor]] | None = None
 
     def read(self, block: int, expert: int, part: str) -> tuple[Path, Tensor]:
-        """Read one tensor, such as `dense_h_to_4h.weight`; return its file too.
-
-        Raises:
-            ValueError: it is not there, or the file is another expert's.
-        """
+        """Read one tensor, such as `dense_h_to_4h.weight`; return its file too."""
         file = self._files[block, expert]
         if self._last is None or self._last[0] != file:
             self._last = file, self._read_file(file, block, expert)
