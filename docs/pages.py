@@ -12,7 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import nlgmoe
-from nlgmoe.commands.main import COMMANDS, OF_TRAIN_PY, main
+from nlgmoe.commands.main import COMMANDS, TRAIN_PY, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md": "index.md"} | {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
@@ -40,7 +40,7 @@ def commands() -> str:
     """Return the help of every command."""
     os.environ["COLUMNS"] = "100"
     parts = ["# Commands\n"]
-    for name in (*COMMANDS, *OF_TRAIN_PY):
+    for name in (*COMMANDS, *TRAIN_PY):
         text = StringIO()
         with redirect_stdout(text), suppress(SystemExit):
             main([name, "--help"])

@@ -9,6 +9,6 @@ import nlgmoe.parallel.strategy  # noqa: F401
 import tests.distributed.cells  # noqa: F401
 from nlgmoe.commands.main import COMMANDS
 
-for path in COMMANDS.values():
+for path, _ in COMMANDS.values():
     importlib.import_module(path.rpartition(".")[0])
 gc.freeze()  # DeepSpeed collects garbage four times for each engine, a third of a second each with all that is imported

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlgmoe.commands.main import COMMANDS, OF_TRAIN_PY
+from nlgmoe.commands.main import COMMANDS, TRAIN_PY
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.experiment import load_config
@@ -122,7 +122,7 @@ def options_of(command: str) -> frozenset[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_in_the_documents_have_the_options_that_they_are_given(name: str) -> None:
     for command, *words in commands_in((ROOT / name).read_text()):
-        assert command in COMMANDS or command in OF_TRAIN_PY, f"nlgmoe {command}"
+        assert command in COMMANDS or command in TRAIN_PY, f"nlgmoe {command}"
         known = options_of(command)
         for word in words:
             option = re.match(r"'?(--[\w.-]+)", word)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import sys
-import textwrap
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from nlgmoe.cli.errors import did_you_mean, one_line_errors
@@ -16,26 +13,56 @@ from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import SettingError
 from nlgmoe.versions import versions
 
+TRAIN_PY = ("fit", "validate", "test", "predict")
 COMMANDS = {
-    "configs": "nlgmoe.commands.configs.configs",
-    "prepare-data": "nlgmoe.commands.prepare_data.prepare_data",
-    "inspect": "nlgmoe.tools.planner.inspect_config.inspect_config",
-    "from-megatron": "nlgmoe.tools.megatron.from_megatron.from_megatron",
-    "import-megatron": "nlgmoe.tools.megatron.import_megatron.import_megatron",
-    "verify": "nlgmoe.commands.verify_checkpoint.verify_checkpoint",
-    "generate": "nlgmoe.commands.generate_text.generate_text",
-    "export": "nlgmoe.tools.hugging_face.export_checkpoint.export_checkpoint",
-    "import": "nlgmoe.tools.hugging_face.import_checkpoint.import_checkpoint",
-    "upcycle": "nlgmoe.commands.upcycle_checkpoint.upcycle_checkpoint",
-    "prune": "nlgmoe.commands.prune_checkpoint.prune_checkpoint",
-    "distill-logits": "nlgmoe.commands.distill_logits.distill_logits",
-    "student": "nlgmoe.commands.student.student",
-    "evaluate": "nlgmoe.tools.lm_eval.evaluate.evaluate",
-    "prepare-eval": "nlgmoe.tools.lm_eval.prepare_eval.prepare_eval",
-    "report": "nlgmoe.tools.report.command.report",
-    "check": "nlgmoe.tools.check.command.check",
-}  # name -> function
-OF_TRAIN_PY = ("fit", "validate", "test", "predict")
+    "configs": (
+        "nlgmoe.commands.configs.configs",
+        "list the package's configuration files, or copy them into a folder",
+    ),
+    "prepare-data": (
+        "nlgmoe.commands.prepare_data.prepare_data",
+        "build the pocket Pile, a tokenizer, or a corpus of your own text",
+    ),
+    "inspect": (
+        "nlgmoe.tools.planner.inspect_config.inspect_config",
+        "predict a run's parameters, memory, communication and speed",
+    ),
+    "from-megatron": (
+        "nlgmoe.tools.megatron.from_megatron.from_megatron",
+        "translate a launch of Megatron-DeepSpeed into YAML",
+    ),
+    "import-megatron": (
+        "nlgmoe.tools.megatron.import_megatron.import_megatron",
+        "convert a Megatron-DeepSpeed checkpoint",
+    ),
+    "verify": (
+        "nlgmoe.commands.verify_checkpoint.verify_checkpoint",
+        "check every byte of a checkpoint, and print its contents",
+    ),
+    "generate": ("nlgmoe.commands.generate_text.generate_text", "continue texts"),
+    "export": ("nlgmoe.tools.hugging_face.export_checkpoint.export_checkpoint", "write a folder for transformers"),
+    "import": (
+        "nlgmoe.tools.hugging_face.import_checkpoint.import_checkpoint",
+        "convert a folder of transformers into a checkpoint",
+    ),
+    "upcycle": (
+        "nlgmoe.commands.upcycle_checkpoint.upcycle_checkpoint",
+        "copy a dense model's feed-forward layers into experts",
+    ),
+    "prune": ("nlgmoe.commands.prune_checkpoint.prune_checkpoint", "keep the experts that a model uses most"),
+    "distill-logits": (
+        "nlgmoe.commands.distill_logits.distill_logits",
+        "record a teacher's most likely next tokens for a student",
+    ),
+    "student": ("nlgmoe.commands.student.student", "write a student's YAML"),
+    "evaluate": ("nlgmoe.tools.lm_eval.evaluate.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
+    "prepare-eval": (
+        "nlgmoe.tools.lm_eval.prepare_eval.prepare_eval",
+        "write evaluation sets for `evaluate` without a network",
+    ),
+    "report": ("nlgmoe.tools.report.command.report", "draw run folders as one HTML page"),
+    "check": ("nlgmoe.tools.check.command.check", "test a MoE layer for the defects that such layers have had"),
+}  # name -> function, and help
 
 
 def main(args: list[str] | None = None) -> None:
@@ -44,9 +71,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: words of the command line; None: those of this process.
     """
-    sys.path.append(
-        os.getcwd()
-    )  # for a configuration's own modules, behind all others; `python train.py` has its folder too
+    sys.path.append(os.getcwd())  # for a configuration's own modules; `python train.py` has its folder too
     with one_line_errors():
         words = sys.argv[1:] if args is None else args
         name = words[0] if words else ""
@@ -54,36 +79,26 @@ def main(args: list[str] | None = None) -> None:
             print(overview())
         elif name == "--version":
             print(", ".join(f"{package} {version}" for package, version in versions().items()))
-        elif name in OF_TRAIN_PY:
+        elif name in TRAIN_PY:
             importlib.import_module("nlgmoe.cli.train").main(args)
         elif name in COMMANDS:
             _run(name, args)
         else:
-            known = [*OF_TRAIN_PY, *COMMANDS]
-            found = f"unknown subcommand {name}{did_you_mean(name, known)}" if name else "no subcommand"
-            raise SettingError(f"{found} (one of {', '.join(known)})")
+            known = [*TRAIN_PY, *COMMANDS]
+            problem = f"unknown subcommand {name}{did_you_mean(name, known)}" if name else "no subcommand"
+            raise SettingError(f"{problem} (one of {', '.join(known)})")
 
 
 def overview() -> str:
-    """Return the help: every subcommand, and the first sentence of its function."""
-    summaries = {", ".join(OF_TRAIN_PY): "Train or evaluate a model; the same as train.py."}
-    for name, path in COMMANDS.items():
-        module, _, function = path.rpartition(".")
-        source = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py").read_text()
-        (found,) = (node for node in ast.parse(source).body if getattr(node, "name", None) == function)
-        summaries[name] = (ast.get_docstring(found) or "").partition("\n\n")[0]  # type: ignore[arg-type]
-    indent = " " * 18
-    rows = [textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent) for text in summaries.values()]
-    lines = [
-        f"  {name:<15} {row.lstrip()}" if len(name) < 16 else f"  {name}\n{row}"
-        for name, row in zip(summaries, rows, strict=True)
-    ]
+    """Return the help of the command itself."""
+    rows = [", ".join(TRAIN_PY), " " * 18 + "train or evaluate a model; the same as train.py"]
+    rows += [f"{name:<15} {summary}" for name, (_, summary) in COMMANDS.items()]
     usage = "usage: nlgmoe SUBCOMMAND ...\n       nlgmoe SUBCOMMAND --help\n       nlgmoe --version\n"
-    return "\n".join([usage, *lines])
+    return "\n".join([usage, *(f"  {row}" for row in rows)])
 
 
 def _run(name: str, args: list[str] | None) -> None:
-    module, _, function_name = COMMANDS[name].rpartition(".")
+    module, _, function_name = COMMANDS[name][0].rpartition(".")
     function: Any = getattr(importlib.import_module(module), function_name)
     from jsonargparse import auto_cli
 

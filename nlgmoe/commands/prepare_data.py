@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
+
+from tqdm import tqdm
 
 from nlgmoe.processes import check_processes, usable_cpus
 from nlgmoe.validation import SettingError
@@ -92,7 +95,6 @@ def _tokenise_input(
             f"output={output} is a folder; give the beginning of the files' names, such as data/own/text"
         )
     from nlgmoe.cli.input_files import input_files
-    from nlgmoe.commands.build_progress import ProgressLines
     from nlgmoe.data.corpus import build_lock
     from nlgmoe.data.streaming.data_files import describe_file
     from nlgmoe.data.text.bad_data import BadData
@@ -104,17 +106,26 @@ def _tokenise_input(
     files = input_files(input)
     with build_lock(Path(data_dir)):
         loaded = load_tokenizer(tokenizer, Path(data_dir))
-    lines = ProgressLines(len(files))
-    bad = BadData(on_bad_data, lines.print)
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # a file gets a line each time
+    bar = tqdm(desc="tokenising", unit="B", unit_scale=True, mininterval=seconds)
+    bad = BadData(on_bad_data, tqdm.write)
     text_bytes = None
     if len(files) == 1 and is_plain_text(files[0]):
-        lines.print(
+        tqdm.write(
             f"note: {files[0]} is the only file: it is cut at ends of lines into documents, so that the last ones can be used "
             "for validation"
         )
         text_bytes = describe_file(files[0]).bytes // PIECES + 1
     fields = Fields(text=text_field, text_bytes=text_bytes)
-    built = build_indexed(files, prefix, loaded, fields, bad, workers or usable_cpus(), lines.report)
+
+    def show(progress: Progress) -> None:
+        bar.set_postfix_str(
+            f"file {min(progress.file + 1, len(files))} of {len(files)}, {progress.tokens:,} tokens", False
+        )
+        bar.update(progress.bytes - bar.n)
+
+    with bar:
+        built = build_indexed(files, prefix, loaded, fields, bad, workers or usable_cpus(), show)
     _print_built(built, len(files), prefix)
     print(_about(tokenizer, loaded))
 
