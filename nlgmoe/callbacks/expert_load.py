@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.checkpoint.folder import REMEDY
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
@@ -29,7 +29,7 @@ from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import SettingError
 
 
-class ExpertLoad(CountsSteps):
+class ExpertLoad(Callback):
     """Logs load, drops, router statistics and gradient norms per MoE layer, as `experts/LAYER/...` (docs/metrics.md).
 
     A value covers a logging interval, over restarts too, and all ranks and micro-batches; skipped steps are excluded.
@@ -54,15 +54,18 @@ class ExpertLoad(CountsSteps):
         self._skipped = 0
         self._warned = False  # that the router has no gate
         self._file: ExpertLoadFile | None = None
-        super().__init__()
+        self._begin_run()
 
-    @override
-    def begin_run(self) -> None:
-        """Start without a step."""
+    def _begin_run(self) -> None:
         self._step = self._interval = torch.zeros(0)  # sums of all layers, fp64, on the device
         self._resumed: list[float] = []  # sums of the interval that a checkpoint is in, over all ranks
-        self._sums: list[float] = []  # of an interval that has ended, until it is logged
         self._last_used: list[list[int]] = []  # by layer and expert: the last logged step with a token for it
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run; `load_state_dict` restores a resumed one after this."""
+        if stage == "fit":
+            self._begin_run()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +103,6 @@ class ExpertLoad(CountsSteps):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._file is None and self._experts and trainer.is_global_zero:
             self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 
@@ -112,47 +114,39 @@ class ExpertLoad(CountsSteps):
             self._squares = pl_module.step_gradients().squared_norms(self._parts)
 
     @override
-    def count(self, trainer: Trainer, module: MoEGPTModule, tokens: int, lengths: int, seconds: float) -> None:
-        """Add the micro-batch, and the step that it ends."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Add the micro-batch, and the step that it ends; log once per interval."""
+        assert isinstance(pl_module, MoEGPTModule)
         if not self._experts:
             return
-        self._step += torch.cat([routing_sums(routing) for routing in module.routings])
+        self._step += torch.cat([routing_sums(routing) for routing in pl_module.routings])
         if not ends_step(trainer):
             return
-        if module.skipped_steps == self._skipped:
+        if pl_module.skipped_steps == self._skipped:
             self._interval += self._step
         else:
             self._squares = None
         self._step.zero_()
-        self._skipped = module.skipped_steps
+        self._skipped = pl_module.skipped_steps
         if is_logged(trainer):
-            self._end_interval(trainer)
+            self._log(trainer, pl_module, self._end_interval(trainer))
 
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Add the micro-batch; log once per interval."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._experts and ends_step(trainer) and is_logged(trainer):
-            assert isinstance(pl_module, MoEGPTModule)
-            if not self._sums:  # a callback has made it the last step since it was counted
-                self._end_interval(trainer)
-            self._log(trainer, pl_module)
-
-    def _end_interval(self, trainer: Trainer) -> None:
+    def _end_interval(self, trainer: Trainer) -> list[float]:
+        """Return the sums of an interval over all ranks, and begin the next one. A collective."""
         squares = self._squares
         if squares is None:  # the step was skipped, or became the last one after its gradients were computed
             squares = self._interval.new_full((len(self._parts),), torch.nan)
-        self._sums = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
+        sums: list[float] = sum_over_ranks(torch.cat([self._interval, squares.double()])).tolist()
         self._interval.zero_()
         self._squares = None
-        for last_used, layer in zip(self._last_used, self._split(self._sums), strict=True):
+        for last_used, layer in zip(self._last_used, self._split(sums), strict=True):
             for expert in np.flatnonzero(layer.requests):
                 last_used[expert] = trainer.global_step
+        return sums
 
-    def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
-        sums, self._sums = self._sums, []
+    def _log(self, trainer: Trainer, module: MoEGPTModule, sums: list[float]) -> None:
         layers = self._split(sums)
         norms = [math.sqrt(square) for square in sums[-len(self._parts) :]]
         gated = all(map(has_gate, module.routings))

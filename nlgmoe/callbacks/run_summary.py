@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters, parameters_of
 from nlgmoe.module import MoEGPTModule
@@ -24,7 +24,7 @@ from nlgmoe.monitoring.memory import peak_memory_bytes
 from nlgmoe.versions import versions
 
 
-class RunSummary(CountsSteps):
+class RunSummary(Callback):
     """Writes `summary.json` into the run folder (`trainer.default_root_dir`) when `fit` ends; a run that is resumed removes it.
 
     `train_loss` is the mean of the finite losses of the last 50 steps. Times and tokens are summed over the resumed parts of a
@@ -32,16 +32,23 @@ class RunSummary(CountsSteps):
     `validation_seconds` only validation; `wall_seconds` includes waiting for data, other callbacks and checkpoints.
     """
 
-    @override
-    def begin_run(self) -> None:
-        """See `CountsSteps`."""
+    def __init__(self) -> None:
+        self._begin_run()
+
+    def _begin_run(self) -> None:
         self._losses: deque[float] = deque(maxlen=50)
         self._wall_seconds = 0.0
         self._step_seconds = self._validation_seconds = 0.0
-        self._fed_tokens = 0
-        self._fit_started = self._validation_started = 0.0
+        self._fed_tokens = self._tokens_before = 0  # before: of the module, at the end of the last micro-batch
+        self._fit_started = self._batch_started = self._validation_started = 0.0
         self._peak_memory = 0  # of earlier starts, in bytes
         self._device: torch.device | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run; `load_state_dict` restores a resumed one after this."""
+        if stage == "fit":
+            self._begin_run()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -84,21 +91,26 @@ class RunSummary(CountsSteps):
                 f"trainer.limit_val_batches={trainer.limit_val_batches} validates on the first domains alone, so summary.json "
                 "compares nothing with other models; remove it and set data.max_eval_windows, which counts for every domain"
             )
-        self._fit_started, self._started = time.perf_counter(), 0.0
+        self._fit_started, self._batch_started = time.perf_counter(), 0.0
+        self._tokens_before = pl_module.tokens_fed
         self._device = trainer.strategy.root_device
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start the step clock; at the first step remove the summary of an earlier end."""
-        if not self._started and trainer.is_global_zero:
+        if not self._batch_started and trainer.is_global_zero:
             Path(trainer.default_root_dir, "summary.json").unlink(missing_ok=True)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._batch_started = time.perf_counter()
 
     @override
-    def count(self, trainer: Trainer, module: MoEGPTModule, tokens: int, lengths: int, seconds: float) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         """Add the micro-batch."""
-        self._step_seconds += seconds
-        self._fed_tokens += tokens
+        assert isinstance(pl_module, MoEGPTModule)
+        self._step_seconds += time.perf_counter() - self._batch_started
+        self._fed_tokens += pl_module.tokens_fed - self._tokens_before
+        self._tokens_before = pl_module.tokens_fed
         if ends_step(trainer):
             self._losses.append(float(trainer.callback_metrics["train/loss"]))  # already on the host
 
@@ -119,7 +131,7 @@ class RunSummary(CountsSteps):
         self._wall_seconds, self._fit_started = self._wall_so_far(), 0.0
         assert isinstance(pl_module, MoEGPTModule)
         folder = Path(trainer.default_root_dir)
-        nothing_new = not self._started and not self._validation_started and (folder / "summary.json").exists()
+        nothing_new = not self._batch_started and not self._validation_started and (folder / "summary.json").exists()
         if not trainer.is_global_zero or nothing_new:
             return
         summary = self._summary(trainer, pl_module)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.callbacks.counts_steps import CountsSteps
 from nlgmoe.device import product_name
 from nlgmoe.model.counting import flops_of_tokens
 from nlgmoe.module import MoEGPTModule
@@ -21,7 +21,7 @@ from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCol
 from nlgmoe.validation import RunError
 
 
-class Throughput(CountsSteps):
+class Throughput(Callback):
     """Logs throughput, step time by part and memory once per logging interval (docs/metrics.md).
 
     `train/tokens_per_second`, `train/tflops_per_second` and `train/mfu` cover all ranks, `time/...` is the mean over ranks of
@@ -43,19 +43,23 @@ class Throughput(CountsSteps):
             raise RunError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
-        super().__init__()
+        self._begin_run()
 
-    @override
-    def begin_run(self) -> None:
-        """See `CountsSteps`."""
+    def _begin_run(self) -> None:
         self._flops = 0  # of all finished steps of the run
-        self._step_tokens = self._step_lengths = 0  # of the current step
+        self._tokens = self._lengths = 0  # of the module, at the end of the last step
         self._elapsed, self._fit_started = 0.0, 0.0  # seconds before this start; clock at this start
         self._begin_interval()
 
     def _begin_interval(self) -> None:
-        self._tokens = self._steps = 0
-        self._interval_flops, self._seconds = 0, 0.0
+        self._interval_tokens = self._interval_flops = self._steps = 0
+        self._seconds = self._batch_started = 0.0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run; `load_state_dict` restores a resumed one after this."""
+        if stage == "fit":
+            self._begin_run()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -78,13 +82,14 @@ class Throughput(CountsSteps):
         if self._is_timed:
             trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
         self._fit_started = time.perf_counter()
-        self._step_tokens = self._step_lengths = 0
+        assert isinstance(pl_module, MoEGPTModule)
+        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.lengths_fed
         self._begin_interval()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start timing a micro-batch."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._batch_started = time.perf_counter()
         if trainer.world_size > 1 and self._is_timed:
             self._collectives.start()
 
@@ -92,26 +97,21 @@ class Throughput(CountsSteps):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the micro-batch; log once per interval."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if ends_step(trainer) and is_logged(trainer):
-            assert isinstance(pl_module, MoEGPTModule)
-            self._log(trainer, pl_module)
-
-    @override
-    def count(self, trainer: Trainer, module: MoEGPTModule, tokens: int, lengths: int, seconds: float) -> None:
-        """Add the micro-batch, and the step that it ends."""
+        """Add the micro-batch, and the step that it ends; log once per interval."""
+        assert isinstance(pl_module, MoEGPTModule)
         self._collectives.stop()
-        self._seconds += seconds
-        self._tokens += tokens
-        self._step_tokens += tokens
-        self._step_lengths += lengths
-        if ends_step(trainer):
-            flops = flops_of_tokens(module.config, self._step_tokens, self._step_lengths)
-            self._steps += 1
-            self._flops += flops
-            self._interval_flops += flops
-            self._step_tokens = self._step_lengths = 0
+        self._seconds += time.perf_counter() - self._batch_started
+        if not ends_step(trainer):
+            return
+        tokens, lengths = pl_module.tokens_fed - self._tokens, pl_module.lengths_fed - self._lengths
+        self._tokens, self._lengths = pl_module.tokens_fed, pl_module.lengths_fed
+        flops = flops_of_tokens(pl_module.config, tokens, lengths)
+        self._steps += 1
+        self._flops += flops
+        self._interval_tokens += tokens
+        self._interval_flops += flops
+        if is_logged(trainer):
+            self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, module: MoEGPTModule) -> None:
         started = time.perf_counter()
@@ -124,7 +124,7 @@ class Throughput(CountsSteps):
         times, largest = _over_ranks(trainer, parts, list(memory.values()))
         speed = self._interval_flops / total
         metrics = {
-            "train/tokens_per_second": self._tokens / total,
+            "train/tokens_per_second": self._interval_tokens / total,
             "train/tflops_per_second": speed / 1e12,
             "train/flops": float(self._flops),
             **{f"time/{part}": value for part, value in zip((*PARTS, "step"), times, strict=True)},
