@@ -12,14 +12,17 @@ from typing import Any, Literal
 from nlgmoe.parts import PARTS, ExpertConfig, RouterConfig, part_from_dict, part_to_dict
 from nlgmoe.validation import RunError, require, require_valid
 
-FREE_IN_EVALUATION = frozenset(
+ROUTER_FIELDS = frozenset(
     {
-        *("hidden_dropout", "attention_dropout", "init_std", "train_capacity_factor", "token_dropping"),
+        *("train_capacity_factor", "eval_capacity_factor", "min_capacity", "token_dropping", "eval_token_dropping"),
         *("random_token_selection", "noise", "second_expert", "loss_coeff", "z_loss_coeff", "aux_scope"),
-        *("eval_token_dropping", "eval_capacity_factor", "min_capacity"),
     }
-)  # a checkpoint may be evaluated with other values of these
-ROUTER_FIELDS = FREE_IN_EVALUATION - {"hidden_dropout", "attention_dropout", "init_std"}  # read by routers only
+)  # fields of MoEConfig that only routers read
+FREE_IN_EVALUATION = ROUTER_FIELDS | {
+    "hidden_dropout",
+    "attention_dropout",
+    "init_std",
+}  # may differ from the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class MoEConfig:
             any number of ranks computes the same), or of the micro-batches of all ranks together (`global`: depends on the
             number of ranks).
         router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); its `uses`
-            lists the fields from `train_capacity_factor` to `aux_scope` that it reads. null: the paper's, which reads all.
+            lists those of `ROUTER_FIELDS`
+            that it reads. null: the paper's, which reads all.
         expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
     """
 

@@ -26,7 +26,7 @@ from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
 from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
 from nlgmoe.run_checks import warn_about_end, warn_about_rate
-from nlgmoe.step import TrainingStep
+from nlgmoe.step import TrainingSteps
 from nlgmoe.validation import SettingError
 
 
@@ -82,56 +82,27 @@ class MoEGPTModule(GPTModule):
         self.non_finite = non_finite
         self.distiller = copy(distiller)  # a fit changes it
         self.resuming = Resuming()
-        self.step = TrainingStep(self)
+        self.steps = TrainingSteps(self)
 
     @property
     def tokens_seen(self) -> int:
         """Return the token clock: positions fed to all ranks, padding included, up to the last optimizer step."""
-        return self.step.tokens_seen
+        return self.steps.tokens_seen
 
     @property
     def tokens_fed(self) -> int:
         """Return `tokens_seen` plus the positions of the micro-batches since the last optimizer step, over all ranks."""
-        return self.step.tokens_seen + self.step.window.tokens
+        return self.steps.tokens_seen + self.steps.window.tokens
 
     @property
     def lengths_fed(self) -> int:
-        """Return the sum over positions fed, by all ranks since the module was made, of the lengths of their sequences."""
-        return self.step.lengths_seen + self.step.window.lengths
+        """Return the sum over sequences fed, to all ranks since the module was made, of length squared."""
+        return self.steps.lengths_seen + self.steps.window.lengths
 
     @property
     def skipped_steps(self) -> int:
         """Return the number of steps that `non_finite` or fp16's loss scale has skipped since the run began."""
-        return self.step.guard.skipped
-
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of one micro-batch."""
-        return self.step.micro_batch(batch)
-
-    @override
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Check and clip the gradients of a step; Lightning calls this between backward pass and optimizer."""
-        self.step.check_gradients(self.step_gradients(), gradient_clip_val, gradient_clip_algorithm)
-
-    @override
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Finish a step; Lightning calls this after the optimizer."""
-        self.step.finish(scheduler)
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Stop after a whole step only."""
-        self.step.postpone_stop()
-
-    def step_gradients(self) -> StepGradients:
-        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
-        trainer = self.trainer
-        if isinstance(trainer.strategy, HasStepGradients):
-            return trainer.strategy.step_gradients()
-        return LocalGradients(self.gpt.parameters(), getattr(trainer.precision_plugin, "scaler", None))
+        return self.steps.guard.skipped
 
     @override
     def configure_optimizers(self) -> Any:
@@ -162,7 +133,7 @@ class MoEGPTModule(GPTModule):
         validate_by_steps(self.trainer)
         self.resuming.begin(self.trainer, self.tokens_seen, self.train_tokens)
         warn_about_end(self.config, self.curriculum, self.schedule, self.train_tokens, self.trainer)
-        self.step.begin()
+        self.steps.begin()
         data = self.trainer.fit_loop._data_source.instance  # `trainer.datamodule` may be that of an evaluation before
         equal = isinstance(data, TrainingData) and data.has_equal_batches()
         for moe in moe_layers(self.gpt):
@@ -177,9 +148,43 @@ class MoEGPTModule(GPTModule):
             self.distiller.start(self.gpt, self.trainer)
 
     @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the step number that loggers use; Lightning loses it if a run is resumed at an end."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of one micro-batch."""
+        return self.steps.micro_batch(batch)
+
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Check and clip the gradients of a step; Lightning calls this between backward pass and optimizer."""
+        self.steps.before_update(self.step_gradients(), gradient_clip_val, gradient_clip_algorithm)
+
+    @override
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Finish a step; Lightning calls this after the optimizer."""
+        self.steps.after_update(scheduler)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop after a whole step only."""
+        self.steps.postpone_stop()
+
+    def step_gradients(self) -> StepGradients:
+        """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
+        trainer = self.trainer
+        if isinstance(trainer.strategy, HasStepGradients):
+            return trainer.strategy.step_gradients()
+        return LocalGradients(self.gpt.parameters(), getattr(trainer.precision_plugin, "scaler", None))
+
+    @override
     def on_train_epoch_end(self) -> None:
         """Check the weights after the last step: no later loss would show that they are not finite."""
-        self.step.guard.check_weights(self.trainer.global_step, self.gpt)
+        self.steps.guard.check_weights(self.trainer.global_step, self.gpt)
 
     @override
     def on_train_end(self) -> None:
@@ -187,11 +192,6 @@ class MoEGPTModule(GPTModule):
         warn_about_rate(self.schedule, self.tokens_seen, self.train_tokens)
         if self.distiller is not None:
             self.distiller.release()
-
-    @override
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the step number that loggers use; Lightning loses it if a run is resumed at an end."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -206,7 +206,7 @@ class MoEGPTModule(GPTModule):
         checkpoint |= {
             "model_config": self.config.to_dict(),
             "tokens_seen": self.tokens_seen,
-            "non_finite": self.step.guard.state_dict(),
+            "non_finite": self.steps.guard.state_dict(),
             "seed": self.seed,
         }
         if self.started_from is not None:
@@ -227,9 +227,9 @@ class MoEGPTModule(GPTModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         check_same_run(checkpoint, self.config, self.seed if fits else None, self.trainer.ckpt_path)
         check_tokenizer(checkpoint, training_data(self.trainer))
-        self.step.tokens_seen = checkpoint["tokens_seen"]
+        self.steps.tokens_seen = checkpoint["tokens_seen"]
         self.started_from = checkpoint.get("started_from")
-        self.step.guard.load_state_dict(checkpoint["non_finite"])
+        self.steps.guard.load_state_dict(checkpoint["non_finite"])
         if fits:
             self.resuming.load(checkpoint, self.trainer)
             if isinstance(self.distiller, KeepsState):

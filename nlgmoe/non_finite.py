@@ -161,7 +161,7 @@ class StepGuard:
 
         Args:
             step: its number, as in the logger.
-            loss: sum of the logged losses, each the mean over micro-batches and ranks.
+            loss: sum of all logged losses, each the mean over micro-batches and ranks; only asked whether it is finite.
             norm: of its gradients.
             model: with the weights before the step.
             losses: of each micro-batch of this rank.

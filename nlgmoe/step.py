@@ -5,9 +5,9 @@ hook of Lightning             when                                          here
 on_train_start                before the first step                         `begin`
 training_step                 each micro-batch                              `micro_batch`: forward pass and losses
 -                             each micro-batch                              Lightning: backward pass; gradients add up
-configure_gradient_clipping   after the last micro-batch's backward pass    `check_gradients`: norm, guard, clipping
+configure_gradient_clipping   after the last micro-batch's backward pass    `before_update`: norm, guard, clipping
 -                             then                                          Lightning: `optimizer.step()`, AdamW
-lr_scheduler_step             then                                          `finish`: clocks, data, routers, rate, end
+lr_scheduler_step             then                                          `after_update`: clocks, data, routers, rate
 on_train_batch_end            each micro-batch                              `postpone_stop`
 """
 
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from nlgmoe.module import MoEGPTModule
 
 
-class TrainingStep:
-    """The steps of one module.
+class TrainingSteps:
+    """The training steps of one module, one after another.
 
     Args:
         module: that is trained.
 
     Attributes:
         tokens_seen: the token clock: positions fed to all ranks, padding included, up to the last optimizer step.
-        lengths_seen: sum over positions fed, up to the last optimizer step, of the lengths of their sequences.
+        lengths_seen: sum over sequences fed of length squared, likewise; the FLOPs of attention are proportional to it.
         window: the micro-batches since then.
         guard: decides about steps that are not finite.
     """
@@ -51,13 +51,14 @@ class TrainingStep:
         self._module = module
         self.tokens_seen = self.lengths_seen = 0
         self.guard = StepGuard(module.non_finite)
-        self.begin([])
+        self.window = Window()
+        self._learning_routers: dict[int, Router] = {}  # by MoE layer: those that change after a step
+        self._stops_after_step = False
 
-    def begin(self, routers: Sequence[Router] | None = None) -> None:
-        """Begin the first accumulation window. `routers` are those of the MoE layers; None: of the module's model."""
-        if routers is None:
-            routers = [moe.router for moe in moe_layers(self._module.gpt)]
-        self._learning_routers = {layer: router for layer, router in enumerate(routers) if router.learns_from_steps}
+    def begin(self) -> None:
+        """Begin the first accumulation window."""
+        routers = enumerate(moe.router for moe in moe_layers(self._module.gpt))
+        self._learning_routers = {layer: router for layer, router in routers if router.learns_from_steps}
         self.window = Window()
         self._stops_after_step = False
 
@@ -79,7 +80,7 @@ class TrainingStep:
         module.routings = routings
         return loss
 
-    def check_gradients(self, gradients: StepGradients, clip_val: float | None, clip_algorithm: str | None) -> None:
+    def before_update(self, gradients: StepGradients, clip_val: float | None, clip_algorithm: str | None) -> None:
         """Log the step, and clip its gradients, or drop them where they or the loss are not finite.
 
         The host reads losses and gradient norm from the device in one copy.
@@ -90,15 +91,15 @@ class TrainingStep:
             module.log(name, value, prog_bar=name == "train/loss")
         module.log("train/grad_norm", norm)
         module.log("train/lr", module.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        step, loss = module.trainer.global_step, sum(losses)
-        window.taken = self.guard.allows(step, loss, norm, module.gpt, window.losses, gradients)
+        step = module.trainer.global_step
+        window.taken = self.guard.allows(step, sum(losses), norm, module.gpt, window.losses, gradients)
         if not window.taken:
             gradients.discard()
         elif clip_val:
             gradients.clip(clip_val, clip_algorithm)
         module.log("train/skipped_steps", float(self.guard.skipped))
 
-    def finish(self, scheduler: Any) -> None:
+    def after_update(self, scheduler: Any) -> None:
         """Advance clocks, data and routers, then the learning rate; stop the trainer after the last step.
 
         Lightning calls this before a callback can save a checkpoint. A checkpoint that is saved within an accumulation window
@@ -122,7 +123,7 @@ class TrainingStep:
             scheduler.step()
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
-        # Before the end is known: a run that is resumed with a later one has no validation at this end.
+        # Ask before `should_stop` is set, which makes a validation due: a longer run that resumes this one has none here.
         module.resuming.validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         fed = module.train_tokens is not None and self.tokens_seen >= module.train_tokens
         # Set now, so that this step is logged and validated as the last one.
@@ -156,7 +157,7 @@ class Window:
         requests: `[E]` of each router that learns from steps, of this rank's micro-batches together.
         samples: sequences of all ranks; until `read`, those of this rank times the number of ranks.
         tokens: positions of all ranks, likewise.
-        lengths: sum over those positions of the lengths of their sequences.
+        lengths: sum over those sequences of length squared.
         taken: the optimizer's step has been, or is about to be, taken.
     """
 

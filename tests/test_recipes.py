@@ -35,10 +35,10 @@ def test_recipes(
     main(["report", *(f"runs/sweep/lr-{lr}" for lr in ("1e-3", "2e-3")), *report[2:]])
     assert "lr-2e-3" in Path("runs/sweep/report.html").read_text()
 
-    Path("router_norms.py").write_text(CALLBACK)
+    Path("used_experts.py").write_text(CALLBACK)
     Path("own.yaml").write_text(OWN)
     main(["fit", "--config=configs/quickstart.yaml", *SHORT, f"--data.data_dir={pocket_pile}", "--config=own.yaml"])
-    logged = pd.read_csv("runs/quickstart/metrics.csv")["router_norm/0"].dropna()
+    logged = pd.read_csv("runs/quickstart/metrics.csv")["used_experts/0"].dropna()
     assert len(logged) and (logged > 0).all() and any(Path("logs").rglob("events.out.tfevents*"))
 
     capsys.readouterr()

@@ -25,5 +25,5 @@ class SwiGLUExpert(ExpertConfig):
         return {"gate": into, "expand": into, "project": back}
 
     def forward(self, x: Tensor, linear) -> Tensor:
-        """See `ExpertConfig`. `through` is computed again in the backward pass; its value is not kept."""
+        """See `ExpertConfig`."""
         return linear("project", F.silu(linear("gate", x)) * linear("expand", x))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
 
 from nlgmoe.cli.model_options import import_allowed
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
-    from nlgmoe.distill.record_logits import Progress
     from nlgmoe.experiment import Experiment
-
-SECONDS = 10.0  # between two lines
 
 
 def distill_logits(
@@ -114,14 +112,15 @@ def distill_logits(
         "loss_chunk_size": module.loss_chunk_size,
     }
     size = record_type(recipe).itemsize
-    lines = _Lines(samples, module.config.seq_len, size)
-    header = record_logits(spoken, data, recipe, Path(output), lines.report)
-    print(f"teacher    {header['teacher']['checkpoint']}, step {header['teacher']['step']:,}, {precision}")
+    bar = tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10.0)
+    with bar:
+        done = record_logits(spoken, data, recipe, Path(output), lambda progress: bar.update(progress.samples - bar.n))
+    print(f"teacher    {checkpoint}, step {document['global_step']:,}, {precision}")
     print(f"samples    {samples:,} of {module.config.seq_len:,} tokens")
     print(f"logits     {output}, {samples * size / 1e6:,.1f} MB, {size / module.config.seq_len:,.1f} bytes a token")
-    print(
-        f"tail       {header['tail_mass']:.4f} of the probability is outside the {top_k} likeliest tokens, on average"
-    )
+    if done.positions:
+        tail = done.tail_mass / done.positions
+        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average")
     print(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
@@ -141,36 +140,3 @@ def _distilled(experiment: Experiment, batch_size_after: Any) -> int:
     if found is None:
         raise SettingError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
     return found
-
-
-class _Lines:
-    """A line every ten seconds, on stderr.
-
-    Args:
-        samples: samples to record.
-        seq_len: tokens of a sample.
-        size: bytes of a sample.
-    """
-
-    def __init__(self, samples: int, seq_len: int, size: int) -> None:
-        self._samples, self._seq_len, self._size = samples, seq_len, size
-        self._first: int | None = None
-        self._started = self._printed = 0.0
-
-    def report(self, progress: Progress) -> None:
-        """Print, if it is time to."""
-        done, now = progress.samples, time.monotonic()
-        if self._first is None:
-            self._first, self._started, self._printed = done, now, now
-            if done:
-                print(f"{done:,} of {self._samples:,} samples are there", file=sys.stderr, flush=True)
-        elif now - self._printed >= SECONDS or done == self._samples:
-            self._printed = now
-            speed = (done - self._first) / max(1e-9, now - self._started)
-            print(
-                f"{done:,} of {self._samples:,} samples: {done * self._seq_len:,} tokens, {done * self._size / 1e6:,.1f} MB; "
-                f"{speed * self._seq_len:,.0f} tokens/s, {speed * self._size / 1e6:,.1f} MB/s, "
-                f"{(self._samples - done) / max(1e-9, speed):,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -1,17 +1,12 @@
-"""Record a teacher's logits for a run's training samples, atomically and resumable after a kill with the same bytes.
+"""Record a teacher's logits for a run's training samples, a file for every 1,000 of them; see `teacher_logits.py`.
 
-    FOLDER.building/FOLDER/        what becomes FOLDER, by renaming, when it is whole
-    FOLDER.building/progress.json  up to where its records are whole, where the data stands, and what they are made from
-
-Batches begin at multiples of the micro-batch wherever a process was killed, so each sample is computed among the same others.
+A process that is killed loses the file that it was computing; the same command records the rest, with the same bytes. Files hold
+whole micro-batches, so that each sample is computed among the same others.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
@@ -32,11 +26,11 @@ from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.teacher_logits import (
     FORMAT,
     HEADER,
-    RECORDS,
+    POSITION,
     VERSION,
-    TeacherLogits,
-    building,
     checksum,
+    file_name,
+    read_header,
     record_type,
 )
 from nlgmoe.files import atomic_write
@@ -45,7 +39,7 @@ from nlgmoe.non_finite import require_finite_logits
 from nlgmoe.validation import RunError, SettingError
 from nlgmoe.versions import versions
 
-RECORD_SECONDS = 30.0  # between two writes of the progress, which is what a killed process loses
+SAMPLES_PER_FILE = 1000  # at least; rounded up to whole micro-batches
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Progress:
     """The progress of a recording.
 
     Attributes:
-        samples: written.
+        samples: recorded.
         positions: of these samples, without padding.
         tail_mass: sum over positions of the probability outside the K likeliest tokens.
     """
@@ -69,8 +63,8 @@ def record_logits(
     settings: dict[str, Any],
     folder: Path,
     report: Callable[[Progress], object],
-) -> dict[str, Any]:
-    """Write a folder for `TeacherLogits`, or resume writing it. Returns its header.
+) -> Progress:
+    """Write a folder for `TeacherLogits`, or what an earlier process has left of it.
 
     Args:
         teacher: loaded.
@@ -81,113 +75,79 @@ def record_logits(
         folder: the result.
         report: called with the progress at the start and after every batch.
     """
-    work = building(folder)
-    if folder.exists():
-        if not (folder / HEADER).exists():
-            raise SettingError(f"output={folder} exists already, and holds no teacher's logits; name another output")
-        header = TeacherLogits(folder).header
-        _check_same(header, settings, folder)
-        shutil.rmtree(work, ignore_errors=True)  # an earlier process was killed before it removed it
-        report(Progress(header["samples"]))
-        return header
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"output={folder} is being recorded by another process: wait for it, or stop it") from None
-    try:
-        header = _record(teacher, data, settings, work, folder, report)
-        (work / folder.name).rename(folder)
-        flush(folder.parent)
-    finally:
-        lock.release()
-    shutil.rmtree(work, ignore_errors=True)
-    return header
-
-
-def _record(
-    teacher: MixtureOfStudents,
-    data: PileDataModule,
-    settings: dict[str, Any],
-    work: Path,
-    folder: Path,
-    report: Callable[[Progress], object],
-) -> dict[str, Any]:
-    """Write the folder, under its name in `work`."""
-    parts, note = work / folder.name, work / "progress.json"
-    done, settings = _resume(note, settings, data)
-    dtype, total = record_type(settings), settings["samples"]
-    parts.mkdir(exist_ok=True)
-    for stray in parts.iterdir():
-        if stray.name != RECORDS:
-            stray.unlink()
-    _truncate(parts / RECORDS, done.samples * dtype.itemsize, (total - done.samples) * dtype.itemsize, work)
+    header, position = folder / HEADER, folder / POSITION
+    total, batch_size = settings["samples"], settings["micro_batch_size"]
+    per_file = -(-SAMPLES_PER_FILE // batch_size) * batch_size
+    for unfinished in folder.glob(".*"):  # of a killed process
+        unfinished.unlink()
+    if header.exists():
+        settings = _check_same(read_header(folder), settings, folder)
+        if not position.exists():
+            report(done := Progress(total))
+            return done
+        done = _resume(position, data)
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {POSITION}:
+        raise SettingError(f"output={folder} exists already, and holds no teacher's logits; name another output")
+    else:
+        done = Progress()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_position(position, done, data)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            **settings,
+            "samples_per_file": per_file,
+            "versions": versions(),
+        }
+        _write_json(header, content | {"checksum": checksum_of_manifest(content)})
     report(done)
-    with (parts / RECORDS).open("r+b") as file:
-        file.seek(done.samples * dtype.itemsize)
-        batches, noted = iter(data.train_dataloader()) if done.samples < total else iter(()), time.monotonic()
-        while done.samples < total:
-            batch = data.on_before_batch_transfer(next(batches), 0)
-            assert batch["samples"][0] == done.samples
-            records, reached = _records(teacher, batch, settings, done)
-            file.write(records.tobytes())
-            data.advance(len(batch["samples"]))
-            report(done := reached)
-            if done.samples == total or time.monotonic() - noted >= RECORD_SECONDS:
-                file.flush()
-                os.fsync(file.fileno())
-                _write_json(note, {"settings": settings, "done": asdict(done), "data": data.state_dict()})
-                noted = time.monotonic()
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        **settings,
-        "tail_mass": done.tail_mass / max(1, done.positions),
-        "versions": versions(),
-    }
-    header["checksum"] = checksum_of_manifest(header)
-    _write_json(parts / HEADER, header)
-    flush(parts)
-    return header
+    parts: list[np.ndarray] = []
+    batches = iter(data.train_dataloader()) if done.samples < total else iter(())
+    while done.samples < total:
+        batch = data.on_before_batch_transfer(next(batches), 0)
+        assert batch["samples"][0] == done.samples
+        records, done = _records(teacher, batch, settings, done)
+        parts.append(records)
+        data.advance(len(batch["samples"]))
+        report(done)
+        if done.samples == total or done.samples % per_file == 0:
+            with atomic_write(folder / file_name((done.samples - 1) // per_file)) as temporary:
+                temporary.write_bytes(b"".join(part.tobytes() for part in parts))
+                flush(temporary)
+            parts = []
+            _write_position(position, done, data)
+    flush(folder)
+    position.unlink()
+    return done
 
 
-def _resume(note: Path, settings: dict[str, Any], data: PileDataModule) -> tuple[Progress, dict[str, Any]]:
-    """Return the progress and settings of an earlier process, and set the data to its position."""
-    if not note.exists():
-        return Progress(), settings
+def _resume(position: Path, data: PileDataModule) -> Progress:
+    """Return the progress of an earlier process, and set the data to its position."""
     try:
-        found = json.loads(note.read_text())
-        done, earlier, state = Progress(**found["done"]), found["settings"], found["data"]
+        saved = json.loads(position.read_text())
+        done, state = Progress(**saved["done"]), saved["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{note} is damaged ({error!r}); delete {note.parent} to start again") from error
-    _check_same(earlier, settings, note.parent)
+        raise RunError(f"{position} is damaged ({error!r}); delete {position.parent} to start again") from error
     data.load_state_dict(state)
-    return done, earlier
+    return done
 
 
-def _check_same(earlier: dict[str, Any], settings: dict[str, Any], where: Path) -> None:
-    """Check that an earlier recording has the same settings; the path of the teacher may differ."""
+def _write_position(position: Path, done: Progress, data: PileDataModule) -> None:
+    _write_json(position, {"done": asdict(done), "data": data.state_dict()})
+
+
+def _check_same(header: dict[str, Any], settings: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Check that an earlier recording has the same settings, and return them; the path of the teacher may differ."""
+    earlier: dict[str, Any] = {name: header.get(name) for name in settings}
     there, here = (
-        one | one["data"] | {"teacher": one["teacher"]["weights"], "data": None} for one in (earlier, settings)
+        values | values["data"] | {"teacher": values["teacher"]["weights"], "data": None}
+        for values in (earlier, settings)
     )
-    if changes := differing(there, here, earlier.get("corpus", {}), settings.get("corpus", {})):
+    if changes := differing(there, here, earlier.get("corpus") or {}, settings.get("corpus", {})):
         raise SettingError(
             f"{where} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )
-
-
-def _truncate(file: Path, kept: int, needed: int, work: Path) -> None:
-    """Truncate the records to the last progress, and check that the rest fits on the disk."""
-    file.touch()
-    if file.stat().st_size < kept:
-        raise RunError(f"{file} is shorter than was recorded; delete {work} to start again")
-    os.truncate(file, kept)
-    if (free := shutil.disk_usage(work).free) < needed:
-        raise RunError(
-            f"output={work.parent / file.parent.name} takes {needed / 1e9:,.2f} GB more, there are {free / 1e9:,.2f} GB free; "
-            "make room, or lower top_k or samples"
-        )
+    return earlier
 
 
 def _records(

@@ -1,11 +1,12 @@
 """Recorded teacher logits: of every position the K likeliest next tokens, their log-probabilities, and that of all others.
 
-    FOLDER/header.json   teacher, data and settings of the recording, and a checksum of them
-    FOLDER/logits.bin    a record for each training sample, in the order of the run
+    FOLDER/header.json       teacher, data and settings of the recording, and a checksum of them
+    FOLDER/logits-00000.bin  a record for each of the first training samples, in the order of the run; and so on
+    FOLDER/position.json     until the folder is complete: how far it is, and where the data stand
 
-    record   checksum     uint64, XXH3 of what follows, seeded with the sample's number
-             ids          [T, K] uint16 (uint32 if there are more than 65,536 tokens), the likeliest first
-             log_probs    [T, K + 1] float16; the last one is the tail's: the log of all other tokens' probability
+    record   checksum        uint64, XXH3 of what follows, seeded with the sample's number
+             ids             [T, K] uint16 (uint32 if there are more than 65,536 tokens), the likeliest first
+             log_probs       [T, K + 1] float16; the last one is the tail's: the log of all other tokens' probability
 
 T positions of a sample. A token takes K * (2 or 4) + 2 * (K + 1) + 8 / T bytes. A sample's number and the data's fingerprint
 determine its tokens, so they are the key. `record_logits.py` writes the folder, `offline_teacher.py` reads it.
@@ -24,13 +25,13 @@ import xxhash
 from nlgmoe.checkpoint.folder import checksum_of_manifest, kind_of, read_manifest
 from nlgmoe.validation import RunError, SettingError
 
-FORMAT, VERSION = "nlgmoe-teacher-logits", 1
-HEADER, RECORDS = "header.json", "logits.bin"
+FORMAT, VERSION = "nlgmoe-teacher-logits", 2
+HEADER, POSITION = "header.json", "position.json"
 _CHECKSUM_BYTES = 8
 
 
 class TeacherLogits:
-    """A finished folder, memory-mapped. Every record is checked when it is read.
+    """A complete folder, memory-mapped. Every record is checked when it is read.
 
     Args:
         folder: its path.
@@ -42,16 +43,19 @@ class TeacherLogits:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self.header = read_header(self._folder)
-        dtype, path = record_type(self.header), self._folder / RECORDS
-        expected, found = self.header["samples"] * dtype.itemsize, path.stat().st_size if path.is_file() else None
-        if found != expected:
-            size = "is missing" if found is None else f"has {found:,} bytes, not {expected:,}"
-            raise RunError(f"{path} {size}: it is damaged; delete {folder} and record it again")
-        self._records = np.memmap(path, dtype, "r")
-        self._bytes = self._records.view(np.uint8).reshape(-1, dtype.itemsize)
+        if (self._folder / POSITION).exists():
+            raise RunError(f"{folder} is not finished; start the command again that was recording it")
+        dtype, self._per_file = record_type(self.header), self.header["samples_per_file"]
+        self._files: list[np.ndarray] = []
+        for number, first in enumerate(range(0, len(self), self._per_file)):
+            path, size = self._folder / file_name(number), min(self._per_file, len(self) - first) * dtype.itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                problem = f"has {path.stat().st_size:,} bytes, not {size:,}" if path.is_file() else "is missing"
+                raise RunError(f"{path} {problem}: it is damaged; delete {folder} and record it again")
+            self._files.append(np.memmap(path, dtype, "r"))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self.header["samples"])
 
     def read(self, samples: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first positions of some samples: ids `[B, length, K]`, log-probabilities `[B, length, K + 1]`."""
@@ -60,21 +64,25 @@ class TeacherLogits:
                 f"{self._folder} holds {len(self):,} samples, training has come to sample {last:,}; record more, or end "
                 "distillation earlier"
             )
-        for sample in samples:
-            if checksum(self._bytes[sample], sample) != self._records["checksum"][sample]:
+        records = np.stack([self._files[sample // self._per_file][sample % self._per_file] for sample in samples])
+        for sample, record in zip(samples, records, strict=True):
+            if checksum(np.frombuffer(record.tobytes(), np.uint8), sample) != record["checksum"]:
+                file = self._folder / file_name(sample // self._per_file)
                 raise RunError(
-                    f"{self._folder / RECORDS} is damaged (the checksum of sample {sample:,} differs); delete the folder and "
-                    "record it again"
+                    f"{file} is damaged (the checksum of sample {sample:,} differs); delete the folder and record it again"
                 )
-        return self._records["ids"][samples, :length], self._records["log_probs"][samples, :length]
+        return records["ids"][:, :length], records["log_probs"][:, :length]
+
+
+def file_name(number: int) -> str:
+    """Return the name of a file of records."""
+    return f"logits-{number:05}.bin"
 
 
 def read_header(folder: Path) -> dict[str, Any]:
     """Read the `header.json` of a folder."""
     file = folder / HEADER
     if not file.is_file():
-        if building(folder).exists() and not folder.exists():
-            raise RunError(f"{folder} is not finished; start the command again that was recording it")
         raise SettingError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
     try:
         header = json.loads(file.read_text())
@@ -89,11 +97,6 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     assert isinstance(header, dict)
     return header
-
-
-def building(folder: Path) -> Path:
-    """Return the folder that is written to until it is complete."""
-    return folder.with_name(f"{folder.name}.building")
 
 
 def record_type(header: dict[str, Any]) -> np.dtype:

@@ -68,8 +68,8 @@ def add_router_losses(loss: Tensor, moe: MoEConfig, routings: Sequence[Routing])
         The sum, and the losses by name without their coefficients.
     """
     balance, z_loss = router_losses(routings, moe.aux_scope)
-    balances = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
-    if balances and moe.loss_coeff:
+    has_balance_loss = moe.router is None or "loss_coeff" in moe.router.uses  # a router may have a rule of its own
+    if has_balance_loss and moe.loss_coeff:
         loss = loss + moe.loss_coeff * balance
     if moe.z_loss_coeff:  # else logits that overflow would make the loss NaN by 0 * infinity
         loss = loss + moe.z_loss_coeff * z_loss

@@ -4,6 +4,9 @@
     rows     = dispatch.receive()                  [M, H], sorted by expert; under expert parallelism those of all ranks
     y        = dispatch.combine(experts(rows))     [N, H]; sum over a token's choices of weight * output
 
+Under expert parallelism each rank holds an equal slice of the experts: `AllToAllDispatcher` sends every row to the rank of its
+expert, and the output back, by one all-to-all each (`all_to_all.py`).
+
 Letters: N tokens, k experts per token, H hidden size, E experts. An assignment is one (token, choice) pair; there are N * k.
 M rows are the assignments that experts compute, sorted by expert; on accelerators, the others follow them.
 """

@@ -1,10 +1,10 @@
 """MoELayer = router + dispatch + experts, and the shared MLP of Residual-MoE (paper, sections 3.1 and 4.1.1).
 
-    E(x) = sum_i weight_i * Expert_i(x)        over the chosen experts i that kept the token
+    experts(x) = sum_i weight_i * expert_i(x)      over the chosen experts i that kept the token; 0 if none did
 
-    standard:          y = E(x)
-    residual, sum:     y = E(x) + MLP(x)
-    residual, learned: y = c_0 * E(x) + c_1 * MLP(x)       c = softmax(W x + b), in at least fp32; b = 0 at first
+    standard:          y = experts(x)
+    residual, sum:     y = experts(x) + MLP(x)
+    residual, learned: y = c_0 * experts(x) + c_1 * MLP(x)       c = softmax(W x + b), in at least fp32; b = 0 at first
 
 Letters: B sequences, T positions, N = B * T tokens, H hidden size, k experts per token.
 """
@@ -63,7 +63,7 @@ class MoELayer(nn.Module):
             context: the router's other inputs.
 
         Returns:
-            `y` `[B, T, H]` in the dtype of `x`, and the routing. E(x) of a dropped token is 0.
+            `y` `[B, T, H]` in the dtype of `x`, and the routing.
 
         Raises:
             ValueError: the router returned something else than a `Routing` of such shapes and types.

@@ -2,7 +2,7 @@
 
     logits = x W                               [N, E]   in at least fp32
     p      = softmax(logits)                   [N, E]
-    expert = the top k of p                    [N, k]   k = 2, training: the second one is sampled (`second_expert`);
+    expert = the k largest logits              [N, k]   k = 2, training: the second one is sampled (`second_expert`);
                                                         equal logits: the lower expert for k <= 2, unspecified for k > 2
     kept   = the assignments within capacity   [N, k]
     weight = p[expert], where kept             [N, k]   renormalised over the kept ones if k > 1; times `gate_scale`
@@ -268,10 +268,10 @@ class TopKRouter(Router):
         by_expert = wanted.argsort(stable=True)  # each expert's queue becomes contiguous
         sorted_expert = wanted[by_expert]
         lengths = count(wanted, self.num_experts + 1)
-        run_start = lengths.cumsum(0) - lengths
-        place_in_run = torch.arange(len(queue), device=expert.device) - run_start[sorted_expert]
+        queue_start = lengths.cumsum(0) - lengths
+        place_in_queue = torch.arange(len(queue), device=expert.device) - queue_start[sorted_expert]
         kept = torch.empty_like(requested).flatten()
-        kept[queue[by_expert]] = place_in_run < slots
+        kept[queue[by_expert]] = place_in_queue < slots
         return kept.view_as(requested) & requested
 
 

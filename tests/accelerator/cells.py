@@ -34,7 +34,8 @@ from nlgmoe import (
     UniformRouterConfig,
     generate,
     load_config,
-    objective,
+    loss,
+    step,
 )
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.warm_start import WarmStart
@@ -334,7 +335,7 @@ def one_of_two_ranks(precision: str, root: Path) -> dict[str, Any]:
         is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda value: value.mul_(2)
     )
     accumulated = {"accumulate_grad_batches": 2}
-    with mock.patch.object(objective, "distributed", ranks):
+    with mock.patch.object(loss, "distributed", ranks), mock.patch.object(step, "distributed", ranks):
         found, _, made = train(FAKE, precision, root / "fake", config({}), None, accumulated)
     expected, _, alone = train(CPU, precision, root / "cpu", config({}), None, accumulated)
     return found | {"tokens": made.tokens_seen, "expected": expected | {"tokens": 2 * alone.tokens_seen}}

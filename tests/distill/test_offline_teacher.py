@@ -22,7 +22,15 @@ from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_until
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
-from nlgmoe.distill.teacher_logits import HEADER, RECORDS, TeacherLogits, read_header, record_type, weights_of
+from nlgmoe.distill.teacher_logits import (
+    HEADER,
+    POSITION,
+    TeacherLogits,
+    file_name,
+    read_header,
+    record_type,
+    weights_of,
+)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -31,6 +39,7 @@ from tests.distill.test_mixture_of_students import STUDENT, TEACHER, trained
 from tests.synthetic import NumberedData, SyntheticData
 from tests.test_module import trainer
 
+RECORDS = file_name(0)
 SAMPLES = 32  # of four steps
 
 
@@ -61,7 +70,7 @@ def record(
     data: NumberedData | None = None,
     report: Callable[[Any], None] = lambda progress: None,
     **changes: Any,
-) -> dict[str, Any]:
+) -> recording.Progress:
     data = data or NumberedData()
     spoken = MixtureOfStudents(str(teacher))
     spoken.load(STUDENT, torch.empty(0), data)
@@ -115,8 +124,7 @@ def test_with_every_token_kept_it_is_the_teacher(teacher: Path, tmp_path: Path) 
     def data() -> NumberedData:
         return NumberedData(padded=True, documents=True)
 
-    header = record(teacher, tmp_path / "logits", data())
-    assert header["tail_mass"] == 0
+    assert record(teacher, tmp_path / "logits", data()).tail_mass == 0
     runs = [
         fit(tmp_path, distiller, data=data(), curriculum=SequenceCurriculum(96, 4, 4))
         for distiller in (
@@ -131,7 +139,7 @@ def test_with_every_token_kept_it_is_the_teacher(teacher: Path, tmp_path: Path) 
 
 def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher: Path, tmp_path: Path) -> None:
     data, folder = NumberedData(padded=True), tmp_path / "logits"
-    header = record(teacher, folder, data, top_k=8)
+    done = record(teacher, folder, data, top_k=8)
     run = trainer(tmp_path, max_steps=4, accumulate_grad_batches=2)
     distiller = OfflineTeacher(str(folder), 0.5, 2.0)
     run.fit(MoEGPTModule(STUDENT, AdamWConfig(), distiller=distiller), NumberedData(padded=True))
@@ -139,7 +147,7 @@ def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher:
     for sample in range(SAMPLES):
         mask = torch.arange(16) < sample * 5 % 16 + 1  # as `tests/synthetic.py` pads
         tails.append(torch.from_numpy(found.read([sample], 16)[1])[0, mask, -1].double().exp())
-    assert header["tail_mass"] == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
+    assert done.tail_mass / done.positions == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
 
     distiller.loss_weight = 0.25
     distiller._found = found
@@ -227,17 +235,16 @@ def die_before(call: int) -> None:
         return struck
 
     recording._records = counted(recording._records)
-    os.fsync, Path.replace, Path.rename = counted(os.fsync), counted(Path.replace), counted(Path.rename)  # type: ignore[method-assign]
-    shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
+    os.fsync, Path.replace, Path.unlink = counted(os.fsync), counted(Path.replace), counted(Path.unlink)  # type: ignore[method-assign]
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "SAMPLES_PER_FILE", 1)  # a micro-batch
     record(teacher, tmp_path / "whole", top_k=5, samples=10)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert set(whole) == {HEADER, RECORDS}
+    assert set(whole) == {HEADER, *map(file_name, range(3))}
     for call in range(100):
         folder = tmp_path / str(call)
         if (child := os.fork()) == 0:
@@ -247,13 +254,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         record(teacher, folder, top_k=5, samples=10)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole, call
-        assert not folder.with_name(f"{call}.building").exists()
         if not killed:
             break
     assert call > 15
-    os.truncate(tmp_path / "whole" / RECORDS, 1000)
-    with pytest.raises(ValueError, match=r"logits\.bin has 1,000 bytes"):
-        record(teacher, tmp_path / "whole", top_k=5, samples=10)
 
 
 def damage(folder: Path, file: str, place: int) -> None:
@@ -273,8 +276,8 @@ def exchange_records(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "no teacher's logits at .*; record them with nlgmoe distill-logits"),
-    "unfinished": (lambda folder: folder.rename(folder.with_name("logits.building")), "is not finished; start the"),
-    "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits.bin has 1,000 bytes, not "),
+    "unfinished": (lambda folder: (folder / POSITION).touch(), "is not finished; start the"),
+    "cut off": (lambda folder: os.truncate(folder / RECORDS, 1000), r"logits-00000.bin has 1,000 bytes, not "),
     "header": (lambda folder: damage(folder, HEADER, 60), r"header.json is damaged \(its checksum differs\)"),
     "exchanged": (exchange_records, r"damaged \(the checksum of sample \d+ differs\)"),
     "record": (lambda folder: damage(folder, RECORDS, 5000), r"damaged \(the checksum of sample \d+ differs\)"),
