@@ -123,7 +123,7 @@ def measure(shape: tuple[int, int, int, int], name: str, train: bool, rounds: in
     tokens, hidden, experts, k = shape
     torch.manual_seed(0)
     layers = {
-        "floor": FeedForward(hidden, 4 * hidden * k),
+        "floor": FeedForward(GPTConfig(8, 8, 1, hidden, 1), 4 * hidden * k),
         "ours, dropless": ours(hidden, experts, k, False),
         "DeepSpeed, dropless": deepspeed(hidden, experts, k, False, min(4, tokens)),
     }

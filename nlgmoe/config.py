@@ -135,23 +135,31 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT-3-shaped decoder: learned positions, pre-LayerNorm, tanh-GELU or SwiGLU, tied embeddings.
+    """A pre-norm decoder. The defaults are the paper's block, GPT-3's; `configs/block/` has those of open models.
 
     Attributes:
         vocab_size: number of token ids that the model knows; logits exist for exactly these.
-        seq_len: longest sequence, in tokens; the number of learned positions.
+        seq_len: longest sequence, in tokens; the number of learned positions, if positions are learned.
         num_layers: number of transformer blocks.
         hidden_size: width of the residual stream, in values per token.
-        num_heads: number of attention heads; they divide `hidden_size`.
+        num_heads: number of attention heads; they divide `hidden_size`, unless `head_dim` is set.
         ffn_hidden_size: inner width of the feed-forward layers and of every expert, in values per token; null
             means `4 * hidden_size`.
         hidden_dropout: dropout probability on the embeddings and on each branch before it joins the residual stream.
         attention_dropout: dropout probability on the attention weights.
         init_std: standard deviation of the initial weights; `init_std / sqrt(2 * num_layers)` in output projections.
-        layer_norm_eps: added to the variance in the LayerNorms.
+        layer_norm_eps: added to the variance in LayerNorms, and to the mean square in RMSNorms.
         vocab_size_multiple: the embedding table is padded to a multiple of this (for fast GEMMs); padding gets no logits.
         ffn_network: network of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`
             (arXiv 2002.05202), three matrices of the same inner width, and so 1.5 times the parameters.
+        norm: `layernorm`, or `rmsnorm` (arXiv 1910.07467), which has no mean and no bias.
+        rope_theta: base of rotary position embeddings (arXiv 2104.09864), such as 10000; null: learned positions.
+        num_kv_heads: number of key and value heads, each shared by `num_heads / num_kv_heads` query heads (arXiv 2305.13245);
+            null: `num_heads`.
+        head_dim: width of a head, in values; null: `hidden_size / num_heads`.
+        qk_norm: RMSNorm of queries and keys: of each `head`, or of the whole `projection`; null: none.
+        bias: biases in attention, feed-forward layers, experts and LayerNorms; the learned residual mix always has one.
+        tied_embeddings: the head is the token embedding; if false, it has a matrix of its own.
         moe: mixture-of-experts layers, or null for a dense model.
     """
 
@@ -167,16 +175,36 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     vocab_size_multiple: int = 128
     ffn_network: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    rope_theta: float | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: Literal["projection", "head"] | None = None
+    bias: bool = True
+    tied_embeddings: bool = True
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        sizes = ("vocab_size", "seq_len", "num_layers", "hidden_size", "num_heads", "vocab_size_multiple")
+        for name in (*sizes, "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value} must be at least 1")
         require(
-            self.hidden_size % self.num_heads == 0,
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
         )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        if self.rope_theta is not None:
+            require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0, or null for learned positions")
+            require(
+                self.head_size % 2 == 0,
+                f"rope_theta={self.rope_theta} rotates pairs of values, but a head has "
+                f"{self.head_size}; set an even head_dim, or other num_heads",
+            )
         require(
             self.ffn_hidden_size is None or self.ffn_hidden_size >= 1,
             f"ffn_hidden_size={self.ffn_hidden_size} must be at least 1, or null for 4 * hidden_size",
@@ -199,6 +227,16 @@ class GPTConfig:
             f"num_experts={counts} has {len(counts) if isinstance(counts, list) else 1} entries, but num_layers="
             f"{self.num_layers} with expert_interval={self.moe.expert_interval} makes {moe_layers} MoE positions",
         )
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def ffn_size(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.gpu.run import Run, draw
 from benchmarks.layer import deepspeed, half, ours, training
 from benchmarks.timing import interleaved
+from nlgmoe.config import GPTConfig
 from nlgmoe.layers.feed_forward import FeedForward
 
 SHAPES = ((8192, 1024, 16), (8192, 1024, 128), (16_384, 2048, 16))  # tokens, hidden size, experts
@@ -21,7 +22,7 @@ def layers(run: Run, folder: Path) -> None:
     for tokens, hidden, experts in ((64, 32, 4),) if run.dry else SHAPES:
         with run.device:
             candidates: dict[str, nn.Module] = {
-                "dense": FeedForward(hidden, 4 * hidden),
+                "dense": FeedForward(GPTConfig(8, 8, 1, hidden, 1), 4 * hidden),
                 "nlgmoe": ours(hidden, experts, 1, dropping=True),
                 "nlgmoe, dropless": ours(hidden, experts, 1, dropping=False),
                 "DeepSpeed": deepspeed(hidden, experts, 1, dropping=True),

@@ -114,7 +114,7 @@ def _entry_reader(
         if part.startswith("mlp."):
             value = files.read(f"{block}.ffn.{part.removeprefix('mlp.')}")
             return value / 2 if halved and part.startswith("mlp.project") else value
-        dtype = files.read(f"{block}.ffn.project.bias").dtype
+        dtype = files.read(f"{block}.ffn.project.weight").dtype
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 6e-8 in fp16, which makes TINY zero
         std = max(TINY, 16 * least) if moe.top_k == 1 and part.startswith("router") else config.init_std
         value = torch.zeros(shapes[name]) if part.endswith("bias") else _normal(shapes[name], seed, name) * std

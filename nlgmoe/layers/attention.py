@@ -1,7 +1,7 @@
 """Causal self-attention, with a key-value cache for generation.
 
-Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, N heads,
-D = H / N.
+Letters in shape comments: B sequences, T new positions, S positions in all (cached + new), H hidden size, N query heads, K key
+heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nlgmoe.config import GPTConfig
 from nlgmoe.validation import RunError
 
 
@@ -40,7 +41,7 @@ class KVCache:
         self._start, self.length, self.mask = self.length, self.length + new, mask
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store `k`, `v` `[B, N, T, D]` of `layer`. Returns the keys and values of all positions, `[B, N, S, D]`."""
+        """Store `k`, `v` `[B, K, T, D]` of `layer`. Returns the keys and values of all positions, `[B, K, S, D]`."""
         batch, heads, _, width = k.shape
         if layer not in self._layers:
             shape = (batch, heads, self.max_len, width)
@@ -69,56 +70,121 @@ class AttentionContext:
         visible: `[B or 1, 1, T, S]` bool, True where a query may attend to a key; None: the causal triangle, or all keys if T
             is 1.
         cache: earlier keys and values; the new ones are stored in it.
+        rotation: cosines and sines of rotary position embeddings (`rotations`); None: positions are learned.
     """
 
     positions: Tensor
     visible: Tensor | None = None
     cache: KVCache | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def build(
-        tokens: Tensor, token_mask: Tensor | None, documents: Tensor | None, cache: KVCache | None, seq_len: int
+        config: GPTConfig,
+        tokens: Tensor,
+        token_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> AttentionContext:
         """Build it from the arguments of `GPT.forward`, and reserve room in the cache."""
         assert cache is None or documents is None, "a cache holds one document"
         new, cached = tokens.shape[1], cache.length if cache is not None else 0
         history = extend_mask(token_mask, cache, tokens)  # [B, S] or None
         longest = cached + new
-        if longest > seq_len and history is not None:
+        if longest > config.seq_len and history is not None:
             longest = int(history.sum(dim=1).max())
-        if longest > seq_len:
+        if longest > config.seq_len:
             raise RunError(
-                f"a sequence of {longest} tokens is longer than seq_len={seq_len}; shorten it, or train with a larger seq_len"
+                f"a sequence of {longest} tokens is longer than seq_len={config.seq_len}; shorten it, or train with a larger "
+                "seq_len"
             )
         if cache is not None:
             cache.reserve(new, history)
         visible = visible_keys(history, new, cached, tokens.device, documents)
-        return AttentionContext(positions_of(history, new, cached, tokens.device, documents), visible, cache)
+        positions = positions_of(history, new, cached, tokens.device, documents)
+        turn = None if config.rope_theta is None else rotations(positions, config.head_size, config.rope_theta)
+        return AttentionContext(positions, visible, cache, turn)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to a position itself and earlier ones."""
+    """Multi-head attention to a position itself and earlier ones.
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, layer_index: int) -> None:
+        q, k, v = x W_qkv                           N query heads and K key heads, each of them for N / K query heads
+        q, k    = rotate(norm(q)), rotate(norm(k))  with `qk_norm` and `rope_theta`
+        y       = softmax(q k^T / sqrt(D)) v W_project
+
+    Args:
+        config: of the model.
+        layer_index: block number.
+    """
+
+    def __init__(self, config: GPTConfig, layer_index: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
+        heads, key_heads, size = config.num_heads, config.kv_heads, config.head_size
+        self.head_size, self.shares_keys = size, key_heads != heads
+        self.dropout = config.attention_dropout
         self.layer_index = layer_index
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.project = nn.Linear(hidden_size, hidden_size)
+        self.widths = [heads * size, key_heads * size, key_heads * size]
+        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.bias)
+        self.project = nn.Linear(heads * size, config.hidden_size, bias=config.bias)
+        self.norms_heads = config.qk_norm == "head"
+        if config.qk_norm is not None:
+            query, key = (size, size) if self.norms_heads else self.widths[:2]
+            self.query_norm: nn.Module = nn.RMSNorm(query, eps=config.layer_norm_eps)
+            self.key_norm: nn.Module = nn.RMSNorm(key, eps=config.layer_norm_eps)
+        else:
+            self.query_norm = self.key_norm = nn.Identity()
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Attend, `[B, T, H] -> [B, T, H]`."""
-        batch, new, hidden = x.shape
-        q, k, v = self.qkv(x).view(batch, new, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()  # [B, N, T, D]
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)  # [B, T, N * D], [B, T, K * D] twice
+        if not self.norms_heads:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in (q, k, v))  # [B, N or K, T, D]
+        if self.norms_heads:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
-            k, v = context.cache.extend(self.layer_index, k, v)  # [B, N, S, D]
-        # A compiled `new > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
-        causal = True if context.visible is None and new > 1 else False  # noqa: SIM210
+            k, v = context.cache.extend(self.layer_index, k, v)  # [B, K, S, D]
+        if self.shares_keys and context.visible is not None:  # CUDA's fused kernels take no mask with shared keys
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+        # A compiled `T > 1` is symbolic once lengths differ; `is_causal` has to be a bool.
+        causal = True if context.visible is None and x.shape[1] > 1 else False  # noqa: SIM210
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.visible, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
+            q,
+            k,
+            v,
+            attn_mask=context.visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            enable_gqa=self.shares_keys and context.visible is None,
         )
-        return self.project(y.transpose(1, 2).reshape(batch, new, hidden))
+        return self.project(y.transpose(1, 2).flatten(2))
+
+
+def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the angles `position * theta^(-2 i / D)`, each `[1 or B, 1, T, D]` in fp32."""
+    # On the CPU: another last bit of a frequency turns position 4,096 by 2e-4.
+    frequencies = 1.0 / (
+        theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
+    )  # [D / 2]
+    angles = positions[:, None, :, None].float() * frequencies.to(positions.device)  # [1 or B, 1, T, D / 2]
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs of values (i, i + D / 2) of each head, `[B, N, T, D]`."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+def build_norm(config: GPTConfig) -> nn.Module:
+    """Return a norm of the residual stream."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.bias)
 
 
 def visible_keys(

@@ -33,7 +33,7 @@ class Experts(nn.Module):
     """The experts of one layer that this rank holds.
 
     All experts' matrices of one name are one parameter, `{name}_weight` `[E, in, out]`, and so are their biases, `{name}_bias`
-    `[E, out]`: optimizer and collectives work on few large tensors. Checkpoints store one entry per expert.
+    `[E, out]` or None: optimizer and collectives work on few large tensors. Checkpoints store one entry per expert.
 
     Args:
         count: E.
@@ -41,20 +41,27 @@ class Experts(nn.Module):
         ffn_size: F.
         first: number of the first one in the layer; under expert parallelism a rank holds a slice.
         network: network of each expert.
+        bias: its matrices have biases.
     """
 
     def __init__(
-        self, count: int, hidden_size: int, ffn_size: int, first: int = 0, network: ExpertConfig = NETWORKS["gelu"]
+        self,
+        count: int,
+        hidden_size: int,
+        ffn_size: int,
+        first: int = 0,
+        network: ExpertConfig = NETWORKS["gelu"],
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.first, self.count, self.network = first, count, network
+        self.first, self.count, self.network, self.bias = first, count, network, bias
         self.stacks = stacks_of(network, hidden_size, ffn_size)
         self.widths = tuple({width for inputs, outputs, _ in self.stacks.values() for width in (inputs, outputs)})
         self.roles: dict[str, Role] = {}
         for name, (inputs, outputs, kind) in self.stacks.items():
             self.roles |= {f"{name}_weight": "project" if kind == "project" else "weight", f"{name}_bias": "bias"}
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(count, inputs, outputs)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, outputs)) if bias else None)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, all_used: bool = False) -> Tensor:
         """Apply expert e to its rows.
@@ -91,7 +98,9 @@ class Experts(nn.Module):
     def _grouped(self, x: Tensor, tokens_per_expert: Tensor) -> Linear:
         """Return `linear` as one grouped product; the host does not read the numbers of rows."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)  # [E]
-        add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(ends, x)
+        add_bias: Function = lambda y, bias: y  # noqa: E731
+        if self.bias:
+            add_bias = (self._gather_bias if x.device.type == "cpu" else self._multiply_bias)(ends, x)
 
         def linear(name: str, rows: Tensor) -> Tensor:
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
@@ -125,7 +134,7 @@ class Experts(nn.Module):
         # `unbind`: its gradient is one stack, where indexing would add up E of them.
         stacks = {name: stack.unbind() if learns else stack for name, stack in self.named_parameters(recurse=False)}
         parts = [
-            self._apply_network(part, _dense(lambda name, e=e: stacks[name][e]))  # type: ignore[misc]
+            self._apply_network(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]
             for e, part in enumerate(rows)
             if len(part) or learns  # on every rank each weight has a gradient
         ]
@@ -152,12 +161,14 @@ def select_backend(
     return "grouped" if dtype == torch.bfloat16 and capability is not None and capability[0] == 9 else "loop"
 
 
-def _dense(parameter: Callable[[str], Tensor]) -> Linear:
-    """Return `linear` for one expert, whose weights are `parameter(name)`."""
+def _dense(parameter: Callable[[str], Tensor | None]) -> Linear:
+    """Return `linear` for one expert, whose weights are `parameter(name)`, or None."""
 
     def linear(name: str, rows: Tensor) -> Tensor:
         weight, bias = parameter(f"{name}_weight"), parameter(f"{name}_bias")
-        return torch.addmm(bias.to(rows.dtype), rows, weight.to(rows.dtype))
+        assert weight is not None
+        weight = weight.to(rows.dtype)
+        return rows @ weight if bias is None else torch.addmm(bias.to(rows.dtype), rows, weight)
 
     return linear
 

@@ -67,16 +67,15 @@ class FeedForward(nn.Module):
     """A network applied to every position, `[..., H] -> [..., F] -> [..., H]`; one `nn.Linear` for each of its matrices.
 
     Args:
-        hidden_size: H.
+        config: of the model.
         ffn_size: F.
-        network: by `GPTConfig.ffn_network`.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, network: str = "gelu") -> None:
+    def __init__(self, config: GPTConfig, ffn_size: int) -> None:
         super().__init__()
-        self.network = NETWORKS[network]
-        for name, (inputs, outputs, _) in self.network.weights(hidden_size, ffn_size).items():
-            self.add_module(name, nn.Linear(inputs, outputs))
+        self.network = NETWORKS[config.ffn_network]
+        for name, (inputs, outputs, _) in self.network.weights(config.hidden_size, ffn_size).items():
+            self.add_module(name, nn.Linear(inputs, outputs, bias=config.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to each position."""

@@ -48,10 +48,16 @@ class MoELayer(nn.Module):
         self.placement = placement if placement is not None else ExpertPlacement(first=0, count=num_experts)
         spread = self.placement.group is not None
         self.dispatcher = AllToAllDispatcher(self.placement) if spread else LocalDispatcher()
-        count, first, network = self.placement.count, self.placement.first, expert_network(config)
-        self.experts = Experts(count, config.hidden_size, config.expert_ffn_size, first, network)
+        self.experts = Experts(
+            self.placement.count,
+            config.hidden_size,
+            config.expert_ffn_size,
+            self.placement.first,
+            expert_network(config),
+            config.bias,
+        )
         residual = config.moe.mlp_type == "residual"
-        self.mlp = FeedForward(config.hidden_size, config.shared_ffn_size, config.ffn_network) if residual else None
+        self.mlp = FeedForward(config, config.shared_ffn_size) if residual else None
         learned_mix = residual and config.moe.residual_mix == "learned"
         self.coefficient = nn.Linear(config.hidden_size, 2) if learned_mix else None
 

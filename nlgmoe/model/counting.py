@@ -22,7 +22,7 @@ from nlgmoe.pyramid import moe_blocks
 class ParameterCount:
     """Parameters of a model, by part; `total` and `active` are sums."""
 
-    embedding: int
+    embedding: int  # tokens, learned positions, and the head if it is not tied
     attention: int
     norms: int
     dense_ffn: int  # feed-forward layers of dense blocks and the shared MLPs of residual blocks
@@ -51,14 +51,17 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
     width, layers = config.hidden_size, config.num_layers
     experts = list(moe_blocks(config).values())
     residual, expert = config.moe is not None and config.moe.mlp_type == "residual", expert_parameters(config)
-    dense = (layers - len(experts)) * _parameters(network_stacks(config, config.ffn_size))
-    shared = residual * len(experts) * _parameters(network_stacks(config, config.shared_ffn_size))
+    dense = (layers - len(experts)) * _parameters(network_stacks(config, config.ffn_size), config.bias)
+    shared = residual * len(experts) * _parameters(network_stacks(config, config.shared_ffn_size), config.bias)
     coefficient = 2 * width + 2 if config.moe is not None and residual and config.moe.residual_mix == "learned" else 0
     top_k = config.moe.top_k if config.moe is not None else 0
+    tables = (config.padded_vocab_size if padded else config.vocab_size) * (1 if config.tied_embeddings else 2)
+    positions = config.seq_len if config.rope_theta is None else 0
+    norm = width * (2 if config.norm == "layernorm" and config.bias else 1)
     return ParameterCount(
-        embedding=((config.padded_vocab_size if padded else config.vocab_size) + config.seq_len) * width,
-        attention=layers * (4 * width * width + 4 * width),
-        norms=(2 * layers + 1) * 2 * width,
+        embedding=(tables + positions) * width,
+        attention=layers * (_parameters(attention_stacks(config), config.bias) + _qk_norm_parameters(config)),
+        norms=(2 * layers + 1) * norm,
         dense_ffn=dense + shared,
         router=_router_parameters(config) + len(experts) * coefficient,
         experts=expert * sum(experts),
@@ -68,7 +71,7 @@ def count_parameters(config: GPTConfig, padded: bool = True) -> ParameterCount:
 
 def expert_parameters(config: GPTConfig) -> int:
     """Return the parameters of one expert; 0 in a dense model."""
-    return _parameters(expert_stacks(config))
+    return _parameters(expert_stacks(config), config.bias)
 
 
 def expert_stacks(config: GPTConfig) -> list[Stack]:
@@ -76,6 +79,18 @@ def expert_stacks(config: GPTConfig) -> list[Stack]:
     if config.moe is None:
         return []
     return list(stacks_of(expert_network(config), config.hidden_size, config.expert_ffn_size).values())
+
+
+def attention_stacks(config: GPTConfig) -> list[Stack]:
+    """Return the two matrices of an attention layer: queries, keys and values; and the output projection."""
+    heads = config.num_heads * config.head_size
+    keys = config.kv_heads * config.head_size
+    return [(config.hidden_size, heads + 2 * keys, "expand"), (heads, config.hidden_size, "project")]
+
+
+def _qk_norm_parameters(config: GPTConfig) -> int:
+    size = {"head": 2, "projection": config.num_heads + config.kv_heads, None: 0}[config.qk_norm]
+    return size * config.head_size
 
 
 def network_stacks(config: GPTConfig, ffn_size: int) -> list[Stack]:
@@ -98,9 +113,9 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
     return total, active
 
 
-def _parameters(stacks: list[Stack]) -> int:
+def _parameters(stacks: list[Stack], bias: bool) -> int:
     """Count matrices and biases."""
-    return sum(inputs * outputs + outputs for inputs, outputs, _ in stacks)
+    return sum(inputs * outputs + bias * outputs for inputs, outputs, _ in stacks)
 
 
 def _router_parameters(config: GPTConfig) -> int:
@@ -125,7 +140,8 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     width, layers = config.hidden_size, config.num_layers
     length = config.seq_len if seq_len is None else seq_len
     experts = list(moe_blocks(config).values())
-    forward = layers * (8 * width * width + 2 * width * length)  # projections; scores and weighted sum, causal half
+    scores = 2 * config.num_heads * config.head_size * length  # and the weighted sum, causal half
+    forward = layers * (matmul_flops(attention_stacks(config)) + scores)
     forward += (layers - len(experts)) * matmul_flops(network_stacks(config, config.ffn_size))
     if config.moe is not None:
         residual = config.moe.mlp_type == "residual"

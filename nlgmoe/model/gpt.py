@@ -1,4 +1,4 @@
-"""The decoder: embeddings, blocks, final norm, and a head tied to the token embedding.
+"""The decoder: embeddings, blocks, final norm, and the head.
 
 Letters in shape comments: B sequences, T new positions, H hidden size, V vocabulary, P rows of the padded table.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlgmoe.config import GPTConfig
-from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache
+from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention, KVCache, build_norm
 from nlgmoe.layers.feed_forward import FeedForward
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
@@ -47,12 +47,11 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer_index: int, placement: ExpertPlacement | None = None) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.attention = CausalSelfAttention(width, config.num_heads, config.attention_dropout, layer_index)
-        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.attention_norm = build_norm(config)
+        self.attention = CausalSelfAttention(config, layer_index)
+        self.ffn_norm = build_norm(config)
         self.moe = MoELayer(config, layer_index, placement) if experts_at(config, layer_index) else None
-        self.ffn = None if self.moe is not None else FeedForward(width, config.ffn_size, config.ffn_network)
+        self.ffn = None if self.moe is not None else FeedForward(config, config.ffn_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, attention: AttentionContext, routing: RoutingContext) -> tuple[Tensor, Routing | None]:
@@ -94,10 +93,13 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.seq_len, config.hidden_size)
+        learned = config.rope_theta is None
+        self.position_embedding = nn.Embedding(config.seq_len, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.blocks = nn.ModuleList(Block(config, layer, placements.get(layer)) for layer in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_norm = build_norm(config)
+        tied = config.tied_embeddings
+        self.head = None if tied else nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if not self.token_embedding.weight.is_meta:
             initialise(self, config, seed)
 
@@ -123,9 +125,11 @@ class GPT(nn.Module):
         Raises:
             ValueError: a sequence is longer than `config.seq_len`, padding not counted.
         """
-        attention = AttentionContext.build(tokens, token_mask, documents, cache, self.config.seq_len)
+        attention = AttentionContext.build(self.config, tokens, token_mask, documents, cache)
         context, routings = RoutingContext(tokens, token_mask, noise_key, attention.positions), []
-        x = self.token_embedding(tokens) + self.position_embedding(attention.positions)
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(attention.positions)
         x = self.dropout(x)  # [B, T, H]
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -138,12 +142,13 @@ class GPT(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """The tied embedding table, `[P, H]`. Rows from `config.vocab_size` on are padding, without token, logit and gradient.
+        """The head's matrix, `[P, H]`: the token embedding, or its own.
 
-        Products include them, because P is a multiple of `config.vocab_size_multiple`: fast GEMMs need rows of logits aligned to
-        16 bytes, which rows of 50,257 values are not.
+        Rows from `config.vocab_size` on are padding, without token, logit and gradient. Products include them, because P is a
+        multiple of `config.vocab_size_multiple`: fast GEMMs need rows of logits aligned to 16 bytes, which rows of 50,257 values
+        are not.
         """
-        return self.token_embedding.weight
+        return self.token_embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, `[..., H] -> [..., V]`. Training uses `layers/losses.py` instead, which never holds them all."""

@@ -81,7 +81,8 @@ def compare(
 @pytest.mark.parametrize("sees", ["causal", "padding", "documents", "cache"])
 def test_attention(name: str, sees: str, device: torch.device, near: Near) -> None:
     batch, length, width, heads = (2, 16, 32, 2) if DRY else (4, 512, 512, 8)
-    layer = CausalSelfAttention(width, heads, 0.0, 0)
+    config = GPTConfig(8, length, 1, width, heads)
+    layer = CausalSelfAttention(config, 0)
     draw(layer, std=0.1)
     positions = torch.arange(length)
 
@@ -89,11 +90,11 @@ def test_attention(name: str, sees: str, device: torch.device, near: Near) -> No
         mask = (positions >= 5).expand(batch, -1).to(x.device) if sees == "padding" else None
         documents = (positions // 7).expand(batch, -1).to(x.device) if sees == "documents" else None
         if sees != "cache":
-            y = there(x, AttentionContext.build(x[..., 0], mask, documents, None, length))
+            y = there(x, AttentionContext.build(config, x[..., 0], mask, documents))
             return y if mask is None else y[:, 5:]
         cache, parts = KVCache(length), []
         for part in x.split([length - 5, 4, 1], dim=1):
-            parts.append(there(part, AttentionContext.build(part[..., 0], None, None, cache, length)))
+            parts.append(there(part, AttentionContext.build(config, part[..., 0], cache=cache)))
         return torch.cat(parts, dim=1)
 
     x = tensor(batch, length, width)

@@ -16,7 +16,7 @@ from nlgmoe.model.gpt import GPT
 
 def test_swiglu_is_llamas() -> None:
     theirs = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, mlp_bias=True))
-    ours = FeedForward(16, 24, "swiglu")
+    ours = FeedForward(GPTConfig(8, 8, 1, 16, 1, ffn_network="swiglu"), 24)
     for name, other in (("gate", theirs.gate_proj), ("expand", theirs.up_proj), ("project", theirs.down_proj)):
         ours.get_submodule(name).load_state_dict(other.state_dict())
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def test_an_expert_is_the_dense_layer(network: str, backend: str, monkeypatch: p
     layer, rows = Experts(3, 16, 24, network=NETWORKS[network]), [2, 0, 5]
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    dense = [FeedForward(16, 24, network) for _ in rows]
+    dense = [FeedForward(GPTConfig(8, 8, 1, 16, 1, ffn_network=network), 24) for _ in rows]
     for index, one in enumerate(dense):
         for name, module in one.named_children():
             module.weight.data = getattr(layer, f"{name}_weight").detach()[index].t().contiguous()

@@ -42,6 +42,13 @@ GPT_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "init_std": ({}, 0.1, {"start"}),
     "layer_norm_eps": ({}, 0.1, {"training", "evaluation"}),
     "vocab_size_multiple": ({}, 64, {"shapes"}),
+    "norm": ({}, "rmsnorm", EVERYWHERE),
+    "rope_theta": ({}, 100.0, EVERYWHERE),
+    "num_kv_heads": ({}, 1, EVERYWHERE),
+    "head_dim": ({}, 4, EVERYWHERE),
+    "qk_norm": ({}, "head", EVERYWHERE),
+    "bias": ({}, False, EVERYWHERE),
+    "tied_embeddings": ({}, False, {"shapes", "evaluation"}),
     "moe": ({}, None, EVERYWHERE),
 }
 MOE_CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
@@ -163,6 +170,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"layer_norm_eps": "1e-5"}, "layer_norm_eps=1e-5 must be of the type float"),
     ({"num_heads": 3}, "hidden_size=16 is not a multiple of num_heads=3"),
     ({"ffn_hidden_size": 0}, "ffn_hidden_size=0 must be at least 1"),
+    *(({name: 0}, f"{name}=0 must be at least 1") for name in ("num_kv_heads", "head_dim")),
+    ({"num_kv_heads": 3}, "num_heads=2 is not a multiple of num_kv_heads=3"),
+    ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 0, or null for learned positions"),
+    (
+        {"rope_theta": 1e4, "head_dim": 3},
+        "rope_theta=10000.0 rotates pairs of values, but a head has 3; set an even head_dim",
+    ),
     *(({name: p}, rf"{name}={p} must be in") for name in ("hidden_dropout", "attention_dropout") for p in (1.0, -0.1)),
     ({"init_std": float("inf")}, "init_std=inf must be finite"),
     ({"hidden_size": 2**63}, "hidden_size=9223372036854775808 has more than 64 bits"),

@@ -94,7 +94,8 @@ class OwnLayer(Layer):
         values = dict(module.experts.named_parameters())
 
         def linear(name: str, rows: Tensor) -> Tensor:
-            return rows @ values[f"{name}_weight"][index] + values[f"{name}_bias"][index]
+            y = rows @ values[f"{name}_weight"][index]
+            return y + values[f"{name}_bias"][index] if module.experts.bias else y
 
         return module.experts.network.forward(x, linear)
 
@@ -170,7 +171,8 @@ def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width
     shared = inner if config.moe.mlp_type == "residual" else None
     moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)
     small = replace(
-        config, seq_len=64, num_layers=1, hidden_size=width, num_heads=1, ffn_hidden_size=inner,
+        config, seq_len=64, num_layers=1, hidden_size=width, num_heads=1, num_kv_heads=None, head_dim=None, rope_theta=None,
+        ffn_hidden_size=inner,
         hidden_dropout=0.0, attention_dropout=0.0, moe=moe,
     )  # fmt: skip
     router = MoELayer(small, 0).router

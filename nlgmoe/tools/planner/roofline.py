@@ -98,8 +98,8 @@ def block_bytes(config: GPTConfig, experts: int, size: BytesPer) -> tuple[int, i
     width, r, c = config.hidden_size, size.residual, size.compute
     # Values that the nonlinearity reads and writes, forward and backward, of the inner width; matrices into it.
     passes, passes_back, into = {"gelu": (2, 3, 1), "swiglu": (5, 8, 2)}[config.ffn_network]
-    # Two norms and two additions; backward also the gradients of q, k and v, joined and copied, and of the two biases.
-    forward, backward = 10 * width * r, 12 * width * r + 16 * width * c
+    # Two norms and two additions; backward also the gradients of q, k and v, joined, and of the two biases.
+    forward, backward = 10 * width * r, 12 * width * r + 10 * width * c
     if config.hidden_dropout:  # read, written, and its mask, twice
         forward += 2 * width * (2 * c + 1)
         backward += 2 * width * (2 * c + 1)
