@@ -1,6 +1,7 @@
 """Warm start: the weights of a checkpoint and nothing else of it; strict, or with a list of what differed."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,8 @@ def test_a_checkpoint_says_from_which_weights_its_training_started(trained: Path
         assert f"{steps * 4 * 16} tokens, from the weights of {source}\n" in describe(path)
     prune(path, tmp_path / "small.ckpt", [1, 1], [[0], [0]])
     for name in ("warm.ckpt", "small.ckpt"):
-        export(tmp_path / name, tmp_path / "exported", overwrite=True)
+        shutil.rmtree(tmp_path / "exported", ignore_errors=True)
+        export(tmp_path / name, tmp_path / "exported")
         assert (
             f"256 tokens, 4 steps, from the weights of {'/'.join(source.parts[-3:])} |"
             in (tmp_path / "exported/README.md").read_text()

@@ -9,7 +9,18 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.hugging_face.gpt2 import our_name as name_of
+
+PARTS = {
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.project",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn.expand",
+    "mlp.c_proj": "ffn.project",
+    "wte": "token_embedding",
+    "wpe": "position_embedding",
+    "ln_f": "final_norm",
+}  # module of GPT-2 -> ours
 
 VOCAB, SEQ_LEN, LAYERS, WIDTH, HEADS, INNER = 67, 24, 3, 32, 4, 80
 
@@ -41,7 +52,11 @@ def their_gpt(ours: GPT) -> GPT2LMHeadModel:
 
 
 def our_name(theirs: str) -> str:
-    return name_of(theirs.removeprefix("transformer."))
+    part, _, leaf = theirs.removeprefix("transformer.").rpartition(".")
+    if part in PARTS:
+        return f"{PARTS[part]}.{leaf}"
+    _, layer, part = part.split(".", 2)
+    return f"blocks.{layer}.{PARTS[part]}.{leaf}"
 
 
 def as_theirs(name: str, value: Tensor) -> Tensor:

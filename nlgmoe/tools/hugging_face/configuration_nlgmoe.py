@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 from nlgmoe.config import GPTConfig
 
 FIELDS = tuple(field.name for field in fields(GPTConfig))
-SHA256 = "weights_sha256"  # key of the sha256 of each exported file of weights
 
 
 class NlgmoeConfig(PreTrainedConfig):
@@ -32,7 +31,6 @@ class NlgmoeConfig(PreTrainedConfig):
     def __init__(self, **values: Any) -> None:
         for name in FIELDS:
             setattr(self, name, values.pop(name, None))
-        values.pop(SHA256, None)  # `save_pretrained` writes new files of weights
         super().__init__(**values)
 
     def gpt_config(self) -> GPTConfig:

@@ -1,4 +1,7 @@
-"""Conversion of a folder of Hugging Face's format to a checkpoint: an export of `nlgmoe export`, or a GPT-2."""
+"""Conversion of a folder of Hugging Face's format to a checkpoint: an export of `nlgmoe export`, or an open model.
+
+Tensors are read one by one, so that memory does not grow with the model.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import open_tensors, read_json
+from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
-from nlgmoe.files import sha256_of
-from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS, SHA256
-from nlgmoe.tools.hugging_face.export import PREFIX
-from nlgmoe.tools.hugging_face.gpt2 import gpt2_config, gpt2_weights
+from nlgmoe.files import atomic_write
+from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
+from nlgmoe.tools.hugging_face.families import entry_reader, gpt_config, require_family, tensor_shapes
 from nlgmoe.validation import RunError, SettingError
 
-READABLE = "nlgmoe (what `nlgmoe export` writes) and gpt2"
+PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
 _NEEDED = ["*.json", "*.safetensors", "merges.txt"]
+_REMEDY = "download or save the model again"
 
 
 @dataclass(frozen=True)
@@ -32,23 +38,25 @@ class Imported:
 
     Attributes:
         config: configuration of the model.
-        model_type: nlgmoe or gpt2.
+        model_type: the family.
+        yaml: file of settings beside the checkpoint.
         tokenizer: True if the checkpoint has a tokenizer.
         no_tokenizer: reason for which it has none.
     """
 
     config: GPTConfig
     model_type: str
+    yaml: Path
     tokenizer: bool
     no_tokenizer: str = ""
 
 
 def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
-    """Write the checkpoint atomically.
+    """Write the checkpoint atomically, and a YAML file beside it with which `train.py` uses it.
 
     Args:
-        source: the folder, or the name of a model on the Hugging Face hub, such as `openai-community/gpt2`.
-        checkpoint: output folder, `NAME.ckpt`.
+        source: the folder, or the name of a model on the Hugging Face hub, such as `allenai/OLMoE-1B-7B-0924`.
+        checkpoint: output folder, `NAME.ckpt`; the YAML file is `NAME.yaml`.
         overwrite: replace an older checkpoint.
 
     Raises:
@@ -58,17 +66,34 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
     values = _read_json(folder / "config.json")
     model_type = str(values.get("model_type"))
     if model_type == "nlgmoe":
-        config = _exported_config(values, folder)
-        _check_sha256(folder, values)
-        read = _exported_weights(folder, config)
-    elif model_type == "gpt2":
-        config = gpt2_config(values, folder)
-        read = gpt2_weights(folder, config)
+        config, files = _exported_config(values, folder), WeightFiles(folder)
+        read = _exported_weights(files, config)
     else:
-        raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {READABLE}")
+        require_family(model_type, folder)
+        config, files = gpt_config(values, folder), WeightFiles(folder)
+        files.check(tensor_shapes(config, model_type))
+        read = entry_reader(config, model_type, files.read)
     tokenizer, missing = _tokenizer(folder, config)
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
-    return Imported(config, model_type, tokenizer is not None, missing)
+    settings = _write_settings(Path(checkpoint), config, source, tokenizer is not None)
+    return Imported(config, model_type, settings, tokenizer is not None, missing)
+
+
+def _write_settings(checkpoint: Path, config: GPTConfig, source: str, tokenizer: bool) -> Path:
+    """Write `NAME.yaml`, with which `train.py` validates the checkpoint or trains from its weights."""
+    file = checkpoint.with_suffix(".yaml")
+    settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint)}}}
+    if tokenizer:
+        settings["data"] = {"tokenizer": str(checkpoint)}
+    settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
+    head = (
+        f"# {source}, by `nlgmoe import`. Measure its loss, or train from its weights:\n"
+        f"#   train.py validate --config {file} --ckpt_path {checkpoint}\n"
+        f"#   train.py fit --config {file} --model.train_tokens N --model.optimizer.lr RATE\n"
+    )
+    with atomic_write(file) as temporary:
+        temporary.write_text(head + yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
+    return file
 
 
 def _local(source: str) -> Path:
@@ -76,12 +101,9 @@ def _local(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        folder = Path(snapshot_download(source, allow_patterns=_NEEDED))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(source, allow_patterns="*.bin")
-        return folder
+        return Path(snapshot_download(source, allow_patterns=_NEEDED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise (SettingError if isinstance(error, HFValidationError) else ValueError)(
+        raise (SettingError if isinstance(error, HFValidationError) else RunError)(
             f"{source} is neither a folder nor a model that the Hugging Face hub provides ({error}); name another source"
         ) from error
 
@@ -89,77 +111,69 @@ def _local(source: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise SettingError(f"{file.parent} has no {file.name}; name a folder of Hugging Face's format")
-    return read_json(file, "export the model again")
+    return read_json(file, _REMEDY)
 
 
-def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
-    try:
-        return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
-    except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
-        raise RunError(
-            f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
-        ) from error
+class WeightFiles:
+    """The tensors of a folder's safetensors files.
 
+    Args:
+        folder: with `model.safetensors`, or the files that `model.safetensors.index.json` names.
 
-def _check_sha256(folder: Path, values: dict[str, Any]) -> None:
-    """Check the files of weights against the sha256 in `config.json`, where it has them."""
-    recorded = values.get(SHA256)
-    for file in _files(folder):
-        if isinstance(recorded, dict) and recorded.get(file.name) != sha256_of(file):
-            raise RunError(
-                f"{file} is not the file that config.json was exported with (its sha256 differs); export the model again, or "
-                f"remove {SHA256} from config.json if the weights were changed on purpose"
-            )
+    Attributes:
+        shapes: of each tensor.
+    """
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.shapes: Shapes = {}
+        self._file_of: dict[str, Path] = {}
+        for file in _files(folder):
+            with open_tensors(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):  # integers would need scales
+                        raise RunError(f"{file}: {name} is of {dtype}, not of floating-point numbers; {_REMEDY}")
+                    if name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
+                        continue  # buffers in old files
+                    self._file_of[name] = file
+                    self.shapes[name] = torch.Size(part.get_shape())
+        if "wte.weight" in self.shapes:  # a GPT-2 that was saved without its head
+            self._file_of = {f"transformer.{name}": file for name, file in self._file_of.items()}
+            self.shapes = {f"transformer.{name}": shape for name, shape in self.shapes.items()}
+            self._saved_prefix = "transformer."
+        else:
+            self._saved_prefix = ""
 
-def _exported_weights(folder: Path, config: GPTConfig) -> Callable[[str], Tensor]:
-    """Check names and shapes of all weights, and return a function that reads an entry of the checkpoint."""
-    file_of: dict[str, Path] = {}
-    shapes: dict[str, list[int]] = {}
-    for file in _files(folder):
-        with open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                file_of[name] = file
-                part = tensors.get_slice(name)
-                shapes[name] = part.get_shape()
-                if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):  # integers would need their scales
-                    raise RunError(
-                        f"{file}: {name} is of {dtype}, not of floating-point numbers; export the model again"
-                    )
+    def check(self, expected: Shapes) -> None:
+        """Check that the files have tensors of these names and shapes, and no others."""
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                fused = [found for found in self.shapes if "experts.gate_up_proj" in found]
+                more = (
+                    f": it has {fused[0]}, of a fused format; save it with save_original_format=True" if fused else ""
+                )
+                raise RunError(f"{self._folder} lacks {name}{more or f'; {_REMEDY}'}")
+            if self.shapes[name] != shape:
+                raise RunError(
+                    f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"
+                )
+        tied = {"lm_head.weight"} if "lm_head.weight" not in expected else set()  # may be saved though it is tied
+        if unknown := sorted(self.shapes.keys() - expected.keys() - tied):
+            raise RunError(f"{self._folder} has {unknown[0]}, which its config.json does not describe; {_REMEDY}")
+        for name in tied & self.shapes.keys():
+            embedding = next(table for table in expected if table.endswith(("embed_tokens.weight", "wte.weight")))
+            if not torch.equal(self.read(name), self.read(embedding)):
+                raise RunError(
+                    f"{self._folder}: {name} differs from {embedding}, though config.json ties them; {_REMEDY}"
+                )
 
-    # Before entries are enumerated: config.json may contain any number.
-    counts = [] if config.moe is None else config.moe.num_experts
-    largest = max((shape[0] for shape in shapes.values() if shape), default=0)
-    if config.num_layers > len(shapes) or max([counts] if isinstance(counts, int) else counts, default=0) > largest:
-        raise RunError(f"{folder} holds fewer layers or experts than config.json says; export the model again")
-
-    def parameter_of(entry: str) -> tuple[str, int | None]:
-        match = EXPERT.fullmatch(entry)
-        if match is None:
-            return PREFIX + entry, None
-        return f"{PREFIX}{match['layer']}.{match['part']}", int(match["expert"])
-
-    used = set()
-    for entry, shape in weight_shapes(config).items():
-        name, expert = parameter_of(entry)
-        used.add(name)
-        if name not in shapes:
-            raise RunError(f"{folder} lacks {name}; export the model again")
-        found = shapes[name] if expert is None else shapes[name][1:]
-        if found != list(shape) or (expert is not None and expert >= shapes[name][0]):
-            raise RunError(
-                f"{folder}: {name} is {shapes[name]}, which is not what config.json says; export the model again"
-            )
-    if unknown := sorted(set(shapes) - used):
-        raise RunError(f"{folder} has unknown {unknown[0]} in {file_of[unknown[0]].name}; export the model again")
-
-    def read(entry: str) -> Tensor:
-        name, expert = parameter_of(entry)
-        with open_tensors(file_of[name]) as tensors:
-            value: Tensor = tensors.get_tensor(name) if expert is None else tensors.get_slice(name)[expert]
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Read a tensor, or `tensor[index]`."""
+        with open_tensors(self._file_of[name]) as tensors:
+            saved = name.removeprefix(self._saved_prefix)
+            value: Tensor = tensors.get_tensor(saved) if index is None else tensors.get_slice(saved)[index]
             return value
-
-    return read
 
 
 def _files(folder: Path) -> list[Path]:
@@ -172,15 +186,51 @@ def _files(folder: Path) -> list[Path]:
             )
         return [folder / "model.safetensors"]
     if not index.is_file():
-        raise RunError(f"{folder} has no model.safetensors; export the model again")
+        raise RunError(f"{folder} has no model.safetensors; {_REMEDY}")
     named = _read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise RunError(f"{index} is damaged (its weight_map does not name files); export the model again")
+        raise RunError(f"{index} is damaged (its weight_map does not name files); {_REMEDY}")
     names = sorted(set(named.values()))
     for name in names:
         if not (folder / name).is_file():
-            raise RunError(f"{folder} has no {name}, which {index.name} names; export the model again")
+            raise RunError(f"{folder} has no {name}, which {index.name} names; {_REMEDY}")
     return [folder / name for name in names]
+
+
+def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
+    try:
+        return GPTConfig.from_dict({name: values[name] for name in FIELDS if name in values})
+    except (TypeError, ValueError) as error:  # a setting is missing, unknown or out of range
+        raise RunError(
+            f"{folder}/config.json is damaged or of another nlgmoe ({error}); export the model again"
+        ) from error
+
+
+def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], Tensor]:
+    """Return a function that reads an entry of an export, which has the experts of a layer in one tensor."""
+    largest = max((shape[0] for shape in files.shapes.values() if shape), default=0)
+    counts = [] if config.moe is None else config.moe.num_experts
+    # Before entries are enumerated: config.json may contain any number.
+    if (
+        config.num_layers > len(files.shapes)
+        or max([counts] if isinstance(counts, int) else counts, default=0) > largest
+    ):
+        raise RunError("config.json says more layers or experts than the files hold; export the model again")
+
+    def place_of(entry: str) -> tuple[str, int | None]:
+        match = EXPERT.fullmatch(entry)
+        return (
+            (PREFIX + entry, None)
+            if match is None
+            else (f"{PREFIX}{match['layer']}.{match['part']}", int(match["expert"]))
+        )
+
+    expected: Shapes = {}
+    for entry, shape in weight_shapes(config).items():
+        name, expert = place_of(entry)
+        expected[name] = shape if expert is None else torch.Size((expert + 1, *shape))  # the last one is the count
+    files.check(expected)
+    return lambda entry: files.read(*place_of(entry))
 
 
 def _tokenizer(folder: Path, config: GPTConfig) -> tuple[str | None, str]:

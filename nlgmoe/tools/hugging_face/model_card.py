@@ -24,13 +24,10 @@ tags: [{tags}]
 |---|---|
 {rows}
 
-The model's code is in this folder: files of nlgmoe (Apache-2.0) that need only `torch` and `transformers`.
-`trust_remote_code=True` allows them to run.
-
-```python
+{code}```python
 from transformers import AutoModelForCausalLM{import_tokenizer}
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 {use}
 ```
 
@@ -38,13 +35,19 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 
 Before you publish the model, add its training data, intended use and the licence of its weights here.
 """
-_WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+_WITH_TOKENIZER = """tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 prompts = tokenizer(["The king", "It was a dark night, and"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=40, do_sample=True, top_k=40)))"""
+_OWN_CODE = """The model's code is in this folder: files of nlgmoe (Apache-2.0) that need only `torch` and `transformers`.
+`trust_remote_code=True` allows them to run.
+
+"""
 _WITHOUT = "# The checkpoint had no tokenizer: the model reads and writes token ids."
 
 
-def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], with_tokenizer: bool) -> str:
+def model_card(
+    name: str, document: dict[str, Any], summary: dict[str, Any], with_tokenizer: bool, family: str | None = None
+) -> str:
     """Format the model card.
 
     Args:
@@ -52,6 +55,7 @@ def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], wit
         document: the checkpoint's `checkpoint.json`.
         summary: `summary.json` of the run that ended with this checkpoint, or empty.
         with_tokenizer: True if the folder has a tokenizer.
+        family: of `transformers`, whose class loads the folder; None: the folder has the model's code.
     """
     config = GPTConfig.from_dict(document["model_config"])
     count, moe = count_parameters(config), config.moe
@@ -76,6 +80,7 @@ def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], wit
     measured = {name: bits for name, bits in summary.get("bits_per_byte", {}).items() if bits is not None}
     for domain, bits in measured.items():
         rows["bits per byte of validation text" if domain == "all" else f"bits per byte, {domain}"] = f"{bits:.2f}"
+    trust = "" if family else ", trust_remote_code=True"
     return _CARD.format(
         name=name,
         kind="A mixture-of-experts language model" if moe is not None else "A GPT",
@@ -83,5 +88,7 @@ def model_card(name: str, document: dict[str, Any], summary: dict[str, Any], wit
         version=versions()["nlgmoe"],
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         import_tokenizer=", AutoTokenizer" if with_tokenizer else "",
-        use=_WITH_TOKENIZER.format(name=name) if with_tokenizer else _WITHOUT,
+        trust=trust,
+        code="" if family else _OWN_CODE,
+        use=_WITH_TOKENIZER.format(name=name, trust=trust) if with_tokenizer else _WITHOUT,
     )

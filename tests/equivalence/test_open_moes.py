@@ -1,0 +1,377 @@
+"""Models of other families against the classes of `transformers`: imported, run, trained, exported."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from nlgmoe import GPT, GPTConfig, generate, load_model
+from nlgmoe.config import MoEConfig
+from nlgmoe.layers.attention import KVCache
+from nlgmoe.layers.routers import SoftmaxTopK
+from nlgmoe.model.counting import count_parameters, parameters_of
+from nlgmoe.pyramid import experts_per_layer
+from nlgmoe.tools.hugging_face.export import export
+from nlgmoe.tools.hugging_face.families import (
+    CLASSES,
+    NAMES,
+    family_of,
+    family_settings,
+    gpt_config,
+    source_of,
+    tensor_shapes,
+)
+from nlgmoe.tools.hugging_face.importing import import_folder
+from nlgmoe.validation import SettingError
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 89,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MOE = {"num_experts_per_tok": 2, "intermediate_size": 40}
+# variant -> family, settings
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmoe": ("olmoe", MOE | {"num_experts": 8}),
+    "olmoe, grouped queries, normalised, tied": (
+        "olmoe",
+        MOE | {"num_experts": 8, "num_key_value_heads": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "olmoe, top-1": ("olmoe", MOE | {"num_experts": 8, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("qwen3_moe", MOE | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 12}),
+    "qwen3_moe, wide heads, a dense block": (
+        "qwen3_moe",
+        MOE
+        | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [1]}
+        | {"num_key_value_heads": 2, "norm_topk_prob": True, "num_experts_per_tok": 3},
+    ),
+    "qwen3_moe, every second block": (
+        "qwen3_moe",
+        MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 2},
+    ),
+    "mixtral": ("mixtral", MOE | {"num_local_experts": 4, "num_key_value_heads": 2}),
+    "mixtral, top-3, theta": (
+        "mixtral",
+        {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
+    "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
+}
+
+
+def their_model(variant: str) -> Any:
+    family, values = VARIANTS[variant]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**{**SHAPE, **values})
+    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # scales too
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+class Pair:
+    """A model in both forms: the folder that `transformers` writes, and the checkpoint that is made of it."""
+
+    def __init__(self, variant: str, root: Path) -> None:
+        self.family = VARIANTS[variant][0]
+        self.folder, self.checkpoint = root / "theirs", root / "ours.ckpt"
+        self.theirs = their_model(variant)
+        self.theirs.save_pretrained(self.folder)
+        self.imported = import_folder(str(self.folder), self.checkpoint)
+        self.ours = load_model(self.checkpoint).eval()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(request.param, tmp_path_factory.mktemp("pair"))
+
+
+def tokens(rows: int = 3, length: int = 17) -> Tensor:
+    return torch.randint(89, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_logits_are_equal_also_with_padding_and_a_cache(pair: Pair) -> None:
+    ids = tokens()
+    expected = pair.theirs(ids).logits
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(pair.ours.logits(pair.ours(ids).hidden), expected, rtol=0, atol=2e-5)
+
+    mask = torch.ones(3, 17, dtype=torch.bool)
+    mask[1, :5] = False
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    expected = pair.theirs(ids, attention_mask=mask.long(), position_ids=positions).logits[mask]
+    torch.testing.assert_close(pair.ours.logits(pair.ours(ids, mask).hidden)[mask], expected, rtol=0, atol=2e-5)
+
+    cache = KVCache(17)
+    parts = [pair.ours(part, cache=cache).hidden for part in ids.split([9, *[1] * 8], dim=1)]
+    torch.testing.assert_close(pair.ours.logits(torch.cat(parts, dim=1)), pair.theirs(ids).logits, rtol=0, atol=3e-5)
+
+
+def test_gradients_are_equal(pair: Pair) -> None:
+    """Of every tensor of the files: each is compared under its own name."""
+    ids = tokens()
+    for model in (pair.theirs, pair.ours):
+        model.zero_grad()
+    F.cross_entropy(pair.theirs(ids).logits.flatten(0, 1), ids.flatten()).backward()
+    F.cross_entropy(pair.ours.logits(pair.ours(ids).hidden).flatten(0, 1), ids.flatten()).backward()
+    for name, parameter in pair.ours.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    total = torch.nn.utils.get_total_norm([p.grad for p in pair.theirs.parameters() if p.grad is not None])
+    ours = torch.nn.utils.get_total_norm([p.grad for p in pair.ours.parameters()])  # type: ignore[misc]
+    assert float(ours) == pytest.approx(float(total), rel=1e-5)
+    theirs = dict(pair.theirs.named_parameters())
+    for name, parameter in pair.ours.named_parameters():
+        if ".experts." in name:
+            continue  # stacks, in one form or another: their norm is in the total
+        names = source_of(name, pair.family).names
+        expected = torch.cat([theirs[part.replace("block_sparse_moe", "mlp")].grad for part in names])
+        grad = parameter.grad[: len(expected)]  # type: ignore[index]
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(total))
+
+
+@torch.no_grad()
+def test_greedy_texts_are_equal(pair: Pair) -> None:
+    prompts = [[5, 6, 7, 8], [9, 3]]
+    ours = generate(pair.ours, prompts, max_new_tokens=12, temperature=0)
+    for prompt, text in zip(prompts, ours, strict=True):
+        expected = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, use_cache=True)
+        assert text == expected[0, len(prompt) :].tolist() or text == expected[0].tolist()
+
+
+@torch.no_grad()
+def test_a_folder_goes_back_to_the_bit(pair: Pair, tmp_path: Path) -> None:
+    done = export(pair.checkpoint, tmp_path / "back")
+    assert done.family == pair.family and not list((tmp_path / "back").glob("*.py"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (pair.folder, tmp_path / "back"))
+    before.pop("lm_head.weight", None) if pair.theirs.config.tie_word_embeddings else None
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert type(again) is type(pair.theirs) and not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert torch.equal(again.eval()(tokens()).logits, pair.theirs(tokens()).logits)
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["rope_theta"] == pair.ours.config.rope_theta
+    assert {written[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {None}
+
+
+def test_parameters_are_counted(pair: Pair) -> None:
+    count = count_parameters(pair.ours.config)
+    assert (count.total, count.active) == parameters_of(pair.ours)
+
+
+@torch.no_grad()
+def test_half_precision_is_as_close_to_fp32_as_theirs(pair: Pair) -> None:
+    """By the median over logits: near a tie both may choose another expert than fp32 does, and not the same."""
+    ids = tokens(8)
+    expected = pair.theirs(ids).logits
+    theirs = (deepcopy(pair.theirs).bfloat16()(ids).logits.float() - expected).abs().median()
+    half = GPT(pair.ours.config).bfloat16().eval()
+    half.load_state_dict(pair.ours.state_dict())
+    ours = (half.logits(half(ids).hidden).float() - expected).abs().median()
+    assert ours < 1.25 * theirs
+
+
+PUBLISHED: dict[
+    str, tuple[dict[str, Any], float, float]
+] = {  # config.json's values, parameters, active ones, in billions
+    "olmoe": ({"intermediate_size": 1024}, 6.92, 1.28),  # OLMoE-1B-7B
+    "qwen3_moe": (  # Qwen3-30B-A3B
+        {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "num_experts": 128},
+        30.53,
+        3.35,
+    ),
+    "mixtral": ({}, 46.70, 12.88),  # Mixtral-8x7B
+    "llama": (  # Llama-3.2-1B, whose rope is scaled and so is not imported
+        {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+        1.24,
+        1.24,
+    ),
+    "qwen3": (  # Qwen3-1.7B
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+        | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+        1.72,
+        1.72,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_names_shapes_and_counts_of_published_models(family: str) -> None:
+    values, total, active = PUBLISHED[family]
+    theirs = getattr(transformers, f"{CLASSES[family]}Config")(**values)
+    config = gpt_config(theirs.to_dict(), Path("published"))
+    count = count_parameters(config, padded=False)
+    assert (round(count.total / 1e9, 2), round(count.active / 1e9, 2)) == (total, active)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(theirs)
+    ours = tensor_shapes(config, family)
+    assert sum(shape.numel() for shape in ours.values()) == sum(p.numel() for p in model.parameters())
+    stacked = {name: p.shape for name, p in model.named_parameters() if ".experts." not in name}
+    for name, shape in stacked.items():
+        if name != "lm_head.weight" or not theirs.tie_word_embeddings:
+            assert (
+                ours[name.replace("mlp.gate.weight", "block_sparse_moe.gate.weight") if family == "mixtral" else name]
+                == shape
+            )
+    assert family_of(config) == (family, "")
+
+
+NATIVE = GPTConfig(
+    50,
+    32,
+    4,
+    32,
+    4,
+    norm="rmsnorm",
+    rope_theta=1e4,
+    bias=False,
+    ffn_network="swiglu",
+    moe=MoEConfig(4, expert_interval=1, top_k=2),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "reason"),
+    [
+        ({}, "mixtral", ""),
+        ({"qk_norm": "head"}, "qwen3_moe", ""),
+        ({"qk_norm": "projection"}, "olmoe", ""),
+        ({"moe": None}, "llama", ""),
+        ({"moe": None, "qk_norm": "head"}, "qwen3", ""),
+        ({"moe": None, "qk_norm": "projection"}, None, "a dense model with qk_norm=projection"),
+        ({"norm": "layernorm"}, None, "norm=layernorm"),
+        ({"bias": True}, None, "bias=true"),
+        ({"rope_theta": None}, None, "learned positions"),
+        ({"ffn_network": "gelu"}, None, "ffn_network=gelu"),
+        ({"moe": {"mlp_type": "residual"}}, None, "mlp_type=residual"),
+        ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "unequal numbers of experts, [2, 2, 4, 4]"),
+        ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "dense blocks with qk_norm=None"),
+        (
+            {"moe": {"router": SoftmaxTopK(normalize_weights=False)}},
+            None,
+            "weights that are not normalised, without qk_norm",
+        ),
+        ({"moe": {"router": SoftmaxTopK(gate_scale=2.0)}}, None, "gate_scale=2.0"),
+        ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping"),
+        ({"head_dim": 16, "qk_norm": "projection"}, None, "head_dim=16 with qk_norm=projection"),
+    ],
+)
+def test_a_model_is_native_only_if_a_family_computes_it(
+    change: dict[str, Any], family: str | None, reason: str
+) -> None:
+    if isinstance(change.get("moe"), dict):
+        change = {"moe": replace(NATIVE.moe, **change["moe"])}
+    config = replace(NATIVE, **change)
+    assert family_of(config) == (family, reason)
+    if family is not None:
+        made = gpt_config(family_settings(config, family), Path("made"))
+        assert experts_per_layer(made) == experts_per_layer(config)
+        assert replace(made, moe=None, init_std=config.init_std, num_kv_heads=None, ffn_hidden_size=None) == replace(
+            config, moe=None
+        )
+
+
+REFUSED = {
+    "clip_qkv": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 of"),
+    "attention_bias": ("llama", {"attention_bias": True}, "attention_bias=True of"),
+    "activation": ("llama", {"hidden_act": "relu"}, "hidden_act=relu of"),
+    "sliding window": ("mixtral", {"sliding_window": 512}, "sliding_window=512 of"),
+    "scaled rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type=linear of",
+    ),
+    "jitter": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 of"),
+    "one normalised weight": (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+        "num_experts_per_tok=1 with normalised weights of",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_computed_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    family, values, message = REFUSED[case]
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**{**SHAPE, "intermediate_size": 40, **values})
+    config.save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as raised:
+        import_folder(str(tmp_path), tmp_path / "made.ckpt")
+    assert "\n" not in str(raised.value) and not (tmp_path / "made.ckpt").exists()
+
+
+def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
+    theirs = their_model("olmoe")
+
+    def attempt(change: Any, message: str, shard_size: str = "1GB") -> None:
+        folder = tmp_path / message[:9]
+        theirs.save_pretrained(folder, max_shard_size=shard_size)
+        change(folder)
+        with pytest.raises(ValueError, match=message) as raised:
+            import_folder(str(folder), tmp_path / "made.ckpt")
+        assert "\n" not in str(raised.value) and not (tmp_path / "made.ckpt").exists()
+
+    def edit(folder: Path, **changes: Tensor | None) -> None:
+        tensors = load_file(folder / "model.safetensors") | changes
+        save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+
+    gate = "model.layers.2.mlp.gate.weight"
+    attempt(
+        lambda folder: next(folder.glob("model-00002*")).unlink(),
+        "has no model-00002.*, which model.safetensors.index",
+        shard_size="30KB",
+    )
+    attempt(lambda folder: edit(folder, **{gate: None}), f"lacks {gate}")
+    attempt(
+        lambda folder: edit(folder, **{gate: torch.zeros(7, 48)}),
+        rf"{gate} is \[7, 48\], by config.json it is \[8, 48\]",
+    )
+    attempt(lambda folder: edit(folder, stray=torch.zeros(1)), "has stray, which its config.json does not describe")
+    attempt(
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gemma"}'),
+        "model_type=gemma of .* cannot be imported; supported are nlgmoe .*mixtral",
+    )
+    theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(ValueError, match="fused format"):
+        import_folder(str(tmp_path / "fused"), tmp_path / "made.ckpt")
+
+
+def test_every_name_of_the_table_is_used() -> None:
+    """A family without a variant for one of its names would hide a wrong one."""
+    used: dict[str, set[str]] = {}
+    for variant in VARIANTS:
+        family = VARIANTS[variant][0]
+        config = gpt_config(their_model(variant).config.to_dict(), Path("made"))
+        used.setdefault(family, set()).update(tensor_shapes(config, family))
+    for family, names in used.items():
+        wanted = {name.format(1, 1) for parts in NAMES[family].values() for name in parts}
+        optional = {name for name in wanted if ("_norm" in name and "qwen3" not in family) or ".mlp." in name}
+        assert wanted - optional <= names | {"lm_head.weight"}, family
+    with pytest.raises(SettingError, match="model_type=bert of f cannot be imported"):
+        from nlgmoe.tools.hugging_face.families import require_family
+
+        require_family("bert", Path("f"))
