@@ -108,10 +108,14 @@ def _tokenise_input(
         loaded = load_tokenizer(tokenizer, Path(data_dir))
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a file gets a line each time
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, mininterval=seconds)
-    bad = BadData(on_bad_data, tqdm.write)
+
+    def note(line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+    bad = BadData(on_bad_data, note)
     text_bytes = None
     if len(files) == 1 and is_plain_text(files[0]):
-        tqdm.write(
+        note(
             f"note: {files[0]} is the only file: it is cut at ends of lines into documents, so that the last ones can be used "
             "for validation"
         )

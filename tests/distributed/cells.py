@@ -89,6 +89,7 @@ class Cell:
     steps: int = 6  # after the fifth, metrics are compared
     hidden: int = 32
     network: Literal["gelu", "swiglu"] = "gelu"
+    block: dict[str, Any] = field(default_factory=dict)  # other settings of GPTConfig
     strategy: str = "expert_parallel"
     teacher_precision: Literal["fp32", "bf16"] | None = None
     non_finite: NonFinite = field(default_factory=NonFinite)
@@ -105,7 +106,9 @@ class Cell:
     def module(self) -> MoEGPTModule:
         """A small model; every cell of the same architecture starts from the same weights."""
         moe = MoEConfig(self.experts, **self.moe)
-        config = GPTConfig(61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe)
+        config = GPTConfig(
+            61, 16, self.layers, self.hidden, 2, init_std=0.05, ffn_network=self.network, moe=moe, **self.block
+        )
         return MoEGPTModule(
             config, AdamWConfig(lr=3e-3), activation_checkpointing=self.checkpointing, non_finite=self.non_finite
         )

@@ -83,6 +83,8 @@ LEARNING = {
 SHARP = {"router": nlgmoe.SoftmaxTopK(gate_scale=2.0, init_std=0.2), "mlp_type": "residual"}
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
 PYRAMID = [2, 4, 8]
+ARGMAX = DROPLESS | {"top_k": 2, "second_expert": "argmax"}
+MODERN = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False}
 
 CELLS: dict[int, list[Cell]] = {
     1: [Cell("one rank")],
@@ -110,6 +112,20 @@ CELLS: dict[int, list[Cell]] = {
         Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
         Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}, steps=20),
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | SHAPES, network="swiglu", steps=5),
+        Cell(
+            "the block of OLMoE", 2, 1, moe=ARGMAX, block=MODERN | {"qk_norm": "projection"}, network="swiglu", steps=5
+        ),
+        Cell(
+            "the block of Qwen3-MoE, masks",
+            2,
+            2,
+            moe=ARGMAX,
+            block=MODERN | {"qk_norm": "head", "head_dim": 8, "num_kv_heads": 1},
+            network="swiglu",
+            padded=True,
+            documents=True,
+            steps=5,
+        ),
         Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}),
         Cell("router that learns from steps", 2, 2, moe=LEARNING, accumulate=2),
         Cell(
