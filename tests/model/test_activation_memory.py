@@ -1,6 +1,7 @@
 """The activation formula against the tensors that autograd really keeps."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ from nlgmoe.tools.planner.topology import Topology
 
 SEQUENCES, CHUNK = 3, 64  # so many that no activation has the shape of a weight
 DENSE = GPTConfig(96, 50, 2, 128, 4)
+MODERN: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "rope_theta": 1e4,
+    "bias": False,
+    "ffn_network": "swiglu",
+    "tied_embeddings": False,
+}
 CONFIGS = {
     "dense": DENSE,
     "dense, odd shape": GPTConfig(61, 48, 3, 60, 3, ffn_hidden_size=100),
@@ -37,6 +45,10 @@ CONFIGS = {
     "swiglu": replace(
         DENSE, ffn_network="swiglu", moe=MoEConfig(4, mlp_type="residual", expert_ffn_size=256, shared_ffn_size=192)
     ),
+    "no biases": replace(DENSE, bias=False, tied_embeddings=False, moe=MoEConfig(8)),
+    "OLMoE": replace(DENSE, **MODERN, qk_norm="projection", moe=MoEConfig(8, expert_interval=1, top_k=2)),
+    "Qwen3-MoE": replace(DENSE, **MODERN, qk_norm="head", head_dim=64, num_kv_heads=2, moe=MoEConfig([0, 8], 1)),
+    "Mixtral": replace(DENSE, **MODERN, num_kv_heads=1, moe=MoEConfig(4, expert_interval=1, top_k=2)),
     "jitter": replace(DENSE, moe=MoEConfig(4, mlp_type="residual", noise="jitter")),
 }
 # How a precision of `Topology` looks on one process; the half-precision model is what DeepSpeed's engine runs.
@@ -45,6 +57,22 @@ PRECISIONS = {
     "half": Topology(precision="bf16-mixed", deepspeed=True),
     "autocast": Topology(precision="bf16-mixed", deepspeed=False),
 }
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What CUDA's kernel keeps: its input, and the inverse root mean square of each row in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        return (x * inverse).to(weight.dtype) * weight
+
+
+@pytest.fixture(autouse=True)
+def fused_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps))
+
 
 pytestmark = pytest.mark.usefixtures("biases_as_on_accelerators")
 

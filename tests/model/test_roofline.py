@@ -99,6 +99,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "top-2": {"top_k": 2},
     "residual": {"mlp_type": "residual"},
     "residual, sum": {"mlp_type": "residual", "residual_mix": "sum"},
+    "rotary": {"block": {"rope_theta": 1e4, "num_kv_heads": 2}},
+    "no biases": {"block": {"bias": False, "head_dim": 128}},
 }
 
 
@@ -107,11 +109,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 def test_bytes_of_a_block_are_those_that_its_operations_move(variant: str) -> None:
     """Of two more blocks; within a twentieth, as what depends on the number of experts alone is left out."""
     chosen = VARIANTS[variant]
-    moe = None if chosen is None else MoEConfig(4, expert_interval=1, token_dropping=False, **chosen)
-    two, four = (GPTConfig(128, 512, layers, 256, 4, moe=moe) for layers in (2, 4))
+    block = {} if chosen is None else chosen.get("block", {})
+    moe = MoEConfig(4, expert_interval=1, token_dropping=False, **({} if block else chosen or {}))
+    two, four = (GPTConfig(128, 512, layers, 256, 4, **block, moe=None if chosen is None else moe) for layers in (2, 4))
     (tokens, forward, _, backward), (_, less_forward, _, less_backward) = moved(four), moved(two)
     size = Topology(precision="bf16-true").bytes_per
-    predicted = block_bytes(four, 0 if moe is None else 4, size)
+    predicted = block_bytes(four, 0 if chosen is None else 4, size)
     assert predicted[0] == pytest.approx((forward - less_forward) / 2 / tokens, rel=0.05)
     assert predicted[1] == pytest.approx((backward - less_backward) / 2 / tokens, rel=0.05)
 

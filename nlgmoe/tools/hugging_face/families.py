@@ -334,6 +334,7 @@ def family_settings(config: GPTConfig, family: str) -> dict[str, Any]:
         "attention_dropout": config.attention_dropout,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # their defaults are another model's
     }
     if family != "olmoe":
         values["head_dim"] = config.head_size

@@ -4,8 +4,8 @@ Counted tensor by tensor; `tests/model/test_activation_memory.py` compares with 
 Letters: N tokens of a rank's micro-batch, H hidden size, F inner size, E experts, k experts per token, A heads, P rows of the
 padded table; r and c are the bytes of a value in the residual stream and inside a layer (`topology.BytesPer`).
 
-Assumptions: a fused attention kernel (no T x T matrix is saved), balanced routing (a rank receives as many rows as it sends),
-CUDA's dropout (one byte per mask entry).
+Assumptions: fused kernels of attention (no T x T matrix is saved) and of RMSNorm (on CPUs it keeps one more tensor), balanced
+routing (a rank receives as many rows as it sends), CUDA's dropout (one byte per mask entry).
 """
 
 from __future__ import annotations
@@ -25,13 +25,23 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     inner = {"gelu": 2, "swiglu": 4}[
         config.ffn_network
     ]  # saved values: before and after the GELU; two products, SiLU, product
-    norms = 2 * (width * r + 2 * r)  # input of each norm; mean and 1/std of a row
-    attention = width * c * (1 + 3 + 1) + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp in fp32
+    # Input of each norm; mean and 1/std of a row, or 1/rms in fp32.
+    norms = 2 * (width * r + (2 * r if config.norm == "layernorm" else 4))
+    heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    attention = (
+        width + heads + 2 * keys + heads
+    ) * c + 4 * config.num_heads  # normed input; q, k, v; output; logsumexp
+    if config.rope_theta is not None or config.qk_norm is not None:
+        attention += (heads + keys) * c  # other queries and keys; those before stay, because v is a view of one tensor
+    if config.qk_norm is not None:
+        attention += 4 * (2 if config.qk_norm == "projection" else config.num_heads + config.kv_heads)  # 1/rms
     dropout = 2 * width if config.hidden_dropout else 0
     per_token = norms + attention + dropout
+    # Cosines and sines in half precision, of queries and of keys, for the positions of one sequence.
+    turns = 4 * config.head_size * c * min(tokens, config.seq_len) if config.rope_theta is not None and c == 2 else 0
     experts = experts_at(config, layer_index)
     if not experts:
-        return tokens * (per_token + width * c + inner * config.ffn_size * c)
+        return tokens * (per_token + width * c + inner * config.ffn_size * c) + turns
 
     moe = config.moe
     assert moe is not None
@@ -42,7 +52,7 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
     gate = 4 * width * (2 if jitter else 1)  # input in fp32, and the noise
     gate += 2 * 4 * experts + 4  # logits, probabilities and logsumexp
     # The experts' input, inner values, output (for the gradient of the gate's weight), and a row of ones.
-    rows = moe.top_k * (width + inner * config.expert_ffn_size + width + BIAS_WIDTH) * c
+    rows = moe.top_k * (width + inner * config.expert_ffn_size + width + BIAS_WIDTH * config.bias) * c
     # Chosen expert, token and assignment of a row; weight and scale; a mask.
     indices = moe.top_k * (3 * 8 + 4 + 4 + 1)
     per_token += gate + rows + indices
@@ -52,7 +62,7 @@ def saved_by_block(config: GPTConfig, layer_index: int, tokens: int, size: Bytes
             per_token += width * c
         if moe.residual_mix == "learned":
             per_token += 2 * 4 * width + 8 + (4 * width if copies or (jitter and c != r) else 0)  # both branches; input
-    return tokens * per_token + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
+    return tokens * per_token + turns + (4 * experts * width if size.weight == 2 else 0)  # the gate's weights, in fp32
 
 
 def saved_by_checkpointed_block(config: GPTConfig, layer_index: int, tokens: int, size: BytesPer) -> int:

@@ -149,7 +149,8 @@ def _memory(config: GPTConfig, topology: Topology, groups: list[_ParameterGroup]
     full = sum(group.parameters for group in groups)
     sharded = sum(-(-group.parameters // group.copies) for group in groups)  # rounded up: ZeRO pads
     count = count_parameters(config)
-    uncast = count.norms + count.router + config.seq_len * config.hidden_size  # parameters that autocast leaves in fp32
+    positions = config.seq_len * config.hidden_size if config.rope_theta is None else 0
+    uncast = count.norms + count.router + positions  # parameters that autocast leaves in fp32
     optimizer = (sharded if topology.zero_stage else full) * (size.master + size.moments)
     in_fp32 = size.accumulated > size.gradient  # the step needs no copy
     copies = 4 + (size.gradient if size.gradient < 4 else 0)  # bytes of the flat gradient, in fp32 and before

@@ -98,8 +98,15 @@ def block_bytes(config: GPTConfig, experts: int, size: BytesPer) -> tuple[int, i
     width, r, c = config.hidden_size, size.residual, size.compute
     # Values that the nonlinearity reads and writes, forward and backward, of the inner width; matrices into it.
     passes, passes_back, into = {"gelu": (2, 3, 1), "swiglu": (5, 8, 2)}[config.ffn_network]
+    # Queries, keys and values of a token; those that are normed and rotated.
+    heads, keys, bias = config.num_heads * config.head_size, config.kv_heads * config.head_size, int(config.bias)
+    joined, turned = heads + 2 * keys, heads + keys
     # Two norms and two additions; backward also the gradients of q, k and v, joined, and of the two biases.
-    forward, backward = 10 * width * r, 12 * width * r + 10 * width * c
+    forward, backward = 10 * width * r, 12 * width * r + (2 * joined + bias * (joined + width)) * c
+    if config.rope_theta is not None:
+        forward, backward = forward + 11 * turned * c, backward + 10 * turned * c
+    if config.qk_norm is not None:
+        forward, backward = forward + 2 * turned * c, backward + 3 * turned * c
     if config.hidden_dropout:  # read, written, and its mask, twice
         forward += 2 * width * (2 * c + 1)
         backward += 2 * width * (2 * c + 1)
@@ -107,15 +114,15 @@ def block_bytes(config: GPTConfig, experts: int, size: BytesPer) -> tuple[int, i
     if not experts or (moe is not None and moe.mlp_type == "residual"):
         ffn = config.shared_ffn_size if experts else config.ffn_size
         forward += passes * ffn * c
-        backward += passes_back * ffn * c + (into * ffn + width) * c  # and the gradients of the biases
+        backward += passes_back * ffn * c + bias * (into * ffn + width) * c  # and the gradients of the biases
     if not experts:
         return forward, backward
     assert moe is not None
     ffn = config.expert_ffn_size
     # Per assignment: biases as a product and a sum, the nonlinearity, two gathers of the row, multiplication by the gate in fp32.
-    row = 4 * (into * ffn + width) * c + passes * ffn * c + 4 * width * c + (c + 4) * width
+    row = 4 * bias * (into * ffn + width) * c + passes * ffn * c + 4 * width * c + (c + 4) * width
     # The nonlinearity's gradient, the biases' gradients, two sums into zeroed rows; gradients of gate and output.
-    row_backward = passes_back * ffn * c + (into * ffn + width) * c + 8 * width * c + (18 + 4 + c + 4) * width
+    row_backward = passes_back * ffn * c + bias * (into * ffn + width) * c + 8 * width * c + (18 + 4 + c + 4) * width
     forward += moe.top_k * row + (4 * (moe.top_k + 1) * width if moe.top_k > 1 else 0)  # the sum over a token's experts
     backward += moe.top_k * row_backward + 3 * width * c  # sum of the gradients of experts and gate
     cast = (c + 4) * width if c == 2 else 0  # to fp32, or back
