@@ -55,7 +55,7 @@ class PredictionFile(BasePredictionWriter):
         windows = torch.tensor([index for loader in batch_indices for batch in loader for index in batch])
         losses = torch.cat([batch.float().cpu() for batch in predictions])
         written = {"losses": losses}
-        if len(windows) == len(losses):  # Lightning does not know those of data without a sampler
+        if len(windows) == len(losses):  # data without a sampler have none
             real = windows >= 0  # ranks have equally many rows: the last ones may be padding
             written = {"losses": losses[real], "windows": windows[real]}
         try:
