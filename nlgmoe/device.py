@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of cgroups, version 2 and 1.
-
 
 def default_device() -> str:
     """Return the type of this machine's accelerator, or `cpu` if it has none."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def name_deepspeeds_device() -> None:
-    """Tell DeepSpeed, before it is imported, of a machine without accelerator: it would log its search to standard output."""
+    """Name the device for DeepSpeed on a machine without accelerator, before its import: its search logs to standard output."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -35,7 +35,7 @@ class IndexedWriter:
         self._code = {np.dtype(known): code for code, known in DTYPES.items()}[self._dtype]
         self._keep = folder is not None
         self._folder = folder or Path(tempfile.mkdtemp(prefix=f"{prefix.name}.building.", dir=prefix.parent))
-        # An index begins with numbers that are known at the end; its parts are files until then.
+        # An index begins with counts that are known only at the end; until then its parts are files.
         self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths", "ends")}
         self._sequences = sizes["lengths"] // 4 if sizes else 0
 
@@ -109,9 +109,9 @@ class IndexedWriter:
             lengths.seek(0)
             position = 0
             while len(sizes := np.frombuffer(lengths.read(4 * CHUNK), "<i4") * item):
-                behind = position + np.cumsum(sizes)
-                handle.write((behind - sizes).astype("<i8").tobytes())
-                position = int(behind[-1])
+                stops = position + np.cumsum(sizes)
+                handle.write((stops - sizes).astype("<i8").tobytes())
+                position = int(stops[-1])
             handle.write(bytes(8))  # the first document starts at sequence 0
             ends.seek(0)
             shutil.copyfileobj(ends, handle, 8 * CHUNK)

@@ -105,7 +105,7 @@ class MegatronIndexed:
             for number, (first, end) in zip(sampled, bounds, strict=True)
             if end > first
         ]
-        # Two: a text that was the token's name.
+        # Two are the token's name as a text, and its end.
         if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
             raise RunError(
                 f"{empty} of {len(texts)} sampled documents in {self.prefix}.bin hold end-of-document tokens alone: parts of the "

@@ -236,8 +236,8 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
             same = value == counts or (isinstance(value, int) and set(counts) == {value} - {0})
         if value is not None and not same:
             raise SettingError(
-                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {actual}; use the teacher that is meant, "
-                f"or set {name} to null to take what it has"
+                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {actual}; use the teacher that is "
+                f"meant, or set {name} to null to take what it has"
             )
 
 

@@ -1,7 +1,7 @@
 """From documents to a clean train and validation split: normalise, cut, drop duplicates, split. Pure functions.
 
-The order matters. Duplicates go first and the split comes last, so that no validation text has a twin in training;
-and what is known to overlap without being equal (two spellings of one play) shares a `group`, which is never split.
+The order matters. Duplicates go first and the split comes last, so that no validation text is in training too.
+Texts that overlap without being equal (two spellings of one play) share a `group`, which is never split.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Document:
         text: its text.
         domain: name of the domain it belongs to.
         source: where it comes from, `archive:file`, with `#n` for the n-th section.
-        group: documents of one group go to the same split; empty: the document stands for itself.
+        group: documents of one group go to the same split; empty: the document is a group of its own.
     """
 
     text: str
@@ -66,7 +66,7 @@ def cut(document: Document) -> list[Document]:
     if current:
         tail = "\n\n".join(current)
         if sections and size < target / 4:
-            sections[-1] += "\n\n" + tail  # a stub of a section would be a poor document
+            sections[-1] += "\n\n" + tail  # a very short section would be a poor document
         else:
             sections.append(tail)
     return [
