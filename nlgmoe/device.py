@@ -57,12 +57,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a new stream, in which waiting does not wait for the computation; a CPU has none."""
+    """Return a new stream: to wait in it is not to wait for the computation; a CPU has none."""
     return nullcontext() if device.type == "cpu" else torch.Stream(device)
 
 
 def time_stamp(device: torch.device) -> float | torch.Event:
-    """Return the time in seconds; on an accelerator, record an event behind the work submitted so far."""
+    """Return the time in seconds; on an accelerator, record an event after the work submitted so far."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)

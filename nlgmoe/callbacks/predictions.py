@@ -23,8 +23,8 @@ class PredictionFile(BasePredictionWriter):
     """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked; `windows` `[N]`.
 
     `windows` has the place of each row among the data module's prediction windows; it is absent for an iterable data set.
-    With several ranks, each writes a file with its rank in the name, whose windows lie among those of the others: sort the
-    rows of all files by `windows`. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
+    With several ranks, each writes a file with its rank in the name; the rows of all files sorted by `windows` are in the
+    order of the data. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
     and its `step`.
     """
 

@@ -18,7 +18,7 @@ LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while di
 class StagedDistillation(Callback):
     """Ends distillation before the run ends, since it helps early and hurts late (paper, section 4.2.1).
 
-    Then frees the teacher; training continues on text alone. A step's loss weight is a function of the step or token
+    Then frees the teacher; training continues without it. A step's loss weight is a function of the step or token
     count at its beginning, so resuming needs no state.
 
     Args:

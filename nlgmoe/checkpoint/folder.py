@@ -94,8 +94,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
     files, checksums = manifest.get("files"), [manifest.get("checkpoint.json"), manifest.get(TOKENIZER, "")]
     contents = list(files.values()) if isinstance(files, dict) else [None]
-    known = all(isinstance(entries, dict) and all(map(_is_record, entries.values())) for entries in contents)
-    if not known or not all(isinstance(checksum, str) for checksum in checksums):
+    valid = all(isinstance(entries, dict) and all(map(_is_record, entries.values())) for entries in contents)
+    if not valid or not all(isinstance(checksum, str) for checksum in checksums):
         raise RunError(f"{file} is not nlgmoe's; {REMEDY}")
     return manifest
 

@@ -111,7 +111,6 @@ def summarize_differences(differences: dict[str, str]) -> str:
 
 
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return names and tensors of a router's own buffers."""
     buffers = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
     if buffers and (not isinstance(module, Router) or module._non_persistent_buffers_set):
         raise RunError(

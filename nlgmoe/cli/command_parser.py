@@ -69,7 +69,7 @@ class CommandParser(OneLineParser):
             name = word if equals else previous if previous.startswith("--") else "an argument"
             if (value if equals else word) == "" and name != "--prompt":
                 raise SettingError(f"{name} is empty; give a value, or leave it out")
-        names = Counter("--" + w[2:].replace("-", "_") for w, _, _ in options if w.startswith("--"))
+        names = Counter("--" + word[2:].replace("-", "_") for word, _, _ in options if word.startswith("--"))
         for action in self._actions:
             for name in action.option_strings:
                 if names[name] > 1 and not isinstance(action, argparse._AppendAction):
@@ -79,7 +79,10 @@ class CommandParser(OneLineParser):
                         f"{name} is given {names[name]} times, and only one of them would count; {remedy}"
                     )
         parsed = super().parse_args(
-            [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
+            [
+                ("--" + word[2:].replace("-", "_") if word.startswith("--") else word) + equals + value
+                for word, equals, value in options
+            ]
             + [f"--flags={word}" for word in words[end + 1 :]],
             *rest,
             **kwargs,

@@ -27,7 +27,7 @@ from nlgmoe.files import expand_home
 from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.validation import SettingError
 
-NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses of which a configuration names a subclass
+NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses whose subclasses a configuration names by `class_path`
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -53,7 +53,7 @@ def _duration(text: str) -> timedelta:
     return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
 
 
-# jsonargparse's own reads DD:HH:MM:SS as H:MM:SS, and leaves out the rest.
+# jsonargparse's own type reads DD:HH:MM:SS as H:MM:SS, and ignores the rest.
 register_type(timedelta, deserializer=_duration)
 
 
@@ -157,7 +157,7 @@ class OneLineParser(ArgumentParser):
         setting = self._find(path, owner)
         subject = str(setting) if setting else path
         takes_class = any(inspect.isclass(kind) and kind not in _WORDS for kind in parts_of(self.known.get(path)))
-        named = [s for s in self.given if s.leaf == "class_path" and _plain(s.name).startswith(path)]
+        named = [given for given in self.given if given.leaf == "class_path" and _plain(given.name).startswith(path)]
         named += [setting] if setting and takes_class and isinstance(setting.value, str) else []
         for class_path in named:
             try:
@@ -177,10 +177,10 @@ class OneLineParser(ArgumentParser):
         """Put the setting's full name and place where `text` starts with `leaf=value`."""
         match = re.match(r"(?P<leaf>\w+)=(?P<value>\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)", text)
         if match is None:  # Lightning's messages quote the value, under Lightning's own names
-            quoted = [s for s in self.given if s.name.startswith("trainer.") and f"'{s.value}'" in text]
+            quoted = [given for given in self.given if given.name.startswith("trainer.") and f"'{given.value}'" in text]
             return f"{quoted[-1]}: {text}" if quoted else text
         rest = text[match.end() :]
-        same = [s for s in self.given if s.leaf == match["leaf"] and _same(s.value, match["value"])]
+        same = [given for given in self.given if given.leaf == match["leaf"] and _same(given.value, match["value"])]
         if same:
             return f"{same[-1].name}={match['value']}{same[-1].place}{rest}"
         names = [name for name in self.known if name.rpartition(".")[2] == match["leaf"]]
@@ -252,9 +252,11 @@ class OneLineParser(ArgumentParser):
         """Return the last setting of this name in jsonargparse's messages; if possible inside the class `owner`."""
         same = [setting for setting in self.given if _plain(setting.name) == path and not setting.name.endswith("]")]
         classes = {
-            s.name.removesuffix(".class_path") for s in self.given if s.leaf == "class_path" and s.value == owner
+            setting.name.removesuffix(".class_path")
+            for setting in self.given
+            if setting.leaf == "class_path" and setting.value == owner
         }
-        of_owner = [s for s in same if any(s.name.startswith(holder) for holder in classes)]
+        of_owner = [setting for setting in same if any(setting.name.startswith(holder) for holder in classes)]
         return (of_owner or same or [None])[-1]  # type: ignore[list-item]
 
 

@@ -30,7 +30,7 @@ from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser, find_class
 from nlgmoe.data import PileDataModule
 from nlgmoe.device import name_deepspeeds_device
-from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may be named by its class alone)
+from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
@@ -106,9 +106,9 @@ class TrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
-        for given in parser.given:  # jsonargparse refuses the flag, but replaces a file's value silently
-            if given.name == "data.seq_len" and given.value != config["model"]["config"]["seq_len"]:
-                raise SettingError(f"{given} always equals model.config.seq_len; set that instead")
+        for setting in parser.given:  # jsonargparse refuses the flag, but replaces a file's value silently
+            if setting.name == "data.seq_len" and setting.value != config["model"]["config"]["seq_len"]:
+                raise SettingError(f"{setting} always equals model.config.seq_len; set that instead")
         if (seed := config.get("seed_everything")) is not None and seed is not False:
             rank_zero_warn(
                 f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
@@ -153,11 +153,11 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = (with_run_csv if trains else without_run_csv)(
                 settings["logger"], settings["default_root_dir"]
             )
-        given = settings["callbacks"] or []
-        given = given if isinstance(given, list) else [given]
-        keepers = [callback for callback in given if isinstance(callback, SaveCheckpoints)]
-        given = settings["callbacks"] = [callback for callback in given if callback not in keepers[:-1]]
-        replaced = {base for callback in given for base in type(callback).__mro__}
+        configured = settings["callbacks"] or []
+        configured = configured if isinstance(configured, list) else [configured]
+        keepers = [callback for callback in configured if isinstance(callback, SaveCheckpoints)]
+        configured = settings["callbacks"] = [callback for callback in configured if callback not in keepers[:-1]]
+        replaced = {base for callback in configured for base in type(callback).__mro__}
         if settings["enable_progress_bar"] is False or ProgressBar in replaced:
             replaced.add(TokenProgressBar)
         callbacks = [callback for callback in self.trainer_defaults["callbacks"] if type(callback) not in replaced]

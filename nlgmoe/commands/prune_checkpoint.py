@@ -117,7 +117,6 @@ def _run_batches(run: str, windows: int) -> Any:
 
 
 def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
-    """Cut a file of text into sequences."""
     import torch
 
     from nlgmoe.data.text.bad_data import UnusableError

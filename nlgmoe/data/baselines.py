@@ -50,7 +50,7 @@ def xz_bits_per_byte(
     texts = {}
     for name, tokens in evaluated.items():
         share = max_bytes // len(evaluated)
-        tokens = tokens[:share]  # a token is a byte at least, but for the end of a document
+        tokens = tokens[:share]  # each token but the end of a document has a byte or more
         tokens = tokens[tokens != tokenizer.eod_id]
         fitting = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[tokens]), share, side="right"))
         if fitting > 0:

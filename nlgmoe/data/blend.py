@@ -43,7 +43,7 @@ class Blend:
     """A weighted blend of corpora: at any point of training, each part's number of samples is its share to within two.
 
     An exhausted part starts again in another order. Domains are named after the parts, `PART/DOMAIN` where a part
-    has several. Validation covers every domain's text, whatever its weight; the test split that of the parts that have one.
+    has several. Validation covers every domain's text, whatever its weight; the test split covers the parts that have one.
 
     Args:
         parts: parts of the blend, each with `weight`, `name` and `corpus` (class_path and init_args).
@@ -120,7 +120,7 @@ class OpenBlend:
                     f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with "
                     f"{self.tokenizer.name}: give the parts of a blend one tokenizer."
                 )
-            self.domains += [f"{name}/{d}" for d in corpus.domains] if len(corpus.domains) > 1 else [name]
+            self.domains += [f"{name}/{domain}" for domain in corpus.domains] if len(corpus.domains) > 1 else [name]
             facts = description_of(corpus)
             share: dict[str, str | int] = {"share": str(Fraction(weight, sum(self.weights)))}
             if len(facts) == 1:

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: `prefix.bin` holds the tokens, `prefix.idx` says where each sequence lies.
+"""Megatron's indexed dataset: `prefix.bin` holds the tokens, `prefix.idx` the place of each sequence.
 
 Layout of the index, little-endian throughout:
 

@@ -24,7 +24,7 @@ class IndexedWriter:
         sizes: result of `position`: resume there, with the files in `folder`.
 
     Raises:
-        ValueError: there is less in `folder` than `sizes` says.
+        ValueError: a file in `folder` is missing, or shorter than in `sizes`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class IndexedWriter:
             if kind is None:
                 self._write_index()
                 self.position()
-                # At every moment an index belongs to the tokens beside it, or there is none.
+                # At any time the index fits the tokens, or does not exist.
                 Path(f"{self._prefix}.idx").unlink(missing_ok=True)
                 (self._folder / "bin").replace(f"{self._prefix}.bin")
                 (self._folder / "idx").replace(f"{self._prefix}.idx")

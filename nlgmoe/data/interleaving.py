@@ -39,7 +39,7 @@ class Interleaving:
     1/5 + 1/8 + ... = 3.36.
 
     Huffman's tree is also the one with the fewest divisions a sample, on average at most log2 of the number of parts plus 1.
-    Whole numbers have no limit here, so nothing drifts however far training goes.
+    Python's whole numbers have no limit, so the counts are exact for any number of samples.
 
     Args:
         weights: whole numbers above 0.

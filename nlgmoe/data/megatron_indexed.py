@@ -151,8 +151,7 @@ def choose_split(dataset: IndexedDataset) -> list[int] | None:
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:
     """First documents of the parts, closed by the number of documents, as Megatron rounds them.
 
-    Each part is its share of the documents, rounded by itself; what the rounded parts have too many or too few is
-    taken from or given to the first one.
+    Each part is its share of the documents, rounded separately; the first part is then changed so that the sum is right.
     """
     sizes = [round(share / sum(split) * documents) for share in split]
     sizes[0] += documents - sum(sizes)

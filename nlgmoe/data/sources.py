@@ -134,7 +134,7 @@ class EvaluationSource:
 
     def evaluated_tokens(self, domain: int) -> np.ndarray:
         """Return the targets that the domain's windows cover, in order."""
-        windows = sum(1 for d, _ in self._windows if d == domain)
+        windows = sum(1 for other, _ in self._windows if other == domain)
         return self._streams[domain][: windows * self.seq_len]
 
 

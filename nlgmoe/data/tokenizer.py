@@ -94,7 +94,7 @@ class Tokenizer:
         """Return where a text and the decoding of its ids differ, a piece of each; empty pieces if the text is reproduced."""
         ids = self.encode(text)
         decoded = self.decode(ids)
-        # Tokens of other kinds than byte-level have other lengths than `token_bytes` says.
+        # Tokens that are not byte-level have other lengths than in `token_bytes`.
         if decoded == text and int(self.token_bytes[ids].sum()) == len(text.encode()) and self.eod_id not in ids:
             return "", ""
         begin = max(0, len(commonprefix([text, decoded])) - 10) if decoded != text else 0  # noqa: RUF071 (characters are meant)
@@ -183,7 +183,7 @@ class Tokenizer:
 
 
 def _parts(component: Any, name: str) -> list[dict[str, Any]]:
-    """Return the settings of a tokenizer's component, or of the parts, its list `name`, that it is a sequence of."""
+    """Return the settings of a tokenizer's component; of a sequence, those of each part in its list `name`."""
     if component is None:
         return []
     settings = json.loads(component.__getstate__())
@@ -194,7 +194,7 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
 def _changes_texts(backend: tokenizers.Tokenizer) -> list[str]:
     """Return the types of a tokenizer's normalisers, and of its pre-tokenisers that remove what they match."""
     splitters = _parts(backend.pre_tokenizer, "pretokenizers")
-    # Inverted, as conversions of tiktoken's are, it removes what lies between the matches, which may be nothing.
+    # An inverted one, as in conversions from tiktoken, removes the text between the matches, which may be empty.
     removals = [part for part in splitters if part.get("behavior") == "Removed" and not part.get("invert")]
     removals += [part for part in splitters if part["type"] == "CharDelimiterSplit"]
     return [part["type"] for part in [*_parts(backend.normalizer, "normalizers"), *removals]]

@@ -287,11 +287,10 @@ def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, 
         )
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):
-        whole = files.read(entry.name)
-        entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
+        value = files.read(entry.name)
+        entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
     return model
 
 
 def _without_dropping(config: GPTConfig) -> GPTConfig:
-    """Return the configuration with dropless evaluation."""
     return config if config.moe is None else replace(config, moe=replace(config.moe, eval_token_dropping=False))

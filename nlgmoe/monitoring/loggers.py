@@ -101,8 +101,8 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Read the columns of an existing file, and discard an incomplete last row."""
         if os.path.exists(self.metrics_file_path):
-            with open(self.metrics_file_path, "rb+") as whole:
-                whole.truncate(whole.read().rfind(b"\n") + 1)
+            with open(self.metrics_file_path, "rb+") as binary_file:
+                binary_file.truncate(binary_file.read().rfind(b"\n") + 1)
             with open(self.metrics_file_path, newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 

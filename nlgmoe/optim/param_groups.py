@@ -83,7 +83,7 @@ def require_adamw(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Restore moments alone: all settings are those of this run's configuration."""
+    """Restore only the moments: all settings are those of this run's configuration."""
     saved, own = state["param_groups"], optimizer.param_groups
     if len(saved) != len(own):
         return state  # which PyTorch refuses

@@ -157,10 +157,10 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
     _check_shapes(entry_shapes(model), files)
     state = EngineState(engine) if engine is not None else None
     for entry in local_entries(model):
-        whole = files.read(entry.name)
-        entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
+        value = files.read(entry.name)
+        entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
         if state is not None:
-            state.load(entry, None, whole.float())
+            state.load(entry, None, value.float())
 
 
 @torch.no_grad()

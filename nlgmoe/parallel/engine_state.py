@@ -58,18 +58,18 @@ class EngineState:
     def gather(self, entry: Entry, key: str | None, owner: int) -> Tensor | None:
         """Gather an entry on rank `owner` of the ranks that share it, in fp32 on the CPU; None on the others. A collective."""
         ranks = self.ranks_of(entry.parameter)
-        whole = torch.zeros(entry.shape.numel(), device=self._device)
+        value = torch.zeros(entry.shape.numel(), device=self._device)
         if (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
-            whole[part] = values
-        distributed.reduce(whole, distributed.get_global_rank(ranks, owner), group=ranks)
-        return whole.cpu().view(entry.shape) if distributed.get_rank(ranks) == owner else None
+            value[part] = values
+        distributed.reduce(value, distributed.get_global_rank(ranks, owner), group=ranks)
+        return value.cpu().view(entry.shape) if distributed.get_rank(ranks) == owner else None
 
-    def load(self, entry: Entry, key: str | None, whole: Tensor) -> None:
+    def load(self, entry: Entry, key: str | None, value: Tensor) -> None:
         """Copy this rank's part of an entry into the engine, which has no buffers."""
         if entry.trained and (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
-            values.copy_(whole.view(-1)[part])
+            values.copy_(value.view(-1)[part])
 
     def init_moments(self) -> None:
         """Give AdamW its initial state, which it otherwise creates in its first step, so that moments can be loaded."""

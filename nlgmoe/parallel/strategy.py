@@ -237,7 +237,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.engine_state import EngineState
 
         state = EngineState(self._engine)
-        load_initial_weights(self._gpt, start, lambda entry, whole: state.load(entry, None, whole.float()))  # type: ignore[arg-type]
+        load_initial_weights(self._gpt, start, lambda entry, value: state.load(entry, None, value.float()))  # type: ignore[arg-type]
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -137,7 +137,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the step that is validated, and end the run here if a signal has come."""
+        """Save the step that is validated, and end the run here if ranks have agreed to."""
         if self._training:
             ends = trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done
             self._finish_step(trainer, save=self.save_before_validation or ends)

@@ -46,7 +46,7 @@ class Part:
 
     Args:
         domain: the domain's name.
-        package: where it comes from.
+        package: its source.
         extract: archive -> documents.
         max_bytes: at most so much is kept (a sample by hash), so that no domain dominates.
     """
@@ -146,7 +146,9 @@ def write_corpus(
     unique = drop_duplicates(documents)
     # After deduplication, so that a limit counts no repeated text.
     for (domain, archive), max_bytes in (limits or {}).items():
-        part = [d for d in unique if d.domain == domain and d.source.split(":")[0] == archive]
+        part = [
+            document for document in unique if document.domain == domain and document.source.split(":")[0] == archive
+        ]
         surplus = set(part) - set(limit_bytes(part, max_bytes))
         unique = [document for document in unique if document not in surplus]
     domains = list(dict.fromkeys(document.domain for document in unique))

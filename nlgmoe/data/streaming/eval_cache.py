@@ -94,7 +94,9 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
     files = read_files(folder)
     if files is None:
         return None
-    tokens = {split: [IndexedDataset(_prefix(folder, d, split)).tokens for d in range(domains)] for split in files}
+    tokens = {
+        split: [IndexedDataset(_prefix(folder, domain, split)).tokens for domain in range(domains)] for split in files
+    }
     return EvalCache(files, tokens)
 
 
@@ -140,7 +142,7 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
     written, dtype = 0, token_dtype(config.tokenizer.vocab_size)
     with ExitStack() as stack:
         domains = range(len(config.domains))
-        writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in domains]
+        writers = [stack.enter_context(IndexedWriter(_prefix(folder, number, split), dtype)) for number in domains]
         for tokens, domain in documents:
             writers[domain].add_document(tokens)
             written += len(tokens)
