@@ -51,7 +51,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp()) / "logits"
     offline = OfflineTeacher(str(folder))
     record_logits(distiller, data, _recipe(data), folder, lambda progress: None)
-    offline._found = TeacherLogits(folder)
+    offline._recording = TeacherLogits(folder)
 
     def step(learns_from: Distiller | None) -> None:
         teacher = None if learns_from is None else learns_from.read(batch, None)

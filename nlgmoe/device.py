@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of cgroups, version 2 and 1.
-
 
 def default_device() -> str:
     """Return the type of this machine's accelerator, or `cpu` if it has none."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def name_deepspeeds_device() -> None:
-    """Tell DeepSpeed, before it is imported, of a machine without accelerator: it would log its search to standard output."""
+    """Name the device for DeepSpeed on a machine without accelerator, before its import: its search logs to standard output."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -59,12 +57,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a new stream, in which waiting does not wait for the computation; a CPU has none."""
+    """Return a new stream: to wait in it is not to wait for the computation; a CPU has none."""
     return nullcontext() if device.type == "cpu" else torch.Stream(device)
 
 
 def time_stamp(device: torch.device) -> float | torch.Event:
-    """Return the time in seconds; on an accelerator, record an event behind the work submitted so far."""
+    """Return the time in seconds; on an accelerator, record an event after the work submitted so far."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)

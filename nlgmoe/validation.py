@@ -1,4 +1,4 @@
-"""Checks of settings by their type hints: `noise="jiter"` would be no noise, and `"false"` true."""
+"""Checks of settings by their type hints: otherwise `noise="jiter"` would mean no noise, and `"false"` true."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class SettingError(ValueError):
 
 
 class RunError(ValueError):
-    """What stops a run or command: damaged data, a full disk, a step that is not finite. One line, exit code 1."""
+    """An error that ends a run or command: damaged data, a full disk, a step that is not finite. One line, exit code 1."""
 
 
-def type_for(error: Exception) -> type[ValueError]:
-    """Return the type of an error that says more about another one: that of a setting stays one."""
+def error_type_like(error: Exception) -> type[ValueError]:
+    """Return the type for an error that adds to the message of `error`: `SettingError` if that is one, else `RunError`."""
     return SettingError if isinstance(error, SettingError) else RunError
 
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks, one concern per file. They read the module and the trainer; most leave training alone."""
+"""Lightning callbacks, one concern per file. They read the module and the trainer; most do not change training."""
 
 from nlgmoe.callbacks.expert_load import ExpertLoad
 from nlgmoe.callbacks.predictions import PredictionFile

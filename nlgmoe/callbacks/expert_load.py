@@ -63,7 +63,7 @@ class ExpertLoad(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run; `load_state_dict` restores a resumed one after this."""
+        """Reset the state; `load_state_dict` restores that of a resumed run after this."""
         if stage == "fit":
             self._begin_run()
 
@@ -94,7 +94,7 @@ class ExpertLoad(Callback):
         self._squares, self._skipped = None, pl_module.skipped_steps
         if not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
-        numbers = all(isinstance(one, float) for one in self._resumed) and len(self._resumed) in (0, length)
+        numbers = all(isinstance(value, float) for value in self._resumed) and len(self._resumed) in (0, length)
         if [len(layer) for layer in self._last_used] != self._experts or not numbers:
             raise SettingError(f"{trainer.ckpt_path}: callbacks/ExpertLoad is not of this model's experts; {REMEDY}")
         if self._resumed and trainer.is_global_zero:
@@ -102,7 +102,7 @@ class ExpertLoad(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Open the file before the first step: a run that was refused until then leaves the rows of the folder's run."""
+        """Open the file before the first step: a run that is refused before it does not change existing rows."""
         if self._file is None and self._experts and trainer.is_global_zero:
             self._file = ExpertLoadFile(Path(trainer.default_root_dir), self._experts, trainer.global_step)
 

@@ -23,8 +23,8 @@ class PredictionFile(BasePredictionWriter):
     """Writes `predictions.safetensors` into the run folder: `losses` `[N, T]`, nats per token, 0 where masked; `windows` `[N]`.
 
     `windows` has the place of each row among the data module's prediction windows; it is absent for an iterable data set.
-    With several ranks, each writes a file with its rank in the name, whose windows lie among those of the others: sort the
-    rows of all files by `windows`. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
+    With several ranks, each writes a file with its rank in the name; the rows of all files sorted by `windows` are in the
+    order of the data. Files of an earlier prediction are removed. The files' metadata name the `checkpoint`
     and its `step`.
     """
 
@@ -55,7 +55,7 @@ class PredictionFile(BasePredictionWriter):
         windows = torch.tensor([index for loader in batch_indices for batch in loader for index in batch])
         losses = torch.cat([batch.float().cpu() for batch in predictions])
         written = {"losses": losses}
-        if len(windows) == len(losses):  # Lightning does not know those of data without a sampler
+        if len(windows) == len(losses):  # data without a sampler have none
             real = windows >= 0  # ranks have equally many rows: the last ones may be padding
             written = {"losses": losses[real], "windows": windows[real]}
         try:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from nlgmoe.module import MoEGPTModule
 
-FILE_SECONDS = 10.0  # between updates where standard output is a file or a pipe: each is kept there
+FILE_SECONDS = 10.0  # between updates where standard output is a file or a pipe, which keeps every update
 
 
 class TokenProgressBar(TQDMProgressBar):

@@ -46,7 +46,7 @@ class RunSummary(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run; `load_state_dict` restores a resumed one after this."""
+        """Reset the state; `load_state_dict` restores that of a resumed run after this."""
         if stage == "fit":
             self._begin_run()
 
@@ -185,8 +185,8 @@ def _leaves_out_domains(trainer: Trainer) -> bool:
 
 def _baseline(trainer: Trainer, name: str) -> Any:
     """Return a baseline of the evaluated tokens; None if the data module has none or validation covers fewer tokens."""
-    known = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
-    return known() if known is not None and not _leaves_out_domains(trainer) else None
+    compute = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
+    return compute() if compute is not None and not _leaves_out_domains(trainer) else None
 
 
 def _finite(value: float) -> float | None:
@@ -213,5 +213,5 @@ def format_summary(summary: dict[str, Any], xz_bits_per_byte: dict[str, float], 
         for name, value in measured.items():
             other = f" {xz_bits_per_byte[name]:>6.2f}" if name in xz_bits_per_byte else ""
             lines.append(f"  {name:<20}  {value:>6.2f}{other}")
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return "\n".join([*lines, "", f"written to {folder}/: {', '.join(found)}", ""])
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return "\n".join([*lines, "", f"written to {folder}/: {', '.join(files)}", ""])

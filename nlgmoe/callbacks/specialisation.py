@@ -64,7 +64,7 @@ class ExpertSpecialisation(Callback):
         """Sum over ranks, and write on rank 0."""
         if self._counts is None:
             return
-        found = self._counts.specialisation(trainer.global_step)
+        specialisation = self._counts.specialisation(trainer.global_step)
         if trainer.is_global_zero:
-            found.save(trainer.default_root_dir)
+            specialisation.save(trainer.default_root_dir)
         self._counts = None

@@ -18,7 +18,7 @@ LOGGED = ("train/distillation_loss", "train/teacher_agreement")  # only while di
 class StagedDistillation(Callback):
     """Ends distillation before the run ends, since it helps early and hurts late (paper, section 4.2.1).
 
-    Then frees the teacher; training continues on text alone. A step's loss weight is a function of the step or token
+    Then frees the teacher; training continues without it. A step's loss weight is a function of the step or token
     count at its beginning, so resuming needs no state.
 
     Args:
@@ -40,8 +40,8 @@ class StagedDistillation(Callback):
     ) -> None:
         given = {"step": step, "tokens": tokens, "fraction": fraction}
         if sum(value is not None for value in given.values()) != 1:
-            shown = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise SettingError(f"StagedDistillation: {shown}; give one of them, and only one")
+            settings = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise SettingError(f"StagedDistillation: {settings}; give one of them, and only one")
         for name, value in given.items():
             if value is not None and value <= 0:
                 raise SettingError(
@@ -63,12 +63,12 @@ class StagedDistillation(Callback):
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return
-        if sum(isinstance(one, StagedDistillation) for one in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        if sum(isinstance(callback, StagedDistillation) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise SettingError("StagedDistillation is there twice, and the last one would set all weights; remove one")
-        for one in trainer.callbacks:  # type: ignore[attr-defined]
-            if (monitor := getattr(one, "monitor", None)) in LOGGED:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if (monitor := getattr(callback, "monitor", None)) in LOGGED:
                 raise SettingError(
-                    f"{type(one).__name__}.monitor={monitor} is not logged once StagedDistillation has ended distillation; "
+                    f"{type(callback).__name__}.monitor={monitor} is not logged once StagedDistillation has ended distillation; "
                     "monitor train/loss"
                 )
         if pl_module.distiller is None:

@@ -21,20 +21,20 @@ class AllRanksSettingError(AllRanksError, SettingError):
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on every rank if the block raises on one. A collective: every rank must enter the block."""
-    mine: Exception | None = None
+    own_error: Exception | None = None
     try:
         yield
     except Exception as error:
-        mine = error
+        own_error = error
     if not distributed.is_initialized():
-        if mine is not None:
-            raise mine
+        if own_error is not None:
+            raise own_error
         return
-    found: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, None if mine is None else f"{mine}")
-    for rank, message in enumerate(found):
+    messages: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(messages, None if own_error is None else f"{own_error}")
+    for rank, message in enumerate(messages):
         if message is None:
             continue
-        if len(set(found)) > 1:
-            raise AllRanksError(f"rank {rank}: {message}") from mine
-        raise (AllRanksSettingError if isinstance(mine, SettingError) else AllRanksError)(message) from mine
+        if len(set(messages)) > 1:
+            raise AllRanksError(f"rank {rank}: {message}") from own_error
+        raise (AllRanksSettingError if isinstance(own_error, SettingError) else AllRanksError)(message) from own_error

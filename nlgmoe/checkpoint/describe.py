@@ -52,8 +52,8 @@ def _describe_model(values: dict[str, Any]) -> list[str]:
     for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(values | {"moe": without_parts})), 1):
         if count:
             blocks.setdefault(count, []).append(str(block))
-    experts = "; ".join(f"{count} in block {', '.join(where)}" for count, where in blocks.items())
+    experts = "; ".join(f"{count} in block {', '.join(numbers)}" for count, numbers in blocks.items())
     return [
         f"experts    {experts or 'none: a dense model'}",
-        *(f"parts      {n}={path}{'' if path.startswith('nlgmoe.') else unknown}" for n, path in parts.items()),
+        *(f"parts      {name}={path}{'' if path.startswith('nlgmoe.') else unknown}" for name, path in parts.items()),
     ]

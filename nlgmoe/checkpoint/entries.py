@@ -54,7 +54,8 @@ def optimizer_to_entries(
     """Split an optimizer's state into named tensors and groups, which refer to parameters by name.
 
     Args:
-        state: of AdamW, which has none of a parameter without a gradient so far: it is frozen, or all steps were skipped.
+        state: AdamW's state dictionary. A parameter that never had a gradient has no entry: it is frozen, or all steps were
+            skipped.
         weights: every parameter by name.
     """
     names = {
@@ -85,10 +86,10 @@ def optimizer_from_entries(entries: dict[str, Tensor], groups: list[dict[str, An
             raise RunError(f"optimizer_groups has {group!r:.80} in place of a group; use another checkpoint")
         numbered.append({**group, "params": list(range(index, index + len(group["param_names"])))})
         for name in group["param_names"]:
-            found = {moment: values[name] for moment, values in by_moment.items() if name in values}
-            if lacking := sorted(by_moment.keys() - found.keys()):  # AdamW would restart this parameter at step 0
+            moments = {moment: values[name] for moment, values in by_moment.items() if name in values}
+            if lacking := sorted(by_moment.keys() - moments.keys()):  # AdamW would restart this parameter at step 0
                 raise RunError(f"the optimizer's state lacks {lacking[0]} of {name}; use another checkpoint")
-            if found:
-                state[index] = found
+            if moments:
+                state[index] = moments
             index += 1
     return {"state": state, "param_groups": numbered}

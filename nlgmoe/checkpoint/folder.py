@@ -8,7 +8,7 @@
       tokenizer.json                                  the run's tokenizer, in the format of the `tokenizers` library
       manifest.json                                   type, shape and checksum of every tensor, by file
 
-A reader takes the union of the files: which file holds an entry has no meaning. Checksums are 64-bit xxHash (XXH3), which
+A reader takes the union of the files; it does not matter which file holds an entry. Checksums are 64-bit xxHash (XXH3), which
 detects damage, not tampering. `writing.py` writes the folder.
 """
 
@@ -55,12 +55,12 @@ def read_document(path: str | Path) -> dict[str, Any]:
             "because they hold pickled objects"
         )
     if not file.exists():
-        found = "expected a folder with checkpoint.json in it" if Path(path).exists() else "it does not exist"
-        raise SettingError(f"no checkpoint at {path}: {found}")
+        problem = "expected a folder with checkpoint.json in it" if Path(path).exists() else "it does not exist"
+        raise SettingError(f"no checkpoint at {path}: {problem}")
     document = read_json(file)
     if document.get("format") != FORMAT or document.get("version") != VERSION:
-        found = f"{document.get('format')} version {document.get('version')}"
-        raise RunError(f"{path} is {found}; this nlgmoe reads {FORMAT} version {VERSION}")
+        saved_format = f"{document.get('format')} version {document.get('version')}"
+        raise RunError(f"{path} is {saved_format}; this nlgmoe reads {FORMAT} version {VERSION}")
     _check_bytes(file, read_manifest(path)["checkpoint.json"])
     for name, kind in DOCUMENT.items():
         value = document.get(name)
@@ -78,7 +78,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     try:
         GPTConfig.from_dict(document["model_config"])
     except ForeignCodeError:
-        pass  # whoever builds the model says how to allow it
+        pass  # raised again, with the remedy, where the model is built
     except (AttributeError, TypeError, ValueError) as error:
         raise RunError(f"{file} describes no model: {error}; {REMEDY}") from error
     return document
@@ -92,10 +92,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     manifest = read_json(file)
     if manifest.get("checksum") != checksum_of_manifest(manifest):
         raise RunError(f"{file} is damaged (its checksum differs); {REMEDY}")
-    files, sums = manifest.get("files"), [manifest.get("checkpoint.json"), manifest.get(TOKENIZER, "")]
+    files, checksums = manifest.get("files"), [manifest.get("checkpoint.json"), manifest.get(TOKENIZER, "")]
     contents = list(files.values()) if isinstance(files, dict) else [None]
-    known = all(isinstance(one, dict) and all(map(_is_record, one.values())) for one in contents)
-    if not known or not all(isinstance(one, str) for one in sums):
+    valid = all(isinstance(entries, dict) and all(map(_is_record, entries.values())) for entries in contents)
+    if not valid or not all(isinstance(checksum, str) for checksum in checksums):
         raise RunError(f"{file} is not nlgmoe's; {REMEDY}")
     return manifest
 
@@ -163,11 +163,11 @@ class TensorFiles:
 
     def read_all(self) -> dict[str, Tensor]:
         """Read every entry to the CPU."""
-        found: dict[str, Tensor] = {}
+        entries: dict[str, Tensor] = {}
         for file in sorted(set(self._file_of.values())):
             with open_tensors(file) as tensors:
-                found |= {name: self._checked(name, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
-        return found
+                entries |= {name: self._checked(name, tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+        return entries
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if problem := entry_problem(self._kind, tensor, self._contents[name]):
@@ -184,17 +184,17 @@ def file_problems(folder: Path, files: dict[str, Contents], kinds: Iterable[str]
         if kind_of(name) not in kinds:
             continue
         if not file.exists():
-            yield f"{folder} has no {name}, with {_first_of(contents)}"
+            yield f"{folder} has no {name}, with {_abbreviate(contents)}"
             continue
         try:
             with open_tensors(file) as tensors:
-                found = set(tensors.keys())
+                stored = set(tensors.keys())
         except ValueError as error:
             yield str(error).removesuffix(f"; {REMEDY}")
             continue
-        for problem, names in {"lacks": contents.keys() - found, "has unknown": found - contents.keys()}.items():
+        for problem, names in {"lacks": contents.keys() - stored, "has unknown": stored - contents.keys()}.items():
             if names:
-                yield f"{file} {problem} {_first_of(names)}"
+                yield f"{file} {problem} {_abbreviate(names)}"
 
 
 def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
@@ -205,9 +205,9 @@ def entry_problem(kind: str, tensor: Tensor, recorded: list[Any]) -> str:
         tensor: the entry.
         recorded: its type, shape and checksum in the manifest.
     """
-    for attribute, found, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
-        if found != expected:
-            return f"is damaged (its {attribute} is {found}, not {expected})"
+    for attribute, actual, expected in zip(("type", "shape", "checksum"), record_of(tensor), recorded, strict=True):
+        if actual != expected:
+            return f"is damaged (its {attribute} is {actual}, not {expected})"
     if kind != "state" and (bad := int((~tensor.isfinite()).sum())):
         return f"has {bad} of {tensor.numel()} values that are NaN or infinite"
     return ""
@@ -242,7 +242,7 @@ def checksum_of_manifest(manifest: dict[str, Any]) -> str:
 
 
 def followed(path: Path) -> Path:
-    """Return the checkpoint that a link, such as `last.ckpt`, is to now: its run may move the link while others read."""
+    """Return the checkpoint that a link, such as `last.ckpt`, points to: a running training may move the link later."""
     return path.parent / path.readlink() if path.is_symlink() else path
 
 
@@ -262,7 +262,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def run_config(path: Path) -> Path | None:
-    """Return the `config.yaml` of the run that a folder is, or is in; None if it is in none."""
+    """Return the `config.yaml` of the run whose folder is `path` or contains it; None if there is none."""
     return next((folder / "config.yaml" for folder in (path, *path.parents) if holds_run(folder)), None)
 
 
@@ -270,14 +270,14 @@ def read_json(file: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """Read a JSON file that holds a mapping."""
     require_regular(file, remedy)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{file} is damaged (a {type(found).__name__}, not a mapping); {remedy}")
-    return found
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged (a {type(content).__name__}, not a mapping); {remedy}")
+    return content
 
 
-def _first_of(names: Iterable[str]) -> str:
+def _abbreviate(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ordered[0] + (f" and {len(ordered) - 1} more" if len(ordered) > 1 else "")

@@ -28,7 +28,7 @@ class Entry:
     Attributes:
         name: its name in the checkpoint.
         stack: name of the parameter that contains it: the same name, or a stack of experts.
-        first_of_stack: true for one entry per stack, which stores AdamW's number of steps for the whole stack.
+        holds_step: true for the one entry of a stack with which AdamW's number of steps of the stack is saved.
         parameter: the parameter or buffer that contains it.
         start: offset of its first value in the flat parameter.
         shape: shape of the entry.
@@ -36,7 +36,7 @@ class Entry:
 
     name: str
     stack: str
-    first_of_stack: bool
+    holds_step: bool
     parameter: Tensor
     start: int
     shape: torch.Size
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def stop(self) -> int:
-        """Return the offset behind its last value in the flat parameter."""
+        """Return the offset after its last value in the flat parameter."""
         return self.start + self.shape.numel()
 
 
@@ -93,14 +93,14 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def describe_differences(model: Shapes, checkpoint: Shapes) -> dict[str, str]:
-    """Map each entry that model and checkpoint do not share in one shape to the reason; other shapes first."""
-    found = {
+    """Map each entry that one side lacks or that differs in shape to the reason; differing shapes first."""
+    differences = {
         name: f"{list(checkpoint[name])} in the checkpoint, {list(shape)} in the model"
         for name, shape in model.items()
         if name in checkpoint and checkpoint[name] != shape
     }
-    found |= {name: "not in the checkpoint" for name in model if name not in checkpoint}
-    return found | {name: "not in the model" for name in checkpoint if name not in model}
+    differences |= {name: "not in the checkpoint" for name in model if name not in checkpoint}
+    return differences | {name: "not in the model" for name in checkpoint if name not in model}
 
 
 def summarize_differences(differences: dict[str, str]) -> str:
@@ -111,11 +111,10 @@ def summarize_differences(differences: dict[str, str]) -> str:
 
 
 def _router_buffers(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return names and tensors of a router's own buffers."""
-    found = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
-    if found and (not isinstance(module, Router) or module._non_persistent_buffers_set):
+    buffers = [(f"{prefix}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False)]
+    if buffers and (not isinstance(module, Router) or module._non_persistent_buffers_set):
         raise RunError(
-            f"{found[0][0]}: checkpoints hold persistent buffers of a Router alone; register it on the Router itself, without "
+            f"{buffers[0][0]}: checkpoints hold persistent buffers of a Router alone; register it on the Router itself, without "
             "persistent=False"
         )
-    return found
+    return buffers

@@ -59,8 +59,8 @@ def choose_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint `path`, or the newest valid checkpoint of a run folder. A collective.
 
     A link is followed once: the run that it belongs to may move it while the checkpoint is read. All ranks verify a checkpoint
-    together before one of them uses it, so that all raise the same error. A single process verifies a checkpoint that was given
-    while it reads it.
+    together before one of them uses it, so that all raise the same error. A single process verifies a given
+    checkpoint while reading it.
     """
     path = Path(path)
     if is_checkpoint(path):
@@ -82,7 +82,7 @@ def choose_checkpoint(path: str | Path) -> Path:
         more = f"; and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         raise AllRanksError(f"no valid checkpoint in {path} ({skipped[0]}{more}); start a new run in another folder")
     remedy = "name a checkpoint, or the folder of a run"
-    if (path / "config.json").exists():  # as `nlgmoe export` writes
+    if (path / "config.json").exists():  # `nlgmoe export` has written it
         remedy = "it is a folder for transformers; make a checkpoint of it with nlgmoe import"
     raise SettingError(f"no checkpoint in {path}: {remedy}")
 

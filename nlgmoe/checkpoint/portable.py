@@ -101,8 +101,8 @@ def make_document(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Undo `make_document`: return Lightning's dictionary without weights and optimizer, and the checkpoint's `path`."""
     document = read_document(path)
-    found: dict[str, Any] = _from_json(document, TensorFiles(path, "state", required=False).read_all())
-    return found | {"path": str(path)}
+    checkpoint: dict[str, Any] = _from_json(document, TensorFiles(path, "state", required=False).read_all())
+    return checkpoint | {"path": str(path)}
 
 
 def load_model(path: str | Path) -> GPT:
@@ -123,23 +123,23 @@ def load_model(path: str | Path) -> GPT:
     return model.eval()
 
 
-def _to_json(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+def _to_json(value: Any, entry: str, tensors: dict[str, Tensor]) -> Any:
     """Convert `value` to plain JSON; tensors are collected in `tensors` and replaced by a reference."""
     if isinstance(value, Tensor):
-        tensors[where] = value.detach().clone()
-        return {"$tensor": where}
+        tensors[entry] = value.detach().clone()
+        return {"$tensor": entry}
     if isinstance(value, dict):
         if bad := [key for key in value if not isinstance(key, str)]:
-            raise RunError(f"checkpoint entry {where}: key {bad[0]!r} is not text; use text keys in state_dict()")
-        return {key: _to_json(item, f"{where}/{key}" if where else key, tensors) for key, item in value.items()}
+            raise RunError(f"checkpoint entry {entry}: key {bad[0]!r} is not text; use text keys in state_dict()")
+        return {key: _to_json(item, f"{entry}/{key}" if entry else key, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item, f"{where}/{index}", tensors) for index, item in enumerate(value)]
+        return [_to_json(item, f"{entry}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise RunError(
-        f"checkpoint entry {where} is a {type(value).__name__}; checkpoints hold numbers, text, lists, dictionaries and "
+        f"checkpoint entry {entry} is a {type(value).__name__}; checkpoints hold numbers, text, lists, dictionaries and "
         "tensors only: change what state_dict() returns"
     )
 

@@ -1,7 +1,7 @@
 """Prune: write a checkpoint with fewer experts. A standard mixture becomes a pyramid.
 
 The kept experts keep their order; the rows of the router's weights and biases go with them. A softmax over fewer experts gives
-each of them a larger probability, so that with `top_k` 1 the weights of the others' tokens grow too.
+each of them a larger probability, so that with `top_k` 1 the weights of their tokens grow too.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ def most_used(weights: Sequence[Tensor], config: GPTConfig) -> list[list[int]]:
 
     Args:
         weights: `[E]` of each MoE layer (`eval/expert_use.py`).
-        config: `pruned_config`'s.
+        config: the result of `pruned_config`.
     """
     counts = list(moe_blocks(config).values())
     return [
-        sorted(one.argsort(descending=True, stable=True)[:n].tolist()) for one, n in zip(weights, counts, strict=True)
+        sorted(layer_weights.argsort(descending=True, stable=True)[:count].tolist())
+        for layer_weights, count in zip(weights, counts, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Compare a checkpoint that a run reads with the run: its model, seed and tokenizer."""
+"""Compare model, seed and tokenizer of a checkpoint with those of the run that reads it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def check_same_run(checkpoint: dict[str, Any], config: GPTConfig, seed: int | No
 
 
 def check_tokenizer(checkpoint: dict[str, Any], data: TrainingData | None) -> None:
-    """Check that a checkpoint without state of the data module has its tokenizer; else the module compares it itself.
+    """Check the tokenizer of a checkpoint without state of the data module, which otherwise compares it itself.
 
     Args:
-        checkpoint: Lightning's dictionary, such as one that was imported.
-        data: the data module; None: there is none, or not of this kind.
+        checkpoint: Lightning's dictionary, for example of an imported checkpoint.
+        data: the data module; None if it is no `TrainingData`.
     """
     if data is None or type(data).__qualname__ in checkpoint:
         return
@@ -56,11 +56,11 @@ def differences(
     saved: dict[str, Any], current: dict[str, Any], prefix: str = "", ignore: frozenset[str] = frozenset()
 ) -> list[str]:
     """Return `field saved -> current` for every field that differs; nested fields by path, without those in `ignore`."""
-    found = []
+    changes = []
     for name in sorted((saved.keys() | current.keys()) - ignore):
         old, new = saved.get(name), current.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.", ignore)
+            changes += differences(old, new, f"{prefix}{name}.", ignore)
         elif old != new:
-            found.append(f"{prefix}{name} {old} -> {new}")
-    return found
+            changes.append(f"{prefix}{name} {old} -> {new}")
+    return changes

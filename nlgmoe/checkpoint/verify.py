@@ -56,22 +56,24 @@ def gather_problems(path: str | Path) -> list[str]:
     """Verify a checkpoint on all ranks and return each defect once, on every rank. A collective."""
     if not distributed.is_initialized():
         return list(find_problems(path))
-    found: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(found, list(find_problems(path, distributed.get_rank(), len(found))))
-    return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
+    problems_by_rank: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(
+        problems_by_rank, list(find_problems(path, distributed.get_rank(), len(problems_by_rank)))
+    )
+    return list(dict.fromkeys(problem for problems in problems_by_rank for problem in problems))
 
 
 def _damaged_tensors(folder: Path, files: dict[str, Contents], rank: int, ranks: int) -> Iterator[str]:
     names = [(file, name) for file in sorted(files) for name in sorted(files[file])]
-    mine: dict[str, list[str]] = {}
+    own_names: dict[str, list[str]] = {}
     for file, name in names[rank::ranks]:
-        mine.setdefault(file, []).append(name)
-    for file, wanted in mine.items():
+        own_names.setdefault(file, []).append(name)
+    for file, wanted in own_names.items():
         # `file_problems` has reported a file that cannot be read.
         with suppress(ValueError), open_tensors(folder / file) as tensors:
             for name in sorted(set(wanted) & set(tensors.keys())):
-                if found := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
-                    yield f"{folder / file}: {name} {found}"
+                if problem := entry_problem(kind_of(file), tensors.get_tensor(name), files[file][name]):
+                    yield f"{folder / file}: {name} {problem}"
 
 
 def _model_differences(path: str | Path, document: dict[str, Any], files: dict[str, Contents]) -> Iterator[str]:

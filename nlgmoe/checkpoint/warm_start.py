@@ -1,7 +1,7 @@
 """Warm start: a new run that takes its initial weights from a checkpoint. Clock, optimizer, data and noise start from zero.
 
-Each rank reads the dense entries and those of its own experts, one at a time. Every rank knows the shapes of all entries, so
-that all ranks find the same differences.
+Each rank reads the dense entries and those of its own experts, one at a time. Every rank computes the shapes of all
+entries, so that all ranks find the same differences.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import require
 
-SHARD_VALUES = 2**28  # most values of a file with several entries, and so of the entries in memory at once
+SHARD_VALUES = 2**28  # maximum of values in a file with several entries, and so in memory at a time
 
 
 def write_weights(
@@ -30,7 +30,7 @@ def write_weights(
     overwrite: bool = False,
     started_from: str | None = None,
 ) -> None:
-    """Write the folder `path`, file by file; it has its name once it is complete.
+    """Write the folder `path` file by file under a temporary name, and rename it when it is complete.
 
     Args:
         path: the checkpoint, `NAME.ckpt`.

@@ -123,9 +123,9 @@ def remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
-        path.rename(doomed)  # so that no incomplete folder ever has the final name
-        shutil.rmtree(doomed)
+        renamed = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        path.rename(renamed)  # so that no incomplete folder ever has the final name
+        shutil.rmtree(renamed)
 
 
 def recover_one(path: Path) -> None:

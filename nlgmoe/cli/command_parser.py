@@ -1,4 +1,4 @@
-"""The `nlgmoe` command's parser: options as people type them, which jsonargparse does not make of a signature by itself."""
+"""The parser of the `nlgmoe` command, with forms of options that jsonargparse does not derive from a signature."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from nlgmoe.validation import SettingError
 
 
 class text(str):  # --help shows the name
-    """Type of an option that is given several times: a text of the command line, or all texts that a file gives."""
+    """Type of an option that may be repeated: one text of the command line, or the list of texts in a file."""
 
     def __new__(cls, value: Any) -> Any:
         """Return the value as it is; `str` would make one text of a list."""
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             return value
         raise ValueError("expected a list, each item text")
 
 
 class CommandParser(OneLineParser):
-    """Options as people type them.
+    """Derives options from a function's signature.
 
-    A required list is several words, a tuple is words that may be left out, a list that may be left out an option that is given
-    several times, a bool that is false by default a bare flag, what is required and keyword-only is an option, `--two-words` is
-    `--two_words`, and words after a bare `--` are values of `--flags`.
+    A required list takes one word or more, a tuple any number of words. An optional list is an option that may be repeated, a
+    bool with the default False a flag without a value, a required keyword-only parameter an option. `--two-words` means
+    `--two_words`; words after a bare `--` are values of `--flags`.
     """
 
     @override
@@ -40,7 +40,7 @@ class CommandParser(OneLineParser):
         """Add `function`'s parameters; their help is its docstring's."""
         types = get_type_hints(function)
         texts = {entry.arg_name: entry.description for entry in parse_docstring(function.__doc__ or "").params}
-        ours = set()
+        added = set()
         for name, parameter in inspect.signature(function).parameters.items():
             if types[name] == list[str] and _is_positional(parameter):
                 self.add_argument(name, nargs="+", type=str, help=texts.get(name))
@@ -56,20 +56,20 @@ class CommandParser(OneLineParser):
                 self.add_argument(f"--{name}", type=types[name], required=True, help=texts.get(name))
             else:
                 continue
-            ours.add(name)
-        return super().add_function_arguments(function, *args, **{**kwargs, "skip": ours})
+            added.add(name)
+        return super().add_function_arguments(function, *args, **{**kwargs, "skip": added})
 
     @override
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse, with dashes inside an option's name taken for underscores."""
+        """Parse; a dash inside an option's name means an underscore."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         options = [word.partition("=") for word in words[:end]]
-        for before, (word, equals, value) in zip(["", *words], options, strict=False):
-            name = word if equals else before if before.startswith("--") else "an argument"
+        for previous, (word, equals, value) in zip(["", *words], options, strict=False):
+            name = word if equals else previous if previous.startswith("--") else "an argument"
             if (value if equals else word) == "" and name != "--prompt":
                 raise SettingError(f"{name} is empty; give a value, or leave it out")
-        names = Counter("--" + w[2:].replace("-", "_") for w, _, _ in options if w.startswith("--"))
+        names = Counter("--" + word[2:].replace("-", "_") for word, _, _ in options if word.startswith("--"))
         for action in self._actions:
             for name in action.option_strings:
                 if names[name] > 1 and not isinstance(action, argparse._AppendAction):
@@ -79,7 +79,10 @@ class CommandParser(OneLineParser):
                         f"{name} is given {names[name]} times, and only one of them would count; {remedy}"
                     )
         parsed = super().parse_args(
-            [("--" + w[2:].replace("-", "_") if w.startswith("--") else w) + eq + value for w, eq, value in options]
+            [
+                ("--" + word[2:].replace("-", "_") if word.startswith("--") else word) + equals + value
+                for word, equals, value in options
+            ]
             + [f"--flags={word}" for word in words[end + 1 :]],
             *rest,
             **kwargs,
@@ -91,7 +94,7 @@ class CommandParser(OneLineParser):
 
     @override
     def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take a text that a file gives for several words as one word, and null for none."""
+        """Convert a file's value for an argument of several words: a text is one word, null is none."""
         if action.nargs in ("+", "*") and (value is None or isinstance(value, str)):
             value = [] if value is None else [value]
         return super()._check_value_key(action, value, *args, **kwargs)

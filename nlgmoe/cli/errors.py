@@ -4,10 +4,10 @@
 
 | exit code | meaning |
 |---|---|
-| 0 | it ran to its end, or was told to stop while training and has saved (`run/keeper.py`) |
+| 0 | it ran to its end, or a signal ended training and a checkpoint was saved (`run/keeper.py`) |
 | 2 | a setting or argument is wrong (`SettingError`, or Lightning's `MisconfigurationException`); nothing was run |
 | 1 | damaged data, a full disk, a step that is not finite (`RunError`, `OSError`): one line; any other exception: a traceback |
-| 128 + a signal's number | it was told to stop and has not saved, such as 130 for Ctrl+C before training, or pressed twice |
+| 128 + a signal's number | a signal ended it and nothing was saved, such as 130 for Ctrl+C before training, or pressed twice |
 
 `NLGMOE_TRACEBACK=1` prints the traceback before the line.
 """
@@ -38,14 +38,14 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down in good order, and says 1
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut down, with exit code 1
             raise SystemExit(INTERRUPTED) from None
         raise
     except Exception as error:
         lines = describe(error)
         if lines is None:
             raise
-        if isinstance(error, BrokenPipeError):  # what is left in the buffer would be another error at the end
+        if isinstance(error, BrokenPipeError):  # else flushing the buffer at exit would raise again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if os.environ.get("NLGMOE_TRACEBACK") == "1":
             traceback.print_exc()

@@ -13,10 +13,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 
 
 def configure_allocator(device: torch.device) -> None:
-    """Set what suits the tensors of a run on `device`, unless the environment has settings of its own.
+    """Configure the allocator for a run on `device`, unless the environment configures it.
 
-    On an accelerator host memory stays as it is, and PyTorch's allocator grows its segments instead of adding new ones: batches
-    and rows of an expert come in many sizes, which would leave gaps. PyTorch reads the setting when it first allocates there.
+    On an accelerator the host's allocator is not changed, and PyTorch's allocator grows its segments instead of adding new ones:
+    batches and rows of an expert have many sizes, which would fragment memory. PyTorch reads the setting at its first allocation.
     """
     if not is_accelerator(device):
         keep_freed_memory()
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed blocks of any size. Returns whether `mallopt` accepted it.
 
     Activations, logits and gradients of one step are as large as those of the next. By default glibc unmaps each of them, and the
-    kernel then clears it page by page when it is asked for again: a third of a step on CPUs (docs/performance.md). Nothing is
+    kernel then clears it page by page when it is allocated again: a third of a step on CPUs (docs/performance.md). Nothing is
     changed where the environment has settings of its own (`MALLOC_...`, another allocator), or where there is no glibc.
     """
     if "LD_PRELOAD" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):

@@ -10,11 +10,11 @@ from nlgmoe.validation import SettingError
 
 
 def check_device(device: str) -> None:
-    """Check that tensors can be put there."""
+    """Check that tensors can be made on the device."""
     import torch
 
     try:
-        torch.empty(1, device=device).tolist()  # of `meta` there are no values
+        torch.empty(1, device=device).tolist()  # raises for `meta`, which has no values
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise SettingError(f"device={device} cannot be used here ({reason}); set it to cpu") from error
@@ -25,7 +25,7 @@ def import_allowed(modules: Sequence[str] | None) -> None:
     for module in modules or ():
         try:
             importlib.import_module(module)
-        except Exception as error:  # also of the module's own code
+        except Exception as error:  # the module's code may raise any exception
             reason = f"{type(error).__name__}: {one_line(str(error))}"
             raise SettingError(
                 f"allow_code={module} cannot be imported ({reason}); start the command where it is"

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, and where they could not go is said before the work, not after it."""
+"""Output files of commands: written completely or not at all; their paths are checked before the work begins."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def check_output(output: str) -> None:
 
 
 def require_folder(output: Path) -> None:
-    """Check that the folder of a file to write is there."""
+    """Check that the folder of a file to write exists."""
     if not output.absolute().parent.is_dir():
         raise SettingError(f"output={output}: there is no folder {output.absolute().parent}; make it first")
 
 
 def write_whole(output: str, text: str) -> None:
-    """Write a new file under another name, then give it its own; what has that name stays if anything goes wrong."""
+    """Write a new file under a temporary name, then rename it; an existing file stays if that fails."""
     try:
         with atomic_write(Path(output)) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -27,7 +27,7 @@ from nlgmoe.files import expand_home
 from nlgmoe.parts import ExpertConfig, RouterConfig
 from nlgmoe.validation import SettingError
 
-NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses of which a configuration names a subclass
+NAMED_BY_CLASS = (RouterConfig, ExpertConfig)  # dataclasses whose subclasses a configuration names by `class_path`
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -43,7 +43,7 @@ _ITEM = re.compile(r"([^\[]+)\[\d+\]\.")  # the name of a list of objects, in th
 
 # Defaults of Lightning's `Timer` are members of enumerations, which jsonargparse dumps as they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-set_parsing_settings(subclasses_enabled=list(NAMED_BY_CLASS))  # of jsonargparse, which takes dataclasses for sections
+set_parsing_settings(subclasses_enabled=list(NAMED_BY_CLASS))  # else jsonargparse treats these dataclasses as sections
 
 
 def _duration(text: str) -> timedelta:
@@ -53,7 +53,7 @@ def _duration(text: str) -> timedelta:
     return timedelta(**{unit: float(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds")})
 
 
-# jsonargparse's own reads DD:HH:MM:SS as H:MM:SS, and leaves out the rest.
+# jsonargparse's own type reads DD:HH:MM:SS as H:MM:SS, and ignores the rest.
 register_type(timedelta, deserializer=_duration)
 
 
@@ -65,7 +65,7 @@ class OneLineParser(ArgumentParser):
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
         self.given: list[Setting] = []
         self.known: dict[str, Any] = {}  # name -> type, sections included
-        self._refusal: tuple[Exception, Exception] | None = None  # what a constructor raised, and what to say of it
+        self._refusal: tuple[Exception, Exception] | None = None  # a constructor's exception, and the one to report
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse the arguments and the files that they name."""
@@ -76,33 +76,33 @@ class OneLineParser(ArgumentParser):
             parser = choices.get(name, self)
             configs = {o for a in parser._actions if isinstance(a, ActionConfigFile) for o in a.option_strings}
             self.known = known_settings(parser)
-            _help_of_section(parser, args)
+            _print_section_help(parser, args)
             args = self._read(args, configs)
         return super().parse_args(args, namespace, **kwargs)
 
     def _read(self, args: list[str], configs: set[str]) -> list[str]:
-        """Note what is given, and check it.
+        """Record and check the settings that are given.
 
         Returns:
-            The arguments, with `--LIST=[]` before one that gives a list again: jsonargparse would keep the arguments of the
-            earlier list's items that the later one does not name.
+            The arguments, with `--LIST=[]` before an argument that replaces a list: otherwise jsonargparse would keep arguments
+            of the earlier list's items.
         """
-        read: list[str] = []
+        arguments: list[str] = []
         lists: set[str] = set()
         last = 0
         for index, settings in read_arguments(args, configs):
-            new = {match[1] for one in settings if not one.appends and (match := _ITEM.match(one.name))}
-            again = sorted(name for name in new if _plain(name) in lists)
-            read += [*args[last:index], *(f"--{name}=[]" for name in again)]
+            new = {match[1] for item in settings if not item.appends and (match := _ITEM.match(item.name))}
+            repeated = sorted(name for name in new if _plain(name) in lists)
+            arguments += [*args[last:index], *(f"--{name}=[]" for name in repeated)]
             lists |= set(map(_plain, new))
             last = index
             for setting in settings:
                 self._check(setting)
                 self.given.append(setting)
-        return [*read, *args[last:]]
+        return [*arguments, *args[last:]]
 
     def _check(self, setting: Setting) -> None:
-        """Refuse a list, number or null that jsonargparse takes for any section or setting."""
+        """Refuse a list, number or null that jsonargparse would accept for any section or setting."""
         inside = [name for name in self.known if name.startswith(f"{setting.name}.")]
         hint = self.known.get(setting.name)
         if inside and not _takes_null(hint) and not isinstance(setting.value, dict | str):
@@ -126,38 +126,38 @@ class OneLineParser(ArgumentParser):
     def explain(self, message: str) -> str:
         """Return the line for a message of jsonargparse: its innermost reason, about the setting's full name.
 
-        It nests a reason in those of the settings and classes around it, the outermost first.
+        jsonargparse nests a reason in those of the enclosing settings and classes, the outermost first.
         """
         keys, owner, reason = [], "", one_line(message)
         for line in message.splitlines():
-            if found := re.search(r'Parser key "([^"]+)":\s*(.*)', line):
-                keys.append(found[1])
-                reason = found[2] or reason
-            elif found := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", line):
-                owner, reason = found[1], found[2] or reason
+            if match := re.search(r'Parser key "([^"]+)":\s*(.*)', line):
+                keys.append(match[1])
+                reason = match[2] or reason
+            elif match := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", line):
+                owner, reason = match[1], match[2] or reason
             elif not re.match(r"\s*(Does not validate|Subtypes:|Errors:|$)", line):
                 reason = line.strip().removeprefix("- ")
                 break
         path = ".".join(keys)
-        if found := re.search(r"(?:does not accept option|Option) '([^']+)'|unrecognized arguments: (\S+)", reason):
-            if found[2] and not found[2].startswith("-"):
-                return f"unexpected argument {found[2]}; settings are written --name=value"
-            return self._unknown(".".join(filter(None, (path, found[1] or found[2]))), owner)
-        if found := re.search(r"the following arguments are required: ([^,\s]+)", reason):
-            return self._missing(".".join(filter(None, (path, found[1]))), owner)
-        if found := re.search(r"^argument subcommand: invalid choice: '(.*?)'", reason):
+        if match := re.search(r"(?:does not accept option|Option) '([^']+)'|unrecognized arguments: (\S+)", reason):
+            if match[2] and not match[2].startswith("-"):
+                return f"unexpected argument {match[2]}; settings are written --name=value"
+            return self._unknown(".".join(filter(None, (path, match[1] or match[2]))), owner)
+        if match := re.search(r"the following arguments are required: ([^,\s]+)", reason):
+            return self._missing(".".join(filter(None, (path, match[1]))), owner)
+        if match := re.search(r"^argument subcommand: invalid choice: '(.*?)'", reason):
             names = list(subcommands_of(self))
-            return f"unknown subcommand {found[1]}{did_you_mean(found[1], names)} (one of {', '.join(names)})"
+            return f"unknown subcommand {match[1]}{did_you_mean(match[1], names)} (one of {', '.join(names)})"
         if "but it was not provided" in reason:
             return f"no subcommand; give one of {', '.join(subcommands_of(self))}, or --help"
-        if found := re.search(r'^Linked "(.+)" must be given via "(.+)"', reason):
-            return f"{found[1]} always equals {found[2]}; set that instead"
+        if match := re.search(r'^Linked "(.+)" must be given via "(.+)"', reason):
+            return f"{match[1]} always equals {match[2]}; set that instead"
         if not path:
             return self.qualified(one_line(message))
         setting = self._find(path, owner)
-        shown = str(setting) if setting else path
+        subject = str(setting) if setting else path
         takes_class = any(inspect.isclass(kind) and kind not in _WORDS for kind in parts_of(self.known.get(path)))
-        named = [s for s in self.given if s.leaf == "class_path" and _plain(s.name).startswith(path)]
+        named = [given for given in self.given if given.leaf == "class_path" and _plain(given.name).startswith(path)]
         named += [setting] if setting and takes_class and isinstance(setting.value, str) else []
         for class_path in named:
             try:
@@ -167,30 +167,30 @@ class OneLineParser(ArgumentParser):
         if reason.startswith("Expected a") or "Expected" in message:
             hint = self._hint(path, owner)
             choices = [
-                str(one) for kind in parts_of(hint) if typing.get_origin(kind) is Literal for one in kind.__args__
+                str(choice) for kind in parts_of(hint) if typing.get_origin(kind) is Literal for choice in kind.__args__
             ]
             value = str(setting.value) if setting else ""
-            return f"{shown}: expected {in_words(hint)}{did_you_mean(value, choices)}"
-        return f"{shown}: {one_line(reason)}"
+            return f"{subject}: expected {in_words(hint)}{did_you_mean(value, choices)}"
+        return f"{subject}: {one_line(reason)}"
 
     def qualified(self, text: str) -> str:
         """Put the setting's full name and place where `text` starts with `leaf=value`."""
         match = re.match(r"(?P<leaf>\w+)=(?P<value>\[[^\]]*\]|\([^)]*\)|[^\s:;,]+)", text)
-        if match is None:  # Lightning quotes the value that it refuses, under names of its own
-            quoted = [s for s in self.given if s.name.startswith("trainer.") and f"'{s.value}'" in text]
+        if match is None:  # Lightning's messages quote the value, under Lightning's own names
+            quoted = [given for given in self.given if given.name.startswith("trainer.") and f"'{given.value}'" in text]
             return f"{quoted[-1]}: {text}" if quoted else text
         rest = text[match.end() :]
-        same = [s for s in self.given if s.leaf == match["leaf"] and _same(s.value, match["value"])]
+        same = [given for given in self.given if given.leaf == match["leaf"] and _same(given.value, match["value"])]
         if same:
             return f"{same[-1].name}={match['value']}{same[-1].place}{rest}"
         names = [name for name in self.known if name.rpartition(".")[2] == match["leaf"]]
         return f"{names[0].rpartition('.')[0]}.{text}".removeprefix(".") if len(names) == 1 else text
 
     def construct(self, kind: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Make an object of a configuration, and keep what its constructor raises.
+        """Construct an object of a configuration, and store the exception of its constructor.
 
-        To be registered with `add_instantiator`: of a value that may have several types jsonargparse reports every attempt
-        in one dump, in which the constructor's own words are lost.
+        For `add_instantiator`: if a value may have several types, jsonargparse reports all attempts in one message, without the
+        constructor's.
         """
         try:
             if kind.__module__.startswith("nlgmoe."):
@@ -201,33 +201,33 @@ class OneLineParser(ArgumentParser):
             return kind(*args, **kwargs)
         except Exception as error:
             of_arguments = isinstance(error, TypeError | OverflowError) and not kind.__module__.startswith("nlgmoe.")
-            said = SettingError(f"{kind.__name__} cannot take its arguments: {error}") if of_arguments else error
-            self._refusal = error, said
+            reported = SettingError(f"{kind.__name__} cannot take its arguments: {error}") if of_arguments else error
+            self._refusal = error, reported
             raise
 
     @contextmanager
     def blaming_settings(self) -> Iterator[None]:
-        """Add the setting's place to what the block's constructors complain about."""
+        """Add the setting's place to errors of the constructors in the block."""
         self._refusal = None
         try:
             yield
         except Exception as error:
-            raised, said = self._refusal or (error, error)
-            cause = said if error is raised or "Union subtypes" in str(error) else error
+            raised, reported = self._refusal or (error, error)
+            cause = reported if error is raised or "Union subtypes" in str(error) else error
             if isinstance(cause, ValueError) or is_wrong_setting(cause):
                 raise SettingError(self.qualified(one_line(str(cause)))) from error
-            raise cause from None  # as it was raised, without jsonargparse's dump around it
+            raise cause from None  # as it was raised, without jsonargparse's message around it
 
     def _unknown(self, name: str, owner: str) -> str:
         name = name.lstrip("-").partition("=")[0]
         setting = self._find(name, owner)
-        shown, place = (setting.name, setting.place) if setting else (name, "")
+        full_name, place = (setting.name, setting.place) if setting else (name, "")
         accepted: list[str] = []
-        if owner and "." in shown:
+        if owner and "." in full_name:
             with suppress(SettingError):
-                holder = shown.rpartition(".")[0]
+                holder = full_name.rpartition(".")[0]
                 accepted = [f"{holder}.{name}" for name in inspect.signature(find_class(owner)).parameters]
-        return f"unknown setting {shown}{place}{_nearest(shown, [*accepted, *self.known])}"
+        return f"unknown setting {full_name}{place}{_nearest(full_name, [*accepted, *self.known])}"
 
     def _missing(self, name: str, owner: str) -> str:
         if owner and name not in self.known:
@@ -235,8 +235,8 @@ class OneLineParser(ArgumentParser):
             if classes := [setting for setting in self.given if setting.value == owner]:
                 holder = classes[-1].name.removesuffix(".class_path")
                 return f"missing setting {holder}.init_args.{leaf}; give it beside the others{classes[-1].place}"
-            around = self._find(name.rpartition(".")[0])
-            return f"missing setting {leaf} of {owner.rpartition('.')[2]}{f' in {around.name}{around.place}' if around else ''}"
+            outer = self._find(name.rpartition(".")[0])
+            return f"missing setting {leaf} of {owner.rpartition('.')[2]}{f' in {outer.name}{outer.place}' if outer else ''}"
         name = next((known for known in self.known if name.endswith(known)), name)  # without the subcommand
         return f"missing setting {name}; give it as --{name}=..., or in a --config file"
 
@@ -250,25 +250,27 @@ class OneLineParser(ArgumentParser):
 
     def _find(self, path: str, owner: str = "") -> Setting | None:
         """Return the last setting of this name in jsonargparse's messages; if possible inside the class `owner`."""
-        same = [one for one in self.given if _plain(one.name) == path and not one.name.endswith("]")]
+        same = [setting for setting in self.given if _plain(setting.name) == path and not setting.name.endswith("]")]
         classes = {
-            s.name.removesuffix(".class_path") for s in self.given if s.leaf == "class_path" and s.value == owner
+            setting.name.removesuffix(".class_path")
+            for setting in self.given
+            if setting.leaf == "class_path" and setting.value == owner
         }
-        of_owner = [s for s in same if any(s.name.startswith(holder) for holder in classes)]
+        of_owner = [setting for setting in same if any(setting.name.startswith(holder) for holder in classes)]
         return (of_owner or same or [None])[-1]  # type: ignore[list-item]
 
 
 def _with_home(words: list[str]) -> list[str]:
     """Expand `~/` in `--name=~/...` and in words of their own, but in no prompt."""
-    found = []
-    for before, word in zip(["", *words], words, strict=False):
-        name, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
-        found.append(word if name == "--prompt" else f"{name}={expand_home(value)}" if equals else expand_home(word))
-    return found
+    expanded = []
+    for previous, word in zip(["", *words], words, strict=False):
+        name, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
+        expanded.append(word if name == "--prompt" else f"{name}={expand_home(value)}" if equals else expand_home(word))
+    return expanded
 
 
-def _help_of_section(parser: argparse.ArgumentParser, args: list[str]) -> None:
-    """Print the settings of a section and exit, for `--SECTION.help` that jsonargparse has for classes only."""
+def _print_section_help(parser: argparse.ArgumentParser, args: list[str]) -> None:
+    """Print the settings of a section and exit, for `--SECTION.help`, which jsonargparse has for classes only."""
     options = {option for action in parser._actions for option in action.option_strings}
     for word in args:
         section = word.removeprefix("--").removesuffix("help")
@@ -282,7 +284,7 @@ def _help_of_section(parser: argparse.ArgumentParser, args: list[str]) -> None:
 
 def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """Return the parsers of its subcommands, by their names."""
-    return next((one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction)), {})
+    return next((action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)), {})
 
 
 def known_settings(parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -319,13 +321,15 @@ def _same(given: Any, text: str) -> bool:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Suggest the known name nearest to `name`: one of its section, or the same name in another section."""
-    pool = [one for one in known if not name.startswith(f"{one}.")]
-    siblings = [one for one in pool if one.rpartition(".")[0] == name.rpartition(".")[0]]
+    pool = [other for other in known if not name.startswith(f"{other}.")]
+    siblings = [other for other in pool if other.rpartition(".")[0] == name.rpartition(".")[0]]
     leaf = name.rpartition(".")[2]
-    for some in (siblings, pool):
-        for close in difflib.get_close_matches(leaf, sorted({one.rpartition(".")[2] for one in some}), n=1):
-            same = [one for one in some if one.rpartition(".")[2] == close]
-            return f"; did you mean {max(same, key=lambda one: difflib.SequenceMatcher(None, name, one).ratio())}?"
+    for candidates in (siblings, pool):
+        leaves = sorted({other.rpartition(".")[2] for other in candidates})
+        for close in difflib.get_close_matches(leaf, leaves, n=1):
+            same_leaf = [other for other in candidates if other.rpartition(".")[2] == close]
+            nearest = max(same_leaf, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+            return f"; did you mean {nearest}?"
     return "; --help lists all of them"
 
 

@@ -1,6 +1,6 @@
 """The settings that a command line and its YAML files give, each with its place, for messages.
 
-jsonargparse reads the same files, but forgets where a value is from, and takes the last of two equal names.
+jsonargparse reads the same files, but does not record where a value is, and uses the last of two equal names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Setting:
         name: dotted, list items in brackets: `trainer.callbacks[0].class_path`.
         value: as YAML reads it.
         place: ` (FILE, line N)`; empty for the command line.
-        appends: it, or the list it is in, is written with `+`, and adds to the earlier list.
+        appends: the setting, or the list that contains it, is written with `+` and extends the earlier list.
     """
 
     name: str
@@ -77,7 +77,7 @@ def read_arguments(args: Sequence[str], config_options: Collection[str]) -> Iter
 
 def read_file(path: str) -> Iterator[Setting]:
     """Yield the settings of a configuration file, in its order."""
-    if path.lstrip().startswith("{"):  # jsonargparse takes a configuration in place of a path too
+    if path.lstrip().startswith("{"):  # jsonargparse also accepts a configuration in place of a path
         text, path = path, "--config"
     else:
         try:
@@ -107,7 +107,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
 def _walk(
     node: yaml.Node, name: str, loader: Any, file: str, line: int = 0, appends: bool = False
 ) -> Iterator[Setting]:
-    """Yield what `node` consists of: of a list or mapping the whole, then its parts."""
+    """Yield the settings of `node`: a list or mapping as a whole, then its items."""
     place = f" ({file}, line {line})" if file else ""
     if name:
         try:
@@ -124,13 +124,13 @@ def _walk(
             if key.tag == _MERGE:
                 yield from _walk(value, name, loader, file, line, appends)
                 continue
-            full, here = f"{name}.{key.value}".removeprefix("."), key.start_mark.line + 1
+            full, key_line = f"{name}.{key.value}".removeprefix("."), key.start_mark.line + 1
             setting = key.value.removesuffix("+")
             for other in lines if file else ():  # the names in the value of a class's argument are its own
                 inside = not in_value and f"{max(other, setting)}.".startswith(f"{min(other, setting)}.")
                 if other == setting or inside:
                     raise SettingError(
-                        f"{file}, line {here}: {full} is given again, after line {lines[other]}; remove one"
+                        f"{file}, line {key_line}: {full} is given again, after line {lines[other]}; remove one"
                     )
-            lines[setting] = here
-            yield from _walk(value, full.removesuffix("+"), loader, file, here, appends or key.value.endswith("+"))
+            lines[setting] = key_line
+            yield from _walk(value, full.removesuffix("+"), loader, file, key_line, appends or key.value.endswith("+"))

@@ -30,7 +30,7 @@ from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser, find_class
 from nlgmoe.data import PileDataModule
 from nlgmoe.device import name_deepspeeds_device
-from nlgmoe.layers import routers  # noqa: F401 (a router of its own files may be named by its class alone)
+from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
@@ -47,7 +47,7 @@ class TrainCLI(LightningCLI):
     """fit, validate, test and predict from YAML files and flags."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        name_deepspeeds_device()  # to parse a strategy imports DeepSpeed
+        name_deepspeeds_device()  # parsing a strategy imports DeepSpeed
         self._runs = run
         words = sys.argv[1:] if args is None else args
         self._given = words[0] if isinstance(words, list) and words else None
@@ -85,30 +85,30 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set `data.seq_len` to `model.config.seq_len`."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
-        # As text, which Lightning's type tries first, a class named again would lose the arguments that a file gives it.
+        # Lightning's type tries text first; a class that is named again would then lose the arguments that a file gives it.
         (strategy,) = (action for action in parser._actions if action.dest == "trainer.strategy")
         strategy._typehint = Strategy | str  # type: ignore[attr-defined]
         for action in parser._actions:  # 1 is a number of batches, 1.0 a fraction: whole numbers are tried first
             if action.dest.startswith("trainer.limit_"):
                 action._typehint = int | float | None  # type: ignore[attr-defined]
-        if not self._runs:  # a run's own config.yaml says how it was started too
+        if not self._runs:  # a run's config.yaml may have it
             parser.add_argument("--ckpt_path", type=Any, default=None, help="checkpoint of a run; not used here")
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Lightning's, without the arguments of `Trainer` that have no meaning here; the given one alone: a parser takes time."""
-        found = {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
-        return {self._given: found[self._given]} if self._given in found else found
+        """Return Lightning's, without unused arguments of `Trainer`; only the given one if there is one, to save time."""
+        skipped_arguments = {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        return {self._given: skipped_arguments[self._given]} if self._given in skipped_arguments else skipped_arguments
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, then check what can be known before anything is made."""
+        """Parse, then check what can be checked before any object is made."""
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
         assert isinstance(parser, TrainParser)
-        for given in parser.given:  # jsonargparse refuses the flag; it replaces the value of a file without a word
-            if given.name == "data.seq_len" and given.value != config["model"]["config"]["seq_len"]:
-                raise SettingError(f"{given} always equals model.config.seq_len; set that instead")
+        for setting in parser.given:  # jsonargparse refuses the flag, but replaces a file's value silently
+            if setting.name == "data.seq_len" and setting.value != config["model"]["config"]["seq_len"]:
+                raise SettingError(f"{setting} always equals model.config.seq_len; set that instead")
         if (seed := config.get("seed_everything")) is not None and seed is not False:
             rank_zero_warn(
                 f"seed_everything={seed} changes nothing in a run, which draws by model.seed (weights, noise) and data.seed "
@@ -142,40 +142,42 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log training into the run folder, unless the configuration says otherwise; evaluation prints its results.
 
-        A callback that the configuration names takes the place of a default one of its class or of a base class, any progress
-        bar that of ours, and the last `SaveCheckpoints` that of those before it, so that the command line can set it.
+        A callback of the configuration replaces a default one of its class or of a base class. Any progress bar replaces the
+        default one. The last `SaveCheckpoints` replaces earlier ones, so that the command line can set it.
         """
-        trainer = self._get(self.config_init, "trainer", default={})
+        settings = self._get(self.config_init, "trainer", default={})
         trains = self.subcommand in (None, "fit")
-        if trainer["logger"] is None or trainer["logger"] is True:
-            kwargs["logger"] = run_folder_loggers(trainer["default_root_dir"]) if trains else False
-        elif trainer["logger"] is not False:
+        if settings["logger"] is None or settings["logger"] is True:
+            kwargs["logger"] = run_folder_loggers(settings["default_root_dir"]) if trains else False
+        elif settings["logger"] is not False:
             kwargs["logger"] = (with_run_csv if trains else without_run_csv)(
-                trainer["logger"], trainer["default_root_dir"]
+                settings["logger"], settings["default_root_dir"]
             )
-        given = trainer["callbacks"] or []
-        given = given if isinstance(given, list) else [given]
-        keepers = [callback for callback in given if isinstance(callback, SaveCheckpoints)]
-        given = trainer["callbacks"] = [callback for callback in given if callback not in keepers[:-1]]
-        replaced = {base for one in given for base in type(one).__mro__}
-        if trainer["enable_progress_bar"] is False or ProgressBar in replaced:
+        configured = settings["callbacks"] or []
+        configured = configured if isinstance(configured, list) else [configured]
+        keepers = [callback for callback in configured if isinstance(callback, SaveCheckpoints)]
+        configured = settings["callbacks"] = [callback for callback in configured if callback not in keepers[:-1]]
+        replaced = {base for callback in configured for base in type(callback).__mro__}
+        if settings["enable_progress_bar"] is False or ProgressBar in replaced:
             replaced.add(TokenProgressBar)
-        callbacks = [one for one in self.trainer_defaults["callbacks"] if type(one) not in replaced]
-        if trainer["enable_checkpointing"] is False:
-            callbacks = [StopOnSignal() if isinstance(one, SaveCheckpoints) else one for one in callbacks]
+        callbacks = [callback for callback in self.trainer_defaults["callbacks"] if type(callback) not in replaced]
+        if settings["enable_checkpointing"] is False:
+            callbacks = [
+                StopOnSignal() if isinstance(callback, SaveCheckpoints) else callback for callback in callbacks
+            ]
         self.trainer_defaults["callbacks"] = callbacks
-        if isinstance(trainer["strategy"], str) and "." in trainer["strategy"]:  # a class, with all of its defaults
-            kwargs["strategy"] = _strategy(trainer["strategy"])
-        made = super().instantiate_trainer(**kwargs)
-        for callback in made.checkpoint_callbacks:
-            # Not among those of `SaveCheckpoints`.
+        if isinstance(settings["strategy"], str) and "." in settings["strategy"]:  # a class, with all of its defaults
+            kwargs["strategy"] = _strategy(settings["strategy"])
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            # Not in the folder of `SaveCheckpoints`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = os.path.abspath(Path(made.default_root_dir, "model_checkpoint"))
-        return made
+                callback.dirpath = os.path.abspath(Path(trainer.default_root_dir, "model_checkpoint"))
+        return trainer
 
 
 def _strategy(class_path: str) -> Strategy:
-    """Return the strategy of that name, without arguments; jsonargparse takes the name alone for one of Lightning's own."""
+    """Return the strategy of a class, with its defaults; jsonargparse takes a name alone for a strategy of Lightning's."""
     try:
         kind = find_class(class_path)
     except SettingError as error:
@@ -186,7 +188,7 @@ def _strategy(class_path: str) -> Strategy:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `train.py`; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`."""
+    """Run `train.py`; an error ends it with one line and an exit code, see `nlgmoe/cli/errors.py`."""
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
@@ -195,7 +197,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def _ranks_in_turn(logger: Any) -> AbstractContextManager[Any]:
-    """Let the processes of a launcher make their loggers one after the other: each rank's `MLFlowLogger` makes the database.
+    """Return a lock with which processes of a launcher make loggers in turn: each rank's `MLFlowLogger` makes the database.
 
     Args:
         logger: setting `trainer.logger`.

@@ -44,7 +44,7 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
             written[-1].parent.mkdir(parents=True, exist_ok=True)
             written[-1].write_bytes((ROOT / path).read_bytes())
     except OSError as error:
-        for file in written:  # the same command works once there is room
+        for file in written:  # so that the same command can be run again
             with suppress(OSError):
                 file.unlink()
         raise RunError(f"output={output} cannot be written ({error.strerror}); name another folder") from error

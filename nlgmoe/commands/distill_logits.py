@@ -51,7 +51,7 @@ def distill_logits(
         name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
         raise SettingError(f"{name}={value} must be at least 1")
     import_allowed(allow_code)
-    # Here and not above: Lightning comes along, and a typing error should not wait for it.
+    # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     import torch
 
     from nlgmoe.data import BatchRampUp
@@ -71,7 +71,7 @@ def distill_logits(
         temperature = distiller.get("temperature", 1.0)
     precision = precision or distiller.get("precision") or "fp32"
 
-    # One process reads all samples, in micro-batches, whatever steps and ranks the run will make of them.
+    # One process reads all samples in micro-batches, whatever the steps and ranks of the run.
     experiment = load_config(
         files,
         trainer__devices=1,
@@ -84,18 +84,20 @@ def distill_logits(
     if top_k > module.config.vocab_size:
         raise SettingError(f"top_k={top_k} is above model.config.vocab_size={module.config.vocab_size}; lower it")
     if samples is None:
-        growth, whole = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
-        ramp_up = None if growth is None else BatchRampUp(**growth)
-        samples = _distilled(experiment, lambda taken: batch_size_after(taken, data.seq_len, whole, ramp_up))
+        ramp_up_settings, full_batch_size = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
+        ramp_up = None if ramp_up_settings is None else BatchRampUp(**ramp_up_settings)
+        samples = _count_distilled_samples(
+            experiment, lambda taken: batch_size_after(taken, data.seq_len, full_batch_size, ramp_up)
+        )
     data.prepare_data()
     data.setup()
-    spoken = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
+    teacher_model = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
     like = torch.empty(0, device=experiment.trainer.strategy.root_device)
-    checkpoint, document = spoken.load(module.config, like, data)
+    checkpoint, document = teacher_model.load(module.config, like, data)
     recipe = {
         "teacher": {
             "checkpoint": str(checkpoint),
-            "weights": spoken.state_dict()["weights"],
+            "weights": teacher_model.state_dict()["weights"],
             "step": document["global_step"],
             "tokens": document["tokens_seen"],
         },
@@ -111,13 +113,17 @@ def distill_logits(
         "micro_batch_size": data.micro_batch_size,
         "loss_chunk_size": module.loss_chunk_size,
     }
-    size = record_type(recipe).itemsize
+    record_bytes = record_type(recipe).itemsize
     bar = tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10.0)
     with bar:
-        done = record_logits(spoken, data, recipe, Path(output), lambda progress: bar.update(progress.samples - bar.n))
+        done = record_logits(
+            teacher_model, data, recipe, Path(output), lambda progress: bar.update(progress.samples - bar.n)
+        )
     print(f"teacher    {checkpoint}, step {document['global_step']:,}, {precision}")
     print(f"samples    {samples:,} of {module.config.seq_len:,} tokens")
-    print(f"logits     {output}, {samples * size / 1e6:,.1f} MB, {size / module.config.seq_len:,.1f} bytes a token")
+    print(
+        f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / module.config.seq_len:,.1f} bytes a token"
+    )
     if done.positions:
         tail = done.tail_mass / done.positions
         print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average")
@@ -130,13 +136,13 @@ def distill_logits(
     )
 
 
-def _distilled(experiment: Experiment, batch_size_after: Any) -> int:
-    """Return the samples of the run until it or its distillation ends."""
-    from nlgmoe.distill.distiller import distillation_end, samples_until
+def _count_distilled_samples(experiment: Experiment, batch_size_after: Any) -> int:
+    """Return the number of samples before the run or its distillation ends."""
+    from nlgmoe.distill.distiller import distillation_end, samples_before_end
 
     module = experiment.module
     end = distillation_end(module.train_tokens, experiment.trainer)
-    found = samples_until(end, batch_size_after, module.config.seq_len, module.curriculum)
-    if found is None:
+    samples = samples_before_end(end, batch_size_after, module.config.seq_len, module.curriculum)
+    if samples is None:
         raise SettingError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
-    return found
+    return samples

@@ -79,21 +79,21 @@ def generate_text(
     tokens = [loaded.tokenizer.encode(text) or [loaded.tokenizer.eod_id] for text in texts]
     check_prompts(loaded.model, tokens, max_new_tokens)
     if len(texts) == 1 and output is None and not json:
-        _print_as_it_comes(loaded, texts[0], tokens[0], max_new_tokens, sampling)
+        _print_while_generating(loaded, texts[0], tokens[0], max_new_tokens, sampling)
         return
-    found = complete(loaded.model, tokens, max_new_tokens, sampling, loaded.tokenizer.eod_id, batch_size)
-    records = [_record(loaded, text, completion) for text, completion in zip(texts, found, strict=True)]
+    completions = complete(loaded.model, tokens, max_new_tokens, sampling, loaded.tokenizer.eod_id, batch_size)
+    records = [_record(loaded, text, completion) for text, completion in zip(texts, completions, strict=True)]
     if output is not None:
         write_whole(output, "".join(json_format.dumps(record, ensure_ascii=False) + "\n" for record in records))
         print(f"{len(records):,} completions written to {output}")
     else:
         for record in records:
-            print(json_format.dumps(record, ensure_ascii=False) if json else _shown(record))
+            print(json_format.dumps(record, ensure_ascii=False) if json else _format_record(record))
     if cut := sum(record["end"] == "seq_len" for record in records):
-        _note_of_length(f"{cut:,} of {len(records):,} texts", loaded)
+        _print_length_note(f"{cut:,} of {len(records):,} texts", loaded)
 
 
-def _print_as_it_comes(
+def _print_while_generating(
     loaded: LoadedModel, text: str, tokens: list[int], max_new_tokens: int, sampling: Sampling
 ) -> None:
     from nlgmoe.eval.detokenizer import StreamingDetokenizer
@@ -106,12 +106,12 @@ def _print_as_it_comes(
         end = new.end
     print(flush=True)
     if end == "seq_len":
-        _note_of_length("the text", loaded)
+        _print_length_note("the text", loaded)
 
 
-def _note_of_length(what: str, loaded: LoadedModel) -> None:
+def _print_length_note(subject: str, loaded: LoadedModel) -> None:
     length = loaded.model.config.seq_len
-    print(f"note: {what} ended before max_new_tokens, at the model's seq_len={length}", file=sys.stderr)
+    print(f"note: {subject} ended before max_new_tokens, at the model's seq_len={length}", file=sys.stderr)
 
 
 def _record(loaded: LoadedModel, prompt: str, completion: Completion) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _record(loaded: LoadedModel, prompt: str, completion: Completion) -> dict[st
     }
 
 
-def _shown(record: dict[str, Any]) -> str:
+def _format_record(record: dict[str, Any]) -> str:
     return f"--- {record['prompt']!r}\n{record['prompt']}{record['completion']}\n"
 
 
@@ -142,16 +142,16 @@ def _read_stdin() -> str:
 
 def _read_prompts(path: str) -> list[str]:
     """Read the prompts of a file of JSON lines; skip empty lines."""
-    where = "stdin" if path == "-" else path
+    source = "stdin" if path == "-" else path
     if path == "-" and sys.stdin is None:
         raise SettingError("prompts=- is stdin, which is closed; name a file of JSON lines")
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SettingError(f"prompts={where}: {error.strerror}; name a file of JSON lines, or - for stdin") from error
+        raise SettingError(f"prompts={source}: {error.strerror}; name a file of JSON lines, or - for stdin") from error
     except UnicodeDecodeError as error:
-        raise SettingError(f'prompts={where} is not UTF-8; write JSON lines with a "prompt" each') from error
-    found = []
+        raise SettingError(f'prompts={source} is not UTF-8; write JSON lines with a "prompt" each') from error
+    prompts = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -161,9 +161,9 @@ def _read_prompts(path: str) -> list[str]:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise SettingError(
-                f'prompts={where}, line {number} is no JSON object with a text "prompt"; write {{"prompt": "..."}}'
+                f'prompts={source}, line {number} is no JSON object with a text "prompt"; write {{"prompt": "..."}}'
             )
-        found.append(record["prompt"])
-    if not found:
-        raise SettingError(f'prompts={where} has no prompt; write a line {{"prompt": "..."}} for each')
-    return found
+        prompts.append(record["prompt"])
+    if not prompts:
+        raise SettingError(f'prompts={source} has no prompt; write a line {{"prompt": "..."}} for each')
+    return prompts

@@ -66,7 +66,7 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one of the subcommands; whatever goes wrong ends as one line and an exit code, see `nlgmoe/cli/errors.py`.
+    """Run one of the subcommands; an error ends it with one line and an exit code, see `nlgmoe/cli/errors.py`.
 
     Args:
         args: words of the command line; None: those of this process.

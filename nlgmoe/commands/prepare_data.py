@@ -47,7 +47,7 @@ def prepare_data(
     if input is not None or output is not None:
         _tokenise_input(data_dir, tokenizer, input, output, text_field, on_bad_data, workers)
         return
-    # Here and not above: Lightning comes along, and a typing error should not wait for it.
+    # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     from nlgmoe.data.pocket.build import prepare
     from nlgmoe.data.pocket_pile import SPLITS, read_manifest, read_token_files, token_folder
     from nlgmoe.data.tokenizer import load_tokenizer
@@ -69,7 +69,7 @@ def prepare_data(
     total = [sum(getattr(shard, field) for shard in shards.values()) for field in ("documents", "bytes", "tokens")]
     print(f"{'total':<12} {'':<10} {total[0]:>9,} {total[1] / 1e6:>7.2f} {total[2]:>10,} {total[1] / total[2]:>11.2f}")
     print(f"text       {root / 'text'}")
-    print(_about(tokenizer, loaded))
+    print(_describe_tokenizer(tokenizer, loaded))
     print(f"shards     {token_folder(root, loaded)}")
     print(f"licences   {root / 'manifest.json'}")
 
@@ -106,7 +106,7 @@ def _tokenise_input(
     files = input_files(input)
     with build_lock(Path(data_dir)):
         loaded = load_tokenizer(tokenizer, Path(data_dir))
-    seconds = 0.1 if sys.stderr.isatty() else 10.0  # a file gets a line each time
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # in a file, each update is a line
     bar = tqdm(desc="tokenising", unit="B", unit_scale=True, mininterval=seconds)
 
     def note(line: str) -> None:
@@ -122,16 +122,16 @@ def _tokenise_input(
         text_bytes = describe_file(files[0]).bytes // PIECES + 1
     fields = Fields(text=text_field, text_bytes=text_bytes)
 
-    def show(progress: Progress) -> None:
+    def update_bar(progress: Progress) -> None:
         bar.set_postfix_str(
             f"file {min(progress.file + 1, len(files))} of {len(files)}, {progress.tokens:,} tokens", False
         )
         bar.update(progress.bytes - bar.n)
 
     with bar:
-        built = build_indexed(files, prefix, loaded, fields, bad, workers or usable_cpus(), show)
+        built = build_indexed(files, prefix, loaded, fields, bad, workers or usable_cpus(), update_bar)
     _print_built(built, len(files), prefix)
-    print(_about(tokenizer, loaded))
+    print(_describe_tokenizer(tokenizer, loaded))
 
 
 def _print_built(built: Progress, files: int, prefix: Path) -> None:
@@ -152,15 +152,15 @@ def _print_built(built: Progress, files: int, prefix: Path) -> None:
     first = dataset.first_token(split[0])
     print(f"training   {split[0]:,} documents, {first:,} tokens")
     print(f"validation {split[1]:,} documents, {len(dataset.tokens) - first:,} tokens: the last ones")
-    given = (
+    option = (
         ""
         if split_documents(sum(split), DEFAULT_SPLIT)[1] == split[0]
         else f" '--data.corpus.init_args.split={str(split).replace(' ', '')}'"
     )
     print(
-        f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={quote(str(prefix))}{given}"
+        f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={quote(str(prefix))}{option}"
     )
 
 
-def _about(name: str, tokenizer: Tokenizer) -> str:
+def _describe_tokenizer(name: str, tokenizer: Tokenizer) -> str:
     return f"tokenizer  {name}, {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}"

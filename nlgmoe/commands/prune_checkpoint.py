@@ -77,17 +77,17 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
-    config, more = _settings_to_train_on(Path(run), before)
+    config, options = _settings_to_train_on(Path(run), before)
     print(
         "to train it on, with the whole model as teacher: python train.py fit --config "
         f"{config} --model.config.moe.num_experts '{list(num_experts)}' "
         f"--model.warm_start.checkpoint {quote(checkpoint)} --model.distiller nlgmoe.MixtureOfStudents "
-        f"--model.distiller.init_args.teacher {quote(str(loaded.path))}{more} --trainer.default_root_dir RUN"
+        f"--model.distiller.init_args.teacher {quote(str(loaded.path))}{options} --trainer.default_root_dir RUN"
     )
 
 
 def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
-    """Return the run's configuration, if it describes the model, and the options that undo what is of the model's own start."""
+    """Return the run's configuration, if it describes the model, and options that undo settings of the model's own start."""
     from nlgmoe.config import GPTConfig
     from nlgmoe.experiment import parse_config
 
@@ -95,8 +95,8 @@ def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
         return "CONFIG", ""
     try:
         settings = parse_config(file)["model"]
-        same = GPTConfig.from_dict(settings["config"]) == model  # it is not of one upcycled in its dense model's run
-    except (ValueError, OSError, ImportError):  # of another version, edited, or with a callback that is not here
+        same = GPTConfig.from_dict(settings["config"]) == model  # false for a model upcycled in its dense model's run
+    except (ValueError, OSError, ImportError):  # of another version, edited, or with a callback that cannot be imported
         same = False
     if not same:
         return "CONFIG", ""
@@ -117,13 +117,12 @@ def _run_batches(run: str, windows: int) -> Any:
 
 
 def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
-    """Cut a file of text into sequences."""
     import torch
 
     from nlgmoe.data.text.bad_data import UnusableError
     from nlgmoe.data.text.documents import decode_text
 
-    if Path(text).is_char_device():  # some have no end
+    if Path(text).is_char_device():  # some never end
         raise SettingError(f"text={text} is a device; give a file of text in UTF-8")
     try:
         ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
@@ -135,11 +134,11 @@ def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
     if count < 1:
         raise SettingError(f"text={text} has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
     tokens, targets = (torch.tensor(ids[i : i + count * length]).view(count, length) for i in (0, 1))
-    for some, following in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
-        mask = torch.ones_like(some, dtype=torch.bool)
+    for batch_tokens, batch_targets in zip(tokens.split(BATCH), targets.split(BATCH), strict=True):
+        mask = torch.ones_like(batch_tokens, dtype=torch.bool)
         yield {
-            "tokens": some,
-            "targets": following,
+            "tokens": batch_tokens,
+            "targets": batch_targets,
             "token_mask": mask,
-            "domain": torch.zeros(len(some), dtype=torch.long),
+            "domain": torch.zeros(len(batch_tokens), dtype=torch.long),
         }

@@ -51,10 +51,10 @@ def student(
     file, run = _configuration(Path(source))
     settings, text = _settings(file, complete=run is not None)
     model, trainer = text["model"], text.setdefault("trainer", {})
-    theirs = GPTConfig.from_dict(settings["model"]["config"])
+    teacher_config = GPTConfig.from_dict(settings["model"]["config"])
     if run is not None and (Path(run) / "checkpoint.json").exists():
-        _check_same(theirs, Path(run), file)
-    ours = student_config(theirs, num_layers)
+        _check_same(teacher_config, Path(run), file)
+    config = student_config(teacher_config, num_layers)
     if step is None and settings["model"]["train_tokens"] is None:
         raise SettingError(
             f"fraction={fraction} is of model.train_tokens, which {file} leaves out; give step in its place"
@@ -64,12 +64,12 @@ def student(
     if run is not None and file.parent.resolve() != Path(folder).resolve():
         folder = str(file.parent)  # the run was moved
     teacher = teacher or run or folder
-    model["config"]["num_layers"] = ours.num_layers
-    if ours.moe is not None:
-        model["config"]["moe"]["num_experts"] = ours.moe.num_experts
+    model["config"]["num_layers"] = config.num_layers
+    if config.moe is not None:
+        model["config"]["moe"]["num_experts"] = config.moe.num_experts
     model.pop("warm_start", None)
     if from_teacher:
-        model["warm_start"] = {"checkpoint": teacher, "layers": student_layers(theirs, num_layers)}
+        model["warm_start"] = {"checkpoint": teacher, "layers": student_layers(teacher_config, num_layers)}
     model["distiller"] = {"class_path": "nlgmoe.MixtureOfStudents", "init_args": {"teacher": teacher}}
     end = {"fraction": fraction} if step is None else {"step": step}
     staged = {"class_path": "nlgmoe.StagedDistillation", "init_args": end}
@@ -80,13 +80,16 @@ def student(
         del trainer["logger"]
         note = "trainer.logger is left out: it may write where the teacher's run wrote; give the student one of its own"
 
-    written = _header(source, theirs, ours, note) + yaml.dump(text, Dumper=_Dumper, sort_keys=False, width=120)
+    written = _header(source, teacher_config, config, note) + yaml.dump(
+        text, Dumper=_Dumper, sort_keys=False, width=120
+    )
     if output is None:
         print(written, end="")
     else:
         write_whole(output, written)
         print(
-            f"{output}: {num_layers} of the teacher's {theirs.num_layers} blocks; python train.py fit --config {quote(output)}"
+            f"{output}: {num_layers} of the teacher's {teacher_config.num_layers} blocks; "
+            f"python train.py fit --config {quote(output)}"
         )
         if note:
             print(note)
@@ -111,9 +114,9 @@ def _settings(file: Path, complete: bool) -> tuple[dict[str, Any], dict[str, Any
 
     Args:
         file: YAML file.
-        complete: a run wrote the file, with every setting: do not write those that have their defaults.
+        complete: a run wrote the file, with every setting; those with default values are then left out.
     """
-    # train.py's own parser; it costs seconds of imports.
+    # Imported here: train.py's parser takes seconds to import.
     from nlgmoe.cli.places import ConfigLoader
     from nlgmoe.experiment import parse_with_defaults
 
@@ -156,8 +159,8 @@ def _without(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
     return kept
 
 
-def _check_same(theirs: GPTConfig, checkpoint: Path, file: Path) -> None:
-    if GPTConfig.from_dict(read_document(checkpoint)["model_config"]) != theirs:
+def _check_same(teacher_config: GPTConfig, checkpoint: Path, file: Path) -> None:
+    if GPTConfig.from_dict(read_document(checkpoint)["model_config"]) != teacher_config:
         raise SettingError(
             f"source={checkpoint} holds another model than {file} describes; give the YAML that it was trained with, and "
             f"teacher={checkpoint}"
@@ -176,13 +179,13 @@ def _callbacks(given: Any) -> list[Any]:
     return kept
 
 
-def _header(source: str, theirs: GPTConfig, ours: GPTConfig, note: str) -> str:
+def _header(source: str, teacher_config: GPTConfig, config: GPTConfig, note: str) -> str:
     experts = ""
-    if ours.moe is not None:
-        counts, kept = (list(moe_blocks(config).values()) for config in (theirs, ours))
+    if config.moe is not None:
+        counts, kept = (list(moe_blocks(model).values()) for model in (teacher_config, config))
         experts = f", {len(kept)} of its {len(counts)} MoE layers"
     return (
-        f"# A student of {source}: {ours.num_layers} of its {theirs.num_layers} blocks{experts}; by `nlgmoe student`.\n"
+        f"# A student of {source}: {config.num_layers} of its {teacher_config.num_layers} blocks{experts}; by `nlgmoe student`.\n"
         "#   python train.py fit --config THIS_FILE\n" + (f"# {note}\n" if note else "")
     )
 

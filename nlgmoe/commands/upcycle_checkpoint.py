@@ -42,10 +42,10 @@ def upcycle_checkpoint(
     from nlgmoe.model.counting import count_parameters
 
     moe = MoEConfig(num_experts, expert_interval, top_k, mlp_type=mlp_type, residual_mix=residual_mix)
-    done = upcycle(dense, checkpoint, moe, noise, seed, overwrite)
-    before, after = (count_parameters(config) for config in (done.dense_config, done.config))
+    upcycled = upcycle(dense, checkpoint, moe, noise, seed, overwrite)
+    before, after = (count_parameters(config) for config in (upcycled.dense_config, upcycled.config))
     print(
-        f"{checkpoint}: {before.total:,} parameters of {done.dense} have become {after.total:,}, {after.active:,} for a token"
+        f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {after.total:,}, {after.active:,} for a token"
     )
     copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
     print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

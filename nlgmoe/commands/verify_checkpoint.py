@@ -27,6 +27,6 @@ def verify_checkpoint(checkpoint: str) -> None:
             f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")
         )
 
-    if found := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
-        raise RunError("\n".join([*found, f"{checkpoint} is not valid: use another checkpoint"]))
+    if problems := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:
+        raise RunError("\n".join([*problems, f"{checkpoint} is not valid: use another checkpoint"]))
     print(describe(Path(checkpoint)))

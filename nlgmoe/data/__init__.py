@@ -1,10 +1,10 @@
 """Text, tokenizers and batches.
 
 Reading order: `text/` (documents of files), `tokenizer.py`, `indexed.py` with `indexed_writer.py` (tokens on disk);
-`corpus.py` (the seam) and the corpora: `pocket_pile.py` (built by `pocket/`), `megatron_indexed.py`, `streaming/`, `blend.py`
-with `interleaving.py`; `description.py` (what a checkpoint keeps of them); `packing.py`, `permutation.py`, `sources.py`,
-`sampling.py` (samples, their order, and which rank reads them), `document_masks.py`, `accumulation.py` (sizes of steps),
-`baselines.py`, `training_data.py` (what training asks of a data module), `datamodule.py` (all of it, for Lightning).
+`corpus.py` (the interface) and the corpora: `pocket_pile.py` (built by `pocket/`), `megatron_indexed.py`, `streaming/`,
+`blend.py` with `interleaving.py`; `description.py` (what a checkpoint keeps of them); `packing.py`, `permutation.py`,
+`sources.py`, `sampling.py` (samples, their order, and which rank reads them), `document_masks.py`, `accumulation.py` (sizes of
+steps), `baselines.py`, `training_data.py` (the interface to training), `datamodule.py` (all of it, for Lightning).
 """
 
 from nlgmoe.data.accumulation import BatchRampUp

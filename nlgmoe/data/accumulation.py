@@ -36,7 +36,7 @@ def batch_size_after(samples: int, seq_len: int, global_batch_size: int, ramp_up
         samples: sequences trained on so far.
         seq_len: of whole sequences, in tokens.
         global_batch_size: after the ramp-up.
-        ramp_up: how it gets there; None: it is whole from the start.
+        ramp_up: growth of the batch up to it; None: a constant size.
     """
     if ramp_up is None or samples * seq_len >= ramp_up.tokens:
         return global_batch_size
@@ -58,7 +58,7 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
             f"set start to {nearest}"
         )
     if global_batch_size % micro_batch_size:
-        return  # `micro_batches_per_step` has more to say about that
+        return  # `micro_batches_per_step` reports that
     unit = global_batch_size // micro_batch_size
     possible = {
         "start": list(range(unit, global_batch_size + 1, unit)),

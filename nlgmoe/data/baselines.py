@@ -44,25 +44,25 @@ def xz_bits_per_byte(
 
     Args:
         evaluated: evaluated tokens of each domain, each [N_d].
-        tokenizer: that they came from.
+        tokenizer: of these tokens.
         max_bytes: compressed at most; each domain is cut to an equal share of it, from its beginning.
     """
     texts = {}
     for name, tokens in evaluated.items():
         share = max_bytes // len(evaluated)
-        tokens = tokens[:share]  # a token is a byte at least, but for the end of a document
+        tokens = tokens[:share]  # each token but the end of a document has a byte or more
         tokens = tokens[tokens != tokenizer.eod_id]
         fitting = int(np.searchsorted(np.cumsum(tokenizer.token_bytes[tokens]), share, side="right"))
         if fitting > 0:
             texts[name] = tokenizer.decode(tokens[:fitting].tolist()).encode()
     if len(texts) > 1:
         texts["all"] = b"".join(texts.values())
-    found = {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
-    return {**found, "all": found.get("all", next(iter(found.values())))}
+    bits_per_byte = {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
+    return {**bits_per_byte, "all": bits_per_byte.get("all", next(iter(bits_per_byte.values())))}
 
 
 def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:
-    """Count each token id, [vocab_size]; of long streams, in evenly spaced slices that weigh them fairly."""
+    """Count each token id, [vocab_size]; of long streams, in evenly spaced slices, as many tokens as its share."""
     total = sum(len(stream) for stream in streams)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for stream in streams:

@@ -43,7 +43,7 @@ class Blend:
     """A weighted blend of corpora: at any point of training, each part's number of samples is its share to within two.
 
     An exhausted part starts again in another order. Domains are named after the parts, `PART/DOMAIN` where a part
-    has several. Validation covers every domain's text, whatever its weight; the test split that of the parts that have one.
+    has several. Validation covers every domain's text, whatever its weight; the test split covers the parts that have one.
 
     Args:
         parts: parts of the blend, each with `weight`, `name` and `corpus` (class_path and init_args).
@@ -120,16 +120,16 @@ class OpenBlend:
                     f"The part {name!r} is tokenised with {corpus.tokenizer.name}, {names[0]!r} with "
                     f"{self.tokenizer.name}: give the parts of a blend one tokenizer."
                 )
-            self.domains += [f"{name}/{d}" for d in corpus.domains] if len(corpus.domains) > 1 else [name]
+            self.domains += [f"{name}/{domain}" for domain in corpus.domains] if len(corpus.domains) > 1 else [name]
             facts = description_of(corpus)
             share: dict[str, str | int] = {"share": str(Fraction(weight, sum(self.weights)))}
             if len(facts) == 1:
                 share |= next(iter(facts.values()))
             else:
-                self.description |= {f"{name}/{inner}": of_inner for inner, of_inner in facts.items()}
+                self.description |= {f"{name}/{inner}": inner_facts for inner, inner_facts in facts.items()}
             self.description[name] = share
-        if twice := {name for name in self.domains if self.domains.count(name) > 1}:
-            raise SettingError(f"two domains of the blend are called {min(twice)}; change the name of a part")
+        if duplicates := {name for name in self.domains if self.domains.count(name) > 1}:
+            raise SettingError(f"two domains of the blend are called {min(duplicates)}; change the name of a part")
         described = [(name, weight, corpus.fingerprint) for name, weight, corpus in self._parts]
         self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
@@ -163,13 +163,13 @@ class OpenBlend:
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
         """Return those of all parts; none for the domains of a part without such a split, None if no part has it."""
-        found = [part.corpus.evaluation_tokens(split) for part in self._parts]
-        if all(streams is None for streams in found):
+        streams_of_parts = [part.corpus.evaluation_tokens(split) for part in self._parts]
+        if all(streams is None for streams in streams_of_parts):
             return None
         nothing = np.zeros(0, dtype=np.int64)
         return [
             stream
-            for streams, part in zip(found, self._parts, strict=True)
+            for streams, part in zip(streams_of_parts, self._parts, strict=True)
             for stream in ([nothing] * len(part.corpus.domains) if streams is None else streams)
         ]
 
@@ -177,7 +177,7 @@ class OpenBlend:
 class BlendedSource:
     """Training samples of several sources, interleaved by weight.
 
-    It is a `CursorSource` for those parts that are; stream s of part p, of P parts, is stream s P + p here.
+    It is a `CursorSource` for the parts that are one; stream s of part p, of P parts, is stream s P + p of the blend.
 
     Args:
         sources: of the parts; without end, all of one sequence length.
@@ -214,8 +214,8 @@ class BlendedSource:
 
     def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
         """See `CursorSource`."""
-        found = [source.skipped_summary(self._of_part(part, cursors)) for part, source in self._streamed.items()]
-        return "; ".join(remark for remark in found if remark) or None
+        summaries = [source.skipped_summary(self._of_part(part, cursors)) for part, source in self._streamed.items()]
+        return "; ".join(summary for summary in summaries if summary) or None
 
     def sample(self, index: int) -> Sample:
         """Return the next sample of the part that `Interleaving` names."""

@@ -19,7 +19,7 @@ from nlgmoe.data.sources import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import SettingError, require
 
-WAITING_SECONDS = 3.0  # without a word, for another process that builds
+WAITING_SECONDS = 3.0  # for another process that builds, before a message
 
 
 class OpenCorpus(Protocol):
@@ -27,7 +27,7 @@ class OpenCorpus(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Whose ids the tokens are."""
+        """Tokenizer of the tokens."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class OpenCorpus(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides the training tokens."""
+        """Hash of everything that determines the training tokens."""
         ...
 
     @property
@@ -50,11 +50,11 @@ class OpenCorpus(Protocol):
         ...
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Tokens of each domain's training text, `[N_d]` each, or of a part of it that stands for it: for statistics."""
+        """Tokens of each domain's training text, `[N_d]` each, or of a representative part: for statistics."""
         ...
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Tokens of each domain, as `packing.py` wants them, `[N_d]` each; None if there is no such split.
+        """Tokens of each domain in the form of `packing.py`, `[N_d]` each; None if there is no such split.
 
         Args:
             split: "validation", which every corpus has, or "test".
@@ -67,11 +67,11 @@ class Streams:
     """An open corpus whose tokens lie in arrays, memory-mapped or not.
 
     Args:
-        tokenizer: whose ids the tokens are.
+        tokenizer: of the tokens.
         domains: names; a batch's domain ids index them.
-        tokens: split -> tokens of each domain, as `packing.py` wants them: every document closed by the end-of-document
-            token, each [N_d]. Has "train" and "validation"; has "test" where the corpus has one.
-        fingerprint: of everything that decides the training tokens.
+        tokens: split -> tokens of each domain, each [N_d], in the form of `packing.py`: every document closed by the
+            end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
+        fingerprint: hash of everything that determines the training tokens.
         facts: of each domain's training text beside its tokens, for `description`.
     """
 
@@ -82,7 +82,7 @@ class Streams:
     facts: Description = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check what may be a user's own."""
+        """Check the values, which a user's code may pass."""
         require(
             isinstance(self.tokenizer, Tokenizer),
             f"Streams.tokenizer is {self.tokenizer!r}; give what load_tokenizer returns",
@@ -96,7 +96,7 @@ class Streams:
                 len(arrays) == len(self.domains),
                 f"Streams.tokens has {len(arrays)} arrays of {split} for the domains {self.domains}; give one for each",
             )
-            integers = all(isinstance(one, np.ndarray) and np.issubdtype(one.dtype, np.integer) for one in arrays)
+            integers = all(isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer) for array in arrays)
             require(
                 integers, f"Streams.tokens has no array of token ids in {split}; give numpy arrays of an integer type"
             )
@@ -117,7 +117,7 @@ class Streams:
         return PackedSource(self.tokens["train"], seq_len, self.tokenizer.eod_id, seed)
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """All of them."""
+        """Return all training tokens."""
         return self.tokens["train"]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:

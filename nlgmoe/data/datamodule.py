@@ -26,7 +26,7 @@ from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
 from nlgmoe.validation import SettingError, require
 
-EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change what `val/loss` is of
+EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change the tokens that `val/loss` covers
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
 
 
@@ -156,10 +156,10 @@ class PileDataModule(TextFacts, TrainingData):
         micro_batches = 1
         if self.global_batch_size is not None:
             micro_batches = micro_batches_per_step(self.global_batch_size, self.micro_batch_size, world_size)
-        whole = self.global_batch_size or self.micro_batch_size * world_size
+        full_batch_size = self.global_batch_size or self.micro_batch_size * world_size
         sampler = TrainingSampler(
             self._begin,
-            lambda samples: batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up),
+            lambda samples: batch_size_after(samples, self.seq_len, full_batch_size, self.batch_ramp_up),
             micro_batches,
             rank,
             world_size,
@@ -185,16 +185,16 @@ class PileDataModule(TextFacts, TrainingData):
         return None if self.batch_ramp_up is None else self.batch_size_after(self.samples_consumed)
 
     def has_equal_batches(self) -> bool:
-        """Return whether each micro-batch has as many tokens on every rank: not known of a subclass with another loader."""
+        """Return whether each micro-batch has as many tokens on every rank; False for a subclass with another loader."""
         return type(self).train_dataloader is PileDataModule.train_dataloader
 
     def batch_size_after(self, samples: int) -> int:
         """Return the sequences of the optimizer step after the first `samples` samples, over all ranks."""
-        whole = self.global_batch_size
-        if whole is None:
+        full_batch_size = self.global_batch_size
+        if full_batch_size is None:
             accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-            whole = self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
-        return batch_size_after(samples, self.seq_len, whole, self.batch_ramp_up)
+            full_batch_size = self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
+        return batch_size_after(samples, self.seq_len, full_batch_size, self.batch_ramp_up)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Remove the cursors from a batch, and store them."""
@@ -204,8 +204,8 @@ class PileDataModule(TextFacts, TrainingData):
     def teardown(self, stage: str) -> None:
         """Warn of skipped data after a fit, of all ranks."""
         source = self._cursor_source if stage == "fit" else None
-        if source is not None and (remark := source.skipped_summary(self._cursors.gather())):
-            rank_zero_warn(remark)
+        if source is not None and (summary := source.skipped_summary(self._cursors.gather())):
+            rank_zero_warn(summary)
 
     # ---- state
 
@@ -215,7 +215,7 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also what was validated.
+        """Return also the validated text and the masks.
 
         With a `CursorSource` also the `cursors` of all streams; then this is a collective.
         """
@@ -284,10 +284,10 @@ class PileDataModule(TextFacts, TrainingData):
 
     def _validated_windows(self) -> int:
         """Return the windows that a validation takes, over all ranks; `trainer.limit_val_batches` may leave some out."""
-        windows, of_a_batch = self._validation_windows, self._rank_and_world_size()[1] * self.eval_micro_batch_size
+        windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
         limit = getattr(self.trainer, "limit_val_batches", 1.0)
-        batches = int(-(-windows // of_a_batch) * limit) if isinstance(limit, float) else limit
-        return min(windows, batches * of_a_batch)
+        batches = int(-(-self._validation_windows // windows_per_batch) * limit) if isinstance(limit, float) else limit
+        return min(self._validation_windows, batches * windows_per_batch)
 
     # ---- internals
 

@@ -17,7 +17,8 @@ def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool
         sample: not changed.
         eod_id: id of the end-of-document token.
         attention: add `document`, the number of the document that each position belongs to.
-        mask_loss: add `loss_mask`, which leaves out padding and the first token of every document: nothing announces it.
+        mask_loss: add `loss_mask`, which leaves out padding and the first token of every document, which
+            cannot be predicted from the tokens before it.
     """
     borders = sample["tokens"] == eod_id
     marked = sample.copy()

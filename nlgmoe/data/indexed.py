@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: `prefix.bin` holds the tokens, `prefix.idx` says where each sequence lies.
+"""Megatron's indexed dataset: `prefix.bin` holds the tokens, `prefix.idx` the place of each sequence.
 
 Layout of the index, little-endian throughout:
 
@@ -11,7 +11,7 @@ Layout of the index, little-endian throughout:
     int64[S]  byte offset of each sequence in the .bin
     int64[D]  sequence at which each document starts, closed by S
 
-Files of Megatron's tools are read here, and those of `indexed_writer.py` there. Memory does not grow with the corpus: the
+This module reads files of Megatron's tools; these read files of `indexed_writer.py`. Memory does not grow with the corpus: the
 index of the Pile alone has 4 GB.
 """
 
@@ -63,11 +63,11 @@ class IndexedDataset:
         self.lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
         self.pointers = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
         self.document_indices = np.frombuffer(index, "<i8", boundaries, HEADER.size + 12 * sequences)
-        expected, found = self._check_index(index_path), bin_path.stat().st_size
-        if found != expected:
-            raise RunError(f"{bin_path} has {found} bytes, {index_path} says {expected}: cut off? Build it again.")
+        expected, size = self._check_index(index_path), bin_path.stat().st_size
+        if size != expected:
+            raise RunError(f"{bin_path} has {size} bytes, {index_path} says {expected}: cut off? Build it again.")
         # An empty file cannot be mapped.
-        self.tokens = np.memmap(bin_path, self.dtype, mode="r") if found else np.zeros(0, self.dtype)
+        self.tokens = np.memmap(bin_path, self.dtype, mode="r") if size else np.zeros(0, self.dtype)
 
     def first_token(self, document: int) -> int:
         """Return where a document starts in `tokens`; for the number of documents, the end."""
@@ -118,7 +118,7 @@ def _read_header(path: Path) -> tuple[int, int, int]:
             f"{path} has version {version} and type code {code}; known are version 1 and integers, codes "
             f"{', '.join(map(str, DTYPES))}."
         )
-    size, found = HEADER.size + 12 * sequences + 8 * boundaries, path.stat().st_size
-    if found != size:
-        raise RunError(f"{path} has {found} bytes, its header says {size}: cut off? Build it again.")
+    expected, size = HEADER.size + 12 * sequences + 8 * boundaries, path.stat().st_size
+    if size != expected:
+        raise RunError(f"{path} has {size} bytes, its header says {expected}: cut off? Build it again.")
     return code, sequences, boundaries

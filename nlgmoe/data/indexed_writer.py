@@ -24,7 +24,7 @@ class IndexedWriter:
         sizes: result of `position`: resume there, with the files in `folder`.
 
     Raises:
-        ValueError: there is less in `folder` than `sizes` says.
+        ValueError: a file in `folder` is missing, or shorter than in `sizes`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class IndexedWriter:
         self._code = {np.dtype(known): code for code, known in DTYPES.items()}[self._dtype]
         self._keep = folder is not None
         self._folder = folder or Path(tempfile.mkdtemp(prefix=f"{prefix.name}.building.", dir=prefix.parent))
-        # An index begins with numbers that are known at the end; its parts are files until then.
+        # An index begins with counts that are known only at the end; until then its parts are files.
         self._files = {kind: self._open(kind, sizes) for kind in ("bin", "lengths", "ends")}
         self._sequences = sizes["lengths"] // 4 if sizes else 0
 
@@ -77,7 +77,7 @@ class IndexedWriter:
             if kind is None:
                 self._write_index()
                 self.position()
-                # At every moment an index belongs to the tokens beside it, or there is none.
+                # At any time the index fits the tokens, or does not exist.
                 Path(f"{self._prefix}.idx").unlink(missing_ok=True)
                 (self._folder / "bin").replace(f"{self._prefix}.bin")
                 (self._folder / "idx").replace(f"{self._prefix}.idx")
@@ -109,9 +109,9 @@ class IndexedWriter:
             lengths.seek(0)
             position = 0
             while len(sizes := np.frombuffer(lengths.read(4 * CHUNK), "<i4") * item):
-                behind = position + np.cumsum(sizes)
-                handle.write((behind - sizes).astype("<i8").tobytes())
-                position = int(behind[-1])
+                stops = position + np.cumsum(sizes)
+                handle.write((stops - sizes).astype("<i8").tobytes())
+                position = int(stops[-1])
             handle.write(bytes(8))  # the first document starts at sequence 0
             ends.seek(0)
             shutil.copyfileobj(ends, handle, 8 * CHUNK)

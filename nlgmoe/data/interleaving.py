@@ -1,4 +1,4 @@
-"""Whose turn it is among the parts of a blend: arithmetic on a sample's number, exact, without tables.
+"""The part of a blend that a sample comes from: exact arithmetic on the sample's number, without tables.
 
 Megatron writes part and number of each sample of the run into arrays before training, picking every time the part that
 is furthest behind its share: 146 million entries for 300B tokens.
@@ -20,15 +20,15 @@ class _Fork:
     weight: int
 
     def count_left(self, samples: int) -> int:
-        """Return the left branch's of the first `samples`: its share, rounded half up."""
+        """Return how many of the first `samples` are the left branch's: its share, rounded half up."""
         return (2 * samples * self.left_weight + self.weight) // (2 * self.weight)
 
 
 class Interleaving:
-    """Whose turn it is, for the parts of a blend.
+    """The part that each sample of a blend comes from, and the sample's number in it.
 
     The parts are the leaves of a binary tree. Of the first n samples of a node whose branches weigh l and r, the left
-    branch has had n l / (l + r), rounded to the nearest whole number; where that count grows it is the left one's turn.
+    branch has had n l / (l + r), rounded to the nearest whole number; a sample that raises this count is the left branch's.
 
     **At every point each part is within 1.68 samples of its share.** At a node that has had n samples, a branch with the
     fraction p of its weight has had n p + e, |e| <= 1/2, so its distance d from its share of all samples is p times the
@@ -39,7 +39,7 @@ class Interleaving:
     1/5 + 1/8 + ... = 3.36.
 
     Huffman's tree is also the one with the fewest divisions a sample, on average at most log2 of the number of parts plus 1.
-    Whole numbers have no limit here, so nothing drifts however far training goes.
+    Python's whole numbers have no limit, so the counts are exact for any number of samples.
 
     Args:
         weights: whole numbers above 0.
@@ -73,5 +73,7 @@ class Interleaving:
 def integer_weights(weights: Sequence[float]) -> list[int]:
     """Weights in the same ratio, as the smallest whole numbers; 0.1 is a tenth, not the nearest binary fraction."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    unit = Fraction(math.gcd(*(one.numerator for one in exact)), math.lcm(*(one.denominator for one in exact)))
-    return [int(one / unit) for one in exact]
+    unit = Fraction(
+        math.gcd(*(weight.numerator for weight in exact)), math.lcm(*(weight.denominator for weight in exact))
+    )
+    return [int(weight / unit) for weight in exact]

@@ -105,7 +105,7 @@ class MegatronIndexed:
             for number, (first, end) in zip(sampled, bounds, strict=True)
             if end > first
         ]
-        # Two: a text that was the token's name.
+        # Two are the token's name as a text, and its end.
         if empty := sum(len(ids) > 2 and bool((ids[:COMPARED_TOKENS] == tokenizer.eod_id).all()) for ids in texts):
             raise RunError(
                 f"{empty} of {len(texts)} sampled documents in {self.prefix}.bin hold end-of-document tokens alone: parts of the "
@@ -151,8 +151,7 @@ def choose_split(dataset: IndexedDataset) -> list[int] | None:
 def split_documents(documents: int, split: Sequence[float]) -> list[int]:
     """First documents of the parts, closed by the number of documents, as Megatron rounds them.
 
-    Each part is its share of the documents, rounded by itself; what the rounded parts have too many or too few is
-    taken from or given to the first one.
+    Each part is its share of the documents, rounded separately; the first part is then changed so that the sum is right.
     """
     sizes = [round(share / sum(split) * documents) for share in split]
     sizes[0] += documents - sum(sizes)

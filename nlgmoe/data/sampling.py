@@ -14,9 +14,9 @@ from nlgmoe.validation import RunError
 
 
 class SourceDataset(Dataset[Sample]):
-    """A map-style dataset over a source. It has no length: how far to go is the sampler's business.
+    """A map-style dataset over a source. It has no length: the sampler determines the number of samples.
 
-    Every sample is checked against the vocabulary: the embedding would crash, or read garbage.
+    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory.
 
     Args:
         source: of the samples.
@@ -50,7 +50,7 @@ class MicroBatches(Dataset[Any]):
     """Micro-batches by the indices of their samples, which they have as `samples`.
 
     Args:
-        samples: one by one.
+        samples: single samples.
         collate: makes a batch of several.
     """
 
@@ -84,7 +84,7 @@ class TrainingSampler(DistributedSampler):
         rank: int,
         world_size: int,
     ) -> None:
-        # The base class wants a dataset with a length, which endless data does not have: its __init__ is not called.
+        # The base class needs a dataset with a length, which endless data lack: its __init__ is not called.
         self._samples_consumed = samples_consumed
         self._batch_size_after = batch_size_after
         self._micro_batches = micro_batches
@@ -105,7 +105,7 @@ class TrainingSampler(DistributedSampler):
         raise TypeError("endless")  # what `len` of something without a length raises
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: the order depends on the sample index alone."""
+        """Do nothing: the order depends on the sample index alone."""
 
 
 class EvaluationSampler(DistributedSampler):
@@ -131,4 +131,4 @@ class EvaluationSampler(DistributedSampler):
         return -(-self._length // self.num_replicas)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: evaluation has one order."""
+        """Do nothing: evaluation has one order."""

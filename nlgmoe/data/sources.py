@@ -22,7 +22,7 @@ class Sample(TypedDict):
     domain: torch.Tensor  # int64 [], index into the domains
     loss_mask: NotRequired[torch.Tensor]  # bool [T], False = no loss, padding included
     document: NotRequired[torch.Tensor]  # int64 [T], which document a position belongs to, counted from 0 or 1
-    cursor: NotRequired[torch.Tensor]  # int64 [K], of a `CursorSource`; the data module takes it out of the batch
+    cursor: NotRequired[torch.Tensor]  # int64 [K], of a `CursorSource`; the data module removes it from the batch
 
 
 class TokenSource(Protocol):
@@ -39,8 +39,8 @@ class TokenSource(Protocol):
 class CursorSource(Protocol):
     """A source that is read in order and can seek.
 
-    Every sample has a `cursor`: a stream's number, the number of the stream's next sample, and what it takes to find that
-    quickly. Samples do not depend on cursors, only the time until the first one. A sample of no stream has -1 in front.
+    Every sample has a `cursor`: a stream's number, the number of the stream's next sample, and numbers to find that quickly.
+    Samples do not depend on cursors, only the time until the first one. The cursor of a sample without a stream begins with -1.
 
     Attributes:
         cursor_length: numbers in a cursor; 0 where samples have none.
@@ -53,18 +53,18 @@ class CursorSource(Protocol):
         ...
 
     def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
-        """Return what makes these processes read slowly and how to change it, if anything."""
+        """Return a warning, with the remedy, if these processes would read slowly; else None."""
         ...
 
     def skipped_summary(self, cursors: Sequence[Sequence[int]]) -> str | None:
-        """Return what was skipped up to `cursors`, if anything."""
+        """Return a summary of what was skipped up to `cursors`; None if nothing was."""
         ...
 
 
 class PackedSource:
     """Training samples: the windows of all domains, in a new random order every epoch, without end.
 
-    Domains weigh as many tokens as they have. A window never crosses from one domain into the next; the rest of a
+    A domain's weight is its number of tokens. A window never crosses from one domain into the next; the rest of a
     domain (less than a window) is not trained on.
 
     Args:
@@ -134,7 +134,7 @@ class EvaluationSource:
 
     def evaluated_tokens(self, domain: int) -> np.ndarray:
         """Return the targets that the domain's windows cover, in order."""
-        windows = sum(1 for d, _ in self._windows if d == domain)
+        windows = sum(1 for other, _ in self._windows if other == domain)
         return self._streams[domain][: windows * self.seq_len]
 
 

@@ -1,4 +1,4 @@
-"""What a data module knows of its text: domains, tokenizer, and baselines of the loss."""
+"""Facts about the text of a data module: domains, tokenizer, and baselines of the loss."""
 
 from collections.abc import Sequence
 

@@ -39,11 +39,11 @@ PROBES = (PROBE, "no space before", "".join(filter(str.isprintable, map(chr, [*r
 class Tokenizer:
     """A lossless tokenizer with an end-of-document token.
 
-    The normaliser NFC, as of GPT-NeoX's tokenizer, is left out: text in this form has the same ids, other text keeps its bytes.
+    The normaliser NFC, which GPT-NeoX's tokenizer has, is removed: text in this form keeps its ids, other text its bytes.
 
     Args:
         backend: the `tokenizers` object that does the work; must be byte-level.
-        name: what the user called it, for messages.
+        name: the user's name of it, for messages.
 
     Raises:
         ValueError: it has no end-of-document token, or does not reproduce its input.
@@ -60,23 +60,27 @@ class Tokenizer:
             backend.post_processor = None
         if getattr(backend.model, "dropout", None):  # of BPE: merges left out at random
             backend.model.dropout = None
-        self._left_out: Any = None
-        if [one["type"] for one in _parts(backend.normalizer, "normalizers")] == ["NFC"]:
-            self._left_out = json.loads(backend.normalizer.__getstate__())
-            backend.normalizer = None  # it changes no text but that which it would not reproduce
+        self._removed_normalizer: Any = None
+        if [part["type"] for part in _parts(backend.normalizer, "normalizers")] == ["NFC"]:
+            self._removed_normalizer = json.loads(backend.normalizer.__getstate__())
+            backend.normalizer = None  # it changes only text that it would not reproduce
         self._backend = backend
         self.name = name
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        found = [token for token in EOD_NAMES if token in vocabulary]
-        if not found:
+        end_tokens = [token for token in EOD_NAMES if token in vocabulary]
+        if not end_tokens:
             raise SettingError(
                 f"Tokenizer {name!r} has no end-of-document token, one of {', '.join(EOD_NAMES)}. "
                 "Add one to its tokenizer.json, or set `tokenizer` to another."
             )
-        self.eod_id: int = vocabulary[found[0]]
+        self.eod_id: int = vocabulary[end_tokens[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
         added = (f"a {token.content} b" for token in backend.get_added_tokens_decoder().values())
-        problems = [f"{text!r} came back as {back!r}" for text, back in map(self._lost, (*PROBES, *added)) if text]
+        problems = [
+            f"{text!r} came back as {decoded!r}"
+            for text, decoded in map(self._find_difference, (*PROBES, *added))
+            if text
+        ]
         if changing := _changes_texts(backend):  # no sample shows what each of them changes
             problems = [f"it has {', '.join(changing)}"]
         if problems:
@@ -86,15 +90,15 @@ class Tokenizer:
                 "whose end-of-document token is special."
             )
 
-    def _lost(self, text: str) -> tuple[str, str]:
-        """Return where a text differs from the one that comes back, and what that has there; nothing if it comes back."""
+    def _find_difference(self, text: str) -> tuple[str, str]:
+        """Return where a text and the decoding of its ids differ, a piece of each; empty pieces if the text is reproduced."""
         ids = self.encode(text)
-        back = self.decode(ids)
-        # Tokens of other kinds than byte-level have other lengths than `token_bytes` says.
-        if back == text and int(self.token_bytes[ids].sum()) == len(text.encode()) and self.eod_id not in ids:
+        decoded = self.decode(ids)
+        # Tokens that are not byte-level have other lengths than in `token_bytes`.
+        if decoded == text and int(self.token_bytes[ids].sum()) == len(text.encode()) and self.eod_id not in ids:
             return "", ""
-        begin = max(0, len(commonprefix([text, back])) - 10) if back != text else 0  # noqa: RUF071 (characters are meant)
-        return text[begin : begin + 60], back[begin : begin + 60]
+        begin = max(0, len(commonprefix([text, decoded])) - 10) if decoded != text else 0  # noqa: RUF071 (characters are meant)
+        return text[begin : begin + 60], decoded[begin : begin + 60]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end-of-document token."""
@@ -126,8 +130,8 @@ class Tokenizer:
             runs = Counter(zip(ids, ids[1:], ids[2:], strict=False))
             total += runs.total()
             if runs and min(ids) >= 0 and max(ids) < self.vocab_size:
-                again = self.encode(self.decode(ids))
-                kept += (runs & Counter(zip(again, again[1:], again[2:], strict=False))).total()
+                reproduced = self.encode(self.decode(ids))
+                kept += (runs & Counter(zip(reproduced, reproduced[1:], reproduced[2:], strict=False))).total()
         return kept / total if total else 1.0
 
     def has_same_ids(self, other: "Tokenizer") -> bool:
@@ -135,7 +139,7 @@ class Tokenizer:
         return (self.eod_id, self.spellings) == (other.eod_id, other.spellings)
 
     def to_json(self) -> str:
-        """All of it, in the `tokenizers` library's format."""
+        """Return the tokenizer in the format of the `tokenizers` library."""
         text: str = self._backend.to_str()
         return text
 
@@ -171,15 +175,15 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of its JSON, hexadecimal: two tokenizers with the same one give the same ids."""
         description = json.loads(self._backend.to_str())
-        if self._left_out is not None:  # as earlier versions, which did not leave it out
-            description["normalizer"] = self._left_out
+        if self._removed_normalizer is not None:  # earlier versions kept it
+            description["normalizer"] = self._removed_normalizer
         for setting in ("version", "truncation", "padding", "post_processor"):
             description.pop(setting, None)  # without effect on the ids used here
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _parts(component: Any, name: str) -> list[dict[str, Any]]:
-    """Return the settings of a tokenizer's component, or of the parts, its list `name`, that it is a sequence of."""
+    """Return the settings of a tokenizer's component; of a sequence, those of each part in its list `name`."""
     if component is None:
         return []
     settings = json.loads(component.__getstate__())
@@ -190,10 +194,10 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
 def _changes_texts(backend: tokenizers.Tokenizer) -> list[str]:
     """Return the types of a tokenizer's normalisers, and of its pre-tokenisers that remove what they match."""
     splitters = _parts(backend.pre_tokenizer, "pretokenizers")
-    # Inverted, as conversions of tiktoken's are, it removes what lies between the matches, which may be nothing.
-    removals = [one for one in splitters if one.get("behavior") == "Removed" and not one.get("invert")]
-    removals += [one for one in splitters if one["type"] == "CharDelimiterSplit"]
-    return [one["type"] for one in [*_parts(backend.normalizer, "normalizers"), *removals]]
+    # An inverted one, as in conversions from tiktoken, removes the text between the matches, which may be empty.
+    removals = [part for part in splitters if part.get("behavior") == "Removed" and not part.get("invert")]
+    removals += [part for part in splitters if part["type"] == "CharDelimiterSplit"]
+    return [part["type"] for part in [*_parts(backend.normalizer, "normalizers"), *removals]]
 
 
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
@@ -223,9 +227,9 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
 
 
 def _load(name: str, *files: Path) -> Tokenizer:
-    """From a tokenizer.json, or from vocabulary and merges; loaded once while they stay as they are.
+    """Load a tokenizer.json, or vocabulary and merges; unchanged files are loaded once.
 
-    GPT-2's takes a second, and each part of a blend asks for it.
+    GPT-2's takes a second, and each part of a blend loads it.
     """
     for file in files:
         require_regular(file, "replace it")
@@ -236,13 +240,13 @@ def _load(name: str, *files: Path) -> Tokenizer:
 def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tokenizer:
     files = [file for file, _, _ in versions]
     try:
-        made = tokenizers.Tokenizer.from_file(str(files[0])) if len(files) == 1 else _from_vocabulary(*files)
+        backend = tokenizers.Tokenizer.from_file(str(files[0])) if len(files) == 1 else _from_vocabulary(*files)
     except BaseException as error:  # the library raises `Exception` itself, or Rust's panic, and does not name the file
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        which = " or ".join(map(str, files))
-        raise RunError(f"{which} is damaged or not a tokenizer ({error}); replace it") from error
-    return Tokenizer(made, name)
+        names = " or ".join(map(str, files))
+        raise RunError(f"{names} is damaged or not a tokenizer ({error}); replace it") from error
+    return Tokenizer(backend, name)
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

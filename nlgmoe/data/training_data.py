@@ -1,4 +1,4 @@
-"""`TrainingData`: what training asks of a data module, so that a run resumes exactly, on any number of ranks."""
+"""`TrainingData`: the data module that training needs to resume a run exactly, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ class TrainingData(LightningDataModule, ABC):
         Raises:
             SettingError: the run had other data. Evaluation compares only the tokenizer.
         """
-        ours, theirs = self.fingerprint(), state_dict["fingerprint"]
+        current, saved = self.fingerprint(), state_dict["fingerprint"]
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            ours = {name: value for name, value in ours.items() if name == "tokenizer"}
-        if changes := differing(theirs, ours, state_dict.get("corpus", {}), self.corpus_description):
+            current = {name: value for name, value in current.items() if name == "tokenizer"}
+        if changes := differing(saved, current, state_dict.get("corpus", {}), self.corpus_description):
             raise SettingError(
                 f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "

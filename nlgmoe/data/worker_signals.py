@@ -13,10 +13,10 @@ def ignore_worker_signals(worker: int) -> None:
     Terminals, Slurm and DeepSpeed's launcher send a signal to every process there is, and training cannot reach its next
     step without its batches. For `DataLoader(worker_init_fn=...)`.
     """
-    signal.set_wakeup_fd(-1)  # that of the training process, which is told of its own signals by it
+    signal.set_wakeup_fd(-1)  # it is the training process's, for that process's own signals
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # Blocked, and taken out one by one by a thread: a handler would not learn who has sent it.
+    # Blocked, and read one by one by a thread: a handler does not get the sender of a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 

@@ -93,7 +93,7 @@ class RunPosition(NamedTuple):
     samples: int = 0
 
 
-def samples_until(
+def samples_before_end(
     end: End,
     batch_size_after: Callable[[int], int],
     seq_len: int,
@@ -106,7 +106,7 @@ def samples_until(
         end: of the run.
         batch_size_after: sequences of the step that follows that many samples, over all ranks.
         seq_len: length of whole sequences.
-        curriculum: shorter sequences at first, which are cut samples.
+        curriculum: schedule of shorter sequences, each a cut sample; None: all are whole.
         begin: position to start from.
     """
     if end == End(None, None):

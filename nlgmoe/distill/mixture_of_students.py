@@ -42,7 +42,7 @@ from nlgmoe.layers.losses import SoftTargets, TeacherTargets
 from nlgmoe.layers.placement import PlacesExperts
 from nlgmoe.model.gpt import GPT
 from nlgmoe.pyramid import experts_per_layer, experts_per_position
-from nlgmoe.validation import RunError, SettingError, type_for
+from nlgmoe.validation import RunError, SettingError, error_type_like
 
 
 class MixtureOfStudents:
@@ -133,14 +133,14 @@ class MixtureOfStudents:
             _check_shape(config, self.expected, path)
             _check(config, student, path)
             _check_tokenizer(document, data, path)
-        placed = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
+        placements = strategy.expert_placements(config, of="teacher") if isinstance(strategy, PlacesExperts) else {}
         with raise_on_all_ranks():
-            self.model = _load(path, config, placed, like.device, PRECISIONS.get(self.precision or "", like.dtype))
+            self.model = _load(path, config, placements, like.device, PRECISIONS.get(self.precision or "", like.dtype))
         rank_zero_info(f"the teacher is {path}: {_describe(self.model)}")
         return path, document
 
     def _find(self) -> tuple[Path, dict[str, Any]]:
-        """Return the checkpoint (the one already learned from; of a run, the newest valid one) and its document."""
+        """Return the checkpoint and its document: the one already used, else that of `teacher`, of a run the newest valid one."""
         if self._used and self._used.get("setting") != self.teacher:
             rank_zero_info(f"model.distiller.teacher was {self._used.get('setting')}, now it is {self.teacher}")
             self._used = {}
@@ -149,7 +149,7 @@ class MixtureOfStudents:
             path = path or find_checkpoint(self.teacher)
             document, weights = read_document(path), weights_of(path)
         except (ValueError, OSError) as error:
-            raise type_for(error)(
+            raise error_type_like(error)(
                 f"model.distiller.teacher={self.teacher}: {error}; set it to a trained checkpoint, or model.distiller=null "
                 "to train on text alone"
             ) from error
@@ -157,18 +157,18 @@ class MixtureOfStudents:
         return path, document
 
     def _find_again(self) -> Path:
-        """Return the checkpoint with the weights that the run has learned from, under whatever name."""
+        """Return a checkpoint with the weights that the run has learned from, under any name."""
         teacher = Path(self.teacher)
-        there = (
+        candidates = (
             [teacher] if is_checkpoint(teacher) else [checkpoint_path(teacher, step) for step in saved_steps(teacher)]
         )
-        for path in [Path(self._used["checkpoint"]), *there]:
+        for path in [Path(self._used["checkpoint"]), *candidates]:
             if is_complete(path) and weights_of(path) == self._used["weights"]:
                 return path
         raise RunError(
             f"model.distiller.teacher={self.teacher}: this run has learned from {self._used['checkpoint']}, whose weights "
-            f"are gone or were replaced, not from {there[0] if there else 'what is there'}; bring them back, or set it to the "
-            "path of another checkpoint to learn from that"
+            f"are gone or were replaced, not from {candidates[0] if candidates else 'what is there'}; bring them back, or set "
+            "it to the path of another checkpoint to learn from that"
         )
 
     def release(self) -> bool:
@@ -229,15 +229,15 @@ def _check_shape(teacher: GPTConfig, expected: dict[str, Any], path: Path) -> No
     counts = experts_per_position(teacher)
     for name, value in expected.items():
         if name != "num_experts":
-            found = getattr(teacher, name)
-            same = value == found
+            actual = getattr(teacher, name)
+            same = value == actual
         else:
-            found = counts or 0
+            actual = counts or 0
             same = value == counts or (isinstance(value, int) and set(counts) == {value} - {0})
         if value is not None and not same:
             raise SettingError(
-                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {found}; use the teacher that is meant, "
-                f"or set {name} to null to take what it has"
+                f"model.distiller.{name}={value}, but model.distiller.teacher={path} has {actual}; use the teacher that is "
+                f"meant, or set {name} to null to take what it has"
             )
 
 
@@ -263,22 +263,22 @@ def _check_tokenizer(document: dict[str, Any], data: TrainingData | None, path: 
         raise SettingError(
             f"model.distiller.teacher={path} has another tokenizer than data.tokenizer; use a teacher with the student's"
         )
-    theirs, ours = (
+    recorded, current = (
         state.get("fingerprint", {}).get("tokenizer")
         for state in (document.get(type(data).__qualname__, {}), data.state_dict())
     )
-    if None not in (theirs, ours) and theirs != ours:
+    if None not in (recorded, current) and recorded != current:
         raise SettingError(
-            f"model.distiller.teacher={path} was trained with another tokenizer ({theirs}, here {ours}); use a teacher with "
+            f"model.distiller.teacher={path} was trained with another tokenizer ({recorded}, here {current}); use a teacher with "
             "the student's"
         )
 
 
 @torch.no_grad()
-def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtype: torch.dtype) -> GPT:
+def _load(path: Path, config: GPTConfig, placements: Any, device: torch.device, dtype: torch.dtype) -> GPT:
     """Load this rank's part of the teacher, frozen, entry by entry."""
     with torch.device("meta"):
-        model = GPT(_without_dropping(config), placements=placed)
+        model = GPT(_without_dropping(config), placements=placements)
     files = TensorFiles(path, "model")
     if different := describe_differences(entry_shapes(model), files.shapes):
         raise RunError(
@@ -287,11 +287,10 @@ def _load(path: Path, config: GPTConfig, placed: Any, device: torch.device, dtyp
         )
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for entry in local_entries(model):
-        whole = files.read(entry.name)
-        entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
+        value = files.read(entry.name)
+        entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
     return model
 
 
 def _without_dropping(config: GPTConfig) -> GPTConfig:
-    """Return the configuration with dropless evaluation."""
     return config if config.moe is None else replace(config, moe=replace(config.moe, eval_token_dropping=False))

@@ -17,11 +17,11 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.data.description import differing
 from nlgmoe.data.training_data import training_data
 from nlgmoe.device import to_device
-from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, samples_until
+from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, samples_before_end
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
 from nlgmoe.layers.losses import TeacherTargets, TopTargets
 from nlgmoe.model.gpt import GPT
-from nlgmoe.validation import RunError, SettingError, require, type_for
+from nlgmoe.validation import RunError, SettingError, error_type_like, require
 
 _UNNUMBERED = (
     "the data module does not number its samples, so that nothing can be looked up; use nlgmoe.PileDataModule, or "
@@ -50,7 +50,7 @@ class OfflineTeacher:
         self.temperature = temperature
         self.teacher = teacher
         self.loss_weight = 1.0  # factor of beta, from 1 to 0: `StagedDistillation` lowers it before a step
-        self._found: TeacherLogits | None = None
+        self._recording: TeacherLogits | None = None
         self._used: dict[str, Any] = {}  # `setting`, `checkpoint` and `weights`, as in `MixtureOfStudents`
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,21 +76,21 @@ class OfflineTeacher:
             return
         with raise_on_all_ranks():
             try:
-                found = TeacherLogits(self.logits)
+                recording = TeacherLogits(self.logits)
             except ValueError as error:
-                raise type_for(error)(f"model.distiller.logits={self.logits}: {error}") from error
-            self._check(found.header, student.config)
-            self._check_data(found.header, trainer)
-            self._check_used(found.header["teacher"])
+                raise error_type_like(error)(f"model.distiller.logits={self.logits}: {error}") from error
+            self._check(recording.header, student.config)
+            self._check_data(recording.header, trainer)
+            self._check_used(recording.header["teacher"])
         if self.teacher is not None:
-            self._check_teacher(found.header, self.teacher)
-        self._found = found
-        checkpoint = found.header["teacher"]["checkpoint"]
-        rank_zero_info(f"the teacher is {checkpoint}, as recorded in {self.logits}: {len(found):,} samples")
+            self._check_teacher(recording.header, self.teacher)
+        self._recording = recording
+        checkpoint = recording.header["teacher"]["checkpoint"]
+        rank_zero_info(f"the teacher is {checkpoint}, as recorded in {self.logits}: {len(recording):,} samples")
 
     def release(self) -> bool:
         """Close the folder. Returns whether it was open."""
-        was_open, self._found = self._found is not None, None
+        was_open, self._recording = self._recording is not None, None
         return was_open
 
     def read(self, batch: Batch, mask: Tensor | None) -> TeacherTargets | None:
@@ -103,14 +103,14 @@ class OfflineTeacher:
         Raises:
             ValueError: a sample is missing or damaged.
         """
-        if self._found is None:
+        if self._recording is None:
             return None
         if "samples" not in batch:
             raise SettingError(f"model.distiller.logits={self.logits}: {_UNNUMBERED}")
         tokens = batch["tokens"]
         ids, log_probs = (
             to_device(torch.from_numpy(part), tokens.device).flatten(0, 1)
-            for part in self._found.read(batch["samples"], tokens.shape[1])
+            for part in self._recording.read(batch["samples"], tokens.shape[1])
         )
 
         def top(part: slice) -> tuple[Tensor, Tensor]:
@@ -120,34 +120,34 @@ class OfflineTeacher:
 
     def _check(self, header: dict[str, Any], student: GPTConfig) -> None:
         """Check vocabulary, length and temperature."""
-        where = f"model.distiller.logits={self.logits}"
+        setting = f"model.distiller.logits={self.logits}"
         for name in ("vocab_size", "seq_len"):
             if header[name] != getattr(student, name):
                 raise SettingError(
-                    f"{where} has {name}={header[name]}, the student {getattr(student, name)}; record the teacher's logits for "
+                    f"{setting} has {name}={header[name]}, the student {getattr(student, name)}; record the teacher's logits for "
                     "this configuration"
                 )
         if header["temperature"] != self.temperature:
             raise SettingError(
-                f"{where} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
+                f"{setting} was recorded at temperature={header['temperature']}, model.distiller.temperature is "
                 f"{self.temperature}; set it to that, or record at another: the tail's probability at another is not known"
             )
 
     def _check_data(self, header: dict[str, Any], trainer: Trainer) -> None:
         """Check that the logits are of this run's data, and cover every sample that it distils."""
-        where, data = f"model.distiller.logits={self.logits}", training_data(trainer)
+        setting, data = f"model.distiller.logits={self.logits}", training_data(trainer)
         if data is None:
-            raise SettingError(f"{where}: {_UNNUMBERED}")
-        here = {**data.fingerprint(), "document_attention": data.document_attention}
-        there = {**header["data"], "document_attention": header["document_attention"]}
-        if changes := differing(there, here, header.get("corpus", {}), data.corpus_description):
+            raise SettingError(f"{setting}: {_UNNUMBERED}")
+        current = {**data.fingerprint(), "document_attention": data.document_attention}
+        recorded = {**header["data"], "document_attention": header["document_attention"]}
+        if changes := differing(recorded, current, header.get("corpus", {}), data.corpus_description):
             raise SettingError(
-                f"{where} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
+                f"{setting} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"
             )
         module: Any = trainer.lightning_module
         begin = RunPosition(module.tokens_seen, trainer.global_step, data.samples_consumed)
-        needed = samples_until(
+        needed = samples_before_end(
             distillation_end(module.train_tokens, trainer),
             data.batch_size_after,
             header["seq_len"],
@@ -156,21 +156,21 @@ class OfflineTeacher:
         )
         if needed is not None and needed > header["samples"]:
             raise SettingError(
-                f"{where} holds {header['samples']:,} samples, this run distils {needed:,}; record that many with --samples "
+                f"{setting} holds {header['samples']:,} samples, this run distils {needed:,}; record that many with --samples "
                 f"{needed}, or end distillation earlier with nlgmoe.StagedDistillation"
             )
 
     def _check_used(self, teacher: dict[str, Any]) -> None:
         """Check that a resumed run learns from the same weights, unless it is given another folder."""
-        before = self._used
-        if before and before.get("weights") != teacher["weights"]:
-            if before.get("setting") == self.logits:
+        used = self._used
+        if used and used.get("weights") != teacher["weights"]:
+            if used.get("setting") == self.logits:
                 raise RunError(
                     f"model.distiller.logits={self.logits} holds logits of {teacher['checkpoint']} now, this run has learned "
-                    f"from {before.get('checkpoint')}, of other weights; record that teacher's again, or rename the folder to "
+                    f"from {used.get('checkpoint')}, of other weights; record that teacher's again, or rename the folder to "
                     "change the teacher"
                 )
-            rank_zero_info(f"the teacher was {before.get('checkpoint')}, of other weights")
+            rank_zero_info(f"the teacher was {used.get('checkpoint')}, of other weights")
         self._used = {"setting": self.logits, "checkpoint": teacher["checkpoint"], "weights": teacher["weights"]}
 
     def _check_teacher(self, header: dict[str, Any], teacher: str) -> None:
@@ -181,7 +181,7 @@ class OfflineTeacher:
                 read_document(path)
                 weights = weights_of(path)
             except (ValueError, OSError) as error:
-                raise type_for(error)(
+                raise error_type_like(error)(
                     f"model.distiller.teacher={teacher}: {error}; set it to the teacher whose logits these are, or to null"
                 ) from error
             if weights != header["teacher"]["weights"]:

@@ -1,7 +1,7 @@
 """Record a teacher's logits for a run's training samples, a file for every 1,000 of them; see `teacher_logits.py`.
 
 A process that is killed loses the file that it was computing; the same command records the rest, with the same bytes. Files hold
-whole micro-batches, so that each sample is computed among the same others.
+whole micro-batches, so that each sample is computed together with the same others.
 """
 
 from __future__ import annotations
@@ -136,16 +136,16 @@ def _write_position(position: Path, done: Progress, data: PileDataModule) -> Non
     _write_json(position, {"done": asdict(done), "data": data.state_dict()})
 
 
-def _check_same(header: dict[str, Any], settings: dict[str, Any], where: Path) -> dict[str, Any]:
+def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Check that an earlier recording has the same settings, and return them; the path of the teacher may differ."""
     earlier: dict[str, Any] = {name: header.get(name) for name in settings}
-    there, here = (
+    recorded, current = (
         values | values["data"] | {"teacher": values["teacher"]["weights"], "data": None}
         for values in (earlier, settings)
     )
-    if changes := differing(there, here, earlier.get("corpus") or {}, settings.get("corpus", {})):
+    if changes := differing(recorded, current, earlier.get("corpus") or {}, settings.get("corpus", {})):
         raise SettingError(
-            f"{where} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
+            f"{folder} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )
     return earlier
 

@@ -2,7 +2,7 @@
 
     FOLDER/header.json       teacher, data and settings of the recording, and a checksum of them
     FOLDER/logits-00000.bin  a record for each of the first training samples, in the order of the run; and so on
-    FOLDER/position.json     until the folder is complete: how far it is, and where the data stand
+    FOLDER/position.json     until the folder is complete: its progress, and the position in the data
 
     record   checksum        uint64, XXH3 of what follows, seeded with the sample's number
              ids             [T, K] uint16 (uint32 if there are more than 65,536 tokens), the likeliest first
@@ -86,10 +86,10 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise SettingError(f"no teacher's logits at {folder}; record them with nlgmoe distill-logits")
     try:
         header = json.loads(file.read_text())
-        sound = header["checksum"] == checksum_of_manifest(header)
+        intact = header["checksum"] == checksum_of_manifest(header)
     except (ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
+        intact = False
+    if not intact:
         raise RunError(f"{file} is damaged (its checksum differs); delete {folder} and record it again")
     if (header["format"], header["version"]) != (FORMAT, VERSION):
         raise RunError(

@@ -50,7 +50,7 @@ class ExpertCounts(Metric):
             domain: `[B]` domain ids.
             routings: one for each MoE layer.
         """
-        domain = domain if len(self.domains) > 1 else torch.zeros_like(domain)  # data that do not name theirs have one
+        domain = domain if len(self.domains) > 1 else torch.zeros_like(domain)  # data without names have one domain
         group = domain.unsqueeze(1).expand_as(tokens) * len(self.class_names)  # [B, T]
         if self.classes is not None:
             group = group + self.classes[tokens]
@@ -80,7 +80,7 @@ def count_experts(
 
         loaded = load_pretrained("runs/quickstart")
         data.setup()  # a PileDataModule
-        found = count_experts(loaded.model, data.val_dataloader(), data.domains, data.token_spellings())
+        specialisation = count_experts(loaded.model, data.val_dataloader(), data.domains, data.token_spellings())
 
     Args:
         model: with MoE layers, in evaluation mode.

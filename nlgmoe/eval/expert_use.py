@@ -1,4 +1,4 @@
-"""How much a model uses each expert of a text: the sum of its weights over tokens."""
+"""A model's use of each expert on a text: the sum of the expert's weights over tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ExpertUse:
 
     Attributes:
         loss: mean over tokens, nats.
-        tokens: that it is the mean of.
+        tokens: number of these tokens.
         weights: for each MoE layer, `[E]` sum over tokens of the expert's weight in the output.
     """
 
@@ -41,7 +41,9 @@ def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
         counted = loss_mask(batch)
         total += float(losses[counted].sum(dtype=torch.float64))
         tokens += int(counted.sum())
-        weights = weights or [one.weight.new_zeros(one.num_experts, dtype=torch.float64) for one in routings]
+        weights = weights or [
+            routing.weight.new_zeros(routing.num_experts, dtype=torch.float64) for routing in routings
+        ]
         for sums, routing in zip(weights, routings, strict=True):
             sums.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())  # padding weighs 0
     if not tokens:

@@ -58,28 +58,28 @@ def load_pretrained(
     path = find_checkpoint(checkpoint)
     document = read_document(path)
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
-    found = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
-    if found is None:
+    chosen = choose_tokenizer(path, given, GPTConfig.from_dict(document["model_config"]))
+    if chosen is None:
         raise SettingError(
             f"tokenizer=null: {path} holds none; set it to the tokenizer that the model was trained with"
         )
     model = load_model(path).to(device, PRECISIONS.get(precision or ""))
-    return LoadedModel(path, model, found, document)
+    return LoadedModel(path, model, chosen, document)
 
 
 def choose_tokenizer(path: Path, given: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
     """Return the tokenizer of a checkpoint, or `given` if the checkpoint has none."""
     stored = read_tokenizer(path)
-    found = given if stored is None else Tokenizer.from_json(stored, f"of {path}")
-    if found is None:
+    chosen = given if stored is None else Tokenizer.from_json(stored, f"of {path}")
+    if chosen is None:
         return None
-    if given is not None and not given.has_same_ids(found):
+    if given is not None and not given.has_same_ids(chosen):
         raise SettingError(
             f"tokenizer={given.name} differs from the tokenizer that {path} was trained with; leave it out"
         )
-    if found.vocab_size > config.vocab_size:
+    if chosen.vocab_size > config.vocab_size:
         raise SettingError(
-            f"tokenizer={found.name} has {found.vocab_size} ids, the model {config.vocab_size}; set it to the tokenizer that the "
-            "model was trained with"
+            f"tokenizer={chosen.name} has {chosen.vocab_size} ids, the model {config.vocab_size}; set it to the tokenizer that "
+            "the model was trained with"
         )
-    return found
+    return chosen

@@ -32,7 +32,6 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not 0 <= self.temperature < math.inf:
             raise SettingError(f"temperature={self.temperature} must be at least 0; 0 takes the most likely token")
         if self.top_k is not None and self.top_k < 1:

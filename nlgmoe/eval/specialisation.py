@@ -39,13 +39,13 @@ class Specialisation:
 
     def by_domain(self, layer: int) -> np.ndarray:
         """Return assignments `[D, E of the layer]`."""
-        found: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=1)
-        return found
+        assignments: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=1)
+        return assignments
 
     def by_class(self, layer: int) -> np.ndarray:
         """Return assignments `[C, E of the layer]`."""
-        found: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=0)
-        return found
+        assignments: np.ndarray = self.counts[:, :, layer, : self.experts[layer]].sum(axis=0)
+        return assignments
 
     def save(self, folder: str | Path) -> Path:
         """Write `specialisation.safetensors` atomically and return its path."""
@@ -79,12 +79,12 @@ class Specialisation:
 def remove_later(folder: str | Path, step: int) -> None:
     """Remove the file in a run folder if it is of a later step, or damaged."""
     try:
-        found = Specialisation.load(folder)
+        saved = Specialisation.load(folder)
     except FileNotFoundError:
         return
     except ValueError:
-        found = None
-    if found is None or (found.step or 0) > step:
+        saved = None
+    if saved is None or (saved.step or 0) > step:
         (Path(folder) / FILE).unlink(missing_ok=True)
 
 

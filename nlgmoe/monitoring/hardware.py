@@ -71,11 +71,11 @@ def peak_of(gpu: str, precision: str, tf32: bool) -> float | None:
         precision: Lightning's name, such as `bf16-mixed`.
         tf32: PyTorch computes fp32 products in TF32.
     """
-    found = next((name for parts, name in BOARDS.items() if all(part in gpu for part in parts)), None)
-    if found is None or "NVL" in gpu or "64" in precision:  # H200 NVL has another peak than the SXM board
+    board = next((name for parts, name in BOARDS.items() if all(part in gpu for part in parts)), None)
+    if board is None or "NVL" in gpu or "64" in precision:  # H200 NVL has another peak than the SXM board
         return None
-    peaks = HARDWARE[found]
+    peaks = HARDWARE[board]
     if "16" in precision:
         return peaks.half_flops
-    has_tf32 = found != "v100-32"  # since Ampere, at half the rate of bf16
+    has_tf32 = board != "v100-32"  # since Ampere, at half the rate of bf16
     return peaks.half_flops / 2 if tf32 and has_tf32 else peaks.fp32_flops

@@ -27,13 +27,13 @@ def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list
 
     `RunCSVLogger` replaces another logger of the same file, which would delete the rows of a resumed run.
     """
-    own = [one for one in _as_list(loggers) if isinstance(one, RunCSVLogger) and _writes_into(folder, one)]
+    own = [logger for logger in _as_list(loggers) if isinstance(logger, RunCSVLogger) and _writes_into(folder, logger)]
     return [*without_run_csv(loggers, folder), *(own or [RunCSVLogger(folder)])]
 
 
 def without_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
     """Remove loggers that write `metrics.csv` of the run folder, whose rows belong to training."""
-    return [one for one in _as_list(loggers) if not _writes_into(folder, one)]
+    return [logger for logger in _as_list(loggers) if not _writes_into(folder, logger)]
 
 
 def _as_list(loggers: Logger | Sequence[Logger]) -> list[Logger]:
@@ -72,7 +72,7 @@ class RunCSVLogger(CSVLogger):
         folder: the run folder.
 
     Attributes:
-        records: if false, rows are not written: an evaluation of another checkpoint or text is no row of the run.
+        records: if false, rows are not written: evaluations of other checkpoints or text are not rows of the run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -101,8 +101,8 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Read the columns of an existing file, and discard an incomplete last row."""
         if os.path.exists(self.metrics_file_path):
-            with open(self.metrics_file_path, "rb+") as whole:
-                whole.truncate(whole.read().rfind(b"\n") + 1)
+            with open(self.metrics_file_path, "rb+") as binary_file:
+                binary_file.truncate(binary_file.read().rfind(b"\n") + 1)
             with open(self.metrics_file_path, newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 

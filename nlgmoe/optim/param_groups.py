@@ -44,8 +44,8 @@ class AdamWConfig:
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """Build AdamW with the groups `decay` and `no_decay`, which contain the parameters' names for checkpoints.
 
-    Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because other
-    ranks share their gradients and states than those of dense parameters.
+    Sharded experts have the attribute `group_name` (DeepSpeed's convention) and form their own groups, because their
+    gradients and states are not shared by the same ranks as those of dense parameters.
     """
     groups = defaultdict[tuple[str, bool], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
@@ -83,10 +83,13 @@ def require_adamw(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Restore moments alone: all settings are those of this run's configuration."""
+    """Restore only the moments: all settings are those of this run's configuration."""
     saved, own = state["param_groups"], optimizer.param_groups
     if len(saved) != len(own):
         return state  # which PyTorch refuses
     return state | {
-        "param_groups": [group | one | {"params": group["params"]} for group, one in zip(saved, own, strict=True)]
+        "param_groups": [
+            saved_group | own_group | {"params": saved_group["params"]}
+            for saved_group, own_group in zip(saved, own, strict=True)
+        ]
     }

@@ -68,7 +68,7 @@ def gather_owned_entries(
         for key in MOMENTS:
             if (moment := state.gather(entry, key, owner)) is not None:
                 moments[f"{key}/{entry.name}"] = moment
-        if weight is not None and entry.first_of_stack:
+        if weight is not None and entry.holds_step:
             moments[f"step/{entry.stack}"] = state.step_of(entry.parameter).detach().float().cpu().clone()
     return weights, moments
 
@@ -109,7 +109,7 @@ def save(path: Path, checkpoint: dict[str, Any], model: nn.Module, engine: Any) 
         distributed.gather_object(files, files_of_ranks if rank == 0 else None)
         with raise_on_all_ranks(), writing.explain_write_errors(path):
             if rank == 0:
-                files = {name: contents for one in files_of_ranks for name, contents in one.items()}
+                files = {name: contents for rank_files in files_of_ranks for name, contents in rank_files.items()}
                 writing.finish(folder, path, document, files, tokenizer)
     finally:
         if rank == 0:
@@ -157,10 +157,10 @@ def load_weights(model: nn.Module, engine: Any | None, files: TensorFiles) -> No
     _check_shapes(entry_shapes(model), files)
     state = EngineState(engine) if engine is not None else None
     for entry in local_entries(model):
-        whole = files.read(entry.name)
-        entry.parameter.view(-1)[entry.start : entry.stop] = whole.view(-1).to(entry.parameter)
+        value = files.read(entry.name)
+        entry.parameter.view(-1)[entry.start : entry.stop] = value.view(-1).to(entry.parameter)
         if state is not None:
-            state.load(entry, None, whole.float())
+            state.load(entry, None, value.float())
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from nlgmoe.parallel.expert_groups import ExpertGroups
 
 
 class EngineMoELayer(MoELayer, MoE):
-    """An `MoELayer` with sharded experts, as the engine recognises one.
+    """An `MoELayer` with sharded experts that the engine recognises.
 
     `MoE.__init__` is never called; the engine reads the members below only.
     """
@@ -71,7 +71,7 @@ def disable_deepspeed_extensions() -> None:
 
 
 def use_device(device: torch.device) -> None:
-    """Make DeepSpeed compute on the device of the run; it takes the machine's GPU, also where `trainer.accelerator` is cpu."""
+    """Make DeepSpeed compute on the run's device; by default it uses the machine's GPU, even if `trainer.accelerator` is cpu."""
     name = device.type
     if name in SUPPORTED_ACCELERATOR_LIST and get_accelerator().device_name() != name:
         module = import_module(f"deepspeed.accelerator.{name}_accelerator")

@@ -66,7 +66,9 @@ class EngineGradients:
     def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
         """See `StepGradients`. ZeRO shards every gradient over the ranks that share it."""
         device = self._parameters[0].device  # with `offload_optimizer` the gradients are elsewhere
-        squares = [squared_norm((_gradient_fragment(one) for one in part), device).to(device) for part in parts]
+        squares = [
+            squared_norm((_gradient_fragment(parameter) for parameter in part), device).to(device) for part in parts
+        ]
         return torch.stack(squares) / self._scale**2
 
     @property
@@ -91,7 +93,7 @@ class EngineGradients:
         self._zero_norm = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._norm
         if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # `StepGuard` has decided about that before the step
+            self._scaler.raise_error_at_min_scale = False  # `StepGuard` has handled that before the step
         else:
             optimizer.check_grad_overflow = True  # otherwise ZeRO ignores the norm in bf16
             optimizer.check_overflow = lambda partition_gradients=True: None

@@ -55,21 +55,21 @@ class EngineState:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
 
-    def gather(self, entry: Entry, key: str | None, to: int) -> Tensor | None:
-        """Gather an entry on rank `to` of the ranks that share it, in fp32 on the CPU; None on the others. A collective."""
+    def gather(self, entry: Entry, key: str | None, owner: int) -> Tensor | None:
+        """Gather an entry on rank `owner` of the ranks that share it, in fp32 on the CPU; None on the others. A collective."""
         ranks = self.ranks_of(entry.parameter)
-        whole = torch.zeros(entry.shape.numel(), device=self._device)
+        value = torch.zeros(entry.shape.numel(), device=self._device)
         if (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
-            whole[part] = values
-        distributed.reduce(whole, distributed.get_global_rank(ranks, to), group=ranks)
-        return whole.cpu().view(entry.shape) if distributed.get_rank(ranks) == to else None
+            value[part] = values
+        distributed.reduce(value, distributed.get_global_rank(ranks, owner), group=ranks)
+        return value.cpu().view(entry.shape) if distributed.get_rank(ranks) == owner else None
 
-    def load(self, entry: Entry, key: str | None, whole: Tensor) -> None:
+    def load(self, entry: Entry, key: str | None, value: Tensor) -> None:
         """Copy this rank's part of an entry into the engine, which has no buffers."""
         if entry.trained and (overlap := self._overlap(entry, key)) is not None:
             part, values = overlap
-            values.copy_(whole.view(-1)[part])
+            values.copy_(value.view(-1)[part])
 
     def init_moments(self) -> None:
         """Give AdamW its initial state, which it otherwise creates in its first step, so that moments can be loaded."""
@@ -79,10 +79,10 @@ class EngineState:
 
     def _overlap(self, entry: Entry, key: str | None) -> tuple[slice, Tensor] | None:
         """Return the slice of an entry that lies in this rank's fragment, and its values; None if there is none."""
-        found = self.fragment(entry.parameter, key)
-        if found is None:
+        fragment = self.fragment(entry.parameter, key)
+        if fragment is None:
             return None
-        start, values = found
+        start, values = fragment
         first, last = max(start, entry.start), min(start + len(values), entry.stop)
         if first >= last:
             return None

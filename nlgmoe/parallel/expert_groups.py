@@ -39,14 +39,14 @@ class ExpertGroups:
         return f"ep_size_{self.degree}"
 
 
-def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "model") -> dict[int, int]:
+def layer_degrees(config: GPTConfig, world_size: int, limit: int, name: str = "model") -> dict[int, int]:
     """Return the degree of each MoE block, by block number; empty for a dense model.
 
     Args:
         config: of the model.
         world_size: ranks of the run.
         limit: the run's `expert_parallel_size`.
-        of: name of the model in errors.
+        name: the model in errors: "model", or "teacher".
     """
     if limit > world_size:
         raise AllRanksSettingError(
@@ -58,7 +58,7 @@ def layer_degrees(config: GPTConfig, world_size: int, limit: int, of: str = "mod
     if limit > 1 and degrees and max(degrees.values()) == 1:
         counts = ", ".join(map(str, sorted(set(experts.values()))))
         raise AllRanksSettingError(
-            f"trainer.strategy.expert_parallel_size={limit} cannot shard a layer of the {of}: no number from 2 to {limit} "
+            f"trainer.strategy.expert_parallel_size={limit} cannot shard a layer of the {name}: no number from 2 to {limit} "
             f"divides both its number of experts ({counts}) and the number of ranks ({world_size}); change one, or use 1"
         )
     return degrees
@@ -104,7 +104,7 @@ def expert_placements(
     return placements
 
 
-def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, of: str = "model") -> str:
+def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, name: str = "model") -> str:
     """Describe each kind of layer in a line: blocks (counted from 1), degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
@@ -115,7 +115,7 @@ def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int
         per_rank = count // degree
         size = per_rank * expert_parameters(config) * len(blocks)
         lines.append(
-            f"blocks {', '.join(map(str, blocks))} of the {of}: {count} experts, expert-parallel degree {degree}, {per_rank} a "
+            f"blocks {', '.join(map(str, blocks))} of the {name}: {count} experts, expert-parallel degree {degree}, {per_rank} a "
             f"rank ({size / 1e6:,.1f}M parameters), each on {world_size // degree}"
         )
     return "\n".join(lines)

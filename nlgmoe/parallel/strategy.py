@@ -93,8 +93,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         size = expert_parallel_size
         require(size >= 1, f"trainer.strategy.expert_parallel_size={size} must be at least 1")
         require(timeout_seconds > 0, f"trainer.strategy.timeout_seconds={timeout_seconds} must be above 0")
-        why = "must be an even number of values, at least 2"
-        require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {why}")
+        reason = "must be an even number of values, at least 2"
+        require(bucket_size >= 2 and bucket_size % 2 == 0, f"trainer.strategy.bucket_size={bucket_size} {reason}")
         if stage == 0:
             rank_zero_info(
                 "trainer.strategy.stage=0 is taken as 1: the same numbers, with the optimizer's states sharded"
@@ -213,11 +213,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         assert isinstance(self.precision_plugin, DeepSpeedPrecision) and isinstance(self.config, dict)
         self._check_fp16(self.precision_plugin)
         zero = self.config["zero_optimization"]
-        # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products want them at 16 bytes.
+        # Weights become views of one buffer. grouped_mm, LayerNorm's kernel and matrix products need 16-byte alignment.
         zero["parameter_alignment"] = True
-        # The host waits for the device behind every backward pass with it, and one rank has nothing to overlap. DeepSpeed may
+        # With it, the host waits for the device after every backward pass, and one rank has nothing to overlap. DeepSpeed may
         # free the gradient of a parameter that exceeds the bucket before the reduction's stream has read it.
-        fits = all(one.numel() <= zero["reduce_bucket_size"] for one in model.parameters())
+        fits = all(parameter.numel() <= zero["reduce_bucket_size"] for parameter in model.parameters())
         zero["overlap_comm"] = self.world_size > 1 and fits
         for layer in moe_layers(model):
             degree = layer.router.num_experts // layer.placement.count
@@ -237,7 +237,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         from nlgmoe.parallel.engine_state import EngineState
 
         state = EngineState(self._engine)
-        load_initial_weights(self._gpt, start, lambda entry, whole: state.load(entry, None, whole.float()))  # type: ignore[arg-type]
+        load_initial_weights(self._gpt, start, lambda entry, value: state.load(entry, None, value.float()))  # type: ignore[arg-type]
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -277,7 +277,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the coming step."""
         assert self._gradients is not None
-        _check_parameters(self._gpt)  # a callback may freeze one in the middle
+        _check_parameters(self._gpt)  # a callback may freeze a parameter during training
         return self._gradients.of_step()
 
     def _check_fp16(self, plugin: DeepSpeedPrecision) -> None:
@@ -394,8 +394,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 def _check_parameters(model: nn.Module) -> None:
     """Check for parameters that DeepSpeed cannot train.
 
-    ZeRO's optimizer takes zeros for the gradient of a frozen one, and moves it on; `_broadcast_model` (0.19.8) sends bytes, as
-    which a tensor without dimension cannot be viewed.
+    ZeRO's optimizer uses zeros as the gradient of a frozen parameter, and updates it. `_broadcast_model` (0.19.8) views a
+    parameter as bytes, which fails for a tensor without dimension.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""The run folder, `trainer.default_root_dir`: one line of steps, with its settings, tables and checkpoints.
+"""The run folder, `trainer.default_root_dir`: settings, tables and checkpoints of one sequence of steps.
 
     config.yaml  versions.json       settings and versions of the newest start
     starts/step-N.yaml               settings that held from step N on
@@ -7,8 +7,8 @@
     summary.json                     results of a run that has ended
 
 `fit` starts a run if the folder has no checkpoint, and resumes its newest valid one with `ckpt_path` `last` or `auto`. Any other
-checkpoint begins a new run, in a folder without checkpoints; its starting step is saved first. A lock holds the folder while a
-process trains in it. `validate`, `test` and `predict` take `last`, `best` or any path, and touch neither lock nor tables.
+checkpoint begins a new run, in a folder without checkpoints; its starting step is saved first. A process that trains in
+the folder locks it. `validate`, `test` and `predict` take `last`, `best` or any path, and use neither lock nor tables.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nlgmoe.files import atomic_write, write_json
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
-LOCK_SECONDS = 10.0  # for a process that ends in the folder
+LOCK_SECONDS = 10.0  # to wait for a process that is about to end
 METRICS = "metrics.csv"
 
 
@@ -201,7 +201,7 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
 
 
 def _settle_warm_start(model: Any, checkpoint: str | Path | None) -> None:
-    """Ignore `warm_start` where a checkpoint is resumed or evaluated; else look for it before a corpus is tokenised."""
+    """Ignore `warm_start` if a checkpoint is resumed or evaluated; else check its checkpoint before a corpus is tokenised."""
     if checkpoint is not None and model is not None:
         model.warm_start = None
     elif (start := getattr(model, "warm_start", None)) is not None:
@@ -242,7 +242,7 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the tables alone in an evaluation."""
+        """Write neither settings nor rows of tables in an evaluation."""
         self._rows, self.already_saved = 0, stage != "fit"
         for logger in trainer.loggers:
             if hasattr(logger, "records"):  # of `RunCSVLogger`
@@ -268,13 +268,13 @@ class RunFolder(SaveConfigCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write the settings before the first step: by then nothing, such as a teacher, has refused the run."""
+        """Write the settings before the first step: by then all checks, such as the teacher's, have passed."""
         if not self.already_saved:
             self.save_config(trainer, pl_module, "fit")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the settings of a run that was resumed at its end, and has validated alone."""
+        """Write the settings of a run that was resumed at its end, and has only validated."""
         if not self.already_saved:
             self.save_config(trainer, pl_module, "fit")
 
@@ -320,8 +320,8 @@ def flat_settings(settings: dict[str, Any], section: str = "") -> dict[str, Any]
 
 def starts_of(folder: Path) -> list[tuple[int, Path]]:
     """Return the steps at which settings changed, and the files that hold them, in ascending order."""
-    found = (re.fullmatch(r"step-(\d+)\.yaml", path.name) for path in (folder / "starts").glob("*"))
-    return sorted((int(match[1]), folder / "starts" / match[0]) for match in found if match)
+    matches = (re.fullmatch(r"step-(\d+)\.yaml", path.name) for path in (folder / "starts").glob("*"))
+    return sorted((int(match[1]), folder / "starts" / match[0]) for match in matches if match)
 
 
 def count_rows(table: Path) -> int:
@@ -341,7 +341,7 @@ def cut_rows(table: Path, rows: int) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what killed processes have left unfinished: while the folder is held, no other process writes there."""
+    """Delete unfinished files of killed processes: while the folder is locked, no other process writes there."""
     for leftover in (*folder.glob(".*.writing-*"), *folder.glob("starts/.*"), *folder.glob(f"{FOLDER}/.*")):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -349,5 +349,5 @@ def _sweep(folder: Path) -> None:
             leftover.unlink()
 
 
-def _same(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
+def _same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)

@@ -1,11 +1,11 @@
-"""SaveCheckpoints: the one callback that writes a run's checkpoints, and obeys signals.
+"""SaveCheckpoints: the one callback that writes a run's checkpoints and ends it on signals.
 
     checkpoints/step-500.ckpt      written once, never replaced
     checkpoints/last.ckpt          link to the newest one
     checkpoints/best.ckpt          link to the one with the best validation
 
 Step N is saved at whichever of these comes first: a validation starts, the next micro-batch starts, the epoch ends, training
-ends. By then the row of step N is logged, every callback has seen the step, and none has begun anything further.
+ends. By then the row of step N is logged, every callback has processed the step, and none has begun the next one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps, set_link
 from nlgmoe.run.signals import StopOnSignal
 from nlgmoe.validation import SettingError, require
 
-_SAVE = 1  # order of a rank: save after this step; orders to end are above
+_SAVE = 1  # order of a rank: save after this step; larger orders end the run
 
 
 class SaveCheckpoints(StopOnSignal, Checkpoint):
@@ -41,8 +41,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
         monitor: metric of the best checkpoint, as a validation logs it; null: none is the best.
         mode: `min` if a lower value of the metric is better, `max` if a higher one is.
         save_before_validation: save every step that is validated, before its validation. If false, a signal during a validation
-            is obeyed at its end (on several ranks after the next step), and only steps that are saved anyway can be the best; for
-            models whose checkpoint takes longer than a validation.
+            takes effect at its end (on several ranks after the next step), and only steps that are saved anyway can be the best;
+            for models whose checkpoint takes longer than a validation.
     """
 
     def __init__(
@@ -89,35 +89,35 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move to the front: Lightning puts callbacks that save behind all others, which by then have begun the next step."""
+        """Move to the front: Lightning calls callbacks that save last, when the others have begun the next step."""
         if stage == "fit":
             self._folder, self._best = Path(trainer.default_root_dir), None
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
+            trainer.callbacks = [self, *(callback for callback in callbacks if callback is not self)]  # type: ignore[attr-defined]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put damaged checkpoints of later steps aside, and note a starting step that the folder does not have."""
+        """Rename damaged checkpoints of later steps, and note a starting step without a checkpoint in the folder."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
-        here = trainer.strategy.broadcast(saved_steps(self._folder))
+        saved = trainer.strategy.broadcast(saved_steps(self._folder))
         require(
-            trainer.ckpt_path is not None or not here,  # `RunTrainer` has checked it before
+            trainer.ckpt_path is not None or not saved,  # `RunTrainer` has checked it before
             f"trainer.default_root_dir={self._folder} has checkpoints of a run; resume the newest, or choose another folder",
         )
-        if trainer.global_step not in (0, *here):
+        if trainer.global_step not in (0, *saved):
             self._unsaved = self._started_at = trainer.global_step
-        if self._best is not None and self._best[0] not in here:
+        if self._best is not None and self._best[0] not in saved:
             self._best = None
         if trainer.is_global_zero:
-            for step in here:
+            for step in saved:
                 path = checkpoint_path(self._folder, step)
                 if step > trainer.global_step:
                     writing.remove(path.with_name(f"{path.name}.damaged"))  # of an earlier start
                     path.rename(path.with_name(f"{path.name}.damaged"))
                     rank_zero_warn(f"{path} cannot be used: it is now {path.name}.damaged")
-        if trainer.global_step in here:
-            self._tidy(trainer.global_step)  # a killed process may have left that
+        if trainer.global_step in saved:
+            self._tidy(trainer.global_step)  # a killed process may not have done it
 
     # ---- when a step is saved
 
@@ -137,7 +137,7 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the step that is validated, and end the run here if a signal has come."""
+        """Save the step that is validated, and end the run here if ranks have agreed to."""
         if self._training:
             ends = trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done
             self._finish_step(trainer, save=self.save_before_validation or ends)

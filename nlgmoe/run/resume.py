@@ -49,7 +49,7 @@ class StepSize:
 
 
 class Resuming:
-    """What a checkpoint says of its last step, and what a run that resumes it does first.
+    """The last step of a checkpoint, and the first actions of a run that resumes it.
 
     Attributes:
         validation_due: the interval of validations has ended with the last step. The end of a run is validated too, but a longer
@@ -94,7 +94,7 @@ class Resuming:
         set_progress(checkpoint, trainer.accumulate_grad_batches)
 
     def load(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Take it from Lightning's dictionary, before the trainer reads that."""
+        """Restore it from Lightning's dictionary, before the trainer reads that."""
         self.validation_due = checkpoint.get("validation_due", False)
         self._validated = checkpoint["global_step"] if checkpoint.get("validated", False) else None
         self._step = StepSize(**size) if (size := checkpoint.get("step_size")) else None
@@ -132,7 +132,7 @@ class Resuming:
                 )
 
     def _end(self, trainer: Trainer, tokens: int, train_tokens: int | None) -> str | None:
-        """Return which end the run stands at, and the remedy; None: it goes on."""
+        """Return the reason for which the run is at its end, and the remedy; None: it continues."""
         if self._max_steps is not None:
             return f"it has taken trainer.max_steps={self._max_steps}; to go on, raise it"
         if train_tokens is not None and tokens >= train_tokens:
@@ -144,7 +144,8 @@ class Resuming:
             return None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and callback._duration is not None:
-                callback._check_time_remaining(trainer)  # it looks before DeepSpeed's strategy has loaded its state
+                # Its own check was before DeepSpeed's strategy loaded its state.
+                callback._check_time_remaining(trainer)
                 if trainer.should_stop:
                     return "trainer.max_time is over; to go on, raise it"
         for stopper in trainer.early_stopping_callbacks:
@@ -163,7 +164,7 @@ def set_progress(checkpoint: dict[str, Any], micro_batches: int, saved: bool = F
     """
     loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-    # Of this epoch, and of all, which data or a trainer in code may have. An epoch's last step may have fewer micro-batches.
+    # `current` counts this epoch, `total` all epochs. An epoch's last step may have fewer micro-batches.
     progress = loop["epoch_loop.batch_progress"]
     ready, taken = progress["current"]["ready"], steps["current"]["completed"] * micro_batches
     progress["is_last_batch"] = progress["is_last_batch"] and (saved or taken >= ready)
@@ -201,15 +202,15 @@ def warn_of_another_size(before: StepSize, now: StepSize, planned: int | None, m
 
 
 def warn_of_repeated_data(trainer: Trainer) -> None:
-    """Warn if a resumed run's training data are outside the contract: they may repeat, skip or begin again.
+    """Warn if a resumed run's training data are no `TrainingData`: they may repeat, skip or begin again.
 
-    Of data with an end and without a state Lightning warns.
+    Lightning itself warns of data with an end and without a state.
     """
     if trainer.global_step == 0 or training_data(trainer) is not None:
         return
     data, loader = getattr(trainer, "datamodule", None), trainer.fit_loop._combined_loader
     keeps = data is not None and is_overridden("state_dict", data)
-    if loader is not None and all(isinstance(one, _Stateful) for one in loader.flattened):
+    if loader is not None and all(isinstance(dataloader, _Stateful) for dataloader in loader.flattened):
         rank_zero_warn(
             f"the run goes on at step {trainer.global_step} from the state_dict of its own dataloader, which may repeat or skip "
             "a micro-batch; a data module of nlgmoe.data.TrainingData does neither"

@@ -66,7 +66,7 @@ class StopOnSignal(Callback):
                     os.write(2, b"\nCtrl+C: saving after this step; press it again to end at once\n")
             elif now - self._interrupted_at > SAME_PRESS_SECONDS:
                 signal.default_int_handler(number, frame)
-        # The signal that requeues stands: Slurm sends SIGTERM after it.
+        # Keep the signal that requeues: Slurm sends SIGTERM after it.
         self._received = number if self._received != self._requeues_at else self._received
 
     @override
@@ -100,7 +100,7 @@ class StopOnSignal(Callback):
     # ---- agreement of ranks: a reduction that starts before a step's last micro-batch and is read after it
 
     def _order(self) -> int:
-        """Return what this rank wants all ranks to do: nothing (0), or end, by a signal's number. The largest order wins."""
+        """Return this rank's order to all ranks: 0, or a signal's number to end the run. The largest order applies."""
         return self._received + (_FIRST if self._received == self._requeues_at else 0)
 
     @override
@@ -119,7 +119,7 @@ class StopOnSignal(Callback):
             self._agreed = self._finish_reduction(trainer)
 
     def _finish_step(self, trainer: Trainer) -> None:
-        """Obey, where a step is over and logged, and nothing further has begun."""
+        """End the run if ranks have agreed to; a step is finished and logged, and the next one has not begun."""
         if self._agreed:
             self._end(trainer, self._agreed, None)
 
@@ -183,7 +183,7 @@ class _AsyncMax:
 
 
 def _wait_for(processes: list[subprocess.Popen[Any]]) -> None:
-    """Wait for the ranks started by this process: its own parent only knows this one."""
+    """Wait for the ranks started by this process: its own parent waits for this one only."""
     deadline = time.monotonic() + _CHILDREN_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.1)

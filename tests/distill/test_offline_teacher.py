@@ -18,7 +18,7 @@ from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
-from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_until
+from nlgmoe.distill.distiller import Distiller, End, RunPosition, samples_before_end
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.offline_teacher import OfflineTeacher
 from nlgmoe.distill.record_logits import record_logits
@@ -150,7 +150,7 @@ def test_the_stage_scales_the_weight_and_padding_is_no_part_of_the_tail(teacher:
     assert done.tail_mass / done.positions == pytest.approx(float(torch.cat(tails).mean()), rel=1e-3)
 
     distiller.loss_weight = 0.25
-    distiller._found = found
+    distiller._recording = found
     said = distiller.read({"tokens": torch.zeros(1, 16, dtype=torch.long), "samples": [0]}, None)  # type: ignore[typeddict-item]
     assert said is not None and said.weight == 0.5 * 0.25
 
@@ -340,9 +340,9 @@ def test_samples_of_a_run_by_hand() -> None:
         return batch_size_after(samples, 8, 8, BatchRampUp(4, 4, 64))  # 8 sequences from 64 tokens on: 8 samples of 8
 
     grown = SequenceCurriculum(32, 4, 4)  # 8 tokens from 32 on
-    assert samples_until(End(None, None), batch, 8, grown) is None
+    assert samples_before_end(End(None, None), batch, 8, grown) is None
     # tokens fed 16, 32, 96, 160; samples 4, 8, 16, 24
-    assert [samples_until(End(tokens, None), batch, 8, grown) for tokens in (1, 16, 17, 32, 33, 97)] == [
+    assert [samples_before_end(End(tokens, None), batch, 8, grown) for tokens in (1, 16, 17, 32, 33, 97)] == [
         4,
         4,
         8,
@@ -350,10 +350,10 @@ def test_samples_of_a_run_by_hand() -> None:
         16,
         24,
     ]
-    assert samples_until(End(None, 3), batch, 8, grown) == 16
-    assert samples_until(End(1000, 3).earlier(End(33, None)), batch, 8, grown) == 16
-    assert samples_until(End(97, None), batch, 8, grown, RunPosition(32, 2, 8)) == 24
-    assert samples_until(End(20, None), batch, 8, grown, RunPosition(32, 2, 8)) == 8
+    assert samples_before_end(End(None, 3), batch, 8, grown) == 16
+    assert samples_before_end(End(1000, 3).earlier(End(33, None)), batch, 8, grown) == 16
+    assert samples_before_end(End(97, None), batch, 8, grown, RunPosition(32, 2, 8)) == 24
+    assert samples_before_end(End(20, None), batch, 8, grown, RunPosition(32, 2, 8)) == 8
     assert StagedDistillation(fraction=0.7).distillation_end(1000) == End(700, None)
 
 

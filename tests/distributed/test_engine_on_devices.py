@@ -30,7 +30,7 @@ def test_pieces_of_zero_are_gathered_on_the_device_at_the_end_of_a_fit_too(monke
     monkeypatch.setattr(distributed, "get_rank", lambda group=None: 1)
     monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: rank)
     monkeypatch.setattr(distributed, "reduce", lambda whole, *arguments, **named: reduced.append(whole))
-    assert state.gather(Entry("a", "a", True, parameter, 0, parameter.shape), None, to=0) is None
+    assert state.gather(Entry("a", "a", True, parameter, 0, parameter.shape), None, owner=0) is None
     assert [(whole.device.type, whole.numel()) for whole in reduced] == [("meta", 4)]
 
 

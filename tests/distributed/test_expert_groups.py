@@ -48,7 +48,7 @@ def test_the_error_says_whose_experts_cannot_be_spread() -> None:
     with pytest.raises(
         ValueError, match=r"expert_parallel_size=2 cannot shard a layer of the teacher: .* experts \(3\)"
     ):
-        layer_degrees(pyramid(3), 2, 2, of="teacher")
+        layer_degrees(pyramid(3), 2, 2, name="teacher")
 
 
 def test_a_dense_model_has_nothing_to_spread() -> None:

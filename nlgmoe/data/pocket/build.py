@@ -46,7 +46,7 @@ class Part:
 
     Args:
         domain: the domain's name.
-        package: where it comes from.
+        package: its source.
         extract: archive -> documents.
         max_bytes: at most so much is kept (a sample by hash), so that no domain dominates.
     """
@@ -81,7 +81,7 @@ TEXT_SHA256 = {
 def prepare(data_dir: Path, tokenizer: str) -> None:
     """Build what is missing of corpus, tokenizer and tokens.
 
-    One process at a time: on a shared file system every node comes here, and the later ones find the work done.
+    One process at a time: on a shared file system every node calls this, and later calls have nothing to build.
     """
     if tokenizer not in BUILT:
         load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
@@ -136,7 +136,7 @@ def write_corpus(
     Args:
         root: data folder; a corpus there is replaced.
         name: of the corpus.
-        documents: of all domains; earlier ones win over their duplicates.
+        documents: of all domains; of duplicates, the first is kept.
         sources: what the text was made from -> licence.
         limits: (domain, archive) -> bytes kept of it at most.
     """
@@ -144,9 +144,11 @@ def write_corpus(
     for abandoned in root.glob("text.building.*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     unique = drop_duplicates(documents)
-    # After deduplication, so that a limit counts text of which nothing is repeated.
+    # After deduplication, so that a limit counts no repeated text.
     for (domain, archive), max_bytes in (limits or {}).items():
-        part = [d for d in unique if d.domain == domain and d.source.split(":")[0] == archive]
+        part = [
+            document for document in unique if document.domain == domain and document.source.split(":")[0] == archive
+        ]
         surplus = set(part) - set(limit_bytes(part, max_bytes))
         unique = [document for document in unique if document not in surplus]
     domains = list(dict.fromkeys(document.domain for document in unique))
@@ -192,10 +194,10 @@ def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) ->
     """Raise a ValueError unless the text files on disk are the expected ones."""
     for name, sha256 in expected.items():
         path = text_path(root, name)
-        found = sha256_of(path) if name in files and path.exists() else "missing"
-        if found != sha256:
+        actual = sha256_of(path) if name in files and path.exists() else "missing"
+        if actual != sha256:
             raise RunError(
-                f"{path} should have sha256 {sha256}, found {found}. Delete {root / 'text'} and "
+                f"{path} should have sha256 {sha256}, found {actual}. Delete {root / 'text'} and "
                 f"{root / 'manifest.json'} and build the corpus again."
             )
 

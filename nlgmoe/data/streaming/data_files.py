@@ -30,42 +30,42 @@ def find_files(
     path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
 ) -> dict[str, list[DataFile]]:
     """Split -> its files, by name. The arguments are those of `datasets.load_dataset`."""
-    # Here and not above: it takes its seconds.
+    # Imported here: it takes seconds.
     from datasets import load_dataset_builder
 
     try:
         builder = load_dataset_builder(path, data_files=data_files, revision=revision)
     except (OSError, ValueError, ImportError, BadZipFile, IndexError, StopIteration) as error:
-        # Behind that comes a list of endings, longer than all else. The last two are of a path or data_files without any name.
-        what = str(error).partition(" with any supported extension")[0].rstrip(".")
-        what = what if isinstance(error, OSError | ValueError | ImportError | BadZipFile) else "it names no files"
+        # A long list of endings is cut off. The last two types are raised if path or data_files names no files.
+        reason = str(error).partition(" with any supported extension")[0].rstrip(".")
+        reason = reason if isinstance(error, OSError | ValueError | ImportError | BadZipFile) else "it names no files"
         of_network = isinstance(error, ConnectionError | TimeoutError)
         raise (ValueError if of_network else SettingError)(
-            f"path={path}: {what}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
+            f"path={path}: {reason}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
             "patterns in it"
         ) from error
-    found = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
-    if missing := {"train", "validation"} - found.keys():
+    files_by_split = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
+    if missing := {"train", "validation"} - files_by_split.keys():
         raise SettingError(
             f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
             "{train: train/*.jsonl.zst, validation: val.jsonl.zst}"
         )
-    if unknown := [file for files in found.values() for file in files if not has_records(file)]:
+    if unknown := [file for files in files_by_split.values() for file in files if not has_records(file)]:
         raise SettingError(
             f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
             "with data_files"
         )
-    evaluated = {os.path.realpath(file) for split in ("validation", "test") for file in found.get(split, ())}
-    if both := [file for file in found["train"] if os.path.realpath(file) in evaluated]:
+    evaluated = {os.path.realpath(file) for split in ("validation", "test") for file in files_by_split.get(split, ())}
+    if shared := [file for file in files_by_split["train"] if os.path.realpath(file) in evaluated]:
         raise SettingError(
-            f"path={path}: {both[0]} is a file of training and of evaluation, which would then measure text that was trained on; "
-            "give other names or patterns in data_files, or copy the file if that is what you want"
+            f"path={path}: {shared[0]} is a file of training and of evaluation, which would then measure text that was trained "
+            "on; give other names or patterns in data_files, or copy the file if that is what you want"
         )
-    return {split: [describe_file(file) for file in files] for split, files in found.items()}
+    return {split: [describe_file(file) for file in files] for split, files in files_by_split.items()}
 
 
 def describe_file(path: str) -> DataFile:
-    """Look up size and time of a file, which tell whether it has changed."""
+    """Look up size and time of a file, by which a change is found."""
     file_system, name = url_to_fs(path)
     info = file_system.info(name)
     return DataFile(path, int(info["size"]), info.get("mtime"))

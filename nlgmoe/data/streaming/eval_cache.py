@@ -27,7 +27,7 @@ from nlgmoe.files import write_json
 from nlgmoe.validation import RunError
 
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
-CHECKED_DOCUMENTS = 16  # of ids, that are compared with the tokenizer
+CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
         folder: of the cache.
         files: of the corpus, by split.
         config: of the streams.
-        limit: of evaluated tokens of a domain.
+        limit: evaluated tokens of a domain.
     """
     if read_files(folder) == files:
         return
@@ -59,7 +59,7 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
     bad = BadData(config.on_bad_data)
 
     if config.fields.ids is not None:
-        records = (one for file in files["train"] for one in read_documents(file.path, config.fields, bad))
+        records = (record for file in files["train"] for record in read_documents(file.path, config.fields, bad))
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
         if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
             raise RunError(
@@ -73,7 +73,9 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
             documents = _first_of_each_domain(files[split], config, bad, limit)
         if not _write(folder, split, documents, config):
             raise RunError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
-    write_json(folder / "files.json", {split: [asdict(file) for file in found] for split, found in files.items()})
+    write_json(
+        folder / "files.json", {split: [asdict(file) for file in split_files] for split, split_files in files.items()}
+    )
 
 
 def read_files(folder: Path) -> dict[str, list[DataFile]] | None:
@@ -92,7 +94,9 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
     files = read_files(folder)
     if files is None:
         return None
-    tokens = {split: [IndexedDataset(_prefix(folder, d, split)).tokens for d in range(domains)] for split in files}
+    tokens = {
+        split: [IndexedDataset(_prefix(folder, domain, split)).tokens for domain in range(domains)] for split in files
+    }
     return EvalCache(files, tokens)
 
 
@@ -138,7 +142,7 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
     written, dtype = 0, token_dtype(config.tokenizer.vocab_size)
     with ExitStack() as stack:
         domains = range(len(config.domains))
-        writers = [stack.enter_context(IndexedWriter(_prefix(folder, d, split), dtype)) for d in domains]
+        writers = [stack.enter_context(IndexedWriter(_prefix(folder, number, split), dtype)) for number in domains]
         for tokens, domain in documents:
             writers[domain].add_document(tokens)
             written += len(tokens)

@@ -34,13 +34,13 @@ class Cursor(NamedTuple):
 
     Attributes:
         window: its number in the stream.
-        epoch: passes over the stream's documents that are complete.
-        block: of the epoch, that the window begins in.
-        file: of the epoch's order, in which the block begins.
+        epoch: complete passes over the stream's documents.
+        block: number in the epoch of the block in which the window begins.
+        file: number in the epoch's order of the file in which the block begins.
         documents, bytes: `FileOffset` in that file at which the block begins.
-        document: of the block's order, that the window begins in or right behind.
-        token: of that document, that is the window's first target.
-        skipped: what could not be used up to the block's end, by `KINDS`.
+        document: number in the block's order of the document in which, or right after which, the window begins.
+        token: number in that document of the window's first target.
+        skipped: counts of unusable data up to the block's end, by `KINDS`.
     """
 
     window: int = 0
@@ -70,8 +70,8 @@ class Window(NamedTuple):
     Attributes:
         inputs: int64 [T].
         targets: int64 [T].
-        domain: that most of the targets are of.
-        after: where the next window begins.
+        domain: of most of the targets.
+        after: start of the next window.
     """
 
     inputs: np.ndarray
@@ -86,13 +86,13 @@ class StreamConfig:
 
     Args:
         files: names or addresses, in a fixed order.
-        fields: of each record that are read.
+        fields: fields of a record to read.
         domains: names by id; documents of other domains belong to the last one.
         tokenizer: of the tokens.
         num_streams: number of streams.
         shuffle_buffer: documents in a block.
         on_bad_data: policy for unusable data.
-        reported: kinds of it that this process has warned of.
+        reported: kinds of unusable data that this process has warned of.
     """
 
     files: Sequence[str]
@@ -132,7 +132,7 @@ class LogicalStream:
 
     Args:
         config: of all streams.
-        stream: which of them.
+        stream: its number.
         seq_len: T, in tokens.
         seed: of the order.
     """
@@ -150,7 +150,7 @@ class LogicalStream:
         previous = self._config.tokenizer.eod_id
         targets = np.empty(self._seq_len, dtype=np.int64)
         filled, window, of_domain = 0, start.window, Counter[int]()
-        for tokens, domain, here in self._documents(start):
+        for tokens, domain, cursor in self._documents(start):
             if cut > 0:
                 previous = int(tokens[cut - 1])
             while cut < len(tokens):
@@ -161,7 +161,7 @@ class LogicalStream:
                 if filled == self._seq_len:
                     window += 1
                     inputs = np.concatenate(([previous], targets[:-1]))
-                    after = here._replace(window=window, token=cut)
+                    after = cursor._replace(window=window, token=cut)
                     yield Window(inputs, targets, of_domain.most_common(1)[0][0], after)
                     previous = int(targets[-1])
                     targets = np.empty(self._seq_len, dtype=np.int64)
@@ -171,47 +171,47 @@ class LogicalStream:
     def _documents(self, start: Cursor) -> Iterator[tuple[np.ndarray, int, Cursor]]:
         """Yield tokens, domain and cursor (at token 0) of each document from that of `start` on."""
         first = start.document
-        for records, block in self._blocks(start):
+        for records, cursor in self._blocks(start):
             for number, (tokens, domain) in enumerate(self._config.tokens(records[first:]), start=first):
-                yield tokens, domain, block._replace(document=number)
+                yield tokens, domain, cursor._replace(document=number)
             first = 0
 
     def _blocks(self, start: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
         """Yield the shuffled documents of each block, and its cursor, from that of `start` on."""
         bad = BadData(self._config.on_bad_data, reported=self._config.reported)
-        here = start._replace(document=0)
+        cursor = start._replace(document=0)
         while True:
-            records = self._records(here, bad)
+            records = self._records(cursor, bad)
             while block := _take(records, self._config.shuffle_buffer):
-                if here.block == start.block and here.epoch == start.epoch and start.window > 0:
+                if cursor.block == start.block and cursor.epoch == start.epoch and start.window > 0:
                     # This block's unusable data was counted when it was first read.
                     bad.skipped = Counter(dict(zip(KINDS, start.skipped, strict=True)))
-                here = here._replace(skipped=tuple(bad.skipped[kind] for kind in KINDS))
-                order = self._permutation("block", len(block), here.epoch, here.block)
-                yield [block[i][1] for i in order], here
+                cursor = cursor._replace(skipped=tuple(bad.skipped[kind] for kind in KINDS))
+                order = self._permutation("block", len(block), cursor.epoch, cursor.block)
+                yield [block[i][1] for i in order], cursor
                 file, last = block[-1]
-                here = here._replace(
-                    block=here.block + 1, file=file, documents=last.after.documents, bytes=last.after.bytes
+                cursor = cursor._replace(
+                    block=cursor.block + 1, file=file, documents=last.after.documents, bytes=last.after.bytes
                 )
-            if here.block == 0:
+            if cursor.block == 0:
                 raise RunError(
                     f"num_streams={self._config.num_streams} leaves stream {self._stream} no document that can be used; "
                     f"lower it, or use a larger corpus"
                 )
-            here = here._replace(epoch=here.epoch + 1, block=0, file=0, documents=0, bytes=0)
+            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, documents=0, bytes=0)
 
-    def _records(self, here: Cursor, bad: BadData) -> Iterator[tuple[int, Record]]:
+    def _records(self, cursor: Cursor, bad: BadData) -> Iterator[tuple[int, Record]]:
         """Yield the rest of an epoch's documents, each with its file's index in the epoch's order."""
-        files = self._permutation("files", len(self._files), here.epoch)
-        place = FileOffset(here.documents, here.bytes)
-        for number in range(here.file, len(files)):
+        files = self._permutation("files", len(self._files), cursor.epoch)
+        place = FileOffset(cursor.documents, cursor.bytes)
+        for number in range(cursor.file, len(files)):
             path = self._files[files[number]]
             for record in read_documents(path, self._config.fields, bad, self._shard, place):
                 yield number, record
             place = FileOffset()
 
-    def _permutation(self, what: str, length: int, *names: int) -> np.ndarray:
-        seed = derive_seed(self._seed, what, self._stream, *names)
+    def _permutation(self, purpose: str, length: int, *names: int) -> np.ndarray:
+        seed = derive_seed(self._seed, purpose, self._stream, *names)
         return np.random.Generator(np.random.PCG64(seed)).permutation(length)
 
 
@@ -219,9 +219,9 @@ def _take(records: Iterator[tuple[int, Record]], count: int) -> list[tuple[int, 
     """Return the next `count` records; fewer if they are long, or at the end."""
     taken: list[tuple[int, Record]] = []
     length = 0
-    while len(taken) < count and length < BLOCK_LENGTH and (found := next(records, None)) is not None:
-        taken.append(found)
-        length += len(found[1].content)
+    while len(taken) < count and length < BLOCK_LENGTH and (item := next(records, None)) is not None:
+        taken.append(item)
+        length += len(item[1].content)
     return taken
 
 

@@ -14,8 +14,8 @@ from nlgmoe.data.text.bad_data import KINDS, summary
 class StreamedSource:
     """The windows of all streams in turn, without end.
 
-    A process opens the streams that it is asked for samples of, and goes through these from front to back; going back
-    begins at the stream's cursor again.
+    A process opens the streams of the samples that it reads, and reads each forwards; an earlier sample is read from the
+    stream's cursor again.
 
     Args:
         config: of the streams.

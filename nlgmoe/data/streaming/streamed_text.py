@@ -102,7 +102,7 @@ class StreamedText:
 
         Raises:
             ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or data
-                cannot be used and the policy is to say so.
+                cannot be used and `on_bad_data` is "error".
         """
         with build_lock(data_dir):
             loaded = load_tokenizer(tokenizer, data_dir)
@@ -140,7 +140,7 @@ class StreamedText:
         return OpenStreamedText(config, cache, _hash(facts), self._description(files))
 
     def _description(self, files: Sequence[DataFile]) -> Description:
-        """Describe the files, many of them by their sum: a checkpoint keeps it."""
+        """Describe the files; more than `DESCRIBED_FILES` only by their sum, since a checkpoint holds the description."""
         sizes: Description = {os.path.basename(file.path): {"bytes": file.bytes} for file in files}
         if len(sizes) > DESCRIBED_FILES:
             sizes = {"training files": {"files": len(files), "bytes": sum(file.bytes for file in files)}}
@@ -169,7 +169,7 @@ class StreamedText:
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
-        # What "skip" has left out, "error" must find.
+        # A cache made with "skip" lacks documents for which "error" must end the run.
         policy = () if self.on_bad_data == "error" else (self.on_bad_data,)
         sample = "of every training file"
         return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint, sample, *policy))
@@ -198,11 +198,11 @@ class OpenStreamedText:
         return StreamedSource(self._config, seq_len, seed)
 
     def training_tokens(self) -> Sequence[np.ndarray]:
-        """Return those of a sample of the training documents."""
+        """Return tokens of a sample of the training documents."""
         return self._tokens["train"]
 
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
-        """Return those of each domain's first documents."""
+        """Return tokens of each domain's first documents."""
         return self._tokens.get(split)
 
 

@@ -29,7 +29,7 @@ KINDS = (
 
 
 class UnusableError(Exception):
-    """A document or file is unusable; the caller that knows its place passes this to `BadData.handle`.
+    """A document or file is unusable; the caller adds its place in `BadData.handle`.
 
     Args:
         kind: one of `KINDS`.

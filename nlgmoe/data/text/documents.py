@@ -3,7 +3,7 @@
 JSON lines and plain text may be compressed (.gz, .zst).
 
 pyarrow decompresses: it reports a stream that ends too early, which zstandard's reader takes for the end of
-the file. Its own JSON reader knows neither lines nor byte offsets.
+the file. Its own JSON reader has neither line numbers nor byte offsets.
 """
 
 import io
@@ -21,7 +21,7 @@ from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard, parse, t
 from nlgmoe.validation import RunError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-PLAIN_TEXT = (".txt", ".md")  # one document a file, but for `Fields.text_bytes`
+PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PIECE_BYTES = 1 << 16  # decompressed at a time; as much is lost before the end of a file that is cut off
 ROWS = 64  # of Parquet, decoded at a time
@@ -50,7 +50,7 @@ def read_documents(
                 number = record.number + 1
                 yield record
         return
-    except GeneratorExit:  # at the end of the process the classes below are gone
+    except GeneratorExit:  # when the interpreter exits, the classes below no longer exist
         raise
     except UnusableError as unusable:
         error = unusable
@@ -90,7 +90,7 @@ def _read_lines(
 ) -> Iterator[Record]:
     number, position = start.documents, start.bytes
     if Path(path).suffix in COMPRESSIONS:
-        lines, passed = _decompressed(opened, path), 0  # a compressed file has no way in but from its beginning
+        lines, passed = _decompressed(opened, path), 0  # a compressed file can be read from its beginning only
         while passed < position and (piece := lines.read(min(position - passed, PIECE_BYTES))):
             passed += len(piece)
     else:

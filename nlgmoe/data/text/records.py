@@ -57,7 +57,7 @@ class Record:
     Args:
         number: of the document in its file, from 0, unusable ones counted.
         content: its text, or its token ids as int64 [N].
-        domain: as the file says it; None if it does not.
+        domain: in the file; None if it has none.
         after: offset of the next document.
     """
 
