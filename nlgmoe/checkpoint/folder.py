@@ -262,7 +262,13 @@ def holds_run(folder: Path) -> bool:
 
 
 def run_config(path: Path) -> Path | None:
-    """Return the `config.yaml` of the run whose folder is `path` or contains it; None if there is none."""
+    """Return the `config.yaml` of the run whose folder is `path` or contains it; None if there is none.
+
+    An imported checkpoint `NAME.ckpt` has `NAME.yaml` beside it.
+    """
+    beside = path.with_suffix(".yaml")
+    if path.suffix == ".ckpt" and beside.is_file():
+        return beside
     return next((folder / "config.yaml" for folder in (path, *path.parents) if holds_run(folder)), None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.checkpoint.folder import run_config
 from nlgmoe.cli.model_options import import_allowed
@@ -22,7 +22,8 @@ BATCH = 8  # sequences of `text` at a time
 def prune_checkpoint(
     run: str,
     checkpoint: str,
-    num_experts: list[int] | None = None,
+    num_experts: int | list[int] | None = None,
+    by: Literal["use", "reap"] = "use",
     text: str | None = None,
     windows: int = 200,
     overwrite: bool = False,
@@ -30,12 +31,14 @@ def prune_checkpoint(
 ) -> None:
     """Keep the experts that a model uses most, and print the loss before and after.
 
-    An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`.
+    An expert's use is the sum of its weights over the tokens of the run's validation text, or of `text`. REAP (arXiv 2510.13999)
+    ranks by the mean over the expert's tokens of its weight times the norm of its output.
 
     Args:
         run: the folder of a run, or a checkpoint in it.
         checkpoint: output folder, `NAME.ckpt`.
-        num_experts: experts to keep, one number for each MoE position, such as [8,8,16].
+        num_experts: experts to keep in each MoE layer, or one number for each MoE position, such as [8,8,16].
+        by: ranking of the experts, use or reap.
         text: file of plain text on which use is measured; default: the run's validation text.
         windows: sequences measured, of each domain of the run's validation text, or of `text`.
         overwrite: replace an existing checkpoint.
@@ -54,7 +57,7 @@ def prune_checkpoint(
     from nlgmoe.eval.expert_use import measure_use
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.model.counting import count_parameters
-    from nlgmoe.pyramid import moe_blocks
+    from nlgmoe.pyramid import experts_per_position, moe_blocks
 
     loaded = load_pretrained(run)
     if Path(checkpoint).resolve() == loaded.path.resolve():
@@ -62,10 +65,12 @@ def prune_checkpoint(
             f"checkpoint={checkpoint} is the one to prune, which its training needs as teacher; name another"
         )
     before = loaded.model.config
+    if isinstance(num_experts, int):
+        num_experts = [min(num_experts, count) for count in experts_per_position(before)]
     after = pruned_config(before, num_experts)
     batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
     use = measure_use(loaded.model, batches)
-    kept = most_used(use.weights, after)
+    kept = most_used(use.weights if by == "use" else use.saliency, after)
     prune(loaded.path, checkpoint, num_experts, kept, overwrite)
 
     blocks = [block + 1 for block in moe_blocks(before)]

@@ -61,7 +61,7 @@ def student(
         )
 
     folder = settings["trainer"]["default_root_dir"]
-    if run is not None and file.parent.resolve() != Path(folder).resolve():
+    if run is not None and file.name == "config.yaml" and file.parent.resolve() != Path(folder).resolve():
         folder = str(file.parent)  # the run was moved
     teacher = teacher or run or folder
     model["config"]["num_layers"] = config.num_layers

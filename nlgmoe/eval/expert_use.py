@@ -1,15 +1,19 @@
-"""A model's use of each expert on a text: the sum of the expert's weights over tokens."""
+"""How much a model uses each expert of a text: the sum of its weights over tokens, and REAP's saliency."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.eval.perplexity import batch_losses
+from nlgmoe.layers.dispatch import LocalDispatch
+from nlgmoe.layers.moe import MoELayer, moe_layers
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import RunError
 
@@ -24,28 +28,68 @@ class ExpertUse:
         loss: mean over tokens, nats.
         tokens: number of these tokens.
         weights: for each MoE layer, `[E]` sum over tokens of the expert's weight in the output.
+        saliency: for each MoE layer, `[E]` mean over the expert's tokens of weight times the L2 norm of its output, 0 for an
+            expert without tokens: REAP, arXiv 2510.13999, equation 9.
     """
 
     loss: float
     tokens: int
     weights: list[Tensor]
+    saliency: list[Tensor]
+
+
+class _Layer:
+    """Sums over the rows of one MoE layer, fp64: of weights, of weights times norms of outputs, and their number, each `[E]`."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.sums = torch.zeros(
+            3, layer.experts.count, dtype=torch.float64, device=next(layer.experts.parameters()).device
+        )
+        self._dispatch: LocalDispatch | None = None
+
+    def dispatched(self, module: Any, inputs: Any, dispatch: LocalDispatch) -> None:
+        self._dispatch = dispatch
+
+    def computed(self, module: Any, inputs: tuple[Tensor, Tensor, bool], y: Tensor) -> None:
+        assert self._dispatch is not None
+        counts = inputs[1]
+        rows = self._dispatch.order[: int(counts.sum())]  # kept assignments, sorted by expert
+        weight = self._dispatch.weight.flatten()[rows].double()
+        expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        norm = y[: len(rows)].double().norm(dim=-1)
+        self.sums.index_add_(1, expert, torch.stack([weight, weight * norm, torch.ones_like(weight)]))
+
+
+@contextmanager
+def _measured(model: GPT) -> Iterator[list[_Layer]]:
+    """Sum over the rows that the model's experts compute meanwhile."""
+    sums, handles = [], []
+    for layer in moe_layers(model):
+        sums.append(measured := _Layer(layer))
+        handles.append(layer.dispatcher.register_forward_hook(measured.dispatched))
+        handles.append(layer.experts.register_forward_hook(measured.computed))
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def measure_use(model: GPT, batches: Iterable[Batch]) -> ExpertUse:
     """Read text with a model in evaluation mode."""
     total, tokens = 0.0, 0
-    weights: list[Tensor] = []
-    for batch in batches:
-        losses, routings = batch_losses(model, batch, CHUNK)
-        counted = loss_mask(batch)
-        total += float(losses[counted].sum(dtype=torch.float64))
-        tokens += int(counted.sum())
-        weights = weights or [
-            routing.weight.new_zeros(routing.num_experts, dtype=torch.float64) for routing in routings
-        ]
-        for sums, routing in zip(weights, routings, strict=True):
-            sums.index_add_(0, routing.expert.flatten(), routing.weight.flatten().double())  # padding weighs 0
+    with _measured(model) as layers:
+        for batch in batches:
+            losses, _ = batch_losses(model, batch, CHUNK)
+            counted = loss_mask(batch)
+            total += float(losses[counted].sum(dtype=torch.float64))
+            tokens += int(counted.sum())
     if not tokens:
         raise RunError("there is no text to measure the use of experts on; give some")
-    return ExpertUse(total / tokens, tokens, weights)
+    weights, saliency = [], []
+    for layer in layers:
+        weight, weighted_norm, rows = layer.sums
+        weights.append(weight)
+        saliency.append(weighted_norm / rows.clamp_min(1))
+    return ExpertUse(total / tokens, tokens, weights, saliency)

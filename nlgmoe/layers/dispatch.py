@@ -46,10 +46,11 @@ class LocalDispatch:
     Attributes:
         order: `[M]` assignment indices sorted by expert, each expert's in token order. On accelerators M is N * k and dropped
             ones come last: to leave them out, the host would have to wait for their number.
+        weight: `[N, k]` of each assignment.
     """
 
     def __init__(self, tokens: Tensor, routing: Routing) -> None:
-        self._weight, self._top_k = routing.weight, routing.expert.shape[1]
+        self.weight, self._top_k = routing.weight, routing.expert.shape[1]
         num_experts = routing.num_experts
         # [N * k], dropped -> one past the last
         expert = torch.where(routing.kept, routing.expert, num_experts).flatten()
@@ -77,13 +78,13 @@ class LocalDispatch:
             `[N, H]` in the dtype of the weights; 0 for a token that no expert kept.
         """
         rows = torch.arange(len(self.order), device=self.order.device)
-        place = self.order.new_zeros(self._weight.numel()).index_copy_(
+        place = self.order.new_zeros(self.weight.numel()).index_copy_(
             0, self.order, rows
         )  # dropped: any, with weight 0
         by_choice = y.index_select(0, place)  # [N * k, H]
         if self._top_k == 1:
-            return by_choice * self._weight
-        return (by_choice.unflatten(0, self._weight.shape) * self._weight.unsqueeze(-1)).sum(dim=1)
+            return by_choice * self.weight
+        return (by_choice.unflatten(0, self.weight.shape) * self.weight.unsqueeze(-1)).sum(dim=1)
 
 
 class LocalDispatcher(nn.Module):

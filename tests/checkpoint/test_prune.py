@@ -85,6 +85,24 @@ def test_use_is_the_sum_of_weights(tmp_path: Path) -> None:
     ]
 
 
+@torch.no_grad()
+def test_reap_is_the_mean_over_its_tokens_of_weight_times_norm(tmp_path: Path) -> None:
+    model = load_model(whole(tmp_path, "softmax"))
+    layer = [block.moe for block in model.blocks if block.moe][1]
+    seen: list[tuple[Tensor, Routing]] = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].flatten(0, 1), output[1])))
+    saliency = measure_use(model, [batch_of(TOKENS)]).saliency[1]
+    ((x, routing),) = seen
+    for expert in range(5):
+        terms = [
+            float(
+                routing.weight[token, choice] * layer.experts(x[token : token + 1], torch.eye(5).long()[expert]).norm()
+            )
+            for token, choice in (routing.expert == expert).nonzero().tolist()
+        ]
+        assert saliency[expert] == pytest.approx(sum(terms) / max(1, len(terms)), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
