@@ -61,6 +61,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
+        if kinds[-1] is Ellipsis:
+            return isinstance(value, tuple | list) and all(_has_type(item, kinds[0]) for item in value)
         return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_has_type, value, kinds))
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)

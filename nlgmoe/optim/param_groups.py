@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from nlgmoe.roles import DECAYED, role_of
 from nlgmoe.validation import require, require_valid
+
+Part = Literal["router", "experts", "attention", "ffn", "norms", "embeddings"]
+_PARTS: dict[Part, str] = {
+    "router": r"\.moe\.router\.",
+    "experts": r"\.moe\.experts\.",
+    "attention": r"\.attention\.(qkv|project)\.",
+    "ffn": r"\.ffn\.|\.moe\.(mlp|coefficient)\.",
+    "norms": r"norm\.",
+    "embeddings": r"embedding\.|^head\.",
+}  # part -> pattern of the names of its parameters
 
 
 @dataclass(frozen=True)
@@ -22,12 +33,15 @@ class AdamWConfig:
         betas: decay of the two moments, per optimizer step.
         eps: added to the denominator of the update; at least float32's smallest normal number: smaller ones may be flushed to 0.
         weight_decay: decoupled decay of weight matrices, the embeddings and the router included; biases and norms have none.
+        frozen: parts of the model that keep their weights: `router`, `experts`, `attention`, `ffn` (dense layers and shared
+            MLPs), `norms`, `embeddings` (and the head). Their gradients are zero.
     """
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    frozen: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -50,7 +64,10 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     groups = defaultdict[tuple[str, bool], list[tuple[str, nn.Parameter]]](list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED
+            frozen = any(re.search(_PARTS[part], name) for part in config.frozen)
+            if frozen:  # AdamW leaves a weight with zero gradients and no decay as it is
+                parameter.register_hook(torch.zeros_like)
+            key = getattr(parameter, "group_name", ""), role_of(name, module) in DECAYED and not frozen
             groups[key].append((name, parameter))
     optimizer = torch.optim.AdamW(
         [

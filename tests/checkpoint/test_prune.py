@@ -20,6 +20,7 @@ from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.expert_use import ExpertUse, measure_use
+from nlgmoe.layers.router import Routing
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.end_to_end.test_train_cli import ROOT, TINY
 

@@ -1,6 +1,7 @@
 """Schedules against literal numbers, parameter groups by name."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.gpt import GPT
-from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from nlgmoe.optim.param_groups import AdamWConfig, Part, build_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate, sequence_length
 
 COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, decay_tokens=300_000_000_000)
@@ -29,6 +31,34 @@ COSINE = LearningRateSchedule("cosine", min_lr=1e-6, warmup_tokens=375_000_000, 
 )
 def test_cosine_of_the_papers_350m_pr_moe(tokens: int, expected: float) -> None:
     assert learning_rate(tokens, 3e-4, COSINE) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("part", get_args(Part))
+def test_frozen_parts_keep_their_weights_and_all_others_learn(part: Part) -> None:
+    model = GPT(GPTConfig(61, 16, 2, 16, 2, tied_embeddings=False, moe=MoEConfig(2, mlp_type="residual")))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = build_adamw(model, AdamWConfig(lr=1e-2, frozen=(part,)))
+    for _ in range(2):
+        output = model(torch.arange(32).view(2, 16), noise_key=(0, 0, 0))
+        (model.logits(output.hidden).square().mean() + router_losses(output.routings)[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    beginnings = {
+        "router": ("blocks.1.moe.router.",),
+        "experts": ("blocks.1.moe.experts.",),
+        "attention": ("blocks.0.attention.", "blocks.1.attention."),
+        "ffn": ("blocks.0.ffn.", "blocks.1.moe.mlp.", "blocks.1.moe.coefficient."),
+        "norms": (
+            "blocks.0.attention_norm.",
+            "blocks.0.ffn_norm.",
+            "blocks.1.attention_norm.",
+            "blocks.1.ffn_norm.",
+            "final_norm.",
+        ),
+        "embeddings": ("token_embedding.", "position_embedding.", "head."),
+    }[part]
+    assert kept == {name for name in before if name.startswith(beginnings)}
 
 
 def test_constant_and_wsd() -> None:
