@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
@@ -27,6 +28,8 @@ from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.routing_statistics import GATE, SUMS, RoutingSums, has_gate, routing_statistics, routing_sums
 from nlgmoe.pyramid import moe_blocks
 from nlgmoe.validation import SettingError
+
+EVALUATED = ("load_max_over_mean", "load_cv", "dropped", "entropy", "expert_share")  # statistics that `validate` logs
 
 
 class ExpertLoad(Callback):
@@ -54,6 +57,7 @@ class ExpertLoad(Callback):
         self._skipped = 0
         self._warned = False  # that the router has no gate
         self._file: ExpertLoadFile | None = None
+        self._evaluated = torch.zeros(0)  # sums of all layers in `validate`
         self._begin_run()
 
     def _begin_run(self) -> None:
@@ -132,6 +136,35 @@ class ExpertLoad(Callback):
         self._skipped = pl_module.skipped_steps
         if is_logged(trainer):
             self._log(trainer, pl_module, self._end_interval(trainer))
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch, in `validate`; `fit` logs the steps of training."""
+        assert isinstance(pl_module, MoEGPTModule)
+        if trainer.state.fn == TrainerFn.VALIDATING and pl_module.routings:
+            sums = torch.cat([routing_sums(routing) for routing in pl_module.routings])
+            self._evaluated = sums if batch_idx == 0 else self._evaluated + sums
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the statistics of a checkpoint, in `validate`."""
+        assert isinstance(pl_module, MoEGPTModule)
+        if trainer.state.fn != TrainerFn.VALIDATING or not pl_module.routings:
+            return
+        self._experts = list(moe_blocks(pl_module.config).values())
+        gated = all(map(has_gate, pl_module.routings))
+        for index, layer in enumerate(self._split(sum_over_ranks(self._evaluated).tolist())):
+            values = routing_statistics(layer, learns_mix(pl_module.config), gated)
+            shown = {name: values[name] for name in EVALUATED if name in values}
+            pl_module.log_dict({f"experts/{index}/{name}": value for name, value in shown.items()})
 
     def _end_interval(self, trainer: Trainer) -> list[float]:
         """Return the sums of an interval over all ranks, and begin the next one. A collective."""

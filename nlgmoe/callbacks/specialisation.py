@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
+from nlgmoe.checkpoint.folder import holds_run
 from nlgmoe.data.training_data import training_data
 from nlgmoe.eval.expert_counts import ExpertCounts
 from nlgmoe.eval.specialisation import remove_later
@@ -20,7 +22,8 @@ from nlgmoe.pyramid import moe_blocks
 class ExpertSpecialisation(Callback):
     """Writes `specialisation.safetensors` after each validation in `fit`; `nlgmoe report` reads it.
 
-    Every rank counts its own windows; one collective sums the counts at the end. A dense model has no such file.
+    So does `validate` in a folder without a run, such as that of an imported model. Every rank counts its own windows; one
+    collective sums the counts at the end. A dense model has no such file.
     """
 
     def __init__(self) -> None:
@@ -34,11 +37,12 @@ class ExpertSpecialisation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting, in `fit`."""
+        """Start counting."""
         assert isinstance(pl_module, MoEGPTModule)
         self._counts = None
         experts = list(moe_blocks(pl_module.config).values())
-        if not experts or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        writes = trainer.state.fn == TrainerFn.FITTING or not holds_run(Path(trainer.default_root_dir))
+        if not experts or not writes or trainer.sanity_checking:
             return
         data = training_data(trainer)
         domains, spellings = (["all"], None) if data is None else (data.domains, data.token_spellings())

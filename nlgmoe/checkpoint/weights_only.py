@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
+import yaml
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
@@ -14,6 +16,7 @@ from nlgmoe.checkpoint.folder import Contents, is_complete, read_document
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
+from nlgmoe.files import atomic_write
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import require
 
@@ -70,6 +73,31 @@ def write_weights(
             files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
         _require_free(path, overwrite)  # another process may have written it meanwhile
         writing.finish(temporary, path, document, files, tokenizer)
+
+
+def write_settings(checkpoint: str | Path, config: GPTConfig, tokenizer: bool, origin: str) -> Path:
+    """Write `NAME.yaml` beside `NAME.ckpt`, with which `train.py` validates the checkpoint or trains from its weights.
+
+    Args:
+        checkpoint: `NAME.ckpt`.
+        config: of its model.
+        tokenizer: it has a tokenizer.
+        origin: first words of the file's comment.
+    """
+    checkpoint = Path(checkpoint)
+    file = checkpoint.with_suffix(".yaml")
+    settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint)}}}
+    if tokenizer:
+        settings["data"] = {"tokenizer": str(checkpoint)}
+    settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
+    head = (
+        f"# {origin}. Measure its loss, or train from its weights:\n"
+        f"#   train.py validate --config {file} --ckpt_path {checkpoint}\n"
+        f"#   train.py fit --config {file} --model.train_tokens N --model.optimizer.lr RATE\n"
+    )
+    with atomic_write(file) as temporary:
+        temporary.write_text(head + yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
+    return file
 
 
 def _require_free(path: Path, overwrite: bool) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
@@ -19,10 +18,9 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import open_tensors, read_json
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
+from nlgmoe.checkpoint.weights_only import weight_shapes, write_settings, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
-from nlgmoe.files import atomic_write
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import entry_reader, gpt_config, require_family, tensor_shapes
 from nlgmoe.validation import RunError, SettingError
@@ -75,25 +73,8 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
         read = entry_reader(config, model_type, files.read)
     tokenizer, missing = _tokenizer(folder, config)
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
-    settings = _write_settings(Path(checkpoint), config, source, tokenizer is not None)
+    settings = write_settings(checkpoint, config, tokenizer is not None, f"{source}, by `nlgmoe import`")
     return Imported(config, model_type, settings, tokenizer is not None, missing)
-
-
-def _write_settings(checkpoint: Path, config: GPTConfig, source: str, tokenizer: bool) -> Path:
-    """Write `NAME.yaml`, with which `train.py` validates the checkpoint or trains from its weights."""
-    file = checkpoint.with_suffix(".yaml")
-    settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint)}}}
-    if tokenizer:
-        settings["data"] = {"tokenizer": str(checkpoint)}
-    settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
-    head = (
-        f"# {source}, by `nlgmoe import`. Measure its loss, or train from its weights:\n"
-        f"#   train.py validate --config {file} --ckpt_path {checkpoint}\n"
-        f"#   train.py fit --config {file} --model.train_tokens N --model.optimizer.lr RATE\n"
-    )
-    with atomic_write(file) as temporary:
-        temporary.write_text(head + yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
-    return file
 
 
 def _local(source: str) -> Path:

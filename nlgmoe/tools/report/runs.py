@@ -129,7 +129,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.exists():
             raise RunError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
-        if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG)):
+        if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG, SPECIALISATION)):
             raise RunError(
                 f"{path} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
                 "trainer.default_root_dir"
