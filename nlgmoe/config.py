@@ -153,7 +153,8 @@ class GPTConfig:
         ffn_network: network of feed-forward layers, shared MLPs and experts: `gelu`, two matrices (the paper's), or `swiglu`
             (arXiv 2002.05202), three matrices of the same inner width, and so 1.5 times the parameters.
         norm: `layernorm`, or `rmsnorm` (arXiv 1910.07467), which has no mean and no bias.
-        rope_theta: base of rotary position embeddings (arXiv 2104.09864), such as 10000; null: learned positions.
+        rope_theta: rotary position embeddings (arXiv 2104.09864) with this base: values i and i + D / 2 of a head turn by
+            position * rope_theta^(-2i / D), such as 10000; null: learned positions.
         num_kv_heads: number of key and value heads, each shared by `num_heads / num_kv_heads` query heads (arXiv 2305.13245);
             null: `num_heads`.
         head_dim: width of a head, in values; null: `hidden_size / num_heads`.

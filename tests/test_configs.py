@@ -13,7 +13,7 @@ import yaml
 
 from nlgmoe import Experiment, load_config, student_config
 from nlgmoe.cli.train import TrainCLI
-from nlgmoe.config import GPTConfig
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.pocket.tokenizers import VOCABULARIES
@@ -21,6 +21,7 @@ from nlgmoe.data.streaming.streamed_source import reads_per_stream
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.monitoring.hardware import RESERVED, hardware
+from nlgmoe.tools.hugging_face.families import family_of
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.inspect_config import layout
 from nlgmoe.tools.planner.topology import Topology
@@ -108,7 +109,21 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
     }
     twins = {f"{family}/laptop" for family in FAMILIES}
     data = {"data/paper_blend", "data/pile_streaming"}
+    data |= {f"block/{family}" for family in ("llama", "olmoe", "qwen3_moe", "mixtral")}
     assert files == {"quickstart", *PAPER, *twins, *(f"hardware/{overlay}" for overlay in GPUS), *data}
+
+
+@pytest.mark.parametrize("block", ["llama", "olmoe", "qwen3_moe", "mixtral"])
+def test_a_block_goes_with_any_model(block: str) -> None:
+    for name in ("pr_moe/laptop", "dense/laptop", "pr_moe/350m_pr_moe_32_64"):
+        config = parse(name, f"block/{block}").model.config
+        assert config.norm == "rmsnorm" and config.rope_theta and not config.tied_embeddings and not config.bias
+        assert config.qk_norm == {"olmoe": "projection", "qwen3_moe": "head"}.get(block)
+    native = GPTConfig(
+        64, 16, 2, 16, 2, **yaml.safe_load((ROOT / f"block/{block}.yaml").read_text())["model"]["config"]
+    )
+    moe = None if block == "llama" else MoEConfig(4, expert_interval=1, top_k=2)
+    assert family_of(replace(native, moe=moe)) == (block, "")
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,6 +1,7 @@
 """A mixture made of a dense model computes what that did, and a run starts from it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from nlgmoe.checkpoint.upcycle import upcycle
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.tools.hugging_face.families import family_of
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.synthetic import SyntheticData
 
@@ -123,3 +125,20 @@ def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: py
 def test_parts_that_are_not_the_papers_are_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="upcycling knows the paper's router alone, not HashRouterConfig"):
         upcycle(dense, tmp_path / "new.ckpt", MoEConfig(4, router=HashRouterConfig()))
+
+
+@pytest.mark.parametrize(("qk_norm", "family"), [(None, "mixtral"), ("head", "qwen3_moe")])
+@torch.no_grad()
+def test_a_dense_open_model_becomes_a_native_mixture(qk_norm: Any, family: str, tmp_path: Path) -> None:
+    dense = GPTConfig(
+        61, 16, 4, 32, 4, init_std=0.3, norm="rmsnorm", rope_theta=100.0, num_kv_heads=2, qk_norm=qk_norm, bias=False,
+        ffn_network="swiglu", tied_embeddings=False,
+    )  # fmt: skip
+    model = load_model(write(tmp_path / "dense.ckpt", dense)).eval()
+    done = upcycle(tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", MoEConfig(4, expert_interval=1, top_k=2))
+    tokens = torch.arange(16)[None]
+    mixture = load_model(tmp_path / "moe.ckpt").eval()
+    torch.testing.assert_close(
+        mixture.logits(mixture(tokens).hidden), model.logits(model(tokens).hidden), rtol=1e-4, atol=1e-4
+    )
+    assert family_of(done.config) == (family, "") and (tmp_path / "moe.yaml").exists()

@@ -63,14 +63,14 @@ def test_what_another_process_has_written_meanwhile_is_not_replaced(
         path.mkdir()
         (path / "config.json").write_text("theirs")
 
-    generation_settings = exporting.generation_settings
+    token_ids = exporting.token_ids
 
     def slow(tokenizer: Tokenizer | None) -> dict[str, Any]:
         meanwhile(folder)
-        return generation_settings(tokenizer)
+        return token_ids(tokenizer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(exporting, "generation_settings", slow)
+        patched.setattr(exporting, "token_ids", slow)
         with pytest.raises(ValueError, match="export cannot be written"):
             exporting.export(source, folder)
     read = exporting.TensorFiles(source, "model").read

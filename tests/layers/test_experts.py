@@ -1,6 +1,7 @@
 """The two computations of experts agree with each other and with a loop over rows; which is chosen; what is never read."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -132,9 +133,13 @@ def test_no_number_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert model.blocks[1].moe.router.weight.grad.any()
 
 
-def test_compiled_parts_compute_the_same() -> None:
+QWEN3 = {"norm": "rmsnorm", "rope_theta": 100.0, "qk_norm": "head", "num_kv_heads": 1, "bias": False}
+
+
+@pytest.mark.parametrize("block", [{}, QWEN3], ids=["gpt", "qwen3"])
+def test_compiled_parts_compute_the_same(block: dict[str, Any]) -> None:
     needs("g++")
-    config = GPTConfig(64, 16, 2, 16, 2, moe=MoEConfig(4, mlp_type="residual"))
+    config = GPTConfig(64, 16, 2, 16, 2, **block, moe=MoEConfig(4, mlp_type="residual"))
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
     results = []
     for compiles in (False, True):

@@ -15,7 +15,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK
+from nlgmoe import ExpertConfig, GPTConfig, MoEConfig, MoEGPTModule, SigmoidTopK, SoftmaxTopK
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
@@ -69,6 +69,16 @@ def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
     found = verdicts(clean(moe), QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
     assert sum(text.startswith("pass") for text in found.values()) >= asked
+
+
+def test_a_layer_of_an_open_model_passes() -> None:
+    config = GPTConfig(
+        61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
+        moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
+    )  # fmt: skip
+    found = verdicts(own_layer(config, "ours"), QUICK)
+    assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
+    assert sum(text.startswith("pass") for text in found.values()) >= 22
 
 
 class Plain(nn.Module):
