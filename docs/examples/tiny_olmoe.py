@@ -1,6 +1,6 @@
 """Write a tiny OLMoE with random weights, in the format of `transformers`, to try docs/open_moes.md on.
 
-    python docs/examples/tiny_olmoe.py FOLDER
+python docs/examples/tiny_olmoe.py FOLDER
 """
 
 import sys

@@ -21,6 +21,7 @@ from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
 from nlgmoe.tools.check.foreign import ADAPTERS, ForeignLayer
 from nlgmoe.tools.check.layer import Layer
+from nlgmoe.tools.check.own import own_layer
 from nlgmoe.tools.check.properties import PROPERTIES, check_layer
 from nlgmoe.tools.check.targets import find_layers
 from tests.synthetic import SyntheticData
