@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nlgmoe.cli.memory import keep_freed_memory
+from nlgmoe.cli.memory import keep_compiled_kernels, keep_freed_memory
 from nlgmoe.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -102,5 +102,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments; threads and allocator are set as they say."""
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_compiled_kernels()
     arguments.freed_memory_kept = not arguments.default_malloc and keep_freed_memory()  # as train.py does
     return arguments

@@ -37,6 +37,15 @@ def test_the_environments_own_settings_win(environment: dict[str, str]) -> None:
     assert faults("assert not keep_freed_memory()", **environment) > 50_000
 
 
+@pytest.mark.parametrize(("given", "capacity"), [({}, "20000"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])
+def test_compiled_kernels_are_kept_unless_the_environment_sets_their_number(
+    given: dict[str, str], capacity: str
+) -> None:
+    code = "import os, torch; from nlgmoe.cli.memory import configure_allocator; configure_allocator(torch.device('cpu')); "
+    shown = python("-c", code + "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])", env=given).stdout
+    assert shown.strip() == capacity
+
+
 GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 

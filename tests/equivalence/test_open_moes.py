@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from nlgmoe import GPT, GPTConfig, generate, load_model
+from nlgmoe import GPT, GPTConfig, MoEGPTModule, WarmStart, generate, load_model
 from nlgmoe.config import MoEConfig
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.routers import SoftmaxTopK
 from nlgmoe.model.counting import count_parameters, parameters_of
+from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import (
@@ -32,6 +33,10 @@ from nlgmoe.tools.hugging_face.families import (
 )
 from nlgmoe.tools.hugging_face.importing import import_folder
 from nlgmoe.validation import SettingError
+from tests.checkpoint.runs import SaveAt
+from tests.golden.recording import Losses
+from tests.synthetic import SyntheticData
+from tests.test_module import trainer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 89,
@@ -174,6 +179,20 @@ def test_a_folder_goes_back_to_the_bit(pair: Pair, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["rope_theta"] == pair.ours.config.rope_theta
     assert {written[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {None}
+
+
+def test_it_trains_and_resumes(pair: Pair, tmp_path: Path) -> None:
+    """30 steps from the imported weights; resumed after 20, the losses are the same to the bit."""
+
+    def losses(folder: Path, *callbacks: Any, **options: Any) -> list[float]:
+        seen = Losses()
+        module = MoEGPTModule(pair.ours.config, AdamWConfig(lr=3e-3), warm_start=WarmStart(str(pair.checkpoint)))
+        trainer(folder, seen, *callbacks, max_steps=30).fit(module, SyntheticData(89, 64), **options)
+        return seen.found
+
+    whole = losses(tmp_path / "whole", SaveAt(20, tmp_path / "20.ckpt"))
+    assert len(whole) == 30 and sum(whole[-5:]) < 0.9 * sum(whole[:5])
+    assert losses(tmp_path / "resumed", ckpt_path=tmp_path / "20.ckpt") == whole[20:]
 
 
 def test_parameters_are_counted(pair: Pair) -> None:
