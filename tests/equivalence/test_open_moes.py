@@ -379,6 +379,14 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
         import_folder(str(tmp_path / "fused"), tmp_path / "made.ckpt")
 
 
+def test_a_file_of_settings_is_not_replaced(tmp_path: Path) -> None:
+    their_model("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "made.yaml").write_text("mine")
+    with pytest.raises(ValueError, match=r"made\.yaml exists already; name another, or add --overwrite"):
+        import_folder(str(tmp_path / "theirs"), tmp_path / "made.ckpt")
+    assert (tmp_path / "made.yaml").read_text() == "mine" and not (tmp_path / "made.ckpt").exists()
+
+
 def test_every_name_of_the_table_is_used() -> None:
     """A family without a variant for one of its names would hide a wrong one."""
     used: dict[str, set[str]] = {}
