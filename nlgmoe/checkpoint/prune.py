@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
-from nlgmoe.checkpoint.weights_only import write_settings, write_weights
+from nlgmoe.checkpoint.weights_only import write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import TopKRouter
@@ -108,6 +108,6 @@ def prune(
         return value[of_block[layer]] if name.startswith(f"{layer}.router.") else value
 
     trained, start = (document["global_step"], document["tokens_seen"]), document.get("started_from")
-    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start)
-    write_settings(checkpoint, config, tokenizer is not None, f"{source}, by `nlgmoe prune`")
+    origin = f"{source}, by `nlgmoe prune`"
+    write_weights(checkpoint, read, config, tokenizer, *trained, overwrite, start, origin)
     return config

@@ -28,7 +28,7 @@ from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.newest import find_checkpoint
-from nlgmoe.checkpoint.weights_only import weight_shapes, write_settings, write_weights
+from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_at
@@ -93,8 +93,8 @@ def upcycle(
     config = replace(dense_config, moe=moe)
     require_paper_parts(config.moe, "upcycling knows")
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
-    write_settings(checkpoint, config, tokenizer is not None, f"{path}, by `nlgmoe upcycle`")
+    origin = f"{path}, by `nlgmoe upcycle`"
+    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin)
     return Upcycled(path, dense_config, config)
 
 

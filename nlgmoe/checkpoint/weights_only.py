@@ -32,6 +32,7 @@ def write_weights(
     tokens_seen: int = 0,
     overwrite: bool = False,
     started_from: str | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write the folder `path` file by file under a temporary name, and rename it when it is complete.
 
@@ -45,10 +46,14 @@ def write_weights(
         tokens_seen: tokens that the weights were trained on.
         overwrite: replace an older one.
         started_from: the checkpoint that this training started from; None: random weights.
+        origin: where the weights are from, for a person to read: `NAME.yaml` beside `NAME.ckpt` gets settings to use it with;
+            None: no such file.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     writing.recover_one(path)
     _require_free(path, overwrite)
+    if origin is not None:
+        _require_free(settings_of(path), overwrite)
     require(
         path.is_symlink() or not is_complete(path) or "optimizer_groups" not in read_document(path),
         f"{path} is not replaced by weights alone: a run can be resumed from it; name another",
@@ -73,19 +78,17 @@ def write_weights(
             files |= writing.write_tensors(temporary, "model", entries, number, len(shards))
         _require_free(path, overwrite)  # another process may have written it meanwhile
         writing.finish(temporary, path, document, files, tokenizer)
+    if origin is not None:
+        _write_settings(path, config, tokenizer is not None, origin)
 
 
-def write_settings(checkpoint: str | Path, config: GPTConfig, tokenizer: bool, origin: str) -> Path:
-    """Write `NAME.yaml` beside `NAME.ckpt`, with which `train.py` validates the checkpoint or trains from its weights.
+def settings_of(checkpoint: Path) -> Path:
+    """Return `NAME.yaml` of `NAME.ckpt`: settings with which `train.py` validates the checkpoint or trains from its weights."""
+    return checkpoint.with_suffix(".yaml")
 
-    Args:
-        checkpoint: `NAME.ckpt`.
-        config: of its model.
-        tokenizer: it has a tokenizer.
-        origin: first words of the file's comment.
-    """
-    checkpoint = Path(checkpoint)
-    file = checkpoint.with_suffix(".yaml")
+
+def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str) -> None:
+    file = settings_of(checkpoint)
     settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint)}}}
     if tokenizer:
         settings["data"] = {"tokenizer": str(checkpoint)}
@@ -97,7 +100,6 @@ def write_settings(checkpoint: str | Path, config: GPTConfig, tokenizer: bool, o
     )
     with atomic_write(file) as temporary:
         temporary.write_text(head + yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
-    return file
 
 
 def _require_free(path: Path, overwrite: bool) -> None:

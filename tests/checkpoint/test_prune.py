@@ -193,7 +193,10 @@ def test_the_command_to_go_on_with_is_for_the_model_that_was_pruned(
     assert load_pretrained(tmp_path / "healed").model.config.moe.num_experts == [2]
     dense = fit("dense", "--model.config.moe=null")
     main(["upcycle", str(dense), str(dense / "moe.ckpt"), "--num-experts=4", "--expert-interval=1"])
-    assert command(dense / "moe.ckpt", "b.ckpt", "[2, 2]")[:3] == ["fit", "--config", "CONFIG"]
+    settings = dense / "moe.yaml"
+    assert command(dense / "moe.ckpt", "b.ckpt", "[2, 2]")[:3] == ["fit", "--config", str(settings)]
+    settings.unlink()
+    assert command(dense / "moe.ckpt", "c.ckpt", "[2, 2]")[:3] == ["fit", "--config", "CONFIG"]
     for number, text in enumerate(("model: {old_setting: 3}", "", "model: [", "trainer: {callbacks: [gone.Callback]}")):
         (dense / "config.yaml").write_text(text)  # the checkpoint is written by then
         assert command(dense / "moe.ckpt", f"{number}.ckpt", "[2, 2]")[2] == "CONFIG"

@@ -18,7 +18,7 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import open_tensors, read_json
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.weights_only import weight_shapes, write_settings, write_weights
+from nlgmoe.checkpoint.weights_only import settings_of, weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
@@ -72,9 +72,9 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
         files.check(tensor_shapes(config, model_type))
         read = entry_reader(config, model_type, files.read)
     tokenizer, missing = _tokenizer(folder, config)
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite)
-    settings = write_settings(checkpoint, config, tokenizer is not None, f"{source}, by `nlgmoe import`")
-    return Imported(config, model_type, settings, tokenizer is not None, missing)
+    origin = f"{source}, by `nlgmoe import`"
+    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin)
+    return Imported(config, model_type, settings_of(Path(checkpoint)), tokenizer is not None, missing)
 
 
 def _local(source: str) -> Path:
