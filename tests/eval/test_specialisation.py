@@ -134,8 +134,12 @@ def test_a_run_writes_the_specialisation_of_its_validation_data(data: type[Synth
         )
         assert written.by_class(1).sum(axis=1).tolist() == (2 * seen).tolist()
     (tmp_path / FILE).unlink()
+    (tmp_path / "config.yaml").touch()
     run.validate(module, text, verbose=False)  # of whatever model: not the run's
     assert not (tmp_path / FILE).exists()
+    (tmp_path / "config.yaml").unlink()
+    run.validate(module, text, verbose=False)  # there is no run
+    assert (Specialisation.load(tmp_path).counts == written.counts).all()
 
 
 def test_dense_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
