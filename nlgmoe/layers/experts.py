@@ -128,15 +128,14 @@ class Experts(nn.Module):
 
     def _loop(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Apply the experts one by one; the host reads the numbers of rows."""
-        counts = tokens_per_expert.tolist()
-        *rows, rest = x.split([*counts, len(x) - sum(counts)])
-        learns = torch.is_grad_enabled()
+        counts, learns = tokens_per_expert.tolist(), torch.is_grad_enabled()
+        chosen = [e for e, count in enumerate(counts) if count or learns]  # on every rank each weight has a gradient
+        *rows, rest = x.split([*(counts[e] for e in chosen), len(x) - sum(counts)])
         # `unbind`: its gradient is one stack, where indexing would add up E of them.
         stacks = {name: stack.unbind() if learns else stack for name, stack in self.named_parameters(recurse=False)}
         parts = [
             self._apply_network(part, _dense(lambda name, e=e: stacks[name][e] if name in stacks else None))  # type: ignore[misc]
-            for e, part in enumerate(rows)
-            if len(part) or learns  # on every rank each weight has a gradient
+            for e, part in zip(chosen, rows, strict=True)
         ]
         return torch.cat([*parts, torch.zeros_like(rest)])
 
