@@ -13,6 +13,7 @@ from nlgmoe.cli.model_options import import_allowed
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
+    from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.experiment import Experiment
 
 
@@ -54,13 +55,10 @@ def distill_logits(
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     import torch
 
-    from nlgmoe.data import BatchRampUp
-    from nlgmoe.data.accumulation import batch_size_after
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.record_logits import record_logits
     from nlgmoe.distill.teacher_logits import record_type
     from nlgmoe.experiment import load_config, parse_config
-    from nlgmoe.tools.planner.inspect_config import layout
 
     settings = parse_config(files)
     distiller: dict[str, Any] = (settings["model"]["distiller"] or {}).get("init_args") or {}
@@ -84,34 +82,17 @@ def distill_logits(
     if top_k > module.config.vocab_size:
         raise SettingError(f"top_k={top_k} is above model.config.vocab_size={module.config.vocab_size}; lower it")
     if samples is None:
-        ramp_up_settings, full_batch_size = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
-        ramp_up = None if ramp_up_settings is None else BatchRampUp(**ramp_up_settings)
-        samples = _count_distilled_samples(
-            experiment, lambda taken: batch_size_after(taken, data.seq_len, full_batch_size, ramp_up)
-        )
+        samples = _count_distilled_samples(experiment, settings)
     data.prepare_data()
     data.setup()
     teacher_model = MixtureOfStudents(teacher, temperature=temperature, precision=precision)
     like = torch.empty(0, device=experiment.trainer.strategy.root_device)
     checkpoint, document = teacher_model.load(module.config, like, data)
-    recipe = {
-        "teacher": {
-            "checkpoint": str(checkpoint),
-            "weights": teacher_model.state_dict()["weights"],
-            "step": document["global_step"],
-            "tokens": document["tokens_seen"],
-        },
+    recipe = _recipe(teacher_model, checkpoint, document, experiment) | {
         "precision": precision,
-        "data": data.fingerprint(),
-        "corpus": data.corpus_description,
-        "document_attention": data.document_attention,
-        "vocab_size": module.config.vocab_size,
-        "seq_len": module.config.seq_len,
         "top_k": top_k,
         "temperature": temperature,
         "samples": samples,
-        "micro_batch_size": data.micro_batch_size,
-        "loss_chunk_size": module.loss_chunk_size,
     }
     record_bytes = record_type(recipe).itemsize
     bar = tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10.0)
@@ -136,13 +117,44 @@ def distill_logits(
     )
 
 
-def _count_distilled_samples(experiment: Experiment, batch_size_after: Any) -> int:
-    """Return the number of samples before the run or its distillation ends."""
-    from nlgmoe.distill.distiller import distillation_end, samples_before_end
+def _recipe(
+    teacher: MixtureOfStudents, checkpoint: Path, document: dict[str, Any], experiment: Experiment
+) -> dict[str, Any]:
+    """Return what determines the records, but for the settings of the command."""
+    module, data = experiment.module, experiment.data
+    return {
+        "teacher": {
+            "checkpoint": str(checkpoint),
+            "weights": teacher.state_dict()["weights"],
+            "step": document["global_step"],
+            "tokens": document["tokens_seen"],
+        },
+        "data": data.fingerprint(),
+        "corpus": data.corpus_description,
+        "document_attention": data.document_attention,
+        "vocab_size": module.config.vocab_size,
+        "seq_len": module.config.seq_len,
+        "micro_batch_size": data.micro_batch_size,
+        "loss_chunk_size": module.loss_chunk_size,
+    }
 
-    module = experiment.module
-    end = distillation_end(module.train_tokens, experiment.trainer)
-    samples = samples_before_end(end, batch_size_after, module.config.seq_len, module.curriculum)
+
+def _count_distilled_samples(experiment: Experiment, settings: dict[str, Any]) -> int:
+    """Return the samples of the run until it or its distillation ends."""
+    from nlgmoe.data import BatchRampUp
+    from nlgmoe.data.accumulation import batch_size_after
+    from nlgmoe.distill.distiller import distillation_end, samples_before_end
+    from nlgmoe.tools.planner.inspect_config import layout
+
+    module, seq_len = experiment.module, experiment.data.seq_len
+    growth, full_batch_size = settings["data"]["batch_ramp_up"], layout(settings, {}).global_batch_size
+    ramp_up = None if growth is None else BatchRampUp(**growth)
+    samples = samples_before_end(
+        distillation_end(module.train_tokens, experiment.trainer),
+        lambda taken: batch_size_after(taken, seq_len, full_batch_size, ramp_up),
+        module.config.seq_len,
+        module.curriculum,
+    )
     if samples is None:
         raise SettingError("samples=null: the run has neither model.train_tokens nor trainer.max_steps; give --samples")
     return samples

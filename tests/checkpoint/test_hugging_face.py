@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,11 @@ CONFIGS = {
     "pr_moe": PR_MOE,
     "student": student_config(PR_MOE, 3),
     "dense": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, ffn_hidden_size=48),
-}
+    "modern": replace(  # no family has a pyramid
+        PR_MOE, norm="rmsnorm", rope_theta=1e4, qk_norm="head", num_kv_heads=1, bias=False, ffn_network="swiglu",
+        tied_embeddings=False,
+    ),
+}  # fmt: skip
 
 
 def write(path: Path, config: GPTConfig, dtype: torch.dtype = torch.float32, tokenizer: str | None = None) -> Path:

@@ -52,7 +52,7 @@ GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 @pytest.mark.parametrize(
     ("device", "given", "then"),
     [
-        ("cpu", {}, {}),
+        ("cpu", {}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}),
         ("cuda", {}, GROWS),
         ("cuda", {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
         ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),

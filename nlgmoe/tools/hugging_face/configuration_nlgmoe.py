@@ -26,6 +26,7 @@ class NlgmoeConfig(PreTrainedConfig):
         "num_attention_heads": "num_heads",
         "max_position_embeddings": "seq_len",
         "intermediate_size": "ffn_hidden_size",
+        "tie_word_embeddings": "tied_embeddings",
     }
 
     def __init__(self, **values: Any) -> None:

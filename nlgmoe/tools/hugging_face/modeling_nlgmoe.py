@@ -63,13 +63,22 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
                     nn.init.normal_(parameter, std=self.model.config.init_std)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding, which is tied to the head; its rows from `vocab_size` on are padding."""
+        """Return the token embedding; its rows from `vocab_size` on are padding."""
         return self.model.token_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
         assert isinstance(value, nn.Embedding)
         self.model.token_embedding = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the head; None if it is the token embedding."""
+        return self.model.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head, if it is not the token embedding."""
+        assert isinstance(value, nn.Linear)
+        self.model.head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the token embedding as `transformers` does; afterwards it has no padding rows."""
