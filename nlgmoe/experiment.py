@@ -53,22 +53,8 @@ def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> E
 
 def parse_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> dict[str, Any]:
     """Return the settings that `load_config` would use, with every default; build nothing."""
-    return _settings(_read(_ParseCLI, path, overrides))
-
-
-def parse_with_defaults(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return `parse_config`'s settings, all defaults, and in YAML the settings that differ from them."""
-    cli = _read(_ParseCLI, [path], {})
-    return (
-        _settings(cli),
-        cli.parser.get_defaults().as_dict(),
-        cli.parser.dump(cli.config, skip_default=True, skip_unset=False),
-    )
-
-
-def _settings(cli: TrainCLI) -> dict[str, Any]:
-    """Return all settings, without jsonargparse's notes of the files that sections are read from."""
-    settings: dict[str, Any] = cli.config.clone(with_meta=False).as_dict()
+    cli = _read(_ParseCLI, path, overrides)
+    settings: dict[str, Any] = cli.config.clone(with_meta=False).as_dict()  # without jsonargparse's notes of files
     return settings
 
 

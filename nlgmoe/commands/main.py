@@ -54,7 +54,7 @@ COMMANDS = {
         "nlgmoe.commands.distill_logits.distill_logits",
         "record a teacher's most likely next tokens for a student",
     ),
-    "student": ("nlgmoe.commands.student.student", "write a student's YAML"),
+    "student": ("nlgmoe.commands.student.student", "write what a student's YAML has beyond its teacher's"),
     "evaluate": ("nlgmoe.tools.lm_eval.evaluate.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
     "prepare-eval": (
         "nlgmoe.tools.lm_eval.prepare_eval.prepare_eval",

@@ -54,7 +54,7 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     assert json.loads((logits / "header.json").read_text())["samples"] == 12
     written = tmp_path / "written.yaml"
     nlgmoe(["student", f"{teacher}/checkpoints/last.ckpt", "--num-layers=3", "--from-teacher", f"--output={written}"])
-    main(["fit", "--config", str(written)])
+    main(["fit", "--config", str(teacher / "config.yaml"), "--config", str(written)])
     document = read_document(tmp_path / "teacher_student_3/checkpoints/last.ckpt")
     assert document["model_config"]["moe"]["num_experts"] == [4] and document["tokens_seen"] == 512
     shutil.rmtree(teacher)
