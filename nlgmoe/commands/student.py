@@ -27,7 +27,8 @@ def student(
 ) -> None:
     """Write what a student's YAML has beyond its teacher's: fewer blocks, the top of the pyramid, and distillation.
 
-    Train with both files: `train.py fit --config TEACHER.yaml --config STUDENT.yaml`. `StagedDistillation` ends distillation before the run ends. All other settings are the teacher's.
+    Train with both files: `train.py fit --config TEACHER.yaml --config STUDENT.yaml`. `StagedDistillation` ends distillation
+    before the run ends. All other settings are the teacher's.
 
     Args:
         source: the teacher's YAML, its run folder, or a checkpoint in it.

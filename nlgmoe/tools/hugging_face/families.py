@@ -88,10 +88,8 @@ CLASSES = {
     "olmoe": "Olmoe",
     "qwen3_moe": "Qwen3Moe",
     "mixtral": "Mixtral",
-    "llama": "Llama",
-    "qwen3": "Qwen3",
-    "gpt2": "GPT2",
 }  # family -> beginning of the names of its classes
+CLASSES |= {"llama": "Llama", "qwen3": "Qwen3", "gpt2": "GPT2"}
 QK_NORM = {"olmoe": "projection", "qwen3_moe": "head", "qwen3": "head"}
 # Values of settings that nlgmoe computes; a family without the setting has that value.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -281,13 +279,8 @@ def _moe_config(theirs: Any, family: str) -> MoEConfig | None:
 def family_of(config: GPTConfig) -> tuple[str | None, str]:
     """Return the family whose class computes the same as a model in evaluation; or None, and the reason."""
     moe, counts = config.moe, experts_per_layer(config)
-    block = {
-        "norm": (config.norm, "rmsnorm"),
-        "bias": (config.bias, False),
-        "ffn_network": (config.ffn_network, "swiglu"),
-    }
-    for name, (value, needed) in block.items():
-        if value != needed:
+    for name, needed in {"norm": "rmsnorm", "bias": False, "ffn_network": "swiglu"}.items():
+        if (value := getattr(config, name)) != needed:
             return None, f"{name}={str(value).lower()}"
     if config.rope_theta is None:
         return None, "learned positions"
