@@ -11,7 +11,7 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule
 from nlgmoe.callbacks import ExpertSpecialisation
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, train_byte_level_bpe
 from nlgmoe.eval.expert_counts import ExpertCounts, count_experts
-from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, mutual_information, preference
+from nlgmoe.eval.specialisation import FILE, Specialisation, entropy, mutual_information, overlap, preference
 from nlgmoe.eval.token_classes import CLASSES, token_class
 from nlgmoe.layers.router import Routing
 from tests.synthetic import SyntheticData
@@ -153,3 +153,11 @@ def test_dense_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"\x09\x00")
     with pytest.raises(ValueError, match="is damaged"):
         Specialisation.load(tmp_path)
+
+
+def test_the_overlap_of_routings_by_hand() -> None:
+    first = np.array([[4, 0], [2, 2], [0, 0]])
+    assert overlap(first, first) == 1
+    assert overlap(first, first[:, ::-1]) == pytest.approx((4 * 0 + 4 * 1) / 8)
+    assert overlap(first, np.array([[1, 3], [5, 5], [1, 0]])) == pytest.approx((4 * 0.25 + 4 * 1) / 8)
+    assert overlap(first, np.zeros((3, 2))) == 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, preference
+from nlgmoe.eval.specialisation import Specialisation, entropy, mutual_information, overlap, preference
 from nlgmoe.tools.report.drawing import RATIO_MAX, Chart, grid_cell, panel_grid, ratio_heat_map, run_colour
 from nlgmoe.tools.report.runs import Run
 
@@ -44,6 +44,35 @@ def information(runs: Sequence[Run]) -> Chart | None:
         f"bounds are {'; '.join(limits)} bits."
     )
     return Chart("information", "How specialised experts are (bits)", text, figure)
+
+
+def overlaps(runs: Sequence[Run]) -> Chart | None:
+    """Return the overlap of routings with the first run, a bar per run and shared layer; layers are shared from the last one."""
+    known = [(number, run, run.specialisation) for number, run in enumerate(runs) if run.specialisation is not None]
+    if len(known) < 2:
+        return None
+    _, first, reference = known[0]
+    figure = panel_grid([""], 1, 230)
+    for number, run, compared in known[1:]:
+        if (reference.domains, reference.classes) != (compared.domains, compared.classes):
+            continue
+        names: list[str] = []
+        values: list[float] = []
+        for back in range(1, min(len(reference.experts), len(compared.experts)) + 1):
+            mine, theirs = len(reference.experts) - back, len(compared.experts) - back
+            if reference.experts[mine] == compared.experts[theirs]:
+                names.insert(0, run.layer(theirs))
+                values.insert(0, round(overlap(reference.by_cell(mine), compared.by_cell(theirs)), 4))
+        if values:
+            figure.add_bar(x=names, y=values, name=run.name, marker_color=run_colour(number), hovertemplate="%{y:.3f}")
+    if not figure.data:
+        return None
+    figure.update_yaxes(title="share", range=[0, 1])
+    text = (
+        f"Share of assignments that go to the same experts as in {first.name}, by domain and class of token; layers are "
+        "compared from the last one backwards. Experts of two runs correspond only if one started from the other's weights."
+    )
+    return Chart("overlap", f"Routings alike to {first.name}", text, figure)
 
 
 def preferences(number: int, run: Run) -> Chart | None:
@@ -108,5 +137,5 @@ def _add_preferences(figure: go.Figure, names: list[str], counts: np.ndarray, wh
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
     """Return the charts that the runs have data for."""
-    made = [information(runs), *(preferences(number, run) for number, run in enumerate(runs))]
+    made = [information(runs), overlaps(runs), *(preferences(number, run) for number, run in enumerate(runs))]
     return [chart for chart in made if chart is not None]
