@@ -22,7 +22,7 @@ def check_vocabulary(config: GPTConfig, data: TrainingData) -> None:
     if data.vocab_size > config.vocab_size:
         raise SettingError(
             f"the data's tokenizer has {data.vocab_size} ids but model.config.vocab_size is {config.vocab_size}; "
-            f"set it to {data.vocab_size}"
+            f"set it to {data.vocab_size}, or data.tokenizer to the model's"
         )
 
 

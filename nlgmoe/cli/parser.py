@@ -391,6 +391,8 @@ def in_words(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(in_words(kind) for kind in arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list, each {in_words(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)}: {', '.join(in_words(kind) for kind in arguments)}"
     if origin is not None:

@@ -26,6 +26,8 @@ def prune_checkpoint(
     by: Literal["use", "reap"] = "use",
     text: str | None = None,
     windows: int = 200,
+    tokenizer: str | None = None,
+    data_dir: str = "data/pocket_pile",
     overwrite: bool = False,
     allow_code: list[str] | None = None,
 ) -> None:
@@ -37,10 +39,13 @@ def prune_checkpoint(
     Args:
         run: the folder of a run, or a checkpoint in it.
         checkpoint: output folder, `NAME.ckpt`.
-        num_experts: experts to keep in each MoE layer, or one number for each MoE position, such as [8,8,16].
+        num_experts: experts to keep in each MoE layer, or one number for each MoE position, such as [8,8,16]; 0 where the model
+            has a dense block.
         by: ranking of the experts, use or reap.
         text: file of plain text on which use is measured; default: the run's validation text.
         windows: sequences measured, of each domain of the run's validation text, or of `text`.
+        tokenizer: as data.tokenizer, for a checkpoint without a tokenizer.
+        data_dir: folder of tokenizers given by name.
         overwrite: replace an existing checkpoint.
         allow_code: module of the checkpoint's expert to import; may be given several times.
     """
@@ -59,16 +64,19 @@ def prune_checkpoint(
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.pyramid import experts_per_position, moe_blocks
 
-    loaded = load_pretrained(run)
+    loaded = load_pretrained(run, tokenizer, data_dir=data_dir)
     if Path(checkpoint).resolve() == loaded.path.resolve():
         raise SettingError(
             f"checkpoint={checkpoint} is the one to prune, which its training needs as teacher; name another"
         )
     before = loaded.model.config
     if isinstance(num_experts, int):
+        largest = max(experts_per_position(before), default=0)
+        if num_experts >= largest:
+            raise SettingError(f"num_experts={num_experts} must be below {largest}, the experts that the model has")
         num_experts = [min(num_experts, count) for count in experts_per_position(before)]
     after = pruned_config(before, num_experts)
-    batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows))
+    batches = list(_text_batches(text, loaded, windows) if text is not None else _run_batches(run, windows, tokenizer))
     use = measure_use(loaded.model, batches)
     kept = most_used(use.weights if by == "use" else use.saliency, after)
     prune(loaded.path, checkpoint, num_experts, kept, overwrite)
@@ -82,6 +90,7 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
+    print(f"{Path(checkpoint).with_suffix('.yaml')}: its settings")
     config, options = _settings_to_train_on(Path(run), before)
     print(
         "to train it on, with the whole model as teacher: python train.py fit --config "
@@ -109,14 +118,15 @@ def _settings_to_train_on(run: Path, model: GPTConfig) -> tuple[str, str]:
     return quote(str(file)), " --model.warm_start.layers null" if mapped else ""
 
 
-def _run_batches(run: str, windows: int) -> Any:
+def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
     from nlgmoe.experiment import load_config
 
     if (config := run_config(Path(run))) is None:
         raise SettingError(
             f"run={run} is in no run's folder, which names its text: there is no config.yaml; give --text FILE"
         )
-    data = load_config(config, data__max_eval_windows=windows, trainer__logger=False).data
+    changes = {} if tokenizer is None else {"data__tokenizer": tokenizer}
+    data = load_config(config, data__max_eval_windows=windows, trainer__logger=False, **changes).data
     data.prepare_data()
     return data.val_dataloader()
 

@@ -102,7 +102,7 @@ def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path)
     page = tmp_path / "both.html"
     main(["report", str(run), str(other), "--output", str(page)])
     drawn = opened(browser, page)
-    assert list(drawn) == [*ALL[:-1], "load-0", "load-1", "information", "preference-0", "preference-1"]
+    assert list(drawn) == [*ALL[:-1], "load-0", "load-1", "information", "overlap", "preference-0", "preference-1"]
     assert all(chart["shapes"] > 0 for chart in drawn.values())
     assert drawn["loss"]["x"] == ["tokens"]
     with (run / "metrics.csv").open() as file:

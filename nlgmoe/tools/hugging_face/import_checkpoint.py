@@ -23,6 +23,8 @@ def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> 
     done = import_folder(source, checkpoint, overwrite)
     entries = sum(map(len, read_manifest(checkpoint)["files"].values()))
     print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters in {entries:,} tensors")
-    print(f"{done.yaml}: settings; train.py validate --config {done.yaml} --ckpt_path {checkpoint}")
+    print(f"{done.yaml}: settings; python train.py validate --config {done.yaml} --ckpt_path {checkpoint}")
     if not done.tokenizer:
-        print(f"without a tokenizer: {done.no_tokenizer}")
+        print(
+            f"without a tokenizer: {done.no_tokenizer}; add data.tokenizer, or a data.corpus of the model's token ids"
+        )

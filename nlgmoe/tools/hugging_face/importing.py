@@ -81,6 +81,8 @@ def _local(source: str) -> Path:
     """Return the folder, or a download from the hub."""
     if Path(source).is_dir():
         return Path(source)
+    if source.startswith((".", "/", "~")):
+        raise SettingError(f"there is no folder {source}; name a folder, or a model of the Hugging Face hub")
     try:
         return Path(snapshot_download(source, allow_patterns=_NEEDED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
