@@ -29,7 +29,7 @@ class ExpertUse:
         tokens: number of these tokens.
         weights: for each MoE layer, `[E]` sum over tokens of the expert's weight in the output.
         saliency: for each MoE layer, `[E]` mean over the expert's tokens of weight times the L2 norm of its output, 0 for an
-            expert without tokens: REAP, arXiv 2510.13999, equation 9.
+            expert without tokens: REAP, arXiv 2510.13999.
     """
 
     loss: float
