@@ -61,8 +61,7 @@ class MoEConfig:
             any number of ranks computes the same), or of the micro-batches of all ranks together (`global`: depends on the
             number of ranks).
         router: another router than the paper's, by class_path (docs/laboratory.md; your own: docs/extending.md); its `uses`
-            lists those of `ROUTER_FIELDS`
-            that it reads. null: the paper's, which reads all.
+            lists those of `ROUTER_FIELDS` that it reads. null: the paper's, which reads all.
         expert: another expert network than the dense blocks', by class_path; null: `ffn_network`.
     """
 

@@ -1,4 +1,4 @@
-"""Differences between a CPU and an accelerator; `layers/`, which imports torch alone, has its own.
+"""Differences between a CPU and an accelerator.
 
 `torch.accelerator` names the type of the accelerator, so that no type is named here, except in Lightning's settings.
 """

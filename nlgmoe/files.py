@@ -65,3 +65,8 @@ def require_regular(file: str | Path, remedy: str) -> None:
 def expand_home(text: str) -> str:
     """Replace `~/` at the beginning by the home folder, which a shell does not do in `--name=~/...`."""
     return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+def settings_of(checkpoint: Path) -> Path:
+    """Return `NAME.yaml` of `NAME.ckpt`: settings with which `train.py` validates the checkpoint or trains from its weights."""
+    return checkpoint.with_suffix(".yaml")

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, unknown_fields
-from nlgmoe.files import require_regular
+from nlgmoe.files import require_regular, settings_of
 from nlgmoe.parts import ForeignCodeError
 from nlgmoe.validation import RunError, SettingError
 
@@ -266,7 +266,7 @@ def run_config(path: Path) -> Path | None:
 
     An imported checkpoint `NAME.ckpt` has `NAME.yaml` beside it.
     """
-    beside = path.with_suffix(".yaml")
+    beside = settings_of(path)
     if path.suffix == ".ckpt" and beside.is_file():
         return beside
     return next((folder / "config.yaml" for folder in (path, *path.parents) if holds_run(folder)), None)

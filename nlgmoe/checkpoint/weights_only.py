@@ -16,7 +16,7 @@ from nlgmoe.checkpoint.folder import Contents, is_complete, read_document
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
-from nlgmoe.files import atomic_write
+from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.model.gpt import GPT
 from nlgmoe.validation import require
 
@@ -80,11 +80,6 @@ def write_weights(
         writing.finish(temporary, path, document, files, tokenizer)
     if origin is not None:
         _write_settings(path, config, tokenizer is not None, origin)
-
-
-def settings_of(checkpoint: Path) -> Path:
-    """Return `NAME.yaml` of `NAME.ckpt`: settings with which `train.py` validates the checkpoint or trains from its weights."""
-    return checkpoint.with_suffix(".yaml")
 
 
 def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str) -> None:

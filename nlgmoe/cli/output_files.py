@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlgmoe.files import atomic_write
+from nlgmoe.files import atomic_write, settings_of
 from nlgmoe.validation import RunError, SettingError
 
 
@@ -34,13 +34,14 @@ def write_whole(output: str, text: str) -> None:
         raise RunError(f"output={output} cannot be written ({error.strerror}); make room, or name another") from error
 
 
-def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None:
+def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool, settings: bool = True) -> None:
     """Check that a checkpoint can be written under this name, before anything is computed for it.
 
     Args:
         setting: name of the argument.
         checkpoint: its value.
         overwrite: a checkpoint of that name may be replaced.
+        settings: `NAME.yaml` is written beside it.
     """
     path = Path(checkpoint)
     if path.suffix != ".ckpt":
@@ -49,3 +50,7 @@ def check_new_checkpoint(setting: str, checkpoint: str, overwrite: bool) -> None
         raise SettingError(f"{setting}={checkpoint} is a file; a checkpoint is a folder: name another")
     if path.exists() and not overwrite:
         raise SettingError(f"{setting}={checkpoint} exists already; name another, or add --overwrite")
+    if settings and settings_of(path).exists() and not overwrite:
+        raise SettingError(
+            f"{setting}={checkpoint}: {settings_of(path)} beside it exists already; name another, or add --overwrite"
+        )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nlgmoe.checkpoint.folder import run_config
 from nlgmoe.cli.model_options import import_allowed
 from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def prune_checkpoint(
     sizes = [count_parameters(config).total for config in (before, after)]
     print(f"loss {use.loss:.4f} -> {loss:.4f} nats per token ({use.tokens:,} tokens)")
     print(f"{checkpoint}: {sizes[0]:,} parameters of {loaded.path} have become {sizes[1]:,}")
-    print(f"{Path(checkpoint).with_suffix('.yaml')}: its settings")
+    print(f"{settings_of(Path(checkpoint))}: its settings")
     config, options = _settings_to_train_on(Path(run), before)
     print(
         "to train it on, with the whole model as teacher: python train.py fit --config "

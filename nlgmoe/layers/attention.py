@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nlgmoe.config import GPTConfig
+from nlgmoe.device import to_device
 from nlgmoe.validation import RunError
 
 
@@ -169,7 +170,7 @@ def rotations(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, 
     frequencies = 1.0 / (
         theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size)
     )  # [D / 2]
-    angles = positions[:, None, :, None].float() * frequencies.to(positions.device)  # [1 or B, 1, T, D / 2]
+    angles = positions[:, None, :, None].float() * to_device(frequencies, positions.device)  # [1 or B, 1, T, D / 2]
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

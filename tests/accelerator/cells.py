@@ -58,6 +58,7 @@ from swiglu_expert import SwiGLUExpert  # noqa: E402
 
 CPU, FAKE = torch.device("cpu"), torch.device("privateuseone", 0)  # the name before `fake.install`
 DROPLESS = {"token_dropping": False}
+MODERN = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False, "ffn_network": "swiglu"}
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense model
     "dense": {"moe": None},
     "top-1, capacity, random selection": {"moe": {"min_capacity": 0}},
@@ -85,6 +86,12 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense 
             "shared_ffn_size": 64,
         },
         "model": {"ffn_network": "swiglu"},
+    },
+    "OLMoE's block": {"moe": {"top_k": 2, "second_expert": "argmax"}, "model": MODERN | {"qk_norm": "projection"}},
+    "Qwen3-MoE's block, padding": {
+        "moe": {"top_k": 2, "second_expert": "argmax", **DROPLESS},
+        "model": MODERN | {"qk_norm": "head", "num_kv_heads": 1, "head_dim": 8},
+        "data": {"padded": True},
     },
     "uniform router, padding": {"moe": {"router": UniformRouterConfig()}, "data": {"padded": True}},
     "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad, Throughput
+from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.heat_map import ROW, WIDTH, heat_map
@@ -339,3 +340,21 @@ def test_impossible_settings_are_refused_by_name() -> None:
         ExpertLoad(dead_window=0)
     with pytest.raises(ValueError, match=r"^peak_tflops=0 must be above 0, or null$"):
         Throughput(peak_tflops=0)
+
+
+def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:
+    """Over all of its text; padding counts in nothing."""
+    module = MoEGPTModule(GPTConfig(61, 16, 4, 16, 2, init_std=0.3, moe=MoEConfig([2, 4], top_k=2)))
+    data = SyntheticData(padded=True)
+    run = trainer(tmp_path, ExpertLoad(), limit_val_batches=1.0)
+    (logged,) = run.validate(module, data, verbose=False)
+    loads = torch.zeros(2, 4)
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            for layer, routing in enumerate(module.gpt.eval()(batch["tokens"], batch["token_mask"]).routings):
+                loads[layer, : routing.num_experts] += routing.tokens_per_expert
+    for layer, experts in enumerate((2, 4)):
+        load = loads[layer, :experts]
+        assert logged[f"experts/{layer}/load_max_over_mean"] == pytest.approx(float(load.max() / load.mean()))
+        assert logged[f"experts/{layer}/dropped"] == 0 and 0 < logged[f"experts/{layer}/entropy"] < 1
+    assert not any(name.startswith("experts/") for name in run.test(module, data, verbose=False)[0])

@@ -202,6 +202,16 @@ def test_the_command_to_go_on_with_is_for_the_model_that_was_pruned(
         assert command(dense / "moe.ckpt", f"{number}.ckpt", "[2, 2]")[2] == "CONFIG"
 
 
+def test_a_file_of_settings_is_kept_before_use_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = whole(tmp_path, "softmax")
+    (tmp_path / "small.yaml").write_text("mine")
+    message = error_of(
+        capsys, "prune", source, tmp_path / "small.ckpt", "--num-experts=4"
+    )  # no text: it is not looked for
+    assert "small.yaml beside it exists already; name another, or add --overwrite" in message
+    assert (tmp_path / "small.yaml").read_text() == "mine"
+
+
 def test_a_checkpoint_that_appears_while_use_is_measured_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

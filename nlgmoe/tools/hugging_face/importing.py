@@ -18,9 +18,10 @@ from torch import Tensor
 from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.folder import open_tensors, read_json
 from nlgmoe.checkpoint.layout import Shapes
-from nlgmoe.checkpoint.weights_only import settings_of, weight_shapes, write_weights
+from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
+from nlgmoe.files import settings_of
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
 from nlgmoe.tools.hugging_face.families import entry_reader, gpt_config, require_family, tensor_shapes
 from nlgmoe.validation import RunError, SettingError
@@ -141,15 +142,16 @@ class WeightFiles:
                 raise RunError(
                     f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"
                 )
-        tied = {"lm_head.weight"} if "lm_head.weight" not in expected else set()  # may be saved though it is tied
-        if unknown := sorted(self.shapes.keys() - expected.keys() - tied):
-            raise RunError(f"{self._folder} has {unknown[0]}, which its config.json does not describe; {_REMEDY}")
-        for name in tied & self.shapes.keys():
-            embedding = next(table for table in expected if table.endswith(("embed_tokens.weight", "wte.weight")))
-            if not torch.equal(self.read(name), self.read(embedding)):
+        unknown = self.shapes.keys() - expected.keys()
+        embedding = next((name for name in expected if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        if embedding is not None and "lm_head.weight" in unknown:  # may be saved though it is tied
+            unknown -= {"lm_head.weight"}
+            if not torch.equal(self.read("lm_head.weight"), self.read(embedding)):
                 raise RunError(
-                    f"{self._folder}: {name} differs from {embedding}, though config.json ties them; {_REMEDY}"
+                    f"{self._folder}: lm_head.weight differs from {embedding}, though config.json ties them; {_REMEDY}"
                 )
+        if unknown:
+            raise RunError(f"{self._folder} has {min(unknown)}, which its config.json does not describe; {_REMEDY}")
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or `tensor[index]`."""

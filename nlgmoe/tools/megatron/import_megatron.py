@@ -38,7 +38,7 @@ def import_megatron(
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or a model of another kind.
     """
-    check_new_checkpoint("output", output, overwrite)
+    check_new_checkpoint("output", output, overwrite, settings=False)
     from nlgmoe.checkpoint.describe import describe
     from nlgmoe.data.tokenizer import load_tokenizer
     from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
