@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from filelock import FileLock
 from benchmarks.reproduce.__main__ import main as reproduce
 from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
 from benchmarks.reproduce.cells import CLAIMS, GROWTH, SEEDS_EQUAL, WIDER, Cell, runs_of
+from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, UNRESOLVED, readings, runs_of_questions
 from benchmarks.reproduce.tables import BEGIN, END, write
 from benchmarks.reproduce.verdicts import cost_at_equal_loss, verdicts
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
+from nlgmoe.tools.statistics import PairedDifference
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +94,7 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
 def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
     campaign = Campaign(tmp_path, tmp_path / "results.json", "abc", ROOT, CPU)
     names = {path.stem for path in (ROOT / CONFIGS).glob("*.yaml")} - {"base"}
-    assert names == {cell.config for claim in CLAIMS for cell in claim.cells} | {"moe_8"}
+    assert names == {cell.config for claim in CLAIMS for cell in claim.cells} | {"moe_8", "top_2_argmax"}
     active = {name: count_parameters(campaign.shape(name)).active for name in names}
     assert all(0.24e6 < active[name] < 0.25e6 for name in GROWTH)
     tokens = CPU.steps * CPU.step_tokens
@@ -226,3 +229,21 @@ def test_the_pages_get_the_tables(tmp_path: Path) -> None:
     pages[1].write_text("no place")
     with pytest.raises(ValueError, match=r"readme\.md lacks the lines"):
         write(made_up(dense=3.8), *pages, tmp_path / "figure.png")
+
+
+def test_readings_follow_the_rules_that_were_fixed_before_the_runs() -> None:
+    question = dataclasses.replace(QUESTIONS[2], pairs=8)  # as good as, by 0.02
+    lower = dataclasses.replace(QUESTIONS[0], key="lower", pairs=8)
+    for mean, reading in ((-0.1, AGREES), (0.0, AGREES), (0.0195, UNRESOLVED), (0.0215, UNRESOLVED), (0.06, DIFFERS)):
+        assert readings([(question, PairedDifference(mean, 0.004, 8))]) == {question.key: reading}
+    for mean, reading in ((-0.1, AGREES), (-0.005, UNRESOLVED), (0.1, DIFFERS)):
+        assert readings([(lower, PairedDifference(mean, 0.004, 8))]) == {"lower": reading}
+    assert readings([(lower, PairedDifference(-0.1, 0.004, 7)), (question, None)]) == {}  # pairs are missing
+    # Holm: p = 0.02 counts alone, and not as the smaller of four.
+    weak = (lower, PairedDifference(-0.012, 0.004, 8))
+    others = [(dataclasses.replace(lower, key=str(n)), PairedDifference(0.0, 0.004, 8)) for n in range(3)]
+    assert readings([weak]) == {"lower": AGREES} and readings([weak, *others])["lower"] == UNRESOLVED
+    runs = runs_of_questions(QUESTIONS)
+    assert len(set(runs)) == len(runs) and runs.index((Cell("pr_moe"), 8)) < runs.index(
+        (Cell("student", 1.0, "full"), 8)
+    )
