@@ -75,7 +75,7 @@ check: install  ## format, lint, spelling, types, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch nlgmoe/tools/megatron/prelude.sh
+	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch
 	$(BIN)/hadolint docs/examples/Dockerfile
 
 format: install  ## rewrite the sources in the project's format
