@@ -64,7 +64,7 @@ def read_deepspeed_config(arguments: Arguments, notes: list[str]) -> DeepSpeedCo
         return None
     if not Path(name).is_file() or not Path(name).stat().st_size:
         notes.append(
-            f"--deepspeed_config {name} is not there, or empty: its clipping, offloading and curriculum, if any, are missing here."
+            f"--deepspeed_config {name} is not there, or empty: its clipping, offload and curriculum, if any, are missing."
         )
         return None
     notes.append(f"--deepspeed_config {name} was read here.")
