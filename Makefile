@@ -65,9 +65,9 @@ notebooks: develop  ## run the notebooks and keep what they show; trains five sm
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python notebooks/execute.py
 
-reproduce: develop  ## the paper's claims with small models, CLAIM=5 for one; resumable (20 to 40 hours on 2 cores; docs/reproduce.md)
+reproduce: develop  ## the paper's claims with small models, QUESTION=capacity for one; resumable (20 to 40 hours on 2 cores; docs/claims.md)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
-	$(BIN)/python -m benchmarks.reproduce $(if $(CLAIM),--claim $(CLAIM)) $(if $(SCALE),--scale $(SCALE))
+	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
 bench: develop  ## what is computed alike, and at what cost: ranks, checkpoints, layers, steps, data, generation (an hour)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
@@ -120,7 +120,7 @@ convergence: develop  ### does HEAD learn as commit AGAINST did? fp32 and bf16, 
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.convergence --against $(or $(AGAINST),338e1af)
 
-reproduce-tables: develop  ### tables of README.md and docs/reproduce.md, and the figure, from docs/results/reproduce.json
+reproduce-tables: develop  ### tables of README.md and docs/claims.md, and the figures, from docs/results/reproduce.json
 	$(BIN)/python -m benchmarks.reproduce --tables
 
 format: develop  ### rewrite the sources in the project's format
