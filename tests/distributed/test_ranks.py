@@ -80,80 +80,44 @@ LEARNING = {
     "router": nlgmoe.SigmoidTopK(0.01, sequence_loss_coeff=0.1),
     "expert": SwiGLUExpert(8),
 }
-SHARP = {"router": nlgmoe.SoftmaxTopK(gate_scale=2.0, init_std=0.2), "mlp_type": "residual"}
 CAPACITY = {"aux_scope": "rank", "train_capacity_factor": 1.0, "min_capacity": 1}
 PYRAMID = [2, 4, 8]
 ARGMAX = DROPLESS | {"top_k": 2, "second_expert": "argmax"}
 MODERN = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False}
 
-CELLS: dict[int, list[Cell]] = {
-    1: [Cell("one rank")],
+REFUSED = Cell("degree 2, ZeRO 2", 2, 2, steps=20)
+ACCUMULATING = Cell("accumulation, residual", 2, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2)
+LEARNING_DDP = Cell("ddp, router that learns from steps", strategy="ddp", moe=LEARNING, padded=True, steps=5)
+SAMPLED = CAPACITY | {"top_k": 2}
+QWEN3 = MODERN | {"qk_norm": "head", "head_dim": 8, "num_kv_heads": 1}
+HASH = {"router": nlgmoe.HashRouterConfig(), "mlp_type": "residual"}
+CELLS: dict[int, list[Cell]] = {  # about one for each choice that ranks could get wrong
     2: [
-        *(Cell(f"degree {degree}, ZeRO 1", degree, 1) for degree in (1, 2)),
-        Cell("degree 1, ZeRO 2", 1, 2),
-        Cell("degree 2, ZeRO 2", 2, 2, steps=20),
-        Cell("capacity", 2, moe=CAPACITY),
+        Cell("degree 1, ZeRO 1", 1, 1, steps=5),
+        REFUSED,
         # Few steps: a sampled second expert is decided by less than rounding once in some 100,000 choices.
-        Cell("capacity, sampled top-2, accumulation", 2, 0, moe=CAPACITY | {"top_k": 2}, accumulate=2, steps=5),
-        Cell("accumulation, residual", 2, moe=DROPLESS | {"mlp_type": "residual"}, accumulate=2),
-        Cell(
-            "activation checkpointing, top-2",
-            2,
-            1,
-            moe=DROPLESS | {"top_k": 2, "second_expert": "argmax"},
-            checkpointing=True,
-        ),
+        Cell("capacity, sampled top-2, accumulation", 2, 0, moe=SAMPLED, accumulate=2, steps=5),
+        ACCUMULATING,
+        Cell("activation checkpointing, top-2", 2, 1, moe=ARGMAX, checkpointing=True, steps=5),
         Cell("uneven masks", 2, moe=DROPLESS | {"z_loss_coeff": 0.01}, padded=True, documents=True),
-        Cell("statistics of each rank", 2, moe=DROPLESS | {"aux_scope": "rank"}),
-        Cell("offload", 2, options={"offload_optimizer": True}),
-        Cell(
-            "ddp, accumulation, masks", strategy="ddp", moe=DROPLESS, accumulate=2, padded=True, documents=True, steps=5
-        ),
+        Cell("offload", 2, options={"offload_optimizer": True}, steps=5),
+        Cell("ddp, masks", strategy="ddp", moe=DROPLESS, accumulate=2, padded=True, documents=True, steps=5),
         Cell("auto, capacity", strategy="auto", moe=CAPACITY, checkpointing=True, steps=5),
-        Cell("ddp", strategy="ddp", moe=DROPLESS | {"mlp_type": "residual"}, steps=20),
         Cell("layer map", 2, experts=[0, 4, 2, 0], moe=DROPLESS | SHAPES, network="swiglu", steps=5),
-        Cell(
-            "the block of OLMoE", 2, 1, moe=ARGMAX, block=MODERN | {"qk_norm": "projection"}, network="swiglu", steps=5
-        ),
-        Cell(
-            "the block of Qwen3-MoE, masks",
-            2,
-            2,
-            moe=ARGMAX,
-            block=MODERN | {"qk_norm": "head", "head_dim": 8, "num_kv_heads": 1},
-            network="swiglu",
-            padded=True,
-            documents=True,
-            steps=5,
-        ),
-        Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}),
+        Cell("the block of Qwen3-MoE", 2, 2, moe=ARGMAX, block=QWEN3, network="swiglu", padded=True, documents=True, steps=5),
+        Cell("router that looks up", 2, 1, moe={"router": HashRouterConfig(1), "mlp_type": "residual"}, steps=5),
+        Cell("hash router", 2, 2, moe=HASH, padded=True, steps=5),
         Cell("router that learns from steps", 2, 2, moe=LEARNING, accumulate=2),
-        Cell(
-            "hash router", 2, 2, moe={"router": nlgmoe.HashRouterConfig(), "mlp_type": "residual"}, padded=True, steps=5
-        ),
-        Cell("scaled gate", 2, 2, moe=DROPLESS | SHARP, steps=5),
-        Cell(
-            "uniform router",
-            2,
-            2,
-            moe={"router": nlgmoe.UniformRouterConfig(), "mlp_type": "residual"},
-            padded=True,
-            documents=True,
-            steps=5,
-        ),
-        Cell("frozen router", 2, 2, moe=DROPLESS | {"router": nlgmoe.FrozenTopK()}, checkpointing=True, steps=5),
-        Cell("ddp, router that learns from steps", strategy="ddp", moe=LEARNING, padded=True, steps=5),
+        LEARNING_DDP,
     ],
-    3: [Cell("six experts", 3, experts=6), Cell("4 and 6 experts", 3, 1, experts=[4, 6])],
+    3: [Cell("six experts", 3, experts=6)],
     4: [
-        Cell("degree 2", 2),
-        Cell("degree 4", 4, 1),
-        Cell("pyramid", 4, 2, experts=PYRAMID, layers=6, moe=DROPLESS | {"mlp_type": "residual"}),
-        Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=PYRAMID, layers=6, moe=CAPACITY, accumulate=2, steps=20),
+        Cell("pyramid", 4, 2, experts=PYRAMID, layers=6, moe=DROPLESS | {"mlp_type": "residual"}, steps=5),
+        Cell("pyramid, ZeRO 1, capacity", 4, 1, experts=PYRAMID, layers=6, moe=CAPACITY, accumulate=2),
     ],
-}
+}  # fmt: skip
 HALF = [
-    Cell("bf16-mixed, ZeRO 1", 2, 1, precision="bf16-mixed", moe=DROPLESS, steps=20),
+    Cell("bf16-mixed, ZeRO 1", 2, 1, precision="bf16-mixed", moe=DROPLESS),
     Cell("bf16-mixed, ZeRO 2, accumulation", 2, 2, precision="bf16-mixed", moe=DROPLESS, accumulate=2),
     Cell("bf16-true", 2, 1, precision="bf16-true", moe=DROPLESS),
 ]
@@ -169,23 +133,19 @@ OVERFLOW = Cell("overflow", 2, 1, precision="16-mixed", moe=DROPLESS, steps=4, o
 SKIPS: dict[str, Any] = {"moe": DROPLESS, "non_finite": NonFinite("skip")}
 SPOILT = [
     Cell("skip, ZeRO 1, accumulation", 2, 1, accumulate=2, **SKIPS),
-    Cell("skip, ZeRO 2", 2, 2, **SKIPS),
-    Cell("skip, offload", 2, 2, options={"offload_optimizer": True}, **SKIPS),
     Cell("skip, ddp", strategy="ddp", **SKIPS),
     Cell("skip, bf16-mixed, ZeRO 2", 2, 2, precision="bf16-mixed", **SKIPS),
 ]
-INTERRUPTED = [(CELLS[2][6], 3), (CELLS[2][-1], 4)]  # accumulates: asked after the signal; ddp: before
+INTERRUPTED = [(ACCUMULATING, 3), (LEARNING_DDP, 4)]  # accumulates: asked after the signal; ddp: before
 # The tiny tasks have 3 to 9 documents, and texts of several lengths to generate.
 ZERO_SHOT = [Cell("zero-shot, spread", 2, 1, moe=DROPLESS, steps=2), Cell("zero-shot, ddp", strategy="ddp", steps=2)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
 UNEQUAL = [
     Cell("unequal, spread", 2, 1, moe=DROPLESS, steps=20),
-    Cell("unequal, spread, capacity", 2, 1, moe=CAPACITY, steps=20),
     Cell("unequal, ddp", strategy="ddp", steps=20),
 ]
 GROWING = Cell("growing", 2, moe=DROPLESS, steps=9)
-REFUSED = CELLS[2][3]  # degree 2, ZeRO 2
 TRAFFIC = [
     Cell("traffic, fp32", 2, 1, moe=DROPLESS, steps=2),
     Cell("traffic, bf16, recomputed", 2, 2, moe=DROPLESS, steps=2, precision="bf16-mixed", checkpointing=True),
@@ -195,7 +155,6 @@ TRAFFIC = [
 RESIDUAL_PYRAMID = {"experts": [2, 4, 6], "layers": 6, "moe": DROPLESS | {"mlp_type": "residual"}}
 # One checkpoint, saved by one process after three steps, goes on in each of these.
 TOPOLOGIES: dict[int, list[Cell]] = {
-    1: [Cell("1 rank, ZeRO 1", 1, 1, **RESIDUAL_PYRAMID)],
     2: [
         Cell("2 ranks, degree 2, ZeRO 2", 2, 2, **RESIDUAL_PYRAMID),
         Cell("2 ranks, degree 1, offload", 1, 1, options={"offload_optimizer": True}, **RESIDUAL_PYRAMID),
@@ -204,7 +163,6 @@ TOPOLOGIES: dict[int, list[Cell]] = {
     3: [Cell("3 ranks, degree 3, ZeRO 2", 3, 2, **RESIDUAL_PYRAMID)],
     4: [
         Cell("4 ranks, degree 4, ZeRO 2", 4, 2, **RESIDUAL_PYRAMID),
-        Cell("4 ranks, degree 2, ZeRO 1", 2, 1, **RESIDUAL_PYRAMID),
     ],
 }
 ALONE = Cell("one process", **RESIDUAL_PYRAMID)
@@ -222,9 +180,7 @@ LARGE = Cell("large", 2, 1, steps=1, hidden=128, moe=DROPLESS)
 TAUGHT = Cell("taught", 2, 2, moe=DROPLESS, steps=6)  # 4 blocks; the teacher is ALONE, of 6 with 2, 4 and 6 experts
 TAUGHT_TOO = [
     replace(TAUGHT, name="taught, ddp", strategy="ddp"),
-    replace(TAUGHT, name="taught in bf16", teacher_precision="bf16"),
     replace(TAUGHT, name="taught, bf16-mixed", precision="bf16-mixed"),
-    replace(TAUGHT, name="taught in fp32, bf16-mixed", precision="bf16-mixed", teacher_precision="fp32"),
 ]
 GPU_RANKS = {ranks: Cell(f"gpu_ranks.py on {ranks}") for ranks in (2, 4)}
 TAUGHT_ON_FOUR = Cell("taught on 4 ranks", 4, 1, moe=DROPLESS, steps=6)
