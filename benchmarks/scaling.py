@@ -13,8 +13,8 @@ from pathlib import Path
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware
-from nlgmoe.tools.planner.cost import UTILISATION, Cost, estimate
+from nlgmoe.monitoring.hardware import HARDWARE, Hardware
+from nlgmoe.tools.planner.cost import UTILISATION, Cost, estimate, fits_on
 from nlgmoe.tools.planner.inspect_config import layout, read_settings
 from nlgmoe.tools.planner.topology import Topology
 
@@ -51,7 +51,7 @@ def row(name: str, config: GPTConfig, topology: Topology, cost: Cost) -> str:
     """One line of the table, in Markdown."""
     count, memory = count_parameters(config), cost.memory
     degrees = "/".join(str(degree) for degree in dict.fromkeys(topology.degrees(config)) if degree) or "-"
-    fits = next((kind for kind in A100S if memory.total <= HARDWARE[kind].memory - RESERVED), "neither")
+    fits = next((kind for kind in A100S if fits_on(memory, HARDWARE[kind])), "neither")
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.buckets, memory.total)
     cells = [name, f"{count.total / 1e9:.2f} B", f"{count.active / 1e9:.2f} B", topology.gpus, degrees]
     cells += [topology.micro_batch_size, *(f"{part / 2**30:.1f}" for part in parts), fits]

@@ -40,9 +40,9 @@ COMMANDS = {
         "check every byte of a checkpoint, and print its contents",
     ),
     "generate": ("nlgmoe.commands.generate_text.generate_text", "continue texts"),
-    "export": ("nlgmoe.tools.hugging_face.export_checkpoint.export_checkpoint", "write a folder for transformers"),
+    "export": ("nlgmoe.tools.hugging_face.commands.export_checkpoint", "write a folder for transformers"),
     "import": (
-        "nlgmoe.tools.hugging_face.import_checkpoint.import_checkpoint",
+        "nlgmoe.tools.hugging_face.commands.import_checkpoint",
         "convert a folder of transformers into a checkpoint",
     ),
     "upcycle": (

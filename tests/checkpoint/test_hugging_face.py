@@ -288,9 +288,6 @@ def test_import_says_what_is_wrong(
     shutil.copytree(folders["moe"], folder)
     assert "out.ckpt" in error_of(capsys, "import", folder, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    for change in ({"moe": config["moe"] | {"num_experts": 10**12}}, {"num_layers": 10**9, "moe": None}):
-        (folder / "config.json").write_text(json.dumps(config | change))
-        assert "more layers or experts than the files hold" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text(json.dumps(config | {"moe": config["moe"] | {"token_dropping": "false"}}))
     assert "token_dropping=false must be of the type bool" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text(json.dumps(config))
@@ -305,15 +302,14 @@ def test_import_says_what_is_wrong(
     assert "the weight final_norm.bias is NaN or infinite" in error_of(capsys, "import", folder, out)
     save_file(weights | {"model.final_norm.bias": torch.ones(32, dtype=torch.int8)}, folder / "model.safetensors")
     assert "is of I8, not of floating-point numbers" in error_of(capsys, "import", folder, out)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    assert "of two models; remove the one that is not meant" in error_of(capsys, "import", folder, out)
-    (folder / "model.safetensors.index.json").unlink()
+    save_file(weights, folder / "model.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    assert "model.safetensors; remove the file that is not meant" in error_of(capsys, "import", folder, out)
+    (folder / "model-00001-of-00001.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"cut off")
     assert "cannot be read" in error_of(capsys, "import", folder, out)
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors" in error_of(capsys, "import", folder, out)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    assert "its weight_map does not name files" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text('{"model_type": "bert"}')
     assert "model_type=bert" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text("{")
@@ -349,23 +345,6 @@ def test_gpt2_computes_what_it_did(inner: int | None, tmp_path: Path, capsys: py
         torch.testing.assert_close(
             ours.logits(ours(tokens).hidden), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
         )
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("activation_function", "relu"),
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("add_cross_attention", True),
-        ("tie_word_embeddings", False),
-    ],
-)
-def test_a_gpt2_that_is_another_model_is_refused(
-    setting: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gpt2(tmp_path / "gpt2", n_layer=1, **{setting: value})
-    assert f"{setting}={value}" in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "out.ckpt")
 
 
 @pytest.mark.parametrize(

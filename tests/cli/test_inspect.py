@@ -19,6 +19,7 @@ from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
+from nlgmoe.monitoring.hardware import HARDWARE
 from nlgmoe.tools.planner.inspect_config import layout
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +46,10 @@ def test_a_configuration_is_read_as_train_py_reads_it(capsys: pytest.CaptureFixt
     assert topology["micro_batch_size"] == experiment.data.micro_batch_size == topology["global_batch_size"]
     assert (topology["gpus"], topology["precision"], topology["deepspeed"]) == (1, "32-true", False)
     assert found["memory"]["weights"] == sum(parameter.nbytes for parameter in built.parameters())
-    assert found["fits"] is True and found["suggestions"] == []
+    assert found["fits"] is True and found["options"] == []
     parts = ("weights", "gradients", "optimizer", "activations")
     assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
-    for time in ("step_seconds", "roofline_seconds"):
-        assert found[time] == pytest.approx(sum(found[f"{time}_by_part"].values()))
+    assert found["step_seconds"] == pytest.approx(sum(found["step_seconds_by_part"].values()))
 
 
 def test_options_override_the_files_and_later_files_the_earlier(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -160,40 +160,19 @@ def test_a_checkpoint_folder_is_inspected_too(capsys: pytest.CaptureFixture, tmp
     assert found["inputs"]["topology"]["gpus"] == 4
 
 
-def test_the_table_says_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    big = tmp_path / "big.yaml"
-    big.write_text(
-        yaml.safe_dump(
-            {
-                "model": {
-                    "config": {
-                        "vocab_size": 50257,
-                        "num_layers": 24,
-                        "hidden_size": 2048,
-                        "moe": {"num_experts": 128},
-                    }
-                },
-                "data": {"micro_batch_size": 2},
-                "trainer": {"precision": "bf16-mixed"},
-            }
-        )
-    )
-    args = (str(big), "--gpus", "128", "--hardware", "a100-40")
-    text = inspect(capsys, *args, "--zero", "1")
+def test_the_options_of_a_run_that_does_not_fit_say_where_they_fit(capsys: pytest.CaptureFixture) -> None:
+    args = (str(ROOT / "configs/moe/1.3b_moe_128.yaml"), "--gpus=64", "--zero=1", "--hardware=a100-40")
+    text = inspect(capsys, *args)
     assert "52.4" in text and "does not fit: needs" in text
-    options = text.partition("to make it fit")[2].split("  (")[0].strip()
-    assert options.startswith("--expert-parallel ")
-    assert "fits: uses" in inspect(capsys, *args, "--zero", "1", *options.split())  # the advice is good
-
-
-def test_advice_is_spelled_as_options(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    wide = tmp_path / "wide.yaml"
-    model = {"config": {"vocab_size": 50257, "hidden_size": 2048, "num_layers": 24}}
-    wide.write_text(yaml.safe_dump({"model": model, "data": {"micro_batch_size": 7}}))  # 7: no smaller one but 1
-    args = (str(wide), "--hardware", "a100-40")
-    advice = inspect(capsys, *args).partition("to make it fit")[2]
-    assert "--activation-checkpointing  (" in advice
-    assert "fits: uses" in inspect(capsys, *args, "--activation-checkpointing")
+    rows = [line.split("tokens/s  ")[1].split("  ") for line in text.partition("\noptions ")[2].splitlines()]
+    smallest = {row[-1]: row[0].strip() for row in rows}
+    everything = "--zero 2 --expert-parallel 64 --activation-checkpointing --micro-batch 1"
+    assert [*smallest][:1] == ["as given"] and [*smallest][-1:] == [everything]
+    assert smallest["as given"] == smallest["--micro-batch 1"] == "fits none"
+    assert (smallest["--expert-parallel 64"], smallest[everything]) == ("a100-80", "v100-32")
+    assert "fits: uses" in inspect(capsys, *args[:2], "--hardware=v100-32", *everything.split())  # the advice is good
+    found = inspect_json(capsys, *args)
+    assert [option["fits_on"] for option in found["options"]][-1] == list(HARDWARE)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ names and shapes, with the prefix `model.`; a layer's experts are one tensor. At
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +28,13 @@ from torch import Tensor
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_manifest
 from nlgmoe.checkpoint.layout import (
     PRECISIONS,
-    Entry,
-    Shapes,
     describe_differences,
     entry_shapes,
     local_entries,
     summarize_differences,
 )
 from nlgmoe.checkpoint.newest import find_checkpoint
-from nlgmoe.checkpoint.writing import recover_one, write_error_reason
+from nlgmoe.checkpoint.writing import begin, recover_one, write_error_reason
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.eval.loaded_model import choose_tokenizer
@@ -46,7 +42,7 @@ from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.tools.hugging_face.bundle import CONFIGURATION, MODEL, bundled_sources
-from nlgmoe.tools.hugging_face.families import family_of, family_settings, tensor_reader, tensor_shapes
+from nlgmoe.tools.hugging_face.families import family_of, family_settings, pieces
 from nlgmoe.tools.hugging_face.importing import PREFIX
 from nlgmoe.tools.hugging_face.model_card import model_card
 from nlgmoe.validation import RunError, SettingError
@@ -60,17 +56,11 @@ class Exported:
 
     Attributes:
         checkpoint: the exported checkpoint.
-        files: number of files of weights.
-        size: bytes of all files.
-        tokenizer: True if the folder has a tokenizer.
         family: whose class loads it; None: ours, because of `reason`.
         reason: setting that no family has.
     """
 
     checkpoint: Path
-    files: int
-    size: int
-    tokenizer: bool
     family: str | None
     reason: str
 
@@ -95,9 +85,7 @@ def export(
         ValueError: the checkpoint does not exist, is damaged or has another tokenizer, or the folder cannot be written.
     """
     folder = Path(folder).resolve()
-    if folder.is_file():
-        raise SettingError(f"{folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise SettingError(f"{folder} exists and is not an empty folder; name another")
     path = find_checkpoint(checkpoint)
     document = read_document(path)
@@ -106,49 +94,46 @@ def export(
     if family is None:
         require_paper_parts(config.moe, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
-    dtype = PRECISIONS.get(precision or "")
-    meta, read = _own_weights(path, config, dtype) if family is None else _family_weights(path, config, family, dtype)
-    stored = next(iter(meta.values())).dtype
-    texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
+    meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
     ids = token_ids(tokenizer)
+    kind = {
+        "dtype": str(next(iter(meta.values())).dtype).removeprefix("torch."),
+        "transformers_version": transformers.__version__,
+    }
+    settings = {
+        "config.json": (_own_settings(config) if family is None else family_settings(config, family) | ids) | kind,
+        "generation_config.json": ids | {"transformers_version": transformers.__version__},
+    }
+    texts = {"README.md": model_card(folder.name, document, summary_of(path, document), tokenizer is not None, family)}
     if family is None:
         texts |= bundled_sources()
-        settings = {"config.json": model_settings(config, stored)}
-    else:
-        kind = {"dtype": str(stored).removeprefix("torch."), "transformers_version": transformers.__version__}
-        settings = {"config.json": family_settings(config, family) | ids | kind}
-    settings["generation_config.json"] = ids | {"transformers_version": transformers.__version__}
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_json()
-        settings["tokenizer_config.json"] = tokenizer_settings(tokenizer, config)
+        settings["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
     texts |= {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
-    files, size = _write(folder, texts, meta, read, max_shard_size)
-    return Exported(path, files, size, tokenizer is not None, family, reason)
+    _write(folder, texts, meta, read, max_shard_size)
+    return Exported(path, family, reason)
 
 
 def _write(
     folder: Path, texts: dict[str, str], meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str
-) -> tuple[int, int]:
-    """Write the folder; it has its name once it is complete. Return the number of files of weights, and all bytes."""
+) -> None:
+    """Write the folder; it has its name once it is complete."""
     recover_one(folder)
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = _write_weights(temporary, meta, read, max_shard_size)
+        temporary = begin(folder)
+        _write_weights(temporary, meta, read, max_shard_size)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for file in temporary.glob("*.safetensors"):  # safetensors creates files with mode 600
             file.chmod((temporary / "config.json").stat().st_mode)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
         temporary.rename(folder)  # fails if another process has written there since
-        return files, size
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{folder} cannot be written ({write_error_reason(error)}); make room, or name another folder"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        recover_one(folder)
 
 
 def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +149,7 @@ def summary_of(checkpoint: Path, document: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def model_settings(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _own_settings(config: GPTConfig) -> dict[str, Any]:
     """Return `config.json` with every setting, so that it does not depend on defaults."""
     return {
         "architectures": ["NlgmoeForCausalLM"],
@@ -173,8 +158,6 @@ def model_settings(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{MODEL}.NlgmoeForCausalLM",
         },
         "model_type": "nlgmoe",
-        "dtype": str(dtype).removeprefix("torch."),
-        "transformers_version": transformers.__version__,
         **config.to_dict(),
     }
 
@@ -186,7 +169,7 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     )
 
 
-def tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any]:
+def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any]:
     """Return `tokenizer_config.json`, with padding on the left, for generation."""
     end = tokenizer.decode([tokenizer.eod_id])
     return {
@@ -199,52 +182,45 @@ def tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any
     }
 
 
-def _own_weights(path: Path, config: GPTConfig, dtype: torch.dtype | None) -> Weights:
-    """Return the parameters of the GPT."""
+def _weights(path: Path, config: GPTConfig, family: str | None, dtype: torch.dtype | None) -> Weights:
+    """Return the tensors of the folder: a family's, or the parameters of the GPT."""
     with torch.device("meta"):
         model = GPT(config)
-    files = _checked_files(path, entry_shapes(model))
-    types = {name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()}
-    entries: dict[str, list[Entry]] = {}  # of each parameter: one, or one per expert
-    for entry in local_entries(model):
-        entries.setdefault(entry.stack, []).append(entry)
-    meta = {
-        PREFIX + name: parameter.to(dtype or getattr(torch, types[entries[name][0].name]))
-        for name, parameter in model.named_parameters()
+    files = TensorFiles(path, "model")
+    if different := describe_differences(entry_shapes(model), files.shapes):
+        raise RunError(
+            f"{path} does not hold the model that it describes: {summarize_differences(different)}; use another checkpoint"
+        )
+    stored = {
+        name: record[0] for contents in read_manifest(path)["files"].values() for name, record in contents.items()
     }
 
-    def read(tensor: str) -> Tensor:
-        name = tensor.removeprefix(PREFIX)
-        parts = [files.read(entry.name) for entry in entries[name]]
-        whole = parts[0] if entries[name][0].name == name else torch.stack(parts)
-        return whole.to(meta[tensor].dtype).contiguous()
+    def type_of(entry: str) -> torch.dtype:
+        kind: torch.dtype = getattr(torch, stored[entry])
+        return dtype or kind
+
+    if family is not None:
+        table = pieces(config, family)
+        meta = {
+            name: torch.empty(piece.shape, dtype=type_of(piece.entry), device="meta") for name, piece in table.items()
+        }
+        return meta, lambda name: table[name].of(files.read(table[name].entry)).to(meta[name].dtype)
+
+    entries: dict[str, list[str]] = {}  # of each parameter: one, or one per expert
+    for entry in local_entries(model):
+        entries.setdefault(PREFIX + entry.stack, []).append(entry.name)
+    meta = {PREFIX + name: value.to(type_of(entries[PREFIX + name][0])) for name, value in model.named_parameters()}
+
+    def read(name: str) -> Tensor:
+        parts = [files.read(entry) for entry in entries[name]]
+        whole = parts[0] if parts[0].shape == meta[name].shape else torch.stack(parts)
+        return whole.to(meta[name].dtype).contiguous()
 
     return meta, read
 
 
-def _family_weights(path: Path, config: GPTConfig, family: str, dtype: torch.dtype | None) -> Weights:
-    """Return the tensors of a family's files."""
-    with torch.device("meta"):
-        files = _checked_files(path, entry_shapes(GPT(config)))
-    read = tensor_reader(config, family, files.read)
-    kind = dtype or files.read("final_norm.weight").dtype
-    meta = {
-        name: torch.empty(shape, dtype=kind, device="meta") for name, shape in tensor_shapes(config, family).items()
-    }
-    return meta, lambda name: read(name).to(kind)
-
-
-def _checked_files(path: Path, expected: Shapes) -> TensorFiles:
-    files = TensorFiles(path, "model")
-    if different := describe_differences(expected, files.shapes):
-        raise RunError(
-            f"{path} does not hold the model that it describes: {summarize_differences(different)}; use another checkpoint"
-        )
-    return files
-
-
-def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str) -> int:
-    """Write the files of weights and, if there are several, their index; return their number."""
+def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: str) -> None:
+    """Write the files of weights, and their index if there are several."""
     try:
         split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -254,4 +230,3 @@ def _write_weights(folder: Path, meta: dict[str, Tensor], read: Callable[[str], 
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return len(split.filename_to_tensors)

@@ -8,9 +8,8 @@
     qwen3       Qwen3, dense                                     yes      yes
     gpt2        GPT-2: the paper's block, dense                  yes      no
 
-`NAMES` maps each entry of a checkpoint to the tensors of a file, for both directions. Rows of several tensors are joined
-(queries, keys, values); matrices `[in, out]` are transposed, because `nn.Linear` stores `[out, in]`.
-tests/equivalence/test_open_moes.py compares logits, gradients and generation with the classes of `transformers`.
+`NAMES` maps each entry of a checkpoint to the tensors of a family's files, and `pieces` lists them for a model, for both
+directions. tests/equivalence/test_open_moes.py compares logits, gradients and generation with the classes of `transformers`.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 
-from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.weights_only import weight_shapes
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SoftmaxTopK
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.validation import RunError, SettingError
 
+_NUMBER = r"(?<=\.)\d+(?=\.)"
 _LAYER = "model.layers.{}."
 _BLOCK = {
     "blocks.#.attention_norm.weight": [_LAYER + "input_layernorm.weight"],
@@ -84,12 +83,8 @@ NAMES: dict[str, dict[str, list[str]]] = {
     "qwen3": _BLOCK,
     "gpt2": _GPT2,
 }  # family -> entry, `#` for a number -> tensors
-CLASSES = {
-    "olmoe": "Olmoe",
-    "qwen3_moe": "Qwen3Moe",
-    "mixtral": "Mixtral",
-}  # family -> beginning of the names of its classes
-CLASSES |= {"llama": "Llama", "qwen3": "Qwen3", "gpt2": "GPT2"}
+CLASSES = dict(zip(NAMES, ("Olmoe", "Qwen3Moe", "Mixtral", "Llama", "Qwen3", "GPT2"), strict=True))
+"""Family -> beginning of the names of its classes."""
 QK_NORM = {"olmoe": "projection", "qwen3_moe": "head", "qwen3": "head"}
 # Values of settings that nlgmoe computes; a family without the setting has that value.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -108,76 +103,63 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """The tensors that make an entry of a checkpoint.
+class Piece:
+    """A tensor of a family's files: some rows of an entry of a checkpoint.
 
     Attributes:
-        names: in a file; their rows are joined.
-        transposed: they are `[out, in]` where the entry is `[in, out]`, or the reverse.
+        entry: name of the entry.
+        first: the entry's row with which the tensor begins.
+        rows: number of rows of the entry.
+        transposed: the tensor is `[out, in]` where the entry is `[in, out]`, or the reverse.
+        shape: of the tensor.
     """
 
-    names: list[str]
+    entry: str
+    first: int
+    rows: int
     transposed: bool
+    shape: torch.Size
+
+    def of(self, entry: Tensor) -> Tensor:
+        """Return the tensor, cut out of its entry."""
+        value = entry[self.first : self.first + self.rows]
+        return (value.t() if self.transposed else value).contiguous()
 
 
-def source_of(entry: str, family: str) -> Source:
-    """Return the tensors that make an entry."""
-    numbers = re.findall(r"(?<=\.)\d+(?=\.)", entry)
-    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", entry)
-    matrix = ".attn.c_" in (name := NAMES[family][pattern][0]) or ".mlp.c_" in name  # GPT-2's Conv1D is [in, out]
-    return Source(
-        [name.format(*numbers) for name in NAMES[family][pattern]],
-        ".moe.experts." in entry or (matrix and entry.endswith("weight")),
-    )
-
-
-def tensor_shapes(config: GPTConfig, family: str) -> Shapes:
-    """Return the shape of every tensor of a family's files."""
-    shapes: Shapes = {}
+def pieces(config: GPTConfig, family: str) -> dict[str, Piece]:
+    """Return every tensor of a family's files, by name; those of an entry in the order of its rows."""
+    table = {}
+    heads, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
     for entry, shape in weight_shapes(config).items():
-        source = source_of(entry, family)
-        for name, rows in zip(source.names, _rows(entry, config, shape), strict=True):
-            shapes[name] = torch.Size((shape[1], rows) if source.transposed else (rows, *shape[1:]))
-    return shapes
-
-
-def _rows(entry: str, config: GPTConfig, shape: torch.Size) -> list[int]:
-    """Return the rows of an entry that each of its tensors has; of a table those of the vocabulary, without padding."""
-    if entry.endswith("qkv.weight") and config.rope_theta is not None:
-        keys = config.kv_heads * config.head_size
-        return [config.num_heads * config.head_size, keys, keys]
-    return [config.vocab_size if entry in ("token_embedding.weight", "head.weight") else shape[0]]
+        numbers = re.findall(_NUMBER, entry)
+        names = [name.format(*numbers) for name in NAMES[family][re.sub(_NUMBER, "#", entry)]]
+        if len(names) == 3:
+            rows = [heads, keys, keys]
+        else:  # of a table the rows of the vocabulary, without padding
+            rows = [config.vocab_size if entry in ("token_embedding.weight", "head.weight") else shape[0]]
+        conv1d = entry.endswith("weight") and (".attn.c_" in names[0] or ".mlp.c_" in names[0])  # GPT-2's, [in, out]
+        transposed = conv1d or ".moe.experts." in entry
+        first = 0
+        for name, count in zip(names, rows, strict=True):
+            size = (count, *shape[1:])
+            table[name] = Piece(entry, first, count, transposed, torch.Size(size[::-1] if transposed else size))
+            first += count
+    return table
 
 
 def entry_reader(config: GPTConfig, family: str, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     """Return a function that reads an entry of a checkpoint, from one that reads a tensor of a family's files."""
+    parts: dict[str, list[tuple[str, bool]]] = {}
+    for name, piece in pieces(config, family).items():
+        parts.setdefault(piece.entry, []).append((name, piece.transposed))
 
     def read_entry(entry: str) -> Tensor:
-        source = source_of(entry, family)
-        value = torch.cat([read(name).t() if source.transposed else read(name) for name in source.names])
+        value = torch.cat([read(name).t() if transposed else read(name) for name, transposed in parts[entry]])
         if entry in ("token_embedding.weight", "head.weight"):
-            padding = config.padded_vocab_size - len(value)
-            value = torch.cat([value, value.new_zeros(padding, value.shape[1])])
+            value = functional.pad(value, (0, 0, 0, config.padded_vocab_size - len(value)))
         return value.contiguous()
 
     return read_entry
-
-
-def tensor_reader(config: GPTConfig, family: str, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Return a function that reads a tensor of a family's files, from one that reads an entry of a checkpoint."""
-    entries: dict[str, tuple[str, int, int, bool]] = {}  # tensor -> entry, first row, last row, transposed
-    for entry, shape in weight_shapes(config).items():
-        source, rows = source_of(entry, family), _rows(entry, config, shape)
-        ends = [0, *(sum(rows[: index + 1]) for index in range(len(rows)))]
-        for name, (first, last) in zip(source.names, pairwise(ends), strict=True):
-            entries[name] = entry, first, last, source.transposed
-
-    def read_tensor(name: str) -> Tensor:
-        entry, first, last, transposed = entries[name]
-        value = read(entry)[first:last]
-        return (value.t() if transposed else value).contiguous()
-
-    return read_tensor
 
 
 # ---- settings
@@ -193,7 +175,7 @@ def gpt_config(values: dict[str, Any], folder: Path) -> GPTConfig:
     for problem in _unsupported(theirs):
         raise RunError(f"{problem} of {folder} cannot be imported: nlgmoe does not support it")
     try:
-        return _gpt2_config(theirs) if family == "gpt2" else _block_config(theirs, family)
+        return _config_of(theirs, family)
     except (TypeError, ValueError) as error:
         raise RunError(f"{folder}/config.json describes no model: {error}; download or save the model again") from error
 
@@ -216,34 +198,30 @@ def _unsupported(theirs: Any) -> Iterator[str]:
         yield "tie_word_embeddings=False"
 
 
-def _gpt2_config(theirs: Any) -> GPTConfig:
-    return GPTConfig(
-        vocab_size=theirs.vocab_size,
-        seq_len=theirs.n_positions,
-        num_layers=theirs.n_layer,
-        hidden_size=theirs.n_embd,
-        num_heads=theirs.n_head,
-        ffn_hidden_size=theirs.n_inner,
-        hidden_dropout=float(theirs.resid_pdrop),
-        attention_dropout=float(theirs.attn_pdrop),
-        init_std=theirs.initializer_range,
-        layer_norm_eps=theirs.layer_norm_epsilon,
-    )
-
-
-def _block_config(theirs: Any, family: str) -> GPTConfig:
+def _config_of(theirs: Any, family: str) -> GPTConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": theirs.vocab_size,
+        "seq_len": theirs.max_position_embeddings,
+        "num_layers": theirs.num_hidden_layers,
+        "hidden_size": theirs.hidden_size,
+        "num_heads": theirs.num_attention_heads,
+        "init_std": theirs.initializer_range,
+    }
+    if family == "gpt2":
+        return GPTConfig(
+            **shape,
+            ffn_hidden_size=theirs.n_inner,
+            hidden_dropout=float(theirs.resid_pdrop),
+            attention_dropout=float(theirs.attn_pdrop),
+            layer_norm_eps=theirs.layer_norm_epsilon,
+        )
     head_dim = getattr(theirs, "head_dim", None)
     return GPTConfig(
-        vocab_size=theirs.vocab_size,
-        seq_len=theirs.max_position_embeddings,
-        num_layers=theirs.num_hidden_layers,
-        hidden_size=theirs.hidden_size,
-        num_heads=theirs.num_attention_heads,
+        **shape,
         num_kv_heads=theirs.num_key_value_heads,
         head_dim=None if head_dim == theirs.hidden_size / theirs.num_attention_heads else head_dim,
         ffn_hidden_size=theirs.intermediate_size,
         attention_dropout=float(theirs.attention_dropout),
-        init_std=theirs.initializer_range,
         layer_norm_eps=theirs.rms_norm_eps,
         ffn_network="swiglu",
         norm="rmsnorm",

@@ -21,13 +21,12 @@ from nlgmoe.checkpoint.layout import Shapes
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
-from nlgmoe.files import settings_of
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
-from nlgmoe.tools.hugging_face.families import entry_reader, gpt_config, require_family, tensor_shapes
+from nlgmoe.tools.hugging_face.families import entry_reader, gpt_config, pieces, require_family
 from nlgmoe.validation import RunError, SettingError
 
 PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
-_NEEDED = ["*.json", "*.safetensors", "merges.txt"]
+_NEEDED = ["*.json", "model*.safetensors", "merges.txt"]
 _REMEDY = "download or save the model again"
 
 
@@ -38,16 +37,12 @@ class Imported:
     Attributes:
         config: configuration of the model.
         model_type: the family.
-        yaml: file of settings beside the checkpoint.
-        tokenizer: True if the checkpoint has a tokenizer.
-        no_tokenizer: reason for which it has none.
+        no_tokenizer: reason for which the checkpoint has no tokenizer; empty if it has one.
     """
 
     config: GPTConfig
     model_type: str
-    yaml: Path
-    tokenizer: bool
-    no_tokenizer: str = ""
+    no_tokenizer: str
 
 
 def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) -> Imported:
@@ -62,7 +57,9 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
         ValueError: the folder does not exist or is damaged, or its model is not supported.
     """
     folder = _local(source)
-    values = _read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise SettingError(f"{folder} has no config.json; name a folder of Hugging Face's format")
+    values = read_json(folder / "config.json", _REMEDY)
     model_type = str(values.get("model_type"))
     if model_type == "nlgmoe":
         config, files = _exported_config(values, folder), WeightFiles(folder)
@@ -70,12 +67,12 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
     else:
         require_family(model_type, folder)
         config, files = gpt_config(values, folder), WeightFiles(folder)
-        files.check(tensor_shapes(config, model_type))
+        files.check({name: piece.shape for name, piece in pieces(config, model_type).items()})
         read = entry_reader(config, model_type, files.read)
     tokenizer, missing = _tokenizer(folder, config)
     origin = f"{source}, by `nlgmoe import`"
     write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin)
-    return Imported(config, model_type, settings_of(Path(checkpoint)), tokenizer is not None, missing)
+    return Imported(config, model_type, missing)
 
 
 def _local(source: str) -> Path:
@@ -92,17 +89,11 @@ def _local(source: str) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise SettingError(f"{file.parent} has no {file.name}; name a folder of Hugging Face's format")
-    return read_json(file, _REMEDY)
-
-
 class WeightFiles:
-    """The tensors of a folder's safetensors files.
+    """The tensors of a folder, in `model.safetensors` or `model-00001-of-00004.safetensors`, ...
 
     Args:
-        folder: with `model.safetensors`, or the files that `model.safetensors.index.json` names.
+        folder: what `save_pretrained` wrote.
 
     Attributes:
         shapes: of each tensor.
@@ -111,33 +102,35 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.shapes: Shapes = {}
-        self._file_of: dict[str, Path] = {}
-        for file in _files(folder):
+        self._places: dict[str, tuple[Path, str]] = {}  # tensor -> file, and the name in it
+        for file in sorted([*folder.glob("model.safetensors"), *folder.glob("model-*-of-*.safetensors")]):
             with open_tensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(name)
-                    if (dtype := part.get_dtype()) not in ("F64", "F32", "F16", "BF16"):  # integers would need scales
-                        raise RunError(f"{file}: {name} is of {dtype}, not of floating-point numbers; {_REMEDY}")
-                    if name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
-                        continue  # buffers in old files
-                    self._file_of[name] = file
-                    self.shapes[name] = torch.Size(part.get_shape())
-        if "wte.weight" in self.shapes:  # a GPT-2 that was saved without its head
-            self._file_of = {f"transformer.{name}": file for name, file in self._file_of.items()}
-            self.shapes = {f"transformer.{name}": shape for name, shape in self.shapes.items()}
-            self._saved_prefix = "transformer."
-        else:
-            self._saved_prefix = ""
+                for saved in tensors.keys():  # noqa: SIM118
+                    self._add(file, saved, tensors.get_slice(saved))
+        if not self.shapes:
+            raise RunError(f"{folder} has no model.safetensors; {_REMEDY}")
+
+    def _add(self, file: Path, saved: str, tensor: Any) -> None:
+        if saved.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
+            return  # buffers in old files
+        if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):  # integers would need scales
+            raise RunError(f"{file}: {saved} is of {tensor.get_dtype()}, not of floating-point numbers; {_REMEDY}")
+        headless = saved.startswith(("wte.", "wpe.", "h.", "ln_f."))  # a GPT-2 that was saved without its head
+        name = f"transformer.{saved}" if headless else saved
+        if name in self._places:
+            raise RunError(
+                f"{name} is in {self._places[name][0]} and in {file.name}; remove the file that is not meant"
+            )
+        self._places[name] = file, saved
+        self.shapes[name] = torch.Size(tensor.get_shape())
 
     def check(self, expected: Shapes) -> None:
         """Check that the files have tensors of these names and shapes, and no others."""
         for name, shape in expected.items():
             if name not in self.shapes:
-                fused = [found for found in self.shapes if "experts.gate_up_proj" in found]
-                more = (
-                    f": it has {fused[0]}, of a fused format; save it with save_original_format=True" if fused else ""
-                )
-                raise RunError(f"{self._folder} lacks {name}{more or f'; {_REMEDY}'}")
+                fused = next((saved for saved in self.shapes if "experts.gate_up_proj" in saved), None)
+                reason = f": it has {fused}, of a fused format; save it with save_original_format=True"
+                raise RunError(f"{self._folder} lacks {name}{reason if fused else f'; {_REMEDY}'}")
             if self.shapes[name] != shape:
                 raise RunError(
                     f"{self._folder}: {name} is {list(self.shapes[name])}, by config.json it is {list(shape)}; {_REMEDY}"
@@ -155,31 +148,10 @@ class WeightFiles:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or `tensor[index]`."""
-        with open_tensors(self._file_of[name]) as tensors:
-            saved = name.removeprefix(self._saved_prefix)
+        file, saved = self._places[name]
+        with open_tensors(file) as tensors:
             value: Tensor = tensors.get_tensor(saved) if index is None else tensors.get_slice(saved)[index]
             return value
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the folder's files of weights."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        if index.exists():
-            raise RunError(
-                f"{folder} has model.safetensors and {index.name}, of two models; remove the one that is not meant"
-            )
-        return [folder / "model.safetensors"]
-    if not index.is_file():
-        raise RunError(f"{folder} has no model.safetensors; {_REMEDY}")
-    named = _read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise RunError(f"{index} is damaged (its weight_map does not name files); {_REMEDY}")
-    names = sorted(set(named.values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise RunError(f"{folder} has no {name}, which {index.name} names; {_REMEDY}")
-    return [folder / name for name in names]
 
 
 def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
@@ -193,29 +165,19 @@ def _exported_config(values: dict[str, Any], folder: Path) -> GPTConfig:
 
 def _exported_weights(files: WeightFiles, config: GPTConfig) -> Callable[[str], Tensor]:
     """Return a function that reads an entry of an export, which has the experts of a layer in one tensor."""
-    largest = max((shape[0] for shape in files.shapes.values() if shape), default=0)
-    counts = [] if config.moe is None else config.moe.num_experts
-    # Before entries are enumerated: config.json may contain any number.
-    if (
-        config.num_layers > len(files.shapes)
-        or max([counts] if isinstance(counts, int) else counts, default=0) > largest
-    ):
-        raise RunError("config.json says more layers or experts than the files hold; export the model again")
-
-    def place_of(entry: str) -> tuple[str, int | None]:
-        match = EXPERT.fullmatch(entry)
-        return (
-            (PREFIX + entry, None)
-            if match is None
-            else (f"{PREFIX}{match['layer']}.{match['part']}", int(match["expert"]))
-        )
-
+    places: dict[str, tuple[str, int | None]] = {}  # entry -> tensor, and its index there
     expected: Shapes = {}
+    place: tuple[str, int | None]
     for entry, shape in weight_shapes(config).items():
-        name, expert = place_of(entry)
-        expected[name] = shape if expert is None else torch.Size((expert + 1, *shape))  # the last one is the count
+        match = EXPERT.fullmatch(entry)
+        if match is None:
+            place, whole = (PREFIX + entry, None), shape
+        else:
+            expert = int(match["expert"])
+            place, whole = (f"{PREFIX}{match['layer']}.{match['part']}", expert), torch.Size((expert + 1, *shape))
+        places[entry], expected[place[0]] = place, whole  # the last expert sets the number of experts
     files.check(expected)
-    return lambda entry: files.read(*place_of(entry))
+    return lambda entry: files.read(*places[entry])
 
 
 def _tokenizer(folder: Path, config: GPTConfig) -> tuple[str | None, str]:

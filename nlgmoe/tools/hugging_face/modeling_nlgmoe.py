@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from nlgmoe.layers.attention import KVCache
 from nlgmoe.layers.balance import router_losses
@@ -39,6 +40,7 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = NlgmoeConfig
     base_model_prefix = "model"
+    _input_embed_layer = "token_embedding"  # its rows from `vocab_size` on are padding
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (declared by `transformers`)
@@ -62,15 +64,6 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
                 else:
                     nn.init.normal_(parameter, std=self.model.config.init_std)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding; its rows from `vocab_size` on are padding."""
-        return self.model.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        assert isinstance(value, nn.Embedding)
-        self.model.token_embedding = value
-
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head; None if it is the token embedding."""
         return self.model.head
@@ -92,6 +85,7 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         """Return a setting of a call; where it is not given, that of the configuration, as `from_pretrained` sets it."""
         return getattr(self.config, name, None) if given is None else given
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -104,9 +98,8 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_attentions: bool | None = None,
         past_key_values: Any = None,
-        return_dict: bool | None = None,
-    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
-        """Run the model.
+    ) -> MoeCausalLMOutputWithPast:
+        """Run the model; return a tuple if `return_dict=False` is passed or configured.
 
         Args:
             input_ids: `[B, T]`; with a cache, only the new tokens.
@@ -119,11 +112,9 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
             output_router_logits: return the gates' logits, `[B * T, E]` for each MoE layer.
             output_attentions: not supported.
             past_key_values: the name of `cache` in earlier versions.
-            return_dict: False for a tuple.
         """
         output_hidden_states = self._or_of_config(output_hidden_states, "output_hidden_states")
         output_router_logits = self._or_of_config(output_router_logits, "output_router_logits")
-        return_dict = self._or_of_config(return_dict, "return_dict")
         if self._or_of_config(output_attentions, "output_attentions"):
             raise ValueError(
                 "output_attentions=True is not supported: fused attention does not compute weights; leave it out"
@@ -148,7 +139,7 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
                 balance, z = router_losses(output.routings)
                 aux_loss = self.model.config.moe.loss_coeff * balance + self.model.config.moe.z_loss_coeff * z
                 loss = loss + aux_loss
-        result = MoeCausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -156,7 +147,6 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
             router_logits=tuple(routing.logits for routing in output.routings) if output_router_logits else None,
             **{CACHE: cache},
         )
-        return result.to_tuple() if return_dict is False else result
 
 
 class _CacheView(KVCache):

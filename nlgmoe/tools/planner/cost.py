@@ -9,7 +9,8 @@ docs/scaling.md documents the formulas, sources, assumptions and checks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, expert_parameters, flops_per_token
@@ -17,7 +18,6 @@ from nlgmoe.monitoring.hardware import RESERVED, Hardware
 from nlgmoe.parts import require_paper_parts
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.planner.activation_memory import activation_bytes
-from nlgmoe.tools.planner.roofline import Parts, Roofline, roofline
 from nlgmoe.tools.planner.topology import Topology
 from nlgmoe.validation import SettingError
 
@@ -57,6 +57,16 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Parts, as fields, and their sum."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all fields."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
 class Communication(Parts):
     """Bytes that one rank sends in one optimizer step.
 
@@ -75,7 +85,15 @@ class Communication(Parts):
 
 @dataclass(frozen=True)
 class StepTime(Parts):
-    """Seconds of one optimizer step by part; parts do not overlap."""
+    """Seconds of one optimizer step by part; parts do not overlap.
+
+    Attributes:
+        compute: forward and backward passes of all micro-batches, and recomputation.
+        all_to_all: exchange of tokens.
+        gradients: reduction of gradients beyond the backward pass that hides it.
+        gathered_weights: ZeRO's all-gather of updated weights.
+        optimizer: AdamW's update.
+    """
 
     compute: float
     all_to_all: float
@@ -86,12 +104,11 @@ class StepTime(Parts):
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of an optimizer step; rates are of all ranks, `roofline` is of a micro-batch."""
+    """Cost of an optimizer step; rates are of all ranks."""
 
     memory: Memory
     communication: Communication
     time: StepTime
-    roofline: Roofline
     samples_per_second: float
     tokens_per_second: float
     fits: bool
@@ -123,9 +140,29 @@ def estimate(config: GPTConfig, topology: Topology, gpu: Hardware, utilisation: 
     communication = _communication(config, topology, groups)
     time = _time(config, topology, gpu, utilisation, groups)
     samples = topology.global_batch_size / time.total
-    fits = memory.total <= gpu.memory - RESERVED
-    parts = roofline(config, topology, gpu, time.all_to_all / topology.accumulation)
-    return Cost(memory, communication, time, parts, samples, samples * config.seq_len, fits)
+    return Cost(memory, communication, time, samples, samples * config.seq_len, fits_on(memory, gpu))
+
+
+def fits_on(memory: Memory, gpu: Hardware) -> bool:
+    """Compare the memory of a rank with what a GPU has for tensors."""
+    return memory.total <= gpu.memory - RESERVED
+
+
+def memory_options(config: GPTConfig, topology: Topology) -> list[dict[str, Any]]:
+    """Return changes of `topology` that lower a rank's memory: every setting alone at its lowest memory, then all together."""
+    changes: dict[str, Any] = {}
+    if topology.deepspeed and topology.gpus > 1 and topology.zero_stage < 2:
+        changes["zero_stage"] = 2
+    widest = max(topology.expert_parallel_size, min(topology.gpus, max(experts_per_layer(config))))
+    if topology.deepspeed and replace(topology, expert_parallel_size=widest).degrees(config) != topology.degrees(
+        config
+    ):
+        changes["expert_parallel_size"] = widest
+    if not topology.activation_checkpointing:
+        changes["activation_checkpointing"] = True
+    if topology.micro_batch_size > 1:
+        changes["micro_batch_size"] = 1
+    return [{name: value} for name, value in changes.items()] + ([changes] if len(changes) > 1 else [])
 
 
 def _parameter_groups(config: GPTConfig, topology: Topology, gpu: Hardware) -> list[_ParameterGroup]:

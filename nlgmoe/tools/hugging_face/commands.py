@@ -1,4 +1,4 @@
-"""`nlgmoe export`: a folder that `transformers` loads without this project installed."""
+"""`nlgmoe export` and `nlgmoe import`: folders that `transformers` loads, and checkpoints of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.files import settings_of
 from nlgmoe.validation import SettingError
 
 
@@ -38,16 +40,39 @@ def export_checkpoint(
 
     given = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
     done = export(checkpoint, folder, max_shard_size, precision, given)
-    files = "1 file" if done.files == 1 else f"{done.files} files"
-    seconds = time.perf_counter() - start
-    print(f"{folder}: {done.checkpoint} in {done.size / 1e6:,.1f} MB, weights in {files}, {seconds:.1f} s")
+    files = {file.name: file.stat().st_size for file in Path(folder).iterdir()}
+    size, seconds = sum(files.values()) / 1e6, time.perf_counter() - start
+    print(f"{folder}: {done.checkpoint} in {size:,.1f} MB, {seconds:.1f} s")
     if done.family is None:
         print(
             f"with the model's code, because no class of transformers has {done.reason}: load it with trust_remote_code=True"
         )
     else:
         print(f"in the format of {done.family}: it needs no code of its own")
-    if not done.tokenizer:
+    if "tokenizer.json" not in files:
         print(
             "without a tokenizer: the checkpoint holds none; add the one that the model was trained with by --tokenizer"
+        )
+
+
+def import_checkpoint(source: str, checkpoint: str, overwrite: bool = False) -> None:
+    """Convert a folder of Hugging Face's format into a checkpoint, and write a YAML file to use it with.
+
+    Supported are OLMoE, Qwen3-MoE, Mixtral, Llama, Qwen3, GPT-2, and what nlgmoe export writes (docs/open_moes.md).
+
+    Args:
+        source: the folder, or the name of a model on the Hugging Face hub, such as allenai/OLMoE-1B-7B-0924.
+        checkpoint: output folder, `NAME.ckpt`; `NAME.yaml` beside it has the settings for train.py.
+        overwrite: replace an existing checkpoint.
+    """
+    check_new_checkpoint("checkpoint", checkpoint, overwrite)
+    from nlgmoe.model.counting import count_parameters  # these need torch
+    from nlgmoe.tools.hugging_face.importing import import_folder
+
+    done, settings = import_folder(source, checkpoint, overwrite), settings_of(Path(checkpoint))
+    print(f"{checkpoint}: {done.model_type}, {count_parameters(done.config).total:,} parameters")
+    print(f"{settings}: settings; python train.py validate --config {settings} --ckpt_path {checkpoint}")
+    if done.no_tokenizer:
+        print(
+            f"without a tokenizer: {done.no_tokenizer}; add data.tokenizer, or a data.corpus of the model's token ids"
         )
