@@ -1,4 +1,4 @@
-"""How costs grow: exponents of power laws, fitted to what other benchmarks have measured; the table in docs/performance.md.
+"""How costs grow: exponents of power laws, fitted to what other benchmarks have measured; the table in docs/results/performance.md.
 
     python -m benchmarks.growth
 
@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.documents import with_text
 from benchmarks.timing import ROOT
 
-DOCUMENT = ROOT / "docs/performance.md"
+DOCUMENT = ROOT / "docs/results/performance.md"
 BEGIN, END = "<!-- written by python -m benchmarks.growth -->", "<!-- end -->"
 Points = dict[float, float]  # size -> cost
 
