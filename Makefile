@@ -5,24 +5,32 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help install quickstart browser test test-nightly test-oldest planted test-faults soak mutate fuzz check constraints format docs notebooks reproduce reproduce-tables convergence bench gpu clean
+.PHONY: help help-developers install develop quickstart test check docs notebooks reproduce bench gpu clean \
+	browser test-nightly planted test-oldest test-faults soak fuzz constraints format reproduce-tables convergence
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*[^#]## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo "more: make help-developers"
 
-install: $(VENV)/.installed  ## virtual environment with nlgmoe and the development tools
+help-developers:  ## show what changes or tries the package itself
+	@grep -E '^[a-z-]+:.*### ' $(MAKEFILE_LIST) | sed -E 's/:.*### /\t/' | expand -t 18
+
+install: $(VENV)/.installed  ## virtual environment with nlgmoe
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "nlgmoe needs Python 3.11 or newer; say which with make PYTHON=...")'
-	@echo "installing nlgmoe, PyTorch and the development tools into $(VENV): 2.5 GB, some minutes; several times that with a CUDA build of PyTorch"
+	@echo "installing nlgmoe and PyTorch into $(VENV): 2 GB, some minutes; several times that with a CUDA build of PyTorch"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	$(PIP_INSTALL) --editable . --constraint constraints.txt
 	touch $@
 
-constraints:  ## renew constraints.txt with the newest releases that pyproject.toml admits; run the suite before you commit it
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
-	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//') >constraints.new && mv constraints.new constraints.txt
+develop: $(VENV)/.developed  ### virtual environment with the development tools too
+
+$(VENV)/.developed: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[dev]' --constraint constraints.txt
+	touch $@
 
 quickstart: install  ## train a small PR-MoE on real text, and write its report (5 to 10 minutes on 2 cores)
 	@echo "1 of 2: tokenize the pocket Pile, 33 MB of text from Python packages (1 minute; once)"
@@ -36,76 +44,34 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	@printf '  nlgmoe prepare-data --input texts --output data/own/text --tokenizer pocket-4k  # your own text: docs/data.md\n'
 	@printf '  nlgmoe inspect configs/pr_moe/350m_pr_moe_32_64.yaml configs/hardware/gpus_64.yaml  # plan a larger run\n'
 
-browser:  ## Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
-	@CHROMIUM=$(CHROMIUM) sh .ci/browser
-
-test: install  ## the suite (9 minutes on 2 cores)
+test: develop  ## the suite (7 minutes on 2 cores)
 	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without
 	$(BIN)/python -m pytest
 
-test-nightly: install  ## slow tests of what changes rarely: launchers, faults, notebooks, the wheel, a dry run of make gpu, 5 minutes of fuzz
-	$(BIN)/python -m pytest --nightly
-	$(BIN)/python -m tests.fuzz --minutes 5
-
-planted: install  ## plant faults in a copy of the package, and show that the test named beside each fails (10 minutes); ONLY=router for some
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m tests.planted $(if $(ONLY),--only "$(ONLY)")
-
-test-oldest:  ## the suite with the oldest releases that pyproject.toml admits, in an environment of its own (6 GB)
-	$(PYTHON) -m venv $(OLDEST)
-	sed -nE 's/^  "([A-Za-z]+)[^>]*>=([0-9.]+).*/\1==\2/p' pyproject.toml >$(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pytest
-
-test-faults: install  ## 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
-
-soak: install  ## two ranks for MINUTES=120, killed every ten minutes, beside an undisturbed run
-	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),120)
-
-mutate: install  ## which small faults of the package do tests notice? 200 of them, or all of FILES="nlgmoe/..."; resumable (hours)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m benchmarks.mutate $(if $(FILES),--all $(FILES))
-
-fuzz: install  ## hostile configurations, checkpoints, .idx files and YAML for MINUTES=30; a finding ends it with exit code 1
-	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
-
-check: install  ## format, lint, spelling, types, shell scripts
+check: develop  ## format, lint, spelling, types, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch nlgmoe/tools/megatron/prelude.sh
+	$(BIN)/shellcheck .ci/run .ci/browser docs/examples/slurm.sbatch
 	$(BIN)/hadolint docs/examples/Dockerfile
 
-format: install  ## rewrite the sources in the project's format
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
-
-docs: install  ## renew the tables of flags (README.md, docs/megatron_flags.md), and build the site: site/index.html
+docs: develop  ## renew the table of flags (docs/megatron_flags.md), and build the site: site/index.html
 	$(BIN)/python -m benchmarks.flag_table
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(PIP_INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-notebooks: install  ## run the notebooks and keep what they show; trains five small models
+notebooks: develop  ## run the notebooks and keep what they show; trains five small models
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python notebooks/execute.py
 
-reproduce: install  ## the paper's claims with small models, CLAIM=5 for one; resumable (20 to 40 hours on 2 cores; docs/reproduce.md)
+reproduce: develop  ## the paper's claims with small models, QUESTION=capacity for one; resumable (20 to 40 hours on 2 cores; docs/claims.md)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
-	$(BIN)/python -m benchmarks.reproduce $(if $(CLAIM),--claim $(CLAIM)) $(if $(SCALE),--scale $(SCALE))
+	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
-reproduce-tables: install  ## tables of README.md and docs/reproduce.md, and the figure, from docs/results/reproduce.json
-	$(BIN)/python -m benchmarks.reproduce --tables
-
-convergence: install  ## does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
-	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m benchmarks.convergence --against $(or $(AGAINST),338e1af)
-
-bench: install  ## what is computed alike and at what cost: ranks against one process, bytes and step times, checkpoints, the paper's models, reading and making data (an hour)
+bench: develop  ## what is computed alike, and at what cost: ranks, checkpoints, layers, steps, data, generation (an hour)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	$(BIN)/python -m benchmarks.parity
-	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python benchmarks/expert_parallel.py
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python benchmarks/scaling.py
@@ -115,16 +81,52 @@ bench: install  ## what is computed alike and at what cost: ranks against one pr
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.prepare_data
-	$(BIN)/python -m benchmarks.blend
 	$(BIN)/python -m benchmarks.indexed_data
-	$(BIN)/python -m benchmarks.distillation
-	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.generation
-	$(BIN)/python -m benchmarks.teacher_memory
-	$(BIN)/python -m benchmarks.growth
 
-gpu: install  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 14 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
+gpu: develop  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 14 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
 	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+browser:  ### Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
+	@CHROMIUM=$(CHROMIUM) sh .ci/browser
+
+test-nightly: develop  ### slow tests of what changes rarely: launchers, faults, notebooks, the wheel, a dry run of make gpu, 5 minutes of fuzz
+	$(BIN)/python -m pytest --nightly
+	$(BIN)/python -m tests.fuzz --minutes 5
+
+planted: develop  ### plant faults in a copy of the package, and show that the test named beside each fails (10 minutes); ONLY=router for some
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python -m tests.planted $(if $(ONLY),--only "$(ONLY)")
+
+test-oldest:  ### the suite with the oldest releases that pyproject.toml admits, in an environment of its own (6 GB)
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^  "([A-Za-z]+)[^>]*>=([0-9.]+).*/\1==\2/p' pyproject.toml >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pytest
+
+test-faults: develop  ### 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
+
+soak: develop  ### two ranks for MINUTES=120, killed every ten minutes, beside an undisturbed run
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),120)
+
+fuzz: develop  ### hostile configurations, checkpoints, .idx files and YAML for MINUTES=30; a finding ends it with exit code 1
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
+
+convergence: develop  ### does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
+	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
+	$(BIN)/python -m benchmarks.convergence --against $(or $(AGAINST),338e1af)
+
+reproduce-tables: develop  ### tables of README.md and docs/claims.md, and the figures, from docs/results/reproduce.json
+	$(BIN)/python -m benchmarks.reproduce --tables
+
+format: develop  ### rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+constraints: develop  ### renew constraints.txt with the newest releases that pyproject.toml admits; run the suite before you commit it
+	$(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable '.[dev]'
+	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//') >constraints.new && mv constraints.new constraints.txt

@@ -1,4 +1,4 @@
-"""`make reproduce` at its smallest, and its verdicts on losses that were made up."""
+"""`make reproduce` at its smallest, and its readings of losses that were made up."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from filelock import FileLock
 
 from benchmarks.reproduce.__main__ import main as reproduce
 from benchmarks.reproduce.campaign import CONFIGS, CPU, TINY, Campaign, best_rate
-from benchmarks.reproduce.cells import CLAIMS, GROWTH, SEEDS_EQUAL, WIDER, Cell, runs_of
-from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, UNRESOLVED, readings, runs_of_questions
+from benchmarks.reproduce.cells import GROWTH, WIDER, Cell
+from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, UNRESOLVED, readings, runs_of
+from benchmarks.reproduce.readings import MISSING, answers, cost_at_equal_loss
 from benchmarks.reproduce.tables import BEGIN, END, write
-from benchmarks.reproduce.verdicts import cost_at_equal_loss, verdicts
 from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main as nlgmoe
 from nlgmoe.model.counting import count_parameters
@@ -94,7 +94,7 @@ def test_runs_go_on_from_trunks_and_logits_and_are_not_repeated(pocket_pile: Pat
 def test_every_file_is_a_model_of_the_intended_size(tmp_path: Path) -> None:
     campaign = Campaign(tmp_path, tmp_path / "results.json", "abc", ROOT, CPU)
     names = {path.stem for path in (ROOT / CONFIGS).glob("*.yaml")} - {"base"}
-    assert names == {cell.config for claim in CLAIMS for cell in claim.cells} | {"moe_8", "top_2_argmax"}
+    assert names == {cell.config for cell, _ in runs_of(QUESTIONS)} | {"moe_8", "top_2"}
     active = {name: count_parameters(campaign.shape(name)).active for name in names}
     assert all(0.24e6 < active[name] < 0.25e6 for name in GROWTH)
     tokens = CPU.steps * CPU.step_tokens
@@ -124,7 +124,7 @@ def test_a_folder_of_another_commit_or_process_is_refused(tmp_path: Path, monkey
 
 
 def test_a_run_stands_after_those_that_it_goes_on_from() -> None:
-    runs = list(runs_of(CLAIMS))
+    runs = runs_of(QUESTIONS)
     assert len(set(runs)) == len(runs)
     for place, (cell, seed) in enumerate(runs):
         needed = [cell.trunk, Cell("pr_moe") if cell.distilled else None]
@@ -137,74 +137,36 @@ def test_the_best_learning_rate_is_the_minimum_of_a_parabola() -> None:
     assert best_rate(rates, [3, 2, 1]) == 4.0 and best_rate(rates, [1, 2, 1.5]) == 1.0
 
 
-def made_up(**losses: float) -> dict[str, Any]:
-    """Results of eight seeds with noise that pairs share, and some that they do not."""
+def made_up(pairs: int = 16, **losses: float) -> dict[str, Any]:
+    """Results of some seeds, with noise that pairs share, and some that they do not; `student__staged` is a distilled cell."""
     noise = np.random.default_rng(0)
-    shared = noise.normal(scale=0.1, size=9)
+    shared = noise.normal(scale=0.1, size=pairs + 1)
     runs = {}
     for number, (name, loss) in enumerate(losses.items()):
-        cell = Cell(name) if "@" not in name else Cell(*name.split("@"))  # type: ignore[arg-type]
-        for seed in SEEDS_EQUAL:
+        config, _, how = name.partition("__")
+        cell = Cell(config, 1.0, how or None)  # type: ignore[arg-type]
+        for seed in range(1, pairs + 1):
             runs[f"{cell.name}-seed{seed}"] = {
                 "val_loss": loss + shared[seed] + noise.normal(scale=0.004), "seed": seed, "params_total": 1e6 / (1 + number),
-                "params_active": 1e5, "tokens_per_active_parameter": 20.0, "tokens_per_second": 100.0, "tokens": 8e6,
-                "flops_per_token": 2.0**number, "seconds": 3.0**number,
+                "params_active": 1e5, "tokens_per_active_parameter": 20.0, "tokens": 8e6, "flops_per_token": 2.0**number,
             }  # fmt: skip
     return {"commit": "abc", "machine": "m", "learning_rates": {"dense": 1e-3}, "runs": runs}
 
 
-def test_verdicts() -> None:
+def test_every_question_has_its_reading() -> None:
     results = made_up(
-        dense=3.8,
-        moe_16=3.7,
-        moe_32=3.70,
-        pr_moe=3.705,
-        residual=3.8,
-        top_2=3.7,
-        first_half=3.7,
-        second_half=3.75,
-        capacity=3.72,
-    )
-    found = {verdict.number: verdict for verdict in verdicts(results)}
-    kinds = {number: verdict.verdict for number, verdict in found.items()}
-    assert kinds == {
-        1: "shown",
-        2: "not run",
-        3: "contradicted",
-        4: "contradicted",
-        5: "shown",
-        6: "not run",
-        7: "not shown",
-        8: "not run",
-    }
-    assert "would have been shown for equal means" in found[7].found
-    assert "8 pairs" in found[1].found and found[5].rows[2][0] == "pr_moe@1"
-
-
-def test_more_experts_are_compared_over_the_same_seeds() -> None:
-    made = made_up(**dict.fromkeys(GROWTH, 3.8))
-    made["runs"] = {key: run for key, run in made["runs"].items() if run["seed"] < 4 or key.startswith("moe_32")}
-    (table,) = (one.rows for one in verdicts(made) if one.number == 1)
-    expected = np.mean([made["runs"][f"moe_32@1-seed{seed}"]["val_loss"] for seed in (1, 2, 3)])
-    assert table[1][4] == f"{expected:.4f}"
-
-
-@pytest.mark.parametrize(("staged", "verdict"), [(3.66, "shown"), (3.7100, "not shown"), (3.75, "contradicted")])
-def test_the_verdict_on_staged_distillation(staged: float, verdict: str) -> None:
-    names = {
-        "pr_moe": "pr_moe",
-        "moe_32": "moe_32",
-        "none": "student",
-        "full": "student-full",
-        "staged": "student-staged",
-    }
-    made = made_up(pr_moe=3.70, moe_32=3.70, none=3.72, full=3.7125, staged=staged)
-    made["runs"] = {f"{names[key.partition('@')[0]]}@{key.partition('@')[2]}": run for key, run in made["runs"].items()}
-    found = {one.number: one for one in verdicts(made)}
-    assert found[6].verdict == verdict and len(found[6].rows) == 2
-    assert found[8].verdict == ("contradicted" if staged > 3.72 else "shown")  # a lower loss is as good
-    made["runs"] = {key: run for key, run in made["runs"].items() if run["seed"] < 3}
-    assert {one.verdict for one in verdicts(made)} == {"not run"}
+        dense=3.8, moe_16=3.7, moe_32=3.7, pr_moe=3.702, residual=3.72, top_2_argmax=3.66, first_half=3.7, second_half=3.76,
+        capacity=3.7240, student=3.7, student__staged=3.6, student__full=3.55,
+    )  # fmt: skip
+    results["speed"] = {"step_seconds": {"residual": 0.8, "top_2_argmax": 1.0}}
+    assert {key: answer.reading for key, answer in answers(results).items()} == {
+        "experts": AGREES, "cheaper": "cannot be tested here", "half": DIFFERS, "everywhere": DIFFERS, "residual": DIFFERS,
+        "pr_moe": AGREES, "taught": AGREES, "staged": DIFFERS, "capacity": UNRESOLVED, "faster": AGREES,
+    }  # fmt: skip
+    few = answers(made_up(7, dense=3.8, moe_16=3.7))["experts"]
+    assert few.reading == MISSING and few.pairs == "7 of 8"
+    # A question is read from its planned pairs: more of them change nothing.
+    assert answers(made_up(9, dense=3.8, moe_16=3.7))["experts"].pairs == "8"
 
 
 def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
@@ -212,23 +174,23 @@ def test_the_cost_at_equal_loss_is_read_off_the_dense_line() -> None:
     runs = made_up(**sizes, moe_16=3.75)["runs"]
     found = cost_at_equal_loss(runs, {**{name: 2.0**place for place, name in enumerate(WIDER)}, "moe_16": 1.0})
     assert found is not None
-    ratio, low, high, largest = found
-    assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high and largest == pytest.approx(16)
+    ratio, low, high = found
+    assert ratio == pytest.approx(2**2.5, rel=0.1) and low <= ratio <= high
 
 
 def test_the_pages_get_the_tables(tmp_path: Path) -> None:
     pages = tmp_path / "page.md", tmp_path / "readme.md"
     for page in pages:
         page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write(made_up(dense=3.8, moe_16=3.7), *pages, tmp_path / "figure.png")
+    write(made_up(dense=3.8, moe_16=3.7), *pages, tmp_path)
     for page in pages:
         text = page.read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**shown**" in text
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**agrees**" in text
     assert "| model | parameters |" in pages[0].read_text() and "| model | parameters |" not in pages[1].read_text()
-    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert (tmp_path / "claims.png").stat().st_size > 5000 and (tmp_path / "costs.png").stat().st_size > 5000
     pages[1].write_text("no place")
     with pytest.raises(ValueError, match=r"readme\.md lacks the lines"):
-        write(made_up(dense=3.8), *pages, tmp_path / "figure.png")
+        write(made_up(dense=3.8), *pages, tmp_path)
 
 
 def test_readings_follow_the_rules_that_were_fixed_before_the_runs() -> None:
@@ -243,7 +205,3 @@ def test_readings_follow_the_rules_that_were_fixed_before_the_runs() -> None:
     weak = (lower, PairedDifference(-0.012, 0.004, 8))
     others = [(dataclasses.replace(lower, key=str(n)), PairedDifference(0.0, 0.004, 8)) for n in range(3)]
     assert readings([weak]) == {"lower": AGREES} and readings([weak, *others])["lower"] == UNRESOLVED
-    runs = runs_of_questions(QUESTIONS)
-    assert len(set(runs)) == len(runs) and runs.index((Cell("pr_moe"), 8)) < runs.index(
-        (Cell("student", 1.0, "full"), 8)
-    )

@@ -1,10 +1,10 @@
-"""Train the models of the paper's claims, and judge the claims: `make reproduce`.
+"""Train the models of the paper's claims, and answer the questions about them: `make reproduce`.
 
-    python -m benchmarks.reproduce [--claim N ...] [--jobs 2]   train what is missing, then write page and figure
-    python -m benchmarks.reproduce --tables                     write page and figure from docs/results/reproduce.json
-    python -m benchmarks.reproduce --speed                      time a training step of each model; on a quiet machine
-    python -m benchmarks.reproduce --scale tiny                 twenty steps a run, into a temporary folder
-    python -m benchmarks.reproduce --scale gpu                  estimate the hours of the paper's smaller models
+    python -m benchmarks.reproduce [--question KEY ...] [--jobs 2]   train what is missing, then write page and figures
+    python -m benchmarks.reproduce --tables                          write page and figures from docs/results/reproduce.json
+    python -m benchmarks.reproduce --speed                           time a training step of each model; on a quiet machine
+    python -m benchmarks.reproduce --scale tiny                      twenty steps a run, into a temporary folder
+    python -m benchmarks.reproduce --scale gpu                       estimate the hours of the same questions on one GPU
 
 One commit's code trains all runs, in a worktree below --out: the commit in --results, or HEAD for new results. It can be stopped
 at any time and started again.
@@ -22,9 +22,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from benchmarks.reproduce.campaign import CPU, TINY, Campaign
-from benchmarks.reproduce.cells import CLAIMS, SEEDS, runs_of
+from benchmarks.reproduce.cells import SEEDS
+from benchmarks.reproduce.questions import QUESTIONS, runs_of
 from benchmarks.reproduce.speed import measure
-from benchmarks.reproduce.tables import text_of, write
+from benchmarks.reproduce.tables import long_table, write
 from benchmarks.runs import ROOT
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
@@ -80,7 +81,7 @@ def print_gpu_estimates(gpu: str = "h100") -> None:
 def main() -> None:
     """Train, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--claim", type=int, nargs="*", choices=[claim.number for claim in CLAIMS], help="default: all")
+    parser.add_argument("--question", nargs="*", choices=[question.key for question in QUESTIONS], help="default: all")
     parser.add_argument("--scale", choices=["cpu", "tiny", "gpu"], default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/reproduce", help="folder of the runs")
@@ -94,7 +95,9 @@ def main() -> None:
     if args.tables:
         write(json.loads(args.results.read_text()))
         return
-    claims = tuple(claim for claim in CLAIMS if not args.claim or claim.number in args.claim)
+    wanted = runs_of(
+        [question for question in QUESTIONS if not args.question or question.key in args.question], not args.question
+    )
     with tempfile.TemporaryDirectory() as temporary:
         if args.scale == "tiny":
             args.out, args.results = Path(temporary), Path(temporary) / "results.json"
@@ -110,16 +113,15 @@ def main() -> None:
                     campaign.results["speed"] = measure(campaign)
                     write_json(args.results, campaign.results)
                     return
-                campaign.tune(args.jobs, {cell.config for claim in claims for cell in claim.cells})
-                runs = [run for run in runs_of(claims) if args.scale != "tiny" or run[1] == SEEDS[0]]
-                campaign.train(runs, args.jobs)
+                campaign.tune(args.jobs, {cell.config for cell, _ in wanted})
+                campaign.train([run for run in wanted if args.scale != "tiny" or run[1] == SEEDS[0]], args.jobs)
         except Timeout:
             sys.exit(f"error: another process works in {args.out}; wait for it, or name another --out and --results")
         except (ValueError, RuntimeError) as error:
             sys.exit(f"error: {error}")
     if args.scale == "cpu":
         write(campaign.results)
-    print(text_of(campaign.results))
+    print(long_table(campaign.results))
 
 
 if __name__ == "__main__":

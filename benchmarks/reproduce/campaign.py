@@ -25,11 +25,12 @@ import yaml
 
 from benchmarks.reproduce.cells import (
     BUDGETS,
-    CLAIMS,
     COOLDOWN,
+    LOWER_RATE,
     RATES,
     STAGED,
     STEPS,
+    TABLES,
     TEACHER,
     TUNED,
     TUNING_BUDGET,
@@ -123,6 +124,8 @@ class Campaign:
         """Search the learning rates that `configs` need, on seed 0."""
         tuned = [name for name in TUNED if name != WIDEST or configs & set(WIDER[1:])]
         wanted = [(Cell(name, TUNING_BUDGET), rate) for name in tuned for rate in RATES]
+        if WIDEST in tuned:
+            wanted.append((Cell(WIDEST, TUNING_BUDGET), LOWER_RATE))
         self._all([(cell, 0, rate) for cell, rate in wanted], jobs)
         for name in tuned:
             losses = [self.results["runs"][self.key(Cell(name, TUNING_BUDGET), 0, rate)]["val_loss"] for rate in RATES]
@@ -183,7 +186,7 @@ class Campaign:
             settings["trainer"]["callbacks"].append(stage)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-        files = [CONFIGS / "base.yaml", CONFIGS / f"{cell.config}.yaml", folder / "settings.yaml"]
+        files = [*self._configs(cell.config), folder / "settings.yaml"]
         command = ["train.py", "fit", *(part for file in files for part in ("--config", str(file)))]
         command.append(f"--trainer.default_root_dir={folder}")
         start = "auto"
@@ -209,7 +212,7 @@ class Campaign:
             "seconds": summary["wall_seconds"],
             "tokens_per_second": summary["tokens_per_second"],
             "config_sha256": hashlib.sha256(
-                b"".join((self.tree / file).read_bytes() for file in files[:2])
+                b"".join(file.read_bytes() for file in files[:2])
                 + json.dumps({**settings["model"], **settings["data"]}, sort_keys=True, default=str).encode()
             ).hexdigest(),
         }
@@ -235,7 +238,7 @@ class Campaign:
             if not folder.exists():
                 settings = self.folder / f"logits-seed{seed}.yaml"
                 settings.write_text(yaml.safe_dump(self.settings(Cell("student"), seed, 1e-3)))
-                files = [CONFIGS / "base.yaml", CONFIGS / "student.yaml", settings]
+                files = [*self._configs("student"), settings]
                 teacher = self.folder / self.key(TEACHER, seed)
                 samples = self.scale.steps * self.scale.step_tokens // self.shape("student").seq_len
                 self._call(
@@ -249,7 +252,8 @@ class Campaign:
         """Return what a run sets beside the files of configs/reproduce."""
         tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
         (checkpoint,) = yaml.safe_load((self.tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
-        checkpoint["init_args"]["milestones"] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
+        interval = "milestones" if "milestones" in checkpoint["init_args"] else "every_n_train_steps"  # before 0.4
+        checkpoint["init_args"][interval] = round(min(BUDGETS) * (1 - COOLDOWN) * self.scale.steps)
         scale = self.scale.settings
         return {
             "model": {
@@ -272,9 +276,14 @@ class Campaign:
         if config not in self._shapes:
             override = self.scale.settings.get("model", {}).get("config", {})
             options = {f"model__config__{name}": value for name, value in override.items()}
-            found = parse_config([self.tree / CONFIGS / name for name in ("base.yaml", f"{config}.yaml")], **options)
+            found = parse_config(self._configs(config), **options)
             self._shapes[config] = GPTConfig.from_dict(found["model"]["config"])
         return self._shapes[config]
+
+    def _configs(self, config: str) -> list[Path]:
+        """Return the files of a model; one that was added after the commit of the campaign is this commit's."""
+        files = [CONFIGS / "base.yaml", CONFIGS / f"{config}.yaml"]
+        return [(self.tree if (self.tree / file).exists() else ROOT) / file for file in files]
 
     def learning_rate(self, config: str) -> float:
         """Interpolate the learning rate: in the logarithm of experts, or of the width of a dense model."""
@@ -292,7 +301,7 @@ class Campaign:
 
     def _is_needed(self, cell: Cell) -> bool:
         """Return True if others go on from this cell's checkpoints."""
-        return cell == TEACHER or any(cell == other.trunk for claim in CLAIMS for other in claim.cells)
+        return cell == TEACHER or any(cell == other.trunk for other in TABLES)
 
     def _cost(self, run: tuple[Cell, int, float | None]) -> float:
         cell, _, rate = run

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.reproduce.campaign import Campaign
-from benchmarks.reproduce.cells import CLAIMS
+from benchmarks.reproduce.questions import QUESTIONS, runs_of
 from benchmarks.step import our_step
 from benchmarks.timing import interleaved, settings
 from nlgmoe.cli.memory import keep_freed_memory
@@ -17,6 +17,6 @@ def measure(campaign: Campaign, rounds: int = 20) -> dict[str, Any]:
     """Return the median seconds of a step by configuration, and what they depend on; one thread, as the runs have."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    names = sorted({cell.config for claim in CLAIMS for cell in claim.cells})
+    names = sorted({cell.config for cell, _ in runs_of(QUESTIONS)})
     seconds = interleaved({name: our_step(campaign.shape(name), half=False) for name in names}, rounds)
     return {"step_seconds": seconds, **settings(rounds=rounds)}

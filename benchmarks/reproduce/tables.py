@@ -1,7 +1,8 @@
-"""Write the results into docs/reproduce.md and draw docs/results/reproduce.png, from docs/results/reproduce.json alone."""
+"""Write the tables of docs/claims.md and README.md, and draw both figures, from docs/results/reproduce.json alone."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,92 +10,171 @@ import matplotlib
 import numpy as np
 
 from benchmarks.documents import with_text
-from benchmarks.reproduce.cells import BUDGETS, GROWTH, SEEDS, TEACHER, WIDER, Cell
-from benchmarks.reproduce.verdicts import of_cell, verdicts
+from benchmarks.reproduce.cells import BUDGETS, GROWTH, MARGIN, SEEDS, TEACHER, WIDER, Cell
+from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, STAGED, UNRESOLVED
+from benchmarks.reproduce.readings import MISSING, Answer, answers, beside, difference, of_cell
 from benchmarks.runs import ROOT
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-PAGE, README, FIGURE = ROOT / "docs/reproduce.md", ROOT / "README.md", ROOT / "docs/results/reproduce.png"
+PAGE, README, FIGURES = ROOT / "docs/claims.md", ROOT / "README.md", ROOT / "docs/results"
 BEGIN, END = "<!-- results: make reproduce-tables -->", "<!-- end of results -->"
+COLOURS = {AGREES: "tab:green", DIFFERS: "tab:red", UNRESOLVED: "tab:gray", MISSING: "tab:gray"}
 
 
-def claims_of(results: dict[str, Any]) -> str:
-    """Return the table of verdicts in Markdown."""
-    rows = [[one.title, one.paper, one.found, f"**{one.verdict}**"] for one in verdicts(results)]
-    head = f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs."
-    return "\n".join([head, "", *_table([["claim", "the paper", "here", "verdict"], *rows])])
+def short_table(results: dict[str, Any]) -> str:
+    """Return the table of README.md: a row a question, four columns."""
+    head = ["question", "difference (95% interval)", "pairs", "reading"]
+    rows = [_row(answer) for key, answer in answers(results).items() if key != "faster"]
+    return "\n".join(_table([head, *rows]))
 
 
-def text_of(results: dict[str, Any]) -> str:
-    """Return all tables in Markdown."""
-    lines = [claims_of(results)]
-    for verdict in verdicts(results):
-        if len(verdict.rows) > 1:
-            lines += ["", f"**{verdict.number}. {verdict.title}**", "", *_table(verdict.rows)]
-    rates = results["learning_rates"]
-    if rates:
-        lines += ["", "Learning rates found on seed 0: " + ", ".join(f"{k} {v:.2g}" for k, v in rates.items()) + "."]
-    again = {name: run["val_loss_again"] for name, run in results["runs"].items() if "val_loss_again" in run}
-    if again:
-        apart = max(abs(loss - results["runs"][name]["val_loss"]) for name, loss in again.items())
-        largest = f"the largest difference is {apart:.1e} nats" if apart else "the losses are equal to the last bit"
-        lines += ["", f"Trained a second time, from the first step: {', '.join(again)}; {largest}."]
+def long_table(results: dict[str, Any]) -> str:
+    """Return the tables of docs/claims.md."""
+    found = answers(results)
+    lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs.", ""]
+    rows = [[*_row(answer), answer.paper] for answer in found.values()]
+    lines += [*_table([["question", "difference (95% interval)", "pairs", "reading", "the paper"], *rows]), ""]
+    lines += [f"- {line}" for line in beside(results)]
+    rates = ", ".join(f"{name} {rate:.2g}" for name, rate in results["learning_rates"].items())
+    lines += [f"- Learning rates found on seed 0: {rates}; the other models' are interpolated.", ""]
+    lines += [*_table(_models(results)), "", *_table(_budgets(results))]
     return "\n".join(lines)
 
 
-def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, figure: Path = FIGURE) -> None:
-    """Replace all tables in the page and the verdicts in the README, and draw the figure.
+def _row(answer: Answer) -> list[str]:
+    return [answer.title, answer.difference, answer.pairs, f"**{answer.reading}**"]
+
+
+def _models(results: dict[str, Any]) -> list[list[str]]:
+    """Return a row for each model at the whole budget."""
+    runs, seconds = results["runs"], results.get("speed", {}).get("step_seconds", {})
+    rows = [
+        [
+            "model",
+            "parameters",
+            "active",
+            "tokens per active parameter",
+            "MFLOPs a token",
+            "validation loss",
+            "ms a step",
+            "runs",
+        ]
+    ]
+    cells = dict.fromkeys(
+        [*(Cell(name) for name in (*WIDER, *GROWTH[1:])), *(c for q in QUESTIONS for c in (q.second, q.first))]
+    )
+    for cell in cells:
+        own = [runs[f"{cell.name}-seed{seed}"] for seed in of_cell(runs, cell)]
+        if not own:
+            continue
+        losses = [run["val_loss"] for run in own]
+        error = np.std(losses, ddof=1) / math.sqrt(len(own)) if len(own) > 1 else math.nan
+        ms = f"{1000 * seconds[cell.config]:.0f}" if cell.config in seconds else ""
+        rows.append(
+            [cell.name.removesuffix("@1"), f"{own[0]['params_total'] / 1e6:.2f}M", f"{own[0]['params_active'] / 1e6:.2f}M",
+             f"{own[0]['tokens_per_active_parameter']:.1f}", f"{own[0]['flops_per_token'] / 1e6:.2f}",
+             f"{np.mean(losses):.4f} ± {error:.4f}", ms, str(len(own))]
+        )  # fmt: skip
+    return rows
+
+
+def _budgets(results: dict[str, Any]) -> list[list[str]]:
+    """Return the mean losses at each budget, over the same seeds for all."""
+    runs = results["runs"]
+    columns = {name: (name, None) for name in GROWTH} | {
+        "student": ("student", None), "student, to the end": ("student", "full"), "student, staged": ("student", "staged"),
+    }  # fmt: skip
+    rows = [["tokens", *columns]]
+    for budget in BUDGETS:
+        losses = [of_cell(runs, Cell(config, budget, how), seeds=SEEDS) for config, how in columns.values()]  # type: ignore[arg-type]
+        tokens = next(iter(of_cell(runs, Cell("dense", budget), "tokens").values()), 0)
+        rows.append([f"{tokens / 1e6:.1f}M", *(f"{np.mean(list(v.values())):.4f}" if v else "" for v in losses)])
+    return rows
+
+
+def write(results: dict[str, Any], page: Path = PAGE, readme: Path = README, figures: Path = FIGURES) -> None:
+    """Replace the tables of the page and of README.md, and draw the figures.
 
     Raises:
         ValueError: a page has no place for them.
     """
-    for file, content in ((page, text_of(results)), (readme, claims_of(results))):
+    for file, content in ((page, long_table(results)), (readme, short_table(results))):
         file.write_text(with_text(file.read_text(), BEGIN, END, content, name=str(file)))
-    draw(results["runs"], figure)
+    draw_differences(results, figures / "claims.png")
+    draw_costs(results, figures / "costs.png")
 
 
-def draw(runs: dict[str, Any], file: Path) -> None:
-    """Draw loss against tokens, cost a token and parameters; points are means over the same seeds, with standard errors."""
-    experts = {name: [Cell(name, budget) for budget in BUDGETS] for name in GROWTH}
+def draw_differences(results: dict[str, Any], file: Path) -> None:
+    """Draw a forest plot: paired differences with 95% intervals, and the margin of "as good as"."""
+    read = answers(results)
+    figure, axis = pyplot.subplots(figsize=(8.4, 0.42 * len(QUESTIONS) + 1.0), layout="constrained")
+    for row, question in enumerate(reversed(QUESTIONS)):
+        found = difference(results["runs"], question.first, question.second, question.pairs)
+        if found is None:
+            continue
+        low, high = found.interval()
+        reading = read[question.key].reading
+        missing = reading == MISSING
+        axis.plot([low, high], [row, row], color=COLOURS[reading], linestyle=":" if missing else "-", linewidth=2)
+        axis.plot(found.mean, row, "o", color=COLOURS[reading], fillstyle="none" if missing else "full")
+        if question.rule == "not worse":
+            axis.fill_betweenx([row - 0.4, row + 0.4], -0.2, MARGIN, color="tab:green", alpha=0.08, linewidth=0)
+        label = f"{reading}, {read[question.key].pairs} pairs"
+        axis.annotate(label, (1.01, row), xycoords=("axes fraction", "data"), va="center",
+                      fontsize=8, color=COLOURS[reading])  # fmt: skip
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(QUESTIONS)), [question.title for question in reversed(QUESTIONS)], fontsize=8)
+    axis.set_xlim(-0.2, 0.1)
+    axis.set_xlabel(
+        "difference in validation loss (nats/token), 95% interval; left: better; shaded: as good as, margin 0.02",
+        fontsize=8,
+    )
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_costs(results: dict[str, Any], file: Path) -> None:
+    """Draw loss against FLOPs and against seconds of the whole run; points are means, with standard errors."""
+    runs, seconds = results["runs"], results.get("speed", {}).get("step_seconds", {})
+    steps = {
+        cell: next(iter(of_cell(runs, cell, "tokens").values()), 0) / 2048
+        for cell in map(Cell, (*WIDER, *GROWTH, "pr_moe", "student"))
+    }
     families = {
         "dense, wider": [Cell(name) for name in WIDER],
         "MoE, more experts": [Cell(name) for name in GROWTH],
         "PR-MoE": [TEACHER],
-        "student, staged": [Cell("student", BUDGETS[-1], "staged")],
+        "student, staged": [STAGED],
     }
-    panels: dict[str, tuple[str, dict[str, list[Cell]]]] = {
-        "tokens": ("tokens", experts),
-        "flops_per_token": ("FLOPs per token, forward and backward", families),
-        "params_total": ("parameters", families),
-    }
-    if not all(of_cell(runs, cell) for cell in families["dense, wider"]):
-        del panels["flops_per_token"]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.3), sharey=True, layout="constrained")
-    for axis, (fact, (label, lines)) in zip(axes, panels.items(), strict=True):
-        for name, cells in lines.items():
-            if fact == "params_total" and name == "MoE, more experts":
-                cells = cells[1:]  # dense is a family of its own there
-            done = [cell for cell in cells if of_cell(runs, cell, seeds=SEEDS)]
-            losses = [np.array(list(of_cell(runs, cell, seeds=SEEDS).values())) for cell in done]
-            if done:
-                axis.errorbar(
-                    [next(iter(of_cell(runs, cell, fact).values())) for cell in done],
-                    [one.mean() for one in losses],
-                    [one.std(ddof=1) / len(one) ** 0.5 if len(one) > 1 else 0 for one in losses],
-                    marker="o", markersize=4, capsize=3, label=name.replace("moe_", "MoE-"),
-                )  # fmt: skip
+    figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.2), sharey=True, layout="constrained")
+    for axis, label in zip(axes, ("FLOPs of the run", "seconds of the run, one thread"), strict=True):
+        for name, cells in families.items():
+            points = []
+            for cell in cells:
+                losses = list(of_cell(runs, cell, seeds=SEEDS).values())
+                if not losses or (axis is axes[1] and cell.config not in seconds):
+                    continue
+                tokens = next(iter(of_cell(runs, cell, "tokens").values()))
+                cost = tokens * next(iter(of_cell(runs, cell, "flops_per_token").values()))
+                if axis is axes[1]:
+                    cost = steps[Cell(cell.config)] * seconds[cell.config]
+                points.append(
+                    (cost, np.mean(losses), np.std(losses, ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else 0)
+                )
+            if points:
+                axis.errorbar(*zip(*points, strict=True), marker="o", markersize=4, capsize=3, label=name)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
     axes[0].set_ylabel("validation loss (nats/token)")
-    figure.savefig(file, dpi=110)
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 

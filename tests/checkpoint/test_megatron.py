@@ -218,7 +218,7 @@ REFUSED = {
     "onnx_safe": True,
     "mlp_type": "other",
     "topk": 3,
-    "hidden_size": None,
+    "num_layers": None,
 }
 
 
@@ -226,8 +226,10 @@ REFUSED = {
 def test_a_model_of_another_kind_is_refused(name: str, moe: Path, tmp_path: Path) -> None:
     shutil.copytree(moe, tmp_path / "theirs")
     edit(tmp_path / "theirs", lambda state: setattr(state["args"], name, REFUSED[name]))
-    named = {"onnx_safe": "bias_gelu_fusion", "topk": "top_k"}.get(name, name)
-    with pytest.raises(ValueError, match=rf"^{named}[= ][^\n]*$"):
+    flags = {"onnx_safe": "bias_gelu_fusion", "bias_gelu_fusion": "bias_gelu_fusion", "topk": "top_k",
+             "add_position_embedding": "--no-position-embedding", "add_bias_linear": "--disable-bias-linear"}  # fmt: skip
+    named = flags.get(name, f"--{name.replace('_', '-')}")
+    with pytest.raises(ValueError, match=rf"^{named}[=: ][^\n]*$"):
         imported(tmp_path)
     assert not (tmp_path / "ours.ckpt").exists()
 
@@ -241,8 +243,10 @@ def test_exact_gelu_is_taken_when_told(moe: Path, tmp_path: Path) -> None:
 def test_other_arguments_are_one_line(moe: Path, tmp_path: Path) -> None:
     changes: dict[str, Callable[[Any], Any]] = {
         "bias_gelu_fusion=False": lambda args: delattr(args, "bias_gelu_fusion"),
-        "its arguments describe no model": lambda args: setattr(args, "make_vocab_size_divisible_by", 0),
-        "its arguments describe no model .*'str'": lambda args: setattr(args, "seq_length", "x"),
+        "--make-vocab-size-divisible-by 0: is not at least 1": lambda args: setattr(
+            args, "make_vocab_size_divisible_by", 0
+        ),
+        "--seq-length x: 'x' is not an integer": lambda args: setattr(args, "seq_length", "x"),
         "has encoder.layers.1.mlp.coefficient": lambda args: setattr(args, "num_experts", None),
     }
     for number, (message, change) in enumerate(changes.items()):

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning import Trainer
 
-from benchmarks.flag_table import DOCUMENTS, with_table
+from benchmarks.flag_table import PAGE, with_table
 from nlgmoe import MoEGPTModule, PileDataModule
-from nlgmoe.tools.megatron.flags import FLAGS
-from nlgmoe.tools.megatron.from_megatron import translated
-from nlgmoe.tools.megatron.launch import Launch
-from nlgmoe.validation import SettingError
+from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, REFUSED, ROWS
+from nlgmoe.tools.megatron.from_megatron import Launch, translated
 from tests.megatron.writing import get, launched, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -75,14 +73,11 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--train-samples 20 --train-tokens 480", {"model.train_tokens": 480}),
     ("--train-iters 7", {"trainer.max_steps": 7}),
     ("--exit-duration-in-mins 1501", {"trainer.max_time": "01:01:01:00"}),
-    ("--micro-batch-size 1", {"data.micro_batch_size": 1, "data.global_batch_size": 4}),
+    ("--micro-batch-size 1", {"data.micro_batch_size": 1}),
     ("--global-batch-size 64", {"data.global_batch_size": 64, "data.max_eval_windows": 6400}),
     (
-        "--global-batch-size 16 --rampup-batch-size 8 8 100",
-        {  # 100 steps: 13 of 8, the rest of 16
-            "data.batch_ramp_up": {"start": 8, "increment": 8, "tokens": 3200},
-            "model.schedule.decay_tokens": (13 * 8 + 87 * 16) * 32,
-        },
+        "--global-batch-size 16 --rampup-batch-size 8 8 100 --lr-decay-tokens 640 --train-samples 215",
+        {"data.batch_ramp_up": {"start": 8, "increment": 8, "tokens": 3200}, "model.train_tokens": 215 * 32},
     ),
     ("--reset-attention-mask --reset-position-ids", {"data.document_attention": True}),
     ("--eod-mask-loss", {"data.mask_eod_loss": True}),
@@ -148,29 +143,23 @@ def test_no_flag_of_the_table_is_without_its_line_above() -> None:
     tried |= {"--num_gpus", "--num_nodes", "--nproc_per_node", "--nproc-per-node", "--nnodes"}  # test_nodes_and_gpus
     tried = tried - {"--deepspeed"} | {"--deepspeed_config"}  # test_the_curriculum_of_the_deepspeed_configuration
     tried |= {"--max-position-embeddings", "--merge-file", "--tokenizer-type"}  # only checked
-    assert {name for name, (_, row) in FLAGS.items() if row.kind == "setting"} == tried
+    assert {name for name in FLAGS if ROWS[name].section not in (IGNORED, REFUSED)} == tried
 
 
 @pytest.mark.parametrize(
-    ("launcher", "variables", "devices", "nodes"),
+    ("launcher", "devices", "nodes"),
     [
-        ("deepspeed --num_nodes 2 --num_gpus 4", {}, 4, 2),
-        ("torchrun --nproc_per_node=2 --nnodes 3", {}, 2, 3),
-        ("torchrun --nproc-per-node 2", {}, 2, 1),
-        ("python -m torch.distributed.launch --nproc_per_node 2", {}, 2, 1),
-        ("python3", {}, 1, 1),
-        ("deepspeed", {"NUM_GPUS": "16", "NUM_GPUS_PERNODE": "4"}, 4, 4),
-        ("deepspeed", {"NUM_GPUS": "16"}, 8, 2),
-        ("deepspeed --num_nodes 4", {"NUM_GPUS": "16"}, 4, 4),
-        ("srun", {"NUM_GPUS": "2"}, 2, 1),
-        ("nohup /opt/bin/torchrun --nproc_per_node 2", {}, 2, 1),
+        ("deepspeed --num_nodes 2 --num_gpus 4", 4, 2),
+        ("torchrun --nproc_per_node=2 --nnodes 3 --rdzv_id 7", 2, 3),
+        ("torchrun --nproc-per-node 2", 2, None),
+        ("python -m torch.distributed.launch --nproc_per_node 2", 2, None),
+        ("srun", None, None),
+        ("nohup /opt/bin/torchrun --nproc_per_node 2", 2, None),
     ],
 )
-def test_nodes_and_gpus(launcher: str, variables: dict[str, str], devices: int, nodes: int) -> None:
-    launch = launched("", launcher)
-    launch.variables = variables
-    trainer = settings_of(launch)["trainer"]
-    assert (trainer["devices"], trainer["num_nodes"]) == (devices, nodes)
+def test_nodes_and_gpus_are_the_launchers(launcher: str, devices: int | None, nodes: int | None) -> None:
+    trainer = settings_of(launched("", launcher))["trainer"]
+    assert (trainer.get("devices"), trainer.get("num_nodes")) == (devices, nodes)
 
 
 def test_a_teacher_is_nothing_without_the_switch() -> None:
@@ -188,12 +177,9 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ("--use-tutel", "--use-tutel: the experts run on one grouped product here, Tutel is not used; remove it"),
         ("--enable-expert-tensor-parallelism", "no tensor, pipeline or sequence parallelism here; remove it"),
         ("--mos --kd-beta-ce 1", "--load-teacher: is not given"),
-        ("--rampup-batch-size 32 32 1953125", "32 32 1953125: starts above the global batch of 8; lower it"),
+        ("--rampup-batch-size 32 32 1953125 --train-samples 9 --lr-decay-tokens 9", "does not fit together: start=32"),
         ("--rampup-batch-size 8 8", "--rampup-batch-size 8 8: takes a start, an increment and a number of sequences"),
-        (
-            "--global-batch-size 64 --rampup-batch-size 8 8 100",
-            "8 8 100: is not possible here; start=8 must be a multiple of the 32 micro-batches that make up",
-        ),
+        ("--rampup-batch-size 8 8 100", "--train-iters 100: counts steps that --rampup-batch-size makes unequal; give"),
         ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
         ("--reset-position-ids", "--reset-position-ids: comes with --reset-attention-mask here"),
         ("--swiglu", "--swiglu: SwiGLU is not translated; remove it, and set model.config.ffn_network to swiglu"),
@@ -205,33 +191,31 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
         ("--data-impl lazy", "--data-impl lazy: only mmap, infer can be had here"),
         ("--tokenizer-type HFTokenizer", "--tokenizer-type HFTokenizer: only GPT2BPETokenizer"),
         ("--vocab-file my.json", "put vocab.json and merges.txt into one folder"),
-        ("--vocab-file x/vocab.json --merge-file x/merges.txt", "translate the script where it can be read"),
+        ("--vocab-file x/vocab.json --merge-file x/merges.txt", "translate where it can be read"),
         ("--lr-decay-style inverse-square-root", "only constant, linear, cosine can be had here"),
         ("--zero-stage 3", "--zero-stage 3: only 0, 1, 2 can be had here"),
         ("--fp16 --bf16", "--bf16: contradicts --fp16"),
         ("--load other --save mine --save-interval 1", "--load other: starts from another run's checkpoint"),
         ("--save mine", "--save-interval: is not given"),
-        ("--global-batch-size 9", "--global-batch-size 9: is no multiple of 2 sequences x 4 GPUs"),
-        ("--moe-expert-parallel-size 8", "--moe-expert-parallel-size 8: is above the 4 GPUs"),
         ("--max-position-embeddings 16", "--max-position-embeddings 16: is below --seq-length 32"),
         ("--num-experts 8 8 8", "does not fit together: num_experts=[8, 8, 8] has 3 entries"),
-        ("--split 100,0,0", "--split 100,0,0: leaves nothing to validate on"),
+        ("--split 100,0,0", "--split 100,0,0: must be numbers from 0 on, with a second share to validate on"),
         (
             "--no-such-flag 3",
             "--no-such-flag 3: is not known here; remove it, or pass over such flags with --skip-unknown",
         ),
         ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
-        ("--fp16 yes", "--fp16 yes: takes no value"),
-        ("--lr", "--lr: has no value; give it"),
+        ("--fp16 yes", "yes: is not known here; remove it"),
+        ("--lr", "--lr: expected 1 argument; correct it"),
         ("--moe-expert-parallel-size -2", "--moe-expert-parallel-size -2: is not at least 1"),
-        ("--num_gpus 0", "--num_gpus 0: is 0, not a count; correct it"),
+        ("--num_gpus 0", "--num_gpus 0: is not at least 1; correct it"),
         ("--micro-batch-size 0", "--micro-batch-size 0: is not at least 1; correct it"),
         ("--fp16 --initial-loss-scale inf", "--initial-loss-scale inf: is not at least 1"),
         ("--fp16 --initial-loss-scale 3000", "--initial-loss-scale 3000: is no power of 2, as loss scales are here"),
         ("--clip-grad nan", "--clip-grad nan: is not a number from 0 on"),
         ("--exit-duration-in-mins -5", "--exit-duration-in-mins -5: is not a number from 0 on"),
-        ("--split nan,1,0", "--split nan,1,0: has a share that is not a number from 0 on"),
-        ("--split 110,-10,0", "--split 110,-10,0: has a share that is not a number from 0 on"),
+        ("--split nan,1,0", "--split nan,1,0: must be numbers from 0 on"),
+        ("--split 110,-10,0", "--split 110,-10,0: must be numbers from 0 on"),
     ],
 )
 def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: str) -> None:
@@ -239,14 +223,7 @@ def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: s
         translated(launched(flags))
     assert message in str(error.value)
     assert len(set(str(error.value).splitlines())) == len(str(error.value).splitlines())
-    assert re.match(r"the command line: [^\n]*(; ?[^\n]+|fit together)", str(error.value))
-
-
-def filled(stage: int | str = "", fp16: str = "false", curriculum: tuple[int | str, ...] = ()) -> dict[str, str]:
-    """What `sed` puts into the tutorial's template."""
-    values = {"ZERO_STAGE": stage, "CONFIG_FP16_ENABLED": fp16, "CONFIG_CL_ENABLED": "true" if curriculum else "false"}
-    values |= zip(("CONFIG_CL_MIN", "CONFIG_CL_MAX", "CONFIG_CL_DURATION"), curriculum, strict=False)
-    return {name: str(value) for name, value in values.items()}
+    assert re.match(r"[^\n]*(; ?[^\n]+|fit together)", str(error.value))
 
 
 SECTION = """{"curriculum_learning": {"enabled": true, "curriculum_type": "seqlen", "min_difficulty": 16,
@@ -254,142 +231,67 @@ SECTION = """{"curriculum_learning": {"enabled": true, "curriculum_type": "seqle
  "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 16}}}"""
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (filled(curriculum=(8, 32, 10)), {"tokens": 10 * 8 * 20, "start": 8, "increment": 8}),
-        (SECTION, {"tokens": 10 * 8 * 24, "start": 16, "increment": 16}),
-        (SECTION.replace("true", "false"), None),
-        (filled(), None),
-    ],
-)
-def test_the_curriculum_of_the_deepspeed_configuration(
-    config: str | dict[str, str], expected: dict[str, int] | None, tmp_path: Path
-) -> None:
-    assert settings_of(configured("", config, tmp_path))["model"].get("curriculum") == expected
+def configured(flags: str, config: str, folder: Path) -> Launch:
+    """A launch with a DeepSpeed configuration."""
+    (folder / "c.json").write_text(config)
+    return launched(f"{flags} --deepspeed_config {folder / 'c.json'}")
 
 
-def configured(flags: str, config: str | dict[str, str], folder: Path) -> Launch:
-    """A launch with a DeepSpeed configuration: its text, or the values that `sed` puts into a template."""
-    file = folder / "c.json"
-    if isinstance(config, str):
-        file.write_text(config)
-    launch = launched(f"{flags} --deepspeed_config {file}")
-    if isinstance(config, dict):
-        launch.substitutions = config
-    return launch
+def test_the_curriculum_of_the_deepspeed_configuration(tmp_path: Path) -> None:
+    tokens = "--lr-decay-tokens 640"
+    model = settings_of(configured(tokens, SECTION, tmp_path))["model"]
+    assert model["curriculum"] == {"tokens": 10 * 8 * 24, "start": 16, "increment": 16}
+    assert "curriculum" not in settings_of(configured("", SECTION.replace("true", "false"), tmp_path))["model"]
 
 
-def test_a_scale_of_zero_is_kept_and_a_null_one_is_deepspeeds_default(tmp_path: Path) -> None:
+def test_the_loss_scale_of_the_deepspeed_configuration(tmp_path: Path) -> None:
     config = '{"fp16": {"enabled": true, "initial_scale_power": 0, "hysteresis": null}}'
-    made = settings_of(configured("--fp16", config, tmp_path))["trainer"]["strategy"]["init_args"]
+    made = settings_of(configured("--fp16 --hysteresis 5", config, tmp_path))["trainer"]["strategy"]["init_args"]
     assert (made["initial_scale_power"], made["loss_scale_window"], made["hysteresis"]) == (0, 1000, 2)
 
 
-def test_where_a_deepspeed_configuration_was_read_or_missing_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.json").write_text("{}")
-    launch = launched("--deepspeed_config c.json")
-    assert launch.notes == [f"--deepspeed_config was read here, a relative path from {tmp_path}."]
-    assert "is not there" not in translated(launch)
-    absent = launched("--deepspeed_config d.json --zero-stage 0")
-    assert absent.notes == [] and "# --deepspeed_config d.json is not there, or empty: its clipping, " in translated(
-        absent
+def test_a_deepspeed_configuration_that_is_missing_is_named() -> None:
+    assert "# --deepspeed_config d.json is not there, or empty: its clipping, " in translated(
+        launched("--deepspeed_config d.json")
     )
 
 
-def test_train_samples_are_whole_steps_of_a_batch_that_grows() -> None:
-    """13 steps of 8 sequences up to 104, then of 16: six more fit into 200 and make 200."""
-    for samples, trained in ((200, 200), (215, 200), (103, 96)):
-        flags = f"--global-batch-size 16 --rampup-batch-size 8 8 100 --train-samples {samples}"
-        assert settings_of(launched(flags))["model"]["train_tokens"] == trained * 32
-    long = "--global-batch-size 16 --rampup-batch-size 8 8 1000000000000"  # that no step of the run reaches
-    assert settings_of(launched(f"{long} --train-samples 200"))["model"]["train_tokens"] == 200 * 32
-
-
-def test_a_configuration_of_another_encoding_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.json").write_text("{}", encoding="utf-16")
-    with pytest.raises(SettingError, match=r"--deepspeed_config c.json is no text in UTF-8"):
-        launched("--deepspeed_config c.json")
-
-
-def test_a_number_that_is_no_count_is_named() -> None:
-    for count in ("²", "1" * 5000):
-        with pytest.raises(ValueError, match=f"--num_gpus {count}: is {count}, not a count"):
-            translated(launched("", f"deepspeed --num_gpus {count}"))
-
-
-def test_steps_and_sequences_of_a_curriculum_are_the_tokens_that_it_feeds(tmp_path: Path) -> None:
-    """Steps of 8 sequences, of 16 tokens up to 1920 tokens, then of 32."""
-    short = 8 * 16 * 15  # 15 steps
-    steps = settings_of(configured("--lr-warmup-iters 3 --lr-decay-style cosine", SECTION, tmp_path))["model"]
-    assert steps["schedule"]["warmup_tokens"] == 3 * 8 * 16
-    assert steps["schedule"]["decay_tokens"] == short + 85 * 8 * 32
-    flags = "--train-samples 160 --lr-warmup-fraction 0.1 --lr-decay-samples 170"
-    samples = settings_of(configured(flags, SECTION, tmp_path))["model"]
-    assert samples["train_tokens"] == short + 5 * 8 * 32
-    assert samples["schedule"]["decay_tokens"] == short + 50 * 32
-    assert samples["schedule"]["warmup_tokens"] == 17 * 16
+def test_train_samples_are_whole_steps() -> None:
+    for samples, trained in ((200, 200), (207, 200)):
+        assert settings_of(launched(f"--train-samples {samples}"))["model"]["train_tokens"] == trained * 32
 
 
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [
-        (filled(1, "true", ("",)), "--fp16", "turns the curriculum on, and its min_difficulty is None; give a number"),
-        (filled(curriculum=(8, 64, 10)), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
-        (filled(curriculum=(9, 32, 10)), "", "does not fit together: start=9 must be a multiple of increment=8"),
-        (filled(curriculum=(8, 32, 10)), "--rampup-batch-size 8 8 9", "steps, which --rampup-batch-size makes unequal"),
+        (SECTION, "", "--train-iters 100: counts sequences that the curriculum shortens; give the length in tokens"),
+        (SECTION, "--lr-warmup-samples 3", "--lr-warmup-samples 3: counts sequences that the curriculum shortens"),
+        (SECTION.replace("32", "64"), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
         (
-            SECTION.replace("fixed_linear", "fixed_root"),
-            "",
-            "has a curriculum seqlen fixed_root; only seqlen fixed_linear can be had here",
+            SECTION.replace("16,", "9,", 1),
+            "--lr-decay-tokens 640",
+            "does not fit together: start=9 must be a multiple of",
         ),
-        (filled(3, "true"), "--fp16", "ZeRO stage 3: is not possible with experts"),
-        (filled(1, "true"), "", "has fp16 on, --fp16 is off; make them agree"),
-        (filled(1), "--zero-stage 2", "--zero-stage 2: is 1 in the DeepSpeed configuration; make them agree"),
-        ("{oops}", "", "the DeepSpeed configuration: is no JSON"),
-        ("[]", "", "the DeepSpeed configuration: is no JSON object"),
-        ("[" * 100_000, "", "the DeepSpeed configuration: is no JSON (maximum recursion"),
+        (SECTION, "--rampup-batch-size 8 8 9", "in steps, which --rampup-batch-size makes unequal"),
+        (SECTION.replace("fixed_linear", "fixed_root"), "", "only seqlen and fixed_linear can be had here"),
+        (SECTION.replace(" 16,", ' "x",', 1), "", "the curriculum is on, and its min_difficulty is x"),
+        ('{"zero_optimization": {"stage": 3}}', "", "has ZeRO stage 3, which is not possible with experts"),
+        ('{"fp16": {"enabled": true}}', "", "has fp16 on, and --fp16 does not say so; make them agree"),
         (
-            '{"zero_optimization": {"stage": 1' + "0" * 5000 + "}}",
-            "",
-            "the DeepSpeed configuration: is no JSON (Exceeds",
+            '{"zero_optimization": {"stage": 1}}',
+            "--zero-stage 2",
+            "--zero-stage 2: is 1 in the DeepSpeed configuration",
         ),
-        (SECTION.replace(" 16,", ' "²",', 1), "", "its min_difficulty is ²; give a number"),
-        ('{"zero_optimization": true}', "", "has zero_optimization=true, no object; correct it"),
-        ('{"zero_optimization": {"stage": 1.0}}', "", "has stage=1.0, not a whole number from 0 on"),
-        ('{"gradient_clipping": "1"}', "", 'has gradient_clipping="1", not a number from 0 on; correct it'),
-        ('{"bf16": {"enabled": "auto"}}', "", 'has bf16 enabled="auto", not true or false; correct it'),
-        ('{"progressive_layer_drop": {"enabled": true}}', "", "has progressive_layer_drop, which cannot be had here"),
+        ("{oops}", "", "c.json cannot be read (Expecting"),
+        ("[]", "", "c.json cannot be read (not an object)"),
+        ('{"zero_optimization": true}', "", "c.json cannot be read"),
         ('{"scheduler": {"type": "WarmupLR"}}', "", "has scheduler, which cannot be had here; remove it"),
-        (
-            '{"train_batch_size": 24}',
-            "",
-            "has train_batch_size=24, the flags 8; make them agree",
-        ),
-        ('{"train_micro_batch_size_per_gpu": 3}', "", "has train_micro_batch_size_per_gpu=3, the flags 2; make"),
-        (
-            '{"fp16": {"enabled": true, "loss_scale": 4096}}',
-            "--fp16",
-            "has loss_scale=4096: fp16's loss scale is dynamic",
-        ),
-        (
-            '{"fp16": {"enabled": true, "min_loss_scale": 512}}',
-            "--fp16",
-            "has min_loss_scale=512: fp16's loss scale is",
-        ),
-        (
-            '{"curriculum_learning": {"enabled": true, "min_difficulty": 8, "schedule_config": null}}',
-            "",
-            "turns the curriculum on, and its max_difficulty is None",
-        ),
+        ('{"train_batch_size": 24}', "", "has train_batch_size=24, --global-batch-size is 8; make them agree"),
+        ('{"fp16": {"enabled": true, "loss_scale": 4096}}', "--fp16", "fp16's loss scale is dynamic"),
     ],
 )
 def test_the_deepspeed_configuration_must_agree_with_the_flags(
-    config: str | dict[str, str], flags: str, message: str, tmp_path: Path
+    config: str, flags: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError) as error:
         translated(configured(flags, config, tmp_path))
@@ -420,10 +322,9 @@ def test_any_flags_together_parse_or_are_refused_by_name(chosen: Sequence[str], 
     parser.parse_object(yaml.safe_load(text))
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_documents_tables_are_the_translators(name: str) -> None:
-    document = (ROOT / name).read_text()
-    assert with_table(document, DOCUMENTS[name]) == document, "run `make docs`"
+def test_the_documents_table_is_the_translators() -> None:
+    page = PAGE.read_text()
+    assert with_table(page) == page, "run `make docs`"
 
 
 def test_the_table_covers_the_tutorials_flags() -> None:

@@ -47,6 +47,7 @@ def settings(source: Path) -> dict[str, Any]:
 def expected() -> dict[str, Any]:
     found = settings_of(launched(FLAGS))
     found["trainer"].pop("default_root_dir")
+    found["trainer"].pop("devices")
     return found
 
 
@@ -97,7 +98,6 @@ def test_the_arguments_of_a_checkpoint(tmp_path: Path) -> None:
         ({"num_experts_switch": 8}, "--num-experts-switch 8: the model here"),
         ({"end_weight_decay": 0.1}, "--end-weight-decay 0.1: weight decay is constant"),
         ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size 2: there is no tensor parallelism"),
-        ({"world_size": 12}, "world_size=12: is no multiple of 8 GPUs a node"),
         ({"data_path": ["0.3", "a", "b"]}, "--data-path 0.3 a b: is not a list of weight and prefix"),
     ],
 )

@@ -1,14 +1,20 @@
 """Whole scripts in the tutorial's style become their settings; the command and its inputs."""
 
+import os
+import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nlgmoe import load_config
 from nlgmoe.commands.main import main
 from nlgmoe.tools.megatron.from_megatron import read_launch, translated
-from tests.megatron.writing import command, get, launched, settings_of, settings_of_script, write
+from tests.megatron.writing import command, get, launched, settings_of
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -142,9 +148,8 @@ DENSE = {
     },
     "data.global_batch_size": 32,
     "trainer.max_steps": 1000,
-    "trainer.devices": 1,
     "trainer.precision": "bf16-mixed",
-    "trainer.default_root_dir": "runs/dense",
+    "trainer.default_root_dir": "runs/megatron",
     "trainer.enable_checkpointing": False,
     "trainer.val_check_interval": 1000,
     "trainer.log_every_n_steps": 100,
@@ -152,34 +157,35 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("script", "variables", "expected"),
-    [
-        ("moe.sh", {"GPUS": "64"}, MOE),
-        ("moe.sh", {"GPUS": "64", "USE_BLEND": "true"}, BLEND),
-        ("pr_moe.sh", {}, PR_MOE),
-        ("dense.sh", {}, DENSE),
-    ],
-)
-def test_scripts_in_the_tutorials_style(script: str, variables: dict[str, str], expected: dict[str, Any]) -> None:
-    settings = settings_of_script(SCRIPTS / script, **variables)
+def words_of_script(script: str, folder: Path, variables: dict[str, str]) -> list[str]:
+    """Run a script by the lines of docs/megatron_flags.md, without their last; return the words that it would launch."""
+    page = (Path(__file__).parents[2] / "docs/megatron_flags.md").read_text()
+    (lines,) = re.findall(r"```bash\n(.*?)\nbash pretrain.sh", page, re.DOTALL)
+    shutil.copy(SCRIPTS / script, folder / "pretrain.sh")
+    others = "ds_ssh() { yes gpu | head -n 66; }; ssh() { false; }; module() { true; }; export -f ds_ssh ssh module"
+    environment = {**os.environ, **variables, "HOSTNAME": "localhost"}
+    subprocess.run(["bash", "-c", f"{others}\n{lines}\nbash pretrain.sh"], cwd=folder, env=environment, check=False)
+    return shlex.split((folder / "launch.txt").read_text())
+
+
+LAUNCHES: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+    ("moe.sh", {}, MOE), ("moe.sh", {"USE_BLEND": "true"}, BLEND), ("pr_moe.sh", {}, PR_MOE), ("dense.sh", {}, DENSE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "variables", "expected"), LAUNCHES)
+def test_scripts_in_the_tutorials_style(
+    script: str, variables: dict[str, str], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = words_of_script(script, tmp_path, variables)
+    monkeypatch.chdir(tmp_path)  # where the script wrote DeepSpeed's configuration
+    text = translated(read_launch((), words))
+    settings = yaml.safe_load(text)
+    settings["trainer"]["default_root_dir"] = settings["trainer"]["default_root_dir"].removeprefix(f"{tmp_path}/")
     assert {path: get(settings, path) for path in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("script", "variables"),
-    [
-        ("moe.sh", {"GPUS": "64"}),
-        ("moe.sh", {"GPUS": "64", "USE_BLEND": "true"}),
-        ("pr_moe.sh", {}),
-        ("dense.sh", {}),
-    ],
-)
-def test_the_yaml_makes_an_experiment(script: str, variables: dict[str, str], tmp_path: Path) -> None:
-    path = tmp_path / "translated.yaml"
-    path.write_text(translated(read_launch([str(SCRIPTS / script)], (), run_script=True, variables=variables)))
+    (tmp_path / "translated.yaml").write_text(text)
     experiment = load_config(
-        path,
+        tmp_path / "translated.yaml",
         trainer__accelerator="cpu",
         trainer__devices=1,
         trainer__num_nodes=1,
@@ -196,7 +202,7 @@ def test_all_refusals_are_told_at_once_and_without_a_traceback(capsys: pytest.Ca
         main(["from-megatron", "--", *command("--use-tutel --swiglu --lr nothing").split()])
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 2
-    assert [line.split(": ")[2] for line in lines] == ["--use-tutel", "--swiglu", "--lr nothing"]
+    assert [line.split(": ")[2] for line in lines] == ["--lr nothing", "--use-tutel", "--swiglu"]
     assert all(line.startswith("error: the command line: ") for line in lines)
 
 
@@ -209,38 +215,29 @@ def test_a_folder_tokenizer_is_counted(tmp_path: Path) -> None:
 def test_the_command_writes_comments_notes_and_skipped_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path, "--no-such-flag 3 --lr $RATE --deepspeed", before="RATE=$(compute)")
     output = tmp_path / "o.yaml"
-    options = ["--run-script", "--variables.RATE", "3e-4", "--skip-unknown"]
-    main(["from-megatron", str(path), *options])
-    printed, announced = capsys.readouterr()
-    assert announced.startswith("run.sh runs under bash in an empty temporary folder")
-    main(["from-megatron", str(path), *options, "--output", str(output)])
+    launch = ["--", *command("--no-such-flag 3 --deepspeed").split()]
+    main(["from-megatron", "--skip-unknown", *launch])
+    printed, _ = capsys.readouterr()
+    main(["from-megatron", "--skip-unknown", "--output", str(output), *launch])
     assert output.read_text() == printed
-    with pytest.raises(SystemExit):  # nothing is overwritten, least of all the script
-        main(["from-megatron", str(path), *options, "--output", str(path)])
+    with pytest.raises(SystemExit):
+        main(["from-megatron", "--output", str(output), *launch])
     assert "exists already; name another file" in capsys.readouterr().err
-    assert path.read_text().startswith("RATE=")
-    assert printed.startswith("# run.sh, translated by")
+    assert printed.startswith("# the command line, translated by")
     assert "# NOT TRANSLATED, unknown: --no-such-flag 3.\n" in printed
-    assert "# Empty in this run: the output of compute. Give values with --variables.NAME VALUE.\n" in printed
     assert "# --deepspeed: the strategy does that.\n" in printed
-    assert "    lr: 3.0e-4\n" in printed
+    assert "    lr: 0.001\n" in printed
     assert "      loss_coeff: 0.1  # Megatron-DeepSpeed's default\n" in printed
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give one of these: a log, a checkpoint's folder, a launch script with --run-script, flags after --"),
+        ([], "give one of these: a log, a checkpoint's folder, flags after --"),
         (["run.sh", "--", "--lr", "1"], "give one of these"),
-        (
-            ["run.sh"],
-            "--run-script runs it under bash and records what it launches. Otherwise give the log of a run, a",
-        ),
+        (["run.sh"], "run.sh has no argument block of Megatron's; give the log of a run"),
         (["nothing.sh"], "nothing.sh is not there; give a log"),
-        (["run.sh", "--variables.LR", "3"], "--variables are those of a script that is run; add --run-script"),
-        (["--run-script", "--", "--lr", "1"], "--run-script takes a script, not flags"),
     ],
 )
 def test_a_wrong_input_is_refused_with_the_right_ones(
@@ -250,7 +247,7 @@ def test_a_wrong_input_is_refused_with_the_right_ones(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write(tmp_path, "")
+    (tmp_path / "run.sh").write_text("deepspeed pretrain_gpt.py --lr 1")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         main(["from-megatron", *words])

@@ -1,12 +1,10 @@
-"""Short launches, as flags and as scripts, and their settings."""
+"""Short launches, and their settings."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nlgmoe.tools.megatron.from_megatron import read_launch, translated
-from nlgmoe.tools.megatron.launch import Launch
+from nlgmoe.tools.megatron.from_megatron import Launch, read_launch, translated
 
 NEEDED = {
     "--num-layers": "4",
@@ -16,6 +14,7 @@ NEEDED = {
     "--max-position-embeddings": "32",
     "--num-experts": "8",
     "--micro-batch-size": "2",
+    "--global-batch-size": "8",
     "--lr": "1e-3",
     "--train-iters": "100",
     "--data-path": "corpus",
@@ -41,17 +40,6 @@ def launched(flags: str, launcher: str = "deepspeed --num_gpus 4", **needed: str
     return read_launch((), command(flags, launcher, **needed).split())
 
 
-def write(folder: Path, flags: str, launcher: str = "deepspeed --num_gpus 4", before: str = "") -> Path:
-    """A script with that launch."""
-    path = folder / "run.sh"
-    path.write_text(f"{before}\n{command(flags, launcher)}\n")
-    return path
-
-
 def settings_of(launch: Launch) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load(translated(launch))
     return settings
-
-
-def settings_of_script(path: Path, **variables: str) -> dict[str, Any]:
-    return settings_of(read_launch([str(path)], (), run_script=True, variables=variables))

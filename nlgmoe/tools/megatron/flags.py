@@ -1,284 +1,168 @@
-"""The table of Megatron-DeepSpeed's flags: the setting of each, or the reason why it is not needed, or refused.
+"""The table of Megatron-DeepSpeed's flags (`flags.yaml`), and the flags of one launch.
 
-`nlgmoe from-megatron` translates by it, and the README's table is printed from it. Defaults are those of
-`megatron/arguments.py` in microsoft/Megatron-DeepSpeed (groups `_add_network_size_args` to `_add_distillation_args`).
+A flag becomes a setting, is ignored, or is refused; the table says which, and why.
 """
 
 from __future__ import annotations
 
-from nlgmoe.tools.megatron.flag_rows import Flag, Row, derived, same, switches
-from nlgmoe.tools.megatron.flags_without_setting import IGNORED, REFUSED
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-_MODEL = (
-    same("model.config.num_layers", "--num-layers", int, least=1),
-    same("model.config.hidden_size", "--hidden-size", int, least=1),
-    same(
-        "model.config.ffn_hidden_size",
-        "--ffn-hidden-size",
-        int,
-        note="4 x hidden size in both if not given",
-        optional=True,
-    ),
-    same("model.config.num_heads", "--num-attention-heads", int, least=1),
-    derived(
-        "`model.config.seq_len`",
-        [Flag("--seq-length", int, least=1), Flag("--max-position-embeddings", int)],
-        "positions past the sequence length are never trained; here they do not exist",
-    ),
-    same("model.config.hidden_dropout", "--hidden-dropout", float, 0.1, "0 here by default"),
-    same("model.config.attention_dropout", "--attention-dropout", float, 0.1, "0 here by default"),
-    same("model.config.init_std", "--init-method-std", float, 0.02),
-    same("model.config.layer_norm_eps", "--layernorm-epsilon", float, 1e-5),
-    same("model.config.vocab_size_multiple", "--make-vocab-size-divisible-by", int, 128),
-)
+import yaml
 
-_EXPERTS = (
-    derived(
-        "`model.config.moe.num_experts`",
-        [Flag("--num-experts", int, many=True, default=[1])],
-        "one value, or one for each MoE position; a dense layer is 1 there, 0 here (all dense: `moe: null`)",
-    ),
-    same("model.config.moe.expert_interval", "--expert-interval", int, 2),
-    same("model.config.moe.top_k", "--topk", int, 1),
-    Row(
-        (
-            Flag(
-                "--mlp-type",
-                str,
-                default="standard",
-                setting="model.config.moe.mlp_type",
-                allowed=("standard", "residual"),
-            ),
-        ),
-        "setting",
-        "`model.config.moe.mlp_type`",
-        "`residual` with `residual_mix: learned`, the default",
-    ),
-    same("model.config.moe.train_capacity_factor", "--moe-train-capacity-factor", float, 1.0),
-    derived(
-        "`model.config.moe.eval_capacity_factor`, `eval_token_dropping: true`",
-        [Flag("--moe-eval-capacity-factor", float, default=1.0, setting="model.config.moe.eval_capacity_factor")],
-        "evaluation drops nothing here by default",
-    ),
-    same("model.config.moe.min_capacity", "--moe-min-capacity", int, 4),
-    derived(
-        "`model.config.moe.token_dropping: false`",
-        [Flag("--disable-moe-token-dropping")],
-        "dropless without padding to the largest load",
-    ),
-    derived("`model.config.moe.second_expert: argmax`", [Flag("--disable-moe-top2-2nd-expert-sampling")]),
-    Row(
-        (Flag("--moe-loss-coeff", float, default=0.1, setting="model.config.moe.loss_coeff"),),
-        "setting",
-        "`model.config.moe.loss_coeff`",
-        "balanced within each rank, by default (`aux_scope`) here too",
-    ),
-    derived(
-        "`trainer.strategy.init_args.expert_parallel_size`",
-        [Flag("--moe-expert-parallel-size", int, default=1, least=1)],
-        "each layer has the largest degree up to this that divides its experts: with 64, a layer of 32 has degree 32",
-    ),
-)
+from nlgmoe.validation import SettingError
 
-_OPTIMISATION = (
-    same("model.optimizer.lr", "--lr", float),
-    derived(
-        "`model.optimizer.betas`",
-        [Flag("--adam-beta1", float, default=0.9), Flag("--adam-beta2", float, default=0.999)],
-    ),
-    same("model.optimizer.eps", "--adam-eps", float, 1e-8),
-    same("model.optimizer.weight_decay", "--weight-decay", float, 0.01),
-    same("trainer.gradient_clip_val", "--clip-grad", float, 1.0),
-    derived(
-        "`model.schedule.shape`",
-        [Flag("--lr-decay-style", str, default="linear", allowed=("constant", "linear", "cosine"))],
-        "`linear` is `wsd` whose fall begins where the warm-up ends",
-    ),
-    derived("`model.schedule.min_lr`", [Flag("--min-lr", float, default=0.0)]),
-    derived(
-        "`model.schedule.warmup_tokens`",
-        [
-            Flag("--lr-warmup-tokens", int),
-            Flag("--lr-warmup-samples", int, default=0),
-            Flag("--lr-warmup-iters", int, default=0),
-            Flag("--lr-warmup-fraction", float),
-        ],
-        "steps and sequences become tokens",
-    ),
-    derived(
-        "`model.schedule.decay_tokens`",
-        [Flag("--lr-decay-tokens", int), Flag("--lr-decay-samples", int), Flag("--lr-decay-iters", int)],
-        "the length of training if not given",
-    ),
-    derived("`trainer.precision`", switches("--fp16", "--bf16"), "`16-mixed`, `bf16-mixed`, else `32-true`"),
-    derived(
-        "`trainer.strategy.init_args`: `initial_scale_power`, `loss_scale_window`, `hysteresis`",
-        [
-            Flag("--initial-loss-scale", float, least=1),
-            Flag("--loss-scale-window", float, least=1),
-            Flag("--hysteresis", int, default=2),
-        ],
-        "fp16 only; the DeepSpeed configuration has precedence; default with `--deepspeed`: the tutorial's 11, 500, 2",
-    ),
-)
+IGNORED, REFUSED = "Not needed here", "Refused"  # sections; the flags of the others become settings
+_TYPES = {"int": int, "float": float, "str": str}
 
-_LENGTH = (
-    derived(
-        "`model.train_tokens`",
-        [Flag("--train-tokens", int), Flag("--train-samples", int)],
-        "if both are given, the one reached first",
-    ),
-    derived(
-        "`trainer.max_steps`",
-        [Flag("--train-iters", int)],
-        "with `train_tokens` too, the limit reached first ends the run",
-    ),
-    derived(
-        "`trainer.max_time`",
-        [Flag("--exit-duration-in-mins", int)],
-        "counted over all restarts here, over one job there",
-    ),
-)
 
-_BATCH_AND_DATA = (
-    same("data.micro_batch_size", "--micro-batch-size", int, least=1),
-    derived(
-        "`data.global_batch_size`", [Flag("--global-batch-size", int, least=1)], "micro-batch x ranks if not given"
-    ),
-    derived(
-        "`data.batch_ramp_up`: `start`, `increment`, `tokens`",
-        [Flag("--rampup-batch-size", int, many=True)],
-        "sequences become tokens; micro-batches are smaller at first here, fewer there, so that start and increment are "
-        "multiples of global / micro-batch size",
-    ),
-    derived(
-        "`data.corpus`: `nlgmoe.data.MegatronIndexed`, `prefix`; of several `nlgmoe.data.Blend`, `parts`",
-        [Flag("--data-path", str, many=True)],
-        "one prefix, or weight and prefix in turn; a part of a blend is named after its file",
-    ),
-    derived("`data.corpus.init_args.split`", [Flag("--split", str, default="969, 30, 1")], "by documents, as there"),
-    derived(
-        "`data.tokenizer`, `model.config.vocab_size`",
-        [
-            Flag("--vocab-file", str),
-            Flag("--merge-file", str),
-            Flag("--tokenizer-type", str, default="GPT2BPETokenizer", allowed=("GPT2BPETokenizer",)),
-        ],
-        "`gpt2` for gpt2-vocab.json and gpt2-merges.txt, else the folder of vocab.json and merges.txt",
-    ),
-    derived(
-        "`data.document_attention`",
-        switches("--reset-attention-mask", "--reset-position-ids"),
-        "both or neither; an input end-of-document token is the next document's first here, its own document's last there",
-    ),
-    derived("`data.mask_eod_loss`", switches("--eod-mask-loss"), "in evaluation too, as there"),
-    same("data.num_workers", "--num-workers", int, 2),
-    derived("`model.seed`, `data.seed`", [Flag("--seed", int, default=1234)]),
-)
+@dataclass(frozen=True)
+class Row:
+    """Flags that belong together.
 
-_RUN = (
-    derived(
-        "`trainer.callbacks`: `SaveCheckpoints`, `milestones`",
-        [Flag("--save-interval", int, least=1)],
-        "all are kept, as there",
-    ),
-    derived(
-        "`trainer.default_root_dir`",
-        [Flag("--save", str), Flag("--tensorboard-dir", str)],
-        "one folder for checkpoints, logs and results",
-    ),
-    derived(
-        "`--ckpt_path last`",
-        [Flag("--load", str)],
-        "given on the command line, not in YAML; refused if it differs from `--save`",
-    ),
-    derived(
-        "`trainer.val_check_interval`", [Flag("--eval-interval", int, default=1000, least=1)], "optimizer steps in both"
-    ),
-    derived(
-        "`data.max_eval_windows`",
-        [Flag("--eval-iters", int, default=100)],
-        "sequences, the same ones every time: global batches times their size",
-    ),
-    same("trainer.log_every_n_steps", "--log-interval", int, 100, least=1),
-    derived(
-        "`model.activation_checkpointing`",
-        switches("--checkpoint-activations", "--deepspeed-activation-checkpointing"),
-        "each block is recomputed in the backward pass",
-    ),
-    derived(
-        "`trainer.devices`, `trainer.num_nodes`",
-        [
-            Flag("--num_gpus", int),
-            Flag("--num_nodes", int),
-            Flag("--nproc_per_node", int),
-            Flag("--nproc-per-node", int),
-            Flag("--nnodes", int),
-        ],
-        "the launcher's; without them a script's NUM_GPUS and NUM_GPUS_PERNODE, a log's `world_size`",
-    ),
-    derived(
-        "`trainer.strategy`: `nlgmoe.ExpertParallelStrategy`, `stage`",
-        [Flag("--zero-stage", int, allowed=(0, 1, 2))],
-        "ZeRO 1, 2; 0 becomes 1, which computes the same; the stage in the DeepSpeed configuration has precedence",
-    ),
-    derived("`trainer.strategy.init_args.offload_optimizer`", [Flag("--cpu-optimizer")]),
-    derived(
-        "`model.curriculum`: `start`, `increment`, `tokens`",
-        [Flag("--deepspeed_config", str)],
-        "its section `curriculum_learning`, if the file is given; steps become tokens. ZeRO and precision in it must "
-        "agree with the flags; its clipping has precedence",
-    ),
-    derived("`trainer.strategy.init_args.timeout_seconds`", [Flag("--distributed-timeout-minutes", int, least=1)]),
-)
+    Attributes:
+        section: its heading in the table.
+        flags: name of each flag, with its dashes -> the keys that `flags.yaml` explains.
+        here: their settings, in Markdown; empty where there are none.
+        note: a remark; of a refused flag the reason and, after a semicolon, the remedy.
+    """
 
-_DISTILLATION = (
-    derived(
-        "`model.distiller`: `nlgmoe.MixtureOfStudents`",
-        switches("--mos", "--kd"),
-        "on every step, as there; the callback `nlgmoe.StagedDistillation` ends it (docs/distillation.md)",
-    ),
-    same(
-        "model.distiller.init_args.teacher",
-        "--load-teacher",
-        str,
-        note="a checkpoint of nlgmoe, which contains the model's configuration",
-    ),
-    same(
-        "model.distiller.init_args.beta",
-        "--kd-beta-ce",
-        float,
-        1.0,
-        "mean over tokens in the loss here, `batchmean / seq_length` there",
-    ),
-    same("model.distiller.init_args.temperature", "--kd-temp", float, 1.0),
-    same(
-        "model.distiller.init_args.num_layers",
-        "--num-layers-teacher",
-        int,
-        note="checked against the checkpoint's configuration, as the next three are",
-        optional=True,
-    ),
-    same("model.distiller.init_args.hidden_size", "--hidden-size-teacher", int, optional=True),
-    same("model.distiller.init_args.num_heads", "--num-attention-heads-teacher", int, optional=True),
-    derived(
-        "`model.distiller.init_args.num_experts`",
-        [Flag("--num-experts-teacher", int, many=True)],
-        "a dense teacher is 1 there, `0` here",
-    ),
-)
+    section: str
+    flags: Mapping[str, Mapping[str, Any]]
+    here: str = ""
+    note: str = ""
 
-SECTIONS: dict[str, tuple[Row, ...]] = {
-    "Model": _MODEL,
-    "Experts": _EXPERTS,
-    "Optimisation": _OPTIMISATION,
-    "Length": _LENGTH,
-    "Batch and data": _BATCH_AND_DATA,
-    "Run and cluster": _RUN,
-    "Distillation": _DISTILLATION,
-    "Not needed here": IGNORED,
-    "Refused": REFUSED,
-}
-FLAGS: dict[str, tuple[Flag, Row]] = {
-    flag.name: (flag, row) for rows in SECTIONS.values() for row in rows for flag in row.flags
-}
+
+def read_table() -> list[Row]:
+    """Read `flags.yaml`."""
+    sections = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+    rows = []
+    for section, entries in sections.items():
+        for entry in entries:
+            flags = {name: keys or {} for name, keys in entry["flags"].items()}
+            settings = [f"`{keys['setting']}`" for keys in flags.values() if "setting" in keys]
+            rows.append(Row(section, flags, entry.get("here") or ", ".join(settings), entry.get("note", "")))
+    return rows
+
+
+TABLE = read_table()
+ROWS = {name: row for row in TABLE for name in row.flags}  # flag -> its row
+FLAGS = {name: keys for row in TABLE for name, keys in row.flags.items()}  # flag -> its keys
+
+
+@dataclass
+class Problems:
+    """Reasons why a launch is not translated, `SUBJECT: REASON; REMEDY`; collected, so that all are reported at once."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, subject: str, message: str) -> None:
+        """Add a problem, once."""
+        if (line := f"{subject}: {message}") not in self.lines:
+            self.lines.append(line)
+
+
+class Arguments:
+    """The flags of a launch, parsed by argparse with the table's names and types.
+
+    Args:
+        words: the flags and their values.
+        problems: gets what is unknown, refused, or not of its type.
+        skip_unknown: pass over flags that are not in the table.
+
+    Attributes:
+        given: flag -> its words, as argparse has them: the last use counts.
+        unknown: words of flags that are not in the table.
+    """
+
+    def __init__(self, words: Sequence[str], problems: Problems, skip_unknown: bool = False) -> None:
+        self.problems = problems
+        parser = argparse.ArgumentParser(
+            add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+        )
+        for name, keys in FLAGS.items():
+            if "type" in keys:
+                parser.add_argument(name, dest=name, nargs="+" if keys.get("many") else 1)
+            else:
+                parser.add_argument(name, dest=name, action="store_const", const=[])
+        try:
+            namespace, self.unknown = parser.parse_known_args(list(words))
+        except argparse.ArgumentError as error:
+            raise SettingError(f"{error.argument_name}: {error.message}; correct it") from error
+        self.given: dict[str, list[str]] = vars(namespace)
+        if self.unknown and not skip_unknown:
+            problems.add(
+                " ".join(self.unknown), "is not known here; remove it, or pass over such flags with --skip-unknown"
+            )
+        for name, values in self.given.items():
+            keys, row = FLAGS[name], ROWS[name]
+            if row.section == REFUSED and "allowed" not in keys:
+                self.refuse(name, row.note)
+            elif values:
+                self.value(name)  # finds what is no number, and what is not allowed
+
+    def has(self, *names: str) -> bool:
+        """Return True if any of the flags is given."""
+        return any(name in self.given for name in names)
+
+    def value(self, name: str) -> Any:
+        """Return a flag's value, Megatron's default if it is not given, None if there is none or it is a problem."""
+        keys = FLAGS[name]
+        if name not in self.given:
+            return keys.get("default")
+        values = [self._parsed(name, word) for word in self.given[name]]
+        if None in values:
+            return None
+        if keys.get("many"):
+            return values
+        allowed = keys.get("allowed")
+        if allowed and values[0] not in allowed:
+            reason = f"only {', '.join(map(str, allowed))} can be had here; change it"
+            self.refuse(name, ROWS[name].note if ROWS[name].section == REFUSED else reason)
+            return None
+        return values[0]
+
+    def required(self, name: str) -> Any:
+        """Return a flag's value; a missing flag is a problem."""
+        if name not in self.given:
+            self.problems.add(name, "is not given, and there is no default for it; add it")
+            return None
+        return self.value(name)
+
+    def refuse(self, name: str, message: str) -> None:
+        """Add the problem of a flag."""
+        self.problems.add(" ".join([name, *self.given.get(name, [])]), message)
+
+    def _parsed(self, name: str, word: str) -> Any:
+        keys = FLAGS[name]
+        try:
+            value = _TYPES[keys["type"]](word)
+        except ValueError:
+            kind = "an integer" if keys["type"] == "int" else "a number"
+            self.refuse(name, f"{word!r} is not {kind}; correct it")
+            return None
+        least = keys.get("least", 0)
+        if isinstance(value, int | float) and not least <= value < math.inf:  # nor NaN
+            self.refuse(name, f"is not {f'at least {least}' if least else 'a number from 0 on'}; correct it")
+            return None
+        return value
+
+
+def markdown_table() -> str:
+    """Return the table for docs/megatron_flags.md."""
+    lines, section = ["| Megatron-DeepSpeed | here | note |", "|---|---|---|"], ""
+    for row in TABLE:
+        if row.section != section:
+            section = row.section
+            lines.append(f"| **{section}** | | |")
+        here = {IGNORED: "not needed", REFUSED: "refused"}.get(section, row.here)
+        names = []
+        for name, keys in row.flags.items():
+            allowed = " or ".join(f"`{value}`" for value in keys.get("allowed", ())) if section == REFUSED else ""
+            names.append(f"`{name}`" + (f" (but {allowed})" if allowed else ""))
+        lines.append(f"| {', '.join(names)} | {here} | {row.note} |")
+    return "\n".join(lines)

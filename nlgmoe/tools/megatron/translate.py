@@ -1,78 +1,326 @@
-"""Translate a launch into our settings, each with a comment for its line in the YAML.
+"""Flags of a launch -> the settings of `model` and `data`; those of `trainer` are in `trainer_settings.py`.
 
-Settings that take one flag's value as it is come from the table in `flags.py`; the others are derived in
-`model_settings.py`, `training_settings.py` and `run_settings.py`.
+Settings that take one flag's value unchanged come from the table (`flags.yaml`); the others are computed here.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import math
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.tools.megatron.arguments import Arguments
-from nlgmoe.tools.megatron.flags import FLAGS, SECTIONS
-from nlgmoe.tools.megatron.job import Job, Translation
-from nlgmoe.tools.megatron.launch import Launch
-from nlgmoe.tools.megatron.model_settings import model_settings
-from nlgmoe.tools.megatron.run_settings import run_settings
-from nlgmoe.tools.megatron.training_settings import data_settings, length_settings, optimisation_settings
+from nlgmoe.tools.megatron.deepspeed_config import SUBJECT
+from nlgmoe.tools.megatron.flags import IGNORED, Arguments
+from nlgmoe.tools.megatron.trainer_settings import trainer_settings
+from nlgmoe.tools.megatron.translation import DEFAULT, Settings, Translation
+
+GPT2_FILES = ["gpt2-vocab.json", "gpt2-merges.txt"]
+GPT2_VOCABULARY = 50257
 
 
-def translate(launch: Launch, arguments: Arguments) -> Translation:
-    """Translate a launch; add what cannot be translated to `arguments.problems`.
+def translate(arguments: Arguments, source: str, name: str, notes: Sequence[str]) -> str:
+    """Return the configuration of a launch as YAML; what cannot be translated is added to the problems of `arguments`.
 
     Args:
-        launch: the launch.
-        arguments: its flags.
+        arguments: flags of the launch.
+        source: its origin, for the header.
+        name: of the run folder where no flag gives one.
+        notes: sentences for the header.
     """
-    job = Job(launch, arguments)
-    model_settings(job)
-    optimisation_settings(job)
-    length_settings(job)
-    data_settings(job)
-    run_settings(job)
-    _note_flags_without_setting(job)
-    if not arguments.problems:
+    job = Translation(arguments)
+    job.notes[:0] = notes
+    tokenizer = _tokenizer(job)
+    if tokenizer is not None:
+        job.set("model.config.vocab_size", tokenizer[1], "of the tokenizer; padding is not counted")
+    if job.seq_len is not None:
+        job.set("model.config.seq_len", job.seq_len)
+        positions = arguments.required("--max-position-embeddings")
+        if positions is not None and positions < job.seq_len:
+            arguments.refuse("--max-position-embeddings", f"is below --seq-length {job.seq_len}; make it as long")
+    model_config(job)
+    _distiller(job)
+    _optimizer(job)
+    _schedule(job)
+    _length(job)
+    if tokenizer is not None:
+        job.set("data.tokenizer", tokenizer[0], "kept in data.data_dir" if tokenizer[0] == "gpt2" else "")
+    _data(job)
+    trainer_settings(job, name)
+    job.note_flags_without_setting(IGNORED)
+    if not job.problems.lines:
         _check_together(job)
-    return job.result
+    return job.text(source)
 
 
-def _note_flags_without_setting(job: Job) -> None:
-    reasons: dict[str, list[str]] = {}
-    for use in job.arguments.uses.values():
-        if use.row.kind == "ignored":
-            reasons.setdefault(use.row.note, []).append(use.flag.name)
-    dense = [name for name in job.arguments.uses if FLAGS[name][1] in SECTIONS["Experts"] and name != "--num-experts"]
-    if dense and not job.is_moe:
-        reasons["no effect: the model is dense"] = dense
-    idle = [name for name in job.arguments.uses if FLAGS[name][1] in SECTIONS["Distillation"]]
-    if idle and not job.has_teacher:
-        reasons["no effect without --mos or --kd"] = idle
-    if job.arguments.has("--save") and job.arguments.has("--tensorboard-dir"):
-        reasons["logs go into trainer.default_root_dir"] = ["--tensorboard-dir"]
-    job.result.notes += [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
-    if job.arguments.skipped:
-        job.result.notes.append(f"NOT TRANSLATED, unknown: {', '.join(job.arguments.skipped)}.")
+def model_config(job: Settings) -> None:
+    """Set `model.config`, but for the vocabulary and the sequence length."""
+    job.copy("Model", "model.config.")
+    if not job.is_moe:
+        job.set("model.config.moe", None, "one expert: a dense model")
+        return
+    moe, arguments = "model.config.moe.", job.arguments
+    job.set(f"{moe}num_experts", _experts(arguments.value("--num-experts")))
+    job.copy("Experts", moe)
+    dropping = not arguments.has("--disable-moe-token-dropping")
+    job.set(f"{moe}token_dropping", dropping)
+    job.set(
+        f"{moe}eval_token_dropping",
+        dropping,
+        "as Megatron-DeepSpeed evaluates; false makes a sequence's loss independent of its batch" if dropping else "",
+    )
+    job.set(f"{moe}aux_scope", "rank", "as DeepSpeed balances the load; global: over all ranks")
+    argmax = arguments.has("--disable-moe-top2-2nd-expert-sampling")
+    if argmax or arguments.value("--topk") == 2:
+        job.set(f"{moe}second_expert", "argmax" if argmax else "sample")
 
 
-def _check_together(job: Job) -> None:
-    """Run the checks of our configuration classes on the settings."""
-    tree: dict[str, Any] = {}
-    for path, value in job.result.settings.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    model = tree["model"]
-    moe = model["config"].pop("moe")
+def _experts(counts: Sequence[int]) -> int | list[int]:
+    """Return `num_experts`; Megatron builds a layer of one expert as a dense one, which is 0 here."""
+    here = [0 if count == 1 else count for count in counts]
+    return here if len(here) > 1 else here[0]
+
+
+def _tokenizer(job: Translation) -> tuple[str, int] | None:
+    """Return our name of the tokenizer, and its number of tokens."""
+    job.arguments.value("--tokenizer-type")
+    paths = [job.arguments.required(name) for name in ("--vocab-file", "--merge-file")]
+    if None in paths:
+        return None
+    if [posixpath.basename(path) for path in paths] == GPT2_FILES:
+        return "gpt2", GPT2_VOCABULARY
+    folder = posixpath.dirname(paths[0]) or "."
+    if paths != [posixpath.join(posixpath.dirname(paths[0]), name) for name in ("vocab.json", "merges.txt")]:
+        job.arguments.refuse(
+            "--vocab-file", "is not found by that name here; put vocab.json and merges.txt into one folder"
+        )
+        return None
     try:
-        GPTConfig(**model["config"], moe=MoEConfig(**moe) if moe else None)
+        return folder, max(json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8")).values()) + 1
+    except (OSError, ValueError, AttributeError) as error:
+        job.arguments.refuse("--vocab-file", f"is needed to count its tokens ({error}); translate where it can be read")
+        return None
+
+
+def _distiller(job: Translation) -> None:
+    if not job.arguments.has("--mos", "--kd"):
+        return
+    job.set("model.distiller.class_path", "nlgmoe.MixtureOfStudents", "to the end; StagedDistillation ends it earlier")
+    job.copy("Distillation", "model.distiller.")
+    counts = job.arguments.value("--num-experts-teacher")
+    if counts is not None:
+        job.set("model.distiller.init_args.num_experts", _experts(counts))
+
+
+def _optimizer(job: Translation) -> None:
+    job.copy("Optimisation", "model.optimizer.lr")
+    names = ("--adam-beta1", "--adam-beta2")
+    left = [name for name in names if name not in job.arguments.given]
+    comment = f"{' and '.join(left)}: {DEFAULT}" if left else ""
+    job.set("model.optimizer.betas", [job.arguments.value(name) for name in names], comment)
+    job.copy("Optimisation", "model.optimizer.")
+
+
+def _schedule(job: Translation) -> None:
+    arguments, path = job.arguments, "model.schedule."
+    shape = arguments.value("--lr-decay-style")
+    if shape is None:
+        return
+    lengths = ("--lr-decay-tokens", "--lr-decay-samples", "--lr-decay-iters")
+    warmup = _warmup(job)
+    job.set(f"{path}shape", "wsd" if shape == "linear" else shape, job.default("--lr-decay-style"))
+    job.set(f"{path}warmup_tokens", warmup)
+    if shape == "constant":
+        if arguments.has("--min-lr", *lengths):
+            job.notes.append("--lr-decay-style constant: --min-lr and --lr-decay-* have no effect.")
+        return
+    job.set(f"{path}min_lr", arguments.value("--min-lr"), job.default("--min-lr"))
+    decay = arguments.value("--lr-decay-tokens") if arguments.has("--lr-decay-tokens") else _decay_of_counts(job)
+    if decay is None or warmup is None:
+        if not any(line.startswith("--") for line in job.problems.lines):
+            job.problems.add(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
+        return
+    job.set(f"{path}decay_tokens", decay, "" if arguments.has(*lengths) else "the length of training")
+    if shape == "linear":
+        job.set(f"{path}cooldown_tokens", decay - warmup, "linear decay: the fall begins after the warm-up")
+
+
+def _warmup(job: Translation) -> int | None:
+    """Return the tokens of the warm-up; a fraction is one of the decay in steps or sequences, as in Megatron."""
+    arguments = job.arguments
+    if arguments.has("--lr-warmup-tokens"):
+        tokens: int | None = arguments.value("--lr-warmup-tokens")
+        return tokens
+    fraction = arguments.value("--lr-warmup-fraction")
+    if fraction is None:
+        return job.tokens("--lr-warmup-samples", "--lr-warmup-iters")
+    decay = _decay_of_counts(job)
+    if decay is None or job.seq_len is None:
+        arguments.refuse("--lr-warmup-fraction", "has no length to be a fraction of; give --lr-warmup-tokens")
+        return None
+    return round(fraction * (decay // job.seq_len)) * job.seq_len
+
+
+def _decay_of_counts(job: Translation) -> int | None:
+    """Return the tokens of a decay that is given in sequences or steps; of the training where there is none."""
+    if job.arguments.has("--lr-decay-samples", "--lr-decay-iters"):
+        return job.tokens("--lr-decay-samples", "--lr-decay-iters")
+    return job.tokens("--train-samples", "--train-iters")
+
+
+def _length(job: Translation) -> None:
+    arguments = job.arguments
+    lengths: dict[str, int] = {}
+    if (tokens := arguments.value("--train-tokens")) is not None:
+        lengths["--train-tokens"] = tokens
+    if arguments.has("--train-samples") and (tokens := job.tokens("--train-samples", "")) is not None:
+        assert job.seq_len is not None and job.global_batch is not None
+        step = job.seq_len * job.global_batch
+        ramp_up = arguments.has("--rampup-batch-size")  # then the last step may be a part of one
+        lengths["--train-samples"] = tokens if ramp_up else tokens // step * step
+    if lengths:
+        first = min(lengths, key=lengths.__getitem__)
+        comment = f"of {first}" if first == "--train-samples" else ""
+        job.set(
+            "model.train_tokens",
+            lengths[first],
+            "before --train-samples" if len(lengths) > 1 and not comment else comment,
+        )
+    _curriculum(job)
+    recompute = arguments.has("--checkpoint-activations", "--deepspeed-activation-checkpointing")
+    job.set("model.activation_checkpointing", recompute)
+    job.set("model.seed", arguments.value("--seed"), job.default("--seed"))
+
+
+def _curriculum(job: Translation) -> None:
+    """Set `model.curriculum`; DeepSpeed's steps become tokens by the mean length of sequences during the curriculum."""
+    curriculum = None if job.deepspeed is None else job.deepspeed.curriculum
+    if curriculum is None or job.seq_len is None or job.global_batch is None:
+        return
+    if curriculum.end != job.seq_len:
+        job.problems.add(
+            SUBJECT, f"ends the curriculum at {curriculum.end} tokens, --seq-length is {job.seq_len}; make them agree"
+        )
+    if job.arguments.has("--rampup-batch-size"):
+        job.problems.add(
+            SUBJECT, "counts the curriculum in steps, which --rampup-batch-size makes unequal; turn it off"
+        )
+    tokens = curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2
+    job.set(
+        "model.curriculum.tokens",
+        tokens,
+        f"{curriculum.steps} steps of the mean length; linear in tokens here, in steps there",
+    )
+    job.set("model.curriculum.start", curriculum.start)
+    job.set("model.curriculum.increment", curriculum.increment)
+
+
+def _data(job: Translation) -> None:
+    arguments = job.arguments
+    _corpus(job)
+    job.copy("Batch and data", "data.micro_batch_size")
+    if job.global_batch is not None:
+        job.set("data.global_batch_size", job.global_batch)
+    numbers = arguments.value("--rampup-batch-size")
+    if numbers is not None and len(numbers) != 3:
+        arguments.refuse("--rampup-batch-size", "takes a start, an increment and a number of sequences; correct it")
+    elif numbers is not None and job.seq_len is not None:
+        for name, value in zip(("start", "increment", "tokens"), (*numbers[:2], numbers[2] * job.seq_len), strict=True):
+            job.set(f"data.batch_ramp_up.{name}", value, f"{numbers[2]} sequences" if name == "tokens" else "")
+    resets = ("--reset-attention-mask", "--reset-position-ids")
+    given = [name for name in resets if arguments.has(name)]
+    if len(given) == 1:
+        other = resets[1 - resets.index(given[0])]
+        arguments.refuse(given[0], f"comes with {other} here, so that a document is read as if alone; add it")
+    if given:
+        job.set("data.document_attention", True)
+    if arguments.has("--eod-mask-loss"):
+        job.set("data.mask_eod_loss", True)
+    job.copy("Batch and data", "data.num_workers")
+    job.set("data.seed", arguments.value("--seed"), job.default("--seed"))
+
+
+def _corpus(job: Translation) -> None:
+    """Set `data.corpus`: the data set, or the blend of several."""
+    words, split = job.arguments.required("--data-path"), _split(job)
+    if words is None or split is None:
+        return
+    comment, corpora = job.default("--split"), [(1.0, words[0])]
+    if len(words) > 1:
+        corpora = _weighted(words)
+        if not corpora:
+            job.arguments.refuse(
+                "--data-path", "is not a list of weight and prefix in turn, weights above 0; correct it"
+            )
+            return
+    if len(corpora) == 1:
+        job.set("data.corpus.class_path", "nlgmoe.data.MegatronIndexed")
+        job.set("data.corpus.init_args.prefix", corpora[0][1])
+        job.set("data.corpus.init_args.split", split, comment)
+        return
+    prefixes = [prefix for _, prefix in corpora]
+    if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
+        job.arguments.refuse("--data-path", f"names {twice[0]} twice; add up its weights")
+    names = [posixpath.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
+    if len(set(names)) < len(names) or not all(names):
+        names = [prefix.strip("/") for prefix in prefixes]
+    parts = [
+        {
+            "weight": weight,
+            "name": name,
+            "corpus": {
+                "class_path": "nlgmoe.data.MegatronIndexed",
+                "init_args": {"prefix": prefix, "split": list(split)},
+            },
+        }
+        for name, (weight, prefix) in zip(names, corpora, strict=True)
+    ]
+    job.set("data.corpus.class_path", "nlgmoe.data.Blend")
+    job.set("data.corpus.init_args.parts", parts, f"splits: {comment}" if comment else "")
+
+
+def _weighted(words: Sequence[str]) -> list[tuple[float, str]]:
+    """Return weight and prefix of each data set of `--data-path`; none if the words are not such a list."""
+    try:
+        pairs = [(float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
+    except ValueError:
+        return []
+    return pairs if all(0 < weight < math.inf for weight, _ in pairs) else []
+
+
+def _split(job: Translation) -> list[float] | None:
+    """Return the shares of training, validation and test; missing ones are 0."""
+    text = job.arguments.value("--split")
+    try:
+        shares = [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        shares = [math.nan]
+    shares = [*shares, 0.0, 0.0][:3]
+    if not all(0 <= share < math.inf for share in shares) or shares[1] == 0:
+        job.arguments.refuse("--split", "must be numbers from 0 on, with a second share to validate on; correct it")
+        return None
+    return [int(share) if share.is_integer() else share for share in shares]
+
+
+def _check_together(job: Translation) -> None:
+    """Run the checks of our configuration classes on the settings."""
+    model = job.tree["model"]
+    try:
+        config = dict(model["config"])
+        moe = config.pop("moe")
+        GPTConfig(**config, moe=MoEConfig(**moe) if moe else None)
         AdamWConfig(**model["optimizer"])
         LearningRateSchedule(**model["schedule"])
         if "curriculum" in model:
             SequenceCurriculum(**model["curriculum"])
+        if "batch_ramp_up" in job.tree["data"]:
+            from nlgmoe.data.accumulation import BatchRampUp, check_ramp_up  # imports Lightning, which takes seconds
+
+            data = job.tree["data"]
+            check_ramp_up(BatchRampUp(**data["batch_ramp_up"]), data["global_batch_size"], data["micro_batch_size"])
     except ValueError as error:
-        job.arguments.problem("the launch", f"does not fit together: {error}")
+        job.problems.add("the launch", f"does not fit together: {error}")

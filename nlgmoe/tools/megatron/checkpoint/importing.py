@@ -24,9 +24,9 @@ from nlgmoe.checkpoint.entries import EXPERT
 from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.pyramid import moe_blocks
-from nlgmoe.tools.megatron.checkpoint.arguments import check_supported, model_config
+from nlgmoe.tools.megatron.checkpoint.arguments import config_of
 from nlgmoe.tools.megatron.checkpoint.source import Dense, ExpertFiles, find_folder, read_dense
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError
 
 QKV = Literal["auto", "heads", "thirds"]
 
@@ -74,14 +74,10 @@ def import_checkpoint(
     folder = find_folder(Path(path))
     dense = read_dense(folder)
     try:
-        check_supported(dense.args, accept_tanh_gelu)
         rows, positions = (_rows(dense, name) for name in (_WORDS, _POSITIONS))
-        config = model_config(dense.args, rows, positions, vocab_size)
+        config = config_of(dense.args, rows, positions, vocab_size, accept_tanh_gelu)
     except ValueError as error:
-        kind = SettingError if isinstance(error, SettingError) else ValueError
-        raise kind(f"{error} ({dense.file})") from error
-    except (TypeError, AttributeError, ArithmeticError) as error:
-        raise RunError(f"{dense.file}: its arguments describe no model ({error}); use another checkpoint") from error
+        raise type(error)(f"{error} ({dense.file})") from error
     counts = moe_blocks(config)
     weights = Weights(dense, ExpertFiles(folder, counts), config, _find_qkv_order(dense, qkv))
     write_weights(output, weights.read, config, tokenizer, dense.iteration, dense.tokens, overwrite)

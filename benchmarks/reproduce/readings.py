@@ -1,0 +1,167 @@
+"""What the results say of each question: a difference with its interval, the pairs that it rests on, and a reading."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.reproduce.cells import CONTROL, MARGIN, SEEDS, TEACHER, WIDER, Cell
+from benchmarks.reproduce.questions import (
+    AGREES,
+    DIFFERS,
+    QUESTIONS,
+    STAGED,
+    UNTESTABLE,
+    Question,
+    readings,
+)
+from nlgmoe.tools.statistics import PairedDifference, paired_difference
+
+Runs = dict[str, dict[str, Any]]
+MAX_SEED = max(question.pairs for question in QUESTIONS)
+MISSING = "pairs missing"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question, as the page prints it.
+
+    Attributes:
+        title: the question.
+        paper: what the paper says.
+        difference: with its 95% interval, as text.
+        pairs: those that were trained, of those that were planned.
+        reading: one of the readings of `questions`, or `MISSING`.
+    """
+
+    title: str
+    paper: str
+    difference: str
+    pairs: str
+    reading: str
+
+
+def of_cell(runs: Runs, cell: Cell, fact: str = "val_loss", seeds: tuple[int, ...] | None = None) -> dict[int, float]:
+    """Return a fact of the runs of a cell, by seed; None: of all seeds."""
+    found = ((seed, runs.get(f"{cell.name}-seed{seed}")) for seed in seeds or range(1, MAX_SEED + 1))
+    return {seed: run[fact] for seed, run in found if run is not None}
+
+
+def difference(runs: Runs, first: Cell, second: Cell, pairs: int = MAX_SEED) -> PairedDifference | None:
+    """Return `first - second` in validation loss over seeds 1 to `pairs` of both; None if there are fewer than two."""
+    a, b = of_cell(runs, first), of_cell(runs, second)
+    seeds = [seed for seed in range(1, pairs + 1) if seed in a and seed in b]
+    return paired_difference([a[s] for s in seeds], [b[s] for s in seeds]) if len(seeds) > 1 else None
+
+
+def with_interval(found: PairedDifference, unit: str = " nats") -> str:
+    """Return a difference with its 95% interval."""
+    low, high = found.interval()
+    return f"{found.mean:+.3f}{unit} ({low:+.3f} to {high:+.3f})"
+
+
+def answers(results: dict[str, Any]) -> dict[str, Answer]:
+    """Answer every question, by key, in the order of the page."""
+    runs = results["runs"]
+    found = [(question, difference(runs, question.first, question.second, question.pairs)) for question in QUESTIONS]
+    read = readings(found)
+    answered = {question.key: _answer(question, differ, read) for question, differ in found}
+    return {"experts": answered.pop("experts"), "cheaper": _cheaper(results), **answered, "faster": _faster(results)}
+
+
+def _answer(question: Question, found: PairedDifference | None, read: dict[str, str]) -> Answer:
+    pairs = 0 if found is None else found.pairs
+    return Answer(
+        question.title,
+        question.paper,
+        "" if found is None else with_interval(found),
+        str(pairs) if pairs == question.pairs else f"{pairs} of {question.pairs}",
+        read.get(question.key, MISSING),
+    )
+
+
+def _cheaper(results: dict[str, Any]) -> Answer:
+    ratio = cost_at_equal_loss(results["runs"])
+    text = "" if ratio is None else "{:.2f} times the FLOPs ({:.2f} to {:.2f})".format(*ratio)
+    pairs = len(of_cell(results["runs"], Cell(WIDER[-1]), seeds=SEEDS))
+    paper = "6.7B dense trains 70 sequences/s, 1.3B with 128 experts 372 (section 3.3)"
+    return Answer("A dense model of the same loss costs 5 times as much", paper, text, str(pairs), UNTESTABLE)
+
+
+def _faster(results: dict[str, Any]) -> Answer:
+    seconds = results.get("speed", {}).get("step_seconds", {})
+    name = "top_2_argmax" if "top_2_argmax" in seconds else "top_2"
+    ratio = seconds["residual"] / seconds[name] if {"residual", name} <= seconds.keys() else None
+    reading = MISSING if ratio is None else AGREES if ratio <= 0.9 else DIFFERS
+    paper = "more than 10% faster, on GPUs that exchange the second expert's tokens (section 4.1)"
+    text = "" if ratio is None else f"{ratio:.2f} of the time of a step"
+    return Answer("Residual top-1 is more than 10% faster than top-2", paper, text, "-", reading)
+
+
+def cost_at_equal_loss(runs: Runs, costs: dict[str, float] | None = None) -> tuple[float, float, float] | None:
+    """Return how many times as much a dense model of MoE-16's loss costs, with a 95% interval; None if runs are missing.
+
+    In each seed a straight line is fitted to the dense losses over log cost. The interval is Student's, of the logarithm of the
+    ratio.
+
+    Args:
+        runs: the results.
+        costs: of a token of each configuration, in any unit; None: FLOPs.
+    """
+    dense, moe = [of_cell(runs, Cell(name), seeds=SEEDS) for name in WIDER], of_cell(runs, Cell("moe_16"), seeds=SEEDS)
+    seeds = sorted(set(moe).intersection(*dense))
+    if len(seeds) < 2:
+        return None
+    if costs is None:
+        flops = {name: of_cell(runs, Cell(name), "flops_per_token") for name in (*WIDER, "moe_16")}
+        costs = {name: next(iter(values.values())) for name, values in flops.items()}
+    cost = np.log([costs[name] for name in WIDER])
+    ratios = []
+    for seed in seeds:
+        slope, base = np.polyfit(cost, [losses[seed] for losses in dense], 1)
+        ratios.append((moe[seed] - base) / slope - math.log(costs["moe_16"]))
+    found = paired_difference(ratios, [0.0] * len(ratios))
+    return math.exp(found.mean), *(math.exp(end) for end in found.interval())
+
+
+def beside(results: dict[str, Any]) -> list[str]:
+    """Return the sentences that are printed beside the questions, and not judged."""
+    runs = results["runs"]
+    lines = []
+    sizes = {name: of_cell(runs, cell, "params_total") for name, cell in
+             (("MoE-32", Cell("moe_32")), ("PR-MoE", TEACHER), ("the staged student", STAGED))}  # fmt: skip
+    if all(sizes.values()):
+        standard, *others = ((name, next(iter(values.values()))) for name, values in sizes.items())
+        ratios = " and ".join(f"{name} {standard[1] / size:.1f}" for name, size in others)
+        lines.append(f"Next to MoE-32, {ratios} times fewer parameters (the paper: 3 and 3.7).")
+    if (found := difference(runs, STAGED, Cell("moe_32"))) is not None:
+        lines.append(f"Staged student - MoE-32: {with_interval(found)}, {found.pairs} pairs.")
+    if (found := difference(runs, STAGED, TEACHER)) is not None:
+        lines.append(f"Staged student - its teacher: {with_interval(found)}, {found.pairs} pairs.")
+    if (found := difference(runs, STAGED, CONTROL)) is not None:
+        lines.append(
+            f"Staged student - the student alone on twice the tokens: {with_interval(found)}, {found.pairs} pairs."
+        )
+    if (found := difference(runs, Cell("residual"), Cell("top_2"))) is not None:
+        low, high = found.interval(0.9)
+        old = "equivalent" if found.smaller_than(MARGIN) else "not shown to be equivalent"
+        lines.append(
+            f"Residual top-1 - top-2 with a sampled second expert: {with_interval(found)}, {found.pairs} pairs that were seen "
+            f"before the rule. By the first, two-sided rule (90% {low:+.3f} to {high:+.3f}, margin {MARGIN}) it is {old}; by "
+            f"today's it is {'' if high < MARGIN else 'not shown to be '}as good."
+        )
+    costs = results.get("speed", {}).get("step_seconds")
+    if costs and (ratio := cost_at_equal_loss(runs, costs)) is not None:
+        lines.append("A dense model of MoE-16's loss takes {:.2f} times its seconds ({:.2f} to {:.2f}).".format(*ratio))
+    lower = runs.get("dense_4x@0.5-seed0-lr0.002")
+    if lower:
+        losses = {rate: runs[f"dense_4x@0.5-seed0-lr{rate}"]["val_loss"] for rate in ("0.002", "0.004", "0.008")}
+        lines.append(
+            "dense_4x at half the budget, by learning rate: "
+            + ", ".join(f"{r} {v:.3f}" for r, v in losses.items())
+            + "."
+        )
+    return lines
