@@ -1,4 +1,4 @@
-"""The paper's models on the paper's GPUs, predicted: the tables of docs/scaling.md. Needs no GPU, and a minute.
+"""The paper's models on the paper's GPUs, predicted: the tables of docs/results/scaling.md. Needs no GPU, and a minute.
 
     python benchmarks/scaling.py
 

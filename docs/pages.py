@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import nlgmoe
 from nlgmoe.commands.main import COMMANDS, TRAIN_PY, main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {"README.md": "index.md"} | {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
+SETTINGS = {  # section of a configuration -> its class
+    "model": "nlgmoe.module.MoEGPTModule",
+    "model.config": "nlgmoe.config.GPTConfig",
+    "model.config.moe": "nlgmoe.config.MoEConfig",
+    "model.optimizer": "nlgmoe.optim.param_groups.AdamWConfig",
+    "model.schedule": "nlgmoe.optim.token_schedule.LearningRateSchedule",
+    "model.curriculum": "nlgmoe.optim.token_schedule.SequenceCurriculum",
+    "model.distiller": "nlgmoe.distill.mixture_of_students.MixtureOfStudents",
+    "model.non_finite": "nlgmoe.non_finite.NonFinite",
+    "model.warm_start": "nlgmoe.checkpoint.warm_start.WarmStart",
+    "data": "nlgmoe.data.datamodule.PileDataModule",
+    "trainer.strategy": "nlgmoe.parallel.strategy.ExpertParallelStrategy",
+    "trainer.callbacks": "nlgmoe.run.keeper.SaveCheckpoints",
+}
 LINKED = ("CITATION.cff", "LICENSE", "notebooks/02_routing.ipynb", "notebooks/04_laboratory.ipynb")  # from documents
 
 
@@ -27,11 +42,14 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     files.append(File.generated(config, "commands.md", content=commands()))
     files.append(File.generated(config, "reference.md", content=reference()))
+    files.append(File.generated(config, "settings.md", content=settings()))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Let links of documents outside `docs/`, and those from it to outside, lead to the pages."""
+    if "/" in page.file.src_uri:  # below `docs/`, where ../ is `docs/`
+        return markdown
     markdown = re.sub(r'(\]\(|src=")(?:\.\./|docs/)', r"\1", markdown)
     return markdown.replace("](README.md", "](index.md")
 
@@ -49,7 +67,18 @@ def commands() -> str:
 
 
 def reference() -> str:
-    """Return the page of all that `nlgmoe` exports."""
+    """Return the page of all that `nlgmoe` exports, but for the classes of the settings."""
     found = (getattr(nlgmoe, name) for name in sorted(nlgmoe.__all__, key=str.lower))
-    names = [f"::: {one.__module__}.{one.__qualname__}" for one in found]
-    return "\n\n".join(["# Python", "What `import nlgmoe` offers.", *names]) + "\n"
+    paths = [f"{each.__module__}.{each.__qualname__}" for each in found]
+    names = [f"::: {path}" for path in paths if path not in SETTINGS.values()]
+    return "\n\n".join(["# Python", "What `import nlgmoe` offers beside the [settings](settings.md).", *names]) + "\n"
+
+
+def settings() -> str:
+    """Return the page of the settings in a configuration, section by section."""
+    parts = [
+        "# Settings",
+        "Sections of a YAML file, and of flags such as `--model.config.moe.top_k 2`. `nlgmoe fit --help` has them too.",
+    ]
+    parts += [f"## {section}\n\n::: {path}\n    options: {{members: false}}" for section, path in SETTINGS.items()]
+    return "\n\n".join(parts) + "\n"

@@ -65,7 +65,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_every_guide_is_a_page_of_the_site() -> None:
     pages = set(re.findall(r"([\w.]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    made = {"index.md", "reference.md", "commands.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
+    made = {"index.md", "settings.md", "reference.md", "commands.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
     assert pages == made | {path.name for path in (ROOT / "docs").glob("*.md")}
 
 

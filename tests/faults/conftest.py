@@ -29,5 +29,5 @@ def undisturbed_ranks(pocket_pile: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def results() -> Results:
-    """`docs/results/faults.json` and the tables in `docs/reliability.md`."""
+    """`docs/results/faults.json` and the tables in `docs/results/faults.md`."""
     return Results(commit())

@@ -1,4 +1,4 @@
-"""What the campaign found: `docs/results/faults.json`, and the tables of `docs/reliability.md` made of it."""
+"""What the campaign found: `docs/results/faults.json`, and the tables of `docs/results/faults.md` made of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.documents import with_text
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs/results/faults.json"
-DOCUMENT = ROOT / "docs/reliability.md"
+DOCUMENT = ROOT / "docs/results/faults.md"
 BEGIN, END = "<!-- written by make test-faults: {} -->", "<!-- end -->"
 
 

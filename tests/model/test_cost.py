@@ -160,7 +160,7 @@ def paper_cost(dense: bool, utilisation: float) -> Cost:
 
 @pytest.mark.parametrize("utilisation", [0.15, UTILISATION])  # 0.15 is what the paper's dense run reaches
 def test_the_papers_speed_up_is_predicted_within_a_quarter(utilisation: float) -> None:
-    """128 A100s, paper: 372 samples/s of 1.3B+MoE-128 to 70 of 6.7B dense. docs/scaling.md says why we are below."""
+    """128 A100s, paper: 372 samples/s of 1.3B+MoE-128 to 70 of 6.7B dense. docs/results/scaling.md says why we are below."""
     dense, moe = paper_cost(True, utilisation), paper_cost(False, utilisation)
     assert dense.fits and moe.fits
     assert 0.75 < (moe.samples_per_second / dense.samples_per_second) / (372 / 70) < 1.0

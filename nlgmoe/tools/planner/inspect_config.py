@@ -57,7 +57,7 @@ def inspect_config(
             trainer.precision nor trainer.accelerator.
         activation_checkpointing: recompute blocks in the backward pass, even if the files do not set it.
         hardware: v100-32, a100-40, a100-80, h100 or h200.
-        utilisation: achieved fraction of peak FLOP/s in matrix products; docs/scaling.md documents the default.
+        utilisation: achieved fraction of peak FLOP/s in matrix products; docs/planning.md documents the default.
         json: print one JSON object instead of a table.
     """
     gpu = find_hardware(hardware)

@@ -1,1 +1,1 @@
-"""Import Megatron-DeepSpeed's checkpoints: `docs/megatron_checkpoints.md` has their layout and its sources."""
+"""Import Megatron-DeepSpeed's checkpoints: `docs/results/megatron_layout.md` has their layout and its sources."""
