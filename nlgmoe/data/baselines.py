@@ -40,7 +40,7 @@ def xz_bits_per_byte(
 ) -> dict[str, float]:
     """Compress the evaluated text by `xz -9`: domain -> bits per byte, and "all" for all domains together.
 
-    Domains without text are left out.
+    Domains without text are left out; the result is empty if no domain has text.
 
     Args:
         evaluated: evaluated tokens of each domain, each [N_d].
@@ -58,7 +58,9 @@ def xz_bits_per_byte(
     if len(texts) > 1:
         texts["all"] = b"".join(texts.values())
     bits_per_byte = {name: 8 * len(lzma.compress(text, preset=9)) / len(text) for name, text in texts.items()}
-    return {**bits_per_byte, "all": bits_per_byte.get("all", next(iter(bits_per_byte.values())))}
+    if len(texts) == 1:
+        (bits_per_byte["all"],) = bits_per_byte.values()
+    return bits_per_byte
 
 
 def count_tokens(streams: Sequence[np.ndarray], vocab_size: int, max_tokens: int = MAX_TOKENS) -> np.ndarray:

@@ -1,5 +1,6 @@
 """ZeroShotEval: the steps at which it evaluates, that it does not change training, and that a failing task is skipped."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> N
     assert {"val/loss", "val/perplexity", "val/perplexity/odd"} <= set(found)
 
 
-def test_a_failing_task_is_counted_and_training_goes_on(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny_choice.jsonl").write_text('{"question": "no choices"}\n')
-    settings = {"include_path": str(folder), "data_dir": str(tmp_path), "every_n_steps": 1, "limit": 2}
+def test_a_failing_task_is_counted_and_training_goes_on(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    (folder / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
+    settings = {"include_path": str(folder), "every_n_steps": 1, "limit": 2}
     run = trainer(tmp_path, zero_shot := ZeroShotEval(["tiny_choice", "tiny_word"], **settings), max_steps=2)
     logged: list[dict[str, float]] = []
     zero_shot._evaluate = lambda *args: logged.append(found := ZeroShotEval._evaluate(zero_shot, *args)) or found  # type: ignore
@@ -92,10 +94,13 @@ def test_a_failing_task_is_counted_and_training_goes_on(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps=0 must be at least 1"),
-        ({"every_n_tokens": 0}, "every_n_tokens=0 must be at least 1"),
-        ({"limit": 0}, "limit=0 must be above 0"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"every_n_steps": 0}, "every_n_steps=0 must be a whole number from 1"),
+        ({"every_n_tokens": 0}, "every_n_tokens=0 must be a whole number from 1"),
+        *(
+            ({"limit": limit}, f"limit={limit} must be a whole number from 1")
+            for limit in (0, 2.5, 0.5, math.nan, True)
+        ),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number from 1"),
         ({"at_validation": False}, "at_validation=false leaves no time to evaluate"),
     ],
 )
@@ -104,9 +109,9 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
         ZeroShotEval(["piqa"], **settings)
 
 
-def test_mistakes_are_found_before_training(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tasks=tiny_choise: lm-eval has no such task; did you mean tiny_choice"):
-        trainer(tmp_path, ZeroShotEval(["tiny_choise"], include_path=str(folder)), max_steps=1).fit(
+def test_mistakes_are_found_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="include_path=nowhere is not a folder"):
+        trainer(tmp_path, ZeroShotEval(["tiny_choice"], include_path="nowhere"), max_steps=1).fit(
             MoEGPTModule(CONFIG), TokenizedData()
         )
     with pytest.raises(ValueError, match="needs a data module with a tokenizer"):

@@ -249,3 +249,4 @@ def test_the_baselines_of_a_long_corpus_come_from_a_sample(make_data: Callable[.
     expected = 8 * len(lzma.compress(text, preset=9)) / len(text)
     for limit in (200, len(text)):
         assert xz_bits_per_byte({"prose": evaluated[0]}, tokenizer, limit) == {"prose": expected, "all": expected}
+    assert xz_bits_per_byte({"prose": np.array([tokenizer.eod_id] * 2), "code": np.array([], int)}, tokenizer) == {}

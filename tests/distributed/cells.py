@@ -50,9 +50,6 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
-from tests.eval.tiny_tasks import CONFIG as TINY
-from tests.eval.tiny_tasks import TASKS, TokenizedData, write_tasks
 from tests.memory import peak_bytes
 from tests.synthetic import NumberedData, OfUnknownLength, SyntheticData, ToLongest
 
@@ -920,34 +917,6 @@ def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:
     trainer = make_trainer(cell, ranks, folder, strategy=strategy_of(cell))
     (found,) = trainer.validate(cell.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)
     return found["val/loss"]
-
-
-class Remembers(ZeroShotEval):
-    """Keeps what it finds."""
-
-    def _evaluate(self, trainer: Trainer, module: Any) -> dict[str, float]:
-        self.found = super()._evaluate(trainer, module)
-        return self.found
-
-
-def zero_shot(cell: Cell, ranks: int, folder: Path) -> list[dict[str, float]]:
-    """What is found on all documents; on one of each task; and in training where the last rank cannot read a task's documents."""
-    rank = int(os.environ["RANK"]) if ranks > 1 else 0
-    own = write_tasks(folder / f"{cell.name} tasks {rank}")
-    (own / "data").mkdir()
-    if rank == ranks - 1:
-        (own / "data/tiny_choice.jsonl").write_text('{"question": "no choices"}\n')
-    config = replace(TINY, moe=MoEConfig(4, token_dropping=False))  # with drops, ranks would train another model
-    found = []
-    for limit, data_dir in ((None, None), (1, None), (None, str(own / "data"))):
-        callback = Remembers(list(TASKS), limit, data_dir=data_dir, include_path=str(own), batch_size=2)
-        fit = make_trainer(cell, ranks, folder, callback, **({} if ranks == 1 else {"strategy": strategy_of(cell)}))
-        if data_dir is None:
-            fit.validate(MoEGPTModule(config), TokenizedData(), verbose=False)
-        else:
-            fit.fit(MoEGPTModule(config, AdamWConfig(lr=3e-3)), TokenizedData(micro_batch_size=SAMPLES // ranks))
-        found.append(callback.found)
-    return found
 
 
 def free_port() -> int:

@@ -68,7 +68,6 @@ from tests.distributed.cells import (
     uneven,
     warm_start,
     with_state,
-    zero_shot,
 )
 from tests.synthetic import SyntheticData
 
@@ -137,8 +136,6 @@ SPOILT = [
     Cell("skip, bf16-mixed, ZeRO 2", 2, 2, precision="bf16-mixed", **SKIPS),
 ]
 INTERRUPTED = [(ACCUMULATING, 3), (LEARNING_DDP, 4)]  # accumulates: asked after the signal; ddp: before
-# The tiny tasks have 3 to 9 documents, and texts of several lengths to generate.
-ZERO_SHOT = [Cell("zero-shot, spread", 2, 1, moe=DROPLESS, steps=2), Cell("zero-shot, ddp", strategy="ddp", steps=2)]
 UNEVEN = CELLS[3][0]  # 20 windows over 3 ranks, in batches of 3
 SPECIALISED = Cell("specialised", 2, moe=DROPLESS, steps=2, padded=True)
 UNEQUAL = [
@@ -240,7 +237,6 @@ def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, taught_alo
             jobs += [(resume, cell) for cell in THROUGH_HALF] + [(warm_start, cell) for cell in WARM]
             jobs += [(interrupted, cell) for cell, _ in INTERRUPTED]
             jobs += [(taught, cell) for cell in (TAUGHT, *TAUGHT_TOO)] + [(taught_on, TAUGHT), (taught_offline, TAUGHT)]
-            jobs += [(zero_shot, cell) for cell in ZERO_SHOT]
             jobs += [(save_large, LARGE)]  # the last one: from then on allocations are traced
         if ranks == 4:
             jobs += [(taught, TAUGHT_ON_FOUR)]
@@ -533,16 +529,6 @@ def test_evaluation_with_uneven_last_batches(found: Found, tmp_path: Path) -> No
     for rank in by_rank:
         assert rank == pytest.approx({name: expected[name] for name in rank}, rel=1e-5)
         assert {name for name in expected if not name.startswith("window ")} <= rank.keys()
-
-
-@pytest.mark.parametrize("cell", ZERO_SHOT, ids=lambda cell: cell.name)
-def test_zero_shot_tasks_find_on_ranks_what_one_process_finds(cell: Cell, found: Found, tmp_path: Path) -> None:
-    expected = zero_shot(cell, 1, tmp_path)
-    assert [len(each) for each in expected] == [4, 4, 4]  # at the end three tasks, and the number of those that failed
-    assert expected[2]["zero_shot/failed_tasks"] == 1
-    for rank in found[zero_shot, cell.name]:
-        for here, there in zip(rank, expected, strict=True):
-            assert here == pytest.approx(there, rel=1e-4)
 
 
 def test_batches_and_sequences_grow_alike_on_ranks(found: Found, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from nlgmoe.cli.model_options import check_device, import_allowed
 from nlgmoe.cli.output_files import check_output, write_whole
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import require
 
 if TYPE_CHECKING:
     from nlgmoe.eval.loaded_model import LoadedModel
@@ -20,10 +21,9 @@ BOOTSTRAP_ITERS = 1000  # for standard errors without a formula; their relative 
 def evaluate(
     checkpoint: str,
     tasks: str = "lambada_openai,piqa,boolq,race,triviaqa,webqs",
-    limit: float | None = None,
+    limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 16,
-    data_dir: str | None = None,
     include_path: str | None = None,
     output: str | None = None,
     tokenizer: str | None = None,
@@ -35,28 +35,21 @@ def evaluate(
 
     Args:
         checkpoint: the folder, `NAME.ckpt`, or a run folder: its newest valid checkpoint is evaluated.
-        tasks: names of lm-eval's tasks or groups, or YAML files of tasks, separated by commas.
-        limit: maximum number of documents per task; below 1, a fraction of them.
+        tasks: names of lm-eval's tasks, groups or tags, separated by commas.
+        limit: maximum number of documents per task.
         num_fewshot: examples before each document; default: the task's setting, which is 0 for the paper's tasks.
         batch_size: sequences per batch.
-        data_dir: folder with documents in TASK.jsonl (or .json, .parquet, .csv, .arrow), as `nlgmoe prepare-eval` writes them;
-            other tasks are downloaded from the Hugging Face hub.
-        include_path: folder with further tasks in lm-eval's YAML; a task with the name of a built-in one replaces it.
+        include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; a task with the name of a
+            built-in one replaces it. The documents of other tasks are downloaded from the Hugging Face hub.
         output: new JSON file for lm-eval's results and a description of the model.
         tokenizer: as `data.tokenizer`, for a checkpoint without a tokenizer.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         precision: precision of weights and matrix products; default: the checkpoint's.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
     """
-    if limit is not None and not 0 < limit < math.inf:
-        raise SettingError(f"limit={limit} must be above 0")
-    if limit is not None and limit > 1 and limit != int(limit):
-        raise SettingError(f"limit={limit} must be a whole number, or below 1 for a share of the documents")
-    if batch_size < 1:
-        raise SettingError(f"batch_size={batch_size} must be at least 1")
+    check_settings(limit, num_fewshot, batch_size)
     if output is not None:
         check_output(output)
-
     import_allowed(allow_code)
     from nlgmoe.device import default_device
 
@@ -64,26 +57,21 @@ def evaluate(
     check_device(device)
 
     from nlgmoe.eval.loaded_model import load_pretrained
-    from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, handle_non_serializable
-    from nlgmoe.tools.lm_eval.paper import results_table
-    from nlgmoe.tools.lm_eval.tasks import Tasks
-    from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, merge_results
+    from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, handle_non_serializable, quiet
+    from nlgmoe.tools.lm_eval.results import merge_results, results_table
+    from nlgmoe.tools.lm_eval.tasks import evaluate_task, find_tasks, load_task
 
-    try:
-        selected = Tasks([name for name in tasks.split(",") if name], data_dir, include_path, num_fewshot)
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-    loaded = load_pretrained(checkpoint, tokenizer, device, precision)
-    model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
-    for name in selected.names:  # fail before any task is evaluated
-        selected.load(name)
-    parts = []
-    for name in selected.names:
-        print(f"{name} ...", flush=True)
-        parts.append(evaluate_task(model, selected, name, limit, BOOTSTRAP_ITERS))
-    results = merge_results(parts)
+    names = list(dict.fromkeys(name for name in tasks.split(",") if name))
+    with quiet(progress=True):
+        manager = find_tasks(names, include_path)
+        loaded = load_pretrained(checkpoint, tokenizer, device, precision)
+        model = EvaluatedGPT(loaded.model, loaded.tokenizer, batch_size)
+        # All are loaded before the first is evaluated, so that mistakes show at once.
+        selected = [load_task(manager, name, limit, num_fewshot) for name in names]
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap must not fork a process with threads
+        results = merge_results([evaluate_task(model, task, limit, BOOTSTRAP_ITERS) for task in selected])
     about = _describe_model(loaded, limit)
-    limited = "" if limit is None else f"; limit {limit:g}: a part of each task"
+    limited = "" if limit is None else f"; limit {limit}: a part of each task"
     print(
         f"\n{about['checkpoint']}, step {about['step']:,}, {about['tokens']:,} tokens; {about['parameters']:,} parameters, "
         f"{about['active_parameters']:,} active for a token{limited}\n\n{results_table(results)}"
@@ -94,7 +82,15 @@ def evaluate(
         print(f"written to {output}")
 
 
-def _describe_model(loaded: LoadedModel, limit: float | None) -> dict[str, Any]:
+def check_settings(limit: int | None, num_fewshot: int | None, batch_size: int, **intervals: int | None) -> None:
+    """Check numbers that `nlgmoe evaluate` and `ZeroShotEval` take; None means their default."""
+    for name, value in {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, **intervals}.items():
+        least = 0 if name == "num_fewshot" else 1
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(value is None or (whole and value >= least), f"{name}={value} must be a whole number from {least}")
+
+
+def _describe_model(loaded: LoadedModel, limit: int | None) -> dict[str, Any]:
     from nlgmoe.model.counting import count_parameters
     from nlgmoe.versions import versions
 

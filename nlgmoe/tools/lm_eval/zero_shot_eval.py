@@ -4,40 +4,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from nlgmoe.checkpoint.agreement import AllRanksError
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.data.training_data import training_data
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.tools.lm_eval.lockstep import BrokenCollectiveError, describe
+from nlgmoe.tools.lm_eval.evaluate import check_settings
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
-    from nlgmoe.tools.lm_eval.tasks import Tasks
+    from nlgmoe.tools.lm_eval.lm_eval_model import TaskManager
 
 
 class ZeroShotEval(Callback):
     """Evaluates the model on lm-eval's tasks and logs `zero_shot/TASK/METRIC`, and `zero_shot/failed_tasks` if one fails.
 
-    Evaluates in `fit` at intervals of steps or tokens or at every validation, and in every `validate`. Documents are divided
-    among ranks, with expert parallelism too. Evaluation does not change training: random generators are restored, and a
-    failed task is counted, with one warning. Needs `pip install -e '.[eval]'`.
+    Evaluates in `fit` at intervals of steps or tokens or at every validation, and in every `validate`. Every rank evaluates
+    all documents. Evaluation does not change training: random generators are restored, and a failed task is counted, with
+    one warning. Needs `pip install -e '.[eval]'`.
 
     Args:
-        tasks: names of lm-eval's tasks or groups, or YAML files of tasks.
-        limit: maximum number of documents per task; below 1, a fraction of them; null: all documents.
+        tasks: names of lm-eval's tasks, groups or tags.
+        limit: maximum number of documents per task; null: all documents.
         every_n_steps: optimizer steps between evaluations in `fit`; null: not by steps.
         every_n_tokens: tokens between evaluations in `fit`, after the step that reaches a multiple; null: not by tokens.
         at_validation: evaluate at every validation of `fit`; null: only if neither of the other two is given.
         num_fewshot: example documents before each document; null: the task's setting.
-        data_dir: folder with documents in TASK.jsonl, as `nlgmoe prepare-eval` writes them; null: all from the hub.
-        include_path: folder with further tasks in lm-eval's YAML; null: none.
-        batch_size: sequences per batch on a rank.
+        include_path: folder with tasks in lm-eval's YAML, as `nlgmoe prepare-eval` writes them; null: lm-eval's own, with
+            documents from the Hugging Face hub.
+        batch_size: sequences per batch.
 
     Raises:
         ValueError: a setting is out of range.
@@ -46,34 +48,28 @@ class ZeroShotEval(Callback):
     def __init__(
         self,
         tasks: list[str],
-        limit: float | None = None,
+        limit: int | None = None,
         every_n_steps: int | None = None,
         every_n_tokens: int | None = None,
         at_validation: bool | None = None,
         num_fewshot: int | None = None,
-        data_dir: str | None = None,
         include_path: str | None = None,
         batch_size: int = 16,
     ) -> None:
-        for name, value in {"every_n_steps": every_n_steps, "every_n_tokens": every_n_tokens}.items():
-            if value is not None and value < 1:
-                raise SettingError(f"ZeroShotEval: {name}={value} must be at least 1, or null")
-        if limit is not None and limit <= 0:
-            raise SettingError(f"ZeroShotEval: limit={limit} must be above 0, or null for all documents")
-        if batch_size < 1:
-            raise SettingError(f"ZeroShotEval: batch_size={batch_size} must be at least 1")
+        check_settings(limit, num_fewshot, batch_size, every_n_steps=every_n_steps, every_n_tokens=every_n_tokens)
         if at_validation is False and every_n_steps is None and every_n_tokens is None:
             raise SettingError(
                 "ZeroShotEval: at_validation=false leaves no time to evaluate; set every_n_steps or every_n_tokens"
             )
-        self.names = [tasks] if isinstance(tasks, str) else list(tasks)
+        self.names = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
-        self.data_dir, self.include_path = data_dir, include_path
+        self.include_path = include_path
         self.every_n_steps, self.every_n_tokens = every_n_steps, every_n_tokens
         by_interval = every_n_steps is not None or every_n_tokens is not None
         self.at_validation = not by_interval if at_validation is None else at_validation
         self._latest = {"step": 0, "tokens": 0}  # at the latest evaluation in `fit`
-        self._tasks: Tasks | None = None
+        self._manager: TaskManager | None = None
+        self._loaded: dict[str, dict[str, Any]] = {}
         self._warned: set[str] = set()
 
     @override
@@ -93,12 +89,14 @@ class ZeroShotEval(Callback):
             return
         if stage == "fit":  # not of an earlier run
             self._latest, self._warned = {"step": 0, "tokens": 0}, set()
-        from nlgmoe.tools.lm_eval.tasks import Tasks
+        from nlgmoe.tools.lm_eval.lm_eval_model import quiet
+        from nlgmoe.tools.lm_eval.tasks import find_tasks
 
         data = training_data(trainer)
         if data is None or data.tokenizer_json() is None:
             raise AllRanksError("ZeroShotEval needs a data module with a tokenizer, such as nlgmoe.PileDataModule")
-        self._tasks = Tasks(self.names, self.data_dir, self.include_path, self.num_fewshot)
+        with quiet():
+            self._manager, self._loaded = find_tasks(self.names, self.include_path), {}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -134,31 +132,39 @@ class ZeroShotEval(Callback):
 
     def _evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Return the metrics of all tasks that do not fail."""
-        from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
-        from nlgmoe.tools.lm_eval.zero_shot import evaluate_task, metrics
+        from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT, quiet
+        from nlgmoe.tools.lm_eval.results import metrics
+        from nlgmoe.tools.lm_eval.tasks import describe, evaluate_task, load_task
 
-        assert isinstance(module, MoEGPTModule) and self._tasks is not None
+        assert isinstance(module, MoEGPTModule) and self._manager is not None
+        gpt = module.gpt
         tokenizer = Tokenizer.from_json(trainer.datamodule.tokenizer_json(), "of the data module")  # type: ignore[attr-defined]
-        modes = {part: part.training for part in module.gpt.modules()}
-        module.gpt.eval()
-        precision = trainer.precision_plugin.val_step_context
-        model = EvaluatedGPT(module.gpt, tokenizer, self.batch_size, precision)
+        with trainer.precision_plugin.val_step_context():  # `HFLM` sets autocast itself
+            kind = module.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        modes = {part: part.training for part in gpt.modules()}
+        recomputes = gpt.activation_checkpointing
         values: dict[str, float] = {}
-        failed = 0
-        for name in self._tasks.names:
-            try:
-                results = evaluate_task(model, self._tasks, name, self.limit)
-                values |= {f"zero_shot/{task}/{metric}": value for task, metric, value, _ in metrics(results)}
-            except BrokenCollectiveError:  # ends the run, as in training
-                raise
-            except Exception as error:  # all ranks raise together: `lockstep.py`
-                failed += 1
-                if name not in self._warned:
-                    rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(error)}")
-                self._warned.add(name)
+        errors: dict[str, Exception] = {}
+        with isolate_rng(), quiet():
+            model = EvaluatedGPT(gpt, tokenizer, self.batch_size, autocast)
+            for name in self.names:
+                try:
+                    if name not in self._loaded:
+                        self._loaded[name] = load_task(self._manager, name, self.limit, self.num_fewshot)
+                    results = evaluate_task(model, self._loaded[name], self.limit)
+                    values |= {f"zero_shot/{task}/{metric}": value for task, metric, value, _ in metrics(results)}
+                except Exception as error:
+                    if isinstance(error, RuntimeError) and trainer.world_size > 1:
+                        raise  # of this rank's forward pass, in which the others wait
+                    errors[name] = error
         for part, training in modes.items():
             part.training = training
-        return values | ({"zero_shot/failed_tasks": float(failed)} if failed or self._warned else {})
+        gpt.activation_checkpointing = recomputes
+        for name in errors.keys() - self._warned:
+            rank_zero_warn(f"ZeroShotEval: {name} failed, and is left out: {describe(errors[name])}")
+        self._warned |= errors.keys()
+        return values | ({"zero_shot/failed_tasks": float(len(errors))} if self._warned else {})
 
 
 def _position(trainer: Trainer, module: LightningModule) -> dict[str, int]:

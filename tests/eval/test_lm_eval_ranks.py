@@ -1,0 +1,82 @@
+"""Zero-shot tasks on two ranks, with shared experts and without."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning import Trainer
+
+from nlgmoe import MoEGPTModule, ZeroShotEval
+from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.optim.param_groups import AdamWConfig
+from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
+from tests.distributed.cells import SAMPLES, Cell, make_trainer, spawn, strategy_of
+from tests.eval.tiny_tasks import CONFIG, TASKS, TOKENIZER, TokenizedData, text, write_tasks
+
+RANKS = 2
+DROPLESS = {"token_dropping": False, "aux_scope": "global"}  # with drops, ranks would train another model
+CELLS = [Cell("shared experts", 2, 1, moe=DROPLESS, steps=2), Cell("ddp", strategy="ddp", steps=2)]
+MODEL = GPTConfig.from_dict(CONFIG.to_dict() | {"moe": MoEConfig(4, token_dropping=False).__dict__})
+
+
+class Remembers(ZeroShotEval):
+    """Keeps the metrics, and the number of forward passes for texts that end after 1 token on rank 0, 9 on rank 1."""
+
+    def _evaluate(self, trainer: Trainer, module: Any) -> dict[str, float]:
+        self.values = super()._evaluate(trainer, module)
+        passes: list[None] = []
+        handle = module.gpt.register_forward_hook(lambda *args: passes.append(None))
+        request = SimpleNamespace(args=(text(1, 3), {"until": [], "max_gen_toks": 9 if trainer.global_rank else 1}))
+        EvaluatedGPT(module.gpt, TOKENIZER).generate_until([request], disable_tqdm=True)
+        handle.remove()
+        self.passes = len(passes)
+        return self.values
+
+
+@dataclass
+class Outcome:
+    """Metrics of one rank: of all documents; of one per task; while training, where the last rank cannot read a task's
+    documents. The number of forward passes for texts of two lengths.
+    """
+
+    all_documents: dict[str, float]
+    one_document: dict[str, float]
+    damaged: dict[str, float]
+    passes: list[int]
+
+
+def zero_shot(cell: Cell, ranks: int, folder: Path) -> Outcome:
+    rank = int(os.environ["RANK"]) if ranks > 1 else 0
+    own = write_tasks(folder / f"tasks {rank}")
+
+    passes = []
+
+    def run(limit: int | None, train: bool = False) -> dict[str, float]:
+        callback = Remembers(list(TASKS), limit, include_path=str(own), batch_size=2)
+        trainer = make_trainer(cell, ranks, folder, callback, **({} if ranks == 1 else {"strategy": strategy_of(cell)}))
+        if train:
+            trainer.fit(MoEGPTModule(MODEL, AdamWConfig(lr=3e-3)), TokenizedData(micro_batch_size=SAMPLES // ranks))
+        else:
+            trainer.validate(MoEGPTModule(MODEL), TokenizedData(), verbose=False)
+        passes.append(callback.passes)
+        return callback.values
+
+    whole, first = run(None), run(1)
+    if rank == ranks - 1:
+        (own / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
+    return Outcome(whole, first, run(None, train=True), passes)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_ranks_find_what_one_process_finds(cell: Cell, tmp_path: Path) -> None:
+    expected = zero_shot(cell, 1, tmp_path / "alone")
+    assert (len(expected.all_documents), expected.damaged["zero_shot/failed_tasks"]) == (4, 1)
+    outcomes = spawn(RANKS, zero_shot, cell, RANKS, tmp_path / "ranks", folder=tmp_path / "results")
+    for outcome in outcomes:
+        assert outcome.passes == [9, 9, 9]
+        assert outcome.all_documents == pytest.approx(expected.all_documents, rel=1e-4)
+        assert outcome.one_document == pytest.approx(expected.one_document, rel=1e-4)
+        assert outcome.damaged == pytest.approx(expected.damaged, rel=1e-4)
