@@ -114,7 +114,12 @@ class Router(nn.Module):
 
     Args:
         num_experts: E of the layer, over all ranks.
+
+    Attributes:
+        weight_sum: sum of the weights of a token's kept experts, for `nlgmoe check`; None: not declared.
     """
+
+    weight_sum: float | None = None
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -181,6 +186,7 @@ class TopKRouter(Router):
         self.layer_index = layer_index
         self.gate_scale = gate_scale
         self.normalize_weights = config.top_k > 1 if normalize_weights is None else normalize_weights
+        self.weight_sum = gate_scale if self.normalize_weights else None
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 

@@ -38,37 +38,39 @@ class ForeignLayer(Layer):
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
         """See `Layer`."""
-        masked = self.takes_mask and batch.mask is not None
-        found: Any = module(batch.x, mask=batch.mask) if masked else module(batch.x)
-        y, *rest = found if isinstance(found, tuple | list) else (found,)
+        returned: Any = module(batch.x, **({"mask": batch.mask} if self.takes_mask and batch.mask is not None else {}))
+        y, *rest = returned if isinstance(returned, tuple | list) else (returned,)
         if not isinstance(y, Tensor) or y.shape != batch.x.shape:
-            is_now = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            kind = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise RunError(
-                f"forward returns {is_now}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
+                f"forward returns {kind}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
             )
-        losses = [one for one in rest if isinstance(one, Tensor) and one.ndim == 0]
-        for one in rest:  # what is like a loss, and would have no gradient or not be one
-            if isinstance(one, int | float) or (isinstance(one, Tensor) and one.ndim > 0 and one.numel() == 1):
-                what = f"a tensor of {list(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
-                raise RunError(f"forward returns {what} behind y; return a loss as a tensor without dimensions")
-        return Output(y, next((one for one in rest if isinstance(one, Routing)), None), losses[0] if losses else None)
+        losses = [value for value in rest if isinstance(value, Tensor) and value.ndim == 0]
+        for value in rest:  # that is like a loss, and would have no gradient or not be read
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim > 0 and value.numel() == 1):
+                kind = f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise RunError(f"forward returns {kind} behind y; return a loss as a tensor without dimensions")
+        routing = next((value for value in rest if isinstance(value, Routing)), None)
+        return Output(y, routing, losses[0] if losses else None)
 
     def gate_weight(self, module: nn.Module) -> Tensor | None:
         """See `Layer`."""
         gate = getattr(module, "router", getattr(module, "gate", None))
         shape = (self.num_experts, self.hidden_size)
         tensors = [] if gate is None else [*gate.parameters(), *gate.buffers()]
-        return next((one for one in tensors if tuple(one.shape) == shape), None)
+        return next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
 
 
-def _last_call(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, Any]:
-    """Return the result of `call`, and what `module` returned inside."""
-    seen: list[Any] = []
-    handle = module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+def _call_and_capture(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return the result of `call`, and what `module` returned in it."""
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     try:
-        return call(), seen
+        result = call()
     finally:
         handle.remove()
+    (output,) = outputs
+    return result, output
 
 
 # ---- DeepSpeed
@@ -92,10 +94,10 @@ class DeepSpeedLayer(Layer):
         return MoE(width, expert, self.num_experts, k=self.top_k, top2_2nd_expert_sampling=False)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
-        """See `Layer`; a dropped choice has a negative index, in place of which this takes the logits' order."""
+        """See `Layer`; a dropped choice has a negative index, which the order of the logits replaces."""
         used = None if batch.mask is None else batch.mask.flatten().long()
         gate: Any = module.deepspeed_moe.gate  # type: ignore[union-attr]
-        (y, aux, _), (routed,) = _last_call(gate, lambda: module(batch.x, used))
+        (y, aux, _), routed = _call_and_capture(gate, lambda: module(batch.x, used))
         expert, weight = routed[3].t().long(), routed[5].t()  # [N, k]
         wanted = F.linear(batch.x.flatten(0, 1), self.gate_weight(module)).topk(self.top_k).indices
         routing = Routing(torch.where(expert >= 0, expert, wanted), weight, expert >= 0, self.num_experts)
@@ -127,16 +129,16 @@ class TransformersLayer(Layer):
 
     Attributes:
         family: the model's module.
-        block: its class.
-        config: that of the model.
-        settings: of the configuration, where their names differ between families.
+        prefix: of its classes.
+        block: class of the block, without the prefix.
+        settings: of the configuration, whose names differ between families.
         coefficient: of the model's balance loss, 0: it has none.
     """
 
     drops: bool | None = False
     family: str = "mixtral"
-    block: str = "MixtralSparseMoeBlock"
-    config: str = "MixtralConfig"
+    prefix: str = "Mixtral"
+    block: str = "SparseMoeBlock"
     settings: dict[str, Any] = field(default_factory=dict)
     coefficient: float = 0.0
 
@@ -145,15 +147,14 @@ class TransformersLayer(Layer):
 
     def build(self) -> nn.Module:
         """See `Layer`."""
-        config = getattr(importlib.import_module("transformers"), self.config)
-        width: dict[str, Any] = {"hidden_size": self.hidden_size, "num_experts_per_tok": self.top_k}
-        made = config(**width, **self.settings)
-        made._experts_implementation = "eager"  # what a block alone uses; `grouped_mm` takes no fp64
-        return getattr(self._modeling(), self.block)(made)
+        config_class = getattr(importlib.import_module("transformers"), f"{self.prefix}Config")
+        config = config_class(hidden_size=self.hidden_size, num_experts_per_tok=self.top_k, **self.settings)
+        config._experts_implementation = "eager"  # that of a block alone; `grouped_mm` takes no fp64
+        return getattr(self._modeling(), f"{self.prefix}{self.block}")(config)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
         """See `Layer`."""
-        y, ((logits, weight, expert),) = _last_call(module.gate, lambda: module(batch.x))  # type: ignore[arg-type]
+        y, (logits, weight, expert) = _call_and_capture(module.gate, lambda: module(batch.x))  # type: ignore[arg-type]
         routing = Routing(expert, weight, torch.ones_like(expert, dtype=torch.bool), self.num_experts)
         if not self.coefficient:
             return Output(y, routing)
@@ -179,40 +180,33 @@ class TransformersLayer(Layer):
         return replace(self, hidden_size=15)
 
 
-def _family(
-    name: str, family: str, prefix: str, block: str, weight_sum: Any, coefficient: float, **settings: Any
-) -> Any:
-    """Return a function that makes the layer of a model family."""
-    config = f"{prefix}Config"
-    return lambda: [
-        TransformersLayer(
-            name, top_k=2, weight_sum=weight_sum, family=family, block=f"{prefix}{block}", config=config,
-            settings=settings, coefficient=coefficient,
-        )
-    ]  # fmt: skip
-
-
-def _deepspeed() -> list[Layer]:
-    return [
+ADAPTERS: dict[str, list[Layer]] = {
+    "deepspeed": [
         DeepSpeedLayer("deepspeed, k 1", weight_sum="free", order="random"),
         DeepSpeedLayer("deepspeed, k 2", top_k=2, weight_sum=1.0, order="position"),
-    ]
-
-
-ADAPTERS: dict[str, Callable[[], list[Layer]]] = {
-    "deepspeed": _deepspeed,
-    "mixtral": _family(
-        *("mixtral", "mixtral", "Mixtral", "SparseMoeBlock", 1.0, 0.001), intermediate_size=16, num_local_experts=8,
-    ),
-    "olmoe": _family(
-        *("olmoe", "olmoe", "Olmoe", "SparseMoeBlock", "free", 0.01), intermediate_size=16, num_experts=8,
-    ),
-    "qwen3-moe": _family(
-        *("qwen3-moe", "qwen3_moe", "Qwen3Moe", "SparseMoeBlock", 1.0, 0.001),
-        moe_intermediate_size=16, num_experts=8, norm_topk_prob=True,
-    ),
-    "deepseek-v3": _family(
-        *("deepseek-v3", "deepseek_v3", "DeepseekV3", "MoE", 2.5, 0.0),
-        moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1, n_group=1, topk_group=1,
-    ),
+    ],
+    "mixtral": [
+        TransformersLayer(
+            "mixtral", top_k=2, weight_sum=1.0, family="mixtral", prefix="Mixtral", coefficient=0.001,
+            settings={"intermediate_size": 16, "num_local_experts": 8},
+        )
+    ],
+    "olmoe": [
+        TransformersLayer(
+            "olmoe", top_k=2, weight_sum="free", family="olmoe", prefix="Olmoe", coefficient=0.01,
+            settings={"intermediate_size": 16, "num_experts": 8},
+        )
+    ],
+    "qwen3-moe": [
+        TransformersLayer(
+            "qwen3-moe", top_k=2, weight_sum=1.0, family="qwen3_moe", prefix="Qwen3Moe", coefficient=0.001,
+            settings={"moe_intermediate_size": 16, "num_experts": 8, "norm_topk_prob": True},
+        )
+    ],
+    "deepseek-v3": [
+        TransformersLayer(
+            "deepseek-v3", top_k=2, weight_sum=2.5, family="deepseek_v3", prefix="DeepseekV3", block="MoE",
+            settings={"moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+        )
+    ],
 }  # fmt: skip

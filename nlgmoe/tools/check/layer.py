@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Failed(Exception):
 
 
 class NotApplicable(Exception):
-    """The property cannot be asked of the layer; the message says why."""
+    """The property cannot be tested on the layer; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
         tokens = torch.randint(VOCABULARY, (sequences, length), generator=generator)
         return Batch(x.to(dtype), tokens)
 
-    def sequences(self, index: slice) -> Batch:
+    def sequences(self, index: slice | list[int]) -> Batch:
         """Return some of the sequences."""
         mask = None if self.mask is None else self.mask[index]
         return replace(self, x=self.x[index], tokens=self.tokens[index], mask=mask)
@@ -68,7 +68,7 @@ class Output:
 
     Attributes:
         y: `[B, T, H]`.
-        routing: choices, weights and kept assignments; None: the layer does not say.
+        routing: choices, weights and kept assignments; None: the layer does not return them.
         aux: auxiliary loss, coefficients applied; None: the layer has none.
         other: the part of it that does not balance, such as a z-loss.
     """
@@ -88,10 +88,15 @@ class Output:
             raise NotApplicable("the layer has no auxiliary loss that balances, it is 0")
         return balance
 
+    @property
+    def loss(self) -> Tensor:
+        """Return a loss of the output plus the auxiliary loss."""
+        return self.y.square().sum() + (0 if self.aux is None else self.aux)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer; a subclass builds and calls it. Facts that it leaves out make properties "not applicable".
+    """A kind of layer; a subclass builds and calls it. Properties that need a fact it leaves out are "not applicable".
 
     Attributes:
         name: in the table.
@@ -126,6 +131,10 @@ class Layer:
         """Call the module."""
         raise NotImplementedError
 
+    def without_dispatch(self, module: nn.Module, batch: Batch) -> Output:
+        """Compute `forward` without a dispatch that reads values on a CPU, though not on an accelerator, if this is known."""
+        return self.forward(module, batch)
+
     def capacity(self, tokens: int) -> int:
         """Return the declared slots of an expert in training."""
         raise NotImplementedError
@@ -155,28 +164,16 @@ class Layer:
         """Return the layer with odd widths; None: they are fixed."""
         return None
 
-    def on_ranks(self, ranks: int) -> Layer | None:
-        """Return the layer with experts that `ranks` ranks can divide; None: it is not run on ranks here."""
-        return None
-
-    @property
-    def accumulates(self) -> bool:
-        """Return True if ranks equal one process that accumulates their micro-batches, not one with the whole batch."""
-        return bool(self.drops)
-
-    def build_on_rank(self, whole: nn.Module) -> nn.Module:
-        """Make this rank's part of `whole`, with its weights. A collective."""
-        raise NotImplementedError
-
     def make(self, dtype: torch.dtype = torch.float64, training: bool = True, seed: int = 0) -> nn.Module:
-        """Build the module with weights that are drawn anew, wide enough that every expert is chosen."""
+        """Build the module with weights that are drawn anew, wide enough that every expert is chosen; scales are near 1."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             module = self.build()
         generator = torch.Generator("cpu").manual_seed(seed)
-        for parameter in module.parameters():
-            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
-            parameter.data.copy_(draw)
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * STD
+                parameter.data.copy_(draw + (getattr(part, "roles", {}).get(name) == "scale"))
         return module.to(dtype).train(training)
 
     def run(self, module: nn.Module, batch: Batch, seed: int = 0) -> Output:
@@ -188,8 +185,19 @@ class Layer:
     def routing(self, output: Output) -> Routing:
         """Return the routing of an output."""
         if output.routing is None:
-            raise NotApplicable("the layer does not say how it routes")
+            raise NotApplicable("the layer does not return its routing")
         return output.routing
+
+    def weighted_sum(self, module: nn.Module, x: Tensor, routing: Routing) -> Tensor:
+        """Apply the experts one by one; a dropped assignment adds nothing. `[N, H] -> [N, H]`."""
+        y = torch.zeros_like(x)
+        for index in range(self.num_experts):
+            alone = self.expert(module, index, x)
+            if alone is None:
+                raise NotApplicable("the layer does not give one expert alone")
+            weight = torch.where(routing.kept & (routing.expert == index), routing.weight, 0).sum(dim=1, keepdim=True)
+            y = y + weight * alone
+        return self.join(module, x, y)
 
 
 def require_choice(layer: Layer) -> None:
@@ -205,14 +213,14 @@ def scores_for(experts: Tensor, num_experts: int, top: float, gap: float) -> Ten
     return logits.scatter_(1, experts, top - gap * torch.arange(top_k, dtype=torch.float64).expand_as(experts))
 
 
-def steered(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1, seed: int = 0) -> Batch:
+def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1, seed: int = 0) -> Batch:
     """Return a batch for which a linear gate computes `logits`, `[N, E]`; its tokens differ where the gate does not look."""
     weight = layer.gate_weight(module)
     if weight is None:
-        raise NotApplicable("the router has no linear gate to steer")
+        raise NotApplicable("the router has no linear gate")
     weight = weight.detach().double().cpu()
     if weight.shape[0] > weight.shape[1]:
-        raise NotApplicable("the gate has more experts than inputs, and cannot be steered")
+        raise NotApplicable("the gate has more experts than inputs: logits cannot be chosen")
     inverse = torch.linalg.pinv(weight)  # [H, E]
     free = Batch.random(layer, 1, len(logits), seed).x[0]
     x = logits @ inverse.T + (free - free @ weight.T @ inverse.T)
@@ -220,10 +228,10 @@ def steered(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1,
     return replace(batch, x=x.view_as(batch.x).to(next(module.parameters()).dtype))
 
 
-def everyone_to(layer: Layer, module: nn.Module, tokens: int, sequences: int = 1) -> Batch:
+def collapsed(layer: Layer, module: nn.Module, tokens: int, sequences: int = 1) -> Batch:
     """Return a batch whose tokens all choose the first k experts."""
     experts = torch.arange(layer.top_k).expand(tokens, -1)
-    return steered(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0), sequences)
+    return batch_of_logits(layer, module, scores_for(experts, layer.num_experts, 5.0, 10.0), sequences)
 
 
 def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> float:
@@ -237,13 +245,8 @@ def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float)
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Return the gradient of each parameter; zeros where there is none."""
-    named = {name: one for name, one in module.named_parameters() if one.requires_grad}
-    found: Any = (
-        torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        if loss.requires_grad
-        else [None] * len(named)
-    )
-    return {
-        name: torch.zeros_like(one) if grad is None else grad
-        for (name, one), grad in zip(named.items(), found, strict=True)
-    }
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not loss.requires_grad or not named:
+        return {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, grads, strict=True))

@@ -15,7 +15,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import add_router_losses, router_losses
 from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.placement import ExpertPlacement
-from nlgmoe.layers.router import Routing, RoutingContext, TopKRouter
+from nlgmoe.layers.router import Router, Routing, RoutingContext, TopKRouter
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.check.layer import Batch, Layer, Output
 from nlgmoe.validation import SettingError
@@ -26,15 +26,13 @@ RANKED_EXPERTS = 6  # which 2 and 3 ranks divide
 
 @dataclass(frozen=True)
 class OwnLayer(Layer):
-    """Layers of `config`, whose block 0 is the layer.
+    """The layer of a configuration.
 
     Attributes:
-        config: of one MoE block.
-        checkpoint: that the configuration is of; None: it is of no checkpoint.
+        config: of one MoE block, number 0.
     """
 
     config: GPTConfig = GPTConfig(1)  # noqa: RUF009 (frozen)
-    checkpoint: str | None = None
 
     @property
     def moe(self) -> MoEConfig:
@@ -48,12 +46,21 @@ class OwnLayer(Layer):
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
         """See `Layer`."""
-        mask = batch.mask
-        counted = torch.ones_like(batch.tokens) if mask is None else mask.long()
+        y, routing = module(batch.x, self._context(batch))
+        return self._output(y, routing)
+
+    def without_dispatch(self, module: nn.Module, batch: Batch) -> Output:
+        """See `Layer`: runs router and expert network, and none of `LocalDispatcher`, which reads counts on a CPU."""
+        x = batch.x.flatten(0, 1)
+        routing = module.router(x, self._context(batch))  # type: ignore[operator]
+        return self._output(self.weighted_sum(module, x, routing), routing)
+
+    def _context(self, batch: Batch) -> RoutingContext:
+        counted = torch.ones_like(batch.tokens) if batch.mask is None else batch.mask.long()
         positions = (counted.cumsum(1) - 1).clamp_min(0) + batch.first_position
-        y, routing = module(
-            batch.x, RoutingContext(batch.tokens % self.config.vocab_size, mask, batch.noise_key, positions)
-        )
+        return RoutingContext(batch.tokens % self.config.vocab_size, batch.mask, batch.noise_key, positions)
+
+    def _output(self, y: Tensor, routing: Routing) -> Output:
         aux, _ = add_router_losses(y.new_zeros((), dtype=routing.weight.dtype), self.moe, [routing])
         other = self.moe.z_loss_coeff * router_losses([routing])[1]
         if self._reads("loss_coeff") and self.moe.loss_coeff and routing.probs is not None:
@@ -71,7 +78,8 @@ class OwnLayer(Layer):
         A gate that normalises its input, such as a cosine, or one of two factors, computes no logits that a batch could choose.
         """
         shape, router = (self.num_experts, self.hidden_size), module.router
-        weight = next((one for one in _tensors(router) if tuple(one.shape) == shape), None)  # type: ignore[arg-type]
+        tensors: list[Tensor] = [*router.parameters(), *router.buffers()]  # type: ignore[union-attr]
+        weight = next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
         if weight is None:
             return None
         zero = torch.zeros(1, len(weight), dtype=torch.long)
@@ -86,7 +94,7 @@ class OwnLayer(Layer):
 
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
         """See `Layer`."""
-        return [one for one in module.router.parameters() if one.requires_grad]  # type: ignore[union-attr]
+        return [value for value in module.router.parameters() if value.requires_grad]  # type: ignore[union-attr]
 
     def expert(self, module: nn.Module, index: int, x: Tensor) -> Tensor | None:
         """See `Layer`."""
@@ -111,18 +119,17 @@ class OwnLayer(Layer):
 
     def after_step(self, module: nn.Module, routings: Sequence[Routing]) -> bool:
         """See `Layer`."""
-        assert isinstance(module, MoELayer)
-        if not module.router.learns_from_steps:
-            return False
-        module.router.after_step(torch.stack([routing.tokens_per_expert for routing in routings]).sum(0))
-        return True
+        router = module.router
+        assert isinstance(router, Router)
+        router.after_step(torch.stack([routing.tokens_per_expert for routing in routings]).sum(0))
+        return router.learns_from_steps
 
     def odd(self) -> Layer:
         """See `Layer`."""
         return own_layer(replace(self.config, hidden_size=15, ffn_hidden_size=13), self.name, width=15)
 
-    def on_ranks(self, ranks: int) -> Layer:
-        """See `Layer`; ranks draw no noise where they have to equal the whole batch."""
+    def on_ranks(self) -> OwnLayer:
+        """Return the layer with experts that 2 and 3 ranks divide, without noise where they have to equal the whole batch."""
         experts = RANKED_EXPERTS * -(-self.top_k // RANKED_EXPERTS)
         quiet = {} if self.drops else {"noise": None, "second_expert": "argmax"}
         quiet = {name: value for name, value in quiet.items() if self._reads(name)}
@@ -132,11 +139,11 @@ class OwnLayer(Layer):
 
     @property
     def accumulates(self) -> bool:
-        """See `Layer`."""
-        return self.drops or self.moe.router is not None or self.moe.aux_scope == "rank"
+        """Return True if ranks equal one process that accumulates their micro-batches, not one with the whole batch."""
+        return bool(self.drops) or self.moe.router is not None or self.moe.aux_scope == "rank"
 
     def build_on_rank(self, whole: nn.Module) -> nn.Module:
-        """See `Layer`."""
+        """Make this rank's part of `whole`, with its weights. A collective."""
         count = self.num_experts // distributed.get_world_size()
         first = distributed.get_rank() * count
         part = MoELayer(self.config, 0, ExpertPlacement(first, count, distributed.group.WORLD))
@@ -149,19 +156,15 @@ class OwnLayer(Layer):
         return part.train(whole.training)
 
     def _reads(self, field: str) -> bool:
-        return reads(self.moe, field)
+        return _reads(self.moe, field)
 
 
-def reads(moe: MoEConfig, field: str) -> bool:
-    """Return True if the router reads a setting."""
-    return moe.router is None or field in moe.router.uses
+def _reads(moe: MoEConfig, *fields: str) -> bool:
+    """Return True if the router reads the settings."""
+    return moe.router is None or moe.router.uses.issuperset(fields)
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width: int = 16) -> OwnLayer:
+def own_layer(config: GPTConfig, name: str, width: int = 16) -> OwnLayer:
     """Return the MoE layer of a configuration, at small widths, with at most 8 experts (or twice `top_k`)."""
     if config.moe is None or not any(experts_per_layer(config)):
         raise SettingError(f"{name} has no MoE layer; set model.config.moe")
@@ -172,25 +175,26 @@ def own_layer(config: GPTConfig, name: str, checkpoint: str | None = None, width
     moe = replace(config.moe, num_experts=experts, expert_interval=1, expert_ffn_size=inner, shared_ffn_size=shared)
     small = replace(
         config, seq_len=64, num_layers=1, hidden_size=width, num_heads=1, num_kv_heads=None, head_dim=None, rope_theta=None,
-        ffn_hidden_size=inner,
-        hidden_dropout=0.0, attention_dropout=0.0, moe=moe,
+        ffn_hidden_size=inner, hidden_dropout=0.0, attention_dropout=0.0, moe=moe,
     )  # fmt: skip
     router = MoELayer(small, 0).router
-    weight_sum = None
-    if isinstance(router, TopKRouter):
-        weight_sum = router.gate_scale if router.normalize_weights else "free"
-    queue = {1: "random" if moe.random_token_selection else "position", 2: "position"}.get(top_k, "score")
+    order, drops = None, None
+    if isinstance(router, TopKRouter) and type(router)._within_capacity is TopKRouter._within_capacity:
+        order = {1: "random" if moe.random_token_selection else "position", 2: "position"}.get(top_k, "score")
+    if _reads(moe, "token_dropping") and not moe.token_dropping:
+        drops = False
+    elif _reads(moe, "token_dropping", "train_capacity_factor", "min_capacity"):
+        drops = True  # the router reads what `capacity` is computed from; else its capacity, if any, is its own
     return OwnLayer(
         name=name,
         hidden_size=width,
         num_experts=experts,
         top_k=top_k,
-        weight_sum=weight_sum,  # type: ignore[arg-type]
-        order=queue if isinstance(router, TopKRouter) else None,  # type: ignore[arg-type]
+        weight_sum=router.weight_sum or ("free" if isinstance(router, TopKRouter) else None),
+        order=order,  # type: ignore[arg-type]
         takes_mask=True,
         takes_key=True,
-        drops=moe.token_dropping and reads(moe, "token_dropping"),
+        drops=drops,
         drops_in_evaluation=moe.eval_token_dropping,
         config=small,
-        checkpoint=checkpoint,
     )

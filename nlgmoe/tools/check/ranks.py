@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, gradients, require_close
+from nlgmoe.tools.check.own import OwnLayer
 
 WORLDS = (2, 3)
 
@@ -20,8 +20,9 @@ def ranks_equal_one_process(layer: Layer) -> str:
 
     By default of one that accumulates the ranks' micro-batches; dropless with `aux_scope: global`, of one with the whole batch.
     """
-    if (placed := layer.on_ranks(2)) is None:
+    if not isinstance(layer, OwnLayer):
         raise NotApplicable("how to divide its experts over ranks is not known here")
+    placed = layer.on_ranks()
     if scalars := [name for name, parameter in placed.make().named_parameters() if parameter.dim() == 0]:
         raise Failed(f"{scalars[0]} has no dimension: DeepSpeed cannot send it to other ranks; give it the shape [1]")
     if not distributed.is_available() or not distributed.is_gloo_available():
@@ -33,54 +34,45 @@ def ranks_equal_one_process(layer: Layer) -> str:
             files = sorted(Path(folder).glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
             if not files:
                 raise
-            raise Failed(pickle.loads(files[0].read_bytes())) from error  # the others lost their partner
-    return (
-        f"2 and 3 ranks, against one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
-    )
+            raise Failed(files[0].read_text(encoding="utf-8")) from error  # the others lost their partner
+    return f"2 and 3 ranks, one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
 
 
-def _rank(rank: int, layer: Layer, folder: Path) -> None:
+def _rank(rank: int, layer: OwnLayer, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    for ranks in WORLDS:
-        if rank >= ranks:
-            continue
+    for ranks in (world for world in WORLDS if rank < world):
         try:
             _compare(layer, rank, ranks, folder)
         except Exception as error:
-            reason = (
-                f"{ranks} ranks, rank {rank}: {'' if isinstance(error, Failed) else type(error).__name__ + ': '}{error}"
-            )
-            (folder / f"{ranks}-{rank}.failed").write_bytes(pickle.dumps(" ".join(reason.split())[:200]))
+            kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
+            reason = " ".join(f"{ranks} ranks, rank {rank}: {kind}{error}".split())[:200]
+            (folder / f"{ranks}-{rank}.failed").write_text(reason, encoding="utf-8")
             os._exit(1)  # a partner may wait in a collective
 
 
-def _compare(layer: Layer, rank: int, ranks: int, folder: Path) -> None:
-    placed = layer.on_ranks(ranks)
-    assert placed is not None
-    whole = placed.make()
-    batch = Batch.random(placed, 2 * ranks, 8)
-    parts = [batch.sequences(slice(2 * one, 2 * one + 2)) for one in range(ranks)]
+def _compare(layer: OwnLayer, rank: int, ranks: int, folder: Path) -> None:
+    placed = layer.on_ranks()
+    whole, batch = placed.make(), Batch.random(placed, 2 * ranks, 8)
+    parts = [batch.sequences(slice(2 * part, 2 * part + 2)) for part in range(ranks)]
     if placed.accumulates:
         runs = [_step(placed, whole, part, seed) for seed, part in enumerate(parts)]
         y = runs[rank][0]
-        expected = {name: torch.stack([found[name] for _, found in runs]).mean(0) for name in runs[0][1]}
+        expected = {name: torch.stack([grads[name] for _, grads in runs]).mean(0) for name in runs[0][1]}
     else:
         y, expected = _step(placed, whole, batch, 0)
         y = y[2 * rank : 2 * rank + 2]
     store = distributed.FileStore(str(folder / f"store-{ranks}"), ranks)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     try:
-        module = placed.build_on_rank(whole)
-        mine, found = _step(placed, module, parts[rank], rank)
-        require_close("output", mine, y, 1e-6)
-        for name, gradient in found.items():
+        actual, grads = _step(placed, placed.build_on_rank(whole), parts[rank], rank)
+        require_close("output", actual, y, 1e-6)
+        for name, gradient in grads.items():
             wanted = expected[name]
             if gradient.shape == wanted.shape:
                 distributed.all_reduce(gradient)
             else:  # a rank's experts have seen the tokens of all ranks
-                count = len(gradient)
-                wanted = wanted[rank * count : (rank + 1) * count]
+                wanted = wanted[rank * len(gradient) : (rank + 1) * len(gradient)]
             require_close(f"gradient of {name}", gradient / ranks, wanted, 1e-6)
         distributed.barrier()
     finally:

@@ -1,4 +1,4 @@
-"""State and types: what a checkpoint must hold, what `forward` must not write, and the precisions."""
+"""State: what a checkpoint must hold, what `forward` must not write; and fifty steps, in which the load is balanced."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable
+from nlgmoe.tools.check.layer import Batch, Failed, Layer, NotApplicable, require_choice
+
+STEPS = 50
 
 
 def forward_writes_no_state(layer: Layer) -> str:
     """Check that `forward` changes no parameter or buffer, and repeats itself, as activation checkpointing needs."""
     for training in (True, False):
         module, batch = layer.make(training=training), replace(Batch.random(layer, 2, 16), noise_key=(0, 0, 0))
-        before = _state(module)
+        before, mode = _state(module), "training" if training else "evaluation"
         with torch.no_grad():
             first = layer.run(module, batch)
             second = layer.run(module, batch, seed=int(layer.takes_key))  # of the global generator
-        mode = "training" if training else "evaluation"
-        for name, value in _state(module).items():
-            if not torch.equal(value, before[name]):
-                raise Failed(f"forward in {mode} has changed {name}")
+        if different := _differences(before, _state(module)):
+            raise Failed(f"forward in {mode} has changed {different[0]}")
         if not torch.equal(first.y, second.y):
             raise Failed(f"the same input and random numbers give another output the second time, in {mode}")
     return "two forward passes, in training and in evaluation"
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    found = [*module.named_parameters(), *module.named_buffers()]
-    return {name: value.detach().clone() for name, value in found}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: value.detach().clone() for name, value in tensors}
+
+
+def _differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
 def steps_follow_the_requests(layer: Layer) -> str:
@@ -45,126 +49,109 @@ def steps_follow_the_requests(layer: Layer) -> str:
         if routing is None or not layer.after_step(counted, [routing]):
             raise NotApplicable("the layer has no state that steps change")
         routings.append(routing)
-    ends: dict[str, dict[str, Tensor]] = {}
-    for what, dtype, seed in (
-        ("", torch.float32, 0),
-        ("forward's input", torch.float32, 1),
-        ("dtype", torch.bfloat16, 0),
-    ):
+    expected: dict[str, Tensor] = {}
+    for reason, dtype, seed in (
+        ("", torch.float32, 0), ("forward's input", torch.float32, 1), ("dtype", torch.bfloat16, 0)
+    ):  # fmt: skip
         module = layer.make(dtype)
         layer.run(module, Batch.random(layer, 2, 16, seed, dtype))
         for routing in reversed(routings):
             layer.after_step(module, [routing])
             if wrong := [name for name, value in module.named_buffers() if not bool(value.isfinite().all())]:
                 raise Failed(f"{wrong[0]} is not finite after a step of {len(routing.expert)} tokens")
-        ends[what] = dict(module.named_buffers())
-        if different := [name for name, value in ends[what].items() if not torch.equal(value, ends[""][name])]:
-            raise Failed(f"{different[0]} after the same requests depends on {what}")
-    return f"{len(ends[''])} buffers"
+        buffers = dict(module.named_buffers())
+        expected = expected or buffers
+        if different := _differences(buffers, expected):
+            raise Failed(f"{different[0]} after the same requests depends on {reason}")
+    return f"{len(expected)} buffers"
 
 
 class Training:
-    """A few steps of Adam towards a fixed map of random data."""
+    """A few steps of Adam towards a fixed map of random data, in fp32."""
 
-    def __init__(self, layer: Layer, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-        self.layer, self.module, self.dtype = layer, module, dtype
-        self.optimizer = torch.optim.Adam([one for one in module.parameters() if one.requires_grad], lr=1e-2)
+    def __init__(self, layer: Layer, module: nn.Module) -> None:
+        self.layer, self.module = layer, module
+        self.optimizer = torch.optim.Adam([value for value in module.parameters() if value.requires_grad], lr=1e-2)
 
-    def step(self, number: int, batch: Batch | None = None, task: bool = True) -> bool:
-        """Take one step. Returns False if the layer has nothing to do after it."""
-        if batch is None:
-            batch = Batch.random(self.layer, 4, 32, seed=number, dtype=self.dtype)
-        output = self.layer.run(self.module, batch, seed=number)
-        loss = output.y.new_zeros(()) if output.aux is None else output.aux
-        if not task and output.other is not None:
-            loss = loss - output.other
-        if task:
-            loss = loss + (output.y - batch.x.roll(1, -1).tanh()).square().mean()
-        self.optimizer.zero_grad()
-        if loss.requires_grad:
-            loss.backward()
-            self.optimizer.step()
-        return self.layer.after_step(self.module, [] if output.routing is None else [output.routing])
+    def steps(self, numbers: range, batch: Batch | None = None, task: bool = True) -> bool:
+        """Take some steps; without `task` with the balancing losses alone. Returns False if none has work after it."""
+        learns = False
+        for number in numbers:
+            data = batch or Batch.random(self.layer, 4, 32, seed=number, dtype=torch.float32)
+            output = self.layer.run(self.module, data, seed=number)
+            loss = output.y.new_zeros(()) if output.aux is None else output.aux
+            if task:
+                loss = loss + (output.y - data.x.roll(1, -1).tanh()).square().mean()
+            elif output.other is not None:
+                loss = loss - output.other
+            self.optimizer.zero_grad()
+            if loss.requires_grad:
+                loss.backward()
+                self.optimizer.step()
+            learns = self.layer.after_step(self.module, [] if output.routing is None else [output.routing])
+        return learns
 
 
 def a_resumed_run_is_the_same(layer: Layer) -> str:
     """Compare five steps with three, a save, a load into a new module, and two more."""
-    whole = Training(layer, layer.make(torch.float32))
-    for number in range(3):
-        whole.step(number)
+    whole, resumed = (Training(layer, layer.make(torch.float32, seed=seed)) for seed in (0, 9))
+    whole.steps(range(3))
     file = io.BytesIO()
     torch.save([whole.module.state_dict(), whole.optimizer.state_dict()], file)
     file.seek(0)
-    resumed = Training(layer, layer.make(torch.float32, seed=9))
     model, optimizer = torch.load(file)
     resumed.module.load_state_dict(model)
     resumed.optimizer.load_state_dict(optimizer)
+    probe, outputs = Batch.random(layer, 2, 16, dtype=torch.float32), []
     for run in (whole, resumed):
-        for number in (3, 4):
-            run.step(number)
-    ends = [_state(run.module) for run in (whole, resumed)]
-    if different := [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])]:
+        run.steps(range(3, 5))
+        with torch.no_grad():
+            outputs.append(layer.run(run.module.eval(), probe).y)
+    if different := _differences(_state(whole.module), _state(resumed.module)):
         raise Failed(f"{', '.join(different[:3])} differ after a resumed run: state outside of state_dict()")
-    probe = Batch.random(layer, 2, 16, dtype=torch.float32)
-    with torch.no_grad():
-        outputs = [layer.run(run.module.eval(), probe).y for run in (whole, resumed)]
     if not torch.equal(*outputs):
         raise Failed("outputs differ after a resumed run: state outside of state_dict()")
-    buffers = len(list(whole.module.buffers()))
-    return f"{len(ends[0])} tensors, {buffers} of them buffers"
+    return f"{len(_state(whole.module))} tensors, {len(list(whole.module.buffers()))} of them buffers"
 
 
-def half_precision_is_close(layer: Layer) -> str:
-    """Compare outputs in bf16 and fp16 with those in fp32."""
-    reference = layer.make(torch.float32, training=False)
-    batch = Batch.random(layer, 4, 16, dtype=torch.float32)
+def _load(layer: Layer, module: nn.Module, batch: Batch) -> Tensor:
+    """Return the requests of each expert, `[E]`."""
     with torch.no_grad():
-        expected = layer.run(reference, batch)
-    found = []
-    for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 5e-3)):
-        module = layer.make(dtype, training=False)
-        half = Batch.random(layer, 4, 16, dtype=dtype)
-        with torch.no_grad():
-            output = layer.run(module, half)
-        name = str(dtype).removeprefix("torch.")
-        if output.y.dtype != dtype:
-            raise Failed(f"the output of {name} inputs is {output.y.dtype}")
-        if not bool(output.y.isfinite().all()):
-            raise Failed(f"the output is not finite in {name}")
-        errors = (output.y.float() - expected.y).norm(dim=-1) / expected.y.norm(dim=-1).clamp_min(1e-6)
-        # The median: rounding changes a choice here and there.
-        if (error := float(errors.median())) > tolerance:
-            raise Failed(f"relative error {error:.2g} of a token in {name}, above {tolerance:g}")
-        found.append(f"{name} {error:.0e}")
-    return f"median relative error: {', '.join(found)}"
+        routing = layer.routing(layer.run(module, batch))
+    return torch.bincount(routing.expert.flatten(), minlength=layer.num_experts)
 
 
-def types_do_not_leak(layer: Layer) -> str:
-    """Check the types of outputs, gradients, weights and auxiliary loss, with each type and under autocast."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        module = layer.make(dtype)
-        batch = Batch.random(layer, 2, 16, dtype=dtype).tracked()
-        output = layer.run(module, batch)
-        if output.y.dtype != dtype:
-            raise Failed(f"the output of {dtype} inputs is {output.y.dtype}")
-        if output.aux is not None and output.aux.dtype.itemsize < 4:
-            raise Failed(f"the auxiliary loss is {output.aux.dtype} with {dtype}: sums over tokens need fp32")
-        if output.routing is not None and output.routing.weight.dtype.itemsize < 4:
-            raise Failed(f"weights are {output.routing.weight.dtype} with {dtype}: their sums need fp32")
-        output.y.float().square().sum().backward()
-        assert batch.x.grad is not None
-        if batch.x.grad.dtype != dtype:
-            raise Failed(f"the gradient of {dtype} inputs is {batch.x.grad.dtype}")
+def no_expert_is_dead(layer: Layer) -> str:
+    """Check that every expert is asked for by some of 1024 tokens after 50 steps."""
+    run = Training(layer, layer.make(torch.float32))
+    run.steps(range(STEPS))
+    load = _load(layer, run.module, Batch.random(layer, 8, 128, seed=99, dtype=torch.float32))
+    if dead := (load == 0).nonzero().flatten().tolist():
+        raise Failed(f"experts {dead} are asked for by no token after {STEPS} steps")
+    return f"the least of {layer.num_experts} experts has {float(load.min() / load.sum()):.1%} of the requests"
+
+
+def balancing_lowers_imbalance(layer: Layer) -> str:
+    """Check that 50 steps of the auxiliary loss, or of a bias, spread the load of a batch that prefers one expert."""
+    require_choice(layer)
     module = layer.make(torch.float32)
-    batch = Batch.random(layer, 2, 16, dtype=torch.float32)
-    plain = layer.run(module, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = layer.run(module, batch)
-    routing = mixed.routing
-    if routing is not None and routing.weight.dtype.itemsize < 4:
-        raise Failed(f"under autocast weights are {routing.weight.dtype}: their sums need fp32")
-    if plain.routing is not None and routing is not None:
-        same = float((plain.routing.expert == routing.expert).double().mean())
-        if same < 1:
-            raise Failed(f"autocast changes {1 - same:.0%} of the choices: the gate is not computed in fp32")
-    return "fp64, fp32, bf16, and fp32 under autocast to bf16"
+    weight = layer.gate_weight(module)
+    if weight is None:
+        raise NotApplicable("the router has no linear gate")
+    batch = Batch.random(layer, 8, 64, dtype=torch.float32)
+    towards = weight.detach()[0] / weight.detach()[0].square().sum()
+    batch = replace(batch, x=batch.x + 1.5 * towards)  # raises the first logit by 1.5
+    before = _load(layer, module, batch).double()
+    with torch.no_grad():
+        output = layer.run(module, batch)
+    learns = Training(layer, module).steps(range(STEPS), batch, task=False)
+    if not learns and not layer.gate(module):
+        raise NotApplicable("the gate does not learn")
+    if not learns:
+        _ = output.balance  # raises NotApplicable where it is absent
+    first, last = (
+        float(load.std(correction=0) / load.mean()) for load in (before, _load(layer, module, batch).double())
+    )
+    if not last < first:
+        raise Failed(f"the variation of the load goes from {first:.3g} to {last:.3g}")
+    return f"the variation of the load goes from {first:.2f} to {last:.2f}"

@@ -23,31 +23,22 @@ from nlgmoe.validation import SettingError
 
 def find_layers(words: Sequence[str]) -> list[Layer]:
     """Return the layers to test."""
-    (word, *others) = words
-    if not others and word not in ADAPTERS and (Path(word).is_dir() or word.endswith(".ckpt")):
-        return [_of_checkpoint(word)]
-    return _find(list(words))
-
-
-def _of_checkpoint(word: str) -> Layer:
-    from nlgmoe.checkpoint.folder import read_document
-    from nlgmoe.checkpoint.newest import find_checkpoint
-
-    path = find_checkpoint(word)
-    return own_layer(GPTConfig.from_dict(read_document(path)["model_config"]), str(path), str(path))
-
-
-def _find(words: list[str]) -> list[Layer]:
     if all(word.endswith((".yaml", ".yml", ".json")) for word in words):
         from nlgmoe.experiment import parse_config  # its imports take seconds
 
-        config = GPTConfig.from_dict(parse_config(words)["model"]["config"])
+        config = GPTConfig.from_dict(parse_config(list(words))["model"]["config"])
         return [own_layer(config, " ".join(words))]
     if len(words) > 1:
         raise SettingError(f"{' '.join(words)}: give YAML files, or one checkpoint, class_path or name")
     (word,) = words
     if word in ADAPTERS:
-        return ADAPTERS[word]()
+        return ADAPTERS[word]
+    if Path(word).is_dir() or word.endswith(".ckpt"):
+        from nlgmoe.checkpoint.folder import read_document
+        from nlgmoe.checkpoint.newest import find_checkpoint
+
+        path = find_checkpoint(word)
+        return [own_layer(GPTConfig.from_dict(read_document(path)["model_config"]), str(path))]
     return _of_class(word, _import(word))
 
 
@@ -63,26 +54,26 @@ def _import(path: str) -> Any:
         raise SettingError(f"{path}: {error}") from error
 
 
-def _of_class(path: str, found: Any) -> list[Layer]:
-    if isinstance(found, type) and issubclass(found, Layer):
-        return [_make(path, found)]
-    if isinstance(found, type) and issubclass(found, RouterConfig):
-        return _of_router(path, _make(path, found))
-    if isinstance(found, type) and issubclass(found, ExpertConfig):
-        moe = MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", expert=_make(path, found))
-        return [own_layer(GPTConfig(512, moe=moe), path)]
-    if not callable(found):
+def _of_class(path: str, kind: Any) -> list[Layer]:
+    if not callable(kind):
         raise SettingError(
             f"{path} is no class and no function; give one that makes a RouterConfig, ExpertConfig or nn.Module"
         )
-    module = _make(path, found)
-    if not isinstance(module, nn.Module):
-        raise SettingError(f"{path} makes a {type(module).__name__}; give a RouterConfig, ExpertConfig or nn.Module")
-    sizes = {name: getattr(module, name, None) for name in ("hidden_size", "num_experts", "top_k")}
+    part = _make(path, kind)
+    if isinstance(part, Layer):
+        return [part]
+    if isinstance(part, RouterConfig):
+        return _of_router(path, part)
+    if isinstance(part, ExpertConfig):
+        moe = MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", expert=part)
+        return [own_layer(GPTConfig(512, moe=moe), path)]
+    if not isinstance(part, nn.Module):
+        raise SettingError(f"{path} makes a {type(part).__name__}; give a RouterConfig, ExpertConfig or nn.Module")
+    sizes = {name: getattr(part, name, None) for name in ("hidden_size", "num_experts", "top_k")}
     if missing := [name for name, value in sizes.items() if not isinstance(value, int)]:
         raise SettingError(f"{path} makes a module without the attribute {missing[0]}, a number; add it")
-    takes_mask = "mask" in inspect.signature(module.forward).parameters
-    layer = ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=found)  # type: ignore[arg-type]
+    takes_mask = "mask" in inspect.signature(part.forward).parameters
+    layer = ForeignLayer(path, **sizes, takes_mask=takes_mask, factory=kind)  # type: ignore[arg-type]
     try:
         layer.run(layer.make(), Batch.random(layer, 2, 8))
     except Exception as error:

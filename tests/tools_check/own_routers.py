@@ -1,0 +1,106 @@
+"""Correct routers of a user's own, with idioms that raise no alarm, and twins with one defect each."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nlgmoe import GPTConfig, MoEConfig, Router, RouterConfig, Routing, RoutingContext, experts_at
+
+
+@dataclass(frozen=True)
+class TwoFactorsConfig(RouterConfig):
+    """A gate of two factors, the first of which has the shape of a linear gate of 8 experts."""
+
+    uses = frozenset({"loss_coeff", "aux_scope"})
+    rank: int = 8
+
+    def build(self, config: GPTConfig, layer_index: int) -> Router:
+        assert config.moe is not None
+        return TwoFactors(config.hidden_size, experts_at(config, layer_index), config.moe.top_k, self.rank)
+
+
+class TwoFactors(Router):
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, rank: int) -> None:
+        super().__init__(num_experts)
+        self.top_k = top_k
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, num_experts, bias=False)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        with torch.autocast(x.device.type, enabled=False):  # in at least fp32
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            logits = x @ self.down.weight.to(x.dtype).t() @ self.up.weight.to(x.dtype).t()  # [N, E]
+            probs = logits.softmax(-1)
+        weight, expert = probs.topk(self.top_k, -1)
+        mask = None if context.mask is None else context.mask.flatten()
+        kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(expert)
+        return Routing(
+            expert, weight.masked_fill(~kept, 0), kept, self.num_experts, mask, logits, probs, all_kept=mask is None
+        )
+
+
+@dataclass(frozen=True)
+class OwnCapacityConfig(RouterConfig):
+    """A linear gate with a learned temperature; an expert keeps its likeliest tokens, `room` times its fair share of them.
+
+    Attributes:
+        room: slots of an expert in training, over k * tokens / experts.
+        defect: `slots`: an expert keeps one token more than it says; `sum`: weights are not renormalised after dropping.
+    """
+
+    uses = frozenset({"loss_coeff", "aux_scope"})
+    room: float = 1.2
+    defect: str = ""
+
+    def build(self, config: GPTConfig, layer_index: int) -> Router:
+        assert config.moe is not None
+        return OwnCapacity(self, config.moe, config.hidden_size, experts_at(config, layer_index))
+
+    def slots(self, moe: MoEConfig, tokens: int, experts: int) -> int:
+        return math.ceil(self.room * moe.top_k * tokens / experts)
+
+
+@dataclass(frozen=True)
+class DeclaredCapacityConfig(OwnCapacityConfig):
+    """The same with the capacity of `MoEConfig`, which it declares to read: `nlgmoe check` knows its slots."""
+
+    uses = OwnCapacityConfig.uses | {"token_dropping", "train_capacity_factor", "min_capacity"}
+
+    def slots(self, moe: MoEConfig, tokens: int, experts: int) -> int:
+        fair = math.ceil(moe.train_capacity_factor * moe.top_k * tokens / experts)
+        return max(moe.min_capacity, fair + (self.defect == "formula")) if moe.token_dropping else tokens
+
+
+class OwnCapacity(Router):
+    roles: ClassVar = {"weight": "weight", "temperature": "scale"}
+
+    def __init__(self, settings: OwnCapacityConfig, moe: MoEConfig, hidden_size: int, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.settings, self.moe = settings, moe
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.temperature = nn.Parameter(torch.ones(1))  # DeepSpeed takes no parameter without dimension
+        self.weight_sum = 1.0 if moe.top_k > 1 else None
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)  # [N, E]
+            probs = logits.softmax(dim=-1)
+        weight, expert = probs.topk(self.moe.top_k, dim=-1)  # [N, k]
+        mask = None if context.mask is None else context.mask.flatten()
+        kept = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask.unsqueeze(-1).expand_as(expert)
+        slots = self.settings.slots(self.moe, len(x), self.num_experts) if self.training else len(x)
+        queue = weight.detach().masked_fill(~kept, -1).flatten().argsort(descending=True, stable=True)  # [N * k]
+        wanted = F.one_hot(expert.flatten()[queue], self.num_experts)
+        place = torch.empty_like(queue).scatter_(0, queue, ((wanted.cumsum(0) - 1) * wanted).sum(1))
+        kept = kept & (place.view_as(kept) < slots + (self.settings.defect == "slots"))
+        if self.settings.defect != "sum":
+            weight = weight.masked_fill(~kept, 0)
+        if self.weight_sum:
+            weight = weight / weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+        weight = weight.masked_fill(~kept, 0)
+        return Routing(expert, weight, kept, self.num_experts, mask, logits, probs, capacity=slots)
