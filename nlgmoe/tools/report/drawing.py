@@ -29,6 +29,7 @@ RATIO_COLOURS = [
     (2.0 / RATIO_MAX, "#F4A582"),
     (1.0, "#B2182B"),
 ]
+HOVER = "%{y:.4~g}<br>at %{x:.3~s}"  # plotly's template of the text beside the pointer
 MAX_POINTS = 30_000  # of all lines of a chart together, to keep the page small
 
 
@@ -95,7 +96,7 @@ def line(run: Run, series: pd.Series, points: int, meta: dict[str, Any] | None =
         "line": {"color": run.colour, "width": 1.8, "dash": dash} | changes.pop("line", {}),
         "marker": {"color": run.colour} | changes.pop("marker", {}),
         "meta": {"run": run.key, "clock": True, "curves": curves, **(meta or {})},
-        "hovertemplate": "%{y:.4~g}<br>at %{x:.3~s}",
+        "hovertemplate": HOVER,
         **changes,
     }
 

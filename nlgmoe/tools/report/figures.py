@@ -10,6 +10,7 @@ import pandas as pd
 from plotly.colors import sample_colorscale
 
 from nlgmoe.tools.report.drawing import (
+    HOVER,
     RATIO_MAX,
     Chart,
     Metric,
@@ -55,6 +56,12 @@ ROUTER = (
     Metric("grad_norm_router", "Gradient norm of routers", log=True),
     Metric("grad_norm_experts", "Gradient norm of experts", log=True),
 )
+FAINT: dict[str, Any] = {"opacity": 0.4, "line": {"width": 1}, "hoverinfo": "skip", "hovertemplate": None}
+DIAMONDS: dict[str, Any] = {
+    "mode": "lines+markers",
+    "marker": {"symbol": "diamond", "size": 8},
+    "line": {"dash": "dash", "width": 1.5},
+}
 _NAME = re.compile(r"experts/(\d+)/(\w+)")
 
 
@@ -97,20 +104,10 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
     points, traces = points_of(3 * len(runs)), []
     for run in runs:
         if (series := run.metrics.get("train/loss")) is not None:
-            if not run.is_group:
-                traces.append(
-                    line(run, series, points, opacity=0.4, line={"width": 1}, hoverinfo="skip", hovertemplate=None)
-                )
-            traces.append(
-                line(run, series, points, {"smooth": True}, hovertemplate="training %{y:.4~g}<br>at %{x:.3~s}")
-            )
+            traces += [] if run.is_group else [line(run, series, points, **FAINT)]
+            traces.append(line(run, series, points, {"smooth": True}, hovertemplate=f"training {HOVER}"))
         if (series := run.metrics.get("val/loss")) is not None:
-            look: dict[str, Any] = {
-                "mode": "lines+markers",
-                "marker": {"symbol": "diamond", "size": 8},
-                "line": {"dash": "dash", "width": 1.5},
-            }
-            traces.append(line(run, series, points, hovertemplate="validation %{y:.4~g}<br>at %{x:.3~s}", **look))
+            traces.append(line(run, series, points, hovertemplate=f"validation {HOVER}", **DIAMONDS))
     return [Panel("", traces, {"yaxis": {"title": "nats per token"}}, 440)] if traces else []
 
 
@@ -142,11 +139,9 @@ def experts(runs: Sequence[Run]) -> list[Chart]:
             names = {layer: f"experts/{layer}/{metric.name}" for layer in layers[run.key]}
             logged = {layer: run.metrics[name] for layer, name in names.items() if name in run.metrics}
             for layer, series in logged.items():
-                name, width = (run.layer(layer), 1.8) if alone else (f"{run.name}: {run.layer(layer)}", 1)
-                look: dict[str, Any] = (
-                    {"color": _depth_colour(layer, len(logged)), "width": width} if alone else {"width": width}
-                )
                 meta = {"smooth": metric.smooth, "layer": str(layer)}
+                look = {"color": _depth_colour(layer, len(logged))} if alone else {"width": 1}
+                name = run.layer(layer) if alone else f"{run.name}: {run.layer(layer)}"
                 lines.append(line(run, series, points, meta, name=name, line=look))
             if logged:
                 mean = pd.concat(logged.values(), axis=1, join="inner").mean(axis=1, skipna=False)

@@ -5,7 +5,7 @@ const facts = JSON.parse(document.getElementById("facts").textContent);
 const AXES = {
   steps: { title: "steps", unit: 1 },
   tokens: { title: "tokens", unit: 1 },
-  flops: { title: "FLOPs of the model, forward and backward (petaFLOPs)", unit: 1e-15 },
+  flops: { title: "FLOPs of the model, forward and backward", unit: 1 },
   seconds: { title: "time (minutes)", unit: 1 / 60 },
 };
 const STYLE = {
@@ -85,7 +85,7 @@ function draw() {
     const shown = panels.map(({ data }) => data.map((trace) => selected(trace, axis)).filter((trace) => trace));
     drawLegend(legend, shown.flat());
     panels.forEach(({ div, data, layout }, i) => {
-      const clocked = data.some((trace) => trace.meta?.clock) ? { title: { text: AXES[axis].title, standoff: 4 } } : {};
+      const clocked = data.some((trace) => trace.meta?.clock) ? { title: { text: AXES[axis].title, standoff: 4 }, exponentformat: "SI" } : {};
       const axes = { xaxis: { ...GRID, ...layout.xaxis, ...clocked }, yaxis: { ...GRID, ...layout.yaxis } };
       Plotly.react(div, shown[i], { ...STYLE, ...layout, ...axes, uirevision: axis }, config);
     });

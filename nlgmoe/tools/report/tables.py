@@ -81,16 +81,13 @@ def step_times(runs: Sequence[Run]) -> str:
     timed = [run for run in runs if "time/step" in run.metrics]
     if not timed:
         return ""
-    parts = {
-        part: [run.metrics.get(f"time/{part}", pd.Series([0.0])).mean() * 1e3 for run in timed]
-        for part in ("step", *PARTS)
-    }
-    parts["rest"] = [2 * step - sum(of_run) for step, *of_run in zip(parts["step"], *parts.values(), strict=True)]
-    if any("time/communication" in run.metrics for run in timed):
-        parts["communication, within these"] = [
-            run.metrics.get("time/communication", pd.Series([0.0])).mean() * 1e3 for run in timed
-        ]
-    rows: list[Row] = [(part, "{:.1f}".format, values) for part, values in parts.items()]
+    logged = [
+        {name.removeprefix("time/"): 1e3 * series.mean() for name, series in run.metrics.items()} for run in timed
+    ]
+    times = pd.DataFrame(logged).reindex(columns=["step", *PARTS, "communication"])
+    times.insert(5, "rest", times["step"] - times[list(PARTS)].sum(axis=1))
+    times = times.rename(columns={"communication": "communication, within these"}).dropna(axis=1, how="all")
+    rows: list[Row] = [(part, "{:.1f}".format, times[part].tolist()) for part in times]
     return f"<h3>What a step's time goes to (milliseconds, mean over ranks and steps)</h3>{table('step_times', timed, rows)}"
 
 
