@@ -24,12 +24,13 @@ from tests.report.browser import Browser
 from tests.test_module import trainer
 from tests.tools import needs
 
-# What is drawn in each chart: shapes that plotly made of data, titles of x axes, and the legend.
+# What is drawn in each chart: shapes that plotly made of data, titles of axes, and the legend.
 DRAWN = """Object.fromEntries([...document.querySelectorAll("article")].map(chart => [chart.id, {
   shapes: chart.querySelectorAll(".scatterlayer .trace path.js-line, .scatterlayer .trace path.point, .barlayer .point path, " +
     ".heatmaplayer image").length,
   inside: chart.scrollWidth <= document.documentElement.clientWidth,
   x: [...new Set([...chart.querySelectorAll(".infolayer [class^=g-x] text")].map(text => text.textContent))],
+  y: [...new Set([...chart.querySelectorAll(".infolayer [class^=g-y] text")].map(text => text.textContent))],
   legend: [...chart.querySelectorAll(".legend button")].map(name => name.textContent),
 }]))"""
 ALL = ["loss", "bits-per-byte", "optimisation", "speed", "router", "information"]
@@ -98,6 +99,8 @@ def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
     assert list(drawn) == [*ALL[:-1], "load-0", "information", "preference-0"]
     for name, chart in drawn.items():
         assert chart["shapes"] > 0 and chart["inside"], name
+    titles = {"loss": ["nats per token"], "load-0": ["expert"], "information": ["bits"], "router": []}
+    assert {name: drawn[name]["y"] for name in titles} == titles
     assert (drawn["load-0"]["shapes"], drawn["preference-0"]["shapes"]) == (2, 4)
     text = browser.evaluate("document.body.innerText")
     summary = json.loads((run / "summary.json").read_text())

@@ -108,7 +108,7 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
             traces.append(line(run, series, points, {"smooth": True}, hovertemplate=f"training {HOVER}"))
         if (series := run.metrics.get("val/loss")) is not None:
             traces.append(line(run, series, points, hovertemplate=f"validation {HOVER}", **DIAMONDS))
-    return [Panel("", traces, {"yaxis": {"title": "nats per token"}}, 440)] if traces else []
+    return [Panel("", traces, {"yaxis": {"title": {"text": "nats per token"}}}, 440)] if traces else []
 
 
 def _panels(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Panel]:
@@ -178,7 +178,7 @@ def _load_maps(run: Run) -> Chart:
         }
         height = max(110, min(260, 7 * load.shape[1])) + 60
         title = f"{run.layer(layer)}, {load.shape[1]} experts"
-        panels.append(Panel(title, [heat_map], {"yaxis": {"title": "expert"}}, height))
+        panels.append(Panel(title, [heat_map], {"yaxis": {"title": {"text": "expert"}}}, height))
     text = (
         "Assignments to each expert per logging interval, before dropping: white is the fair share, red more "
         f"(dark red {RATIO_MAX:g} times and above), blue less, black none."

@@ -122,7 +122,7 @@ def chart(groups: Sequence[Group]) -> Chart | None:
     text = "Mean over the runs of a group at the steps at which all of them validated; the band is one standard error."
     if missing:
         text += f" Not shown, because there is no such step: {'; '.join(missing)}."
-    panel = Panel("", traces, {"yaxis": {"title": "nats per token"}}, 440)
+    panel = Panel("", traces, {"yaxis": {"title": {"text": "nats per token"}}}, 440)
     return Chart("groups", "Validation loss of groups (nats per token)", text, [panel]) if traces else None
 
 

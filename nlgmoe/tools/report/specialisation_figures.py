@@ -38,7 +38,7 @@ def _information(known: Sequence[tuple[Run, Specialisation]]) -> Chart:
         "Mutual information of the chosen expert and the token's domain or class: 0 for experts without preferences; the upper "
         f"bounds are {'; '.join(limits)} bits."
     )
-    layout = {"yaxis": {"title": "bits", "rangemode": "tozero"}}
+    layout = {"yaxis": {"title": {"text": "bits"}, "rangemode": "tozero"}}
     panels = [Panel("about the domain", domains, layout), Panel("about the class of token", classes, layout)]
     return Chart("information", "How specialised experts are (bits)", text, panels, 480)
 
@@ -60,7 +60,7 @@ def _overlaps(known: Sequence[tuple[Run, Specialisation]]) -> list[Chart]:
         f"Share of assignments that go to the same experts as in {first.name}, by domain and class of token; layers are "
         "compared from the last one backwards. Experts of two runs correspond only if one started from the other's weights."
     )
-    panel = Panel("", bars, {"yaxis": {"title": "share", "range": [0, 1]}})
+    panel = Panel("", bars, {"yaxis": {"title": {"text": "share"}, "range": [0, 1]}})
     return [Chart("overlap", f"Routings alike to {first.name}", text, [panel])] if bars else []
 
 
