@@ -51,6 +51,27 @@ def test_training_is_the_same_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
+def test_the_models_precision_and_recomputation_are_those_of_training(folder: Path, tmp_path: Path) -> None:
+    """`HFLM` sets autocast itself, and the exported class turns activation checkpointing off."""
+    passes: list[bool] = []
+
+    class Watching(ZeroShotEval):
+        def _evaluate(self, trainer: Any, module: Any) -> dict[str, float]:
+            def watch(*args: Any) -> None:
+                passes.append(torch.is_autocast_enabled("cpu"))
+
+            handle = module.gpt.blocks[0].register_forward_hook(watch)
+            values = super()._evaluate(trainer, module)
+            handle.remove()
+            return values
+
+    module = MoEGPTModule(CONFIG, activation_checkpointing=True)
+    callback = Watching(["tiny_word", "tiny_answer"], 2, every_n_steps=1, include_path=str(folder))
+    trainer(tmp_path, callback, max_steps=1, precision="bf16-mixed").fit(module, TokenizedData())
+    assert len(passes) > 2 and all(passes)
+    assert module.gpt.activation_checkpointing
+
+
 def test_metrics_are_logged_beside_the_others(folder: Path, tmp_path: Path) -> None:
     zero_shot = Counting(["tiny_choice", "tiny_answer"], 3, every_n_tokens=100, include_path=str(folder))
     logger = CSVLogger(tmp_path, name="", version="")

@@ -97,6 +97,10 @@ def test_whole_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HF
     ours, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in pair)
     assert ours == pytest.approx(expected, rel=1e-6)
     assert len(TOKENIZER.encode(texts[3].args[0])) > 3 * SEQ_LEN
+    # A continuation longer than the model, which `hf` rejects, is scored like a whole text.
+    (long, _), (short, _) = pair[0].loglikelihood(requests(("", texts[3].args[0]), PAIRS[0]), disable_tqdm=True)
+    ((expected_short, _),) = pair[1].loglikelihood(requests(PAIRS[0]), disable_tqdm=True)
+    assert (long, short) == pytest.approx((expected[3], expected_short), rel=1e-6)
 
 
 def test_generated_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT, HFLM]) -> None:

@@ -158,15 +158,6 @@ def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> N
         find_tasks(["piqa"], tmp_path)
 
 
-def test_a_continuation_longer_than_the_model_is_named(lm: EvaluatedGPT, tmp_path: Path) -> None:
-    folder = write_tasks(tmp_path)
-    (folder / "tiny_choice_documents.jsonl").write_text(
-        json.dumps({"question": "the", "choices": [text(1, 30), "a"], "answer": 0}) + "\n"
-    )
-    with pytest.raises(ValueError, match=r"tiny_choice: lm-eval cannot .*len\(continuation_enc\) <= self.max_length"):
-        run_task(lm, "tiny_choice", folder)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")

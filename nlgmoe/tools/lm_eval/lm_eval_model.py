@@ -41,6 +41,7 @@ BUILT_IN = Path(lm_eval.tasks.__file__).parent  # lm-eval's own tasks, in YAML f
 class EvaluatedGPT(HFLM):
     """lm-eval's `HFLM` around a `GPT`, with the log-likelihoods and texts of the exported folder.
 
+    `HFLM` rejects a continuation longer than `seq_len`, which PIQA has for short models; here it is scored in windows.
     If the experts are spread over ranks, every rank must make the same requests in the same order.
 
     Args:
@@ -72,6 +73,19 @@ class EvaluatedGPT(HFLM):
     def max_gen_toks(self) -> int:
         """The maximum number of new tokens for tasks that set none: lm-eval's 256, or half of a shorter model."""
         return min(super().max_gen_toks, self.max_length // 2)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Score (texts, context, continuation): nats, and True if greedy decoding gives the continuation."""
+        windows, owners = [], []
+        for index, (texts, context, continuation) in enumerate(requests):
+            for start in range(0, len(continuation), self.max_length):
+                windows.append((texts, context + continuation[:start], continuation[start : start + self.max_length]))
+                owners.append(index)
+        nats, greedy = [0.0] * len(requests), [True] * len(requests)
+        for index, (score, is_greedy) in zip(owners, super()._loglikelihood_tokens(windows, **kwargs), strict=True):
+            nats[index] += score
+            greedy[index] &= is_greedy
+        return list(zip(nats, greedy, strict=True))
 
 
 class _Wrapped(NlgmoeForCausalLM):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,9 @@ def evaluate_task(
 
 
 def describe(error: BaseException) -> str:
-    """Format an exception in one line; an assertion without a message by its source."""
-    text = " ".join(str(error).split()) or str(traceback.extract_tb(error.__traceback__)[-1].line)
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+    """Format an exception in one line; the type is left out for errors that are written for users."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def _set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
