@@ -1,9 +1,7 @@
-"""Groups of runs by seed: who belongs together, their bands, and paired differences."""
+"""Groups of runs by seed: membership, means and bands, paired differences at the end and at equal FLOPs."""
 
-import functools
 import json
 import math
-import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import yaml
 from scipy import stats
 
 from nlgmoe.commands.main import main
-from nlgmoe.tools.report.groups import chart, group_runs
+from nlgmoe.tools.report.groups import chart, group_runs, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.statistics import paired_difference
@@ -22,15 +20,33 @@ LOSSES = {"dense": [3.80, 3.90, 3.70], "moe": [3.74, 3.80, 3.68]}
 
 
 def write(folder: Path, model: str, seed: int, loss: float) -> Path:
-    """A run that validated twice."""
+    """A run that validated twice; a step of the MoE has half the FLOPs."""
     run = folder / f"{model}-{seed}"
     run.mkdir()
     moe = None if model == "dense" else {"num_experts": 8}
     settings = {"model": {"config": {"moe": moe}, "seed": seed}, "data": {"seed": seed}}
     (run / "config.yaml").write_text(yaml.safe_dump({**settings, "trainer": {"default_root_dir": str(run)}}))
-    (run / "metrics.csv").write_text(f"step,train/loss,val/loss\n0,7,\n4,,{loss + 1}\n9,,{loss}\n")
-    (run / "summary.json").write_text(json.dumps({"val_loss": loss}))
+    flops = 2000 if model == "dense" else 1000
+    rows = f"0,7,{flops},\n4,,,{loss + 1}\n9,6,{10 * flops},{loss}\n"
+    (run / "metrics.csv").write_text(f"step,train/loss,train/flops,val/loss\n{rows}")
+    facts = {"val_loss": loss, "params_total": 3_000_000, "params_active": 1_000_000, "tokens_per_second": 100.0 * seed}
+    (run / "summary.json").write_text(json.dumps(facts))
     return run
+
+
+def change(run: Path, section: str, **settings: Any) -> None:
+    """Change settings of a run in a dotted section."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    part = config
+    for name in section.split("."):
+        part = part[name]
+    part.update(settings)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def shown(html: str) -> str:
+    """Text of the cells, separated by bars."""
+    return re.sub(r"(<[^>]+>)+", "|", html)
 
 
 @pytest.fixture
@@ -40,107 +56,103 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None:
     groups = group_runs(read_runs(runs), "seed")
-    assert [[number for number, _ in group.runs.values()] for group in groups] == [[0, 1, 2], [3, 4, 5]]
-    assert [group.name for group in groups] == ["moe=null", "num_experts=8"]
+    assert [[run.name for run in group.runs.values()] for group in groups] == [
+        ["dense-0", "dense-1", "dense-2"],
+        ["moe-0", "moe-1", "moe-2"],
+    ]
+    assert [group.mean.name for group in groups] == ["moe=null", "num_experts=8"]
+    colours = [curve.colour for group in groups for curve in (group.mean, *group.runs.values())]
+    assert len(set(colours)) == 8
     drawn = chart(groups)
     assert drawn is not None
-    low, high, mean = drawn.figure.data[:3]
-    assert mean.x == (5, 10) and mean.y == pytest.approx((4.8, 3.8))
+    low, high, mean = drawn.panels[0].traces[:3]
+    assert mean["x"] == [5, 10] and mean["y"] == pytest.approx([4.8, 3.8])
     error = 0.1 / math.sqrt(3)
-    assert (low.y[1], high.y[1]) == pytest.approx((3.8 - error, 3.8 + error), abs=1e-4)
+    assert (low["y"][1], high["y"][1]) == pytest.approx((3.8 - error, 3.8 + error), abs=1e-4)
 
 
 def test_a_group_without_a_common_validation_is_named(runs: list[Path]) -> None:
     (runs[4] / "metrics.csv").write_text("step,train/loss,val/loss\n0,7,\n6,,4.0\n")
     drawn = chart(group_runs(read_runs(runs), "seed"))
-    assert drawn is not None and {line.name for line in drawn.figure.data} == {"moe=null"}
+    assert drawn is not None and {line["name"] for line in drawn.panels[0].traces} == {"moe=null"}
     assert drawn.text.endswith("Not shown, because there is no such step: num_experts=8.")
 
 
 def test_groups_that_differ_in_much_are_named_by_their_folders(runs: list[Path]) -> None:
     for number, run in enumerate(runs):
-        settings = yaml.safe_load((run / "config.yaml").read_text())
-        settings["model"]["config"] |= {f"other_{index}": number // 3 for index in range(4)}
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert [group.name for group in group_runs(read_runs(runs), "seed")] == ["dense", "moe"]
+        change(run, "model.config", **{f"other_{index}": number // 3 for index in range(4)})
+    assert [group.mean.name for group in group_runs(read_runs(runs), "seed")] == ["dense", "moe"]
     with pytest.raises(ValueError, match=r"group_by=model.config.moe.num_experts: dense-0 has no setting"):
         group_runs(read_runs(runs), "model.config.moe.num_experts")
 
 
 def test_groups_are_named_by_the_whole_name_of_settings_whose_ends_are_equal(runs: list[Path]) -> None:
-    names = [group.name for group in group_runs(read_runs(runs[3:5]), "num_experts")]
+    names = [group.mean.name for group in group_runs(read_runs(runs[3:5]), "num_experts")]
     assert names == ["data.seed=0, model.seed=0", "data.seed=1, model.seed=1"]
 
 
 def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
-    text = re.sub(r"<[^>]+>", "|", page(read_runs(runs), "seed"))
-    assert "|-0.0600|" in text and "|0.0231|" in text and "|-0.1594 to +0.0394|" in text
-    without = re.sub(r"<[^>]+>", "|", page(read_runs([*runs[:2], runs[5]]), "seed"))
-    assert "no run with the same value in both" in without
+    groups = group_runs(read_runs(runs), "seed")
+    text = shown(table(groups))
+    assert "|at the end: minus moe=null|–|-0.0600|" in text and "|at the end: standard error|–|0.0231|" in text
+    assert "|at the end: 95% interval|–|-0.1594 to +0.0394|" in text and "|at the end: verdict|–|too few seeds|" in text
+    assert "|parameters|3.00M|3.00M|" in text and "|parameters active for a token|1.00M|1.00M|" in text
+    assert "|FLOPs of a run|20.00k|10.00k|" in text and "|tokens/s|100|100|" in text
+    assert "|at the end: minus num_experts=8|+0.0600|–|" in shown(table(groups, reference=1))
+    assert "no run with the same value in both" in page(read_runs([*runs[:2], runs[5]]), "seed")
     (runs[5] / "summary.json").unlink()
-    text = re.sub(r"<[^>]+>", "|", page(read_runs(runs), "seed"))
+    text = shown(page(read_runs(runs), "seed"))
     assert "|3 (2 ended)|" in text and "|-0.0800|" in text
+
+
+def test_an_interval_on_one_side_of_zero_is_a_result(runs: list[Path]) -> None:
+    for run, loss in zip(runs[3:], (3.70, 3.81, 3.59), strict=True):
+        (run / "summary.json").write_text(json.dumps({"val_loss": loss}))
+    groups = group_runs(read_runs(runs), "seed")
+    assert "|at the end: verdict|–|lower|" in shown(table(groups))
+    assert "|at the end: verdict|higher|–|" in shown(table(groups, reference=1))
+
+
+def test_losses_at_equal_flops_are_interpolated_at_the_smallest_budget(runs: list[Path]) -> None:
+    """The dense runs have used the MoEs' 10,000 FLOPs at step 5, their first validation."""
+    text = shown(table(group_runs(read_runs(runs), "seed")))
+    assert "|at equal FLOPs (10.00k): validation loss|4.8000|3.7400|" in text
+    assert "|at equal FLOPs (10.00k): minus moe=null|–|-1.0600|" in text and "at equal time" not in text
+    (runs[0] / "metrics.csv").write_text("step,train/flops,val/loss\n0,3000,\n4,,4.5\n9,30000,3.5\n")
+    text = shown(table(group_runs(read_runs(runs[0:1] + runs[3:4]), "seed")))
+    assert "|at equal FLOPs (10.00k): validation loss|–|3.7400|" in text  # it has not validated by then
+    (runs[0] / "metrics.csv").write_text("step,train/flops,val/loss\n0,1000,\n4,,4.5\n9,15000,3.5\n")
+    text = shown(table(group_runs(read_runs(runs[0:1] + runs[3:4]), "seed")))
+    first = 1000 + 4 / 9 * 14000  # FLOPs of the first validation
+    assert f"|{4.5 - (10000 - first) / (15000 - first):.4f}|3.7400|" in text
 
 
 def test_a_last_validation_that_is_not_finite_is_no_loss_and_no_earlier_one(runs: list[Path]) -> None:
     (runs[5] / "summary.json").write_text(json.dumps({"val_loss": None}))
     (runs[5] / "metrics.csv").write_text("step,train/loss,val/loss\n0,7,\n4,,4.68\n9,,nan\n")
-    found = read_runs(runs)
-    assert found[5].last("val/loss") is None and "val/loss is not finite in 1 of 2 rows." in found[5].issues
-    text = re.sub(r"<[^>]+>", "|", page(found, "seed"))
+    read = read_runs(runs)
+    assert read[5].last("val/loss") is None and "val/loss is not finite in 1 of 2 rows." in read[5].notes
+    text = shown(page(read, "seed"))
     assert "|3 (1 without a finite loss)|" in text and "|3.7700|" in text and "4.680" not in text
 
 
 def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
-    assert "Losses per token of these" not in page(read_runs(runs), "seed")
+    words = "Losses per token of these runs may not be comparable: "
+    assert words not in page(read_runs(runs))
     for run in runs[3:]:
-        settings = yaml.safe_load((run / "config.yaml").read_text())
-        settings["data"] |= {"tokenizer": "pocket-1k"}
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert (
-        "Losses per token of these runs may not be comparable: data.tokenizer differs; compare bits per byte."
-        in page(read_runs(runs), "seed")
+        change(run, "data", tokenizer="pocket-1k", micro_batch_size=4)
+    assert f"{words}data.tokenizer differs; compare bits per byte.<" in page(read_runs(runs))
+    change(runs[5], "trainer", limit_val_batches=2)
+    assert f"{words}data.micro_batch_size and data.tokenizer and trainer.limit_val_batches differ.<" in page(
+        read_runs(runs)
     )
-    for run in runs:
-        of_run = yaml.safe_load((run / "config.yaml").read_text())
-        of_run["data"] |= {"max_eval_windows": 8}
-        (run / "config.yaml").write_text(yaml.safe_dump(of_run))
-    assert "bits per byte, best without data.max_eval_windows, which cuts" in page(read_runs(runs), "seed")
-    of_run["data"] |= {"corpus": {"class_path": "nlgmoe.data.MegatronIndexed", "init_args": {"prefix": "other"}}}
-    (run / "config.yaml").write_text(yaml.safe_dump(of_run))
-    assert "comparable: data.tokenizer and data.corpus differ.</p>" in page(read_runs(runs), "seed")
-
-
-def test_losses_of_other_parts_of_the_text_are_named(runs: list[Path]) -> None:
-    known = ["model.config.seq_len", "data.max_eval_windows", "data.micro_batch_size"]
-    known += ["trainer.limit_val_batches", "trainer.devices"]
-
-    def note(of_all: dict[str, Any], of_some: dict[str, Any]) -> list[str]:
-        for index, run in enumerate(runs):
-            settings = yaml.safe_load((run / "config.yaml").read_text())
-            for name in known:
-                *outer, leaf = name.split(".")
-                section = functools.reduce(operator.getitem, outer, settings)
-                section[leaf] = (of_all | of_some if index > 2 else of_all).get(name)
-            (run / "config.yaml").write_text(yaml.safe_dump(settings))
-        return re.findall(r"may not be comparable: (.*?) differs?", page(read_runs(runs), "seed"))
-
-    length, windows = {"model.config.seq_len": 128}, {"data.max_eval_windows": 8}
-    assert note({}, length) == [] and note(windows, length) == ["model.config.seq_len"]
-    limit, batch = {"trainer.limit_val_batches": 2}, {"data.micro_batch_size": 4}
-    assert note({}, {"trainer.limit_val_batches": 1.0}) == [] and note({}, batch) == []
-    assert note({}, limit) == ["trainer.limit_val_batches"] and note(limit, batch) == ["data.eval_micro_batch_size"]
-    assert note(limit, {"trainer.devices": 2}) == ["trainer.devices"]
 
 
 def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:
     for run in runs[3:]:
-        settings = yaml.safe_load((run / "config.yaml").read_text())
-        settings["model"]["config"]["moe"]["router"] = {"init_args": {"seed": 7}}
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    for order in (runs, runs[3:] + runs[:3]):
-        text = re.sub(r"<[^>]+>", "|", page(read_runs(order), "seed"))
-        assert re.search(r"\|[-+]0.0600\|", text) and "|0.0231|" in text
+        change(run, "model.config.moe", router={"init_args": {"seed": 7}})
+    text = shown(table(group_runs(read_runs(runs), "seed")))
+    assert "|-0.0600|" in text and "|0.0231|" in text
 
 
 def test_what_cannot_be_grouped_is_refused(
@@ -162,9 +174,9 @@ def test_what_cannot_be_grouped_is_refused(
 
 
 def test_paired_differences_are_scipys() -> None:
-    found = paired_difference(*LOSSES.values())
+    difference = paired_difference(*LOSSES.values())
     theirs = stats.ttest_rel(*LOSSES.values())
-    assert found.mean / found.error == pytest.approx(theirs.statistic)
-    assert found.interval() == pytest.approx(tuple(theirs.confidence_interval(0.95)))
-    assert found.smaller_than(0.2) and not found.smaller_than(0.1)
+    assert difference.mean / difference.error == pytest.approx(theirs.statistic)
+    assert difference.interval() == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert difference.smaller_than(0.2) and not difference.smaller_than(0.1)
     assert paired_difference([1.0], [0.5]).interval() == (-math.inf, math.inf)

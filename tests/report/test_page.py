@@ -1,5 +1,6 @@
 """The page, opened in Chromium without a network."""
 
+import base64
 import csv
 import json
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 import yaml
 
@@ -14,19 +16,24 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WriteReport
 from nlgmoe.callbacks import ExpertLoad, ExpertSpecialisation, RunSummary, Throughput
 from nlgmoe.commands.main import main
 from nlgmoe.monitoring.loggers import RunCSVLogger
+from nlgmoe.tools.report.figures import experts, training
+from nlgmoe.tools.report.runs import read_runs
+from nlgmoe.tools.report.specialisation_figures import specialisation
 from tests.eval.test_specialisation import Spelt
 from tests.report.browser import Browser
 from tests.test_module import trainer
 from tests.tools import needs
 
-# What is drawn in each chart: shapes that plotly made of data, and titles of x axes.
-DRAWN = """Object.fromEntries([...document.querySelectorAll(".chart")].map(chart => [chart.parentElement.id, {
+# What is drawn in each chart: shapes that plotly made of data, titles of axes, and the legend.
+DRAWN = """Object.fromEntries([...document.querySelectorAll("article")].map(chart => [chart.id, {
   shapes: chart.querySelectorAll(".scatterlayer .trace path.js-line, .scatterlayer .trace path.point, .barlayer .point path, " +
     ".heatmaplayer image").length,
   inside: chart.scrollWidth <= document.documentElement.clientWidth,
   x: [...new Set([...chart.querySelectorAll(".infolayer [class^=g-x] text")].map(text => text.textContent))],
+  y: [...new Set([...chart.querySelectorAll(".infolayer [class^=g-y] text")].map(text => text.textContent))],
+  legend: [...chart.querySelectorAll(".legend button")].map(name => name.textContent),
 }]))"""
-ALL = ["loss", "bits-per-byte", "optimisation", "speed", "time-split", "router", "information"]
+ALL = ["loss", "bits-per-byte", "optimisation", "speed", "router", "information"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def opened(browser: Browser, page: Path) -> dict[str, dict]:
     return drawn
 
 
-def choose(browser: Browser, selector: str, value: str) -> dict[str, dict]:
+def choose(browser: Browser, selector: str, value: str = "") -> dict[str, dict]:
     """Change a control."""
     browser.evaluate(
         f"(() => {{ const it = document.querySelector('{selector}');"
@@ -70,9 +77,20 @@ def choose(browser: Browser, selector: str, value: str) -> dict[str, dict]:
     return drawn
 
 
-def x_of(browser: Browser, chart: str, trace: int) -> list[float]:
-    values: list[float] = browser.evaluate(f"[...document.querySelector('#{chart} .chart').data[{trace}].x]")
-    return values
+def values(browser: Browser, chart: str, trace: int, axis: str) -> list[float]:
+    """Coordinates of a trace in the first panel of a chart."""
+    drawn: list[float] = browser.evaluate(f"[...document.querySelector('#{chart} .plot').data[{trace}].{axis}]")
+    return drawn
+
+
+def copies(run: Path, folder: Path, names: list[str]) -> list[Path]:
+    """Copies of a run: `a_1` has another learning rate than `b_1`, and another seed than `a_2`."""
+    for name in names:
+        shutil.copytree(run, folder / name)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["model"] |= {"lr": name.split("_")[0], "seed": name.split("_")[1]}
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+    return [folder / name for name in names]
 
 
 def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
@@ -81,13 +99,20 @@ def test_a_run_ends_with_its_report(browser: Browser, run: Path) -> None:
     assert list(drawn) == [*ALL[:-1], "load-0", "information", "preference-0"]
     for name, chart in drawn.items():
         assert chart["shapes"] > 0 and chart["inside"], name
+    titles = {"loss": ["nats per token"], "load-0": ["expert"], "information": ["bits"], "router": []}
+    assert {name: drawn[name]["y"] for name in titles} == titles
     assert (drawn["load-0"]["shapes"], drawn["preference-0"]["shapes"]) == (2, 4)
     text = browser.evaluate("document.body.innerText")
-    assert "No config.yaml" in text and "12, 768" in text and "even" in text
     summary = json.loads((run / "summary.json").read_text())
-    steps, validation = (summary[name] / summary["wall_seconds"] for name in ("step_seconds", "validation_seconds"))
-    assert f"validation\t{validation:.1%}" in text and f"checkpoints\t{1 - steps - validation:.1%}" in text
+    assert "No config.yaml" in text and "steps\t12" in text and "tokens\t768" in text and "even" in text
     assert f"{summary['train_loss']:.3f}" in text and f"{summary['val_loss']:.3f}" in text
+
+
+def test_plotly_knows_all_properties(run: Path) -> None:
+    """plotly.js ignores names that it does not know; `go.Figure` refuses them."""
+    charts = [*training(read_runs([run])), *experts(read_runs([run])), *specialisation(read_runs([run]))]
+    for panel in (panel for chart in charts for panel in chart.panels):
+        go.Figure(panel.traces, panel.layout)
 
 
 def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path) -> None:
@@ -108,33 +133,66 @@ def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path)
     with (run / "metrics.csv").open() as file:
         logged = [row for row in csv.DictReader(file) if row["train/loss"]]
     tokens = [float(row["train/tokens"]) for row in logged]
-    assert x_of(browser, "loss", 1) == pytest.approx(tokens)
-    assert x_of(browser, "loss", 2) == pytest.approx([4 * 64, 8 * 64, 12 * 64])  # validation comes after its step
-    assert x_of(browser, "load-0", 0) == pytest.approx([token + 64 for token in tokens])
-    assert choose(browser, "input[value=steps]", "")["loss"]["x"] == ["steps"]
-    assert x_of(browser, "loss", 2) == [4, 8, 12]
-    assert choose(browser, "input[value=seconds]", "")["router"]["x"] == ["time (minutes)"]
+    assert values(browser, "loss", 1, "x") == pytest.approx(tokens)
+    assert values(browser, "loss", 2, "x") == pytest.approx(
+        [4 * 64, 8 * 64, 12 * 64]
+    )  # validation comes after its step
+    assert values(browser, "load-0", 0, "x") == pytest.approx([token + 64 for token in tokens])
+    assert choose(browser, "input[value=steps]")["loss"]["x"] == ["steps"]
+    assert values(browser, "loss", 2, "x") == [4, 8, 12]
+    assert choose(browser, "input[value=seconds]")["router"]["x"] == ["time (minutes)"]
     elapsed = [float(row["time/elapsed"]) / 60 for row in logged]
     between = [(early + late) / 2 for early, late in pairwise(elapsed)]  # every second step is logged, once it is taken
-    assert x_of(browser, "loss", 1)[1:] == pytest.approx(between, rel=1e-4)
-    hidden = choose(browser, "input[value=flops]", "")
-    assert hidden["loss"]["shapes"] < drawn["loss"]["shapes"]
+    assert values(browser, "loss", 1, "x")[1:] == pytest.approx(between, rel=1e-4)
+    without = choose(browser, "input[value=flops]")
+    assert without["loss"]["shapes"] < drawn["loss"]["shapes"]
     assert "not logged by other" in browser.evaluate("document.getElementById('hidden').value")
 
 
-def test_smoothing_and_layers(browser: Browser, run: Path, tmp_path: Path) -> None:
+def test_smoothing_layers_and_legend(browser: Browser, run: Path, tmp_path: Path) -> None:
     page = tmp_path / "one.html"
     main(["report", str(run), "--output", str(page)])
-    each = opened(browser, page)["router"]["shapes"]
-    assert "layer 1 (block 4)" in browser.evaluate("document.body.innerText")
-    assert choose(browser, "#layer", "0")["router"]["shapes"] < each
+    each = opened(browser, page)["router"]
+    assert each["legend"] == ["layer 0 (block 2)", "layer 1 (block 4)"]
+    assert choose(browser, "#layer", "0")["router"]["shapes"] < each["shapes"]
     choose(browser, "#smoothing", "0")
-    script = "[...document.querySelector('#loss .chart').data[{}].y]"
-    raw = browser.evaluate(script.format(0))
-    assert browser.evaluate(script.format(1)) == pytest.approx(raw)
-    choose(browser, "#smoothing", "0.5")
-    second = (0.25 * raw[0] + 0.5 * raw[1]) / 0.75
-    assert browser.evaluate(script.format(1))[:2] == pytest.approx([raw[0], second])
+    raw = values(browser, "loss", 0, "y")
+    assert values(browser, "loss", 1, "y") == pytest.approx(raw)
+    straight = [*range(100, 0, -1)]
+    assert browser.evaluate(f"smoothed({straight}, 0.1)") == straight  # it lags nowhere
+    assert browser.evaluate("smoothed([9, 0, 3, null, 8], 0.2)") == [9, 4, 1.5, None, 8]
+    assert choose(browser, "#layer", "all")["router"]["shapes"] == each["shapes"]
+    browser.evaluate("document.querySelector('#router .legend button').click()")
+    assert browser.evaluate(DRAWN)["router"]["shapes"] < each["shapes"]
+    assert "off" in browser.evaluate("document.querySelector('#router .legend button').className")
+
+
+def test_groups_of_six_runs(browser: Browser, run: Path, tmp_path: Path) -> None:
+    names = [f"{model}_{seed}" for model in "abc" for seed in (1, 2)]
+    page = tmp_path / "six.html"
+    main(["report", *map(str, copies(run, tmp_path, names)), "--group-by", "model.seed", "--output", str(page)])
+    for width in (1300, 400):
+        browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        drawn = opened(browser, page)
+        assert all(chart["inside"] for chart in drawn.values())
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        tables = browser.evaluate(
+            "[...document.querySelectorAll('.wide')].map(table => table.scrollWidth <= table.clientWidth)"
+        )
+        assert width == 400 or all(tables)
+    browser.ask("Emulation.clearDeviceMetricsOverride")
+    groups = ["lr=a", "lr=b", "lr=c"]
+    assert drawn["loss"]["legend"] == drawn["router"]["legend"] == drawn["groups"]["legend"] == groups
+    assert choose(browser, "#curves", "runs")["loss"]["legend"] == names
+    visible = "[...document.querySelectorAll('.reference')].map(table => table.checkVisibility())"
+    assert browser.evaluate(visible) == [True, False, False]
+    choose(browser, "#reference", "lr=c")
+    assert browser.evaluate(visible) == [False, False, True]
+    link = browser.evaluate("document.querySelector('a[download=\"groups.csv\"]').href")
+    lines = base64.b64decode(link.partition(",")[2]).decode().splitlines()
+    assert lines[0] == ",lr=a,lr=b,lr=c" and "at the end: minus lr=a,,0.0,0.0" in lines
+    total = json.loads((run / "summary.json").read_text())["params_total"]
+    assert f"parameters,{total}.0,{total}.0,{total}.0" in lines
 
 
 def test_a_page_lists_what_is_missing(browser: Browser, run: Path, tmp_path: Path) -> None:

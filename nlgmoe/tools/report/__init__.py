@@ -1,4 +1,5 @@
-"""`nlgmoe report`: an HTML page about one or several runs. `runs.py` reads run folders, `*_figures.py` draw, `page.py` assembles.
+"""`nlgmoe report`: an HTML page about one or several runs.
 
-A report needs only the files of run folders, without torch, data or a checkpoint.
+`runs.py` reads run folders; `figures.py`, `specialisation_figures.py` and `groups.py` draw; `page.py` assembles. A report needs
+only the files of run folders, without torch, data or a checkpoint.
 """

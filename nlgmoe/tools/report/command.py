@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from nlgmoe.tools.report.runs import read_runs
-from nlgmoe.validation import SettingError
-
 
 def report(runs: list[str], output: str | None = None, group_by: str | None = None) -> None:
     """Write an HTML page about one or several runs: losses, speed, routers, experts, settings. It works offline.
 
     Args:
-        runs: run folders, trainer.default_root_dir.
+        runs: run folders, trainer.default_root_dir; files among them are skipped, so that runs/* may be given.
         output: HTML file; default: report.html, in the run folder or, for several runs, in the working directory.
-        group_by: setting in which alone the runs of a group differ, such as seed: adds the mean of each group with a band of one
-            standard error, and the differences between groups, paired by the setting's value.
+        group_by: setting in which alone the runs of a group differ, such as seed: adds the means of groups, and the differences
+            between groups at the end, at equal FLOPs and at equal time, paired by the setting's value.
     """
-    from nlgmoe.tools.report.page import write_report  # plotly
+    from nlgmoe.tools.report.page import write_report
+    from nlgmoe.tools.report.runs import read_runs
 
-    try:
-        found = read_runs(runs)
-    except ValueError as error:
-        raise SettingError(str(error)) from error
-    file = write_report(found, output, group_by)
+    file = write_report(read_runs(runs), output, group_by)
     print(f"report written to {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")

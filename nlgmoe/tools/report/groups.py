@@ -1,24 +1,25 @@
-"""Groups of runs that differ in a seed alone: their mean and its error over time, and paired differences between groups."""
+"""Groups of runs that differ in a seed alone: their means, and paired differences at the end, at equal FLOPs and equal time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from plotly.colors import hex_to_rgb
 
-from nlgmoe.tools.report.drawing import Chart, add_line, band_colour, grid_cell, panel_grid, run_colour, with_clock_axis
-from nlgmoe.tools.report.metrics import Series
-from nlgmoe.tools.report.runs import Run, finite_number, flattened
-from nlgmoe.tools.statistics import paired_difference
+from nlgmoe.tools.report import tables
+from nlgmoe.tools.report.drawing import Chart, Panel, Trace, line
+from nlgmoe.tools.report.runs import PALETTE, Run, finite_number, flattened
+from nlgmoe.tools.statistics import PairedDifference, paired_difference
 from nlgmoe.validation import SettingError
 
 PLACES = ("default_root_dir", "dirpath", "save_dir", "ckpt_path")  # settings of where a run writes, by their last part
 MAX_NAMED = 3  # settings in a group's name
-Key = tuple[tuple[str, str], ...]
+Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Group:
     """Runs with the same settings but for one.
 
     Attributes:
-        name: what sets the group apart from the others.
-        runs: index in the page and run, by the names and values of the setting.
+        runs: by the values of the setting; their colours are shades of the group's.
+        mean: a run with the name of what sets the group apart, and the means of its metrics at the steps that its runs share.
     """
 
-    name: str
-    runs: dict[Key, tuple[int, Run]]
+    runs: dict[Key, Run]
+    mean: Run
 
 
 def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
@@ -40,130 +41,178 @@ def group_runs(runs: Sequence[Run], setting: str) -> list[Group]:
     Args:
         runs: of the page.
         setting: its name, or the end of it, such as `seed` for both `model.seed` and `data.seed`.
+
+    Raises:
+        SettingError: a run has no such setting, or two runs of a group have the same.
     """
-    found: dict[tuple[str, ...], dict[Key, tuple[int, Run]]] = {}
-    shared: list[dict[str, str]] = []
-    for number, run in enumerate(runs):
-        settings = {name: "null" if value is None else str(value) for name, value in flattened(run.config).items()}
-        values = {name: value for name, value in settings.items() if f".{name}".endswith(f".{setting}")}
-        if not values:
+    members: dict[str, dict[Key, Run]] = {}
+    shared: list[dict[str, Any]] = []
+    flat = [flattened(run.config) for run in runs]
+    varied = [[name for name in settings if f".{name}".endswith(f".{setting}")] for settings in flat]
+    paired_by = sorted(set.intersection(*map(set, varied)))  # a router's own seed is in some runs alone
+    for run, settings, names in zip(runs, flat, varied, strict=True):
+        if not names:
             raise SettingError(
                 f"group_by={setting}: {run.name} has no setting whose name ends so in config.yaml; use seed"
             )
-        rest = {n: v for n, v in settings.items() if n not in values and n.rpartition(".")[2] not in PLACES}
-        group = found.setdefault(tuple(f"{name}={value}" for name, value in sorted(rest.items())), {})
+        rest = {name: settings[name] for name in settings if name not in names and name.split(".")[-1] not in PLACES}
+        group = members.setdefault(str(sorted(rest.items())), {})
         if not group:
             shared.append(rest)
-        key = tuple(sorted(values.items()))
+        key = tuple(str(settings[name]) for name in paired_by)
         if key in group:
             raise SettingError(
-                f"group_by={setting}: {group[key][1].name} and {run.name} have the same settings and {setting}; leave one out"
+                f"group_by={setting}: {group[key].name} and {run.name} have the same settings and {setting}; leave one out"
             )
-        group[key] = (number, run)
-    names = _names(shared, [_common([run.name for _, run in group.values()]) for group in found.values()])
-    return [Group(name, group) for name, group in zip(names, found.values(), strict=True)]
+        group[key] = run
+    names = _names(shared, [list(group.values()) for group in members.values()])
+    return [_group(index, name, group) for index, (name, group) in enumerate(zip(names, members.values(), strict=True))]
 
 
-def _names(settings: list[dict[str, str]], runs: list[str]) -> list[str]:
-    """Name groups by the settings that differ between them; by the runs' folders where these are too many."""
-    different = [
-        name
-        for name in dict.fromkeys(name for one in settings for name in one)
-        if len({one.get(name) for one in settings}) > 1
-    ]
+def _names(settings: list[dict[str, Any]], runs: list[list[Run]]) -> list[str]:
+    """Name groups by the settings that differ between them; by the beginning of the runs' folders where these are too many."""
+    names = dict.fromkeys(name for of_group in settings for name in of_group)
+    different = [name for name in names if len({str(of_group.get(name, "")) for of_group in settings}) > 1]
     if not 0 < len(different) <= MAX_NAMED:
-        return runs
+        return [commonprefix([run.name for run in group]).rstrip("_-./") or group[0].name for group in runs]  # noqa: RUF071
     short = [name.rpartition(".")[2] for name in different]
     labels = {name: end if short.count(end) == 1 else name for name, end in zip(different, short, strict=True)}
-    return [", ".join(f"{labels[n]}={one[n]}" for n in different if n in one) for one in settings]
+    return [
+        ", ".join(f"{label}={tables.setting(of_group[name])}" for name, label in labels.items() if name in of_group)
+        for of_group in settings
+    ]
 
 
-def _common(names: list[str]) -> str:
-    """Return the beginning that the names share."""
-    return commonprefix(names).rstrip("_-./") or names[0]  # noqa: RUF071 (characters are meant)
+def _group(index: int, name: str, runs: dict[Key, Run]) -> Group:
+    colour = PALETTE[index % len(PALETTE)]
+    shaded = {}
+    for (key, run), shade in zip(runs.items(), np.linspace(0.3, 0.6, len(runs)), strict=True):
+        parts = (round(part + (255 - part) * shade) for part in hex_to_rgb(colour))
+        shaded[key] = replace(run, colour="#" + "".join(f"{part:02X}" for part in parts))
+    first = next(iter(runs.values()))
+    means = {metric: _values(runs, metric).mean(axis=1, skipna=False) for metric in first.metrics}
+    metrics = {metric: mean for metric, mean in means.items() if len(mean)}
+    mean = Run(name, first.path.parent, metrics, config=first.config, key=f"group{index}", colour=colour, is_group=True)
+    return Group(shaded, mean)
+
+
+def _values(runs: dict[Key, Run], metric: str) -> pd.DataFrame:
+    """Return a metric at the steps at which all runs have it, `[steps, runs]`; without rows if there are none."""
+    columns = [run.metrics.get(metric, pd.Series(dtype=float)) for run in runs.values()]
+    return pd.concat(columns, axis=1, join="inner")
 
 
 def chart(groups: Sequence[Group]) -> Chart | None:
     """Return the chart of validation loss: the mean over seeds and a band of one standard error, a line per group."""
-    figure, where, drawn = panel_grid([""], 1, 380), grid_cell(0, 1), 0
+    traces: list[Trace] = []
     missing = []
-    for index, group in enumerate(groups):
-        series = [run.metrics["val/loss"] for _, run in group.runs.values() if "val/loss" in run.metrics]
-        common = set.intersection(*(set(one.steps.tolist()) for one in series)) if series else set()
-        if len(series) < len(group.runs) or not common:
-            missing.append(group.name)
+    for group in groups:
+        values = _values(group.runs, "val/loss")
+        if values.empty:
+            missing.append(group.mean.name)
             continue
-        steps = np.array(sorted(common))
-        values = np.array([one.values[np.isin(one.steps, steps)] for one in series])  # [seeds, steps]
-        first = next(iter(group.runs.values()))[0]  # gives the clock
-        mean = values.mean(axis=0)
-        look: dict[str, Any] = {"line": {"color": run_colour(index), "dash": "solid"}}
-        if len(values) > 1:
-            error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
-            edge: dict[str, Any] = {"line": {"width": 0}, "hoverinfo": "skip", "hovertemplate": None}
-            add_line(figure, first, group.name, Series(steps, mean - error), where, **edge)
-            add_line(
-                figure, first, group.name, Series(steps, mean + error), where, fill="tonexty",
-                fillcolor=band_colour(index), **edge,
-            )  # fmt: skip
-        add_line(figure, first, group.name, Series(steps, mean), where, legend=True, mode="lines+markers", **look)
-        drawn += 1
-    figure.update_yaxes(title="nats per token")
+        mean, error = values.mean(axis=1, skipna=False), values.sem(axis=1, skipna=False)
+        always = {"curves": None}
+        if values.shape[1] > 1:
+            fill = f"rgba{(*hex_to_rgb(group.mean.colour), 0.2)}"
+            edge: dict[str, Any] = {"line": {"width": 0}, "hoverinfo": "skip", "hovertemplate": None, "mode": "lines"}
+            traces.append(line(group.mean, mean - error, len(values), always, **edge))
+            traces.append(line(group.mean, mean + error, len(values), always, fill="tonexty", fillcolor=fill, **edge))
+        traces.append(line(group.mean, mean, len(values), always, mode="lines+markers"))
     text = "Mean over the runs of a group at the steps at which all of them validated; the band is one standard error."
     if missing:
         text += f" Not shown, because there is no such step: {'; '.join(missing)}."
-    return (
-        Chart("groups", "Validation loss of groups (nats per token)", text, with_clock_axis(figure)) if drawn else None
-    )
+    panel = Panel("", traces, {"yaxis": {"title": {"text": "nats per token"}}}, 440)
+    return Chart("groups", "Validation loss of groups (nats per token)", text, [panel]) if traces else None
 
 
-def table(groups: Sequence[Group]) -> str:
-    """Return the final validation loss of each group, and its difference from the first group, paired by seed."""
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("", "runs", "validation loss", "minus the first group", "standard error", "95% interval", "pairs")
-    )
-    rows = [_row(index, group, groups[0]) for index, group in enumerate(groups)]
-    return (
-        f'<div class="wide"><table class="facts" id="differences"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def table(groups: Sequence[Group], reference: int = 0) -> str:
+    """Return the size, cost and validation loss of each group, and the difference from a reference group, paired by seed.
+
+    Args:
+        groups: from `group_runs`.
+        reference: index of the group that is subtracted.
+    """
+    runs = [list(group.runs.values()) for group in groups]
+    facts: dict[str, Callable[[Run], float | None]] = {
+        "parameters": lambda run: run.summary.get("params_total"),
+        "parameters active for a token": lambda run: run.summary.get("params_active"),
+        "FLOPs of a run": lambda run: run.last("train/flops"),
+        "tokens/s": lambda run: run.fact("tokens_per_second", "train/tokens_per_second"),
+    }
+    rows: list[tables.Row] = [("runs", str, [_ended(members) for members in runs])]
+    rows += [(name, tables.count, [_mean(map(fact, members)) for members in runs]) for name, fact in facts.items()]
+    ended = [
+        {key: loss for key, run in group.runs.items() if (loss := _final_loss(run)) is not None} for group in groups
+    ]
+    rows += _comparison("at the end", ended, groups[reference].mean.name, ended[reference])
+    for clock, name, form in (("flops", "FLOPs", tables.count), ("seconds", "time", tables.duration)):
+        budget, losses = _losses_at_equal(clock, groups)
+        if budget:
+            place = f"at equal {name} ({form(budget)})"
+            rows += _comparison(place, losses, groups[reference].mean.name, losses[reference])
+    return tables.table("groups", [group.mean for group in groups], rows)
 
 
-def _row(index: int, group: Group, reference: Group) -> str:
-    ended_losses = [loss for _, run in group.runs.values() if (loss := _final_loss(run)) is not None]
-    mean = f"{np.mean(ended_losses):.4f}" if ended_losses else "–"
-    losses, others = _losses(group, reference), _losses(reference, group)
-    pairs = [key for key in losses if key in others] if group is not reference else []
-    ended = sum(bool(run.summary) for _, run in group.runs.values())
-    left_out = [f"{ended} ended"] if ended < len(group.runs) else []
-    if lost := ended - len(ended_losses):
-        left_out.append(f"{lost} without a finite loss")
-    cells = [f"{len(group.runs)} ({', '.join(left_out)})".removesuffix(" ()"), mean, *[""] * 4]
-    if pairs:
-        found = paired_difference([losses[key] for key in pairs], [others[key] for key in pairs])
-        low, high = found.interval()
-        known = found.pairs > 1
-        cells[2:] = [
-            f"{found.mean:+.4f}",
-            f"{found.error:.4f}" if known else "–",
-            f"{low:+.4f} to {high:+.4f}" if known else "–",
-            str(found.pairs),
-        ]
-    elif group is not reference:
-        cells[2:] = ["no run with the same value in both", "", "", "0"]
-    label = f'<span class="run" style="--colour: {run_colour(index)}">{escape(group.name)}</span>'
-    return f"<tr><th>{label}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-
-
-def _losses(group: Group, other: Group) -> dict[Key, float]:
-    """Return final losses by the settings that both groups have: a router's own seed is in one alone. Empty if two runs agree."""
-    known = {name for key in other.runs for name, _ in key}
-    keys = [tuple(pair for pair in key if pair[0] in known) for key in group.runs]
-    losses = {key: _final_loss(run) for key, (_, run) in zip(keys, group.runs.values(), strict=True)}
-    return {key: loss for key, loss in losses.items() if loss is not None} if len(losses) == len(keys) else {}
+def _ended(runs: list[Run]) -> str:
+    ended = sum(bool(run.summary) for run in runs)
+    lost = ended - sum(_final_loss(run) is not None for run in runs)
+    left_out = [f"{ended} ended"] if ended < len(runs) else []
+    left_out += [f"{lost} without a finite loss"] if lost else []
+    return f"{len(runs)} ({', '.join(left_out)})".removesuffix(" ()")
 
 
 def _final_loss(run: Run) -> float | None:
     """Return the loss of the last validation; None if it is not finite, or the run has not ended: it is of fewer steps then."""
     return finite_number(run.summary.get("val_loss"))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _losses_at_equal(clock: str, groups: Sequence[Group]) -> tuple[float, list[dict[Key, float]]]:
+    """Return the most FLOPs or seconds at which all ended runs have a validation loss, and the losses there, interpolated."""
+    curves: dict[str, tuple[np.ndarray, pd.Series]] = {}
+    for run in (run for group in groups for run in group.runs.values()):
+        loss = run.metrics.get("val/loss")
+        if loss is not None and _final_loss(run) is not None:
+            clocks = run.clock(clock, loss.index.to_numpy())
+            curves |= {} if clocks is None else {run.key: (clocks, loss)}
+    budget = min((float(clocks[-1]) for clocks, _ in curves.values()), default=0.0)
+    reached = {key: curve for key, curve in curves.items() if curve[0][0] <= budget}
+    return budget, [
+        {key: float(np.interp(budget, *reached[run.key])) for key, run in group.runs.items() if run.key in reached}
+        for group in groups
+    ]
+
+
+def _comparison(place: str, losses: list[dict[Key, float]], name: str, reference: dict[Key, float]) -> list[tables.Row]:
+    """Return the rows of mean losses and of their differences from the reference, at a place such as `at the end`."""
+    differences: list[PairedDifference | None] = []
+    for of_group in losses:
+        pairs = [key for key in of_group if key in reference and of_group is not reference]
+        mine, theirs = [of_group[key] for key in pairs], [reference[key] for key in pairs]
+        differences.append(paired_difference(mine, theirs) if pairs else None)
+    judged = zip(losses, differences, strict=True)
+    return [
+        (f"{place}: validation loss", tables.decimal_4, [_mean(of_group.values()) for of_group in losses]),
+        (f"{place}: minus {name}", "{:+.4f}".format, [item and item.mean for item in differences]),
+        (f"{place}: standard error", tables.decimal_4, [item and finite_number(item.error) for item in differences]),
+        (f"{place}: 95% interval", str, [item and _interval(item) for item in differences]),
+        (f"{place}: pairs", str, [item and item.pairs for item in differences]),
+        (f"{place}: verdict", str, [None if of_group is reference else _verdict(item) for of_group, item in judged]),
+    ]
+
+
+def _interval(difference: PairedDifference) -> str | None:
+    low, high = difference.interval()
+    return f"{low:+.4f} to {high:+.4f}" if difference.pairs > 1 else None
+
+
+def _verdict(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return "no run with the same value in both"
+    low, high = difference.interval()
+    return "lower" if high < 0 else "higher" if low > 0 else "too few seeds"

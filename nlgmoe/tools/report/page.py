@@ -15,9 +15,10 @@ from plotly.offline import get_plotlyjs
 
 from nlgmoe.cli.output_files import require_folder
 from nlgmoe.files import atomic_write
-from nlgmoe.tools.report import expert_figures, groups, specialisation_figures, tables, training_figures
+from nlgmoe.tools.report import figures, groups, tables
 from nlgmoe.tools.report.drawing import Chart, rounded
 from nlgmoe.tools.report.runs import CLOCKS, Run
+from nlgmoe.tools.report.specialisation_figures import specialisation
 from nlgmoe.validation import RunError, SettingError
 
 MAX_KNOTS = 400  # steps with stored tokens, FLOPs and time; the page interpolates between them
@@ -35,7 +36,8 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
         The file.
 
     Raises:
-        ValueError: `output` is a folder, is in none, does not end in .html, or cannot be written; or the runs cannot be grouped.
+        SettingError: `output` is a folder, is in none, or does not end in .html; or the runs cannot be grouped.
+        RunError: `output` cannot be written.
     """
     file = Path(output) if output is not None else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if file.is_dir():
@@ -55,27 +57,25 @@ def write_report(runs: Sequence[Run], output: str | Path | None = None, group_by
 def page(runs: Sequence[Run], group_by: str | None = None) -> str:
     """Return the page's HTML."""
     grouped = groups.group_runs(runs, group_by) if group_by is not None else []
+    if grouped:
+        runs = [run for group in grouped for run in group.runs.values()]
+    curves = [*runs, *(group.mean for group in grouped)]
     overlaid = groups.chart(grouped) if grouped else None
     title = f"nlgmoe: {', '.join(run.name for run in runs)}"
-    sections = {
-        "Training": training_figures.charts(runs),
-        "Experts": expert_figures.charts(runs),
-        "Specialisation": specialisation_figures.charts(runs),
-    }
-    layers = max((len(expert_figures.logged_layers(run)) for run in runs), default=0)
-    facts = {"clocks": [clock_values(run) for run in runs], "names": [run.name for run in runs]}
+    layers = max((len(figures.logged_layers(run)) for run in runs), default=0)
+    facts = {"clocks": {run.key: clock_values(run) for run in curves}, "names": {run.key: run.name for run in runs}}
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="made">Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {", ".join(escape(str(run.path)) for run in runs)}</p>',
-        tables.summary(runs),
+        tables.results(runs),
         tables.other_tokens(runs),
-        tables.issue_list(runs),
-        f"<h2>Differences between groups, paired by {escape(str(group_by))}</h2>{groups.table(grouped)}"
-        if grouped
-        else "",
-        controls(layers, "all" if len(runs) == 1 else "mean"),
-        section("Groups", [overlaid]) if overlaid is not None else "",
-        *(section(name, found) for name, found in sections.items() if found),
+        tables.notes(runs),
+        comparison(grouped, str(group_by)) if grouped else "",
+        controls(layers, "all" if len(curves) == 1 else "mean", bool(grouped)),
+        section("Groups", [overlaid] if overlaid else []),
+        section("Training", figures.training(curves), tables.step_times(runs)),
+        section("Experts", figures.experts(curves)),
+        section("Specialisation", specialisation(runs)),
         tables.samples(runs),
         "<section><h2>Settings</h2>",
         f"<h3>What differs</h3>{tables.differences(runs)}" if len(runs) > 1 else "",
@@ -104,19 +104,38 @@ def page(runs: Sequence[Run], group_by: str | None = None) -> str:
 """
 
 
-def section(name: str, charts: Sequence[Chart]) -> str:
-    """Return the HTML of charts under a heading."""
-    parts = [
-        f'<article id="{chart.name}"><h3>{escape(chart.title)}</h3><p>{escape(chart.text)}</p>'
-        f'<div class="chart" style="height: {chart.figure.layout.height}px">'
-        f'<script type="application/json">{_json(json.loads(chart.figure.to_json()))}</script></div></article>'
-        for chart in charts
-    ]
-    return f"<section><h2>{escape(name)}</h2>{''.join(parts)}</section>"
+def section(name: str, charts: Sequence[Chart], rest: str = "") -> str:
+    """Return the HTML of charts under a heading; empty if there are none."""
+    parts = []
+    for chart in charts:
+        panels = "".join(
+            f'<div class="panel"><h4>{escape(panel.title)}</h4><div class="plot" style="height: {panel.height}px">'
+            f'<script type="application/json">{_json({"data": panel.traces, "layout": panel.layout})}</script></div></div>'
+            for panel in chart.panels
+        )
+        parts.append(
+            f'<article id="{chart.name}"><h3>{escape(chart.title)}</h3><p>{escape(chart.text)}</p><div class="legend"></div>'
+            f'<div class="panels" style="--width: {chart.width}px">{panels}</div></article>'
+        )
+    return f"<section><h2>{escape(name)}</h2>{''.join(parts)}{rest}</section>" if parts or rest else ""
 
 
-def controls(layers: int, layer: str) -> str:
-    """Return the controls of x axis, smoothing and layers; `layer` is selected of the `layers` layers."""
+def comparison(grouped: Sequence[groups.Group], setting: str) -> str:
+    """Return the tables of groups, one for each reference, of which the page shows the selected one."""
+    options = "".join(f"<option>{escape(group.mean.name)}</option>" for group in grouped)
+    references = "".join(
+        f'<div class="reference">{groups.table(grouped, index)}</div>' for index in range(len(grouped))
+    )
+    return (
+        f"<section><h2>Differences between groups, paired by {escape(setting)}</h2>"
+        "<p>Losses at equal FLOPs and time are interpolated between validations; a longer run has not lowered its learning rate "
+        "there. Too few seeds: the interval spans zero.</p>"
+        f'<label>minus <select id="reference">{options}</select></label>{references}</section>'
+    )
+
+
+def controls(layers: int, layer: str, grouped: bool) -> str:
+    """Return the controls of x axis, smoothing, curves and layers; `layer` is selected of the `layers` layers."""
     names = {"tokens": "tokens", "steps": "steps", "flops": "FLOPs", "seconds": "time"}
     axes = "".join(
         f'<label><input type="radio" name="axis" value="{axis}"{" checked" if axis == "tokens" else ""}> {name}</label>'
@@ -127,30 +146,24 @@ def controls(layers: int, layer: str) -> str:
         f'<option value="{value}"{" selected" if value == layer else ""}>{name}</option>'
         for value, name in choices.items()
     )
+    of_groups = "<option value='groups'>means of groups</option>" if grouped else ""
     of_layers = f'<label>MoE layers <select id="layer">{options}</select></label>' if layers else ""
     return (
         f'<form id="controls"><fieldset><legend>x axis</legend>{axes}</fieldset>'
-        '<label>smoothing <input id="smoothing" type="range" min="0" max="0.99" step="0.01" value="0.6"></label>'
-        f'{of_layers}<output id="hidden"></output></form>'
+        '<label>smoothing <input id="smoothing" type="range" min="0" max="0.1" step="0.005" value="0.025"></label>'
+        f'<label{"" if grouped else " hidden"}>curves <select id="curves">{of_groups}<option value="runs">runs</option></select>'
+        f'</label>{of_layers}<output id="hidden"></output></form>'
     )
 
 
 def clock_values(run: Run) -> dict[str, list[float | None]]:
     """Return some of a run's steps and, where known, the tokens, FLOPs and seconds up to each."""
     if "train/tokens" not in run.metrics:
-        steps = max((series.steps[-1] for series in run.metrics.values()), default=0.0)
-        return {"steps": [0.0, float(steps)]}
-    steps = run.metrics["train/tokens"].steps
+        return {"steps": [0.0, float(max((series.index[-1] for series in run.metrics.values()), default=0.0))]}
+    steps = run.metrics["train/tokens"].index.to_numpy()
     knots = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_KNOTS).round().astype(int))]
-    found = {"steps": rounded(knots, 9)}
-    for clock, metric in CLOCKS.items():
-        if metric in run.metrics:
-            series = run.metrics[metric]
-            # A metric of a finished step stands one step after the tokens before it; all are 0 before the first.
-            origin = [0.0] if series.steps[0] > 0 else []
-            known = np.interp(knots, [*origin, *series.steps], [*origin, *series.values])
-            found[clock] = rounded(known, 9)
-    return found
+    clocks = {name: values for name in CLOCKS if (values := run.clock(name, knots)) is not None}
+    return {"steps": rounded(knots, 9)} | {name: rounded(values, 9) for name, values in clocks.items()}
 
 
 def _json(value: Any) -> str:

@@ -1,74 +1,58 @@
-"""Run folders. Missing or damaged files are recorded as issues, not raised."""
+"""Run folders, read with pandas. A missing file is listed and leaves out its part of the page; a damaged one is an error."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import yaml
+from scipy.interpolate import make_interp_spline
 
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
 from nlgmoe.files import require_regular
-from nlgmoe.model.counting import count_parameters
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.folder import starts_of
-from nlgmoe.tools.report.metrics import (
-    LOADS,
-    METRICS,
-    ExpertLoads,
-    Series,
-    damaged_rows,
-    read_expert_loads,
-    read_metrics,
-)
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, SettingError
 
-CONFIG, SUMMARY, VERSIONS = "config.yaml", "summary.json", "versions.json"
-SAMPLES = "samples.txt"
+T = TypeVar("T")
+CONFIG, SUMMARY, VERSIONS, SAMPLES = "config.yaml", "summary.json", "versions.json", "samples.txt"
+METRICS, LOADS = "metrics.csv", "expert_load.csv"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-CLOCKS = {  # x axis -> metric
-    "tokens": "train/tokens",
-    "flops": "train/flops",
-    "seconds": "time/elapsed",
-}
+BITS = "val/bits_per_byte"  # of all text; with /NAME of a domain
+AFTER_STEP = ("val/", "train/flops", "time/elapsed")  # metrics of the state after the logged step
+CLOCKS = {"tokens": "train/tokens", "flops": "train/flops", "seconds": "time/elapsed"}  # x axis -> metric
+# Okabe and Ito's colour-blind safe palette, without yellow, which is too light for lines.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass
 class Run:
-    """A run; a missing file is None or empty.
+    """A run, or the mean of a group of runs; what a missing file would hold is None or empty."""
 
-    Attributes:
-        name: short name, unique in a page.
-        path: the run folder.
-        metrics: columns of `metrics.csv`.
-        loads: `expert_load.csv`.
-        specialisation: specialisation at the last validation.
-        config: the resolved configuration of the last start, nested.
-        summary: `summary.json`.
-        versions: `versions.json`.
-        issues: missing or damaged files and changed settings, a sentence each.
-        samples: generated texts, `samples.txt`.
-    """
-
-    name: str
-    path: Path
-    metrics: dict[str, Series]
-    loads: ExpertLoads | None
-    specialisation: Specialisation | None
-    config: dict[str, Any]
-    summary: dict[str, Any]
-    versions: dict[str, str]
-    issues: list[str] = field(default_factory=list)
-    samples: str = ""
+    name: str  # short, unique in a page
+    path: Path  # the run folder
+    metrics: dict[str, pd.Series] = field(default_factory=dict)  # over optimizer steps taken; NaN and infinity are kept
+    loads: list[pd.DataFrame] = field(default_factory=list)  # of each MoE layer, see `loads_of`
+    specialisation: Specialisation | None = None  # at the last validation
+    config: dict[str, Any] = field(default_factory=dict)  # the resolved configuration of the last start, nested
+    summary: dict[str, Any] = field(default_factory=dict)  # `summary.json`, by dotted names
+    versions: dict[str, str] = field(default_factory=dict)
+    samples: str = ""  # generated texts
+    notes: list[str] = field(default_factory=list)  # missing files and changed settings, a sentence each
+    key: str = ""  # identifies the run, or the group, in the page
+    colour: str = PALETTE[0]  # in all charts
+    is_group: bool = False
 
     @cached_property
     def model(self) -> GPTConfig | None:
@@ -83,136 +67,179 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    @cached_property
-    def blocks(self) -> list[int]:
-        """The block of each MoE layer, counted from 1; empty if unknown."""
-        counts = experts_per_layer(self.model) if self.model is not None else []
-        return [block for block, count in enumerate(counts, 1) if count]
-
     def layer(self, index: int) -> str:
-        """Return the name of a MoE layer."""
-        return f"layer {index}" + (f" (block {self.blocks[index]})" if index < len(self.blocks) else "")
+        """Return the name of a MoE layer, with its block counted from 1."""
+        counts = experts_per_layer(self.model) if self.model is not None else []
+        blocks = [block for block, count in enumerate(counts, 1) if count]
+        return f"layer {index}" + (f" (block {blocks[index]})" if index < len(blocks) else "")
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric; None if it is not finite: an earlier one is not the result."""
-        series = self.metrics.get(metric)
-        return finite_number(float(series.values[-1])) if series is not None else None
+        return finite_number(float(self.metrics[metric].iloc[-1])) if metric in self.metrics else None
 
-    def mapping(self, fact: str) -> dict[str, Any]:
-        """Return a mapping in the summary; empty if it is missing."""
-        found = self.summary.get(fact)
-        return found if isinstance(found, dict) else {}
+    def fact(self, name: str, metric: str) -> float | None:
+        """Return a fact of `summary.json`; without it, the last logged value of a metric."""
+        value = finite_number(self.summary.get(name))
+        return self.last(metric) if value is None else value
 
-    def parameters(self) -> tuple[int, int] | None:
-        """Return the numbers of all and of active parameters."""
-        total, active = (finite_number(self.summary.get(name)) for name in ("params_total", "params_active"))
-        if total is not None and active is not None:
-            return int(total), int(active)
-        if self.model is None:
+    def clock(self, name: str, steps: np.ndarray) -> np.ndarray | None:
+        """Return the tokens, FLOPs or seconds (`CLOCKS`) up to each of `steps`, `[N]`; None if the run did not log them."""
+        logged = self.metrics.get(CLOCKS[name])
+        if logged is None:
             return None
-        named = self.config["model"]["config"].get("moe") or {}
-        if any(named.get(part) and getattr(self.model.moe, part) is None for part in PARTS):
-            return None  # a part that is not imported
-        count = count_parameters(self.model)
-        return count.total, count.active
+        if logged.index[0] > 0:
+            logged = pd.concat([pd.Series([0.0], [0.0]), logged])
+        if len(logged) < 2:
+            return None
+        values: np.ndarray = make_interp_spline(logged.index, logged, k=1)(steps)
+        return values
 
 
 def finite_number(value: Any) -> float | None:
-    """Return a finite number, and None for any other value of a damaged file."""
+    """Return a finite number, and None for any other value."""
     return value if isinstance(value, int | float) and np.isfinite(value) else None
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Read run folders, each once."""
-    found: dict[str, Path] = {}  # by where links lead
+    """Read run folders, each once; paths of files, such as `report.html` in `runs/*`, are skipped.
+
+    Raises:
+        SettingError: a path does not exist, or is not a run folder.
+        RunError: a file of a run is damaged.
+    """
+    folders: dict[str, Path] = {}  # by the resolved path
     for path in paths:
         folder = Path(os.path.abspath(os.path.expanduser(path)))
         if not folder.exists():
-            raise RunError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
+            raise SettingError(f"{path} does not exist; give the folder of a run (its trainer.default_root_dir)")
+        if folder.is_file():
+            continue
         if not any((folder / name).is_file() for name in (METRICS, SUMMARY, CONFIG, SPECIALISATION)):
-            raise RunError(
-                f"{path} is no run folder: there is no {METRICS}, {SUMMARY} or {CONFIG} in it; give a run's "
-                "trainer.default_root_dir"
+            raise SettingError(
+                f"{path} is no run folder: it has no {METRICS}, {SUMMARY} or {CONFIG}; give a run's trainer.default_root_dir"
             )
-        found.setdefault(os.path.realpath(folder), folder)
-    folders = list(found.values())
-    return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-
-
-def _names(folders: list[Path]) -> list[str]:
-    """Return the shortest ends of the paths that are unique."""
-    for parts in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        folders.setdefault(os.path.realpath(folder), folder)
+    if not folders:
+        raise SettingError(
+            f"{', '.join(map(str, paths))}: no run folder among them; give a run's trainer.default_root_dir"
+        )
+    for parts in range(1, max(len(folder.parts) for folder in folders.values()) + 1):
+        names = [
+            "/".join(folder.parts[-parts:]) for folder in folders.values()
+        ]  # unique ends of the paths, as short as possible
         if len(set(names)) == len(names):
-            return names
-    raise AssertionError("folders are different")
+            break
+    runs = [_read(folder, name) for folder, name in zip(folders.values(), names, strict=True)]
+    for index, run in enumerate(runs):
+        run.key, run.colour = str(index), PALETTE[index % len(PALETTE)]
+    return runs
 
 
 def _read(folder: Path, name: str) -> Run:
-    issues: list[str] = []
-    config = _document(folder / CONFIG, "no settings, and no names of blocks", issues)
-    summary = _document(folder / SUMMARY, "the run did not reach its end, or has not yet", issues)
-    versions = _document(folder / VERSIONS, "no versions", issues)
-    metrics = read_metrics(folder / METRICS)
-    if not metrics:
-        issues.append(f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.")
-    if bad := damaged_rows(folder / METRICS):
-        issues.append(f"{METRICS} has {bad:,} damaged rows: what cannot be read of them is left out.")
-    issues += _changes(folder)
+    run = Run(
+        name,
+        folder,
+        metrics=_parsed(folder / METRICS, metrics_of, {}),
+        loads=_parsed(folder / LOADS, loads_of, []),
+        specialisation=Specialisation.load(folder) if (folder / SPECIALISATION).exists() else None,
+        config=_parsed(folder / CONFIG, _yaml, {}),
+        summary=_parsed(folder / SUMMARY, lambda text: flattened(_json(text)), {}),
+        versions=_parsed(folder / VERSIONS, _json, {}),
+        samples=_parsed(folder / SAMPLES, str, ""),
+    )
+    dense = run.model is not None and run.model.moe is None
+    missing = {
+        f"No {CONFIG}: no settings, and no names of blocks.": not run.config,
+        f"No {SUMMARY}: the run did not reach its end, or has not yet.": not run.summary,
+        f"No {VERSIONS}: no versions.": not run.versions,
+        f"No rows in {METRICS}: no curves. A run writes it unless trainer.logger is false.": not run.metrics,
+        "A dense model: it has no experts to show.": dense,
+        f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.": not (
+            dense or run.loads
+        ),
+        f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.": not (
+            dense or run.specialisation
+        ),
+    }
+    run.notes = [note for note, applies in missing.items() if applies] + _changes(folder)
     for metric in ("train/loss", "val/loss", "train/grad_norm"):
-        if metric in metrics and (count := int((~np.isfinite(metrics[metric].values)).sum())):
-            issues.append(f"{metric} is not finite in {count:,} of {len(metrics[metric]):,} rows.")
-    loads = read_expert_loads(folder / LOADS)
-    run = Run(name, folder, metrics, loads, None, config, summary, versions, issues)
-    run.samples = _samples(folder / SAMPLES, issues)
-    if run.model is not None and run.model.moe is None:
-        issues.append("A dense model: it has no experts to show.")
-        return run
-    if run.loads is None:
-        issues.append(f"No {LOADS}: no heat maps of load. The callback ExpertLoad writes it while the run trains.")
-    try:
-        run.specialisation = Specialisation.load(folder)
-    except FileNotFoundError:
-        issues.append(f"No {SPECIALISATION}: no specialisation. A run writes it whenever it validates.")
-    except ValueError as error:
-        issues.append(f"{error}.")
+        if metric in run.metrics and (count := int((~np.isfinite(run.metrics[metric])).sum())):
+            run.notes.append(f"{metric} is not finite in {count:,} of {len(run.metrics[metric]):,} rows.")
     return run
 
 
-def _samples(path: Path, issues: list[str]) -> str:
-    """Read generated texts; empty if there are none."""
+def _parsed(path: Path, parse: Callable[[str], T], default: T) -> T:
+    """Return the result of `parse` for the text of a file; without a file, `default`."""
+    require_regular(path, "replace it")
+    if not path.exists():
+        return default
     try:
-        require_regular(path, "replace it")
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError) as error:
-        issues.append(f"{path.name} cannot be read ({' '.join(str(error).split())}): no generated text.")
-        return ""
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(f"{path} is damaged ({reason}); repair it, or move it out of the run folder") from error
+
+
+def metrics_of(text: str) -> dict[str, pd.Series]:
+    """Return the columns of `metrics.csv` over steps taken; of rows of the same step, the last one with a value counts."""
+    table = _cells(text)
+    metrics = {}
+    for name in table.columns.difference(["step", "epoch"], sort=False):
+        rows = table.loc[table[name] != "", ["step", name]].to_numpy(object).astype(float)  # `nan` is a value
+        if len(rows):
+            series = pd.Series(rows[:, 1], rows[:, 0] + name.startswith(AFTER_STEP))
+            metrics[name] = series[~series.index.duplicated(keep="last")].sort_index()
+    return metrics
+
+
+def loads_of(text: str) -> list[pd.DataFrame]:
+    """Return `expert_load.csv` as assignments `[intervals, experts]` of each layer, over the steps at the ends of intervals."""
+    table, loads = _cells(text), []
+    for _, rows in table.groupby(table["layer"].astype(int)):
+        experts = [name for name in rows if name.startswith("expert_") and (rows[name] != "").all()]
+        steps = rows["step"].to_numpy(object).astype(float) + 1
+        loads.append(pd.DataFrame(rows[experts].to_numpy(object).astype(float), steps))
+    return loads
+
+
+def _cells(text: str) -> pd.DataFrame:
+    """Read CSV as text; a last line without its end is still being written."""
+    return pd.read_csv(StringIO(text[: text.rfind("\n") + 1]), dtype=str, keep_default_na=False, index_col=False)
+
+
+def _json(text: str) -> dict[str, Any]:
+    return _mapping(json.loads(text))
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    return _mapping(yaml.load(text, LOADER))
+
+
+def _mapping(document: Any) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise TypeError("no settings by name")
+    return document
 
 
 def _changes(folder: Path) -> list[str]:
     """List the settings and versions that changed between starts of a run."""
-    found: list[str] = []
-    before = None
+    notes: list[str] = []
+    before: dict[str, Any] | None = None
     for step, file in starts_of(folder):
-        try:
-            require_regular(file, "replace it")
-            text = file.read_text(encoding="utf-8")
-            packages = json.loads(text.partition("\n")[0].removeprefix("#"))
-            settings = flattened(yaml.load(text, LOADER))
-            after = settings | {f"version of {name}": version for name, version in packages.items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-            return [
-                *found,
-                f"starts/{file.name} cannot be read ({' '.join(str(error).split())}): no changes of settings.",
-            ]
-        names = [name for name in (before or after) | after if (before or after).get(name) != after.get(name)]
-        changed = [f"{name} {(before or after).get(name)} -> {after.get(name)}" for name in names]
-        if changed:
-            found.append(f"From step {step:,} on: {', '.join(changed)}.")
+        after: dict[str, Any] = _parsed(file, _start, {})
+        before = after if before is None else before
+        names = [name for name in before | after if before.get(name) != after.get(name)]
+        if names:
+            changes = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
+            notes.append(f"From step {step:,} on: {changes}.")
         before = after
-    return found
+    return notes
+
+
+def _start(text: str) -> dict[str, Any]:
+    """Return the settings of a start, and the versions in its first line."""
+    packages = _json(text.partition("\n")[0].removeprefix("#"))
+    return flattened(_yaml(text)) | {f"version of {name}": version for name, version in packages.items()}
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -224,21 +251,3 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: value} if prefix else {}
     return {name: leaf for path, item in items for name, leaf in flattened(item, path).items()}
-
-
-def _document(path: Path, without: str, issues: list[str]) -> dict[str, Any]:
-    """Read a mapping from a JSON or YAML file; if that fails, add an issue and return an empty one."""
-    try:
-        require_regular(path, "replace it")
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text) if path.suffix == ".json" else yaml.load(text, LOADER)
-    except FileNotFoundError:
-        issues.append(f"No {path.name}: {without}.")
-        return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        issues.append(f"{path.name} cannot be read ({' '.join(str(error).split())}): {without}.")
-        return {}
-    if not isinstance(document, dict):
-        issues.append(f"{path.name} does not hold settings by name: {without}.")
-        return {}
-    return document
