@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,6 @@ class ForeignLayer(Layer):
     """
 
     factory: Callable[[], nn.Module] | None = None
-
-    def odd(self) -> None:
-        """See `Layer`."""
 
     def build(self) -> nn.Module:
         """See `Layer`."""
@@ -118,6 +115,10 @@ class DeepSpeedLayer(Layer):
         """See `Layer`."""
         return module.deepspeed_moe.experts.deepspeed_experts[index](x)  # type: ignore[union-attr, index, operator]
 
+    def odd(self) -> Layer:
+        """See `Layer`."""
+        return replace(self, hidden_size=15)
+
 
 # ---- Hugging Face
 
@@ -173,6 +174,10 @@ class TransformersLayer(Layer):
         """See `Layer`; DeepSeek's shared experts see every token."""
         shared: Any = getattr(module, "shared_experts", None)
         return experts if shared is None else experts + shared(x)
+
+    def odd(self) -> Layer:
+        """See `Layer`."""
+        return replace(self, hidden_size=15)
 
 
 ADAPTERS: dict[str, list[Layer]] = {
