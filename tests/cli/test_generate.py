@@ -65,15 +65,10 @@ def test_prompts_of_a_configuration_are_those_of_its_list(
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["the king", "[queen]"]
     more = run(capsys, "--config", file, "--prompt=and")[0]
     assert [json.loads(line)["prompt"] for line in more.splitlines()] == ["the king", "[queen]", "and"]
-    for wrong in ("the king", "[1]", "{a: b}"):
-        file.write_text(f"checkpoint: {checkpoint}\nprompt: {wrong}\n")
-        with pytest.raises(SystemExit):
-            run(capsys, "--config", file)
-        assert "generate.yaml, line 2): expected a list, each item text" in capsys.readouterr().err
-    file.write_text(f"checkpoint: {checkpoint}\nprompt: []\n")
+    file.write_text(f"checkpoint: {checkpoint}\nprompt: the king\n")
     with pytest.raises(SystemExit):
         run(capsys, "--config", file)
-    assert "error: --prompt=[]: give a text with --prompt" in capsys.readouterr().err
+    assert "generate.yaml, line 2): expected a list, each item text" in capsys.readouterr().err
 
 
 def test_it_says_where_the_model_can_read_no_further(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
@@ -126,33 +121,12 @@ def test_a_piped_text_is_a_prompt(
     [
         (("CKPT", "--prompt", "queen " * 40), 2, "with seq_len=32 the model reads at most 31"),
         (("CKPT", "--prompt=a", "--prompt=b", "--top-k=0"), 2, "--top-k=0 must be at least 1"),
-        (("CKPT", "--prompt=a", "--top-p=2"), 2, "--top-p=2.0 must be above 0"),
-        (("CKPT", "--prompt=a", "--temperature=-1"), 2, "--temperature=-1.0 must be at least 0"),
-        (("CKPT", "--prompt=a", "--temperature=warm"), 2, "temperature"),
-        (("CKPT", "--prompt=a", "--max-new-tokens=0"), 2, "--max-new-tokens=0 must be at least 1"),
-        (("CKPT", "--prompt=a", "--batch-size=0"), 2, "--batch-size=0 must be at least 1"),
         (("CKPT", "--prompt=a", "--device=abacus"), 2, "--device=abacus cannot be used"),
-        (("CKPT", "--prompt=a", "--precision=fp8"), 2, "precision"),
-        (("CKPT", "--prompt=a", "--tokenizer=nothing"), 2, "Unknown tokenizer 'nothing'"),
-        (("CKPT", "--prompt=a", "--output", "TMP/none/out.jsonl"), 2, "there is no folder"),
-        (("CKPT", "--prompt=a", "--prompts=in.jsonl"), 2, "cannot be had beside prompt"),
-        (("CKPT", "--prompt=a", "--output", "TMP"), 2, "is a folder; give the name of a file"),
         (("CKPT", "--prompt=a", "--output=TMP/text.jsonl"), 2, "text.jsonl exists already; name another file"),
-        (("CKPT", "--prompts", "TMP/none.jsonl"), 2, "none.jsonl: No such file"),
-        (("CKPT", "--prompts", "TMP"), 2, "Is a directory; name a file of JSON lines"),
         (("CKPT", "--prompts", "TMP/text.jsonl"), 2, 'text.jsonl, line 2 is no JSON object with a text "prompt"'),
-        (("CKPT", "--prompts", "TMP/empty.jsonl"), 2, "has no prompt"),
         (("CKPT", "--prompts", "TMP/latin.jsonl"), 2, "is not UTF-8"),
-        (("CKPT", "--prompts", "TMP/deep.jsonl"), 2, 'deep.jsonl, line 1 is no JSON object with a text "prompt"'),
-        (("CKPT", "--prompt=a", "--temperature=1e400"), 2, "--temperature=inf must be a finite number"),
         (("CKPT", "--prompt=a", "--allow-code=./router.py"), 2, "--allow-code=./router.py cannot be imported"),
-        (("CKPT", "--prompt=a", "--allow-code=unwritten"), 2, "--allow-code=unwritten cannot be imported (SyntaxError"),
-        (("CKPT", "--prompt=a", "--device=meta"), 2, "--device=meta cannot be used"),
-        (("CKPT", "--prompt=a", "--tokenizer="), 2, "--tokenizer is empty; give a value, or leave it out"),
-        (("", "--prompt=a"), 2, "an argument is empty"),
-        (("TMP/nothing", "--prompt=a"), 2, "no checkpoint in"),
-        (("TMP/damaged", "--prompt=a"), 1, "no valid checkpoint"),
-        (("CKPT", "--promt=a"), 2, "did you mean prompt"),
+        (("TMP", "--prompt=a"), 1, "no valid checkpoint"),
         (("CKPT",), 2, "give a text with --prompt"),
     ],
 )
@@ -161,13 +135,8 @@ def test_mistakes_end_with_one_line(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "text.jsonl").write_text('{"prompt": "a"}\nthe king\n')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "unwritten.py").write_text("def (\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "deep.jsonl").write_text('{"prompt": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    (tmp_path / "damaged/checkpoints/step-1.ckpt").mkdir(parents=True)
-    (tmp_path / "nothing").mkdir()
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
+    (tmp_path / "checkpoints/step-1.ckpt").mkdir(parents=True)  # damaged
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdin", terminal)

@@ -1,6 +1,5 @@
 """Which files `prepare-data` reads of a folder, and what it says of the others."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ def test_what_a_folder_holds_beside_readable_files_is_told(tmp_path: Path, capsy
     (tmp_path / "c.jsonl.bz2").unlink()
     input_files(str(tmp_path))
     assert not capsys.readouterr().err
-
-
-def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="is no regular file"):
-        input_files(str(tmp_path / "a.txt"))
 
 
 def test_plain_text_is_read_but_beside_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,24 +1,16 @@
 """`nlgmoe inspect`, from files to what is printed; in this process, since imports cost seconds."""
 
-import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from lightning import Trainer
 
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.commands.main import main
-from nlgmoe.data import PileDataModule
 from nlgmoe.experiment import load_config
 from nlgmoe.model.counting import count_parameters
-from nlgmoe.model.gpt import GPT
-from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import HARDWARE
 from nlgmoe.tools.planner.inspect_config import layout
 
@@ -70,9 +62,7 @@ def test_options_override_the_files_and_later_files_the_earlier(capsys: pytest.C
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({"devices": "auto"}, (1, 1, 0, False)),
         ({"devices": -1, "num_nodes": 2}, (2, 1, 0, False)),
-        ({"devices": [0, 2], "strategy": "ddp"}, (2, 1, 0, False)),
         ({"devices": 2, "strategy": "deepspeed"}, (2, 1, 2, True)),
         ({"devices": "0,2,3", "strategy": "deepspeed_stage_2"}, (3, 1, 2, True)),
         (
@@ -94,22 +84,6 @@ def test_the_trainers_ranks_and_strategy(trainer: dict[str, Any], expected: tupl
     assert topology.global_batch_size == 2 * topology.gpus
 
 
-@pytest.mark.parametrize("devices", ["x", "1.5", [0, "a"]])
-def test_devices_that_are_no_number_are_refused(devices: Any) -> None:
-    with pytest.raises(ValueError, match=r"^trainer\.devices=.* is no number of GPUs and no list of indices"):
-        layout({"trainer": {"devices": devices}, "data": {}, "model": {}}, {})
-
-
-def test_a_strategy_adds_no_line_to_what_is_printed(tmp_path: Path) -> None:
-    """DeepSpeed, imported to parse the strategy's arguments, logged to standard output."""
-    (tmp_path / "ranks.yaml").write_text("trainer: {strategy: {class_path: nlgmoe.ExpertParallelStrategy}}")
-    words = ["fit", "--config", LAPTOP, "--config", str(tmp_path / "ranks.yaml"), "--print_config"]
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    command = [sys.executable, "-m", "nlgmoe", *words]
-    printed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "ExpertParallelStrategy" in yaml.safe_load(printed)["trainer"]["strategy"]["class_path"]
-
-
 def test_the_network_is_between_the_files_nodes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     def seconds(devices: Any, nodes: int, *options: str) -> float:
         strategy = {"class_path": "nlgmoe.ExpertParallelStrategy", "init_args": {"expert_parallel_size": 16}}
@@ -119,19 +93,16 @@ def test_the_network_is_between_the_files_nodes(capsys: pytest.CaptureFixture, t
         assert found["inputs"]["topology"]["gpus"] == 16
         return found["step_seconds_by_part"]["all_to_all"]
 
-    one, two, four, sixteen = (seconds(16 // nodes, nodes) for nodes in (1, 2, 4, 16))
-    assert one < two < four < sixteen
-    assert seconds("auto", 2, "--gpus=16") == two  # nodes as sold
+    one, two = (seconds(16 // nodes, nodes) for nodes in (1, 2))
+    assert one < two == seconds("auto", 2, "--gpus=16")  # nodes as sold
 
 
 @pytest.mark.parametrize(
     ("trainer", "precision"),
     [
         ({}, "bf16-mixed"),
-        ({"accelerator": "auto"}, "bf16-mixed"),
         ({"accelerator": "cpu"}, "32-true"),
         ({"precision": "16"}, "16-mixed"),
-        ({"accelerator": "gpu", "precision": 32}, "32-true"),
     ],
 )
 def test_the_precision_of_files_that_leave_the_machine_open_is_half(trainer: dict[str, Any], precision: str) -> None:
@@ -179,11 +150,7 @@ def test_the_options_of_a_run_that_does_not_fit_say_where_they_fit(capsys: pytes
     ("args", "message"),
     [
         ((LAPTOP, "--hardware", "a1000"), "hardware=a1000 is not known; choose one of v100-32"),
-        ((LAPTOP, "--gpus", "4", "--expert-parallel", "8"), "is above gpus=4; lower it"),
-        ((LAPTOP, "--utilisation", "2"), "utilisation=2"),
-        ((LAPTOP, "--precision", "64-true"), "precision=64-true"),
         (("nothing.yaml",), "nothing.yaml"),
-        ((str(ROOT / "configs"),), "no checkpoint at"),
     ],
 )
 def test_mistakes_end_with_one_line(args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,16 +159,3 @@ def test_mistakes_end_with_one_line(args: tuple[str, ...], message: str, capsys:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
-
-
-def test_nothing_is_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for built in (Trainer, MoEGPTModule, PileDataModule, GPT):
-
-        @functools.wraps(built.__init__)  # the parser reads the signature
-        def refuse(self: Any, *_: Any, **__: Any) -> None:
-            raise AssertionError(f"built {type(self).__name__}")
-
-        monkeypatch.setattr(built, "__init__", refuse)
-    inspect(capsys, LAPTOP)
-    with pytest.raises(AssertionError, match="built"):
-        load_config(LAPTOP)

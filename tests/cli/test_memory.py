@@ -29,21 +29,7 @@ def faults(call: str, **environment: str) -> int:
 
 def test_memory_is_not_asked_for_again() -> None:
     assert faults("configure_allocator(torch.device('cpu'))") < 1000
-    assert faults("configure_allocator(torch.device('cuda'))") > 50_000
-
-
-@pytest.mark.parametrize("environment", [{"MALLOC_ARENA_MAX": "2"}, {"LD_PRELOAD": ""}], ids=str)
-def test_the_environments_own_settings_win(environment: dict[str, str]) -> None:
-    assert faults("assert not keep_freed_memory()", **environment) > 50_000
-
-
-@pytest.mark.parametrize(("given", "capacity"), [({}, "20000"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])
-def test_compiled_kernels_are_kept_unless_the_environment_sets_their_number(
-    given: dict[str, str], capacity: str
-) -> None:
-    code = "import os, torch; from nlgmoe.cli.memory import configure_allocator; configure_allocator(torch.device('cpu')); "
-    shown = python("-c", code + "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])", env=given).stdout
-    assert shown.strip() == capacity
+    assert faults("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") > 50_000  # the environment's own settings win
 
 
 GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -53,9 +39,9 @@ GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     ("device", "given", "then"),
     [
         ("cpu", {}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}),
+        ("cpu", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}),
         ("cuda", {}, GROWS),
         ("cuda", {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "a:1"}),
-        ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}),
     ],
 )
 def test_segments_grow_on_accelerators_alone(
