@@ -4,7 +4,6 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
 from nlgmoe.model.counting import count_parameters
@@ -66,25 +64,6 @@ def test_the_peak_of_memory_is_that_of_all_starts(tmp_path: Path, monkeypatch: p
         run = trainer(tmp_path, RunSummary(), SaveAt(2, tmp_path / "some.ckpt"), max_steps=3)
         run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
         assert json.loads((tmp_path / "summary.json").read_text())["peak_memory_bytes"] == 900
-
-
-class Unsized(torch.utils.data.IterableDataset):
-    """Samples without a length."""
-
-    def __iter__(self) -> Iterator[Any]:
-        loader = SyntheticData().val_dataloader()
-        return (loader.dataset[index] for index in range(len(loader.dataset)))
-
-
-def test_data_of_evaluation_without_a_length(tmp_path: Path) -> None:
-    data, summaries = SyntheticData(), []
-    sized = data.val_dataloader()
-    for loader in (sized, DataLoader(Unsized(), sized.batch_size, collate_fn=sized.collate_fn)):
-        data.val_dataloader = lambda loader=loader: loader  # type: ignore[method-assign]
-        trainer(tmp_path, RunSummary(), max_steps=1, limit_val_batches=1.0).fit(MoEGPTModule(CONFIG), data)
-        summaries.append(json.loads((tmp_path / "summary.json").read_text())["val_loss"])
-        data = SyntheticData()
-    assert summaries[0] == summaries[1] is not None
 
 
 def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:
@@ -187,12 +166,6 @@ def test_progress_in_a_file_is_not_a_line_for_each_step(tmp_path: Path, monkeypa
         evaluation.validate(MoEGPTModule(CONFIG), SyntheticData())
     assert 1 < (tmp_path / "log").read_text().count("Training:") < 6
     assert " 2/3 " not in (tmp_path / "log").read_text() and " 3/3 " in (tmp_path / "log").read_text()
-
-
-def test_sample_text_needs_prompts() -> None:
-    for prompts in ([], ["a", ""]):
-        with pytest.raises(ValueError, match="prompts"):
-            SampleText(prompts)
 
 
 def test_the_texts_of_a_second_run_are_its_own(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from nlgmoe import load_config
 from nlgmoe.callbacks import ExpertLoad, Throughput
@@ -20,7 +18,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.heat_map import ROW, WIDTH, heat_map
-from nlgmoe.monitoring.loggers import RunCSVLogger, log_image, run_folder_loggers, with_run_csv
+from nlgmoe.monitoring.loggers import RunCSVLogger, run_folder_loggers, with_run_csv
 from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.non_finite import NonFinite
 from tests.checkpoint.runs import SaveAt
@@ -164,91 +162,17 @@ def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
     assert fit(4, ckpt_path=tmp_path / "two.ckpt") == [3, 3]
 
 
-@pytest.mark.parametrize("saved_at", [3, 5])
-def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path, saved_at: int) -> None:
-
+def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
     def fit(*savers: Callback, **settings: Any) -> dict[str, float]:
         seen, load = Routings(), ExpertLoad(dead_window=2)
         run = trainer(tmp_path, load, *savers, seen, max_steps=8, log_every_n_steps=4)
         run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
         return {name: value for name, value in seen.logged[-1].items() if name.startswith("experts/")}
 
-    undisturbed = fit(SaveAt(saved_at, tmp_path / "some.ckpt"))
+    undisturbed = fit(SaveAt(5, tmp_path / "some.ckpt"))
     rows = (tmp_path / "expert_load.csv").read_text()
     assert fit(ckpt_path=tmp_path / "some.ckpt") == undisturbed
     assert (tmp_path / "expert_load.csv").read_text() == rows
-
-
-def test_what_is_saved_before_the_first_step_is_what_was_loaded() -> None:
-    load, state = ExpertLoad(), {"served": [[3, 1]], "interval": [2.0, 0.0, 2.0, 2.0, 0.5, 1.0, 3.0, 0.0]}
-    load.load_state_dict(state)
-    assert load.state_dict() == state
-
-
-def test_a_resumed_run_repeats_no_row(tmp_path: Path) -> None:
-    straight, again = tmp_path / "straight", tmp_path / "again"
-    for folder in (straight, again):
-        run = trainer(folder, ExpertLoad(), SaveAt(2, folder / "two.ckpt"), max_steps=4, log_every_n_steps=1)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    undisturbed = (straight / "expert_load.csv").read_text()
-    with (again / "expert_load.csv").open("a") as file:
-        file.write("4,320,0,0,1")  # cut off
-    run = trainer(again, ExpertLoad(), max_steps=4, log_every_n_steps=1)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=again / "two.ckpt")
-    assert (again / "expert_load.csv").read_text() == undisturbed
-    assert len(undisturbed.splitlines()) == 1 + 4 * 2
-
-
-def test_a_refused_start_leaves_the_rows_of_the_run(tmp_path: Path) -> None:
-    def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> None:
-        run = trainer(tmp_path, ExpertLoad(), *callbacks, max_steps=4, log_every_n_steps=1)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=ckpt_path)
-
-    class Refuses(Callback):
-        def on_train_start(self, *_: Any) -> None:
-            raise ValueError("refused")
-
-    fit(SaveAt(2, tmp_path / "two.ckpt"))
-    rows = (tmp_path / "expert_load.csv").read_text()
-    with pytest.raises(ValueError, match="refused"):
-        fit(Refuses(), ckpt_path=tmp_path / "two.ckpt")
-    assert (tmp_path / "expert_load.csv").read_text() == rows
-
-
-class Reads(TorchFunctionMode):
-    """Counts synchronisations of host and device by step."""
-
-    NAMES = frozenset(
-        {"item", "tolist", "cpu", "numpy", "to", "nonzero", "is_nonzero"}
-        | {"__bool__", "__float__", "__int__", "__index__", "__contains__", "__array__"}
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[int] = Counter()
-        self.step = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.NAMES:
-            self.counts[self.step] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_host_waits_for_nothing_between_intervals(tmp_path: Path) -> None:
-    def reads(*callbacks: Callback) -> Counter[int]:
-        with Reads() as mode:
-
-            class Steps(Callback):
-                def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-                    mode.step = trainer.global_step
-
-            run = trainer(tmp_path, Steps(), *callbacks, max_steps=9, log_every_n_steps=4, accumulate_grad_batches=2)
-            run.fit(MoEGPTModule(CONFIG), SyntheticData())
-        return mode.counts
-
-    with_callbacks, without = reads(ExpertLoad(), Throughput()), reads()
-    more = {step: with_callbacks[step] - without[step] for step in range(1, 8)}  # the first prepares, the last ends
-    assert [step for step, count in more.items() if count] == [3, 7]
 
 
 def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> None:
@@ -290,23 +214,6 @@ def test_images_are_logged_to_loggers_that_take_them(tmp_path: Path) -> None:
     assert {"experts/0/load_cv", "train/grad_norm_dense"} <= set(events.Tags()["scalars"])
 
 
-def test_an_image_is_drawn_once_for_all_loggers_and_not_at_all_without_one(tmp_path: Path) -> None:
-    class LikeWandb(TakesNumbersOnly):
-        def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-            self.seen.append(f"{key} {len(images)} {step}")
-
-    drawn, wandb = [], LikeWandb()
-
-    def draw() -> np.ndarray:
-        drawn.append(1)
-        return np.zeros((2, 2, 3), np.uint8)
-
-    log_image([TakesNumbersOnly(), RunCSVLogger(tmp_path)], "load", draw, 7)
-    assert not drawn
-    log_image([wandb, TensorBoardLogger(tmp_path)], "load", draw, 7)
-    assert (len(drawn), wandb.seen) == (1, ["load 1 7"])
-
-
 def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
     own, elsewhere = RunCSVLogger(tmp_path), CSVLogger(tmp_path)
     assert with_run_csv([own, elsewhere], tmp_path) == [elsewhere, own]
@@ -314,25 +221,6 @@ def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
     plain = load_config(LAPTOP, trainer__logger=f"{__name__}.TakesNumbersOnly", trainer__default_root_dir=str(tmp_path))
     assert [type(one).__name__ for one in plain.trainer.loggers] == ["TakesNumbersOnly", "RunCSVLogger"]
     assert Path(str(plain.trainer.loggers[1].log_dir)) == tmp_path
-
-
-def test_a_callback_of_the_configuration_replaces_the_default_one() -> None:
-    named = [{"class_path": "nlgmoe.callbacks.ExpertLoad", "init_args": {"dead_window": 7}}]
-    run = load_config(LAPTOP, trainer__callbacks=named)
-    (one,) = [callback for callback in run.trainer.callbacks if isinstance(callback, ExpertLoad)]
-    assert one.dead_window == 7
-    assert sum(isinstance(callback, Throughput) for callback in run.trainer.callbacks) == 1
-
-
-class TakesAnyName(Callback):
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-
-def test_a_setting_of_a_class_may_have_any_name() -> None:
-    named = [{"class_path": f"{__name__}.TakesAnyName", "init_args": {"kind": "own"}}]
-    run = load_config(LAPTOP, trainer__callbacks=named)
-    assert [one.kind for one in run.trainer.callbacks if isinstance(one, TakesAnyName)] == ["own"]
 
 
 def test_impossible_settings_are_refused_by_name() -> None:

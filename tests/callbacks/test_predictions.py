@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -33,20 +31,3 @@ def test_rows_of_a_stream_are_written_without_their_places(tmp_path: Path) -> No
     trainer(tmp_path, PredictionFile()).predict(MoEGPTModule(CONFIG), Streamed(), return_predictions=False)
     written = load_file(tmp_path / "predictions.safetensors")
     assert {name: value.shape for name, value in written.items()} == {"losses": (5, CONFIG.seq_len)}
-
-
-def test_a_full_disk_leaves_the_earlier_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As safetensors reports it."""
-
-    def fails(_: Any, path: Path, *__: Any) -> None:
-        path.write_bytes(b"part")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    file = tmp_path / "predictions.safetensors"
-    files = [file, tmp_path / "predictions-0.safetensors"]
-    for one in files:
-        one.write_bytes(b"earlier")
-    monkeypatch.setattr("nlgmoe.callbacks.predictions.save_file", fails)
-    with pytest.raises(ValueError, match=rf"^{file} cannot be written \(No space left on device\); make room"):
-        trainer(tmp_path, PredictionFile()).predict(MoEGPTModule(CONFIG), Streamed(), return_predictions=False)
-    assert {one: one.read_bytes() for one in tmp_path.glob("*predictions*")} == dict.fromkeys(files, b"earlier")

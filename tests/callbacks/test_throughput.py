@@ -81,13 +81,6 @@ def test_parts_of_a_step_follow_each_other_and_the_users_profiler_goes_on(tmp_pa
     assert len(profiler.recorded_durations["run_training_batch"]) == 4
 
 
-def test_nothing_is_timed_where_nothing_is_logged(tmp_path: Path) -> None:
-    logged, speed = Logged(), Throughput()
-    run = trainer(tmp_path, speed, logged, max_steps=2, log_every_n_steps=0)
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    assert not isinstance(logged.profiler, StepProfiler) and "train/tokens_per_second" not in logged.steps[-1]
-
-
 def test_collectives_are_timed_until_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     class Work:
         done = "yes"
@@ -137,15 +130,10 @@ def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytes
     ("gpu", "precision", "tf32", "tflops"),
     [
         ("NVIDIA A100-SXM4-80GB", "bf16-mixed", False, 312),
-        ("NVIDIA A100-SXM4-40GB", "32-true", False, 19.5),
         ("NVIDIA A100-SXM4-40GB", "32-true", True, 156),
         ("NVIDIA H100 80GB HBM3", "16-mixed", False, 989),
-        ("NVIDIA H100 PCIe", "16-mixed", False, None),
-        ("NVIDIA H200", "bf16-true", True, 989),
-        ("NVIDIA H200 NVL", "bf16-true", True, None),
         ("Tesla V100-SXM2-32GB", "32-true", True, 15.7),
         ("NVIDIA GeForce RTX 4090", "bf16-mixed", False, None),
-        ("NVIDIA H200", "64-true", False, None),
     ],
 )
 def test_peaks_of_known_gpus(gpu: str, precision: str, tf32: bool, tflops: float | None) -> None:

@@ -33,10 +33,6 @@ def use(folder: str) -> dict:
             alone = tokenizer(prompt, return_tensors="pt")
             assert model.generate(**alone, **settings)[0, alone.input_ids.shape[1] :].equal(new), (way, prompt)
         found[way] = together.tolist()
-    torch.manual_seed(0)
-    sampled = [model.generate(**batch, max_new_tokens=8, do_sample=True, top_k=5) for _ in range(2)]
-    assert sampled[0].shape[0] == 3 and not sampled[0].equal(sampled[1])
-
     again = f"{folder}-again"
     model.save_pretrained(again)
     tokenizer.save_pretrained(again)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.newest import choose_checkpoint
-from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model, make_document
+from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.checkpoint.verify import find_problems
-from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.commands.main import main
-from nlgmoe.model.gpt import GPT
-from nlgmoe.tools.hugging_face.export import export
-from tests.checkpoint.runs import CONFIG, SaveAt, fit, rewrite_json
+from tests.checkpoint.runs import SaveAt, fit, rewrite_json
 
 EXPERT = "blocks.3.moe.experts.2.expand_weight"
 
@@ -73,61 +68,30 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda ckpt: flip(ckpt / "optimizer.safetensors", f"exp_avg_sq/{EXPERT}"),
         f"optimizer.safetensors: exp_avg_sq/{EXPERT} is damaged",
     ),
-    "two experts that changed places": (
-        rewrite(lambda t: t.update({EXPERT: t[EXPERT.replace(".2.", ".1.")], EXPERT.replace(".2.", ".1."): t[EXPERT]})),
-        r"experts\.[12]\.expand_weight is damaged",
-    ),
     "a missing expert": (rewrite(lambda t: t.pop(EXPERT)), f"model.safetensors lacks {EXPERT}"),
-    "a stray entry": (
-        rewrite(lambda t: t.update(stray=torch.ones(1))),
-        "model.safetensors has unknown stray",
-    ),
-    "a renamed entry": (
-        rewrite(lambda t: t.update({"blocks.9.x": t.pop(EXPERT)})),
-        f"model.safetensors lacks {EXPERT}",
-    ),
     "another shape": (
         rewrite(lambda t: t.update({EXPERT: t[EXPERT].flatten()})),
         rf"{EXPERT} is damaged \(its shape is \[4096\], not \[32, 128\]\)",
     ),
-    "another type": (
-        rewrite(lambda t: t.update({EXPERT: t[EXPERT].half()})),
-        f"{EXPERT} is damaged .its type is float16",
-    ),
     "a truncated file": (
         lambda ckpt: (ckpt / "model.safetensors").write_bytes((ckpt / "model.safetensors").read_bytes()[:-10]),
         "model.safetensors cannot be read",
-    ),
-    "no file of weights": (
-        lambda ckpt: (ckpt / "model.safetensors").unlink(),
-        "has no model.safetensors, with blocks.0",
     ),
     "no file of moments": (lambda ckpt: (ckpt / "optimizer.safetensors").unlink(), "has no optimizer.safetensors"),
     "a stray file": (
         lambda ckpt: shutil.copy(ckpt / "model.safetensors", ckpt / "model-2.safetensors"),
         "model-2.safetensors is unknown to manifest.json",
     ),
-    "another step": (edit("checkpoint.json", '"global_step": 1', '"global_step": 2'), "checkpoint.json is damaged"),
     "half a document": (
         lambda ckpt: (ckpt / "checkpoint.json").write_text((ckpt / "checkpoint.json").read_text()[:-10]),
         "checkpoint.json is damaged",
     ),
     "no document": (lambda ckpt: (ckpt / "checkpoint.json").unlink(), "no checkpoint at"),
     "no manifest": (lambda ckpt: (ckpt / "manifest.json").unlink(), "has no manifest.json"),
-    **{
-        f"a manifest with {key}: {value}": (
-            lambda ckpt, key=key, value=value: rewrite_json(
-                ckpt, "manifest.json", lambda one: one.update({key: value})
-            ),
-            "manifest.json is not nlgmoe's",
-        )
-        for key, value in (
-            ("files", 3),
-            ("files", {"a": {"b": ["float32", 3, ""]}}),
-            ("files", {"a": {"b": ["nn", [3], ""]}}),
-            ("checkpoint.json", None),
-        )
-    },
+    "another program's manifest": (
+        lambda ckpt: rewrite_json(ckpt, "manifest.json", lambda manifest: manifest.update(files=3)),
+        "manifest.json is not nlgmoe's",
+    ),
     "a forged manifest": (edit("manifest.json", EXPERT, "blocks.9.x"), "manifest.json is damaged"),
 }
 
@@ -143,38 +107,22 @@ def test_damage_is_named_by_verify_and_by_loading(name: str, good: Path, tmp_pat
         PortableCheckpointIO().load_checkpoint(ckpt)
 
 
-SPECIAL: dict[str, Callable[[Path], object]] = {
-    "a FIFO": os.mkfifo,
-    "a folder": os.mkdir,
-    "a device": lambda file: file.symlink_to("/dev/null"),
-    "a socket": lambda file: socket.socket(socket.AF_UNIX).bind(str(file)),
-}
-
-
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("kind", SPECIAL)
-@pytest.mark.parametrize("file", ["checkpoint.json", "manifest.json", "model.safetensors", "optimizer.safetensors"])
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(
-    file: str, kind: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # the name of a socket is short
-    run, ckpt = Path("run"), Path("run/checkpoints/step-1.ckpt")
+@pytest.mark.parametrize("file", ["checkpoint.json", "manifest.json", "model.safetensors"])
+def test_a_fifo_is_refused_and_not_waited_for(file: str, good: Path, tmp_path: Path) -> None:
+    ckpt = tmp_path / "run/checkpoints/step-1.ckpt"
     shutil.copytree(good, ckpt)
     (ckpt / file).unlink()
-    SPECIAL[kind](ckpt / file)
-    message = f"{ckpt / file} is {kind}, not a regular file"
+    os.mkfifo(ckpt / file)
+    message = f"{ckpt / file} is a FIFO, not a regular file"
     assert list(find_problems(ckpt)) == [message]
     with pytest.raises(ValueError, match=message):
         PortableCheckpointIO().load_checkpoint(ckpt)
-    with pytest.raises(ValueError, match=r"no valid checkpoint in run \(.*step-1.ckpt.*\); start a new run"):
-        choose_checkpoint(run)
-    shutil.copytree(good, run / "checkpoints/linked")
-    (ckpt / file).rmdir() if kind == "a folder" else (ckpt / file).unlink()
-    (ckpt / file).symlink_to(Path("../linked") / file)
-    assert list(find_problems(ckpt)) == []
+    with pytest.raises(ValueError, match=r"no valid checkpoint in .* \(.*step-1.ckpt.*\); start a new run"):
+        choose_checkpoint(tmp_path / "run")
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_anywhere_goes_unnoticed(good: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(good.iterdir())))
@@ -229,30 +177,24 @@ def test_weights_that_are_not_finite_are_not_written_and_found(
     ):
         PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
     assert list(find_problems(bad)) == []  # what was there is as it was
-    with monkeypatch.context() as older:  # as an older version wrote it
-        older.setattr(Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
+    with monkeypatch.context() as unchecked:  # as another program could write it
+        unchecked.setattr(Tensor, "isfinite", lambda value: torch.ones_like(value, dtype=torch.bool))
         PortableCheckpointIO().save_checkpoint(dict(checkpoint), bad)
     message = f"{bad / 'model.safetensors'}: final_norm.bias has 1 of 32 values that are NaN or infinite"
     assert list(find_problems(bad)) == [message]
-    readers: list[Callable[[], object]] = [
-        lambda: load_model(bad),
-        lambda: PortableCheckpointIO().load_checkpoint(bad),
-        lambda: load_initial_weights(GPT(CONFIG), WarmStart(str(bad))),
-        lambda: export(bad, tmp_path / "exported"),
-    ]
-    for read in readers:
+    for read in (load_model, PortableCheckpointIO().load_checkpoint):
         with pytest.raises(ValueError, match=f"{message}; use another checkpoint"):
-            read()
-    assert not (tmp_path / "exported").exists()
+            read(bad)
 
 
-def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
-    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_refused(
+    good: Path, tmp_path: Path
+) -> None:
     for name, change in {
         "lacks": lambda document: document["model_config"]["moe"].pop("z_loss_coeff"),
         "unknown": lambda document: document["model_config"]["moe"].update(gate_scale=2.0),
     }.items():
-        shutil.copytree(tmp_path / "a.ckpt", tmp_path / f"{name}.ckpt")
+        shutil.copytree(good, tmp_path / f"{name}.ckpt")
         rewrite_json(tmp_path / f"{name}.ckpt", "checkpoint.json", change)
         rewrite_json(
             tmp_path / f"{name}.ckpt", "checkpoint.json", lambda document: document["versions"].update(nlgmoe="9.9")
@@ -294,32 +236,14 @@ def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"global_step": "x"},
-        {"tokens_seen": None},
-        {"tokens_seen": -1},
-        {"saved_at": 5},
-        {"optimizer_groups": "x"},
-        {"model_config": [1]},
-        {"model_config": {"a": 1}},
-        {"model_config": {"vocab_size": "x"}},
-        {"model_config": {"vocab_size": 1, "moe": 5}},
-        {"model_config": {"vocab_size": 1, "moe": {"router": 3}}},
-    ],
-    ids=str,
+    "changes", [{"tokens_seen": -1}, {"model_config": [1]}, {"model_config": {"vocab_size": 1, "moe": 5}}], ids=str
 )
-def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, tmp_path: Path) -> None:
-    trainer = fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-    rest = {name: value for name, value in checkpoint.items() if name != "state_dict"} | {"optimizer_states": []}
-    document, tensors = make_document(rest)
-    temporary = writing.begin(tmp_path / "b.ckpt")
-    files = writing.write_tensors(temporary, "model", {"x": torch.ones(1)})
-    writing.finish(temporary, tmp_path / "b.ckpt", document | changes, files)
-    (problem,) = find_problems(tmp_path / "b.ckpt")
+def test_a_document_of_another_maker_is_a_problem_not_a_crash(changes: dict, good: Path, tmp_path: Path) -> None:
+    ckpt = tmp_path / "b.ckpt"
+    shutil.copytree(good, ckpt)
+    rewrite_json(ckpt, "checkpoint.json", lambda document: document.update(changes))
+    (problem,) = find_problems(ckpt)
     assert next(iter(changes)) in problem or "describes no model" in problem
     with pytest.raises(ValueError) as error:
-        load_model(tmp_path / "b.ckpt")
+        load_model(ckpt)
     assert str(error.value).startswith(problem)
-    assert tensors == {}

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from nlgmoe import generate, load_model, load_pretrained, student_config
+from nlgmoe import generate, load_model, load_pretrained
 from nlgmoe.checkpoint.entries import split_experts
 from nlgmoe.checkpoint.folder import TensorFiles, read_document, read_tokenizer
 from nlgmoe.checkpoint.verify import find_problems
@@ -38,7 +37,6 @@ PR_MOE = GPTConfig(
 CONFIGS = {
     "moe": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, hidden_dropout=0.1, moe=MoEConfig(4, top_k=2)),
     "pr_moe": PR_MOE,
-    "student": student_config(PR_MOE, 3),
     "dense": GPTConfig(TOKENIZER.vocab_size, 24, 2, 32, 2, ffn_hidden_size=48),
     "modern": replace(  # no family has a pyramid
         PR_MOE, norm="rmsnorm", rope_theta=1e4, qk_norm="head", num_kv_heads=1, bias=False, ffn_network="swiglu",
@@ -84,7 +82,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def test_folders_work_where_only_transformers_is(
     checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    copies = [str(shutil.copytree(folder, tmp_path / name)) for name, folder in folders.items()]
+    names = ("pr_moe", "modern")
+    copies = [str(shutil.copytree(folders[name], tmp_path / name)) for name in names]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
@@ -97,7 +96,7 @@ def test_folders_work_where_only_transformers_is(
     assert ran.returncode == 0, ran.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     tokens = torch.arange(24).view(2, 12)
-    for name, folder in zip(folders, copies, strict=True):
+    for name, folder in zip(names, copies, strict=True):
         found, model = results[folder], load_model(checkpoints[name])
         assert found["class"].startswith("transformers_modules.")
         with torch.no_grad():
@@ -199,17 +198,8 @@ def test_what_transformers_asks_of_a_model(folders: dict[str, Path], tmp_path: P
         following, model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1:], rtol=1e-4, atol=1e-5
     )
 
-    asked = NlgmoeForCausalLM.from_pretrained(folders["pr_moe"], output_hidden_states=True)
-    asked.config.output_router_logits = True
-    assert len(asked(tokens).hidden_states) == 5 and len(asked(tokens).router_logits) == 2
-    assert not asked(tokens, output_hidden_states=False).hidden_states
-    assert isinstance(NlgmoeForCausalLM.from_pretrained(folders["pr_moe"], return_dict=False)(tokens), tuple)
     with pytest.raises(ValueError, match="output_attentions=True"):
         model(tokens, output_attentions=True)
-    with pytest.raises(ValueError, match=r"attention_mask is \[2, 5\]"):
-        model(tokens, attention_mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match="cache_implementation=static"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="longer than seq_len=24"):
         model.generate(tokens, max_new_tokens=30, eos_token_id=None)
 
@@ -218,18 +208,6 @@ def test_what_transformers_asks_of_a_model(folders: dict[str, Path], tmp_path: P
     larger = NlgmoeForCausalLM.from_pretrained(tmp_path)
     assert larger(tokens).logits.shape[-1] == TOKENIZER.vocab_size + 3
     torch.testing.assert_close(larger(tokens).logits[..., : TOKENIZER.vocab_size], output.logits)
-
-
-def test_weights_that_a_folder_lacks_are_drawn(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "lacking"
-    shutil.copytree(folders["moe"], folder)
-    weights = load_file(folder / "model.safetensors")
-    lost = [name for name in weights if ".experts." in name]
-    save_file({n: v for n, v in weights.items() if n not in lost}, folder / "model.safetensors", {"format": "pt"})
-    found = NlgmoeForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(found[name], value) for name, value in weights.items() if name not in lost)
-    assert found["model.blocks.1.moe.experts.expand_weight"].std() == pytest.approx(0.014, rel=0.1)
-    assert not found["model.blocks.1.moe.experts.expand_bias"].any()
 
 
 def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -243,29 +221,12 @@ def test_the_tokenizer_gives_our_ids(folders: dict[str, Path], tmp_path: Path) -
     assert load_tokenizer(str(tmp_path), tmp_path).encode(PROBE) == TOKENIZER.encode(PROBE)
 
 
-def test_tokenizers_are_utf8_in_any_locale(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under LANG=en_US, the locale of some clusters, Python's default is Latin-1."""
-    monkeypatch.setattr("io.text_encoding", lambda encoding, stacklevel=2: encoding or "latin-1")
-    source = next(iter(checkpoints.values()))
-    main(["export", str(source), str(tmp_path / "exported")])
-    main(["import", str(tmp_path / "exported"), str(tmp_path / "back.ckpt")])
-    monkeypatch.undo()
-    there, back = (json.loads(read_tokenizer(path) or "") for path in (source, tmp_path / "back.ckpt"))
-    assert there == back
-
-
 def test_export_says_what_is_wrong(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     assert "exists and is not an empty folder" in error_of(capsys, "export", checkpoints["moe"], tmp_path / "full")
-    assert "--max-shard-size=5 is" in error_of(
-        capsys, "export", checkpoints["moe"], tmp_path / "new", "--max_shard_size=5"
-    )
-    assert "does not exist" in error_of(capsys, "export", tmp_path / "no.ckpt", tmp_path / "new")
     damaged = tmp_path / "damaged.ckpt"
     shutil.copytree(checkpoints["moe"], damaged)
     content = bytearray((damaged / "model.safetensors").read_bytes())
@@ -286,48 +247,31 @@ def test_import_says_what_is_wrong(
     out = tmp_path / "out.ckpt"
     folder = tmp_path / "folder"
     shutil.copytree(folders["moe"], folder)
-    assert "out.ckpt" in error_of(capsys, "import", folder, tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"moe": config["moe"] | {"token_dropping": "false"}}))
-    assert "token_dropping=false must be of the type bool" in error_of(capsys, "import", folder, out)
-    (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
-    save_file({n: v for n, v in weights.items() if "router" not in n}, folder / "model.safetensors")
-    assert "lacks model.blocks.1.moe.router.weight" in error_of(capsys, "import", folder, out)
-    save_file(weights | {"more": torch.zeros(1)}, folder / "model.safetensors")
-    assert "has more, which its config.json does not describe" in error_of(capsys, "import", folder, out)
-    save_file(weights | {"model.blocks.1.moe.router.weight": torch.zeros(3, 32)}, folder / "model.safetensors")
-    assert "is [3, 32]" in error_of(capsys, "import", folder, out)
-    save_file(weights | {"model.final_norm.bias": torch.full((32,), torch.nan)}, folder / "model.safetensors")
-    assert "the weight final_norm.bias is NaN or infinite" in error_of(capsys, "import", folder, out)
-    save_file(weights | {"model.final_norm.bias": torch.ones(32, dtype=torch.int8)}, folder / "model.safetensors")
-    assert "is of I8, not of floating-point numbers" in error_of(capsys, "import", folder, out)
-    save_file(weights, folder / "model.safetensors")
-    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
-    assert "model.safetensors; remove the file that is not meant" in error_of(capsys, "import", folder, out)
-    (folder / "model-00001-of-00001.safetensors").unlink()
+    router = "model.blocks.1.moe.router.weight"
+    for message, tensors in {
+        f"lacks {router}": {name: value for name, value in weights.items() if name != router},
+        "has more, which its config.json does not describe": weights | {"more": torch.zeros(1)},
+        "is [3, 32]": weights | {router: torch.zeros(3, 32)},
+        "final_norm.bias is NaN or infinite": weights | {"model.final_norm.bias": torch.full((32,), torch.nan)},
+    }.items():
+        save_file(tensors, folder / "model.safetensors")
+        assert message in error_of(capsys, "import", folder, out)
     (folder / "model.safetensors").write_bytes(b"cut off")
     assert "cannot be read" in error_of(capsys, "import", folder, out)
-    (folder / "model.safetensors").unlink()
-    assert "no model.safetensors" in error_of(capsys, "import", folder, out)
     (folder / "config.json").write_text('{"model_type": "bert"}')
     assert "model_type=bert" in error_of(capsys, "import", folder, out)
-    (folder / "config.json").write_text("{")
-    assert "damaged" in error_of(capsys, "import", folder, out)
     (folder / "config.json").unlink()
     assert "no config.json" in error_of(capsys, "import", folder, out)
     assert not out.exists()
 
 
-def gpt2(
-    folder: Path, change: Callable[[GPT2LMHeadModel], None] = lambda model: None, **settings: object
-) -> GPT2LMHeadModel:
+def gpt2(folder: Path, **settings: object) -> GPT2LMHeadModel:
     values = {"vocab_size": 67, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.2}
     values |= {"bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-4}
     model = GPT2LMHeadModel(GPT2Config(**values | settings)).eval()
     for index, parameter in enumerate(model.parameters()):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    change(model)
     model.save_pretrained(folder)
     return model
 
@@ -347,25 +291,11 @@ def test_gpt2_computes_what_it_did(inner: int | None, tmp_path: Path, capsys: py
         )
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mlp.c_fc.weight": None}, "lacks transformer.h.0.mlp.c_fc.weight"),
-        (
-            {"attn.bias": torch.ones(1), "attn.masked_bias": torch.ones(1), "mlp.extra": torch.ones(1)},
-            "has transformer.h.0.mlp.extra",
-        ),
-    ],
-)
-def test_a_gpt2_with_other_weights_is_refused(
-    change: dict[str, torch.Tensor | None], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpt2_with_other_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpt2(tmp_path / "gpt2", n_layer=1)
-    weights = load_file(tmp_path / "gpt2/model.safetensors")
-    weights |= {f"transformer.h.0.{name}": value for name, value in change.items()}
-    kept = {name: value for name, value in weights.items() if value is not None}
-    save_file(kept, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
-    assert message in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "o.ckpt")
+    weights = load_file(tmp_path / "gpt2/model.safetensors") | {"transformer.h.0.mlp.extra": torch.ones(1)}
+    save_file(weights, tmp_path / "gpt2/model.safetensors", {"format": "pt"})
+    assert "has transformer.h.0.mlp.extra" in error_of(capsys, "import", tmp_path / "gpt2", tmp_path / "o.ckpt")
 
 
 def test_the_model_card_has_the_numbers_of_the_run_that_ended_with_the_checkpoint(

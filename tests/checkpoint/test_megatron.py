@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import Tensor
 
-from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, WarmStart, generate, load_pretrained
+from nlgmoe import GPTConfig, MoEConfig, generate, load_pretrained
 from nlgmoe.checkpoint import weights_only
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.portable import load_model
@@ -27,16 +26,13 @@ from nlgmoe.validation import SettingError
 from tests.checkpoint.megatron_engine import write_from_engine
 from tests.checkpoint.megatron_model import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, ROWS, GPTModel, arguments, write
 from tests.distributed.cells import spawn
-from tests.synthetic import SyntheticData
 
 TOKENS = torch.randint(ROWS, (3, POSITIONS), generator=torch.Generator().manual_seed(1))
 PR_MOE = {"num_experts": [2, 4], "mlp_type": "residual"}
 MODELS = {
     "dense": {},
-    "standard": {"num_experts": [4]},
     "top-2": {"num_experts": [4], "topk": 2, "moe_top2_2nd_expert_sampling": False},
     "every layer": {"num_experts": [2], "expert_interval": 1},
-    "pyramid": {"num_experts": [2, 4]},
     "a dense position": {"num_experts": [1, 4]},
     "PR-MoE": PR_MOE,
 }
@@ -91,7 +87,7 @@ def test_half_precision_becomes_fp32_and_files_are_small(tmp_path: Path, monkeyp
     assert len(files) > 4 and max(file.stat().st_size for file in files) < 3000 * 4 + 4000
 
 
-@pytest.mark.parametrize("version", [None, 0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("version", [None, 1.0, 2.0])
 def test_queries_keys_and_values_of_every_version(version: float | None, tmp_path: Path) -> None:
     theirs = write(tmp_path / "theirs", arguments(), version)
 
@@ -148,15 +144,9 @@ def test_the_configuration_is_that_of_the_run(tmp_path: Path) -> None:
     assert import_checkpoint(tmp_path / "theirs", tmp_path / "ours.ckpt") == expected
     document = read_document(tmp_path / "ours.ckpt")
     assert (document["global_step"], document["tokens_seen"]) == (7, 336)
-    write(tmp_path / "four", arguments(num_experts=[4], ffn_hidden_size=None, padded_vocab_size=ROWS))
-    with pytest.raises(ValueError, match=r"dense_h_to_4h\.weight has shape \[40, 16\], its arguments say \[64, 16\]"):
-        import_checkpoint(tmp_path / "four", tmp_path / "four.ckpt")
-    assert not list(tmp_path.glob("*four.ckpt*"))
 
 
-def test_the_command_and_all_that_can_be_done_with_a_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer(train_byte_level_bpe(iter(["the king"]), 259), "tiny")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(tokenizer.to_json())
@@ -164,29 +154,15 @@ def test_the_command_and_all_that_can_be_done_with_a_checkpoint(
     ours, words = str(tmp_path / "ours.ckpt"), ["--tokenizer", str(tmp_path / "tokenizer")]
     main(["import-megatron", str(tmp_path / "theirs"), ours, *words])
     assert "position   step 7, 336 tokens" in capsys.readouterr().out
-
     trained = load_pretrained(ours)
     assert trained.model.config.vocab_size == tokenizer.vocab_size == 259
     generate(trained.model, torch.tensor([trained.tokenizer.encode("the")]), 4)
-
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu",
-                "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}  # fmt: skip
-    data = SyntheticData(vocab_size=61, seq_len=POSITIONS)
-    (by_path,) = Trainer(**settings).validate(MoEGPTModule(trained.model.config), data, ckpt_path=ours, verbose=False)
-    module = MoEGPTModule(trained.model.config, warm_start=WarmStart(ours))
-    trainer = Trainer(**settings, max_steps=1, max_epochs=-1)
-    (warm,) = trainer.validate(module, data, verbose=False)
-    assert warm["val/loss"] == pytest.approx(by_path["val/loss"], rel=1e-6)
-    with pytest.raises(ValueError, match=r"holds weights only: start a new run from it with model\.warm_start"):
-        Trainer(**settings, max_steps=9, max_epochs=-1).fit(MoEGPTModule(trained.model.config), data, ckpt_path=ours)
-
-    for arguments_, message in {
-        (ours, *words): r"error: /.*ours\.ckpt exists already",
-        (str(tmp_path / "b"), *words): r"error: /.*b does not end in \.ckpt",
-        (str(tmp_path / "b.ckpt"), *words, "--vocab-size", "258"): "--vocab-size=258 is below the 259 ids of tokenizer",
-    }.items():
+    for checkpoint, options, message in (
+        (ours, words, r"error: /.*ours\.ckpt exists already"),
+        (str(tmp_path / "b.ckpt"), [*words, "--vocab-size=258"], "--vocab-size=258 is below the 259 ids of tokenizer"),
+    ):
         with pytest.raises(SystemExit) as stopped:
-            main(["import-megatron", str(tmp_path / "theirs"), *arguments_])
+            main(["import-megatron", str(tmp_path / "theirs"), checkpoint, *options])
         assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
@@ -199,26 +175,14 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REFUSED = {
     "tensor_model_parallel_size": 2,
-    "model_parallel_size": 2,
-    "pipeline_model_parallel_size": 2,
     "use_rotary_position_embeddings": True,
-    "add_position_embedding": False,
-    "untie_embeddings_and_output_weights": True,
     "swiglu": True,
-    "squared_relu": True,
     "normalization": "rmsnorm",
-    "apply_layernorm_1p": True,
-    "apply_residual_connection_post_layernorm": True,
     "add_bias_linear": False,
-    "num_experts_switch": 4,
-    "retro_add_retriever": True,
     "num_key_value_heads": 1,
-    "kv_channels": 4,
     "bias_gelu_fusion": False,
-    "onnx_safe": True,
     "mlp_type": "other",
     "topk": 3,
-    "num_layers": None,
 }
 
 
@@ -226,8 +190,7 @@ REFUSED = {
 def test_a_model_of_another_kind_is_refused(name: str, moe: Path, tmp_path: Path) -> None:
     shutil.copytree(moe, tmp_path / "theirs")
     edit(tmp_path / "theirs", lambda state: setattr(state["args"], name, REFUSED[name]))
-    flags = {"onnx_safe": "bias_gelu_fusion", "bias_gelu_fusion": "bias_gelu_fusion", "topk": "top_k",
-             "add_position_embedding": "--no-position-embedding", "add_bias_linear": "--disable-bias-linear"}  # fmt: skip
+    flags = {"bias_gelu_fusion": "bias_gelu_fusion", "topk": "top_k", "add_bias_linear": "--disable-bias-linear"}
     named = flags.get(name, f"--{name.replace('_', '-')}")
     with pytest.raises(ValueError, match=rf"^{named}[=: ][^\n]*$"):
         imported(tmp_path)
@@ -240,33 +203,6 @@ def test_exact_gelu_is_taken_when_told(moe: Path, tmp_path: Path) -> None:
     same(imported(tmp_path, accept_tanh_gelu=True), GPTModel(arguments(**PR_MOE))(TOKENS))
 
 
-def test_other_arguments_are_one_line(moe: Path, tmp_path: Path) -> None:
-    changes: dict[str, Callable[[Any], Any]] = {
-        "bias_gelu_fusion=False": lambda args: delattr(args, "bias_gelu_fusion"),
-        "--make-vocab-size-divisible-by 0: is not at least 1": lambda args: setattr(
-            args, "make_vocab_size_divisible_by", 0
-        ),
-        "--seq-length x: 'x' is not an integer": lambda args: setattr(args, "seq_length", "x"),
-        "has encoder.layers.1.mlp.coefficient": lambda args: setattr(args, "num_experts", None),
-    }
-    for number, (message, change) in enumerate(changes.items()):
-        shutil.copytree(moe, tmp_path / f"{number}/theirs")
-        edit(tmp_path / f"{number}/theirs", lambda state, change=change: change(state["args"]))
-        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
-            imported(tmp_path / str(number))
-
-
-@pytest.mark.parametrize("mark", [b"      ", b"\xdfittle"])
-def test_a_file_with_another_byte_order_mark_is_damaged(mark: bytes, moe: Path, tmp_path: Path) -> None:
-    shutil.copytree(moe, tmp_path / "theirs")
-    file = tmp_path / "theirs/global_step7" / EXPERT
-    content = file.read_bytes()
-    assert content.count(b"little") == 1
-    file.write_bytes(content.replace(b"little", mark))
-    with pytest.raises(ValueError, match=r"cannot be read \(.*; copy the checkpoint anew"):
-        imported(tmp_path)
-
-
 def encoder(state: dict[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = state["module"]["language_model"]["encoder"]
     return found
@@ -276,13 +212,9 @@ GATE = "layers.1.mlp.deepspeed_moe.gate.wg.weight"
 EXPERT = "layer_1_expert_2_mp_rank_00_model_states.pt"
 DENSE_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "lacks encoder.layers.0.input_layernorm.bias": lambda s: encoder(s).pop("layers.0.input_layernorm.bias"),
-    "has encoder.layers.4.mlp.bias, for which": lambda s: encoder(s).update({"layers.4.mlp.bias": torch.zeros(3)}),
     "wg.weight has shape [3, 16], its arguments say [2, 16]": lambda s: encoder(s).update({GATE: torch.zeros(3, 16)}),
     "lacks Megatron's arguments": lambda s: s.pop("args"),
-    "holds no model": lambda s: s.update(module=None),
-    "iteration is [4, 8], not a number": lambda s: s.update(iteration=[4, 8]),
     "tokens is inf, not a number": lambda s: s.update(tokens=math.inf),
-    "wg.weight is of type torch.complex64, not": lambda s: encoder(s).update({GATE: torch.zeros(2, 16).cfloat()}),
     "has output_layer.weight": lambda s: s["module"]["language_model"].update(
         {"output_layer": {"weight": torch.zeros(1)}}
     ),
@@ -339,15 +271,12 @@ def test_other_folders_are_refused_by_name(tmp_path: Path) -> None:
     refused("is no folder", kind=SettingError)
     refused("is no Megatron-DeepSpeed checkpoint", "model.bin", kind=SettingError)
     refused("without --deepspeed", "iter_0000007/mp_rank_00/model_optim_rng.pt")
-    refused("has no file latest; name one of its folders: global_step7", f"global_step7/{dense}")
     refused(
         "latest names global_step8, which is not there; name one of global_step7", "latest", f"global_step7/{dense}"
     )
     refused("ZeRO stage 3", "zero_pp_rank_0_mp_rank_00_model_states.pt")
     refused("pipeline parallelism", dense, "layer_01-model_00-model_states.pt")
     refused("tensor parallelism", dense, "mp_rank_01_model_states.pt")
-    refused("tensor parallelism", dense, "layer_0_expert_0_mp_rank_01_model_states.pt")
-    refused("an old DeepSpeed", dense, "expert_0_mp_rank_00_model_states.pt")
     refused("has no mp_rank_00_model_states.pt", "layer_0_expert_0_mp_rank_00_model_states.pt")
     refused("cannot be read", dense)
 

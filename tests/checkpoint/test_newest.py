@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nlgmoe.checkpoint import newest, writing
+from nlgmoe.checkpoint import writing
 from nlgmoe.checkpoint.newest import checkpoint_path, choose_checkpoint, find_checkpoint, saved_steps, set_link
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.checkpoint.verify import find_problems
-from nlgmoe.validation import SettingError
 from tests.checkpoint.runs import NEEDED, fit
 
 
@@ -65,13 +64,6 @@ def killed_at(moment: int, action: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(checkpoint_path(tmp_path, 1))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingError, match="the name of a checkpoint or run folder is empty"):
-        find_checkpoint("")
-
-
 def test_a_checkpoint_is_read_whole_though_its_run_moves_the_link(tmp_path: Path) -> None:
     for step in (1, 2):
         save(checkpoint_path(tmp_path, step), float(step))
@@ -83,23 +75,20 @@ def test_a_checkpoint_is_read_whole_though_its_run_moves_the_link(tmp_path: Path
     assert find_checkpoint(link) == checkpoint_path(tmp_path, 2)
 
 
-@pytest.mark.parametrize("before", ["a folder", "a link"])
-def test_a_kill_at_any_moment_of_writing_leaves_the_old_or_the_new_one(before: str, tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_of_writing_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
     moment, seen = 0, set()
     while True:
         moment += 1
         run = tmp_path / str(moment)
         run.mkdir()
-        save(run / ("last.ckpt" if before == "a folder" else "step-1.ckpt"), 1.0)
-        if before == "a link":
-            (run / "last.ckpt").symlink_to("step-1.ckpt")
+        save(run / "last.ckpt", 1.0)
         if not killed_at(moment, lambda run=run: save(run / "last.ckpt", 2.0)):  # type: ignore[misc]
             break
         for path in run.iterdir():  # a name without a dot in front means a whole checkpoint
             assert path.name.startswith(".last.ckpt.") or is_whole(path)
         writing.recover_one(run / "last.ckpt")
         assert not [path for path in run.iterdir() if path.name.startswith(".")]
-        seen |= {value_of(path) for path in run.iterdir() if before == "a folder" or path.name == "last.ckpt"}
+        seen |= {value_of(path) for path in run.iterdir()}
     assert seen == {1.0, 2.0}
     assert moment > 8
     assert value_of(run / "last.ckpt") == 2.0
@@ -168,8 +157,3 @@ def test_a_folder_for_transformers_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a folder for transformers; make a checkpoint of it with nlgmoe import"):
         choose_checkpoint(tmp_path)
-
-
-def test_a_summary_counts_the_other_problems() -> None:
-    assert newest._summary(["a"]) == "a"
-    assert newest._summary(["a", "b", "c"]) == "a (and 2 more problems: nlgmoe verify lists them)"

@@ -27,7 +27,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()}
 
 
-SAVED_AFTER = [1, 9, 10, 11, 12, 13]  # micro-batches; 12: a boundary, and a validation; the others: within
+SAVED_AFTER = [9, 11, 12]  # micro-batches; 9: the end of a step; 11: within one; 12: the end, and a validation
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +150,11 @@ def test_overwriting_and_removing(tmp_path: Path) -> None:
         assert io.load_checkpoint(tmp_path / "b.ckpt")["state_dict"]["model.x"].item() == 1.0
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, {"a": {3, 4}}])
-def test_what_json_cannot_hold_is_refused_by_name(value: Any, tmp_path: Path) -> None:
+def test_what_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint entry callbacks/Mine"):
-        PortableCheckpointIO().save_checkpoint({"state_dict": {}, "callbacks": {"Mine": value}}, tmp_path / "a.ckpt")
+        PortableCheckpointIO().save_checkpoint(
+            {"state_dict": {}, "callbacks": {"Mine": {"a": {3, 4}}}}, tmp_path / "a.ckpt"
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,13 +21,10 @@ DENSE = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48)
 TOKENS = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
 KINDS = {
     "top-1": MoEConfig(4),
-    "top-1 of 3": MoEConfig(3, expert_interval=1),
     "top-2": MoEConfig([2, 5], top_k=2),
     "top-3": MoEConfig(6, top_k=3),
-    "residual top-1": MoEConfig([2, 4], mlp_type="residual"),
     "residual top-2": MoEConfig(4, top_k=2, mlp_type="residual"),
     "layer map": MoEConfig([0, 3, 0, 4], expert_interval=1),
-    "summed top-1": MoEConfig(4, mlp_type="residual", residual_mix="sum"),
     "summed top-2": MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum"),
 }
 

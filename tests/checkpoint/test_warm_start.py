@@ -44,7 +44,7 @@ def module(start: WarmStart | None, config: GPTConfig = CONFIG, **settings: Any)
     return MoEGPTModule(config, AdamWConfig(lr=1e-2), warm_start=start, **settings)
 
 
-@pytest.mark.parametrize("name", ["whole.ckpt", "weights.ckpt", "run"])  # the last: its newest
+@pytest.mark.parametrize("name", ["whole.ckpt", "run"])  # the last: its newest
 def test_a_new_run_has_the_weights_and_nothing_else(name: str, trained: Path, tmp_path: Path) -> None:
     saved = trainer(tmp_path, limit_val_batches=1.0)
     (expected,) = saved.validate(module(None), SyntheticData(), ckpt_path=trained / name, verbose=False)
@@ -80,14 +80,6 @@ def test_a_checkpoint_says_from_which_weights_its_training_started(trained: Path
     assert "from the weights" not in describe(source)
 
 
-def test_a_tensor_of_another_shape_with_as_many_values_is_not_loaded(trained: Path) -> None:
-    other = replace(CONFIG, seq_len=32, hidden_size=16)  # positions: [16, 32] in the checkpoint, [32, 16] here
-    start = WarmStart(str(trained / "whole.ckpt"), strict=False)
-    assert torch.equal(
-        module(start, other).gpt.position_embedding.weight, module(None, other).gpt.position_embedding.weight
-    )
-
-
 def warm_weights(start: WarmStart) -> dict[str, torch.Tensor]:
     return module(start).gpt.state_dict()
 
@@ -111,13 +103,7 @@ CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # GPTConfig'
         {"num_experts": [2, 6]},
         "blocks.3.moe.router.weight ([4, 32] in the checkpoint, [6, 32] in the model)",
     ),
-    "fewer experts": (
-        {},
-        {"num_experts": [2, 3]},
-        "blocks.3.moe.router.weight ([4, 32] in the checkpoint, [3, 32] in the model)",
-    ),
     "deeper": ({"num_layers": 6}, {"num_experts": [2, 4, 4]}, "blocks.4.attention_norm.weight (not in the checkpoint)"),
-    "no residual": ({}, {"mlp_type": "standard"}, "blocks.1.moe.mlp.expand.weight (not in the model)"),
     "longer": ({"seq_len": 32}, {}, "position_embedding.weight ([16, 32] in the checkpoint, [32, 32] in the model)"),
 }
 
@@ -231,23 +217,14 @@ def test_blocks_start_from_the_blocks_that_are_named(trained: Path) -> None:
     [
         ([0, 1], r"layers=\[0, 1\] has 2 blocks, the model has 3; name one of .* for each, or use null"),
         ([0, 3, 4], r"there is no block 4 in .*; its blocks are 0 to 3"),
-        ([0, 3, -1], r"there is no block -1 in"),
         ([1, 3, 2], r"block 0 of the model is dense, block 1 of .* MoE with 2 experts; use one of 0, 2"),
         ([0, 1, 2], r"block 1 of the model is MoE with 4 experts, block 1 of .* MoE with 2 experts; use one of 3"),
-        ([0, 2, 2], r"block 1 of the model is MoE with 4 experts, block 2 of .* dense; use one of 3"),
     ],
 )
-@pytest.mark.parametrize("strict", [True, False])
-def test_blocks_that_do_not_suit_are_refused(layers: list[int], words: str, strict: bool, trained: Path) -> None:
+def test_blocks_that_do_not_suit_are_refused(layers: list[int], words: str, trained: Path) -> None:
     config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4]))
     with pytest.raises(ValueError, match=f"^model.warm_start.{words}|^model.warm_start.layers.*{words}"):
-        load_initial_weights(GPT(config), WarmStart(str(trained / "whole.ckpt"), strict, layers))
-
-
-def test_what_a_named_block_has_too_much_is_refused(trained: Path) -> None:
-    config = replace(CONFIG, num_layers=3, moe=replace(CONFIG.moe, num_experts=[4], mlp_type="standard"))
-    with pytest.raises(ValueError, match=r"blocks.1.moe.coefficient.* \(not in the model\)|blocks.1.moe.mlp"):
-        load_initial_weights(GPT(config), WarmStart(str(trained / "whole.ckpt"), layers=[2, 3, 2]))
+        load_initial_weights(GPT(config), WarmStart(str(trained / "whole.ckpt"), False, layers))
 
 
 def test_a_routers_buffers_are_not_looked_for_in_the_engine() -> None:
