@@ -8,7 +8,7 @@ RUN := runs/quickstart
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: help help-developers install develop quickstart test check docs notebooks reproduce bench gpu clean \
-	browser test-nightly planted test-oldest test-faults soak fuzz constraints format reproduce-tables convergence
+	browser test-nightly planted test-oldest test-faults fuzz constraints format reproduce-tables convergence
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*[^#]## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -107,11 +107,8 @@ test-oldest:  ### the suite with the oldest releases that pyproject.toml admits,
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pytest
 
-test-faults: develop  ### 30 kills, full disks, two hosts; writes docs/results/faults.json (about 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 0 -s -o python_files='test_*.py campaign_*.py' tests/faults
-
-soak: develop  ### two ranks for MINUTES=120, killed every ten minutes, beside an undisturbed run
-	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),120)
+test-faults: develop  ### kills, full disks, two hosts (root and ip), on two ranks; part of test-nightly
+	$(BIN)/python -m pytest -n 0 tests/faults
 
 fuzz: develop  ### hostile configurations, checkpoints, .idx files and YAML for MINUTES=30; a finding ends it with exit code 1
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)

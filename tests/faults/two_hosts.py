@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.faults.fault import Fault
 from tests.faults.harness import Ended, Launched, Run
 
 PORT = 29511  # the namespaces have all ports to themselves
@@ -31,16 +30,24 @@ class Host:
         """In the cluster's network."""
         return f"10.77.0.{self.number + 1}"
 
-    def start(self, run: Run, fault: Fault | None = None) -> LaunchedOnHost:
+    def start(self, run: Run) -> LaunchedOnHost:
         """One rank of two, as on a cluster: torchrun on each host, the first one's address given to both."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         torchrun += [f"--node_rank={self.number}", "--master_addr=10.77.0.1", f"--master_port={PORT}"]
         launched = run.launch(
             ["--trainer.devices=1", "--trainer.num_nodes=2"],
-            fault,
-            ["ip", "netns", "exec", self.name, "env", "GLOO_SOCKET_IFNAME=eth0", f"PATH={_PATH['PATH']}", *torchrun],
+            launcher=[
+                "ip",
+                "netns",
+                "exec",
+                self.name,
+                "env",
+                "GLOO_SOCKET_IFNAME=eth0",
+                f"PATH={_PATH['PATH']}",
+                *torchrun,
+            ],
         )
-        return LaunchedOnHost(launched.process, launched.output, launched.report, self)
+        return LaunchedOnHost(launched.process, launched.output, self)
 
     def processes(self) -> list[int]:
         """Everything that runs on the host."""
@@ -59,7 +66,8 @@ class LaunchedOnHost(Launched):
             os.kill(number, signal.SIGKILL)
         self.process.wait()
 
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
+        """Whether any process of the host is alive."""
         return bool(self.host.processes())
 
 
@@ -70,10 +78,9 @@ class Cluster:
     hosts: tuple[Host, Host]
     switch: str
 
-    def start(self, run: Run, faults: dict[int, Fault] | None = None) -> tuple[LaunchedOnHost, LaunchedOnHost]:
-        """The command on both hosts."""
-        one, two = (host.start(run, (faults or {}).get(host.number)) for host in self.hosts)
-        return one, two
+    def start(self, run: Run) -> tuple[LaunchedOnHost, LaunchedOnHost]:
+        """Start the command on both hosts."""
+        return self.hosts[0].start(run), self.hosts[1].start(run)
 
     def turn(self, state: str) -> None:
         """Turn the switch `up` or `down`: packets vanish, while the hosts' own links stay up and no connection is closed."""
@@ -90,15 +97,16 @@ def wait(launched: tuple[LaunchedOnHost, ...], timeout: float = 300) -> list[End
 
 
 def wait_for_step(run: Run, step: int, timeout: float = 120) -> None:
-    """Until the run has trained that many steps."""
+    """Wait until the run has trained that many steps."""
+    rows = run.folder / "metrics.csv"
     until = time.monotonic() + timeout
-    while len(run.trained_steps()) < step:
+    while not rows.exists() or rows.read_text().count("\n") <= step:
         assert time.monotonic() < until, f"{run.folder} does not train"
         time.sleep(0.1)
 
 
-def why_not() -> str:
-    """What keeps this machine from having namespaces; empty if nothing does."""
+def reason_without() -> str:
+    """Return why this machine cannot have namespaces; empty if it can."""
     if shutil.which("ip", path=_PATH["PATH"]) is None:
         return "no `ip` (iproute2) on this machine"
     name = f"try-{os.getpid()}"
