@@ -47,7 +47,7 @@ from nlgmoe.layers import all_to_all
 from nlgmoe.layers.experts import Experts
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.non_finite import NonFinite, NonFiniteError
+from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.memory import peak_bytes
@@ -513,11 +513,8 @@ def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[s
     path = folder / f"{cell.name} weights.ckpt"
     fit.save_checkpoint(path, weights_only=True)
     found |= {"trained": float(fit.callback_metrics["val/loss"]), "from weights": evaluated(cell.module(), path)}
-    for name, module, resumed in (("resumed", cell.module(), path), ("larger", warm(replace(cell, experts=8)), None)):
-        try:
-            trainer().fit(module, SyntheticData(), ckpt_path=resumed)
-        except ValueError as error:
-            found[name] = str(error)
+    found["resumed"] = error_of(lambda: trainer().fit(cell.module(), SyntheticData(), ckpt_path=path))
+    found["larger"] = error_of(lambda: trainer().fit(warm(replace(cell, experts=8)), SyntheticData()))
     return found
 
 
@@ -598,12 +595,17 @@ def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
     on_ranks(replace(cell, name=f"{cell.name}, first", steps=1), ranks, folder, Spoils(0))
     skips = Spoils(2)
     outcome = on_ranks(cell, ranks, folder, skips)
-    error = ""
-    try:
-        on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, Spoils(2, output=True))
-    except NonFiniteError as raised:
-        error = str(raised)
+    error = error_of(lambda: on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, Spoils(2, output=True)))
     return Spoilt(outcome, skips.clocks, skips.norms, skips.skipped, error)
+
+
+def error_of(job: Callable[[], Any]) -> str:
+    """Run a job that must fail; return the message of its error."""
+    try:
+        job()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("no error was raised")
 
 
 def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
@@ -613,60 +615,53 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
 
     Last, the steps of a trainer that has gone on from its own checkpoint.
     """
-    messages = []
+
+    def trainer(*callbacks: Callback, steps: int = 2, **settings: Any) -> Trainer:
+        return make_trainer(
+            replace(cell, steps=steps), ranks, folder, *callbacks, strategy=strategy_of(cell), **settings
+        )
+
+    def fit(*callbacks: Callback) -> Trainer:
+        run = trainer(*callbacks)
+        run.fit(cell.module(), SyntheticData())
+        return run
+
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
         shutil.copytree(folder / f"{cell.name} at the end.ckpt", path)
         (path / f"model-00001-of-{ranks:05}.safetensors").unlink()
     distributed.barrier()
-    trainer = make_trainer(cell, ranks, folder, strategy=strategy_of(cell))
-    try:
-        trainer.validate(cell.module(), SyntheticData(), ckpt_path=path, verbose=False)
-    except ValueError as error:
-        messages.append(str(error))
-    module = cell.module()
-    assert module.gpt is not None
-    try:
-        make_trainer(cell, ranks, folder, strategy=strategy_of(cell)).fit(module, SyntheticData())
-    except ValueError as error:
-        messages.append(str(error))
+    built = cell.module()
+    assert built.gpt is not None
     three = replace(cell, name="three experts", degree=1, experts=3, steps=1)
     on_ranks(three, ranks, folder)
-    try:
-        learn(cell, ranks, folder, folder / "three experts at the end.ckpt")
-    except ValueError as error:
-        messages.append(str(error))
     freezes = LambdaCallback(on_train_batch_end=lambda _, module, *rest: module.gpt.final_norm.requires_grad_(False))
-    two = replace(cell, steps=2)
-    try:
-        make_trainer(two, ranks, folder, freezes, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
-    except ValueError as error:
-        messages.append(str(error))
-
-    divided = make_trainer(replace(cell, steps=9), ranks, folder, strategy=strategy_of(cell), accumulate_grad_batches=2)
-    try:
-        divided.fit(cell.module(), OfUnknownLength(micro_batch_size=2))
-    except ValueError as error:
-        messages.append(str(error))
-    for name, value in (("accumulate_grad_batches", 2), ("gradient_clip_val", 0.25)):
-        more = LambdaCallback(on_train_batch_end=lambda trainer, *_: setattr(trainer, name, value))  # noqa: B023
-        try:
-            make_trainer(two, ranks, folder, more, strategy=strategy_of(cell)).fit(cell.module(), SyntheticData())
-        except ValueError as error:
-            messages.append(str(error))
-    fills = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint["state_dict"].update(a=fed))
-    trainer, fed = make_trainer(two, ranks, folder, fills, strategy=strategy_of(cell)), torch.zeros(1)
-    trainer.fit(cell.module(), SyntheticData())
-    try:
-        trainer.save_checkpoint(folder / "filled.ckpt")
-    except ValueError as error:
-        messages.append(str(error))
-    trainer, module, data = make_trainer(two, ranks, folder, strategy=strategy_of(cell)), cell.module(), SyntheticData()
-    trainer.fit(module, data)
-    trainer.save_checkpoint(folder / "two steps.ckpt")
-    trainer.fit_loop.epoch_loop.max_steps = 3
-    trainer.fit(module, data, ckpt_path=folder / "two steps.ckpt")
-    return [*messages, str(trainer.global_step)]
+    sets = {
+        name: LambdaCallback(
+            on_train_batch_end=lambda trainer, *_, name=name, value=value: setattr(trainer, name, value)
+        )
+        for name, value in (("accumulate_grad_batches", 2), ("gradient_clip_val", 0.25))
+    }
+    more = {"a": torch.zeros(1)}
+    fills = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint["state_dict"].update(more))
+    messages = [
+        error_of(lambda: trainer().validate(cell.module(), SyntheticData(), ckpt_path=path, verbose=False)),
+        error_of(lambda: trainer().fit(built, SyntheticData())),
+        error_of(lambda: learn(cell, ranks, folder, folder / "three experts at the end.ckpt")),
+        error_of(lambda: fit(freezes)),
+        error_of(
+            lambda: trainer(steps=9, accumulate_grad_batches=2).fit(cell.module(), OfUnknownLength(micro_batch_size=2))
+        ),
+        *(error_of(lambda callback=callback: fit(callback)) for callback in sets.values()),  # type: ignore[misc]
+    ]
+    filled = fit(fills)
+    messages.append(error_of(lambda: filled.save_checkpoint(folder / "filled.ckpt")))
+    run, module, data = trainer(), cell.module(), SyntheticData()
+    run.fit(module, data)
+    run.save_checkpoint(folder / "two steps.ckpt")
+    run.fit_loop.epoch_loop.max_steps = 3
+    run.fit(module, data, ckpt_path=folder / "two steps.ckpt")
+    return [*messages, str(run.global_step)]
 
 
 def engine_facts(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:
@@ -702,11 +697,8 @@ def engine_facts(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:
 
 def lowest_scale(cell: Cell, ranks: int, folder: Path) -> str:
     """What a run says whose gradients overflow when its loss scale cannot fall any further; after `overflow`."""
-    try:
-        on_ranks(replace(cell, options=cell.options | {"min_loss_scale": 2**11}), ranks, folder, Overflow())
-    except ValueError as error:
-        return str(error)
-    return ""
+    lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
+    return error_of(lambda: on_ranks(lowest, ranks, folder, Overflow()))
 
 
 def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:

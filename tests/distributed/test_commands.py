@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from mlflow.tracking import MlflowClient
 
 from tests.distributed.cells import TINY_ON_RANKS, free_port
 from tests.processes import ROOT, Started, python
@@ -46,12 +45,8 @@ def test_lightning_starts_ranks_and_torchrun_resumes_what_they_saved(pocket_pile
     assert (run / "samples.txt").read_text().count("---") == 6  # three prompts at two validations
 
     rest = ["--trainer.devices=2", "--model.train_tokens=1536", "--ckpt_path=last"]
-    database = f"sqlite:///{tmp_path / 'mlflow.db'}"  # each rank's logger makes it
-    rest += ["--trainer.logger=MLFlowLogger", f"--trainer.logger.tracking_uri={database}"]
-    rest += [f"--trainer.logger.artifact_location={tmp_path}"]
     done = train_py("fit", *settings, samples, *rest, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
-    assert len(MlflowClient(database).search_runs(["1"])) == 1
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
@@ -59,7 +54,7 @@ SWEEP = """
 import sys
 from nlgmoe import load_config
 
-data, *folders = sys.argv[1:]
+data, place, *folders = sys.argv[1:]
 for folder in folders:
     experiment = load_config(
         "configs/quickstart.yaml",
@@ -74,6 +69,9 @@ for folder in folders:
         trainer__default_root_dir=folder,
         trainer__max_steps=2,
         trainer__callbacks=[],
+        trainer__logger="MLFlowLogger",
+        trainer__logger__tracking_uri=f"sqlite:///{place}/mlflow.db",
+        trainer__logger__artifact_location=place,
         trainer__devices=2,
         trainer__strategy="nlgmoe.ExpertParallelStrategy",
         trainer__strategy__expert_parallel_size=2,
@@ -85,8 +83,13 @@ for folder in folders:
 def test_a_program_makes_several_runs_on_the_ranks_of_the_first(pocket_pile: Path, tmp_path: Path) -> None:
     program, folders = tmp_path / "sweep.py", [tmp_path / name for name in "ab"]
     program.write_text(SWEEP)
-    done = python(str(program), str(pocket_pile), *map(str, folders), env=ENVIRONMENT, timeout=300)
+    done = python(str(program), *map(str, (pocket_pile, tmp_path, *folders)), env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
+    from mlflow.tracking import MlflowClient  # takes seconds to import
+
+    assert (
+        len(MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])) == 2
+    )  # one for each run, not rank
     first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders)
     assert first["steps"] == second["steps"] == 2 and first["val_loss"] == second["val_loss"]
 
@@ -125,7 +128,6 @@ SPOILT = [
 @pytest.mark.parametrize(
     ("launcher", "settings", "words"),
     [
-        (TORCHRUN, ["--model.config.moe.top_k=9"], "model.config.moe.top_k=9 must be between 1 and"),
         (
             (),
             ["--trainer.strategy.init_args.expert_parallel_size=3"],
@@ -133,7 +135,7 @@ SPOILT = [
         ),
         (TORCHRUN, SPOILT, "first not finite: the weight token_embedding.weight on all ranks; an earlier step"),
     ],
-    ids=["a wrong command", "a strategy that does not fit", "weights that are not finite"],
+    ids=["a strategy that does not fit", "weights that are not finite"],
 )
 def test_an_error_of_all_ranks_is_one_line_of_each(
     launcher: tuple[str, ...], settings: list[str], words: str, pocket_pile: Path, tmp_path: Path
@@ -174,11 +176,10 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["validate", "predict"])
-def test_an_evaluation_that_is_told_to_stop_ends_at_once(command: str, pocket_pile: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_is_told_to_stop_ends_at_once(pocket_pile: Path, tmp_path: Path) -> None:
     """Also where a rank waits for the others in each layer."""
     (script := tmp_path / "stopped.py").write_text(STOPPED)
     place = [f"--data.data_dir={pocket_pile}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    done = python(str(script), command, *SETTINGS, *place, "--trainer.devices=2", env=ENVIRONMENT)
+    done = python(str(script), "validate", *SETTINGS, *place, "--trainer.devices=2", env=ENVIRONMENT)
     assert done.returncode == -signal.SIGTERM
-    assert "Traceback" not in done.stderr and not list((tmp_path / "run").glob("*.safetensors"))
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,46 @@
+"""Files that commands read and write."""
+
+from pathlib import Path
+
+import pytest
+
+from nlgmoe.cli.input_files import input_files
+from nlgmoe.cli.output_files import write_whole
+
+
+def test_other_files_of_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2", ".hidden", "._a.jsonl"):
+        (tmp_path / name).touch()
+    assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
+    assert "1 of what is in" in (told := capsys.readouterr().err) and "such as c.jsonl.bz2" in told
+    (tmp_path / "c.jsonl.bz2").unlink()
+    input_files(str(tmp_path))
+    assert not capsys.readouterr().err
+
+
+def test_plain_text_is_read_unless_there_are_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", "b.txt.gz"):
+        (tmp_path / name).touch()
+    assert input_files(str(tmp_path)) == [str(tmp_path / "README.md"), str(tmp_path / "b.txt.gz")]
+    (tmp_path / "a.parquet").touch()
+    assert input_files(str(tmp_path)) == [str(tmp_path / "a.parquet")]
+    assert "2 of what is in" in capsys.readouterr().err
+    assert input_files(f"{tmp_path}/*.md") == [str(tmp_path / "README.md")]
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out"
+
+    def full(file: Path, text: str, encoding: str) -> None:
+        file.open("w").close()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(ValueError, match=r"output=.*out cannot be written \(No space left on device\); make room"):
+            write_whole(str(path), "text")
+    assert not list(tmp_path.iterdir())
+    write_whole(str(path), "text")
+    with pytest.raises(ValueError, match="exists already"):
+        write_whole(str(path), "another")
+    assert path.read_text() == "text"
