@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.pocket.tokenizers import VOCABULARIES
-from nlgmoe.data.streaming.streamed_source import reads_per_stream
+from nlgmoe.data.streaming.streams import reads_per_stream
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.monitoring.hardware import RESERVED, hardware

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.experiment import Experiment
 
+LARGE_TAIL = 0.1  # probability outside the recorded tokens, of which a student learns the sum alone
+
 
 def distill_logits(
     files: list[str],
@@ -107,7 +109,8 @@ def distill_logits(
     )
     if done.positions:
         tail = done.tail_mass / done.positions
-        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average")
+        advice = "; raise --top-k" if tail > LARGE_TAIL else ""
+        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}")
     print(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
@@ -130,7 +133,6 @@ def _recipe(
             "tokens": document["tokens_seen"],
         },
         "data": data.fingerprint(),
-        "corpus": data.corpus_description,
         "document_attention": data.document_attention,
         "vocab_size": module.config.vocab_size,
         "seq_len": module.config.seq_len,

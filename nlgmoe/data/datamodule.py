@@ -9,19 +9,25 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.corpus import Corpus, OpenCorpus
-from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import CursorSource, Sample, TokenSource, count_domain_windows
-from nlgmoe.data.streaming.cursors import Cursors
+from nlgmoe.data.samples import CursorSource, Sample, TokenSource, count_domain_windows
+from nlgmoe.data.sampling import (
+    EvaluationSampler,
+    MicroBatches,
+    SourceDataset,
+    TrainingSampler,
+    collate,
+    ignore_worker_signals,
+    mark_documents,
+)
+from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
 from nlgmoe.data.training_data import TrainingData
-from nlgmoe.data.worker_signals import ignore_worker_signals
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
 from nlgmoe.validation import SettingError, require
@@ -139,7 +145,7 @@ class PileDataModule(TextFacts, TrainingData):
             name = f"{type(self.corpus).__name__}.open"
             require(
                 self._open_corpus is not None,
-                f"{name} returned None; return an open corpus, such as nlgmoe.data.Streams",
+                f"{name} returned None; return an open corpus, such as nlgmoe.data.TokenArrays",
             )
 
     # ---- batches
@@ -201,12 +207,6 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.take(batch)
         return batch
 
-    def teardown(self, stage: str) -> None:
-        """Warn of skipped data after a fit, of all ranks."""
-        source = self._cursor_source if stage == "fit" else None
-        if source is not None and (summary := source.skipped_summary(self._cursors.gather())):
-            rank_zero_warn(summary)
-
     # ---- state
 
     def advance(self, samples: int) -> None:
@@ -257,7 +257,7 @@ class PileDataModule(TextFacts, TrainingData):
         """Return what determines the training batches besides `samples_consumed`: option -> value or hash."""
         corpus = self._opened()
         return {
-            "corpus": corpus.fingerprint,
+            **{f"corpus.{name}": value for name, value in corpus.fingerprint.items()},
             "tokenizer": corpus.tokenizer.fingerprint[:16],
             "seq_len": self.seq_len,
             "seed": self.seed,
@@ -267,20 +267,19 @@ class PileDataModule(TextFacts, TrainingData):
     @cached_property
     def _validation_fingerprint(self) -> str:
         """Hash the lengths and evenly spaced tokens of the validation windows."""
-        streams = self._opened().evaluation_tokens("validation") or []
+        tokens = self._opened().evaluation_tokens("validation") or []
+        counts = count_domain_windows(tokens, self.seq_len, self.max_eval_windows)
         digest = hashlib.sha256()
-        for stream, windows in zip(
-            streams, count_domain_windows(streams, self.seq_len, self.max_eval_windows), strict=True
-        ):
-            covered = stream[: windows * self.seq_len]
+        for array, windows in zip(tokens, counts, strict=True):
+            covered = array[: windows * self.seq_len]
             sampled = covered[:: max(1, len(covered) // SAMPLED_TOKENS)]
             digest.update(f"{len(covered)} {sampled.tolist()}".encode())
         return digest.hexdigest()[:16]
 
     @cached_property
     def _validation_windows(self) -> int:
-        streams = self._opened().evaluation_tokens("validation") or []
-        return sum(count_domain_windows(streams, self.seq_len, self.max_eval_windows))
+        tokens = self._opened().evaluation_tokens("validation") or []
+        return sum(count_domain_windows(tokens, self.seq_len, self.max_eval_windows))
 
     def _validated_windows(self) -> int:
         """Return the windows that a validation takes, over all ranks; `trainer.limit_val_batches` may leave some out."""
@@ -340,9 +339,3 @@ class PileDataModule(TextFacts, TrainingData):
             pin_memory=self.trainer is not None and is_accelerator(self.trainer.strategy.root_device),
             **batching,
         )
-
-
-def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Collate samples into a batch."""
-    batch: dict[str, Any] = default_collate(samples)
-    return batch | {"padded": not bool(batch["token_mask"].all())}

@@ -1,15 +1,15 @@
-"""Sample indices of a rank.
+"""Samples of a rank: which ones, their document masks, and the processes that load them."""
 
-Both samplers derive from `DistributedSampler`, so that Lightning does not wrap them in one.
-"""
-
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
-from nlgmoe.data.sources import Sample, TokenSource
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.validation import RunError
 
 
@@ -132,3 +132,57 @@ class EvaluationSampler(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: evaluation has one order."""
+
+
+def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool) -> Sample:
+    """Add where documents begin, for attention, for the loss, for both or for neither.
+
+    An end-of-document token that is read opens a document: its target is that document's first token.
+
+        tokens      c  EOD  a  b  EOD  a      (a window that begins inside a document)
+        targets    EOD  a   b EOD  a   b
+        document    0   1   1  1   2   2
+        loss_mask   1   0   1  1   0   1
+
+    Args:
+        sample: not changed.
+        eod_id: id of the end-of-document token.
+        attention: add `document`, the number of the document that each position belongs to.
+        mask_loss: add `loss_mask`, which leaves out padding and the first token of every document, which
+            cannot be predicted from the tokens before it.
+    """
+    borders = sample["tokens"] == eod_id
+    marked = sample.copy()
+    if attention:
+        marked["document"] = borders.cumsum(0)
+    if mask_loss:
+        marked["loss_mask"] = sample["token_mask"] & ~borders
+    return marked
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Collate samples into a batch."""
+    batch: dict[str, Any] = default_collate(samples)
+    return batch | {"padded": not bool(batch["token_mask"].all())}
+
+
+def ignore_worker_signals(worker: int) -> None:
+    """Leave signals to the training process, which saves before it ends (`run/keeper.py`).
+
+    Ctrl+C, SIGUSR1 and SIGUSR2 are ignored, and SIGTERM unless it comes from the process that started this one.
+
+    Terminals, Slurm and DeepSpeed's launcher send a signal to every process there is, and training cannot reach its next
+    step without its batches. For `DataLoader(worker_init_fn=...)`.
+    """
+    signal.set_wakeup_fd(-1)  # it is the training process's, for that process's own signals
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # Blocked, and read one by one by a thread: a handler does not get the sender of a signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "model.config=3 ({folder}/bad.yaml, line 1): it is a section with settings such as model.config.",
     ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
-    "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size; give it as"),
+    "required setting missing": (lambda _: ["fit"], "missing setting model.config.seq_len; give it as"),
     "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
     "linked setting in a file": (
         file("data: {seq_len: 8}"),
