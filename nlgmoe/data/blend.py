@@ -70,22 +70,13 @@ class Blend:
         self.parts = list(parts)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Prepare every part.
-
-        Raises:
-            ValueError: a part cannot be prepared.
-        """
+        """Prepare every part."""
         for part in self.parts:
             with _naming(part.name):
                 part.corpus.prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Open every part.
-
-        Raises:
-            ValueError: a part cannot be opened, its tokens are another tokenizer's than the first part's, or two domains would
-                have one name.
-        """
+        """Open every part; all have one tokenizer, and no two domains one name."""
         opened = []
         for part in self.parts:
             with _naming(part.name):
@@ -100,12 +91,7 @@ class _Part(NamedTuple):
 
 
 class OpenBlend:
-    """A blend that can be read.
-
-    Args:
-        parts: weights and names.
-        opened: the parts' corpora.
-    """
+    """A blend that can be read."""
 
     def __init__(self, parts: Sequence[BlendPart], opened: Sequence[OpenCorpus]) -> None:
         names, self.weights = [part.name for part in parts], integer_weights([part.weight for part in parts])

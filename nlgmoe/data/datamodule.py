@@ -27,13 +27,13 @@ from nlgmoe.data.sampling import (
 )
 from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
-from nlgmoe.data.training_data import TrainingData
+from nlgmoe.data.training_data import TrainingData, differing
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
 from nlgmoe.validation import SettingError, require
 
-EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change the tokens that `val/loss` covers
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
+WINDOWS = "validated sequences, by data.max_eval_windows and trainer.limit_val_batches"
 
 
 class PileDataModule(TextFacts, TrainingData):
@@ -215,15 +215,11 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also the validated text and the masks.
+        """Return also what validation covers.
 
         With a `CursorSource` also the `cursors` of all streams; then this is a collective.
         """
-        state = super().state_dict() | {
-            "validation": self._validation_fingerprint,
-            "validated_windows": self._validated_windows(),
-            **{name: getattr(self, name) for name in EVALUATION_MASKS},
-        }
+        state = super().state_dict() | {"evaluation": self._evaluation_fingerprint()}
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
 
@@ -234,23 +230,14 @@ class PileDataModule(TextFacts, TrainingData):
             SettingError: the run had other data. Evaluation compares only the tokenizer.
         """
         super().load_state_dict(state_dict)
-        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        before, now = state_dict.get("validated_windows"), self._validated_windows() if fits else None
-        masks = {name: (state_dict.get(name, getattr(self, name)), getattr(self, name)) for name in EVALUATION_MASKS}
-        masked = [f"data.{name} was {old}, and is {new}" for name, (old, new) in masks.items() if old != new]
-        change = " and ".join(masked) or None
-        if state_dict.get("validation") not in (None, self._validation_fingerprint):
-            change = "the validation text, or data.max_eval_windows, is not that of the checkpoint's run"
-        elif before and now and before != now:
-            change = (
-                f"a validation takes {now} windows, and took {before} in the checkpoint's run: trainer.limit_val_batches counts "
-                "batches of each rank; data.max_eval_windows is the same on any number of ranks"
-            )
-        if fits and change is not None:
-            rank_zero_warn(
-                f"{change}: val/loss and the best scores of ModelCheckpoint and EarlyStopping before and after are not "
-                "comparable"
-            )
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            saved, current = state_dict.get("evaluation", {}), self._evaluation_fingerprint()
+            validates = saved.get(WINDOWS) and current[WINDOWS]
+            if validates and (changes := differing(saved, current)):
+                rank_zero_warn(
+                    f"validation is not that of the checkpoint's run; these differ: {', '.join(changes)}. val/loss and the best "
+                    "scores of callbacks before and after are not comparable"
+                )
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -262,6 +249,19 @@ class PileDataModule(TextFacts, TrainingData):
             "seq_len": self.seq_len,
             "seed": self.seed,
             "order": ORDER,
+        }
+
+    def _evaluation_fingerprint(self) -> dict[str, str | int]:
+        """Return what determines the tokens that `val/loss` covers; `trainer.limit_val_batches` counts batches of each rank."""
+        windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
+        limit = getattr(self.trainer, "limit_val_batches", 1.0)
+        windows = self._validation_windows
+        batches = int(-(-windows // windows_per_batch) * limit) if isinstance(limit, float) else limit
+        return {
+            "validation text": self._validation_fingerprint,
+            WINDOWS: min(windows, batches * windows_per_batch),
+            "data.document_attention": self.document_attention,
+            "data.mask_eod_loss": self.mask_eod_loss,
         }
 
     @cached_property
@@ -280,13 +280,6 @@ class PileDataModule(TextFacts, TrainingData):
     def _validation_windows(self) -> int:
         tokens = self._opened().evaluation_tokens("validation") or []
         return sum(count_domain_windows(tokens, self.seq_len, self.max_eval_windows))
-
-    def _validated_windows(self) -> int:
-        """Return the windows that a validation takes, over all ranks; `trainer.limit_val_batches` may leave some out."""
-        windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
-        limit = getattr(self.trainer, "limit_val_batches", 1.0)
-        batches = int(-(-self._validation_windows // windows_per_batch) * limit) if isinstance(limit, float) else limit
-        return min(self._validation_windows, batches * windows_per_batch)
 
     # ---- internals
 

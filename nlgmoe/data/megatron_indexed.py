@@ -46,11 +46,7 @@ class MegatronIndexed:
         self.split = tuple(split)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer where it is missing. The files must be there.
-
-        Raises:
-            ValueError: a file is missing, or the tokenizer is unknown or not usable.
-        """
+        """Fetch the tokenizer where it is missing. The files must be there."""
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             if not Path(path).exists():
                 raise SettingError(
@@ -61,12 +57,7 @@ class MegatronIndexed:
             load_tokenizer(tokenizer, data_dir)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the files, cut them into splits, and check samples of them against the tokenizer.
-
-        Raises:
-            ValueError: a file is missing or damaged, a split has no document, or the sampled tokens are not this
-                tokenizer's.
-        """
+        """Map the files, cut them into splits, and check samples of them against the tokenizer."""
         dataset = IndexedDataset(self.prefix)
         bounds = split_documents(len(dataset.document_indices) - 1, self.split)
         ends = [dataset.first_token(document) for document in bounds]

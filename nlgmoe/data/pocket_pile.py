@@ -61,11 +61,7 @@ class PocketPile:
         prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the tokens of a tokenizer.
-
-        Raises:
-            ValueError: there is no corpus, it is not tokenised with this tokenizer, or it has no such domain.
-        """
+        """Map the tokens of a tokenizer."""
         manifest = read_manifest(data_dir)
         if manifest is None:
             raise RunError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")

@@ -1,4 +1,7 @@
-"""Samples of a rank: which ones, their document masks, and the processes that load them."""
+"""Samples of a rank: which ones, their document masks, and the processes that load them.
+
+Both samplers derive from `DistributedSampler`, so that no Trainer wraps them in one, whatever its `use_distributed_sampler` is.
+"""
 
 import os
 import signal
@@ -16,13 +19,8 @@ from nlgmoe.validation import RunError
 class SourceDataset(Dataset[Sample]):
     """A map-style dataset over a source. It has no length: the sampler determines the number of samples.
 
-    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory.
-
-    Args:
-        source: of the samples.
-        vocab_size: ids must be below it.
-        domains: names, for messages.
-        mark: adds derived entries to a sample.
+    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory. `mark` adds
+    derived entries to a sample.
     """
 
     def __init__(
@@ -47,12 +45,7 @@ class SourceDataset(Dataset[Sample]):
 
 
 class MicroBatches(Dataset[Any]):
-    """Micro-batches by the indices of their samples, which they have as `samples`.
-
-    Args:
-        samples: single samples.
-        collate: makes a batch of several.
-    """
+    """Micro-batches by the indices of their samples, which they have as `samples`."""
 
     def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Any]) -> None:
         self._samples = samples
@@ -104,18 +97,9 @@ class TrainingSampler(DistributedSampler):
     def __len__(self) -> int:
         raise TypeError("endless")  # what `len` of something without a length raises
 
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the order depends on the sample index alone."""
-
 
 class EvaluationSampler(DistributedSampler):
-    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many.
-
-    Args:
-        length: of the source, in samples.
-        rank: of this process, 0 <= rank < world_size.
-        world_size: number of data-parallel processes.
-    """
+    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many."""
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
         self._length = length
@@ -129,9 +113,6 @@ class EvaluationSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return -(-self._length // self.num_replicas)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: evaluation has one order."""
 
 
 def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool) -> Sample:

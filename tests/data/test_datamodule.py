@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile, TokenArrays
+from nlgmoe.data.datamodule import WINDOWS
 from nlgmoe.data.pocket.build import read_texts, text_path, write_corpus
 from nlgmoe.validation import SettingError
 from tests.data.conftest import make_documents, tokens_of
@@ -158,15 +159,19 @@ def test_other_validation_text_is_warned_of_when_a_run_goes_on(
         warnings.simplefilter("error")
         resume(max_eval_windows=2)
         resume(TrainerFn.VALIDATING, max_eval_windows=3)
-    with pytest.warns(UserWarning, match="the validation text, or data.max_eval_windows, is not that"):
+    with pytest.warns(
+        UserWarning, match=r"these differ: validation text \(.* validated sequences, by data.max_eval_windows"
+    ):
         resume(max_eval_windows=3)
-    with pytest.warns(UserWarning, match="^data.mask_eod_loss was False, and is True: val/loss and the best scores"):
+    with pytest.warns(
+        UserWarning, match=r"these differ: data.mask_eod_loss \(False there, True here\)\. val/loss and the best"
+    ):
         resume(max_eval_windows=2, mask_eod_loss=True)
     tokens = TokenArrays.evaluation_tokens
     monkeypatch.setattr(
         TokenArrays, "evaluation_tokens", lambda self, split: [t[::-1] for t in tokens(self, split) or []]
     )
-    with pytest.warns(UserWarning, match="the validation text"):
+    with pytest.warns(UserWarning, match=r"these differ: validation text \(\w+ there, \w+ here\)\. val"):
         resume(max_eval_windows=2)
 
 
@@ -181,17 +186,16 @@ def test_another_part_of_the_validation_text_is_warned_of_when_a_run_goes_on(mak
     whole = data(1, 1.0)
     alone = make_data(micro_batch_size=2, max_eval_windows=4)
     windows, state = sum(len(batch["tokens"]) for batch in alone.val_dataloader()), data(1, 2).state_dict()
-    assert (whole.state_dict()["validated_windows"], state["validated_windows"]) == (windows, 4)
-    assert data(2, 0.5).state_dict()["validated_windows"] == int(-(-windows // 4) * 0.5) * 4
+    assert (whole.state_dict()["evaluation"][WINDOWS], state["evaluation"][WINDOWS]) == (windows, 4)
+    assert data(2, 0.5).state_dict()["evaluation"][WINDOWS] == int(-(-windows // 4) * 0.5) * 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data(2, 1).load_state_dict(state)
         data(1, 0).load_state_dict(state)  # validates nothing
         data(1, 1, eval_micro_batch_size=4).load_state_dict(state)
         data(2, 1.0).load_state_dict(whole.state_dict())
-        data(2, 2).load_state_dict({name: value for name, value in state.items() if name != "validated_windows"})
     with pytest.warns(
-        UserWarning, match="a validation takes 8 windows, and took 4 in the checkpoint's run: trainer.limit"
+        UserWarning, match=r"these differ: validated sequences, by .*trainer.limit_val_batches \(4 there, 8 here\)"
     ):
         data(2, 2).load_state_dict(state)
 

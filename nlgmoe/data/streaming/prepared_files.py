@@ -32,26 +32,14 @@ CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 
 @dataclass(frozen=True)
 class EvalCache:
-    """Contents of the cache.
-
-    Args:
-        files: split -> files of the corpus.
-        tokens: split -> tokens of each domain, [N_d] each; of "train" a sample.
-    """
+    """Contents of the cache, by split."""
 
     files: Mapping[str, Sequence[DataFile]]
-    tokens: Mapping[str, Sequence[np.ndarray]]
+    tokens: Mapping[str, Sequence[np.ndarray]]  # of each domain, [N_d]; of "train" a sample
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
-    """Write the first documents of each evaluated split and domain, and of the training files, unless it is done.
-
-    Args:
-        folder: of the cache.
-        files: of the corpus, by split.
-        config: of the streams.
-        limit: evaluated tokens of a domain.
-    """
+    """Write about `limit` tokens of each evaluated split and domain, and of the training files some, unless it is done."""
     if read_files(folder) == files:
         return
     folder.mkdir(parents=True, exist_ok=True)

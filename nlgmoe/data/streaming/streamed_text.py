@@ -90,12 +90,7 @@ class StreamedText:
         self.evaluation_tokens = evaluation_tokens
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer, find the files, and cache the tokens to evaluate on.
-
-        Raises:
-            ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or a document
-                cannot be used.
-        """
+        """Fetch the tokenizer, find the files, and cache the tokens to evaluate on."""
         with build_lock(data_dir):
             loaded = load_tokenizer(tokenizer, data_dir)
             files = find_files(self.path, self.data_files, self.revision)
@@ -111,11 +106,7 @@ class StreamedText:
                 )
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the cached tokens; the training files are opened when they are read.
-
-        Raises:
-            ValueError: `prepare` has not run for this corpus and tokenizer.
-        """
+        """Map the cached tokens; the training files are opened when they are read."""
         loaded = load_tokenizer(tokenizer, data_dir)
         cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
         if cache is None:
@@ -156,13 +147,7 @@ class StreamedText:
 
 
 class OpenStreamedText:
-    """A streamed corpus that can be read, see `OpenCorpus`.
-
-    Args:
-        config: of the streams.
-        cache: tokens for statistics and evaluation.
-        fingerprint: of the training files and of the settings by which they are read.
-    """
+    """A streamed corpus that can be read, see `OpenCorpus`."""
 
     def __init__(self, config: StreamConfig, cache: EvalCache, fingerprint: Fingerprint) -> None:
         self.tokenizer = config.tokenizer

@@ -112,14 +112,7 @@ class StreamConfig:
 
 
 class Stream:
-    """The windows of one stream.
-
-    Args:
-        config: of all streams.
-        stream: its number.
-        seq_len: T, in tokens.
-        seed: of the order.
-    """
+    """The windows of `seq_len` tokens of stream number `stream`, in an order that `seed` decides."""
 
     def __init__(self, config: StreamConfig, stream: int, seq_len: int, seed: int) -> None:
         self._config = config
@@ -218,11 +211,6 @@ class StreamedSource:
 
     A process opens the streams of the samples that it reads, and reads each forwards; an earlier sample is read from the
     stream's cursor again.
-
-    Args:
-        config: of the streams.
-        seq_len: T, in tokens.
-        seed: of the order.
     """
 
     def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
