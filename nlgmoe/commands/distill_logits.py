@@ -108,9 +108,7 @@ def distill_logits(
         f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / module.config.seq_len:,.1f} bytes a token"
     )
     if done.positions:
-        tail = done.tail_mass / done.positions
-        advice = "; raise --top-k" if tail > LARGE_TAIL else ""
-        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}")
+        print(f"tail       {_describe_tail(done.tail_mass / done.positions, top_k)}")
     print(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
@@ -118,6 +116,11 @@ def distill_logits(
         f"           --model.distiller.init_args.teacher={quote(str(checkpoint))} "
         f"--model.distiller.init_args.temperature={temperature}"
     )
+
+
+def _describe_tail(tail: float, top_k: int) -> str:
+    advice = "; raise --top-k" if tail > LARGE_TAIL else ""
+    return f"{tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}"
 
 
 def _recipe(

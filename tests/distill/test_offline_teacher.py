@@ -15,6 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.commands.distill_logits import _describe_tail
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
@@ -359,3 +360,8 @@ def test_bytes_of_a_token() -> None:
     small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
     assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2) + 8
     assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2) + 8
+
+
+@pytest.mark.parametrize(("tail", "advises"), [(0.09, False), (0.11, True)])
+def test_a_large_tail_is_advised_against(tail: float, advises: bool) -> None:
+    assert ("raise --top-k" in _describe_tail(tail, 64)) == advises
