@@ -154,9 +154,10 @@ def _tokenise_input(
 
 def _texts(files: list[str], fields: Fields, skips: bool) -> Iterator[str]:
     """Yield the texts that a tokenizer is trained on."""
-    from nlgmoe.data.documents import describe_file, read_documents
+    from nlgmoe.data.build_indexed import local_bytes
+    from nlgmoe.data.documents import read_documents
 
-    size = sum(describe_file(file).bytes for file in files)
+    size = local_bytes(files, 0)
     ignore = (lambda line: None) if skips else None  # the build names them
     records = (record for file in files for record in read_documents(file, fields, skip=ignore))
     for record in islice(records, 0, None, size // TRAINING_BYTES + 1):

@@ -93,7 +93,7 @@ def build_indexed(
         with FileLock(folder / ".lock", timeout=0):
             check_new(prefix)
             done, sizes = _read_progress(folder, settings)
-            share = HELD_OUT if sum(describe_file(file).bytes for file in files) >= SMALL_BYTES else HELD_OUT_OF_SMALL
+            share = HELD_OUT if local_bytes(files, SMALL_BYTES) >= SMALL_BYTES else HELD_OUT_OF_SMALL
             chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, share, workers, done)
             report(done)
             return _write(chunks, prefix, token_dtype(tokenizer.vocab_size), sizes, settings, report)
@@ -143,6 +143,11 @@ def _write(
                 "input has no document that can be used; give other files, or the text_field that theirs have"
             )
     return done
+
+
+def local_bytes(files: Sequence[str], remote: int) -> int:
+    """Return the bytes of all files, `remote` for each that is not local: some servers do not tell."""
+    return sum(os.path.getsize(file) if os.path.exists(file) else remote for file in files)
 
 
 def building(prefix: Path) -> Path:
