@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from nlgmoe.data.pocket.build import prepare
+from nlgmoe.data.pocket_pile import prepare
 from tests.faults.harness import ON_TWO_RANKS, ROOT, SETTINGS, Launched, Run, differences
 from tests.faults.results import Results, commit
 
