@@ -45,7 +45,7 @@ class TwoFactors(Router):
 
 @dataclass(frozen=True)
 class OwnCapacityConfig(RouterConfig):
-    """A linear gate with a bias and a learned temperature; an expert keeps its likeliest tokens, `room` times its fair share of them.
+    """A linear gate with bias and learned temperature; an expert keeps its likeliest tokens, `room` times its fair share.
 
     Attributes:
         room: slots of an expert in training, over k * tokens / experts.
@@ -89,7 +89,9 @@ class OwnCapacity(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)) / self.temperature.to(dtype)  # [N, E]
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)) / self.temperature.to(
+                dtype
+            )  # [N, E]
             probs = logits.softmax(dim=-1)
         weight, expert = probs.topk(self.moe.top_k, dim=-1)  # [N, k]
         mask = None if context.mask is None else context.mask.flatten()
