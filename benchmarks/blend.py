@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from benchmarks.timing import ROOT
-from nlgmoe.data.interleaving import Interleaving, integer_weights
+from nlgmoe.data.blend import Interleaving, integer_weights
 
 SAMPLES = 60_000
 

@@ -50,14 +50,10 @@ from nlgmoe.data import (
     TokenSource,
     load_tokenizer,
 )
+from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields, Shard, read_documents
 from nlgmoe.data.indexed import token_dtype
-from nlgmoe.data.pocket.build import open_corpus
-from nlgmoe.data.pocket_pile import read_texts, text_path
-from nlgmoe.data.streaming.logical_stream import StreamConfig
-from nlgmoe.data.streaming.streamed_source import StreamedSource
-from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields, Shard
+from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
+from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
 from nlgmoe.experiment import load_config
 
 DATA_DIR = Path("data/pocket_pile")
@@ -95,7 +91,7 @@ def write(folder: Path, name: str, records: list[dict[str, Any]], times: int = 1
 
 def stream(files: list[str], tokenizer: Tokenizer, ids: bool) -> StreamedSource:
     fields = Fields(ids="input_ids" if ids else None, vocab_size=tokenizer.vocab_size)
-    return StreamedSource(StreamConfig(files, fields, ["text"], tokenizer, STREAMS, BUFFER, "error"), SEQ_LEN, seed=1)
+    return StreamedSource(StreamConfig(files, fields, ["text"], tokenizer, STREAMS, BUFFER), SEQ_LEN, seed=1)
 
 
 def reader(source: TokenSource) -> Callable[[], None]:
@@ -186,7 +182,7 @@ def passing_over(folder: Path, texts: list[str], rounds: int) -> float:
 
     def read() -> None:
         for path in files:
-            list(read_documents(path, Fields(), BadData(), Shard(10**6, 10**6 + 1)))
+            list(read_documents(path, Fields(), Shard(10**6, 10**6 + 1)))
 
     return sum(len(text.encode()) for text in texts) / 1e6 / interleaved({"read": read}, rounds)["read"]
 

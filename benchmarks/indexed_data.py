@@ -31,14 +31,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import ROOT, settings
-from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.indexed_writer import IndexedWriter
+from nlgmoe.data.build_indexed import build_indexed
+from nlgmoe.data.documents import Fields
+from nlgmoe.data.indexed import IndexedDataset, IndexedWriter
 from nlgmoe.data.permutation import Permutation
-from nlgmoe.data.pocket_pile import read_texts
-from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.records import Fields
+from nlgmoe.data.pocket.build import read_texts
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
-from nlgmoe.tools.megatron.build_indexed import build_indexed
 
 DATA = ROOT / "data" / "pocket_pile"
 SAMPLES = 2_000
@@ -120,7 +118,7 @@ def making(tokenizer: Tokenizer, files: list[str], workers: list[int], rounds: i
     def build(count: int) -> int:
         shutil.rmtree(folder / "made", ignore_errors=True)
         prefix = folder / "made" / "pile"
-        return build_indexed(files, prefix, tokenizer, Fields(), BadData(), count, lambda done: None).tokens
+        return build_indexed(files, prefix, tokenizer, Fields(), count, lambda done: None).tokens
 
     candidates: dict[str, Callable[[], int]] = {
         "tokenizer alone, one thread": lambda: alone(False),

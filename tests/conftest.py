@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from torch import distributed
 
-from nlgmoe.data.pocket.build import prepare
+from nlgmoe.data.pocket_pile import prepare
 
 # A shell that starts the suite in the background lets it ignore Ctrl+C, and so the processes that tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

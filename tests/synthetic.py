@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.batch import truncate
 from nlgmoe.data import TrainingData
-from nlgmoe.data.datamodule import collate
+from nlgmoe.data.sampling import collate
 from nlgmoe.seeding import derive_seed
 
 

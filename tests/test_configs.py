@@ -17,7 +17,7 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import Blend, StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.pocket.tokenizers import VOCABULARIES
-from nlgmoe.data.streaming.streamed_source import reads_per_stream
+from nlgmoe.data.streaming.streams import reads_per_stream
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
 from nlgmoe.monitoring.hardware import RESERVED, hardware
@@ -98,7 +98,8 @@ def test_a_pocket_tokenizer_has_as_many_tokens_as_its_model() -> None:
     pairs = {
         (one["data"]["tokenizer"], one["model"]["config"]["vocab_size"])
         for one in files
-        if "pocket" in str(one.get("data", {}).get("tokenizer")) and "config" in one.get("model", {})
+        if "pocket" in str(one.get("data", {}).get("tokenizer"))
+        and "vocab_size" in one.get("model", {}).get("config", {})
     }
     assert len(pairs) >= 2 and pairs <= set(VOCABULARIES.items())
 

@@ -38,7 +38,7 @@ from nlgmoe.checkpoint.folder import TensorFiles, read_document
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.cli.train import main
 from nlgmoe.commands.main import main as nlgmoe
-from nlgmoe.data import Streams, load_tokenizer
+from nlgmoe.data import TokenArrays, load_tokenizer
 from nlgmoe.layers import contract
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import count_parameters, parameters_of
@@ -302,11 +302,11 @@ def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(
         main([*command, "--model.train_tokens=256", "--ckpt_path=last"])
         assert "lines" in json.loads((tmp_path / name / "summary.json").read_text())["bits_per_byte"]
     (nothing := tmp_path / "nothing.txt").write_text("")
-    with pytest.raises(ValueError, match=r"Streams.tokens has no token of validation; give some text for it"):
+    with pytest.raises(ValueError, match=r"TokenArrays.tokens has no token of validation; give some text for it"):
         LineCorpus(str(train), str(nothing)).open(pocket_pile, "pocket-1k")
     ids = np.arange(9)
     for arrays, message in (
-        ({"train": [ids]}, "Streams.tokens has ['train']; give train and validation"),
+        ({"train": [ids]}, "TokenArrays.tokens has ['train']; give train and validation"),
         (
             {"train": [ids, ids], "validation": [ids]},
             "has 2 arrays of train for the domains ['lines']; give one for each",
@@ -315,9 +315,9 @@ def test_a_corpus_of_text_lines_is_trained_on_resumed_and_blended(
         ({"train": [ids * 1.0], "validation": [ids]}, "has no array of token ids in train"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            Streams(tokenizer, ["lines"], arrays, "")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"Streams.tokenizer is 'gpt2'; give what load_tokenizer returns"):
-        Streams("gpt2", ["lines"], {}, "")  # type: ignore[arg-type]
+            TokenArrays(tokenizer, ["lines"], arrays, {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"TokenArrays.tokenizer is 'gpt2'; give what load_tokenizer returns"):
+        TokenArrays("gpt2", ["lines"], {}, {})  # type: ignore[arg-type]
     train.write_text("another text\n" * 99)
     with pytest.raises(SystemExit):
         main([*command, "--model.train_tokens=512", "--ckpt_path=last"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nlgmoe import MoEGPTModule
 from nlgmoe.callbacks import SaveCheckpoints
-from nlgmoe.data.datamodule import collate
+from nlgmoe.data.sampling import collate
 from tests.synthetic import _Samples
 from tests.test_module import CONFIG, trainer
 

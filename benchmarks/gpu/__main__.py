@@ -111,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_text(folder: Path) -> None:
     """Make the pocket Pile before the clock starts, if it is not there; without it the step `training` fails, others go on."""
-    from nlgmoe.data.pocket.build import prepare
+    from nlgmoe.data.pocket_pile import prepare
 
     try:
         prepare(folder, "pocket-4k")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data import OpenCorpus, Streams, Tokenizer, load_tokenizer
+from nlgmoe.data import OpenCorpus, TokenArrays, Tokenizer, load_tokenizer
 
 
 class LineCorpus:
@@ -27,10 +27,8 @@ class LineCorpus:
         """Tokenise both files; every process."""
         loaded = load_tokenizer(tokenizer, data_dir)
         tokens = {split: [_tokenise(file, loaded)] for split, file in self.files.items()}
-        fingerprint = hashlib.sha256(
-            self.files["train"].read_bytes()
-        ).hexdigest()  # a checkpoint resumes on this text alone
-        return Streams(loaded, ["lines"], tokens, fingerprint)  # one domain
+        text = hashlib.sha256(self.files["train"].read_bytes()).hexdigest()  # a checkpoint resumes on this text alone
+        return TokenArrays(loaded, ["lines"], tokens, {"lines": text})  # one domain
 
 
 def _tokenise(file: Path, tokenizer: Tokenizer) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from nlgmoe.data.text.documents import COMPRESSIONS, JSON_LINES, PLAIN_TEXT, has_records, is_plain_text
+from nlgmoe.data.documents import COMPRESSIONS, JSON_LINES, PLAIN_TEXT, has_records, is_plain_text
 from nlgmoe.validation import SettingError
 
 ENDINGS = ", ".join([*JSON_LINES, *PLAIN_TEXT, *(f"{JSON_LINES[0]}{ending}" for ending in COMPRESSIONS), ".parquet"])

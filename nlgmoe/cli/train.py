@@ -29,6 +29,7 @@ from nlgmoe.cli.errors import one_line_errors
 from nlgmoe.cli.memory import configure_allocator
 from nlgmoe.cli.parser import OneLineParser, find_class
 from nlgmoe.data import PileDataModule
+from nlgmoe.data.tokenizer import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
@@ -83,8 +84,9 @@ class TrainCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set `data.seq_len` to `model.config.seq_len`."""
+        """Set `data.seq_len` to `model.config.seq_len`; the vocabulary's size is that of `data.tokenizer` unless it is set."""
         parser.link_arguments("model.config.seq_len", "data.seq_len")
+        parser.set_defaults({"model.config.vocab_size": 0})  # replaced in `parse_arguments`
         # Lightning's type tries text first; a class that is named again would then lose the arguments that a file gives it.
         (strategy,) = (action for action in parser._actions if action.dest == "trainer.strategy")
         strategy._typehint = Strategy | str  # type: ignore[attr-defined]
@@ -105,6 +107,10 @@ class TrainCLI(LightningCLI):
         """Parse, then check what can be checked before any object is made."""
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
+        if config["model"]["config"]["vocab_size"] == 0:
+            config["model"]["config"]["vocab_size"] = vocab_size_of(
+                config["data"]["tokenizer"], Path(config["data"]["data_dir"])
+            )
         assert isinstance(parser, TrainParser)
         for setting in parser.given:  # jsonargparse refuses the flag, but replaces a file's value silently
             if setting.name == "data.seq_len" and setting.value != config["model"]["config"]["seq_len"]:

@@ -14,7 +14,10 @@ from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
+    from nlgmoe.distill.record_logits import Progress
     from nlgmoe.experiment import Experiment
+
+LARGE_TAIL = 0.1  # probability outside the recorded tokens, of which a student learns the sum alone
 
 
 def distill_logits(
@@ -42,22 +45,13 @@ def distill_logits(
         precision: precision of the teacher, fp32 or bf16; default: that of model.distiller, else fp32.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
     """
-    if output is None:
-        raise SettingError("missing setting output (folder to make); give it as --output=...")
-    if not Path(output).name:
-        raise SettingError(f"output={output} has no name of its own; name a folder that is not there yet")
-    if temperature is not None and not temperature > 0:
-        raise SettingError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
-    if top_k < 1 or (samples is not None and samples < 1):
-        name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
-        raise SettingError(f"{name}={value} must be at least 1")
+    output = _check_arguments(output, top_k, samples, temperature)
     import_allowed(allow_code)
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     import torch
 
     from nlgmoe.distill.mixture_of_students import MixtureOfStudents
     from nlgmoe.distill.record_logits import record_logits
-    from nlgmoe.distill.teacher_logits import record_type
     from nlgmoe.experiment import load_config, parse_config
 
     settings = parse_config(files)
@@ -94,27 +88,50 @@ def distill_logits(
         "temperature": temperature,
         "samples": samples,
     }
-    record_bytes = record_type(recipe).itemsize
     bar = tqdm(desc="recording", total=samples, unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10.0)
     with bar:
         done = record_logits(
             teacher_model, data, recipe, Path(output), lambda progress: bar.update(progress.samples - bar.n)
         )
-    print(f"teacher    {checkpoint}, step {document['global_step']:,}, {precision}")
-    print(f"samples    {samples:,} of {module.config.seq_len:,} tokens")
-    print(
-        f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / module.config.seq_len:,.1f} bytes a token"
-    )
+    _print_recorded(checkpoint, document, recipe, output, done)
+
+
+def _check_arguments(output: str | None, top_k: int, samples: int | None, temperature: float | None) -> str:
+    if output is None:
+        raise SettingError("missing setting output (folder to make); give it as --output=...")
+    if not Path(output).name:
+        raise SettingError(f"output={output} has no name of its own; name a folder that is not there yet")
+    if temperature is not None and not temperature > 0:
+        raise SettingError(f"temperature={temperature} must be above 0; 1.0 records the distributions as they are")
+    if top_k < 1 or (samples is not None and samples < 1):
+        name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
+        raise SettingError(f"{name}={value} must be at least 1")
+    return output
+
+
+def _print_recorded(
+    checkpoint: Path, document: dict[str, Any], recipe: dict[str, Any], output: str, done: Progress
+) -> None:
+    from nlgmoe.distill.teacher_logits import record_type
+
+    record_bytes, samples, seq_len = record_type(recipe).itemsize, recipe["samples"], recipe["seq_len"]
+    print(f"teacher    {checkpoint}, step {document['global_step']:,}, {recipe['precision']}")
+    print(f"samples    {samples:,} of {seq_len:,} tokens")
+    print(f"logits     {output}, {samples * record_bytes / 1e6:,.1f} MB, {record_bytes / seq_len:,.1f} bytes a token")
     if done.positions:
-        tail = done.tail_mass / done.positions
-        print(f"tail       {tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average")
+        print(f"tail       {_describe_tail(done.tail_mass / done.positions, recipe['top_k'])}")
     print(
         f"train with --model.distiller=nlgmoe.OfflineTeacher --model.distiller.init_args.logits={quote(str(output))} \\"
     )
     print(
         f"           --model.distiller.init_args.teacher={quote(str(checkpoint))} "
-        f"--model.distiller.init_args.temperature={temperature}"
+        f"--model.distiller.init_args.temperature={recipe['temperature']}"
     )
+
+
+def _describe_tail(tail: float, top_k: int) -> str:
+    advice = "; raise --top-k" if tail > LARGE_TAIL else ""
+    return f"{tail:.4f} of the probability is outside the {top_k} likeliest tokens, on average{advice}"
 
 
 def _recipe(
@@ -130,7 +147,6 @@ def _recipe(
             "tokens": document["tokens_seen"],
         },
         "data": data.fingerprint(),
-        "corpus": data.corpus_description,
         "document_attention": data.document_attention,
         "vocab_size": module.config.vocab_size,
         "seq_len": module.config.seq_len,

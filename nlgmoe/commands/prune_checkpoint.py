@@ -135,15 +135,14 @@ def _run_batches(run: str, windows: int, tokenizer: str | None) -> Any:
 def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]:
     import torch
 
-    from nlgmoe.data.text.bad_data import UnusableError
-    from nlgmoe.data.text.documents import decode_text
+    from nlgmoe.data.documents import UnusableError, decode_text
 
     if Path(text).is_char_device():  # some never end
         raise SettingError(f"text={text} is a device; give a file of text in UTF-8")
     try:
         ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
     except (OSError, UnusableError) as error:
-        reason = error.message if isinstance(error, UnusableError) else error.strerror
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(f"text={text} cannot be read ({reason}); give a file of text in UTF-8") from error
     length = loaded.model.config.seq_len
     count = min(windows, (len(ids) - 1) // length)

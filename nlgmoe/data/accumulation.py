@@ -1,6 +1,5 @@
 """The batch of an optimizer step: how it grows, and the micro-batches that make it up."""
 
-import math
 from dataclasses import dataclass
 
 from nlgmoe.validation import SettingError
@@ -51,36 +50,20 @@ def check_ramp_up(ramp_up: BatchRampUp, global_batch_size: int | None, micro_bat
     growth = global_batch_size - ramp_up.start
     if growth < 0:
         raise SettingError(f"start={ramp_up.start} is above global_batch_size={global_batch_size}; lower it")
-    if rest := growth % ramp_up.increment:
-        nearest = _either(ramp_up.start + rest - ramp_up.increment, ramp_up.start + rest)
+    if growth % ramp_up.increment:
         raise SettingError(
-            f"start={ramp_up.start} does not reach global_batch_size={global_batch_size} by increment={ramp_up.increment}: "
-            f"set start to {nearest}"
+            f"start={ramp_up.start} does not reach global_batch_size={global_batch_size} by increment={ramp_up.increment}; "
+            "change one of them"
         )
     if global_batch_size % micro_batch_size:
         return  # `micro_batches_per_step` reports that
     unit = global_batch_size // micro_batch_size
-    possible = {
-        "start": list(range(unit, global_batch_size + 1, unit)),
-        "increment": [size for size in range(unit, growth + 1, unit) if growth % size == 0],
-    }
-    for setting, sizes in possible.items():
-        value = getattr(ramp_up, setting)
-        if value % unit:
-            around = [*[size for size in sizes if size < value][-1:], *[size for size in sizes if size > value][:1]]
-            larger = global_batch_size // math.gcd(global_batch_size, ramp_up.start, ramp_up.increment)
+    for setting in ("start", "increment"):
+        if (value := getattr(ramp_up, setting)) % unit:
             raise SettingError(
                 f"{setting}={value} must be a multiple of the {unit} micro-batches that make up global_batch_size="
-                f"{global_batch_size} with micro_batch_size={micro_batch_size}: set it to {_either(*around)}, or "
-                f"micro_batch_size to {larger}"
-                if around
-                else f"{setting}={value} goes into no step of {unit} micro-batches: set micro_batch_size to {larger}"
+                f"{global_batch_size} with micro_batch_size={micro_batch_size}; change one of them"
             )
-
-
-def _either(*values: int) -> str:
-    """Return the positive ones of `values`, in words."""
-    return " or ".join(str(value) for value in values if value > 0)
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -95,15 +78,9 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
     count, rest = divmod(global_batch_size, per_round)
     if rest == 0:
         return count
-    remedies = [f"data.global_batch_size to {_either(count * per_round, (count + 1) * per_round)}"]
-    share, uneven = divmod(global_batch_size, world_size)
-    if not uneven:
-        divisors = [size for size in range(1, share + 1) if share % size == 0]
-        below = [size for size in divisors if size < micro_batch_size][-1:]
-        above = [size for size in divisors if size > micro_batch_size][:1]
-        remedies.append(f"data.micro_batch_size to {_either(*below, *above)}")
     ranks = "1 rank feeds" if world_size == 1 else f"{world_size} ranks feed"
+    nearest = " or ".join(str(value) for value in (count * per_round, (count + 1) * per_round) if value > 0)
     raise SettingError(
         f"data.global_batch_size {global_batch_size} is not a multiple of the {per_round} sequences that {ranks} at a "
-        f"time with data.micro_batch_size {micro_batch_size}: set {', or '.join(remedies)}."
+        f"time with data.micro_batch_size {micro_batch_size}: set data.global_batch_size to {nearest}, or another size"
     )

@@ -4,22 +4,27 @@
 """
 
 import errno
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from filelock import FileLock, Timeout
+from fsspec.core import url_to_fs
 
-from nlgmoe.data.description import Description
-from nlgmoe.data.sources import PackedSource, TokenSource
+from nlgmoe.data.samples import PackedSource, TokenSource
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.validation import SettingError, require
 
 WAITING_SECONDS = 3.0  # for another process that builds, before a message
+PIECES, PIECE_BYTES = 64, 1 << 15  # of a file, for its hash
+
+Fingerprint = dict[str, str | int]
+"""Name -> setting or hash of contents. Equal ones mean the same training tokens; an error names the entries that differ."""
 
 
 class OpenCorpus(Protocol):
@@ -36,13 +41,8 @@ class OpenCorpus(Protocol):
         ...
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of everything that determines the training tokens."""
-        ...
-
-    @property
-    def description(self) -> Description:
-        """Description of the training tokens' sources; messages about a changed fingerprint name what differs here."""
+    def fingerprint(self) -> Fingerprint:
+        """What determines the training tokens and their order."""
         ...
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
@@ -63,7 +63,7 @@ class OpenCorpus(Protocol):
 
 
 @dataclass(frozen=True)
-class Streams:
+class TokenArrays:
     """An open corpus whose tokens lie in arrays, memory-mapped or not.
 
     Args:
@@ -71,46 +71,39 @@ class Streams:
         domains: names; a batch's domain ids index them.
         tokens: split -> tokens of each domain, each [N_d], in the form of `packing.py`: every document closed by the
             end-of-document token. Has "train" and "validation"; has "test" where the corpus has one.
-        fingerprint: hash of everything that determines the training tokens.
-        facts: of each domain's training text beside its tokens, for `description`.
+        fingerprint: what determines the training tokens: name -> setting or hash, such as `{"lines.txt": sha256}`.
     """
 
     tokenizer: Tokenizer
     domains: list[str]
     tokens: Mapping[str, Sequence[np.ndarray]]
-    fingerprint: str
-    facts: Description = field(default_factory=dict)
+    fingerprint: Fingerprint
 
     def __post_init__(self) -> None:
         """Check the values, which a user's code may pass."""
         require(
             isinstance(self.tokenizer, Tokenizer),
-            f"Streams.tokenizer is {self.tokenizer!r}; give what load_tokenizer returns",
+            f"TokenArrays.tokenizer is {self.tokenizer!r}; give what load_tokenizer returns",
         )
         require(
             {"train", "validation"} <= self.tokens.keys(),
-            f"Streams.tokens has {[*self.tokens]}; give train and validation",
+            f"TokenArrays.tokens has {[*self.tokens]}; give train and validation",
         )
         for split, arrays in self.tokens.items():
             require(
                 len(arrays) == len(self.domains),
-                f"Streams.tokens has {len(arrays)} arrays of {split} for the domains {self.domains}; give one for each",
+                f"TokenArrays.tokens has {len(arrays)} arrays of {split} for the domains {self.domains}; give one for each",
             )
             integers = all(isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer) for array in arrays)
             require(
-                integers, f"Streams.tokens has no array of token ids in {split}; give numpy arrays of an integer type"
+                integers,
+                f"TokenArrays.tokens has no array of token ids in {split}; give numpy arrays of an integer type",
             )
         texts = {split: sum(map(len, arrays)) for split, arrays in self.tokens.items()}
         require(
             texts["validation"] > 0 or not texts["train"],
-            "Streams.tokens has no token of validation; give some text for it",
+            "TokenArrays.tokens has no token of validation; give some text for it",
         )
-
-    @property
-    def description(self) -> Description:
-        """Tokens and facts of each domain."""
-        sizes = zip(self.domains, self.tokens["train"], strict=True)
-        return {domain: {"tokens": len(tokens), **self.facts.get(domain, {})} for domain, tokens in sizes}
 
     def training_source(self, seq_len: int, seed: int) -> TokenSource:
         """Return the windows of all domains, in a new random order every epoch."""
@@ -168,3 +161,28 @@ def build_lock(data_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def hash_of(facts: object) -> str:
+    """Hash the representation of settings, 16 hexadecimal digits."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def hash_of_pieces(path: str | Path, pieces: int = PIECES) -> str:
+    """Hash the size of a file and evenly spaced pieces of it, the first and last bytes included; 16 hexadecimal digits.
+
+    A copy has the same hash. An edit between the pieces that keeps the size is not seen.
+
+    Args:
+        path: local, or an address that fsspec opens.
+        pieces: at least 2, of 32 KB each; a shorter file is hashed whole.
+    """
+    file_system, name = url_to_fs(str(path))
+    size = int(file_system.info(name)["size"])
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    length = min(PIECE_BYTES, size)
+    with file_system.open(name, "rb") as handle:
+        for start in np.unique(np.linspace(0, size - length, pieces, dtype=np.int64)).tolist():
+            handle.seek(start)
+            digest.update(handle.read(length))
+    return digest.hexdigest()[:16]

@@ -9,25 +9,31 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.corpus import Corpus, OpenCorpus
-from nlgmoe.data.document_masks import mark_documents
 from nlgmoe.data.permutation import ORDER
 from nlgmoe.data.pocket_pile import PocketPile
-from nlgmoe.data.sampling import EvaluationSampler, MicroBatches, SourceDataset, TrainingSampler
-from nlgmoe.data.sources import CursorSource, Sample, TokenSource, count_domain_windows
-from nlgmoe.data.streaming.cursors import Cursors
+from nlgmoe.data.samples import CursorSource, Sample, TokenSource, count_domain_windows
+from nlgmoe.data.sampling import (
+    EvaluationSampler,
+    MicroBatches,
+    SourceDataset,
+    TrainingSampler,
+    collate,
+    ignore_worker_signals,
+    mark_documents,
+)
+from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
-from nlgmoe.data.training_data import TrainingData
-from nlgmoe.data.worker_signals import ignore_worker_signals
+from nlgmoe.data.training_data import TrainingData, differing
 from nlgmoe.device import is_accelerator
 from nlgmoe.processes import check_processes
 from nlgmoe.validation import SettingError, require
 
-EVALUATION_MASKS = ("document_attention", "mask_eod_loss")  # they change the tokens that `val/loss` covers
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
+WINDOWS = "validated sequences, by data.max_eval_windows and trainer.limit_val_batches"
 
 
 class PileDataModule(TextFacts, TrainingData):
@@ -139,7 +145,7 @@ class PileDataModule(TextFacts, TrainingData):
             name = f"{type(self.corpus).__name__}.open"
             require(
                 self._open_corpus is not None,
-                f"{name} returned None; return an open corpus, such as nlgmoe.data.Streams",
+                f"{name} returned None; return an open corpus, such as nlgmoe.data.TokenArrays",
             )
 
     # ---- batches
@@ -201,12 +207,6 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.take(batch)
         return batch
 
-    def teardown(self, stage: str) -> None:
-        """Warn of skipped data after a fit, of all ranks."""
-        source = self._cursor_source if stage == "fit" else None
-        if source is not None and (summary := source.skipped_summary(self._cursors.gather())):
-            rank_zero_warn(summary)
-
     # ---- state
 
     def advance(self, samples: int) -> None:
@@ -215,15 +215,11 @@ class PileDataModule(TextFacts, TrainingData):
         self._cursors.commit(samples // self._rank_and_world_size()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also the validated text and the masks.
+        """Return also what validation covers.
 
         With a `CursorSource` also the `cursors` of all streams; then this is a collective.
         """
-        state = super().state_dict() | {
-            "validation": self._validation_fingerprint,
-            "validated_windows": self._validated_windows(),
-            **{name: getattr(self, name) for name in EVALUATION_MASKS},
-        }
+        state = super().state_dict() | {"evaluation": self._evaluation_fingerprint()}
         cursors = self._cursors.latest() if self._cursor_source is None else self._cursors.gather()
         return state | ({"cursors": cursors} if cursors else {})
 
@@ -234,60 +230,56 @@ class PileDataModule(TextFacts, TrainingData):
             SettingError: the run had other data. Evaluation compares only the tokenizer.
         """
         super().load_state_dict(state_dict)
-        fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        before, now = state_dict.get("validated_windows"), self._validated_windows() if fits else None
-        masks = {name: (state_dict.get(name, getattr(self, name)), getattr(self, name)) for name in EVALUATION_MASKS}
-        masked = [f"data.{name} was {old}, and is {new}" for name, (old, new) in masks.items() if old != new]
-        change = " and ".join(masked) or None
-        if state_dict.get("validation") not in (None, self._validation_fingerprint):
-            change = "the validation text, or data.max_eval_windows, is not that of the checkpoint's run"
-        elif before and now and before != now:
-            change = (
-                f"a validation takes {now} windows, and took {before} in the checkpoint's run: trainer.limit_val_batches counts "
-                "batches of each rank; data.max_eval_windows is the same on any number of ranks"
-            )
-        if fits and change is not None:
-            rank_zero_warn(
-                f"{change}: val/loss and the best scores of ModelCheckpoint and EarlyStopping before and after are not "
-                "comparable"
-            )
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            saved, current = state_dict.get("evaluation", {}), self._evaluation_fingerprint()
+            validates = saved.get(WINDOWS) and current[WINDOWS]
+            if validates and (changes := differing(saved, current)):
+                rank_zero_warn(
+                    f"validation is not that of the checkpoint's run; these differ: {', '.join(changes)}. val/loss and the best "
+                    "scores of callbacks before and after are not comparable"
+                )
         self._cursors.load(state_dict.get("cursors", []))
 
     def fingerprint(self) -> dict[str, str | int]:
         """Return what determines the training batches besides `samples_consumed`: option -> value or hash."""
         corpus = self._opened()
         return {
-            "corpus": corpus.fingerprint,
+            **{f"corpus.{name}": value for name, value in corpus.fingerprint.items()},
             "tokenizer": corpus.tokenizer.fingerprint[:16],
             "seq_len": self.seq_len,
             "seed": self.seed,
             "order": ORDER,
         }
 
+    def _evaluation_fingerprint(self) -> dict[str, str | int]:
+        """Return what determines the tokens that `val/loss` covers; `trainer.limit_val_batches` counts batches of each rank."""
+        windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
+        limit = getattr(self.trainer, "limit_val_batches", 1.0)
+        windows = self._validation_windows
+        batches = int(-(-windows // windows_per_batch) * limit) if isinstance(limit, float) else limit
+        return {
+            "validation text": self._validation_fingerprint,
+            WINDOWS: min(windows, batches * windows_per_batch),
+            "data.document_attention": self.document_attention,
+            "data.mask_eod_loss": self.mask_eod_loss,
+        }
+
     @cached_property
     def _validation_fingerprint(self) -> str:
         """Hash the lengths and evenly spaced tokens of the validation windows."""
-        streams = self._opened().evaluation_tokens("validation") or []
+        tokens = self._opened().evaluation_tokens("validation") or []
+        counts = count_domain_windows(tokens, self.seq_len, self.max_eval_windows)
         digest = hashlib.sha256()
-        for stream, windows in zip(
-            streams, count_domain_windows(streams, self.seq_len, self.max_eval_windows), strict=True
-        ):
-            covered = stream[: windows * self.seq_len]
+        for array, windows in zip(tokens, counts, strict=True):
+            covered = array[: windows * self.seq_len]
             sampled = covered[:: max(1, len(covered) // SAMPLED_TOKENS)]
             digest.update(f"{len(covered)} {sampled.tolist()}".encode())
         return digest.hexdigest()[:16]
 
     @cached_property
     def _validation_windows(self) -> int:
-        streams = self._opened().evaluation_tokens("validation") or []
-        return sum(count_domain_windows(streams, self.seq_len, self.max_eval_windows))
-
-    def _validated_windows(self) -> int:
-        """Return the windows that a validation takes, over all ranks; `trainer.limit_val_batches` may leave some out."""
-        windows_per_batch = self._rank_and_world_size()[1] * self.eval_micro_batch_size
-        limit = getattr(self.trainer, "limit_val_batches", 1.0)
-        batches = int(-(-self._validation_windows // windows_per_batch) * limit) if isinstance(limit, float) else limit
-        return min(self._validation_windows, batches * windows_per_batch)
+        tokens = self._opened().evaluation_tokens("validation") or []
+        return sum(count_domain_windows(tokens, self.seq_len, self.max_eval_windows))
 
     # ---- internals
 
@@ -340,9 +332,3 @@ class PileDataModule(TextFacts, TrainingData):
             pin_memory=self.trainer is not None and is_accelerator(self.trainer.strategy.root_device),
             **batching,
         )
-
-
-def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Collate samples into a batch."""
-    batch: dict[str, Any] = default_collate(samples)
-    return batch | {"padded": not bool(batch["token_mask"].all())}

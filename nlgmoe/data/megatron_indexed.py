@@ -5,15 +5,13 @@ The public-Pile runs of the tutorial read `pile_text_document.bin` and `.idx`, w
 index and samples of the tokens; `sampling.py` checks the ids of every window that is read.
 """
 
-import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from nlgmoe.data.corpus import OpenCorpus, Streams, build_lock
-from nlgmoe.data.description import Description
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock, hash_of_pieces
 from nlgmoe.data.indexed import IndexedDataset
 from nlgmoe.data.tokenizer import COMPARED_TOKENS, SAME_TOKENIZER, Tokenizer, load_tokenizer
 from nlgmoe.validation import RunError, SettingError, require
@@ -21,7 +19,6 @@ from nlgmoe.validation import RunError, SettingError, require
 # Evenly spaced over the corpus. Few, because each is a random read, slow on a network disk.
 SAMPLED_DOCUMENTS = 100  # for their ends and their tokenizer
 DEFAULT_SPLIT = (98, 2, 0)
-PIECES, PIECE_BYTES = 64, 1 << 15  # for the fingerprint
 
 
 class MegatronIndexed:
@@ -49,11 +46,7 @@ class MegatronIndexed:
         self.split = tuple(split)
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer where it is missing. The files must be there.
-
-        Raises:
-            ValueError: a file is missing, or the tokenizer is unknown or not usable.
-        """
+        """Fetch the tokenizer where it is missing. The files must be there."""
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             if not Path(path).exists():
                 raise SettingError(
@@ -64,12 +57,7 @@ class MegatronIndexed:
             load_tokenizer(tokenizer, data_dir)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the files, cut them into splits, and check samples of them against the tokenizer.
-
-        Raises:
-            ValueError: a file is missing or damaged, a split has no document, or the sampled tokens are not this
-                tokenizer's.
-        """
+        """Map the files, cut them into splits, and check samples of them against the tokenizer."""
         dataset = IndexedDataset(self.prefix)
         bounds = split_documents(len(dataset.document_indices) - 1, self.split)
         ends = [dataset.first_token(document) for document in bounds]
@@ -82,11 +70,8 @@ class MegatronIndexed:
             )
         loaded = load_tokenizer(tokenizer, data_dir)
         self._check(dataset, loaded)
-        fingerprint = self._fingerprint(bounds)
-        documents = zip(("documents", "validation documents", "test documents"), pairwise(bounds), strict=True)
-        facts: dict[str, str | int] = {name: end - first for name, (first, end) in documents}
-        described: Description = {self.prefix.name: {**facts, "text": fingerprint}}
-        return Streams(loaded, [self.prefix.name], tokens, fingerprint, described)
+        fingerprint: Fingerprint = {kind: hash_of_pieces(f"{self.prefix}.{kind}") for kind in ("idx", "bin")}
+        return TokenArrays(loaded, [self.prefix.name], tokens, fingerprint | {"training documents": bounds[1]})
 
     def _check(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
         documents = len(dataset.document_indices) - 1
@@ -117,31 +102,17 @@ class MegatronIndexed:
                 f"back when their text is tokenised with {tokenizer.name}: set data.tokenizer to the one they were made with."
             )
 
-    def _fingerprint(self, bounds: list[int]) -> str:
-        """Hash the split, the files' sizes and pieces of them; a copy of the files has the same fingerprint."""
-        digest = hashlib.sha256(repr(bounds).encode())
-        for kind in ("idx", "bin"):
-            path = Path(f"{self.prefix}.{kind}")
-            size = path.stat().st_size
-            digest.update(size.to_bytes(8, "little"))
-            length = min(PIECE_BYTES, size)
-            with path.open("rb") as handle:
-                for start in np.unique(np.linspace(0, size - length, PIECES, dtype=np.int64)).tolist():
-                    handle.seek(start)
-                    digest.update(handle.read(length))
-        return digest.hexdigest()[:16]
 
+def choose_split(dataset: IndexedDataset, held_out: int) -> list[int] | None:
+    """Return numbers of training, validation and test documents, the last `held_out` documents for validation.
 
-def choose_split(dataset: IndexedDataset) -> list[int] | None:
-    """Return numbers of training, validation and test documents: 2% for validation, more in a small corpus.
-
-    The validation documents, the last ones, have at least 2,048 tokens (a sequence of the paper's models) or a tenth of
-    the tokens. None: one document cannot be divided.
+    More in a small corpus: they have at least 2,048 tokens (a sequence of the paper's models) or a tenth of the tokens. None: one
+    document cannot be divided.
     """
     count = len(dataset.document_indices) - 1
     if count < 2:
         return None
-    first = split_documents(count, DEFAULT_SPLIT)[1]
+    first = max(1, count - held_out)
     wanted = min(2048, len(dataset.tokens) // 10)
     while first > 1 and len(dataset.tokens) - dataset.first_token(first) < max(wanted, 1):
         first -= 1

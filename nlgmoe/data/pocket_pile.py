@@ -1,44 +1,25 @@
-"""`PocketPile`: a corpus in the data folder, text and tokens. `pocket/` builds it on first use.
+"""`PocketPile`: a corpus in the data folder, text and tokens. `pocket/` builds its text and tokenizers on first use.
 
-    data_dir/text/{domain}.{train,validation}.jsonl  one {"text", "domain", "source"} a line, the shape of a Pile file
-    data_dir/manifest.json                           sha256, documents and bytes of each file, licences
-    data_dir/tokenized/FINGERPRINT/                  of a tokenizer: {domain}.{split}.bin, .idx, and meta.json
+    data_dir/tokenized/FINGERPRINT/  of a tokenizer: {domain}.{split}.bin, .idx, and meta.json
 
-A document's sequence is its tokens and the end-of-document token; the .bin is what `packing.py` calls `tokens`.
+A document's sequence is its tokens and the end-of-document token; the .bin is what `samples.py` calls `tokens`.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
-from nlgmoe.data.corpus import OpenCorpus, Streams
-from nlgmoe.data.description import Description
-from nlgmoe.data.indexed import IndexedDataset
-from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import Fields
-from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
-from nlgmoe.files import require_regular
+import xxhash
+
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, TokenArrays, build_lock
+from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.pocket.build import SPLITS, Manifest, open_corpus, read_manifest, read_texts, text_path
+from nlgmoe.data.tokenizer import BUILT, Tokenizer, load_tokenizer
+from nlgmoe.files import write_json
 from nlgmoe.validation import RunError, SettingError
 
-SPLITS = ("train", "validation")
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """One split of one domain.
-
-    Args:
-        sha256: of the jsonl file.
-        documents: number of lines.
-        bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
-    """
-
-    sha256: str
-    documents: int
-    bytes: int
+BATCH_DOCUMENTS = 256  # encoded together
 
 
 @dataclass(frozen=True)
@@ -60,28 +41,6 @@ class TokenFile:
     xxh3: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Contents of a corpus folder.
-
-    Args:
-        name: of the corpus.
-        domains: names, in the order of the domain ids.
-        files: `{domain}.{split}` -> text file.
-        sources: licence of each package.
-    """
-
-    name: str
-    domains: list[str]
-    files: dict[str, TextFile]
-    sources: dict[str, str]
-
-    @property
-    def total_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
-        return sum(file.bytes for file in self.files.values())
-
-
 class PocketPile:
     """The corpus in `data_dir`, tokenised there once: the pocket Pile, or one written by `write_corpus`.
 
@@ -99,16 +58,10 @@ class PocketPile:
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
         """Build what is missing of text, tokenizer and tokens, of all domains."""
-        from nlgmoe.data.pocket.build import prepare  # no other part of training needs the builder
-
         prepare(data_dir, tokenizer)
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the tokens of a tokenizer.
-
-        Raises:
-            ValueError: there is no corpus, it is not tokenised with this tokenizer, or it has no such domain.
-        """
+        """Map the tokens of a tokenizer."""
         manifest = read_manifest(data_dir)
         if manifest is None:
             raise RunError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
@@ -129,38 +82,9 @@ class PocketPile:
         tokens = {
             split: [IndexedDataset(folder / f"{domain}.{split}").tokens for domain in domains] for split in SPLITS
         }
-        files = {domain: manifest.files[f"{domain}.train"] for domain in domains}
-        fingerprint = hashlib.sha256(" ".join(file.sha256 for file in files.values()).encode()).hexdigest()[:16]
-        facts: Description = {
-            domain: {"documents": file.documents, "text": file.sha256[:16]} for domain, file in files.items()
-        }
-        return Streams(loaded, list(domains), tokens, fingerprint, facts)
-
-
-def read_manifest(root: Path) -> Manifest | None:
-    """Return the manifest under `root`, unverified, or None if there is none."""
-    path = root / "manifest.json"
-    if not path.exists():
-        return None
-    require_regular(path, "delete it and build the corpus again")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
-        return Manifest(fields["name"], fields["domains"], files, fields["sources"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}); delete it and build the corpus again") from error
-
-
-def text_path(root: Path, name: str) -> Path:
-    """Return the path of the jsonl file of `{domain}.{split}`."""
-    return root / "text" / f"{name}.jsonl"
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a jsonl file."""
-    for record in read_documents(path, Fields(), BadData()):
-        assert isinstance(record.content, str)
-        yield record.content
+        fingerprint: Fingerprint = {"domains": ", ".join(domains)}
+        fingerprint |= {domain: manifest.files[f"{domain}.train"].sha256[:16] for domain in domains}
+        return TokenArrays(loaded, list(domains), tokens, fingerprint)
 
 
 def token_folder(data_dir: Path, tokenizer: Tokenizer) -> Path:
@@ -177,3 +101,42 @@ def read_token_files(data_dir: Path, tokenizer: Tokenizer) -> dict[str, TokenFil
         return {name: TokenFile(**facts) for name, facts in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); delete {path.parent} to tokenise again") from error
+
+
+def prepare(data_dir: Path, tokenizer: str) -> None:
+    """Build what is missing of corpus, tokenizer and tokens.
+
+    One process at a time: on a shared file system every node calls this, and later calls have nothing to build.
+    """
+    if tokenizer not in BUILT:
+        load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
+    with build_lock(data_dir):
+        manifest = open_corpus(data_dir)
+        tokenise(data_dir, manifest, load_tokenizer(tokenizer, data_dir))
+
+
+def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Tokenise every file of the manifest whose text has changed or whose tokens are missing or damaged."""
+    folder = token_folder(data_dir, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_token_files(data_dir, tokenizer)
+    for name, file in manifest.files.items():
+        if name in done and done[name].text_sha256 == file.sha256 and _intact(folder / name, done[name]):
+            continue
+        texts = read_texts(text_path(data_dir, name))
+        with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
+            while batch := list(islice(texts, BATCH_DOCUMENTS)):
+                for ids in tokenizer.encode_batch(batch):
+                    writer.add_document([*ids, tokenizer.eod_id])
+        tokens = IndexedDataset(folder / name).tokens
+        xxh3 = xxhash.xxh3_64_hexdigest(tokens.data)
+        done[name] = TokenFile(file.sha256, len(tokens), file.documents, file.bytes, xxh3)
+        write_json(folder / "meta.json", {key: asdict(facts) for key, facts in done.items()})
+
+
+def _intact(prefix: Path, facts: TokenFile) -> bool:
+    try:
+        tokens = IndexedDataset(prefix).tokens
+    except ValueError:
+        return False
+    return len(tokens) == facts.tokens and facts.xxh3 == xxhash.xxh3_64_hexdigest(tokens.data)

@@ -1,28 +1,26 @@
-"""Sample indices of a rank.
+"""Samples of a rank: which ones, their document masks, and the processes that load them.
 
-Both samplers derive from `DistributedSampler`, so that Lightning does not wrap them in one.
+Both samplers derive from `DistributedSampler`, so that no Trainer wraps them in one, whatever its `use_distributed_sampler` is.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
-from nlgmoe.data.sources import Sample, TokenSource
+from nlgmoe.data.samples import Sample, TokenSource
 from nlgmoe.validation import RunError
 
 
 class SourceDataset(Dataset[Sample]):
     """A map-style dataset over a source. It has no length: the sampler determines the number of samples.
 
-    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory.
-
-    Args:
-        source: of the samples.
-        vocab_size: ids must be below it.
-        domains: names, for messages.
-        mark: adds derived entries to a sample.
+    Every sample is checked against the vocabulary: with other ids the embedding would crash or read invalid memory. `mark` adds
+    derived entries to a sample.
     """
 
     def __init__(
@@ -47,12 +45,7 @@ class SourceDataset(Dataset[Sample]):
 
 
 class MicroBatches(Dataset[Any]):
-    """Micro-batches by the indices of their samples, which they have as `samples`.
-
-    Args:
-        samples: single samples.
-        collate: makes a batch of several.
-    """
+    """Micro-batches by the indices of their samples, which they have as `samples`."""
 
     def __init__(self, samples: SourceDataset, collate: Callable[[list[Sample]], Any]) -> None:
         self._samples = samples
@@ -104,18 +97,9 @@ class TrainingSampler(DistributedSampler):
     def __len__(self) -> int:
         raise TypeError("endless")  # what `len` of something without a length raises
 
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the order depends on the sample index alone."""
-
 
 class EvaluationSampler(DistributedSampler):
-    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many.
-
-    Args:
-        length: of the source, in samples.
-        rank: of this process, 0 <= rank < world_size.
-        world_size: number of data-parallel processes.
-    """
+    """Every `world_size`-th index of a finite source, with -1 (padding) at the end so that all ranks have equally many."""
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
         self._length = length
@@ -130,5 +114,56 @@ class EvaluationSampler(DistributedSampler):
     def __len__(self) -> int:
         return -(-self._length // self.num_replicas)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: evaluation has one order."""
+
+def mark_documents(sample: Sample, eod_id: int, attention: bool, mask_loss: bool) -> Sample:
+    """Add where documents begin, for attention, for the loss, for both or for neither.
+
+    An end-of-document token that is read opens a document: its target is that document's first token.
+
+        tokens      c  EOD  a  b  EOD  a      (a window that begins inside a document)
+        targets    EOD  a   b EOD  a   b
+        document    0   1   1  1   2   2
+        loss_mask   1   0   1  1   0   1
+
+    Args:
+        sample: not changed.
+        eod_id: id of the end-of-document token.
+        attention: add `document`, the number of the document that each position belongs to.
+        mask_loss: add `loss_mask`, which leaves out padding and the first token of every document, which
+            cannot be predicted from the tokens before it.
+    """
+    borders = sample["tokens"] == eod_id
+    marked = sample.copy()
+    if attention:
+        marked["document"] = borders.cumsum(0)
+    if mask_loss:
+        marked["loss_mask"] = sample["token_mask"] & ~borders
+    return marked
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Collate samples into a batch."""
+    batch: dict[str, Any] = default_collate(samples)
+    return batch | {"padded": not bool(batch["token_mask"].all())}
+
+
+def ignore_worker_signals(worker: int) -> None:
+    """Leave signals to the training process, which saves before it ends (`run/keeper.py`).
+
+    Ctrl+C, SIGUSR1 and SIGUSR2 are ignored, and SIGTERM unless it comes from the process that started this one.
+
+    Terminals, Slurm and DeepSpeed's launcher send a signal to every process there is, and training cannot reach its next
+    step without its batches. For `DataLoader(worker_init_fn=...)`.
+    """
+    signal.set_wakeup_fd(-1)  # it is the training process's, for that process's own signals
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # Blocked, and read one by one by a thread: a handler does not get the sender of a signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -8,8 +8,7 @@ import torch
 from nlgmoe.data.baselines import count_tokens, unigram_entropy, xz_bits_per_byte
 from nlgmoe.data.blend import OpenBlend
 from nlgmoe.data.corpus import OpenCorpus
-from nlgmoe.data.description import Description, description_of
-from nlgmoe.data.sources import EvaluationSource
+from nlgmoe.data.samples import EvaluationSource
 
 
 class TextFacts:
@@ -32,11 +31,6 @@ class TextFacts:
     def domains(self) -> list[str]:
         """Names of the domains; a batch's `domain` indexes them."""
         return self._opened().domains
-
-    @property
-    def corpus_description(self) -> Description:
-        """Description of the training tokens' sources."""
-        return description_of(self._opened())
 
     @property
     def domain_shares(self) -> list[float] | None:

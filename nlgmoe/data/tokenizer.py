@@ -6,6 +6,7 @@ byte, which do not depend on the tokenizer.
 
 import hashlib
 import json
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -15,14 +16,25 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
-from nlgmoe.files import require_regular
+from nlgmoe.data.pocket.tokenizers import EOD, VOCABULARIES, build_tokenizer, train_byte_level_bpe
+from nlgmoe.files import atomic_write, require_regular
 from nlgmoe.validation import RunError, SettingError
 
-EOD = "<|endoftext|>"
+__all__ = [
+    "EOD",
+    "PROBE",
+    "SAME_TOKENIZER",
+    "Tokenizer",
+    "load_tokenizer",
+    "train_byte_level_bpe",
+    "train_tokenizer",
+    "vocab_size_of",
+]
+
 EOD_NAMES = (EOD, "<eod>", "</s>", "<|end_of_text|>")
-BUILT = ("gpt2", "pocket-1k", "pocket-4k", "pocket-8k")  # by `pocket/tokenizers.py`
+BUILT = ("gpt2", *VOCABULARIES)
 COMPARED_TOKENS = 512  # of a document, by `share_reproduced`
 SAME_TOKENIZER = 0.9  # least share that a tokenizer reproduces of its own ids
 # The byte-level alphabet: bytes that print stand for themselves, the others for the characters from 256 on.
@@ -31,15 +43,15 @@ BYTE_OF = {chr(byte): byte for byte in sorted(_PRINT)} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - _PRINT))
 }
 PROBE = "  Round trip:\tà la\r\n\n 日本 <|endoftext|> \x00🙂 don't  1234"
-# The last: nearly every character of two bytes, and one of each first byte of three and four that is in use.
-_OTHERS = [*range(0x1000, 0xD800, 0x1000), 0xFB01, 0x10000]
-PROBES = (PROBE, "no space before", "".join(filter(str.isprintable, map(chr, [*range(0x801), *_OTHERS]))))
+# Pre-tokenisers that may stand before ByteLevel: they cut a text, and remove nothing unless `behavior` says so.
+CUTTING = ("Split", "Digits", "Punctuation")
 
 
 class Tokenizer:
     """A lossless tokenizer with an end-of-document token.
 
-    The normaliser NFC, which GPT-NeoX's tokenizer has, is removed: text in this form keeps its ids, other text its bytes.
+    It is accepted by its structure, the byte-level alphabet without a normaliser, and by the round trip of a sample. The
+    normaliser NFC, which GPT-NeoX's tokenizer has, is removed: text in this form keeps its ids, other text its bytes.
 
     Args:
         backend: the `tokenizers` object that does the work; must be byte-level.
@@ -75,30 +87,43 @@ class Tokenizer:
             )
         self.eod_id: int = vocabulary[end_tokens[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
-        added = (f"a {token.content} b" for token in backend.get_added_tokens_decoder().values())
-        problems = [
-            f"{text!r} came back as {decoded!r}"
-            for text, decoded in map(self._find_difference, (*PROBES, *added))
-            if text
-        ]
-        if changing := _changes_texts(backend):  # no sample shows what each of them changes
-            problems = [f"it has {', '.join(changing)}"]
-        if problems:
+        if problem := self._changed_structure(vocabulary) or self._changed_sample():
             raise SettingError(
-                f"Tokenizer {name!r} does not reproduce every text: {problems[0]}. "
+                f"Tokenizer {name!r} does not reproduce every text: {problem}. "
                 "Set `tokenizer` to a byte-level BPE without normaliser, prefix space and added tokens that strip spaces, "
                 "whose end-of-document token is special."
             )
 
-    def _find_difference(self, text: str) -> tuple[str, str]:
-        """Return where a text and the decoding of its ids differ, a piece of each; empty pieces if the text is reproduced."""
+    def _changed_structure(self, vocabulary: dict[str, int]) -> str | None:
+        """Return the component, as a problem in words, by which some text is not reproduced."""
+        normalizers = _parts(self._backend.normalizer, "normalizers")
+        *cuts, last = _parts(self._backend.pre_tokenizer, "pretokenizers") or [{"type": "no pre-tokeniser"}]
+        if last["type"] == "ByteLevel" and last["add_prefix_space"]:
+            last["type"] = "ByteLevel with a prefix space"
+        # An inverted one, as in conversions from tiktoken, removes the text between the matches, which should be empty.
+        removing = [
+            part
+            for part in cuts
+            if part["type"] not in CUTTING or (part.get("behavior") == "Removed" and not part.get("invert"))
+        ]
+        wrong = [part["type"] for part in [*normalizers, *removing, last] if part["type"] != "ByteLevel"]
+        if wrong:
+            return f"it has {', '.join(wrong)}"
+        missing = BYTE_OF.keys() - vocabulary.keys()
+        return f"it has no token for {len(missing)} of the 256 bytes" if missing else None
+
+    def _changed_sample(self) -> str | None:
+        """Encode and decode a text with the names of all added tokens; return where it is changed, or None."""
+        added = [f" a {token.content} b" for token in self._backend.get_added_tokens_decoder().values()]
+        text = "".join([PROBE, string.printable, *added])
         ids = self.encode(text)
         decoded = self.decode(ids)
-        # Tokens that are not byte-level have other lengths than in `token_bytes`.
-        if decoded == text and int(self.token_bytes[ids].sum()) == len(text.encode()) and self.eod_id not in ids:
-            return "", ""
-        begin = max(0, len(commonprefix([text, decoded])) - 10) if decoded != text else 0  # noqa: RUF071 (characters are meant)
-        return text[begin : begin + 60], decoded[begin : begin + 60]
+        if decoded != text:
+            begin = max(0, len(commonprefix([text, decoded])) - 10)  # noqa: RUF071 (characters are meant)
+            return f"{text[begin : begin + 60]!r} came back as {decoded[begin : begin + 60]!r}"
+        if int(self.token_bytes[ids].sum()) != len(text.encode()) or self.eod_id in ids:
+            return "its tokens are not those of the byte-level alphabet"
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end-of-document token."""
@@ -151,13 +176,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: how many bytes of text each token stands for; the end of a document is none."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
-            lengths[index] = len(token)  # the byte-level alphabet has one character a byte
-        for index, added in self._backend.get_added_tokens_decoder().items():
-            lengths[index] = len(added.content.encode())
-        lengths[self.eod_id] = 0
-        return lengths
+        return np.array([len(spelling) for spelling in self.spellings], dtype=np.int64)
 
     @cached_property
     def spellings(self) -> list[bytes]:
@@ -191,15 +210,6 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _changes_texts(backend: tokenizers.Tokenizer) -> list[str]:
-    """Return the types of a tokenizer's normalisers, and of its pre-tokenisers that remove what they match."""
-    splitters = _parts(backend.pre_tokenizer, "pretokenizers")
-    # An inverted one, as in conversions from tiktoken, removes the text between the matches, which may be empty.
-    removals = [part for part in splitters if part.get("behavior") == "Removed" and not part.get("invert")]
-    removals += [part for part in splitters if part["type"] == "CharDelimiterSplit"]
-    return [part["type"] for part in [*_parts(backend.normalizer, "normalizers"), *removals]]
-
-
 def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
     """Load a tokenizer, after downloading or training it where that is needed.
 
@@ -213,8 +223,6 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
     """
     folder = Path(name_or_path)
     if name_or_path in BUILT:
-        from nlgmoe.data.pocket.tokenizers import build_tokenizer  # no other tokenizer needs it
-
         folder = build_tokenizer(name_or_path, data_dir)
     if (folder / "tokenizer.json").exists():
         return _load(name_or_path, folder / "tokenizer.json")
@@ -224,6 +232,12 @@ def load_tokenizer(name_or_path: str, data_dir: Path) -> Tokenizer:
         f"Unknown tokenizer {name_or_path!r}: set `tokenizer` to {', '.join(BUILT)}, or to a "
         "folder with tokenizer.json or with vocab.json and merges.txt."
     )
+
+
+def vocab_size_of(name_or_path: str, data_dir: Path) -> int:
+    """Return the number of ids of a tokenizer; one by name need not be built for it."""
+    known = {"gpt2": 50_257, **VOCABULARIES}
+    return known.get(name_or_path) or load_tokenizer(name_or_path, data_dir).vocab_size
 
 
 def _load(name: str, *files: Path) -> Tokenizer:
@@ -249,19 +263,14 @@ def _load_version(name: str, versions: tuple[tuple[Path, int, int], ...]) -> Tok
     return Tokenizer(backend, name)
 
 
-def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE with GPT-2's pre-tokenisation; `vocab_size` includes the 256 bytes and `EOD` (id 0)."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return backend
+def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` ids, and save it as `folder/tokenizer.json`."""
+    backend = train_byte_level_bpe(texts, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "tokenizer.json") as temporary:
+        temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
+        temporary.chmod(0o644)
+    return Tokenizer(backend, str(folder))
 
 
 def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

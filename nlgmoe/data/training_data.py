@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from nlgmoe.data.description import differing
 from nlgmoe.validation import SettingError
+
+SHOWN = 5  # differences in a message
 
 
 class TrainingData(LightningDataModule, ABC):
@@ -43,7 +45,7 @@ class TrainingData(LightningDataModule, ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str | int]:
-        """Return the settings, by name, that determine a sample's tokens together with its number."""
+        """Return what determines a sample's tokens together with its number: name -> setting or hash of contents."""
 
     @abstractmethod
     def batch_size_after(self, samples: int) -> int:
@@ -77,22 +79,13 @@ class TrainingData(LightningDataModule, ABC):
         """Share of each domain in the training samples, `[D]`, if its settings determine it; else None."""
         return None
 
-    @property
-    def corpus_description(self) -> dict[str, Any]:
-        """Description of the training tokens' sources, with which a message names what differs."""
-        return {}
-
     def advance(self, samples: int) -> None:
         """Count the samples of an optimizer step, over all ranks."""
         self.samples_consumed += samples
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `samples_consumed`, the `fingerprint`, and a description of the `corpus`."""
-        return {
-            "samples_consumed": self.samples_consumed,
-            "fingerprint": self.fingerprint(),
-            "corpus": self.corpus_description,
-        }
+        """Return `samples_consumed` and the `fingerprint`."""
+        return {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume a checkpoint's run, or evaluate it.
@@ -103,7 +96,7 @@ class TrainingData(LightningDataModule, ABC):
         current, saved = self.fingerprint(), state_dict["fingerprint"]
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             current = {name: value for name, value in current.items() if name == "tokenizer"}
-        if changes := differing(saved, current, state_dict.get("corpus", {}), self.corpus_description):
+        if changes := differing(saved, current):
             raise SettingError(
                 f"The checkpoint was trained on other data; these differ: {', '.join(changes)}. Set the data "
                 "options as in that run to resume it, or start a new run from its weights with "
@@ -116,3 +109,13 @@ def training_data(trainer: Trainer | None) -> TrainingData | None:
     """Return the trainer's data module if it is `TrainingData`."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TrainingData) else None
+
+
+def differing(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
+    """Name the entries of the current fingerprint of data that differ from the saved one."""
+    changes = [
+        f"{name} ({saved.get(name, 'missing')} there, {value} here)"
+        for name, value in current.items()
+        if saved.get(name) != value
+    ]
+    return changes[:SHOWN] + [f"and {len(changes) - SHOWN} more"] * (len(changes) > SHOWN)

@@ -14,8 +14,7 @@ from nlgmoe.checkpoint.agreement import raise_on_all_ranks
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.config import GPTConfig
-from nlgmoe.data.description import differing
-from nlgmoe.data.training_data import training_data
+from nlgmoe.data.training_data import differing, training_data
 from nlgmoe.device import to_device
 from nlgmoe.distill.distiller import RunPosition, check_loss, distillation_end, samples_before_end
 from nlgmoe.distill.teacher_logits import TeacherLogits, weights_of
@@ -140,7 +139,7 @@ class OfflineTeacher:
             raise SettingError(f"{setting}: {_UNNUMBERED}")
         current = {**data.fingerprint(), "document_attention": data.document_attention}
         recorded = {**header["data"], "document_attention": header["document_attention"]}
-        if changes := differing(recorded, current, header.get("corpus", {}), data.corpus_description):
+        if changes := differing(recorded, current):
             raise SettingError(
                 f"{setting} was recorded from other data; these differ: {', '.join(changes)}; set data as it was, or record the "
                 "teacher's logits for this configuration"

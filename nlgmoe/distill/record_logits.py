@@ -21,7 +21,7 @@ from nlgmoe.batch import Batch, token_mask_or_none
 from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.checkpoint.writing import flush
 from nlgmoe.data import PileDataModule
-from nlgmoe.data.description import differing
+from nlgmoe.data.training_data import differing
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.distill.teacher_logits import (
     FORMAT,
@@ -70,7 +70,7 @@ def record_logits(
         teacher: loaded.
         data: at its first sample; its batches are `settings["micro_batch_size"]` sequences.
         settings: everything that determines the bytes, for the header: `teacher` (`checkpoint`, `weights`, and more), `data` (the
-            fingerprint), `corpus` (its description, to name a change), `vocab_size`, `seq_len`, `top_k`,
+            fingerprint), `vocab_size`, `seq_len`, `top_k`,
             `temperature`, `samples`, `micro_batch_size`, `loss_chunk_size` (positions whose logits exist at a time), and more.
         folder: the result.
         report: called with the progress at the start and after every batch.
@@ -143,7 +143,7 @@ def _check_same(header: dict[str, Any], settings: dict[str, Any], folder: Path) 
         values | values["data"] | {"teacher": values["teacher"]["weights"], "data": None}
         for values in (earlier, settings)
     )
-    if changes := differing(recorded, current, earlier.get("corpus") or {}, settings.get("corpus", {})):
+    if changes := differing(recorded, current):
         raise SettingError(
             f"{folder} was recorded with other settings: {', '.join(changes)}; name another output, or delete it"
         )

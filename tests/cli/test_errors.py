@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "unknown setting model.config.moe.topk ({folder}/bad.yaml, line 3); did you mean model.config.moe.top_k?",
     ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
-    "required setting missing": (lambda _: ["fit"], "missing setting model.config.vocab_size; give it as"),
+    "required setting missing": (lambda _: ["fit"], "missing setting model.config.seq_len; give it as"),
     "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
     "text for a number": (flag("--model.config.num_heads=two"), "model.config.num_heads=two: expected a whole number"),
     "misspelt choice": (flag("--model.schedule.shape=cosin"), "one of cosine, constant, wsd; did you mean cosine?"),

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlgmoe.data.pocket import deduplication
-from nlgmoe.data.pocket.build import open_corpus, write_corpus
+from nlgmoe.data.pocket.build import open_corpus, text_path, write_corpus
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, normalise, split
 from nlgmoe.data.pocket.extraction import clean_wiki_markup
-from nlgmoe.data.pocket_pile import text_path
 from tests.data.conftest import make_documents
 
 

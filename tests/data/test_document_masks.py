@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nlgmoe import PileDataModule
-from nlgmoe.data.document_masks import mark_documents
+from nlgmoe.data.sampling import mark_documents
 from tests.data.test_datamodule import batches
 
 EOD = 0

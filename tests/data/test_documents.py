@@ -17,10 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from nlgmoe.data.text import documents
-from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.documents import has_records, is_plain_text, read_documents
-from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard
+from nlgmoe.data import documents
+from nlgmoe.data.documents import BadDataError, Fields, Record, Shard, has_records, is_plain_text, read_documents
 
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 PILE = Fields(domain="meta.pile_set_name")
@@ -53,7 +51,7 @@ def write_lines(path: Path, lines: list[bytes]) -> Path:
 
 
 def read(path: str | Path, fields: Fields = PILE, **options: Any) -> list[Record]:
-    return list(read_documents(path, fields, BadData(), **options))
+    return list(read_documents(path, fields, **options))
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -66,8 +64,8 @@ def test_every_document_once_from_any_place_in_any_share(tmp_path: Path, ending:
     shares = [read(path, shard=Shard(index, 4)) for index in range(4)]
     assert sorted((r for share in shares for r in share), key=lambda r: r.number) == records
     for first in (0, 1, 39, 40, 298, 299):
-        assert read(path, start=records[first].after) == records[first + 1 :]
-        assert read(path, shard=Shard(2, 4), start=records[first].after) == [r for r in shares[2] if r.number > first]
+        assert read(path, start=first + 1) == records[first + 1 :]
+        assert read(path, shard=Shard(2, 4), start=first + 1) == [r for r in shares[2] if r.number > first]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -103,62 +101,59 @@ BAD_IDS = {
 
 
 @pytest.mark.parametrize("kind", [*BAD_LINES, *(f"ids: {kind}" for kind in BAD_IDS)])
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst"])
-def test_a_bad_line_is_named_or_counted(tmp_path: Path, kind: str, ending: str) -> None:
+def test_a_bad_line_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
     ids = kind.startswith("ids: ")
     line, details = BAD_IDS[kind[5:]] if ids else BAD_LINES[kind]
     kind, good = kind.removeprefix("ids: ").strip(), b'{"ids": [49]}' if ids else GOOD
     fields = Fields(ids="ids" if ids else None, vocab_size=50, max_bytes=150_000)
-    path = write_lines(tmp_path / f"data.{ending}", [good, line, good, line])
-    with pytest.raises(ValueError) as error:
-        list(read_documents(path, fields, BadData()))
+    path = write_lines(tmp_path / "data.jsonl.zst", [good, line, good, line])
+    with pytest.raises(BadDataError) as error:
+        read(path, fields)
     assert str(error.value).startswith(f"{path}, line 2: {kind}") and details in str(error.value)
-    assert str(error.value).endswith("; repair the data, or set on_bad_data to skip")
-    lines: list[str] = []
-    bad = BadData("skip", lines.append)
-    records = list(read_documents(path, fields, bad))
-    assert [record.number for record in records] == [0, 2] and bad.skipped == {kind: 2}
-    assert len(lines) == 1 and lines[0].startswith(f"{path}, line 2: {kind}")
-    # Behind each place the same is found again, so that counts can be continued from there.
-    assert list(read_documents(path, fields, bad, start=records[0].after)) == records[1:] and bad.skipped == {kind: 4}
+    assert str(error.value).endswith("; repair it, or leave it out with nlgmoe prepare-data --on_bad_data skip")
+    skipped: list[str] = []
+    assert [record.number for record in read(path, fields, skip=skipped.append)] == [0, 2]
+    assert [line.partition(" (")[0] for line in skipped] == [f"{path}, line {number}: {kind}" for number in (2, 4)]
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
-def test_a_damaged_file_is_named_or_counted(tmp_path: Path, ending: str) -> None:
+def test_a_damaged_file_is_named_or_skipped(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path / f"data.{ending}", records_of([text + str(i) * 2000 for i, text in enumerate(TEXTS)]))
     whole = read(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 4 // 5])
-    kind = "damaged file" if ending == "parquet" else "file cut off"
-    with pytest.raises(ValueError, match=rf"data\.{ending}, behind document \d+: {kind} \("):
+    with pytest.raises(BadDataError, match=rf"data\.{ending}, behind document \d+: damaged or cut off \("):
         read(path)
-    bad = BadData("skip", print)
-    records = list(read_documents(path, PILE, bad))
-    assert records == whole[: len(records)] and bad.skipped == {kind: 1}
+    skipped: list[str] = []
+    records = read(path, skip=skipped.append)
+    assert records == whole[: len(records)] and len(skipped) == 1
     if ending != "parquet":  # its index is at its end
         assert 100 < len(records) < 300
-        ignored = BadData("skip", str)
-        for first in range(len(records)):  # it ends where it ended, wherever reading began
-            assert list(read_documents(path, PILE, ignored, start=records[first].after)) == records[first + 1 :]
-        shares = [list(read_documents(path, PILE, bad, shard=Shard(index, 3))) for index in range(3)]
-        assert sum(map(len, shares)) == len(records) and bad.skipped == {kind: 2}  # one of three counts the file
+        for start in (1, 77, len(records)):  # it ends where it ended, wherever reading began
+            assert read(path, start=start, skip=skipped.append) == records[start:]
     path.write_bytes(b"no such format" * 1000)
-    with pytest.raises(ValueError, match="damaged file"):
+    with pytest.raises(BadDataError, match="damaged or cut off"):
         read(path)
 
 
 def test_bad_rows_of_parquet(tmp_path: Path) -> None:
     texts = [b"good", b"\xff", None, b"", b"long" * 10, b"good"]
     column = pa.array(texts, pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
-    bad = BadData("skip", print)
-    records = list(read_documents(tmp_path / "data.parquet", Fields(domain="meta.name", max_bytes=30), bad))
+    pq.write_table(pa.table({"text": column}), path := tmp_path / "data.parquet")
+    skipped: list[str] = []
+    records = read(path, Fields(domain="meta.name", max_bytes=30), skip=skipped.append)
     assert [(r.number, r.content, r.domain) for r in records] == [(0, "good", None), (5, "good", None)]
-    assert bad.skipped == {"not UTF-8": 1, "no such field": 1, "empty document": 1, "document too long": 1}
-    with pytest.raises(ValueError, match=r"data\.parquet: no such column \(body; there are text\)"):
-        read(tmp_path / "data.parquet", Fields("body"))
-    with pytest.raises(ValueError, match=r"data\.parquet, row 2: not UTF-8"):
-        read(tmp_path / "data.parquet")
+    reasons = (
+        "not UTF-8",
+        "no such field (text)",
+        "empty document",
+        "document too long (40 bytes; at most 30 are allowed)",
+    )
+    assert skipped == [f"{path}, row {row}: {reason}" for row, reason in enumerate(reasons, 2)]
+    with pytest.raises(BadDataError, match=r"data\.parquet: no such column \(body; there are text\)"):
+        read(path, Fields("body"))
+    with pytest.raises(BadDataError, match=r"data\.parquet, row 2: not UTF-8"):
+        read(path)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -181,20 +176,20 @@ def test_an_address_is_read_like_a_file(tmp_path: Path, ending: str) -> None:
     fsspec.filesystem("memory").pipe(f"/pile/{ending}/00.{ending}", path.read_bytes())
     address = f"memory://pile/{ending}/00.{ending}"
     records = read(path)
-    assert read(address) == records and read(address, start=records[77].after) == records[78:]
+    assert read(address) == records and read(address, start=78) == records[78:]
     with pytest.raises(ValueError, match=rf"^{address}\.{ending}: missing file"):
         read(f"{address}.{ending}")
 
 
 def test_a_disk_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> Iterator[Record]:
-        yield Record(0, "good", None, FileOffset(1, 10))
+    def fail(*args: Any) -> Iterator[tuple[int, int, Any]]:
+        yield 0, 4, lambda: ("good", None)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = write(tmp_path / "data.jsonl", records_of(TEXTS[:3]))
     monkeypatch.setattr(documents, "_read_lines", fail)
     with pytest.raises(ValueError, match=r"data\.jsonl, behind document 1: cannot be read \(.*Input/output error\)"):
-        list(read_documents(path, PILE, BadData("skip", print)))
+        read(path, skip=print)
 
 
 def test_what_is_readable() -> None:
@@ -208,12 +203,12 @@ def test_plain_text_is_one_document_or_cut_at_ends_of_lines(tmp_path: Path, endi
     text = "\n".join(["naïve", *TEXTS, ""])
     assert is_plain_text(path) and not has_records(path)
     (whole,) = read(path)
-    assert whole.content == text and read(path, start=whole.after) == []
+    assert whole.content == text and read(path, start=1) == []
     cut = Fields(text_bytes=500)
     pieces = read(path, cut)
     assert len(pieces) > 5 and "".join(str(piece.content) for piece in pieces) == text
     assert all(str(piece.content).endswith("\n") for piece in pieces)
-    assert read(path, cut, start=pieces[2].after) == pieces[3:]
+    assert read(path, cut, start=3) == pieces[3:]
 
 
 def test_cutting_a_text_loses_nothing_and_makes_no_blank_document(tmp_path: Path) -> None:
@@ -234,26 +229,20 @@ def test_cutting_a_text_loses_nothing_and_makes_no_blank_document(tmp_path: Path
         (b"x" * 31, "document too long (more than 30 bytes"),
     ],
 )
-def test_a_text_file_that_is_none_is_named_or_counted(tmp_path: Path, content: bytes, kind: str) -> None:
-    (tmp_path / "data.txt").write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        read(tmp_path / "data.txt", Fields(max_bytes=30))
-    assert str(error.value).startswith(f"{tmp_path}/data.txt: {kind}") and "set on_bad_data to skip" in str(error.value)
-    bad = BadData("skip", str)
-    assert list(read_documents(tmp_path / "data.txt", Fields(max_bytes=30), bad)) == []
-    assert bad.skipped == {kind.partition(" (")[0]: 1}
+def test_a_text_file_that_is_none_is_named_or_skipped(tmp_path: Path, content: bytes, kind: str) -> None:
+    (path := tmp_path / "data.txt").write_bytes(content)
+    with pytest.raises(BadDataError) as error:
+        read(path, Fields(max_bytes=30))
+    assert str(error.value).startswith(f"{path}: {kind}")
+    skipped: list[str] = []
+    assert read(path, Fields(max_bytes=30), skip=skipped.append) == []
+    assert len(skipped) == 1 and skipped[0].startswith(f"{path}: {kind}")
 
 
-def test_a_last_line_without_its_end_counts(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(GOOD + b"\n" + GOOD)
-    assert [record.after for record in read(path)] == [FileOffset(1, 17), FileOffset(2, 33)]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD)
-    assert [record.after for record in read(path)] == [FileOffset(1, 20), FileOffset(2, 36)]
+@pytest.mark.parametrize("content", [GOOD + b"\n" + GOOD, b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD])
+def test_an_open_last_line_counts_and_a_byte_order_mark_does_not(tmp_path: Path, content: bytes) -> None:
+    (path := tmp_path / "data.jsonl").write_bytes(content)
+    assert [record.content for record in read(path)] == ["good", "good"]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
@@ -262,12 +251,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     long = b'{"text": "' + b"x" * 100_000_000 + b'"}\n'
     path.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "short"}\n' + long + GOOD + b"\n"))
     del long
-    bad = BadData("skip", print)
+    skipped: list[str] = []
     tracemalloc.start()
     try:
-        found = read_documents(path, Fields(max_bytes=1_000_000), bad)
-        assert [record.content for record in islice(found, 5)] == ["short", "good"]
+        records = read_documents(path, Fields(max_bytes=1_000_000), skip=skipped.append)
+        assert [record.content for record in islice(records, 5)] == ["short", "good"]
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
-    assert bad.skipped == {"document too long": 1}
+    assert len(skipped) == 1 and "line 2: document too long (100,000,012 bytes" in skipped[0]

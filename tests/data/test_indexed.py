@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlgmoe.data.indexed import DTYPES, IndexedDataset, token_dtype
-from nlgmoe.data.indexed_writer import IndexedWriter
+from nlgmoe.data.indexed import DTYPES, IndexedDataset, IndexedWriter, token_dtype
 from tests.data.oracles import IndexedDatasetBuilder, MegatronDataset
 
 DOCUMENTS = [[1, 2, 300], [], [65000]]
@@ -197,8 +196,7 @@ def test_nothing_but_empty_documents(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 million sequences have an index of 24 MB; neither writing nor opening it holds a tenth of that."""
-    for module in ("indexed", "indexed_writer"):
-        monkeypatch.setattr(f"nlgmoe.data.{module}.CHUNK", 1 << 14)
+    monkeypatch.setattr("nlgmoe.data.indexed.CHUNK", 1 << 14)
     tracemalloc.start()
     try:
         with IndexedWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:

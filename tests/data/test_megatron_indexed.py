@@ -122,7 +122,7 @@ def test_a_run_is_resumed_on_a_copy_but_not_on_another_corpus(
         open_corpus(write(["another " + TEXTS[0], *TEXTS[1:]], name="other"), (16, 4, 0)),
         open_corpus(data.corpus.prefix, (15, 5, 0)),  # type: ignore[attr-defined]
     ):
-        with pytest.raises(ValueError, match="these differ: corpus "):
+        with pytest.raises(ValueError, match=r"these differ: corpus\.(idx|training documents) \("):
             other.load_state_dict(data.state_dict())
 
 
@@ -172,10 +172,9 @@ def test_a_hole_in_the_tokens_is_refused(write: Write, open_corpus: Callable[...
 
 
 def test_an_id_beyond_the_vocabulary_is_found_when_it_is_read(
-    write: Write, open_corpus: Callable[..., PileDataModule], monkeypatch: pytest.MonkeyPatch
+    write: Write, open_corpus: Callable[..., PileDataModule]
 ) -> None:
     """It need not be in a sample that is looked at on opening."""
-    monkeypatch.setattr("nlgmoe.data.megatron_indexed.PIECE_BYTES", 4)
     prefix = write(TEXTS)
     tokens = np.memmap(prefix.with_suffix(".bin"), np.int32, mode="r+")
     for place, message in [

@@ -9,8 +9,8 @@ import pytest
 from nlgmoe.commands.prepare_data import prepare_data
 from nlgmoe.data import PileDataModule, load_tokenizer
 from nlgmoe.data.pocket import packages
-from nlgmoe.data.pocket.build import build_pocket_pile, prepare
-from nlgmoe.data.pocket_pile import SPLITS, read_manifest, text_path
+from nlgmoe.data.pocket.build import SPLITS, build_pocket_pile, read_manifest, text_path
+from nlgmoe.data.pocket_pile import prepare
 
 ROOT = Path(__file__).parents[2] / "data" / "pocket_pile"
 

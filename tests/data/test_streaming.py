@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import warnings
 from collections import Counter, deque
@@ -25,14 +26,20 @@ from nlgmoe import GPTConfig, MoEConfig, MoEGPTModule, PileDataModule
 from nlgmoe.cli.errors import describe
 from nlgmoe.data import StreamedText
 from nlgmoe.data.blend import BlendedSource
+from nlgmoe.data.documents import Fields
+from nlgmoe.data.samples import Sample
 from nlgmoe.data.sampling import TrainingSampler
-from nlgmoe.data.sources import Sample
-from nlgmoe.data.streaming import eval_cache, logical_stream
-from nlgmoe.data.streaming.cursors import Cursors
-from nlgmoe.data.streaming.logical_stream import Cursor, LogicalStream, StreamConfig
-from nlgmoe.data.streaming.streamed_source import StreamedSource, reads_per_stream
-from nlgmoe.data.text.bad_data import KINDS
-from nlgmoe.data.text.records import Fields
+from nlgmoe.data.streaming import prepared_files
+from nlgmoe.data.streaming import streams as streams_module
+from nlgmoe.data.streaming.streams import (
+    Cursor,
+    Cursors,
+    Stream,
+    StreamConfig,
+    StreamedSource,
+    Window,
+    reads_per_stream,
+)
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 from nlgmoe.validation import SettingError
 from tests.data.conftest import WORDS, tokens_of
@@ -76,12 +83,12 @@ def make_config(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) 
         for i, name in enumerate(names):
             if not name.exists():
                 write(name, make_texts(per_file, f"file {i}"))
-        return StreamConfig([str(name) for name in names], Fields(), ["text"], tokenizer, streams, buffer, "error")
+        return StreamConfig([str(name) for name in names], Fields(), ["text"], tokenizer, streams, buffer)
 
     return make
 
 
-def documents_of(windows: Iterator[logical_stream.Window], tokenizer: Tokenizer, epochs: int) -> Iterator[str]:
+def documents_of(windows: Iterator[Window], tokenizer: Tokenizer, epochs: int) -> Iterator[str]:
     """Texts in the order in which they are trained on, until those of so many epochs have gone by; checks the packing."""
     previous, document = tokenizer.eod_id, []
     for number, window in enumerate(windows):
@@ -104,7 +111,7 @@ def test_an_epoch_of_all_streams_is_the_corpus(
     config = make_config(files, streams)
     first: list[str] = []
     for stream in range(streams):
-        found = list(documents_of(LogicalStream(config, stream, SEQ_LEN, 1).windows(Cursor()), tokenizer, 2))
+        found = list(documents_of(Stream(config, stream, SEQ_LEN, 1).windows(Cursor()), tokenizer, 2))
         length = next(i for i, text in enumerate(found) if text in found[:i])
         assert sorted(found[:length]) == sorted(found[length : 2 * length])  # the second epoch: the same ...
         assert found[:length] != found[length : 2 * length]  # ... in another order
@@ -117,13 +124,13 @@ def test_the_seed_decides_the_order(
     make_config: Callable[..., StreamConfig], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def order(seed: int, buffer: int) -> list[str]:
-        stream = LogicalStream(make_config(1, 1, buffer), 0, SEQ_LEN, seed)
+        stream = Stream(make_config(1, 1, buffer), 0, SEQ_LEN, seed)
         return list(islice(documents_of(stream.windows(Cursor()), tokenizer, 1), 40))
 
     assert order(1, 5) == order(1, 5) and order(1, 5) != order(2, 5) != order(2, 40)
     texts = make_texts(40, "file 0")
     assert order(1, 1) == texts
-    monkeypatch.setattr(logical_stream, "BLOCK_LENGTH", 1)
+    monkeypatch.setattr(streams_module, "BLOCK_LENGTH", 1)
     assert order(1, 40) == texts  # a block ends where it is long enough
     assert [sorted(order(1, 5)[i : i + 5]) for i in range(0, 40, 5)] == [
         sorted(texts[i : i + 5]) for i in range(0, 40, 5)
@@ -133,7 +140,7 @@ def test_the_seed_decides_the_order(
 def test_files_come_in_another_order_every_epoch(
     make_config: Callable[..., StreamConfig], tokenizer: Tokenizer
 ) -> None:
-    windows = LogicalStream(make_config(6, 1), 0, SEQ_LEN, 1).windows(Cursor())
+    windows = Stream(make_config(6, 1), 0, SEQ_LEN, 1).windows(Cursor())
     order = [text.split(":")[0].split()[1] for text in documents_of(windows, tokenizer, 2)]
     files = [file for i, file in enumerate(order) if i == 0 or order[i - 1] != file]
     first, second = list(dict.fromkeys(files)), list(dict.fromkeys(order[240:]))
@@ -234,7 +241,7 @@ def test_resuming_reads_a_block_and_tokenises_less(
     config = make_config(3, 1, 10, 500)
     config = StreamConfig(config.files[file : file + 1], *(getattr(config, name) for name in list(vars(config))[1:]))
     counted: Counter[str] = Counter()
-    read, encode = logical_stream.read_documents, config.tokenizer.encode_batch
+    read, encode = streams_module.read_documents, config.tokenizer.encode_batch
 
     def counting(*args: Any) -> Iterator[Any]:
         for record in read(*args):
@@ -245,7 +252,7 @@ def test_resuming_reads_a_block_and_tokenises_less(
         counted["tokenised"] += len(texts)
         return encode(texts)
 
-    monkeypatch.setattr(logical_stream, "read_documents", counting)
+    monkeypatch.setattr(streams_module, "read_documents", counting)
     monkeypatch.setattr(config.tokenizer, "encode_batch", encoding)
     fresh = StreamedSource(config, SEQ_LEN, 3)
     late = 600
@@ -300,8 +307,8 @@ def test_the_streams_of_a_blend_go_on_from_their_cursors(
     cursors.commit(150)
     assert len(cursors.latest()) == 3 + 2
     starts: list[int] = []
-    read = LogicalStream.windows
-    monkeypatch.setattr(LogicalStream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
+    read = Stream.windows
+    monkeypatch.setattr(Stream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
     again = blend()
     again.seek(json.loads(json.dumps(cursors.latest())))
     assert [seen(again.sample(index)) for index in range(150, 240)] == [seen(sample) for sample in straight[150:]]
@@ -376,11 +383,25 @@ def test_training_killed_and_resumed_on_other_workers(
     trainer = make_trainer(tmp_path)
     trainer.validate(MoEGPTModule(GPTConfig(data.vocab_size, SEQ_LEN, 2, 16, 2, moe=MoEConfig(2))), data)
     assert {"val/loss/domain 0", "val/loss/domain 1", "val/loss/other"} <= trainer.callback_metrics.keys()
-    with pytest.raises(ValueError, match=r"these differ: corpus \(reading has shuffle_buffer 10 there, 11 here\)"):
+    with pytest.raises(ValueError, match=r"these differ: corpus.shuffle_buffer \(10 there, 11 here\)\."):
         open_corpus(shuffle_buffer=11).load_state_dict(data.state_dict())
-    write(tmp_path / "pile/train/03.jsonl.zst", make_texts(61, "file 3"), domains=3)
-    with pytest.raises(ValueError, match=r"corpus \(03.jsonl.zst has bytes [\d,]+ there, [\d,]+ here\)"):
-        open_corpus().load_state_dict(data.state_dict())
+
+
+def test_an_edited_file_of_equal_size_is_not_resumed_on(
+    open_corpus: Callable[..., PileDataModule], tmp_path: Path
+) -> None:
+    files = {"train": "train/*.jsonl", "validation": "val.jsonl.zst"}
+    path = tmp_path / "pile" / "train" / "a.jsonl"
+    write(path, make_texts(60, "one"))
+    state = open_corpus(data_files=files).state_dict()
+    times = path.stat()
+    write(path, make_texts(60, "two"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    with pytest.raises(
+        ValueError, match=r"these differ: .*corpus\.a\.jsonl \(\d+ bytes, \w+ there, \d+ bytes, \w+ here\)"
+    ):
+        open_corpus(data_files=files).load_state_dict(state)
 
 
 def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
@@ -394,8 +415,8 @@ def test_a_state_has_what_was_trained_on_and_is_gone_on_from(
     windows = {stream: window for stream, window, *_ in state["cursors"]}
     assert windows == {**dict.fromkeys(range(4), 2), **dict.fromkeys(range(4, 8), 1)}  # of five micro-batches, three
     starts = []
-    read = LogicalStream.windows
-    monkeypatch.setattr(LogicalStream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
+    read = Stream.windows
+    monkeypatch.setattr(Stream, "windows", lambda self, start: starts.append(start.window) or read(self, start))
     resumed = open_corpus()
     resumed.load_state_dict(json.loads(json.dumps(state)))
     assert len(list(islice(resumed.train_dataloader(), 2))) == 2
@@ -420,7 +441,7 @@ def test_evaluation_has_the_first_documents_of_each_domain(open_corpus: Callable
     assert data.unigram_entropy() > 0 and set(data.xz_bits_per_byte()) == {"domain 1", "other", "all"}
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_the_training_sample_has_the_shares_of_all_files(
     ending: str, open_corpus: Callable[..., PileDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,11 +460,11 @@ def test_the_training_sample_has_the_shares_of_all_files(
         return np.array([len(tokens) for tokens in tokens_of(open_corpus(**options, **others), "train")])
 
     whole = sizes()
-    monkeypatch.setattr(eval_cache, "TRAINING_BYTES", 25_000)
+    monkeypatch.setattr(prepared_files, "TRAINING_BYTES", 25_000)
     part = sizes(evaluation_tokens=61)  # a cache of its own
     assert part.sum() < whole.sum() / 3 and whole[2] == part[2] == 0
     assert part[0] / part.sum() == pytest.approx(whole[0] / whole.sum(), abs=0.05)
-    monkeypatch.setattr(eval_cache, "TRAINING_FILES", 2)
+    monkeypatch.setattr(prepared_files, "TRAINING_FILES", 2)
     assert 0 < sizes(evaluation_tokens=62).sum() < whole.sum() / 3  # of two of the six
 
 
@@ -454,22 +475,6 @@ def test_changed_files_are_evaluated_anew(open_corpus: Callable[..., PileDataMod
         assert name in data.decode(np.concatenate(tokens_of(data, "validation"))[:30].tolist())
 
 
-def test_what_was_skipped_for_evaluation_is_an_error_without_skip(
-    open_corpus: Callable[..., PileDataModule], tmp_path: Path
-) -> None:
-    write(tmp_path / "pile" / "val.jsonl", make_texts(30, "validation"))
-    with (tmp_path / "pile" / "val.jsonl").open("a") as file:
-        file.write('{"text": 5}\n')
-    files = {"train": "train/*.jsonl.zst", "validation": "val.jsonl"}
-    for action in ("error", "skip", "error"):  # what one policy has kept, the other does not take for its own
-        with (
-            pytest.raises(ValueError, match=r"val\.jsonl, line \d+: not text")
-            if action == "error"
-            else pytest.warns(UserWarning, match="it is skipped")
-        ):
-            open_corpus(data_files=files, on_bad_data=action)
-
-
 def append(path: Path, *lines: bytes) -> None:
     content = zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
     path.write_bytes(zstandard.ZstdCompressor().compress(content + b"".join(line + b"\n" for line in lines)))
@@ -478,7 +483,7 @@ def append(path: Path, *lines: bytes) -> None:
 def test_bad_data_ends_the_run_with_one_line_from_workers_too(
     open_corpus: Callable[..., PileDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eval_cache, "TRAINING_BYTES", 100)  # what is bad is not in the sample
+    monkeypatch.setattr(prepared_files, "TRAINING_BYTES", 100)  # what is bad is not in the sample
     path = tmp_path / "pile" / "train" / "02.jsonl.zst"
     append(path, b'{"text": 5}')
     for workers in (0, 2):
@@ -486,61 +491,14 @@ def test_bad_data_ends_the_run_with_one_line_from_workers_too(
         with pytest.raises(ValueError) as error:
             fit(data, 1000, tmp_path)
         assert describe(error.value) == [
-            f"{path}, line 61: not text (text is of type int); repair the data, or set on_bad_data to skip"
+            f"{path}, line 61: not text (text is of type int); repair it, or leave it out with nlgmoe prepare-data "
+            "--on_bad_data skip"
         ]
     data = open_corpus(2)
     path.unlink()
     with pytest.raises(ValueError) as error:
         fit(data, 1000, tmp_path)
-    assert describe(error.value) == [f"{path}: missing file; repair the data, or set on_bad_data to skip"]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_skipped_data_is_counted_over_restarts(
-    open_corpus: Callable[..., PileDataModule], tmp_path: Path, workers: int
-) -> None:
-    train = tmp_path / "pile" / "train"
-    append(train / "01.jsonl.zst", b"nonsense", b'{"text": ""}', b'{"text": ""}')
-    append(train / "03.jsonl.zst", b'{"text": ""}')
-    options = {"on_bad_data": "skip", "num_streams": 4, "shuffle_buffer": 63}
-    data = open_corpus(workers, **options)
-    with pytest.warns(UserWarning, match="was skipped: not JSON: 1, empty document: 3$"):
-        trainer, _ = fit(data, 3, tmp_path)
-    trainer.save_checkpoint(tmp_path / "three.ckpt")
-    data = open_corpus(workers, **options)
-    with pytest.warns(UserWarning, match="was skipped: not JSON: 1, empty document: 3$"):
-        fit(data, 6, tmp_path, tmp_path / "three.ckpt")
-
-
-def test_skipped_data_is_counted_over_ranks(
-    open_corpus: Callable[..., PileDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = tmp_path / "pile" / "train"
-    append(train / "01.jsonl.zst", b"nonsense")
-    data = open_corpus(0, on_bad_data="skip", num_streams=4, shuffle_buffer=63)
-    other = [9, *Cursor(window=1, skipped=tuple(2 * (kind == "not JSON") for kind in KINDS)).to_numbers()]
-    gather = Cursors.gather
-    monkeypatch.setattr(Cursors, "gather", lambda cursors: [*gather(cursors), other])
-    with pytest.warns(UserWarning, match="was skipped: not JSON: 3$"):
-        fit(data, 3, tmp_path)
-
-
-def test_skipped_data_is_counted_where_it_is_passed(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Block by block, and the same whether a run was interrupted or not."""
-    path = tmp_path / "data.jsonl"
-    lines = [json.dumps({"text": text if i % 4 else ""}) for i, text in enumerate(make_texts(100))]
-    path.write_text("\n".join(lines))
-    config = StreamConfig([str(path)], Fields(), ["text"], tokenizer, 1, 6, "skip")
-    windows = list(islice(LogicalStream(config, 0, SEQ_LEN, 1).windows(Cursor()), 200))
-    kind = KINDS.index("empty document")
-    of_epoch = [next(w.after for w in windows if w.after.epoch == epoch) for epoch in (0, 1)]
-    assert [after.skipped[kind] for after in of_epoch] == [
-        2,
-        27,
-    ]  # documents 0 and 4 stand in front of the sixth good one
-    for number in (0, 7, 50, 123):
-        again = LogicalStream(config, 0, SEQ_LEN, 1).windows(Cursor.from_numbers(windows[number].after.to_numbers()))
-        assert [w.after for w in islice(again, 60)] == [w.after for w in windows[number + 1 : number + 61]]
+    assert describe(error.value)[0].startswith(f"{path}: missing file; repair it")
 
 
 def gather(rank: int, folder: Path, results: Any) -> None:
@@ -663,5 +621,5 @@ def test_user_errors_name_the_setting(tiny_corpus: Path, tmp_path: Path) -> None
         StreamedText(str(tmp_path)).open(tmp_path, tokenizer)
     corpus = StreamedText(str(tmp_path), num_streams=4)
     corpus.prepare(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match="num_streams=4 leaves stream 3 no document"):
+    with pytest.raises(ValueError, match="num_streams=4 leaves stream 3 no document;"):
         corpus.open(tmp_path, tokenizer).training_source(SEQ_LEN, 1).sample(3)

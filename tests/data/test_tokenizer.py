@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-from nlgmoe.data.tokenizer import BYTE_OF, EOD, SAME_TOKENIZER, Tokenizer, load_tokenizer, train_byte_level_bpe
+from nlgmoe.data.tokenizer import (
+    BYTE_OF,
+    EOD,
+    SAME_TOKENIZER,
+    Tokenizer,
+    load_tokenizer,
+    train_byte_level_bpe,
+    train_tokenizer,
+)
+from nlgmoe.experiment import parse_config
 
 
 def small() -> Tokenizer:
@@ -145,11 +155,11 @@ def rest(pattern: object, behavior: str, invert: bool = False) -> pre_tokenizers
             pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("▁"), LEVEL]),
             "it has CharDelimiterSplit",
         ),
-        ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "'no space before' came back as ' no space"),
+        ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "it has ByteLevel with a prefix space"),
         (
             "model",
             models.BPE({token: n for n, token in enumerate([EOD, *sorted({*BYTE_OF} - {"Q"})])}, []),
-            "'GHIJKLMNOPQRS.*' came",
+            "it has no token for 1 of the 256 bytes",
         ),
     ],
     ids=str,
@@ -198,3 +208,17 @@ def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), "empty")
     with pytest.raises(ValueError, match="set `tokenizer` to gpt2"):
         load_tokenizer("gpt-2", tmp_path)
+
+
+def test_the_models_vocabulary_is_the_tokenizers_unless_it_is_set(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    size = train_tokenizer(iter(["low lower lowest"] * 9), 300, folder).vocab_size
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+    def vocab_size(**settings: Any) -> int:
+        return int(parse_config(quickstart, **settings)["model"]["config"]["vocab_size"])
+
+    assert 256 < vocab_size(data__tokenizer=str(folder)) == size <= 300
+    assert vocab_size() == 4096 and vocab_size(data__tokenizer="gpt2", data__data_dir=str(tmp_path)) == 50257
+    assert vocab_size(data__tokenizer=str(folder), model__config__vocab_size=512) == 512
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]  # nothing is downloaded for a number

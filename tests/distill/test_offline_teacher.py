@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
+from nlgmoe.commands.distill_logits import _describe_tail
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
@@ -51,14 +52,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def logits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "logits"
-    record(teacher, folder, top_k=8, corpus={"walk": {"tokens": 1000}})
+    record(teacher, folder, top_k=8)
     return folder
 
 
 class Longer(NumberedData):
     """Another corpus."""
-
-    corpus_description: ClassVar = {"walk": {"tokens": 2000}}
 
     def fingerprint(self) -> dict[str, str | int]:
         return super().fingerprint() | {"corpus": "a longer walk"}
@@ -207,7 +206,7 @@ def test_a_student_goes_on_with_the_teacher_it_had(
 
 def test_what_is_recorded_already_is_reported_whole(teacher: Path, logits: Path) -> None:
     found: list[Any] = []
-    record(teacher, logits, report=found.append, top_k=8, corpus={"walk": {"tokens": 1000}})
+    record(teacher, logits, report=found.append, top_k=8)
     assert [progress.samples for progress in found] == [SAMPLES]
 
 
@@ -300,7 +299,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's s
         r"was recorded at temperature=2.0, model.distiller.temperature is 1.0; set",
     ),
     "seed": ({}, {"data": NumberedData(seed=2)}, r"other data; these differ: seed \(1 there, 2 here\)"),
-    "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(walk has tokens 1,000 there, 2,000 here\); set"),
+    "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(a walk there, a longer walk here\); set"),
     "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(False there, True here\)"),
     "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
     "samples": ({}, {"accumulate": 3}, "holds 32 samples, this run distils 48; record that many with --samples 48"),
@@ -325,8 +324,8 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
         fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))
     with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(\w+ there, \w+ here\)"):
         record(other, logits, top_k=8)
-    with pytest.raises(ValueError, match=r"other settings: corpus \(walk has tokens 1,000 there, 2,000 here\)"):
-        record(teacher, logits, Longer(), top_k=8, corpus=Longer.corpus_description)
+    with pytest.raises(ValueError, match=r"other settings: corpus \(a walk there, a longer walk here\)"):
+        record(teacher, logits, Longer(), top_k=8)
     for name in ("vocab_size", "seq_len"):
         header = json.loads((logits / HEADER).read_text()) | {name: 99}
         with pytest.raises(ValueError, match=f"has {name}=99, the student "):
@@ -361,3 +360,8 @@ def test_bytes_of_a_token() -> None:
     small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
     assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2) + 8
     assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2) + 8
+
+
+@pytest.mark.parametrize(("tail", "advises"), [(0.09, False), (0.11, True)])
+def test_a_large_tail_is_advised_against(tail: float, advises: bool) -> None:
+    assert ("raise --top-k" in _describe_tail(tail, 64)) == advises

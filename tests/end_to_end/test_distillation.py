@@ -50,6 +50,7 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     config.write_text(yaml.safe_dump(settings))
     nlgmoe(["distill-logits", str(config), "--output", str(logits), "--top-k", "32"])
     said = capsys.readouterr().out
+    assert "outside the 32 likeliest tokens, on average; raise --top-k" in said
     assert "12 of 32 tokens" in said and "--model.distiller.init_args.temperature=1.0" in said
     assert json.loads((logits / "header.json").read_text())["samples"] == 12
     written = tmp_path / "written.yaml"

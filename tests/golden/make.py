@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from nlgmoe.commands.main import main
-from nlgmoe.data.indexed import token_dtype
-from nlgmoe.data.indexed_writer import IndexedWriter
+from nlgmoe.data.indexed import IndexedWriter, token_dtype
 from nlgmoe.data.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.golden import recording as golden
 

@@ -45,7 +45,7 @@ class TwoFactors(Router):
 
 @dataclass(frozen=True)
 class OwnCapacityConfig(RouterConfig):
-    """A linear gate with a learned temperature; an expert keeps its likeliest tokens, `room` times its fair share of them.
+    """A linear gate with bias and learned temperature; an expert keeps its likeliest tokens, `room` times its fair share.
 
     Attributes:
         room: slots of an expert in training, over k * tokens / experts.
@@ -76,19 +76,22 @@ class DeclaredCapacityConfig(OwnCapacityConfig):
 
 
 class OwnCapacity(Router):
-    roles: ClassVar = {"weight": "weight", "temperature": "scale"}
+    roles: ClassVar = {"weight": "weight", "bias": "bias", "temperature": "scale"}
 
     def __init__(self, settings: OwnCapacityConfig, moe: MoEConfig, hidden_size: int, num_experts: int) -> None:
         super().__init__(num_experts)
         self.settings, self.moe = settings, moe
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_experts))
         self.temperature = nn.Parameter(torch.ones(1))  # DeepSpeed takes no parameter without dimension
         self.weight_sum = 1.0 if moe.top_k > 1 else None
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype)) / self.temperature.to(dtype)  # [N, E]
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)) / self.temperature.to(
+                dtype
+            )  # [N, E]
             probs = logits.softmax(dim=-1)
         weight, expert = probs.topk(self.moe.top_k, dim=-1)  # [N, k]
         mask = None if context.mask is None else context.mask.flatten()

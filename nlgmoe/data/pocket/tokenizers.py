@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from nlgmoe.data.pocket.build import open_corpus
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
 from nlgmoe.data.pocket.packages import GPT2_TOKENIZER, fetch, read_members
-from nlgmoe.data.pocket_pile import read_texts, text_path
-from nlgmoe.data.tokenizer import train_byte_level_bpe
 from nlgmoe.files import atomic_write, write_json
 
+EOD = "<|endoftext|>"
 VOCABULARIES = {"pocket-1k": 1024, "pocket-4k": 4096, "pocket-8k": 8192}
 
 
@@ -55,3 +57,18 @@ def _write_bytes(path: Path, content: bytes) -> None:
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
         temporary.chmod(0o644)
+
+
+def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenisation; `vocab_size` includes the 256 bytes and `EOD` (id 0)."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend

@@ -1,5 +1,5 @@
 """Text that is tokenised while training on it.
 
-Reading order: `streamed_text.py` (the corpus), `data_files.py`, `eval_cache.py`, `logical_stream.py` (documents to windows),
-`streamed_source.py` (windows to samples), `cursors.py` (positions that a checkpoint keeps).
+Reading order: `streamed_text.py` (the corpus), `prepared_files.py` (its files, and the text for evaluation), `streams.py`
+(documents to windows to samples, and the positions that a checkpoint keeps).
 """

@@ -1,10 +1,9 @@
 """`StreamedText`: a corpus that is tokenised while training on it, from the Hugging Face hub or from files.
 
 `datasets` finds the files, as in its `load_dataset`; `documents.py` reads them. The streaming of `datasets` shards whole
-files, neither names nor skips bad lines, and resumes by reading a file from its beginning.
+files, does not name bad lines, and resumes by reading a file from its beginning.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,26 +12,22 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nlgmoe.data.corpus import OpenCorpus, build_lock
-from nlgmoe.data.description import Description
-from nlgmoe.data.sources import TokenSource
-from nlgmoe.data.streaming.data_files import DataFile, find_files
-from nlgmoe.data.streaming.eval_cache import EvalCache, cache_eval_tokens, open_eval_cache
-from nlgmoe.data.streaming.logical_stream import StreamConfig
-from nlgmoe.data.streaming.streamed_source import StreamedSource
-from nlgmoe.data.text.bad_data import Action
-from nlgmoe.data.text.records import MAX_DOCUMENT_BYTES, Fields
+from nlgmoe.data.corpus import Fingerprint, OpenCorpus, build_lock, hash_of
+from nlgmoe.data.documents import MAX_DOCUMENT_BYTES, Fields
+from nlgmoe.data.samples import TokenSource
+from nlgmoe.data.streaming.prepared_files import EvalCache, cache_eval_tokens, find_files, open_eval_cache
+from nlgmoe.data.streaming.streams import StreamConfig, StreamedSource
 from nlgmoe.data.tokenizer import Tokenizer, load_tokenizer
 from nlgmoe.validation import SettingError, require
 
 OTHER = "other"
-DESCRIBED_FILES = 100
+NAMED_FILES = 100  # a checkpoint has an entry for each file up to so many
 
 
 class StreamedText:
     """JSON lines (plain, .gz or .zst) or Parquet, with text that data workers tokenise and pack, or with token ids.
 
-    Training reads `num_streams` logical streams, which do not depend on ranks and workers, and resumes at its position.
+    Training reads `num_streams` streams, which do not depend on ranks and workers, and resumes at its position.
     `prepare` stores the first documents of each domain's validation and test files, for evaluation, in
     `data_dir/streamed`.
 
@@ -45,9 +40,8 @@ class StreamedText:
         ids_field: field of a record's token ids of `data.tokenizer`, read instead of its text.
         domain_field: field of a record's domain, such as `meta.pile_set_name`; None: one domain for all.
         domains: names of the domains; documents of other domains, or of none, are in the domain "other".
-        num_streams: logical streams; see docs/data.md for a good number.
+        num_streams: streams; see docs/data.md for a good number.
         shuffle_buffer: documents of a stream that are shuffled together.
-        on_bad_data: "error": a document or file that cannot be used ends the run; "skip": it is skipped and counted.
         max_document_bytes: maximum size of a document's line, or of its text in Parquet; larger ones cannot be used.
         evaluation_tokens: tokens stored of each domain of the validation split, and of the test split.
 
@@ -66,7 +60,6 @@ class StreamedText:
         domains: Sequence[str] | None = None,
         num_streams: int = 64,
         shuffle_buffer: int = 1000,
-        on_bad_data: Action = "error",
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
         evaluation_tokens: int = 1_000_000,
     ) -> None:
@@ -94,16 +87,10 @@ class StreamedText:
         self.domains = None if domains is None else list(domains)
         self.num_streams = num_streams
         self.shuffle_buffer = shuffle_buffer
-        self.on_bad_data: Action = on_bad_data
         self.evaluation_tokens = evaluation_tokens
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
-        """Fetch the tokenizer, find the files, and cache the tokens to evaluate on.
-
-        Raises:
-            ValueError: there are no such files, the tokenizer is unknown or not usable, the ids are not its, or data
-                cannot be used and `on_bad_data` is "error".
-        """
+        """Fetch the tokenizer, find the files, and cache the tokens to evaluate on."""
         with build_lock(data_dir):
             loaded = load_tokenizer(tokenizer, data_dir)
             files = find_files(self.path, self.data_files, self.revision)
@@ -119,11 +106,7 @@ class StreamedText:
                 )
 
     def open(self, data_dir: Path, tokenizer: str) -> OpenCorpus:
-        """Map the cached tokens; the training files are opened when they are read.
-
-        Raises:
-            ValueError: `prepare` has not run for this corpus and tokenizer.
-        """
+        """Map the cached tokens; the training files are opened when they are read."""
         loaded = load_tokenizer(tokenizer, data_dir)
         cache = open_eval_cache(self._folder(data_dir, loaded), len(self._names()))
         if cache is None:
@@ -132,26 +115,18 @@ class StreamedText:
                 "call prepare_data of the data module"
             )
         files = cache.files["train"]
-        facts = (
-            [(os.path.basename(file.path), file.bytes) for file in files],
-            (self.fields, self.domains, self.num_streams, self.shuffle_buffer),
-        )
         config = self._config(loaded, [file.path for file in files])
-        return OpenStreamedText(config, cache, _hash(facts), self._description(files))
-
-    def _description(self, files: Sequence[DataFile]) -> Description:
-        """Describe the files; more than `DESCRIBED_FILES` only by their sum, since a checkpoint holds the description."""
-        sizes: Description = {os.path.basename(file.path): {"bytes": file.bytes} for file in files}
-        if len(sizes) > DESCRIBED_FILES:
-            sizes = {"training files": {"files": len(files), "bytes": sum(file.bytes for file in files)}}
-        return sizes | {
-            "reading": {
-                "num_streams": self.num_streams,
-                "shuffle_buffer": self.shuffle_buffer,
-                "fields": str(self.fields),
-                "domains": ", ".join(self._names()),
-            }
+        facts = [(os.path.basename(file.path), file.bytes, file.contents) for file in files]
+        fingerprint: Fingerprint = {"files": f"{len(files)} of {hash_of(facts)}"}
+        if len(files) <= NAMED_FILES:
+            fingerprint |= {name: f"{size} bytes, {contents}" for name, size, contents in facts}
+        fingerprint |= {
+            "num_streams": self.num_streams,
+            "shuffle_buffer": self.shuffle_buffer,
+            "fields": str(self.fields),
+            "domains": ", ".join(self._names()),
         }
+        return OpenStreamedText(config, cache, fingerprint)
 
     def _names(self) -> list[str]:
         return ["text"] if self.domains is None else [*self.domains, OTHER]
@@ -164,32 +139,20 @@ class StreamedText:
             tokenizer=tokenizer,
             num_streams=self.num_streams,
             shuffle_buffer=self.shuffle_buffer,
-            on_bad_data=self.on_bad_data,
         )
 
     def _folder(self, data_dir: Path, tokenizer: Tokenizer) -> Path:
         settings = (self.path, self.data_files, self.revision, self.fields, self.domains, self.evaluation_tokens)
-        # A cache made with "skip" lacks documents for which "error" must end the run.
-        policy = () if self.on_bad_data == "error" else (self.on_bad_data,)
-        sample = "of every training file"
-        return data_dir / "streamed" / _hash((settings, tokenizer.fingerprint, sample, *policy))
+        return data_dir / "streamed" / hash_of((settings, tokenizer.fingerprint))
 
 
 class OpenStreamedText:
-    """A streamed corpus that can be read, see `OpenCorpus`.
+    """A streamed corpus that can be read, see `OpenCorpus`."""
 
-    Args:
-        config: of the streams.
-        cache: tokens for statistics and evaluation.
-        fingerprint: of the training files' names and sizes, and of how they are read.
-        description: the training files, and how they are read.
-    """
-
-    def __init__(self, config: StreamConfig, cache: EvalCache, fingerprint: str, description: Description) -> None:
+    def __init__(self, config: StreamConfig, cache: EvalCache, fingerprint: Fingerprint) -> None:
         self.tokenizer = config.tokenizer
         self.domains = list(config.domains)
         self.fingerprint = fingerprint
-        self.description = description
         self._config = config
         self._tokens = cache.tokens
 
@@ -204,7 +167,3 @@ class OpenStreamedText:
     def evaluation_tokens(self, split: str) -> Sequence[np.ndarray] | None:
         """Return tokens of each domain's first documents."""
         return self._tokens.get(split)
-
-
-def _hash(facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

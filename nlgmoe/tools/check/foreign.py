@@ -60,6 +60,12 @@ class ForeignLayer(Layer):
         tensors = [] if gate is None else [*gate.parameters(), *gate.buffers()]
         return next((tensor for tensor in tensors if tuple(tensor.shape) == shape), None)
 
+    def gate_bias(self, module: nn.Module) -> Tensor | None:
+        """See `Layer`."""
+        gate = getattr(module, "router", getattr(module, "gate", None))
+        bias = getattr(gate, "bias", None)
+        return bias if isinstance(gate, nn.Linear) and isinstance(bias, Tensor) else None
+
 
 def _call_and_capture(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, Any]:
     """Return the result of `call`, and what `module` returned in it."""

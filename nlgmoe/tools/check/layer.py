@@ -143,6 +143,10 @@ class Layer:
         """Return the `[E, H]` weight of a linear gate, if the layer has one."""
         return None
 
+    def gate_bias(self, module: nn.Module) -> Tensor | None:
+        """Return what a linear gate adds to its logits, `[E]`; None: nothing."""
+        return None
+
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
         """Return the gate's parameters that learn."""
         weight = self.gate_weight(module)
@@ -221,6 +225,8 @@ def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: 
     weight = weight.detach().double().cpu()
     if weight.shape[0] > weight.shape[1]:
         raise NotApplicable("the gate has more experts than inputs: logits cannot be chosen")
+    if (bias := layer.gate_bias(module)) is not None:
+        logits = logits - bias.detach().double().cpu()
     inverse = torch.linalg.pinv(weight)  # [H, E]
     free = Batch.random(layer, 1, len(logits), seed).x[0]
     x = logits @ inverse.T + (free - free @ weight.T @ inverse.T)

@@ -92,6 +92,14 @@ class OwnLayer(Layer):
         linear = len(weight) == 1 or torch.corrcoef(pair)[0, 1] > 0.5
         return weight if linear and not torch.allclose(one, two, rtol=0.05) else None
 
+    def gate_bias(self, module: nn.Module) -> Tensor | None:
+        """See `Layer`: the logits of a token of zeros."""
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        x = torch.zeros(1, self.hidden_size, dtype=next(module.parameters()).dtype)
+        with torch.no_grad():
+            logits = module.router(x, RoutingContext(zero, noise_key=(0, 0, 0), positions=zero)).logits  # type: ignore[operator]
+        return None if logits is None else logits[0]
+
     def gate(self, module: nn.Module) -> list[nn.Parameter]:
         """See `Layer`."""
         return [value for value in module.router.parameters() if value.requires_grad]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Tokens of some of a streamed corpus's documents, kept on disk for evaluation and statistics.
+"""The files of a streamed corpus, and tokens of some of its documents, kept on disk for evaluation and statistics.
 
 FOLDER/{number of the domain}.{split}.bin, .idx
 FOLDER/files.json                                the corpus's files by split; written last
@@ -6,60 +6,46 @@ FOLDER/files.json                                the corpus's files by split; wr
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
-from nlgmoe.data.indexed import IndexedDataset, token_dtype
-from nlgmoe.data.indexed_writer import IndexedWriter
-from nlgmoe.data.streaming.data_files import DataFile
-from nlgmoe.data.streaming.logical_stream import StreamConfig
-from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import FileOffset
+from nlgmoe.data.corpus import hash_of_pieces
+from nlgmoe.data.documents import DataFile, describe_file, has_records, read_documents
+from nlgmoe.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from nlgmoe.data.streaming.streams import StreamConfig
 from nlgmoe.data.tokenizer import SAME_TOKENIZER
 from nlgmoe.files import write_json
-from nlgmoe.validation import RunError
+from nlgmoe.validation import RunError, SettingError
 
+HASHED_PIECES = 1024  # of 32 KB, about, of all training files
 TRAINING_BYTES, TRAINING_FILES = 8_000_000, 64  # about, and at most, for statistics and the domains' shares
 CHECKED_DOCUMENTS = 16  # documents of ids that are compared with the tokenizer
 
 
 @dataclass(frozen=True)
 class EvalCache:
-    """Contents of the cache.
-
-    Args:
-        files: split -> files of the corpus.
-        tokens: split -> tokens of each domain, [N_d] each; of "train" a sample.
-    """
+    """Contents of the cache, by split."""
 
     files: Mapping[str, Sequence[DataFile]]
-    tokens: Mapping[str, Sequence[np.ndarray]]
+    tokens: Mapping[str, Sequence[np.ndarray]]  # of each domain, [N_d]; of "train" a sample
 
 
 def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], config: StreamConfig, limit: int) -> None:
-    """Write the first documents of each evaluated split and domain, and of the training files, unless it is done.
-
-    Args:
-        folder: of the cache.
-        files: of the corpus, by split.
-        config: of the streams.
-        limit: evaluated tokens of a domain.
-    """
+    """Write about `limit` tokens of each evaluated split and domain, and of the training files some, unless it is done."""
     if read_files(folder) == files:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "files.json").unlink(missing_ok=True)
-    bad = BadData(config.on_bad_data)
-
     if config.fields.ids is not None:
-        records = (record for file in files["train"] for record in read_documents(file.path, config.fields, bad))
+        records = (record for file in files["train"] for record in read_documents(file.path, config.fields))
         first = [np.asarray(record.content) for record in islice(records, CHECKED_DOCUMENTS)]
         if (same := config.tokenizer.share_reproduced(first)) < SAME_TOKENIZER:
             raise RunError(
@@ -68,9 +54,9 @@ def cache_eval_tokens(folder: Path, files: Mapping[str, Sequence[DataFile]], con
             )
     for split in files:
         if split == "train":
-            documents = _training_sample(files[split], config, bad)
+            documents = _training_sample(files[split], config)
         else:
-            documents = _first_of_each_domain(files[split], config, bad, limit)
+            documents = _first_of_each_domain(files[split], config, limit)
         if not _write(folder, split, documents, config):
             raise RunError(f"{files[split][0].path}: no document of the {split} files can be used; choose others")
     write_json(
@@ -100,7 +86,7 @@ def open_eval_cache(folder: Path, domains: int) -> EvalCache | None:
     return EvalCache(files, tokens)
 
 
-def _training_sample(files: Sequence[DataFile], config: StreamConfig, bad: BadData) -> Iterator[tuple[np.ndarray, int]]:
+def _training_sample(files: Sequence[DataFile], config: StreamConfig) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the tokens and domain of the first documents of each file, as much of each as its share of all bytes.
 
     The files may be of one domain each. Of many files some are drawn.
@@ -110,25 +96,22 @@ def _training_sample(files: Sequence[DataFile], config: StreamConfig, bad: BadDa
     share = TRAINING_BYTES / max(1, sum(file.bytes for file in chosen))
     for file in chosen:
         quota, taken = share * file.bytes if share < 1 else math.inf, 0
-        offset = FileOffset()
-        for record in read_documents(file.path, config.fields, bad):
+        for record in read_documents(file.path, config.fields):
             ((tokens, domain),) = config.tokens([record])
-            size = record.after.bytes - offset.bytes
-            if record.after.bytes == 0 or record.number > offset.documents:  # Parquet, or unusable documents before
-                size = len(record.content) * (4 if config.fields.ids else 1)
+            size = record.bytes or len(record.content) * (4 if config.fields.ids else 1)
             yield tokens[: math.ceil(len(tokens) * min(1.0, (quota - taken) / size))], domain
-            offset, taken = record.after, taken + size
+            taken += size
             if taken >= quota:
                 break
 
 
 def _first_of_each_domain(
-    files: Sequence[DataFile], config: StreamConfig, bad: BadData, limit: int
+    files: Sequence[DataFile], config: StreamConfig, limit: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the tokens and domain of documents until there are `limit` of each domain; the last document is whole."""
     kept = [0] * len(config.domains)
     for file in files:
-        for record in read_documents(file.path, config.fields, bad):
+        for record in read_documents(file.path, config.fields):
             if min(kept) >= limit:
                 return
             if kept[config.domain(record)] < limit:
@@ -151,3 +134,47 @@ def _write(folder: Path, split: str, documents: Iterator[tuple[np.ndarray, int]]
 
 def _prefix(folder: Path, domain: int, split: str) -> Path:
     return folder / f"{domain}.{split}"
+
+
+def find_files(
+    path: str, data_files: Mapping[str, str | list[str]] | None, revision: str | None
+) -> dict[str, list[DataFile]]:
+    """Split -> its files, by name. The arguments are those of `datasets.load_dataset`."""
+    # Imported here: it takes seconds.
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(path, data_files=data_files, revision=revision)
+    except (OSError, ValueError, ImportError, BadZipFile, IndexError, StopIteration) as error:
+        # A long list of endings is cut off. The last two types are raised if path or data_files names no files.
+        reason = str(error).partition(" with any supported extension")[0].rstrip(".")
+        reason = reason if isinstance(error, OSError | ValueError | ImportError | BadZipFile) else "it names no files"
+        of_network = isinstance(error, ConnectionError | TimeoutError)
+        raise (ValueError if of_network else SettingError)(
+            f"path={path}: {reason}; set it to a folder or to a data set on the Hugging Face hub, and data_files to names or "
+            "patterns in it"
+        ) from error
+    files_by_split = {str(split): sorted(set(files)) for split, files in (builder.config.data_files or {}).items()}
+    if missing := {"train", "validation"} - files_by_split.keys():
+        raise SettingError(
+            f"path={path} has no files for {' and '.join(sorted(missing))}: name them in data_files, such as "
+            "{train: train/*.jsonl.zst, validation: val.jsonl.zst}"
+        )
+    if unknown := [file for files in files_by_split.values() for file in files if not has_records(file)]:
+        raise SettingError(
+            f"path={path}: {unknown[0]} is neither JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) nor .parquet; choose others "
+            "with data_files"
+        )
+    evaluated = {os.path.realpath(file) for split in ("validation", "test") for file in files_by_split.get(split, ())}
+    if shared := [file for file in files_by_split["train"] if os.path.realpath(file) in evaluated]:
+        raise SettingError(
+            f"path={path}: {shared[0]} is a file of training and of evaluation, which would then measure text that was trained "
+            "on; give other names or patterns in data_files, or copy the file if that is what you want"
+        )
+    described = {split: [describe_file(file) for file in files] for split, files in files_by_split.items()}
+    pieces = max(2, HASHED_PIECES // len(described["train"]))
+    described["train"] = [
+        replace(file, contents=file.path if file.path.startswith("hf://") else hash_of_pieces(file.path, pieces))
+        for file in described["train"]
+    ]
+    return described

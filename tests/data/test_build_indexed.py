@@ -15,16 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import zstandard
 from filelock import FileLock
 
 from nlgmoe.commands.main import main
-from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer
+from nlgmoe.data import IndexedDataset, IndexedWriter, MegatronIndexed, PileDataModule, Tokenizer, build_indexed
+from nlgmoe.data.documents import Fields, Record
 from nlgmoe.data.megatron_indexed import choose_split
-from nlgmoe.data.text.bad_data import BadData
-from nlgmoe.data.text.records import Fields, FileOffset, Record
 from nlgmoe.data.tokenizer import load_tokenizer, train_byte_level_bpe
-from nlgmoe.tools.megatron import build_indexed
 from tests.data.oracles import MegatronDataset
 
 build: Any = build_indexed.build_indexed
@@ -59,7 +58,7 @@ def files(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-SKIPPED = {"not JSON": 2, "no such field": 2}
+SKIPPED = 4
 
 
 def content(prefix: Path) -> tuple[bytes, bytes]:
@@ -68,15 +67,19 @@ def content(prefix: Path) -> tuple[bytes, bytes]:
 
 @pytest.fixture
 def wanted(tokenizer: Tokenizer, tmp_path: Path) -> tuple[bytes, bytes]:
-    """Of one process that has all documents at once."""
+    """Of one process that has all documents at once: those held out come last."""
     with IndexedWriter(tmp_path / "wanted", np.dtype(np.uint16)) as writer:
-        for text in TEXTS:
+        for text in sorted(TEXTS, key=is_held_out):
             writer.add_document([*tokenizer.encode(text), tokenizer.eod_id])
     return content(tmp_path / "wanted")
 
 
-def skip() -> BadData:
-    return BadData("skip", lambda line: None)
+def is_held_out(text: str) -> bool:
+    return xxhash.xxh3_64_intdigest(text.encode()) < 0.1 * 2**64
+
+
+def skip(line: str) -> None:
+    pass
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -84,14 +87,15 @@ def test_the_corpus_does_not_depend_on_the_threads(
     tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path, workers: int
 ) -> None:
     reported: list[Any] = []
-    done = build(files, tmp_path / "new" / "pile", tokenizer, Fields(), skip(), workers, reported.append)
+    done = build(files, tmp_path / "new" / "pile", tokenizer, Fields(), workers, reported.append, skip)
     assert content(tmp_path / "new" / "pile") == wanted
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pile.bin", "pile.idx"]
     assert (done.documents, done.bytes) == (90, sum(len(text.encode()) for text in TEXTS))
     assert (2 * done.tokens, done.skipped) == (len(wanted[0]), SKIPPED)
     assert len(reported) > 10 and reported[-1] == done
     theirs = MegatronDataset(str(tmp_path / "new" / "pile"))
-    assert [tokenizer.decode(theirs[i][:-1]) for i in range(len(theirs))] == TEXTS
+    texts = [tokenizer.decode(theirs[i][:-1]) for i in range(len(theirs))]
+    assert texts == sorted(TEXTS, key=is_held_out) and 0 < done.held_out == sum(map(is_held_out, TEXTS)) < 20
 
 
 def killed_after(chunks: int, *arguments: Any) -> None:
@@ -102,7 +106,7 @@ def killed_after(chunks: int, *arguments: Any) -> None:
         if next(calls) == chunks:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=build, args=(*arguments, report))
+    process = multiprocessing.get_context("fork").Process(target=build, args=(*arguments, report, skip))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -114,9 +118,9 @@ def test_a_killed_build_goes_on(
     """As often as it is killed, before anything is written and in any file; nothing is counted or written twice."""
     prefix, begun = tmp_path / "pile", []
     for chunks in (0, 1, 2, 5, 9, 3):
-        killed_after(chunks, files, prefix, tokenizer, Fields(), skip(), 2)
+        killed_after(chunks, files, prefix, tokenizer, Fields(), 2)
         assert not prefix.with_suffix(".idx").exists() and not prefix.with_suffix(".bin").exists()
-    done = build(files, prefix, tokenizer, Fields(), skip(), 2, begun.append)
+    done = build(files, prefix, tokenizer, Fields(), 2, begun.append, skip)
     assert content(prefix) == wanted and done.skipped == SKIPPED and done.documents == 90
     assert begun[0].documents > 30  # it did not begin again
 
@@ -136,8 +140,8 @@ def test_a_full_disk_is_named_and_the_build_goes_on(
         with pytest.raises(
             ValueError, match=r"output=.*pile cannot be written \(No space left on device\); make room, and"
         ):
-            build(files, prefix, tokenizer, Fields(), skip(), 2, lambda done: None)
-    build(files, prefix, tokenizer, Fields(), skip(), 2, lambda done: None)
+            build(files, prefix, tokenizer, Fields(), 2, lambda done: None, skip)
+    build(files, prefix, tokenizer, Fields(), 2, lambda done: None, skip)
     assert content(prefix) == wanted
 
 
@@ -164,22 +168,20 @@ def test_so_does_one_that_was_killed_at_its_end(
             patch.setattr(Path, "replace", lambda path, to: die(path) if path.name == "idx" else replace(path, to))
         else:
             patch.setattr(IndexedWriter, "_write_index", die)
-        killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), skip(), 2)
-    done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 2, lambda done: None)
+        killed_after(1_000, files, tmp_path / "pile", tokenizer, Fields(), 2)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), 2, lambda done: None, skip)
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED and done.documents == 90
 
 
 def test_bad_data_end_the_build_with_their_place(
     tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*set on_bad_data to skip"):
-        build(files, tmp_path / "pile", tokenizer, Fields(), BadData(), 1, lambda done: None)
-    done = build(files, tmp_path / "pile", tokenizer, Fields(), skip(), 1, lambda done: None)  # as the message says
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*--on_bad_data skip"):
+        build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None)
+    done = build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)  # as the message says
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED
-    with pytest.raises(
-        ValueError, match=r"no document that can be used in 3 files \(.*no such field: \d+.*\); .*text_field"
-    ):
-        build(files, tmp_path / "other", tokenizer, Fields(text="body"), skip(), 1, lambda done: None)
+    with pytest.raises(ValueError, match=r"no document that can be used; .*text_field"):
+        build(files, tmp_path / "other", tokenizer, Fields(text="body"), 1, lambda done: None, skip)
     assert not (tmp_path / "other.building").exists()
 
 
@@ -187,21 +189,21 @@ def test_what_was_begun_is_not_mixed_with_something_else(
     tokenizer: Tokenizer, files: list[str], tmp_path: Path
 ) -> None:
     prefix = tmp_path / "pile"
-    killed_after(3, files, prefix, tokenizer, Fields(), skip(), 1)
+    killed_after(3, files, prefix, tokenizer, Fields(), 1)
     for arguments, differing in [
-        ((files[:2], prefix, tokenizer, Fields(), skip()), "files"),
-        ((files, prefix, tokenizer, Fields(text="body"), skip()), "fields"),
+        ((files[:2], prefix, tokenizer, Fields()), "files"),
+        ((files, prefix, tokenizer, Fields(text="body")), "fields"),
     ]:
         with pytest.raises(ValueError, match=rf"begun with other settings \({differing}\): give the same ones"):
-            build(*arguments, 1, lambda done: None)
+            build(*arguments, 1, lambda done: None, skip)
     Path(files[2]).write_bytes(Path(files[2]).read_bytes()[::-1])  # as many bytes
     with pytest.raises(ValueError, match=r"other settings \(files\)"):
-        build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
+        build(files, prefix, tokenizer, Fields(), 1, lambda done: None, skip)
     with FileLock(tmp_path / "pile.building" / ".lock"), pytest.raises(ValueError, match="another process builds pile"):
-        build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
+        build(files, prefix, tokenizer, Fields(), 1, lambda done: None, skip)
     (tmp_path / "pile.building" / "progress.json").write_text("{")
     with pytest.raises(ValueError, match=r"progress\.json is damaged .*delete .*pile\.building to begin again"):
-        build(files, prefix, tokenizer, Fields(), skip(), 1, lambda done: None)
+        build(files, prefix, tokenizer, Fields(), 1, lambda done: None, skip)
 
 
 def test_no_more_text_is_read_than_is_needed(
@@ -210,9 +212,9 @@ def test_no_more_text_is_read_than_is_needed(
     """However much there is, and however slow what comes behind the reading."""
     read = count()
 
-    def endless(*arguments: Any, start: FileOffset) -> Iterator[Record]:
+    def endless(*arguments: Any, **options: Any) -> Iterator[Record]:
         for number in read:
-            yield Record(number, "x" * 300, None, FileOffset(number + 1))
+            yield Record(number, "x" * 300, None, 300)
 
     class EnoughError(Exception):
         pass
@@ -222,9 +224,10 @@ def test_no_more_text_is_read_than_is_needed(
         if done.documents >= 100:
             raise EnoughError
 
+    (tmp_path / "text.jsonl").touch()
     monkeypatch.setattr(build_indexed, "read_documents", endless)
     with pytest.raises(EnoughError):
-        build(["endless"], tmp_path / "pile", tokenizer, Fields(), skip(), 2, report)
+        build([str(tmp_path / "text.jsonl")], tmp_path / "pile", tokenizer, Fields(), 2, report)
     assert next(read) <= 100 + build_indexed.QUEUED * 2 + 1
 
 
@@ -236,12 +239,13 @@ def test_from_text_to_training(tokenizer: Tokenizer, files: list[str], tmp_path:
     out, err = capsys.readouterr()
     table = dict(line.split(None, 1) for line in out.splitlines())
     assert (table["files"], table["documents"]) == ("3", "90")
-    assert "skipped    2 times: not JSON" in out and f"init_args.prefix={prefix}" in table["train"]
-    assert "a.jsonl, line 11: not JSON" in err
+    assert "left out   4 documents" in out and f"init_args.prefix={prefix}" in table["train"]
+    assert "left out: " in err and "a.jsonl, line 11: not JSON" in err
+    assert table["validation"].startswith(f"{sum(map(is_held_out, TEXTS))} documents, ")
     data = PileDataModule(str(tmp_path), tokenizer.name, MegatronIndexed(prefix, (8, 2, 0)), seq_len=16)
     data.prepare_data()
     batch = next(iter(data.train_dataloader()))
-    assert data.decode(batch["targets"][0].tolist()) in "<|endoftext|>".join([*TEXTS, ""])
+    assert data.decode(batch["targets"][0].tolist()) in "<|endoftext|>".join([*sorted(TEXTS, key=is_held_out), ""])
     assert len(IndexedDataset(Path(prefix))) == 90
     with pytest.raises(SystemExit):
         main([*arguments, f"--input={tmp_path / 'text'}"])
@@ -254,28 +258,41 @@ def test_from_text_to_training(tokenizer: Tokenizer, files: list[str], tmp_path:
 
 
 @pytest.mark.parametrize("counts", [[6], [2, 20], [1] * 30])
-def test_plain_text_gets_a_split_that_can_be_trained_and_validated_with(
-    tokenizer: Tokenizer, tmp_path: Path, capsys: Any, counts: list[int]
-) -> None:
+def test_from_own_text_to_training_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: Any, counts: list[int]) -> None:
     """One short file, two, many."""
     (tmp_path / "text").mkdir()
     for number, repeated in enumerate(counts):
         text = "".join(f"{line}: reading books\n" for line in range(20 * repeated))
         (tmp_path / "text" / f"{number:03}.txt").write_text(text)
     prefix = str(tmp_path / "my own")
-    main(["prepare-data", f"--tokenizer={tokenizer.name}", f"--input={tmp_path}/text", f"--output={prefix}"])
-    advice = capsys.readouterr().out.partition("train on")[2].splitlines()[0]
-    given = dict(word.removeprefix("--data.corpus.init_args.").split("=") for word in shlex.split(advice))
-    split = json.loads(given["split"])
-    assert given["prefix"] == prefix
-    data = PileDataModule(str(tmp_path), tokenizer.name, MegatronIndexed(prefix, split), seq_len=16)
+    main(["prepare-data", "--vocab-size=280", f"--input={tmp_path}/text", f"--output={prefix}"])
+    out = capsys.readouterr().out
+    advice = out.partition("train on")[2].splitlines()[0]
+    given = dict(word.removeprefix("--data.").split("=") for word in shlex.split(advice))
+    split, tokenizer = json.loads(given["corpus.init_args.split"]), given["tokenizer"]
+    assert given["corpus.init_args.prefix"] == prefix and tokenizer == f"{prefix}.tokenizer"
+    assert f"training   {split[0]} documents, " in out and f"validation {split[1]} documents, " in out
+    data = PileDataModule(str(tmp_path), tokenizer, MegatronIndexed(prefix, split), seq_len=16)
     data.prepare_data()
-    assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader()))
+    assert next(iter(data.train_dataloader())) and next(iter(data.val_dataloader())) and 256 < data.vocab_size <= 280
 
 
-@pytest.mark.parametrize(("lengths", "split"), [([1100] * 200, [196, 4, 0]), ([90, 5, 5], [1, 2, 0]), ([9], None)])
-def test_a_large_corpus_keeps_the_default_split(tmp_path: Path, lengths: list[int], split: list[int] | None) -> None:
+def test_a_tokenizer_is_trained_or_given(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.txt").write_text("reading books")
+    for options in (["--vocab-size=256"], ["--vocab-size=300", "--tokenizer=gpt2"]):
+        with pytest.raises(SystemExit):
+            main(["prepare-data", f"--input={tmp_path / 'a.txt'}", f"--output={tmp_path / 'b'}", *options])
+        assert "vocab_size=" in capsys.readouterr().err.replace("vocab-size", "vocab_size")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "held_out", "split"),
+    [([1100] * 200, 4, [196, 4, 0]), ([1100] * 200, 0, [198, 2, 0]), ([90, 5, 5], 1, [1, 2, 0]), ([9], 1, None)],
+)
+def test_validation_has_what_is_held_out_and_enough(
+    tmp_path: Path, lengths: list[int], held_out: int, split: list[int] | None
+) -> None:
     with IndexedWriter(tmp_path / "pile", np.dtype(np.uint16)) as writer:
         for length in lengths:
             writer.add_document(np.zeros(length, np.uint16))
-    assert choose_split(IndexedDataset(tmp_path / "pile")) == split
+    assert choose_split(IndexedDataset(tmp_path / "pile"), held_out) == split

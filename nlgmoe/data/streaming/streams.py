@@ -1,4 +1,4 @@
-"""A logical stream: a fixed part of a corpus as endless windows, resumed at any cursor.
+"""A stream: a fixed part of a streamed corpus as endless windows, resumed at any cursor; and samples out of all streams.
 
     files -> documents -> blocks of `shuffle_buffer` documents, each shuffled -> tokens -> windows of T
 
@@ -11,16 +11,17 @@ and the first input of all is an end of document.
 """
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import distributed
 
-from nlgmoe.data.text.bad_data import KINDS, Action, BadData
-from nlgmoe.data.text.documents import read_documents
-from nlgmoe.data.text.records import Fields, FileOffset, Record, Shard
+from nlgmoe.data.documents import Fields, Record, Shard, read_documents
+from nlgmoe.data.samples import Sample
 from nlgmoe.data.tokenizer import Tokenizer
 from nlgmoe.seeding import derive_seed
 from nlgmoe.validation import RunError
@@ -37,31 +38,18 @@ class Cursor(NamedTuple):
         epoch: complete passes over the stream's documents.
         block: number in the epoch of the block in which the window begins.
         file: number in the epoch's order of the file in which the block begins.
-        documents, bytes: `FileOffset` in that file at which the block begins.
+        first: number in that file of the block's first document.
         document: number in the block's order of the document in which, or right after which, the window begins.
         token: number in that document of the window's first target.
-        skipped: counts of unusable data up to the block's end, by `KINDS`.
     """
 
     window: int = 0
     epoch: int = 0
     block: int = 0
     file: int = 0
-    documents: int = 0
-    bytes: int = 0
+    first: int = 0
     document: int = 0
     token: int = 0
-    skipped: tuple[int, ...] = (0,) * len(KINDS)
-
-    def to_numbers(self) -> list[int]:
-        """Return all numbers in a list."""
-        return [*self[:-1], *self.skipped]
-
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[int]) -> "Cursor":
-        """Undo `to_numbers`; kinds that came later count 0."""
-        plain, skipped = numbers[: len(cls._fields) - 1], numbers[len(cls._fields) - 1 :]
-        return cls._make([*plain, (*skipped, *[0] * (len(KINDS) - len(skipped)))])
 
 
 class Window(NamedTuple):
@@ -91,8 +79,6 @@ class StreamConfig:
         tokenizer: of the tokens.
         num_streams: number of streams.
         shuffle_buffer: documents in a block.
-        on_bad_data: policy for unusable data.
-        reported: kinds of unusable data that this process has warned of.
     """
 
     files: Sequence[str]
@@ -101,8 +87,6 @@ class StreamConfig:
     tokenizer: Tokenizer
     num_streams: int
     shuffle_buffer: int
-    on_bad_data: Action
-    reported: set[str] = field(default_factory=set)
 
     def part(self, stream: int) -> tuple[list[str], Shard]:
         """Return the files that a stream reads, and its shard of each."""
@@ -127,15 +111,8 @@ class StreamConfig:
         return self.domains.index(record.domain) if record.domain in self.domains else len(self.domains) - 1
 
 
-class LogicalStream:
-    """The windows of one stream.
-
-    Args:
-        config: of all streams.
-        stream: its number.
-        seq_len: T, in tokens.
-        seed: of the order.
-    """
+class Stream:
+    """The windows of `seq_len` tokens of stream number `stream`, in an order that `seed` decides."""
 
     def __init__(self, config: StreamConfig, stream: int, seq_len: int, seed: int) -> None:
         self._config = config
@@ -176,39 +153,29 @@ class LogicalStream:
                 yield tokens, domain, cursor._replace(document=number)
             first = 0
 
-    def _blocks(self, start: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
-        """Yield the shuffled documents of each block, and its cursor, from that of `start` on."""
-        bad = BadData(self._config.on_bad_data, reported=self._config.reported)
-        cursor = start._replace(document=0)
+    def _blocks(self, cursor: Cursor) -> Iterator[tuple[list[Record], Cursor]]:
+        """Yield the shuffled documents of each block, and its cursor, from that of `cursor` on."""
         while True:
-            records = self._records(cursor, bad)
+            records = self._records(cursor)
             while block := _take(records, self._config.shuffle_buffer):
-                if cursor.block == start.block and cursor.epoch == start.epoch and start.window > 0:
-                    # This block's unusable data was counted when it was first read.
-                    bad.skipped = Counter(dict(zip(KINDS, start.skipped, strict=True)))
-                cursor = cursor._replace(skipped=tuple(bad.skipped[kind] for kind in KINDS))
                 order = self._permutation("block", len(block), cursor.epoch, cursor.block)
                 yield [block[i][1] for i in order], cursor
                 file, last = block[-1]
-                cursor = cursor._replace(
-                    block=cursor.block + 1, file=file, documents=last.after.documents, bytes=last.after.bytes
-                )
+                cursor = cursor._replace(block=cursor.block + 1, file=file, first=last.number + 1)
             if cursor.block == 0:
                 raise RunError(
-                    f"num_streams={self._config.num_streams} leaves stream {self._stream} no document that can be used; "
-                    f"lower it, or use a larger corpus"
+                    f"num_streams={self._config.num_streams} leaves stream {self._stream} no document; lower it, or use a "
+                    "larger corpus"
                 )
-            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, documents=0, bytes=0)
+            cursor = cursor._replace(epoch=cursor.epoch + 1, block=0, file=0, first=0)
 
-    def _records(self, cursor: Cursor, bad: BadData) -> Iterator[tuple[int, Record]]:
+    def _records(self, cursor: Cursor) -> Iterator[tuple[int, Record]]:
         """Yield the rest of an epoch's documents, each with its file's index in the epoch's order."""
-        files = self._permutation("files", len(self._files), cursor.epoch)
-        place = FileOffset(cursor.documents, cursor.bytes)
+        files, first = self._permutation("files", len(self._files), cursor.epoch), cursor.first
         for number in range(cursor.file, len(files)):
-            path = self._files[files[number]]
-            for record in read_documents(path, self._config.fields, bad, self._shard, place):
+            for record in read_documents(self._files[files[number]], self._config.fields, self._shard, first):
                 yield number, record
-            place = FileOffset()
+            first = 0
 
     def _permutation(self, purpose: str, length: int, *names: int) -> np.ndarray:
         seed = derive_seed(self._seed, purpose, self._stream, *names)
@@ -237,3 +204,115 @@ def _groups(records: Sequence[Record]) -> Iterator[list[Record]]:
         length += len(record.content)
     if group:
         yield group
+
+
+class StreamedSource:
+    """The windows of all streams in turn, without end: sample i is window `i // S` of stream `i % S`, S the number of streams.
+
+    A process opens the streams of the samples that it reads, and reads each forwards; an earlier sample is read from the
+    stream's cursor again.
+    """
+
+    def __init__(self, config: StreamConfig, seq_len: int, seed: int) -> None:
+        self.seq_len = seq_len
+        self.cursor_length = 1 + len(Cursor())
+        self._config = config
+        self._seed = seed
+        self._cursors: dict[int, Cursor] = {}
+        self._open: dict[int, tuple[int, Iterator[Window]]] = {}  # stream -> number of its next window, and the rest
+
+    def seek(self, cursors: Sequence[Sequence[int]]) -> None:
+        """See `CursorSource`."""
+        self._cursors = {stream: Cursor(*numbers) for stream, *numbers in cursors}
+        self._open = {}
+
+    def reading_warning(self, micro_batch_size: int, world_size: int, num_workers: int) -> str | None:
+        """See `CursorSource`."""
+        streams, processes = self._config.num_streams, world_size * max(1, num_workers)
+        times = reads_per_stream(streams, micro_batch_size, processes)
+        if times == 1:
+            return None
+        return (
+            f"num_streams={streams} has every stream read and tokenised by {times:g} processes on average; a multiple of "
+            f"{processes * micro_batch_size} (micro_batch_size x ranks x workers), set before a run begins, has it read once"
+        )
+
+    def sample(self, index: int) -> Sample:
+        """See `TokenSource`."""
+        position, stream = divmod(index, self._config.num_streams)
+        number, windows = self._open.pop(stream, (math.inf, iter(())))
+        if number > position:
+            cursor = self._cursors.get(stream, Cursor())
+            cursor = cursor if cursor.window <= position else Cursor()
+            number = cursor.window
+            windows = Stream(self._config, stream, self.seq_len, self._seed).windows(cursor)
+        while number < position:
+            next(windows)
+            number += 1
+        window = next(windows)
+        self._open[stream] = (position + 1, windows)
+        return Sample(
+            tokens=torch.from_numpy(window.inputs),
+            targets=torch.from_numpy(window.targets),
+            token_mask=torch.ones(self.seq_len, dtype=torch.bool),
+            domain=torch.tensor(window.domain),
+            cursor=torch.tensor([stream, *window.after]),
+        )
+
+
+def reads_per_stream(num_streams: int, micro_batch_size: int, processes: int) -> float:
+    """Return the mean number of processes that read a stream, if each loads `micro_batch_size` samples at a time.
+
+    Of P processes, the p-th loads the samples from `(p + P m) B` on, for every m (workers take their rank's micro-batches
+    in turn). Modulo the number of streams S, these are `S / q * min(B, q)` streams with `q = gcd(P B, S)`.
+    """
+    period = math.gcd(processes * micro_batch_size, num_streams)
+    return processes * min(micro_batch_size, period) / period
+
+
+class Cursors:
+    """Cursors of a run. Those of loaded batches are pending until an optimizer step was taken on the batch."""
+
+    def __init__(self) -> None:
+        self._latest: dict[int, list[int]] = {}  # stream -> its cursor
+        self._pending: deque[list[list[int]]] = deque()  # of each micro-batch, not trained on yet
+
+    def take(self, batch: dict[str, Any]) -> None:
+        """Remove the cursors from a micro-batch, if it has any, and keep them as pending."""
+        cursor = batch.pop("cursor", None)
+        if cursor is not None:
+            self._pending.append(cursor.tolist())
+
+    def commit(self, samples: int) -> None:
+        """Count the first `samples` pending ones of this rank as trained on."""
+        while self._pending and samples >= len(self._pending[0]):
+            samples -= len(self._pending[0])
+            self._keep(self._pending.popleft())
+
+    def discard_pending(self) -> None:
+        """Discard pending cursors: their samples will be loaded again."""
+        self._pending.clear()
+
+    def load(self, cursors: Sequence[Sequence[int]]) -> None:
+        """Restore a checkpoint's cursors."""
+        self._pending.clear()
+        self._latest = {}
+        self._keep(cursors)
+
+    def latest(self) -> list[list[int]]:
+        """Return the cursor of each stream of this process, by stream."""
+        return [self._latest[stream] for stream in sorted(self._latest)]
+
+    def gather(self) -> list[list[int]]:
+        """Return a cursor for each stream of all ranks: a collective."""
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            gathered: list[list[list[int]]] = [[] for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(gathered, self.latest())
+            for cursors in gathered:
+                self._keep(cursors)
+        return self.latest()
+
+    def _keep(self, cursors: Sequence[Sequence[int]]) -> None:
+        for stream, window, *rest in cursors:
+            if stream >= 0 and (stream not in self._latest or self._latest[stream][1] < window):
+                self._latest[stream] = [stream, window, *rest]

@@ -1,0 +1,243 @@
+"""Text files to one corpus in Megatron's indexed format. A build that was killed resumes.
+
+The tokenizer releases the GIL: threads tokenise chunks of text, whose tokens are written in the order of the text, but for the
+documents held out for validation, chosen by hash, which come last. The result does not depend on the number of threads.
+
+    PREFIX.building/bin, lengths, ends   the tokens so far, and what their index is made from
+    PREFIX.building/validation           the same of the documents held out
+    PREFIX.building/progress.json        up to where these are complete, and what they were made from
+
+PREFIX.bin and PREFIX.idx appear when the build is done.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from filelock import FileLock, Timeout
+
+from nlgmoe.data.documents import Fields, Skip, describe_file, read_documents
+from nlgmoe.data.indexed import IndexedWriter, token_dtype
+from nlgmoe.data.tokenizer import Tokenizer
+from nlgmoe.files import write_json
+from nlgmoe.validation import RunError, SettingError
+
+CHUNK_BYTES = 1 << 18  # of text, tokenised together: a tokenizer holds a hundred times as much for a moment
+QUEUED = 3  # chunks per thread that are read ahead
+RECORD_SECONDS = 30.0  # between two records of progress: what a killed build loses
+SMALL_BYTES = 5_000_000  # of files, below which more is held out
+HELD_OUT, HELD_OUT_OF_SMALL = 0.02, 0.1  # shares of the documents
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a build.
+
+    Args:
+        file: index of the input file that is being read; after the last one, their number.
+        number: of the next document in that file.
+        documents: written.
+        bytes: UTF-8 bytes of their texts.
+        tokens: written, one end-of-document token per document included.
+        held_out: documents of those written that are for validation.
+        skipped: documents, files and rests of files that could not be used.
+    """
+
+    file: int = 0
+    number: int = 0
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    held_out: int = 0
+    skipped: int = 0
+
+
+def build_indexed(
+    files: Sequence[str],
+    prefix: Path,
+    tokenizer: Tokenizer,
+    fields: Fields,
+    workers: int,
+    report: Callable[[Progress], object],
+    skip: Skip | None = None,
+) -> Progress:
+    """Write `prefix.bin` and `prefix.idx`: a sequence for each document, closed by the end-of-document token.
+
+    Args:
+        files: what `read_documents` can read, in the order of the result. The documents held out follow all others.
+        prefix: path without `.bin` / `.idx`.
+        tokenizer: of the tokens.
+        fields: of a record that are read.
+        workers: threads that tokenise.
+        report: gets the progress at the start and after each chunk.
+        skip: gets place and reason of what cannot be used; None: it is an error.
+    """
+    folder = building(prefix)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "files": [asdict(describe_file(file)) if os.path.exists(file) else file for file in files],
+        "tokenizer": tokenizer.fingerprint,
+        "fields": asdict(fields),
+    }
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            check_new(prefix)
+            done, sizes = _read_progress(folder, settings)
+            share = HELD_OUT if local_bytes(files, SMALL_BYTES) >= SMALL_BYTES else HELD_OUT_OF_SMALL
+            chunks = _tokenise(_chunks(files, fields, skip, done), tokenizer, share, workers, done)
+            report(done)
+            return _write(chunks, prefix, token_dtype(tokenizer.vocab_size), sizes, settings, report)
+    except Timeout:
+        raise RunError(f"{folder} is in use: another process builds {prefix.name}; wait for it, or stop it.") from None
+    except BaseException as error:
+        if not (resumes := (folder / "progress.json").exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write
+            then = "it goes on" if resumes else "from the beginning"
+            raise RunError(
+                f"output={prefix} cannot be written ({error.strerror}); make room, and start again: {then}"
+            ) from error
+        raise
+
+
+def _write(
+    chunks: Iterator[tuple[list[np.ndarray], list[np.ndarray], Progress]],
+    prefix: Path,
+    dtype: np.dtype,
+    sizes: dict[str, dict[str, int]],
+    settings: dict[str, Any],
+    report: Callable[[Progress], object],
+) -> Progress:
+    """Write all documents and record the progress from time to time."""
+    folder = building(prefix)
+    (aside := folder / "validation").mkdir(exist_ok=True)
+    done, recorded = Progress(), time.monotonic()
+    with (
+        IndexedWriter(prefix, dtype, folder, sizes.get("training")) as writer,
+        closing(IndexedWriter(aside, dtype, aside, sizes.get("validation"))) as held_out,
+    ):
+        for training, validation, done in chunks:
+            for kept, documents in ((writer, training), (held_out, validation)):
+                for tokens in documents:
+                    kept.add_document(tokens)
+            report(done)
+            if done.documents and time.monotonic() - recorded >= RECORD_SECONDS:
+                positions = {"training": writer.position(), "validation": held_out.position()}
+                record = {"settings": settings, "sizes": positions, "done": asdict(done)}
+                write_json(folder / "progress.json", record)
+                recorded = time.monotonic()
+        for tokens in held_out.read_back():
+            writer.add_document(tokens)
+        if done.documents == 0:
+            raise RunError(
+                "input has no document that can be used; give other files, or the text_field that theirs have"
+            )
+    return done
+
+
+def local_bytes(files: Sequence[str], remote: int) -> int:
+    """Return the bytes of all files, `remote` for each that is not local: some servers do not tell."""
+    return sum(os.path.getsize(file) if os.path.exists(file) else remote for file in files)
+
+
+def building(prefix: Path) -> Path:
+    """Return the folder of an unfinished build."""
+    return prefix.with_name(f"{prefix.name}.building")
+
+
+def check_new(prefix: Path) -> None:
+    """Check that no corpus of this name exists, but for a .bin that a killed build has moved there before its .idx."""
+    parts = building(prefix)
+    moved = (parts / "idx").exists() and not (parts / "bin").exists()
+    for kind in ("idx",) if moved else ("idx", "bin"):
+        if Path(f"{prefix}.{kind}").exists():
+            raise SettingError(f"output={prefix}: {prefix}.{kind} exists already; name another output, or delete it")
+
+
+def _read_progress(folder: Path, settings: dict[str, Any]) -> tuple[Progress, dict[str, dict[str, int]]]:
+    path = folder / "progress.json"
+    if not path.exists():
+        return Progress(), {}
+    try:
+        saved = json.loads(path.read_text())
+        done = Progress(**saved["done"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): delete {folder} to begin again.") from error
+    if differing := [name for name in settings if saved["settings"].get(name) != settings[name]]:
+        raise RunError(
+            f"{folder} was begun with other settings ({', '.join(differing)}): give the same ones to go on with it, "
+            "name another output, or delete it."
+        )
+    return done, saved["sizes"]
+
+
+def _chunks(
+    files: Sequence[str], fields: Fields, skip: Skip | None, done: Progress
+) -> Iterator[tuple[list[str], Progress]]:
+    """Texts from `done` on, and how far the files are read with them; the counts of documents are added later."""
+    texts: list[str] = []
+    size, skipped = 0, done.skipped
+
+    def count(line: str) -> None:
+        nonlocal skipped
+        skipped += 1
+        assert skip is not None
+        skip(line)
+
+    for number in range(done.file, len(files)):
+        start = done.number if number == done.file else 0
+        for record in read_documents(files[number], fields, start=start, skip=None if skip is None else count):
+            assert isinstance(record.content, str)
+            texts.append(record.content)
+            size += len(record.content)
+            if size >= CHUNK_BYTES:
+                yield texts, Progress(number, record.number + 1, skipped=skipped)
+                texts, size = [], 0
+    yield texts, Progress(len(files), skipped=skipped)
+
+
+def _tokenise(
+    chunks: Iterator[tuple[list[str], Progress]], tokenizer: Tokenizer, share: float, workers: int, done: Progress
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], Progress]]:
+    """Tokens of the documents of a chunk, for training and held out, and the progress once they are written.
+
+    Chunks come in the order of the text.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread has a chunk of its own
+    dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(texts: list[str]) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        documents: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        contents = [text.encode() for text in texts]
+        for content, ids in zip(contents, tokenizer.encode_batch(texts), strict=True):
+            held_out = xxhash.xxh3_64_intdigest(content) < share * 2**64  # a repeated document is on one side
+            documents[held_out].append(np.array([*ids, tokenizer.eod_id], dtype))
+        return *documents, sum(map(len, contents))
+
+    queue: deque[tuple[Progress, Future[tuple[list[np.ndarray], list[np.ndarray], int]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            while len(queue) < QUEUED * workers and (chunk := next(chunks, None)) is not None:
+                queue.append((chunk[1], pool.submit(encode, chunk[0])))
+            if not queue:
+                return
+            progress, future = queue.popleft()
+            training, validation, size = future.result()
+            done = replace(
+                progress,
+                documents=done.documents + len(training) + len(validation),
+                bytes=done.bytes + size,
+                tokens=done.tokens + sum(map(len, training)) + sum(map(len, validation)),
+                held_out=done.held_out + len(validation),
+            )
+            yield training, validation, done

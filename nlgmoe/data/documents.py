@@ -1,0 +1,352 @@
+"""Documents of a file in order, from any of them, in constant memory: JSON lines, Parquet, plain text.
+
+JSON lines and plain text may be compressed (.gz, .zst).
+
+pyarrow decompresses: it reports a stream that ends too early, which zstandard's reader takes for the end of
+the file. Its own JSON reader has no line numbers.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from nlgmoe.validation import RunError
+
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+PLAIN_TEXT = (".txt", ".md")  # one document a file, unless `Fields.text_bytes` is set
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PIECE_BYTES = 1 << 16  # decompressed at a time; as much is lost before the end of a file that is cut off
+ROWS = 64  # of Parquet, decoded at a time
+# Tokenising takes some 130 bytes for a byte of text: 2.6 GB for a document of this size.
+MAX_DOCUMENT_BYTES = 20_000_000
+
+
+class UnusableError(ValueError):
+    """A document or file cannot be used for this reason; `read_documents` adds the place."""
+
+
+class BadDataError(RunError):
+    """A document or file cannot be used: its file, its line and the reason."""
+
+
+Skip = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields of a record. Names may be dotted: `meta.pile_set_name`.
+
+    Args:
+        text: a string.
+        ids: a list of token ids, read in place of `text`; None: read the text.
+        domain: the document's domain; None: there is none.
+        vocab_size: ids must be below it; None: unchecked.
+        max_bytes: longest line of a document, or text in Parquet and plain text.
+        text_bytes: plain text is cut at the ends of lines into documents of at least so many bytes; None: one document a file.
+    """
+
+    text: str = "text"
+    ids: str | None = None
+    domain: str | None = None
+    vocab_size: int | None = None
+    max_bytes: int = MAX_DOCUMENT_BYTES
+    text_bytes: int | None = field(default=None, repr=False)  # checkpoints hold a hash of the representation
+
+    @property
+    def content(self) -> str:
+        """The field that is read."""
+        return self.text if self.ids is None else self.ids
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One document of a file.
+
+    Args:
+        number: of the document in its file, from 0, unusable ones counted.
+        content: its text, or its token ids as int64 [N].
+        domain: in the file; None if it has none.
+        bytes: of its line or text, uncompressed; 0 in Parquet.
+    """
+
+    number: int
+    content: str | np.ndarray
+    domain: str | None
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Every `count`-th document of a file, from the `index`-th on."""
+
+    index: int = 0
+    count: int = 1
+
+    def __contains__(self, number: int) -> bool:
+        return number % self.count == self.index
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file.
+
+    Args:
+        path: local, or an address such as `hf://datasets/NAME@COMMIT/train/00.jsonl.zst`.
+        bytes: its size.
+        modified: when a local file was written, in seconds; None on the hub, where the path holds the commit.
+        contents: `hash_of_pieces` of a file of training; on the hub its path, which holds the commit.
+    """
+
+    path: str
+    bytes: int
+    modified: float | None = None
+    contents: str = ""
+
+
+WHOLE = Shard()
+
+
+def read_documents(
+    path: str | Path, fields: Fields, shard: Shard = WHOLE, start: int = 0, skip: Skip | None = None
+) -> Iterator[Record]:
+    """Yield the documents of a file.
+
+    Args:
+        path: a local file, or an address that fsspec opens (`hf://datasets/...`); `has_records` or `is_plain_text` by its ending.
+        fields: of each record that are read.
+        shard: the documents to yield; others are neither parsed nor checked.
+        start: documents at the beginning to leave out.
+        skip: gets place and reason of each document, file or rest of a file that cannot be used; None: they are an error.
+
+    Raises:
+        BadDataError: a document or the file cannot be used.
+        RunError: the disk or the network failed, which may succeed another time.
+    """
+    assert has_records(path) or is_plain_text(path), path
+    read, unit = (
+        (_read_text, "")
+        if is_plain_text(path)
+        else (_read_parquet, "row")
+        if str(path).endswith(".parquet")
+        else (_read_lines, "line")
+    )
+
+    def refuse(place: str, reason: object) -> None:
+        if skip is None:
+            raise BadDataError(
+                f"{place}: {reason}; repair it, or leave it out with nlgmoe prepare-data --on_bad_data skip"
+            )
+        skip(f"{place}: {reason}")
+
+    number = start
+    try:
+        file_system, name = url_to_fs(str(path))
+        with file_system.open(name, "rb") as opened:
+            for number, size, parsed in read(opened, str(path), fields, start):
+                if number in shard:
+                    try:
+                        record = Record(number, *parsed(), size)
+                    except UnusableError as error:
+                        refuse(f"{path}{unit and f', {unit} {number + 1:,}'}", error)
+                    else:
+                        yield record
+                number += 1
+        if number == 0:
+            raise UnusableError("empty file")
+    except GeneratorExit:  # when the interpreter exits, the classes below no longer exist
+        raise
+    except UnusableError as error:
+        refuse(str(path), error)
+    except FileNotFoundError:
+        refuse(str(path), "missing file")
+    except (OSError, pa.ArrowException) as failure:
+        place, details = f"{path}, behind document {number:,}", " ".join(str(failure).split())
+        # Decompression fails without an errno; else a disk or a network fails, which is nothing to skip.
+        if not isinstance(failure, pa.ArrowException) and (type(failure) is not OSError or failure.errno is not None):
+            raise RunError(
+                f"{place}: cannot be read ({details}); once it can be, run this again, a training with --ckpt_path last"
+            ) from failure
+        refuse(place, f"damaged or cut off ({details})")
+
+
+def has_records(path: str | Path) -> bool:
+    """Return whether a file is JSON lines or Parquet by its name."""
+    return _uncompressed(path).endswith(JSON_LINES) or str(path).endswith(".parquet")
+
+
+def is_plain_text(path: str | Path) -> bool:
+    """Return whether a file is plain text by its name."""
+    return _uncompressed(path).endswith(PLAIN_TEXT)
+
+
+def _uncompressed(path: str | Path) -> str:
+    name = str(path)
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return name
+
+
+# Readers yield the number of each document from `start` on, its bytes, and a function that parses it.
+_Content = tuple[str | np.ndarray, str | None]  # and domain
+_Documents = Iterator[tuple[int, int, Callable[[], _Content]]]
+
+
+def _read_lines(opened: Any, path: str, fields: Fields, start: int) -> _Documents:
+    lines, number = _decompressed(opened, path), 0
+    while line := lines.readline(fields.max_bytes + 1):
+        length, complete = len(line), len(line) <= fields.max_bytes or line.endswith(b"\n")
+        while not (complete or line.endswith(b"\n")) and (line := lines.readline(PIECE_BYTES)):
+            length += len(line)  # the rest of a document that is too long
+        if number >= start:
+            yield (
+                number,
+                length,
+                partial(_parse_line, line if complete else None, length - line.endswith(b"\n"), fields),
+            )
+        number += 1
+
+
+def _read_text(opened: Any, path: str, fields: Fields, start: int) -> _Documents:
+    for number, content in enumerate(_pieces(_decompressed(opened, path), fields)):
+        if len(content) > fields.max_bytes:
+            raise UnusableError(f"document too long (more than {fields.max_bytes:,} bytes; make several files of it)")
+        if number >= start:
+            yield number, len(content), partial(_parse_text, content, number)
+
+
+def _pieces(stream: io.BufferedReader, fields: Fields) -> Iterator[bytes]:
+    """Cut a text at ends of lines into pieces that are not blank: blank lines belong to the piece before them."""
+    rest = b""
+    while content := rest + stream.read(fields.text_bytes or fields.max_bytes + 1) + stream.readline(fields.max_bytes):
+        while (rest := stream.readline(fields.max_bytes)) and not (rest.strip() and content.strip()):
+            content += rest
+            if len(content) > fields.max_bytes:
+                break
+        yield content
+
+
+def _read_parquet(opened: Any, path: str, fields: Fields, start: int) -> _Documents:
+    """Skip the row groups before `start`; hold a row group's bytes of two columns."""
+    file = pq.ParquetFile(opened)
+    known = file.schema_arrow.names
+    if (column := fields.content.split(".")[0]) not in known:
+        raise UnusableError(f"no such column ({column}; there are {', '.join(known)})")
+    columns = {column} | ({fields.domain.split(".")[0]} & set(known) if fields.domain else set())
+    number = 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if number + rows <= start:
+            number += rows
+            continue
+        for batch in file.iter_batches(ROWS, [group], sorted(columns), use_threads=False):
+            for row in range(batch.num_rows):
+                if number >= start:
+                    yield number, 0, partial(_parse_row, batch, row, fields)
+                number += 1
+
+
+def _decompressed(opened: Any, path: str) -> io.BufferedReader:
+    if compression := COMPRESSIONS.get(Path(path).suffix):
+        return io.BufferedReader(pa.CompressedInputStream(opened, compression), PIECE_BYTES)
+    return io.BufferedReader(opened, PIECE_BYTES)
+
+
+def decode_text(content: bytes, beginning: bool = True) -> str:
+    """Decode plain text; line ends are kept as they are, a byte order mark at the `beginning` of a file is not."""
+    if b"\0" in content:
+        raise UnusableError("not text (it has zero bytes, as binary files and UTF-16 have; convert it to UTF-8)")
+    try:
+        text = content.decode("utf-8-sig" if beginning else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableError(f"not UTF-8 (from byte {error.start:,} on; convert it to UTF-8)") from error
+    if not text.strip():
+        raise UnusableError("empty document")
+    return text
+
+
+def _parse_text(content: bytes, number: int) -> _Content:
+    return decode_text(content, number == 0), None
+
+
+def _parse_line(line: bytes | None, length: int, fields: Fields) -> _Content:
+    if line is None:
+        raise _too_long(length, fields)
+    try:
+        record = json.loads(line.rstrip(b"\n").decode("utf-8-sig"))  # some editors write a byte order mark
+    except UnicodeDecodeError as error:
+        raise UnusableError(f"not UTF-8 (from byte {error.start} on)") from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableError(f"not JSON ({error})") from error
+    return _parse_record(record, fields)
+
+
+def _parse_row(batch: pa.RecordBatch, row: int, fields: Fields) -> _Content:
+    try:
+        (record,) = batch.slice(row, 1).to_pylist()
+    except UnicodeDecodeError as error:  # pyarrow does not check that text is UTF-8
+        raise UnusableError("not UTF-8") from error
+    return _parse_record(record, fields)
+
+
+def _parse_record(record: Any, fields: Fields) -> _Content:
+    domain = None if fields.domain is None else _look_up(record, fields.domain)
+    content = _look_up(record, fields.content)
+    if content is None:
+        raise UnusableError(f"no such field ({fields.content})")
+    checked = _check_text(content, fields) if fields.ids is None else _check_ids(content, fields)
+    return checked, None if domain is None else str(domain)
+
+
+def _look_up(record: Any, name: str) -> Any:
+    for part in name.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def _check_text(value: Any, fields: Fields) -> str:
+    if not isinstance(value, str):
+        raise UnusableError(f"not text ({fields.content} is of type {type(value).__name__})")
+    if not value:
+        raise UnusableError("empty document")
+    try:
+        length = len(value.encode())
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud800"
+        raise UnusableError("not UTF-8 (half of a surrogate pair)") from error
+    if length > fields.max_bytes:
+        raise _too_long(length, fields)
+    return value
+
+
+def _check_ids(value: Any, fields: Fields) -> np.ndarray:
+    try:
+        ids = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        ids = np.asarray(None)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise UnusableError(f"not token ids ({fields.content} is no list of whole numbers)")
+    if ids.size == 0:
+        raise UnusableError("empty document")
+    if ids.min() < 0 or (fields.vocab_size is not None and ids.max() >= fields.vocab_size):
+        known = "" if fields.vocab_size is None else f"; the tokenizer has {fields.vocab_size:,}"
+        raise UnusableError(f"token ids of another tokenizer (from {ids.min()} to {ids.max()}{known})")
+    return ids.astype(np.int64)
+
+
+def _too_long(length: int, fields: Fields) -> UnusableError:
+    return UnusableError(f"document too long ({length:,} bytes; at most {fields.max_bytes:,} are allowed)")
+
+
+def describe_file(path: str) -> DataFile:
+    """Look up size and time of a file, by which a change is found."""
+    file_system, name = url_to_fs(path)
+    info = file_system.info(name)
+    return DataFile(path, int(info["size"]), info.get("mtime"))
