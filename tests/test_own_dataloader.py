@@ -60,13 +60,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     return folder, weights
 
 
-@pytest.mark.parametrize("step", [1, 4, 8])
-def test_a_run_goes_on_with_what_is_left_of_the_epoch(step: int, whole: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_what_is_left_of_the_epoch(whole: Any, tmp_path: Path) -> None:
     """But for a micro-batch that the loader had handed out when it was saved, as a line says."""
-    with pytest.warns(
-        UserWarning, match=f"goes on at step {step} from the state_dict of its own dataloader, which may"
-    ):
-        steps, _ = fit(tmp_path, whole[0] / f"checkpoints/step-{step}.ckpt")
+    with pytest.warns(UserWarning, match="goes on at step 4 from the state_dict of its own dataloader, which may"):
+        steps, _ = fit(tmp_path, whole[0] / "checkpoints/step-4.ckpt")
     assert 11 <= steps <= 12
 
 
