@@ -65,10 +65,10 @@ def test_without_a_usable_gpu_it_says_why_in_a_line(
 
 def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
     mark = tmp_path / "still here"
-    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(1); pathlib.Path({str(mark)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     assert limited([sys.executable, "-c", code], 0.5).startswith("failed: not done after")
-    time.sleep(2)
+    time.sleep(1.2)
     assert not mark.exists()
     assert limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == "failed: exit code 3"
     assert limited([sys.executable, "-c", ""], 60) == "done"
