@@ -197,17 +197,7 @@ def build(values: dict[str, Any]) -> GPTConfig:
     return GPTConfig.from_dict({**BASE.to_dict(), **values})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_experts", [4.0]),
-        ("token_dropping", "false"),
-        ("top_k", None),
-        ("mlp_type", "Residual"),
-        ("noise", "jiter"),
-        ("aux_scope", 1),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("num_experts", [4.0]), ("token_dropping", "false"), ("noise", "jiter")])
 def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name}=.* must be of the type "):
         MoEConfig(**{name: value})
