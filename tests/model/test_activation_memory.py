@@ -118,8 +118,7 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
     return blocks + kept + stream + 16 * tokens + embedding_mask
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", True), ("half", False), ("autocast", False)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_formula_is_within_1_percent_of_what_is_saved(
     name: str, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
