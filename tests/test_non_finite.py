@@ -21,7 +21,7 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import LocalGradients, NonFinite, NonFiniteError, StepGuard
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from tests.checkpoint.test_portable import SaveAt
+from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
 
