@@ -8,7 +8,7 @@ RUN := runs/quickstart
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: help help-developers install develop quickstart test check docs notebooks reproduce bench gpu clean \
-	browser test-nightly planted test-oldest test-faults fuzz constraints format reproduce-tables convergence
+	browser test-nightly planted test-oldest test-faults constraints format reproduce-tables convergence
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*[^#]## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,9 +93,8 @@ clean:  ## remove the virtual environment and caches; data and runs stay
 browser:  ### Chromium, which the tests of reports look at them with; from Debian's packages, as root or with sudo
 	@CHROMIUM=$(CHROMIUM) sh .ci/browser
 
-test-nightly: develop  ### slow tests of what changes rarely: launchers, faults, notebooks, the wheel, a dry run of make gpu, 5 minutes of fuzz
+test-nightly: develop  ### slow tests of what changes rarely: launchers, faults, notebooks, the wheel, a dry run of make gpu
 	$(BIN)/python -m pytest --nightly
-	$(BIN)/python -m tests.fuzz --minutes 5
 
 planted: develop  ### plant faults in a copy of the package, and show that the test named beside each fails (10 minutes); ONLY=router for some
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
@@ -109,9 +108,6 @@ test-oldest:  ### the suite with the oldest releases that pyproject.toml admits,
 
 test-faults: develop  ### kills, full disks, two hosts (root and ip), on two ranks; part of test-nightly
 	$(BIN)/python -m pytest -n 0 tests/faults
-
-fuzz: develop  ### hostile configurations, checkpoints, .idx files and YAML for MINUTES=30; a finding ends it with exit code 1
-	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
 convergence: develop  ### does HEAD learn as commit AGAINST did? fp32 and bf16, 3 seeds, 2,000 steps; AGAINST=338e1af (30 minutes on 2 cores)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k

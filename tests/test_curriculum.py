@@ -65,13 +65,6 @@ def test_sequences_grow_with_the_clock_which_counts_what_is_fed(tmp_path: Path) 
     assert run.callback_metrics["train/seq_len"] == 16
 
 
-def test_train_tokens_counts_what_is_fed(tmp_path: Path) -> None:
-    one = module(train_tokens=100)
-    run = trainer(tmp_path)
-    run.fit(one, SyntheticData())
-    assert (run.global_step, one.tokens_seen) == (4, 112)
-
-
 def test_a_cut_batch_is_a_batch_of_short_sequences(tmp_path: Path) -> None:
     """Padding and loss masks are cut with it: the same steps as on data that is that short."""
 

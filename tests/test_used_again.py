@@ -7,104 +7,51 @@ from typing import Any
 
 import pytest
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, StagedDistillation, Throughput
-from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.distill.mixture_of_students import MixtureOfStudents
 from nlgmoe.module import MoEGPTModule
+from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
-
-VALIDATES: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
 def totals(*callbacks: Callback) -> list[Any]:
     """What they have counted, without times and the peak of the process's memory."""
-    states = [one.state_dict() for one in callbacks]
-    return [
-        {name: value for name, value in state.items() if not name.endswith(("elapsed", "seconds", "memory_bytes"))}
-        for state in states
-    ]
+    clocks = ("elapsed", "seconds", "memory_bytes")
+    return [{n: value for n, value in one.state_dict().items() if not n.endswith(clocks)} for one in callbacks]
 
 
 @pytest.fixture(scope="module")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps, and its last checkpoint."""
-    folder = tmp_path_factory.mktemp("baseline")
-    keeper = ModelCheckpoint(folder, "best", monitor="val/loss", save_last=True)
-    stopper = EarlyStopping("val/loss", patience=9)
-    run = trainer(
-        folder, RunSummary(), Throughput(), stopper, keeper, max_steps=6, enable_checkpointing=True, **VALIDATES
-    )
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    return folder / "last.ckpt"
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer(folder, SaveAt(2, folder / "two.ckpt"), max_steps=2).fit(MoEGPTModule(CONFIG), SyntheticData())
+    return folder / "two.ckpt"
 
 
-def test_a_run_after_an_evaluation_counts_its_own_steps(baseline: Path, tmp_path: Path) -> None:
-    counted = []
-    for evaluates in (False, True):
-        folder = tmp_path / str(evaluates)
-        callbacks = RunSummary(), Throughput()
-        run = trainer(folder, *callbacks, max_steps=3, **VALIDATES)
-        if evaluates:
-            run.validate(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=baseline, verbose=False)
+def test_a_run_counts_its_own_steps_after_another_run_or_an_evaluation(trained: Path, tmp_path: Path) -> None:
+    again, counted = (RunSummary(), Throughput()), []
+    for callbacks in (again, again, (RunSummary(), Throughput())):
+        run = trainer(tmp_path, *callbacks, max_steps=3, limit_val_batches=1.0)
+        if callbacks is not again:
+            run.validate(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=trained, verbose=False)
         run.fit(MoEGPTModule(CONFIG), SyntheticData())
         counted.append(totals(*callbacks))
-    assert counted[0] == counted[1]
+    assert counted[0] == counted[1] == counted[2]
 
 
-def test_callbacks_of_a_second_run_count_its_own_steps(tmp_path: Path) -> None:
-    callbacks = RunSummary(), Throughput()
-    found = []
-    for _ in range(2):
-        trainer(tmp_path, *callbacks, max_steps=3).fit(MoEGPTModule(CONFIG), SyntheticData())
-        found.append(totals(*callbacks))
-    assert found[0] == found[1]
+def test_a_teacher_serves_two_runs(trained: Path, tmp_path: Path) -> None:
+    teacher, logged = MixtureOfStudents(str(trained)), []
 
+    def note(run: Trainer, *_: Any) -> None:
+        logged.append("train/distillation_loss" in run.callback_metrics)
 
-def test_a_run_from_what_was_evaluated_at_step_0_is_saved(tmp_path: Path) -> None:
-    saved = tmp_path / "zero.ckpt"
-    save = LambdaCallback(on_train_start=lambda trainer, module: trainer.save_checkpoint(saved))
-    trainer(tmp_path, save, max_steps=1).fit(MoEGPTModule(CONFIG), SyntheticData())
-    assert read_document(saved)["global_step"] == 0
-    module = MoEGPTModule(CONFIG)
-    trainer(tmp_path).validate(module, SyntheticData(), ckpt_path=saved, verbose=False)
-    run = trainer(tmp_path, max_steps=2)
-    run.fit(module, SyntheticData())
-    run.save_checkpoint(tmp_path / "two.ckpt")
-    assert read_document(tmp_path / "two.ckpt")["global_step"] == 2
-
-
-def test_a_teacher_serves_two_runs(baseline: Path, tmp_path: Path) -> None:
-    teacher, logged = MixtureOfStudents(str(baseline)), []
     for callbacks in ([StagedDistillation(step=2)], []):
-        run = trainer(
-            tmp_path,
-            *callbacks,
-            LambdaCallback(
-                on_train_batch_end=lambda trainer, *_: logged.append(
-                    "train/distillation_loss" in trainer.callback_metrics
-                )
-            ),
-            max_steps=3,
-        )
+        run = trainer(tmp_path, *callbacks, LambdaCallback(on_train_batch_end=note), max_steps=3)
         run.fit(MoEGPTModule(CONFIG, distiller=teacher), SyntheticData())
     assert logged == [True, True, False, True, True, True] and teacher.loss_weight == 1
-
-
-def test_an_interrupted_validation_counts_in_no_other(tmp_path: Path) -> None:
-    module, loader = MoEGPTModule(CONFIG), SyntheticData().val_dataloader()
-
-    def interrupt(*arguments: Any) -> None:
-        raise ValueError("interrupted")
-
-    with pytest.raises(ValueError, match="interrupted"):
-        trainer(tmp_path, LambdaCallback(on_validation_batch_end=interrupt), **VALIDATES).validate(module, loader)
-    again, new = (
-        trainer(tmp_path, **VALIDATES).validate(one, loader, verbose=False) for one in (module, MoEGPTModule(CONFIG))
-    )
-    assert again == new
 
 
 def test_a_probe_of_a_callback_is_not_the_steps_routing(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A run with a teacher: what the teacher says, that it stays what it was, when it goes, and that such runs resume."""
 
 import gc
-import os
 import shutil
 import weakref
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.folder import TensorFiles
@@ -27,7 +26,6 @@ from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 from tests.checkpoint.runs import SaveAt
-from tests.processes import python
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
 
@@ -112,28 +110,19 @@ def test_the_teacher_says_to_the_end_what_its_checkpoint_says(teacher: Path, tmp
     assert not any("distiller" in name for name, _ in module.named_modules())
 
 
-def test_the_loss_is_that_of_both_models_and_its_parts_are_logged(teacher: Path, tmp_path: Path) -> None:
-    watch, _ = fit(tmp_path, teacher, steps=1)
-    one = watch.logged[1]  # of the step: the mean of its two micro-batches
-    balance = 0.01 * one["train/balance_loss"]
-    total = one["train/loss"] + 0.5 * one["train/distillation_loss"] + balance
-    assert sum(watch.losses) == pytest.approx(total, rel=1e-6)
-    assert one["train/distillation_loss"] > 0 and 0 <= one["train/teacher_agreement"] <= 1
-
-
-def test_the_weight_falls_along_the_ramp_and_the_loss_with_it(teacher: Path, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_both_models_whose_weight_falls_along_the_ramp(teacher: Path, tmp_path: Path) -> None:
     """Over the two steps before the end, of which the first begins at half of the ramp."""
     ramp = StagedDistillation(tokens=3 * TOKENS, ramp_tokens=2 * TOKENS)
     watch, _ = fit(tmp_path, teacher, ramp, train_tokens=4 * TOKENS)
     for step, weight in enumerate((1.0, 1.0, 0.5)):
         logged = watch.logged[2 * step + 1]
         total = logged["train/loss"] + 0.5 * weight * logged["train/distillation_loss"]
-        assert sum(watch.losses[2 * step : 2 * step + 2]) == pytest.approx(
-            total + 0.01 * logged["train/balance_loss"], rel=1e-6
-        )
+        total += 0.01 * logged["train/balance_loss"]
+        assert sum(watch.losses[2 * step : 2 * step + 2]) == pytest.approx(total, rel=1e-6)
+        assert logged["train/distillation_loss"] > 0 and 0 <= logged["train/teacher_agreement"] <= 1
 
 
-@pytest.mark.parametrize("ids", ["left padding", "padding in the middle", "documents"])
+@pytest.mark.parametrize("ids", ["padding", "documents"])
 def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None:
     """Its logits for a text are those for the text alone, whatever stands around it; its weight is that of the stage."""
     distiller, alone = MixtureOfStudents(str(teacher), beta=0.5), dropless(load_model(teacher))
@@ -141,9 +130,7 @@ def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None
     distiller.loss_weight = 0.25
     tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(0))
     place = torch.arange(12)
-    text = {"left padding": place >= 4, "padding in the middle": (place < 4) | (place >= 7), "documents": place >= 5}[
-        ids
-    ]
+    text = {"padding": (place < 4) | (place >= 7), "documents": place >= 5}[ids]
     batch = {"tokens": tokens} | ({"document": text[None].long()} if ids == "documents" else {})
     said = distiller.read(batch, None if ids == "documents" else text[None])  # type: ignore[arg-type]
     assert isinstance(said, SoftTargets) and said.weight == 0.5 * 0.25
@@ -152,30 +139,7 @@ def test_the_teacher_reads_what_the_student_may(ids: str, teacher: Path) -> None
     torch.testing.assert_close(said.logits(slice(0, 12))[text], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_that_is_resumed_at_the_end_of_distillation_begins_without_its_metrics(
-    teacher: Path, tmp_path: Path
-) -> None:
-    """A checkpoint's name has one, so that a resumed run begins with it."""
-    keeper = {"every_n_train_steps": 1, "save_top_k": -1, "auto_insert_metric_name": False}
-    for folder, resume in (("a", None), ("b", tmp_path / "two.ckpt")):
-        named = ModelCheckpoint(tmp_path / folder, "{step}-{train/distillation_loss:.3f}", **keeper)  # type: ignore[arg-type]
-        save = [SaveAt(4, tmp_path / "two.ckpt")] if resume is None else []
-        run = trainer(
-            tmp_path,
-            StagedDistillation(step=2),
-            named,
-            *save,
-            max_steps=4,
-            accumulate_grad_batches=2,
-            enable_checkpointing=True,
-        )
-        module = MoEGPTModule(STUDENT, AdamWConfig(lr=1e-2), distiller=MixtureOfStudents(str(teacher)))
-        run.fit(module, SyntheticData(), ckpt_path=resume)
-    late = {path.name for path in (tmp_path / "a").iterdir() if path.name.startswith(("3-", "4-"))}
-    assert late == {"3-0.000.ckpt", "4-0.000.ckpt"} <= {path.name for path in (tmp_path / "b").iterdir()}
-
-
-@pytest.mark.parametrize("end", [{"step": 2}, {"tokens": 2 * TOKENS - 5}, {"fraction": 0.5}])
+@pytest.mark.parametrize("end", [{"step": 2}, {"tokens": 2 * TOKENS - 5}])
 def test_the_teacher_is_gone_from_the_end_on(end: dict[str, float], teacher: Path, tmp_path: Path) -> None:
     """It reads the two steps before, and no batch after; nothing keeps it in memory."""
     watch, module = fit(tmp_path, teacher, StagedDistillation(**end), train_tokens=4 * TOKENS)  # type: ignore[arg-type]
@@ -187,8 +151,8 @@ def test_the_teacher_is_gone_from_the_end_on(end: dict[str, float], teacher: Pat
     assert not {"train/distillation_loss", "train/teacher_agreement"} & module.trainer.callback_metrics.keys()
 
 
-@pytest.mark.parametrize("saved", [1, 2, 3])
-def test_a_run_goes_on_before_at_and_after_the_end(saved: int, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [2, 3])
+def test_a_run_goes_on_before_and_after_the_end(saved: int, teacher: Path, tmp_path: Path) -> None:
     """With a ramp and sequences that grow; past the end the teacher's file may be gone."""
 
     def run(root: Path, file: Path, *callbacks: Callback, **settings: Any) -> Watch:
@@ -220,28 +184,6 @@ def test_a_student_goes_on_with_the_teacher_it_had(teacher: Path, tmp_path: Path
     ):
         fit(tmp_path, run, resume=saved)
     assert fit(tmp_path, run / "checkpoints/step-4.ckpt", resume=saved)[0].losses != whole.losses[4:]
-
-
-GIVES_BACK = """
-import os
-from nlgmoe import GPT, GPTConfig, MixtureOfStudents
-from nlgmoe.cli.memory import keep_freed_memory
-assert keep_freed_memory()
-resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-distiller = MixtureOfStudents("loaded")
-distiller.model = GPT(GPTConfig(61, 16, 5, 512, 2))  # 63 MB
-above = GPT(GPTConfig(61, 16, 1, 64, 2))  # what comes later keeps the heap's end in use
-held = resident()
-distiller.release()
-print((held - resident()) / 63e6)
-"""
-
-
-def test_the_kernel_gets_the_teachers_memory_back() -> None:
-    """Also where the C library is told to keep what is freed, as train.py does."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = python("-c", GIVES_BACK, env=environment)
-    assert float(done.stdout) > 0.9, done.stderr
 
 
 def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path) -> None:
@@ -283,25 +225,26 @@ def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path)
         fit(tmp_path, tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([StagedDistillation(fraction=0.5)], r"fraction=0\.5 is of model.train_tokens, which is null"),
+        (
+            [StagedDistillation(step=9), EarlyStopping("train/teacher_agreement")],
+            "is not logged once StagedDistillation",
+        ),
+        ([StagedDistillation(tokens=90), StagedDistillation(step=9)], "StagedDistillation is there twice"),
+    ],
+)
+def test_ends_that_cannot_be_are_refused(callbacks: list[Any], message: str, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, teacher, *callbacks)
+
+
 def test_evaluation_never_asks_for_the_teacher(tmp_path: Path) -> None:
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
     run = trainer(tmp_path, limit_val_batches=1.0)
     assert run.validate(module, SyntheticData(), verbose=False) and run.test(module, SyntheticData(), verbose=False)
-
-
-def test_a_fraction_needs_a_length(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"fraction=0\.5 is of model.train_tokens, which is null"):
-        fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
-
-
-def test_a_callback_that_monitors_distillation_beyond_its_end_is_refused(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="monitor=train/teacher_agreement is not logged once StagedDistillation has"):
-        fit(tmp_path, teacher, StagedDistillation(step=9), EarlyStopping("train/teacher_agreement"))
-
-
-def test_two_ends_of_distillation_are_refused(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="StagedDistillation is there twice"):
-        fit(tmp_path, teacher, StagedDistillation(tokens=90, ramp_tokens=90), StagedDistillation(step=9))
 
 
 def test_a_dense_teacher_in_bf16(tmp_path: Path) -> None:
@@ -322,9 +265,6 @@ def test_a_dense_teacher_in_bf16(tmp_path: Path) -> None:
             {"num_layers": 3},
             r"num_layers=3, but model.distiller.teacher=.*teacher.ckpt has 4; use the teacher that is meant, or",
         ),
-        ({"hidden_size": 32}, "hidden_size=32, .* has 48"),
-        ({"num_heads": 4}, "num_heads=4, .* has 3"),
-        ({"num_experts": 4}, r"num_experts=4, .* has \[2, 4\]"),
         ({"num_experts": [4, 2]}, r"num_experts=\[4, 2\], .* has \[2, 4\]"),
         ({"num_experts": 0}, r"num_experts=0, .* has \[2, 4\]"),
         ({"num_layers": 4, "hidden_size": 48, "num_heads": 3, "num_experts": [2, 4]}, None),
@@ -338,13 +278,6 @@ def test_a_teacher_is_what_the_settings_say(
         fit(tmp_path, teacher, steps=1, distiller=distiller)
 
 
-def test_a_dense_teacher_has_no_experts(tmp_path: Path) -> None:
-    path = trained(replace(TEACHER, moe=None), tmp_path)
-    fit(tmp_path, path, steps=1, distiller=MixtureOfStudents(str(path), num_experts=0))
-    with pytest.raises(ValueError, match=r"num_experts=4, .* has 0"):
-        fit(tmp_path, path, steps=1, distiller=MixtureOfStudents(str(path), num_experts=4))
-
-
 def test_a_teacher_in_fp32_under_bf16(teacher: Path, tmp_path: Path) -> None:
     """Its logits are the checkpoint's in fp32, bit for bit, where the student computes in bf16."""
     watch = Watch()
@@ -354,41 +287,6 @@ def test_a_teacher_in_fp32_under_bf16(teacher: Path, tmp_path: Path) -> None:
     alone = dropless(load_model(teacher))
     assert logits.dtype == torch.float32
     assert torch.equal(logits, alone.logits(alone(tokens).hidden))
-
-
-class Spelled(SyntheticData):
-    """Data that say whose ids they hold."""
-
-    def __init__(self, tokenizer: str) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "fingerprint": {"tokenizer": self.tokenizer}}
-
-
-def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    """As large a vocabulary is not the same one."""
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(MoEGPTModule(STUDENT), Spelled("one"))
-    run.save_checkpoint(tmp_path / "teacher.ckpt")
-
-    def learn(data: SyntheticData) -> None:
-        module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(tmp_path / "teacher.ckpt")))
-        trainer(tmp_path, max_steps=1).fit(module, data)
-
-    learn(Spelled("one"))
-    with pytest.raises(ValueError, match=r"trained with another tokenizer \(one, here other\); use a teacher with the"):
-        learn(Spelled("other"))
-
-
-def test_the_log_says_what_the_teacher_is_and_where(
-    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        fit(tmp_path, teacher, steps=1)
-    assert f"the teacher is {teacher}: 4 blocks, 48 wide; a rank holds 6 of its 6 experts, in all 0." in caplog.text
-    assert "M parameters of torch.float32 on cpu" in caplog.text
 
 
 def test_a_student_keeps_the_top_of_the_pyramid() -> None:

@@ -21,7 +21,6 @@ def layer(moe: MoEConfig) -> MoELayer:
 @pytest.mark.parametrize(
     "moe",
     [
-        MoEConfig(8),
         MoEConfig(8, top_k=3, mlp_type="residual", residual_mix="sum"),
         MoEConfig(2, eval_token_dropping=True, eval_capacity_factor=0.5, min_capacity=1),
     ],

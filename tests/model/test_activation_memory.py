@@ -118,8 +118,7 @@ def predicted_bytes(config: GPTConfig, topology: Topology, checkpointing: bool) 
     return blocks + kept + stream + 16 * tokens + embedding_mask
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", True), ("half", False), ("autocast", False)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_formula_is_within_1_percent_of_what_is_saved(
     name: str, precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
@@ -136,16 +135,17 @@ def test_the_formula_is_within_1_percent_of_what_is_saved(
 
 
 WIDE = GPTConfig(512, 128, 4, 128, 4)
-PEAKS = {
-    "dense": WIDE,
-    "deep": replace(WIDE, num_layers=12),
-    "large vocabulary": replace(WIDE, vocab_size=8192),
-    "top-2, every block": replace(WIDE, moe=MoEConfig(4, expert_interval=1, top_k=2)),
-    "residual, pyramid": replace(WIDE, moe=MoEConfig([4, 8], mlp_type="residual", token_dropping=False)),
-    "narrow experts, wide dense blocks": replace(
-        WIDE, ffn_hidden_size=2048, moe=MoEConfig(4, expert_ffn_size=64, token_dropping=False)
-    ),
-}
+PYRAMID = MoEConfig([4, 8], mlp_type="residual", token_dropping=False)
+NARROW = MoEConfig(4, expert_ffn_size=64, token_dropping=False)
+PEAKS: list[tuple[GPTConfig, str, bool]] = [  # model, precision, activation checkpointing
+    (WIDE, "fp32", False),
+    (WIDE, "half", True),
+    (replace(WIDE, num_layers=12), "half", True),
+    (replace(WIDE, vocab_size=8192), "fp32", True),
+    (replace(WIDE, moe=MoEConfig(4, expert_interval=1, top_k=2)), "half", False),
+    (replace(WIDE, moe=PYRAMID), "fp32", True),
+    (replace(WIDE, ffn_hidden_size=2048, moe=NARROW), "half", False),
+]
 
 
 def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
@@ -169,15 +169,15 @@ def peak_bytes(config: GPTConfig, topology: Topology) -> tuple[int, int]:
     return peak, sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("precision", ["fp32", "half"])
-@pytest.mark.parametrize("name", PEAKS)
-def test_activations_are_the_peak_of_a_step_but_for_gradients(name: str, precision: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("config", "precision", "checkpointing"), PEAKS)
+def test_activations_are_the_peak_of_a_step_but_for_gradients(
+    config: GPTConfig, precision: str, checkpointing: bool
+) -> None:
     """The first micro-batch's gradients appear while activations go: the true peak has some of them in it."""
     topology = replace(
         PRECISIONS[precision], activation_checkpointing=checkpointing, loss_chunk_size=256, micro_batch_size=8
     )
-    peak, gradients = peak_bytes(PEAKS[name], topology)
-    predicted = activation_bytes(PEAKS[name], topology)
+    peak, gradients = peak_bytes(config, topology)
+    predicted = activation_bytes(config, topology)
     assert predicted <= 1.25 * peak  # CPUs without instructions for bf16 need more at the peak: 1.2
     assert peak <= predicted + gradients
