@@ -48,6 +48,7 @@ SLOW = (
 # Slow tests of what changes rarely. `make test` leaves them out, `make test-nightly` runs them alone; named on the command line,
 # they run.
 NIGHTLY = (
+    "tests/cli/test_errors.py::test_a_real_command_prints_one_line_and_nothing_else",
     "tests/checkpoint/test_megatron.py::test_what_deepspeeds_engine_writes_on_two_ranks",
     "tests/cli/test_wheel.py",
     "tests/distributed/test_commands.py",

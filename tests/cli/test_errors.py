@@ -161,7 +161,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "unknown setting model.config.moe.topk ({folder}/bad.yaml, line 3); did you mean model.config.moe.top_k?",
     ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
-    "required setting missing": (lambda _: ["fit"], "missing setting model.config.seq_len; give it as"),
+    "required setting missing": (
+        flag("--model.warm_start.strict=false"),
+        "missing setting model.warm_start.checkpoint; give it as --model.warm_start.checkpoint=...",
+    ),
     "linked setting": (flag("--data.seq_len=8"), "data.seq_len always equals model.config.seq_len; set that instead"),
     "text for a number": (flag("--model.config.num_heads=two"), "model.config.num_heads=two: expected a whole number"),
     "misspelt choice": (flag("--model.schedule.shape=cosin"), "one of cosine, constant, wsd; did you mean cosine?"),
@@ -362,6 +365,9 @@ def test_a_real_command_prints_one_line_and_nothing_else(place: Place) -> None:
     done = subprocess.run([sys.executable, "train.py", *wrong], cwd=ROOT, capture_output=True, text=True)
     assert "model.config.moe.top_k=9 must be between 1 and" in only_line(done.stderr)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_the_module_is_a_command() -> None:
     done = python("-m", "nlgmoe", "prepare-dta")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "did you mean prepare-data?" in only_line(
         done.stderr
