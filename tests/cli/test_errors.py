@@ -441,30 +441,19 @@ def test_a_device_without_memory_says_what_to_lower() -> None:
 
 
 class Broken(Dataset):
-    """Raises in the process that loads it: what a data set found, or what nobody meant to raise."""
+    """Raises in the process that loads it."""
 
     def __getitem__(self, index: int) -> Any:
-        if index == 0:
-            source = SimpleNamespace(sample=lambda index: SAMPLE)
-            return SourceDataset(source, 10, ["pile"], mark=lambda sample: sample)[index]  # type: ignore[arg-type]
-        return open("nowhere/pile.bin") if index == 1 else {}["domain"]
+        sample = {"tokens": torch.tensor([1]), "targets": torch.tensor([99]), "domain": torch.tensor(0)}
+        source = SimpleNamespace(sample=lambda index: sample)
+        return SourceDataset(source, 10, ["pile"], mark=lambda sample: sample)[index]  # type: ignore[arg-type]
 
 
-SAMPLE = {"tokens": torch.tensor([1]), "targets": torch.tensor([99]), "domain": torch.tensor(0)}
-
-
-@pytest.mark.parametrize(
-    ("index", "line"),
-    [
-        (0, "Sample 0 of pile holds token ids from 99 to 99, but the tokenizer has 10: "),
-        (1, "[Errno 2] No such file or directory: 'nowhere/pile.bin'"),
-    ],
-)
-def test_errors_of_data_loading_processes_are_one_line_too(index: int, line: str) -> None:
+def test_errors_of_data_loading_processes_are_one_line_too() -> None:
     with pytest.raises(Exception) as caught:
-        next(iter(DataLoader(Broken(), sampler=[index], num_workers=1)))
-    (found,) = describe(caught.value) or [""]
-    assert found.startswith(line)
+        next(iter(DataLoader(Broken(), sampler=[0], num_workers=1)))
+    (line,) = describe(caught.value) or [""]
+    assert line.startswith("Sample 0 of pile holds token ids from 99 to 99, but the tokenizer has 10: ")
 
 
 def test_compiling_without_a_compiler_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
