@@ -107,11 +107,13 @@ class TrainCLI(LightningCLI):
         """Parse, then check what can be checked before any object is made."""
         super().parse_arguments(parser, args)
         config = self.config.get(self.config.get("subcommand") or "", self.config)
+        assert isinstance(parser, TrainParser)
         if config["model"]["config"]["vocab_size"] == 0:
+            if not any(setting.name.startswith("model.config") for setting in parser.given):
+                raise SettingError("no model is configured; give a file, such as --config configs/quickstart.yaml")
             config["model"]["config"]["vocab_size"] = vocab_size_of(
                 config["data"]["tokenizer"], Path(config["data"]["data_dir"])
             )
-        assert isinstance(parser, TrainParser)
         for setting in parser.given:  # jsonargparse refuses the flag, but replaces a file's value silently
             if setting.name == "data.seq_len" and setting.value != config["model"]["config"]["seq_len"]:
                 raise SettingError(f"{setting} always equals model.config.seq_len; set that instead")

@@ -161,6 +161,10 @@ WRONG: dict[str, tuple[Args, str]] = {  # exit code 2: nothing was run
         "unknown setting model.config.moe.topk ({folder}/bad.yaml, line 3); did you mean model.config.moe.top_k?",
     ),
     "stray word": (flag("stray"), "unexpected argument stray; settings are written --name=value"),
+    "no configuration": (
+        lambda _: ["fit"],
+        "no model is configured; give a file, such as --config configs/quickstart.yaml",
+    ),
     "required setting missing": (
         flag("--model.warm_start.strict=false"),
         "missing setting model.warm_start.checkpoint; give it as --model.warm_start.checkpoint=...",
