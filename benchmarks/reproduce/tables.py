@@ -39,7 +39,7 @@ def long_table(results: dict[str, Any]) -> str:
     lines += [f"- {line}" for line in beside(results)]
     rates = ", ".join(f"{name} {rate:.2g}" for name, rate in results["learning_rates"].items())
     lines += [f"- Learning rates found on seed 0: {rates}; the other models' are interpolated.", ""]
-    lines += [*_table(_models(results)), "", *_table(_budgets(results))]
+    lines += [*_table(_models(results)), "", "Means over seeds 1 to 3 by budget:", "", *_table(_budgets(results))]
     return "\n".join(lines)
 
 

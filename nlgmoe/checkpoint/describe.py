@@ -49,7 +49,7 @@ def _describe_model(values: dict[str, Any]) -> list[str]:
     unknown = ": its entries are not compared with the model"
     without_parts = {key: value for key, value in moe.items() if key not in PARTS} or None
     blocks: dict[int, list[str]] = {}
-    for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(values | {"moe": without_parts})), 1):
+    for block, count in enumerate(experts_per_layer(GPTConfig.from_dict(values | {"moe": without_parts}))):
         if count:
             blocks.setdefault(count, []).append(str(block))
     experts = "; ".join(f"{count} in block {', '.join(numbers)}" for count, numbers in blocks.items())

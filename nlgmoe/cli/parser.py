@@ -238,6 +238,15 @@ class OneLineParser(ArgumentParser):
             outer = self._find(name.rpartition(".")[0])
             return f"missing setting {leaf} of {owner.rpartition('.')[2]}{f' in {outer.name}{outer.place}' if outer else ''}"
         name = next((known for known in self.known if name.endswith(known)), name)  # without the subcommand
+        commands = [
+            command
+            for action in self._actions
+            if isinstance(action.choices, dict)
+            for command in action.choices.values()
+        ]
+        for command in commands:  # a value that is typed without its name
+            if any(action.dest == name and not action.option_strings for action in command._actions):
+                return f"missing argument {name.upper()}; {command.prog.replace(' [options]', '')} --help explains it"
         return f"missing setting {name}; give it as --{name}=..., or in a --config file"
 
     def _hint(self, path: str, owner: str) -> Any:

@@ -82,8 +82,7 @@ def prune_checkpoint(
     kept = most_used(use.weights if by == "use" else use.saliency, after)
     prune(loaded.path, checkpoint, num_experts, kept, overwrite)
 
-    blocks = [block + 1 for block in moe_blocks(before)]
-    for block, experts, weights in zip(blocks, kept, use.weights, strict=True):
+    for block, experts, weights in zip(moe_blocks(before), kept, use.weights, strict=True):
         share = float(weights[experts].sum() / weights.sum())
         numbers = " ".join(map(str, experts))
         print(f"block {block}: {len(experts)} of {len(weights)} experts, with {share:.1%} of the weight: {numbers}")

@@ -105,11 +105,11 @@ def expert_placements(
 
 
 def describe_degrees(config: GPTConfig, degrees: dict[int, int], world_size: int, name: str = "model") -> str:
-    """Describe each kind of layer in a line: blocks (counted from 1), degree, experts of a rank, ranks of an expert."""
+    """Describe each kind of layer in a line: blocks (counted from 0), degree, experts of a rank, ranks of an expert."""
     experts = experts_per_layer(config)
     kinds: dict[tuple[int, int], list[int]] = {}  # (experts, degree) -> blocks
     for layer, degree in degrees.items():
-        kinds.setdefault((experts[layer], degree), []).append(layer + 1)
+        kinds.setdefault((experts[layer], degree), []).append(layer)
     lines = []
     for (count, degree), blocks in sorted(kinds.items()):
         per_rank = count // degree

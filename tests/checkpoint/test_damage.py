@@ -209,7 +209,7 @@ def test_the_verify_command(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     for part in (
         "step 1, 192 tokens",
-        "experts    2 in block 2; 4 in block 4",
+        "experts    2 in block 1; 4 in block 3",
         "resumable  yes",
         "model      ",
         "values of float32 in ",

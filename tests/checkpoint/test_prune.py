@@ -137,7 +137,7 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     capsys.readouterr()
     main(["prune", str(run), str(small), "--num-experts=[2]", "--windows=2"])
     said = capsys.readouterr().out
-    assert f"block 2: 2 of {before} experts, with " in said and " nats per token (" in said
+    assert f"block 1: 2 of {before} experts, with " in said and " nats per token (" in said
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments[:-1], str(healed), "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]

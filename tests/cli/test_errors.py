@@ -329,6 +329,7 @@ def test_every_way_to_write_a_setting_is_accepted(forms: list[str], place: Place
 
 
 NLGMOE: dict[str, tuple[list[str], int, str]] = {
+    "no argument": (["verify"], 2, "missing argument CHECKPOINT; nlgmoe verify --help explains it"),
     "misspelt flag": (["prepare-data", "--data_dri=x"], 2, "unknown setting data_dri; did you mean data_dir?"),
     "no such configuration": (
         ["configs", "copy", "quickstrt.yaml"],

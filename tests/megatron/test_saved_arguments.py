@@ -56,7 +56,10 @@ def test_the_last_argument_block_of_a_log(line: str, tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text(printed({"num_layers": 6}, line) + printed({}, line))
     assert settings(log) == expected()
-    assert "# 2 other arguments of train.log are in no table" in translated(read_launch([str(log)], ()))
+    assert (
+        "# 2 other arguments of train.log are in no table and were passed over: bert_binary_head, retro_workdir."
+        in translated(read_launch([str(log)], ()))
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     assert "|parameters|3.00M|3.00M|" in text and "|parameters active for a token|1.00M|1.00M|" in text
     assert "|FLOPs of a run|20.00k|10.00k|" in text and "|tokens/s|100|100|" in text
     assert "|at the end: minus num_experts=8|+0.0600|–|" in shown(table(groups, reference=1))
-    assert "no run with the same value in both" in page(read_runs([*runs[:2], runs[5]]), "seed")
+    assert "no pairs: no setting has the same value in a run of both" in page(read_runs([*runs[:2], runs[5]]), "seed")
     (runs[5] / "summary.json").unlink()
     text = shown(page(read_runs(runs), "seed"))
     assert "|3 (2 ended)|" in text and "|-0.0800|" in text

@@ -153,7 +153,7 @@ def test_smoothing_layers_and_legend(browser: Browser, run: Path, tmp_path: Path
     page = tmp_path / "one.html"
     main(["report", str(run), "--output", str(page)])
     each = opened(browser, page)["router"]
-    assert each["legend"] == ["layer 0 (block 2)", "layer 1 (block 4)"]
+    assert each["legend"] == ["layer 0 (block 1)", "layer 1 (block 3)"]
     assert choose(browser, "#layer", "0")["router"]["shapes"] < each["shapes"]
     choose(browser, "#smoothing", "0")
     raw = values(browser, "loss", 0, "y")

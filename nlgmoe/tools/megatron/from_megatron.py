@@ -126,7 +126,9 @@ def read_checkpoint(path: Path) -> Launch:
 
 def _from_arguments(values: Mapping[str, str], source: str, name: str) -> Launch:
     known = {argument_name(flag) for flag in FLAGS} | {"world_size"}
-    notes = [f"{len(values.keys() - known)} other arguments of {source} are in no table and were passed over."]
+    others = sorted(values.keys() - known)
+    names = ", ".join(others[:20]) + (", ..." if len(others) > 20 else "")
+    notes = [f"{len(others)} other arguments of {source} are in no table and were passed over: {names}."]
     if world := values.get("world_size"):
         notes.append(
             f"The run had {world} GPUs; add a file of configs/hardware, or trainer.devices and trainer.num_nodes."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nlgmoe.checkpoint.folder import read_document
+from nlgmoe.checkpoint.newest import find_checkpoint
 from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware
@@ -47,7 +48,7 @@ def inspect_config(
     """Predict a run's parameters, memory, communication and speed, and whether it fits, without building the model.
 
     Args:
-        files: YAML files of train.py, later ones override earlier ones; or one checkpoint folder.
+        files: YAML files of train.py, later ones override earlier ones; or one folder of a checkpoint or run.
         gpus: ranks; default: the files' setting, and 1 if they leave it to the machine.
         expert_parallel: upper bound of the expert-parallel degree; default: the files' strategy.
         zero: ZeRO stage, 1 or 2; default: the files' strategy.
@@ -86,9 +87,9 @@ def inspect_config(
 
 
 def read_settings(paths: Sequence[str]) -> tuple[GPTConfig, dict[str, Any]]:
-    """Read the model and train.py's settings; a checkpoint folder has no settings."""
+    """Read the model and train.py's settings; a checkpoint or a run's folder has no settings."""
     if len(paths) == 1 and Path(paths[0]).is_dir():
-        return GPTConfig.from_dict(read_document(paths[0])["model_config"]), {}
+        return GPTConfig.from_dict(read_document(find_checkpoint(paths[0]))["model_config"]), {}
     # train.py's parser, for the same defaults and errors; its imports take seconds.
     from nlgmoe.experiment import parse_config
 

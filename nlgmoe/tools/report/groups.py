@@ -213,6 +213,6 @@ def _interval(difference: PairedDifference) -> str | None:
 
 def _verdict(difference: PairedDifference | None) -> str:
     if difference is None:
-        return "no run with the same value in both"
+        return "no pairs: no setting has the same value in a run of both"
     low, high = difference.interval()
     return "lower" if high < 0 else "higher" if low > 0 else "too few seeds"

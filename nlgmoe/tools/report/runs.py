@@ -68,9 +68,9 @@ class Run:
             return None
 
     def layer(self, index: int) -> str:
-        """Return the name of a MoE layer, with its block counted from 1."""
+        """Return the name of a MoE layer, with its block, both counted from 0."""
         counts = experts_per_layer(self.model) if self.model is not None else []
-        blocks = [block for block, count in enumerate(counts, 1) if count]
+        blocks = [block for block, count in enumerate(counts) if count]
         return f"layer {index}" + (f" (block {blocks[index]})" if index < len(blocks) else "")
 
     def last(self, metric: str) -> float | None:

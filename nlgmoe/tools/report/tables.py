@@ -71,7 +71,7 @@ def results(runs: Sequence[Run]) -> str:
         ("time of training steps", duration, lambda run: run.summary.get("step_seconds")),
         ("time of validations", duration, lambda run: run.summary.get("validation_seconds")),
         ("skipped steps", whole, lambda run: run.fact("skipped_steps", "train/skipped_steps")),
-        ("reached its end", str, lambda run: "yes" if run.summary else "no, or not yet"),
+        ("ended", str, lambda run: "yes" if run.summary else "no, or not yet"),
     ]
     return table("results", runs, [(name, form, [fact(run) for run in runs]) for name, form, fact in facts])
 
