@@ -7,6 +7,7 @@ that a run does not need is imported.
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from nlgmoe.pyramid import experts_at, student_config, student_layers
     from nlgmoe.tools.lm_eval.zero_shot_eval import ZeroShotEval
     from nlgmoe.tools.report.write_report import WriteReport
+
+# By default a thread of libgomp that waits for others spins so long that a step takes three times as long beside a busy process,
+# and takes the core's other half from those that compute (docs/results/performance.md). torch's import reads the setting.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Without ipywidgets, Jupyter shows progress bars as text.
 warnings.filterwarnings("ignore", message="IProgress not found")

@@ -1,6 +1,8 @@
-"""Freed memory is kept on CPUs, and segments grow on accelerators, where nobody has said otherwise."""
+"""Freed memory is kept on CPUs, segments grow on accelerators, and threads spin briefly, where nobody has said otherwise."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,3 +52,13 @@ def test_segments_grow_on_accelerators_alone(
     monkeypatch.setattr(os, "environ", {"MALLOC_ARENA_MAX": "2"} | given)  # keeps this process's memory as it is
     configure_allocator(torch.device(device))
     assert os.environ == {"MALLOC_ARENA_MAX": "2"} | then
+
+
+@pytest.mark.parametrize(
+    ("given", "then"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_spin_briefly_unless_the_environment_says_otherwise(given: dict[str, str], then: str) -> None:
+    code = "import nlgmoe, os, sys; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == then
