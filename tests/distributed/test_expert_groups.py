@@ -59,7 +59,7 @@ def test_the_layout_is_told() -> None:
     config = pyramid(4, 4, 8)
     assert describe_degrees(config, layer_degrees(config, 4, 8 // 2), 4, "teacher").splitlines() == [
         "blocks 1, 3 of the teacher: 4 experts, expert-parallel degree 4, 1 a rank (0.0M parameters), each on 1",
-        "blocks 6 of the teacher: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), each on 1",
+        "blocks 5 of the teacher: 8 experts, expert-parallel degree 4, 2 a rank (0.0M parameters), each on 1",
     ]
 
 

@@ -164,7 +164,7 @@ def test_texts_from_files_are_no_html(tmp_path: Path) -> None:
         (["nowhere"], "nowhere does not exist; give the folder of a run"),
         (["empty"], "empty is no run folder: it has no metrics.csv, summary.json or config.yaml"),
         (["run/summary.json"], "run/summary.json: no run folder among them"),
-        ([], "runs"),
+        ([], "missing argument RUNS"),
         (["run", "--output", "run"], "--output=run is a folder; give the name of a file"),
         (
             ["run", "--output", "run/metrics.csv"],
@@ -216,4 +216,4 @@ def test_a_run_with_a_router_that_is_not_imported_shows_its_experts(tmp_path: Pa
     router = "{class_path: nowhere_to_be_found.Router, init_args: {}}"
     text = f"model: {{config: {{vocab_size: 61, num_layers: 4, moe: {{num_experts: [0, 8], router: {router}}}}}}}"
     (run,) = read_runs([folder(tmp_path / "a", config__yaml=text)])
-    assert run.layer(0) == "layer 0 (block 4)" and "<td>0/8</td>" in page([run])
+    assert run.layer(0) == "layer 0 (block 3)" and "<td>0/8</td>" in page([run])
