@@ -44,7 +44,7 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	@printf '  nlgmoe prepare-data --input texts --output data/own/text --vocab-size 4000  # your own text: docs/data.md\n'
 	@printf '  nlgmoe inspect configs/pr_moe/350m_pr_moe_32_64.yaml configs/hardware/gpus_64.yaml  # plan a larger run\n'
 
-test: develop  ## the suite (7 minutes on 2 cores)
+test: develop  ## the suite (6 minutes on 2 cores)
 	@$(MAKE) --no-print-directory browser || true  # the rest of the suite does without
 	$(BIN)/python -m pytest
 
