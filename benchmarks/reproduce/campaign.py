@@ -29,6 +29,7 @@ from benchmarks.reproduce.cells import (
     LOWER_RATE,
     RATES,
     STAGED,
+    STEP_TOKENS,
     STEPS,
     TABLES,
     TEACHER,
@@ -65,7 +66,7 @@ class Scale:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-CPU = Scale("cpu", STEPS, 16 * 128)
+CPU = Scale("cpu", STEPS, STEP_TOKENS)
 TINY = Scale(
     "tiny",
     20,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 STEPS = 2400  # of the whole budget, 20 tokens per active parameter
+STEP_TOKENS = 16 * 128
 BUDGETS = (0.25, 0.5, 1.0)
 COOLDOWN = 0.2  # share of a budget
 STAGED = 0.6  # share of a budget that a staged student is distilled on

@@ -59,7 +59,7 @@ class Question:
     pairs: int
 
 
-STAGED = Cell("student", 1.0, "staged")
+STAGED_STUDENT = Cell("student", 1.0, "staged")
 
 QUESTIONS = (
     Question(
@@ -84,11 +84,11 @@ QUESTIONS = (
     ),
     Question(
         "taught", "A student taught in stages beats one without a teacher",
-        "21 of 24 blocks; staged has the teacher's loss (section 4.2, figure 6)", "lower", STAGED, Cell("student"), 3,
+        "21 of 24 blocks; staged has the teacher's loss (section 4.2, figure 6)", "lower", STAGED_STUDENT, Cell("student"), 3,
     ),
     Question(
         "staged", "Distillation in stages beats distillation to the end",
-        "to the end helps early and hurts late (section 4.2, figure 5)", "lower", STAGED, Cell("student", 1.0, "full"), 8,
+        "to the end helps early and hurts late (section 4.2, figure 5)", "lower", STAGED_STUDENT, Cell("student", 1.0, "full"), 8,
     ),
     Question(
         "capacity", "Capacity factor 1.0 is as good as dropless",

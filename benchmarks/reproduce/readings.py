@@ -13,7 +13,7 @@ from benchmarks.reproduce.questions import (
     AGREES,
     DIFFERS,
     QUESTIONS,
-    STAGED,
+    STAGED_STUDENT,
     UNTESTABLE,
     Question,
     readings,
@@ -132,16 +132,16 @@ def beside(results: dict[str, Any]) -> list[str]:
     runs = results["runs"]
     lines = []
     sizes = {name: of_cell(runs, cell, "params_total") for name, cell in
-             (("MoE-32", Cell("moe_32")), ("PR-MoE", TEACHER), ("the staged student", STAGED))}  # fmt: skip
+             (("MoE-32", Cell("moe_32")), ("PR-MoE", TEACHER), ("the staged student", STAGED_STUDENT))}  # fmt: skip
     if all(sizes.values()):
         standard, *others = ((name, next(iter(values.values()))) for name, values in sizes.items())
         ratios = " and ".join(f"{name} {standard[1] / size:.1f}" for name, size in others)
         lines.append(f"Next to MoE-32, {ratios} times fewer parameters (the paper: 3 and 3.7).")
-    if (found := difference(runs, STAGED, Cell("moe_32"))) is not None:
+    if (found := difference(runs, STAGED_STUDENT, Cell("moe_32"))) is not None:
         lines.append(f"Staged student - MoE-32: {with_interval(found)}, {found.pairs} pairs.")
-    if (found := difference(runs, STAGED, TEACHER)) is not None:
+    if (found := difference(runs, STAGED_STUDENT, TEACHER)) is not None:
         lines.append(f"Staged student - its teacher: {with_interval(found)}, {found.pairs} pairs.")
-    if (found := difference(runs, STAGED, CONTROL)) is not None:
+    if (found := difference(runs, STAGED_STUDENT, CONTROL)) is not None:
         lines.append(
             f"Staged student - the student alone on twice the tokens: {with_interval(found)}, {found.pairs} pairs."
         )

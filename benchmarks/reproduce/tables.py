@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 
 from benchmarks.documents import with_text
-from benchmarks.reproduce.cells import BUDGETS, GROWTH, MARGIN, SEEDS, TEACHER, WIDER, Cell
-from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, STAGED, UNRESOLVED
+from benchmarks.reproduce.cells import BUDGETS, GROWTH, MARGIN, SEEDS, STEP_TOKENS, TEACHER, WIDER, Cell
+from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, STAGED_STUDENT, UNRESOLVED
 from benchmarks.reproduce.readings import MISSING, Answer, answers, beside, difference, of_cell
 from benchmarks.runs import ROOT
 
@@ -140,14 +140,14 @@ def draw_costs(results: dict[str, Any], file: Path) -> None:
     """Draw loss against FLOPs and against seconds of the whole run; points are means, with standard errors."""
     runs, seconds = results["runs"], results.get("speed", {}).get("step_seconds", {})
     steps = {
-        cell: next(iter(of_cell(runs, cell, "tokens").values()), 0) / 2048
+        cell: next(iter(of_cell(runs, cell, "tokens").values()), 0) / STEP_TOKENS
         for cell in map(Cell, (*WIDER, *GROWTH, "pr_moe", "student"))
     }
     families = {
         "dense, wider": [Cell(name) for name in WIDER],
         "MoE, more experts": [Cell(name) for name in GROWTH],
         "PR-MoE": [TEACHER],
-        "student, staged": [STAGED],
+        "student, staged": [STAGED_STUDENT],
     }
     figure, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.2), sharey=True, layout="constrained")
     for axis, label in zip(axes, ("FLOPs of the run", "seconds of the run, one thread"), strict=True):

@@ -44,8 +44,6 @@ class DeepSpeedConfig:
     """
 
     stage: int = 0
-    fp16: bool = False
-    bf16: bool = False
     offload: bool = False
     gradient_clipping: float = 0.0
     curriculum: Curriculum | None = None
@@ -104,8 +102,6 @@ def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
             refuse(f"has {flag} {state}, and --{flag} does not say so; make them agree")
     return DeepSpeedConfig(
         stage=int(stage),
-        fp16=bool(fp16.get("enabled")),
-        bf16=bool(bf16.get("enabled")),
         offload=(zero.get("offload_optimizer") or {}).get("device", "none") != "none" or bool(zero.get("cpu_offload")),
         gradient_clipping=float(clipping),
         curriculum=_curriculum(curriculum, arguments) if curriculum.get("enabled") else None,

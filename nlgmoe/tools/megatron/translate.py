@@ -141,7 +141,7 @@ def _schedule(job: Translation) -> None:
     job.set(f"{path}min_lr", arguments.value("--min-lr"), job.default("--min-lr"))
     decay = arguments.value("--lr-decay-tokens") if arguments.has("--lr-decay-tokens") else _decay_of_counts(job)
     if decay is None or warmup is None:
-        if not any(line.startswith("--") for line in job.problems.lines):
+        if not arguments.has(*lengths, "--train-samples", "--train-iters"):
             job.problems.add(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
         return
     job.set(f"{path}decay_tokens", decay, "" if arguments.has(*lengths) else "the length of training")
@@ -177,7 +177,7 @@ def _length(job: Translation) -> None:
     lengths: dict[str, int] = {}
     if (tokens := arguments.value("--train-tokens")) is not None:
         lengths["--train-tokens"] = tokens
-    if arguments.has("--train-samples") and (tokens := job.tokens("--train-samples", "")) is not None:
+    if arguments.has("--train-samples") and (tokens := job.tokens("--train-samples")) is not None:
         assert job.seq_len is not None and job.global_batch is not None
         step = job.seq_len * job.global_batch
         ramp_up = arguments.has("--rampup-batch-size")  # then the last step may be a part of one

@@ -82,14 +82,14 @@ class Translation(Settings):
                 "--global-batch-size", "is not given: there it is micro-batch x GPUs, which is not known here; add it"
             )
 
-    def tokens(self, samples: str, steps: str) -> int | None:
+    def tokens(self, samples: str, steps: str | None = None) -> int | None:
         """Return a length that is given in sequences or in steps, in tokens; None if it is not given, or a problem.
 
         Args:
             samples: the flag that gives it in sequences.
-            steps: the flag that gives it in optimizer steps.
+            steps: the flag that gives it in optimizer steps; None: that one is not asked.
         """
-        name = steps if self.arguments.has(steps) else samples
+        name = steps if steps is not None and self.arguments.has(steps) else samples
         length = self.arguments.value(name)
         if length is None or self.seq_len is None or self.global_batch is None:
             return None
