@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from nlgmoe.parts import PARTS, ExpertConfig, RouterConfig, part_from_dict, part_to_dict
-from nlgmoe.validation import RunError, require, require_valid
+from nlgmoe.validation import SettingError, require, require_valid
 
 ROUTER_FIELDS = frozenset(
     {
@@ -278,7 +278,7 @@ class GPTConfig:
         if moe is None:
             return GPTConfig(**values)
         if not isinstance(moe, dict):
-            raise RunError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
+            raise SettingError(f"moe={moe!r} must hold settings by name, or be null for a dense model")
         own = {name: part_from_dict(moe[name], base) for name, base in PARTS.items() if moe.get(name) is not None}
         return GPTConfig(**{**values, "moe": MoEConfig(**{**moe, **own})})
 

@@ -17,8 +17,8 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
 from nlgmoe.monitoring.logging_step import ends_step, is_logged, sum_over_ranks
 from nlgmoe.monitoring.memory import memory_bytes
-from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch, TimedCollectives
-from nlgmoe.validation import RunError
+from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler, Stopwatch
+from nlgmoe.validation import SettingError
 
 
 class Throughput(Callback):
@@ -40,7 +40,7 @@ class Throughput(Callback):
 
     def __init__(self, peak_tflops: float | None = None) -> None:
         if peak_tflops is not None and not peak_tflops > 0:
-            raise RunError(f"peak_tflops={peak_tflops} must be above 0, or null")
+            raise SettingError(f"peak_tflops={peak_tflops} must be above 0, or null")
         self.peak_tflops = peak_tflops
         self._peak: float | None = None  # FLOP/s of one device
         self._begin_run()
@@ -77,7 +77,6 @@ class Throughput(Callback):
         device = trainer.strategy.root_device
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else peak_flops(device, trainer.precision)
         self._stopwatch = Stopwatch(device)
-        self._collectives = TimedCollectives(self._stopwatch)
         self._is_timed = bool(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._is_timed:
             trainer.profiler = StepProfiler(trainer.profiler, self._stopwatch)  # type: ignore[attr-defined]
@@ -90,8 +89,6 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start timing a micro-batch."""
         self._batch_started = time.perf_counter()
-        if trainer.world_size > 1 and self._is_timed:
-            self._collectives.start()
 
     @override
     def on_train_batch_end(
@@ -99,7 +96,6 @@ class Throughput(Callback):
     ) -> None:
         """Add the micro-batch, and the step that it ends; log once per interval."""
         assert isinstance(pl_module, MoEGPTModule)
-        self._collectives.stop()
         self._seconds += time.perf_counter() - self._batch_started
         if not ends_step(trainer):
             return
@@ -150,8 +146,7 @@ class Throughput(Callback):
         self._elapsed, self._fit_started = self._elapsed_so_far(), 0.0
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, StepProfiler):
-            self._collectives.stop()
-            trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
+                trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
 
     def _elapsed_so_far(self) -> float:
         return self._elapsed + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)

@@ -53,7 +53,7 @@ class PocketPile:
 
     def __init__(self, domains: list[str] | None = None) -> None:
         if domains is not None and (not domains or len(set(domains)) < len(domains)):
-            raise RunError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
+            raise SettingError(f"domains={domains} must name one domain or several, each once; leave it out for all.")
         self._domains = domains
 
     def prepare(self, data_dir: Path, tokenizer: str) -> None:
@@ -64,7 +64,7 @@ class PocketPile:
         """Map the tokens of a tokenizer."""
         manifest = read_manifest(data_dir)
         if manifest is None:
-            raise RunError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
+            raise SettingError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
         domains = manifest.domains if self._domains is None else self._domains
         if unknown := sorted(set(domains) - set(manifest.domains)):
             raise SettingError(

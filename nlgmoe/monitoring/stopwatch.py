@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.profilers import Profiler
-from torch import distributed
 from typing_extensions import override
 
 from nlgmoe.device import time_stamp
 
-PARTS = ("data", "forward", "backward", "optimizer", "communication")
+PARTS = ("data", "forward", "backward", "optimizer")
 HOST = "data"  # the part that is timed on the host, not on the GPU
 
 
@@ -43,15 +40,6 @@ class Stopwatch:
             self._seconds[part] += time.perf_counter() - started
         elif started is not None:
             self._spans.append((part, started, time_stamp(self._device)))
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Time a part as a context."""
-        self.start(part)
-        try:
-            yield
-        finally:
-            self.stop(part)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each part since the last call; waits for the GPU."""
@@ -99,64 +87,3 @@ def _part_of(action: str) -> str | None:
         name = action.rpartition(".")[2]
         return {"training_step": "forward", "backward": "backward"}.get(name)
     return None
-
-
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "all_reduce_coalesced",
-    "all_to_all_single",
-    "broadcast",
-    "reduce",
-    "reduce_scatter_tensor",
-)
-
-
-class TimedCollectives:
-    """Times this rank's collectives of `torch.distributed`, DeepSpeed's included, between `start` and `stop`.
-
-    Counted is the time that does not overlap with computation: until a collective, or the wait for an asynchronous one,
-    returns; on a GPU, until its queue continues. `ddp` reduces gradients in C++ during the backward pass; that is not counted.
-
-    Args:
-        stopwatch: gets the part `communication`.
-    """
-
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
-        self._originals: dict[str, Any] = {}
-
-    def start(self) -> None:
-        """Replace the functions of `torch.distributed` by timed ones."""
-        for name in COLLECTIVES:
-            self._originals[name] = original = getattr(distributed, name)
-            setattr(distributed, name, self._timed(original))
-
-    def stop(self) -> None:
-        """Restore the functions."""
-        for name, original in self._originals.items():
-            setattr(distributed, name, original)
-        self._originals.clear()
-
-    def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self._stopwatch.measure("communication"):
-                work = collective(*args, **kwargs)
-            return work if work is None else _TimedWork(work, self._stopwatch)
-
-        return timed
-
-
-class _TimedWork:
-    """An asynchronous collective."""
-
-    def __init__(self, work: Any, stopwatch: Stopwatch) -> None:
-        self._work, self._stopwatch = work, stopwatch
-
-    def wait(self, *args: Any, **kwargs: Any) -> Any:
-        with self._stopwatch.measure("communication"):
-            return self._work.wait(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)

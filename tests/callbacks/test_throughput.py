@@ -8,14 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import SimpleProfiler
-from torch import distributed
 
 from nlgmoe.callbacks import Throughput
 from nlgmoe.callbacks.throughput import _over_ranks
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.hardware import peak_of
-from nlgmoe.monitoring.stopwatch import COLLECTIVES, PARTS, StepProfiler, Stopwatch, TimedCollectives
+from nlgmoe.monitoring.stopwatch import PARTS, StepProfiler
 from nlgmoe.optim.token_schedule import SequenceCurriculum
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
@@ -73,39 +72,11 @@ def test_parts_of_a_step_follow_each_other_and_the_users_profiler_goes_on(tmp_pa
     run.fit(MoEGPTModule(CONFIG), SyntheticData())
     found = logged.steps[-1]
     parts = {part: found[f"time/{part}"] for part in PARTS}
-    assert parts.pop("communication") == 0
     assert min(parts.values()) > 0 and sum(parts.values()) < found["time/step"] < found["time/elapsed"]
     assert found["memory/process_bytes"] > 50e6
     assert "train/mfu" not in found  # nobody knows this CPU's
     assert isinstance(logged.profiler, StepProfiler) and run.profiler is profiler
     assert len(profiler.recorded_durations["run_training_batch"]) == 4
-
-
-def test_collectives_are_timed_until_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Work:
-        done = "yes"
-
-        def wait(self) -> str:
-            return "waited"
-
-    class Counts(Stopwatch):
-        spans = 0
-
-        def stop(self, part: str) -> None:
-            super().stop(part)
-            self.spans += part == "communication"
-
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, async_op=False: Work() if async_op else None)
-    before = {name: getattr(distributed, name) for name in COLLECTIVES}
-    watch = Counts(torch.device("cpu"))
-    timed = TimedCollectives(watch)
-    timed.start()
-    assert distributed.all_reduce(torch.zeros(1)) is None
-    work = distributed.all_reduce(torch.zeros(1), async_op=True)
-    assert (watch.spans, work.done, work.wait(), watch.spans) == (2, "yes", "waited", 3)
-    timed.stop()
-    assert before == {name: getattr(distributed, name) for name in COLLECTIVES}
-    assert watch.seconds()["communication"] > 0 and not watch.seconds()
 
 
 def test_times_are_means_and_memory_is_the_maximum_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from nlgmoe.monitoring.stopwatch import PARTS
 from nlgmoe.tools.report.runs import BITS, Run, flattened
 
 UNKNOWN = "–"
 whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format
-PARTS = ("data", "forward", "backward", "optimizer")  # of a step; communication lies within them
 # Settings that determine which tokens are evaluated, and those that do so where trainer.limit_val_batches counts batches.
 EVALUATED = ("data.tokenizer", "data.corpus", "data.max_eval_windows", "data.mask_eod_loss", "model.config.seq_len",
              "trainer.limit_val_batches")  # fmt: skip
@@ -84,9 +84,9 @@ def step_times(runs: Sequence[Run]) -> str:
     logged = [
         {name.removeprefix("time/"): 1e3 * series.mean() for name, series in run.metrics.items()} for run in timed
     ]
-    times = pd.DataFrame(logged).reindex(columns=["step", *PARTS, "communication"])
+    times = pd.DataFrame(logged).reindex(columns=["step", *PARTS])
     times.insert(5, "rest", times["step"] - times[list(PARTS)].sum(axis=1))
-    times = times.rename(columns={"communication": "communication, within these"}).dropna(axis=1, how="all")
+    times = times.dropna(axis=1, how="all")
     rows: list[Row] = [(part, "{:.1f}".format, times[part].tolist()) for part in times]
     return f"<h3>What a step's time goes to (milliseconds, mean over ranks and steps)</h3>{table('step_times', timed, rows)}"
 
