@@ -3,6 +3,7 @@
     python -m benchmarks.reproduce [--question KEY ...] [--jobs 2]   train what is missing, then write page and figures
     python -m benchmarks.reproduce --tables                          write page and figures from docs/results/reproduce.json
     python -m benchmarks.reproduce --speed                           time a training step of each model; on a quiet machine
+    python -m benchmarks.reproduce --again                           train three of the models with the code of HEAD; an hour
     python -m benchmarks.reproduce --scale tiny                      twenty steps a run, into a temporary folder
     python -m benchmarks.reproduce --scale gpu                       estimate the hours of the same questions on one GPU
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from benchmarks.reproduce.again import train_again
 from benchmarks.reproduce.campaign import CPU, TINY, Campaign
 from benchmarks.reproduce.cells import SEEDS
 from benchmarks.reproduce.questions import QUESTIONS, runs_of
@@ -33,7 +35,7 @@ from nlgmoe.monitoring.hardware import hardware
 from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.inspect_config import layout, read_settings
 
-RESULTS = ROOT / "docs/results/reproduce.json"
+RESULTS, AGAIN = ROOT / "docs/results/reproduce.json", ROOT / "docs/results/reproduce_again.json"
 ON_GPU = ("dense/125m_dense", "moe/125m_moe_64", "dense/350m_dense", "moe/350m_moe_128", "pr_moe/350m_pr_moe_32_64")
 TOKENS_PER_PARAMETER = 20
 
@@ -88,12 +90,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tables", action="store_true", help="train nothing")
     parser.add_argument("--speed", action="store_true", help="train nothing; time a step of each model, one thread")
+    parser.add_argument("--again", action="store_true", help="train three of the models with the code of HEAD")
     args = parser.parse_args()
     if args.scale == "gpu":
         print_gpu_estimates()
         return
     if args.tables:
         write(json.loads(args.results.read_text()))
+        return
+    if args.again:
+        out = args.out.resolve() / "again"
+        out.mkdir(parents=True, exist_ok=True)
+        head = checked_out(out / "results.json", out)
+        print(train_again(json.loads(args.results.read_text()), *head, out, AGAIN, args.jobs))
         return
     wanted = runs_of(
         [question for question in QUESTIONS if not args.question or question.key in args.question], not args.question

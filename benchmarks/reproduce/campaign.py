@@ -260,7 +260,7 @@ class Campaign:
             "model": {
                 **scale.get("model", {}),
                 "seed": seed,
-                "optimizer": {"lr": rate},
+                "optimizer": {**scale.get("model", {}).get("optimizer", {}), "lr": rate},
                 "train_tokens": tokens,
                 "schedule": {
                     "warmup_tokens": self.scale.steps // 40 * self.scale.step_tokens,

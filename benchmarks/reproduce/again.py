@@ -1,0 +1,54 @@
+"""Train models of the campaign again with the code of HEAD: does the whole machine still give the same losses?
+
+Rounding alone moves the loss of a long run. So each model is trained twice: as it is, and with an `eps` of AdamW that differs by
+1e-4 of its value, which changes the last bits of updates. What that moves is no difference between commits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reproduce.campaign import CPU, Campaign
+from benchmarks.reproduce.cells import TEACHER, Cell
+from nlgmoe.files import write_json
+
+RUNS = [(Cell("dense"), 1), (Cell("moe_16"), 1), (TEACHER, 1)]
+EPS = {"as it is": 1e-8, "eps * 1.0001": 1.0001e-8}
+
+
+def train_again(before: dict[str, Any], commit: str, tree: Path, out: Path, file: Path, jobs: int) -> str:
+    """Train `RUNS` with each of `EPS`, write their losses to `file`, and return a table.
+
+    Args:
+        before: the campaign's results: its losses, and the learning rates that are used again.
+        commit: of the code in `tree`.
+        tree: the code that trains.
+        out: folder of the runs.
+        file: JSON file of the losses.
+        jobs: runs at a time, one thread each.
+    """
+    losses: dict[str, dict[str, float]] = {}
+    for name, eps in EPS.items():
+        folder = out / f"eps-{eps:g}"
+        scale = replace(CPU, settings={"model": {"optimizer": {"eps": eps}}})
+        campaign = Campaign(folder, folder / "results.json", commit, tree, scale)
+        campaign.results["learning_rates"] = before["learning_rates"]
+        campaign.train(RUNS, jobs)
+        losses[name] = {key: run["val_loss"] for key, run in campaign.results["runs"].items()}
+    write_json(file, {"commit": commit, "before": before["commit"], "losses": losses})
+    return table(before, json.loads(file.read_text()))
+
+
+def table(before: dict[str, Any], again: dict[str, Any]) -> str:
+    """Return a Markdown table of the losses of both commits, and of their differences."""
+    lines = [
+        f"| | {before['commit'][:7]} | {again['commit'][:7]} | difference | with eps * 1.0001 | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, loss in again["losses"]["as it is"].items():
+        first, other = before["runs"][key]["val_loss"], again["losses"]["eps * 1.0001"][key]
+        lines.append(f"| {key} | {first:.4f} | {loss:.4f} | {loss - first:+.4f} | {other:.4f} | {other - loss:+.4f} |")
+    return "\n".join(lines)
