@@ -1,6 +1,6 @@
 """The model's configuration: two frozen dataclasses that check their fields.
 
-Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; the README maps each Megatron-DeepSpeed flag to
+Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; docs/megatron_flags.md maps each Megatron-DeepSpeed flag to
 a field here.
 """
 

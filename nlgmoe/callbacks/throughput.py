@@ -146,7 +146,7 @@ class Throughput(Callback):
         self._elapsed, self._fit_started = self._elapsed_so_far(), 0.0
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, StepProfiler):
-                trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
+            trainer.profiler = profiler.profiler  # type: ignore[attr-defined]
 
     def _elapsed_so_far(self) -> float:
         return self._elapsed + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -91,6 +92,13 @@ class CommandParser(OneLineParser):
             if isinstance(value, float) and not math.isfinite(value):  # 1e400 too
                 raise SettingError(f"--{name.rpartition('.')[2].replace('_', '-')}={value} must be a finite number")
         return parsed
+
+    @override
+    def format_help(self) -> str:
+        """Show the names of options as documents write them, `--two-words`."""
+        return re.sub(
+            r"(?<![\w-])--[a-z]+(_[a-z]+)+\b", lambda match: match[0].replace("_", "-"), super().format_help()
+        )
 
     @override
     def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:

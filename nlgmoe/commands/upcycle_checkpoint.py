@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from shlex import quote
 from typing import Literal
 
 from nlgmoe.cli.output_files import check_new_checkpoint
+from nlgmoe.files import settings_of
 
 
 def upcycle_checkpoint(
@@ -48,4 +50,5 @@ def upcycle_checkpoint(
         f"{checkpoint}: {before.total:,} parameters of {upcycled.dense} have become {after.total:,}, {after.active:,} for a token"
     )
     copies = "exact copies" if noise == 0 else f"copies with noise of {noise} times their standard deviation"
+    print(f"{settings_of(Path(checkpoint))}: its settings")
     print(f"experts are {copies}; a run starts from them with model.warm_start.checkpoint={quote(checkpoint)}")

@@ -143,7 +143,7 @@ def read_documents(
     def refuse(place: str, reason: object) -> None:
         if skip is None:
             raise BadDataError(
-                f"{place}: {reason}; repair it, or leave it out with nlgmoe prepare-data --on_bad_data skip"
+                f"{place}: {reason}; repair it, or leave it out with nlgmoe prepare-data --on-bad-data skip"
             )
         skip(f"{place}: {reason}")
 

@@ -36,11 +36,11 @@ class MegatronIndexed:
     """
 
     def __init__(self, prefix: str, split: Sequence[float] = DEFAULT_SPLIT) -> None:
-        if len(split) != 3 or min(split) < 0 or sum(split) <= 0:
-            raise RunError(
-                f"split {list(split)} must be three shares of documents (training, validation, test), none negative and "
-                "not all 0, such as [98, 2, 0]."
-            )
+        require(
+            len(split) == 3 and min(split) >= 0 and sum(split) > 0,
+            f"split={list(split)} must be three shares of documents (training, validation, test), none negative and not all 0, "
+            "such as [98, 2, 0]",
+        )
         require(str(prefix) != "", "prefix is empty; give the path of the corpus without .bin and .idx")
         self.prefix = Path(prefix)
         self.split = tuple(split)

@@ -64,7 +64,7 @@ class PocketPile:
         """Map the tokens of a tokenizer."""
         manifest = read_manifest(data_dir)
         if manifest is None:
-            raise SettingError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data_dir {data_dir}` first.")
+            raise SettingError(f"No corpus in {data_dir}: run `nlgmoe prepare-data --data-dir {data_dir}` first.")
         domains = manifest.domains if self._domains is None else self._domains
         if unknown := sorted(set(domains) - set(manifest.domains)):
             raise SettingError(
@@ -76,7 +76,7 @@ class PocketPile:
             if name not in tokenised or tokenised[name].text_sha256 != file.sha256:
                 raise RunError(
                     f"{name} in {data_dir} is not tokenised with {tokenizer}: run `nlgmoe prepare-data "
-                    f"--data_dir {data_dir} --tokenizer {tokenizer}` first."
+                    f"--data-dir {data_dir} --tokenizer {tokenizer}` first."
                 )
         folder = token_folder(data_dir, loaded)
         tokens = {

@@ -176,7 +176,7 @@ def test_so_does_one_that_was_killed_at_its_end(
 def test_bad_data_end_the_build_with_their_place(
     tokenizer: Tokenizer, files: list[str], wanted: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*--on_bad_data skip"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 11: not JSON .*--on-bad-data skip"):
         build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None)
     done = build(files, tmp_path / "pile", tokenizer, Fields(), 1, lambda done: None, skip)  # as the message says
     assert content(tmp_path / "pile") == wanted and done.skipped == SKIPPED

@@ -110,7 +110,7 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
     with pytest.raises(BadDataError) as error:
         read(path, fields)
     assert str(error.value).startswith(f"{path}, line 2: {kind}") and details in str(error.value)
-    assert str(error.value).endswith("; repair it, or leave it out with nlgmoe prepare-data --on_bad_data skip")
+    assert str(error.value).endswith("; repair it, or leave it out with nlgmoe prepare-data --on-bad-data skip")
     skipped: list[str] = []
     assert [record.number for record in read(path, fields, skip=skipped.append)] == [0, 2]
     assert [line.partition(" (")[0] for line in skipped] == [f"{path}, line {number}: {kind}" for number in (2, 4)]

@@ -492,7 +492,7 @@ def test_bad_data_ends_the_run_with_one_line_from_workers_too(
             fit(data, 1000, tmp_path)
         assert describe(error.value) == [
             f"{path}, line 61: not text (text is of type int); repair it, or leave it out with nlgmoe prepare-data "
-            "--on_bad_data skip"
+            "--on-bad-data skip"
         ]
     data = open_corpus(2)
     path.unlink()
