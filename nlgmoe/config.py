@@ -1,7 +1,7 @@
 """The model's configuration: two frozen dataclasses that check their fields.
 
-Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; docs/megatron_flags.md maps each Megatron-DeepSpeed flag to
-a field here.
+Names follow the DeepSpeed tutorial "Mixture of Experts for NLG models"; docs/megatron_flags.md maps each Megatron-DeepSpeed
+flag to a field here.
 """
 
 from __future__ import annotations

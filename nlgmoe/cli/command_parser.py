@@ -94,7 +94,7 @@ class CommandParser(OneLineParser):
         return parsed
 
     @override
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Show the names of options as documents write them, `--two-words`."""
         return re.sub(
             r"(?<![\w-])--[a-z]+(_[a-z]+)+\b", lambda match: match[0].replace("_", "-"), super().format_help()

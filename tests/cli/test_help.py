@@ -69,4 +69,4 @@ def test_the_overview_names_every_subcommand(capsys: pytest.CaptureFixture[str])
 def test_fit_is_that_of_train_py(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", str(Path(__file__).parents[2] / "configs/quickstart.yaml"), "--print_config"])
-    assert end.value.code == 0 and "train_tokens: 1500000" in capsys.readouterr().out
+    assert end.value.code == 0 and "train_tokens: 1200000" in capsys.readouterr().out
