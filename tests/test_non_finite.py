@@ -163,10 +163,8 @@ def test_a_skipped_step_is_one_whose_update_never_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "algorithm"), [(0.5, "norm"), (0.01, "value")])
 def test_gradients_are_clipped_after_their_norm_is_logged(value: float, algorithm: Any, tmp_path: Path) -> None:
-    module, run = (
-        MoEGPTModule(CONFIG),
-        trainer(tmp_path, max_steps=1, gradient_clip_val=value, gradient_clip_algorithm=algorithm),
-    )
+    clip = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm}
+    module, run = MoEGPTModule(CONFIG), trainer(tmp_path, max_steps=1, **clip)
     run.fit(module, SyntheticData())
     gradients = torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
     assert float(gradients.norm() if algorithm == "norm" else gradients.abs().max()) == pytest.approx(value, rel=1e-4)
