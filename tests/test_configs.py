@@ -151,7 +151,6 @@ def test_every_model_runs_on_every_machine(overlay: str) -> None:
         assert trainer.strategy.class_path.rpartition(".")[2] == "ExpertParallelStrategy"
         options = trainer.strategy.init_args
         assert (options.stage, options.expert_parallel_size) == (2 if GPUS[overlay] <= 8 else 1, GPUS[overlay])
-        assert (options.initial_scale_power, options.loss_scale_window, options.hysteresis) == (11, 500, 2)
     for name, row in PAPER.items():
         micro = settings.get("data", {}).get("micro_batch_size", read(name)["data"]["micro_batch_size"])
         steps = micro_batches_per_step(row.batch, micro, GPUS[overlay])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
@@ -227,33 +227,6 @@ def test_a_new_run_begins_with_a_new_module_and_new_data(tmp_path: Path) -> None
     for used in ((module, SyntheticData()), (MoEGPTModule(CONFIG), data)):
         with pytest.raises(ValueError, match="make all anew, or resume the earlier run"):
             trainer(tmp_path, max_steps=1).fit(*used)
-
-
-@pytest.mark.parametrize(
-    ("settings", "due"),
-    [
-        ({"limit_train_batches": 4}, [2, 4, 6]),
-        # The last step of each epoch has one micro-batch.
-        ({"limit_train_batches": 5, "val_check_interval": 3, "check_val_every_n_epoch": None}, [3, 7]),
-    ],
-)
-def test_a_run_of_epochs_is_resumed_and_validates_after_the_same_steps(
-    settings: dict[str, Any], due: list[int], tmp_path: Path
-) -> None:
-    settings |= {"max_epochs": 3, "accumulate_grad_batches": 2, "limit_val_batches": 1.0}
-
-    def fit(checkpoint: Path | None, *callbacks: Callback) -> tuple[list[int], int]:
-        validated: list[int] = []
-        notes = LambdaCallback(on_validation_end=lambda run, _: validated.append(run.global_step))
-        run = trainer(tmp_path, notes, *callbacks, enable_checkpointing=bool(callbacks), **settings)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=checkpoint)
-        return validated, run.global_step
-
-    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    whole, end = fit(None, saves)
-    assert whole == due
-    for step in (3, 4):
-        assert fit(tmp_path / f"step={step}.ckpt") == ([at for at in due if at >= step], end)
 
 
 def test_an_interval_of_validations_beyond_the_epoch_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, StagedDistillation, Throughput
@@ -44,29 +43,20 @@ def test_a_run_counts_its_own_steps_after_another_run_or_an_evaluation(trained: 
 
 def test_a_teacher_serves_two_runs(trained: Path, tmp_path: Path) -> None:
     teacher, logged = MixtureOfStudents(str(trained)), []
-
-    def note(run: Trainer, *_: Any) -> None:
-        logged.append("train/distillation_loss" in run.callback_metrics)
-
+    note = LambdaCallback(
+        on_train_batch_end=lambda run, *_: logged.append("train/distillation_loss" in run.callback_metrics)
+    )
     for callbacks in ([StagedDistillation(step=2)], []):
-        run = trainer(tmp_path, *callbacks, LambdaCallback(on_train_batch_end=note), max_steps=3)
+        run = trainer(tmp_path, *callbacks, note, max_steps=3)
         run.fit(MoEGPTModule(CONFIG, distiller=teacher), SyntheticData())
     assert logged == [True, True, False, True, True, True] and teacher.loss_weight == 1
 
 
 def test_a_probe_of_a_callback_is_not_the_steps_routing(tmp_path: Path) -> None:
-    probe = next(iter(SyntheticData().val_dataloader()))
-    loads = []
-    for probes in (False, True):
-
-        def measure(trainer: Trainer, module: MoEGPTModule, *rest: Any, probes: bool = probes) -> None:
-            if probes:
-                module.predict_step(probe, 0)
-
-        folder = tmp_path / str(probes)
-        run = trainer(
-            folder, LambdaCallback(on_train_batch_end=measure), ExpertLoad(), max_steps=3, log_every_n_steps=1
-        )
+    batch = next(iter(SyntheticData().val_dataloader()))
+    probe = LambdaCallback(on_train_batch_end=lambda run, module, *_: module.predict_step(batch, 0))
+    for name, callbacks in {"plain": [], "probed": [probe]}.items():
+        run = trainer(tmp_path / name, *callbacks, ExpertLoad(), max_steps=3, log_every_n_steps=1)
         run.fit(MoEGPTModule(CONFIG), SyntheticData())
-        loads.append((folder / "expert_load.csv").read_text())
+    loads = [(tmp_path / name / "expert_load.csv").read_text() for name in ("plain", "probed")]
     assert loads[0] == loads[1] and "0," in loads[0]
