@@ -1,6 +1,5 @@
 """The YAML files against the paper: sizes, hyper-parameters, and every model on every machine."""
 
-import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,11 +9,11 @@ import pytest
 import yaml
 
 from nlgmoe import Experiment, load_config
-from nlgmoe.cli.train import TrainCLI
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
 from nlgmoe.data.streaming.streams import reads_per_stream
+from nlgmoe.experiment import parse_config
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.hugging_face.families import family_of
 
@@ -71,17 +70,9 @@ def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / f"{name}.yaml").read_text())
 
 
-@cache
-def parse(*names: str) -> Any:
+def parse(*names: str) -> dict[str, Any]:
     """What train.py makes of the files, up to the point where it would build objects (which needs the GPUs)."""
-
-    class Parsed(TrainCLI):
-        def instantiate_classes(self) -> None:
-            pass
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return Parsed(args=[f"--config={ROOT / name}.yaml" for name in names], run=False).config
+    return parse_config([str(ROOT / f"{name}.yaml") for name in names])
 
 
 def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
@@ -97,7 +88,7 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
 @pytest.mark.parametrize("block", ["llama", "olmoe", "qwen3_moe", "mixtral"])
 def test_a_block_goes_with_any_model(block: str) -> None:
     for name in ("pr_moe/laptop", "dense/laptop"):
-        config = parse(name, f"block/{block}").model.config
+        config = GPTConfig.from_dict(parse(name, f"block/{block}")["model"]["config"])
         assert config.norm == "rmsnorm" and config.rope_theta and not config.tied_embeddings and not config.bias
         assert config.qk_norm == {"olmoe": "projection", "qwen3_moe": "head"}.get(block)
     native = GPTConfig(64, 16, 2, 16, 2, **read(f"block/{block}")["model"]["config"])
@@ -143,14 +134,15 @@ def test_every_model_runs_on_every_machine(overlay: str) -> None:
     assert set(settings) <= {"trainer", "data"} and set(settings.get("data", {})) <= {"micro_batch_size"}
     assert set(settings["trainer"]) <= {"accelerator", "devices", "num_nodes", "precision", "strategy"}
     parsed = parse("pr_moe/350m_pr_moe_32_64", f"hardware/{overlay}")
-    trainer = parsed.trainer
-    assert trainer.devices * trainer.num_nodes == GPUS[overlay]
-    assert trainer.precision == ("32-true" if overlay == "cpu" else "bf16-mixed")
-    assert trainer.val_check_interval == 100 and parsed.data.global_batch_size == 256  # the model's file still counts
+    trainer = parsed["trainer"]
+    assert trainer["devices"] * trainer["num_nodes"] == GPUS[overlay]
+    assert trainer["precision"] == ("32-true" if overlay == "cpu" else "bf16-mixed")
+    assert (trainer["val_check_interval"], parsed["data"]["global_batch_size"]) == (100, 256)  # the model's file counts
     if overlay != "cpu":
-        assert trainer.strategy.class_path.rpartition(".")[2] == "ExpertParallelStrategy"
-        options = trainer.strategy.init_args
-        assert (options.stage, options.expert_parallel_size) == (2 if GPUS[overlay] <= 8 else 1, GPUS[overlay])
+        assert trainer["strategy"]["class_path"].rpartition(".")[2] == "ExpertParallelStrategy"
+        options = trainer["strategy"]["init_args"]
+        expected = (2 if GPUS[overlay] <= 8 else 1, GPUS[overlay])
+        assert (options["stage"], options["expert_parallel_size"]) == expected
     for name, row in PAPER.items():
         micro = settings.get("data", {}).get("micro_batch_size", read(name)["data"]["micro_batch_size"])
         steps = micro_batches_per_step(row.batch, micro, GPUS[overlay])
@@ -183,7 +175,7 @@ BLEND = {  # file, as the scripts' internal branch names it -> weight there
 
 def test_the_papers_blend_replaces_a_models_corpus_and_nothing_else() -> None:
     name = "pr_moe/350m_pr_moe_32_64"
-    plain, blended = (parse(name, *more, "hardware/cpu").as_dict() for more in ((), ("data/paper_blend",)))
+    plain, blended = (parse(name, *more, "hardware/cpu") for more in ((), ("data/paper_blend",)))
     parts = blended["data"]["corpus"].pop("init_args")["parts"]
     assert blended["data"].pop("corpus") == {"class_path": "nlgmoe.data.Blend"}
     assert blended["data"].pop("max_eval_windows") == 256
@@ -200,12 +192,12 @@ def test_the_streamed_pile_goes_over_every_model() -> None:
     """It replaces the corpus and what belongs to it; on 8 GPUs every stream is read once."""
     settings = read("data/pile_streaming")
     assert set(settings) == {"data"} and set(settings["data"]) == {"corpus", "num_workers"}
-    parsed = parse("pr_moe/350m_pr_moe_32_64", "data/pile_streaming", "hardware/gpus_8").data
-    corpus = StreamedText(**parsed.corpus.init_args)
-    assert parsed.corpus.class_path.rpartition(".")[2] == "StreamedText" and parsed.global_batch_size > 0
+    parsed = parse("pr_moe/350m_pr_moe_32_64", "data/pile_streaming", "hardware/gpus_8")["data"]
+    corpus = StreamedText(**parsed["corpus"]["init_args"])
+    assert parsed["corpus"]["class_path"].rpartition(".")[2] == "StreamedText" and parsed["global_batch_size"] > 0
     for row in PAPER.values():
         if row.micro <= 4:
-            assert reads_per_stream(corpus.num_streams, row.micro, 8 * parsed.num_workers) == 1
+            assert reads_per_stream(corpus.num_streams, row.micro, 8 * parsed["num_workers"]) == 1
 
 
 def apart_from_its_architecture(name: str) -> dict[str, Any]:

@@ -118,9 +118,3 @@ def test_the_options_of_a_run_that_does_not_fit_say_where_they_fit(capsys: pytes
     assert "fits: uses" in inspect(capsys, *args[:2], "--hardware=v100-32", *everything.split())  # the advice is good
     found = inspect_json(capsys, *args)
     assert [option["fits_on"] for option in found["options"]][-1] == list(HARDWARE)
-
-
-def test_an_unknown_gpu_is_refused_with_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["inspect", LAPTOP, "--hardware", "a1000"])
-    assert "hardware=a1000 is not known; choose one of v100-32" in capsys.readouterr().err

@@ -70,12 +70,10 @@ class OwnLoad(ExpertLoad):
     """A user's variant of a default callback."""
 
 
-def test_a_variant_of_a_default_callback_takes_its_place(tmp_path: Path) -> None:
-    names = ("tests.cli.test_run_folder.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
-    (tmp_path / "more.yaml").write_text(
-        f"trainer: {{callbacks: [{', '.join(f'{{class_path: {one}}}' for one in names)}]}}"
-    )
-    made = load_config([ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"]).trainer.callbacks
+def test_a_variant_of_a_default_callback_takes_its_place() -> None:
+    names = (f"{__name__}.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
+    own = [{"class_path": name} for name in names]
+    made = load_config(ROOT / "configs/dense/laptop.yaml", trainer__callbacks=own).trainer.callbacks
     found = [type(one).__name__ for one in made if isinstance(one, ExpertLoad | TQDMProgressBar)]
     assert sorted(found) == ["OwnLoad", "TQDMProgressBar"]
 

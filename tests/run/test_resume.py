@@ -119,27 +119,6 @@ def test_without_a_save_before_it_a_validation_runs_to_its_end(undisturbed: Any,
     assert_equal(outcome(tmp_path, last), expected)
 
 
-class Average(Callback):
-    """Validates with other weights than it trains."""
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.trained = [parameter.detach().clone() for parameter in pl_module.parameters()]
-        for parameter in pl_module.parameters():
-            parameter.data.mul_(1 - 2**-7)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        for parameter, trained in zip(pl_module.parameters(), self.trained, strict=True):
-            parameter.data.copy_(trained)
-
-
-def test_weights_that_a_callback_exchanges_for_a_validation_are_not_saved(tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    fit(whole, Average())
-    assert in_process(lambda: fit(stopped, Average(), Send("on_validation_batch_start", 4, signal.SIGTERM))) == 0
-    fit(stopped, Average())
-    assert_equal(outcome(stopped), outcome(whole))
-
-
 def test_a_finished_run_started_again_changes_nothing_and_goes_on_if_it_is_longer(
     undisturbed: Any, tmp_path: Path
 ) -> None:
