@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
 
 from nlgmoe.callbacks import ExpertLoad
@@ -185,3 +185,13 @@ def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:
         assert logged[f"experts/{layer}/load_max_over_mean"] == pytest.approx(float(load.max() / load.mean()))
         assert logged[f"experts/{layer}/dropped"] == 0 and 0 < logged[f"experts/{layer}/entropy"] < 1
     assert not any(name.startswith("experts/") for name in run.test(module, data, verbose=False)[0])
+
+
+def test_a_probe_of_a_callback_is_not_the_steps_routing(tmp_path: Path) -> None:
+    batch = next(iter(SyntheticData().val_dataloader()))
+    probe = LambdaCallback(on_train_batch_end=lambda run, module, *_: module.predict_step(batch, 0))
+    for name, callbacks in {"plain": [], "probed": [probe]}.items():
+        run = trainer(tmp_path / name, *callbacks, ExpertLoad(), max_steps=3, log_every_n_steps=1)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    loads = [(tmp_path / name / "expert_load.csv").read_text() for name in ("plain", "probed")]
+    assert loads[0] == loads[1] and "0," in loads[0]
