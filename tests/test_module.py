@@ -241,15 +241,6 @@ def test_a_resumed_run_whose_data_begin_again_says_so(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=2).fit(MoEGPTModule(CONFIG), loader, ckpt_path=tmp_path / "a.ckpt")
 
 
-def test_another_optimizer_is_refused(tmp_path: Path) -> None:
-    class Other(MoEGPTModule):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    with pytest.raises(ValueError, match="configure_optimizers returns SGD, where schedule and checkpoints need"):
-        trainer(tmp_path, max_steps=1).fit(Other(CONFIG), SyntheticData())
-
-
 def test_a_dataloader_without_names_of_domains_is_one_domain(tmp_path: Path) -> None:
     loader, run = SyntheticData().val_dataloader(), trainer(tmp_path, limit_val_batches=1.0)
     (found,) = run.validate(MoEGPTModule(CONFIG), loader, verbose=False)

@@ -234,11 +234,7 @@ def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_surv
     assert module.steps.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
     assert [seen["train/skipped_steps"] for seen in spoils.logged] == [0, 0, 1, 1, 1, 1]
     assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {5.0}
-    # The data were consumed, so the clock and with it the learning rate go on.
-    taken = Spoils(set(), lambda gpt, tokens: lambda: None)
-    trainer(tmp_path, taken, max_steps=6).fit(MoEGPTModule(CONFIG, schedule=WARM_UP), SyntheticData())
-    assert module.tokens_seen == 6 * 64
-    assert [seen["train/lr"] for seen in spoils.logged] == [seen["train/lr"] for seen in taken.logged]
+    assert module.tokens_seen == 6 * 64  # the data were consumed, so the clock goes on
 
     again = [Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf)) for _ in range(2)]
     fit_fp16(tmp_path, again[0], 4, SaveAt(4, tmp_path / "fp16.ckpt"))
