@@ -14,42 +14,24 @@ import nlgmoe
 
 ROOT = Path(nlgmoe.__file__).parent
 
-# A module may import modules of its own rank or below. `data` and `optim` stand beside `model`.
-RANKS = {
-    "seeding": 0,
-    "device": 0,
-    "versions": 0,
-    "parts": 0,
-    "config": 0,
-    "batch": 0,
-    "files": 0,
-    "processes": 0,
-    "roles": 0,
-    "validation": 0,
-    "pyramid": 1,
-    "layers": 2,
-    "model": 3,
-    "optim": 3,
-    "data": 3,
-    "checkpoint": 4,
-    "non_finite": 4,
-    "distill": 5,
-    "parallel": 5,
-    "eval": 5,
-    "run": 5,
-    "run_checks": 5,
-    "gpt_module": 6,
-    "loss": 6,
-    "step": 6,
-    "module": 6,
-    "monitoring": 7,
-    "callbacks": 8,
-    "cli": 9,
-    "experiment": 10,
-    "tools": 11,
-    "commands": 12,
-    "__main__": 13,
-}
+# A module may import modules of its own line or of those above it. `data` and `optim` stand beside `model`.
+LINES = """
+seeding device versions parts config batch files processes roles validation
+pyramid
+layers
+model optim data
+checkpoint non_finite
+distill parallel eval run run_checks
+gpt_module loss step module
+monitoring
+callbacks
+cli
+experiment
+tools
+commands
+__main__
+"""
+RANKS = {name: rank for rank, line in enumerate(LINES.strip().splitlines()) for name in line.split()}
 BESIDE = {"optim", "data"}  # know the configuration and the seeds, but none of the model
 
 

@@ -1,6 +1,5 @@
 """The YAML files against the paper: sizes, hyper-parameters, and every model on every machine."""
 
-import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from nlgmoe import Experiment, load_config, student_config
-from nlgmoe.cli.train import TrainCLI
+from nlgmoe import Experiment, load_config
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data import StreamedText
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, check_ramp_up, micro_batches_per_step
-from nlgmoe.data.pocket.tokenizers import VOCABULARIES
 from nlgmoe.data.streaming.streams import reads_per_stream
+from nlgmoe.experiment import parse_config
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.tools.hugging_face.families import family_of
 
@@ -72,30 +70,9 @@ def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / f"{name}.yaml").read_text())
 
 
-@cache
-def parse(*names: str) -> Any:
+def parse(*names: str) -> dict[str, Any]:
     """What train.py makes of the files, up to the point where it would build objects (which needs the GPUs)."""
-
-    class Parsed(TrainCLI):
-        def instantiate_classes(self) -> None:
-            pass
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return Parsed(
-            args=[part for name in names for part in ("--config", str(ROOT / f"{name}.yaml"))], run=False
-        ).config
-
-
-def test_a_pocket_tokenizer_has_as_many_tokens_as_its_model() -> None:
-    files = [yaml.safe_load(path.read_text()) for path in ROOT.rglob("*.yaml")]
-    pairs = {
-        (one["data"]["tokenizer"], one["model"]["config"]["vocab_size"])
-        for one in files
-        if "pocket" in str(one.get("data", {}).get("tokenizer"))
-        and "vocab_size" in one.get("model", {}).get("config", {})
-    }
-    assert len(pairs) >= 2 and pairs <= set(VOCABULARIES.items())
+    return parse_config([str(ROOT / f"{name}.yaml") for name in names])
 
 
 def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
@@ -111,49 +88,33 @@ def test_every_row_of_the_paper_is_there_and_every_family_has_a_twin() -> None:
 @pytest.mark.parametrize("block", ["llama", "olmoe", "qwen3_moe", "mixtral"])
 def test_a_block_goes_with_any_model(block: str) -> None:
     for name in ("pr_moe/laptop", "dense/laptop"):
-        config = parse(name, f"block/{block}").model.config
+        config = GPTConfig.from_dict(parse(name, f"block/{block}")["model"]["config"])
         assert config.norm == "rmsnorm" and config.rope_theta and not config.tied_embeddings and not config.bias
         assert config.qk_norm == {"olmoe": "projection", "qwen3_moe": "head"}.get(block)
-    native = GPTConfig(
-        64, 16, 2, 16, 2, **yaml.safe_load((ROOT / f"block/{block}.yaml").read_text())["model"]["config"]
-    )
+    native = GPTConfig(64, 16, 2, 16, 2, **read(f"block/{block}")["model"]["config"])
     moe = None if block == "llama" else MoEConfig(4, expert_interval=1, top_k=2)
     assert family_of(replace(native, moe=moe)) == (block, "")
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_models_have_the_papers_shapes_and_sizes(name: str) -> None:
-    row = PAPER[name]
-    config = experiment_of(name).module.config
-    assert (config.num_layers, config.hidden_size, config.num_heads, config.ffn_size) == (
-        row.layers,
-        row.hidden,
-        row.heads,
-        4 * row.hidden,
-    )
+def test_the_models_have_the_papers_shapes_sizes_and_recipes(name: str) -> None:
+    row, experiment = PAPER[name], experiment_of(name)
+    module, data, trainer = experiment.module, experiment.data, experiment.trainer
+    config, optimizer, schedule = module.config, module.optimizer_config, module.schedule
+    shape = (config.num_layers, config.hidden_size, config.num_heads, config.ffn_size)
+    assert shape == (row.layers, row.hidden, row.heads, 4 * row.hidden)
     assert (config.moe.num_experts if config.moe else None) == row.experts
     billions = count_parameters(config, padded=False).total / 1e9  # what is built: tests/model/test_counting.py
     assert round(billions, 3) == row.billions
     if row.says is not None:
         assert f"{billions:.{len(row.says.partition('.')[2])}f}" == row.says
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_the_recipes_have_the_published_values(name: str) -> None:
-    row, experiment = PAPER[name], experiment_of(name)
-    module, data, trainer = experiment.module, experiment.data, experiment.trainer
-    config, optimizer, schedule = module.config, module.optimizer_config, module.schedule
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (row.lr, (0.9, 0.95), 0.1)
     assert (schedule.shape, schedule.min_lr, schedule.warmup_tokens) == ("cosine", row.min_lr, 375e6)
     assert (schedule.decay_tokens, module.train_tokens) == (row.decay, 300e9)
     assert (config.vocab_size, config.seq_len, config.init_std) == (50257, 2048, row.init_std)
     assert (config.hidden_dropout, config.attention_dropout) == (0.1, 0.1)
-    assert not module.activation_checkpointing
-    assert (data.global_batch_size, data.micro_batch_size, data.max_eval_windows) == (
-        row.batch,
-        row.micro,
-        10 * row.batch,
-    )
+    batch = (data.global_batch_size, data.micro_batch_size, data.max_eval_windows)
+    assert batch == (row.batch, row.micro, 10 * row.batch)
     assert data.batch_ramp_up == RAMP_UPS.get(name)
     assert not data.document_attention and not data.mask_eod_loss and module.curriculum is None
     assert (str(data.corpus.prefix), data.corpus.split) == ("data/pile/pile_text_document", (98, 2, 0))  # type: ignore[attr-defined]
@@ -173,15 +134,15 @@ def test_every_model_runs_on_every_machine(overlay: str) -> None:
     assert set(settings) <= {"trainer", "data"} and set(settings.get("data", {})) <= {"micro_batch_size"}
     assert set(settings["trainer"]) <= {"accelerator", "devices", "num_nodes", "precision", "strategy"}
     parsed = parse("pr_moe/350m_pr_moe_32_64", f"hardware/{overlay}")
-    trainer = parsed.trainer
-    assert trainer.devices * trainer.num_nodes == GPUS[overlay]
-    assert trainer.precision == ("32-true" if overlay == "cpu" else "bf16-mixed")
-    assert trainer.val_check_interval == 100 and parsed.data.global_batch_size == 256  # the model's file still counts
+    trainer = parsed["trainer"]
+    assert trainer["devices"] * trainer["num_nodes"] == GPUS[overlay]
+    assert trainer["precision"] == ("32-true" if overlay == "cpu" else "bf16-mixed")
+    assert (trainer["val_check_interval"], parsed["data"]["global_batch_size"]) == (100, 256)  # the model's file counts
     if overlay != "cpu":
-        assert trainer.strategy.class_path.rpartition(".")[2] == "ExpertParallelStrategy"
-        options = trainer.strategy.init_args
-        assert (options.stage, options.expert_parallel_size) == (2 if GPUS[overlay] <= 8 else 1, GPUS[overlay])
-        assert (options.initial_scale_power, options.loss_scale_window, options.hysteresis) == (11, 500, 2)
+        assert trainer["strategy"]["class_path"].rpartition(".")[2] == "ExpertParallelStrategy"
+        options = trainer["strategy"]["init_args"]
+        expected = (2 if GPUS[overlay] <= 8 else 1, GPUS[overlay])
+        assert (options["stage"], options["expert_parallel_size"]) == expected
     for name, row in PAPER.items():
         micro = settings.get("data", {}).get("micro_batch_size", read(name)["data"]["micro_batch_size"])
         steps = micro_batches_per_step(row.batch, micro, GPUS[overlay])
@@ -214,14 +175,11 @@ BLEND = {  # file, as the scripts' internal branch names it -> weight there
 
 def test_the_papers_blend_replaces_a_models_corpus_and_nothing_else() -> None:
     name = "pr_moe/350m_pr_moe_32_64"
-    plain, blended = (parse(name, *more, "hardware/cpu").as_dict() for more in ((), ("data/paper_blend",)))
+    plain, blended = (parse(name, *more, "hardware/cpu") for more in ((), ("data/paper_blend",)))
     parts = blended["data"]["corpus"].pop("init_args")["parts"]
     assert blended["data"].pop("corpus") == {"class_path": "nlgmoe.data.Blend"}
-    assert (blended["data"].pop("max_eval_windows"), plain["data"].pop("max_eval_windows")) == (
-        256,
-        10 * PAPER[name].batch,
-    )
-    del plain["data"]["corpus"], plain["config"], blended["config"]
+    assert blended["data"].pop("max_eval_windows") == 256
+    del plain["data"]["max_eval_windows"], plain["data"]["corpus"], plain["config"], blended["config"]
     assert blended == plain
     corpora = [part["corpus"]["init_args"] for part in parts]
     assert [Path(corpus["prefix"]).name for corpus in corpora] == [f"{file}_text_document" for file in BLEND]
@@ -234,92 +192,32 @@ def test_the_streamed_pile_goes_over_every_model() -> None:
     """It replaces the corpus and what belongs to it; on 8 GPUs every stream is read once."""
     settings = read("data/pile_streaming")
     assert set(settings) == {"data"} and set(settings["data"]) == {"corpus", "num_workers"}
-    parsed = parse("pr_moe/350m_pr_moe_32_64", "data/pile_streaming", "hardware/gpus_8").data
-    corpus = StreamedText(**parsed.corpus.init_args)
-    assert parsed.corpus.class_path.rpartition(".")[2] == "StreamedText" and parsed.global_batch_size > 0
+    parsed = parse("pr_moe/350m_pr_moe_32_64", "data/pile_streaming", "hardware/gpus_8")["data"]
+    corpus = StreamedText(**parsed["corpus"]["init_args"])
+    assert parsed["corpus"]["class_path"].rpartition(".")[2] == "StreamedText" and parsed["global_batch_size"] > 0
     for row in PAPER.values():
         if row.micro <= 4:
-            assert reads_per_stream(corpus.num_streams, row.micro, 8 * parsed.num_workers) == 1
+            assert reads_per_stream(corpus.num_streams, row.micro, 8 * parsed["num_workers"]) == 1
 
 
-def without(settings: dict[str, Any], *paths: str) -> dict[str, Any]:
-    """A copy that lacks the settings at `paths`."""
-    copy = yaml.safe_load(yaml.safe_dump(settings))
-    for path in paths:
-        *parents, leaf = path.split(".")
-        holder = copy
-        for parent in parents:
-            holder = holder[parent]
-        holder.pop(leaf, None)
-    return copy
-
-
-def undistilled(settings: dict[str, Any]) -> dict[str, Any]:
-    """A copy without a teacher."""
-    copy = without(settings, "model.distiller")
-    callbacks = copy["trainer"]["callbacks"]
-    copy["trainer"]["callbacks"] = [one for one in callbacks if one["class_path"] != "nlgmoe.StagedDistillation"]
-    return copy
-
-
-ARCHITECTURE = (
-    "model.config.num_layers",
-    "model.config.ffn_hidden_size",
-    "model.config.moe",
-    "trainer.default_root_dir",
-)
+def apart_from_its_architecture(name: str) -> dict[str, Any]:
+    """The settings that a model shares with another, and without a teacher."""
+    settings = read(name)
+    model, trainer = settings["model"], settings["trainer"]
+    for part, own in (
+        (model["config"], ("num_layers", "ffn_hidden_size", "moe")),
+        (model, ("distiller",)),
+        (trainer, ("default_root_dir",)),
+    ):
+        for setting in own:
+            part.pop(setting, None)
+    trainer["callbacks"] = [one for one in trainer["callbacks"] if one["class_path"] != "nlgmoe.StagedDistillation"]
+    return settings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_laptop_twins_differ_in_nothing_but_the_architecture(family: str) -> None:
-    twin = undistilled(read(f"{family}/laptop"))
-    assert without(twin, *ARCHITECTURE) == without(read("dense/laptop"), *ARCHITECTURE)
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    [
-        ("pr_moe/laptop", "mos/laptop"),
-        ("pr_moe/350m_pr_moe_32_64", "mos/350m_mos_32_64"),
-        ("pr_moe/1.3b_pr_moe_64_128", "mos/1.3b_mos_64_128"),
-    ],
-)
-def test_a_student_is_its_teacher_with_fewer_blocks(teacher: str, student: str) -> None:
-    """The student keeps the last MoE layers (the top of the pyramid) and loses lower ones; the rest of the recipe is one."""
-    taught, teaches = read(student), read(teacher)
-    layers = taught["model"]["config"]["num_layers"], teaches["model"]["config"]["num_layers"]
-    assert 0.8 < layers[0] / layers[1] < 0.9
-    counts, all_counts = (settings["model"]["config"]["moe"]["num_experts"] for settings in (taught, teaches))
-    assert counts == all_counts[len(all_counts) - len(counts) :]
-    other = (
-        "model.config.num_layers",
-        "model.config.moe.num_experts",
-        "model.activation_checkpointing",
-        "trainer.default_root_dir",
-        "data.micro_batch_size",
-    )
-    assert without(undistilled(taught), *other) == without(teaches, *other)
-
-
-STAGES = {
-    "mos/350m_mos_32_64": {"step": 400_000},
-    "mos/1.3b_mos_64_128": {"fraction": 0.7},  # 400K of the 572K steps of the former; this run has 286K
-    "mos/laptop": {"fraction": 0.7},
-}
-
-
-@pytest.mark.parametrize("student", STAGES)
-def test_a_students_teacher_is_another_configurations_run(student: str) -> None:
-    """The tutorial's weights and the paper's end of distillation; nothing looks for the teacher before training does."""
-    experiment, teacher = experiment_of(student), student.replace("mos", "pr_moe")
-    distiller = experiment.module.distiller
-    assert distiller is not None and (distiller.beta, distiller.temperature, distiller.precision) == (1.0, 1.0, None)
-    assert distiller.teacher == read(teacher)["trainer"]["default_root_dir"]
-    (first, *_) = read(student)["trainer"]["callbacks"]
-    assert first == {"class_path": "nlgmoe.StagedDistillation", "init_args": STAGES[student]}
-    assert student_config(experiment_of(teacher).module.config, experiment.module.config.num_layers) == (
-        experiment.module.config
-    )
+    assert apart_from_its_architecture(f"{family}/laptop") == apart_from_its_architecture("dense/laptop")
 
 
 @pytest.mark.parametrize("name", [*PAPER, "quickstart", *(f"{family}/laptop" for family in FAMILIES)])

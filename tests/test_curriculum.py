@@ -1,4 +1,4 @@
-"""Training on sequences that grow: what is fed, what the clocks make of it, and that a run goes on in the middle."""
+"""Training on sequences that grow: what is fed, what the clocks make of it, and padding that is cut."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from nlgmoe.callbacks import Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
-from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import trainer
 
@@ -27,16 +25,13 @@ class Fed(Callback):
     """Lengths that the model reads, by step and in validation; the learning rate and the clock of each step."""
 
     def __init__(self) -> None:
-        self.trained: list[int] = []
-        self.validated: list[int] = []
+        self.lengths: dict[bool, list[int]] = {True: [], False: []}  # in training or not
         self.rates: list[float] = []
         self.clocks: list[int] = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        def read(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            (self.trained if trainer.training else self.validated).append(inputs[0].shape[1])
-
-        pl_module.gpt.register_forward_pre_hook(read)
+        lengths = self.lengths
+        pl_module.gpt.register_forward_pre_hook(lambda _, args: lengths[trainer.training].append(args[0].shape[1]))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])
@@ -54,8 +49,8 @@ def test_sequences_grow_with_the_clock_which_counts_what_is_fed(tmp_path: Path) 
     validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
     run = trainer(tmp_path, fed, speed, max_steps=6, accumulate_grad_batches=2, **validation)
     run.fit(one, data)
-    assert fed.trained == [length for length in LENGTHS for _ in range(2)]  # one length in a window
-    assert set(fed.validated) == {16}
+    assert fed.lengths[True] == [length for length in LENGTHS for _ in range(2)]  # one length in a window
+    assert set(fed.lengths[False]) == {16}
     assert [*fed.clocks, one.tokens_seen] == CLOCKS
     logged = run.callback_metrics  # of the one interval that ends with the run
     tokens = 1e-12 * logged["train/flops"] * logged["train/tokens_per_second"] / logged["train/tflops_per_second"]
@@ -82,21 +77,3 @@ def test_a_cut_batch_is_a_batch_of_short_sequences(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=3).fit(one, data)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in one.parameters()]))
     assert torch.equal(*weights)
-
-
-def test_a_run_goes_on_in_the_middle_of_a_window(tmp_path: Path) -> None:
-    """Saved after the seventh micro-batch: the fourth step begins anew, at the length that it had."""
-    straight, again, fed = module(), module(), Fed()
-    settings = {"max_steps": 6, "accumulate_grad_batches": 2}
-    path = tmp_path / "seven.ckpt"
-    trainer(tmp_path, SaveAt(7, path), **settings).fit(straight, SyntheticData(micro_batch_size=2))
-    trainer(tmp_path, fed, **settings).fit(again, SyntheticData(micro_batch_size=2), ckpt_path=path)
-    assert fed.trained == [length for length in LENGTHS[3:] for _ in range(2)]
-    assert again.tokens_seen == CLOCKS[-1]
-    for one, other in zip(straight.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_it_starts_no_longer_than_the_model() -> None:
-    with pytest.raises(ValueError, match=r"^start=24 is above the model's seq_len=16; lower it$"):
-        module(curriculum=SequenceCurriculum(10, 24))

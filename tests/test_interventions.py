@@ -50,11 +50,11 @@ def test_a_way_around_an_expert_is_the_routing_of_the_others(top_k: int) -> None
         torch.testing.assert_close(routing.weight.sum(dim=1), torch.ones(len(rest)))
 
 
-@pytest.mark.parametrize(("top_k", "router"), [(2, SoftmaxTopK(normalize_weights=False)), (1, SigmoidTopK())])
-def test_a_way_around_is_refused_where_weights_are_not_the_papers(top_k: int, router: RouterConfig) -> None:
-    model = model_of(top_k, router)
-    with intervened(model, 1, around(2)), pytest.raises(ValueError, match="not the paper's"):
-        model(TOKENS)
+def test_a_way_around_is_refused_where_weights_are_not_the_papers() -> None:
+    for top_k, router in ((2, SoftmaxTopK(normalize_weights=False)), (1, SigmoidTopK())):
+        model = model_of(top_k, router)
+        with intervened(model, 1, around(2)), pytest.raises(ValueError, match="not the paper's"):
+            model(TOKENS)
 
 
 def test_a_replayed_routing_does_not_depend_on_the_router() -> None:

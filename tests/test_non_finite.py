@@ -3,22 +3,23 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput
 from nlgmoe.checkpoint.verify import find_problems
-from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.config import MoEConfig
 from nlgmoe.layers.routers import SigmoidTopK
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.non_finite import LocalGradients, NonFinite, NonFiniteError, StepGuard
+from nlgmoe.non_finite import NonFinite, NonFiniteError
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
 from tests.checkpoint.runs import SaveAt
@@ -54,15 +55,12 @@ class Spoils(Callback):
 def gradient_of(part: str, value: float) -> Callable[[GPT, Tensor], Undo]:
     """One value of one parameter's gradient."""
 
-    def spoil(gpt: GPT, tokens: Tensor) -> Undo:
-        def put(gradient: Tensor) -> Tensor:
-            changed = gradient.clone()
-            changed.view(-1)[3] = value
-            return changed
+    def put(gradient: Tensor) -> Tensor:
+        changed = gradient.clone()
+        changed.view(-1)[3] = value
+        return changed
 
-        return gpt.get_parameter(part).register_hook(put).remove
-
-    return spoil
+    return lambda gpt, tokens: gpt.get_parameter(part).register_hook(put).remove
 
 
 def output_of(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[GPT, Tensor], Undo]:
@@ -70,15 +68,10 @@ def output_of(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[GPT, T
     return lambda gpt, tokens: gpt.get_submodule(part).register_forward_hook(lambda m, i, out: change(out)).remove
 
 
-def gradient_through_attention(gpt: GPT, tokens: Tensor) -> Undo:
-    """NaN from block 2's attention backwards."""
-
-    def watch(output: Tensor) -> Tensor:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * torch.nan)
-        return output
-
-    return output_of("blocks.2.attention", watch)(gpt, tokens)
+def with_a_gradient_of_nan(output: Tensor) -> Tensor:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient * torch.nan)
+    return output
 
 
 def first_micro_batch_only(gpt: GPT, tokens: Tensor) -> Undo:
@@ -94,7 +87,7 @@ SOURCES: dict[str, tuple[Callable[[GPT, Tensor], Undo], str]] = {
         "loss is nan; first not finite: the loss of micro-batch 1 of 3 on rank 0;",
     ),
     "the backward pass": (
-        gradient_through_attention,
+        output_of("blocks.2.attention", with_a_gradient_of_nan),
         "gradient norm is nan; first not finite: the gradient of blocks.2.attention.project.bias on rank 0;",
     ),
     "a large gradient": (
@@ -118,20 +111,6 @@ def test_the_first_bad_value_is_named_before_anything_changes(source: str, tmp_p
     assert module.tokens_seen == 2 * 3 * 64
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(torch.nan, 1.0), (torch.inf, 1.0), (1.0, torch.nan)])
-def test_either_of_loss_and_norm_is_enough(loss: float, norm: float) -> None:
-    guard, model = StepGuard(NonFinite("skip")), nn.Linear(2, 2)
-    model.weight.grad = torch.full((2, 2), norm)
-    step: Any = (model, [torch.tensor([loss])], LocalGradients(model.parameters()))
-    where = r"the loss of micro-batch 1 of 1 on rank 0|the gradient of weight on rank 0"
-    with pytest.warns(
-        UserWarning, match=f"^step 7: the (loss|gradient norm) is (nan|inf); first not finite: ({where});"
-    ):
-        assert not guard.allows(7, loss, norm, *step)
-    assert guard.allows(8, 1.0, 1.0, *step)
-    assert guard.state_dict() == {"skipped": 1, "in_a_row": 0}
-
-
 @pytest.mark.parametrize("steps", [1, 2], ids=["at the end", "in the next step"])
 def test_weights_that_a_finite_step_has_spoilt_end_the_run(steps: int, tmp_path: Path) -> None:
     module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e39), non_finite=NonFinite("skip"))
@@ -148,38 +127,26 @@ class TakesBack(Spoils):
     """Lets the step happen, and puts weights and moments back as they were."""
 
     def __init__(self, step: int) -> None:
-        super().__init__({step}, lambda gpt, tokens: lambda: None)
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        super().__init__({step}, self.keep)
+        self.run: Any = None
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if trainer.global_step in self.steps:
-            held = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
-            self.kept = [(value, value.detach().clone()) for value in (*pl_module.parameters(), *held)]
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.run = trainer
 
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        for value, before in self.kept:
-            value.copy_(before)
-        self.kept = []
+    def keep(self, gpt: GPT, tokens: Tensor) -> Undo:
+        moments = [value for state in self.run.optimizers[0].state.values() for value in state.values()]
+        kept = [(value, value.detach().clone()) for value in (*gpt.parameters(), *moments)]
+        return lambda: [value.data.copy_(before) for value, before in kept]
 
 
-@pytest.mark.parametrize(("value", "algorithm"), [(0.5, "norm"), (0.01, "value")])
-def test_a_skipped_step_is_one_whose_update_never_was(value: float, algorithm: Any, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:step 3")
+def test_a_skipped_step_is_one_whose_update_never_was(tmp_path: Path) -> None:
     schedule = LearningRateSchedule("cosine", warmup_tokens=128, decay_tokens=2000)
     runs = []
     for spoils in (Spoils({3}, gradient_of("blocks.1.moe.experts.expand_weight", torch.nan)), TakesBack(3)):
         module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), schedule, non_finite=NonFinite("skip"))
-        clip = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm}
-        run = trainer(tmp_path, spoils, max_steps=8, **clip)
-        if isinstance(spoils, TakesBack):
-            run.fit(module, SyntheticData())
-        else:
-            with pytest.warns(
-                UserWarning, match=r"^step 3: the gradient norm is nan; .* the step was skipped, 1 so far$"
-            ):
-                run.fit(module, SyntheticData())
+        run = trainer(tmp_path, spoils, max_steps=8, gradient_clip_val=0.5)
+        run.fit(module, SyntheticData())
         runs.append((module, spoils, run))
     (module, spoils, run), (other, expected, other_run) = runs
     assert spoils.losses == expected.losses
@@ -192,20 +159,28 @@ def test_a_skipped_step_is_one_whose_update_never_was(value: float, algorithm: A
         assert torch.equal(parameter, same)
         state, expected_state = run.optimizers[0].state[parameter], other_run.optimizers[0].state[same]
         assert all(torch.equal(state[name], expected_state[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize(("value", "algorithm"), [(0.5, "norm"), (0.01, "value")])
+def test_gradients_are_clipped_after_their_norm_is_logged(value: float, algorithm: Any, tmp_path: Path) -> None:
+    clip = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm}
+    module, run = MoEGPTModule(CONFIG), trainer(tmp_path, max_steps=1, **clip)
+    run.fit(module, SyntheticData())
     gradients = torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
-    if algorithm == "value":
-        assert gradients.abs().max() == value
-        assert norms[0][-1] > gradients.norm()
-    else:
-        assert float(gradients.norm()) == pytest.approx(value, rel=1e-4)
+    assert float(gradients.norm() if algorithm == "norm" else gradients.abs().max()) == pytest.approx(value, rel=1e-4)
+    assert run.callback_metrics["train/grad_norm"] > gradients.norm()
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
-    spoils = Spoils({1, 2, 4, 5, 6}, gradient_of("token_embedding.weight", torch.nan))
-    module = MoEGPTModule(CONFIG, non_finite=NonFinite("skip", limit=2))
-    with pytest.raises(NonFiniteError, match=r"^step 6: .*; 2 steps in a row were skipped before it, which is model\."):
-        trainer(tmp_path, spoils, max_steps=9).fit(module, SyntheticData())
-    assert module.skipped_steps == 4
+def test_a_router_learns_nothing_from_a_step_that_is_skipped(tmp_path: Path) -> None:
+    biases: list[Tensor] = []
+    spoils = Spoils({1}, gradient_of("token_embedding.weight", torch.nan))
+    keeps = LambdaCallback(
+        on_train_batch_end=lambda run, module, *_: biases.append(module.gpt.blocks[1].moe.router.bias.clone())
+    )
+    config = replace(CONFIG, moe=MoEConfig([2, 4], router=SigmoidTopK(0.01)))
+    run = trainer(tmp_path, spoils, keeps, max_steps=3)
+    run.fit(MoEGPTModule(config, non_finite=NonFinite("skip")), SyntheticData())
+    assert torch.equal(biases[0], biases[1]) and not torch.equal(biases[1], biases[2])
 
 
 def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -> None:
@@ -226,22 +201,18 @@ def test_the_counts_survive_a_restart_and_stand_in_the_summary(tmp_path: Path) -
 
 
 def test_a_run_is_resumed_where_no_step_was_taken_yet_and_parameters_are_frozen(tmp_path: Path) -> None:
-    class Freezes(Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.gpt.blocks[0].requires_grad_(False)
+    freezes = LambdaCallback(on_fit_start=lambda run, module: module.gpt.blocks[0].requires_grad_(False))
 
-    def fit(checkpoint: Path | None = None) -> MoEGPTModule:
+    def fit(*saves: Callback, checkpoint: Path | None = None) -> list[Tensor]:
         module = MoEGPTModule(CONFIG, AdamWConfig(lr=1e-2), non_finite=NonFinite("skip"))
         spoils = Spoils({0, 1}, gradient_of("token_embedding.weight", torch.nan))
-        saves = [] if checkpoint else [SaveAt(1, tmp_path / "one.ckpt")]
-        trainer(tmp_path, Freezes(), spoils, *saves, max_steps=6).fit(module, SyntheticData(), ckpt_path=checkpoint)
-        return module
+        trainer(tmp_path, freezes, spoils, *saves, max_steps=6).fit(module, SyntheticData(), ckpt_path=checkpoint)
+        return list(module.parameters())
 
-    undisturbed = fit()
+    undisturbed = fit(SaveAt(1, tmp_path / "one.ckpt"))
     assert list(find_problems(tmp_path / "one.ckpt")) == []
-    resumed = fit(tmp_path / "one.ckpt")
-    for parameter, same in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
-        assert torch.equal(parameter, same)
+    resumed = fit(checkpoint=tmp_path / "one.ckpt")
+    assert all(torch.equal(one, same) for one, same in zip(resumed, undisturbed, strict=True))
 
 
 def fit_fp16(tmp_path: Path, spoils: Spoils, steps: int, *callbacks: Callback, **settings: Any) -> tuple[Any, ...]:
@@ -259,18 +230,11 @@ WARM_UP = LearningRateSchedule("cosine", warmup_tokens=192, decay_tokens=2000)
 def test_an_overflow_in_fp16_is_a_step_whose_update_never_was_and_the_scale_survives_a_restart(tmp_path: Path) -> None:
     spoils = Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf))
     run, module, state = fit_fp16(tmp_path, spoils, 6)
-    assert (state["scale"], state["_growth_tracker"], module.steps.guard.state_dict()) == (
-        2.0**15,
-        3,
-        {"skipped": 1, "in_a_row": 0},
-    )
+    assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 3)
+    assert module.steps.guard.state_dict() == {"skipped": 1, "in_a_row": 0}
     assert [seen["train/skipped_steps"] for seen in spoils.logged] == [0, 0, 1, 1, 1, 1]
     assert {float(state["step"]) for state in run.optimizers[0].state.values()} == {5.0}
-    # The data were consumed, so the clock and with it the learning rate go on.
-    taken = Spoils(set(), lambda gpt, tokens: lambda: None)
-    trainer(tmp_path, taken, max_steps=6).fit(MoEGPTModule(CONFIG, schedule=WARM_UP), SyntheticData())
-    assert module.tokens_seen == 6 * 64
-    assert [seen["train/lr"] for seen in spoils.logged] == [seen["train/lr"] for seen in taken.logged]
+    assert module.tokens_seen == 6 * 64  # the data were consumed, so the clock goes on
 
     again = [Spoils({2}, gradient_of("blocks.0.ffn.expand.weight", torch.inf)) for _ in range(2)]
     fit_fp16(tmp_path, again[0], 4, SaveAt(4, tmp_path / "fp16.ckpt"))
@@ -307,23 +271,12 @@ def test_a_validation_loss_that_is_not_finite_is_a_warning(tmp_path: Path) -> No
     assert run.global_step == 3
 
 
-SIGMOID = MoEConfig([2, 4], router=SigmoidTopK(sequence_loss_coeff=0.01))
-
-
-@pytest.mark.parametrize("moe", [MoEConfig([2, 4]), SIGMOID])
-def test_what_a_run_logs_is_documented(moe: MoEConfig, tmp_path: Path) -> None:
-    curriculum = SequenceCurriculum(tokens=64, start=8)
-    module = MoEGPTModule(GPTConfig(61, 16, 4, 32, 2, moe=moe), curriculum=curriculum)
-    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
-    run.fit(module, SyntheticData())
-    names = {*run.callback_metrics, "epoch", "step"}
+def test_what_a_run_logs_is_documented(tmp_path: Path) -> None:
     documented = set(re.findall(r"`([\w/]+)`", (Path(__file__).parents[1] / "docs/metrics.md").read_text()))
-    general = {re.sub(r"/(even|odd)$", "/DOMAIN", re.sub(r"^experts/\d+/", "experts/LAYER/", name)) for name in names}
-    assert general <= documented
-
-
-@pytest.mark.parametrize("settings", [{"action": "ignore"}, {"limit": 0}])
-def test_impossible_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
-        NonFinite(**settings)
+    validation = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    for moe in (MoEConfig([2, 4]), MoEConfig([2, 4], router=SigmoidTopK(sequence_loss_coeff=0.01))):
+        module = MoEGPTModule(replace(CONFIG, moe=moe), curriculum=SequenceCurriculum(tokens=64, start=8))
+        run = trainer(tmp_path, ExpertLoad(), Throughput(), max_steps=2, log_every_n_steps=1, **validation)
+        run.fit(module, SyntheticData())
+        names = {re.sub(r"^experts/\d+/", "experts/LAYER/", name) for name in (*run.callback_metrics, "epoch", "step")}
+        assert {re.sub(r"/(even|odd)$", "/DOMAIN", name) for name in names} <= documented

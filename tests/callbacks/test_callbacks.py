@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.callbacks import ExpertLoad, RunSummary, SampleText, Throughput, TokenProgressBar
+from nlgmoe.callbacks import ExpertLoad, RunSummary, Throughput, TokenProgressBar
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.token_schedule import SequenceCurriculum
@@ -34,36 +34,20 @@ def test_a_run_logs_experts_speed_and_learning_rate_and_ends_with_a_summary(tmp_
         log_every_n_steps=2,
         limit_val_batches=1.0,
     )
-    module = MoEGPTModule(CONFIG)
-    run.fit(module, SyntheticData())
+    run.fit(MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=200, start=4, increment=4)), SyntheticData())
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
     expected = {"train/loss", "train/balance_loss", "train/lr", "train/tokens", "train/tokens_per_second"}
     expected |= {f"experts/{layer}/{name}" for layer in (0, 1) for name in ("load_max_over_mean", "dropped", "entropy")}
     assert expected <= set(header)
     summary = json.loads((tmp_path / "summary.json").read_text())
     count = count_parameters(CONFIG)
-    assert (summary["steps"], summary["tokens"]) == (6, 6 * 64)
+    assert summary["steps"] == 6 and summary["tokens"] < 6 * 64  # the curriculum cuts sequences off
+    assert summary["tokens_per_second"] * summary["step_seconds"] == pytest.approx(summary["tokens"])
     assert (summary["params_total"], summary["params_active"]) == (count.total, count.active)
-    assert math.isfinite(summary["train_loss"]) and summary["tokens_per_second"] > 0
+    assert math.isfinite(summary["train_loss"])
     assert summary["peak_memory_bytes"] > 50e6 and summary["wall_seconds"] > 0
     assert 0 < summary["validation_seconds"] < summary["wall_seconds"] - summary["step_seconds"]
     assert summary["versions"]["torch"]
-
-
-def test_the_speed_of_the_summary_leaves_out_what_a_curriculum_cuts_off(tmp_path: Path) -> None:
-    module = MoEGPTModule(CONFIG, curriculum=SequenceCurriculum(tokens=200, start=4, increment=4))
-    trainer(tmp_path, RunSummary(), max_steps=6, accumulate_grad_batches=2).fit(module, SyntheticData())
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["tokens"] < 6 * 2 * 64
-    assert summary["tokens_per_second"] * summary["step_seconds"] == pytest.approx(summary["tokens"])
-
-
-def test_the_peak_of_memory_is_that_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for peak, resume in ((900, None), (600, tmp_path / "some.ckpt")):
-        monkeypatch.setattr("nlgmoe.callbacks.run_summary.peak_memory_bytes", lambda device: peak)  # noqa: B023
-        run = trainer(tmp_path, RunSummary(), SaveAt(2, tmp_path / "some.ckpt"), max_steps=3)
-        run.fit(MoEGPTModule(CONFIG), SyntheticData(), ckpt_path=resume)
-        assert json.loads((tmp_path / "summary.json").read_text())["peak_memory_bytes"] == 900
 
 
 def test_a_model_that_was_changed_in_code_is_counted_as_it_is(tmp_path: Path) -> None:
@@ -98,37 +82,30 @@ def test_the_summary_has_the_validation_loss_and_continues_when_resumed(tmp_path
 
 
 def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path: Path) -> None:
-    def run(*callbacks: Callback) -> tuple[Trainer, MoEGPTModule, SyntheticData]:
-        validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
-        return trainer(tmp_path, *callbacks, max_steps=6, **validation), MoEGPTModule(CONFIG), SyntheticData()
+    """In training mode, with each step once, as a notebook does after its user has stopped a cell."""
+    steps: list[tuple[int, int]] = []
+
+    def look(trainer: Trainer, *_: Any) -> None:
+        steps.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
 
     def interrupt(*_: Any) -> None:
         if len(steps) == 4:
             raise ValueError("interrupted")
 
-    steps: list[tuple[int, int]] = []
-    look = LambdaCallback(
-        on_train_batch_start=lambda trainer, *_: steps.append(
-            (trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
-        ),
-        on_validation_start=interrupt,
-    )
+    def run(*callbacks: Callback) -> tuple[Trainer, MoEGPTModule, SyntheticData]:
+        validation = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+        return trainer(tmp_path, *callbacks, max_steps=6, **validation), MoEGPTModule(CONFIG), SyntheticData()
+
     undisturbed, summary = RunSummary(), RunSummary()
     whole, *parts = run(undisturbed)
     whole.fit(*parts)
-    part, *parts = run(look, summary, SaveAt(3, tmp_path / "a.ckpt"))
+    notes = LambdaCallback(on_train_batch_start=look, on_validation_start=interrupt)
+    part, *parts = run(notes, summary, SaveAt(3, tmp_path / "a.ckpt"))
     with pytest.raises(ValueError, match="interrupted"):
         part.fit(*parts)
     part.fit(*parts, ckpt_path=tmp_path / "a.ckpt")
-    assert list(summary._losses) == pytest.approx(list(undisturbed._losses), rel=1e-6)  # in training mode, each once
+    assert list(summary._losses) == pytest.approx(list(undisturbed._losses), rel=1e-6)
     assert steps == [(step, step) for step in (0, 1, 2, 3, 3, 4, 5)]
-
-    part.save_checkpoint(tmp_path / "end.ckpt")
-    with pytest.warns(UserWarning, match="it has taken trainer.max_steps=6; to go on, raise it"):
-        part.fit(*parts, ckpt_path=tmp_path / "end.ckpt")
-    part.fit_loop.epoch_loop.max_steps = 7
-    part.fit(*parts, ckpt_path=tmp_path / "end.ckpt")
-    assert steps[7:] == [(6, 6)]
 
 
 @pytest.mark.parametrize("limit", [1, 1.0])
@@ -144,15 +121,15 @@ def test_a_validation_of_the_first_domains_is_compared_with_nothing(limit: float
 
 
 def test_progress_counts_tokens_to_the_end(tmp_path: Path) -> None:
-    bar = TokenProgressBar()
-    module = MoEGPTModule(CONFIG, train_tokens=300)
-    trainer(tmp_path, bar, enable_progress_bar=True).fit(module, SyntheticData())
-    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (320, 320)
-    assert bar.train_progress_bar.unit == " tok"
-    bar = TokenProgressBar()
-    trainer(tmp_path, bar, enable_progress_bar=True, max_steps=3).fit(MoEGPTModule(CONFIG), SyntheticData())
-    assert (bar.train_progress_bar.n, bar.train_progress_bar.total) == (192, 192)
-    assert set(bar.get_metrics(bar.trainer, module)) == {"loss", "lr"}
+    for tokens, steps, end in ((300, -1, 320), (None, 3, 192)):
+        bar, module = TokenProgressBar(), MoEGPTModule(CONFIG, train_tokens=tokens)
+        trainer(tmp_path, bar, enable_progress_bar=True, max_steps=steps).fit(module, SyntheticData())
+        assert (bar.train_progress_bar.n, bar.train_progress_bar.total, bar.train_progress_bar.unit) == (
+            end,
+            end,
+            " tok",
+        )
+        assert set(bar.get_metrics(bar.trainer, module)) == {"loss", "lr"}
 
 
 def test_progress_in_a_file_is_not_a_line_for_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,14 +143,3 @@ def test_progress_in_a_file_is_not_a_line_for_each_step(tmp_path: Path, monkeypa
         evaluation.validate(MoEGPTModule(CONFIG), SyntheticData())
     assert 1 < (tmp_path / "log").read_text().count("Training:") < 6
     assert " 2/3 " not in (tmp_path / "log").read_text() and " 3/3 " in (tmp_path / "log").read_text()
-
-
-def test_the_texts_of_a_second_run_are_its_own(tmp_path: Path) -> None:
-    class Spelt(SyntheticData):
-        encode, decode = staticmethod(lambda text: [1, 2]), staticmethod(str)
-
-    texts = SampleText(["a"], max_new_tokens=2)
-    for folder, steps in (("first", 1), ("second", 2)):
-        trainer(tmp_path / folder, texts, max_steps=steps).fit(MoEGPTModule(CONFIG), Spelt())
-    lines = (tmp_path / "second/samples.txt").read_text().splitlines()
-    assert [line for line in lines if line.startswith("===")] == ["=== step 2"]

@@ -8,24 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
 
-from nlgmoe import load_config
-from nlgmoe.callbacks import ExpertLoad, Throughput
+from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.router import Routing, TopKRouter
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.monitoring.heat_map import ROW, WIDTH, heat_map
-from nlgmoe.monitoring.loggers import RunCSVLogger, run_folder_loggers, with_run_csv
 from nlgmoe.monitoring.routing_statistics import SUMS, RoutingSums, routing_statistics, routing_sums
 from nlgmoe.non_finite import NonFinite
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
 from tests.test_module import CONFIG, trainer
-
-LAPTOP = Path(__file__).parents[2] / "configs/moe/laptop.yaml"
+from tests.test_non_finite import Spoils, output_of
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -123,18 +119,9 @@ def test_parts_of_the_gradient_make_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_skipped_step_counts_nowhere(tmp_path: Path) -> None:
-    class Breaks(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            norm = pl_module.gpt.blocks[0].ffn_norm
-            self.handle = norm.register_forward_hook(
-                lambda module, inputs, out: out * torch.nan if trainer.global_step == 1 else out
-            )
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.handle.remove()
-
     seen, module = Routings(), MoEGPTModule(CONFIG, non_finite=NonFinite("skip"))
-    run = trainer(tmp_path, Breaks(), ExpertLoad(), seen, max_steps=4, log_every_n_steps=2)
+    breaks = Spoils({1}, output_of("blocks.0.ffn_norm", lambda out: out * torch.nan))
+    run = trainer(tmp_path, breaks, ExpertLoad(), seen, max_steps=4, log_every_n_steps=2)
     with pytest.warns(UserWarning, match="skipped"):
         run.fit(module, SyntheticData())
     first, second = seen.logged[1], seen.logged[3]
@@ -163,16 +150,14 @@ def test_an_expert_is_dead_after_a_window_without_tokens_also_over_a_restart(
 
 
 def test_a_resumed_run_goes_on_with_the_interval(tmp_path: Path) -> None:
-    def fit(*savers: Callback, **settings: Any) -> dict[str, float]:
-        seen, load = Routings(), ExpertLoad(dead_window=2)
-        run = trainer(tmp_path, load, *savers, seen, max_steps=8, log_every_n_steps=4)
+    def fit(*savers: Callback, **settings: Any) -> tuple[dict[str, float], str]:
+        seen = Routings()
+        run = trainer(tmp_path, ExpertLoad(), *savers, seen, max_steps=8, log_every_n_steps=4)
         run.fit(MoEGPTModule(CONFIG), SyntheticData(), **settings)
-        return {name: value for name, value in seen.logged[-1].items() if name.startswith("experts/")}
+        logged = {name: value for name, value in seen.logged[-1].items() if name.startswith("experts/")}
+        return logged, (tmp_path / "expert_load.csv").read_text()
 
-    undisturbed = fit(SaveAt(5, tmp_path / "some.ckpt"))
-    rows = (tmp_path / "expert_load.csv").read_text()
-    assert fit(ckpt_path=tmp_path / "some.ckpt") == undisturbed
-    assert (tmp_path / "expert_load.csv").read_text() == rows
+    assert fit(SaveAt(5, tmp_path / "some.ckpt")) == fit(ckpt_path=tmp_path / "some.ckpt")
 
 
 def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> None:
@@ -182,52 +167,6 @@ def test_a_heat_map_has_a_row_for_each_layer_and_a_colour_for_each_load() -> Non
     assert len(np.unique(top, axis=0)) == 1 and top[0].min() > 240
     dead, idle, busy, _ = bottom[WIDTH // 8 :: WIDTH // 4].astype(int)
     assert dead.max() == 0 and idle[2] > idle[0] and busy[0] > busy[2]
-
-
-class TakesNumbersOnly(Logger):
-    """A custom logger."""
-
-    name = version = "plain"
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.seen += metrics
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-def test_images_are_logged_to_loggers_that_take_them(tmp_path: Path) -> None:
-    plain = TakesNumbersOnly()
-    run = trainer(
-        tmp_path, ExpertLoad(), max_steps=2, log_every_n_steps=1, logger=[plain, *run_folder_loggers(tmp_path)]
-    )
-    run.fit(MoEGPTModule(CONFIG), SyntheticData())
-    assert "experts/1/confidence" in plain.seen
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Images("experts/load")] == [0, 1]
-    assert events.Images("experts/load")[0].width == WIDTH
-    assert {"experts/0/load_cv", "train/grad_norm_dense"} <= set(events.Tags()["scalars"])
-
-
-def test_metrics_csv_is_written_beside_other_loggers(tmp_path: Path) -> None:
-    own, elsewhere = RunCSVLogger(tmp_path), CSVLogger(tmp_path)
-    assert with_run_csv([own, elsewhere], tmp_path) == [elsewhere, own]
-    assert [type(one) for one in with_run_csv(elsewhere, tmp_path)] == [CSVLogger, RunCSVLogger]
-    plain = load_config(LAPTOP, trainer__logger=f"{__name__}.TakesNumbersOnly", trainer__default_root_dir=str(tmp_path))
-    assert [type(one).__name__ for one in plain.trainer.loggers] == ["TakesNumbersOnly", "RunCSVLogger"]
-    assert Path(str(plain.trainer.loggers[1].log_dir)) == tmp_path
-
-
-def test_impossible_settings_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"^dead_window=0 must be at least 1 step$"):
-        ExpertLoad(dead_window=0)
-    with pytest.raises(ValueError, match=r"^peak_tflops=0 must be above 0, or null$"):
-        Throughput(peak_tflops=0)
 
 
 def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:
@@ -246,3 +185,13 @@ def test_validate_logs_the_routing_of_a_checkpoint(tmp_path: Path) -> None:
         assert logged[f"experts/{layer}/load_max_over_mean"] == pytest.approx(float(load.max() / load.mean()))
         assert logged[f"experts/{layer}/dropped"] == 0 and 0 < logged[f"experts/{layer}/entropy"] < 1
     assert not any(name.startswith("experts/") for name in run.test(module, data, verbose=False)[0])
+
+
+def test_a_probe_of_a_callback_is_not_the_steps_routing(tmp_path: Path) -> None:
+    batch = next(iter(SyntheticData().val_dataloader()))
+    probe = LambdaCallback(on_train_batch_end=lambda run, module, *_: module.predict_step(batch, 0))
+    for name, callbacks in {"plain": [], "probed": [probe]}.items():
+        run = trainer(tmp_path / name, *callbacks, ExpertLoad(), max_steps=3, log_every_n_steps=1)
+        run.fit(MoEGPTModule(CONFIG), SyntheticData())
+    loads = [(tmp_path / name / "expert_load.csv").read_text() for name in ("plain", "probed")]
+    assert loads[0] == loads[1] and "0," in loads[0]

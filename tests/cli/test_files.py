@@ -8,23 +8,17 @@ from nlgmoe.cli.input_files import input_files
 from nlgmoe.cli.output_files import write_whole
 
 
-def test_other_files_of_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2", ".hidden", "._a.jsonl"):
-        (tmp_path / name).touch()
-    assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
-    assert "1 of what is in" in (told := capsys.readouterr().err) and "such as c.jsonl.bz2" in told
-    (tmp_path / "c.jsonl.bz2").unlink()
-    input_files(str(tmp_path))
-    assert not capsys.readouterr().err
-
-
-def test_plain_text_is_read_unless_there_are_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("README.md", "b.txt.gz"):
+def test_a_folders_records_are_read_else_its_plain_text_and_other_files_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("README.md", "b.txt.gz", ".hidden", "._a.jsonl"):
         (tmp_path / name).touch()
     assert input_files(str(tmp_path)) == [str(tmp_path / "README.md"), str(tmp_path / "b.txt.gz")]
-    (tmp_path / "a.parquet").touch()
-    assert input_files(str(tmp_path)) == [str(tmp_path / "a.parquet")]
-    assert "2 of what is in" in capsys.readouterr().err
+    assert not capsys.readouterr().err
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.bz2"):
+        (tmp_path / name).touch()
+    assert input_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
+    assert "3 of what is in" in capsys.readouterr().err
     assert input_files(f"{tmp_path}/*.md") == [str(tmp_path / "README.md")]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import re
 import typing
-from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -30,32 +29,21 @@ def our_classes() -> list[type]:
     return found
 
 
-@pytest.mark.parametrize("kind", our_classes(), ids=lambda kind: kind.__name__)
-def test_every_setting_has_a_sentence_that_says_what_its_number_is(kind: type) -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(kind, "it", fail_untyped=False)
-    for action in parser._actions:
-        field, sentence = action.dest.removeprefix("it."), action.help or ""
-        if field == action.dest or "." in field or not hasattr(action, "_typehint"):
-            continue  # the parser's own, a setting of a section, or a section
-        assert len(sentence.split()) >= 3 and sentence.endswith((".", ").")), f"{kind.__name__}.{field}: {sentence!r}"
-        if {int, float} & set(parts_of(action._typehint)):
-            assert re.search(rf"\b({COUNTED}|{QUANTITY})\b", sentence), (
-                f"{kind.__name__}.{field}: {sentence!r} of what?"
-            )
-
-
-def test_the_walk_reaches_the_settings_inside_others() -> None:
-    names = {kind.__name__ for kind in our_classes()}
+def test_every_setting_has_a_sentence_that_says_what_its_number_is() -> None:
+    kinds = our_classes()
+    names = {kind.__name__ for kind in kinds}
     assert {"GPTConfig", "MoEConfig", "AdamWConfig", "LearningRateSchedule", "BlendPart", "SampleText"} <= names
-
-
-def test_a_section_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--model.schedule.help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and "model.seed" not in text
-    assert "--model.schedule.warmup_tokens (a whole number, default: 0)" in text
+    for kind in kinds:
+        parser = ArgumentParser()
+        parser.add_class_arguments(kind, "it", fail_untyped=False)
+        for action in parser._actions:
+            field, sentence = action.dest.removeprefix("it."), action.help or ""
+            if field == action.dest or "." in field or not hasattr(action, "_typehint"):
+                continue  # the parser's own, a setting of a section, or a section
+            setting = f"{kind.__name__}.{field}: {sentence!r}"
+            assert len(sentence.split()) >= 3 and sentence.endswith((".", ").")), setting
+            if {int, float} & set(parts_of(action._typehint)):
+                assert re.search(rf"\b({COUNTED}|{QUANTITY})\b", sentence), f"{setting} of what?"
 
 
 def test_the_overview_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,9 +52,3 @@ def test_the_overview_names_every_subcommand(capsys: pytest.CaptureFixture[str])
     for name, (path, summary) in COMMANDS.items():
         module, _, function = path.rpartition(".")
         assert getattr(importlib.import_module(module), function).__doc__ and f"  {name:<15} {summary}\n" in text
-
-
-def test_fit_is_that_of_train_py(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", str(Path(__file__).parents[2] / "configs/quickstart.yaml"), "--print_config"])
-    assert end.value.code == 0 and "train_tokens: 1200000" in capsys.readouterr().out

@@ -23,34 +23,15 @@ from tests.end_to_end.test_train_cli import TINY
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def command(pocket_pile: Path, tmp_path: Path) -> list[str]:
-    """`fit` of a tiny quickstart, whose `extra.yaml` names another logger, and other callbacks."""
-    (tmp_path / "extra.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "trainer": {
-                    "logger": {
-                        "class_path": "lightning.pytorch.loggers.CSVLogger",
-                        "init_args": {"save_dir": str(tmp_path / "elsewhere")},
-                    },
-                    "callbacks": [{"class_path": "nlgmoe.WriteReport"}],
-                }
-            }
-        )
-    )
-    config = ["--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(tmp_path / "extra.yaml")]
-    run = [f"--trainer.default_root_dir={tmp_path / 'run'}", f"--data.data_dir={pocket_pile}"]
-    return ["fit", *config, *TINY, *run]
-
-
 def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are(
-    command: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+    pocket_pile: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    command = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *TINY, f"--data.data_dir={pocket_pile}"]
+    command += [f"--trainer.default_root_dir={run}", "--trainer.logger=CSVLogger"]
+    command += [f"--trainer.logger.save_dir={elsewhere}", "--trainer.callbacks=nlgmoe.WriteReport"]
     main([*command, "--model.train_tokens=256"])
-    assert (run / "checkpoints" / "last.ckpt").exists() and not list((tmp_path / "elsewhere").rglob("*.ckpt"))
-
+    assert (run / "checkpoints/last.ckpt").exists() and elsewhere.exists() and not list(elsewhere.rglob("*.ckpt"))
     logged = len((run / "metrics.csv").read_text().splitlines())
     main([*command, "--model.train_tokens=512", "--ckpt_path=auto"])
     summary = json.loads((run / "summary.json").read_text())
@@ -61,19 +42,6 @@ def test_another_logger_and_other_callbacks_leave_the_checkpoints_where_they_are
     assert len((run / "metrics.csv").read_text().splitlines()) == 2 * (logged - 1) + 1
     flat = yaml.safe_load((run / "hparams.yaml").read_text())  # what every logger gets
     assert (flat["model.train_tokens"], flat["model.config.moe.top_k"], flat["data.seed"]) == (512, 1, 1234)
-
-
-def test_names_in_the_value_of_an_argument_are_its_own(tmp_path: Path) -> None:
-    files = {"train": "a.jsonl", "validation": "b.jsonl", "validation.wiki": "c.jsonl"}
-    streamed = {"class_path": "nlgmoe.data.StreamedText", "init_args": {"path": "x", "data_files": files}}
-    (tmp_path / "streamed.yaml").write_text(yaml.safe_dump({"data": {"corpus": streamed}}))
-    parsed = parse_config(ROOT / "configs/quickstart.yaml", tmp_path / "streamed.yaml")
-    assert parsed["data"]["corpus"]["init_args"]["data_files"] == files
-
-
-def test_a_setting_of_lightning_that_no_draw_depends_on_is_told() -> None:
-    with pytest.warns(UserWarning, match=r"seed_everything=0 changes nothing .* set those"):
-        load_config(ROOT / "configs/quickstart.yaml", seed_everything=0)
 
 
 def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,71 +57,57 @@ def test_the_home_folder_is_that_of_a_shell(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "mine/quickstart.yaml").is_file()
 
 
-def test_load_config_tells_that_it_resumes_nothing() -> None:
-    with pytest.warns(UserWarning, match="resumes nothing: give ckpt_path=last to"):
-        load_config(ROOT / "configs/quickstart.yaml", ckpt_path="last")
+def test_settings_that_load_config_cannot_obey_are_named() -> None:
+    for settings, words in (
+        ({"ckpt_path": "last"}, "resumes nothing: give ckpt_path=last to"),
+        ({"seed_everything": 0}, r"seed_everything=0 changes nothing .* set those"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            load_config(ROOT / "configs/quickstart.yaml", **settings)
 
 
 class OwnLoad(ExpertLoad):
     """A user's variant of a default callback."""
 
 
-def test_a_variant_of_a_default_callback_takes_its_place(tmp_path: Path) -> None:
-    names = ("tests.cli.test_run_folder.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
-    (tmp_path / "more.yaml").write_text(
-        f"trainer: {{callbacks: [{', '.join(f'{{class_path: {one}}}' for one in names)}]}}"
-    )
-    made = load_config([ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"]).trainer.callbacks
+def test_a_variant_of_a_default_callback_takes_its_place() -> None:
+    names = (f"{__name__}.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
+    own = [{"class_path": name} for name in names]
+    made = load_config(ROOT / "configs/dense/laptop.yaml", trainer__callbacks=own).trainer.callbacks
     found = [type(one).__name__ for one in made if isinstance(one, ExpertLoad | TQDMProgressBar)]
     assert sorted(found) == ["OwnLoad", "TQDMProgressBar"]
 
 
-@pytest.mark.parametrize("text", ["08", "1:30", "no"])
 def test_text_that_could_be_something_else_is_recorded_as_text(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": text, "name": text}}
-    settings = {"trainer": {"logger": [logger], "default_root_dir": text}}
     given, recorded = tmp_path / "given.yaml", tmp_path / "recorded.yaml"
-    given.write_text(json.dumps(settings))
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(given), "--print_config"])
-    recorded.write_text(capsys.readouterr().out)
-    for found in (parse_config(recorded)["trainer"], yaml.safe_load(recorded.read_text())["trainer"]):
-        assert found["default_root_dir"] == text
-        (made,) = (one["init_args"] for one in found["logger"])
-        assert (made["save_dir"], made["name"]) == (text, text)
+    for text in ("08", "1:30", "no"):
+        logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": text, "name": text}}
+        given.write_text(json.dumps({"trainer": {"logger": [logger], "default_root_dir": text}}))
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(given), "--print_config"])
+        recorded.write_text(capsys.readouterr().out)
+        for found in (parse_config(recorded)["trainer"], yaml.safe_load(recorded.read_text())["trainer"]):
+            made = found["logger"][0]["init_args"]
+            assert (found["default_root_dir"], made["save_dir"], made["name"]) == (text, text, text)
 
 
-def test_a_list_with_a_plus_sign_adds_callbacks(tmp_path: Path) -> None:
-    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReport\n")
-    (tmp_path / "wrong.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReprt\n")
-    quickstart = ROOT / "configs/dense/laptop.yaml"
-    here = {"trainer__default_root_dir": str(tmp_path / "run")}
-    plain, more = (
-        load_config(files, **here).trainer.callbacks for files in (quickstart, [quickstart, tmp_path / "more.yaml"])
-    )
-    added = sorted(type(one).__name__ for one in more)
-    for one in plain:
-        added.remove(type(one).__name__)
-    assert added == ["WriteReport"]
-    (tmp_path / "more.yaml").write_text(
-        "trainer:\n  callbacks+:\n  - class_path: nlgmoe.callbacks.SaveCheckpoints\n    init_args: {every_n_steps: 20}\n"
-    )
-    again = load_config([quickstart, tmp_path / "more.yaml"], **here).trainer.callbacks
-    assert [one.every_n_steps for one in again if isinstance(one, SaveCheckpoints)] == [20]
-    with pytest.raises(ValueError, match=r"wrong.yaml, line 3\).*did you mean WriteReport"):
-        load_config([quickstart, tmp_path / "wrong.yaml"], **here)
+def test_a_list_with_a_plus_sign_adds_callbacks_and_one_without_replaces_them(tmp_path: Path) -> None:
+    laptop, more = ROOT / "configs/dense/laptop.yaml", tmp_path / "more.yaml"
 
+    def callbacks(*files: Path) -> list[Any]:
+        return load_config([*files], trainer__default_root_dir=str(tmp_path / "run")).trainer.callbacks
 
-def test_a_list_given_again_keeps_nothing_of_the_earlier_one(tmp_path: Path) -> None:
-    sample = "trainer:\n  callbacks:\n  - class_path: nlgmoe.callbacks.SampleText\n    init_args: {{prompts: [a]{}}}\n"
-    for name, more in {"first": ", top_k: 3", "second": ""}.items():
-        (tmp_path / f"{name}.yaml").write_text(sample.format(more))
-    parsed = parse_config(
-        ROOT / "configs/quickstart.yaml", *(tmp_path / f"{name}.yaml" for name in ("first", "second"))
-    )
-    assert [one["init_args"]["top_k"] for one in parsed["trainer"]["callbacks"]] == [40]  # the default
+    more.write_text("trainer:\n  callbacks+:\n    - class_path: nlgmoe.WriteReport\n")
+    names, added = (sorted(type(one).__name__ for one in callbacks(laptop, *rest)) for rest in ([], [more]))
+    assert added == sorted([*names, "WriteReport"])
+    keeper = "trainer:\n  callbacks{}:\n  - class_path: nlgmoe.callbacks.SaveCheckpoints\n    init_args: {{{}}}\n"
+    for plus, keep in (("+", 2), ("", 2)):  # the second is the default, not the first file's
+        more.write_text(keeper.format("", "keep: 9, every_n_steps: 7"))
+        (last := tmp_path / "last.yaml").write_text(keeper.format(plus, "every_n_steps: 20"))
+        found = [one for one in callbacks(laptop, more, last) if isinstance(one, SaveCheckpoints)]
+        assert [(one.every_n_steps, one.keep) for one in found] == [(20, keep)]
 
 
 def test_nothing_is_written_where_a_few_batches_are_tried(

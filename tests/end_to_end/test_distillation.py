@@ -38,9 +38,7 @@ def test_a_student_learns_from_a_teacher_and_then_without(
     settings["trainer"]["strategy"] = "nlgmoe.ExpertParallelStrategy"  # one process reads what many ranks train on
     written.write_text(yaml.safe_dump(settings))
     nlgmoe(["distill-logits", str(written), "--output", str(logits), "--top-k", "32"])
-    said = capsys.readouterr().out
-    assert "outside the 32 likeliest tokens, on average; raise --top-k" in said
-    assert "12 of 32 tokens" in said and "--model.distiller.init_args.temperature=1.0" in said
+    assert "12 of 32 tokens" in capsys.readouterr().out
     assert json.loads((logits / "header.json").read_text())["samples"] == 12
     shutil.rmtree(teacher)
     main([*command, "--ckpt_path=last", "--model.train_tokens=640"])
@@ -59,16 +57,3 @@ def distilled(run: Path) -> list[str]:
     """The distillation loss of each step, as logged."""
     with (run / "metrics.csv").open() as file:
         return [row["train/distillation_loss"] for row in csv.DictReader(file) if row["train/loss"]]
-
-
-def test_a_recording_that_cannot_be_made_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/mos/laptop.yaml")
-    for options, message in {
-        ("--output=x", "--temperature=0"): "temperature=0.0 must be above 0",
-        ("--output=x", "--top-k=4097"): "--top-k=4097 is above model.config.vocab_size=4096; lower it",
-        ("--output=x", f"--teacher={tmp_path}/none", "--samples=1"): "none: no checkpoint at ",
-    }.items():
-        with pytest.raises(SystemExit):
-            nlgmoe(["distill-logits", config, *options])
-        error = capsys.readouterr().err
-        assert message in error and error.count("error: ") == 1

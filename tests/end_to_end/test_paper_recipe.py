@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from nlgmoe import load_model
 from nlgmoe.cli.train import main
@@ -31,9 +30,7 @@ TINY = [
 STEP = 8 * 32  # tokens
 
 
-def test_a_published_recipe_from_training_to_resuming(
-    pocket_pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_published_recipe_from_training_to_resuming(pocket_pile: Path, tmp_path: Path) -> None:
     source = IndexedDataset(token_folder(pocket_pile, load_tokenizer("pocket-4k", pocket_pile)) / "code.validation")
     with IndexedWriter(tmp_path / "pile_text_document", np.dtype(np.uint16)) as writer:
         for document in range(len(source)):
@@ -60,11 +57,7 @@ def test_a_published_recipe_from_training_to_resuming(
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["train/tokens"]) for row in rows if row["train/loss"]] == [step * STEP for step in range(6)]
-    assert (
-        len([row for row in rows if row["val/loss"]]) == 3
-    )  # after steps 2, 4 and 6: the end of the shorter run is no step of this one
+    validated = [row for row in rows if row["val/loss"]]
+    assert len(validated) == 3  # after steps 2, 4 and 6: the end of the shorter run is no step of this one
     assert load_model(checkpoints / "last.ckpt").config.moe.num_experts == [2, 4]  # type: ignore[union-attr]
     main(["test", *settings, f"--ckpt_path={checkpoints / 'last.ckpt'}"])
-    with pytest.raises(SystemExit):
-        main(["fit", *settings, "--data.global_batch_size=9", f"--trainer.default_root_dir={tmp_path / 'other'}"])
-    assert "data.global_batch_size 9 is not a multiple of the 4 sequences" in capsys.readouterr().err

@@ -4,20 +4,10 @@ import csv
 import json
 from pathlib import Path
 
+import psutil
+
 from nlgmoe.cli.train import main
 from tests.distributed.test_commands import SETTINGS, train_py
-
-
-def processes_of(run: Path) -> list[str]:
-    """Command lines of all processes that have `run` in theirs."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has ended meanwhile
-            continue
-        found += [line] if str(run) in line else []
-    return found
 
 
 def test_two_ranks_stop_in_good_order_and_one_process_goes_on(pocket_pile: Path, tmp_path: Path) -> None:
@@ -27,7 +17,7 @@ def test_two_ranks_stop_in_good_order_and_one_process_goes_on(pocket_pile: Path,
     stops = ["--trainer.devices=2", "--data.num_workers=1", "--trainer.callbacks+=tests.distributed.cells.TellsMain"]
     done = train_py("fit", *SETTINGS, *rest, *stops)
     assert done.returncode == 0, done.stderr
-    assert not processes_of(run)
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(run) in str(each.info["cmdline"])]
     told = [line for line in done.stderr.splitlines() if line.startswith("SIGTERM: ended after step ")]
     (steps,) = (int(line.split(",")[0].split()[-1]) for line in told)
     assert steps in (3, 4) and told[0].endswith(f"checkpoints/step-{steps}.ckpt; resume with --ckpt_path last")

@@ -95,15 +95,10 @@ def test_it_is_resumed_predicts_and_is_validated(trained: tuple[Path, str], pock
 
 def test_the_saved_config_repeats_the_run_in_python(trained: tuple[Path, str], tmp_path: Path) -> None:
     run, again = trained[0], tmp_path / "again"
-    first, second = (load_config(run / "config.yaml", trainer__default_root_dir=again) for _ in range(2))
+    first = load_config(run / "config.yaml", trainer__default_root_dir=again)
     first.trainer.fit(first.module, first.data)
-    assert {"summary.json", "config.yaml", "metrics.csv"} <= {path.name for path in again.iterdir()}
     expected, repeated = (json.loads((folder / "summary.json").read_text()) for folder in (run, again))
-    assert [repeated[name] for name in ("val_loss", "train_loss")] == [
-        expected[name] for name in ("val_loss", "train_loss")
-    ]
-    with pytest.raises(ValueError, match="has a run with checkpoints up to step 8: resume it"):
-        second.trainer.fit(second.module, second.data)
+    assert (repeated["val_loss"], repeated["train_loss"]) == (expected["val_loss"], expected["train_loss"])
     first.module.train_tokens = 600
     first.trainer.fit(first.module, first.data, ckpt_path=again)
     assert json.loads((again / "summary.json").read_text())["steps"] == 10

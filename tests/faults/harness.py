@@ -8,12 +8,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,6 +38,8 @@ SETTINGS = [
     "--trainer.strategy=nlgmoe.ExpertParallelStrategy",
     "--trainer.strategy.init_args.expert_parallel_size=2",
 ]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.endswith("RANK")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 NOT_REPEATABLE = ("train/tokens_per_second", "train/tflops_per_second", "time/", "memory/")
 
 
@@ -61,13 +62,7 @@ class Ended:
 
 @dataclass
 class Run:
-    """A training run in a folder of its own.
-
-    Args:
-        folder: run folder.
-        data: corpus.
-        timeout_seconds: as the strategy takes it.
-    """
+    """A training run on two ranks in a folder of its own."""
 
     folder: Path
     data: Path
@@ -76,33 +71,23 @@ class Run:
 
     def start(self, fault: Fault | None = None) -> Ended:
         """Start the command, and wait until none of its processes is left."""
-        return self.launch(["--trainer.devices=2"], fault).wait()
-
-    def launch(
-        self, args: Sequence[str], fault: Fault | None = None, launcher: Sequence[str] = (sys.executable,)
-    ) -> Launched:
-        """Start the command, in a process group of its own."""
-        self.starts += 1
-        output = self.folder.with_name(f"{self.folder.name}.{self.starts}.txt")
+        environment = {} if fault is None else {"FAULT": json.dumps(asdict(fault))}
         script = ROOT / ("train.py" if fault is None else "tests/faults/train_with_fault.py")
-        environment = {key: value for key, value in os.environ.items() if not key.endswith("RANK")}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-        environment |= {} if fault is None else {"FAULT": json.dumps(asdict(fault))}
-        settings = [
-            *SETTINGS,
-            f"--trainer.strategy.init_args.timeout_seconds={self.timeout_seconds}",
-            f"--data.data_dir={self.data}",
-            f"--trainer.default_root_dir={self.folder}",
-            "--ckpt_path=auto",
-        ]
-        command = [*launcher, str(script), "fit", *settings, *args]
-        if command[0] == sys.executable:
-            return Launched(Started(command[1:], output, output, environment, new_session=True), output)
-        with output.open("w") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
-        return Launched(process, output)
+        arguments = [str(script), *self.arguments(), "--trainer.devices=2"]
+        output = self.next_output()
+        started = Started(arguments, output, output, ENVIRONMENT | environment, new_session=True)
+        return Launched(started, output, lambda: [int(path.name) for path in processes_of_group(started.pid)]).wait()
+
+    def arguments(self) -> list[str]:
+        """Of train.py."""
+        timeout = f"--trainer.strategy.init_args.timeout_seconds={self.timeout_seconds}"
+        places = [f"--data.data_dir={self.data}", f"--trainer.default_root_dir={self.folder}"]
+        return ["fit", *SETTINGS, timeout, *places, "--ckpt_path=auto"]
+
+    def next_output(self) -> Path:
+        """File for what a start prints."""
+        self.starts += 1
+        return self.folder.with_name(f"{self.folder.name}.{self.starts}.txt")
 
     def newest(self) -> int:
         """Read every checkpoint completely; return the newest one's step, 0 if there is none."""
@@ -121,11 +106,6 @@ class Run:
                 for row in csv.DictReader(file)
             ]
 
-    def summary(self) -> dict[str, Any]:
-        """What is repeatable of `summary.json`."""
-        summary = json.loads((self.folder / "summary.json").read_text())
-        return {name: summary[name] for name in ("steps", "tokens", "train_loss", "val_loss")}
-
     def finish_as(self, undisturbed: Run) -> None:
         """Start the command without a fault, which resumes the newest checkpoint, and compare the results."""
         newest = self.newest()
@@ -134,20 +114,19 @@ class Run:
         self.compare(undisturbed)
 
     def compare(self, undisturbed: Run) -> None:
-        """Check that nothing is left over, and that tables and summary are the undisturbed run's."""
-        assert not self.leftovers()
-        assert self.summary() == pytest.approx(undisturbed.summary(), rel=1e-6)
-        assert [row["step"] for row in self.rows()] == [row["step"] for row in undisturbed.rows()]
+        """Check that nothing is left over, and that the tables are the undisturbed run's."""
+        assert not self.leftovers() and (self.folder / "summary.json").exists()
         for row, expected in zip(self.rows(), undisturbed.rows(), strict=True):
             assert row == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A command that runs."""
+    """A command that runs, and the numbers of its processes that are alive."""
 
     process: subprocess.Popen[bytes] | Started
     output: Path
+    processes: Callable[[], list[int]]
 
     def wait(self, timeout: float = 300) -> Ended:
         """Wait until none of its processes is left; those that run after `timeout` seconds are killed, which fails."""
@@ -155,7 +134,7 @@ class Launched:
         try:
             code = self.process.wait(timeout)
             ended = time.monotonic()
-            while self.runs():
+            while self.processes():
                 assert time.monotonic() < until, f"processes outlive {self.process.args}"
                 time.sleep(0.05)
             after = time.monotonic() - ended
@@ -168,10 +147,7 @@ class Launched:
 
     def kill(self) -> None:
         """Send SIGKILL to all of its processes."""
-        if self.runs():
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for number in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         self.process.wait()
-
-    def runs(self) -> bool:
-        """Whether any of its processes is alive."""
-        return bool(processes_of_group(self.process.pid))

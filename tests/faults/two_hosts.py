@@ -3,92 +3,66 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-from tests.faults.harness import Ended, Launched, Run
+from tests.faults.harness import ENVIRONMENT, ROOT, Ended, Launched, Run
 
 PORT = 29511  # the namespaces have all ports to themselves
 _PATH = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
 
-@dataclass(frozen=True)
-class Host:
-    """A host of the cluster: its namespace and address. Files are shared with the others."""
-
-    name: str
-    number: int
-
-    @property
-    def address(self) -> str:
-        """In the cluster's network."""
-        return f"10.77.0.{self.number + 1}"
-
-    def start(self, run: Run) -> LaunchedOnHost:
-        """One rank of two, as on a cluster: torchrun on each host, the first one's address given to both."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-        torchrun += [f"--node_rank={self.number}", "--master_addr=10.77.0.1", f"--master_port={PORT}"]
-        launched = run.launch(
-            ["--trainer.devices=1", "--trainer.num_nodes=2"],
-            launcher=[
-                "ip",
-                "netns",
-                "exec",
-                self.name,
-                "env",
-                "GLOO_SOCKET_IFNAME=eth0",
-                f"PATH={_PATH['PATH']}",
-                *torchrun,
-            ],
-        )
-        return LaunchedOnHost(launched.process, launched.output, self)
-
-    def processes(self) -> list[int]:
-        """Everything that runs on the host."""
-        return [int(number) for number in ip("netns", "pids", self.name).split()]
-
-
-@dataclass(frozen=True)
-class LaunchedOnHost(Launched):
-    """A command that runs on a host; torchrun gives its ranks process groups of their own."""
-
-    host: Host
-
-    def kill(self) -> None:
-        """SIGKILL to all processes of the host."""
-        for number in self.host.processes():
-            os.kill(number, signal.SIGKILL)
-        self.process.wait()
-
-    def runs(self) -> bool:
-        """Whether any process of the host is alive."""
-        return bool(self.host.processes())
-
-
-@dataclass(frozen=True)
 class Cluster:
-    """Two hosts and the switch between them."""
+    """Two hosts, each a namespace with an address, and the switch between them. Files are shared."""
 
-    hosts: tuple[Host, Host]
-    switch: str
+    def __init__(self) -> None:
+        self.switch, *self.hosts = (f"{name}-{os.getpid()}" for name in ("switch", "host0", "host1"))
 
-    def start(self, run: Run) -> tuple[LaunchedOnHost, LaunchedOnHost]:
-        """Start the command on both hosts."""
-        return self.hosts[0].start(run), self.hosts[1].start(run)
+    def build(self) -> None:
+        """Raises `OSError` or `CalledProcessError` where this machine has no namespaces, or no `ip`."""
+        for name in (self.switch, *self.hosts):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
+        for number, host in enumerate(self.hosts):
+            port = f"port{number}"
+            ip("-n", self.switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host)
+            ip("-n", self.switch, "link", "set", port, "master", "bridge", "up")
+            ip("-n", host, "address", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+            ip("-n", host, "link", "set", "eth0", "up")
+        self.turn("up")
+
+    def remove(self) -> None:
+        """End all that runs on the hosts, and remove them."""
+        for name in (self.switch, *self.hosts):
+            for number in processes_on(name):
+                os.kill(number, signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], env=os.environ | _PATH, capture_output=True)
+
+    def start(self, run: Run) -> list[Launched]:
+        """Start one rank of two on each host, as on a cluster: torchrun, the first one's address given to both."""
+        launched = []
+        for number, host in enumerate(self.hosts):
+            words = ["ip", "netns", "exec", host, "env", "GLOO_SOCKET_IFNAME=eth0", f"PATH={_PATH['PATH']}"]
+            words += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+            words += [f"--node_rank={number}", "--master_addr=10.77.0.1", f"--master_port={PORT}"]
+            words += [str(ROOT / "train.py"), *run.arguments(), "--trainer.devices=1", "--trainer.num_nodes=2"]
+            output = run.next_output()
+            with output.open("w") as file:
+                process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT | _PATH, stdout=file, stderr=file)
+            # torchrun gives its ranks process groups of their own.
+            launched.append(Launched(process, output, lambda host=host: processes_on(host)))  # type: ignore[misc]
+        return launched
 
     def turn(self, state: str) -> None:
         """Turn the switch `up` or `down`: packets vanish, while the hosts' own links stay up and no connection is closed."""
         ip("-n", self.switch, "link", "set", "bridge", state)
 
 
-def wait(launched: tuple[LaunchedOnHost, ...], timeout: float = 300) -> list[Ended]:
-    """Until both hosts have ended."""
+def wait(launched: list[Launched], timeout: float = 300) -> list[Ended]:
+    """Wait until both hosts have ended."""
     try:
         return [each.wait(timeout) for each in launched]
     finally:
@@ -105,51 +79,12 @@ def wait_for_step(run: Run, step: int, timeout: float = 120) -> None:
         time.sleep(0.1)
 
 
-def reason_without() -> str:
-    """Return why this machine cannot have namespaces; empty if it can."""
-    if shutil.which("ip", path=_PATH["PATH"]) is None:
-        return "no `ip` (iproute2) on this machine"
-    name = f"try-{os.getpid()}"
-    tried = subprocess.run(["ip", "netns", "add", name], env=os.environ | _PATH, capture_output=True, text=True)
-    if tried.returncode:
-        return f"network namespaces: {tried.stderr.strip()}"
-    tried = subprocess.run(
-        ["ip", "-n", name, "link", "add", "bridge", "type", "bridge"],
-        env=os.environ | _PATH,
-        capture_output=True,
-        text=True,
-    )
-    ip("netns", "del", name)
-    return f"a bridge in a network namespace: {tried.stderr.strip()}" if tried.returncode else ""
+def processes_on(host: str) -> list[int]:
+    """Numbers of everything that runs on a host; none if there is no such host."""
+    found = subprocess.run(["ip", "netns", "pids", host], env=os.environ | _PATH, capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
 
 
-@contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Two hosts, gone at the end with all that runs on them."""
-    mark = os.getpid()
-    made = Cluster((Host(f"host0-{mark}", 0), Host(f"host1-{mark}", 1)), f"switch-{mark}")
-    names = [made.switch, *(host.name for host in made.hosts)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", made.switch, "link", "add", "bridge", "type", "bridge")
-        for host in made.hosts:
-            port = f"port{host.number}"
-            ip("-n", made.switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.name)
-            ip("-n", made.switch, "link", "set", port, "master", "bridge", "up")
-            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
-            ip("-n", host.name, "link", "set", "eth0", "up")
-        made.turn("up")
-        yield made
-    finally:
-        for host in made.hosts:
-            for number in host.processes():
-                os.kill(number, signal.SIGKILL)
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], env=os.environ | _PATH, capture_output=True)
-
-
-def ip(*args: str) -> str:
-    """Run `ip`; its output."""
-    return subprocess.run(["ip", *args], env=os.environ | _PATH, capture_output=True, text=True, check=True).stdout
+def ip(*args: str) -> None:
+    """Run `ip`."""
+    subprocess.run(["ip", *args], env=os.environ | _PATH, capture_output=True, check=True)

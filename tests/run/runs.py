@@ -83,12 +83,7 @@ def in_process(job: Callable[[], Any], kill_at: int | None = None, folder: Path 
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal calls
-            if (
-                event in EVENTS
-                and arguments
-                and isinstance(arguments[0], str | Path)
-                and str(folder) in str(arguments[0])
-            ):
+            if event in EVENTS and arguments and str(folder) in str(arguments[0]):
                 calls += 1
                 if calls == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)

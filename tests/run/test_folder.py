@@ -14,7 +14,7 @@ from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
 from nlgmoe.run import folder as folder_module
 from nlgmoe.run.folder import starts_of
-from tests.run.runs import fit, in_process, make_trainer, module, outcome
+from tests.run.runs import assert_equal, fit, in_process, make_trainer, module, outcome
 from tests.run.test_resume import Send
 from tests.synthetic import SyntheticData
 
@@ -26,34 +26,21 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        (None, r"has a run with checkpoints up to step 10: resume it with ckpt_path=last, or choose another folder"),
-        (
-            "checkpoints/step-9.ckpt",
-            r"is not the newest checkpoint of .* which is of step 10: resume that with ckpt_path=last",
-        ),
-        ("nothing.ckpt", "no checkpoint at"),
-    ],
-)
-def test_a_folder_with_checkpoints_takes_its_newest_one_alone(name: str | None, words: str, ended: Path) -> None:
+def test_a_folder_with_checkpoints_takes_its_newest_one_alone(ended: Path) -> None:
     before = (ended / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match=words):
-        fit(ended, ckpt_path=name and ended / name, max_steps=12)
+    for path, words in (
+        (None, r"has a run with checkpoints up to step 10: resume it with ckpt_path=last, or choose another folder"),
+        (checkpoint_path(ended, 9), r"is not the newest checkpoint of .* which is of step 10: resume that with"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit(ended, ckpt_path=path, max_steps=12)
     assert (ended / "metrics.csv").read_bytes() == before
-
-
-@pytest.mark.parametrize("name", ["last", "auto", "", "checkpoints/last.ckpt"])
-def test_ways_to_name_it(name: str, ended: Path) -> None:
-    path = name if name in ("last", "auto") else ended / name
-    assert fit(ended, ckpt_path=path).global_step == 10
+    for path in ("last", "auto", ended, ended / "checkpoints/last.ckpt"):
+        assert fit(ended, ckpt_path=path).global_step == 10
 
 
 def test_a_run_is_started_only_where_there_is_none(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"ckpt_path=last: there is no checkpoint in .*; leave ckpt_path out to start a run"
-    ):
+    with pytest.raises(ValueError, match=r"ckpt_path=last: there is no checkpoint in .*; leave ckpt_path out to start"):
         fit(tmp_path, ckpt_path="last")
     assert fit(tmp_path, max_steps=2, ckpt_path=None).global_step == 2
     (tmp_path / "starts.json").write_text("[]")
@@ -61,16 +48,11 @@ def test_a_run_is_started_only_where_there_is_none(tmp_path: Path) -> None:
         fit(tmp_path)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    expected = outcome_of(tmp_path / "whole")
-    assert in_process(lambda: fit(tmp_path / "run", Send("on_before_backward", 2, signal.SIGKILL))) == -9
-    assert (tmp_path / "run/config.yaml").exists() and not saved_steps(tmp_path / "run")
-    assert outcome_of(tmp_path / "run") == expected
-
-
-def outcome_of(folder: Path) -> Any:
-    fit(folder)
-    return {name: value for name, value in outcome(folder).items() if name != "tensors"}
+def test_a_run_killed_before_its_first_checkpoint_starts_again(ended: Path, tmp_path: Path) -> None:
+    assert in_process(lambda: fit(tmp_path, Send("on_before_backward", 2, signal.SIGKILL))) == -9
+    assert (tmp_path / "config.yaml").exists() and not saved_steps(tmp_path)
+    assert in_process(lambda: fit(tmp_path)) == 0
+    assert_equal(outcome(tmp_path), outcome(ended))
 
 
 def test_a_fork_is_a_new_run_that_saves_its_starting_step_first(ended: Path, tmp_path: Path) -> None:
@@ -84,17 +66,13 @@ def test_a_fork_is_a_new_run_that_saves_its_starting_step_first(ended: Path, tmp
     found, expected = outcome(fork), outcome(ended)
     assert all(torch.equal(value, expected["tensors"][name]) for name, value in found["tensors"].items())
     assert found["metrics.csv"].splitlines()[-2:] == expected["metrics.csv"].splitlines()[-2:]
-    assert (
-        read_document(checkpoint_path(fork, 10))["rows"] == len(found["metrics.csv"].splitlines()) - 2
-    )  # the last: its validation
+    rows = len(found["metrics.csv"].splitlines()) - 2  # without the header and the last one, of its validation
+    assert read_document(checkpoint_path(fork, 10))["rows"] == rows
 
 
 def test_a_second_process_is_refused_while_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "LOCK_SECONDS", 0.1)
-    with (
-        FileLock(tmp_path / ".run.lock"),
-        pytest.raises(ValueError, match="another process trains in "),
-    ):
+    with FileLock(tmp_path / ".run.lock"), pytest.raises(ValueError, match="another process trains in "):
         fit(tmp_path)
     fit(tmp_path, max_steps=1)
 
@@ -107,23 +85,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_an_evaluation_touches_neither_tables_nor_lock(ended: Path) -> None:
     files = {file: file.read_bytes() for file in ended.rglob("*") if file.is_file()}
+    losses = set()
     with FileLock(ended / ".run.lock"):
-        losses = {
-            name: make_trainer(ended, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=path)[0][
-                "val/loss"
-            ]
-            for name, path in {"last": "last", "best": "best", "path": checkpoint_path(ended, 10), "run": ended}.items()
-        }
-    assert len(set(losses.values())) == 1
+        for path in ("last", "best", checkpoint_path(ended, 10), ended):
+            run = make_trainer(ended, save={})
+            losses |= {run.validate(module(), datamodule=SyntheticData(), ckpt_path=path)[0]["val/loss"]}
+    assert len(losses) == 1
     assert files == {file: file.read_bytes() for file in ended.rglob("*") if file.is_file()}
 
 
 def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
-    for name, words in (
-        ("last", "there is no checkpoint in"),
-        ("best", "no best checkpoint yet"),
-        ("a.ckpt", "no checkpoint at"),
-    ):
+    for name, words in {"last": "no checkpoint in", "best": "no best checkpoint yet", "a": "no checkpoint at"}.items():
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=name)
 

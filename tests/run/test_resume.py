@@ -119,38 +119,16 @@ def test_without_a_save_before_it_a_validation_runs_to_its_end(undisturbed: Any,
     assert_equal(outcome(tmp_path, last), expected)
 
 
-class Average(Callback):
-    """Validates with other weights than it trains."""
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.trained = [parameter.detach().clone() for parameter in pl_module.parameters()]
-        for parameter in pl_module.parameters():
-            parameter.data.mul_(1 - 2**-7)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        for parameter, trained in zip(pl_module.parameters(), self.trained, strict=True):
-            parameter.data.copy_(trained)
-
-
-def test_weights_that_a_callback_exchanges_for_a_validation_are_not_saved(tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    fit(whole, Average())
-    assert in_process(lambda: fit(stopped, Average(), Send("on_validation_batch_start", 4, signal.SIGTERM))) == 0
-    fit(stopped, Average())
-    assert_equal(outcome(stopped), outcome(whole))
-
-
-def test_a_finished_run_started_again_changes_nothing(undisturbed: Any, tmp_path: Path) -> None:
+def test_a_finished_run_started_again_changes_nothing_and_goes_on_if_it_is_longer(
+    undisturbed: Any, tmp_path: Path
+) -> None:
     expected, step, _ = undisturbed("saves before validations")
-    fit(tmp_path)
-    fit(tmp_path)
-    assert_equal(outcome(tmp_path, step), expected)
-
-
-def test_a_longer_run_goes_on_as_if_it_had_been_that_long(tmp_path: Path) -> None:
-    fit(tmp_path / "whole", max_steps=13)
-    fit(tmp_path / "parts", max_steps=10)
-    fit(tmp_path / "parts", max_steps=13)
+    fit(tmp_path / "parts")
+    with pytest.warns(UserWarning, match="it has taken trainer.max_steps=10; to go on, raise it"):
+        fit(tmp_path / "parts")
+    assert_equal(outcome(tmp_path / "parts", step), expected)
+    for name in ("whole", "parts"):
+        fit(tmp_path / name, max_steps=13)
     parts, whole = outcome(tmp_path / "parts", 13), outcome(tmp_path / "whole", 13)
     assert_equal(parts | {"files": []}, whole | {"files": []})  # it has kept step 10, and not 9
 
@@ -173,11 +151,8 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_resumed(undi
 def test_other_loggers_callbacks_and_bars_move_nothing(undisturbed: Any, tmp_path: Path) -> None:
     expected, step, _ = undisturbed("saves before validations")
     seen: list[int] = []
-    others = [
-        TQDMProgressBar(),
-        LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(trainer.global_step)),
-    ]
-    others += [ModelCheckpoint(tmp_path / "elsewhere", monitor="val/loss", every_n_train_steps=2)]
+    looks = LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(trainer.global_step))
+    others = [TQDMProgressBar(), looks, ModelCheckpoint(tmp_path / "other", monitor="val/loss", every_n_train_steps=2)]
     loggers = [RunCSVLogger(tmp_path / "run"), CSVLogger(tmp_path, name="csv")]
     settings = {"logger": loggers, "enable_progress_bar": True}
     assert in_process(lambda: fit(tmp_path / "run", *others, **settings), 70, tmp_path / "run") == -9
@@ -196,34 +171,23 @@ def test_a_run_whose_time_is_over_takes_no_step_when_it_is_resumed(tmp_path: Pat
         assert trainer.global_step == 6 and saved_steps(tmp_path)[-1] == 6
 
 
-@pytest.mark.parametrize(
-    ("now", "planned", "moe", "warnings"),
-    [
-        ({}, None, MoEConfig(aux_scope="global"), []),
-        ({"ranks": 1, "micro_batches": 2}, None, MoEConfig(), []),
-        ({"samples": 12}, 12, MoEConfig(), []),
-        ({"samples": 12}, None, MoEConfig(), ["a step had 8 sequences .*, now it has 12; data.global_batch_si"]),
-        (
-            {"ranks": 1, "micro_batches": 2},
-            None,
-            MoEConfig(aux_scope="global"),
-            ["over 1 ranks together, and did over 2"],
-        ),
-    ],
-)
-def test_a_resumed_run_warns_where_its_losses_depend_on_the_size_of_a_step(
-    now: dict, planned: int | None, moe: MoEConfig, warnings: list[str], recwarn: pytest.WarningsRecorder
-) -> None:
+def test_a_resumed_run_warns_where_its_losses_depend_on_the_size_of_a_step(recwarn: pytest.WarningsRecorder) -> None:
     before = StepSize(samples=8, ranks=2, micro_batches=1)
-    warn_of_another_size(before, replace(before, **now), planned, moe)
-    assert len(recwarn) == len(warnings)
-    assert all(re.search(wanted, str(given.message)) for wanted, given in zip(warnings, recwarn, strict=True))
+    one_rank, larger = replace(before, ranks=1, micro_batches=2), replace(before, samples=12)
+    for now, planned, moe, words in (
+        (before, None, MoEConfig(aux_scope="global"), ""),
+        (one_rank, None, MoEConfig(), ""),
+        (one_rank, None, MoEConfig(aux_scope="global"), "over 1 ranks together, and did over 2"),
+        (larger, 12, MoEConfig(), ""),
+        (larger, None, MoEConfig(), "a step had 8 sequences .*, now it has 12; data.global_batch_si"),
+    ):
+        warn_of_another_size(before, now, planned, moe)
+        assert len(recwarn) == bool(words)
+        assert not words or re.search(words, str(recwarn.pop().message))
 
 
 def test_a_run_resumed_with_another_micro_batch_says_so(tmp_path: Path) -> None:
     fit(tmp_path, max_steps=2)
     trainer = make_trainer(tmp_path, save={}, max_steps=4, accumulate_grad_batches=1)
-    with pytest.warns(
-        UserWarning, match="a step had 2 micro-batches over all ranks .*, now it has 1: each has its own"
-    ):
+    with pytest.warns(UserWarning, match="a step had 2 micro-batches over all ranks .*, now it has 1: each has"):
         trainer.fit(module(), datamodule=SyntheticData(micro_batch_size=8), ckpt_path="last")

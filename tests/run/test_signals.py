@@ -1,32 +1,19 @@
 """Signals on one process: exit codes, a second Ctrl+C, handlers, and Slurm. `test_resume.py` has the resumed run."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from nlgmoe.run import signals
 from nlgmoe.run.signals import StopOnSignal
 from tests.run.runs import fit
+from tests.run.test_resume import Send
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Send(Callback):
-    """Sends signals to this process before the second micro-batch of a step."""
-
-    def __init__(self, step: int, *numbers: int) -> None:
-        self.step, self.numbers = step, numbers
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 2 * self.step - 1:
-            for number in self.numbers:
-                os.kill(os.getpid(), number)
 
 
 def stopped(folder: Path, *callbacks: Callback, **settings: Any) -> int:
@@ -40,21 +27,23 @@ def stopped(folder: Path, *callbacks: Callback, **settings: Any) -> int:
 def test_a_second_press_of_ctrl_c_ends_at_once_but_one_that_arrives_twice_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    twice = Send(2, signal.SIGINT, signal.SIGINT)
+    def twice() -> Send:
+        return Send("on_before_backward", 1, signal.SIGINT, signal.SIGINT)
+
     monkeypatch.setattr(signals, "SAME_PRESS_SECONDS", 1e9)
-    assert stopped(tmp_path / "once", twice) == 0
+    assert stopped(tmp_path / "once", twice()) == 0
     assert capfd.readouterr().err.count("press it again") == 1
     assert (tmp_path / "once/checkpoints/step-2.ckpt").exists()
     monkeypatch.setattr(signals, "SAME_PRESS_SECONDS", -1.0)
     try:
-        assert stopped(tmp_path / "twice", twice) == 1  # Lightning's; train.py says 130
+        assert stopped(tmp_path / "twice", twice()) == 1  # Lightning's; train.py says 130
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores Ctrl+C from here on
     assert not any((tmp_path / "twice").rglob("step-*.ckpt"))
 
 
 def test_without_checkpointing_the_exit_code_is_the_signals(tmp_path: Path) -> None:
-    stop = Send(1, signal.SIGUSR1)
+    stop = Send("on_before_backward", 0, signal.SIGUSR1)
     assert stopped(tmp_path, StopOnSignal(), stop, save=None) == 128 + signal.SIGUSR1
     assert not any(tmp_path.rglob("*.ckpt"))
 
@@ -101,7 +90,7 @@ def test_slurm_requeues_the_job_after_its_requeue_signal(
     said = []
     for numbers in ([signal.SIGTERM], [signal.SIGUSR2, signal.SIGTERM]):
         run = tmp_path / f"run {len(numbers)}"
-        assert stopped(run, Send(1, *numbers), **slurm) == 0
+        assert stopped(run, Send("on_before_backward", 0, *numbers), **slurm) == 0
         assert (run / "checkpoints/step-1.ckpt").exists()
         said.append((tmp_path / "said").read_text() if (tmp_path / "said").exists() else "")
     assert said == ["", "requeue 12345_7\n"]
