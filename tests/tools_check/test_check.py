@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lightning import Trainer
 from torch import Tensor, nn
@@ -147,14 +146,6 @@ def test_ranks_find_a_wrong_gradient_of_the_gate(moe: MoEConfig, spoil: Callable
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
 
 
-def test_a_parameter_without_dimension_is_named() -> None:
-    def temperature(module: MoELayer) -> None:
-        module.router.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
-
-    found = verdicts(broken(CAPACITY, temperature), {RANKS})[RANKS]
-    assert found.startswith("fail: router.temperature has no dimension")
-
-
 def test_ranks_find_outputs_of_other_slots() -> None:
     """Few slots may stay empty, so that ranks send them padded, as in training."""
     found = verdicts(broken(replace(CAPACITY, min_capacity=1), outputs_of_other_slots), {RANKS})[RANKS]
@@ -165,12 +156,10 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
     collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
     found = verdicts(broken(TWO, own_loss(lambda log_z: log_z.square().mean())), {collapse})
     assert found[collapse].startswith("pass"), found
-    # The first normalises its input.
-    for name in ("cosine_router.CosineRouterConfig", "tests.tools_check.own_routers.TwoFactorsConfig"):
-        for layer in find_layers([name]):
-            found = verdicts(layer, QUICK)
-            assert not [text for text in found.values() if text.startswith("fail")], found
-            assert found[HOST].startswith("pass")
+    for layer in find_layers(["cosine_router.CosineRouterConfig"]):  # it normalises its input
+        found = verdicts(layer, QUICK)
+        assert not [text for text in found.values() if text.startswith("fail")], found
+        assert found[HOST].startswith("pass")
 
 
 @pytest.mark.parametrize(
@@ -286,26 +275,6 @@ class FloatLoss(NotANumber):
         return x, 0.5
 
 
-class VectorLoss(NotANumber):
-    def forward(self, x: Tensor) -> Any:
-        return x, x.sum().view(1)
-
-
-class Dictionary(NotANumber):
-    def forward(self, x: Tensor) -> Any:
-        return {"y": x}
-
-
-class Flat(NotANumber):
-    def forward(self, x: Tensor) -> Any:
-        return x.flatten(0, 1)
-
-
-class AsksForMore(NotANumber):
-    def forward(self, x: Tensor, positions: Tensor) -> Any:
-        return x
-
-
 def test_nan_passes_no_comparison() -> None:
     (layer,) = find_layers([f"{__name__}.NotANumber"])
     for name in ("gradients equal finite differences", "the losses reach the gate"):
@@ -317,22 +286,9 @@ def test_nan_passes_no_comparison() -> None:
     [
         ("nothing", "nothing is no YAML file, checkpoint or class_path, and none of deepspeed, mixtral"),
         ("no.such.Class", "no.such.Class: cannot import no.such"),
-        ("nlgmoe.RouterConfig", "nlgmoe.RouterConfig takes no layer of 8 experts"),
-        ("no.yaml", "no.yaml"),
         ("configs/dense/laptop.yaml", "configs/dense/laptop.yaml has no MoE layer; set model.config.moe"),
-        ("math.pi", "math.pi is no class and no function"),
         ("torch.nn.Identity", "torch.nn.Identity makes a module without the attribute hidden_size"),
-        (
-            f"{__name__}.FloatLoss",
-            "FloatLoss cannot be called with x of [2, 8, 16]: RunError: forward returns a float behind y",
-        ),
-        (
-            f"{__name__}.VectorLoss",
-            "forward returns a tensor of [1] behind y; return a loss as a tensor without dimensions",
-        ),
-        (f"{__name__}.Dictionary", "forward returns a dict, not a tensor y of [2, 8, 16]"),
-        (f"{__name__}.Flat", "forward returns [16, 16], not a tensor y of [2, 8, 16]"),
-        (f"{__name__}.AsksForMore", "missing 1 required positional argument: 'positions'"),
+        (f"{__name__}.FloatLoss", "FloatLoss cannot be called with x of [2, 8, 16]: RunError: forward returns a float"),
     ],
 )
 def test_a_wrong_command_is_one_line(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
