@@ -7,7 +7,6 @@ import pytest
 from nlgmoe.data.pocket import deduplication
 from nlgmoe.data.pocket.build import open_corpus, text_path, write_corpus
 from nlgmoe.data.pocket.deduplication import Document, drop_duplicates, split
-from nlgmoe.data.pocket.extraction import clean_wiki_markup
 from tests.data.conftest import make_documents
 
 
@@ -65,15 +64,3 @@ def test_corpus_is_reproducible_verified_and_never_half_built(tmp_path: Path, mo
         handle.write("\n")
     with pytest.raises(ValueError, match=r"verse\.train\.jsonl should have sha256"):
         open_corpus(tmp_path)
-
-
-def test_wiki_markup() -> None:
-    markup = (
-        "{{Infobox|a={{b|c}}}}'''Ada''' ({{lang|fr|[[Ada|Ada la]]}}; born {{convert|5|km|mi}}<ref name=x>no</ref>)"
-        " likes [[mathematics|maths]], [[poetry]] and [http://x.org sites].<ref name=x/>\n"
-        "{|\n| table || {{x}}\n|}\n[[File:a.jpg|thumb|A [[link]] in a [[caption|b]].]]\n"
-        "== Life ==\n* one &amp; two\n=== Notes ===\nKept.\n== See also ==\n* [[Dropped]]\n[[Category:X]]"
-    )
-    assert clean_wiki_markup(markup) == (
-        "Ada (Ada la; born 5 km) likes maths, poetry and sites.\n\nLife\n\n- one & two\n\nNotes\n\nKept."
-    )

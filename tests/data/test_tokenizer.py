@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-from nlgmoe.data.tokenizer import (
-    BYTE_OF,
-    EOD,
-    Tokenizer,
-    load_tokenizer,
-    train_byte_level_bpe,
-    train_tokenizer,
-)
+from nlgmoe.data.tokenizer import BYTE_OF, EOD, Tokenizer, load_tokenizer, train_byte_level_bpe, train_tokenizer
 from nlgmoe.experiment import parse_config
 
 
@@ -35,11 +28,10 @@ def test_round_trip_and_token_bytes(text: str) -> None:
     assert SMALL.encode_batch([text, "", text]) == [ids, [], ids]
 
 
-@pytest.mark.parametrize("text", [EOD, f"a{EOD}b", f" {EOD}\n{EOD}", "<|endoftext|"])
-def test_special_token_in_a_document_is_plain_text(text: str) -> None:
+def test_special_token_in_a_document_is_plain_text() -> None:
+    text = f"a{EOD}b {EOD}\n{EOD}"
     for ids in (SMALL.encode(text), SMALL.encode_batch([text])[0]):
-        assert SMALL.eod_id not in ids
-        assert SMALL.decode(ids) == text
+        assert SMALL.eod_id not in ids and SMALL.decode(ids) == text
     assert SMALL.decode([SMALL.eod_id]) == EOD and SMALL.token_bytes[SMALL.eod_id] == 0
 
 

@@ -19,7 +19,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
-from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
+from tests.eval.tiny_tasks import TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
 DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
@@ -107,16 +107,3 @@ def test_generated_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT
     ours, expected = (lm.generate_until(prompts, disable_tqdm=True) for lm in pair)
     assert ours == expected
     assert len(set(ours)) > 4
-
-
-def test_mixed_precision_is_that_of_the_trainer() -> None:
-    """`HFLM` turns off the autocast that surrounds it."""
-    gpt = randomised(CONFIG)
-    dtypes = []
-    gpt.blocks[0].register_forward_hook(lambda module, inputs, output: dtypes.append(torch.is_autocast_enabled("cpu")))
-    (full, _), (mixed, _) = (
-        EvaluatedGPT(gpt, TOKENIZER, autocast=autocast).loglikelihood(requests(("the old", " stone")))[0]
-        for autocast in (None, torch.bfloat16)
-    )
-    assert dtypes == [False, True]
-    assert mixed != full and mixed == pytest.approx(full, rel=0.05)

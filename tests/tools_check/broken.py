@@ -265,26 +265,20 @@ def even_widths(self: MoELayer, x: Tensor, y: Tensor, routing: Routing) -> Tenso
 
 
 class TimesRanks(torch.autograd.Function):
-    """A gradient times a power of the number of ranks."""
+    """A gradient times the number of ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, power: int) -> Tensor:
-        ctx.power = power
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * (distributed.get_world_size() if distributed.is_initialized() else 1) ** ctx.power, None
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (distributed.get_world_size() if distributed.is_initialized() else 1)
 
 
 def gate_of_ranks(module: MoELayer) -> None:
     """Sum the gate's gradient over ranks instead of averaging it (transformers#48687)."""
-    router(_logits=lambda self, x: TimesRanks.apply(TopKRouter._logits(self, x), 1))(module)
-
-
-def share_of_balance_loss(module: MoELayer) -> None:
-    """Divide the gradient of the global balance loss by the number of ranks (Megatron-LM#3769)."""
-    routed(lambda routing, x: replace(routing, probs=TimesRanks.apply(routing.probs, -1)))(module)
+    router(_logits=lambda self, x: TimesRanks.apply(TopKRouter._logits(self, x)))(module)
 
 
 Defect = tuple[MoEConfig, Callable[[MoELayer], None]]
