@@ -26,24 +26,21 @@ def test_micro_batches_per_step() -> None:
         micro_batches_per_step(10, 4, 1)
 
 
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [  # --rampup-batch-size 32 32 1953125 --global-batch-size 512: 15 increments, one every 130,208.33 samples
-        (0, 32),
-        (130_208, 32),
-        (130_209, 64),
-        (976_562, 256),
-        (976_563, 256),
-        (1_041_667, 288),
-        (1_953_124, 480),
-        (1_953_125, 512),
-        (10**9, 512),
-    ],
-)
-def test_the_published_ramp_up_of_1_3b(samples: int, expected: int) -> None:
+def test_the_published_ramp_up_of_1_3b() -> None:
+    """--rampup-batch-size 32 32 1953125 --global-batch-size 512: 15 increments, one every 130,208.33 samples."""
     ramp_up = BatchRampUp(32, 32, 1_953_125 * 2048)
-    assert batch_size_after(samples, 2048, 512, ramp_up) == expected
-    assert batch_size_after(samples, 2048, 512, None) == 512
+    sizes = {
+        0: 32,
+        130_208: 32,
+        130_209: 64,
+        976_562: 256,
+        976_563: 256,
+        1_041_667: 288,
+        1_953_124: 480,
+        1_953_125: 512,
+    }
+    assert {samples: batch_size_after(samples, 2048, 512, ramp_up) for samples in sizes} == sizes
+    assert batch_size_after(0, 2048, 512, None) == batch_size_after(10**9, 2048, 512, ramp_up) == 512
 
 
 def steps(data: PileDataModule, micro_batches: int, count: int, world_size: int) -> list[list[list[int]]]:

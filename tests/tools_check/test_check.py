@@ -59,32 +59,32 @@ def test_each_defect_is_found(defect: str) -> None:
     assert "Error: " not in found or defect in refused, found  # not by accident
 
 
+OPEN = GPTConfig(
+    61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
+    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("moe", "asked"),
+    ("layer", "asked"),
     [
-        (CAPACITY, 17),
-        (MoEConfig(8, mlp_type="residual", noise="rsample", z_loss_coeff=0.01), 16),
-        (MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sum", aux_scope="rank"), 16),
-        (DROPLESS, 16),
-        (MoEConfig(1), 10),
-        (MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1)), 16),
+        (clean(CAPACITY), 17),
+        (clean(MoEConfig(8, mlp_type="residual", noise="rsample", z_loss_coeff=0.01)), 16),
+        (clean(MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sum", aux_scope="rank")), 16),
+        (clean(DROPLESS), 16),
+        (clean(MoEConfig(1)), 10),
+        (
+            clean(MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1))),
+            16,
+        ),
+        (own_layer(OPEN, "ours"), 16),
     ],
-    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid"],
+    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid", "an open model"],
 )
-def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
-    found = verdicts(clean(moe), QUICK)
+def test_our_layers_pass(layer: Layer, asked: int) -> None:
+    found = verdicts(layer, QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
     assert sum(text.startswith("pass") for text in found.values()) >= asked
-
-
-def test_a_layer_of_an_open_model_passes() -> None:
-    config = GPTConfig(
-        61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
-        moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
-    )  # fmt: skip
-    found = verdicts(own_layer(config, "ours"), QUICK)
-    assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
-    assert sum(text.startswith("pass") for text in found.values()) >= 16
 
 
 class Plain(nn.Module):
