@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile, TokenArrays
 from nlgmoe.data.datamodule import WINDOWS
 from nlgmoe.data.pocket.build import read_texts, text_path, write_corpus
-from nlgmoe.validation import SettingError
+from nlgmoe.validation import RunError, SettingError
 from tests.data.conftest import make_documents, tokens_of
 
 Make = Callable[..., PileDataModule]
@@ -65,6 +65,16 @@ def test_batches_for_an_accelerator_are_pinned(make_data: Make) -> None:
         data.trainer = Ranks(device=device)  # type: ignore[assignment]
         loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
         assert [loader.pin_memory for loader in loaders] == [pinned] * 4
+
+
+def test_batches_of_a_loader_of_the_users_may_differ_in_size_between_ranks(make_data: Make) -> None:
+    """Experts on other ranks would wait for rows that never come."""
+
+    class Own(PileDataModule):
+        def train_dataloader(self) -> Any:
+            return []
+
+    assert make_data().has_equal_batches() and not Own().has_equal_batches()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -202,7 +212,9 @@ def test_the_unigram_baseline_is_of_the_tokens_that_have_a_loss(make_data: Make,
     assert data.unigram_entropy() == pytest.approx(expected, rel=1e-12)
 
 
-def test_shards_are_reused_and_repaired(make_data: Make) -> None:
+def test_shards_are_reused_and_repaired(make_data: Make, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"No corpus in .*: run `nlgmoe prepare-data --data_dir"):
+        PileDataModule(str(tmp_path)).setup()
     data = make_data()
     (folder,) = (data.data_dir / "tokenized").iterdir()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.bin")}

@@ -108,6 +108,8 @@ def test_one_bad_document_is_enough_to_refuse(write: Write, open_corpus: Open) -
         open_corpus(prefix, (16, 4, 0))
     with pytest.raises(ValueError, match=r"leaves validation none of the 20 documents"):
         open_corpus(write(TEXTS), (1, 0, 0))
+    with pytest.raises(ValueError, match=r"nowhere\.idx is missing: set `prefix` of the corpus"):
+        open_corpus(prefix.with_name("nowhere"))
 
 
 def test_an_id_beyond_the_vocabulary_is_found_when_it_is_read(write: Write, open_corpus: Open) -> None:

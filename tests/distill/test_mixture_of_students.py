@@ -22,7 +22,7 @@ from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.optim.token_schedule import SequenceCurriculum, distillation_weight
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
@@ -217,6 +217,25 @@ def test_teachers_that_do_not_suit_are_refused(teacher: Path, tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=f"model.distiller.{message}"):
             fit(tmp_path, teacher, steps=1, distiller=MixtureOfStudents(str(teacher), **wrong))  # type: ignore[arg-type]
+
+
+def test_the_weight_by_the_clock() -> None:
+    assert [distillation_weight(clock, 100) for clock in (0, 99, 100, 101)] == [1, 1, 0, 0]
+    assert [distillation_weight(clock, 100, 40) for clock in (0, 60, 70, 90, 99, 100)] == [1, 1, 0.75, 0.25, 0.025, 0]
+    assert distillation_weight(0, 100, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": 1, "tokens": 1}, "step=1, tokens=1, fraction=None; give one of them"),
+        ({"fraction": 1.5}, "fraction=1.5 must be at most 1"),
+        ({"tokens": 5, "ramp_tokens": 6}, "ramp_tokens=6 is above tokens=5"),
+    ],
+)
+def test_ends_that_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        StagedDistillation(**settings)  # type: ignore[arg-type]
 
 
 def test_an_end_by_a_share_of_a_run_without_length_is_refused(teacher: Path, tmp_path: Path) -> None:
