@@ -13,21 +13,7 @@ from nlgmoe.data.pocket.build import write_corpus
 from nlgmoe.data.pocket.deduplication import Document
 from nlgmoe.data.tokenizer import train_byte_level_bpe
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "mats",
-    "naïve",
-    "日本",
-    "students",
-    "reading",
-    "<|endoftext|>",
-    "12",
-    "books,",
-    "quietly\n\n",
-]
+WORDS = ["the", "cat", "mats", "naïve", "日本", "students", "reading", "<|endoftext|>", "12", "books,", "quietly\n\n"]
 
 
 def make_documents(count: int, domain: str, seed: int) -> list[Document]:

@@ -1,5 +1,6 @@
-"""The global batch: one setting, the same batch on any number of ranks and with any micro-batch."""
+"""The global batch: the same on any number of ranks and with any micro-batch, constant or growing."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,27 +9,66 @@ import lightning
 import pytest
 
 from nlgmoe import GPTConfig, MoEGPTModule, PileDataModule
-from nlgmoe.data.accumulation import micro_batches_per_step
+from nlgmoe.data.accumulation import BatchRampUp, batch_size_after, micro_batches_per_step
 from nlgmoe.validation import SettingError
+from tests.data.test_datamodule import batches, make_trainer, rows
 
 Make = Callable[..., PileDataModule]
+# 12 sequences in the end, 4 at first, 4 more every 16 sequences of 32 tokens.
+RAMP_UP = BatchRampUp(start=4, increment=4, tokens=2 * 16 * 32)
+SIZES = [4, 4, 4, 4, 8, 8, 12, 12]
 
 
-@pytest.mark.parametrize(("sizes", "count"), [((256, 4, 64), 1), ((512, 2, 64), 4), ((256, 4, 1), 64), ((8, 8, 1), 1)])
-def test_micro_batches_per_step(sizes: tuple[int, int, int], count: int) -> None:
-    assert micro_batches_per_step(*sizes) == count
+def test_micro_batches_per_step() -> None:
+    sizes = [(256, 4, 64), (512, 2, 64), (256, 4, 1), (8, 8, 1)]
+    assert [micro_batches_per_step(*three) for three in sizes] == [1, 4, 64, 1]
+    with pytest.raises(SettingError, match=r"1 rank feeds .* data.global_batch_size to 8 or 12, or another size$"):
+        micro_batches_per_step(10, 4, 1)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((256, 4, 128), r"512 sequences that 128 ranks feed .* set data.global_batch_size to 512, or another size$"),
-        ((10, 4, 1), r"1 rank feeds .* data.global_batch_size to 8 or 12, or another size$"),
-    ],
-)
-def test_what_does_not_divide_is_refused_with_the_nearest_that_does(sizes: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        micro_batches_per_step(*sizes)
+def test_the_published_ramp_up_of_1_3b() -> None:
+    """--rampup-batch-size 32 32 1953125 --global-batch-size 512: 15 increments, one every 130,208.33 samples."""
+    ramp_up = BatchRampUp(32, 32, 1_953_125 * 2048)
+    sizes = {
+        0: 32,
+        130_208: 32,
+        130_209: 64,
+        976_562: 256,
+        976_563: 256,
+        1_041_667: 288,
+        1_953_124: 480,
+        1_953_125: 512,
+    }
+    assert {samples: batch_size_after(samples, 2048, 512, ramp_up) for samples in sizes} == sizes
+    assert batch_size_after(0, 2048, 512, None) == batch_size_after(10**9, 2048, 512, ramp_up) == 512
+
+
+def steps(data: PileDataModule, micro_batches: int, count: int, world_size: int) -> list[list[list[int]]]:
+    """The rows of each of the next `count` steps, in the order of their samples."""
+    by_rank = [batches(data, count * micro_batches, rank, world_size) for rank in range(world_size)]
+    return [
+        [row for index in range(micro_batches) for rank in by_rank for row in rows(rank[step * micro_batches + index])]
+        for step in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("micro_batch_size", "world_size", "micro_batches"), [(12, 1, 1), (3, 2, 2)])
+def test_a_growing_batch_has_the_same_samples_on_any_ranks_and_goes_on_in_its_middle(
+    make_data: Make, micro_batch_size: int, world_size: int, micro_batches: int
+) -> None:
+    straight = [row for batch in batches(make_data(micro_batch_size=1), sum(SIZES)) for row in rows(batch)]
+    options = {"micro_batch_size": micro_batch_size, "global_batch_size": 12, "batch_ramp_up": RAMP_UP}
+    whole = steps(make_data(**options), micro_batches, len(SIZES), world_size)
+    assert [len(step) for step in whole] == SIZES and [row for step in whole for row in step] == straight
+
+    killed = make_data(**options, num_workers=1)
+    batches(killed, 9)  # workers have loaded ahead
+    for size in SIZES[:5]:
+        assert killed.planned_batch_size() == size
+        killed.advance(size)
+    resumed = make_data(**options | {"micro_batch_size": 3})
+    resumed.load_state_dict(killed.state_dict())
+    assert steps(resumed, 2, 3, 2) == whole[5:]
 
 
 class Steps(lightning.Callback):
@@ -50,39 +90,54 @@ class Steps(lightning.Callback):
 
 
 def fit(folder: Path, data: PileDataModule, max_steps: int, checkpoint: Path | None = None, **options: Any) -> Steps:
+    options = {"enable_checkpointing": False, "use_distributed_sampler": False, "limit_val_batches": 0} | options
     steps = Steps()
-    module = MoEGPTModule(GPTConfig(400, 32, 1, 16, 2))
-    defaults = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        max_steps=max_steps,
-        callbacks=[steps],
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        **{**defaults, "limit_val_batches": 0, **options},
-    )
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    trainer = make_trainer(folder, max_steps=max_steps, max_epochs=-1, callbacks=[steps], **options)
+    trainer.fit(MoEGPTModule(GPTConfig(400, 32, 1, 16, 2)), data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / "end.ckpt")
     return steps
 
 
-def test_a_step_takes_the_micro_batches_of_the_global_batch(make_data: Make, tmp_path: Path) -> None:
-    """Validation comes every so many steps, whatever a step is made of; so it does when the run is resumed with another."""
-    data = make_data(micro_batch_size=4, global_batch_size=12, max_eval_windows=1)
+def test_a_step_takes_its_micro_batches_and_the_clocks_follow(make_data: Make, tmp_path: Path) -> None:
+    """Six steps, saved, and two more with smaller micro-batches: validation and clocks count steps and samples."""
+    options: dict[str, Any] = {"global_batch_size": 12, "batch_ramp_up": RAMP_UP, "max_eval_windows": 1}
     interval = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
-    first = fit(tmp_path, data, 3, **interval)
-    assert first.steps == [0, 3, 6, 9] and first.validated == [2, 3]  # and at the end
-    assert data.samples_consumed == 36
-
-    resumed = make_data(micro_batch_size=2, global_batch_size=12, max_eval_windows=1)
-    second = fit(tmp_path, resumed, 6, tmp_path / "end.ckpt", **interval)
-    assert second.steps == [0, 6, 12, 18] and second.validated == [4, 6]
-    assert resumed.samples_consumed == 72
+    interval["num_sanity_val_steps"] = 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a step had .* sequences")
+        data = make_data(micro_batch_size=6, **options)
+        first = fit(tmp_path, data, 6, **interval)
+        assert first.steps == [0, 2, 4, 6, 8, 10, 12] and first.validated == [2, 4, 6]
+        assert data.samples_consumed == sum(SIZES[:6])
+        resumed = make_data(micro_batch_size=3, **options)
+        second = fit(tmp_path, resumed, 8, tmp_path / "end.ckpt", **interval)
+        assert second.steps == [0, 4, 8] and second.validated == [8]
+    assert resumed.samples_consumed == sum(SIZES)
+    assert resumed.trainer is not None
+    assert resumed.trainer.lightning_module.tokens_seen == sum(SIZES) * 32
+    with pytest.warns(
+        UserWarning, match="a step had 12 sequences .*, now it has 4; data.global_batch_size=12 keeps it"
+    ):
+        fit(tmp_path, make_data(micro_batch_size=4, global_batch_size=4), 9, tmp_path / "end.ckpt")
 
 
 def test_accumulation_has_one_master(make_data: Make, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"accumulate_grad_batches 2 and data.global_batch_size 12 .* makes it 3"):
         fit(tmp_path, make_data(global_batch_size=12), 1, accumulate_grad_batches=2)
-    assert fit(tmp_path, make_data(), 2, accumulate_grad_batches=2).steps == [0, 2, 4]
+    data = make_data()
+    assert fit(tmp_path, data, 2, accumulate_grad_batches=2).steps == [0, 2, 4] and data.batch_size_after(0) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"global_batch_size": 18, "micro_batch_size": 9},
+            "^start=4 does not reach global_batch_size=18 by increment=4",
+        ),
+        ({"micro_batch_size": 2}, "^start=4 must be a multiple of the 6 micro-batches"),
+    ],
+)
+def test_a_ramp_up_that_micro_batches_cannot_make_up_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        PileDataModule(**{"global_batch_size": 12, "batch_ramp_up": RAMP_UP, "micro_batch_size": 3} | options)

@@ -50,16 +50,6 @@ def test_an_epoch_visits_every_window_of_every_domain_once_in_a_new_order() -> N
         assert int(sample["domain"]) == int(sample["targets"][0] >= 1000)
 
 
-@given(st.lists(st.integers(0, 100), max_size=30))
-def test_a_sample_is_a_function_of_its_index(indices: list[int]) -> None:
-    asked_before, _ = make_source()
-    for index in indices:
-        asked_before.sample(index)
-    for index in (0, 10, 11, 57):
-        fresh, _ = make_source()
-        assert asked_before.sample(index)["targets"].tolist() == fresh.sample(index)["targets"].tolist()
-
-
 def test_evaluation_cut_short_keeps_the_first_windows_of_each_domain() -> None:
     source = EvaluationSource([np.arange(1, 26), np.arange(50, 53)], seq_len=10, eod_id=EOD, max_windows=2)
     assert len(source) == 3

@@ -3,7 +3,6 @@
 import gc
 import shutil
 import weakref
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
 from nlgmoe.checkpoint.folder import TensorFiles
@@ -23,7 +22,7 @@ from nlgmoe.layers.losses import SoftTargets
 from nlgmoe.model.gpt import GPT
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
-from nlgmoe.optim.token_schedule import SequenceCurriculum
+from nlgmoe.optim.token_schedule import SequenceCurriculum, distillation_weight
 from nlgmoe.pyramid import experts_per_layer, student_config, student_layers
 from tests.checkpoint.runs import SaveAt
 from tests.synthetic import SyntheticData
@@ -201,16 +200,47 @@ def test_after_the_end_a_run_is_one_on_text_alone(teacher: Path, tmp_path: Path)
     assert "train/distillation_loss" not in run.callback_metrics
 
 
+def test_teachers_that_do_not_suit_are_refused(teacher: Path, tmp_path: Path) -> None:
+    """By their tokenizer's size, and by what the settings say of them."""
+    with pytest.raises(
+        ValueError, match="has vocab_size=50, the student 61; use a teacher with the student's tokenizer"
+    ):
+        fit(tmp_path, trained(replace(TEACHER, moe=None, vocab_size=50), tmp_path))
+    said = {"num_layers": 4, "hidden_size": 48, "num_heads": 3, "num_experts": [2, 4]}
+    fit(tmp_path, teacher, steps=1, distiller=MixtureOfStudents(str(teacher), **said))  # type: ignore[arg-type]
+    for wrong, message in (
+        (
+            {"num_layers": 3},
+            r"num_layers=3, but model.distiller.teacher=.*teacher.ckpt has 4; use the teacher that is meant",
+        ),
+        ({"num_experts": 0}, r"num_experts=0, .* has \[2, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=f"model.distiller.{message}"):
+            fit(tmp_path, teacher, steps=1, distiller=MixtureOfStudents(str(teacher), **wrong))  # type: ignore[arg-type]
+
+
+def test_the_weight_by_the_clock() -> None:
+    assert [distillation_weight(clock, 100) for clock in (0, 99, 100, 101)] == [1, 1, 0, 0]
+    assert [distillation_weight(clock, 100, 40) for clock in (0, 60, 70, 90, 99, 100)] == [1, 1, 0.75, 0.25, 0.025, 0]
+    assert distillation_weight(0, 100, 100) == 1
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("settings", "message"),
     [
-        ({"vocab_size": 50}, "has vocab_size=50, the student 61; use a teacher with the student's tokenizer"),
-        ({"seq_len": 8}, "reads seq_len=8 tokens, the student 16"),
+        ({"step": 1, "tokens": 1}, "step=1, tokens=1, fraction=None; give one of them"),
+        ({"fraction": 1.5}, "fraction=1.5 must be at most 1"),
+        ({"tokens": 5, "ramp_tokens": 6}, "ramp_tokens=6 is above tokens=5"),
     ],
 )
-def test_teachers_that_do_not_suit_are_refused(change: dict[str, int], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, trained(replace(TEACHER, moe=None, **change), tmp_path))
+def test_ends_that_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        StagedDistillation(**settings)  # type: ignore[arg-type]
+
+
+def test_an_end_by_a_share_of_a_run_without_length_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fraction=0\.5 is of model.train_tokens, which is null"):
+        fit(tmp_path, teacher, StagedDistillation(fraction=0.5))
 
 
 def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -225,57 +255,10 @@ def test_a_teacher_that_lacks_experts_or_is_not_there_is_refused(tmp_path: Path)
         fit(tmp_path, tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(
-    ("callbacks", "message"),
-    [
-        ([StagedDistillation(fraction=0.5)], r"fraction=0\.5 is of model.train_tokens, which is null"),
-        (
-            [StagedDistillation(step=9), EarlyStopping("train/teacher_agreement")],
-            "is not logged once StagedDistillation",
-        ),
-        ([StagedDistillation(tokens=90), StagedDistillation(step=9)], "StagedDistillation is there twice"),
-    ],
-)
-def test_ends_that_cannot_be_are_refused(callbacks: list[Any], message: str, teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, teacher, *callbacks)
-
-
 def test_evaluation_never_asks_for_the_teacher(tmp_path: Path) -> None:
     module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents("nowhere"))
     run = trainer(tmp_path, limit_val_batches=1.0)
     assert run.validate(module, SyntheticData(), verbose=False) and run.test(module, SyntheticData(), verbose=False)
-
-
-def test_a_dense_teacher_in_bf16(tmp_path: Path) -> None:
-    path = trained(replace(TEACHER, moe=None), tmp_path)
-    module = MoEGPTModule(STUDENT, distiller=MixtureOfStudents(str(path), precision="bf16"))
-    watch = Watch()
-    trainer(tmp_path, watch, max_steps=1).fit(module, SyntheticData())
-    ((tokens, logits),) = watch.said
-    assert logits.dtype == torch.bfloat16
-    alone = load_model(path)
-    torch.testing.assert_close(logits.float(), alone.logits(alone(tokens).hidden), atol=0.05, rtol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("expected", "message"),
-    [
-        (
-            {"num_layers": 3},
-            r"num_layers=3, but model.distiller.teacher=.*teacher.ckpt has 4; use the teacher that is meant, or",
-        ),
-        ({"num_experts": [4, 2]}, r"num_experts=\[4, 2\], .* has \[2, 4\]"),
-        ({"num_experts": 0}, r"num_experts=0, .* has \[2, 4\]"),
-        ({"num_layers": 4, "hidden_size": 48, "num_heads": 3, "num_experts": [2, 4]}, None),
-    ],
-)
-def test_a_teacher_is_what_the_settings_say(
-    expected: dict[str, Any], message: str | None, teacher: Path, tmp_path: Path
-) -> None:
-    distiller = MixtureOfStudents(str(teacher), **expected)
-    with nullcontext() if message is None else pytest.raises(ValueError, match=f"model.distiller.{message}"):
-        fit(tmp_path, teacher, steps=1, distiller=distiller)
 
 
 def test_a_teacher_in_fp32_under_bf16(teacher: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nlgmoe.callbacks import StagedDistillation
-from nlgmoe.commands.distill_logits import _describe_tail
 from nlgmoe.config import MoEConfig
 from nlgmoe.data.accumulation import BatchRampUp, batch_size_after
 from nlgmoe.distill import record_logits as recording
@@ -282,17 +281,11 @@ def test_damage_is_found(kind: str, logits: Path, tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # teacher's settings, run's settings, message
-    "temperature": (
-        {"temperature": 1.0},
-        {},
-        r"was recorded at temperature=2.0, model.distiller.temperature is 1.0; set",
-    ),
-    "seed": ({}, {"data": NumberedData(seed=2)}, r"other data; these differ: seed \(1 there, 2 here\)"),
+    "temperature": ({"temperature": 1.0}, {}, r"recorded at temperature=2.0, model.distiller.temperature is 1.0; set"),
     "corpus": ({}, {"data": Longer()}, r"these differ: corpus \(a walk there, a longer walk here\); set"),
     "documents": ({}, {"data": NumberedData(documents=True)}, r"document_attention \(False there, True here\)"),
     "numbers": ({}, {"data": SyntheticData()}, "the data module does not number its samples"),
     "samples": ({}, {"accumulate": 3}, "holds 32 samples, this run distils 48; record that many with --samples 48"),
-    "teacher": ({"teacher": "nowhere"}, {}, "distiller.teacher=nowhere: no checkpoint at nowhere.*; set it to"),
 }
 
 
@@ -313,8 +306,6 @@ def test_another_teacher_or_student_is_refused(logits: Path, teacher: Path, tmp_
         fit(tmp_path, OfflineTeacher(str(logits), 1.0, 2.0, teacher=str(other)))
     with pytest.raises(ValueError, match=r"recorded with other settings: teacher \(\w+ there, \w+ here\)"):
         record(other, logits, top_k=8)
-    with pytest.raises(ValueError, match=r"other settings: corpus \(a walk there, a longer walk here\)"):
-        record(teacher, logits, Longer(), top_k=8)
     for name in ("vocab_size", "seq_len"):
         header = json.loads((logits / HEADER).read_text()) | {name: 99}
         with pytest.raises(ValueError, match=f"has {name}=99, the student "):
@@ -330,14 +321,8 @@ def test_samples_of_a_run_by_hand() -> None:
     grown = SequenceCurriculum(32, 4, 4)  # 8 tokens from 32 on
     assert samples_before_end(End(None, None), batch, 8, grown) is None
     # tokens fed 16, 32, 96, 160; samples 4, 8, 16, 24
-    assert [samples_before_end(End(tokens, None), batch, 8, grown) for tokens in (1, 16, 17, 32, 33, 97)] == [
-        4,
-        4,
-        8,
-        8,
-        16,
-        24,
-    ]
+    ends = [samples_before_end(End(tokens, None), batch, 8, grown) for tokens in (1, 16, 17, 32, 33, 97)]
+    assert ends == [4, 4, 8, 8, 16, 24]
     assert samples_before_end(End(None, 3), batch, 8, grown) == 16
     assert samples_before_end(End(1000, 3).earlier(End(33, None)), batch, 8, grown) == 16
     assert samples_before_end(End(97, None), batch, 8, grown, RunPosition(32, 2, 8)) == 24
@@ -349,8 +334,3 @@ def test_bytes_of_a_token() -> None:
     small = {"vocab_size": 65_536, "seq_len": 128, "top_k": 64}
     assert record_type(small).itemsize == 128 * (64 * 2 + 65 * 2) + 8
     assert record_type(small | {"vocab_size": 65_537}).itemsize == 128 * (64 * 4 + 65 * 2) + 8
-
-
-@pytest.mark.parametrize(("tail", "advises"), [(0.09, False), (0.11, True)])
-def test_a_large_tail_is_advised_against(tail: float, advises: bool) -> None:
-    assert ("raise --top-k" in _describe_tail(tail, 64)) == advises

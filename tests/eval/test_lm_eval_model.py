@@ -19,7 +19,7 @@ from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.lm_eval.lm_eval_model import EvaluatedGPT
 from tests.equivalence.test_hugging_face_gpt2 import as_theirs, our_name
-from tests.eval.tiny_tasks import CONFIG, TOKENIZER, WORDS, text
+from tests.eval.tiny_tasks import TOKENIZER, WORDS, text
 
 SEQ_LEN = 24
 DENSE = GPTConfig(TOKENIZER.vocab_size, SEQ_LEN, 2, 32, 2, vocab_size_multiple=1)
@@ -56,11 +56,10 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
     return [SimpleNamespace(args=each, task_name="tiny") for each in arguments]
 
 
+CHOICES = (" a", " b", " no", " yes", " nobody")  # read together where they can be
 PAIRS = [
     *((text(n, 1 + 3 * n), " " + text(n + 1, 1 + n % 3)) for n in range(9)),  # the longest are cut from the left
-    *(
-        ("is it the king?", choice) for choice in (" a", " b", " no", " yes", " nobody")
-    ),  # read together where they can be
+    *(("is it the king?", choice) for choice in CHOICES),
     ("", "the king"),
     ("the king ", "saw"),  # the space goes to the continuation
 ]
@@ -108,47 +107,3 @@ def test_generated_texts_are_those_of_lm_evals_hf_model(pair: tuple[EvaluatedGPT
     ours, expected = (lm.generate_until(prompts, disable_tqdm=True) for lm in pair)
     assert ours == expected
     assert len(set(ours)) > 4
-
-
-@torch.no_grad()
-def test_a_model_with_experts_and_the_likeliest_tokens() -> None:
-    gpt = randomised(CONFIG)
-    context = TOKENIZER.encode("the old stone")
-    tokens = list(context)
-    for _ in range(3):
-        tokens.append(int(gpt.logits(gpt(torch.tensor([tokens])).hidden[0, -1]).argmax()))
-    likeliest = tokens[len(context) :]
-    nats = gpt.logits(gpt(torch.tensor([tokens[:-1]])).hidden[0]).log_softmax(-1)
-    expected = sum(float(nats[len(context) - 1 + index, token]) for index, token in enumerate(likeliest))
-    other = [likeliest[0], likeliest[1], (likeliest[2] + 1) % TOKENIZER.vocab_size]
-    pairs = [(("", ""), context, continuation) for continuation in (likeliest, other)]
-    (score, greedy), (_, not_greedy) = EvaluatedGPT(gpt, TOKENIZER)._loglikelihood_tokens(pairs)
-    assert (score, greedy, not_greedy) == (pytest.approx(expected, rel=1e-5), True, False)
-
-
-def test_results_do_not_depend_on_the_batch_size() -> None:
-    gpt = randomised(CONFIG)
-    alone, together = EvaluatedGPT(gpt, TOKENIZER, batch_size=1), EvaluatedGPT(gpt, TOKENIZER, batch_size=7)
-    for (one, _), (other, _) in zip(*(lm.loglikelihood(requests(*PAIRS)) for lm in (alone, together)), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-    prompts = requests(*((text(n, 1 + n), UNTIL) for n in range(6)))
-    assert alone.generate_until(prompts) == together.generate_until(prompts)
-
-
-def test_a_task_without_a_number_of_new_tokens_leaves_half_of_a_short_model_for_the_prompt() -> None:
-    lm = EvaluatedGPT(randomised(CONFIG), TOKENIZER)
-    (generated,) = lm.generate_until(requests((text(1, 30), {"until": []})))
-    assert lm.max_gen_toks == SEQ_LEN // 2 and generated
-
-
-def test_mixed_precision_is_that_of_the_trainer() -> None:
-    """`HFLM` turns off the autocast that surrounds it."""
-    gpt = randomised(CONFIG)
-    dtypes = []
-    gpt.blocks[0].register_forward_hook(lambda module, inputs, output: dtypes.append(torch.is_autocast_enabled("cpu")))
-    (full, _), (mixed, _) = (
-        EvaluatedGPT(gpt, TOKENIZER, autocast=autocast).loglikelihood(requests(("the old", " stone")))[0]
-        for autocast in (None, torch.bfloat16)
-    )
-    assert dtypes == [False, True]
-    assert mixed != full and mixed == pytest.approx(full, rel=0.05)

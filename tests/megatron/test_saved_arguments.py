@@ -65,24 +65,17 @@ def test_the_last_argument_block_of_a_log(line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{"save": "/lustre/project/experiments/moe-350m"}, {"num_experts": [8] * 12}], ids=["a path", "a list"]
 )
-@pytest.mark.parametrize("width", [60, 80])
-def test_a_log_with_wrapped_lines_is_refused(changes: dict[str, Any], width: int, tmp_path: Path) -> None:
-    """As it is copied from a terminal: a value was cut, or no list any more. Lines of other programs are none of its rests."""
-    log, whole = tmp_path / "train.log", printed(changes)
+def test_a_log_with_wrapped_lines_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """As it is copied from a terminal: a value would be cut. Lines of other programs are no rests of values."""
+    log, whole, width = tmp_path / "train.log", printed(changes), 80
     log.write_text("\n".join(line[at : at + width] for line in whole.splitlines() for at in range(0, len(line), width)))
-    with pytest.raises(
-        SettingError, match=rf"train.log: its lines are wrapped at {width} characters, and .* is the rest"
-    ):
+    with pytest.raises(SettingError, match=r"train.log: its lines are wrapped at 80 characters, and .* is the rest"):
         read_launch([str(log)], ())
     longest = max(whole.splitlines(), key=len)
     log.write_text(whole.replace(longest, f"{longest}\n[WARNING] async_io requires the dev libaio package\n\nwarning:"))
     with_noise = read_launch([str(log)], ())
     log.write_text(whole)
     assert with_noise == read_launch([str(log)], ())
-    log.write_text(whole.replace("[8, 8", "[8, 8,\nnoise that ends here\n").replace(" 8]", " 8"))
-    if "num_experts" in changes:
-        with pytest.raises(SettingError, match=r"num_experts \[8, 8, is no list; give the log as it was written"):
-            read_launch([str(log)], ())
 
 
 def test_the_arguments_of_a_checkpoint(tmp_path: Path) -> None:
@@ -96,11 +89,8 @@ def test_the_arguments_of_a_checkpoint(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"swiglu": True}, "train.log: --swiglu: SwiGLU is not translated"),
-        ({"add_position_embedding": False}, "--no-position-embedding: the model here is GPT-2's"),
-        ({"num_key_value_heads": 2}, "--num-key-value-heads 2: the model here"),
-        ({"num_experts_switch": 8}, "--num-experts-switch 8: the model here"),
+        ({"add_position_embedding": False}, "--no-position-embedding: the model here"),
         ({"end_weight_decay": 0.1}, "--end-weight-decay 0.1: weight decay is constant"),
-        ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size 2: there is no tensor parallelism"),
         ({"data_path": ["0.3", "a", "b"]}, "--data-path 0.3 a b: is not a list of weight and prefix"),
     ],
 )

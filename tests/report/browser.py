@@ -1,6 +1,5 @@
 """A headless Chromium, driven through its DevTools pipe: content, errors and network requests of a page."""
 
-import base64
 import json
 import os
 import select
@@ -83,10 +82,6 @@ class Browser:
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
-
-    def screenshot(self, file: Path) -> None:
-        """Take a screenshot as PNG."""
-        file.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"]))
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the DevTools protocol."""

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from nlgmoe.commands.main import main
 from nlgmoe.tools.report.groups import chart, group_runs, table
 from nlgmoe.tools.report.page import page
 from nlgmoe.tools.report.runs import read_runs
 from nlgmoe.tools.statistics import paired_difference
+from nlgmoe.validation import SettingError
 
 LOSSES = {"dense": [3.80, 3.90, 3.70], "moe": [3.74, 3.80, 3.68]}
 
@@ -71,26 +71,6 @@ def test_runs_that_differ_in_their_seeds_are_one_group(runs: list[Path]) -> None
     assert (low["y"][1], high["y"][1]) == pytest.approx((3.8 - error, 3.8 + error), abs=1e-4)
 
 
-def test_a_group_without_a_common_validation_is_named(runs: list[Path]) -> None:
-    (runs[4] / "metrics.csv").write_text("step,train/loss,val/loss\n0,7,\n6,,4.0\n")
-    drawn = chart(group_runs(read_runs(runs), "seed"))
-    assert drawn is not None and {line["name"] for line in drawn.panels[0].traces} == {"moe=null"}
-    assert drawn.text.endswith("Not shown, because there is no such step: num_experts=8.")
-
-
-def test_groups_that_differ_in_much_are_named_by_their_folders(runs: list[Path]) -> None:
-    for number, run in enumerate(runs):
-        change(run, "model.config", **{f"other_{index}": number // 3 for index in range(4)})
-    assert [group.mean.name for group in group_runs(read_runs(runs), "seed")] == ["dense", "moe"]
-    with pytest.raises(ValueError, match=r"group_by=model.config.moe.num_experts: dense-0 has no setting"):
-        group_runs(read_runs(runs), "model.config.moe.num_experts")
-
-
-def test_groups_are_named_by_the_whole_name_of_settings_whose_ends_are_equal(runs: list[Path]) -> None:
-    names = [group.mean.name for group in group_runs(read_runs(runs[3:5]), "num_experts")]
-    assert names == ["data.seed=0, model.seed=0", "data.seed=1, model.seed=1"]
-
-
 def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     groups = group_runs(read_runs(runs), "seed")
     text = shown(table(groups))
@@ -103,13 +83,10 @@ def test_differences_are_paired_by_seed(runs: list[Path]) -> None:
     (runs[5] / "summary.json").unlink()
     text = shown(page(read_runs(runs), "seed"))
     assert "|3 (2 ended)|" in text and "|-0.0800|" in text
-
-
-def test_an_interval_on_one_side_of_zero_is_a_result(runs: list[Path]) -> None:
     for run, loss in zip(runs[3:], (3.70, 3.81, 3.59), strict=True):
         (run / "summary.json").write_text(json.dumps({"val_loss": loss}))
     groups = group_runs(read_runs(runs), "seed")
-    assert "|at the end: verdict|–|lower|" in shown(table(groups))
+    assert "|at the end: verdict|–|lower|" in shown(table(groups))  # the interval is on one side of zero
     assert "|at the end: verdict|higher|–|" in shown(table(groups, reference=1))
 
 
@@ -148,29 +125,12 @@ def test_losses_of_other_tokens_are_named(runs: list[Path]) -> None:
     )
 
 
-def test_a_router_with_a_seed_of_its_own_is_paired_too(runs: list[Path]) -> None:
-    for run in runs[3:]:
-        change(run, "model.config.moe", router={"init_args": {"seed": 7}})
-    text = shown(table(group_runs(read_runs(runs), "seed")))
-    assert "|-0.0600|" in text and "|0.0231|" in text
-
-
-def test_what_cannot_be_grouped_is_refused(
-    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    again = tmp_path / "again"
-    again.mkdir()
-    output = ["--output", str(tmp_path / "page.html")]
-    nowhere = ["--output", str(tmp_path / "nowhere/page.html")]
-    for extra, message in (
-        (nowhere, f"there is no folder {tmp_path}/nowhere; make it first"),
-        (["--group-by", "sead"], "--group-by=sead: dense-0 has no setting whose name ends so"),
-        ([str(write(again, "moe", 2, 3.0)), "--group-by", "seed"], "have the same settings and seed; leave one out"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            main(["report", *map(str, runs), *extra, *(output if extra != nowhere else [])])
-        assert end.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "page.html").exists()
+def test_what_cannot_be_grouped_is_refused(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="group_by=sead: dense-0 has no setting whose name ends so"):
+        group_runs(read_runs(runs), "sead")
+    (again := tmp_path / "again").mkdir()
+    with pytest.raises(SettingError, match="have the same settings and seed; leave one out"):
+        group_runs(read_runs([*runs, write(again, "moe", 2, 3.0)]), "seed")
 
 
 def test_paired_differences_are_scipys() -> None:

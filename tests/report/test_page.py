@@ -1,13 +1,12 @@
 """The page, opened in Chromium without a network."""
 
 import base64
-import csv
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import yaml
@@ -118,31 +117,23 @@ def test_plotly_knows_all_properties(run: Path) -> None:
 def test_two_runs_over_every_x_axis(browser: Browser, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    with (other / "metrics.csv").open() as file:
-        rows = [{name: value for name, value in row.items() if name != "train/flops"} for row in csv.DictReader(file)]
-    with (other / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.read_csv(run / "metrics.csv").drop(columns="train/flops").to_csv(other / "metrics.csv", index=False)
     page = tmp_path / "both.html"
     main(["report", str(run), str(other), "--output", str(page)])
     drawn = opened(browser, page)
     assert list(drawn) == [*ALL[:-1], "load-0", "load-1", "information", "overlap", "preference-0", "preference-1"]
     assert all(chart["shapes"] > 0 for chart in drawn.values())
     assert drawn["loss"]["x"] == ["tokens"]
-    with (run / "metrics.csv").open() as file:
-        logged = [row for row in csv.DictReader(file) if row["train/loss"]]
-    tokens = [float(row["train/tokens"]) for row in logged]
+    logged = pd.read_csv(run / "metrics.csv").dropna(subset="train/loss")
+    tokens = logged["train/tokens"].tolist()
     assert values(browser, "loss", 1, "x") == pytest.approx(tokens)
-    assert values(browser, "loss", 2, "x") == pytest.approx(
-        [4 * 64, 8 * 64, 12 * 64]
-    )  # validation comes after its step
+    assert values(browser, "loss", 2, "x") == [4 * 64, 8 * 64, 12 * 64]  # validation comes after its step
     assert values(browser, "load-0", 0, "x") == pytest.approx([token + 64 for token in tokens])
     assert choose(browser, "input[value=steps]")["loss"]["x"] == ["steps"]
     assert values(browser, "loss", 2, "x") == [4, 8, 12]
     assert choose(browser, "input[value=seconds]")["router"]["x"] == ["time (minutes)"]
-    elapsed = [float(row["time/elapsed"]) / 60 for row in logged]
-    between = [(early + late) / 2 for early, late in pairwise(elapsed)]  # every second step is logged, once it is taken
+    elapsed = logged["time/elapsed"].to_numpy() / 60
+    between = (elapsed[:-1] + elapsed[1:]) / 2  # every second step is logged, once it is taken
     assert values(browser, "loss", 1, "x")[1:] == pytest.approx(between, rel=1e-4)
     without = choose(browser, "input[value=flops]")
     assert without["loss"]["shapes"] < drawn["loss"]["shapes"]

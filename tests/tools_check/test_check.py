@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lightning import Trainer
 from torch import Tensor, nn
@@ -37,7 +35,6 @@ from tests.tools_check.broken import (
     gate_of_ranks,
     outputs_of_other_slots,
     own_loss,
-    share_of_balance_loss,
 )
 from tests.tools_check.own_routers import DeclaredCapacityConfig, OwnCapacityConfig
 
@@ -62,32 +59,32 @@ def test_each_defect_is_found(defect: str) -> None:
     assert "Error: " not in found or defect in refused, found  # not by accident
 
 
+OPEN = GPTConfig(
+    61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
+    moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("moe", "asked"),
+    ("layer", "asked"),
     [
-        (CAPACITY, 17),
-        (MoEConfig(8, mlp_type="residual", noise="rsample", z_loss_coeff=0.01), 16),
-        (MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sum", aux_scope="rank"), 16),
-        (DROPLESS, 16),
-        (MoEConfig(1), 10),
-        (MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1)), 16),
+        (clean(CAPACITY), 17),
+        (clean(MoEConfig(8, mlp_type="residual", noise="rsample", z_loss_coeff=0.01)), 16),
+        (clean(MoEConfig(4, top_k=3, mlp_type="residual", residual_mix="sum", aux_scope="rank")), 16),
+        (clean(DROPLESS), 16),
+        (clean(MoEConfig(1)), 10),
+        (
+            clean(MoEConfig(8, top_k=2, token_dropping=False, router=SigmoidTopK(0.01, 2.5, sequence_loss_coeff=0.1))),
+            16,
+        ),
+        (own_layer(OPEN, "ours"), 16),
     ],
-    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid"],
+    ids=["top-1", "rsample, residual", "top-3, residual", "dropless", "one expert", "sigmoid", "an open model"],
 )
-def test_our_layers_pass(moe: MoEConfig, asked: int) -> None:
-    found = verdicts(clean(moe), QUICK)
+def test_our_layers_pass(layer: Layer, asked: int) -> None:
+    found = verdicts(layer, QUICK)
     assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
     assert sum(text.startswith("pass") for text in found.values()) >= asked
-
-
-def test_a_layer_of_an_open_model_passes() -> None:
-    config = GPTConfig(
-        61, norm="rmsnorm", rope_theta=1e4, num_kv_heads=2, head_dim=12, qk_norm="head", bias=False, ffn_network="swiglu",
-        moe=MoEConfig(8, top_k=2, token_dropping=False, second_expert="argmax", router=SoftmaxTopK(normalize_weights=False)),
-    )  # fmt: skip
-    found = verdicts(own_layer(config, "ours"), QUICK)
-    assert not [f"{name}: {text}" for name, text in found.items() if text.startswith("fail")]
-    assert sum(text.startswith("pass") for text in found.values()) >= 16
 
 
 class Plain(nn.Module):
@@ -137,22 +134,9 @@ def test_its_twins_with_one_defect_are_found_by_one_property(router: OwnCapacity
     assert reason in found[name]
 
 
-@pytest.mark.parametrize(
-    ("moe", "spoil"),
-    [(CAPACITY, gate_of_ranks), (replace(DROPLESS, loss_coeff=0.1, aux_scope="global"), share_of_balance_loss)],
-    ids=["sum over ranks", "share of the balance loss"],
-)
-def test_ranks_find_a_wrong_gradient_of_the_gate(moe: MoEConfig, spoil: Callable[[MoELayer], None]) -> None:
-    found = verdicts(broken(moe, spoil), {RANKS})[RANKS]
+def test_ranks_find_a_wrong_gradient_of_the_gate() -> None:
+    found = verdicts(broken(CAPACITY, gate_of_ranks), {RANKS})[RANKS]
     assert found.startswith("fail: 2 ranks, rank") and "gradient of router.weight" in found
-
-
-def test_a_parameter_without_dimension_is_named() -> None:
-    def temperature(module: MoELayer) -> None:
-        module.router.register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
-
-    found = verdicts(broken(CAPACITY, temperature), {RANKS})[RANKS]
-    assert found.startswith("fail: router.temperature has no dimension")
 
 
 def test_ranks_find_outputs_of_other_slots() -> None:
@@ -165,12 +149,10 @@ def test_idioms_of_routers_raise_no_alarm() -> None:
     collapse = "the balance loss sees a collapse"  # which a z-loss of the router's own does not
     found = verdicts(broken(TWO, own_loss(lambda log_z: log_z.square().mean())), {collapse})
     assert found[collapse].startswith("pass"), found
-    # The first normalises its input.
-    for name in ("cosine_router.CosineRouterConfig", "tests.tools_check.own_routers.TwoFactorsConfig"):
-        for layer in find_layers([name]):
-            found = verdicts(layer, QUICK)
-            assert not [text for text in found.values() if text.startswith("fail")], found
-            assert found[HOST].startswith("pass")
+    for layer in find_layers(["cosine_router.CosineRouterConfig"]):  # it normalises its input
+        found = verdicts(layer, QUICK)
+        assert not [text for text in found.values() if text.startswith("fail")], found
+        assert found[HOST].startswith("pass")
 
 
 @pytest.mark.parametrize(
@@ -286,26 +268,6 @@ class FloatLoss(NotANumber):
         return x, 0.5
 
 
-class VectorLoss(NotANumber):
-    def forward(self, x: Tensor) -> Any:
-        return x, x.sum().view(1)
-
-
-class Dictionary(NotANumber):
-    def forward(self, x: Tensor) -> Any:
-        return {"y": x}
-
-
-class Flat(NotANumber):
-    def forward(self, x: Tensor) -> Any:
-        return x.flatten(0, 1)
-
-
-class AsksForMore(NotANumber):
-    def forward(self, x: Tensor, positions: Tensor) -> Any:
-        return x
-
-
 def test_nan_passes_no_comparison() -> None:
     (layer,) = find_layers([f"{__name__}.NotANumber"])
     for name in ("gradients equal finite differences", "the losses reach the gate"):
@@ -317,22 +279,9 @@ def test_nan_passes_no_comparison() -> None:
     [
         ("nothing", "nothing is no YAML file, checkpoint or class_path, and none of deepspeed, mixtral"),
         ("no.such.Class", "no.such.Class: cannot import no.such"),
-        ("nlgmoe.RouterConfig", "nlgmoe.RouterConfig takes no layer of 8 experts"),
-        ("no.yaml", "no.yaml"),
         ("configs/dense/laptop.yaml", "configs/dense/laptop.yaml has no MoE layer; set model.config.moe"),
-        ("math.pi", "math.pi is no class and no function"),
         ("torch.nn.Identity", "torch.nn.Identity makes a module without the attribute hidden_size"),
-        (
-            f"{__name__}.FloatLoss",
-            "FloatLoss cannot be called with x of [2, 8, 16]: RunError: forward returns a float behind y",
-        ),
-        (
-            f"{__name__}.VectorLoss",
-            "forward returns a tensor of [1] behind y; return a loss as a tensor without dimensions",
-        ),
-        (f"{__name__}.Dictionary", "forward returns a dict, not a tensor y of [2, 8, 16]"),
-        (f"{__name__}.Flat", "forward returns [16, 16], not a tensor y of [2, 8, 16]"),
-        (f"{__name__}.AsksForMore", "missing 1 required positional argument: 'positions'"),
+        (f"{__name__}.FloatLoss", "FloatLoss cannot be called with x of [2, 8, 16]: RunError: forward returns a float"),
     ],
 )
 def test_a_wrong_command_is_one_line(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
