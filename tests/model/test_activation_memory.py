@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.tools.planner.activation_memory import (
@@ -65,11 +66,10 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 @pytest.fixture(autouse=True)
-def fused_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused RMSNorm, and the experts' biases added as a product: a CPU gathers them, in fp32."""
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight, self.eps))
-
-
-pytestmark = pytest.mark.usefixtures("biases_as_on_accelerators")
+    monkeypatch.setattr(Experts, "_gather_bias", Experts._multiply_bias)
 
 
 def saved_bytes(config: GPTConfig, precision: str, checkpointing: bool) -> int:

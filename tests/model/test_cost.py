@@ -160,15 +160,6 @@ def test_options_change_one_setting_each_and_lower_the_memory() -> None:
     assert least.fits and not given.fits
 
 
-def test_options_are_settings_that_change_something() -> None:
-    assert memory_options(PYRAMID, Topology(3, 1, 2, 1, 3, activation_checkpointing=True)) == []  # 3 divides no layer
-    assert memory_options(PYRAMID, Topology(2, deepspeed=False, micro_batch_size=4)) == [
-        {"activation_checkpointing": True},
-        {"micro_batch_size": 1},
-        {"activation_checkpointing": True, "micro_batch_size": 1},
-    ]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
