@@ -103,7 +103,7 @@ MOE = MoEConfig(num_experts=4, top_k=2, mlp_type="residual")  # evaluation is dr
 
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("pieces", [[24], [23, 1], [1] * 24, [5, 1, 11, 7]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 24, [5, 1, 11, 7]], ids=str)
 @torch.no_grad()
 def test_cached_decoding_in_pieces_equals_one_forward(pieces: list[int], moe: MoEConfig | None) -> None:
     gpt = our_gpt(moe).eval()
