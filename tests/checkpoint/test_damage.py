@@ -19,7 +19,7 @@ from torch import Tensor
 from nlgmoe.checkpoint.portable import PortableCheckpointIO, load_model
 from nlgmoe.checkpoint.verify import find_problems
 from nlgmoe.commands.main import main
-from tests.checkpoint.runs import SaveAt, fit, rewrite_json
+from tests.checkpoint.runs import SaveAt, fit
 
 EXPERT = "blocks.3.moe.experts.2.expand_weight"
 
@@ -40,13 +40,10 @@ def flip(file: Path, entry: str) -> None:
     file.write_bytes(content)
 
 
-def rewrite(change: Callable[[dict[str, Tensor]], object], file: str = "model.safetensors") -> Callable[[Path], None]:
-    def damage(ckpt: Path) -> None:
-        tensors = load_file(ckpt / file)
-        change(tensors)
-        save_file(tensors, ckpt / file)
-
-    return damage
+def drop_expert(ckpt: Path) -> None:
+    tensors = load_file(ckpt / "model.safetensors")
+    del tensors[EXPERT]
+    save_file(tensors, ckpt / "model.safetensors")
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -54,7 +51,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda ckpt: flip(ckpt / "model.safetensors", EXPERT),
         rf"model.safetensors: {EXPERT} is damaged \(its checksum is \w+, not \w+\)",
     ),
-    "a missing expert": (rewrite(lambda t: t.pop(EXPERT)), f"model.safetensors lacks {EXPERT}"),
+    "a missing expert": (drop_expert, f"model.safetensors lacks {EXPERT}"),
     "a truncated file": (
         lambda ckpt: os.truncate(ckpt / "model.safetensors", (ckpt / "model.safetensors").stat().st_size - 10),
         "model.safetensors cannot be read",
@@ -102,17 +99,16 @@ def test_ranks_share_the_reading_and_miss_nothing(good: Path, tmp_path: Path) ->
 def test_a_field_that_a_checkpoint_lacks_has_its_default_and_an_unknown_one_is_refused(
     good: Path, tmp_path: Path
 ) -> None:
+    io = PortableCheckpointIO()
     for name, change in {
-        "lacks": lambda document: document["model_config"]["moe"].pop("z_loss_coeff"),
-        "unknown": lambda document: document["model_config"]["moe"].update(gate_scale=2.0),
+        "lacks": lambda moe: moe.pop("z_loss_coeff"),
+        "unknown": lambda moe: moe.update(gate_scale=2.0),
     }.items():
-        shutil.copytree(good, tmp_path / f"{name}.ckpt")
-        rewrite_json(tmp_path / f"{name}.ckpt", "checkpoint.json", change)
-        rewrite_json(
-            tmp_path / f"{name}.ckpt", "checkpoint.json", lambda document: document["versions"].update(nlgmoe="9.9")
-        )
+        checkpoint = io.load_checkpoint(good)
+        change(checkpoint["model_config"]["moe"])
+        io.save_checkpoint(checkpoint, tmp_path / f"{name}.ckpt")
     assert fit(tmp_path, steps=2, resume=tmp_path / "lacks.ckpt").global_step == 2
-    with pytest.raises(ValueError, match=r"moe.gate_scale is not a setting of this nlgmoe; read it with nlgmoe 9.9"):
+    with pytest.raises(ValueError, match=r"moe.gate_scale is not a setting of this nlgmoe; read it with nlgmoe \d"):
         fit(tmp_path, steps=2, resume=tmp_path / "unknown.ckpt")
 
 
