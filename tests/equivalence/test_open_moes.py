@@ -24,7 +24,6 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import (
     CLASSES,
-    NAMES,
     family_of,
     family_settings,
     gpt_config,
@@ -359,16 +358,3 @@ def test_a_folder_of_two_precisions_goes_back_to_the_bit(tmp_path: Path) -> None
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
-
-
-def test_every_name_of_the_table_is_used() -> None:
-    """A family without a variant for one of its names would hide a wrong one."""
-    used: dict[str, set[str]] = {}
-    for variant in VARIANTS:
-        family = VARIANTS[variant][0]
-        config = gpt_config(their_model(variant).config.to_dict(), Path("made"))
-        used.setdefault(family, set()).update(pieces(config, family))
-    for family, names in used.items():
-        wanted = {name.format(1, 1) for parts in NAMES[family].values() for name in parts}
-        optional = {name for name in wanted if ("_norm" in name and "qwen3" not in family) or ".mlp." in name}
-        assert wanted - optional <= names | {"lm_head.weight"}, family
