@@ -133,6 +133,8 @@ def test_what_was_exported_comes_back_bit_for_bit(name: str, checkpoints: dict[s
     assert files == sorted(file.name for file in (tmp_path / "folder").glob("*.safetensors")) and len(files) >= 3
     (tmp_path / "folder/modeling_nlgmoe.py").write_text("raise AssertionError('the code of a folder is run')")
     main(["import", str(tmp_path / "folder"), str(tmp_path / "back.ckpt")])
+    modes = [{file.stat().st_mode for file in (tmp_path / name).iterdir()} for name in ("folder", "back.ckpt")]
+    assert modes[0] == modes[1] and len(modes[0]) == 1  # weights have those of other files
     assert list(find_problems(tmp_path / "back.ckpt")) == []
     original, back = (TensorFiles(path, "model").read_all() for path in (checkpoints[name], tmp_path / "back.ckpt"))
     assert original.keys() == back.keys() and all(torch.equal(original[entry], back[entry]) for entry in original)

@@ -32,7 +32,7 @@ def value_of(path: Path) -> float:
     return float(PortableCheckpointIO().load_checkpoint(path)["state_dict"]["model.x"])
 
 
-def test_a_link_follows_its_run_and_readers_resolve_it_at_once(tmp_path: Path) -> None:
+def test_a_link_is_replaced_in_one_call_and_follows_a_run_that_is_moved(tmp_path: Path) -> None:
     for step in (1, 2):
         save(checkpoint_path(tmp_path / "run", step), float(step))
     set_link(tmp_path / "run", "last", 1)

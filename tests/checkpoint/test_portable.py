@@ -129,6 +129,16 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+def test_overwriting_and_removing(tmp_path: Path) -> None:
+    """Of a link, the link alone."""
+    io = PortableCheckpointIO()
+    io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "a.ckpt")
+    for end in (io.remove_checkpoint, lambda link: io.save_checkpoint(NEEDED | {"state_dict": {}}, link)):
+        (tmp_path / "link.ckpt").symlink_to("a.ckpt")
+        end(tmp_path / "link.ckpt")
+        assert io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["model.x"].item() == 1.0
+
+
 def test_a_callbacks_state_survives_or_is_refused_by_name(tmp_path: Path) -> None:
     state = {"t": torch.tensor([1.5]), "inf": float("inf"), "nested": [{"x": torch.tensor(3)}, None, True]}
     io, model = PortableCheckpointIO(), {"state_dict": {"model.x": torch.ones(1)}}
@@ -165,7 +175,9 @@ def test_a_resumed_run_obeys_its_own_optimizer_settings(saved: tuple[Path, Recor
     assert no_decay["weight_decay"] == 0.0
 
 
-def test_a_checkpoint_of_another_format_is_refused_by_its_version(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}"):
+        load_model(tmp_path)
     (tmp_path / "checkpoint.json").write_text('{"format": "nlgmoe-portable", "version": 99}')
     with pytest.raises(ValueError, match="version 99; this nlgmoe reads nlgmoe-portable version 2"):
         load_model(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -124,40 +125,37 @@ class Outcome:
         metrics: what `ExpertLoad` and `Throughput` log after the fifth step.
     """
 
-    losses: list[float]
-    squares: list[dict[str, float]]
-    gradients: dict[str, Tensor]
-    clip_norms: list[float]
-    validation: float
-    metrics: dict[str, float]
+    losses: list[float] = field(default_factory=list)
+    squares: list[dict[str, float]] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    clip_norms: list[float] = field(default_factory=list)
+    validation: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Recorder(Callback):
     """Collects an `Outcome` on every rank."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.squares: list[dict[str, float]] = []
-        self.clip_norms: list[float] = []
-        self.gradients: dict[str, Tensor] = {}
-        self.metrics: dict[str, float] = {}
+        self.outcome = Outcome()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == LOGGED and not self.metrics:
-            self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.global_step == LOGGED and not self.outcome.metrics:
+            self.outcome.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         loss = trainer.callback_metrics["train/loss"] + 0.01 * trainer.callback_metrics["train/balance_loss"]
-        self.losses.append(float(loss))
+        self.outcome.losses.append(float(loss))
         engine = trainer.strategy.model
         if hasattr(engine, "get_global_grad_norm"):
-            self.clip_norms.append(float(engine.get_global_grad_norm()))
+            self.outcome.clip_norms.append(float(engine.get_global_grad_norm()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         gradients = full_gradients(pl_module)
-        if not self.squares:
-            self.gradients = gradients
-        self.squares.append({name: float(value.double().square().sum()) for name, value in gradients.items()})
+        if not self.outcome.squares:
+            self.outcome.gradients = gradients
+        squares = {name: float(value.double().square().sum()) for name, value in gradients.items()}
+        self.outcome.squares.append(squares)
 
 
 def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
@@ -336,14 +334,9 @@ class Types(Callback):
         return self._all_reduce(tensor, *args, **kwargs)
 
 
-class SavesAtStart(Callback):
-    """Saves what has just been loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path)
+def saves_at_start(path: Path) -> Callback:
+    """A callback that saves what has just been loaded."""
+    return LambdaCallback(on_train_start=lambda trainer, module: trainer.save_checkpoint(path))
 
 
 def train(
@@ -363,10 +356,8 @@ def train(
     trainer = make_trainer(cell, world, folder, Throughput(), ExpertLoad(), recorder, *callbacks, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
-    validation = float(trainer.callback_metrics["val/loss"])
-    return Outcome(
-        recorder.losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation, recorder.metrics
-    )
+    recorder.outcome.validation = float(trainer.callback_metrics["val/loss"])
+    return recorder.outcome
 
 
 def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -423,23 +414,20 @@ def with_state(folder: Path) -> list[Callback]:
 
 def resume(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
     """Go on from a checkpoint, after saving it again as `CELL.ckpt`."""
-    callbacks = [SavesAtStart(folder / f"{cell.name}.ckpt"), *with_state(folder / cell.name)]
+    callbacks = [saves_at_start(folder / f"{cell.name}.ckpt"), *with_state(folder / cell.name)]
     return on_ranks(cell, ranks, folder, *callbacks, checkpoint=checkpoint)
 
 
-class Tell(Callback):
-    """Sends SIGTERM to rank 1 alone, in its third step's first backward pass."""
+def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[float]]:
+    """Exit code and saved step of a run that gets SIGTERM on rank 1 alone in its third step, and its losses when resumed."""
 
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+    def tell(trainer: Trainer, *_: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-
-def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[float]]:
-    """Exit code and saved step of a run that `Tell` interrupts, and its losses when resumed."""
     where, code = folder / f"{cell.name} interrupted", -1
     try:
-        on_ranks(cell, ranks, where, Tell(), SaveCheckpoints())
+        on_ranks(cell, ranks, where, LambdaCallback(on_before_backward=tell), SaveCheckpoints())
     except SystemExit as end:
         code = int(end.code or 0)
     path = where / "checkpoints/last.ckpt"
@@ -464,7 +452,7 @@ def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[s
         module.warm_start = WarmStart(str(checkpoint))
         return module
 
-    fit = trainer(SavesAtStart(folder / f"{cell.name} warm.ckpt"))
+    fit = trainer(saves_at_start(folder / f"{cell.name} warm.ckpt"))
     fit.fit(warm(), SyntheticData(micro_batch_size=SAMPLES // ranks))
     path = folder / f"{cell.name} weights.ckpt"
     fit.save_checkpoint(path, weights_only=True)
@@ -535,7 +523,7 @@ def overflow(cell: Cell, ranks: int, folder: Path) -> Overflown:
 
     on_ranks(cell, ranks, folder, spoils, LambdaCallback(on_train_batch_start=note))
     states, again = [read_document(end)["loss_scale"]], folder / f"{cell.name} again.ckpt"
-    on_ranks(replace(cell, steps=cell.steps + 1), ranks, folder, SavesAtStart(again), checkpoint=end)
+    on_ranks(replace(cell, steps=cell.steps + 1), ranks, folder, saves_at_start(again), checkpoint=end)
     states.append(read_document(again)["loss_scale"])
     lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
     error = error_of(lambda: on_ranks(lowest, ranks, folder, Spoils(2, torch.inf)))
@@ -674,7 +662,7 @@ def learn(
     staged = StagedDistillation(step=cell.steps - 2)
     fit = make_trainer(cell, ranks, folder, staged, hears, recorder, *callbacks, **strategy)
     fit.fit(module, SyntheticData(micro_batch_size=SAMPLES // ranks), ckpt_path=resume)
-    return Taught(recorder.losses, hears.said, hears.experts, module.distiller.model is None)
+    return Taught(recorder.outcome.losses, hears.said, hears.experts, module.distiller.model is None)
 
 
 def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
@@ -695,28 +683,7 @@ def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> li
     strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
     fit = make_trainer(cell, ranks, folder, recorder, **strategy)
     fit.fit(module, NumberedData(micro_batch_size=SAMPLES // ranks))
-    return recorder.losses
-
-
-@dataclass
-class Grown:
-    """What `growing` returns: losses of each step, sequences in each step, and the clock and the rate at the end."""
-
-    losses: list[float]
-    sequences: list[int]
-    tokens: int
-    rate: float
-
-
-class Counts(Callback):
-    """Sequences trained on, over all ranks, by step."""
-
-    def __init__(self) -> None:
-        self.consumed = [0]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (consumed := trainer.datamodule.samples_consumed) > self.consumed[-1]:  # type: ignore[attr-defined]
-            self.consumed.append(consumed)
+    return recorder.outcome.losses
 
 
 def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
@@ -727,26 +694,26 @@ def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
     return Specialisation.load(place)
 
 
-def growing(cell: Cell, ranks: int, folder: Path) -> Grown:
-    """A run on text whose batch grows from 4 sequences to 12, in two micro-batches, and whose sequences from 4 tokens to 16."""
+def growing(cell: Cell, ranks: int, folder: Path) -> tuple[list[float], list[int], int, float]:
+    """A run on text whose batch grows from 4 sequences to 12, in two micro-batches, and whose sequences from 4 tokens to 16.
+
+    Returns:
+        Losses and numbers of sequences of each step, and the clock and the learning rate at the end.
+    """
     config = GPTConfig(4096, 16, cell.layers, 32, 2, init_std=0.05, moe=MoEConfig(cell.experts, **cell.moe))
     schedule = LearningRateSchedule("constant", warmup_tokens=500)
     module = MoEGPTModule(config, AdamWConfig(lr=3e-3), schedule, curriculum=SequenceCurriculum(300, 4, 4))
-    data = PileDataModule(
-        str(TEXT),
-        "pocket-4k",
-        micro_batch_size=6 // ranks,
-        global_batch_size=12,
-        batch_ramp_up=BatchRampUp(4, 4, 32 * 16),
-        seq_len=16,
-        max_eval_windows=3,
-    )
-    recorder, counts = Recorder(), Counts()
+    ramp_up = BatchRampUp(4, 4, 32 * 16)
+    batches = {"micro_batch_size": 6 // ranks, "global_batch_size": 12, "batch_ramp_up": ramp_up, "seq_len": 16}
+    data = PileDataModule(str(TEXT), "pocket-4k", **batches, max_eval_windows=3)
+    consumed = [0]
+    count = LambdaCallback(on_train_batch_end=lambda *_: consumed.append(data.samples_consumed))
     strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-    trainer = make_trainer(cell, ranks, folder, recorder, counts, accumulate_grad_batches=2, **strategy)
+    trainer = make_trainer(cell, ranks, folder, recorder := Recorder(), count, accumulate_grad_batches=2, **strategy)
     trainer.fit(module, data)
-    sequences = [later - earlier for earlier, later in pairwise(counts.consumed)]
-    return Grown(recorder.losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
+    sequences = [after - before for before, after in pairwise(consumed) if after > before]
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    return recorder.outcome.losses, sequences, module.tokens_seen, rate
 
 
 def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float, float]:
