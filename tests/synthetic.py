@@ -1,6 +1,5 @@
 """A data module without text: batches are a pure function of (seed, samples consumed), like the real one's."""
 
-from itertools import islice
 from typing import Any
 
 import torch
@@ -120,21 +119,6 @@ class ToLongest(SyntheticData):
         loader = super().train_dataloader()
         loader.collate_fn = _to_longest
         return loader
-
-
-class OfUnknownLength(SyntheticData):
-    """The same, whose epochs end after five batches, which nothing says before."""
-
-    def train_dataloader(self) -> Any:
-        return _First(super().train_dataloader(), 5)
-
-
-class _First:
-    def __init__(self, loader: DataLoader, batches: int) -> None:
-        self.loader, self.batches = loader, batches
-
-    def __iter__(self):
-        return islice(iter(self.loader), self.batches)
 
 
 def _to_longest(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

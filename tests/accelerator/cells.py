@@ -55,41 +55,31 @@ from hash_router import HashRouterConfig  # noqa: E402
 from swiglu_expert import SwiGLUExpert  # noqa: E402
 
 CPU, FAKE = torch.device("cpu"), torch.device("privateuseone", 0)  # the name before `fake.install`
-DROPLESS = {"token_dropping": False}
-MODERN = {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False, "ffn_network": "swiglu"}
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of MoEConfig; None: a dense model
     "dense": {"moe": None},
     "top-1, capacity, random selection": {"moe": {"min_capacity": 0}},
     "top-1, jitter": {"moe": {"noise": "jitter"}},
     "top-1, rsample": {"moe": {"noise": "rsample"}},
-    "top-1, dropless": {"moe": DROPLESS},
-    "top-2, sampled": {"moe": {"top_k": 2, "min_capacity": 0}},
-    "top-4": {"moe": {"top_k": 4, "min_capacity": 0, "z_loss_coeff": 0.001}},
-    "residual, sum, drops in evaluation": {
-        "moe": {"mlp_type": "residual", "residual_mix": "sum", "eval_token_dropping": True}
+    "top-2, sampled": {"moe": {"top_k": 2, "min_capacity": 0, "z_loss_coeff": 0.001}},
+    "top-4, documents, padding": {
+        "moe": {"top_k": 4, "min_capacity": 0},
+        "data": {"padded": True, "documents": True},
     },
-    "residual pyramid, padding": {"moe": {"num_experts": [4, 8], "mlp_type": "residual"}, "data": {"padded": True}},
-    "documents, padding": {"moe": {"top_k": 2}, "data": {"padded": True, "documents": True}},
+    "residual pyramid, padding, drops in evaluation": {
+        "moe": {"num_experts": [4, 8], "mlp_type": "residual", "eval_token_dropping": True},
+        "data": {"padded": True},
+    },
     "activation checkpointing": {"moe": {"noise": "jitter"}, "module": {"activation_checkpointing": True}},
-    "layer map, widths, SwiGLU": {
-        "moe": {
-            "num_experts": [0, 4, 8, 0],
-            "expert_interval": 1,
-            "mlp_type": "residual",
-            "expert_ffn_size": 48,
-            "shared_ffn_size": 64,
-        },
-        "model": {"ffn_network": "swiglu"},
-    },
-    "OLMoE's block": {"moe": {"top_k": 2, "second_expert": "argmax"}, "model": MODERN | {"qk_norm": "projection"}},
-    "Qwen3-MoE's block, padding": {
-        "moe": {"top_k": 2, "second_expert": "argmax", **DROPLESS},
-        "model": MODERN | {"qk_norm": "head", "num_kv_heads": 1, "head_dim": 8},
+    "Qwen3-MoE's block, layer map, padding": {
+        "moe": {"num_experts": [0, 4, 8, 0], "expert_interval": 1, "top_k": 2, "second_expert": "argmax"}
+        | {"token_dropping": False, "expert_ffn_size": 48},
+        "model": {"norm": "rmsnorm", "rope_theta": 100.0, "bias": False, "tied_embeddings": False}
+        | {"ffn_network": "swiglu", "qk_norm": "head", "num_kv_heads": 1, "head_dim": 8},
         "data": {"padded": True},
     },
     "router that looks up, SwiGLU": {"moe": {"router": HashRouterConfig(1), "expert": SwiGLUExpert(8)}},
     "router that learns from steps": {
-        "moe": {"top_k": 2, "router": SigmoidTopK(0.01, sequence_loss_coeff=0.1), **DROPLESS},
+        "moe": {"top_k": 2, "router": SigmoidTopK(0.01, sequence_loss_coeff=0.1), "token_dropping": False},
         "module": {"activation_checkpointing": True},
         "trainer": {"accumulate_grad_batches": 2},
     },
@@ -103,9 +93,8 @@ HALF = ("bf16-true", "bf16-mixed")
 ALSO_IN_HALF = (  # variants that compute in types of their own
     "top-1, capacity, random selection",
     "top-1, jitter",
-    "residual pyramid, padding",
+    "residual pyramid, padding, drops in evaluation",
     "activation checkpointing",
-    "OLMoE's block",
     "router that learns from steps",
 )
 
@@ -146,18 +135,25 @@ class Watched(SingleDeviceStrategy):
 
 
 class Steps(Callback):
-    """Losses by micro-batch, and what the host has read of the device from one optimizer step to the next."""
+    """The first callback: losses by micro-batch, and the host's reads of the device from one optimizer step to the next.
+
+    Reads of validations and saves are not counted.
+    """
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.reads: list[list[str]] = []
-        self.before_save: list[str] | None = None
+        self._before_save: list[str] | None = None
+        self._validated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fake.take_reads()
         self._step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._validated:
+            fake.take_reads()
+        self._validated = False
         self._end_step(trainer)
 
     def on_train_batch_end(
@@ -166,32 +162,23 @@ class Steps(Callback):
         self.losses.append(outputs["loss"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
         if trainer.global_step:
             self._end_step(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fake.take_reads()
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_step(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._before_save = fake.take_reads()
+        return {}
 
     def _end_step(self, trainer: Trainer) -> None:
         if trainer.global_step > self._step:  # else within an accumulation window
             self._step = trainer.global_step
             reads = fake.take_reads()
-            self.reads.append(reads if self.before_save is None else self.before_save)
-            self.before_save = None
-
-
-class SaveBegins(Callback):
-    """The first callback: tells `steps` what was read before a save, which reads everything."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-
-    def state_dict(self) -> dict[str, Any]:
-        self._steps.before_save = fake.take_reads()
-        return {}
+            self.reads.append(reads if self._before_save is None else self._before_save)
+            self._before_save = None
 
 
 def make_trainer(device: torch.device, precision: str, root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -204,18 +191,9 @@ def make_trainer(device: torch.device, precision: str, root: Path, *callbacks: C
         place["plugins"] = [MixedPrecision(precision, device.type, scaler)]
     else:
         place["precision"] = precision
-    defaults = {
-        "max_epochs": -1,
-        "max_steps": 3,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "gradient_clip_val": 1.0,
-        "devices": 1,
-    }
-    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**defaults, **place, **settings})
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    defaults = {"max_epochs": -1, "max_steps": 3, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "devices": 1}
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**quiet, **defaults, **place, **settings})
 
 
 def train(
@@ -259,11 +237,6 @@ def variant(name: str, precision: str, root: Path) -> dict[str, Any]:
 # ---- what else a run consists of
 
 
-def half_with_a_loss_scale(root: Path) -> dict[str, Any]:
-    """fp16."""
-    return on_both("16-mixed", root, config({"mlp_type": "residual"}))
-
-
 def dropout(root: Path) -> dict[str, Any]:
     """It draws from the device's generator, and again where blocks are recomputed."""
     model = config({}, hidden_dropout=0.2, attention_dropout=0.1)
@@ -279,22 +252,19 @@ def teacher(root: Path) -> Path:
     return root / "teacher.ckpt"
 
 
-def online_teacher(precision: str, root: Path) -> dict[str, Any]:
+def online_teacher(root: Path) -> dict[str, Any]:
     """Distillation ends after two steps; the teacher is in bf16."""
     distiller = MixtureOfStudents(str(teacher(root)), temperature=2.0, precision="bf16")
-    return on_both(precision, root, config({}), None, None, StagedDistillation(step=2), distiller=distiller)
+    return on_both("32-true", root, config({}), None, None, StagedDistillation(step=2), distiller=distiller)
 
 
 def recorded_logits(root: Path) -> dict[str, Any]:
     """Recorded on the accelerator, learnt from on both."""
     path, data, folder = teacher(root), NumberedData(), root / "logits"
-    spoken = MixtureOfStudents(str(path))
-    spoken.load(config({}), torch.empty(0, device=FAKE), data)
+    (spoken := MixtureOfStudents(str(path))).load(config({}), torch.empty(0, device=FAKE), data)
     settings = {
-        "teacher": {"checkpoint": str(path), "weights": weights_of(path)},
-        "data": data.fingerprint(),
-        "document_attention": False,
-        **{"vocab_size": 61, "seq_len": 16, "top_k": 8, "temperature": 2.0},
+        **{"teacher": {"checkpoint": str(path), "weights": weights_of(path)}, "data": data.fingerprint()},
+        **{"document_attention": False, "vocab_size": 61, "seq_len": 16, "top_k": 8, "temperature": 2.0},
         **{"samples": 12, "micro_batch_size": 4, "loss_chunk_size": 24},
     }
     record_logits(spoken, data, settings, folder, lambda progress: None)  # type: ignore[arg-type]
@@ -304,27 +274,25 @@ def recorded_logits(root: Path) -> dict[str, Any]:
 
 def generation(root: Path) -> dict[str, Any]:
     """The most likely tokens, and drawn ones; prompts of several lengths."""
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    found = {}
+    prompts, texts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], {}
     for device in (CPU, FAKE):
         model = GPT(config({"top_k": 2, "mlp_type": "residual"}), seed=3).to(device).eval()
         greedy = generate(model, prompts, 8, temperature=0.0)
-        found[device.type] = [*greedy, *generate(model, prompts, 8, temperature=1.5, top_k=20, top_p=0.9, stop_id=7)]
-    return {"tokens": found[FAKE.type], "expected": {"tokens": found[CPU.type]}}
+        texts[device] = [*greedy, *generate(model, prompts, 8, temperature=1.5, top_k=20, top_p=0.9, stop_id=7)]
+    return {"tokens": texts[FAKE], "expected": {"tokens": texts[CPU]}}
 
 
 def checkpoints(root: Path) -> dict[str, Any]:
     """Saved on the accelerator; then resumed and started from, on both."""
-    model = config({"mlp_type": "residual"})
+    model, losses = config({"mlp_type": "residual"}), {}
     *_, run, _ = train(FAKE, "32-true", root, model)
     run.save_checkpoint(root / "saved.ckpt")
-    found: dict[str, Any] = {}
     for device in (CPU, FAKE):
         resumed = make_trainer(device, "32-true", root, steps := Steps(), max_steps=5)
         resumed.fit(MoEGPTModule(model, AdamWConfig(lr=1e-3)), NumberedData(), ckpt_path=root / "saved.ckpt")
         warm, *_ = train(device, "32-true", root, model, warm_start=WarmStart(str(root / "saved.ckpt")))
-        found[device.type] = {"losses": [*torch.stack(steps.losses).tolist(), *warm["losses"]]}
-    return found[FAKE.type] | {"expected": found[CPU.type]}
+        losses[device] = [*torch.stack(steps.losses).tolist(), *warm["losses"]]
+    return {"losses": losses[FAKE], "expected": {"losses": losses[CPU]}}
 
 
 def one_of_two_ranks(root: Path) -> dict[str, Any]:
@@ -365,26 +333,19 @@ def quickstart(root: Path) -> dict[str, Any]:
     """`train.py fit`, `validate` and `predict` as `configs/quickstart.yaml` has them, with a smaller model and less data."""
     (root / "corpus").mkdir()
     write_tiny_corpus(root / "corpus")
+    model = {"num_layers": 2, "moe__num_experts": [4], "hidden_size": 32, "seq_len": 32}
     settings: dict[str, Any] = {
-        "trainer__accelerator": fake.DEVICE,
-        "trainer__strategy": fake.DEVICE,
-        "trainer__default_root_dir": str(root / "run"),
+        **{f"model__config__{name}": value for name, value in model.items()},
+        **{"model__train_tokens": 7 * 2 * 32, "model__schedule__warmup_tokens": 64},
+        **{"trainer__accelerator": fake.DEVICE, "trainer__strategy": fake.DEVICE},
+        **{"trainer__default_root_dir": str(root / "run"), "trainer__val_check_interval": 3},
         "trainer__log_every_n_steps": 2,
-        "trainer__val_check_interval": 3,
-        "model__config__num_layers": 2,
-        "model__config__moe__num_experts": [4],
-        "model__config__hidden_size": 32,
-        "model__config__seq_len": 32,
-        "model__train_tokens": 7 * 2 * 32,
-        "model__schedule__warmup_tokens": 64,
-        "data__data_dir": str(root / "corpus"),
-        "data__tokenizer": str(root / "corpus" / "tokenizer"),
-        "data__micro_batch_size": 2,
-        "data__max_eval_windows": 4,
         "trainer__callbacks__init_args__max_new_tokens": 8,  # of the last one in the file
+        **{"data__data_dir": str(root / "corpus"), "data__tokenizer": str(root / "corpus" / "tokenizer")},
+        **{"data__micro_batch_size": 2, "data__max_eval_windows": 4},
     }
     experiment, steps = load_config(ROOT / "configs" / "quickstart.yaml", **settings), Steps()
-    experiment.trainer.callbacks = [SaveBegins(steps), *experiment.trainer.callbacks, steps]  # type: ignore[attr-defined]
+    experiment.trainer.callbacks = [steps, *experiment.trainer.callbacks]  # type: ignore[attr-defined]
     experiment.trainer.fit(experiment.module, experiment.data)
     summary = json.loads((root / "run" / "summary.json").read_text())
     again = load_config(ROOT / "configs" / "quickstart.yaml", **settings)
@@ -402,10 +363,9 @@ def quickstart(root: Path) -> dict[str, Any]:
 CELLS: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"{name} in 32-true": partial(variant, name, "32-true") for name in VARIANTS},
     **{f"{name} in {precision}": partial(variant, name, precision) for precision in HALF for name in ALSO_IN_HALF},
-    "fp16": half_with_a_loss_scale,
+    "fp16": partial(variant, "residual pyramid, padding, drops in evaluation", "16-mixed"),
     "dropout": dropout,
-    "online teacher in bf16 of a student in fp32": partial(online_teacher, "32-true"),
-    "online teacher in bf16-mixed": partial(online_teacher, "bf16-mixed"),
+    "online teacher in bf16 of a student in fp32": online_teacher,
     "one of two ranks": one_of_two_ranks,
     "recorded logits": recorded_logits,
     "generation": generation,

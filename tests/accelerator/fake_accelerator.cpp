@@ -14,7 +14,6 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/resize_native.h>
-#include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -32,7 +31,7 @@ namespace {
 using at::Tensor;
 using c10::Device, c10::DeviceIndex, c10::Stream;
 
-const auto FAKE = c10::DeviceType::PrivateUse1;
+constexpr auto FAKE = c10::DeviceType::PrivateUse1;
 const Device DEVICE(FAKE, 0);
 
 // ---- reads of the device by the host
@@ -41,6 +40,11 @@ std::mutex reads_lock;
 std::vector<std::string> reads;  // since the last call of `take_reads`
 std::atomic<bool> forbidden{false};
 thread_local bool in_fallback = false;  // its own copies are no reads
+
+struct Fallback {
+  bool outer = std::exchange(in_fallback, true);
+  ~Fallback() { in_fallback = outer; }
+};
 
 void count_read(const std::string& name) {
   if (in_fallback) return;
@@ -68,33 +72,18 @@ struct FakeAllocator final : c10::Allocator {
 FakeAllocator allocator;
 REGISTER_ALLOCATOR(FAKE, &allocator)
 
-// ---- the generator: one of the CPU under another device's name
+// ---- the generator: one of the CPU under another device's name; one device, one stream; an event is the time of its record
 
-struct FakeGenerator final : c10::GeneratorImpl {
-  at::Generator inner = at::detail::createCPUGenerator();
-  FakeGenerator() : GeneratorImpl(DEVICE, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)) {}
-  void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
-  uint64_t current_seed() const override { return inner.current_seed(); }
-  uint64_t seed() override { return inner.seed(); }
-  void set_offset(uint64_t) override { TORCH_CHECK(false, "no offsets"); }
-  uint64_t get_offset() const override { TORCH_CHECK(false, "no offsets"); }
-  void set_state(const c10::TensorImpl& state) override { inner.unsafeGetGeneratorImpl()->set_state(state); }
-  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return inner.unsafeGetGeneratorImpl()->get_state(); }
-  FakeGenerator* clone_impl() const override {
-    auto* copy = new FakeGenerator();
-    copy->inner = inner.clone();
-    return copy;
+struct FakeGenerator final : at::CPUGeneratorImpl {
+  FakeGenerator() {
+    device_ = DEVICE;
+    key_set_ = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
   }
 };
 
-at::Generator& default_generator() {
-  static auto generator = at::make_generator<FakeGenerator>();
+const at::Generator& default_generator() {
+  static const auto generator = at::make_generator<FakeGenerator>();
   return generator;
-}
-
-at::Generator& inner(const at::Generator& generator) {
-  TORCH_CHECK(generator.device().type() == FAKE, "a generator of device ", generator.device(), " draws for ", DEVICE);
-  return static_cast<FakeGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 
 struct Hooks final : at::PrivateUse1HooksInterface {
@@ -103,30 +92,18 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   const at::Generator& getDefaultGenerator(DeviceIndex) const override { return default_generator(); }
   at::Generator getNewGenerator(DeviceIndex) const override { return at::make_generator<FakeGenerator>(); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
-  Device getDeviceFromPtr(void*) const override { return DEVICE; }
 };
-
-// ---- one device, one stream; an event is the time at which it was recorded
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
-  c10::DeviceType type() const override { return FAKE; }
+struct GuardImpl final : c10::impl::NoOpDeviceGuardImpl<FAKE> {
   Device exchangeDevice(Device) const override { return DEVICE; }
   Device getDevice() const override { return DEVICE; }
-  void setDevice(Device) const override {}
-  void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const override { return Stream(Stream::DEFAULT, DEVICE); }
-  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, DEVICE); }
-  Stream getNewStream(Device, int) const override { return Stream(Stream::DEFAULT, DEVICE); }
-  Stream exchangeStream(Stream) const override { return Stream(Stream::DEFAULT, DEVICE); }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, DEVICE); }
+  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, DEVICE); }
   void record(void** event, const Stream&, const DeviceIndex, const c10::EventFlag) const override {
     if (!*event) *event = new double;
     *static_cast<double*>(*event) = now();
@@ -135,11 +112,8 @@ struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
   double elapsedTime(void* begin, void* end, const DeviceIndex) const override {
     return 1e3 * (*static_cast<double*>(end) - *static_cast<double*>(begin));
   }
-  void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
-  bool queryStream(const Stream&) const override { return true; }
   void synchronizeEvent(void*) const override {}
-  void synchronizeStream(const Stream&) const override {}
   void synchronizeDevice(const DeviceIndex) const override {}
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, GuardImpl)
@@ -190,8 +164,6 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   });
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));  // else a reshape of strided memory returns garbage
-  m.impl("set_.source_Storage", TORCH_FN(static_cast<Tensor& (*)(Tensor&, at::Storage)>(at::native::set_)));
-  m.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
   m.impl("resize_", TORCH_FN(at::native::resize_));
 }
 
@@ -215,11 +187,14 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = schema.name();
   const auto arguments = torch::jit::last(*stack, schema.arguments().size());
   const bool assigns = name.rfind("aten::index_put", 0) == 0 || name == "aten::_index_put_impl_";
-  bool keyed = false, here = false, elsewhere = false, masked = false;
+  const bool draws = op.hasTag(at::Tag::nondeterministic_seeded);
+  at::Generator generator = default_generator();
+  bool here = false, elsewhere = false, masked = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
     if (arguments[i].isGenerator()) {
-      (*stack)[stack->size() - arguments.size() + i] = inner(arguments[i].toGenerator());
-      keyed = true;
+      generator = arguments[i].toGenerator();
+      TORCH_CHECK(generator.device() == DEVICE, "a generator of device ", generator.device(), " draws for ", DEVICE);
+      (*stack)[stack->size() - arguments.size() + i] = c10::IValue();
     }
     visit_tensors(arguments[i], [&](const Tensor& tensor) {
       (tensor.device().is_cpu() ? elsewhere : here) |= tensor.dim() > 0 || arguments[i].isList() || !tensor.device().is_cpu();
@@ -232,21 +207,15 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const bool counts_repeats = name == "aten::repeat_interleave" && arguments.size() == 2 && arguments[1].isNone();
   if (masked || counts_repeats || READING.count(name)) count_read(name);
 
-  const bool draws = !keyed && op.hasTag(at::Tag::nondeterministic_seeded);  // from the device's own default generator
-  auto cpu = at::detail::getDefaultCPUGenerator();
-  auto& ours = inner(default_generator());
+  auto cpu = at::detail::getDefaultCPUGenerator();  // draws in place of `generator`
   const auto before = draws ? cpu.get_state() : Tensor();
-  if (draws) cpu.set_state(ours.get_state());
-  const bool outer = std::exchange(in_fallback, true);
-  try {
+  if (draws) cpu.set_state(generator.get_state());
+  {
+    const Fallback guard;
     at::native::cpu_fallback(op, stack);
-  } catch (...) {
-    in_fallback = outer;
-    throw;
   }
-  in_fallback = outer;
   if (draws) {
-    ours.set_state(cpu.get_state());
+    generator.set_state(cpu.get_state());
     cpu.set_state(before);
   }
 }
@@ -279,9 +248,9 @@ TORCH_LIBRARY(fake_accelerator, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
   m.def("take_reads() -> str[]", &take_reads);
   m.def("forbid_reads(bool forbid) -> bool", [](bool forbid) { return forbidden.exchange(forbid); });
-  m.def("manual_seed(int seed) -> ()", [](int64_t seed) { default_generator().set_current_seed(seed); });
+  m.def("manual_seed(int seed) -> ()", [](int64_t seed) { at::Generator(default_generator()).set_current_seed(seed); });
   m.def("get_rng_state() -> Tensor", []() { return default_generator().get_state(); });
-  m.def("set_rng_state(Tensor state) -> ()", [](const Tensor& state) { default_generator().set_state(state); });
+  m.def("set_rng_state(Tensor state) -> ()", [](const Tensor& state) { at::Generator(default_generator()).set_state(state); });
 }
 
 }  // namespace

@@ -1,15 +1,11 @@
 """Small runs on synthetic data that save and resume."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from nlgmoe.checkpoint.folder import checksum_of_manifest
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.optim.param_groups import AdamWConfig
@@ -19,18 +15,6 @@ from tests.synthetic import SyntheticData
 CONFIG = GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([2, 4], mlp_type="residual", noise="jitter"))
 ACCUMULATE = 3
 NEEDED = {"model_config": CONFIG.to_dict(), "global_step": 0, "tokens_seen": 0, "seed": 0}  # in every checkpoint.json
-
-
-def rewrite_json(ckpt: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a JSON file of a checkpoint, and make the checksums right, as another program could."""
-    document = json.loads((ckpt / name).read_text())
-    change(document)
-    (ckpt / name).write_text(json.dumps(document))
-    manifest = json.loads((ckpt / "manifest.json").read_text())
-    if name != "manifest.json":
-        manifest[name] = xxhash.xxh3_64_hexdigest((ckpt / name).read_bytes())
-    manifest["checksum"] = checksum_of_manifest(manifest)
-    (ckpt / "manifest.json").write_text(json.dumps(manifest))
 
 
 class SaveAt(Callback):

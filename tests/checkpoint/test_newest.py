@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from nlgmoe.checkpoint.newest import checkpoint_path, choose_checkpoint, find_ch
 from nlgmoe.checkpoint.portable import PortableCheckpointIO
 from nlgmoe.checkpoint.verify import find_problems
 from tests.checkpoint.runs import NEEDED, fit
+from tests.run.runs import in_process
 
 
 def save(path: Path, value: float = 0.0) -> None:
@@ -31,82 +32,43 @@ def value_of(path: Path) -> float:
     return float(PortableCheckpointIO().load_checkpoint(path)["state_dict"]["model.x"])
 
 
-def killed_at(moment: int, action: Callable[[], None]) -> bool:
-    """Run `action` in a child that dies at its n-th contact with the file system; whether it got that far."""
-    child = os.fork()
-    if child == 0:
-        calls = 0
-
-        def dying(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == moment:
-                    os._exit(9)
-                return original(*args, **kwargs)
-
-            return call
-
-        for owner, name in [
-            (Path, "rename"),
-            (Path, "mkdir"),
-            (Path, "unlink"),
-            (Path, "write_bytes"),
-            (Path, "write_text"),
-            (os, "fsync"),
-            (os, "rmdir"),
-            (os, "unlink"),
-            (writing, "save_file"),
-        ]:
-            setattr(owner, name, dying(getattr(owner, name)))
-        action()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
-def test_a_checkpoint_is_read_whole_though_its_run_moves_the_link(tmp_path: Path) -> None:
+def test_a_link_is_replaced_in_one_call_and_follows_a_run_that_is_moved(tmp_path: Path) -> None:
     for step in (1, 2):
-        save(checkpoint_path(tmp_path, step), float(step))
-    set_link(tmp_path, "last", 1)
-    link = tmp_path / "checkpoints/last.ckpt"
+        save(checkpoint_path(tmp_path / "run", step), float(step))
+    set_link(tmp_path / "run", "last", 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    link = tmp_path / "moved/checkpoints/last.ckpt"
     for find in (find_checkpoint, choose_checkpoint):
-        assert find(link) == checkpoint_path(tmp_path, 1)
-    set_link(tmp_path, "last", 2)
-    assert find_checkpoint(link) == checkpoint_path(tmp_path, 2)
+        assert find(link) == checkpoint_path(tmp_path / "moved", 1)  # whatever the link names later
+    set_link(tmp_path / "moved", "last", 2)
+    assert value_of(link) == 2.0
+    set_link(tmp_path / "moved", "last", None)
+    assert not link.is_symlink()
 
 
-def test_a_kill_at_any_moment_of_writing_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
-    moment, seen = 0, set()
-    while True:
+@pytest.mark.parametrize(
+    ("action", "left"),
+    [
+        (lambda path: save(path, 2.0), {1.0, 2.0}),
+        (lambda path: PortableCheckpointIO().remove_checkpoint(path), {1.0}),
+    ],
+    ids=["writing", "deleting"],
+)
+def test_a_kill_at_any_call_leaves_whole_checkpoints_alone(
+    action: Callable[[Path], None], left: set[float], tmp_path: Path
+) -> None:
+    values, moment, code = set(), 0, -9
+    while code == -9:
         moment += 1
         run = tmp_path / str(moment)
-        run.mkdir()
-        save(run / "last.ckpt", 1.0)
-        if not killed_at(moment, lambda run=run: save(run / "last.ckpt", 2.0)):  # type: ignore[misc]
-            break
-        for path in run.iterdir():  # a name without a dot in front means a whole checkpoint
-            assert path.name.startswith(".last.ckpt.") or is_whole(path)
-        writing.recover_one(run / "last.ckpt")
-        assert not [path for path in run.iterdir() if path.name.startswith(".")]
-        seen |= {value_of(path) for path in run.iterdir()}
-    assert seen == {1.0, 2.0}
-    assert moment > 8
-    assert value_of(run / "last.ckpt") == 2.0
-
-
-def test_a_kill_at_any_moment_of_deleting_leaves_all_or_nothing(tmp_path: Path) -> None:
-    moment = 0
-    while True:
-        moment += 1
-        run = tmp_path / str(moment)
-        run.mkdir()
         save(run / "a.ckpt", 1.0)
-        if not killed_at(moment, lambda run=run: PortableCheckpointIO().remove_checkpoint(run / "a.ckpt")):  # type: ignore[misc]
-            break
+        code = in_process(partial(action, run / "a.ckpt"), moment, run)
+        for path in run.iterdir():  # a name without a dot in front means a whole checkpoint
+            assert path.name.startswith(".a.ckpt.") or is_whole(path)
         writing.recover_one(run / "a.ckpt")
-        assert all(is_whole(path) for path in run.iterdir())
-    assert moment > 3
-    assert not list(run.iterdir())
+        assert not [path for path in run.iterdir() if path.name.startswith(".")]
+        values |= {value_of(path) for path in run.iterdir()}
+    assert code == 0 and moment > 3 and values == left
 
 
 def test_another_process_that_is_writing_is_left_alone(tmp_path: Path) -> None:
@@ -139,21 +101,4 @@ def test_the_newest_valid_checkpoint_has_the_highest_number(tmp_path: Path) -> N
         pytest.warns(UserWarning, match="skipping"),
         pytest.raises(ValueError, match=r"no valid checkpoint in .* has no manifest.json.*; start a new run"),
     ):
-        choose_checkpoint(tmp_path)
-
-
-def test_a_link_is_replaced_in_one_call_and_follows_a_run_that_is_moved(tmp_path: Path) -> None:
-    for step in (1, 2):
-        save(checkpoint_path(tmp_path / "run", step), float(step))
-        set_link(tmp_path / "run", "last", step)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    assert value_of(tmp_path / "moved/checkpoints/last.ckpt") == 2.0
-    set_link(tmp_path / "moved", "last", None)
-    set_link(tmp_path / "moved", "last", None)
-    assert sorted(os.listdir(tmp_path / "moved/checkpoints")) == ["step-1.ckpt", "step-2.ckpt"]
-
-
-def test_a_folder_for_transformers_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a folder for transformers; make a checkpoint of it with nlgmoe import"):
         choose_checkpoint(tmp_path)

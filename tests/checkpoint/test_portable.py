@@ -20,11 +20,11 @@ from nlgmoe.optim.token_schedule import LearningRateSchedule
 from tests.checkpoint.runs import ACCUMULATE, CONFIG, NEEDED, SaveAt, fit
 from tests.memory import peak_bytes
 from tests.synthetic import SyntheticData
-from tests.test_module import Recorder
+from tests.test_module import Recorder, trainer
 
 
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.lightning_module.state_dict().items()}
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.lightning_module.state_dict().items()}
 
 
 SAVED_AFTER = [9, 11, 12]  # micro-batches; 9: the end of a step; 11: within one; 12: the end, and a validation
@@ -57,9 +57,7 @@ def test_resuming_anywhere_gives_the_undisturbed_run_bit_for_bit(
 
 
 def test_saving_copies_nothing(tmp_path: Path) -> None:
-    config = GPTConfig(61, 16, 4, 128, 2, moe=MoEConfig([2, 4]))
-    module = MoEGPTModule(config)
-    run = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module, run = MoEGPTModule(GPTConfig(61, 16, 4, 128, 2, moe=MoEConfig([2, 4]))), trainer(tmp_path, max_steps=1)
     run.fit(module, SyntheticData())
     weights = sum(value.numel() * 4 for value in module.parameters())
     assert peak_bytes(lambda: run.save_checkpoint(tmp_path / "a.ckpt")) < 0.2 * weights
@@ -73,29 +71,25 @@ def test_resuming_twice_is_resuming_once(tmp_path: Path) -> None:
     assert last.losses == undisturbed.losses[12:]
 
 
-def test_model_checkpoint_keeps_the_best_the_last_and_every_nth(tmp_path: Path) -> None:
+def test_lightnings_model_checkpoint_keeps_the_best_and_a_run_resumes_from_it(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path / "best", "{step}", monitor="val/loss", save_top_k=1, save_last="link")
-    every = ModelCheckpoint(tmp_path / "every", "{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = fit(tmp_path, best, every)
-    assert sorted(path.name for path in (tmp_path / "every").iterdir()) == [f"step={n}.ckpt" for n in (2, 4, 6, 8)]
+    run = fit(tmp_path, best)
     assert len([path for path in (tmp_path / "best").iterdir() if not path.is_symlink()]) == 1
     assert (tmp_path / "best" / "last.ckpt").resolve() == Path(best.best_model_path).resolve()
-    model = load_model(tmp_path / "best" / "last.ckpt")
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), trainer.lightning_module.parameters(), strict=True)
-    )
+    saved = load_model(tmp_path / "best" / "last.ckpt").parameters()
+    assert all(torch.equal(a, b) for a, b in zip(saved, run.lightning_module.parameters(), strict=True))
     resumed = Recorder()
     fit(tmp_path, best, resumed, resume="last", steps=9)
     assert len(resumed.losses) == ACCUMULATE
 
 
 def test_one_entry_per_expert_and_moment_and_no_pickle(tmp_path: Path) -> None:
-    trainer = fit(tmp_path, SaveAt(6, tmp_path / "a.ckpt"), steps=2)
+    run = fit(tmp_path, SaveAt(6, tmp_path / "a.ckpt"), steps=2)
     files = {path.name for path in (tmp_path / "a.ckpt").iterdir()}
     tensors = {"model.safetensors", "optimizer.safetensors", "state.safetensors"}
     assert files <= {"checkpoint.json", "manifest.json"} | tensors
     model = load_file(tmp_path / "a.ckpt" / "model.safetensors")
-    stack = trainer.lightning_module.gpt.blocks[3].moe.experts.expand_weight
+    stack = run.lightning_module.gpt.blocks[3].moe.experts.expand_weight
     for expert in range(4):
         assert torch.equal(model[f"blocks.3.moe.experts.{expert}.expand_weight"], stack[expert])
     moments = load_file(tmp_path / "a.ckpt" / "optimizer.safetensors")
@@ -136,76 +130,49 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
 
 
 def test_overwriting_and_removing(tmp_path: Path) -> None:
-    io, path = PortableCheckpointIO(), tmp_path / "a.ckpt"
-    for value in (1.0, 2.0):
-        io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.tensor([value])}}, path)
-    assert io.load_checkpoint(path)["state_dict"]["model.x"].item() == 2.0
-    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
-    io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "b.ckpt")
-    io.remove_checkpoint(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["b.ckpt"]
-    for end in (io.remove_checkpoint, lambda link: io.save_checkpoint(NEEDED | {"state_dict": {}}, link)):
-        (tmp_path / "link.ckpt").symlink_to("b.ckpt")
-        end(tmp_path / "link.ckpt")  # the link alone
-        assert io.load_checkpoint(tmp_path / "b.ckpt")["state_dict"]["model.x"].item() == 1.0
-
-
-def test_what_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint entry callbacks/Mine"):
-        PortableCheckpointIO().save_checkpoint(
-            {"state_dict": {}, "callbacks": {"Mine": {"a": {3, 4}}}}, tmp_path / "a.ckpt"
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensors_tuples_and_special_numbers_survive(tmp_path: Path) -> None:
-    state = {
-        "t": torch.tensor([1.5, float("nan")]),
-        "inf": float("inf"),
-        "nested": [{"x": torch.tensor(3)}, None, True],
-    }
+    """Of a link, the link alone."""
     io = PortableCheckpointIO()
-    weights = {"model.x": torch.ones(1)}
-    io.save_checkpoint(NEEDED | {"state_dict": weights, "callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
-    loaded = io.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]["Mine"]
-    assert torch.equal(loaded["t"], state["t"]) or torch.isnan(loaded["t"][1])
-    assert (loaded["inf"], loaded["nested"]) == (float("inf"), [{"x": torch.tensor(3)}, None, True])
+    io.save_checkpoint(NEEDED | {"state_dict": {"model.x": torch.ones(1)}}, tmp_path / "a.ckpt")
+    for end in (io.remove_checkpoint, lambda link: io.save_checkpoint(NEEDED | {"state_dict": {}}, link)):
+        (tmp_path / "link.ckpt").symlink_to("a.ckpt")
+        end(tmp_path / "link.ckpt")
+        assert io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["model.x"].item() == 1.0
 
 
-def test_resuming_another_model_names_the_fields_that_differ(tmp_path: Path) -> None:
-    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
+def test_a_callbacks_state_survives_or_is_refused_by_name(tmp_path: Path) -> None:
+    state = {"t": torch.tensor([1.5]), "inf": float("inf"), "nested": [{"x": torch.tensor(3)}, None, True]}
+    io, model = PortableCheckpointIO(), {"state_dict": {"model.x": torch.ones(1)}}
+    with pytest.raises(ValueError, match="checkpoint entry callbacks/Mine"):
+        io.save_checkpoint(NEEDED | model | {"callbacks": {"Mine": {"a": {3, 4}}}}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
+    io.save_checkpoint(NEEDED | model | {"callbacks": {"Mine": state}}, tmp_path / "a.ckpt")
+    assert io.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]["Mine"] == state
+
+
+def test_resuming_another_model_or_seed_is_refused_and_evaluating_another_seed_is_not(
+    saved: tuple[Path, Recorder, Trainer], tmp_path: Path
+) -> None:
+    path = saved[0] / "9.ckpt"
     other = MoEGPTModule(GPTConfig(61, 16, 4, 32, 2, hidden_dropout=0.1, moe=MoEConfig([4, 4], mlp_type="residual")))
-    trainer = Trainer(max_steps=1, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"moe.noise jitter -> None, moe.num_experts \[2, 4\] -> \[4, 4\]"):
-        trainer.fit(other, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+        trainer(tmp_path, max_steps=4).fit(other, SyntheticData(), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"model\.seed 1234, not 9"):
+        trainer(tmp_path, max_steps=4).fit(MoEGPTModule(CONFIG, seed=9), SyntheticData(), ckpt_path=path)
+    evaluates = trainer(tmp_path, limit_val_batches=1.0)
+    evaluates.validate(MoEGPTModule(CONFIG, seed=9), SyntheticData(), ckpt_path=path, verbose=False)
 
 
-def test_a_resumed_run_obeys_its_own_optimizer_settings(tmp_path: Path) -> None:
+def test_a_resumed_run_obeys_its_own_optimizer_settings(saved: tuple[Path, Recorder, Trainer], tmp_path: Path) -> None:
     """A checkpoint brings the optimizer's state; the configuration brings its settings."""
-    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
     recorder = Recorder()
     changed = AdamWConfig(lr=5e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     module = MoEGPTModule(CONFIG, changed, LearningRateSchedule("constant"))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    trainer = Trainer(max_steps=3, max_epochs=-1, accelerator="cpu", callbacks=[recorder], **quiet)
-    trainer.fit(module, SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+    run = trainer(tmp_path, recorder, max_steps=5)
+    run.fit(module, SyntheticData(), ckpt_path=saved[0] / "9.ckpt")
     assert recorder.rates == [5e-3, 5e-3]
-    decay, no_decay = trainer.optimizers[0].param_groups
-    assert (decay["betas"], decay["eps"], decay["weight_decay"], no_decay["weight_decay"]) == (
-        (0.8, 0.9),
-        1e-6,
-        0.3,
-        0.0,
-    )
-
-
-def test_resuming_with_another_seed_is_refused_and_evaluating_is_not(tmp_path: Path) -> None:
-    fit(tmp_path, SaveAt(3, tmp_path / "a.ckpt"), steps=1)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_steps=3, max_epochs=-1, accelerator="cpu", **quiet)
-    trainer.validate(MoEGPTModule(CONFIG, seed=9), SyntheticData(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    with pytest.raises(ValueError, match=r"model\.seed 1234, not 9"):
-        trainer.fit(MoEGPTModule(CONFIG, seed=9), SyntheticData(), ckpt_path=tmp_path / "a.ckpt")
+    decay, no_decay = run.optimizers[0].param_groups
+    assert (decay["betas"], decay["eps"], decay["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.3)
+    assert no_decay["weight_decay"] == 0.0
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:

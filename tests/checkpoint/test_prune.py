@@ -18,7 +18,6 @@ from nlgmoe.cli.train import main as train
 from nlgmoe.commands.main import main
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.eval.expert_use import measure_use
-from nlgmoe.layers.router import Routing
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.end_to_end.test_train_cli import ROOT, TINY
 
@@ -65,65 +64,32 @@ def test_experts_that_no_token_uses_are_not_missed(kind: str, tmp_path: Path) ->
     assert read_tokenizer(tmp_path / "small.ckpt") == TOKENIZER.to_json()
 
 
-def test_use_is_the_sum_of_weights(tmp_path: Path) -> None:
-    model = load_model(whole(tmp_path, "softmax"))
-    use = measure_use(model, [batch_of(TOKENS), batch_of(TOKENS)])
-    with torch.no_grad():
-        routing = model(TOKENS).routings[1]
-        loss = torch.nn.functional.cross_entropy(logits(model)[0], TOKENS.roll(-1, 1)[0])
-    for expert in range(5):
-        assert use.weights[1][expert] == pytest.approx(
-            2 * float(routing.weight[routing.expert == expert].sum()), rel=1e-5
-        )
-    assert use.loss == pytest.approx(float(loss), rel=1e-5) and use.tokens == 32
-    assert most_used(
-        [torch.tensor([1.0, 5, 5, 3]), torch.tensor([0.0, 2])], GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))
-    ) == [
-        [1, 2],
-        [1],
-    ]
-
-
 @torch.no_grad()
-def test_reap_is_the_mean_over_its_tokens_of_weight_times_norm(tmp_path: Path) -> None:
+def test_use_is_the_sum_of_weights_and_saliency_the_mean_of_weight_times_norm(tmp_path: Path) -> None:
+    """Saliency: REAP's, of each expert over its tokens."""
     model = load_model(whole(tmp_path, "softmax"))
     layer = [block.moe for block in model.blocks if block.moe][1]
-    seen: list[tuple[Tensor, Routing]] = []
-    layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].flatten(0, 1), output[1])))
-    saliency = measure_use(model, [batch_of(TOKENS)]).saliency[1]
-    ((x, routing),) = seen
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
+    routing = model(TOKENS).routings[1]
+    loss = cross_entropy(logits(model)[0], TOKENS.roll(-1, 1)[0])
+    handle.remove()
+    use = measure_use(model, [batch_of(TOKENS), batch_of(TOKENS)])
     for expert in range(5):
+        weights = routing.weight[routing.expert == expert]
         terms = [
-            float(
-                routing.weight[token, choice] * layer.experts(x[token : token + 1], torch.eye(5).long()[expert]).norm()
-            )
+            routing.weight[token, choice]
+            * layer.experts(inputs[0][token : token + 1], torch.eye(5).long()[expert]).norm()
             for token, choice in (routing.expert == expert).nonzero().tolist()
         ]
-        assert saliency[expert] == pytest.approx(sum(terms) / max(1, len(terms)), rel=1e-5)
+        assert float(use.weights[1][expert]) == pytest.approx(2 * float(weights.sum()), rel=1e-5)
+        assert float(use.saliency[1][expert]) == pytest.approx(float(sum(terms)) / max(1, len(terms)), rel=1e-5)
+    assert use.loss == pytest.approx(float(loss), rel=1e-5) and use.tokens == 32
 
 
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ("[3,0]", "--num-experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
-        ("[3,2,5]", "number 2 must be 0, the block there is dense"),
-        ("[1,0,5]", "top_k=2 must be between 1 and the smallest num_experts (1)"),
-    ],
-)
-def test_numbers_that_do_not_suit_are_refused(
-    numbers: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = whole(tmp_path, "softmax")
-    assert message in error_of(capsys, "prune", source, tmp_path / "small.ckpt", f"--num-experts={numbers}")
-    assert not (tmp_path / "small.ckpt").exists()
-
-
-def test_a_router_without_a_gate_and_a_dense_model_are_refused() -> None:
-    config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig()))
-    with pytest.raises(ValueError, match="HashRouterConfig has no row for each expert"):
-        pruned_config(config, [2])
-    with pytest.raises(ValueError, match="a dense model has no experts"):
-        pruned_config(GPTConfig(61, 16, 2, 16, 2), [2])
+def test_the_most_used_experts_stay_in_their_order() -> None:
+    weights = [torch.tensor([1.0, 5, 5, 3]), torch.tensor([0.0, 2])]
+    assert most_used(weights, GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([2, 1]))) == [[1, 2], [1]]
 
 
 def test_a_run_is_pruned_and_healed_by_the_commands(
@@ -141,14 +107,21 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments[:-1], str(healed), "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]
-    alone = whole(tmp_path, "softmax"), tmp_path / "x.ckpt", "--num-experts=[3,0,4]"
-    assert "no config.yaml; give --text FILE" in error_of(capsys, "prune", *alone)
 
 
-def test_a_checkpoint_does_not_replace_its_own_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = whole(tmp_path, "softmax")
-    arguments = "prune", source, source, "--num-experts=[3,0,4]", "--text=x", "--overwrite"
-    assert "is the one to prune, which its training needs as teacher; name another" in error_of(capsys, *arguments)
+def test_what_cannot_be_pruned_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, small = whole(tmp_path, "softmax"), tmp_path / "small.ckpt"
+    for arguments, message in (
+        ((small, "--num-experts=[3,0]"), "--num-experts=[3, 0] has 2 numbers, the model has [6, 0, 5]"),
+        ((small, "--num-experts=[1,0,5]"), "top_k=2 must be between 1 and the smallest num_experts (1)"),
+        ((small, "--num-experts=[3,0,4]"), "no config.yaml; give --text FILE"),
+        ((source, "--num-experts=[3,0,4]", "--text=x", "--overwrite"), "is the one to prune, which its training needs"),
+    ):
+        assert message in error_of(capsys, "prune", source, *arguments)
+    assert not small.exists()
+    config = GPTConfig(61, 16, 2, 16, 2, moe=MoEConfig(4, router=HashRouterConfig()))
+    with pytest.raises(ValueError, match="HashRouterConfig has no row for each expert"):
+        pruned_config(config, [2])
 
 
 @torch.no_grad()

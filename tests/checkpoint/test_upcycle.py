@@ -1,11 +1,10 @@
 """A mixture made of a dense model computes what that did, and a run starts from it."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 
 from nlgmoe import HashRouterConfig, MoEGPTModule, WarmStart, load_model
 from nlgmoe.checkpoint.folder import read_tokenizer
@@ -16,16 +15,20 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.tools.hugging_face.families import family_of
 from tests.checkpoint.test_hugging_face import TOKENIZER, error_of, write
 from tests.synthetic import SyntheticData
+from tests.test_module import trainer
 
 DENSE = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48)
 TOKENS = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
+OPEN = GPTConfig(
+    61, 16, 4, 32, 4, init_std=0.3, norm="rmsnorm", rope_theta=100.0, num_kv_heads=2, qk_norm="head", bias=False,
+    ffn_network="swiglu", tied_embeddings=False,
+)  # fmt: skip
 KINDS = {
-    "top-1": MoEConfig(4),
-    "top-2": MoEConfig([2, 5], top_k=2),
-    "top-3": MoEConfig(6, top_k=3),
-    "residual top-2": MoEConfig(4, top_k=2, mlp_type="residual"),
-    "layer map": MoEConfig([0, 3, 0, 4], expert_interval=1),
-    "summed top-2": MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum"),
+    "top-1, layer map": (DENSE, MoEConfig([0, 3, 0, 4], expert_interval=1)),
+    "top-3, pyramid": (DENSE, MoEConfig([3, 6], top_k=3)),
+    "residual top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual")),
+    "summed top-2": (DENSE, MoEConfig(4, top_k=2, mlp_type="residual", residual_mix="sum")),
+    "an open model": (OPEN, MoEConfig(4, expert_interval=1, top_k=2)),
 }
 
 
@@ -41,19 +44,31 @@ def logits_of(path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mixture_computes_what_the_dense_model_does(kind: str, dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "moe.ckpt"
-    assert upcycle(dense, out, KINDS[kind]).config.moe == KINDS[kind]
+def test_the_mixture_computes_what_the_dense_model_does(kind: str, tmp_path: Path) -> None:
+    source, out, (config, moe) = tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", KINDS[kind]
+    write(source, config, tokenizer=TOKENIZER.to_json())
+    assert upcycle(source, out, moe).config == replace(config, moe=moe)
     assert list(find_problems(out)) == [] and read_tokenizer(out) == TOKENIZER.to_json()
-    expected = logits_of(dense)
+    expected = logits_of(source)
     torch.testing.assert_close(logits_of(out), expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
     model = load_model(out)
     with torch.no_grad():
         routings = model(TOKENS).routings
     for routing in routings:
-        if KINDS[kind].top_k == 1:
+        if moe.top_k == 1:
             assert torch.equal(routing.probs, torch.full_like(routing.probs, 1 / routing.probs.shape[1]))
         assert (routing.tokens_per_expert > 0).sum() >= 2, "all tokens go to one expert"
+    if config is OPEN:
+        assert family_of(model.config) == ("qwen3_moe", "")
+
+
+def test_experts_part_in_training(dense: Path, tmp_path: Path) -> None:
+    moe = MoEConfig([2, 4], mlp_type="residual")
+    upcycle(dense, tmp_path / "moe.ckpt", moe)
+    module = MoEGPTModule(replace(DENSE, moe=moe), warm_start=WarmStart(str(tmp_path / "moe.ckpt")))
+    trainer(tmp_path, max_steps=2).fit(module, SyntheticData())
+    experts = module.gpt.blocks[3].moe.experts.expand_weight
+    assert not torch.equal(experts[0], experts[1])
 
 
 def test_the_gates_of_a_dense_model_in_fp16_are_not_rounded_to_zero(tmp_path: Path) -> None:
@@ -80,62 +95,13 @@ def test_noise_is_as_large_as_it_was_said(dense: Path, tmp_path: Path) -> None:
     assert torch.equal(a.expand_bias, ffn.expand.bias.expand_as(a.expand_bias))
 
 
-def test_a_run_starts_at_the_dense_models_loss(dense: Path, tmp_path: Path) -> None:
-    moe = MoEConfig([2, 4], mlp_type="residual")
-    upcycle(dense, tmp_path / "moe.ckpt", moe)
-    config = GPTConfig(61, 16, 4, 32, 2, ffn_hidden_size=48, moe=moe)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    trainer = Trainer(default_root_dir=tmp_path, max_steps=2, max_epochs=-1, accelerator="cpu", **quiet)
-
-    def loss(config: GPTConfig, start: Path) -> float:
-        module = MoEGPTModule(config, warm_start=WarmStart(str(start)))
-        return trainer.validate(module, SyntheticData(), verbose=False)[0]["val/loss"]
-
-    assert loss(config, tmp_path / "moe.ckpt") == pytest.approx(loss(DENSE, dense), rel=1e-6)
-    module = MoEGPTModule(config, warm_start=WarmStart(str(tmp_path / "moe.ckpt")))
-    trainer.fit(module, SyntheticData())
-    experts = module.gpt.blocks[3].moe.experts.expand_weight
-    assert trainer.global_step == 2 and not torch.equal(experts[0], experts[1])
-    direct = trainer.validate(MoEGPTModule(config), SyntheticData(), ckpt_path=tmp_path / "moe.ckpt", verbose=False)
-    assert direct[0]["val/loss"] == pytest.approx(loss(DENSE, dense), rel=1e-6)
-
-
 def test_the_command_and_what_it_refuses(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a moe.ckpt"
     main(["upcycle", str(dense), str(out), "--num-experts", "[2,4]", "--mlp-type", "residual", "--noise", "0.01"])
-    said = capsys.readouterr().out
-    assert "noise of 0.01" in said and f"model.warm_start.checkpoint='{out}'" in said
+    output = capsys.readouterr().out
+    assert "noise of 0.01" in output and f"model.warm_start.checkpoint='{out}'" in output
     assert load_model(out).config.moe == MoEConfig([2, 4], mlp_type="residual")
     assert "exists already" in error_of(capsys, "upcycle", dense, out)
     assert "no dense model" in error_of(capsys, "upcycle", out, tmp_path / "other.ckpt")
-    assert "--top-k=9" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--top-k=9")
-    assert "--num-experts=[2]" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--num-experts=[2]")
-    assert "noise=-1.0" in error_of(capsys, "upcycle", dense, tmp_path / "other.ckpt", "--noise=-1")
-    assert "other.ckpt" in error_of(capsys, "upcycle", dense, tmp_path / "other")
-
-
-def test_parts_that_are_not_the_papers_are_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="upcycling knows the paper's router alone, not HashRouterConfig"):
-        upcycle(dense, tmp_path / "new.ckpt", MoEConfig(4, router=HashRouterConfig()))
-
-
-@pytest.mark.parametrize(("qk_norm", "family"), [(None, "mixtral"), ("head", "qwen3_moe")])
-@torch.no_grad()
-def test_a_dense_open_model_becomes_a_native_mixture(qk_norm: Any, family: str, tmp_path: Path) -> None:
-    dense = GPTConfig(
-        61, 16, 4, 32, 4, init_std=0.3, norm="rmsnorm", rope_theta=100.0, num_kv_heads=2, qk_norm=qk_norm, bias=False,
-        ffn_network="swiglu", tied_embeddings=False,
-    )  # fmt: skip
-    model = load_model(write(tmp_path / "dense.ckpt", dense)).eval()
-    done = upcycle(tmp_path / "dense.ckpt", tmp_path / "moe.ckpt", MoEConfig(4, expert_interval=1, top_k=2))
-    tokens = torch.arange(16)[None]
-    mixture = load_model(tmp_path / "moe.ckpt").eval()
-    torch.testing.assert_close(
-        mixture.logits(mixture(tokens).hidden), model.logits(model(tokens).hidden), rtol=1e-4, atol=1e-4
-    )
-    assert family_of(done.config) == (family, "") and (tmp_path / "moe.yaml").exists()
+        upcycle(dense, tmp_path / "other.ckpt", MoEConfig(4, router=HashRouterConfig()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -50,8 +51,9 @@ from nlgmoe.module import MoEGPTModule
 from nlgmoe.non_finite import NonFinite
 from nlgmoe.optim.param_groups import AdamWConfig
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum
+from tests.checkpoint.runs import SaveAt
 from tests.memory import peak_bytes
-from tests.synthetic import NumberedData, OfUnknownLength, SyntheticData, ToLongest
+from tests.synthetic import NumberedData, SyntheticData, ToLongest
 
 SAMPLES = 12  # per optimizer step and accumulated micro-batch, over all ranks: divisible by 1, 2, 3 and 4
 
@@ -88,7 +90,6 @@ class Cell:
     network: Literal["gelu", "swiglu"] = "gelu"
     block: dict[str, Any] = field(default_factory=dict)  # other settings of GPTConfig
     strategy: str = "expert_parallel"
-    teacher_precision: Literal["fp32", "bf16"] | None = None
     non_finite: NonFinite = field(default_factory=NonFinite)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -124,40 +125,37 @@ class Outcome:
         metrics: what `ExpertLoad` and `Throughput` log after the fifth step.
     """
 
-    losses: list[float]
-    squares: list[dict[str, float]]
-    gradients: dict[str, Tensor]
-    clip_norms: list[float]
-    validation: float
-    metrics: dict[str, float]
+    losses: list[float] = field(default_factory=list)
+    squares: list[dict[str, float]] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    clip_norms: list[float] = field(default_factory=list)
+    validation: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Recorder(Callback):
     """Collects an `Outcome` on every rank."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.squares: list[dict[str, float]] = []
-        self.clip_norms: list[float] = []
-        self.gradients: dict[str, Tensor] = {}
-        self.metrics: dict[str, float] = {}
+        self.outcome = Outcome()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == LOGGED and not self.metrics:
-            self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.global_step == LOGGED and not self.outcome.metrics:
+            self.outcome.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         loss = trainer.callback_metrics["train/loss"] + 0.01 * trainer.callback_metrics["train/balance_loss"]
-        self.losses.append(float(loss))
+        self.outcome.losses.append(float(loss))
         engine = trainer.strategy.model
         if hasattr(engine, "get_global_grad_norm"):
-            self.clip_norms.append(float(engine.get_global_grad_norm()))
+            self.outcome.clip_norms.append(float(engine.get_global_grad_norm()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         gradients = full_gradients(pl_module)
-        if not self.squares:
-            self.gradients = gradients
-        self.squares.append({name: float(value.double().square().sum()) for name, value in gradients.items()})
+        if not self.outcome.squares:
+            self.outcome.gradients = gradients
+        squares = {name: float(value.double().square().sum()) for name, value in gradients.items()}
+        self.outcome.squares.append(squares)
 
 
 def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
@@ -178,40 +176,8 @@ def full_gradients(module: MoEGPTModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
-class Overflow(Callback):
-    """Makes the third step's gradient overflow on one rank, and remembers loss scale, clock and a weight around it."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, int, float]] = []
-        self.skipped = 0
-        self.states: list[dict[str, Any]] = []  # of the loss scale, at start and at the end
-        self.remove_hook: Callable[[], None] = lambda: None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        scaler = trainer.strategy.deepspeed_engine.optimizer.loss_scaler
-        weight = float(pl_module.gpt.blocks[1].moe.experts.project_weight.detach().float().sum())
-        self.seen.append((float(scaler.cur_scale), pl_module.tokens_seen, weight))
-
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        if len(self.seen) == 3 and trainer.global_rank == 1:
-            experts = pl_module.gpt.blocks[1].moe.experts.project_weight
-            hook = experts.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-            self.remove_hook = hook.remove
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.remove_hook()
-        self.skipped = int(trainer.callback_metrics["train/skipped_steps"])
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        from nlgmoe.parallel.checkpointing import loss_scale
-
-        self.states.append(loss_scale(trainer.strategy.model))
-
-    on_train_end = on_train_start
-
-
 class Spoils(Callback):
-    """Makes expert 2 of block 1 NaN on the last rank, in one step: its gradient, or its output.
+    """Makes expert 2 of block 1 NaN or infinite on the last rank, in one step: its gradient, or its output.
 
     Attributes:
         clocks: tokens seen, and the sum of all weights' magnitudes here, before each step and at the end.
@@ -219,8 +185,8 @@ class Spoils(Callback):
         skipped: steps, as logged at the end.
     """
 
-    def __init__(self, step: int, output: bool = False) -> None:
-        self.step, self.output = step, output
+    def __init__(self, step: int, value: float = torch.nan, output: bool = False) -> None:
+        self.step, self.value, self.output = step, value, output
         self.clocks: list[tuple[int, float]] = []
         self.norms: list[float] = []
         self.skipped = 0.0
@@ -234,10 +200,10 @@ class Spoils(Callback):
             return
         experts = pl_module.gpt.blocks[1].moe.experts
         if self.output:
-            self.restore = experts.register_forward_hook(lambda module, inputs, output: output * torch.nan).remove
+            self.restore = experts.register_forward_hook(lambda module, inputs, output: output * self.value).remove
         else:
             spoil = torch.zeros_like(experts.project_weight)
-            spoil[2 - experts.first] = torch.nan
+            spoil[2 - experts.first] = self.value
             self.restore = experts.project_weight.register_hook(lambda gradient: gradient + spoil).remove
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -368,14 +334,9 @@ class Types(Callback):
         return self._all_reduce(tensor, *args, **kwargs)
 
 
-class SavesAtStart(Callback):
-    """Saves what has just been loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path)
+def saves_at_start(path: Path) -> Callback:
+    """A callback that saves what has just been loaded."""
+    return LambdaCallback(on_train_start=lambda trainer, module: trainer.save_checkpoint(path))
 
 
 def train(
@@ -395,10 +356,8 @@ def train(
     trainer = make_trainer(cell, world, folder, Throughput(), ExpertLoad(), recorder, *callbacks, **settings)
     trainer.fit(module, data, ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / f"{cell.name} at the end.ckpt")
-    validation = float(trainer.callback_metrics["val/loss"])
-    return Outcome(
-        recorder.losses, recorder.squares, recorder.gradients, recorder.clip_norms, validation, recorder.metrics
-    )
+    recorder.outcome.validation = float(trainer.callback_metrics["val/loss"])
+    return recorder.outcome
 
 
 def make_trainer(cell: Cell, world: int, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
@@ -455,13 +414,50 @@ def with_state(folder: Path) -> list[Callback]:
 
 def resume(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
     """Go on from a checkpoint, after saving it again as `CELL.ckpt`."""
-    callbacks = [SavesAtStart(folder / f"{cell.name}.ckpt"), *with_state(folder / cell.name)]
+    callbacks = [saves_at_start(folder / f"{cell.name}.ckpt"), *with_state(folder / cell.name)]
     return on_ranks(cell, ranks, folder, *callbacks, checkpoint=checkpoint)
 
 
-def resume_halves(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Outcome:
-    """Likewise from `bf16-true.ckpt` beside the checkpoint."""
-    return resume(cell, ranks, folder, checkpoint.with_name("bf16-true.ckpt"))
+def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, list[float]]:
+    """Exit code and saved step of a run that gets SIGTERM on rank 1 alone in its third step, and its losses when resumed."""
+
+    def tell(trainer: Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    where, code = folder / f"{cell.name} interrupted", -1
+    try:
+        on_ranks(cell, ranks, where, LambdaCallback(on_before_backward=tell), SaveCheckpoints())
+    except SystemExit as end:
+        code = int(end.code or 0)
+    path = where / "checkpoints/last.ckpt"
+    step = read_document(path)["global_step"]
+    return code, step, on_ranks(cell, ranks, where, checkpoint=path).losses
+
+
+def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, float]:
+    """Losses of a new run from a checkpoint's weights at its start and end, and of its own weights, saved alone.
+
+    `CELL warm.ckpt` is the new run before its first step, `CELL weights.ckpt` its weights after one.
+    """
+
+    def trainer(*callbacks: Callback) -> Trainer:
+        return make_trainer(cell, ranks, folder, *callbacks, strategy=strategy_of(cell))
+
+    def evaluated(module: MoEGPTModule, path: Path | None = None) -> float:
+        return trainer().validate(module, SyntheticData(), ckpt_path=path, verbose=False)[0]["val/loss"]
+
+    def warm() -> MoEGPTModule:
+        module = cell.module()
+        module.warm_start = WarmStart(str(checkpoint))
+        return module
+
+    fit = trainer(saves_at_start(folder / f"{cell.name} warm.ckpt"))
+    fit.fit(warm(), SyntheticData(micro_batch_size=SAMPLES // ranks))
+    path = folder / f"{cell.name} weights.ckpt"
+    fit.save_checkpoint(path, weights_only=True)
+    trained = float(fit.callback_metrics["val/loss"])
+    return {"start": evaluated(warm()), "end": trained, "from weights": evaluated(cell.module(), path)}
 
 
 class SavesMeasured(Callback):
@@ -487,69 +483,6 @@ def save_large(cell: Cell, ranks: int, folder: Path) -> tuple[int, list[int]]:
     return 3 * 4 * counted, measured.peaks  # weights and two moments, fp32
 
 
-def warm_start(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, Any]:
-    """A new run from a checkpoint's weights: its loss at start; then what becomes of its own weights, saved alone.
-
-    `CELL warm.ckpt` is the new run before its first step, `CELL weights.ckpt` its weights after one.
-    """
-
-    def trainer(*callbacks: Callback) -> Trainer:
-        return make_trainer(cell, ranks, folder, *callbacks, strategy=strategy_of(cell))
-
-    def evaluated(module: MoEGPTModule, path: Path | None = None) -> float:
-        return trainer().validate(module, SyntheticData(), ckpt_path=path, verbose=False)[0]["val/loss"]
-
-    def warm(cell: Cell) -> MoEGPTModule:
-        module = cell.module()
-        module.warm_start = WarmStart(str(checkpoint))
-        return module
-
-    found: dict[str, Any] = {"loss": evaluated(warm(cell))}
-    fit, data = (
-        trainer(SavesAtStart(folder / f"{cell.name} warm.ckpt")),
-        SyntheticData(micro_batch_size=SAMPLES // ranks),
-    )
-    fit.fit(warm(cell), data)
-    path = folder / f"{cell.name} weights.ckpt"
-    fit.save_checkpoint(path, weights_only=True)
-    found |= {"trained": float(fit.callback_metrics["val/loss"]), "from weights": evaluated(cell.module(), path)}
-    found["resumed"] = error_of(lambda: trainer().fit(cell.module(), SyntheticData(), ckpt_path=path))
-    found["larger"] = error_of(lambda: trainer().fit(warm(replace(cell, experts=8)), SyntheticData()))
-    return found
-
-
-class Tell(Callback):
-    """Sends SIGTERM to rank 1 alone: in its third step's first backward pass, or in a validation after the second step."""
-
-    def __init__(self, hook: str) -> None:
-        self.hook = hook
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.hook == "on_validation_start":
-            trainer.val_check_interval = 2
-
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        if self.hook == "on_before_backward" and trainer.global_rank == 1 and trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.hook == "on_validation_start" and trainer.global_rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def interrupted(cell: Cell, ranks: int, folder: Path) -> tuple[list[Any], list[int], list[float]]:
-    """Exit codes and saved steps of training and of validation where `Tell` interrupts, and the losses of the former resumed."""
-    codes, steps = [], []
-    for hook in ("on_validation_start", "on_before_backward"):
-        where = folder / f"{cell.name} interrupted {hook}"
-        try:
-            on_ranks(cell, ranks, where, Tell(hook), SaveCheckpoints())
-        except SystemExit as end:
-            codes.append(end.code)
-        steps.append(read_document(where / "checkpoints/last.ckpt")["global_step"])
-    return codes, steps, on_ranks(cell, ranks, where, checkpoint=where / "checkpoints/last.ckpt").losses
-
-
 def typed(cell: Cell, ranks: int, folder: Path) -> tuple[Outcome, dict[str, str]]:
     """Train, and what `Types` found."""
     allow_fp16()
@@ -569,14 +502,32 @@ def allow_fp16() -> None:
     type(get_accelerator()).is_fp16_supported = lambda self: True  # type: ignore[method-assign]
 
 
-def overflow(cell: Cell, ranks: int, folder: Path) -> tuple[list[tuple[float, int, float]], int, list[dict[str, Any]]]:
-    """What `Overflow` saw and counted in four steps of fp16, and the loss scale's state then and where its checkpoint goes on."""
+@dataclass
+class Overflown:
+    """What `overflow` returns: the loss scale and `Spoils.clocks` of each step, the scale's states at a save and in its resume,
+    and the error of a run whose scale cannot fall any further."""
+
+    scales: list[float]
+    clocks: list[tuple[int, float]]
+    states: list[dict[str, Any]]
+    error: str
+
+
+def overflow(cell: Cell, ranks: int, folder: Path) -> Overflown:
+    """Steps of fp16 whose third overflows on the last rank."""
     allow_fp16()
-    callback, resumed = Overflow(), Overflow()
-    on_ranks(cell, ranks, folder, callback)
-    again = replace(cell, steps=cell.steps + 1)
-    on_ranks(again, ranks, folder, resumed, checkpoint=folder / f"{cell.name} at the end.ckpt")
-    return callback.seen, callback.skipped, [callback.states[-1], resumed.states[0]]
+    spoils, scales, end = Spoils(2, torch.inf), list[float](), folder / f"{cell.name} at the end.ckpt"
+
+    def note(trainer: Trainer, *_: Any) -> None:
+        scales.append(float(trainer.strategy.deepspeed_engine.optimizer.loss_scaler.cur_scale))
+
+    on_ranks(cell, ranks, folder, spoils, LambdaCallback(on_train_batch_start=note))
+    states, again = [read_document(end)["loss_scale"]], folder / f"{cell.name} again.ckpt"
+    on_ranks(replace(cell, steps=cell.steps + 1), ranks, folder, saves_at_start(again), checkpoint=end)
+    states.append(read_document(again)["loss_scale"])
+    lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
+    error = error_of(lambda: on_ranks(lowest, ranks, folder, Spoils(2, torch.inf)))
+    return Overflown(scales, spoils.clocks, states, error)
 
 
 @dataclass
@@ -591,8 +542,7 @@ class Spoilt:
 
 
 def spoilt(cell: Cell, ranks: int, folder: Path) -> Spoilt:
-    """A run that skips its third step, and one that stops there; before, one that skips its only step."""
-    on_ranks(replace(cell, name=f"{cell.name}, first", steps=1), ranks, folder, Spoils(0))
+    """A run that skips its third step, and one that stops there."""
     skips = Spoils(2)
     outcome = on_ranks(cell, ranks, folder, skips)
     error = error_of(lambda: on_ranks(replace(cell, non_finite=NonFinite()), ranks, folder, Spoils(2, output=True)))
@@ -608,23 +558,11 @@ def error_of(job: Callable[[], Any]) -> str:
     raise AssertionError("no error was raised")
 
 
-def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]:
-    """What is said of a folder that lacks a rank's file, a module built before, a teacher that cannot be spread, a parameter that
-    is frozen after the first step, an epoch that ends within a step, another number of micro-batches of a step, another limit of
-    the gradient's norm, and weights in a checkpoint that a callback has added.
+def refused(cell: Cell, ranks: int, folder: Path) -> list[str]:
+    """Errors for a folder that lacks a rank's file, a module built before, and a batch that changes during the run."""
 
-    Last, the steps of a trainer that has gone on from its own checkpoint.
-    """
-
-    def trainer(*callbacks: Callback, steps: int = 2, **settings: Any) -> Trainer:
-        return make_trainer(
-            replace(cell, steps=steps), ranks, folder, *callbacks, strategy=strategy_of(cell), **settings
-        )
-
-    def fit(*callbacks: Callback) -> Trainer:
-        run = trainer(*callbacks)
-        run.fit(cell.module(), SyntheticData())
-        return run
+    def trainer(*callbacks: Callback) -> Trainer:
+        return make_trainer(replace(cell, steps=2), ranks, folder, *callbacks, strategy=strategy_of(cell))
 
     path = folder / f"{cell.name} broken.ckpt"
     if distributed.get_rank() == 0:
@@ -633,72 +571,23 @@ def refused(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[str]
     distributed.barrier()
     built = cell.module()
     assert built.gpt is not None
-    three = replace(cell, name="three experts", degree=1, experts=3, steps=1)
-    on_ranks(three, ranks, folder)
-    freezes = LambdaCallback(on_train_batch_end=lambda _, module, *rest: module.gpt.final_norm.requires_grad_(False))
-    sets = {
-        name: LambdaCallback(
-            on_train_batch_end=lambda trainer, *_, name=name, value=value: setattr(trainer, name, value)
-        )
-        for name, value in (("accumulate_grad_batches", 2), ("gradient_clip_val", 0.25))
-    }
-    more = {"a": torch.zeros(1)}
-    fills = LambdaCallback(on_save_checkpoint=lambda _, module, checkpoint: checkpoint["state_dict"].update(more))
-    messages = [
+    more = LambdaCallback(on_train_batch_end=lambda trainer, *_: setattr(trainer, "accumulate_grad_batches", 2))
+    return [
         error_of(lambda: trainer().validate(cell.module(), SyntheticData(), ckpt_path=path, verbose=False)),
         error_of(lambda: trainer().fit(built, SyntheticData())),
-        error_of(lambda: learn(cell, ranks, folder, folder / "three experts at the end.ckpt")),
-        error_of(lambda: fit(freezes)),
-        error_of(
-            lambda: trainer(steps=9, accumulate_grad_batches=2).fit(cell.module(), OfUnknownLength(micro_batch_size=2))
-        ),
-        *(error_of(lambda callback=callback: fit(callback)) for callback in sets.values()),  # type: ignore[misc]
+        error_of(lambda: trainer(more).fit(cell.module(), SyntheticData())),
     ]
-    filled = fit(fills)
-    messages.append(error_of(lambda: filled.save_checkpoint(folder / "filled.ckpt")))
-    run, module, data = trainer(), cell.module(), SyntheticData()
-    run.fit(module, data)
-    run.save_checkpoint(folder / "two steps.ckpt")
-    run.fit_loop.epoch_loop.max_steps = 3
-    run.fit(module, data, ckpt_path=folder / "two steps.ckpt")
-    return [*messages, str(run.global_step)]
 
 
-def engine_facts(cell: Cell, ranks: int, folder: Path) -> dict[str, Any]:
-    """The engine's throughput timer, the extensions that DeepSpeed found, and the backends of the experts' groups.
-
-    Of the group of one rank also what each of the collectives makes of 1, 2, which DeepSpeed and checkpoints use.
-    """
+def engine_facts(cell: Cell, ranks: int, folder: Path) -> tuple[bool, dict[str, Any], list[str]]:
+    """The engine's throughput timer, the extensions that DeepSpeed compiles, and the backends of the experts' groups."""
     from deepspeed import ops
 
     strategy = strategy_of(cell)
     make_trainer(replace(cell, steps=1), ranks, folder, strategy=strategy).fit(cell.module(), SyntheticData())
     groups = strategy._groups[ranks]
-    alone, given = groups.data_parallel, torch.tensor([1.0, 2.0])
-    collectives: dict[str, Callable[[Tensor], Any]] = {
-        "all_reduce": lambda result: distributed.all_reduce(result.copy_(given), group=alone),
-        "reduce": lambda result: distributed.reduce(result.copy_(given), distributed.get_rank(), group=alone),
-        "broadcast": lambda result: distributed.broadcast(result.copy_(given), distributed.get_rank(), group=alone),
-        "all_gather": lambda result: distributed.all_gather([result], given, group=alone),
-        "all_gather_into_tensor": lambda result: distributed.all_gather_into_tensor(result, given, group=alone),
-        "reduce_scatter_tensor": lambda result: distributed.reduce_scatter_tensor(result, given, group=alone),
-    }
-    results = {name: torch.zeros(2) for name in collectives}
-    for name, collective in collectives.items():
-        collective(results[name])
-    return {
-        "timed": strategy.deepspeed_engine.tput_timer.config.enabled,
-        "extensions": ops.__compatible_ops__,
-        "backends": [distributed.get_backend(group) for group in (groups.parallel, alone)],
-        "members": distributed.get_process_group_ranks(alone),
-        "collectives": {name: result.tolist() for name, result in results.items()},
-    }
-
-
-def lowest_scale(cell: Cell, ranks: int, folder: Path) -> str:
-    """What a run says whose gradients overflow when its loss scale cannot fall any further; after `overflow`."""
-    lowest = replace(cell, options=cell.options | {"min_loss_scale": 2**11})
-    return error_of(lambda: on_ranks(lowest, ranks, folder, Overflow()))
+    backends = [distributed.get_backend(group) for group in (groups.parallel, groups.data_parallel)]
+    return strategy.deepspeed_engine.tput_timer.config.enabled, ops.__compatible_ops__, backends
 
 
 def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
@@ -736,90 +625,54 @@ def evaluate_text(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
 
 
 class Hears(Callback):
-    """What the teacher says of each of this rank's micro-batches, tokens and logits, and of the same tokens before each."""
+    """Tokens and logits of the teacher for each of this rank's micro-batches, and the numbers of experts that it has here."""
 
     def __init__(self) -> None:
         self.said: list[tuple[Tensor, Tensor]] = []
-        self.asked: list[Tensor] = []
+        self.experts: list[int] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         model = pl_module.distiller.model
-        if model is None:
-            return
-        with torch.no_grad():
-            self.asked.append(model.logits(model(QUESTION).hidden))
-        if not model._forward_hooks:
+        if model is not None and not model._forward_hooks:
+            self.experts = [len(part.expand_weight) for part in model.modules() if isinstance(part, Experts)]
             model.register_forward_hook(self.hear)
 
     def hear(self, model: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        if inputs[0] is not QUESTION:
-            self.said.append((inputs[0], model.logits(output.hidden)))
-
-
-QUESTION = torch.arange(48).view(3, 16)
+        self.said.append((inputs[0], model.logits(output.hidden)))
 
 
 @dataclass
 class Taught:
-    """What `taught` returns: losses of each micro-batch, what `Hears` heard, the teacher's experts here, whether it is gone."""
+    """What `learn` returns: losses of each step, what `Hears` collected, and whether the teacher is gone."""
 
     losses: list[float]
     said: list[tuple[Tensor, Tensor]]
-    asked: list[Tensor]
     experts: list[int]
-    freed: bool
-
-
-class SavesAroundTheEnd(Callback):
-    """Saves `FOLDER/CELL before.ckpt`, a step before the teacher goes, and `at.ckpt`; notes how many experts it has here."""
-
-    def __init__(self, cell: Cell, folder: Path) -> None:
-        self.cell, self.folder = cell, folder
-        self.experts: list[int] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        for when, steps in AROUND_THE_END.items():
-            if trainer.global_step == self.cell.steps - steps:
-                trainer.save_checkpoint(self.folder / f"{self.cell.name} {when}.ckpt")
-        if trainer.global_step == 1:
-            stacks = [part for part in pl_module.distiller.model.modules() if isinstance(part, Experts)]
-            self.experts = [len(stack.expand_weight) for stack in stacks]
-
-
-AROUND_THE_END = {"before": 3, "at": 2}  # steps left
+    gone: bool
 
 
 def learn(
     cell: Cell, ranks: int, folder: Path, teacher: Path, *callbacks: Callback, resume: Path | None = None
-) -> tuple[Recorder, Hears, MoEGPTModule]:
+) -> Taught:
     """Train on growing sequences with a teacher for all but the last two steps."""
     recorder, hears, module = Recorder(), Hears(), cell.module()
-    module.distiller = MixtureOfStudents(str(teacher), temperature=2.0, precision=cell.teacher_precision)
+    module.distiller = MixtureOfStudents(str(teacher), temperature=2.0)
     module.curriculum = SequenceCurriculum(400, 4, 4)
     strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
     staged = StagedDistillation(step=cell.steps - 2)
     fit = make_trainer(cell, ranks, folder, staged, hears, recorder, *callbacks, **strategy)
     fit.fit(module, SyntheticData(micro_batch_size=SAMPLES // ranks), ckpt_path=resume)
-    return recorder, hears, module
+    return Taught(recorder.outcome.losses, hears.said, hears.experts, module.distiller.model is None)
 
 
 def taught(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> Taught:
-    """A run that learns from a checkpoint for all but its last two steps."""
-    saves = SavesAroundTheEnd(cell, folder)
-    recorder, hears, module = learn(cell, ranks, folder, checkpoint, saves)
-    assert module.distiller is not None
-    return Taught(recorder.losses, hears.said, hears.asked, saves.experts, module.distiller.model is None)
+    """`learn` from a checkpoint; saves `FOLDER/CELL.ckpt` a step before the teacher goes."""
+    return learn(cell, ranks, folder, checkpoint, SaveAt(cell.steps - 3, folder / f"{cell.name}.ckpt"))
 
 
-def taught_on(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> dict[str, list[float]]:
-    """Losses after what `taught` saved here, and after what one process saved: `checkpoint`'s folder has that."""
-    return {
-        f"{when}, saved by {whose}": learn(cell, ranks, where, checkpoint, resume=where / f"{cell.name} {when}.ckpt")[
-            0
-        ].losses
-        for when in AROUND_THE_END
-        for whose, where in {"ranks": folder, "one process": checkpoint.parent}.items()
-    }
+def taught_on(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[float]:
+    """Losses after what `taught` saved on one process, beside `checkpoint`."""
+    return learn(cell, ranks, folder, checkpoint, resume=checkpoint.parent / f"{cell.name}.ckpt").losses
 
 
 def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> list[float]:
@@ -830,28 +683,7 @@ def taught_offline(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> li
     strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
     fit = make_trainer(cell, ranks, folder, recorder, **strategy)
     fit.fit(module, NumberedData(micro_batch_size=SAMPLES // ranks))
-    return recorder.losses
-
-
-@dataclass
-class Grown:
-    """What `growing` returns: losses of each step, sequences in each step, and the clock and the rate at the end."""
-
-    losses: list[float]
-    sequences: list[int]
-    tokens: int
-    rate: float
-
-
-class Counts(Callback):
-    """Sequences trained on, over all ranks, by step."""
-
-    def __init__(self) -> None:
-        self.consumed = [0]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (consumed := trainer.datamodule.samples_consumed) > self.consumed[-1]:  # type: ignore[attr-defined]
-            self.consumed.append(consumed)
+    return recorder.outcome.losses
 
 
 def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
@@ -862,26 +694,26 @@ def specialised(cell: Cell, ranks: int, folder: Path) -> Specialisation:
     return Specialisation.load(place)
 
 
-def growing(cell: Cell, ranks: int, folder: Path) -> Grown:
-    """A run on text whose batch grows from 4 sequences to 12, in two micro-batches, and whose sequences from 4 tokens to 16."""
+def growing(cell: Cell, ranks: int, folder: Path) -> tuple[list[float], list[int], int, float]:
+    """A run on text whose batch grows from 4 sequences to 12, in two micro-batches, and whose sequences from 4 tokens to 16.
+
+    Returns:
+        Losses and numbers of sequences of each step, and the clock and the learning rate at the end.
+    """
     config = GPTConfig(4096, 16, cell.layers, 32, 2, init_std=0.05, moe=MoEConfig(cell.experts, **cell.moe))
     schedule = LearningRateSchedule("constant", warmup_tokens=500)
     module = MoEGPTModule(config, AdamWConfig(lr=3e-3), schedule, curriculum=SequenceCurriculum(300, 4, 4))
-    data = PileDataModule(
-        str(TEXT),
-        "pocket-4k",
-        micro_batch_size=6 // ranks,
-        global_batch_size=12,
-        batch_ramp_up=BatchRampUp(4, 4, 32 * 16),
-        seq_len=16,
-        max_eval_windows=3,
-    )
-    recorder, counts = Recorder(), Counts()
+    ramp_up = BatchRampUp(4, 4, 32 * 16)
+    batches = {"micro_batch_size": 6 // ranks, "global_batch_size": 12, "batch_ramp_up": ramp_up, "seq_len": 16}
+    data = PileDataModule(str(TEXT), "pocket-4k", **batches, max_eval_windows=3)
+    consumed = [0]
+    count = LambdaCallback(on_train_batch_end=lambda *_: consumed.append(data.samples_consumed))
     strategy = {} if ranks == 1 else {"strategy": strategy_of(cell)}
-    trainer = make_trainer(cell, ranks, folder, recorder, counts, accumulate_grad_batches=2, **strategy)
+    trainer = make_trainer(cell, ranks, folder, recorder := Recorder(), count, accumulate_grad_batches=2, **strategy)
     trainer.fit(module, data)
-    sequences = [later - earlier for earlier, later in pairwise(counts.consumed)]
-    return Grown(recorder.losses, sequences, module.tokens_seen, trainer.optimizers[0].param_groups[0]["lr"])
+    sequences = [after - before for before, after in pairwise(consumed) if after > before]
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    return recorder.outcome.losses, sequences, module.tokens_seen, rate
 
 
 def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float, float]:
@@ -902,13 +734,6 @@ def uneven(cell: Cell, ranks: int, folder: Path) -> tuple[int, int, int, float, 
     distributed.all_reduce(fed)
     flops = speed.state_dict()["flops"] / float(fed[1])
     return trainer.global_step, module.tokens_seen, int(fed[0]), trainer.optimizers[0].param_groups[0]["lr"], flops
-
-
-def evaluate(cell: Cell, ranks: int, folder: Path, checkpoint: Path) -> float:
-    """The validation loss of a checkpoint."""
-    trainer = make_trainer(cell, ranks, folder, strategy=strategy_of(cell))
-    (found,) = trainer.validate(cell.module(), SyntheticData(), ckpt_path=checkpoint, verbose=False)
-    return found["val/loss"]
 
 
 def free_port() -> int:
@@ -964,7 +789,7 @@ def _rank(rank: int, ranks: int, port: int, job: Callable[..., Any], args: tuple
 
 def run_all(jobs: list[tuple[Callable[..., Any], Cell]], ranks: int, folder: Path, *args: Any) -> list[Any]:
     """Every job on this rank."""
-    loads = (evaluate, resume, resume_halves, refused, warm_start, taught, taught_on, taught_offline)
+    loads = (resume, warm_start, taught, taught_on, taught_offline)
     return [job(cell, ranks, folder, *(args if job in loads else ())) for job, cell in jobs]
 
 

@@ -136,7 +136,7 @@ def close(what: str, ours: Tensor, theirs: Tensor) -> None:
     assert error <= 1e-5, f"{what}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.1, 1.2, 2.0])
+@pytest.mark.parametrize("factor", [1.0, 1.2, 2.0])
 @pytest.mark.parametrize("dropping", [True, False], ids=["dropping", "dropless"])
 @pytest.mark.parametrize("mlp_type", ["standard", "residual"])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -155,12 +155,10 @@ def test_output_losses_counts_and_every_gradient(top_k: int, mlp_type: str, drop
     "moe",
     [
         MoEConfig(EXPERTS, 1, 1, noise="jitter"),
-        MoEConfig(EXPERTS, 1, 2, noise="jitter", second_expert="argmax"),
         MoEConfig(EXPERTS, 1, 3, "residual", noise="jitter"),
-        MoEConfig(EXPERTS, 1, 1, noise="rsample"),
         MoEConfig(EXPERTS, 1, 1, "residual", noise="rsample", token_dropping=False),
+        MoEConfig(EXPERTS, 1, 1, noise="rsample"),
         MoEConfig(EXPERTS, 1, 2, second_expert="sample"),
-        MoEConfig(EXPERTS, 1, 2, "residual", noise="jitter", second_expert="sample", token_dropping=False),
     ],
     ids=lambda moe: f"k{moe.top_k}-{moe.noise}-{moe.second_expert}-{moe.mlp_type}",
 )
@@ -170,10 +168,9 @@ def test_the_same_noise_gives_the_same_result(moe: MoEConfig, monkeypatch: pytes
     assert not torch.equal(noisy.weight, run(pair(quiet)).weight), "the noise did nothing"
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.1])
-def test_top_2_evaluation_with_dropping(factor: float) -> None:
+def test_top_2_evaluation_with_dropping() -> None:
     # Evaluation draws nothing here; DeepSpeed would still sample the second expert.
-    moe = MoEConfig(EXPERTS, 1, 2, eval_capacity_factor=factor, eval_token_dropping=True, second_expert="argmax")
+    moe = MoEConfig(EXPERTS, 1, 2, eval_capacity_factor=1.1, eval_token_dropping=True, second_expert="argmax")
     assert not run(pair(moe, training=False)).kept.all()
 
 

@@ -103,7 +103,7 @@ MOE = MoEConfig(num_experts=4, top_k=2, mlp_type="residual")  # evaluation is dr
 
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("pieces", [[24], [23, 1], [1] * 24, [5, 1, 11, 7]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 24, [5, 1, 11, 7]], ids=str)
 @torch.no_grad()
 def test_cached_decoding_in_pieces_equals_one_forward(pieces: list[int], moe: MoEConfig | None) -> None:
     gpt = our_gpt(moe).eval()
@@ -134,15 +134,3 @@ def test_padded_batches_equal_the_sequences_alone_with_and_without_cache(side: s
         alone = gpt(torch.cat([prompt, going_on[row]])[None]).hidden[0]
         got = torch.cat([first[row][mask[row]], second[row]])
         torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_left_padding_equals_hugging_faces_attention_mask() -> None:
-    ours = our_gpt().eval()
-    theirs = their_gpt(ours).eval()
-    tokens = torch.randint(VOCAB, (2, 10), generator=torch.Generator().manual_seed(6))
-    mask = torch.tensor([[False] * 4 + [True] * 6, [True] * 10])
-    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
-    expected = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits[mask]
-    got = ours.logits(ours(tokens, token_mask=mask).hidden)[mask]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

@@ -24,14 +24,12 @@ from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.tools.hugging_face.export import export
 from nlgmoe.tools.hugging_face.families import (
     CLASSES,
-    NAMES,
     family_of,
     family_settings,
     gpt_config,
     pieces,
 )
 from nlgmoe.tools.hugging_face.importing import import_folder
-from nlgmoe.validation import SettingError
 from tests.checkpoint.runs import SaveAt
 from tests.golden.recording import Losses
 from tests.synthetic import SyntheticData
@@ -58,7 +56,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         MOE | {"num_experts": 8, "num_key_value_heads": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
     "olmoe, top-1": ("olmoe", MOE | {"num_experts": 8, "num_experts_per_tok": 1}),
-    "qwen3_moe": ("qwen3_moe", MOE | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 12}),
     "qwen3_moe, wide heads, a dense block": (
         "qwen3_moe",
         MOE
@@ -69,14 +66,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 2},
     ),
-    "mixtral": ("mixtral", MOE | {"num_local_experts": 4, "num_key_value_heads": 2}),
     "mixtral, top-3, theta": (
         "mixtral",
-        {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3}
+        {**MOE, "num_local_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 2}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
-    "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "llama, wide heads, tied": ("llama", {"intermediate_size": 56, "head_dim": 20, "tie_word_embeddings": True}),
+    "llama": ("llama", {"intermediate_size": 56, "num_key_value_heads": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"intermediate_size": 56, "head_dim": 16, "num_key_value_heads": 2}),
 }
 
@@ -173,14 +169,12 @@ def test_a_folder_goes_back_to_the_bit(pair: Pair, tmp_path: Path) -> None:
     again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert type(again) is type(pair.theirs) and not loading["missing_keys"] and not loading["unexpected_keys"]
     assert torch.equal(again.eval()(tokens()).logits, pair.theirs(tokens()).logits)
-    card = (tmp_path / "back" / "README.md").read_text()
-    assert "trust_remote_code" not in card
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["rope_theta"] == pair.ours.config.rope_theta
     assert {written[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {None}
 
 
-@pytest.mark.parametrize("pair", ["olmoe", "qwen3_moe, wide heads, a dense block", "llama"], indirect=True)
+@pytest.mark.parametrize("pair", ["qwen3_moe, wide heads, a dense block"], indirect=True)
 def test_it_trains_and_resumes(pair: Pair, tmp_path: Path) -> None:
     """30 steps from the imported weights; resumed after 20, the losses are the same to the bit."""
 
@@ -259,17 +253,9 @@ def test_names_shapes_and_counts_of_published_models(family: str) -> None:
 
 
 NATIVE = GPTConfig(
-    50,
-    32,
-    4,
-    32,
-    4,
-    norm="rmsnorm",
-    rope_theta=1e4,
-    bias=False,
-    ffn_network="swiglu",
+    50, 32, 4, 32, 4, norm="rmsnorm", rope_theta=1e4, bias=False, ffn_network="swiglu",
     moe=MoEConfig(4, expert_interval=1, top_k=2),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -281,11 +267,7 @@ NATIVE = GPTConfig(
         ({"moe": None}, "llama", ""),
         ({"moe": None, "qk_norm": "head"}, "qwen3", ""),
         ({"moe": None, "qk_norm": "projection"}, None, "a dense model with qk_norm=projection"),
-        ({"norm": "layernorm"}, None, "norm=layernorm"),
-        ({"bias": True}, None, "bias=true"),
         ({"rope_theta": None}, None, "learned positions"),
-        ({"ffn_network": "gelu"}, None, "ffn_network=gelu"),
-        ({"moe": {"mlp_type": "residual"}}, None, "mlp_type=residual"),
         ({"moe": {"num_experts": [2, 2, 4, 4]}}, None, "unequal numbers of experts, [2, 2, 4, 4]"),
         ({"moe": {"num_experts": [0, 4, 4, 4]}}, None, "dense blocks with qk_norm=None"),
         (
@@ -293,9 +275,7 @@ NATIVE = GPTConfig(
             None,
             "weights that are not normalised, without qk_norm",
         ),
-        ({"moe": {"router": SoftmaxTopK(gate_scale=2.0)}}, None, "gate_scale=2.0"),
         ({"moe": {"eval_token_dropping": True}}, None, "eval_token_dropping"),
-        ({"head_dim": 16, "qk_norm": "projection"}, None, "head_dim=16 with qk_norm=projection"),
     ],
 )
 def test_a_model_is_native_only_if_a_family_computes_it(
@@ -316,7 +296,6 @@ def test_a_model_is_native_only_if_a_family_computes_it(
 REFUSED = {
     "clip_qkv": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 of"),
     "attention_bias": ("llama", {"attention_bias": True}, "attention_bias=True of"),
-    "activation": ("llama", {"hidden_act": "relu"}, "hidden_act=relu of"),
     "sliding window": ("mixtral", {"sliding_window": 512}, "sliding_window=512 of"),
     "scaled rope": (
         "llama",
@@ -330,10 +309,7 @@ REFUSED = {
         "num_experts_per_tok=1 with normalised weights of",
     ),
     "GPT-2's activation": ("gpt2", {"activation_function": "relu"}, "activation_function=relu of"),
-    "no scale": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False of"),
     "scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True of"),
-    "cross-attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True of"),
-    "untied": ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings=False of"),
 }
 
 
@@ -348,45 +324,30 @@ def test_what_is_not_computed_is_refused_by_name(case: str, tmp_path: Path) -> N
     assert "\n" not in str(raised.value) and not (tmp_path / "made.ckpt").exists()
 
 
-def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
-    theirs = their_model("olmoe")
-
-    def attempt(change: Any, message: str, shard_size: str = "1GB") -> None:
-        folder = tmp_path / message[:9]
-        theirs.save_pretrained(folder, max_shard_size=shard_size)
-        change(folder)
-        with pytest.raises(ValueError, match=message) as raised:
+def test_folders_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path) -> None:
+    theirs, folder, gate = their_model("olmoe"), tmp_path / "theirs", "model.layers.2.mlp.gate.weight"
+    theirs.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for message, damaged in {
+        f"lacks {gate}": {name: value for name, value in tensors.items() if name != gate},
+        rf"{gate} is \[7, 48\], by config.json it is \[8, 48\]": tensors | {gate: torch.zeros(7, 48)},
+        "has stray, which its config.json does not describe": tensors | {"stray": torch.zeros(1)},
+    }.items():
+        save_file(damaged, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
             import_folder(str(folder), tmp_path / "made.ckpt")
-        assert "\n" not in str(raised.value) and not (tmp_path / "made.ckpt").exists()
-
-    def edit(folder: Path, **changes: Tensor | None) -> None:
-        tensors = load_file(folder / "model.safetensors") | changes
-        save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
-
-    gate = "model.layers.2.mlp.gate.weight"
-    attempt(
-        lambda folder: next(folder.glob("model-00002*")).unlink(),
-        r"lacks model\.layers",
-        shard_size="30KB",
-    )
-    attempt(lambda folder: edit(folder, **{gate: None}), f"lacks {gate}")
-    attempt(
-        lambda folder: edit(folder, **{gate: torch.zeros(7, 48)}),
-        rf"{gate} is \[7, 48\], by config.json it is \[8, 48\]",
-    )
-    attempt(lambda folder: edit(folder, stray=torch.zeros(1)), "has stray, which its config.json does not describe")
-    attempt(
-        lambda folder: (folder / "config.json").write_text('{"model_type": "gemma"}'),
-        "model_type=gemma of .* cannot be imported; supported are nlgmoe .*mixtral",
-    )
+    (folder / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(ValueError, match=r"model_type=gemma of .* cannot be imported; supported are nlgmoe .*mixtral"):
+        import_folder(str(folder), tmp_path / "made.ckpt")
     theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
     with pytest.raises(ValueError, match="fused format"):
         import_folder(str(tmp_path / "fused"), tmp_path / "made.ckpt")
+    assert not (tmp_path / "made.ckpt").exists()
 
 
 def test_a_folder_of_two_precisions_goes_back_to_the_bit(tmp_path: Path) -> None:
     """Some models keep their routers in fp32."""
-    theirs = their_model("qwen3_moe").bfloat16()
+    theirs = their_model("olmoe").bfloat16()
     for block in theirs.model.layers:
         block.mlp.gate.float().weight.data += 1e-4
     theirs.save_pretrained(tmp_path / "theirs")
@@ -397,28 +358,3 @@ def test_a_folder_of_two_precisions_goes_back_to_the_bit(tmp_path: Path) -> None
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert after[name].dtype == value.dtype and torch.equal(after[name], value), name
-
-
-def test_a_file_of_settings_is_not_replaced(tmp_path: Path) -> None:
-    their_model("llama").save_pretrained(tmp_path / "theirs")
-    (tmp_path / "made.yaml").write_text("mine")
-    with pytest.raises(ValueError, match=r"made\.yaml exists already; name another, or add --overwrite"):
-        import_folder(str(tmp_path / "theirs"), tmp_path / "made.ckpt")
-    assert (tmp_path / "made.yaml").read_text() == "mine" and not (tmp_path / "made.ckpt").exists()
-
-
-def test_every_name_of_the_table_is_used() -> None:
-    """A family without a variant for one of its names would hide a wrong one."""
-    used: dict[str, set[str]] = {}
-    for variant in VARIANTS:
-        family = VARIANTS[variant][0]
-        config = gpt_config(their_model(variant).config.to_dict(), Path("made"))
-        used.setdefault(family, set()).update(pieces(config, family))
-    for family, names in used.items():
-        wanted = {name.format(1, 1) for parts in NAMES[family].values() for name in parts}
-        optional = {name for name in wanted if ("_norm" in name and "qwen3" not in family) or ".mlp." in name}
-        assert wanted - optional <= names | {"lm_head.weight"}, family
-    with pytest.raises(SettingError, match="model_type=bert of f cannot be imported"):
-        from nlgmoe.tools.hugging_face.families import require_family
-
-        require_family("bert", Path("f"))

@@ -74,19 +74,14 @@ def test_the_grouped_product_equals_the_loop(
     "expected, device, dtype, widths, capability",
     [
         ("grouped", "cpu", torch.float32, (256, 1024), None),
-        ("grouped", "cpu", torch.bfloat16, (256, 1024), None),
         ("grouped", "cpu", torch.float16, (8, 16), None),
         ("loop", "cpu", torch.float64, (256, 1024), None),  # grouped_mm refuses it
-        ("loop", "cpu", torch.float32, (6, 16), None),  # rows of 24 bytes
         ("loop", "cpu", torch.bfloat16, (16, 20), None),  # rows of 40 bytes
-        ("grouped", "cpu", torch.float32, (16, 20), None),  # rows of 80 bytes
         ("grouped", "privateuseone", torch.float32, (256, 1024), None),
         ("grouped", "cuda", torch.bfloat16, (256, 1024), (9, 0)),
         ("loop", "cuda", torch.bfloat16, (256, 1020), (9, 0)),
-        ("loop", "cuda", torch.float16, (256, 1024), (9, 0)),
         ("loop", "cuda", torch.float32, (256, 1024), (9, 0)),
         ("loop", "cuda", torch.bfloat16, (256, 1024), (8, 0)),
-        ("loop", "cuda", torch.bfloat16, (256, 1024), (10, 0)),
     ],
 )
 def test_the_backend_follows_from_device_type_and_widths(

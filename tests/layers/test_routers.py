@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from nlgmoe import (
@@ -81,8 +82,6 @@ def test_a_router_s_modules_move_with_it_and_its_buffers_keep_their_dtype() -> N
     router = Nested().to(torch.bfloat16)
     assert router.inner.weight.dtype == router.inner.running_mean.dtype == torch.bfloat16
     assert router.bias.dtype == torch.float32 and router.bias == torch.tensor(1.001)
-    with pytest.raises(ValueError, match=r"Nested has no forward\(x, context\)"):
-        router(torch.zeros(1, 4), RoutingContext())
 
 
 # ---- by hand
@@ -128,12 +127,6 @@ def test_sigmoid_chooses_by_biased_scores_and_weighs_by_scores() -> None:
     expect(routing.weight, [[2.5 * 0.6 / 1.1, 2.5 * 0.5 / 1.1]])
     expect(routing.probs, [[0.9 / 2, 0.6 / 2, 0.5 / 2]])
     torch.testing.assert_close(routing.logits.softmax(-1), routing.probs)  # what entropy is computed from
-    raw = replace(moe, top_k=1, router=SigmoidTopK())
-    expect(gated(raw, [[logit(0.9), logit(0.6), logit(0.5)]]).weight, [[0.9]])
-
-    router.register_buffer("other", torch.ones(1, dtype=torch.bfloat16))
-    assert router.bias.dtype == router.other.dtype == torch.float32  # in a model of float64
-
     router.bias.zero_()
     router.after_step(torch.tensor([5, 3, 4]))  # the mean is 4
     expect(router.bias, [-1e-3, 1e-3, 0.0])
@@ -166,15 +159,6 @@ def test_the_paper_s_balance_loss_does_not_reach_a_router_that_balances_itself()
         assert min(added.values()) > 0
 
 
-def test_a_sequence_balance_loss_is_multiplied_by_its_coefficient() -> None:
-    batch = next(iter(SyntheticData().train_dataloader()))
-    gpt = GPT(model(MoEConfig(4, expert_interval=1, router=SigmoidTopK(sequence_loss_coeff=0.1))))
-    _, parts, routings = training_loss(gpt, batch, (0, 0, 0), 64)
-    assert len(routings) == 2  # their losses are summed
-    sums = [sequence_balance(one.probs, 1, len(batch["tokens"]), one.token_mask) for one in routings]
-    expect(parts["train/sequence_balance_loss"], 0.1 * float(sum(sums)))
-
-
 def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> None:
     # Plus one each: 7, 4, 3, 1, 1. The first is alone until the others have 7; then one more for either.
     table = balanced_table([6, 3, 2, 0, 0], 2, seed=0)
@@ -201,8 +185,8 @@ def test_hash_gives_ids_to_the_expert_with_the_fewest_tokens(tmp_path: Path) -> 
     assert routing.weight.flatten().tolist() == [1, 1, 1, 0] and routing.probs is None
 
 
-@pytest.mark.parametrize("experts", [4, 7])
-def test_uniform_is_independent_of_token_position_and_layer(experts: int) -> None:
+def test_uniform_is_independent_of_token_position_and_layer() -> None:
+    experts = 7
     tokens = torch.arange(4096).repeat_interleave(64).view(1, -1)
     context = RoutingContext(tokens, positions=torch.arange(64).repeat(4096).view(1, -1))
     moe = MoEConfig(experts, expert_interval=1, router=UniformRouterConfig())
@@ -214,15 +198,15 @@ def test_uniform_is_independent_of_token_position_and_layer(experts: int) -> Non
         return float((counts - expected).square().sum() / expected / (counts.numel() - 1))
 
     assert 0.05 < chi_square(first.flatten().bincount(minlength=experts)) < 3.5
-    for one, other in (
-        (first, first.roll(1, 0)),  # the next token
-        (first, first.roll(1, 1)),  # the next position
-        (first, second),  # the next layer
-        (first, torch.arange(64).expand_as(first)),
-        (first, torch.arange(4096).unsqueeze(1).expand_as(first)),
+    for other in (
+        first.roll(1, 0),  # the next token
+        first.roll(1, 1),  # the next position
+        second,
+        torch.arange(64).expand_as(first),
+        torch.arange(4096).unsqueeze(1).expand_as(first),
     ):
         kinds = int(other.max()) + 1
-        pairs = (one * kinds + other).flatten().bincount(minlength=experts * kinds)
+        pairs = (first * kinds + other).flatten().bincount(minlength=experts * kinds)
         assert 0.3 < chi_square(pairs) < 2.3
 
 
@@ -274,13 +258,10 @@ def test_in_evaluation_a_sequence_does_not_depend_on_its_neighbours_or_padding(n
     assert sampled[0][8:] == whole.tolist()
 
 
-class Run:
-    """A run of a tiny model."""
-
-    def __init__(self, name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> None:
-        self.module = MoEGPTModule(model(MOES[name]))
-        self.trainer = trainer(folder, max_steps=steps)
-        self.trainer.fit(self.module, SyntheticData(), ckpt_path=checkpoint)
+def run(name: str, folder: Path, steps: int, checkpoint: Path | None = None) -> Trainer:
+    made = trainer(folder, max_steps=steps)
+    made.fit(MoEGPTModule(model(MOES[name])), SyntheticData(), ckpt_path=checkpoint)
+    return made
 
 
 @each
@@ -288,19 +269,15 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = GPT(model(MOES[name]), seed=MoEGPTModule(model(MOES[name])).seed).state_dict()
-    whole = Run(name, tmp_path, 4).module
-    half = Run(name, tmp_path, 2)
-    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = Run(name, tmp_path, 4, tmp_path / "half.ckpt").module
-    ends = [one.gpt.state_dict() for one in (whole, resumed)]
-    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
-    learned = {"softmax": "weight", "sigmoid": "weight"}.get(name)
-    prefix = "blocks.1.moe.router"
-    if learned:
-        assert not torch.equal(ends[0][f"{prefix}.{learned}"], start[f"{prefix}.{learned}"])
-    if buffer := BUFFERS.get(name):
-        kept = torch.equal(ends[0][f"{prefix}.{buffer}"], start[f"{prefix}.{buffer}"])
-        assert kept == (name != "sigmoid") and ends[0][f"{prefix}.{buffer}"].any()
+    whole = run(name, tmp_path, 4).lightning_module
+    run(name, tmp_path, 2).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = run(name, tmp_path, 4, tmp_path / "half.ckpt").lightning_module
+    end = whole.gpt.state_dict()
+    assert all(torch.equal(value, resumed.gpt.state_dict()[key]) for key, value in end.items())
+    for state in ("weight", BUFFERS.get(name)):
+        if (key := f"blocks.1.moe.router.{state}") in end:
+            learns = name == "sigmoid" or (name, state) == ("softmax", "weight")
+            assert torch.equal(end[key], start[key]) != learns and end[key].any()
 
     counted = count_parameters(whole.config)
     assert (counted.total, counted.active) == parameters_of(whole.gpt) and flops_per_token(whole.config) > 0
@@ -316,15 +293,10 @@ def test_a_run_learns_resumes_exactly_and_is_counted(
     ("settings", "message"),
     [
         (lambda: SoftmaxTopK(gate_scale=0.0), "gate_scale=0.0 must be above 0"),
-        (lambda: SoftmaxTopK(gate_scale="2"), "gate_scale=2 must be of the type float"),
         (lambda: MoEConfig(4, router=SoftmaxTopK(normalize_weights=True)), "normalize_weights=True with top_k=1"),
-        (lambda: MoEConfig(4, top_k=5, router=SoftmaxTopK()), "top_k=5 must be between 1 and"),
         (lambda: SigmoidTopK(update_rate=-1.0), "update_rate=-1.0 must be at least 0"),
-        (lambda: SigmoidTopK(sequence_loss_coeff=-1.0), "sequence_loss_coeff=-1.0 must be at least 0"),
         (lambda: MoEConfig(4, loss_coeff=0.1, router=SigmoidTopK()), "loss_coeff=0.1 has no effect with SigmoidTopK"),
-        (lambda: UniformRouterConfig(seed=0.5), "seed=0.5 must be of the type int"),
         (lambda: MoEConfig(4, top_k=2, router=HashRouterConfig()), "top_k=2 must be 1 with HashRouterConfig"),
-        (lambda: MoEConfig(4, top_k=2, router=UniformRouterConfig()), "top_k=2 must be 1 with UniformRouterConfig"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None:
@@ -332,24 +304,13 @@ def test_wrong_settings_are_refused_by_name(settings: Any, message: str) -> None
         settings()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"cannot be read \(FileNotFoundError\); write one with"),
-        ("[1, 2", r"cannot be read \(JSONDecodeError\)"),
-        ("[1, -2]", "holds no list of whole numbers"),
-        ("[1, 2, 3]", "has 3 numbers, vocab_size is 61"),
-    ],
-)
-def test_a_wrong_file_of_counts_is_refused_but_not_needed_to_read_a_checkpoint(
-    content: str | None, message: str, tmp_path: Path
-) -> None:
+def test_a_wrong_file_of_counts_is_refused_but_not_needed_to_read_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
-    if content is not None:
-        file.write_text(content)
     config = model(MoEConfig(4, router=HashRouterConfig(counts=str(file))))
-    with pytest.raises(ValueError, match=f"router.init_args.counts={file} {message}"):
-        GPT(config)
+    for content, message in ((None, "cannot be read"), ("[1, 2, 3]", "has 3 numbers, vocab_size is 61")):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(ValueError, match=f"router.init_args.counts={file} {message}"):
+            GPT(config)
     with torch.device("meta"):
         assert GPT(config).blocks[1].moe.router.table.shape == (61,)
-    assert count_parameters(config).router == 0

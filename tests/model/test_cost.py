@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.balance import router_losses
 from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
-from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware
+from nlgmoe.monitoring.hardware import HARDWARE, Hardware
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
-from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, Cost, estimate, memory_options
+from nlgmoe.tools.planner.cost import BUCKET, UTILISATION, estimate, memory_options
 from nlgmoe.tools.planner.topology import Topology
 
 A100 = HARDWARE["a100-40"]
@@ -20,19 +18,15 @@ PYRAMID = GPTConfig(61, 16, 4, 16, 2, moe=MoEConfig([4, 8], mlp_type="residual")
 SMALL = {"dense": GPTConfig(61, 16, 3, 16, 2), "pyramid": PYRAMID, "top-2": replace(PYRAMID, moe=MoEConfig(3, top_k=2))}
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize(("name", "precision"), [("dense", "32-true"), ("pyramid", "bf16-true"), ("top-2", "32-true")])
 def test_one_process_keeps_exactly_these_bytes(name: str, precision: str) -> None:
     model = GPT(SMALL[name]).to(torch.float32 if precision == "32-true" else torch.bfloat16)
     optimizer = build_adamw(model, AdamWConfig())
-    output = model(torch.zeros(1, 16, dtype=torch.long))
-    (model.logits(output.hidden).sum() + (router_losses(output.routings)[0] if output.routings else 0)).backward()
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     memory = estimate(SMALL[name], Topology(precision=precision, deepspeed=False), A100).memory
-    assert memory.weights == sum(p.nbytes for p in model.parameters())
-    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
+    assert memory.weights == memory.gradients == sum(p.nbytes for p in model.parameters())
     moments = (state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     assert memory.optimizer == sum(moment.nbytes for moment in moments)
 
@@ -88,12 +82,6 @@ def test_other_precisions_and_offloading_move_these_bytes() -> None:
     assert (offloaded.optimizer, offloaded.host) == (0, 12 * total)
 
 
-def test_a_run_fits_up_to_what_is_reserved() -> None:
-    total = estimate(PYRAMID, Topology(), A100).memory.total
-    assert estimate(PYRAMID, Topology(), replace(A100, memory=total + RESERVED)).fits
-    assert not estimate(PYRAMID, Topology(), replace(A100, memory=total + RESERVED - 1)).fits
-
-
 def test_checkpointing_sends_and_computes_the_forward_pass_again() -> None:
     kept = Topology(8, 8, 1, micro_batch_size=2, global_batch_size=16)
     one, other = (estimate(PYRAMID, replace(kept, activation_checkpointing=again), A100) for again in (False, True))
@@ -123,45 +111,24 @@ def test_times_by_hand() -> None:
     assert faster.time.compute == pytest.approx(cost.time.compute / 2)
 
 
-def test_copies_of_an_expert_on_one_node_share_its_network_cards() -> None:
-    """2 nodes of 4 ranks, degree 2: of an expert's 4 copies 2 are on each node. Compute takes no time, so nothing hides."""
-    gpu = Hardware(1e30, 1e30, 1e9, 1e10, nvlink=1e9, network=1e8, gpus_per_node=4)
-    config = replace(PYRAMID, moe=MoEConfig(4))
-    ring = {
-        copies: sum(2 * 2 * size * (copies - 1) / copies for size, n in cut_up(config, 8, {1: 2, 3: 2}) if n == copies)
-        for copies in (4, 8)
-    }
-    expected = ring[8] / 4e8 + ring[4] / 2e8
-    for zero, rounds in ((0, 1), (2, 3)):
-        topology = Topology(8, 2, zero, micro_batch_size=1, global_batch_size=24)
-        assert estimate(config, topology, gpu).time.gradients == pytest.approx(rounds * expected, rel=1e-3)
-
-
-def test_zero_2_hides_each_reduction_behind_its_own_backward_pass() -> None:
-    """A network so slow that a reduction takes longer than a backward pass; 3 micro-batches."""
-    gpu = Hardware(1e12, 1e12, 1e9, 1e10, nvlink=1e7, network=1e6, gpus_per_node=4)
-    dense = SMALL["dense"]
-    one, two = (estimate(dense, Topology(8, 1, zero, 1, 24), gpu).time for zero in (1, 2))
-    sent = sum(2 * 2 * size * 7 / 8 for size, _ in cut_up(dense, 8, {})) / 4e6
-    assert one.gradients == pytest.approx(sent - one.compute * 2 / 3 / 3)
-    assert two.gradients == pytest.approx(3 * sent - two.compute * 2 / 3)
-
-
 def paper(dense: bool) -> GPTConfig:
     if dense:
         return GPTConfig(50257, 2048, 32, 4096, 32)
     return GPTConfig(50257, 2048, 24, 2048, 16, moe=MoEConfig(128))
 
 
-def paper_cost(dense: bool, utilisation: float) -> Cost:
-    topology = Topology(128, 1 if dense else 128, 1, 2, 1024 if dense else 512, activation_checkpointing=True)
-    return estimate(paper(dense), topology, A100, utilisation)
-
-
 @pytest.mark.parametrize("utilisation", [0.15, UTILISATION])  # 0.15 is what the paper's dense run reaches
 def test_the_papers_speed_up_is_predicted_within_a_quarter(utilisation: float) -> None:
     """128 A100s, paper: 372 samples/s of 1.3B+MoE-128 to 70 of 6.7B dense. docs/results/scaling.md says why we are below."""
-    dense, moe = paper_cost(True, utilisation), paper_cost(False, utilisation)
+    dense, moe = (
+        estimate(
+            paper(dense),
+            Topology(128, 1 if dense else 128, 1, 2, 1024 if dense else 512, activation_checkpointing=True),
+            A100,
+            utilisation,
+        )
+        for dense in (True, False)
+    )
     assert dense.fits and moe.fits
     assert 0.75 < (moe.samples_per_second / dense.samples_per_second) / (372 / 70) < 1.0
 
@@ -183,33 +150,14 @@ def test_options_change_one_setting_each_and_lower_the_memory() -> None:
     assert least.fits and not given.fits
 
 
-def test_options_are_settings_that_change_something() -> None:
-    assert memory_options(PYRAMID, Topology(8, 8, 2, 1, 8, activation_checkpointing=True)) == []
-    assert memory_options(PYRAMID, Topology(3, 1, 2, 1, 3, activation_checkpointing=True)) == []  # 3 divides no layer
-    assert memory_options(PYRAMID, Topology(2, deepspeed=False, micro_batch_size=4)) == [
-        {"activation_checkpointing": True},
-        {"micro_batch_size": 1},
-        {"activation_checkpointing": True, "micro_batch_size": 1},
-    ]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"zero_stage": 3}, "choose 0, 1 or 2"),
         ({"expert_parallel_size": 2}, "is above gpus=1; lower it"),
         ({"gpus": 3}, "not a multiple"),
-        ({"micro_batch_size": 0}, "at least 1"),
         ({"zero_stage": 1, "deepspeed": False}, "ExpertParallelStrategy"),
     ],
 )
 def test_impossible_layouts_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Topology(**values)
-
-
-def test_every_layer_has_its_own_degree() -> None:
-    assert Topology(8, 8, global_batch_size=64).degrees(PYRAMID) == [0, 4, 0, 8]
-    assert experts_per_layer(PYRAMID) == [0, 4, 0, 8]
-    with pytest.raises(ValueError, match="utilisation"):
-        estimate(PYRAMID, Topology(), A100, 1.5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import KVCache, positions_of, visible_keys
+from nlgmoe.layers.attention import positions_of, visible_keys
 from nlgmoe.model.gpt import GPT
 
 DROPLESS = MoEConfig(4, top_k=2, second_expert="argmax", mlp_type="residual", token_dropping=False)
@@ -66,16 +66,6 @@ def test_one_document_is_the_plain_sequence_at_capacity_too() -> None:
         assert torch.equal(one.kept, other.kept)
 
 
-def test_recomputing_activations_changes_nothing() -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = GPT(CONFIG, activation_checkpointing=checkpointing).double()
-        tokens, documents = packed()
-        model(tokens, documents=documents).hidden.square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
 def test_what_is_seen_and_how_positions_count() -> None:
     documents = torch.tensor([[0, 0, 1, 1]])
     seen = visible_keys(None, 4, 0, documents.device, documents)
@@ -84,9 +74,3 @@ def test_what_is_seen_and_how_positions_count() -> None:
     assert positions_of(None, 4, 0, documents.device, documents).tolist() == [[0, 1, 0, 1]]
     first_is_padding = torch.tensor([[True, True, False, True]])
     assert positions_of(first_is_padding, 4, 0, documents.device, documents)[0, 3] == 0
-
-
-def test_a_cache_is_of_one_document() -> None:
-    tokens, documents = packed([[4, 4]])
-    with pytest.raises(AssertionError, match="a cache holds one document"):
-        GPT(CONFIG)(tokens, cache=KVCache(8), documents=documents)

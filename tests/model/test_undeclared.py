@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from nlgmoe.checkpoint.layout import entry_shapes, local_entries
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.router import Router
 from nlgmoe.model.gpt import GPT
 from nlgmoe.model.initialisation import initialise
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
@@ -36,22 +35,14 @@ def with_norm(norm: nn.Module) -> GPT:
     return model
 
 
-USES: dict[str, Callable[[GPT], Any]] = {
-    "initial values": lambda model: initialise(model, CONFIG, 0),
-    "weight decay": lambda model: build_adamw(model, AdamWConfig()),
-}
-
-
-@pytest.mark.parametrize("use", USES)
-def test_a_parameter_that_no_module_declares(use: str) -> None:
+@pytest.mark.parametrize(
+    "use", [lambda model: initialise(model, CONFIG, 0), lambda model: build_adamw(model, AdamWConfig())]
+)
+def test_a_parameter_that_no_module_declares(use: Callable[[GPT], Any]) -> None:
     with pytest.raises(
         ValueError, match=r"^blocks.0.ffn_norm.gain: Scale does not declare its parameter gain; add roles = "
     ):
-        USES[use](with_norm(Scale()))
-    misspelt = Scale()
-    misspelt.roles = {"gain": "scales"}
-    with pytest.raises(ValueError, match=r"^blocks.0.ffn_norm.gain: Scale declares gain as 'scales'; a role is one of"):
-        USES[use](with_norm(misspelt))
+        use(with_norm(Scale()))
 
 
 def test_a_declared_parameter() -> None:
@@ -63,12 +54,9 @@ def test_a_declared_parameter() -> None:
     assert "blocks.0.ffn_norm.gain" not in decayed["param_names"]
 
 
-@pytest.mark.parametrize("use", [entry_shapes, lambda model: list(local_entries(model))])
-def test_a_buffer_that_no_checkpoint_would_hold(use: Callable[[GPT], Any]) -> None:
-    router = Router(4)
-    router.register_buffer("table", torch.zeros(61), persistent=False)
-    for module, name in ((nn.BatchNorm1d(16, affine=False), "running_mean"), (router, "table")):
+def test_a_buffer_that_no_checkpoint_would_hold() -> None:
+    for use in (entry_shapes, lambda model: list(local_entries(model))):
         with pytest.raises(
-            ValueError, match=rf"^blocks.0.ffn_norm.{name}: checkpoints hold persistent buffers of a Router"
+            ValueError, match=r"^blocks.0.ffn_norm.running_mean: checkpoints hold persistent buffers of a Router"
         ):
-            use(with_norm(module))
+            use(with_norm(nn.BatchNorm1d(16, affine=False)))

@@ -1,7 +1,8 @@
 """Schedules against literal numbers, parameter groups by name."""
 
 import math
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -73,14 +74,11 @@ def test_constant_and_wsd() -> None:
     "settings",
     [
         {"shape": "Cosine", "decay_tokens": 100},
-        {"shape": "cosine"},
         {"shape": "cosine", "warmup_tokens": 10, "decay_tokens": 10},
         {"shape": "constant", "decay_tokens": 10},
         {"shape": "constant", "min_lr": 0.1},
-        {"shape": "wsd", "decay_tokens": 100},
         {"shape": "wsd", "decay_tokens": 100, "cooldown_tokens": 200},
         {"shape": "cosine", "decay_tokens": 100, "cooldown_tokens": 20},
-        {"shape": "cosine", "decay_tokens": 100, "warmup_tokens": -1},
     ],
 )
 def test_contradictory_schedules_are_refused(settings: dict) -> None:
@@ -124,23 +122,18 @@ def test_sequences_grow_from_the_start_to_the_whole(
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("build", "message"),
     [
-        ({"tokens": 0}, "^tokens=0 must be at least 1$"),
-        ({"tokens": 1, "increment": 0}, "^increment=0 must be at least 1$"),
-        ({"tokens": 1, "start": 84}, "^start=84 must be a multiple of increment=8: set it to 80 or 88$"),
-        ({"tokens": 1, "start": 5}, "^start=5 must be a multiple of increment=8: set it to 8$"),
+        (lambda: SequenceCurriculum(tokens=0), "tokens=0 must be at least 1"),
+        (lambda: SequenceCurriculum(1, start=84), "start=84 must be a multiple of increment=8: set it to 80 or 88"),
+        (lambda: AdamWConfig(lr=0.0), "lr=0.0"),
+        (lambda: AdamWConfig(betas=(0.9, 1.0)), "betas="),
+        (lambda: AdamWConfig(weight_decay=-0.1), "weight_decay=-0.1"),
     ],
 )
-def test_impossible_curricula_are_refused(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SequenceCurriculum(**settings)
-
-
-@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}, {"weight_decay": -0.1}])
-def test_impossible_optimizer_settings_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
-        AdamWConfig(**settings)
+def test_impossible_curricula_and_optimizers_are_refused(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build()
 
 
 def test_biases_and_norms_do_not_decay_and_everything_else_does() -> None:
@@ -179,6 +172,3 @@ def test_a_checkpoint_restores_moments_and_no_settings() -> None:
     assert [{k: v for k, v in group.items() if k != "params"} for group in restored.param_groups] == fresh
     for parameter in model.parameters():
         assert torch.equal(restored.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])
-    state["param_groups"].append(state["param_groups"][0] | {"params": []})
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        restored.load_state_dict(state)
