@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, main, one, parse
+from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, main, parse, run_step
 from benchmarks.gpu.run import Results, Run
 from tests.processes import python
 
@@ -19,7 +19,7 @@ def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
     output = tmp_path / "gpu.json"
     done = python("-m", "benchmarks.gpu", "--dry-run", "--output", str(output), "--data", str(pocket_pile))
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = json.loads(output.read_text())
+    run = json.loads(output.read_text())
     assert {"card", "driver", "torch", "commit", "command", "versions"} <= run.keys()
     assert list(run["steps"]) == list(STEPS)
     for name, step in run["steps"].items():
@@ -31,17 +31,23 @@ def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
             else:
                 assert figure["met"] is None, "no speed is judged on a CPU"
     assert sum(figure["met"] is True for step in run["steps"].values() for figure in step["figures"]) > 50
+    page = output.with_suffix(".md").read_text()
+    assert run["commit"] in page and "| strategy | losses off fp32 without the strategy, ZeRO 2, bf16 | " in page
 
 
 def test_a_dry_run_takes_every_step_in_a_process_too(tmp_path: Path) -> None:
     """As a run on a GPU does."""
     arguments = parse(["--dry-run", "--output", str(tmp_path / "gpu.json")])
-    results = Results(tmp_path / "gpu.json")
-    results.begin({"missing": {"deepspeed": "ImportError"}})
-    for name in ("layers", "decoding"):  # the first needs DeepSpeed
-        results = one(name, arguments, results, time.monotonic() + SECONDS, processes=True)
-    assert results.step("layers")["status"] == "not run: deepspeed missing"
-    assert results.step("decoding")["status"] == "done" and len(results.step("decoding")["figures"]) == 8
+    results = Results(tmp_path / "gpu.json", {})
+    results = run_step("waiting", arguments, results, time.monotonic() + SECONDS, processes=True)
+    assert results.step("waiting")["status"] == "done" and len(results.step("waiting")["figures"]) == 10
+    assert conclude(results) == 0
+
+
+def test_a_step_whose_packages_do_not_import_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu.speed", None)  # its import fails, as without DeepSpeed
+    results = run_step("dense", parse(["--dry-run"]), Results(None, {}), time.monotonic() + SECONDS)
+    assert results.step("dense")["status"].startswith("not run: ModuleNotFoundError: ")
     assert conclude(results) == 0
 
 
@@ -80,22 +86,22 @@ JUDGED = [  # a figure's kind, its value, the limits; whether it is met, and the
     (("correct", 2e-5, None, 1e-5), False, 1),
     (("correct", float("nan"), None, 1.0), False, 1),
     (("correct", None, None, 1.0), False, 1),  # only a dry run may leave a figure open
-    (("aim", 0.25, 0.2, None), True, 0),
-    (("aim", 1.1, 0.8, 1.0), False, 0),
+    (("goal", 0.25, 0.2, None), True, 0),
+    (("goal", 1.1, 0.8, 1.0), False, 0),
 ]
 
 
 @pytest.mark.parametrize(("figure", "met", "code"), JUDGED)
 def test_figures_are_judged(figure: Any, met: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "card", "NVIDIA H100 80GB HBM3")
-    results = Results(None)
-    results.begin({})
+    results = Results(None, {})
     run = Run("step", None, False, Path(), results)  # type: ignore[arg-type]
     kind, value, at_least, at_most = figure
     if kind == "correct":
         run.correct("a figure", value, at_most)
     else:
-        run.aim("a figure", value, at_least, at_most)
+        limits = {"at_least": at_least, "at_most": at_most}
+        run.goal("a figure", value, **{side: limit for side, limit in limits.items() if limit is not None})
     assert [figure["met"] for figure in results.step("step")["figures"]] == [met]
     results.step("step")["status"] = "done"
     assert conclude(results) == code

@@ -20,7 +20,7 @@ from hash_router import HashRouterConfig
 from swiglu_expert import SwiGLUExpert
 
 import nlgmoe
-from benchmarks.gpu_ranks import wrong
+from benchmarks.ranks import wrong
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
@@ -179,7 +179,7 @@ TAUGHT_TOO = [
     replace(TAUGHT, name="taught, ddp", strategy="ddp"),
     replace(TAUGHT, name="taught, bf16-mixed", precision="bf16-mixed"),
 ]
-GPU_RANKS = {ranks: Cell(f"gpu_ranks.py on {ranks}") for ranks in (2, 4)}
+GPU_RANKS = {ranks: Cell(f"ranks.py on {ranks}") for ranks in (2, 4)}
 TAUGHT_ON_FOUR = Cell("taught on 4 ranks", 4, 1, moe=DROPLESS, steps=6)
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
