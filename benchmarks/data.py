@@ -1,15 +1,10 @@
-"""What data cost: reading while training, and opening a large corpus. 4 minutes, and 3 GB in the temporary folder.
+"""What reading data costs: tokens a second from the data module's loader, while nothing is trained. 3 minutes.
 
-    python -m benchmarks.data [--only reading opening]
+    python -m benchmarks.data
 
-The text is the pocket Pile's training text in one order, the tokenizer GPT-2's, a sequence 2,048 tokens. Files have just been
+Batches of 8 sequences of 2,048 tokens by corpus and data workers, beside `encode_batch` of texts in memory. The text is the
+pocket Pile's training text in one order, the tokenizer GPT-2's. A stream holds a block of 50 documents. Files have just been
 written, and come from the page cache.
-
-reading: tokens a second from the data module's loader in batches of 8 sequences, by corpus and data workers, while nothing is
-trained; beside `encode_batch` of texts in memory. A stream holds a block of 50 documents.
-
-opening: an indexed corpus of 10 million and of a billion tokens in a fresh process, checks included. Memory is that beyond the
-libraries': the process's own, and pages of files, which all processes share and which are given back when memory is short.
 """
 
 from __future__ import annotations
@@ -17,12 +12,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +24,6 @@ import pyarrow.parquet as pq
 from benchmarks.timing import ROOT, Benchmark, Part, Table, interleaved
 from nlgmoe.data import (
     Corpus,
-    IndexedDataset,
     IndexedWriter,
     MegatronIndexed,
     PileDataModule,
@@ -46,7 +36,6 @@ from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
 DATA = ROOT / "data/pocket_pile"
 SEQ_LEN, BATCH, BATCHES, WORKERS = 2048, 8, 64, (0, 1, 2)
 STREAMS, BUFFER = 8, 50  # as many files as streams, so that each has one of its own
-TOKENS, SAMPLES = (10_000_000, 1_000_000_000), 2_000
 
 
 def corpus_texts() -> list[str]:
@@ -137,64 +126,7 @@ def reading_table(measured: dict[str, dict[str, float]]) -> Table:
     return ["million tokens/s", *(f"{n} workers" for n in WORKERS)], rows
 
 
-def opening(rounds: int) -> dict[str, dict[str, float]]:
-    """Return what fresh processes measure, medians by size of the corpus."""
-    tokenizer = load_tokenizer("gpt2", DATA)
-    measured = {}
-    with TemporaryDirectory() as name:
-        made, corpus = Path(name, "made"), Path(name, "corpus")
-        write_indexed(made, ([*tokenizer.encode(text), tokenizer.eod_id] for text in corpus_texts()))
-        documents, length = IndexedDataset(made), made.with_suffix(".bin").stat().st_size // 2
-        for tokens in TOKENS:
-            write_indexed(
-                corpus, (documents[index] for _ in range(-(-tokens // length)) for index in range(len(documents)))
-            )
-            runs = []
-            for _ in range(rounds):
-                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                    runs.append(pool.submit(open_and_read, str(corpus)).result())
-            measured[f"{tokens:,} tokens"] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    return measured
-
-
-def open_and_read(prefix: str) -> dict[str, float]:
-    """Return seconds to open a corpus and to the first batch, microseconds a sample, and MB beyond the libraries'."""
-    data = module_of(MegatronIndexed(prefix, (98, 2, 0)))
-    load_tokenizer("gpt2", DATA)
-    before, started = memory(), time.perf_counter()
-    data.setup()
-    opened = time.perf_counter()
-    next(iter(data.train_dataloader()))
-    batch = time.perf_counter()
-    source = data._opened().training_source(SEQ_LEN, 1234)
-    begun = time.perf_counter()
-    for index in range(SAMPLES):
-        source.sample(index)
-    sample = (time.perf_counter() - begun) / SAMPLES
-    own, mapped = (after - old for after, old in zip(memory(), before, strict=True))
-    return {
-        "opening, s": opened - started,
-        "first batch of 8, s": batch - started,
-        "a sample, us": 1e6 * sample,
-        "memory of its own, MB": own,
-        f"pages of files after {SAMPLES:,} samples, MB": mapped,
-    }
-
-
-def memory() -> list[float]:
-    """Return the resident MB of this process: its own, and of files."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return [int(fields[name].split()[0]) / 1000 for name in ("RssAnon", "RssFile")]
-
-
-def opening_table(measured: dict[str, dict[str, float]]) -> Table:
-    names = next(iter(measured.values()))
-    return ["", *measured], [[name, *(f"{row[name]:.2g}" for row in measured.values())] for name in names]
-
-
-BENCHMARK = Benchmark(
-    "data", "data.md", {"reading": Part(reading, reading_table, 5), "opening": Part(opening, opening_table, 3)}
-)
+BENCHMARK = Benchmark("data", "data.md", {"reading": Part(reading, reading_table, 5)})
 
 if __name__ == "__main__":
     BENCHMARK.run(__doc__)

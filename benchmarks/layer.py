@@ -25,7 +25,7 @@ from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
 from nlgmoe.parts import RouterConfig
 
-SHAPES = [(2048, 256, 8, 1), (2048, 256, 32, 1), (2048, 512, 16, 2), (8192, 256, 64, 1)]  # tokens, hidden, experts, k
+SHAPES = [(2048, 256, 8, 1), (2048, 256, 32, 1), (8192, 256, 64, 1)]  # tokens, hidden, experts, k
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpeed, capacity 1.0")
 ROUTERS: dict[str, tuple[int, RouterConfig | None]] = {

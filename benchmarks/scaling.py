@@ -9,29 +9,16 @@ scripts have it; the micro-batch is the file's, or the largest divisor of it tha
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 from benchmarks.timing import ROOT, Benchmark, Part, Table
-from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.monitoring.hardware import HARDWARE
-from nlgmoe.tools.planner.cost import UTILISATION, estimate
+from nlgmoe.tools.planner.cost import estimate
 from nlgmoe.tools.planner.inspect_config import layout, read_settings
 from nlgmoe.tools.planner.topology import Topology
 
 GPU, GPUS = HARDWARE["a100-40"], (64, 128)
-FITTED = 0.198
-PAPER = {"6.7b_dense": 70, "1.3b_moe_128": 372}  # samples/s on 128 A100s (arXiv 2201.05596, section 3.3)
-
-
-@cache
-def models() -> dict[str, tuple[GPTConfig, dict[str, Any]]]:
-    """Return the paper's models and the settings of their files, by size."""
-    folders = [ROOT / "configs" / family for family in ("dense", "moe", "pr_moe", "mos")]
-    files = [file for folder in folders for file in folder.glob("*.yaml") if file.stem != "laptop"]
-    read = {file.stem: read_settings([str(file)]) for file in files}
-    return dict(sorted(read.items(), key=lambda item: (item[1][0].hidden_size, count_parameters(item[1][0]).total)))
 
 
 def spread(settings: dict[str, Any], gpus: int) -> Topology:
@@ -45,8 +32,12 @@ def spread(settings: dict[str, Any], gpus: int) -> Topology:
 
 def predict(_: int) -> list[dict[str, Any]]:
     """Return size, memory of a rank and speed of every model."""
-    rows = []
-    for name, (config, settings) in models().items():
+    folders, rows = [ROOT / "configs" / family for family in ("dense", "moe", "pr_moe", "mos")], []
+    files = [file for folder in folders for file in folder.glob("*.yaml") if file.stem != "laptop"]
+    models = [(file.stem, *read_settings([str(file)])) for file in files]
+    for name, config, settings in sorted(
+        models, key=lambda model: (model[1].hidden_size, count_parameters(model[1]).total)
+    ):
         for gpus in GPUS:
             topology, count = spread(settings, gpus), count_parameters(config)
             cost = estimate(config, topology, GPU)
@@ -71,25 +62,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return ["64; 128 GPUs", "parameters", "active", "memory of a rank, GiB", "all-to-all, GiB/step", "tokens/s"], cells
 
 
-def rates(utilisation: float) -> list[float]:
-    """Return samples/s of the paper's two models on 128 GPUs."""
-    chosen = [models()[name] for name in PAPER]
-    return [estimate(model, spread(settings, 128), GPU, utilisation).samples_per_second for model, settings in chosen]
-
-
-def compare(_: int) -> list[dict[str, Any]]:
-    """Return the rates at the planner's utilisation, and at that which gives the dense model the paper's rate."""
-    return [{"utilisation": share, "samples_per_second": rates(share)} for share in (UTILISATION, FITTED)]
-
-
-def ratio_table(measured: list[dict[str, Any]]) -> Table:
-    every = [("the paper", list(PAPER.values()))]
-    every += [(f"predicted, utilisation {row['utilisation']:.3f}", row["samples_per_second"]) for row in measured]
-    rows = [[name, *(f"{rate:.0f}" for rate in both), f"{both[1] / both[0]:.2f}"] for name, both in every]
-    return ["samples/s on 128 A100s", *PAPER, "ratio"], rows
-
-
-BENCHMARK = Benchmark("scaling", "scaling.md", {"models": Part(predict, table), "ratio": Part(compare, ratio_table)})
+BENCHMARK = Benchmark("scaling", "scaling.md", {"models": Part(predict, table)})
 
 if __name__ == "__main__":
     BENCHMARK.run(__doc__)

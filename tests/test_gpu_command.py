@@ -40,7 +40,7 @@ def test_a_dry_run_takes_every_step_in_a_process_too(tmp_path: Path) -> None:
     arguments = parse(["--dry-run", "--output", str(tmp_path / "gpu.json")])
     results = Results(tmp_path / "gpu.json", {})
     results = run_step("waiting", arguments, results, time.monotonic() + SECONDS, processes=True)
-    assert results.step("waiting")["status"] == "done" and len(results.step("waiting")["figures"]) == 10
+    assert results.step("waiting")["status"] == "done" and len(results.step("waiting")["figures"]) == 7
     assert conclude(results) == 0
 
 

@@ -17,12 +17,12 @@ from lightning.pytorch.callbacks import Callback
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.run import Run, draw, sync_debug, synchronize, waits
+from benchmarks.gpu.run import Run, sync_debug, synchronize, waits
 from benchmarks.runs import QUIET, ROOT
 from nlgmoe.callbacks import ExpertLoad, StopOnSignal, Throughput
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.balance import router_losses
-from nlgmoe.layers.experts import Experts, select_backend
+from nlgmoe.layers.experts import select_backend
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.compiling import compile_dense_parts
 from nlgmoe.model.counting import flops_per_token
@@ -48,12 +48,6 @@ SEQUENCES, ACCUMULATED, EXPERTS, SHOWN = 4, 8, 16, 15
 
 def waiting(run: Run, folder: Path) -> None:
     """Count: none in model, loss and backward; at most two a step in the trainer."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        experts = Experts(16, 64, 256).to(run.device, dtype)
-        draw(experts)
-        x, rows = torch.randn(256, 64, device=run.device, dtype=dtype), torch.full((16,), 12, device=run.device)
-        waited = waits(run.device, lambda experts=experts, x=x, rows=rows: experts(x, rows).sum().backward())
-        run.note(f"waits of experts in {str(dtype).removeprefix('torch.')}", waited)
     capability = None if run.dry else torch.cuda.get_device_capability(run.device)
     if select_backend(run.device.type, torch.bfloat16, (512, 2048), capability) == "loop":
         run.note("not counted", "on this card experts are computed one by one, and each MoE layer waits once")
