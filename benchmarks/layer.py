@@ -2,8 +2,8 @@
 
     python -m benchmarks.layer [--only training routers]
 
-Training is forward and backward, gradients freed before each. `floor` is a dense FFN that does the same FLOPs per token (k
-FFNs' width). DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the dropless ones compute every assignment. Routers: a
+Training is forward and backward, gradients freed before each. `floor` is a dense FFN that does the same FLOPs per
+token. DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the dropless ones compute every assignment. Routers: a
 dropless layer of 16 experts of width 256 on 2,048 tokens, the losses of the router included, beside softmax of the same k.
 """
 
@@ -25,7 +25,7 @@ from nlgmoe.layers.moe import MoELayer
 from nlgmoe.layers.router import RoutingContext
 from nlgmoe.parts import RouterConfig
 
-SHAPES = [(2048, 256, 8, 1), (2048, 256, 32, 1), (8192, 256, 64, 1)]  # tokens, hidden, experts, k
+SHAPES = [(2048, 256, 8), (2048, 256, 32), (8192, 256, 64)]  # tokens, hidden size, experts; top-1
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpeed, capacity 1.0")
 ROUTERS: dict[str, tuple[int, RouterConfig | None]] = {
@@ -63,13 +63,11 @@ def ours(hidden: int, experts: int, k: int, dropping: bool, router: RouterConfig
     return layer
 
 
-def deepspeed(hidden: int, experts: int, k: int, dropping: bool) -> nn.Module:
+def deepspeed(hidden: int, experts: int, dropping: bool) -> nn.Module:
     """Return DeepSpeed's layer, on one process."""
     from deepspeed.moe.layer import MoE
 
-    layer: nn.Module = MoE(
-        hidden, OneExpert(hidden), experts, k=k, drop_tokens=dropping, top2_2nd_expert_sampling=False
-    )
+    layer: nn.Module = MoE(hidden, OneExpert(hidden), experts, drop_tokens=dropping)
     return layer
 
 
@@ -135,12 +133,12 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     """Return milliseconds of the floor, ratios to it, and the bytes that are saved, by shape and type."""
     measured = []
     for shape, (kind, dtype) in product(SHAPES, TYPES.items()):
-        tokens, hidden, experts, k = shape
+        tokens, hidden, experts = shape
         torch.manual_seed(0)
-        layers: dict[str, nn.Module] = {"floor": FeedForward(GPTConfig(8, 8, 1, hidden, 1), 4 * hidden * k)}
+        layers: dict[str, nn.Module] = {"floor": FeedForward(GPTConfig(8, 8, 1, hidden, 1), 4 * hidden)}
         for name, dropping in (("dropless", False), ("capacity 1.0", True)):
-            layers[f"ours, {name}"] = ours(hidden, experts, k, dropping)
-            layers[f"DeepSpeed, {name}"] = deepspeed(hidden, experts, k, dropping)
+            layers[f"ours, {name}"] = ours(hidden, experts, 1, dropping)
+            layers[f"DeepSpeed, {name}"] = deepspeed(hidden, experts, dropping)
         x = torch.randn(1, tokens, hidden).to(dtype)
         gradient = torch.randn_like(x)
         seconds = interleaved(
@@ -168,7 +166,7 @@ def measure_routers(rounds: int) -> dict[str, Any]:
 
 def training_table(measured: list[dict[str, Any]]) -> Table:
     head = [
-        "tokens, hidden, experts, k",
+        "tokens, hidden, experts",
         "type",
         "rows an expert",
         "floor, ms",
@@ -177,8 +175,8 @@ def training_table(measured: list[dict[str, Any]]) -> Table:
     ]
     rows: list[Any] = []
     for row in measured:
-        (tokens, _, experts, k), saved = row["shape"], row["saved_bytes"]
-        cells = [", ".join(map(str, row["shape"])), row["type"], tokens * k // experts, f"{row['floor_ms']:.0f}"]
+        (tokens, _, experts), saved = row["shape"], row["saved_bytes"]
+        cells = [", ".join(map(str, row["shape"])), row["type"], tokens // experts, f"{row['floor_ms']:.0f}"]
         cells += [f"{row['ratio'][name]:.2f}" for name in PEERS]
         rows.append([*cells, f"{saved['ours, dropless'] / saved['DeepSpeed, dropless']:.2f}"])
     return head, rows

@@ -30,7 +30,6 @@ from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
-from nlgmoe.tools.hugging_face.importing import import_folder
 from tests.memory import peak_bytes
 
 TOKENS = 2048
@@ -110,6 +109,8 @@ def batches_of(length: int, vocab_size: int) -> Iterator[Tensor]:
 def same_model(family: str) -> tuple[GPT, nn.Module]:
     """Return a model of a family with random weights, imported, and in its own class."""
     import transformers
+
+    from nlgmoe.tools.hugging_face.importing import import_folder
 
     if family == "OLMoE":
         config = transformers.OlmoeConfig(intermediate_size=256, **SAME)
