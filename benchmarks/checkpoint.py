@@ -92,7 +92,7 @@ def table(measured: dict[str, dict[str, float]]) -> Table:
     return [f"{BYTES / 1e6:.0f} MB", "written, MB/s", "read, MB/s", "a step, s", "a step waits, s"], rows
 
 
-BENCHMARK = Benchmark("checkpoint", "performance.md", {"checkpoint": Part(measure, table, 3, threads=1)})
+BENCHMARK = Benchmark("checkpoint", "performance.md", {"checkpoint": Part(measure, table, 2, threads=1)})
 
 if __name__ == "__main__":
     BENCHMARK.run(__doc__)

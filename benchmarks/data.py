@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,14 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.timing import ROOT, Benchmark, Part, Table, interleaved
-from nlgmoe.data import (
-    Corpus,
-    IndexedWriter,
-    MegatronIndexed,
-    PileDataModule,
-    StreamedText,
-    load_tokenizer,
-)
+from nlgmoe.data import Corpus, IndexedWriter, MegatronIndexed, PileDataModule, StreamedText, load_tokenizer
 from nlgmoe.data.indexed import token_dtype
 from nlgmoe.data.pocket.build import open_corpus, read_texts, text_path
 
@@ -59,24 +52,12 @@ def write_files(folder: Path, ending: str, records: list[dict[str, Any]]) -> Pat
     return folder
 
 
-def write_indexed(prefix: Path, documents: Iterable[Any]) -> None:
-    """Write documents of ids in the indexed format."""
-    with IndexedWriter(prefix, token_dtype(50_257)) as writer:
-        for document in documents:
-            writer.add_document(document)
-
-
 def streamed(folder: Path, **options: Any) -> StreamedText:
     """Return a stream of all files, the first one for validation too."""
     names = sorted(path.name for path in folder.iterdir())
     files = {"train": names, "validation": names[:1]}
     sizes = {"num_streams": STREAMS, "shuffle_buffer": BUFFER, "evaluation_tokens": SEQ_LEN}
     return StreamedText(str(folder), data_files=files, **sizes, **options)
-
-
-def module_of(corpus: Corpus, workers: int = 0) -> PileDataModule:
-    """Return the data module of a corpus."""
-    return PileDataModule(str(DATA), "gpt2", corpus, micro_batch_size=BATCH, seq_len=SEQ_LEN, num_workers=workers)
 
 
 def reading(rounds: int) -> dict[str, dict[str, float]]:
@@ -97,7 +78,9 @@ def reading(rounds: int) -> dict[str, dict[str, float]]:
     measured = {"the tokenizer alone": {"0": wanted / interleaved({"": encode}, rounds)[""]}}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_indexed(folder / "indexed", ([*document, tokenizer.eod_id] for document in ids))
+        with IndexedWriter(folder / "indexed", token_dtype(tokenizer.vocab_size)) as writer:
+            for document in ids:
+                writer.add_document([*document, tokenizer.eod_id])
         by_text, by_ids = [{"text": text} for text in texts], [{"input_ids": document} for document in ids]
         corpora: dict[str, Corpus] = {
             "text, `.jsonl.zst`": streamed(write_files(folder / "text", "jsonl.zst", by_text)),
@@ -108,7 +91,8 @@ def reading(rounds: int) -> dict[str, dict[str, float]]:
         for workers in WORKERS:
             candidates: dict[str, Callable[[], object]] = {}
             for corpus, source in corpora.items():
-                data = module_of(source, workers)
+                options = {"micro_batch_size": BATCH, "seq_len": SEQ_LEN, "num_workers": workers}
+                data = PileDataModule(str(DATA), "gpt2", source, **options)
                 data.prepare_data()
                 data.setup()
                 batches = iter(data.train_dataloader())
@@ -123,7 +107,7 @@ def reading_table(measured: dict[str, dict[str, float]]) -> Table:
         [corpus, *(f"{speed[str(n)] / 1e6:,.2f}" if str(n) in speed else None for n in WORKERS)]
         for corpus, speed in measured.items()
     ]
-    return ["million tokens/s", *(f"{n} workers" for n in WORKERS)], rows
+    return ["million tokens/s", *(f"`num_workers` {n}" for n in WORKERS)], rows
 
 
 BENCHMARK = Benchmark("data", "data.md", {"reading": Part(reading, reading_table, 5)})
