@@ -40,10 +40,11 @@ def corpus_texts() -> list[str]:
 
 
 def write_files(folder: Path, ending: str, records: list[dict[str, Any]]) -> Path:
-    """Write records in `STREAMS` files of a format; returns their folder."""
+    """Write records in `STREAMS` files of a format, and some for validation; returns their folder."""
     folder.mkdir()
-    for part in range(STREAMS):
-        path, chosen = folder / f"{part}.{ending}", records[part::STREAMS]
+    parts = {f"{part}": records[part::STREAMS] for part in range(STREAMS)}
+    for name, chosen in (parts | {"validation": records[:20]}).items():
+        path = folder / f"{name}.{ending}"
         if ending == "parquet":
             pq.write_table(pa.Table.from_pylist(chosen), path, row_group_size=1000)
         else:
@@ -53,9 +54,9 @@ def write_files(folder: Path, ending: str, records: list[dict[str, Any]]) -> Pat
 
 
 def streamed(folder: Path, **options: Any) -> StreamedText:
-    """Return a stream of all files, the first one for validation too."""
-    names = sorted(path.name for path in folder.iterdir())
-    files = {"train": names, "validation": names[:1]}
+    """Return a stream of the files."""
+    *names, validation = sorted(path.name for path in folder.iterdir())
+    files = {"train": names, "validation": validation}
     sizes = {"num_streams": STREAMS, "shuffle_buffer": BUFFER, "evaluation_tokens": SEQ_LEN}
     return StreamedText(str(folder), data_files=files, **sizes, **options)
 
