@@ -69,20 +69,10 @@ reproduce: develop  ## the paper's claims with small models, QUESTION=capacity f
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
-bench: develop  ## what is computed alike, and at what cost: ranks, checkpoints, layers, steps, data, generation (an hour)
+bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (half an hour on 2 quiet cores; ROUNDS=1: a trial)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
-	$(BIN)/python -m benchmarks.parity
-	$(BIN)/python benchmarks/expert_parallel.py
-	$(BIN)/python -m benchmarks.checkpoint
-	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python -m benchmarks.layer
-	$(BIN)/python -m benchmarks.routers
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.peers
-	$(BIN)/python -m benchmarks.data
-	$(BIN)/python -m benchmarks.prepare_data
-	$(BIN)/python -m benchmarks.indexed_data
-	$(BIN)/python -m benchmarks.generation
+	for name in scaling parity ranks checkpoint layer step data generation; do \
+		$(BIN)/python -m benchmarks.$$name $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
 
 gpu: develop  ## shows on a machine with one GPU that results are the CPU's, and how fast (at most 14 minutes); DRY_RUN=1: tiny, on the CPU; docs/gpu.md
 	@$(BIN)/python -m benchmarks.gpu $(if $(DRY_RUN),--dry-run)

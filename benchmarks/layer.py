@@ -1,28 +1,44 @@
-"""One MoE layer: what it costs beside a dense FFN of the same FLOPs per token, beside DeepSpeed's and Hugging Face's.
+"""One MoE layer beside a dense FFN of the same FLOPs per token and beside DeepSpeed's; routers beside softmax. 3 minutes.
 
-    python -m benchmarks.layer [--rounds 9] [--only training|inference]
+    python -m benchmarks.layer [--only training routers]
 
-Training is forward and backward, gradients freed before each. `floor` is a dense FFN that does the same FLOPs per token (k
-FFNs' width). DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the dropless ones compute every assignment.
+Training is forward and backward, gradients freed before each. `floor` is a dense FFN that does the same FLOPs per
+token. DeepSpeed's `MoE` and ours with capacity 1.0 drop tokens; the dropless ones compute every assignment. Routers: a
+dropless layer of 16 experts of width 256 on 2,048 tokens, the losses of the router included, beside softmax of the same k.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import command_line, interleaved, settings
+from benchmarks.timing import Benchmark, Part, Table, interleaved
+from nlgmoe import FrozenTopK, HashRouterConfig, SigmoidTopK, SoftmaxTopK, UniformRouterConfig
 from nlgmoe.config import GPTConfig, MoEConfig
+from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.feed_forward import FeedForward, gelu
 from nlgmoe.layers.moe import MoELayer
+from nlgmoe.layers.router import RoutingContext
+from nlgmoe.parts import RouterConfig
 
-TRAINING = [(2048, 256, 8, 1), (2048, 256, 32, 1), (2048, 512, 16, 2), (8192, 256, 64, 1), (4096, 512, 64, 1)]
-INFERENCE = [(tokens, 1024, experts, 1) for experts in (64, 128) for tokens in (1, 4, 16)]
+SHAPES = [(2048, 256, 8), (2048, 256, 32), (8192, 256, 64)]  # tokens, hidden size, experts; top-1
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEERS = ("ours, dropless", "ours, capacity 1.0", "DeepSpeed, dropless", "DeepSpeed, capacity 1.0")
+ROUTERS: dict[str, tuple[int, RouterConfig | None]] = {
+    "softmax top-1": (1, None),
+    "softmax top-1, gate scale": (1, SoftmaxTopK(gate_scale=2.0)),
+    "sigmoid top-1": (1, SigmoidTopK()),
+    "hash": (1, HashRouterConfig()),
+    "uniform": (1, UniformRouterConfig()),
+    "frozen": (1, FrozenTopK()),
+    "softmax top-2": (2, None),
+    "sigmoid top-2": (2, SigmoidTopK()),
+    "sigmoid top-2, sequence loss": (2, SigmoidTopK(sequence_loss_coeff=1e-4)),
+}
 
 
 class OneExpert(nn.Module):
@@ -38,63 +54,58 @@ class OneExpert(nn.Module):
         return projected
 
 
-def ours(hidden: int, experts: int, k: int, dropping: bool) -> nn.Module:
-    """`MoELayer`."""
-    moe = MoEConfig(experts, top_k=k, token_dropping=dropping, expert_interval=1)
-    layer = MoELayer(GPTConfig(64, 16, 1, hidden, 1, moe=moe), 0)
+def ours(hidden: int, experts: int, k: int, dropping: bool, router: RouterConfig | None = None) -> MoELayer:
+    """Return `MoELayer`, drawn at random."""
+    moe = MoEConfig(experts, top_k=k, token_dropping=dropping, expert_interval=1, router=router)
+    layer = MoELayer(GPTConfig(4096, 256, 1, hidden, 1, moe=moe), 0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     return layer
 
 
-def deepspeed(hidden: int, experts: int, k: int, dropping: bool, min_capacity: int = 4) -> nn.Module:
-    """DeepSpeed's layer, on one process."""
+def deepspeed(hidden: int, experts: int, dropping: bool) -> nn.Module:
+    """Return DeepSpeed's layer, on one process."""
     from deepspeed.moe.layer import MoE
 
-    layer = MoE(
-        hidden,
-        OneExpert(hidden),
-        experts,
-        k=k,
-        drop_tokens=dropping,
-        min_capacity=min_capacity,
-        top2_2nd_expert_sampling=False,
-    )
+    layer: nn.Module = MoE(hidden, OneExpert(hidden), experts, drop_tokens=dropping)
     return layer
 
 
+class Routed(nn.Module):
+    """A layer with what a router reads. The router's losses are added to the output, to be computed and differentiated."""
+
+    def __init__(self, layer: MoELayer, context: RoutingContext) -> None:
+        super().__init__()
+        self.layer, self.context = layer, context
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, H] -> [B, T, H]`."""
+        y, routing = self.layer(x, self.context)
+        balance, z_loss = router_losses([routing])
+        output: Tensor = y + (0.01 * balance + 0.001 * z_loss + sum(routing.losses.values()))
+        return output
+
+
 def output_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the layer makes of `x`, without its extras."""
+    """Return what the layer makes of `x`, without its extras."""
     y = layer(x)
     return y[0] if isinstance(y, tuple) else y
 
 
 def training(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
-    """A forward and a backward pass."""
+    """Return a forward and a backward pass."""
     x = x.clone().requires_grad_()
 
     def run() -> None:
         x.grad = None
-        for parameter in layer.parameters():
-            parameter.grad = None
+        layer.zero_grad()
         output_of(layer, x).backward(gradient)
 
     return run
 
 
-def inference(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A forward pass."""
-    layer.eval()
-
-    def run() -> None:
-        with torch.no_grad():
-            output_of(layer, x)
-
-    return run
-
-
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps from the forward to the backward pass, parameters aside."""
+    """Return the bytes that autograd keeps from the forward to the backward pass, parameters aside."""
     kept: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
 
@@ -111,63 +122,79 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def half(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Everything in `dtype` but the gate, which DeepSpeed keeps in fp32."""
+    """Convert everything but the gate, which DeepSpeed keeps in fp32."""
     for name, parameter in layer.named_parameters():
         if "gate" not in name:
             parameter.data = parameter.data.to(dtype)
     return layer
 
 
-def measure(shape: tuple[int, int, int, int], name: str, train: bool, rounds: int) -> dict[str, Any]:
-    """Ratios to the floor, and bytes saved."""
-    tokens, hidden, experts, k = shape
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Return milliseconds of the floor, ratios to it, and the bytes that are saved, by shape and type."""
+    measured = []
+    for shape, (kind, dtype) in product(SHAPES, TYPES.items()):
+        tokens, hidden, experts = shape
+        torch.manual_seed(0)
+        layers: dict[str, nn.Module] = {"floor": FeedForward(GPTConfig(8, 8, 1, hidden, 1), 4 * hidden)}
+        for name, dropping in (("dropless", False), ("capacity 1.0", True)):
+            layers[f"ours, {name}"] = ours(hidden, experts, 1, dropping)
+            layers[f"DeepSpeed, {name}"] = deepspeed(hidden, experts, dropping)
+        x = torch.randn(1, tokens, hidden).to(dtype)
+        gradient = torch.randn_like(x)
+        seconds = interleaved(
+            {name: training(half(layer, dtype), x, gradient) for name, layer in layers.items()}, rounds
+        )
+        ratio = {name: value / seconds["floor"] for name, value in seconds.items() if name != "floor"}
+        saved = {name: saved_bytes(layer, x) for name, layer in layers.items()}
+        row = {"shape": shape, "type": kind, "floor_ms": 1e3 * seconds["floor"], "ratio": ratio, "saved_bytes": saved}
+        measured.append(row)
+    return measured
+
+
+def measure_routers(rounds: int) -> dict[str, Any]:
+    """Return seconds and saved bytes by router."""
     torch.manual_seed(0)
-    layers = {
-        "floor": FeedForward(GPTConfig(8, 8, 1, hidden, 1), 4 * hidden * k),
-        "ours, dropless": ours(hidden, experts, k, False),
-        "DeepSpeed, dropless": deepspeed(hidden, experts, k, False, min(4, tokens)),
-    }
-    if train:
-        layers |= {
-            "ours, capacity 1.0": ours(hidden, experts, k, True),
-            "DeepSpeed, capacity 1.0": deepspeed(hidden, experts, k, True),
-        }
-    layers = {label: half(layer, TYPES[name]) for label, layer in layers.items()}
-    x = torch.randn(1, tokens, hidden).to(TYPES[name])
-    gradient = torch.randn_like(x)
-    runs = {label: training(layer, x, gradient) if train else inference(layer, x) for label, layer in layers.items()}
-    seconds = interleaved(runs, rounds)
-    row: dict[str, Any] = {"shape": shape, "type": name, "floor_ms": 1000 * seconds["floor"]}
-    row["ratio"] = {label: value / seconds["floor"] for label, value in seconds.items() if label != "floor"}
-    if train:
-        row["saved_bytes"] = {label: saved_bytes(layer, x) for label, layer in layers.items()}
-    return row
+    context = RoutingContext(torch.randint(4096, (8, 256)), None, (0, 0, 0), torch.arange(256)[None])
+    x = torch.randn(8, 256, 256)
+    layers = {}
+    for name, (k, router) in ROUTERS.items():
+        never_drops = router is not None and "token_dropping" not in router.uses  # where the setting has no effect
+        layers[name] = Routed(ours(256, 16, k, never_drops, router), context)
+    seconds = interleaved({name: training(layer, x, x) for name, layer in layers.items()}, rounds)
+    return {name: {"seconds": seconds[name], "saved_mb": saved_bytes(layers[name], x) / 1e6} for name in layers}
 
 
-def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], "layer", 9, ["training", "inference"])
-    results: dict[str, Any] = {
-        "settings": settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds)
-    }
-    print(json.dumps(results["settings"], indent=1))
-    for kind, shapes in {"training": TRAINING, "inference": INFERENCE}.items():
-        if arguments.only not in (None, kind):
-            continue
-        results[kind] = []
-        for shape in shapes:
-            for name in TYPES:
-                row = measure(shape, name, kind == "training", arguments.rounds)
-                results[kind].append(row)
-                ratios = ", ".join(f"{label} {value:.2f}" for label, value in row["ratio"].items())
-                print(f"{kind} {shape} {name}: floor {row['floor_ms']:.2f} ms; {ratios}", flush=True)
-                if "saved_bytes" in row:
-                    print(
-                        "   MB saved: "
-                        + ", ".join(f"{label} {value / 1e6:.1f}" for label, value in row["saved_bytes"].items())
-                    )
-    with open(arguments.output, "w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
+def training_table(measured: list[dict[str, Any]]) -> Table:
+    head = [
+        "tokens, hidden, experts",
+        "type",
+        "rows an expert",
+        "floor, ms",
+        *PEERS,
+        "saved, ours / DeepSpeed, dropless",
+    ]
+    rows: list[Any] = []
+    for row in measured:
+        (tokens, _, experts), saved = row["shape"], row["saved_bytes"]
+        cells = [", ".join(map(str, row["shape"])), row["type"], tokens // experts, f"{row['floor_ms']:.0f}"]
+        cells += [f"{row['ratio'][name]:.2f}" for name in PEERS]
+        rows.append([*cells, f"{saved['ours, dropless'] / saved['DeepSpeed, dropless']:.2f}"])
+    return head, rows
 
+
+def routers_table(measured: dict[str, Any]) -> Table:
+    rows: list[Any] = []
+    for name, row in measured.items():
+        ratio = row["seconds"] / measured[f"softmax top-{ROUTERS[name][0]}"]["seconds"]
+        rows.append([name, f"{1e3 * row['seconds']:.0f}", f"{ratio:.2f}", f"{row['saved_mb']:.1f}"])
+    return ["router", "ms", "of softmax's", "saved for the backward pass, MB"], rows
+
+
+BENCHMARK = Benchmark(
+    "layer",
+    "performance.md",
+    {"training": Part(measure, training_table, 7), "routers": Part(measure_routers, routers_table, 9)},
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run(__doc__)

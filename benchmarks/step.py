@@ -1,271 +1,196 @@
-"""A whole training step: forward, loss, backward, clipping, AdamW. Ours beside assemblies of well-known parts.
+"""A whole training step, forward, loss, backward, clipping, AdamW: beside Hugging Face's, and as it grows. 6 minutes.
 
-    python -m benchmarks.step [--rounds 5] [--only assemblies|growth]
+    python -m benchmarks.step [--only same growth]
 
-    ours            `GPT`, chunked cross-entropy, fused AdamW
-    usual           DeepSpeed's `MoE`, attention written out, logits and cross-entropy of the whole batch in fp32, default AdamW
-    good            DeepSpeed's `MoE`, PyTorch's fused attention, cross-entropy in recomputed chunks, fused AdamW
-    dense           our dense model of the same active FLOPs per token
-    hugging face    GPT-2 of the dense model's size, fused attention, its own loss, fused AdamW
+same: one model with the same weights, as `OlmoeForCausalLM` or `Qwen3MoeForCausalLM` (`grouped_mm` experts, fused attention,
+its own loss) and imported; 8 blocks of width 256, 16 experts, top-2, vocabulary of 8,192; a step of 2,048 tokens, and 64 greedy
+tokens for 1, 8 and 32 prompts of 16. Memory is the most that a step allocates, beside weights, gradients and moments. Types:
+fp32; bf16 weights; fp32 weights under bf16 autocast, where Hugging Face's experts stay in fp32.
 
-Growth: the step against the number of experts, the length of sequences and the width, at equal tokens.
+growth: the step in fp32 against the number of experts (in every second block; beside a dense model of the same FLOPs), the
+length of sequences and the width, at equal tokens; 6 blocks of width 256, vocabulary of 4,096.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from benchmarks.layer import deepspeed
-from benchmarks.timing import command_line, interleaved, settings
+from benchmarks.timing import Benchmark, Part, Table, interleaved
+from nlgmoe import generate, load_model
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.layers.attention import AttentionContext, CausalSelfAttention
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
-from nlgmoe.layers.router import RoutingContext
-from nlgmoe.model.counting import flops_per_token
 from nlgmoe.model.gpt import GPT
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw
+from tests.memory import peak_bytes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-TOKENS, CHUNK = 2048, 1024
-DENSE = GPTConfig(50_257, 256, 6, 256, 8)
-
-
-def moe(config: GPTConfig, experts: int) -> GPTConfig:
-    """The same with a top-1 MoE in every second block: the same active FLOPs, but for the gate."""
-    return replace(config, moe=MoEConfig(experts, token_dropping=False))
-
-
-class PlainAttention(CausalSelfAttention):
-    """The same layer with the scores written out."""
-
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`[B, T, H] -> [B, T, H]`."""
-        length = x.shape[1]
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )
-        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        mixed = scores.masked_fill(later, float("-inf")).float().softmax(dim=-1).to(value.dtype) @ value
-        projected: Tensor = self.project(mixed.transpose(1, 2).flatten(2))
-        return projected
-
-
-class DeepSpeedLayer(nn.Module):
-    """DeepSpeed's `MoE` in the place of ours; capacity 1.0, as it is used."""
-
-    def __init__(self, hidden: int, experts: int) -> None:
-        super().__init__()
-        self.layer = deepspeed(hidden, experts, 1, dropping=True)
-
-    def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
-        """`[B, T, H] -> [B, T, H]` and, in the place of the routing, the balance loss."""
-        y, loss, _ = self.layer(x)
-        return y, loss
-
-
-def assembled(config: GPTConfig, attention: type[CausalSelfAttention]) -> GPT:
-    """Our model with DeepSpeed's layers, and attention of the given kind."""
-    assert config.moe is not None and isinstance(config.moe.num_experts, int)
-    model = GPT(config)
-    for block in model.blocks:
-        block.attention.__class__ = attention
-        if block.moe is not None:
-            block.moe = DeepSpeedLayer(config.hidden_size, config.moe.num_experts)
-    return model
-
-
-def whole_loss(hidden: Tensor, table: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
-    """All logits at once, in fp32."""
-    return F.cross_entropy((hidden @ table[:vocab_size].t()).float(), targets)
-
-
-def recomputed_loss(hidden: Tensor, table: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
-    """Logits in chunks that the backward pass computes again."""
-    chunks = [
-        checkpoint(whole_loss, h, table, vocab_size, t, use_reentrant=False)
-        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
-    return torch.stack(chunks).mean()
-
-
-def our_loss(hidden: Tensor, table: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
-    """`layers/losses.py`."""
-    return cross_entropy(hidden, table, vocab_size, targets, None, CHUNK)
-
-
-def balance(routings: list[Any]) -> Tensor:
-    """The balance loss, from our routings or DeepSpeed's losses."""
-    return torch.stack(routings).sum() if isinstance(routings[0], Tensor) else router_losses(routings)[0]
-
-
-def step(
-    model: GPT,
-    loss: Callable[[Tensor, Tensor, int, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Tensor],
-    half: bool,
-) -> Callable[[], None]:
-    """A training step."""
-
-    def run() -> None:
-        batch = next(batches)
-        tokens, targets = batch[:, :-1], batch[:, 1:].flatten()
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-            output = model(tokens)
-            value = loss(output.hidden.flatten(0, 1), model.unembedding, model.config.vocab_size, targets)
-        if output.routings:
-            value = value + 0.01 * balance(output.routings)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
-def hugging_face(config: GPTConfig, batches: Iterator[Tensor], half: bool) -> Callable[[], None]:
-    """GPT-2 of the same size, as `transformers` trains it."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = {
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_positions": config.seq_len,
-    }
-    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=config.padded_vocab_size, attn_implementation="sdpa", use_cache=False, **shape, **drops)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def run() -> None:
-        tokens = next(batches)[:, :-1]
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-            value = model(input_ids=tokens, labels=tokens).loss
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
-def batches_of(config: GPTConfig) -> Iterator[Tensor]:
-    """`[B, T + 1]` ids, others each time: the experts' numbers of rows change, and the CPU's kernels are made for numbers."""
-    random = torch.Generator().manual_seed(0)
-    while True:
-        yield torch.randint(config.vocab_size, (TOKENS // config.seq_len, config.seq_len + 1), generator=random)
+TOKENS = 2048
+SMALL = GPTConfig(4096, 256, 6, 256, 8)
+TYPES = {
+    "fp32": (torch.float32, False),
+    "bf16 weights": (torch.bfloat16, False),
+    "bf16 autocast": (torch.float32, True),
+}
+PROMPTS, NEW = (1, 8, 32), 64
+WARM_UP = 15  # steps of `same`: oneDNN compiles a kernel for each number of rows
+SAME: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "max_position_embeddings"), 256),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 8),
+    **{"vocab_size": 8192, "num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True, "pad_token_id": 0},
+    "eos_token_id": None,
+}
 
 
 def our_step(config: GPTConfig, half: bool) -> Callable[[], None]:
-    """The step that `train.py` takes."""
-    model = GPT(config)
-    return step(model, our_loss, build_adamw(model, AdamWConfig(lr=1e-4)), batches_of(config), half)
+    """Return the step that `train.py` takes; `half`: under bf16 autocast."""
+    return gpt_step(GPT(config), half)
 
 
-def assemblies(experts: int, half: bool, rounds: int) -> dict[str, float]:
-    """Seconds of each candidate."""
-    config, batches = moe(DENSE, experts), batches_of(DENSE)
-    usual, good = assembled(config, PlainAttention), assembled(config, CausalSelfAttention)
-    return interleaved(
-        {
-            "ours": our_step(config, half),
-            "usual": step(usual, whole_loss, torch.optim.AdamW(usual.parameters(), lr=1e-4), batches, half),
-            "good": step(
-                good, recomputed_loss, torch.optim.AdamW(good.parameters(), lr=1e-4, fused=True), batches, half
-            ),
-            "dense": our_step(DENSE, half),
-            "hugging face": hugging_face(DENSE, batches, half),
-        },
-        rounds,
-        warm_up=2,
-    )
+def gpt_step(model: GPT, half: bool) -> Callable[[], None]:
+    """Return the step of a model."""
+    vocab_size = model.config.vocab_size
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        output = model(tokens)
+        value = cross_entropy(output.hidden.flatten(0, 1), model.unembedding, vocab_size, targets.flatten(), None, 1024)
+        return value + 0.01 * router_losses(output.routings)[0] if output.routings else value
+
+    optimizer = build_adamw(model, AdamWConfig(lr=1e-4))
+    return training_step(model, optimizer, loss, batches_of(model.config.seq_len, vocab_size), half)
 
 
-def growth(half: bool, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds by experts, sequence length and width; `TOKENS` tokens each."""
-    small = replace(DENSE, vocab_size=4096)
-    by_experts = {"dense": small} | {str(e): moe(small, e) for e in (4, 8, 16, 32, 64, 128, 256)}
-    by_length = {str(t): moe(replace(small, seq_len=t), 32) for t in (64, 128, 256, 512, 1024, 2048)}
-    by_width = {str(h): moe(replace(small, hidden_size=h), 32) for h in (64, 128, 256, 512)}
-    kinds = {"experts": by_experts, "sequence length": by_length, "width": by_width}
+def hugging_face_step(model: Any, half: bool) -> Callable[[], None]:
+    """Return the step of a model of `transformers`, with its own loss."""
+
+    def loss(tokens: Tensor, _: Tensor) -> Tensor:
+        value: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return value
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return training_step(model, optimizer, loss, batches_of(SMALL.seq_len, model.config.vocab_size), half)
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterator[Tensor],
+    half: bool,
+) -> Callable[[], None]:
+    """Return a step; `loss` is of tokens and targets `[B, T]`."""
+
+    def run() -> None:
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            value = loss(batch[:, :-1], batch[:, 1:])
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def batches_of(length: int, vocab_size: int) -> Iterator[Tensor]:
+    """Yield `[B, T + 1]` ids, others each time, so that experts have other numbers of rows."""
+    random = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(vocab_size, (TOKENS // length, length + 1), generator=random)
+
+
+def same_model(family: str) -> tuple[GPT, nn.Module]:
+    """Return a model of a family with random weights, imported, and in its own class."""
+    import transformers
+
+    from nlgmoe.tools.hugging_face.importing import import_folder
+
+    if family == "OLMoE":
+        config = transformers.OlmoeConfig(intermediate_size=256, **SAME)
+    else:
+        config = transformers.Qwen3MoeConfig(moe_intermediate_size=256, head_dim=32, intermediate_size=256, **SAME)
+    build = transformers.AutoModelForCausalLM.from_config
+    theirs: Any = build(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
+    with TemporaryDirectory() as folder:
+        theirs.save_pretrained(f"{folder}/theirs")
+        import_folder(f"{folder}/theirs", f"{folder}/ours.ckpt")
+        return load_model(f"{folder}/ours.ckpt"), theirs
+
+
+def greedy(model: Any, tokens: Tensor) -> Callable[[], object]:
+    """Return greedy decoding of `NEW` tokens after prompts `[B, T]`, by us or by `transformers`."""
+    if isinstance(model, GPT):
+        return lambda: generate(model, tokens, NEW, temperature=0)
+    options = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True}
+    return lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+
+
+def same(rounds: int) -> dict[str, Any]:
+    """Return seconds of ours and theirs by family, type and task, and bytes at most of a training step."""
+    measured: dict[str, Any] = {}
+    for family in ("OLMoE", "Qwen3-MoE"):
+        for kind, (dtype, half) in TYPES.items():
+            ours, theirs = (model.to(dtype).train() for model in same_model(family))
+            steps = {"ours": gpt_step(ours, half), "theirs": hugging_face_step(theirs, half)}
+            row: dict[str, Any] = {"step": interleaved(steps, rounds, WARM_UP)}
+            row["peak_bytes"] = {name: peak_bytes(step) for name, step in steps.items()}
+            for prompts in () if half else PROMPTS:
+                tokens = torch.randint(1, SAME["vocab_size"], (prompts, 16))
+                candidates = {"ours": greedy(ours.eval(), tokens), "theirs": greedy(theirs.eval(), tokens)}
+                row[f"{prompts} prompts"] = interleaved(candidates, rounds, 1)
+            measured[f"{family}, {kind}"] = row
+    return measured
+
+
+def same_table(measured: dict[str, Any]) -> Table:
+    tasks = ["step", "peak_bytes", *(f"{prompts} prompts" for prompts in PROMPTS)]
+    head = ["theirs / ours", "our step, ms", "step", "memory of a step", *(f"text, {task}" for task in tasks[2:])]
+    rows: list[Any] = []
+    for name, row in measured.items():
+        ratios = [f"{row[task]['theirs'] / row[task]['ours']:.2f}" if task in row else None for task in tasks]
+        rows.append([name, f"{1e3 * row['step']['ours']:.0f}", *ratios])
+    return head, rows
+
+
+def growth(rounds: int) -> dict[str, dict[str, float]]:
+    """Return seconds by experts, sequence length and width, `TOKENS` tokens each."""
+    moe = {2**n: replace(SMALL, moe=MoEConfig(2**n, token_dropping=False)) for n in range(2, 9)}
+    kinds = {
+        "experts": {"dense": SMALL} | {str(experts): config for experts, config in moe.items()},
+        "sequence length": {str(t): replace(moe[32], seq_len=t) for t in (64, 128, 256, 512, 1024, 2048)},
+        "width": {str(h): replace(moe[32], hidden_size=h) for h in (64, 128, 256, 512)},
+    }
     return {
-        kind: interleaved({name: our_step(config, half) for name, config in configs.items()}, rounds, warm_up=1)
+        kind: interleaved({name: our_step(config, half=False) for name, config in configs.items()}, rounds, warm_up=1)
         for kind, configs in kinds.items()
     }
 
 
-def plot(found: dict[str, dict[str, float]], path: Path) -> None:
-    """One panel for each thing that grows; dashed: a dense model's step, or growth in proportion to the width."""
-    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.4), sharey=True, layout="constrained")
-    for panel, (kind, seconds) in zip(panels, found.items(), strict=True):
-        points = {int(name): 1000 * value for name, value in seconds.items() if name.isdigit()}
-        panel.plot(list(points), list(points.values()), "o-", color="tab:blue", label="MoE")
-        if "dense" in seconds:
-            panel.axhline(1000 * seconds["dense"], linestyle="--", color="gray", label="dense, equal FLOPs per token")
-        elif kind == "width":
-            first, *_, last = points
-            panel.plot(
-                [first, last], [points[first], points[first] * last / first], "--", color="gray", label="in proportion"
-            )
-        panel.set(xscale="log", yscale="log", xlabel=kind, xticks=list(points), xticklabels=map(str, points))
-        panel.minorticks_off()
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    panels[0].set(ylabel=f"ms a step of {TOKENS:,} tokens", yticks=[200, 500, 1000, 2000, 5000])
-    figure.savefig(path, dpi=110)
+def growth_table(measured: dict[str, dict[str, float]]) -> Table:
+    rows: list[Any] = []
+    for kind, seconds in measured.items():
+        points = {int(name): value for name, value in seconds.items() if name.isdigit()}
+        exponent = np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]
+        listed = ", ".join(f"{name}: {1e3 * value:.0f}" for name, value in seconds.items())
+        rows.append([kind, listed, f"{exponent:.2f}"])
+    return ["by", "ms", "exponent"], rows
 
 
-def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], "step", 5, ["assemblies", "growth"])
-    output = Path(arguments.output)
-    results: dict[str, Any] = json.loads(output.read_text()) if arguments.only and output.exists() else {}
-    now = settings(freed_memory_kept=arguments.freed_memory_kept, rounds=arguments.rounds, tokens=TOKENS, chunk=CHUNK)
-    print(json.dumps(now, indent=1))
-    flops = {name: flops_per_token(config) for name, config in {"dense": DENSE, "MoE-32": moe(DENSE, 32)}.items()}
-    print(f"MFLOP per token, forward and backward: {', '.join(f'{n} {v / 1e6:.1f}' for n, v in flops.items())}")
-    if arguments.only != "growth":
-        results["assemblies"], results["settings"] = {}, now
-        for half in (False, True):
-            found = assemblies(32, half, arguments.rounds)
-            name = "bf16" if half else "fp32"
-            results["assemblies"][name] = found
-            print(f"\n{name}: " + ", ".join(f"{label} {1000 * value:.0f} ms" for label, value in found.items()))
-            for label, (one, other) in {
-                "usual / ours": ("usual", "ours"),
-                "good / ours": ("good", "ours"),
-                "hugging face / dense": ("hugging face", "dense"),
-                "ours / dense": ("ours", "dense"),
-            }.items():
-                print(f"  {label:<22} {found[one] / found[other]:.2f}", flush=True)
-    if arguments.only != "assemblies":
-        results["growth"], results["growth_settings"] = growth(False, max(3, arguments.rounds // 2)), now
-        for kind, found in results["growth"].items():
-            print(
-                f"\n{kind}: " + ", ".join(f"{label} {1000 * value:.0f} ms" for label, value in found.items()),
-                flush=True,
-            )
-        plot(results["growth"], output.with_name("step_growth.png"))
-    output.write_text(json.dumps(results, indent=1) + "\n")
-
+BENCHMARK = Benchmark(
+    "step",
+    "performance.md",
+    {
+        "same": Part(same, same_table, 3),
+        "growth": Part(growth, growth_table, 3),
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run(__doc__)

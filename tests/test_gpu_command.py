@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import STEPS, conclude, limited
+from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, parse, run_step
 from benchmarks.gpu.run import Results, Run
 from tests.processes import python
 
@@ -19,7 +19,7 @@ def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
     output = tmp_path / "gpu.json"
     done = python("-m", "benchmarks.gpu", "--dry-run", "--output", str(output), "--data", str(pocket_pile))
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = json.loads(output.read_text())
+    run = json.loads(output.read_text())
     assert {"card", "driver", "torch", "commit", "command", "versions"} <= run.keys()
     assert list(run["steps"]) == list(STEPS)
     for name, step in run["steps"].items():
@@ -31,6 +31,15 @@ def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
             else:
                 assert figure["met"] is None, "no speed is judged on a CPU"
     assert sum(figure["met"] is True for step in run["steps"].values() for figure in step["figures"]) > 50
+    page = output.with_suffix(".md").read_text()
+    assert run["commit"] in page and "| strategy | losses off fp32 without the strategy, ZeRO 2, bf16 | " in page
+
+
+def test_a_step_whose_packages_do_not_import_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu.speed", None)  # its import fails, as without DeepSpeed
+    results = run_step("dense", parse(["--dry-run"]), Results(None, {}), time.monotonic() + SECONDS)
+    assert results.step("dense")["status"].startswith("not run: ModuleNotFoundError: ")
+    assert conclude(results) == 0
 
 
 def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
@@ -52,18 +61,17 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> No
         ("correct", 1.1, False, 1),
         ("correct", float("nan"), False, 1),
         ("correct", None, False, 1),  # only a dry run may leave a figure open
-        ("aim", 1.1, False, 0),
+        ("goal", 1.1, False, 0),
     ],
 )
 def test_figures_are_judged(kind: str, value: Any, met: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "card", "NVIDIA H100 80GB HBM3")
-    results = Results(None)
-    results.begin({})
+    results = Results(None, {})
     run = Run("step", None, False, Path(), results)  # type: ignore[arg-type]
     if kind == "correct":
         run.correct("a figure", value, 1.0)
     else:
-        run.aim("a figure", value, None, 1.0)
+        run.goal("a figure", value, at_most=1.0)
     assert [figure["met"] for figure in results.step("step")["figures"]] == [met]
     results.step("step")["status"] = "done"
     assert conclude(results) == code

@@ -1,4 +1,4 @@
-"""What the steps of `make gpu` share: the device, and figures that are judged and written to the results as they come."""
+"""What the steps of `make gpu` share: figures that are judged and written to the results as they come, and the device."""
 
 from __future__ import annotations
 
@@ -10,46 +10,61 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.documents import markdown_table
 from nlgmoe.files import write_json
 
-ROOT = Path(__file__).parents[2]
-
 LISTED = ("H100", "H200")
-"""Cards that the aims were set for; on others a speed is written down and not judged."""
-
-Kind = Literal["correct", "aim", "note"]
+"""Cards that the goals were set for; on others a speed is written down and not judged."""
 
 
 class Results:
-    """A JSON file with a list of runs. The newest is the last, and is written after every figure.
+    """The results of a run in a JSON file, written after every figure.
 
     Args:
-        path: of the file; it need not be there. None: nothing is written.
+        path: of the file; None: nothing is written.
+        about: a new run; None: what the file has.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, about: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.runs: list[dict[str, Any]] = json.loads(path.read_text()) if path is not None and path.exists() else []
-
-    def begin(self, about: dict[str, Any]) -> None:
-        """Append a run."""
-        self.runs.append(about | {"steps": {}})
+        self.run: dict[str, Any] = (
+            json.loads(path.read_text()) if path and about is None else {**(about or {}), "steps": {}}
+        )
         self.write()
 
     def step(self, name: str) -> dict[str, Any]:
-        """The step of that name in the newest run; change it, then `write`."""
-        found: dict[str, Any] = self.runs[-1]["steps"].setdefault(name, {"status": "running", "figures": []})
-        return found
+        """Return a step; change it, then `write`."""
+        step: dict[str, Any] = self.run["steps"].setdefault(name, {"status": "running", "figures": []})
+        return step
 
     def write(self) -> None:
-        """Write all runs."""
+        """Write all steps."""
         if self.path is not None:
-            write_json(self.path, self.runs)
+            write_json(self.path, self.run)
+
+    def page(self) -> str:
+        """Return all figures as a Markdown page."""
+        rows = []
+        for name, step in self.run["steps"].items():
+            rows += [[name, f"**{step['status']}**", None, None, None]]
+            for figure in step["figures"]:
+                limits = ", ".join(
+                    f"{key.replace('_', ' ')} {figure[key]:g}" for key in ("at_least", "at_most") if key in figure
+                )
+                value = figure["value"]
+                shown = f"{value:.3g}" if isinstance(value, float) else json.dumps(value)
+                met = {True: "yes", False: "**no**", None: "not judged" if limits else None}[figure["met"]]
+                rows.append([name, figure["name"], shown, limits, met])
+        origin = (
+            f"`{self.run['command']}`, commit {self.run['commit']}, {self.run['card']}, driver {self.run['driver']}"
+        )
+        table = markdown_table(["step", "figure", "value", "limit", "met"], rows)
+        return f"# Results on a GPU\n\n{origin}, PyTorch {self.run['torch']}, {self.run['started']}:\n\n{table}\n"
 
 
 @dataclass(frozen=True)
@@ -81,70 +96,35 @@ class Run:
         return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     def correct(self, name: str, value: float | None, at_most: float = 0.0) -> None:
-        """A figure of correctness: a run that misses one fails. None where a dry run cannot measure it."""
-        self._add("correct", name, value, at_most=at_most)
+        """Add a figure of correctness: a run that misses one fails. None where a dry run cannot measure it."""
+        met = None if value is None and self.dry else within(value, at_most=at_most)
+        self._add(kind="correct", name=name, value=value, met=met, at_most=at_most)
 
-    def aim(self, name: str, value: float | None, at_least: float | None = None, at_most: float | None = None) -> None:
-        """A figure of speed or memory, judged on the listed cards alone; missing it fails nothing."""
-        self._add("aim", name, value, at_least, at_most)
+    def goal(self, name: str, value: float | None, **limits: float) -> None:
+        """Add a figure of speed or memory, judged on the listed cards alone; missing it (`at_least`, `at_most`) fails nothing."""
+        listed = any(card in self.card for card in LISTED)
+        self._add(kind="goal", name=name, value=value, met=within(value, **limits) if listed else None, **limits)
 
     def note(self, name: str, value: Any) -> None:
-        """Anything else worth keeping."""
-        self._add("note", name, value)
+        """Add anything else worth keeping."""
+        self._add(kind="note", name=name, value=value, met=None)
 
-    def _add(
-        self, kind: Kind, name: str, value: Any, at_least: float | None = None, at_most: float | None = None
-    ) -> None:
-        met: bool | None = None
-        if kind == "correct" or (kind == "aim" and any(card in self.card for card in LISTED)):
-            met = None if value is None and self.dry else within(value, at_least, at_most)
-        limits = {"at_least": at_least, "at_most": at_most}
-        figure = {"kind": kind, "name": name, "value": value, "met": met}
-        figure |= {side: limit for side, limit in limits.items() if limit is not None}
+    def _add(self, **figure: Any) -> None:
         self.results.step(self.step)["figures"].append(figure)
         self.results.write()
-        print(describe(self.step, figure), flush=True)
+        print(
+            f"{self.step:<12} {figure['name']}: {figure['value']}{' MISSED' if figure['met'] is False else ''}",
+            flush=True,
+        )
 
 
-def within(value: float | None, at_least: float | None, at_most: float | None) -> bool:
-    """Whether a value is between its limits; NaN and None are not."""
-    if value is None or not math.isfinite(value):
-        return False
-    return (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-
-
-def describe(step: str, figure: dict[str, Any]) -> str:
-    """A figure as a line."""
-    value = figure["value"]
-    shown = f"{value:.3g}" if isinstance(value, float) else json.dumps(value)
-    sides = ("at_least", "at_most")
-    limits = ", ".join(f"{side.replace('_', ' ')} {figure[side]:g}" for side in sides if side in figure)
-    judged = {True: "ok", False: "MISSED", None: "not judged" if limits else ""}[figure["met"]]
-    return f"{step:<12} {figure['name']:<58} {shown:>10}  {limits:<28} {judged}".rstrip()
-
-
-def quiet_trainer(run: Run, folder: Path, **settings: Any) -> Any:
-    """A `Trainer` of one device that prints and keeps nothing; `settings` are its own, and go before these."""
-    from lightning import Trainer  # some steps do without it
-
-    defaults: dict[str, Any] = {
-        "accelerator": run.accelerator,
-        "devices": 1,
-        "max_epochs": -1,
-        "gradient_clip_val": 1.0,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**defaults | settings)
+def within(value: float | None, at_least: float = -math.inf, at_most: float = math.inf) -> bool:
+    """Return whether a value is between its limits; NaN and None are not."""
+    return value is not None and math.isfinite(value) and at_least <= value <= at_most
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference, relative to the norm of what is expected; to 1 where that is 0."""
+    """Return the norm of the difference, relative to the norm of what is expected; to 1 where that is 0."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     return float((found - expected).norm() / (expected.norm() or 1.0))
 
@@ -156,7 +136,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """How long `run` takes on the device."""
+    """Return how long `run` takes on the device."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -178,7 +158,8 @@ def sync_debug(device: torch.device, mode: str) -> Iterator[None]:
 
 
 def waits(device: torch.device, work: Callable[[], object]) -> int | None:
-    """1 if `work` waits for the device, and where is printed; 0 if not; None on a CPU."""
+    """Return 1 if `work` waits for the device, and print where; 0 if not; None on a CPU."""
+    work()  # the first time, libraries set themselves up
     try:
         with sync_debug(device, "error"):
             work()
@@ -191,7 +172,7 @@ def waits(device: torch.device, work: Callable[[], object]) -> int | None:
 
 
 def draw(module: nn.Module, std: float = 0.02, seed: int = 0) -> None:
-    """Random weights drawn where the module is: quick for billions of values, and other ones on every device."""
+    """Draw random weights where the module is: quick for billions of values, and other ones on every device."""
     generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
     for name, parameter in module.named_parameters():
         if "norm" not in name:

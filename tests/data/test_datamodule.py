@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from nlgmoe.data import MegatronIndexed, PileDataModule, PocketPile, TokenArrays
 from nlgmoe.data.datamodule import WINDOWS
 from nlgmoe.data.pocket.build import read_texts, text_path, write_corpus
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import SettingError
 from tests.data.conftest import make_documents, tokens_of
 
 Make = Callable[..., PileDataModule]
@@ -213,7 +213,7 @@ def test_the_unigram_baseline_is_of_the_tokens_that_have_a_loss(make_data: Make,
 
 
 def test_shards_are_reused_and_repaired(make_data: Make, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"No corpus in .*: run `nlgmoe prepare-data --data_dir"):
+    with pytest.raises(SettingError, match=r"No corpus in .*: run `nlgmoe prepare-data --data-dir"):
         PileDataModule(str(tmp_path)).setup()
     data = make_data()
     (folder,) = (data.data_dir / "tokenized").iterdir()

@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing
 
-from benchmarks.gpu_ranks import measure
+from benchmarks.ranks import measure
 from nlgmoe.batch import Batch
 from nlgmoe.callbacks import (
     ExpertLoad,
@@ -598,7 +598,7 @@ def traffic(cell: Cell, ranks: int, folder: Path) -> dict[str, int]:
 
 
 def gpu_ranks(cell: Cell, ranks: int, folder: Path) -> dict[str, float]:
-    """What `benchmarks/gpu_ranks.py` measures, at its tiny shapes."""
+    """What `benchmarks/ranks.py` measures on GPUs, at its tiny shapes."""
     return measure(torch.device("cpu"), tiny=True)
 
 

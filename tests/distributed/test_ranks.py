@@ -20,7 +20,7 @@ from hash_router import HashRouterConfig
 from swiglu_expert import SwiGLUExpert
 
 import nlgmoe
-from benchmarks.gpu_ranks import wrong
+from benchmarks.ranks import wrong
 from nlgmoe.callbacks import ExpertLoad
 from nlgmoe.checkpoint.folder import TensorFiles
 from nlgmoe.checkpoint.portable import load_model
@@ -148,7 +148,7 @@ WARM = Cell("warm start, bf16-mixed", 2, 1, steps=1, precision="bf16-mixed", **R
 LARGE = Cell("large", 2, 1, steps=1, hidden=128, moe=DROPLESS)
 TAUGHT = Cell("taught", 2, 2, moe=DROPLESS, steps=6)  # 4 blocks; the teacher is ALONE, of 6 with 2, 4 and 6 experts
 TAUGHT_DDP = replace(TAUGHT, name="taught, ddp", strategy="ddp")
-GPU_RANKS = Cell("gpu_ranks.py")
+GPU_RANKS = Cell("ranks.py")
 Found = dict[tuple[Callable[..., Any], str], list[Any]]
 
 
@@ -221,7 +221,6 @@ def test_ranks_compute_what_one_process_computes(
             assert outcome.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-3, abs=1e-6), name
         assert outcome.metrics.keys() == expected.metrics.keys()
         assert outcome.metrics["train/flops"] == expected.metrics["train/flops"]
-        assert outcome.metrics["time/communication"] > 0 or ranks == 1
         if cell.strategy == "expert_parallel":
             assert outcome.clip_norms[:5] == pytest.approx(norms[:5], rel=1e-5)
             assert outcome.clip_norms == pytest.approx(norms, rel=1e-3)  # Adam has amplified some rounding by then
