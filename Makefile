@@ -45,7 +45,7 @@ quickstart: install  ## train a small PR-MoE on real text, and write its report 
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 	@printf '\nThe report is $(RUN)/report.html. Next:\n  . $(BIN)/activate\n'
 	@printf '  nlgmoe generate $(RUN) --prompt "The king"                # text of this model\n'
-	@printf '  nlgmoe prepare-data --input texts --output data/own/text --vocab-size 4000  # your own text: docs/data.md\n'
+	@printf '  nlgmoe prepare-data --input texts --output data/own/text --vocab-size 2000  # your own text: docs/data.md\n'
 	@printf '  nlgmoe inspect configs/pr_moe/350m_pr_moe_32_64.yaml configs/hardware/gpus_64.yaml  # plan a larger run\n'
 
 test: develop  ## the suite (6 minutes on 2 cores)

@@ -405,7 +405,7 @@ def in_words(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)}: {', '.join(in_words(kind) for kind in arguments)}"
     if origin is not None:
-        return "a list" if origin is list else str(hint)
+        return f"a list, each {in_words(arguments[0])}" if origin in (list, Sequence) else str(hint)
     if is_section(hint):
         return "a section of settings"
     return _WORDS.get(hint) or ("a value" if hint in (None, Any) else f"a {getattr(hint, '__name__', hint)}")
