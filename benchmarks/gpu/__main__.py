@@ -187,7 +187,11 @@ def conclude(results: Results) -> int:
             print(f"{title}: {'; '.join(names)}")
     judged = sum(figure["met"] is not None for _, figure in figures)
     met = sum(figure["met"] is True for _, figure in figures)
-    print(f"{met} of {judged} figures met; {len(steps) - sum(map(len, ended.values()))} of {len(steps)} steps done")
+    done, where = (
+        len(steps) - sum(map(len, ended.values())),
+        "" if torch.cuda.is_available() else "dry run on the CPU: ",
+    )
+    print(f"{where}{met} of {judged} figures met; {done} of {len(steps)} steps done")
     return int(bool(missed["correct"] or ended["failed"]))
 
 

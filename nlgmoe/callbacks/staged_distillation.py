@@ -91,6 +91,9 @@ class StagedDistillation(Callback):
         assert isinstance(pl_module, MoEGPTModule)
         if pl_module.distiller is not None:
             pl_module.distiller.loss_weight = self._weight(trainer, pl_module)
+            end = self.distillation_end(pl_module.train_tokens)
+            place = f"{end.tokens:,} tokens" if end.tokens is not None else f"{end.steps:,} steps"
+            rank_zero_info(f"distillation ends after {place}")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:

@@ -94,7 +94,7 @@ def upcycle(
     require_paper_parts(config.moe, "upcycling knows")
     read = _entry_reader(files, config, weight_shapes(config), noise, seed)
     origin = f"{path}, by `nlgmoe upcycle`"
-    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin)
+    write_weights(checkpoint, read, config, tokenizer, overwrite=overwrite, origin=origin, source=path)
     return Upcycled(path, dense_config, config)
 
 

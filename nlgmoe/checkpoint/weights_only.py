@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from nlgmoe.checkpoint import writing
-from nlgmoe.checkpoint.folder import Contents, is_complete, read_document
+from nlgmoe.checkpoint.folder import Contents, is_complete, read_document, run_config
 from nlgmoe.checkpoint.layout import Shapes, entry_shapes
 from nlgmoe.checkpoint.portable import make_document
 from nlgmoe.config import GPTConfig
@@ -33,6 +33,7 @@ def write_weights(
     overwrite: bool = False,
     started_from: str | None = None,
     origin: str | None = None,
+    source: Path | None = None,
 ) -> None:
     """Write the folder `path` file by file under a temporary name, and rename it when it is complete.
 
@@ -48,6 +49,7 @@ def write_weights(
         started_from: the checkpoint that this training started from; None: random weights.
         origin: where the weights are from, for a person to read: `NAME.yaml` beside `NAME.ckpt` gets settings to use it with;
             None: no such file.
+        source: a checkpoint that the weights are from: these settings have the corpus of its run.
     """
     path, shards = Path(path), _shards(weight_shapes(config))
     writing.recover_one(path)
@@ -79,14 +81,17 @@ def write_weights(
         _require_free(path, overwrite)  # another process may have written it meanwhile
         writing.finish(temporary, path, document, files, tokenizer)
     if origin is not None:
-        _write_settings(path, config, tokenizer is not None, origin)
+        _write_settings(path, config, tokenizer is not None, origin, source)
 
 
-def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str) -> None:
+def _write_settings(checkpoint: Path, config: GPTConfig, tokenizer: bool, origin: str, source: Path | None) -> None:
     file = settings_of(checkpoint)
     settings: dict[str, Any] = {"model": {"config": config.to_dict(), "warm_start": {"checkpoint": str(checkpoint)}}}
-    if tokenizer:
-        settings["data"] = {"tokenizer": str(checkpoint)}
+    run = None if source is None else run_config(source)
+    of_run = {} if run is None else yaml.safe_load(run.read_text(encoding="utf-8")).get("data", {})
+    data = {name: of_run[name] for name in ("data_dir", "corpus", "tokenizer") if of_run.get(name) is not None}
+    if data := data | ({"tokenizer": str(checkpoint)} if tokenizer else {}):
+        settings["data"] = data
     settings["trainer"] = {"default_root_dir": str(checkpoint.with_suffix(""))}
     head = (
         f"# {origin}. Measure its loss, or train from its weights:\n"

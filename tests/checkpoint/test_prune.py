@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -97,13 +98,19 @@ def test_a_run_is_pruned_and_healed_by_the_commands(
 ) -> None:
     run, small, healed = tmp_path / "a run", tmp_path / "a small one.ckpt", tmp_path / "healed"
     quiet = ["--trainer.enable_progress_bar=false", f"--data.data_dir={pocket_pile}"]
-    config = ["--config", str(ROOT / "configs/moe/laptop.yaml"), *TINY, *quiet]
+    corpus = ["--data.corpus=nlgmoe.data.PocketPile", '--data.corpus.init_args.domains=["code"]']
+    config = ["--config", str(ROOT / "configs/moe/laptop.yaml"), *TINY, *quiet, *corpus]
     train(["fit", *config, "--model.train_tokens=256", f"--trainer.default_root_dir={run}"])
     before = len(load_pretrained(run).model.blocks[1].moe.experts.expand_bias)
     capsys.readouterr()
     main(["prune", str(run), str(small), "--num-experts=[2]", "--windows=2"])
     said = capsys.readouterr().out
     assert f"block 1: 2 of {before} experts, with " in said and " nats per token (" in said
+    data = yaml.safe_load(small.with_suffix(".yaml").read_text())[
+        "data"
+    ]  # the run's text is what its loss is measured on
+    assert data["tokenizer"] == str(small) and data["data_dir"] == str(pocket_pile)
+    assert data["corpus"] == {"class_path": "nlgmoe.data.PocketPile", "init_args": {"domains": ["code"]}}
     arguments = shlex.split(said.rstrip().splitlines()[-1].partition("python train.py ")[2])
     train([*arguments[:-1], str(healed), "--trainer.max_steps=2"])
     assert load_pretrained(healed).model.config.moe.num_experts == [2]

@@ -96,7 +96,9 @@ def _tokenizer(job: Translation) -> tuple[str, int] | None:
     folder = posixpath.dirname(paths[0]) or "."
     if paths != [posixpath.join(posixpath.dirname(paths[0]), name) for name in ("vocab.json", "merges.txt")]:
         job.arguments.refuse(
-            "--vocab-file", "is not found by that name here; put vocab.json and merges.txt into one folder"
+            "--vocab-file",
+            f"needs GPT-2's files under the names {' and '.join(GPT2_FILES)}, which need not be there; or those of another "
+            "tokenizer, vocab.json and merges.txt in one folder",
         )
         return None
     try:

@@ -202,7 +202,7 @@ def _comparison(place: str, losses: list[dict[Key, float]], name: str, reference
         (f"{place}: standard error", tables.decimal_4, [item and finite_number(item.error) for item in differences]),
         (f"{place}: 95% interval", str, [item and _interval(item) for item in differences]),
         (f"{place}: pairs", str, [item and item.pairs for item in differences]),
-        (f"{place}: verdict", str, [None if of_group is reference else _verdict(item) for of_group, item in judged]),
+        (f"{place}: verdict", str, [_verdict(item, of_group, reference) for of_group, item in judged]),
     ]
 
 
@@ -211,8 +211,11 @@ def _interval(difference: PairedDifference) -> str | None:
     return f"{low:+.4f} to {high:+.4f}" if difference.pairs > 1 else None
 
 
-def _verdict(difference: PairedDifference | None) -> str:
+def _verdict(difference: PairedDifference | None, losses: dict[Key, float], reference: dict[Key, float]) -> str | None:
+    if losses is reference:
+        return None
     if difference is None:
-        return "no pairs: no setting has the same value in a run of both"
+        reason = "no setting has the same value in a run of both" if losses and reference else "validate more often"
+        return f"no pairs: {reason}"
     low, high = difference.interval()
     return "lower" if high < 0 else "higher" if low > 0 else "too few seeds"
