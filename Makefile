@@ -73,7 +73,7 @@ reproduce: develop  ## the paper's claims with small models, QUESTION=capacity f
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-1k
 	$(BIN)/python -m benchmarks.reproduce $(if $(QUESTION),--question $(QUESTION)) $(if $(SCALE),--scale $(SCALE))
 
-bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (half an hour on 2 quiet cores; ROUNDS=1: a trial)
+bench: develop  ## measure ranks, checkpoints, layers, steps, data, generation, and renew the tables of docs/results (15 minutes on 2 quiet cores; ROUNDS=1: a trial)
 	$(BIN)/nlgmoe prepare-data --tokenizer pocket-4k
 	for name in scaling parity ranks checkpoint layer step data generation; do \
 		$(BIN)/python -m benchmarks.$$name $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done

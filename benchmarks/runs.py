@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-QUIET: dict[
-    str, Any
-] = {  # a Trainer that is timed: endless data, and nothing is written or printed beside what is measured
+# Of a Trainer that is timed: endless data, and nothing is written or printed beside what is measured.
+QUIET: dict[str, Any] = {
     "max_epochs": -1,
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,

@@ -6,11 +6,11 @@ Rounding alone moves the loss of a long run. So each model is trained twice: as 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.documents import markdown_table
 from benchmarks.reproduce.campaign import CPU, Campaign
 from benchmarks.reproduce.cells import TEACHER, Cell
 from nlgmoe.files import write_json
@@ -38,17 +38,19 @@ def train_again(before: dict[str, Any], commit: str, tree: Path, out: Path, file
         campaign.results["learning_rates"] = before["learning_rates"]
         campaign.train(RUNS, jobs)
         losses[name] = {key: run["val_loss"] for key, run in campaign.results["runs"].items()}
-    write_json(file, {"commit": commit, "before": before["commit"], "losses": losses})
-    return table(before, json.loads(file.read_text()))
+    again = {"commit": commit, "before": before["commit"], "losses": losses}
+    write_json(file, again)
+    return table(before, again)
 
 
 def table(before: dict[str, Any], again: dict[str, Any]) -> str:
     """Return a Markdown table of the losses of both commits, and of their differences."""
-    lines = [
-        f"| | {before['commit'][:7]} | {again['commit'][:7]} | difference | with eps * 1.0001 | difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for key, loss in again["losses"]["as it is"].items():
-        first, other = before["runs"][key]["val_loss"], again["losses"]["eps * 1.0001"][key]
-        lines.append(f"| {key} | {first:.4f} | {loss:.4f} | {loss - first:+.4f} | {other:.4f} | {other - loss:+.4f} |")
-    return "\n".join(lines)
+    as_is, changed = EPS
+    head = ["", before["commit"][:7], again["commit"][:7], "difference", f"with {changed}", "difference"]
+    rows = []
+    for key, loss in again["losses"][as_is].items():
+        first, other = before["runs"][key]["val_loss"], again["losses"][changed][key]
+        rows.append(
+            [key, f"{first:.4f}", f"{loss:.4f}", f"{loss - first:+.4f}", f"{other:.4f}", f"{other - loss:+.4f}"]
+        )
+    return markdown_table(head, rows)

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from benchmarks.documents import with_text
+from benchmarks.documents import markdown_table, with_text
 from benchmarks.reproduce.cells import BUDGETS, GROWTH, MARGIN, SEEDS, STEP_TOKENS, TEACHER, WIDER, Cell
 from benchmarks.reproduce.questions import AGREES, DIFFERS, QUESTIONS, STAGED_STUDENT, UNRESOLVED
 from benchmarks.reproduce.readings import MISSING, Answer, answers, beside, difference, of_cell
@@ -27,7 +27,7 @@ def short_table(results: dict[str, Any]) -> str:
     """Return the table of README.md: a row a question, four columns."""
     head = ["question", "difference (95% interval)", "pairs", "reading"]
     rows = [_row(answer) for key, answer in answers(results).items() if key != "faster"]
-    return "\n".join(_table([head, *rows]))
+    return markdown_table(head, rows)
 
 
 def long_table(results: dict[str, Any]) -> str:
@@ -35,11 +35,12 @@ def long_table(results: dict[str, Any]) -> str:
     found = answers(results)
     lines = [f"Commit {results['commit'][:10]}; {results['machine']}; {len(results['runs'])} runs.", ""]
     rows = [[*_row(answer), answer.paper] for answer in found.values()]
-    lines += [*_table([["question", "difference (95% interval)", "pairs", "reading", "the paper"], *rows]), ""]
+    lines += [markdown_table(["question", "difference (95% interval)", "pairs", "reading", "the paper"], rows), ""]
     lines += [f"- {line}" for line in beside(results)]
     rates = ", ".join(f"{name} {rate:.2g}" for name, rate in results["learning_rates"].items())
     lines += [f"- Learning rates found on seed 0: {rates}; the other models' are interpolated.", ""]
-    lines += [*_table(_models(results)), "", "Means over seeds 1 to 3 by budget:", "", *_table(_budgets(results))]
+    models, budgets = (markdown_table(head, rows) for head, *rows in (_models(results), _budgets(results)))
+    lines += [models, "", "Means over seeds 1 to 3 by budget:", "", budgets]
     return "\n".join(lines)
 
 
@@ -176,8 +177,3 @@ def draw_costs(results: dict[str, Any], file: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    head, *body = rows
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]

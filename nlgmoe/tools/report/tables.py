@@ -86,7 +86,6 @@ def step_times(runs: Sequence[Run]) -> str:
     ]
     times = pd.DataFrame(logged).reindex(columns=["step", *PARTS])
     times.insert(5, "rest", times["step"] - times[list(PARTS)].sum(axis=1))
-    times = times.dropna(axis=1, how="all")
     rows: list[Row] = [(part, "{:.1f}".format, times[part].tolist()) for part in times]
     return f"<h3>What a step's time goes to (milliseconds, mean over ranks and steps)</h3>{table('step_times', timed, rows)}"
 
