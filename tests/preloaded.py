@@ -1,14 +1,13 @@
 """What the server has imported that `tests/processes.py` and tests on ranks fork processes from."""
 
 import gc
-import importlib
 
 import nlgmoe.cli.command_parser
 import nlgmoe.cli.train
 import nlgmoe.parallel.strategy  # noqa: F401
 import tests.distributed.cells  # noqa: F401
-from nlgmoe.commands.main import COMMANDS
+from nlgmoe.commands.main import COMMANDS, function_of
 
-for path, _ in COMMANDS.values():
-    importlib.import_module(path.rpartition(".")[0])
+for name in COMMANDS:
+    function_of(name)
 gc.freeze()  # DeepSpeed collects garbage four times for each engine, a third of a second each with all that is imported

@@ -15,54 +15,24 @@ from nlgmoe.versions import versions
 
 TRAIN_PY = ("fit", "validate", "test", "predict")
 COMMANDS = {
-    "configs": (
-        "nlgmoe.commands.configs.configs",
-        "list the package's configuration files, or copy them into a folder",
-    ),
-    "prepare-data": (
-        "nlgmoe.commands.prepare_data.prepare_data",
-        "build the pocket Pile, a tokenizer, or a corpus of your own text",
-    ),
-    "inspect": (
-        "nlgmoe.tools.planner.inspect_config.inspect_config",
-        "predict a run's parameters, memory, communication and speed",
-    ),
-    "from-megatron": (
-        "nlgmoe.tools.megatron.from_megatron.from_megatron",
-        "translate a launch of Megatron-DeepSpeed into YAML",
-    ),
-    "import-megatron": (
-        "nlgmoe.tools.megatron.import_megatron.import_megatron",
-        "convert a Megatron-DeepSpeed checkpoint",
-    ),
-    "verify": (
-        "nlgmoe.commands.verify_checkpoint.verify_checkpoint",
-        "check every byte of a checkpoint, and print its contents",
-    ),
-    "generate": ("nlgmoe.commands.generate_text.generate_text", "continue texts"),
-    "export": ("nlgmoe.tools.hugging_face.commands.export_checkpoint", "write a folder for transformers"),
-    "import": (
-        "nlgmoe.tools.hugging_face.commands.import_checkpoint",
-        "convert a folder of transformers into a checkpoint",
-    ),
-    "upcycle": (
-        "nlgmoe.commands.upcycle_checkpoint.upcycle_checkpoint",
-        "copy a dense model's feed-forward layers into experts",
-    ),
-    "prune": ("nlgmoe.commands.prune_checkpoint.prune_checkpoint", "keep the experts that a model uses most"),
-    "distill-logits": (
-        "nlgmoe.commands.distill_logits.distill_logits",
-        "record a teacher's most likely next tokens for a student",
-    ),
-    "student": ("nlgmoe.commands.student.student", "write what a student's YAML has beyond its teacher's"),
-    "evaluate": ("nlgmoe.tools.lm_eval.evaluate.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
-    "prepare-eval": (
-        "nlgmoe.tools.lm_eval.prepare_eval.prepare_eval",
-        "write evaluation sets for `evaluate` without a network",
-    ),
-    "report": ("nlgmoe.tools.report.command.report", "draw run folders as one HTML page"),
-    "check": ("nlgmoe.tools.check.command.check", "test a MoE layer for the defects that such layers have had"),
-}  # name -> function, and help
+    "configs": ("commands.configs", "list the package's configuration files, or copy them into a folder"),
+    "prepare-data": ("commands.prepare_data", "build the pocket Pile, a tokenizer, or a corpus of your own text"),
+    "inspect": ("tools.planner.inspect_config", "predict a run's parameters, memory, communication and speed"),
+    "from-megatron": ("tools.megatron.from_megatron", "translate a launch of Megatron-DeepSpeed into YAML"),
+    "import-megatron": ("tools.megatron.import_megatron", "convert a Megatron-DeepSpeed checkpoint"),
+    "verify": ("commands.verify_checkpoint", "check every byte of a checkpoint, and print its contents"),
+    "generate": ("commands.generate_text", "continue texts"),
+    "export": ("tools.hugging_face.commands:export_checkpoint", "write a folder for transformers"),
+    "import": ("tools.hugging_face.commands:import_checkpoint", "convert a folder of transformers into a checkpoint"),
+    "upcycle": ("commands.upcycle_checkpoint", "copy a dense model's feed-forward layers into experts"),
+    "prune": ("commands.prune_checkpoint", "keep the experts that a model uses most"),
+    "distill-logits": ("commands.distill_logits", "record a teacher's most likely next tokens for a student"),
+    "student": ("commands.student", "write what a student's YAML has beyond its teacher's"),
+    "evaluate": ("tools.lm_eval.evaluate", "evaluate a checkpoint on zero-shot tasks with lm-eval"),
+    "prepare-eval": ("tools.lm_eval.prepare_eval", "write evaluation sets for `evaluate` without a network"),
+    "report": ("tools.report.command:report", "draw run folders as one HTML page"),
+    "check": ("tools.check.command:check", "test a MoE layer for the defects that such layers have had"),
+}  # name -> module below `nlgmoe` (and its function, if that has another name), help
 
 
 def main(args: list[str] | None = None) -> None:
@@ -97,9 +67,14 @@ def overview() -> str:
     return "\n".join([usage, *(f"  {row}" for row in rows)])
 
 
+def function_of(name: str) -> Any:
+    """Import the function of a subcommand."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(f"nlgmoe.{module}"), function or module.rpartition(".")[2])
+
+
 def _run(name: str, args: list[str] | None) -> None:
-    module, _, function_name = COMMANDS[name][0].rpartition(".")
-    function: Any = getattr(importlib.import_module(module), function_name)
+    function = function_of(name)
     from jsonargparse import auto_cli
 
     from nlgmoe.cli.command_parser import CommandParser, name_as_typed
