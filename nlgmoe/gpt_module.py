@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from nlgmoe.batch import Batch, loss_mask
 from nlgmoe.checkpoint.agreement import AllRanksError
-from nlgmoe.checkpoint.layout import describe_differences, shapes_of, summarize_differences
 from nlgmoe.checkpoint.same_run import differences
 from nlgmoe.checkpoint.warm_start import WarmStart, load_initial_weights
 from nlgmoe.config import FREE_IN_EVALUATION, GPTConfig
@@ -43,7 +42,7 @@ class GPTModule(LightningModule):
         compile: compile attention and dense layers with `torch.compile`, at their first use.
         loss_chunk_size: tokens whose logits exist at a time.
         warm_start: initial weights from a checkpoint; None draws them.
-        curriculum: of training, whose largest batch has to fit into memory.
+        curriculum: lengths of the sequences in training, at most `config.seq_len`; None: whole sequences.
     """
 
     def __init__(
@@ -124,15 +123,6 @@ class GPTModule(LightningModule):
             return
         check_vocabulary(self.config, data)
         self._domain_loss = [DomainLoss(data.domains, data.token_byte_lengths(), data.domain_shares)]
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as PyTorch does, with an error of one line."""
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            different = summarize_differences(describe_differences(shapes_of(self.state_dict()), shapes_of(state_dict)))
-            raise SettingError(f"the checkpoint does not fit the model: {different}; use another checkpoint") from error
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

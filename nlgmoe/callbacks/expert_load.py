@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nlgmoe.batch import Batch
-from nlgmoe.checkpoint.folder import REMEDY
 from nlgmoe.config import GPTConfig
 from nlgmoe.layers.moe import moe_layers
 from nlgmoe.module import MoEGPTModule
@@ -98,9 +97,6 @@ class ExpertLoad(Callback):
         self._squares, self._skipped = None, pl_module.skipped_steps
         if not self._last_used:
             self._last_used = [[trainer.global_step] * count for count in self._experts]
-        numbers = all(isinstance(value, float) for value in self._resumed) and len(self._resumed) in (0, length)
-        if [len(layer) for layer in self._last_used] != self._experts or not numbers:
-            raise SettingError(f"{trainer.ckpt_path}: callbacks/ExpertLoad is not of this model's experts; {REMEDY}")
         if self._resumed and trainer.is_global_zero:
             self._interval += torch.tensor(self._resumed, dtype=torch.float64, device=pl_module.device)
 

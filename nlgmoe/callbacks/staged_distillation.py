@@ -63,14 +63,6 @@ class StagedDistillation(Callback):
         assert isinstance(pl_module, MoEGPTModule)
         if stage != "fit":
             return
-        if sum(isinstance(callback, StagedDistillation) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise SettingError("StagedDistillation is there twice, and the last one would set all weights; remove one")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if (monitor := getattr(callback, "monitor", None)) in LOGGED:
-                raise SettingError(
-                    f"{type(callback).__name__}.monitor={monitor} is not logged once StagedDistillation has ended distillation; "
-                    "monitor train/loss"
-                )
         if pl_module.distiller is None:
             rank_zero_warn("StagedDistillation has nothing to do: model.distiller is null, training is on text alone")
         elif self.fraction is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
 import re
 import sys
 from collections import Counter
@@ -66,10 +65,6 @@ class CommandParser(OneLineParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         options = [word.partition("=") for word in words[:end]]
-        for previous, (word, equals, value) in zip(["", *words], options, strict=False):
-            name = word if equals else previous if previous.startswith("--") else "an argument"
-            if (value if equals else word) == "" and name != "--prompt":
-                raise SettingError(f"{name} is empty; give a value, or leave it out")
         names = Counter("--" + word[2:].replace("-", "_") for word, _, _ in options if word.startswith("--"))
         for action in self._actions:
             for name in action.option_strings:
@@ -79,7 +74,7 @@ class CommandParser(OneLineParser):
                     raise SettingError(
                         f"{name} is given {names[name]} times, and only one of them would count; {remedy}"
                     )
-        parsed = super().parse_args(
+        return super().parse_args(
             [
                 ("--" + word[2:].replace("-", "_") if word.startswith("--") else word) + equals + value
                 for word, equals, value in options
@@ -88,10 +83,6 @@ class CommandParser(OneLineParser):
             *rest,
             **kwargs,
         )
-        for name, value in vars(parsed.as_flat()).items():
-            if isinstance(value, float) and not math.isfinite(value):  # 1e400 too
-                raise SettingError(f"--{name.rpartition('.')[2].replace('_', '-')}={value} must be a finite number")
-        return parsed
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:

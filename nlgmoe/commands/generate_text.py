@@ -58,10 +58,8 @@ def generate_text(
     from nlgmoe.eval.loaded_model import load_pretrained
     from nlgmoe.eval.sampling import Sampling
 
-    if prompt == []:
-        raise SettingError("prompt=[]: give a text with --prompt, a file with --prompts, or pipe one in without either")
     if prompt is not None and prompts is not None:
-        raise SettingError(f"prompts={prompts} cannot be had beside prompt; leave one of them out")
+        raise SettingError(f"prompts={prompts} cannot be combined with prompt; leave one of them out")
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if number < 1:
             raise SettingError(f"{name}={number} must be at least 1")
@@ -70,10 +68,6 @@ def generate_text(
     if output is not None:
         check_output(output)
     texts = _read_prompts(prompts) if prompts is not None else [_read_stdin()] if prompt is None else prompt
-
-    for number, text in enumerate(texts, 1):
-        if not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
-            raise SettingError(f"prompt {number} is no text: it has bytes that are not UTF-8, or half a character")
 
     loaded = load_pretrained(checkpoint, tokenizer, device, precision)
     tokens = [loaded.tokenizer.encode(text) or [loaded.tokenizer.eod_id] for text in texts]
@@ -143,8 +137,6 @@ def _read_stdin() -> str:
 def _read_prompts(path: str) -> list[str]:
     """Read the prompts of a file of JSON lines; skip empty lines."""
     source = "stdin" if path == "-" else path
-    if path == "-" and sys.stdin is None:
-        raise SettingError("prompts=- is stdin, which is closed; name a file of JSON lines")
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
