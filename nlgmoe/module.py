@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -21,7 +22,7 @@ from nlgmoe.data.training_data import TrainingData, training_data
 from nlgmoe.distill.distiller import Distiller, KeepsState
 from nlgmoe.gpt_module import GPTModule
 from nlgmoe.layers.moe import moe_layers
-from nlgmoe.non_finite import HasStepGradients, LocalGradients, NonFinite, StepGradients
+from nlgmoe.non_finite import NonFinite, StepGradients
 from nlgmoe.optim.param_groups import AdamWConfig, build_adamw, require_adamw
 from nlgmoe.optim.token_schedule import LearningRateSchedule, SequenceCurriculum, learning_rate
 from nlgmoe.run.resume import Resuming, check_new_run, validate_by_steps
@@ -176,10 +177,10 @@ class MoEGPTModule(GPTModule):
 
     def step_gradients(self) -> StepGradients:
         """Return the gradients of the next optimizer step, from `on_before_optimizer_step` on."""
-        trainer = self.trainer
-        if isinstance(trainer.strategy, HasStepGradients):
-            return trainer.strategy.step_gradients()
-        return LocalGradients(self.gpt.parameters(), getattr(trainer.precision_plugin, "scaler", None))
+        of_strategy: Callable[[], StepGradients] | None = getattr(self.trainer.strategy, "step_gradients", None)
+        if of_strategy is not None:
+            return of_strategy()
+        return StepGradients(self.gpt.parameters(), getattr(self.trainer.precision_plugin, "scaler", None))
 
     @override
     def on_train_epoch_end(self) -> None:

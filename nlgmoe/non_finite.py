@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -49,45 +49,10 @@ class NonFiniteError(AllRanksError):
     """A step's loss or gradients, or the weights after it, are NaN or infinite."""
 
 
-class StepGradients(Protocol):
-    """The gradients of the coming step, summed over its micro-batches and averaged over ranks."""
+class StepGradients:
+    """The gradients of the coming step, summed over its micro-batches and averaged over ranks.
 
-    def norm(self) -> Tensor:
-        """Return the L2 norm of the whole model's gradient, in which every expert counts once, on every rank. A collective."""
-        ...
-
-    def can_lower_loss_scale(self) -> bool | None:
-        """Return True if the dynamic loss scale is above its lowest value; None if there is no loss scale."""
-        ...
-
-    def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-        """Return terms whose sum over ranks is the squared L2 norm of each part of the model, `[parts]`. No collective."""
-        ...
-
-    def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the gradient of one parameter of this rank. A collective."""
-        ...
-
-    def clip(self, value: float, algorithm: str | None) -> None:
-        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`."""
-        ...
-
-    def discard(self) -> None:
-        """Make the step change no weight, no moment and no step count of AdamW."""
-        ...
-
-
-@runtime_checkable
-class HasStepGradients(Protocol):
-    """A strategy that keeps gradients elsewhere than in `parameter.grad`."""
-
-    def step_gradients(self) -> StepGradients:
-        """Return the gradients of the coming step, from `on_before_optimizer_step` on."""
-        ...
-
-
-class LocalGradients:
-    """Gradients that every rank holds whole: a single process, or `ddp`.
+    This class is for gradients that every rank holds whole: a single process, or `ddp`.
 
     Args:
         parameters: of the model.
@@ -99,36 +64,36 @@ class LocalGradients:
         self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
 
     @cached_property
-    def _norm(self) -> Tensor:
+    def _total_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters])  # type: ignore[misc]
 
     def norm(self) -> Tensor:
-        """See `StepGradients`."""
-        return self._norm
+        """Return the L2 norm of the whole model's gradient, in which every expert counts once, on every rank. A collective."""
+        return self._total_norm
 
     def can_lower_loss_scale(self) -> bool | None:
-        """See `StepGradients`."""
+        """Return True if the dynamic loss scale is above its lowest value; None if there is no loss scale."""
         return None if self._scaler is None else self._scaler.get_scale() > 1
 
     def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-        """See `StepGradients`."""
+        """Return terms whose sum over ranks is the squared L2 norm of each part of the model, `[parts]`. No collective."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-        device = next(one.device for part in parts for one in part)  # a router may have no parameters
-        return torch.stack([squared_norm((one.grad for one in part), device) for part in parts]) / ranks
+        device = next(parameter.device for part in parts for parameter in part)  # a router may have no parameters
+        return torch.stack([squared_norm((parameter.grad for parameter in part), device) for part in parts]) / ranks
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """See `StepGradients`."""
+        """Return the gradient of one parameter of this rank. A collective."""
         return parameter.grad
 
     def clip(self, value: float, algorithm: str | None) -> None:
-        """See `StepGradients`."""
+        """Clip by Lightning's `gradient_clip_val` and `gradient_clip_algorithm`."""
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._parameters, value)
         else:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, value, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, value, self._total_norm)
 
     def discard(self) -> None:
-        """See `StepGradients`: AdamW skips parameters without a gradient."""
+        """Make the step change no weight, no moment and no step count of AdamW, which skips parameters without a gradient."""
         for parameter in self._parameters:
             parameter.grad = None
 

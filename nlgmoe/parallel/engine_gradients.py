@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
+from typing_extensions import override
 
-from nlgmoe.non_finite import squared_norm
+from nlgmoe.non_finite import StepGradients, squared_norm
 
 
 def _gradient_fragment(parameter: nn.Parameter) -> Tensor | None:
@@ -31,19 +32,19 @@ def loss_scaler(engine: Any) -> Any:
     return engine.optimizer.loss_scaler if engine.fp16_enabled() else None
 
 
-class EngineGradients:
-    """`StepGradients` (`nlgmoe/non_finite.py`) of an engine, for all of its steps.
+class EngineGradients(StepGradients):
+    """The gradients of an engine, for all of its steps.
 
     Args:
         engine: a DeepSpeed engine with its optimizer.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._scaler = loss_scaler(engine)
+        super().__init__(())  # ZeRO keeps the gradients, not the parameters
+        self._loss_scaler = loss_scaler(engine)
         self._engine = engine
         self._norm = torch.zeros(())  # of the current step, times the loss scale; infinite if it was discarded
         self._measured = False
-        self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         self._patch_zero()
 
     def of_step(self) -> EngineGradients:
@@ -52,20 +53,23 @@ class EngineGradients:
         self._engine.optimizer._wait_for_offload_copies()
         return self
 
+    @override
     def norm(self) -> Tensor:
-        """See `StepGradients`. Computed once a step."""
+        """Return the norm, computed once a step. A collective."""
         if not self._measured:
             self._norm = self._zero_norm()
             self._measured = True
         return self._norm / self._scale
 
+    @override
     def can_lower_loss_scale(self) -> bool | None:
-        """See `StepGradients`."""
-        return None if self._scaler is None else bool(self._scaler.cur_scale > self._scaler.min_scale)
+        """Return True if DeepSpeed's loss scale is above its lowest value; None if there is no loss scale."""
+        return None if self._loss_scaler is None else bool(self._loss_scaler.cur_scale > self._loss_scaler.min_scale)
 
+    @override
     def squared_norms(self, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-        """See `StepGradients`. ZeRO shards every gradient over the ranks that share it."""
-        device = self._parameters[0].device  # with `offload_optimizer` the gradients are elsewhere
+        """Return terms of the squared norms: ZeRO shards every gradient over the ranks that share it."""
+        device = next(self._engine.module.parameters()).device  # with `offload_optimizer` the gradients are elsewhere
         squares = [
             squared_norm((_gradient_fragment(parameter) for parameter in part), device).to(device) for part in parts
         ]
@@ -73,18 +77,21 @@ class EngineGradients:
 
     @property
     def _scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self._scaler.cur_scale)
+        return 1.0 if self._loss_scaler is None else float(self._loss_scaler.cur_scale)
 
+    @override
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """See `StepGradients`."""
+        """Return the gradient of one parameter, gathered from the ranks that share it. A collective."""
         gradient: Tensor | None = safe_get_full_grad(parameter)
         return gradient
 
+    @override
     def clip(self, value: float, algorithm: str | None) -> None:
         """Do nothing: the engine clips in its step."""
 
+    @override
     def discard(self) -> None:
-        """See `StepGradients`: the engine skips a step with an infinite norm."""
+        """Make the norm infinite: the engine then skips the step."""
         self._norm = torch.full_like(self._norm, torch.inf)
 
     def _patch_zero(self) -> None:
@@ -92,8 +99,8 @@ class EngineGradients:
         optimizer = self._engine.optimizer
         self._zero_norm = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._norm
-        if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # `StepGuard` has handled that before the step
+        if self._loss_scaler is not None:
+            self._loss_scaler.raise_error_at_min_scale = False  # `StepGuard` has handled that before the step
         else:
             optimizer.check_grad_overflow = True  # otherwise ZeRO ignores the norm in bf16
             optimizer.check_overflow = lambda partition_gradients=True: None
