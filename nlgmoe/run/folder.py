@@ -26,7 +26,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -58,13 +57,8 @@ class RunTrainer(Trainer):
         """Train.
 
         Args:
-            model: module to train.
-            train_dataloaders: data, unless `datamodule` is given.
-            val_dataloaders: data of validations, likewise.
-            datamodule: data.
             ckpt_path: checkpoint to resume: last, the newest valid one of the run folder; auto, like last, or a new run if
                 there is none; or a path, which begins a new run in a folder without checkpoints.
-            weights_only: not used.
         """
         folder = Path(self.default_root_dir)
         if self.fast_dev_run:  # type: ignore[attr-defined]
@@ -72,8 +66,10 @@ class RunTrainer(Trainer):
                 checkpoint = None if ckpt_path is None else checkpoint_to_resume(folder, ckpt_path)
                 _settle_warm_start(model, checkpoint)
                 self._default_root_dir = temporary
-                super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
-            self._default_root_dir = str(folder)
+                try:
+                    super().fit(model, train_dataloaders, val_dataloaders, datamodule, checkpoint)
+                finally:
+                    self._default_root_dir = str(folder)
             return
         with held(folder) if self.is_global_zero else nullcontext():
             checkpoint = checkpoint_to_resume(folder, ckpt_path)
@@ -95,12 +91,8 @@ class RunTrainer(Trainer):
         """Evaluate on validation data.
 
         Args:
-            model: module to evaluate.
-            dataloaders: data, unless `datamodule` is given.
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
             verbose: print the results.
-            datamodule: data.
-            weights_only: not used.
         """
         return super().validate(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
 
@@ -114,15 +106,11 @@ class RunTrainer(Trainer):
         datamodule: Any = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Evaluate on test data; arguments as in `validate`.
+        """Evaluate on test data.
 
         Args:
-            model: module to evaluate.
-            dataloaders: data, unless `datamodule` is given.
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
             verbose: print the results.
-            datamodule: data.
-            weights_only: not used.
         """
         return super().test(model, dataloaders, self._to_evaluate(model, ckpt_path), verbose, datamodule)
 
@@ -139,12 +127,8 @@ class RunTrainer(Trainer):
         """Compute the loss of every token.
 
         Args:
-            model: module to evaluate.
-            dataloaders: data, unless `datamodule` is given.
-            datamodule: data.
             return_predictions: return them, beside what callbacks write.
             ckpt_path: checkpoint to evaluate: last or best of the run folder, a path, or a run's folder (its newest one).
-            weights_only: not used.
         """
         path = self._to_evaluate(model, ckpt_path)
         return super().predict(model, dataloaders, datamodule, return_predictions, path)
@@ -157,8 +141,8 @@ class RunTrainer(Trainer):
                 bool(saved_steps(folder)), f"ckpt_path=last: there is no checkpoint in {folder}; give the path of one"
             )
             return str(folder)
-        best = folder / FOLDER / "best.ckpt"
-        if name == "best" and (best.exists() or not isinstance(self.checkpoint_callback, ModelCheckpoint)):
+        if name == "best":
+            best = folder / FOLDER / "best.ckpt"
             require(best.exists(), f"ckpt_path=best: {folder} has no best checkpoint yet; use last, or the path of one")
             return str(best)
         if name is not None:
@@ -174,10 +158,6 @@ def checkpoint_to_resume(folder: Path, name: str | Path | None) -> str | None:
         name: `ckpt_path` as it was given.
     """
     steps = saved_steps(folder)
-    require(
-        not (folder / "starts.json").exists(),
-        f"trainer.default_root_dir={folder} is a run of an older nlgmoe, which this one does not resume; choose another folder",
-    )
     if name is None or (name == "auto" and not steps):
         require(
             not steps,

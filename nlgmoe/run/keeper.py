@@ -45,6 +45,8 @@ class SaveCheckpoints(StopOnSignal, Checkpoint):
             for models whose checkpoint takes longer than a validation.
     """
 
+    at_end = "saving"
+
     def __init__(
         self,
         every_n_steps: int | None = 1000,

@@ -68,7 +68,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         )
     if trainer.gradient_clip_algorithm == "value" and isinstance(strategy, PlacesExperts):
         raise SettingError(
-            "trainer.gradient_clip_algorithm=value is nothing that DeepSpeed does; leave it out, or use ddp"
+            "trainer.gradient_clip_algorithm=value: DeepSpeed does not clip by value; leave it out, or use ddp"
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:

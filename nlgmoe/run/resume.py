@@ -21,16 +21,20 @@ from nlgmoe.config import MoEConfig
 from nlgmoe.data.training_data import training_data
 from nlgmoe.validation import require
 
-# What this file sets of Lightning 2.6's progress state, and why:
+# What is set of Lightning 2.6's progress state, in this file if none is named, and why:
 #
 #   batch_progress              to the last micro-batch of the last step, ready and processed, but not completed: Lightning's
 #                               state in `on_train_batch_end`, from which `reset` completes the batch
-#   _batches_that_stepped       step - 1, for the same reason: `reset` adds 1
+#   _batches_that_stepped       step - 1 in a checkpoint, for the same reason: `reset` adds 1; `module.py`: to the last step
+#                               before every batch, since Lightning loses it if a run is resumed at an end, and to step - 1 in
+#                               the evaluation of a checkpoint, so that loggers get the step of training's own validation
 #   val_loop.batch_progress     to none: `begin` runs a validation that was left, since Lightning's own restart of one looks at
 #                               the wrong batch at the end of an epoch
 #   epoch_loop.max_steps        to -1 from loading to `on_train_start`, which Lightning does not reach at `max_steps`
 #   val_check_batch             to `val_check_interval` optimizer steps: Lightning counts micro-batches
-#   should_stop                 to False in `on_fit_start`: a `Timer` may have set it there, with the same effect
+#   should_stop                 `module.py`: to False in `on_fit_start`, where a `Timer` may have set it, with the same effect as
+#                               `max_steps`; to True in `begin` at a run's end; `step.py`: to True at `train_tokens`, and
+#                               postponed to the end of an accumulation window
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class StopOnSignal(Callback):
         SystemExit: when training ends because of a signal; Lightning then tears down normally.
     """
 
+    at_end = "ending"  # what Ctrl+C announces
+
     def __init__(self) -> None:
         self._previous_handlers: dict[int, Any] = {}
         self._reset()
@@ -63,7 +65,7 @@ class StopOnSignal(Callback):
                 self._interrupted_at = now
                 if not distributed.is_initialized() or distributed.get_rank() == 0:
                     # Not print(): the handler may have interrupted a print() that holds the buffer's lock.
-                    os.write(2, b"\nCtrl+C: saving after this step; press it again to end at once\n")
+                    os.write(2, f"\nCtrl+C: {self.at_end} after this step; press it again to end at once\n".encode())
             elif now - self._interrupted_at > SAME_PRESS_SECONDS:
                 signal.default_int_handler(number, frame)
         # Keep the signal that requeues: Slurm sends SIGTERM after it.

@@ -9,6 +9,8 @@ import pytest
 import torch
 from filelock import FileLock
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import checkpoint_path, saved_steps
@@ -43,9 +45,6 @@ def test_a_run_is_started_only_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ckpt_path=last: there is no checkpoint in .*; leave ckpt_path out to start"):
         fit(tmp_path, ckpt_path="last")
     assert fit(tmp_path, max_steps=2, ckpt_path=None).global_step == 2
-    (tmp_path / "starts.json").write_text("[]")
-    with pytest.raises(ValueError, match="is a run of an older nlgmoe, which this one does not resume; choose another"):
-        fit(tmp_path)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(ended: Path, tmp_path: Path) -> None:
@@ -98,6 +97,9 @@ def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:
     for name, words in {"last": "no checkpoint in", "best": "no best checkpoint yet", "a": "no checkpoint at"}.items():
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, save={}).validate(module(), datamodule=SyntheticData(), ckpt_path=name)
+    other = make_trainer(tmp_path, ModelCheckpoint(tmp_path / "other"), enable_checkpointing=True)
+    with pytest.raises(ValueError, match="no best checkpoint yet"):
+        other.validate(module(), datamodule=SyntheticData(), ckpt_path="best")
 
 
 def test_settings_that_change_are_recorded_with_their_step(tmp_path: Path) -> None:
@@ -113,6 +115,10 @@ def test_settings_that_change_are_recorded_with_their_step(tmp_path: Path) -> No
 def test_runs_without_checkpoints_need_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
     for _ in range(2):
         fit(tmp_path, ckpt_path=None, **settings)
+    run = make_trainer(tmp_path, **settings)
+    with pytest.raises(MisconfigurationException, match="train_dataloader"):
+        run.fit(module())  # without data
+    assert run.default_root_dir == str(tmp_path)
     assert not (tmp_path / "checkpoints").exists() and ("save" in settings or not any(tmp_path.glob("*.csv")))
 
 

@@ -46,5 +46,5 @@ def test_strategies_that_cannot_train_it_are_refused(tmp_path: Path) -> None:
     by_value = trainer(tmp_path, gradient_clip_algorithm="value")
     check_trainer(by_value, "fit")
     by_value._accelerator_connector.strategy = ExpertParallelStrategy()
-    with pytest.raises(ValueError, match=r"gradient_clip_algorithm=value is nothing that DeepSpeed does"):
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm=value: DeepSpeed does not clip by value"):
         check_trainer(by_value, "fit")
