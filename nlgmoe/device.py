@@ -1,6 +1,6 @@
 """Differences between a CPU and an accelerator.
 
-`torch.accelerator` names the type of the accelerator, so that no type is named here, except in Lightning's settings.
+`torch.accelerator` names the type of the accelerator, so that no accelerator is named here.
 """
 
 from __future__ import annotations

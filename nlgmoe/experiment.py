@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from nlgmoe.cli.train import TrainCLI, mute_advertising
+from nlgmoe.cli.train import TrainCLI, hide_tips_of_packages
 from nlgmoe.data import PileDataModule
 from nlgmoe.module import MoEGPTModule
 from nlgmoe.validation import SettingError
@@ -37,8 +35,9 @@ def load_config(*path: str | Path | Sequence[str | Path], **overrides: Any) -> E
     """Make the objects that `train.py` would make from the same YAML files.
 
     Args:
-        path: one file, or several of which later ones override earlier ones; a list of them will do.
-        overrides: dotted settings with `__` for the dot, such as `trainer__max_steps=10`.
+        path: one file, or several of which later ones override earlier ones; or one list of them.
+        overrides: dotted settings with `__` for the dot, such as `trainer__max_steps=10`; values are those of
+            a file, such as `{'class_path': ..., 'init_args': {...}}` for an object.
 
     Raises:
         ValueError: a file or a setting is wrong; the message names it.
@@ -73,26 +72,13 @@ def _read(
     files = [file for item in paths for file in ([item] if isinstance(item, str | Path) else item)]
     args = [part for file in files for part in ("--config", str(file))]
     for name, value in overrides.items():
-        setting = name.replace("__", ".")
-        try:
-            text = str(value) if isinstance(value, str | Path) else json.dumps(value, default=_number)
-        except TypeError:
-            raise SettingError(
-                f"{setting}={value!r} is of type {type(value).__name__}; give text, numbers, lists and dictionaries, as a file "
-                "would, such as {'class_path': ..., 'init_args': {...}} for an object"
-            ) from None
-        args.append(f"--{setting}={text}")
-    mute_advertising()
+        is_text = isinstance(value, str | Path)
+        text = str(value) if is_text else json.dumps(value, default=lambda number: number.tolist())  # numpy's, a tensor
+        args.append(f"--{name.replace('__', '.')}={text}")
+    hide_tips_of_packages()
     with warnings.catch_warnings():  # sys.argv is the notebook's
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
             return cli_class(args=args, run=False)
         except SettingError as error:  # without a hundred frames of the parser's
             raise error.with_traceback(None) from None
-
-
-def _number(value: Any) -> Any:
-    """Return a number of numpy or a tensor as Python's; `json` calls this for what it does not know."""
-    if not isinstance(value, np.generic | torch.Tensor):
-        raise TypeError
-    return value.tolist()

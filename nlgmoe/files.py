@@ -5,21 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nlgmoe.validation import RunError
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 @contextmanager
@@ -54,12 +45,8 @@ def sha256_of(path: Path) -> str:
 
 def require_regular(file: str | Path, remedy: str) -> None:
     """Check that `file` is a regular file or a link to one: to open a FIFO would block. The caller reports a missing file."""
-    try:
-        mode = Path(file).stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        raise RunError(f"{file} is {_KINDS[stat.S_IFMT(mode)]}, not a regular file; {remedy}")
+    if Path(file).exists() and not Path(file).is_file():
+        raise RunError(f"{file} is not a regular file; {remedy}")
 
 
 def expand_home(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Checks of a run before its first step: tokenizer, compiler, and ends that come too early."""
+"""Checks of a run: its tokenizer and compiler before the first step, and ends that come too early."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv, without_run_csv
+from nlgmoe.monitoring.loggers import RunCSVLogger, with_run_csv
 
 
 def log(folder: Path, *rows: dict[str, float]) -> str:
@@ -34,6 +34,6 @@ def test_rows_of_a_run_folder_survive_a_logger_that_would_delete_them(
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     for same in (tmp_path, tmp_path / "link", "."):
-        (one,) = with_run_csv(CSVLogger(same, name="", version=""), tmp_path)
+        (one,) = with_run_csv(CSVLogger(same, name="", version=""), tmp_path, True)
         assert isinstance(one, RunCSVLogger)
-        assert without_run_csv([CSVLogger(same, name="", version=""), RunCSVLogger(same)], tmp_path) == []
+        assert with_run_csv([CSVLogger(same, name="", version=""), RunCSVLogger(same)], tmp_path, False) == []

@@ -62,10 +62,10 @@ def is_wrong_setting(error: BaseException) -> bool:
 def describe(error: BaseException) -> list[str] | None:
     """Return the lines for an expected error; None for any other."""
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:  # on a GPU, on a CPU
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in text
+    if on_cpu or type(error).__name__ == "OutOfMemoryError":
         return [
-            f"{one_line(text)}; lower data.micro_batch_size or model.loss_chunk_size, or set model.activation_checkpointing to "
-            "true"
+            f"{one_line(text)}; use a smaller batch (data.micro_batch_size, --batch-size), or activation_checkpointing"
         ]
     if isinstance(error, RunError | OSError | SettingError) and (worker := _OF_WORKER.match(text)):
         return [one_line(worker["text"])]

@@ -23,7 +23,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         given: paths, folders and patterns, `**` for folders at any depth; addresses (`hf://...`) are returned unchanged.
     """
     if not given:
-        raise SettingError(f"input={given} names nothing; give a path, a folder, or a pattern in quotes")
+        raise SettingError(f"input={given} is empty; give a path, a folder, or a pattern in quotes")
     all_files: list[str] = []
     for source in [given] if isinstance(given, str) else given:
         if "://" in source:
@@ -50,7 +50,7 @@ def input_files(given: str | Sequence[str]) -> list[str]:
         else:
             files = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         if not files:
-            raise SettingError(f"input={source} stands for no file; give a path, a folder, or a pattern in quotes")
+            raise SettingError(f"input={source} matches no file; give a path, a folder, or a pattern in quotes")
         all_files += files
     seen: set[str] = set()
     for file in all_files:

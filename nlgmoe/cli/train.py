@@ -6,12 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
-from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -33,7 +30,7 @@ from nlgmoe.data.tokenizer import vocab_size_of
 from nlgmoe.device import name_deepspeeds_device
 from nlgmoe.layers import routers  # noqa: F401 (so that a configuration can name its routers by their class)
 from nlgmoe.module import MoEGPTModule
-from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv, without_run_csv
+from nlgmoe.monitoring.loggers import run_folder_loggers, with_run_csv
 from nlgmoe.run.folder import RunFolder, RunTrainer, require_checkpoint
 from nlgmoe.run.keeper import SaveCheckpoints
 from nlgmoe.run.signals import StopOnSignal
@@ -131,7 +128,7 @@ class TrainCLI(LightningCLI):
         """Make model, data and trainer."""
         assert isinstance(self.parser, TrainParser)
         self.parser.add_instantiator(self.parser.construct, object)
-        with self.parser.blaming_settings(), _ranks_in_turn(self._get(self.config, "trainer")["logger"]):
+        with self.parser.blaming_settings():
             super().instantiate_classes()
 
     def before_validate(self) -> None:
@@ -158,9 +155,7 @@ class TrainCLI(LightningCLI):
         if settings["logger"] is None or settings["logger"] is True:
             kwargs["logger"] = run_folder_loggers(settings["default_root_dir"]) if trains else False
         elif settings["logger"] is not False:
-            kwargs["logger"] = (with_run_csv if trains else without_run_csv)(
-                settings["logger"], settings["default_root_dir"]
-            )
+            kwargs["logger"] = with_run_csv(settings["logger"], settings["default_root_dir"], trains)
         configured = settings["callbacks"] or []
         configured = configured if isinstance(configured, list) else [configured]
         keepers = [callback for callback in configured if isinstance(callback, SaveCheckpoints)]
@@ -200,30 +195,20 @@ def main(args: ArgsType = None) -> None:
     if "CROSS_RANK" in os.environ:  # DeepSpeed's launcher: its name for what Lightning calls NODE_RANK
         os.environ.setdefault("NODE_RANK", os.environ["CROSS_RANK"])
     with one_line_errors():
-        mute_advertising()
+        hide_tips_of_packages()
         TrainCLI(args)
 
 
-def _ranks_in_turn(logger: Any) -> AbstractContextManager[Any]:
-    """Return a lock with which processes of a launcher make loggers in turn: each rank's `MLFlowLogger` makes the database.
-
-    Args:
-        logger: setting `trainer.logger`.
-    """
-    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) == 1 or "MLFlowLogger" not in str(
-        logger
-    ):
-        return nullcontext()
-    return FileLock(Path(gettempdir()) / f"nlgmoe-loggers-{os.getuid()}.lock")
-
-
-def mute_advertising() -> None:
-    """Keep the first screen for the run: no product tips, no deprecations inside other packages."""
-    lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage() and "TPU" not in record.getMessage())
+def hide_tips_of_packages() -> None:
+    """Hide product tips of Lightning, and warnings of other packages that a user cannot act on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)  # adds the same filter only once
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # DeepSpeed's
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage() and "TPU" not in record.getMessage()
 
 
 if __name__ == "__main__":

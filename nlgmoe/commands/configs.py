@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import nlgmoe
 from nlgmoe.cli.errors import did_you_mean
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import SettingError
 
 ROOT = Path(nlgmoe.__file__).parent / "configs"  # in the repository a link to the folder at the top
 
@@ -37,15 +36,8 @@ def configs(action: Literal["list", "copy"], names: tuple[str, ...] = (), output
         raise SettingError(
             f"output={output}: {Path(output) / existing[0]} exists already; name another folder, or delete it"
         )
-    written: list[Path] = []
-    try:
-        for path in wanted:
-            written.append(Path(output) / path)
-            written[-1].parent.mkdir(parents=True, exist_ok=True)
-            written[-1].write_bytes((ROOT / path).read_bytes())
-    except OSError as error:
-        for file in written:  # so that the same command can be run again
-            with suppress(OSError):
-                file.unlink()
-        raise RunError(f"output={output} cannot be written ({error.strerror}); name another folder") from error
-    print(*written, sep="\n")
+    for path in wanted:
+        copy = Path(output) / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / path).read_bytes())
+        print(copy)

@@ -22,8 +22,9 @@ LARGE_TAIL = 0.1  # probability outside the recorded tokens, of which a student 
 
 def distill_logits(
     files: list[str],
+    *,
+    output: str,
     teacher: str | None = None,
-    output: str | None = None,
     top_k: int = 64,
     samples: int | None = None,
     temperature: float | None = None,
@@ -37,15 +38,15 @@ def distill_logits(
 
     Args:
         files: the student's YAML files, as for train.py; later ones override earlier ones. They determine the samples.
-        teacher: checkpoint, or run folder with its newest valid checkpoint; default: that of model.distiller.
         output: new folder.
+        teacher: checkpoint, or run folder with its newest valid checkpoint; default: that of model.distiller.
         top_k: tokens recorded for each position; the others are one class, the tail.
         samples: training samples to record, from the run's first one on; default: as many as the configuration distils.
         temperature: temperature of the distributions; default: that of model.distiller, else 1.
         precision: precision of the teacher, fp32 or bf16; default: that of model.distiller, else fp32.
         allow_code: module of the checkpoint's router or expert to import; may be given several times.
     """
-    output = _check_arguments(output, top_k, samples, temperature)
+    _check_arguments(output, top_k, samples, temperature)
     import_allowed(allow_code)
     # Imported here: Lightning loads slowly, and wrong arguments are reported before it is needed.
     import torch
@@ -96,9 +97,7 @@ def distill_logits(
     _print_recorded(checkpoint, document, recipe, output, done)
 
 
-def _check_arguments(output: str | None, top_k: int, samples: int | None, temperature: float | None) -> str:
-    if output is None:
-        raise SettingError("missing setting output (folder to make); give it as --output=...")
+def _check_arguments(output: str, top_k: int, samples: int | None, temperature: float | None) -> None:
     if not Path(output).name:
         raise SettingError(f"output={output} has no name of its own; name a folder that is not there yet")
     if temperature is not None and not temperature > 0:
@@ -106,7 +105,6 @@ def _check_arguments(output: str | None, top_k: int, samples: int | None, temper
     if top_k < 1 or (samples is not None and samples < 1):
         name, value = ("top_k", top_k) if top_k < 1 else ("samples", samples)
         raise SettingError(f"{name}={value} must be at least 1")
-    return output
 
 
 def _print_recorded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
-from nlgmoe.processes import check_processes, usable_cpus
 from nlgmoe.validation import SettingError
 
 if TYPE_CHECKING:
@@ -97,7 +97,6 @@ def _tokenise_input(
         raise SettingError(f"missing setting {missing}; --input and --output go together")
     if workers is not None and workers < 1:
         raise SettingError(f"workers={workers} must be at least 1")
-    check_processes("workers", workers or 1)
     prefix = Path(output)
     if prefix.name in ("", ".."):
         raise SettingError(
@@ -145,9 +144,8 @@ def _tokenise_input(
         bar.update(progress.bytes - bar.n)
 
     with bar:
-        built = build_indexed(
-            files, prefix, loaded, fields, workers or usable_cpus(), update_bar, skip if skips else None
-        )
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        built = build_indexed(files, prefix, loaded, fields, workers or cpus, update_bar, skip if skips else None)
     _print_built(built, len(files), prefix, tokenizer)
     print(_describe_tokenizer(tokenizer, loaded))
 

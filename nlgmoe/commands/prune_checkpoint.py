@@ -23,7 +23,8 @@ BATCH = 8  # sequences of `text` at a time
 def prune_checkpoint(
     run: str,
     checkpoint: str,
-    num_experts: int | list[int] | None = None,
+    *,
+    num_experts: int | list[int],
     by: Literal["use", "reap"] = "use",
     text: str | None = None,
     windows: int = 200,
@@ -52,10 +53,6 @@ def prune_checkpoint(
     """
     import_allowed(allow_code)
     check_new_checkpoint("checkpoint", checkpoint, overwrite)
-    if num_experts is None:
-        raise SettingError(
-            "missing setting num_experts (experts to keep at each MoE position); give it as --num-experts=[8,8,16]"
-        )
     if windows < 1:
         raise SettingError(f"windows={windows} must be at least 1 sequence")
     from nlgmoe.checkpoint.portable import load_model  # these need torch
@@ -136,8 +133,6 @@ def _text_batches(text: str, loaded: LoadedModel, windows: int) -> Iterator[Any]
 
     from nlgmoe.data.documents import UnusableError, decode_text
 
-    if Path(text).is_char_device():  # some never end
-        raise SettingError(f"text={text} is a device; give a file of text in UTF-8")
     try:
         ids = loaded.tokenizer.encode(decode_text(Path(text).read_bytes()))
     except (OSError, UnusableError) as error:

@@ -24,7 +24,7 @@ def verify_checkpoint(checkpoint: str) -> None:
             str(checkpoint_path(Path(checkpoint), step)) for step in saved_steps(Path(checkpoint))[:-4:-1]
         )
         raise SettingError(
-            f"{checkpoint} is no checkpoint; " + (f"it holds {names}" if names else "there is none in it either")
+            f"{checkpoint} is not a checkpoint" + (f"; it holds {names}" if names else ", and contains none")
         )
 
     if problems := [problem.replace("\n", " ") for problem in find_problems(checkpoint)]:

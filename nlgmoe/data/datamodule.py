@@ -29,7 +29,6 @@ from nlgmoe.data.streaming.streams import Cursors
 from nlgmoe.data.text_facts import TextFacts
 from nlgmoe.data.training_data import TrainingData, differing
 from nlgmoe.device import is_accelerator
-from nlgmoe.processes import check_processes
 from nlgmoe.validation import SettingError, require
 
 SAMPLED_TOKENS = 4096  # of each domain, for the fingerprint of validation
@@ -97,7 +96,6 @@ class PileDataModule(TextFacts, TrainingData):
         for name, number in {"seed": seed, "num_workers": num_workers}.items():
             if number < 0:
                 raise SettingError(f"{name}={number} must be at least 0")
-        check_processes("num_workers", num_workers)
         if batch_ramp_up is not None:
             check_ramp_up(batch_ramp_up, global_batch_size, micro_batch_size)
         require(str(data_dir) != "", "data.data_dir is empty; give a folder")

@@ -22,26 +22,20 @@ def run_folder_loggers(folder: str | Path) -> list[Logger]:
     return [RunCSVLogger(folder), TensorBoardLogger(folder, name="", version="", default_hp_metric=False)]
 
 
-def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
-    """Add `metrics.csv` of the run folder, which reports read, to the loggers of a configuration.
+def with_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path, trains: bool) -> list[Logger]:
+    """Replace loggers of the run folder's `metrics.csv`, which would delete the rows of a resumed run, by `RunCSVLogger`.
 
-    `RunCSVLogger` replaces another logger of the same file, which would delete the rows of a resumed run.
+    Args:
+        loggers: those of a configuration.
+        folder: the run folder.
+        trains: if false, the file gets no logger, since its rows belong to training.
     """
-    own = [logger for logger in _as_list(loggers) if isinstance(logger, RunCSVLogger) and _writes_into(folder, logger)]
-    return [*without_run_csv(loggers, folder), *(own or [RunCSVLogger(folder)])]
-
-
-def without_run_csv(loggers: Logger | Sequence[Logger], folder: str | Path) -> list[Logger]:
-    """Remove loggers that write `metrics.csv` of the run folder, whose rows belong to training."""
-    return [logger for logger in _as_list(loggers) if not _writes_into(folder, logger)]
-
-
-def _as_list(loggers: Logger | Sequence[Logger]) -> list[Logger]:
-    return [loggers] if isinstance(loggers, Logger) else list(loggers)
-
-
-def _writes_into(folder: str | Path, logger: Logger) -> bool:
-    return isinstance(logger, CSVLogger) and os.path.realpath(logger.log_dir) == os.path.realpath(folder)
+    others = [
+        logger
+        for logger in ([loggers] if isinstance(loggers, Logger) else loggers)
+        if not (isinstance(logger, CSVLogger) and os.path.realpath(logger.log_dir) == os.path.realpath(folder))
+    ]
+    return [*others, RunCSVLogger(folder)] if trains else others
 
 
 def log_image(loggers: Iterable[Logger], name: str, draw: Callable[[], np.ndarray], step: int) -> None:

@@ -59,7 +59,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file of moments": (lambda ckpt: (ckpt / "optimizer.safetensors").unlink(), "has no optimizer.safetensors"),
     "a FIFO": (
         lambda ckpt: ((ckpt / "model.safetensors").unlink(), os.mkfifo(ckpt / "model.safetensors")),
-        "model.safetensors is a FIFO, not a regular file",
+        "model.safetensors is not a regular file",
     ),
     "no manifest": (lambda ckpt: (ckpt / "manifest.json").unlink(), "has no manifest.json"),
 }

@@ -300,7 +300,7 @@ class Broken(Dataset):
 
 def test_errors_of_pytorch_are_one_line_too() -> None:
     (line,) = describe(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) or [""]
-    assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size")
+    assert line.startswith("CUDA out of memory. Tried to allocate 2 GiB; use a smaller batch")
     with pytest.raises(RunError) as caught:
         next(iter(DataLoader(Broken(), sampler=[0], num_workers=1)))
     assert describe(caught.value) == ["sample 0 is damaged; make the corpus anew"]

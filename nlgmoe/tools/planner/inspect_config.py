@@ -14,7 +14,6 @@ from nlgmoe.config import GPTConfig
 from nlgmoe.model.counting import count_parameters, flops_per_token
 from nlgmoe.monitoring.hardware import HARDWARE, RESERVED, Hardware
 from nlgmoe.monitoring.hardware import hardware as find_hardware
-from nlgmoe.processes import named_devices
 from nlgmoe.pyramid import experts_per_layer, moe_blocks
 from nlgmoe.tools.planner.cost import UTILISATION, Cost, Parts, estimate, fits_on, memory_options
 from nlgmoe.tools.planner.topology import Precision, Topology
@@ -105,7 +104,7 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
     name = strategy["class_path"] if isinstance(strategy, dict) else strategy
     init = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     alias = re.fullmatch(r"deepspeed(?:_stage_(\d))?(_offload)?", name)  # Lightning's aliases; the default is stage 2
-    devices = named_devices(trainer.get("devices"))
+    devices = _named_devices(trainer.get("devices"))
     # A model's file without a file of configs/hardware: Lightning's default, fp32, is not the precision of training.
     no_hardware = trainer.get("accelerator", "auto") == "auto"
 
@@ -136,8 +135,18 @@ def layout(settings: dict[str, Any], given: dict[str, Any]) -> Topology:
 def gpus_per_node(settings: dict[str, Any], usual: int) -> int:
     """Return the GPUs that are joined in a node: the devices of each of several nodes, else `usual` or all that one has."""
     trainer = settings.get("trainer", {})
-    devices, several = named_devices(trainer.get("devices")), (trainer.get("num_nodes") or 1) > 1
+    devices, several = _named_devices(trainer.get("devices")), (trainer.get("num_nodes") or 1) > 1
     return usual if devices is None else devices if several else max(devices, usual)
+
+
+def _named_devices(devices: Any) -> int | None:
+    """Return the ranks per node of Lightning's `devices`: a number, indices, or text of either; None for "auto" and -1."""
+    words = devices if isinstance(devices, list) else str(devices or "auto").strip("[] ").rstrip(",").split(",")
+    if words in (["auto"], ["-1"], [-1]):
+        return None
+    if not all(str(word).strip().isdigit() for word in words):
+        raise SettingError(f"trainer.devices={devices} is no number of GPUs and no list of indices; correct it")
+    return len(words) if isinstance(devices, list) or "," in str(devices) else int(words[0])
 
 
 def _precision(name: Any) -> Precision:
