@@ -72,8 +72,7 @@ def _read(
     files = [file for item in paths for file in ([item] if isinstance(item, str | Path) else item)]
     args = [part for file in files for part in ("--config", str(file))]
     for name, value in overrides.items():
-        is_text = isinstance(value, str | Path)
-        text = str(value) if is_text else json.dumps(value, default=lambda number: number.tolist())  # numpy's, a tensor
+        text = str(value) if isinstance(value, str | Path) else json.dumps(value, default=_as_in_a_file)
         args.append(f"--{name.replace('__', '.')}={text}")
     hide_tips_of_packages()
     with warnings.catch_warnings():  # sys.argv is the notebook's
@@ -82,3 +81,12 @@ def _read(
             return cli_class(args=args, run=False)
         except SettingError as error:  # without a hundred frames of the parser's
             raise error.with_traceback(None) from None
+
+
+def _as_in_a_file(value: Any) -> Any:
+    """Return a number of numpy or a tensor as Python's; `json` calls this for what it does not know."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise SettingError(
+        f"{value!r} is of type {type(value).__name__}; write an object as in a file, {{'class_path': ..., 'init_args': {{...}}}}"
+    )

@@ -65,6 +65,10 @@ class CommandParser(OneLineParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         options = [word.partition("=") for word in words[:end]]
+        for previous, (word, equals, value) in zip(["", *words], options, strict=False):  # such as --output=$UNSET
+            name = word if equals else previous if previous.startswith("--") else "an argument"
+            if (value if equals else word) == "" and name != "--prompt":
+                raise SettingError(f"{name} is empty; give a value, or leave it out")
         names = Counter("--" + word[2:].replace("-", "_") for word, _, _ in options if word.startswith("--"))
         for action in self._actions:
             for name in action.option_strings:

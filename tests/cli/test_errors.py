@@ -151,6 +151,7 @@ WRONG = {
     "no argument": ("nlgmoe verify", "missing argument CHECKPOINT; nlgmoe verify --help explains it"),
     "misspelt option": ("nlgmoe prepare-data --data_dri=x", "unknown setting data_dri; did you mean data_dir?"),
     "misspelt name": ("nlgmoe configs copy quickstrt.yaml", "did you mean quickstart.yaml?"),
+    "a variable of the shell that is not set": ("nlgmoe configs copy --output=", "--output is empty; give a value"),
     "option twice": (
         "nlgmoe prepare-data --input=x --input y --output=z",
         "--input is given 2 times, and only one of them would count; give a list, --input='[A, B]'",

@@ -18,6 +18,7 @@ from nlgmoe.commands import main as nlgmoe_command
 from nlgmoe.experiment import parse_config
 from nlgmoe.run.folder import starts_of
 from nlgmoe.run.keeper import SaveCheckpoints
+from nlgmoe.validation import SettingError
 from tests.end_to_end.test_train_cli import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,8 @@ class OwnLoad(ExpertLoad):
 
 
 def test_a_variant_of_a_default_callback_takes_its_place() -> None:
+    with pytest.raises(SettingError, match="is of type OwnLoad; write an object as in a file"):
+        load_config(ROOT / "configs/dense/laptop.yaml", trainer__callbacks=[OwnLoad()])
     names = (f"{__name__}.OwnLoad", "lightning.pytorch.callbacks.TQDMProgressBar")
     own = [{"class_path": name} for name in names]
     made = load_config(ROOT / "configs/dense/laptop.yaml", trainer__callbacks=own).trainer.callbacks
