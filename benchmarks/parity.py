@@ -1,4 +1,4 @@
-"""How far ranks are from one process: the cells of `tests/distributed/test_ranks.py` with their errors. 4 minutes.
+"""How far ranks are from one process: the cells of `tests/distributed/test_ranks.py` with their errors. 1 minute.
 
     python -m benchmarks.parity
 

@@ -1,6 +1,6 @@
 """Several ranks: what expert parallelism costs on a CPU, and for users of several GPUs, what to run first.
 
-    python -m benchmarks.ranks                                two gloo ranks of this machine, one thread each; 4 minutes
+    python -m benchmarks.ranks                                two gloo ranks of this machine, one thread each; 1.5 minutes
     torchrun --nproc_per_node 8 -m benchmarks.ranks           on GPUs: exit code 1 if a number differs from one process's
     torchrun --nproc_per_node 2 -m benchmarks.ranks --tiny    the same on two processes of a CPU, to see that it runs
 

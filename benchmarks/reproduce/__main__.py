@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +27,7 @@ from benchmarks.reproduce.cells import SEEDS
 from benchmarks.reproduce.questions import QUESTIONS, runs_of
 from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import long_table, write
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, git
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.monitoring.hardware import hardware
@@ -38,11 +37,6 @@ from nlgmoe.tools.planner.inspect_config import layout, read_settings
 RESULTS, AGAIN = ROOT / "docs/results/reproduce.json", ROOT / "docs/results/reproduce_again.json"
 ON_GPU = ("dense/125m_dense", "moe/125m_moe_64", "dense/350m_dense", "moe/350m_moe_128", "pr_moe/350m_pr_moe_32_64")
 TOKENS_PER_PARAMETER = 20
-
-
-def git(*arguments: str) -> str:
-    """Run git in the repository."""
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def checked_out(results: Path, out: Path) -> tuple[str, Path]:

@@ -147,7 +147,7 @@ def beside(results: dict[str, Any]) -> list[str]:
         )
     if (found := difference(runs, Cell("residual"), Cell("top_2"))) is not None:
         low, high = found.interval(0.9)
-        old = "equivalent" if found.smaller_than(MARGIN) else "not shown to be equivalent"
+        old = "equivalent" if low > -MARGIN and high < MARGIN else "not shown to be equivalent"
         lines.append(
             f"Residual top-1 - top-2 with a sampled second expert: {with_interval(found)}, {found.pairs} pairs that were seen "
             f"before the rule. By the first, two-sided rule (90% {low:+.3f} to {high:+.3f}, margin {MARGIN}) it is {old}; by "
