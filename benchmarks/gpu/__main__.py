@@ -1,4 +1,4 @@
-"""`make gpu`: shows on a machine with one GPU that nlgmoe computes there what it computes on a CPU, and how fast.
+"""`make gpu`: compare results on one GPU with the CPU's, and measure speed.
 
     python -m benchmarks.gpu                          all steps, at most 14 minutes; docs/results/gpu.json and gpu.md
     python -m benchmarks.gpu --only parity waiting    some of them
@@ -42,7 +42,7 @@ STEPS = {  # the module of the function of that name, and its time limit in seco
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps; the exit code."""
+    """Run the steps; return the exit code."""
     arguments = parse(argv)
     if not arguments.dry_run and not torch.cuda.is_available():
         print(f"{why_no_gpu()}: make gpu DRY_RUN=1 runs every step at tiny shapes on the CPU", file=sys.stderr)
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_text(folder: Path) -> None:
-    """Make the pocket Pile before the clock starts; without it the step `training` fails, others go on."""
+    """Make the pocket Pile, outside the time limits; without it only the step `training` fails."""
     from nlgmoe.data.pocket_pile import prepare
 
     try:
@@ -142,7 +142,7 @@ def limited(command: Sequence[str], limit: float) -> str:
 
 
 def perform(name: str, arguments: argparse.Namespace, results: Results) -> int:
-    """Run a step in this process; 1 if it fails. Without a package that it needs, or that does not import, it is not run."""
+    """Run a step in this process; return 1 if it fails. Without a package that it imports, it is not run."""
     step, device = results.step(name), torch.device("cpu" if arguments.dry_run else "cuda")
     run = Run(name, device, arguments.dry_run, Path(arguments.data), results)
     try:
@@ -159,7 +159,7 @@ def perform(name: str, arguments: argparse.Namespace, results: Results) -> int:
 
 
 def conclude(results: Results) -> int:
-    """Print what was missed and not run; the exit code."""
+    """Print missed figures and steps that failed or were not run; return the exit code."""
     steps = results.run["steps"]
     figures = [(f"{name}: {figure['name']}", figure) for name, step in steps.items() for figure in step["figures"]]
     missed = {

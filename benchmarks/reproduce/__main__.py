@@ -8,7 +8,7 @@
     python -m benchmarks.reproduce --scale gpu                       estimate the hours of the same questions on one GPU
 
 One commit's code trains all runs, in a worktree below --out: the commit in --results, or HEAD for new results. It can be stopped
-at any time and started again.
+at any time, and resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def checked_out(results: Path, out: Path) -> tuple[str, Path]:
     """Return the commit of the campaign, and a worktree of it.
 
     Raises:
-        ValueError: the folder has runs of another commit, from whose checkpoints this one's would go on.
+        ValueError: the folder has runs of another commit, whose checkpoints this one would resume.
     """
     commit = json.loads(results.read_text())["commit"] if results.exists() else git("rev-parse", "HEAD")
     tree = out / f"code-{commit[:10]}"

@@ -1,4 +1,4 @@
-"""What the results say of each question: a difference with its interval, the pairs that it rests on, and a reading."""
+"""Answers to the questions: a difference with its interval, the number of pairs, and a reading."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def cost_at_equal_loss(runs: Runs, costs: dict[str, float] | None = None) -> tup
 
 
 def beside(results: dict[str, Any]) -> list[str]:
-    """Return the sentences that are printed beside the questions, and not judged."""
+    """Return further comparisons, in sentences; they have no reading."""
     runs = results["runs"]
     lines = []
     sizes = {name: of_cell(runs, cell, "params_total") for name, cell in

@@ -12,7 +12,7 @@ from nlgmoe.tools.check.state import Training
 
 
 def evaluation_does_not_see_neighbours(layer: Layer) -> str:
-    """Compare a sequence alone with the same in batches, of which one crowds its experts."""
+    """Compare a sequence alone with the same sequence in batches, among them one of copies, which overfill its experts."""
     if layer.drops_in_evaluation:
         raise NotApplicable("the layer is set to drop tokens in evaluation")
     module, batch = layer.make(training=False), Batch.random(layer, 4, 12)

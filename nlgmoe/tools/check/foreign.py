@@ -1,4 +1,4 @@
-"""Layers of others: a module of the user's own, and adapters for DeepSpeed and Hugging Face."""
+"""Foreign layers: a module of the user, and adapters for DeepSpeed and Hugging Face."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ForeignLayer(Layer):
                 f"forward returns {kind}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
             )
         losses = [value for value in rest if isinstance(value, Tensor) and value.ndim == 0]
-        for value in rest:  # that is like a loss, and would have no gradient or not be read
+        for value in rest:  # values like a loss, which would have no gradient or be ignored
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim > 0 and value.numel() == 1):
                 kind = f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                 raise RunError(f"forward returns {kind} behind y; return a loss as a tensor without dimensions")

@@ -68,7 +68,7 @@ def from_megatron(
         print(text, end="")
     else:
         write_whole(output, text)
-        print(f"{output}: read what its comments say, then train with python train.py fit --config {quote(output)}")
+        print(f"{output}: read its comments, then train with python train.py fit --config {quote(output)}")
 
 
 def translated(launch: Launch, skip_unknown: bool = False) -> str:

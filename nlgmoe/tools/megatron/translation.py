@@ -87,7 +87,7 @@ class Translation(Settings):
 
         Args:
             samples: the flag that gives it in sequences.
-            steps: the flag that gives it in optimizer steps; None: that one is not asked.
+            steps: the flag that gives it in optimizer steps; None: there is none.
         """
         name = steps if steps is not None and self.arguments.has(steps) else samples
         length = self.arguments.value(name)
