@@ -122,12 +122,12 @@ def _load(layer: Layer, module: nn.Module, batch: Batch) -> Tensor:
 
 
 def no_expert_is_dead(layer: Layer) -> str:
-    """Check that every expert is asked for by some of 1024 tokens after 50 steps."""
+    """Check that every expert is chosen by some of 1024 tokens after 50 steps."""
     run = Training(layer, layer.make(torch.float32))
     run.steps(range(STEPS))
     load = _load(layer, run.module, Batch.random(layer, 8, 128, seed=99, dtype=torch.float32))
     if dead := (load == 0).nonzero().flatten().tolist():
-        raise Failed(f"experts {dead} are asked for by no token after {STEPS} steps")
+        raise Failed(f"experts {dead} are chosen by no token after {STEPS} steps")
     return f"the least of {layer.num_experts} experts has {float(load.min() / load.sum()):.1%} of the requests"
 
 

@@ -32,8 +32,8 @@ def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None
     if not accept_tanh_gelu and not fused and not getattr(args, "openai_gelu", False):
         arguments.add_problem(
             "bias_gelu_fusion=False",
-            "is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu takes the model all the same, its "
-            "logits are then a little different",
+            "is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu accepts the model, whose logits "
+            "then differ a little",
         )
     if arguments.problems:
         raise RunError(arguments.problems[0])
