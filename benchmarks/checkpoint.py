@@ -1,4 +1,4 @@
-"""What a portable checkpoint of a gigabyte costs: MB a second, and how long a training step waits for it. 2 minutes.
+"""Cost of a portable checkpoint of a gigabyte: MB a second, and the wait of a training step. 1.5 minutes.
 
     python -m benchmarks.checkpoint
 

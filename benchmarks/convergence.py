@@ -1,14 +1,14 @@
-"""Does a change of the numerics change what is learnt? `make convergence` answers, before such a change is merged.
+"""Compare the losses that two commits train to, before a change of the numerics is merged: `make convergence`.
 
 Trains the PR-MoE of `convergence.yaml` for 2,000 steps with the code of two commits, in fp32 and in bf16-mixed, with each seed.
-A seed fixes initial weights, data and noise, so runs come in pairs. Two runs that differ in rounding alone are apart after a few
-hundred steps, as if they were of different seeds; what the change does is the mean difference in the final validation
-loss, and has to be at most 0.005 nats in either precision.
+A seed fixes initial weights, data and noise, so runs come in pairs. Two runs that differ in rounding alone diverge within a few
+hundred steps, as runs of different seeds do. The effect of the change is the mean difference in the final validation loss; it
+must be at most 0.005 nats in either precision.
 
-The standard error over the seeds says what that is worth. `false alarm` is the probability of a mean difference above the limit
-where there is none; if it is above 5%, give more `--seeds`. `--control` measures the noise: the older commit against itself, with
-a learning rate that is a millionth larger. Each commit is checked out into a temporary worktree, so that uncommitted changes do
-not count. Runs that are finished are kept in `--out` and not repeated; results go to docs/results/convergence.json.
+`false alarm` is the probability, by the standard error over seeds, of a mean difference above the limit where there is none; if
+it is above 5%, give more `--seeds`. `--control` measures the noise: the older commit against itself, with a learning rate that is
+a millionth larger. Each commit is checked out into a temporary worktree, without uncommitted changes. Finished runs are kept in
+`--out` and not repeated; results go to docs/results/convergence.json.
 
     python -m benchmarks.convergence [--against 338e1af] [--revision HEAD] [--seeds 3] [--control] [--tiny]
 """
@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,22 +27,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from benchmarks.documents import markdown_table
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, git
 from nlgmoe.files import write_json
+from nlgmoe.tools.statistics import paired_difference
 
 LIMIT = 0.005  # nats
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CONTROL = ["--model.optimizer.lr=0.003000003"]  # a millionth more: another rounding of some weights in the first steps
 TINY = ["--model.train_tokens=1024", "--model.schedule.decay_tokens=1024", "--model.schedule.warmup_tokens=512"]
 TINY += ["--data.max_eval_windows=1"]
-
-
-def git(*words: str) -> str:
-    """Return what git prints."""
-    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @contextmanager
@@ -58,10 +54,10 @@ def checked_out(commit: str, out: Path) -> Iterator[Path]:
 
 
 def run(tree: Path, folder: Path, precision: str, seed: int, data: Path, more: list[str]) -> float:
-    """Train with the code of `tree`, unless that is done; the validation loss at the end."""
+    """Train with the code of `tree`, unless the run has ended; return the last validation loss."""
     summary = folder / "summary.json"
     if not summary.exists():
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted comparison left
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted comparison
         folder.mkdir(parents=True)
         command = [sys.executable, "train.py", "fit", f"--config={ROOT / 'benchmarks/convergence.yaml'}", *more]
         command += [f"--model.seed={seed}", f"--data.seed={seed}", f"--data.data_dir={data.resolve()}"]
@@ -77,14 +73,14 @@ def run(tree: Path, folder: Path, precision: str, seed: int, data: Path, more: l
 
 
 def compare(old: Sequence[float], new: Sequence[float]) -> dict[str, Any]:
-    """Return new minus old by seed, and what the mean is worth; one seed has no standard error."""
-    differences = [after - before for before, after in zip(old, new, strict=True)]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    """Return the mean of new minus old over seeds, its standard error (None for one seed), and `false_alarm`."""
+    found = paired_difference(new, old)
+    error = found.error if found.pairs > 1 else None
     return {
         "losses": {"old": list(old), "new": list(new)},
-        "difference": statistics.mean(differences),
+        "difference": found.mean,
         "standard_error": error,
-        "false_alarm": 2 * statistics.NormalDist(sigma=error).cdf(-LIMIT) if error else 0.0,
+        "false_alarm": 2 * NormalDist(sigma=error).cdf(-LIMIT) if error else 0.0,
     }
 
 
@@ -95,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", default="HEAD", help="the newer commit")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--control", action="store_true", help="the older commit against itself, for the noise")
-    parser.add_argument("--tiny", action="store_true", help="two steps of one seed in fp32, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="two steps of one seed in fp32, to test the script")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/pocket_pile")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/convergence", help="folder of the runs")
     args = parser.parse_args(argv)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def with_text(document: str, begin: str, end: str, text: str, name: str = "the document") -> str:
-    """Return the document with `text` in place of what is between two of its lines.
+    """Return the document with `text` in place of the text between two of its lines.
 
     Raises:
         ValueError: a line is missing.

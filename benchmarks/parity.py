@@ -1,10 +1,10 @@
-"""How far ranks are from one process: the cells of `tests/distributed/test_ranks.py` with their errors. 4 minutes.
+"""Errors of ranks against one process: the cells of `tests/distributed/test_ranks.py` with their errors. 1 minute.
 
     python -m benchmarks.parity
 
 For every cell: the largest relative error of the losses (20 steps, or what the cell has), of the gradient norms by which
 DeepSpeed clips, and of any tensor of the first gradient (as a share of its norm, or of a thousandth of the global norm where
-that is more). The table has the worst of the cells of a number of ranks; the JSON file has all.
+that is more). The table has the largest errors by number of ranks; the JSON file has all.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Several ranks: what expert parallelism costs on a CPU, and for users of several GPUs, what to run first.
+"""Several ranks: the cost of expert parallelism on a CPU, and a first test for users of several GPUs.
 
-    python -m benchmarks.ranks                                two gloo ranks of this machine, one thread each; 4 minutes
+    python -m benchmarks.ranks                                two gloo ranks of this machine, one thread each; 1.5 minutes
     torchrun --nproc_per_node 8 -m benchmarks.ranks           on GPUs: exit code 1 if a number differs from one process's
-    torchrun --nproc_per_node 2 -m benchmarks.ranks --tiny    the same on two processes of a CPU, to see that it runs
+    torchrun --nproc_per_node 2 -m benchmarks.ranks --tiny    the same, tiny, on two processes of a CPU
 
-The first trains the quickstart's model in three layouts, in turn: `alone`, two processes that know nothing of each other, each
-with the whole model; `degree 1`, where every rank has all experts and gradients are averaged; `degree 2`, where every rank has
-half of the experts and tokens travel. On GPUs: a layer over all ranks against the whole layer, the bandwidth of an all-to-all,
-and tokens a second of 350M with 16 experts a rank under ZeRO 1. Every rank computes, the first one prints.
+The first trains the quickstart's model in three layouts, in turn: `alone`, two independent processes, each with the whole model;
+`degree 1`, where every rank has all experts and gradients are averaged; `degree 2`, where every rank has half of the experts and
+tokens are exchanged by all-to-all. On GPUs: a layer over all ranks against the whole layer, the bandwidth of an all-to-all,
+and tokens a second of 350M with 16 experts a rank under ZeRO 1. Rank 0 prints the results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
 class Clock(Callback):
-    """Collects the time at which each step ends."""
+    """Records the time at which each step ends."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -91,7 +91,7 @@ def in_layout(layout: str) -> list[float]:
     """Return the seconds of the steps after the warm-up, in one of two processes."""
     degree = LAYOUTS[layout]
     options: dict[str, Any] = {"devices": 1}
-    if degree is None:  # the trainer is not to find the other process
+    if degree is None:  # so that the trainer runs on one process
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
             del os.environ[name]
     else:
@@ -109,7 +109,7 @@ def layouts_table(measured: dict[str, float]) -> Table:
 def parity(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
     """Return the largest relative error of a layer spread over all ranks: output, and the gradients of tokens and weights.
 
-    It is held against the whole layer on each rank, whose gradients of the experts are summed over ranks.
+    The reference is the whole layer on each rank, whose gradients of the experts are summed over ranks.
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     # The whole layer is on every rank, and grouped_mm takes fewer than 1,024 experts.
@@ -188,16 +188,16 @@ def wrong(found: dict[str, float]) -> list[str]:
 
 
 def _worst(value: float, device: torch.device) -> float:
-    """Return the largest of all ranks'."""
+    """Return the maximum over ranks."""
     every = torch.tensor(value, device=device)
     distributed.all_reduce(every, distributed.ReduceOp.MAX)
     return float(every)
 
 
 def under_torchrun() -> int:
-    """Measure on the ranks of torchrun; the exit code."""
+    """Measure on the ranks of torchrun; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="almost nothing, to see whether it runs")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to test the script")
     tiny, on_gpu, local = parser.parse_args().tiny, torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -1,10 +1,11 @@
-"""What benchmarks that train have in common."""
+"""Helpers of benchmarks that train: the trainer's options, and git."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Of a Trainer that is timed: endless data, and nothing is written or printed beside what is measured.
+# Options of a Trainer that is timed: endless data, no files, no output.
 QUIET: dict[str, Any] = {
     "max_epochs": -1,
     "num_sanity_val_steps": 0,
@@ -14,3 +15,8 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def git(*words: str) -> str:
+    """Run git in the repository, and return its output."""
+    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The paper's models on the paper's GPUs, predicted: no GPU is needed. Half a minute.
+"""The paper's models on the paper's GPUs, predicted: no GPU is needed. 5 seconds.
 
     python -m benchmarks.scaling
 

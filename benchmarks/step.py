@@ -49,13 +49,8 @@ SAME: dict[str, Any] = {
 }
 
 
-def our_step(config: GPTConfig, half: bool) -> Callable[[], None]:
-    """Return the step that `train.py` takes; `half`: under bf16 autocast."""
-    return gpt_step(GPT(config), half)
-
-
 def gpt_step(model: GPT, half: bool) -> Callable[[], None]:
-    """Return the step of a model."""
+    """Return the step that `train.py` takes; `half`: under bf16 autocast."""
     vocab_size = model.config.vocab_size
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
@@ -168,7 +163,9 @@ def growth(rounds: int) -> dict[str, dict[str, float]]:
         "width": {str(h): replace(moe[32], hidden_size=h) for h in (64, 128, 256, 512)},
     }
     return {
-        kind: interleaved({name: our_step(config, half=False) for name, config in configs.items()}, rounds, warm_up=1)
+        kind: interleaved(
+            {name: gpt_step(GPT(config), half=False) for name, config in configs.items()}, rounds, warm_up=1
+        )
         for kind, configs in kinds.items()
     }
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: candidates timed in turn in one process, and results in a JSON file and in a page.
+"""Shared by the benchmarks: timing of candidates in turn in one process, results in a JSON file and in a page.
 
 A benchmark consists of parts, each with a table of its own. `docs/results/NAME.json` keeps what each part measured, and the
 table is written between `<!-- bench: NAME PART -->` and `<!-- end of bench -->` of a page in `docs/results`.
@@ -39,9 +39,9 @@ class Part:
     """A measurement.
 
     Attributes:
-        measure: takes the number of rounds, and returns what the JSON file keeps.
+        measure: takes the number of rounds, and returns the values for the JSON file.
         table: of what was measured.
-        rounds: by default; `--rounds 1` shows that it works.
+        rounds: default number of rounds; `--rounds 1` tests the benchmark.
         threads: of PyTorch.
     """
 
@@ -85,7 +85,7 @@ class Benchmark:
         """Measure the parts asked for; print their tables, and write the JSON file and the page in `folder`."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--only", nargs="+", choices=self.parts, metavar="PART", help=f"of {', '.join(self.parts)}")
-        parser.add_argument("--rounds", type=int, help="of each part; 1 to see that it works")
+        parser.add_argument("--rounds", type=int, help="of each part; 1: a test of the benchmark")
         parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of the JSON file")
         arguments = parser.parse_args(argv)
         keep_compiled_kernels()
@@ -107,7 +107,7 @@ class Benchmark:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, float]:
-    """Return the median seconds of each candidate. A round goes through all of them, so that a noisy moment hits everyone."""
+    """Return the median seconds of each candidate. A round runs each of them once, so that noise affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
     gc.disable()
@@ -146,7 +146,7 @@ def settings(**more: Any) -> dict[str, Any]:
 
 
 def output_of(command: list[str]) -> str:
-    """Return what a command prints; empty if it fails, or is not installed."""
+    """Return the output of a command; empty if it is not installed."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import SECONDS, STEPS, conclude, limited, parse, run_step
+from benchmarks.gpu.__main__ import STEPS, conclude, limited, parse, run_step
 from benchmarks.gpu.run import Results, Run
 from tests.processes import python
 
@@ -37,7 +37,7 @@ def test_a_dry_run_takes_every_step(tmp_path: Path, pocket_pile: Path) -> None:
 
 def test_a_step_whose_packages_do_not_import_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks.gpu.speed", None)  # its import fails, as without DeepSpeed
-    results = run_step("dense", parse(["--dry-run"]), Results(None, {}), time.monotonic() + SECONDS)
+    results = run_step("dense", parse(["--dry-run"]), Results(None, {}))
     assert results.step("dense")["status"].startswith("not run: ModuleNotFoundError: ")
     assert conclude(results) == 0
 
@@ -51,7 +51,6 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> No
     assert not mark.exists()
     assert limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == "failed: exit code 3"
     assert limited([sys.executable, "-c", ""], 60) == "done"
-    assert limited([sys.executable, "-c", ""], -1) == "failed: no time was left"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Steps of `make gpu` whose figures have to be those of the CPU: tests/gpu, training, ZeRO."""
+"""Steps of `make gpu` that compare with the CPU: tests/gpu, training, ZeRO."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ZERO: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Figures:
-    """A plugin of pytest: collects what the tests have measured, the worst of the cells of a test."""
+    """A plugin of pytest: collects the largest error of each test over its cells."""
 
     def __init__(self) -> None:
         self.worst: dict[tuple[str, float], float] = {}
@@ -52,7 +52,7 @@ def parity(run: Run, folder: Path) -> None:
     """Run `pytest tests/gpu`, with every error that it measures among the figures."""
     figures = Figures()
     os.environ["NLGMOE_GPU_DRY_RUN"] = str(int(run.dry))
-    # Not tests/conftest.py, which needs what only the suite does.
+    # Without tests/conftest.py, whose packages only the suite needs.
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests/gpu'}"]
     pytest.main([*options, f"--basetemp={folder / 'tests'}", str(ROOT / "tests/gpu")], plugins=[figures])
     for (name, limit), value in figures.worst.items():
@@ -75,7 +75,7 @@ class Losses(Callback):
 def training(run: Run, folder: Path) -> None:
     """Compare the quickstart with its run on the CPU; save, verify, resume on GPU and CPU.
 
-    Tokens are not dropped: which ones are is drawn on the device, and a GPU draws other ones than a CPU.
+    Dropless: the choice of dropped tokens is drawn on the device, and a GPU draws other numbers than a CPU.
     """
     steps, more, windows = (4, 2, 4) if run.dry else (200, 10, 64)
 

@@ -1,4 +1,4 @@
-"""What the steps of `make gpu` share: figures that are judged and written to the results as they come, and the device."""
+"""Shared by the steps of `make gpu`: the device, and figures, which are judged and written to the results at once."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class Results:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a step runs, and where its figures go.
+    """The device and the results of a step.
 
     Attributes:
         step: its name.
         device: of the models; the CPU in a dry run.
-        dry: shapes are tiny, and what only a GPU can show is not measured.
+        dry: shapes are tiny, and figures that need a GPU are not measured.
         data: folder of the tokenised pocket Pile.
-        results: what the figures are written to.
+        results: get the figures.
     """
 
     step: str
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def card(self) -> str:
-        """What the GPU calls itself; `cpu` in a dry run."""
+        """The GPU's name; `cpu` in a dry run."""
         return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     def correct(self, name: str, value: float | None, at_most: float = 0.0) -> None:
@@ -106,7 +106,7 @@ class Run:
         self._add(kind="goal", name=name, value=value, met=within(value, **limits) if listed else None, **limits)
 
     def note(self, name: str, value: Any) -> None:
-        """Add anything else worth keeping."""
+        """Add a value that is not judged."""
         self._add(kind="note", name=name, value=value, met=None)
 
     def _add(self, **figure: Any) -> None:
@@ -119,24 +119,24 @@ class Run:
 
 
 def within(value: float | None, at_least: float = -math.inf, at_most: float = math.inf) -> bool:
-    """Return whether a value is between its limits; NaN and None are not."""
+    """Return True if a value is between its limits; NaN and None are not."""
     return value is not None and math.isfinite(value) and at_least <= value <= at_most
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to the norm of what is expected; to 1 where that is 0."""
+    """Return the norm of the difference, relative to the norm of `expected`, or to 1 if that is 0."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     return float((found - expected).norm() / (expected.norm() or 1.0))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait for the device to finish its queue."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
 def seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """Return how long `run` takes on the device."""
+    """Return the seconds of `run` on the device."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -159,7 +159,7 @@ def sync_debug(device: torch.device, mode: str) -> Iterator[None]:
 
 def waits(device: torch.device, work: Callable[[], object]) -> int | None:
     """Return 1 if `work` waits for the device, and print where; 0 if not; None on a CPU."""
-    work()  # the first time, libraries set themselves up
+    work()  # libraries initialise at first use
     try:
         with sync_debug(device, "error"):
             work()
@@ -172,7 +172,7 @@ def waits(device: torch.device, work: Callable[[], object]) -> int | None:
 
 
 def draw(module: nn.Module, std: float = 0.02, seed: int = 0) -> None:
-    """Draw random weights where the module is: quick for billions of values, and other ones on every device."""
+    """Draw random weights on the module's device: quick for billions of values, but different on each device."""
     generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
     for name, parameter in module.named_parameters():
         if "norm" not in name:

@@ -47,7 +47,7 @@ SEQUENCES, ACCUMULATED, EXPERTS, SHOWN = 4, 8, 16, 15
 
 
 def waiting(run: Run, folder: Path) -> None:
-    """Count: none in model, loss and backward; at most two a step in the trainer."""
+    """Count waits for the GPU: none in model, loss and backward; at most two a step in the trainer."""
     capability = None if run.dry else torch.cuda.get_device_capability(run.device)
     if select_backend(run.device.type, torch.bfloat16, (512, 2048), capability) == "loop":
         run.note("not counted", "on this card experts are computed one by one, and each MoE layer waits once")
@@ -88,7 +88,7 @@ def model_step(run: Run, variant: dict[str, Any]) -> Callable[[], None]:
 
 
 class CountWaits(Callback):
-    """Counts the waits of each training step after some of warm-up, logging included, and where they come from."""
+    """Counts the waits of each training step after a warm-up, logging included, by line of code."""
 
     def __init__(self, caught: list[warnings.WarningMessage]) -> None:
         self.caught = caught
@@ -96,7 +96,7 @@ class CountWaits(Callback):
         self.places: Counter[str] = Counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count up to here: what a step logs comes after its end."""
+        """Count the waits since the last call: a step is logged after its end."""
         messages = [message for message in self.caught if "synchronizing" in str(message.message)]
         self.caught.clear()
         if batch_idx > WARM_UP:
@@ -127,7 +127,7 @@ class Modes(Callback):
             self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write down."""
+        """Stop measuring, and add the figures."""
         mode, position = divmod(batch_idx, 2 * self.accumulated)
         if batch_idx == self.accumulated - 1:
             self._profile.stop()
@@ -174,7 +174,7 @@ def train(run: Run, folder: Path, file: str) -> None:
         accumulate_grad_batches=accumulated,
         gradient_clip_val=1.0,
         log_every_n_steps=1000,
-        limit_val_batches=0,  # the end would be validated, and compiled for it
+        limit_val_batches=0,  # a validation at the end would be compiled
         callbacks=[Modes(run, config, modes, accumulated)],
         default_root_dir=folder,
         **QUIET,

@@ -8,14 +8,13 @@
     python -m benchmarks.reproduce --scale gpu                       estimate the hours of the same questions on one GPU
 
 One commit's code trains all runs, in a worktree below --out: the commit in --results, or HEAD for new results. It can be stopped
-at any time and started again.
+at any time, and resumes when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +27,7 @@ from benchmarks.reproduce.cells import SEEDS
 from benchmarks.reproduce.questions import QUESTIONS, runs_of
 from benchmarks.reproduce.speed import measure
 from benchmarks.reproduce.tables import long_table, write
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, git
 from nlgmoe.files import write_json
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.monitoring.hardware import hardware
@@ -40,16 +39,11 @@ ON_GPU = ("dense/125m_dense", "moe/125m_moe_64", "dense/350m_dense", "moe/350m_m
 TOKENS_PER_PARAMETER = 20
 
 
-def git(*arguments: str) -> str:
-    """Run git in the repository."""
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def checked_out(results: Path, out: Path) -> tuple[str, Path]:
     """Return the commit of the campaign, and a worktree of it.
 
     Raises:
-        ValueError: the folder has runs of another commit, from whose checkpoints this one's would go on.
+        ValueError: the folder has runs of another commit, whose checkpoints this one would resume.
     """
     commit = json.loads(results.read_text())["commit"] if results.exists() else git("rev-parse", "HEAD")
     tree = out / f"code-{commit[:10]}"

@@ -1,7 +1,7 @@
-"""Train models of the campaign again with the code of HEAD: does the whole machine still give the same losses?
+"""Train models of the campaign again with the code of HEAD, and compare their losses.
 
 Rounding alone moves the loss of a long run. So each model is trained twice: as it is, and with an `eps` of AdamW that differs by
-1e-4 of its value, which changes the last bits of updates. What that moves is no difference between commits.
+1e-4 of its value, which changes the last bits of updates. A difference of that size is not one between commits.
 """
 
 from __future__ import annotations

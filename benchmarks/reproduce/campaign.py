@@ -1,6 +1,6 @@
-"""Train what is missing, some runs at a time; keep each result in one JSON file as soon as it is there.
+"""Train the missing runs, some at a time; write each result to one JSON file when its run ends.
 
-All runs of a campaign use the code of one commit. A run that was killed goes on from its newest checkpoint.
+All runs of a campaign use the code of one commit. A killed run resumes its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ Launch = Callable[[list[str], Path, Path], int]  # command of nlgmoe or train.py
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """The size of the runs.
 
     Attributes:
         name: `cpu`, or `tiny` for a test.
         steps: optimizer steps of the whole budget.
         step_tokens: tokens of a step.
-        settings: that override those of the files, as they stand in YAML.
+        settings: override those of the files, nested as in YAML.
     """
 
     name: str
@@ -95,8 +95,8 @@ class Campaign:
         results: JSON file; what it has is trained again only if another run needs its checkpoints and they are not in
             `folder`. Then the second loss is kept beside the first.
         commit: of the code that trains.
-        tree: where that code is.
-        scale: how large everything is.
+        tree: folder of that code.
+        scale: size of the runs.
         run: starts a command.
 
     Raises:
@@ -134,7 +134,7 @@ class Campaign:
         write_json(self.file, self.results)
 
     def train(self, runs: Iterable[tuple[Cell, int]], jobs: int) -> None:
-        """Train the runs, each after those that it goes on from."""
+        """Train the runs, each after the runs whose checkpoints it resumes."""
         self._all([(cell, seed, None) for cell, seed in runs], jobs)
 
     def _all(self, runs: list[tuple[Cell, int, float | None]], jobs: int) -> None:
@@ -159,12 +159,12 @@ class Campaign:
                 raise
 
     def _before(self, cell: Cell, seed: int, rate: float | None) -> list[tuple[Cell, int]]:
-        """Return the runs that this one goes on from."""
+        """Return the runs whose checkpoints this one resumes."""
         needed = [cell.trunk, TEACHER if cell.distilled else None] if rate is None else []
         return [(one, seed) for one in needed if one is not None]
 
     def _has_checkpoints(self, cell: Cell, seed: int) -> bool:
-        """Return True if others can go on from this run, or need it no longer: the teacher's logits are recorded."""
+        """Return True if other runs can resume this one, or need not, because the teacher's logits are recorded."""
         recorded = cell == TEACHER and (self.folder / f"logits-seed{seed}").exists()
         folder = self.folder / self.key(cell, seed)
         return recorded or ((folder / "checkpoints").exists() and (folder / "summary.json").exists())  # it has ended
@@ -250,7 +250,7 @@ class Campaign:
             return folder
 
     def settings(self, cell: Cell, seed: int, rate: float) -> dict[str, Any]:
-        """Return what a run sets beside the files of configs/reproduce."""
+        """Return the settings of a run besides the files of configs/reproduce."""
         tokens = round(cell.budget * self.scale.steps) * self.scale.step_tokens
         (checkpoint,) = yaml.safe_load((self.tree / CONFIGS / "base.yaml").read_text())["trainer"]["callbacks"]
         interval = "milestones" if "milestones" in checkpoint["init_args"] else "every_n_train_steps"  # before 0.4
@@ -301,7 +301,7 @@ class Campaign:
         return _between(rates["moe_8"], rates["moe_32"], math.log(experts / 8) / math.log(4))
 
     def _is_needed(self, cell: Cell) -> bool:
-        """Return True if others go on from this cell's checkpoints."""
+        """Return True if other runs resume this cell's checkpoints."""
         return cell == TEACHER or any(cell == other.trunk for other in TABLES)
 
     def _cost(self, run: tuple[Cell, int, float | None]) -> float:

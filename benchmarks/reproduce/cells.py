@@ -1,7 +1,7 @@
-"""What is trained: models and budgets.
+"""Models and budgets.
 
-A cell is one model at one budget, trained once for each seed. Runs of the whole budget are trunks: a smaller budget goes on from
-a checkpoint of the trunk's constant learning rate and cools it down (WSD), so that it costs a fifth of its tokens.
+A cell is one model at one budget, trained once for each seed. Runs of the whole budget are trunks: a smaller budget resumes
+a checkpoint of the trunk's constant learning rate and decays it (WSD), so that it trains on a fifth of its tokens only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cell:
 
     @property
     def trunk(self) -> Cell | None:
-        """The cell whose checkpoint this one goes on from; None: it starts from nothing."""
+        """The cell whose checkpoint this one resumes; None: it starts from random weights."""
         return None if self.budget >= 1.0 or self.distilled == "staged" else Cell(self.config, 1.0, self.distilled)
 
 

@@ -1,4 +1,4 @@
-"""What the results say of each question: a difference with its interval, the pairs that it rests on, and a reading."""
+"""Answers to the questions: a difference with its interval, the number of pairs, and a reading."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def cost_at_equal_loss(runs: Runs, costs: dict[str, float] | None = None) -> tup
 
 
 def beside(results: dict[str, Any]) -> list[str]:
-    """Return the sentences that are printed beside the questions, and not judged."""
+    """Return further comparisons, in sentences; they have no reading."""
     runs = results["runs"]
     lines = []
     sizes = {name: of_cell(runs, cell, "params_total") for name, cell in
@@ -147,7 +147,7 @@ def beside(results: dict[str, Any]) -> list[str]:
         )
     if (found := difference(runs, Cell("residual"), Cell("top_2"))) is not None:
         low, high = found.interval(0.9)
-        old = "equivalent" if found.smaller_than(MARGIN) else "not shown to be equivalent"
+        old = "equivalent" if low > -MARGIN and high < MARGIN else "not shown to be equivalent"
         lines.append(
             f"Residual top-1 - top-2 with a sampled second expert: {with_interval(found)}, {found.pairs} pairs that were seen "
             f"before the rule. By the first, two-sided rule (90% {low:+.3f} to {high:+.3f}, margin {MARGIN}) it is {old}; by "

@@ -8,9 +8,10 @@ import torch
 
 from benchmarks.reproduce.campaign import Campaign
 from benchmarks.reproduce.questions import QUESTIONS, runs_of
-from benchmarks.step import our_step
+from benchmarks.step import gpt_step
 from benchmarks.timing import interleaved, settings
 from nlgmoe.cli.memory import keep_freed_memory
+from nlgmoe.model.gpt import GPT
 
 
 def measure(campaign: Campaign, rounds: int = 20) -> dict[str, Any]:
@@ -18,5 +19,5 @@ def measure(campaign: Campaign, rounds: int = 20) -> dict[str, Any]:
     torch.set_num_threads(1)
     keep_freed_memory()
     names = sorted({cell.config for cell, _ in runs_of(QUESTIONS)})
-    seconds = interleaved({name: our_step(campaign.shape(name), half=False) for name in names}, rounds)
+    seconds = interleaved({name: gpt_step(GPT(campaign.shape(name)), half=False) for name in names}, rounds)
     return {"step_seconds": seconds, **settings(rounds=rounds)}

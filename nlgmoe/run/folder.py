@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from nlgmoe.checkpoint.folder import read_document
 from nlgmoe.checkpoint.newest import FOLDER, checkpoint_path, is_checkpoint, saved_steps
-from nlgmoe.files import atomic_write, write_json
+from nlgmoe.files import atomic_write, flattened, write_json
 from nlgmoe.validation import SettingError, require
 from nlgmoe.versions import versions
 
@@ -280,22 +280,13 @@ class RunFolder(SaveConfigCallback):
         if earlier != start:
             with atomic_write(folder / "starts" / f"step-{step}.yaml") as file:
                 file.write_text(start, encoding="utf-8")
-        for logger in trainer.loggers:  # flat, so that runs can be filtered by a learning rate
-            logger.log_hyperparams(flat_settings(config.as_dict()))
+        flat = flattened(config.as_dict())  # so that runs can be filtered by a learning rate
+        plain = {name: v if isinstance(v, bool | int | float | str | None) else str(v) for name, v in flat.items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plain)
         with atomic_write(folder / "config.yaml") as file:
             file.write_text(text, encoding="utf-8")
         write_json(folder / "versions.json", packages)
-
-
-def flat_settings(settings: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names; lists as text."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= flat_settings(value, f"{section}{name}.")
-        else:
-            flat[f"{section}{name}"] = value if isinstance(value, bool | int | float | str | None) else str(value)
-    return flat
 
 
 def starts_of(folder: Path) -> list[tuple[int, Path]]:

@@ -12,7 +12,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of the differences within pairs, and how well it is known.
+    """Mean of the differences within pairs, and its standard error.
 
     A seed fixes the order of the data and the initial dense weights of both models, so what varies in both alike cancels.
 
@@ -32,11 +32,6 @@ class PairedDifference:
             return -math.inf, math.inf
         half = float(stats.t.ppf((1 + confidence) / 2, self.pairs - 1)) * self.error
         return self.mean - half, self.mean + half
-
-    def smaller_than(self, margin: float, level: float = 0.05) -> bool:
-        """Return True if the means differ by less than `margin`: two one-sided t tests (TOST), each at `level`."""
-        low, high = self.interval(1 - 2 * level)
-        return -margin < low and high < margin
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:

@@ -23,8 +23,10 @@ from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_byte_level_bpe
 from nlgmoe.layers.balance import router_losses
 from nlgmoe.layers.losses import cross_entropy
+from nlgmoe.layers.router import Router
 from nlgmoe.model.counting import count_parameters
 from nlgmoe.model.gpt import GPT
+from nlgmoe.tools.hugging_face.configuration_nlgmoe import NlgmoeConfig
 from nlgmoe.tools.hugging_face.modeling_nlgmoe import NlgmoeForCausalLM
 
 TOKENIZER = Tokenizer(train_byte_level_bpe(iter(["the king and the queen"] * 3), 300), "tiny")
@@ -171,6 +173,15 @@ def test_losses_are_those_of_our_training(name: str, folders: dict[str, Path]) -
         loss = model(tokens, labels=labels).loss
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(torch.autograd.grad(loss, weights), gradients)
+
+
+def test_a_loss_without_z_loss_is_finite_where_its_logits_overflow() -> None:
+    moe = {"num_experts": 4, "expert_interval": 1, "z_loss_coeff": 0.0}
+    model = NlgmoeForCausalLM(NlgmoeConfig(vocab_size=64, seq_len=8, num_layers=1, hidden_size=8, num_heads=2, moe=moe))
+    with torch.no_grad():
+        next(part for part in model.modules() if isinstance(part, Router)).weight.normal_(std=1e25)  # squared: infinite
+    tokens = torch.arange(8)[None]
+    assert bool(model.train()(tokens, labels=tokens).loss.isfinite())
 
 
 def test_hidden_states_logits_and_a_larger_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:

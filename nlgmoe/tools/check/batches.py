@@ -12,7 +12,7 @@ from nlgmoe.tools.check.state import Training
 
 
 def evaluation_does_not_see_neighbours(layer: Layer) -> str:
-    """Compare a sequence alone with the same in batches, of which one crowds its experts."""
+    """Compare a sequence alone with the same sequence in batches, among them one of copies, which overfill its experts."""
     if layer.drops_in_evaluation:
         raise NotApplicable("the layer is set to drop tokens in evaluation")
     module, batch = layer.make(training=False), Batch.random(layer, 4, 12)
@@ -42,7 +42,7 @@ def permuted_tokens_give_permuted_outputs(layer: Layer) -> str:
 
 
 def evaluation_chooses_as_training_does(layer: Layer) -> str:
-    """Compare the experts that tokens ask for in training and in evaluation, after five steps, which move a bias."""
+    """Compare the experts that tokens choose in training and in evaluation, after five steps, which move a bias."""
     run = Training(layer, layer.make(torch.float32))
     run.steps(range(5))
     batch, choices = Batch.random(layer, 4, 32, seed=9, dtype=torch.float32), []
@@ -52,7 +52,7 @@ def evaluation_chooses_as_training_does(layer: Layer) -> str:
     if not torch.equal(choices[0], choices[1]):
         raise NotApplicable("the choice is random in training")
     if different := int((choices[0] != choices[2]).any(dim=1).sum()):
-        raise Failed(f"{different} of {len(choices[0])} tokens ask for other experts in evaluation")
+        raise Failed(f"{different} of {len(choices[0])} tokens choose other experts in evaluation")
     return f"{len(choices[0])} tokens, after five steps"
 
 

@@ -10,7 +10,7 @@ from nlgmoe.validation import RunError
 
 
 def check(target: list[str], allow_code: list[str] | None = None, json: bool = False) -> None:
-    """Test a MoE layer: gradients, weights, capacity, padding, batches, ranks, state, precision. About a minute on a CPU.
+    """Test a MoE layer: gradients, weights, capacity, padding, batches, ranks, state, precision. 10 to 60 seconds on a CPU.
 
     Args:
         target: YAML files of train.py; a checkpoint or run folder; a class_path of a RouterConfig, of an ExpertConfig, or of a

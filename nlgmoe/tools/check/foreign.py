@@ -1,4 +1,4 @@
-"""Layers of others: a module of the user's own, and adapters for DeepSpeed and Hugging Face."""
+"""Foreign layers: a module of the user, and adapters for DeepSpeed and Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class ForeignLayer(Layer):
                 f"forward returns {kind}, not a tensor y of {list(batch.x.shape)} or a tuple that begins with it"
             )
         losses = [value for value in rest if isinstance(value, Tensor) and value.ndim == 0]
-        for value in rest:  # that is like a loss, and would have no gradient or not be read
+        for value in rest:  # values like a loss, which would have no gradient or be ignored
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim > 0 and value.numel() == 1):
                 kind = f"a tensor of {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                 raise RunError(f"forward returns {kind} behind y; return a loss as a tensor without dimensions")
@@ -134,17 +134,13 @@ class TransformersLayer(Layer):
     """A sparse block of `transformers`, which is dropless, with the balance loss of its model.
 
     Attributes:
-        family: the model's module.
-        prefix: of its classes.
-        block: class of the block, without the prefix.
+        family: the model's module; its classes begin with the same words, such as `Qwen3Moe`.
         settings: of the configuration, whose names differ between families.
         coefficient: of the model's balance loss, 0: it has none.
     """
 
     drops: bool | None = False
     family: str = "mixtral"
-    prefix: str = "Mixtral"
-    block: str = "SparseMoeBlock"
     settings: dict[str, Any] = field(default_factory=dict)
     coefficient: float = 0.0
 
@@ -153,10 +149,12 @@ class TransformersLayer(Layer):
 
     def build(self) -> nn.Module:
         """See `Layer`."""
-        config_class = getattr(importlib.import_module("transformers"), f"{self.prefix}Config")
+        prefix, modeling = self.family.title().replace("_", ""), self._modeling()
+        config_class = getattr(importlib.import_module("transformers"), f"{prefix}Config")
         config = config_class(hidden_size=self.hidden_size, num_experts_per_tok=self.top_k, **self.settings)
         config._experts_implementation = "eager"  # that of a block alone; `grouped_mm` takes no fp64
-        return getattr(self._modeling(), f"{self.prefix}{self.block}")(config)
+        block = getattr(modeling, f"{prefix}SparseMoeBlock", None) or getattr(modeling, f"{prefix}MoE")
+        return block(config)
 
     def forward(self, module: nn.Module, batch: Batch) -> Output:
         """See `Layer`."""
@@ -186,33 +184,23 @@ class TransformersLayer(Layer):
         return replace(self, hidden_size=15)
 
 
+def _block(family: str, weight_sum: float | Literal["free"], coefficient: float, **settings: Any) -> TransformersLayer:
+    """Return a block with two experts a token."""
+    name = family.replace("_", "-")
+    return TransformersLayer(
+        name, top_k=2, weight_sum=weight_sum, family=family, coefficient=coefficient, settings=settings
+    )
+
+
 ADAPTERS: dict[str, list[Layer]] = {
     "deepspeed": [
         DeepSpeedLayer("deepspeed, k 1", weight_sum="free", order="random"),
         DeepSpeedLayer("deepspeed, k 2", top_k=2, weight_sum=1.0, order="position"),
     ],
-    "mixtral": [
-        TransformersLayer(
-            "mixtral", top_k=2, weight_sum=1.0, family="mixtral", prefix="Mixtral", coefficient=0.001,
-            settings={"intermediate_size": 16, "num_local_experts": 8},
-        )
-    ],
-    "olmoe": [
-        TransformersLayer(
-            "olmoe", top_k=2, weight_sum="free", family="olmoe", prefix="Olmoe", coefficient=0.01,
-            settings={"intermediate_size": 16, "num_experts": 8},
-        )
-    ],
-    "qwen3-moe": [
-        TransformersLayer(
-            "qwen3-moe", top_k=2, weight_sum=1.0, family="qwen3_moe", prefix="Qwen3Moe", coefficient=0.001,
-            settings={"moe_intermediate_size": 16, "num_experts": 8, "norm_topk_prob": True},
-        )
-    ],
+    "mixtral": [_block("mixtral", 1.0, 0.001, intermediate_size=16, num_local_experts=8)],
+    "olmoe": [_block("olmoe", "free", 0.01, intermediate_size=16, num_experts=8)],
+    "qwen3-moe": [_block("qwen3_moe", 1.0, 0.001, moe_intermediate_size=16, num_experts=8, norm_topk_prob=True)],
     "deepseek-v3": [
-        TransformersLayer(
-            "deepseek-v3", top_k=2, weight_sum=2.5, family="deepseek_v3", prefix="DeepseekV3", block="MoE",
-            settings={"moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
-        )
+        _block("deepseek_v3", 2.5, 0.0, moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1, n_group=1, topk_group=1)
     ],
 }  # fmt: skip

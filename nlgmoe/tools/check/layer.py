@@ -205,7 +205,7 @@ class Layer:
 
 
 def require_choice(layer: Layer) -> None:
-    """Check that there is something to choose."""
+    """Check that the layer chooses among experts."""
     if layer.top_k >= layer.num_experts:
         raise NotApplicable("every token takes every expert")
 
@@ -218,7 +218,7 @@ def scores_for(experts: Tensor, num_experts: int, top: float, gap: float) -> Ten
 
 
 def batch_of_logits(layer: Layer, module: nn.Module, logits: Tensor, sequences: int = 1, seed: int = 0) -> Batch:
-    """Return a batch for which a linear gate computes `logits`, `[N, E]`; its tokens differ where the gate does not look."""
+    """Return a batch for which a linear gate computes `logits`, `[N, E]`; other directions of its tokens are random."""
     weight = layer.gate_weight(module)
     if weight is None:
         raise NotApplicable("the router has no linear gate")

@@ -75,7 +75,7 @@ class OwnLayer(Layer):
     def gate_weight(self, module: nn.Module) -> Tensor | None:
         """See `Layer`; None also for a weight of that shape whose product with the input does not give the logits.
 
-        A gate that normalises its input, such as a cosine, or one of two factors, computes no logits that a batch could choose.
+        A gate that normalises its input, such as a cosine, or one of two factors, computes logits that no batch can set.
         """
         shape, router = (self.num_experts, self.hidden_size), module.router
         tensors: list[Tensor] = [*router.parameters(), *router.buffers()]  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ def ranks_equal_one_process(layer: Layer) -> str:
     By default of one that accumulates the ranks' micro-batches; dropless with `aux_scope: global`, of one with the whole batch.
     """
     if not isinstance(layer, OwnLayer):
-        raise NotApplicable("how to divide its experts over ranks is not known here")
+        raise NotApplicable("the layer does not declare how its experts are divided over ranks")
     placed = layer.on_ranks()
     if scalars := [name for name, parameter in placed.make().named_parameters() if parameter.dim() == 0]:
         raise Failed(f"{scalars[0]} has no dimension: DeepSpeed cannot send it to other ranks; give it the shape [1]")
@@ -34,7 +34,7 @@ def ranks_equal_one_process(layer: Layer) -> str:
             files = sorted(Path(folder).glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
             if not files:
                 raise
-            raise Failed(files[0].read_text(encoding="utf-8")) from error  # the others lost their partner
+            raise Failed(files[0].read_text(encoding="utf-8")) from error  # the other ranks fail as a consequence
     return f"2 and 3 ranks, one process with {'their micro-batches' if placed.accumulates else 'the whole batch'}"
 
 
@@ -48,7 +48,7 @@ def _rank(rank: int, layer: OwnLayer, folder: Path) -> None:
             kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
             reason = " ".join(f"{ranks} ranks, rank {rank}: {kind}{error}".split())[:200]
             (folder / f"{ranks}-{rank}.failed").write_text(reason, encoding="utf-8")
-            os._exit(1)  # a partner may wait in a collective
+            os._exit(1)  # the other ranks may wait in a collective
 
 
 def _compare(layer: OwnLayer, rank: int, ranks: int, folder: Path) -> None:

@@ -21,7 +21,7 @@ from nlgmoe.tools.check.layer import (
     scores_for,
 )  # fmt: skip
 
-TOKENS = 44  # of which an expert's fair share is no whole number
+TOKENS = 44  # an expert's fair share of them is not an integer
 MANY = 4096  # tokens, of which bf16 cannot count an expert's
 
 
@@ -44,7 +44,7 @@ def _padded(layer: Layer) -> Batch:
 
 
 def capacity_is_the_formula(layer: Layer) -> str:
-    """Check that each expert keeps as many assignments as are asked of it, or its capacity if that is less; padding takes none.
+    """Check that each expert keeps all of its assignments, or its capacity if that is less; padding takes no slot.
 
     An expert of any router keeps at most `Routing.capacity`.
     """

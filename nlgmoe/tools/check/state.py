@@ -1,4 +1,4 @@
-"""State: what a checkpoint must hold, what `forward` must not write; and fifty steps, in which the load is balanced."""
+"""State that a checkpoint holds and `forward` does not write; and the balance of the load over fifty steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 50
 
 
 def forward_writes_no_state(layer: Layer) -> str:
-    """Check that `forward` changes no parameter or buffer, and repeats itself, as activation checkpointing needs."""
+    """Check that `forward` changes no parameter or buffer, and gives equal results twice, as activation checkpointing needs."""
     for training in (True, False):
         module, batch = layer.make(training=training), replace(Batch.random(layer, 2, 16), noise_key=(0, 0, 0))
         before, mode = _state(module), "training" if training else "evaluation"
@@ -74,7 +74,7 @@ class Training:
         self.optimizer = torch.optim.Adam([value for value in module.parameters() if value.requires_grad], lr=1e-2)
 
     def steps(self, numbers: range, batch: Batch | None = None, task: bool = True) -> bool:
-        """Take some steps; without `task` with the balancing losses alone. Returns False if none has work after it."""
+        """Take some steps; without `task` with the balancing losses alone. Returns False if the layer has no `after_step`."""
         learns = False
         for number in numbers:
             data = batch or Batch.random(self.layer, 4, 32, seed=number, dtype=torch.float32)
@@ -122,12 +122,12 @@ def _load(layer: Layer, module: nn.Module, batch: Batch) -> Tensor:
 
 
 def no_expert_is_dead(layer: Layer) -> str:
-    """Check that every expert is asked for by some of 1024 tokens after 50 steps."""
+    """Check that every expert is chosen by some of 1024 tokens after 50 steps."""
     run = Training(layer, layer.make(torch.float32))
     run.steps(range(STEPS))
     load = _load(layer, run.module, Batch.random(layer, 8, 128, seed=99, dtype=torch.float32))
     if dead := (load == 0).nonzero().flatten().tolist():
-        raise Failed(f"experts {dead} are asked for by no token after {STEPS} steps")
+        raise Failed(f"experts {dead} are chosen by no token after {STEPS} steps")
     return f"the least of {layer.num_experts} experts has {float(load.min() / load.sum()):.1%} of the requests"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,9 @@ def find_layers(words: Sequence[str]) -> list[Layer]:
 
 
 def _import(path: str) -> Any:
-    """Import a class_path; the working directory counts."""
+    """Import a class_path."""
     if "." not in path or os.sep in path:
         raise SettingError(f"{path} is no YAML file, checkpoint or class_path, and none of {', '.join(ADAPTERS)}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
         return find_class(path)
     except ValueError as error:

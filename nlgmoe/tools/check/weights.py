@@ -1,4 +1,4 @@
-"""Weights of the experts: their sum, their order, and their way into the output; the balance loss."""
+"""Weights of the experts: their sum, their order, and the weighted sum; the balance loss."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def weights_follow_the_logits(layer: Layer) -> str:
 
 
 def balance_loss_sees_a_collapse(layer: Layer) -> str:
-    """Check that collapsed routing costs E / k times as much as balanced; less with probabilities squashed twice."""
+    """Check that collapsed routing costs E / k times as much as balanced; less if a softmax is applied to probabilities."""
     require_choice(layer)
     module, tokens = layer.make(), 4 * layer.num_experts
     first = torch.arange(tokens).view(-1, 1)

@@ -95,7 +95,8 @@ def export(
         require_paper_parts(config.moe, "a folder for transformers holds")
     tokenizer = choose_tokenizer(path, tokenizer, config)
     meta, read = _weights(path, config, family, PRECISIONS.get(precision or ""))
-    ids = token_ids(tokenizer)
+    end = None if tokenizer is None else tokenizer.eod_id  # begins, ends and pads texts
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     kind = {
         "dtype": str(next(iter(meta.values())).dtype).removeprefix("torch."),
         "transformers_version": transformers.__version__,
@@ -160,13 +161,6 @@ def _own_settings(config: GPTConfig) -> dict[str, Any]:
         "model_type": "nlgmoe",
         **config.to_dict(),
     }
-
-
-def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Return the ids of special tokens: the end-of-document token begins, ends and pads texts."""
-    return dict.fromkeys(
-        ("bos_token_id", "eos_token_id", "pad_token_id"), None if tokenizer is None else tokenizer.eod_id
-    )
 
 
 def _tokenizer_settings(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from nlgmoe.checkpoint.weights_only import weight_shapes
 from nlgmoe.config import GPTConfig, MoEConfig
 from nlgmoe.layers.routers import SoftmaxTopK
 from nlgmoe.pyramid import experts_per_layer
-from nlgmoe.validation import RunError, SettingError
+from nlgmoe.validation import RunError
 
 _NUMBER = r"(?<=\.)\d+(?=\.)"
 _LAYER = "model.layers.{}."
@@ -319,10 +319,3 @@ def family_settings(config: GPTConfig, family: str) -> dict[str, Any]:
     made: dict[str, Any] = getattr(transformers, f"{CLASSES[family]}Config")(**values).to_dict()
     # `num_experts` and top-level `rope_theta` are for readers of version 4.
     return made | values | {"architectures": [f"{CLASSES[family]}ForCausalLM"], "rope_theta": config.rope_theta}
-
-
-def require_family(model_type: str, folder: Path) -> None:
-    """Check that a family can be imported."""
-    if model_type not in NAMES:
-        known = f"nlgmoe (what `nlgmoe export` writes), {', '.join(sorted(NAMES))}"
-        raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {known}")

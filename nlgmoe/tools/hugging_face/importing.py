@@ -22,7 +22,7 @@ from nlgmoe.checkpoint.weights_only import weight_shapes, write_weights
 from nlgmoe.config import GPTConfig
 from nlgmoe.data.tokenizer import load_tokenizer
 from nlgmoe.tools.hugging_face.configuration_nlgmoe import FIELDS
-from nlgmoe.tools.hugging_face.families import entry_reader, gpt_config, pieces, require_family
+from nlgmoe.tools.hugging_face.families import NAMES, entry_reader, gpt_config, pieces
 from nlgmoe.validation import RunError, SettingError
 
 PREFIX = "model."  # of the GPT in `NlgmoeForCausalLM`
@@ -64,8 +64,10 @@ def import_folder(source: str, checkpoint: str | Path, overwrite: bool = False) 
     if model_type == "nlgmoe":
         config, files = _exported_config(values, folder), WeightFiles(folder)
         read = _exported_weights(files, config)
+    elif model_type not in NAMES:
+        known = f"nlgmoe (what `nlgmoe export` writes), {', '.join(sorted(NAMES))}"
+        raise SettingError(f"model_type={model_type} of {folder} cannot be imported; supported are {known}")
     else:
-        require_family(model_type, folder)
         config, files = gpt_config(values, folder), WeightFiles(folder)
         files.check({name: piece.shape for name, piece in pieces(config, model_type).items()})
         read = entry_reader(config, model_type, files.read)

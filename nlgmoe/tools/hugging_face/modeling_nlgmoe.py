@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from nlgmoe.layers.attention import KVCache
-from nlgmoe.layers.balance import router_losses
+from nlgmoe.layers.balance import add_router_losses
 from nlgmoe.layers.experts import Experts
 from nlgmoe.layers.router import Router
 from nlgmoe.model.gpt import GPT
@@ -35,7 +35,7 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
     """`GPT` with the interface of `transformers`: `from_pretrained`, `generate`, `save_pretrained`, a loss for labels.
 
     In evaluation mode the loss is the cross-entropy. In training mode, as in pre-training, the balance losses of the MoE
-    layers are added, and tokens over capacity may be dropped.
+    layers are added, and tokens over capacity may be dropped. With `aux_scope` global, that is a collective of all ranks.
     """
 
     config_class = NlgmoeConfig
@@ -136,8 +136,7 @@ class NlgmoeForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.model.config.vocab_size)
             if self.training and self.model.config.moe is not None:
-                balance, z = router_losses(output.routings)
-                aux_loss = self.model.config.moe.loss_coeff * balance + self.model.config.moe.z_loss_coeff * z
+                aux_loss, _ = add_router_losses(loss.new_zeros(()), self.model.config.moe, output.routings)
                 loss = loss + aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -54,7 +54,7 @@ def read_deepspeed_config(arguments: Arguments, notes: list[str]) -> DeepSpeedCo
     """Read the file of `--deepspeed_config`, relative to the current folder; None where it is not there.
 
     Args:
-        arguments: flags of the launch; what cannot be had here is added to their problems.
+        arguments: flags of the launch; what cannot be translated is added to their problems.
         notes: gets a sentence on the file.
     """
     name = arguments.value("--deepspeed_config")
@@ -72,18 +72,18 @@ def read_deepspeed_config(arguments: Arguments, notes: list[str]) -> DeepSpeedCo
             raise ValueError("not an object")
         return _parse(config, arguments)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        arguments.problems.add(SUBJECT, f"{name} cannot be read ({error}); correct it")
+        arguments.add_problem(SUBJECT, f"{name} cannot be read ({error}); correct it")
         return None
 
 
 def _parse(config: dict[str, Any], arguments: Arguments) -> DeepSpeedConfig:
     def refuse(message: str) -> None:
-        arguments.problems.add(SUBJECT, message)
+        arguments.add_problem(SUBJECT, message)
 
     for name in config.keys() - _WITHOUT_EFFECT - _READ:
         value = config[name]
         if value and (not isinstance(value, dict) or value.get("enabled", True)):
-            refuse(f"has {name}, which cannot be had here; remove it")
+            refuse(f"has {name}, which is not available here; remove it")
     for name, flag in _BATCH.items():
         given = arguments.value(flag)
         if config.get(name) not in (None, "auto", given):
@@ -113,7 +113,9 @@ def _curriculum(section: dict[str, Any], arguments: Arguments) -> Curriculum:
     values = section | section["schedule_config"]
     kind = values.get("curriculum_type"), values.get("schedule_type")
     if kind != ("seqlen", "fixed_linear"):
-        arguments.problems.add(SUBJECT, f"has a curriculum {kind}; only seqlen and fixed_linear can be had here")
+        arguments.add_problem(
+            SUBJECT, f"has a curriculum {kind}; only seqlen with fixed_linear is available here; change it"
+        )
     names = ("min_difficulty", "max_difficulty", "difficulty_step", "total_curriculum_step")
     if missing := [name for name in names if not isinstance(values.get(name), int)]:
         raise ValueError(f"the curriculum is on, and its {missing[0]} is {values.get(missing[0])}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,33 +54,21 @@ ROWS = {name: row for row in TABLE for name in row.flags}  # flag -> its row
 FLAGS = {name: keys for row in TABLE for name, keys in row.flags.items()}  # flag -> its keys
 
 
-@dataclass
-class Problems:
-    """Reasons why a launch is not translated, `SUBJECT: REASON; REMEDY`; collected, so that all are reported at once."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, subject: str, message: str) -> None:
-        """Add a problem, once."""
-        if (line := f"{subject}: {message}") not in self.lines:
-            self.lines.append(line)
-
-
 class Arguments:
     """The flags of a launch, parsed by argparse with the table's names and types.
 
     Args:
         words: the flags and their values.
-        problems: gets what is unknown, refused, or not of its type.
         skip_unknown: pass over flags that are not in the table.
 
     Attributes:
         given: flag -> its words, as argparse has them: the last use counts.
         unknown: words of flags that are not in the table.
+        problems: reasons why the launch is not translated, `SUBJECT: REASON; REMEDY`, collected to be reported together.
     """
 
-    def __init__(self, words: Sequence[str], problems: Problems, skip_unknown: bool = False) -> None:
-        self.problems = problems
+    def __init__(self, words: Sequence[str], skip_unknown: bool = False) -> None:
+        self.problems: list[str] = []
         parser = argparse.ArgumentParser(
             add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
         )
@@ -95,15 +83,13 @@ class Arguments:
             raise SettingError(f"{error.argument_name}: {error.message}; correct it") from error
         self.given: dict[str, list[str]] = vars(namespace)
         if self.unknown and not skip_unknown:
-            problems.add(
-                " ".join(self.unknown), "is not known here; remove it, or pass over such flags with --skip-unknown"
-            )
+            self.add_problem(" ".join(self.unknown), "is unknown; remove it, or skip such flags with --skip-unknown")
         for name, values in self.given.items():
             keys, row = FLAGS[name], ROWS[name]
             if row.section == REFUSED and "allowed" not in keys:
                 self.refuse(name, row.note)
             elif values:
-                self.value(name)  # finds what is no number, and what is not allowed
+                self.value(name)  # adds a problem if it is not a number, or not allowed
 
     def has(self, *names: str) -> bool:
         """Return True if any of the flags is given."""
@@ -121,7 +107,7 @@ class Arguments:
             return values
         allowed = keys.get("allowed")
         if allowed and values[0] not in allowed:
-            reason = f"only {', '.join(map(str, allowed))} can be had here; change it"
+            reason = f"only {', '.join(map(str, allowed))} can be translated; change it"
             self.refuse(name, ROWS[name].note if ROWS[name].section == REFUSED else reason)
             return None
         return values[0]
@@ -129,13 +115,18 @@ class Arguments:
     def required(self, name: str) -> Any:
         """Return a flag's value; a missing flag is a problem."""
         if name not in self.given:
-            self.problems.add(name, "is not given, and there is no default for it; add it")
+            self.add_problem(name, "is not given, and there is no default for it; add it")
             return None
         return self.value(name)
 
+    def add_problem(self, subject: str, message: str) -> None:
+        """Add a problem, unless it is already listed."""
+        if (line := f"{subject}: {message}") not in self.problems:
+            self.problems.append(line)
+
     def refuse(self, name: str, message: str) -> None:
         """Add the problem of a flag."""
-        self.problems.add(" ".join([name, *self.given.get(name, [])]), message)
+        self.add_problem(" ".join([name, *self.given.get(name, [])]), message)
 
     def _parsed(self, name: str, word: str) -> Any:
         keys = FLAGS[name]

@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import quote
 
 from nlgmoe.cli.output_files import check_output, write_whole
-from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, ROWS, Arguments, Problems
+from nlgmoe.tools.megatron.flags import FLAGS, IGNORED, ROWS, Arguments
 from nlgmoe.validation import SettingError
 
 _ENTRY_POINT = re.compile(r"(.*/)?pretrain_gpt\w*\.py")
@@ -68,18 +68,17 @@ def from_megatron(
         print(text, end="")
     else:
         write_whole(output, text)
-        print(f"{output}: read what its comments say, then train with python train.py fit --config {quote(output)}")
+        print(f"{output}: read its comments, then train with python train.py fit --config {quote(output)}")
 
 
 def translated(launch: Launch, skip_unknown: bool = False) -> str:
     """Translate a launch into YAML."""
     from nlgmoe.tools.megatron.translate import translate
 
-    problems = Problems()
-    arguments = Arguments(launch.words, problems, skip_unknown)
+    arguments = Arguments(launch.words, skip_unknown)
     text = translate(arguments, launch.source, launch.name, launch.notes)
-    if problems.lines:
-        raise SettingError("\n".join(f"{launch.source}: {line}" for line in problems.lines))
+    if arguments.problems:
+        raise SettingError("\n".join(f"{launch.source}: {line}" for line in arguments.problems))
     return text
 
 
@@ -100,7 +99,7 @@ def split_command(words: Sequence[str]) -> list[str]:
     at = [index for index, word in enumerate(words) if _ENTRY_POINT.fullmatch(word)]
     if not at:
         return list(words)
-    launcher = Arguments([word for word in words[: at[0]] if word != "-m"], Problems(), skip_unknown=True).given
+    launcher = Arguments([word for word in words[: at[0]] if word != "-m"], skip_unknown=True).given
     return [word for name, values in launcher.items() for word in (name, *values)] + list(words[at[0] + 1 :])
 
 

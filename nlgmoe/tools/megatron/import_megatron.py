@@ -43,13 +43,13 @@ def import_megatron(
     from nlgmoe.data.tokenizer import load_tokenizer
     from nlgmoe.tools.megatron.checkpoint.importing import import_checkpoint  # these need torch
 
-    found = None if tokenizer is None else load_tokenizer(tokenizer, Path(data_dir))
-    if found is not None and vocab_size is None:
-        vocab_size = found.vocab_size
-    if found is not None and vocab_size is not None and found.vocab_size > vocab_size:
-        raise SettingError(
-            f"vocab_size={vocab_size} is below the {found.vocab_size} ids of tokenizer {found.name}; leave it out"
-        )
-    text = None if found is None else found.to_json()
+    text = None
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer, Path(data_dir))
+        vocab_size, text = loaded.vocab_size if vocab_size is None else vocab_size, loaded.to_json()
+        if loaded.vocab_size > vocab_size:
+            raise SettingError(
+                f"vocab_size={vocab_size} is below the {loaded.vocab_size} ids of tokenizer {loaded.name}; leave it out"
+            )
     import_checkpoint(checkpoint, output, vocab_size, text, qkv, accept_tanh_gelu, overwrite)
     print(describe(Path(output)))

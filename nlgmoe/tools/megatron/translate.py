@@ -52,7 +52,7 @@ def translate(arguments: Arguments, source: str, name: str, notes: Sequence[str]
     _data(job)
     trainer_settings(job, name)
     job.note_flags_without_setting(IGNORED)
-    if not job.problems.lines:
+    if not job.arguments.problems:
         _check_together(job)
     return job.text(source)
 
@@ -144,7 +144,7 @@ def _schedule(job: Translation) -> None:
     decay = arguments.value("--lr-decay-tokens") if arguments.has("--lr-decay-tokens") else _decay_of_counts(job)
     if decay is None or warmup is None:
         if not arguments.has(*lengths, "--train-samples", "--train-iters"):
-            job.problems.add(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
+            job.arguments.add_problem(f"--lr-decay-style {shape}", "has no length; add --lr-decay-tokens")
         return
     job.set(f"{path}decay_tokens", decay, "" if arguments.has(*lengths) else "the length of training")
     if shape == "linear":
@@ -204,11 +204,11 @@ def _curriculum(job: Translation) -> None:
     if curriculum is None or job.seq_len is None or job.global_batch is None:
         return
     if curriculum.end != job.seq_len:
-        job.problems.add(
+        job.arguments.add_problem(
             SUBJECT, f"ends the curriculum at {curriculum.end} tokens, --seq-length is {job.seq_len}; make them agree"
         )
     if job.arguments.has("--rampup-batch-size"):
-        job.problems.add(
+        job.arguments.add_problem(
             SUBJECT, "counts the curriculum in steps, which --rampup-batch-size makes unequal; turn it off"
         )
     tokens = curriculum.steps * job.global_batch * (curriculum.start + curriculum.end) // 2
@@ -325,4 +325,4 @@ def _check_together(job: Translation) -> None:
             data = job.tree["data"]
             check_ramp_up(BatchRampUp(**data["batch_ramp_up"]), data["global_batch_size"], data["micro_batch_size"])
     except ValueError as error:
-        job.problems.add("the launch", f"does not fit together: {error}")
+        job.arguments.add_problem("the launch", f"does not fit together: {error}")

@@ -25,7 +25,7 @@ class Settings:
     """
 
     def __init__(self, arguments: Arguments) -> None:
-        self.arguments, self.problems = arguments, arguments.problems
+        self.arguments = arguments
         self.tree: dict[str, Any] = {"model": {}, "data": {}, "trainer": {}}
         self._comments: dict[str, str] = {}
 
@@ -78,7 +78,7 @@ class Translation(Settings):
         self.seq_len: int | None = arguments.required("--seq-length")
         self.global_batch: int | None = arguments.value("--global-batch-size")
         if not arguments.has("--global-batch-size"):
-            self.problems.add(
+            self.arguments.add_problem(
                 "--global-batch-size", "is not given: there it is micro-batch x GPUs, which is not known here; add it"
             )
 
@@ -87,7 +87,7 @@ class Translation(Settings):
 
         Args:
             samples: the flag that gives it in sequences.
-            steps: the flag that gives it in optimizer steps; None: that one is not asked.
+            steps: the flag that gives it in optimizer steps; None: there is none.
         """
         name = steps if steps is not None and self.arguments.has(steps) else samples
         length = self.arguments.value(name)

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from plotly.colors import hex_to_rgb
 
+from nlgmoe.files import flattened
 from nlgmoe.tools.report import tables
 from nlgmoe.tools.report.drawing import Chart, Panel, Trace, line
-from nlgmoe.tools.report.runs import PALETTE, Run, finite_number, flattened
+from nlgmoe.tools.report.runs import PALETTE, Run, finite_number
 from nlgmoe.tools.statistics import PairedDifference, paired_difference
 from nlgmoe.validation import SettingError
 
@@ -218,4 +219,4 @@ def _verdict(difference: PairedDifference | None, losses: dict[Key, float], refe
         reason = "no setting has the same value in a run of both" if losses and reference else "validate more often"
         return f"no pairs: {reason}"
     low, high = difference.interval()
-    return "lower" if high < 0 else "higher" if low > 0 else "too few seeds"
+    return "lower" if high < 0 else "higher" if low > 0 else "unresolved"

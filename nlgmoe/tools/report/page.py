@@ -129,7 +129,7 @@ def comparison(grouped: Sequence[groups.Group], setting: str) -> str:
     return (
         f"<section><h2>Differences between groups, paired by {escape(setting)}</h2>"
         "<p>Losses at equal FLOPs and time are interpolated between validations; a longer run has not lowered its learning rate "
-        "there. Too few seeds: the interval spans zero.</p>"
+        "there. Unresolved: the interval spans zero.</p>"
         f'<label>minus <select id="reference">{options}</select></label>{references}</section>'
     )
 

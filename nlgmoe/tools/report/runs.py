@@ -19,7 +19,7 @@ from scipy.interpolate import make_interp_spline
 from nlgmoe.config import GPTConfig
 from nlgmoe.eval.specialisation import FILE as SPECIALISATION
 from nlgmoe.eval.specialisation import Specialisation
-from nlgmoe.files import require_regular
+from nlgmoe.files import flattened, require_regular
 from nlgmoe.parts import PARTS, ForeignCodeError
 from nlgmoe.pyramid import experts_per_layer
 from nlgmoe.run.folder import starts_of
@@ -240,14 +240,3 @@ def _start(text: str) -> dict[str, Any]:
     """Return the settings of a start, and the versions in its first line."""
     packages = _json(text.partition("\n")[0].removeprefix("#"))
     return flattened(_yaml(text)) | {f"version of {name}": version for name, version in packages.items()}
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names; lists of scalars are kept."""
-    if isinstance(value, dict) and value:
-        items = [(f"{prefix}.{name}" if prefix else str(name), item) for name, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
-    else:
-        return {prefix: value} if prefix else {}
-    return {name: leaf for path, item in items for name, leaf in flattened(item, path).items()}

@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from nlgmoe.files import flattened
 from nlgmoe.monitoring.stopwatch import PARTS
-from nlgmoe.tools.report.runs import BITS, Run, flattened
+from nlgmoe.tools.report.runs import BITS, Run
 
 UNKNOWN = "–"
 whole, decimal, decimal_4 = "{:,.0f}".format, "{:.3f}".format, "{:.4f}".format

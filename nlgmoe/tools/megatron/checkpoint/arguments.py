@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from nlgmoe.config import GPTConfig, MoEConfig
-from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments, Problems
+from nlgmoe.tools.megatron.flags import FLAGS, ROWS, Arguments
 from nlgmoe.tools.megatron.from_megatron import words_of
 from nlgmoe.tools.megatron.translate import model_config
 from nlgmoe.tools.megatron.translation import Settings
@@ -23,21 +23,20 @@ def config_of(args: Namespace, rows: int, positions: int, vocab_size: int | None
         accept_tanh_gelu: accept exact GELU, which becomes the tanh form.
     """
     flags = [name for name, row in ROWS.items() if row.section in ("Model", "Experts") or FLAGS[name].get("model")]
-    problems = Problems()
-    arguments = Arguments(words_of({name: str(value) for name, value in vars(args).items()}, flags), problems)
+    arguments = Arguments(words_of({name: str(value) for name, value in vars(args).items()}, flags))
     settings = Settings(arguments)
     model_config(settings)
     seq_len = arguments.value("--seq-length") or positions
     # `megatron/model/transformer.py`, ParallelMLP: the fused form and OpenAI's are tanh, F.gelu and `erf_gelu` exact.
     fused = getattr(args, "bias_gelu_fusion", False) and not getattr(args, "onnx_safe", False)
     if not accept_tanh_gelu and not fused and not getattr(args, "openai_gelu", False):
-        problems.add(
+        arguments.add_problem(
             "bias_gelu_fusion=False",
-            "is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu takes the model all the same, its "
-            "logits are then a little different",
+            "is GELU in its exact form, nlgmoe's is the tanh form; --accept-tanh-gelu accepts the model, whose logits "
+            "then differ a little",
         )
-    if problems.lines:
-        raise RunError(problems.lines[0])
+    if arguments.problems:
+        raise RunError(arguments.problems[0])
     vocab_size = rows if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= rows:
         raise SettingError(

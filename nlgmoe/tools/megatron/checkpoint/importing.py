@@ -62,14 +62,7 @@ def import_checkpoint(
 ) -> GPTConfig:
     """Write the weights of a Megatron-DeepSpeed checkpoint as a portable one, in fp32; return the model's configuration.
 
-    Args:
-        path: the folder of a step, or the one with the file `latest`.
-        output: the checkpoint to write, `NAME.ckpt`.
-        vocab_size: ids to keep; None: all rows of the embedding, its padding too.
-        tokenizer: for `tokenizer.json`.
-        qkv: order of queries, keys and values (`docs/megatron_checkpoints.md`).
-        accept_tanh_gelu: take a model with exact GELU, whose logits then differ a little.
-        overwrite: replace an older checkpoint.
+    The arguments are those of `nlgmoe import-megatron`, but `tokenizer` is the text of `tokenizer.json`.
     """
     folder = find_folder(Path(path))
     dense = read_dense(folder)
@@ -148,9 +141,7 @@ def _find_qkv_order(dense: Dense, qkv: QKV) -> str:
     if qkv != "auto":
         return _QKV[qkv]
     if dense.version not in (0, 1, 2, 3):
-        raise RunError(
-            f"checkpoint_version={dense.version} is unknown ({dense.file}); say how its attention lies with --qkv"
-        )
+        raise RunError(f"checkpoint_version={dense.version} is unknown ({dense.file}); give its layout by --qkv")
     if dense.version < 2:
         return _QKV["thirds" if dense.version == 0 else "rows"]
     return _QKV["thirds" if hasattr(dense.args, "ds_sequence_parallel_fpdt") else "heads"]
